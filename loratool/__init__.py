@@ -1,0 +1,31 @@
+"""loratool: surgery on LoRA checkpoints, exact and streaming, on files alone.
+
+    import loratool
+
+    report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
+    print(report.kept)
+
+`merge` and `inspect` are the verbs of the command line, with the same meaning; each returns a frozen report.
+Errors are children of `LoratoolError`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
+
+if TYPE_CHECKING:
+    from .ops.inspect import inspect
+    from .ops.merge import merge
+
+__all__ = ["InputError", "LoratoolError", "MachineError", "NeedsFlag", "UsageError", "inspect", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs load on first use, so that `import loratool` and the command line start without torch."""
+    if name in ("inspect", "merge"):
+        from importlib import import_module
+
+        return getattr(import_module(f".ops.{name}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,32 @@
+"""Families whose linear layers are transformers' `Conv1D`: the weight is stored as (in, out).
+
+Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24. Everything else in these models, the
+head for one, is an `nn.Linear`, so the table goes by the last part of the module's name.
+"""
+
+from __future__ import annotations
+
+CONV1D_MODULES = {
+    "clvp": {"c_fc", "c_proj"},
+    "clvp_decoder": {"c_fc", "c_proj"},
+    "decision_transformer": {"c_attn", "q_attn", "c_fc", "c_proj"},
+    "gpt2": {"c_attn", "q_attn", "c_fc", "c_proj"},
+    "imagegpt": {"c_attn", "q_attn", "c_fc", "c_proj"},
+    "openai-gpt": {"c_attn", "c_fc", "c_proj"},
+}
+
+# Families of `nn.Linear` alone, for which a square matrix needs no further evidence.
+LINEAR_MODEL_TYPES = frozenset(
+    """albert bart bert bloom cohere cohere2 deepseek_v2 deepseek_v3 distilbert electra falcon gemma gemma2 gemma3
+    gemma3_text gemma4 gemma4_text glm glm4 glm4_moe gpt_bigcode gpt_neo gpt_neox gptj gpt_oss granite internlm2 jamba
+    llama llama4 llama4_text mamba mamba2 mistral mistral3 mixtral modernbert mpt olmo olmo2 olmoe opt persimmon phi
+    phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next qwen3_vl roberta
+    smollm3 stablelm starcoder2 t5 vit xlm-roberta""".split()
+)
+
+
+def stores_transposed(model_type: str | None, module: str) -> bool | None:
+    """Whether `module` keeps its weight as (in, out); None where the family is not known."""
+    if model_type in CONV1D_MODULES:
+        return module.rpartition(".")[2] in CONV1D_MODULES[model_type]
+    return False if model_type in LINEAR_MODEL_TYPES else None

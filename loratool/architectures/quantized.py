@@ -1,0 +1,32 @@
+"""How a quantized checkpoint is recognized: by its config, or by the tensors that stand beside the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# the end of a tensor's name -> the method that writes it
+MARKERS = {
+    ".SCB": "bitsandbytes int8",
+    ".absmax": "bitsandbytes 4-bit",
+    ".quant_map": "bitsandbytes 4-bit",
+    ".weight_scale_inv": "fp8 blocks",
+    ".weight_scale": "compressed-tensors or fp8",
+    ".weight_packed": "compressed-tensors",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    "_proj_blocks": "mxfp4",
+    ".scales": "GPTQ, AWQ or MLX",
+}
+
+
+def quantization(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """The method's name, or None for a plain checkpoint."""
+    declared = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if isinstance(declared, dict):
+        return str(declared.get("quant_method", "unnamed"))
+    ends = tuple(MARKERS)
+    for name in names:
+        if name.endswith(ends):
+            return next(method for end, method in MARKERS.items() if name.endswith(end))
+    return None

@@ -1,0 +1,22 @@
+"""What a weight is for, by the last parts of its module's name: the names that model families use."""
+
+from __future__ import annotations
+
+EMBEDDINGS = frozenset(
+    """embed_tokens wte wpe tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions
+    token_embedding position_embedding shared embed_in embeddings relative_attention_bias tokens_embed
+    positions_embed""".split()
+)
+HEADS = frozenset("lm_head embed_out output score classifier".split())
+
+
+def role(module: str, dimensions: int, is_float: bool) -> str:
+    """`linear` (peft's `all-linear` would take it), `embedding`, `head`, `experts` (3-D), or an empty string."""
+    last = module.rpartition(".")[2]
+    if not is_float or dimensions < 2:
+        return ""
+    if last in EMBEDDINGS:
+        return "embedding"
+    if last in HEADS and "." not in module.removeprefix("model.").removeprefix("transformer."):
+        return "head"
+    return {2: "linear", 3: "experts" if "expert" in module else "conv"}.get(dimensions, "conv")

@@ -1,0 +1,41 @@
+"""Prefixes that containers put before a module's path, in adapters and in bases alike."""
+
+from __future__ import annotations
+
+# Wrappers of training loops: they can stand anywhere in a path and never mean anything.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+PEFT_PREFIX = "base_model.model."
+
+# What one side may have before every path and the other not: the attribute under which a task model holds
+# its backbone (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
+CONTAINERS = (
+    "model",
+    "transformer",
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "deberta",
+    "albert",
+    "gpt_neox",
+    "vit",
+    "backbone",
+    "unet",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "model.diffusion_model",
+)
+
+# kohya's prefixes, longest first (formats.md 2.1): what follows is a module path with its dots flattened to `_`.
+KOHYA_PREFIXES = (
+    "lora_prior_unet_",
+    "lora_prior_te_",
+    "lora_transformer_",
+    "lora_unet_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lora_te_",
+)

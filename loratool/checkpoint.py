@@ -1,0 +1,171 @@
+"""A model's weights as one lazy mapping: a safetensors file, or a folder of shards with its index.
+
+Opening reads headers only, and checks the index against the shards: a name that the index lacks or
+misplaces is an error here, not a missing tensor in the output. Laziness lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .fileio import open_for_reading
+from .hub import resolve
+from .tensorfile import TensorFile, TensorSpec, parse_json
+
+if TYPE_CHECKING:
+    import torch
+
+# The file names that loaders look for in a folder, first match wins; an index decides before a single file.
+INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """Weights by name. `specs` is in file order, shard by shard; `shard_of` says where a tensor lies.
+
+    `index` is the index JSON's name and content, None for a checkpoint of one file. `folder` is where side
+    files lie; `given_as_file` remembers that the user named a file and not a folder.
+    """
+
+    path: Path
+    folder: Path
+    given_as_file: bool
+    shards: tuple[TensorFile, ...]
+    index: tuple[str, dict[str, Any]] | None
+    config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        shard_of = {name: shard for shard in self.shards for name in shard.specs}
+        object.__setattr__(self, "shard_of", shard_of)
+        object.__setattr__(self, "specs", {name: shard.specs[name] for name, shard in shard_of.items()})
+
+    shard_of: Mapping[str, TensorFile] = None  # type: ignore[assignment]
+    specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.shard_of[name].tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    with open_for_reading(path) as file:
+        return parse_json(file.read(), path)
+
+
+def find_weights(path: Path) -> Path:
+    """The index or the single file that a checkpoint's path means."""
+    if not path.is_dir():
+        return path
+    for name in INDEX_NAMES + SINGLE_NAMES:
+        if (path / name).is_file():
+            return path / name
+    indexes = sorted(path.glob("*.safetensors.index*.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indexes) == 1 or (not indexes and len(files) == 1):
+        return (indexes or files)[0]
+    if indexes or files:
+        names = ", ".join(p.name for p in (indexes or files)[:4])
+        raise InputError(
+            f"holds several checkpoints ({names}, ...)", culprit=str(path), remedy="name one of these files"
+        )
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    if pickled:
+        raise InputError(
+            f"holds {pickled[0]} but no safetensors, and torch pickles are not read yet",
+            culprit=str(path),
+            remedy="convert it with safetensors.torch.save_file first",
+        )
+    raise InputError("holds no *.safetensors file", culprit=str(path))
+
+
+def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+    """Open a file, a folder, an index JSON, or a name in the local Hugging Face cache.
+
+    Raises InputError for a file that breaks the format, and for an index that contradicts its shards.
+    """
+    path = resolve(name)
+    weights = find_weights(path)
+    folder = weights.parent
+    config_path = folder / "config.json"
+    config = read_json_file(config_path) if config_path.is_file() else {}
+    if weights.suffix == ".json":
+        index = read_json_file(weights)
+        shards = _open_shards(weights, index)
+        return Checkpoint(path, folder, False, shards, (weights.name, index), config)
+    if weights.suffix in PICKLES:
+        raise InputError(
+            "torch pickles are not read yet", culprit=str(weights), remedy="convert it with safetensors.torch.save_file"
+        )
+    return Checkpoint(path, folder, not path.is_dir(), (TensorFile(weights),), None, config)
+
+
+def _open_shards(path: Path, index: dict[str, Any]) -> tuple[TensorFile, ...]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError("has no weight_map from names to files", culprit=str(path))
+    shards: list[TensorFile] = []
+    try:
+        for file in sorted(set(weight_map.values())):
+            if file != Path(file).name or "\\" in file or ":" in file or file in ("", ".", ".."):
+                raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
+            if not (path.parent / file).is_file():
+                raise InputError(
+                    f"names {file}, which is missing", culprit=str(path), remedy="download the checkpoint anew"
+                )
+            shards.append(TensorFile(path.parent / file))
+        _check_index(path, weight_map, shards)
+    except BaseException:
+        for shard in shards:
+            shard.close()
+        raise
+    return tuple(shards)
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[TensorFile]) -> None:
+    holders: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.specs:
+            if name in holders:
+                raise InputError(f"{name} stands in both {holders[name]} and {shard.path.name}", culprit=str(path))
+            holders[name] = shard.path.name
+    for name, file in weight_map.items():
+        if holders.get(name) != file:
+            found = f"it is in {holders[name]}" if name in holders else "no shard has it"
+            raise InputError(f"is stale: it puts {name} in {file}, but {found}", culprit=str(path))
+    unlisted = [name for name in holders if name not in weight_map]
+    if unlisted:
+        raise InputError(f"does not list {unlisted[0]}, which is in {holders[unlisted[0]]}", culprit=str(path))
+
+
+def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[list[str]]:
+    """Names in order, cut where the next tensor would pass `max_bytes`; one larger tensor is alone in its shard."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if max_bytes is not None and shards[-1] and size + spec.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    return shards

@@ -1,0 +1,96 @@
+"""`loratool merge`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .options import (
+    Size,
+    WeightedPath,
+    alpha_option,
+    device_option,
+    dry_run_option,
+    exclude_option,
+    force_option,
+    json_option,
+    layers_option,
+    quiet_option,
+    target_option,
+)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
+@click.option("-o", "--out", metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: merged]")
+@force_option
+@dry_run_option
+@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The output's type.")
+@click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut the output anew.  [default: the base's shards]")
+@target_option
+@exclude_option
+@layers_option
+@alpha_option
+@device_option
+@quiet_option
+@json_option
+def merge(
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    out: str | None,
+    force: bool,
+    dry_run: bool,
+    dtype: str,
+    max_shard_size: int | None,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    alpha: float | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Add adapters to a base model's weights and write the merged model.
+
+    BASE is a safetensors file, a folder, or org/model in the local Hugging Face cache. Several adapters are
+    added in one pass, each with its weight, and rounded once. The output's bytes are the same on every machine.
+
+    \b
+      loratool merge base.safetensors adapter.safetensors
+      loratool merge base/ style/:0.7 task/ -o merged/
+      loratool merge base/ adapter/ --dtype fp32 --dry-run
+
+    The report has a line a tensor: rank, scale, the change's relative size, the share of weights changed, and
+    how much of the change rounding has kept.
+    """
+    from ..ops.merge import merge as run
+    from ..render import ProgressBar, print_merge, to_json
+    from ..targets import parse_patterns
+
+    bar = ProgressBar("merge", quiet or as_json)
+    try:
+        report = run(
+            base,
+            list(adapters),
+            out,
+            dtype=dtype,
+            device=device,
+            max_shard_bytes=max_shard_size,
+            target=parse_patterns(target),
+            exclude=parse_patterns(exclude),
+            layers=layers,
+            alpha=alpha,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if as_json:
+        print(to_json("merge", report))
+    else:
+        print_merge(report)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)

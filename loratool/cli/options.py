@@ -1,0 +1,60 @@
+"""The options that several verbs share, one spelling and one meaning each, and the types behind them."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import click
+
+alpha_option = click.option(
+    "--alpha", type=float, help="The adapter's alpha, where its file does not say it. A contradiction is an error."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
+target_option = click.option(
+    "--target",
+    multiple=True,
+    metavar="PATTERNS",
+    help="Only these modules: comma list of dotted suffixes, globs of whole paths, or re:EXPRESSION.",
+)
+exclude_option = click.option(
+    "--exclude", multiple=True, metavar="PATTERNS", help="All but these modules; patterns as in --target."
+)
+layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers.")
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType[int]):
+    """`5GB`, `500MB`, `2GiB`, or a number of bytes: MB is 10**6, MiB is 2**20."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
+        if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
+            self.fail(f"{value!r} is not a size like 5GB or 500MiB", param, ctx)
+        return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+class WeightedPath(click.ParamType[tuple[str, float]]):
+    """`PATH` or `PATH:WEIGHT`. Only a last colon before a number counts: `C:\\x.safetensors` is a path."""
+
+    name = "adapter[:weight]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        path, colon, weight = value.rpartition(":")
+        if not colon or os.path.exists(value):
+            return value, 1.0
+        try:
+            return path, float(weight)
+        except ValueError:
+            return value, 1.0

@@ -1,0 +1,184 @@
+"""Bytes at offsets, and outputs that appear whole or not at all.
+
+Everything that touches the operating system's file calls is here, each with a plain fallback, because
+Windows has no `pread` and only Linux has `copy_file_range`. The rest of loratool knows `read_into`,
+`write_at`, `copy_range` and the two `partial_*` context managers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import InputError, MachineError, UsageError
+
+COPY_CHUNK = 1 << 23  # one fallback copy buffer: large enough to stream, small enough to hold one a worker
+_seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
+
+
+def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from `file` at `offset`; a file that ends early is an InputError."""
+    done = 0
+    while done < len(buffer):
+        if hasattr(os, "preadv"):
+            n = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+        else:
+            with _seek_lock:
+                file.seek(offset + done)
+                n = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        if not n:
+            raise InputError(
+                f"ends at byte {offset + done}, {len(buffer) - done} bytes too early", culprit=str(file.name)
+            )
+        done += n
+
+
+def write_at(file: BinaryIO, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(file.fileno(), data[done:], offset + done)
+        else:
+            with _seek_lock:
+                file.seek(offset + done)
+                done += file.write(data[done:])
+
+
+def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> None:
+    """Copy `nbytes` inside the kernel where it can, else through a buffer. The bytes never change."""
+    done = 0
+    while done < nbytes and hasattr(os, "copy_file_range"):
+        try:
+            n = os.copy_file_range(
+                source.fileno(), target.fileno(), nbytes - done, source_offset + done, target_offset + done
+            )
+        except OSError:
+            break  # other file systems, old kernels: the buffer below works everywhere, or names the real error
+        if n == 0:
+            break
+        done += n
+    buffer = memoryview(bytearray(min(COPY_CHUNK, nbytes - done)))
+    while done < nbytes:
+        part = buffer[: nbytes - done]
+        read_into(source, part, source_offset + done)
+        write_at(target, part, target_offset + done)
+        done += len(part)
+
+
+def open_for_reading(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise InputError(error.strerror or str(error), culprit=str(path)) from error
+
+
+def require_free_space(folder: Path, nbytes: int) -> None:
+    """Refuse before the first byte what cannot fit."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise MachineError(
+            f"{nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+            culprit=str(folder),
+            remedy="free some space, or name another disk with -o",
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; its renames are journaled
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock(file: Any, path: Path) -> None:
+    """Hold `path` for this process, so that two commands with one output cannot mix their bytes."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError("another loratool is writing this output now", culprit=str(path)) from error
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """A file at `path` + `.partial` that becomes `path` when the block ends well, and vanishes when it does not."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "ab", buffering=0) as lock:  # "ab" creates it, and leaves alone what another process holds
+        _lock(lock, path)
+        try:
+            with open(partial, "r+b", buffering=0) as file:
+                file.truncate(0)
+                yield file
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A folder at `path` + `.partial` that takes the place of `path` when the block ends well.
+
+    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(exist_ok=True)
+    if os.name == "nt":
+        lock: Any = None
+    else:
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            _lock(lock, path)
+        except UsageError:
+            os.close(lock)
+            raise
+    former = path.with_name(path.name + ".former")
+    try:
+        for left in partial.iterdir():  # from a run that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield partial
+        _sync_folder(partial)
+        if path.exists():
+            os.replace(path, former)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if former.exists() and not path.exists():
+            os.replace(former, path)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A small file, on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with open_for_reading(path) as file:
+        while n := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:n])
+    return digest.hexdigest()

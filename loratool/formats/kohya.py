@@ -1,0 +1,52 @@
+"""kohya's adapters, the image world's common form: one safetensors file, flattened names.
+
+`<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` (a number).
+The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-scripts: `networks/lora.py`.
+A flattened name cannot be split by rule, so it is bound against the flattened names of the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ..adapter import Adapter, AdapterConfig, pair_factors
+from ..architectures.wrappers import KOHYA_PREFIXES
+from ..errors import InputError, UsageError
+from ..tensorfile import TensorFile
+
+ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+
+
+def claims(names: Iterable[str]) -> bool:
+    return any(name.startswith(KOHYA_PREFIXES) for name in names)
+
+
+def read(name: str, file: TensorFile, alpha: float | None) -> Adapter:
+    """Raises InputError for every tensor that is no part of plain LoRA on a linear layer."""
+    found: dict[str, dict[str, str]] = {}
+    for tensor in file.specs:
+        module, _, end = tensor.partition(".")
+        if end not in ROLES:
+            raise InputError(
+                f"is none of {', '.join(ROLES)}; {name} does more than plain LoRA, which is not supported yet",
+                culprit=tensor,
+            )
+        found.setdefault(module, {})[ROLES[end]] = tensor
+    updates = {}
+    for module, roles in found.items():
+        stored = roles.pop("alpha", None)
+        if not roles:
+            raise InputError(f"has no lora_down and lora_up beside it in {name}", culprit=stored)
+        value = file.scalar(stored) if stored else None
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"is {value}", culprit=stored)
+        if alpha is not None and value is not None and alpha != value:
+            raise UsageError(f"--alpha {alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
+        value = alpha if value is None else value
+        rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
+        updates[module] = pair_factors("lora", module, roles, file, AdapterConfig(alpha=value or float(rank)))
+    alphas = {spec.scale * spec.rank for spec in updates.values()}
+    config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
+    return Adapter(name, "kohya", file, config, updates, flattened=True, linear_only=True)

@@ -1,0 +1,48 @@
+"""Names like `org/model` in the local Hugging Face cache. Nothing is ever downloaded.
+
+The layout is huggingface_hub's: `models--org--model/refs/<revision>` holds the commit, and
+`snapshots/<commit>/` the files as links into `blobs/`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import InputError
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def cache_folder() -> Path:
+    if "HF_HUB_CACHE" in os.environ:
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser() / "hub"
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """The path that `name` means: itself if it exists, else the cached snapshot of `org/model[@revision]`.
+
+    Raises InputError with the download command where the cache has no such snapshot.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    text = os.fspath(name)
+    if not _NAME.fullmatch(text):
+        raise InputError("no such file or folder", culprit=text)
+    repo, _, revision = text.partition("@")
+    folder = cache_folder() / f"models--{repo.replace('/', '--')}"
+    ref = folder / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if commit and snapshot.is_dir():
+        return snapshot
+    flag = f" --revision {revision}" if revision else ""
+    raise InputError(
+        "no such file or folder, and not in the local Hugging Face cache",
+        culprit=text,
+        remedy=f"download it first: hf download {repo}{flag}",
+    )

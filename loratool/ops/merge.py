@@ -1,0 +1,401 @@
+"""`merge`: W' = round_once(W + sum of weight * scale * B @ A), streamed from files to files.
+
+Plan from headers alone, refuse all that can be refused, then run independent pieces: untouched ranges are
+copied inside the kernel, adapted matrices pass by blocks of rows. The result's bytes depend on nothing but
+the inputs (`numerics/exact.py`); memory does not depend on the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..architectures.quantized import quantization
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import InputError, NeedsFlag, UsageError
+from ..formats import is_adapter, open_adapter
+from ..numerics.exact import ARITHMETIC_VERSION, Change, ExactProduct, Workspace, add_rounded, cast_rounded
+from ..output import Output, check_path, open_output, output_path, plan_output
+from ..runtime import CopyBytes, Item, MapRows, Progress, Worker, choose_device, run, worker_count
+from ..sidefiles import provenance
+from ..targets import Binding, Placement, Selection, bind, parse_layers
+from ..tensorfile import TORCH_FLOATS
+
+# What --dtype may say -> the safetensors name, None to keep each tensor's own.
+MERGE_DTYPES = {
+    "keep": None,
+    "fp32": "F32",
+    "float32": "F32",
+    "bf16": "BF16",
+    "bfloat16": "BF16",
+    "fp16": "F16",
+    "float16": "F16",
+}
+KEPT_ENOUGH = 0.95  # below this share of the change that survives rounding, merge warns
+COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
+ROWS_ITEM = 1 << 22  # weights of a matrix an item
+
+AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one adapted tensor; W is the base, D the change asked for, W' the result.
+
+    `relative` is ||D|| / ||W||; `changed` the share of weights that differ; `kept` is <W' - W, D> / <D, D>, what
+    rounding left of the change (1 is all of it). Each is None where its denominator is 0, and in a dry run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    scales: tuple[float, ...]
+    relative: float | None = None
+    changed: float | None = None
+    kept: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    name: str
+    format: str
+    weight: float
+    modules: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of `merge`. `kept` is over all adapted tensors; `copied` counts the untouched ones."""
+
+    base: str
+    out: str
+    dry_run: bool
+    nbytes: int
+    adapters: tuple[AdapterReport, ...]
+    tensors: tuple[TensorReport, ...]
+    kept: float | None
+    copied: int
+    left_out: tuple[str, ...]
+    files: tuple[str, ...]
+    not_copied: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    base: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    binding: Binding
+    output: Output
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: AdapterArgument | Sequence[AdapterArgument],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str = "keep",
+    device: str = "auto",
+    max_shard_bytes: int | None = None,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    alpha: float | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> MergeReport:
+    """Add adapters to a base checkpoint and write the merged model.
+
+    base: a safetensors file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
+    adapters: one or several, each a path or (path, weight); all are added in one pass and rounded once.
+    out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
+    dtype: a key of MERGE_DTYPES. max_shard_bytes cuts the output anew. target, exclude: patterns of module
+    paths (`targets.Selection`); layers: "0-15". alpha: for adapter files that do not say theirs.
+
+    Raises LoratoolError's children: UsageError, InputError, NeedsFlag before anything is written; MachineError
+    when the machine fails. Whatever is raised, no unfinished output stays.
+    """
+    with ExitStack() as opened:
+        pairs = _adapter_pairs(adapters)
+        checkpoint, loaded = _open_inputs(base, pairs, alpha, opened)
+        if dtype not in MERGE_DTYPES:
+            raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+        path, is_file = output_path(out, checkpoint, "merged")
+        inputs = [checkpoint.folder if not checkpoint.given_as_file else checkpoint.path]
+        inputs += [shard.path for shard in checkpoint.shards] + [adapter.file.path for adapter, _ in loaded]
+        inputs += [adapter.file.path.parent for adapter, _ in loaded]
+        check_path(path, is_file, inputs, force)
+        selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        binding = bind(checkpoint.specs, checkpoint.model_type, loaded, selection)
+        output = plan_output(
+            checkpoint,
+            path,
+            is_file,
+            _provenance(checkpoint, loaded, binding),
+            binding.placements,
+            MERGE_DTYPES[dtype],
+            max_shard_bytes,
+        )
+        plan = _Plan(checkpoint, loaded, binding, output)
+        changes: Mapping[str, list[Change]] = {}
+        if not dry_run:
+            _check_factors(plan)
+            changes = _execute(plan, choose_device(device), progress, workers or worker_count())
+        return _report(plan, os.fspath(base), changes, dry_run)
+
+
+def _adapter_pairs(adapters: Any) -> list[tuple[str, float]]:
+    weighted = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float)
+    pairs = []
+    for given in [adapters] if weighted or isinstance(adapters, str | os.PathLike) else adapters:
+        path, weight = given if isinstance(given, tuple) else (given, 1.0)
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight {weight} is not a finite number", culprit=os.fspath(path))
+        pairs.append((os.fspath(path), float(weight)))
+    if not pairs:
+        raise UsageError("no adapter is given")
+    return pairs
+
+
+def _open_inputs(
+    base: str | os.PathLike[str], pairs: Sequence[tuple[str, float]], alpha: float | None, opened: ExitStack
+) -> tuple[Checkpoint, tuple[tuple[Adapter, float], ...]]:
+    checkpoint = open_checkpoint(base)
+    opened.callback(checkpoint.close)
+    if is_adapter(checkpoint.specs):
+        raise InputError(
+            "is an adapter, but the first argument is the base model",
+            culprit=os.fspath(base),
+            remedy=f"swap them: loratool merge {pairs[0][0]} {os.fspath(base)}",
+        )
+    method = quantization(checkpoint.specs, checkpoint.config)
+    if method:
+        raise InputError(
+            f"is quantized ({method}), and adding to its codes would be wrong",
+            culprit=os.fspath(base),
+            remedy="pass the original model in 16 or 32 bits",
+        )
+    loaded = []
+    for name, weight in pairs:
+        adapter = open_adapter(name, alpha)
+        opened.callback(adapter.file.close)
+        loaded.append((adapter, weight))
+    return checkpoint, tuple(loaded)
+
+
+def _provenance(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], binding: Binding) -> str:
+    entries = [
+        {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
+        for adapter, weight in adapters
+    ]
+    former = (base.index[1].get("metadata") or {}) if base.index else base.shards[0].metadata or {}
+    facts = {
+        "adapters": sorted(entries, key=lambda entry: (entry["sha256"], entry["scales_sha256"], entry["weight"])),
+        "arithmetic": ARITHMETIC_VERSION,
+        "left_out": sorted(set(binding.left_out)),
+    }
+    return provenance("merge", facts, former.get("loratool"))
+
+
+def _check_factors(plan: _Plan) -> None:
+    """Read every factor once, so that a damaged one is refused before the first byte is written."""
+    for placements in plan.binding.placements.values():
+        for placement in placements:
+            placement.adapter.load(placement.update)
+
+
+class _Shared:
+    """The product of one tensor, made by the first worker that needs it and dropped with the tensor's last item."""
+
+    def __init__(self, placements: Sequence[Placement], device: torch.device) -> None:
+        self._placements = placements
+        self._device = device
+        self._lock = threading.Lock()
+        self._product: ExactProduct | None = None
+
+    def get(self) -> ExactProduct:
+        with self._lock:
+            if self._product is None:
+                terms = []
+                for placement in self._placements:
+                    update = placement.adapter.load(placement.update).to(self._device)
+                    terms += update.terms(placement.weight, placement.transposed)
+                self._product = ExactProduct(terms)
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()  # the other workers' streams read it
+            return self._product
+
+    def prepare(self, start: int, stop: int) -> Callable[[Tensor, int, Tensor, Workspace], Change]:
+        product = self.get()
+        left = product.left(start, stop)
+
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
+            return add_rounded(base, product, left[row : row + len(base)], out, work)
+
+        return step
+
+
+def _prepare_cast(start: int, stop: int) -> Callable[[Tensor, int, Tensor, Workspace], int]:
+    return lambda base, row, out, work: cast_rounded(base, out, work)
+
+
+def _execute(plan: _Plan, device: torch.device, progress: Progress | None, workers: int) -> dict[str, list[Change]]:
+    changes: dict[str, list[Change]] = defaultdict(list)
+    done = 0
+    with open_output(plan.output) as targets:
+        for item, results in run(_items(plan, targets, device), lambda: Worker(device), workers):
+            if isinstance(item, MapRows):
+                _check_overflow(item, results, plan)
+                changes[item.tensor] += [result for result in results if isinstance(result, Change)]
+            done += item.nbytes
+            if progress:
+                progress(done, plan.output.nbytes)
+    return changes
+
+
+def _items(plan: _Plan, targets: Mapping[str, BinaryIO], device: torch.device) -> Iterator[Item]:
+    """The work of the whole output, file by file, in the order of their bytes."""
+    for file in plan.output.files:
+        target = targets[file.name]
+        span: CopyBytes | None = None
+        for name, offset in file.begin.items():
+            shard, old, new = plan.base.shard_of[name], plan.base.specs[name], plan.output.specs[name]
+            begin = shard.begin[name]
+            if name in plan.binding.placements or new.dtype != old.dtype:
+                yield from _row_items(plan, name, target, offset, device)
+            elif (
+                span
+                and span.source is shard.file
+                and span.source_offset + span.nbytes == begin
+                and span.target_offset + span.nbytes == offset
+            ):
+                span = CopyBytes(span.source, span.source_offset, target, span.target_offset, span.nbytes + old.nbytes)
+            else:
+                yield from _copy_items(span)
+                span = CopyBytes(shard.file, begin, target, offset, old.nbytes)
+        yield from _copy_items(span)
+
+
+def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
+    if span is None:
+        return
+    for start in range(0, span.nbytes, COPY_ITEM):
+        size = min(COPY_ITEM, span.nbytes - start)
+        yield CopyBytes(span.source, span.source_offset + start, span.target, span.target_offset + start, size)
+
+
+def _row_items(plan: _Plan, name: str, target: BinaryIO, offset: int, device: torch.device) -> Iterator[MapRows]:
+    old, new = plan.base.specs[name], plan.output.specs[name]
+    if old.size == 0:
+        return
+    source_dtype, target_dtype = (getattr(torch, TORCH_FLOATS[spec.dtype]) for spec in (old, new))
+    placements = plan.binding.placements.get(name)
+    prepare = _Shared(placements, device).prepare if placements else _prepare_cast
+    # a tensor that is only cast is any run of numbers
+    rows, columns = old.shape if placements else (old.size, 1)
+    step = max(1, ROWS_ITEM // columns) if not placements else max(256, ROWS_ITEM // columns)
+    for start in range(0, rows, step):
+        yield MapRows(
+            name,
+            plan.base.shard_of[name].file,
+            plan.base.shard_of[name].begin[name] + start * columns * source_dtype.itemsize,
+            source_dtype,
+            target,
+            offset + start * columns * target_dtype.itemsize,
+            target_dtype,
+            columns,
+            start,
+            min(start + step, rows),
+            prepare,
+        )
+
+
+def _check_overflow(item: MapRows, results: Sequence[Any], plan: _Plan) -> None:
+    overflowed = sum(r.overflowed if isinstance(r, Change) else r for r in results)
+    if overflowed:
+        wider = "fp32" if plan.base.specs[item.tensor].dtype != "F64" else "keep"
+        raise NeedsFlag(
+            f"{overflowed} weights become infinite in {plan.output.specs[item.tensor].dtype}",
+            culprit=item.tensor,
+            remedy=f"merge with --dtype {wider}, which holds them",
+        )
+
+
+def _report(plan: _Plan, base: str, changes: Mapping[str, list[Change]], dry_run: bool) -> MergeReport:
+    rows, warnings = [], []
+    total_kept = total_change = 0.0
+    for name, placements in plan.binding.placements.items():
+        blocks = changes.get(name, [])
+        # fsum: the sums must not depend on the order in which the blocks finished
+        kept = math.fsum(block.kept for block in blocks)
+        change = math.fsum(block.change_squared for block in blocks)
+        base_squared = math.fsum(block.base_squared for block in blocks)
+        not_finite = sum(block.not_finite for block in blocks)
+        total_kept, total_change = total_kept + kept, total_change + change
+        spec = plan.base.specs[name]
+        rows.append(
+            TensorReport(
+                name,
+                spec.shape,
+                plan.output.specs[name].dtype,
+                sum(placement.update.rank for placement in placements),
+                tuple(placement.weight * placement.update.scale for placement in placements),
+                math.sqrt(change / base_squared) if base_squared else None,
+                sum(block.changed for block in blocks) / spec.size if blocks else None,
+                kept / change if change else None,
+            )
+        )
+        if not_finite:
+            warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
+    total = total_kept / total_change if total_change else None
+    warnings = _warnings(plan, rows, total) + warnings
+    return MergeReport(
+        base,
+        str(plan.output.path),
+        dry_run,
+        plan.output.nbytes,
+        tuple(AdapterReport(a.name, a.format, w, len(a.updates), a.sha256) for a, w in plan.adapters),
+        tuple(rows),
+        total,
+        len(plan.base.specs) - len(rows),
+        plan.binding.left_out,
+        tuple(file.name for file in plan.output.files),
+        plan.output.not_copied,
+        tuple(warnings),
+    )
+
+
+def _warnings(plan: _Plan, rows: Sequence[TensorReport], kept: float | None) -> list[str]:
+    warnings = []
+    weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
+    if weak:
+        worst = min(weak, key=lambda row: row.kept or 0.0)
+        wider = "fp16 or fp32" if worst.dtype == "BF16" else "fp32"
+        warnings.append(
+            f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
+            f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
+            f"merge with --dtype {wider}, or keep the adapter apart"
+        )
+    still = [row.name for row in rows if row.changed == 0]
+    if still:
+        warnings.append(
+            f"{len(still)} tensors stay as they are, since their change is zero or rounds away: {still[0]}, ..."
+        )
+    odd = [name for name, spec in plan.base.specs.items() if spec.dtype.startswith(("F8", "F6", "F4"))]
+    if odd and plan.output.specs != plan.base.specs:
+        warnings.append(f"{len(odd)} tensors of {plan.base.specs[odd[0]].dtype} keep their type: {odd[0]}, ...")
+    return warnings

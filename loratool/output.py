@@ -1,0 +1,235 @@
+"""An output checkpoint: where it goes and how it is laid out, decided completely before its first byte.
+
+By default the layout is the input's: its files, their tensors, and
+where nothing in them must change, their very header bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
+from .errors import NeedsFlag, UsageError
+from .fileio import partial_file, partial_folder, require_free_space, write_at, write_file
+from .sidefiles import encode_json, is_ours, survey, with_dtype
+from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, build_header, data_order, edit_metadata
+
+# Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
+STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file to be: `header` with its length prefix, and each tensor's first byte in file order."""
+
+    name: str
+    header: bytes
+    begin: Mapping[str, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A checkpoint to be.
+
+    `extras` are small files by name with their content; `travels` are side files to copy from `source`.
+    """
+
+    path: Path
+    is_file: bool
+    source: Path
+    specs: Mapping[str, TensorSpec]
+    files: tuple[OutputFile, ...]
+    extras: Mapping[str, bytes]
+    travels: tuple[str, ...]
+    not_copied: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+
+def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str) -> tuple[Path, bool]:
+    """The output's path and whether it is a single file: by its suffix, else as the base was given."""
+    if out is None:
+        return Path(f"{verb}.safetensors" if base.given_as_file else verb), base.given_as_file
+    path = Path(out)
+    if path.suffix in (".gguf", ".bin", ".pt", ".pth", ".ckpt"):
+        raise UsageError(
+            f"{path.suffix} files are not written", culprit=str(path), remedy="name a folder or a .safetensors file"
+        )
+    return path, path.suffix == ".safetensors"
+
+
+def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> None:
+    """Refuse an output that is an input, that exists without --force, or whose folder --force must not replace."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UsageError("there is no such folder to write into", culprit=str(parent))
+    if not path.exists() and not path.is_symlink():
+        return
+    for source in inputs:
+        if path.exists() and path.samefile(source):
+            raise UsageError(
+                "the output would overwrite an input", culprit=str(path), remedy="name another output with -o"
+            )
+    if path.is_dir() and not path.is_symlink() and not is_file:
+        entries = [e.name for e in path.iterdir()]
+        if not entries:
+            return
+        foreign = [name for name in entries if not is_ours(name)]
+        if foreign:
+            raise UsageError(
+                f"holds {foreign[0]}, which is no model file; --force replaces model files only", culprit=str(path)
+            )
+    elif path.is_dir() != (not is_file) or path.is_symlink():
+        raise UsageError("exists and is of another kind than the output", culprit=str(path))
+    if not force:
+        raise NeedsFlag(
+            "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What one output file holds; `kept` is the shard whose layout it keeps, None where it is laid out anew."""
+
+    name: str
+    members: list[str]
+    kept: TensorFile | None
+
+
+def plan_output(
+    base: Checkpoint,
+    path: Path,
+    is_file: bool,
+    provenance: str,
+    changed: Collection[str],
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> Output:
+    """Lay out `base` anew at `path`, with other values in the tensors `changed`.
+
+    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more. Raises UsageError for shards
+    in a single file.
+    """
+    if is_file and max_shard_bytes is not None:
+        raise UsageError("--max-shard-size needs a folder as output", remedy="name a folder with -o")
+    specs = {name: _with_dtype(spec, dtype) for name, spec in base.specs.items()}
+    anew = max_shard_bytes is not None or (is_file and len(base.shards) > 1)
+    cuts = _cut_anew(base, specs, max_shard_bytes) if anew else _cut_as_base(base)
+    indexed = not is_file and (len(cuts) > 1 or (base.index is not None and not anew))
+    own_provenance = {} if indexed else {"loratool": provenance}
+    files = tuple(_output_file(base, cut, specs, changed, own_provenance, dtype is not None) for cut in cuts)
+    extras = {}
+    if indexed:
+        name, former = base.index or (f"{_stem(base)}.safetensors.index.json", {})
+        extras[name] = _index(former, provenance, cuts, specs)
+    # a lone file without a config is no model folder: what lies beside it is not its own
+    alone = is_file or (base.given_as_file and not base.config)
+    travels, not_copied = ([], []) if alone else survey(base.folder, _weight_files(base))
+    if dtype and "config.json" in travels:
+        extras["config.json"] = encode_json(with_dtype(base.config, TORCH_FLOATS[dtype]))
+        travels.remove("config.json")
+    return Output(path, is_file, base.folder, specs, files, extras, tuple(travels), tuple(not_copied))
+
+
+def _with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
+
+
+def _weight_files(base: Checkpoint) -> set[str]:
+    return {shard.path.name for shard in base.shards} | ({base.index[0]} if base.index else set())
+
+
+def _stem(base: Checkpoint) -> str:
+    """The first part of loaders' file names: `model`, or diffusers' `diffusion_pytorch_model`."""
+    return next((n.partition(".")[0] for n in SINGLE_NAMES if base.shards[0].path.name.startswith(n[:9])), "model")
+
+
+def _cut_as_base(base: Checkpoint) -> list[_Cut]:
+    if base.given_as_file:
+        return [_Cut(SINGLE_NAMES[0], list(base.shards[0].specs), base.shards[0])]
+    return [_Cut(shard.path.name, list(shard.specs), shard) for shard in base.shards]
+
+
+def _cut_anew(base: Checkpoint, specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[_Cut]:
+    """Shards cut in the base's order, with transformers' names."""
+    groups = split_into_shards(specs, max_bytes)
+    if len(groups) == 1:
+        return [_Cut(f"{_stem(base)}.safetensors", groups[0], None)]
+    names = [f"{_stem(base)}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    return [_Cut(name, group, None) for name, group in zip(names, groups, strict=True)]
+
+
+def _output_file(
+    base: Checkpoint,
+    cut: _Cut,
+    specs: Mapping[str, TensorSpec],
+    changed: Collection[str],
+    provenance: Mapping[str, str],
+    recast: bool,
+) -> OutputFile:
+    touched = recast or any(name in changed for name in cut.members)
+    stale = STALE_METADATA if touched else ()
+    if cut.kept and not recast:
+        header = edit_metadata(cut.kept.header, stale, provenance)
+        shift = len(header) - cut.kept.data_start
+        begin = {name: cut.kept.begin[name] + shift for name in cut.members}
+    else:
+        former = (cut.kept or base.shards[0]).metadata or {"format": "pt"}
+        metadata = {**{key: value for key, value in former.items() if key not in stale}, **provenance}
+        header, begin = build_header(specs, data_order({name: specs[name] for name in cut.members}), metadata)
+    return OutputFile(cut.name, header, begin, len(header) + sum(specs[name].nbytes for name in cut.members))
+
+
+def _index(former: Mapping[str, object], provenance: str, cuts: list[_Cut], specs: Mapping[str, TensorSpec]) -> bytes:
+    """The index JSON: the former one's fields and order, with the output's map, size and provenance."""
+    metadata = former.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": provenance}
+    metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
+    holder = {name: cut.name for cut in cuts for name in cut.members}
+    order = former.get("weight_map", sorted(holder))
+    assert isinstance(order, dict | list)
+    return encode_json({**former, "metadata": metadata, "weight_map": {name: holder[name] for name in order}})
+
+
+@contextmanager
+def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
+    """The output's weight files by name, sized and with their headers, to be filled by offset in any order.
+
+    When the block ends well all is synced, the side files and the index follow, and the output gets its name;
+    when it does not, nothing stays. Raises MachineError where the disk is too small.
+    """
+    require_free_space(output.path.absolute().parent, output.nbytes)
+    with ExitStack() as stack:
+        targets: dict[str, BinaryIO] = {}
+        if output.is_file:
+            targets[output.files[0].name] = stack.enter_context(partial_file(output.path))
+        else:
+            folder = stack.enter_context(partial_folder(output.path))
+            for file in output.files:
+                targets[file.name] = stack.enter_context(open(folder / file.name, "w+b", buffering=0))
+        for file in output.files:
+            targets[file.name].truncate(file.nbytes)
+            write_at(targets[file.name], memoryview(file.header), 0)
+        yield targets
+        for target in targets.values():
+            os.fsync(target.fileno())
+            target.close()  # Windows renames no folder with open files
+        if not output.is_file:
+            _write_side_files(output, folder)
+
+
+def _write_side_files(output: Output, folder: Path) -> None:
+    for name in output.travels:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(output.source / name, folder / name)
+    for name, data in output.extras.items():
+        write_file(folder / name, data)

@@ -1,0 +1,202 @@
+"""Reports as tables for a terminal and as JSON for a program. The only file that imports rich.
+
+`to_json` is the stable, versioned schema: the report's own field names under a header that every verb shares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import LoratoolError
+    from .ops.inspect import AdapterInspection, CheckpointReport
+    from .ops.merge import MergeReport
+
+SCHEMA_VERSION = 1
+UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
+
+
+def to_json(verb: str, report: Any = None, error: LoratoolError | None = None) -> str:
+    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`."""
+    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None, "exit_code": 0}
+    if error is not None:
+        value["exit_code"] = error.exit_code
+        value["error"] = {
+            "kind": error.kind,
+            "message": error.message,
+            "tensor": error.culprit,
+            "remedy": error.remedy,
+        }
+    elif is_dataclass(report) and not isinstance(report, type):
+        value["report"] = asdict(report)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def size(nbytes: float) -> str:
+    """Decimal units: MB is 10**6."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
+
+
+def _share(value: float | None) -> str:
+    """A share in percent, never rounded up to a clean 100 % or down to 0."""
+    if value is None:
+        return "-"
+    if 0.9995 <= value < 1:
+        return "99.9%"
+    return f"{value:.1%}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def _print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
+    """Columns as (title, right-aligned); lines are never cut or wrapped where stdout is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, right in columns:
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(escape(cell)) for cell in row))
+    console.print(table)
+
+
+def escape(text: str) -> str:
+    """Names come from files: no control character in them reaches the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def print_merge(report: MergeReport) -> None:
+    rows = [
+        [
+            row.name,
+            "x".join(map(str, row.shape)),
+            row.dtype,
+            str(row.rank),
+            ", ".join(f"{scale:g}" for scale in row.scales),
+            "-" if row.relative is None else f"{row.relative:.2e}",
+            _share(row.changed),
+            _share(row.kept),
+        ]
+        for row in report.tensors
+    ]
+    titles = ("tensor", "shape", "dtype", "rank", "scale", "|D|/|W|", "changed", "kept")
+    _print_table([(title, title not in ("tensor", "dtype")) for title in titles], rows)
+    verb = "would be changed" if report.dry_run else "changed"
+    print(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {_share(report.kept)} of the change")
+    for module in report.left_out:
+        print(f"left out: {escape(module)}")
+    if report.not_copied:
+        print(f"not copied: {escape(', '.join(report.not_copied))}")
+    print(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+
+
+def print_checkpoint(report: CheckpointReport) -> None:
+    marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
+    marks += ["tied head"] if report.tied else []
+    marks += [f"quantized: {report.quantization}"] if report.quantization else []
+    print(f"{report.path}: {', '.join(marks)}")
+    rows = [
+        [
+            g.name,
+            "x".join(map(str, g.shape)) or "scalar",
+            g.dtype,
+            str(g.tensors),
+            _count(g.parameters),
+            size(g.nbytes),
+            g.role,
+        ]
+        for g in report.groups
+    ]
+    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", "LoRA target")
+    _print_table([(title, title in ("shape", "count", "parameters", "bytes")) for title in titles], rows)
+    dtypes = ", ".join(f"{dtype} {_count(n)}" for dtype, n in report.dtypes.items())
+    print(f"\n{report.tensors} tensors, {_count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
+
+
+def print_adapter(report: AdapterInspection) -> None:
+    rank = "mixed ranks" if report.rank is None else f"rank {report.rank}"
+    alpha = "mixed alphas" if report.alpha is None else f"alpha {report.alpha:g}"
+    marks = [f"{report.format} adapter", rank, alpha + (", rsLoRA" if report.use_rslora else "")]
+    print(f"{report.path}: {', '.join(marks)}" + (f", for {report.base_model}" if report.base_model else ""))
+    rows = [
+        [
+            g.name,
+            f"{g.shape[0]}x{g.shape[1]}",
+            g.dtype,
+            str(g.rank),
+            f"{g.alpha:g}",
+            f"{g.scale:g}",
+            str(g.modules),
+            _count(g.parameters),
+        ]
+        for g in report.groups
+    ]
+    titles = ("module", "out x in", "dtype", "rank", "alpha", "scale", "count", "parameters")
+    _print_table([(title, title not in ("module", "dtype")) for title in titles], rows)
+    print(f"\n{report.modules} modules, {_count(report.parameters)} parameters, {size(report.nbytes)}")
+    if report.coverage:
+        print(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
+        for module, near in report.coverage.unbound.items():
+            print(f"not in the base: {escape(module)}" + (f" (nearest: {', '.join(near)})" if near else ""))
+
+
+class ProgressBar:
+    """Progress on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing when quiet."""
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        self._label, self._quiet = label, quiet
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            self._show_bar(done, total)
+            return
+        now = time.monotonic()
+        if now - self._last >= 10:
+            self._last = now
+            rate = done / (now - self._start)
+            print(
+                f"{self._label}: {size(done)} of {size(total)}, {size(rate)}/s, {(total - done) / rate:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _show_bar(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=total)
+        self._bar.update(self._task, completed=done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,171 @@
+"""Where and how work runs: the device, and a bounded pool of threads over independent items.
+
+An item is one piece of an output: a range of bytes to copy, or a range of a tensor's rows to compute. It
+knows its sources and its place in the output, so that any worker can run any item in any order, and no
+result can depend on that order. A worker reads, computes and writes block by block in buffers of its own;
+while one waits for the disk, another computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .errors import MachineError, UsageError
+from .fileio import copy_range, read_into, write_at
+from .numerics.exact import BLOCK, Workspace
+
+CUDA_BLOCK = 1 << 23  # weights a block on a GPU, where a kernel's start costs more than its work on a small one
+MAX_WORKERS = 8  # beyond that memory bandwidth is the limit, and each worker holds its buffers
+
+# Called with the bytes of output done so far and in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CopyBytes:
+    """`nbytes` of one file to a place in another, unchanged."""
+
+    source: BinaryIO
+    source_offset: int
+    target: BinaryIO
+    target_offset: int
+    nbytes: int
+
+
+# One block of rows: (base, its first row counted from the item's, out, work) -> what came of it.
+Step = Callable[[Tensor, int, Tensor, Workspace], Any]
+
+
+@dataclass(frozen=True)
+class MapRows:
+    """Rows `start:stop` of a matrix from one file, through a step, to a place in another.
+
+    The offsets are those of row `start`. `prepare(start, stop)` runs once an item and returns its step.
+    """
+
+    tensor: str
+    source: BinaryIO
+    source_offset: int
+    source_dtype: torch.dtype
+    target: BinaryIO
+    target_offset: int
+    target_dtype: torch.dtype
+    columns: int
+    start: int
+    stop: int
+    prepare: Callable[[int, int], Step]
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.columns * self.target_dtype.itemsize
+
+
+Item = CopyBytes | MapRows
+
+
+class Worker:
+    """One thread's buffers and, on a GPU, its stream, so that the workers' copies and kernels overlap."""
+
+    def __init__(self, device: torch.device, block: int | None = None) -> None:
+        self.device = device
+        self.block = block or (CUDA_BLOCK if device.type == "cuda" else BLOCK)
+        self.work = Workspace(device)
+        self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, item: Item) -> list[Any]:
+        """Run one item; returns its steps' results in the order of the rows."""
+        if isinstance(item, CopyBytes):
+            copy_range(item.source, item.source_offset, item.target, item.target_offset, item.nbytes)
+            return []
+        with torch.cuda.stream(self.stream):
+            step = item.prepare(item.start, item.stop)
+            rows = max(1, self.block // max(1, item.columns))
+            count = item.stop - item.start
+            return [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
+
+    def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
+        shape = (end - row, item.columns)
+        base = self.host.take("base", item.source_dtype, *shape)
+        out = self.host.take("out", item.target_dtype, *shape)
+        read_into(item.source, _bytes(base), item.source_offset + row * item.columns * base.itemsize)
+        if self.stream is None:
+            result = step(base, row, out, self.work)
+        else:
+            on_device = self.work.take("out", item.target_dtype, *shape)
+            moved = self.work.take("base", item.source_dtype, *shape).copy_(base, non_blocking=True)
+            result = step(moved, row, on_device, self.work)
+            out.copy_(on_device, non_blocking=True)
+            self.stream.synchronize()
+        write_at(item.target, _bytes(out), item.target_offset + row * item.columns * out.itemsize)
+        return result
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.view(torch.uint8).numpy().data.cast("B")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises MachineError for a device that is absent or has no float64, which exact arithmetic needs.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"there is no device {name}", remedy="use --device cpu")
+    return torch.device("cuda", device.index or 0)
+
+
+def worker_count() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
+
+
+def run(items: Iterable[Item], make_worker: Callable[[], Worker], workers: int) -> Iterator[tuple[Item, list[Any]]]:
+    """Run the items in `workers` threads and yield each with its results, as they come.
+
+    Items are drawn lazily, so a plan of any length holds little. The first error, or an interrupt, stops the
+    drawing, waits for the few items under way, and is raised here.
+    """
+    local = threading.local()
+    threads_before = torch.get_num_threads()
+
+    def one(item: Item) -> tuple[Item, list[Any]]:
+        if not hasattr(local, "worker"):
+            torch.set_num_threads(1)  # the workers are the parallelism
+            local.worker = make_worker()
+        return item, local.worker(item)
+
+    source = iter(items)
+    pending: set[Future[tuple[Item, list[Any]]]] = set()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while True:
+                pending |= {pool.submit(one, item) for item in islice(source, 2 * workers - len(pending))}
+                if not pending:
+                    return
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+            torch.set_num_threads(threads_before)
