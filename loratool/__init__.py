@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
-    from .ops.inspect import inspect
-    from .ops.merge import merge
+    from .ops.inspect import AdapterInspection, CheckpointReport, inspect
+    from .ops.merge import MergeReport, merge
 
 __all__ = ["InputError", "LoratoolError", "MachineError", "NeedsFlag", "UsageError", "inspect", "merge"]
 

@@ -50,12 +50,9 @@ def _count(n: int) -> str:
 
 
 def _share(value: float | None) -> str:
-    """A share in percent, never rounded up to a clean 100 % or down to 0."""
     if value is None:
         return "-"
-    if 0.9995 <= value < 1:
-        return "99.9%"
-    return f"{value:.1%}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+    return f"{value:.1%}" if value >= 0.001 or value <= 0 else f"{value:.1e}"
 
 
 def _print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:

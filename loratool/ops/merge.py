@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..architectures.quantized import quantization
+from ..architectures.roles import role
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import is_adapter, open_adapter
@@ -141,6 +142,7 @@ def merge(
         check_path(path, is_file, inputs, force)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         binding = bind(checkpoint.specs, checkpoint.model_type, loaded, selection)
+        _refuse_tied_head(checkpoint, binding)
         output = plan_output(
             checkpoint,
             path,
@@ -195,6 +197,19 @@ def _open_inputs(
         opened.callback(adapter.file.close)
         loaded.append((adapter, weight))
     return checkpoint, tuple(loaded)
+
+
+def _refuse_tied_head(base: Checkpoint, binding: Binding) -> None:
+    """A loader that ties the head to the embedding would never look at a changed head."""
+    tied = base.config.get("tie_word_embeddings", True) if base.config else False  # transformers' default
+    for name in binding.placements:
+        module = name.removesuffix(".weight")
+        if tied and role(module, 2, True) == "head" and module.endswith(("lm_head", "embed_out")):
+            raise NeedsFlag(
+                "is tied to the embedding by config.json, so loaders would drop its change; untying is not supported yet",
+                culprit=name,
+                remedy=f"to leave it out: --exclude '{module}'",
+            )
 
 
 def _provenance(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], binding: Binding) -> str:

@@ -1,0 +1,117 @@
+"""Helpers for all tests: small models and adapters written by the official safetensors, never by loratool."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data (real adapters) is not here")
+
+
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    shards: int = 1,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A model folder as transformers writes it: `model.safetensors`, or shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} if metadata is None else metadata
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata=dict(metadata))
+        return folder
+    weight_map = {}
+    names = list(tensors)
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        save_file(part, folder / file, metadata=dict(metadata))
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_peft(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
+    """A PEFT adapter folder; `factors` maps a module path to (A, B)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, (A, B) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    rank = len(next(iter(factors.values()))[0])
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(factors), **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def write_kohya(
+    file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: Tensor | None = None, prefix: str = "lora_unet"
+) -> Path:
+    tensors = {}
+    for module, (A, B) in factors.items():
+        name = f"{prefix}_{module.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = A.contiguous()
+        tensors[f"{name}.lora_up.weight"] = B.contiguous()
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = alpha.clone()
+    save_file(tensors, file, metadata={"ss_network_module": "networks.lora"})
+    return file
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file or a folder, by the official library."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def factors(out: int, inp: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, inp, generator=g) / inp**0.5
+    return A.to(dtype), (torch.randn(out, rank, generator=g) * 0.02).to(dtype)
+
+
+def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1000)) * 0.02).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """For comparisons that tell -0.0 from 0.0 and one nan from another."""
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Run the command line in this process through its error boundary: `.exit_code`, `.stdout`, `.stderr`."""
+    import click
+
+    from loratool.cli import _run
+
+    @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+    @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
+    @click.pass_context
+    def boundary(ctx: click.Context, argv: tuple[str, ...]) -> None:
+        ctx.exit(_run(list(argv)))
+
+    def invoke(*argv: object) -> Any:
+        return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
+
+    return invoke

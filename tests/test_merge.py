@@ -1,0 +1,388 @@
+"""ops/merge.py: against peft and an extended-precision reference, then the bytes' independence, then the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    FIXTURES,
+    SHARED,
+    bits,
+    factors,
+    load_model,
+    needs_shared,
+    weights,
+    write_kohya,
+    write_model,
+    write_peft,
+)
+from reference import change_reference, merge_reference, round_reference, to_longdouble
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.ops import merge as merge_module
+
+MODELS = ("llama", "gpt2")
+
+
+def adapter_of(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    folder = FIXTURES / name / "adapter"
+    return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+
+
+def base_copy(name: str, folder: Path, dtype: torch.dtype) -> Path:
+    """The fixture's base in another dtype, as one file."""
+    tensors = {k: v.to(dtype) for k, v in load_model(FIXTURES / name / "base").items()}
+    config = json.loads((FIXTURES / name / "base" / "config.json").read_text())
+    return write_model(folder, tensors, config | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+
+
+def logits(model: Any) -> Tensor:
+    text = torch.tensor([list(b"Shall I compare thee to a summer's day?")])
+    with torch.no_grad():
+        return model.eval()(input_ids=text).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fixtures_merge_to_their_pinned_hashes(tmp_path: Path, name: str) -> None:
+    """Promise 1. The hashes come from `reference.py`, through fixtures/make.py."""
+    loratool.merge(FIXTURES / name / "base", FIXTURES / name / "adapter", tmp_path / "out")
+    pinned = json.loads((FIXTURES / name / "merged.sha256.json").read_text())
+    found = {k: hashlib.sha256(bits(v.flatten()).numpy()).hexdigest() for k, v in load_model(tmp_path / "out").items()}
+    assert found == pinned
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_against_the_reference_and_peft(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Trap 44. Bit-equal to the reference in 16 bits; in fp32 not further from the truth than peft, 1e-5 apart.
+
+    peft rounds once here (fp32 adapter, no safe_merge), but sums in fp32: it may differ by one step at near-ties.
+    """
+    base = base_copy(name, tmp_path / "base", dtype)
+    loratool.merge(base, FIXTURES / name / "adapter", tmp_path / "out")
+    ours = load_model(tmp_path / "out")
+    tensors, config = adapter_of(name)
+    before = load_model(base)
+    reference = merge_reference(before, tensors, config)
+    theirs = peft_merged(base, FIXTURES / name / "adapter", dtype)
+    adapted = [k for k in reference if not torch.equal(reference[k], before[k])]
+    assert len(adapted) == len(tensors) / 2
+    total = sum(ours[k].numel() for k in adapted)
+    for k in set(ours) - set(adapted):
+        assert torch.equal(bits(ours[k]), bits(before[k]))
+    if dtype != torch.float32:
+        assert all(torch.equal(ours[k], reference[k]) for k in adapted)
+        differ = {k: ours[k] != theirs[k] for k in adapted}
+        assert sum(int(d.sum()) for d in differ.values()) <= 1e-4 * total
+        for k, where in differ.items():
+            step = torch.nextafter(ours[k], theirs[k])[where]
+            assert torch.equal(step, theirs[k][where])
+    worse = 0
+    for k in adapted:
+        module = k.removesuffix(".weight")
+        A, B = (tensors[f"base_model.model.{module}.lora_{r}.weight"] for r in "AB")
+        from reference import scale_of
+
+        change = change_reference(A, B, scale_of(config, module, len(A)))
+        exact = to_longdouble(before[k]) + (change.T if config["fan_in_fan_out"] else change)
+        worse += int((np.abs(to_longdouble(ours[k]) - exact) > np.abs(to_longdouble(theirs[k]) - exact)).sum())
+    assert worse <= 1e-5 * total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_merged_model_answers_as_base_plus_adapter(tmp_path: Path, name: str) -> None:
+    """The output loads in transformers, and computes what peft's forward pass computes, to rounding."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = FIXTURES / name / "base"
+    loratool.merge(base, FIXTURES / name / "adapter", tmp_path / "out", dtype="fp32")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    untouched = logits(plain)
+    adapted = logits(PeftModel.from_pretrained(plain, FIXTURES / name / "adapter"))
+    assert (merged - adapted).abs().max() < 1e-4 < 0.1 * (untouched - adapted).abs().max()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_kohya_spelling_gives_the_same_bytes_as_peft(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {f"layers.{i}.to_q.weight": weights(12, 8, seed=i) for i in range(3)})
+    made = {f"layers.{i}.to_q": factors(12, 8, 4, seed=i) for i in range(3)}
+    loratool.merge(base, write_peft(tmp_path / "p", made, lora_alpha=3), tmp_path / "a")
+    loratool.merge(base, write_kohya(tmp_path / "k.safetensors", made, torch.tensor(3.0)), tmp_path / "b")
+    a, b = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["layers.0.to_q.weight"], weights(12, 8))
+
+
+class TestSameBytes:
+    """Promise 1: nothing but the inputs decides a byte."""
+
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> Path:
+        tensors = {f"l.{i}.w.weight": weights(150, 170, seed=i, dtype=torch.bfloat16) for i in range(3)}
+        return write_model(tmp_path / "base", {**tensors, "norm.weight": torch.ones(170)}, shards=2)
+
+    @pytest.fixture
+    def adapters(self, tmp_path: Path) -> list[tuple[Path, float]]:
+        spread = torch.logspace(-5, 5, 6)
+        made = {}
+        for i in range(3):
+            A, B = factors(150, 170, 6, seed=i)
+            made[f"l.{i}.w"] = (A * spread[:, None], B / spread)
+        first = write_peft(tmp_path / "a1", made, lora_alpha=7)
+        second = write_peft(
+            tmp_path / "a2", {f"l.{i}.w": factors(150, 170, 3, seed=9 + i) for i in range(2)}, use_rslora=True
+        )
+        return [(first, 0.7), (second, -1.3)]
+
+    def digest(self, folder: Path) -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+    @pytest.mark.parametrize("workers", [1, 2, 5])
+    @pytest.mark.parametrize("block", [170, 1000, 1 << 18])
+    def test_threads_and_blocks(
+        self, tmp_path: Path, base: Path, adapters: Any, workers: int, block: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loratool.merge(base, adapters, tmp_path / "expected")
+        monkeypatch.setattr("loratool.runtime.BLOCK", block)
+        monkeypatch.setattr(merge_module, "ROWS_ITEM", 1)
+        monkeypatch.setattr(merge_module, "COPY_ITEM", 100)
+        loratool.merge(base, adapters, tmp_path / "out", workers=workers)
+        assert self.digest(tmp_path / "out") == self.digest(tmp_path / "expected")
+
+    def test_order_of_adapters_and_of_the_rank(self, tmp_path: Path, base: Path, adapters: Any) -> None:
+        loratool.merge(base, adapters, tmp_path / "expected")
+        loratool.merge(base, adapters[::-1], tmp_path / "reversed")
+        assert self.digest(tmp_path / "reversed") == self.digest(tmp_path / "expected")
+        file = adapters[0][0] / "adapter_model.safetensors"
+        order = torch.tensor([3, 1, 5, 0, 2, 4])
+        permuted = {k: (v[order] if "lora_A" in k else v[:, order].contiguous()) for k, v in load_file(file).items()}
+        save_file(permuted, file)
+        loratool.merge(base, adapters, tmp_path / "permuted")
+        a, b = load_model(tmp_path / "permuted"), load_model(tmp_path / "expected")
+        assert all(torch.equal(a[k], b[k]) for k in b)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_device(self, tmp_path: Path, base: Path, adapters: Any) -> None:
+        """Trap 49."""
+        loratool.merge(base, adapters, tmp_path / "cpu", device="cpu")
+        loratool.merge(base, adapters, tmp_path / "cuda", device="cuda")
+        assert self.digest(tmp_path / "cuda") == self.digest(tmp_path / "cpu")
+
+
+def one(
+    tmp_path: Path, W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, **options: Any
+) -> tuple[Tensor, loratool.MergeReport]:
+    """Merge a model of one matrix `x`; the merged matrix and the report."""
+    base = write_model(tmp_path / "base", {"x.weight": W}, {"model_type": "llama"})
+    adapter = write_peft(tmp_path / "adapter", {"x": (A, B)}, lora_alpha=scale * len(A))
+    report = loratool.merge(base, adapter, tmp_path / "out", force=True, **options)
+    return load_model(tmp_path / "out")["x.weight"], report
+
+
+@pytest.mark.parametrize("weights_of", [(0.5,), (-2.0,), (0.0,), (1.0, -1.0), (0.25, 3.0, 1.0)])
+def test_a_weight_means_w_times_the_change(tmp_path: Path, weights_of: Sequence[float]) -> None:
+    """Traps 7 and 8: W + w * D for each adapter, never w squared, summed and then rounded once."""
+    W = weights(10, 12, dtype=torch.bfloat16)
+    base = write_model(tmp_path / "base", {"x.weight": W})
+    made = [factors(10, 12, 3, seed=i) for i in range(len(weights_of))]
+    adapters = [
+        (write_peft(tmp_path / f"a{i}", {"x": f}, lora_alpha=6), w)
+        for i, (f, w) in enumerate(zip(made, weights_of, strict=True))
+    ]
+    report = loratool.merge(base, adapters, tmp_path / "out")
+    change = sum(change_reference(A, B, 2.0 * w) for (A, B), w in zip(made, weights_of, strict=True))
+    assert torch.equal(
+        load_model(tmp_path / "out")["x.weight"], round_reference(to_longdouble(W) + change, torch.bfloat16)
+    )
+    assert report.tensors[0].scales == tuple(2.0 * w for w in weights_of) and report.tensors[0].rank == 3 * len(made)
+
+
+def test_one_adapter_twice_with_opposite_weights_changes_nothing(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"x.weight": weights(10, 12)})
+    adapter = write_peft(tmp_path / "a", {"x": factors(10, 12, 3)})
+    report = loratool.merge(base, [(adapter, 0.3), (adapter, -0.3)], tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out")["x.weight"], weights(10, 12))
+    assert (report.tensors[0].changed, report.kept) == (0.0, None) and "stay as they are" in report.warnings[0]
+
+
+def test_small_factors_in_half_precision(tmp_path: Path) -> None:
+    """Trap 46: fp16 factors near the subnormals are not rounded again by the scale."""
+    W = weights(20, 30)
+    A, B = factors(20, 30, 4)
+    A, B = A.half(), (B * 1e-4).half()
+    merged, _ = one(tmp_path, W, A, B, 1 / 16)
+    assert torch.equal(merged, round_reference(to_longdouble(W) + change_reference(A, B, 1 / 16), torch.float32))
+
+
+def test_overflow_is_refused_with_the_dtype_that_holds_it(tmp_path: Path) -> None:
+    """Trap 46; exit 4 is kept: with the flag the command succeeds."""
+    W = torch.full((4, 4), 6e4, dtype=torch.float16)
+    A, B = torch.ones(1, 4), torch.full((4, 1), 1e4)
+    with pytest.raises(NeedsFlag, match=r"x.weight: 16 weights become infinite in F16\nmerge with --dtype fp32"):
+        one(tmp_path, W, A, B)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    merged, _ = one(tmp_path, W, A, B, dtype="fp32")
+    assert (merged == 7e4).all()
+
+
+def test_what_the_base_holds_of_nan_and_inf_is_kept_and_reported(tmp_path: Path) -> None:
+    W = weights(8, 8, dtype=torch.bfloat16)
+    W[0, 0], W[3, 3], W[4, 4] = torch.nan, torch.inf, -0.0
+    merged, report = one(tmp_path, W, *factors(8, 8, 2))
+    assert torch.equal(merged.isnan(), W.isnan()) and merged[3, 3] == torch.inf
+    assert report.warnings == ("x.weight: 2 weights of the base are inf or nan; they are copied as they are",)
+
+
+def test_a_damaged_factor_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Trap 54."""
+    A, B = factors(8, 8, 2)
+    A[1, 1] = torch.nan
+    with pytest.raises(InputError, match="lora_A.weight: holds nan or inf"):
+        one(tmp_path, weights(8, 8), A, B)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_report_says_what_rounding_left(tmp_path: Path) -> None:
+    """Trap 45: a change far below the base's steps."""
+    W = weights(200, 200, dtype=torch.bfloat16)
+    A, B = factors(200, 200, 4)
+    merged, report = one(tmp_path, W, A, B, 2e-3)
+    D, gain = change_reference(A, B, 2e-3), to_longdouble(merged) - to_longdouble(W)
+    row = report.tensors[0]
+    assert row.kept == pytest.approx(float((gain * D).sum() / (D * D).sum()), rel=1e-9) and row.kept < 0.5
+    assert row.changed == float((gain != 0).mean())
+    assert row.relative == pytest.approx(float(np.sqrt((D * D).sum() / (to_longdouble(W) ** 2).sum())), rel=1e-9)
+    assert report.kept == row.kept and "merge with --dtype fp16 or fp32" in report.warnings[0]
+    _, wide = one(tmp_path, W, A, B, 2e-3, dtype="fp32")
+    assert wide.kept == pytest.approx(1, abs=1e-4) and not wide.warnings
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["0b51ef8", "9dd577d"])
+def test_a_real_adapter_that_bf16_swallows(tmp_path: Path, name: str) -> None:
+    """Real adapters, so slight that bf16 keeps a few percent of them; the base has the model's names and scale."""
+    adapter = SHARED / "minilm-lora-dee66" / f"peft_adapter_r4_a16_d0.0_e1_b16__{name}"
+    names = [f"encoder.layer.{i}.attention.self.{m}.weight" for i in range(6) for m in ("query", "value")]
+    base = write_model(
+        tmp_path / "base",
+        {n: 2 * weights(384, 384, seed=i, dtype=torch.bfloat16) for i, n in enumerate(names)},
+        {"model_type": "bert"},
+    )
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert (
+        report.kept is not None and report.kept < 0.15 and any("loses part of the change" in w for w in report.warnings)
+    )
+
+
+class TestRefusals:
+    def test_swapped_arguments(self) -> None:
+        base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+        with pytest.raises(InputError, match=f"is an adapter.*\nswap them: loratool merge {base} {adapter}"):
+            loratool.merge(adapter, base)
+
+    @pytest.mark.parametrize(
+        "marker", ["x.qweight", "x.SCB", "x.weight_scale_inv", "x.weight.absmax", "experts.gate_up_proj_blocks"]
+    )
+    def test_quantized_bases(self, tmp_path: Path, marker: str) -> None:
+        """Trap 47."""
+        base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), marker: torch.zeros(3)})
+        with pytest.raises(InputError, match="is quantized .*\npass the original model"):
+            loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out")
+
+    def test_quantized_by_config(self, tmp_path: Path) -> None:
+        base = write_model(
+            tmp_path / "base", {"x.weight": weights(6, 4)}, {"quantization_config": {"quant_method": "fp8"}}
+        )
+        with pytest.raises(InputError, match=r"quantized \(fp8\)"):
+            loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out")
+
+    def test_a_tied_head(self, tmp_path: Path) -> None:
+        """Traps 55 and 56: a loader would tie the head again and drop its change."""
+        tensors = {
+            "model.embed_tokens.weight": weights(6, 4),
+            "lm_head.weight": weights(6, 4),
+            "model.x.weight": weights(6, 4),
+        }
+        made = {"lm_head": factors(6, 4, 2), "model.x": factors(6, 4, 2)}
+        adapter = write_peft(tmp_path / "a", made)
+        base = write_model(tmp_path / "base", tensors, {"tie_word_embeddings": True})
+        with pytest.raises(NeedsFlag, match=r"lm_head.weight: is tied .*\n.*--exclude 'lm_head'"):
+            loratool.merge(base, adapter, tmp_path / "out")
+        assert loratool.merge(base, adapter, tmp_path / "out", exclude=["lm_head"]).left_out == ("lm_head",)
+        base = write_model(tmp_path / "base", tensors, {"tie_word_embeddings": False})
+        assert len(loratool.merge(base, adapter, tmp_path / "out2").tensors) == 2
+        del tensors["lm_head.weight"]
+        with pytest.raises(NeedsFlag, match="--exclude 'lm_head'"):
+            loratool.merge(write_model(tmp_path / "base2", tensors), adapter, tmp_path / "out3")
+
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+    def test_weights_that_are_no_numbers(self, weight: float) -> None:
+        with pytest.raises(UsageError, match="not a finite number"):
+            loratool.merge(FIXTURES / "llama" / "base", (FIXTURES / "llama" / "adapter", weight))
+
+    def test_options_out_of_their_tables(self, tmp_path: Path) -> None:
+        arguments = (FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "out")
+        with pytest.raises(UsageError, match="dtype 'int4'"):
+            loratool.merge(*arguments, dtype="int4")
+        with pytest.raises(UsageError, match="no adapter"):
+            loratool.merge(arguments[0], [], arguments[2])
+        with pytest.raises(UsageError, match="--device 'gpu'"):
+            loratool.merge(*arguments, device="gpu")
+        with pytest.raises(loratool.MachineError, match="no float64"):
+            loratool.merge(*arguments, device="mps")
+
+
+def test_only_what_is_selected_is_merged(tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+    report = loratool.merge(
+        base, adapter, tmp_path / "out", target=["q_proj", "mlp.down_proj"], exclude=["re:layers.2"], layers="1-2"
+    )
+    assert {t.name for t in report.tensors} == {
+        f"model.layers.1.{m}.weight" for m in ("mlp.down_proj", "self_attn.q_proj")
+    }
+    assert len(report.left_out) == 19
+    before, after = load_model(base), load_model(tmp_path / "out")
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {t.name for t in report.tensors}
+
+
+def test_dry_run_tells_all_and_writes_nothing(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "llama" / "base", base)
+    report = loratool.merge(base, FIXTURES / "llama" / "adapter", tmp_path / "out", dry_run=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    done = loratool.merge(base, FIXTURES / "llama" / "adapter", tmp_path / "out")
+    assert (report.nbytes, report.files, report.copied) == (done.nbytes, done.files, done.copied)
+    assert [(t.name, t.rank, t.scales) for t in report.tensors] == [(t.name, t.rank, t.scales) for t in done.tensors]
+
+
+def test_progress_ends_at_the_whole_output(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = loratool.merge(
+        FIXTURES / "llama" / "base",
+        FIXTURES / "llama" / "adapter",
+        tmp_path / "out",
+        progress=lambda d, t: seen.append((d, t)),
+    )
+    data = sum(v.nbytes for v in load_model(tmp_path / "out").values())
+    assert seen[-1] == (data, report.nbytes) and seen == sorted(seen)
