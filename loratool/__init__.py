@@ -19,13 +19,32 @@ if TYPE_CHECKING:
     from .ops.inspect import AdapterInspection, CheckpointReport, inspect
     from .ops.merge import MergeReport, merge
 
-__all__ = ["InputError", "LoratoolError", "MachineError", "NeedsFlag", "UsageError", "inspect", "merge"]
+# Loaded on first use, so that `import loratool` and the command line start without torch.
+_HOMES = {
+    "AdapterInspection": "inspect",
+    "CheckpointReport": "inspect",
+    "MergeReport": "merge",
+    "inspect": "inspect",
+    "merge": "merge",
+}
+
+__all__ = [
+    "AdapterInspection",
+    "CheckpointReport",
+    "InputError",
+    "LoratoolError",
+    "MachineError",
+    "MergeReport",
+    "NeedsFlag",
+    "UsageError",
+    "inspect",
+    "merge",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """The verbs load on first use, so that `import loratool` and the command line start without torch."""
-    if name in ("inspect", "merge"):
+    if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(f".ops.{name}", __name__), name)
+        return getattr(import_module(f".ops.{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

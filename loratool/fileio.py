@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from .errors import InputError, MachineError, UsageError
 
 COPY_CHUNK = 1 << 23  # one fallback copy buffer: large enough to stream, small enough to hold one a worker
+POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
 _seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
 
 
@@ -90,7 +91,7 @@ def require_free_space(folder: Path, nbytes: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder; its renames are journaled
+    if not POSIX:
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -103,7 +104,7 @@ def _lock(file: Any, path: Path) -> None:
     """Hold `path` for this process, so that two commands with one output cannot mix their bytes."""
     try:
         import fcntl
-    except ImportError:
+    except ImportError:  # Windows
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,15 +138,12 @@ def partial_folder(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(exist_ok=True)
-    if os.name == "nt":
-        lock: Any = None
-    else:
-        lock = os.open(partial, os.O_RDONLY)
-        try:
-            _lock(lock, path)
-        except UsageError:
-            os.close(lock)
-            raise
+    lock = os.open(partial, os.O_RDONLY) if POSIX else None
+    try:
+        _lock(lock, path)
+    except UsageError:
+        os.close(lock)  # type: ignore[arg-type]
+        raise
     former = path.with_name(path.name + ".former")
     try:
         for left in partial.iterdir():  # from a run that was killed

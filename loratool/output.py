@@ -220,10 +220,10 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
             targets[file.name].truncate(file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
         yield targets
-        for target in targets.values():
-            os.fsync(target.fileno())
-            target.close()  # Windows renames no folder with open files
         if not output.is_file:
+            for target in targets.values():
+                os.fsync(target.fileno())
+                target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder)
 
 

@@ -69,7 +69,9 @@ def _print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(escape(cell)) for cell in row))
-    console.print(table)
+    with console.capture() as text:  # rich would turn a closed pipe into exit 1
+        console.print(table)
+    print(text.get(), end="")
 
 
 def escape(text: str) -> str:

@@ -40,16 +40,22 @@ class CopyBytes:
     target_offset: int
     nbytes: int
 
+    @property
+    def end(self) -> tuple[int, int]:
+        return self.source_offset + self.nbytes, self.target_offset + self.nbytes
+
 
 # One block of rows: (base, its first row counted from the item's, out, work) -> what came of it.
 Step = Callable[[Tensor, int, Tensor, Workspace], Any]
+# (start, stop) of an item's rows -> the step for its blocks, from whatever those rows have in common.
+Prepare = Callable[[int, int], Step]
 
 
 @dataclass(frozen=True)
 class MapRows:
     """Rows `start:stop` of a matrix from one file, through a step, to a place in another.
 
-    The offsets are those of row `start`. `prepare(start, stop)` runs once an item and returns its step.
+    The offsets are those of row `start`.
     """
 
     tensor: str
@@ -62,7 +68,7 @@ class MapRows:
     columns: int
     start: int
     stop: int
-    prepare: Callable[[int, int], Step]
+    prepare: Prepare
 
     @property
     def nbytes(self) -> int:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError
-from loratool.ops import merge as merge_module
 
 MODELS = ("llama", "gpt2")
 
@@ -73,9 +72,10 @@ def test_fixtures_merge_to_their_pinned_hashes(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_against_the_reference_and_peft(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    """Trap 44. Bit-equal to the reference in 16 bits; in fp32 not further from the truth than peft, 1e-5 apart.
+    """Trap 44. Bit-equal to the reference in 16 bits; in fp32 further from the truth than peft in at most 1e-5.
 
-    peft rounds once here (fp32 adapter, no safe_merge), but sums in fp32: it may differ by one step at near-ties.
+    peft rounds once here too (fp32 adapter, no safe_merge), but from an fp32 sum: that sum lands on a midpoint of the
+    16-bit type in about 2**-16 of the weights for bf16 and 2**-13 for fp16, and there peft is one step off.
     """
     base = base_copy(name, tmp_path / "base", dtype)
     loratool.merge(base, FIXTURES / name / "adapter", tmp_path / "out")
@@ -92,7 +92,8 @@ def test_against_the_reference_and_peft(tmp_path: Path, name: str, dtype: torch.
     if dtype != torch.float32:
         assert all(torch.equal(ours[k], reference[k]) for k in adapted)
         differ = {k: ours[k] != theirs[k] for k in adapted}
-        assert sum(int(d.sum()) for d in differ.values()) <= 1e-4 * total
+        limit = {torch.bfloat16: 1e-4, torch.float16: 4e-4}[dtype]
+        assert sum(int(d.sum()) for d in differ.values()) <= limit * total
         for k, where in differ.items():
             step = torch.nextafter(ours[k], theirs[k])[where]
             assert torch.equal(step, theirs[k][where])
@@ -164,8 +165,9 @@ class TestSameBytes:
     ) -> None:
         loratool.merge(base, adapters, tmp_path / "expected")
         monkeypatch.setattr("loratool.runtime.BLOCK", block)
-        monkeypatch.setattr(merge_module, "ROWS_ITEM", 1)
-        monkeypatch.setattr(merge_module, "COPY_ITEM", 100)
+        monkeypatch.setattr("loratool.rewrite.ROWS_ITEM", 1)
+        monkeypatch.setattr("loratool.rewrite.MIN_ROWS", 7)
+        monkeypatch.setattr("loratool.rewrite.COPY_ITEM", 100)
         loratool.merge(base, adapters, tmp_path / "out", workers=workers)
         assert self.digest(tmp_path / "out") == self.digest(tmp_path / "expected")
 
@@ -239,7 +241,7 @@ def test_overflow_is_refused_with_the_dtype_that_holds_it(tmp_path: Path) -> Non
     """Trap 46; exit 4 is kept: with the flag the command succeeds."""
     W = torch.full((4, 4), 6e4, dtype=torch.float16)
     A, B = torch.ones(1, 4), torch.full((4, 1), 1e4)
-    with pytest.raises(NeedsFlag, match=r"x.weight: 16 weights become infinite in F16\nmerge with --dtype fp32"):
+    with pytest.raises(NeedsFlag, match=r"x.weight: 16 weights become infinite in F16\nadd --dtype fp32"):
         one(tmp_path, W, A, B)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     merged, _ = one(tmp_path, W, A, B, dtype="fp32")

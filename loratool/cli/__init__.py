@@ -88,7 +88,8 @@ def _run(argv: list[str]) -> int:
     from ..errors import LoratoolError, MachineError, UsageError
 
     try:
-        cli.main(argv, prog_name="loratool", standalone_mode=False, auto_envvar_prefix="LORATOOL")
+        with cli.make_context("loratool", list(argv), auto_envvar_prefix="LORATOOL") as context:
+            cli.invoke(context)
         sys.stdout.flush()
         return 0
     except click.exceptions.Exit as error:

@@ -11,10 +11,10 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ from ..architectures.roles import role
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import is_adapter, open_adapter
-from ..numerics.exact import ARITHMETIC_VERSION, Change, ExactProduct, Workspace, add_rounded, cast_rounded
-from ..output import Output, check_path, open_output, output_path, plan_output
-from ..runtime import CopyBytes, Item, MapRows, Progress, Worker, choose_device, run, worker_count
+from ..numerics.exact import ARITHMETIC_VERSION, Change, ExactProduct, Workspace, add_rounded
+from ..output import Output, check_path, output_path, plan_output
+from ..rewrite import overflow, rewrite
+from ..runtime import Prepare, Progress, Step, choose_device, worker_count
 from ..sidefiles import provenance
 from ..targets import Binding, Placement, Selection, bind, parse_layers
-from ..tensorfile import TORCH_FLOATS
 
 # What --dtype may say -> the safetensors name, None to keep each tensor's own.
 MERGE_DTYPES = {
@@ -43,8 +43,6 @@ MERGE_DTYPES = {
     "float16": "F16",
 }
 KEPT_ENOUGH = 0.95  # below this share of the change that survives rounding, merge warns
-COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
-ROWS_ITEM = 1 << 22  # weights of a matrix an item
 
 AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
@@ -206,7 +204,7 @@ def _refuse_tied_head(base: Checkpoint, binding: Binding) -> None:
         module = name.removesuffix(".weight")
         if tied and role(module, 2, True) == "head" and module.endswith(("lm_head", "embed_out")):
             raise NeedsFlag(
-                "is tied to the embedding by config.json, so loaders would drop its change; untying is not supported yet",
+                "is tied to the embedding by config.json: loaders would drop its change; untying is not supported yet",
                 culprit=name,
                 remedy=f"to leave it out: --exclude '{module}'",
             )
@@ -254,7 +252,7 @@ class _Shared:
                     torch.cuda.current_stream(self._device).synchronize()  # the other workers' streams read it
             return self._product
 
-    def prepare(self, start: int, stop: int) -> Callable[[Tensor, int, Tensor, Workspace], Change]:
+    def prepare(self, start: int, stop: int) -> Step:
         product = self.get()
         left = product.left(start, stop)
 
@@ -264,90 +262,20 @@ class _Shared:
         return step
 
 
-def _prepare_cast(start: int, stop: int) -> Callable[[Tensor, int, Tensor, Workspace], int]:
-    return lambda base, row, out, work: cast_rounded(base, out, work)
-
-
 def _execute(plan: _Plan, device: torch.device, progress: Progress | None, workers: int) -> dict[str, list[Change]]:
     changes: dict[str, list[Change]] = defaultdict(list)
-    done = 0
-    with open_output(plan.output) as targets:
-        for item, results in run(_items(plan, targets, device), lambda: Worker(device), workers):
-            if isinstance(item, MapRows):
-                _check_overflow(item, results, plan)
-                changes[item.tensor] += [result for result in results if isinstance(result, Change)]
-            done += item.nbytes
-            if progress:
-                progress(done, plan.output.nbytes)
+    placements = plan.binding.placements
+
+    def make_step(name: str) -> Prepare:
+        return _Shared(placements[name], device).prepare
+
+    with closing(rewrite(plan.base, plan.output, placements, make_step, device, workers, progress)) as pieces:
+        for name, blocks in pieces:
+            overflowed = sum(block.overflowed for block in blocks)
+            if overflowed:
+                raise overflow(name, overflowed, plan.output.specs[name].dtype)
+            changes[name] += blocks
     return changes
-
-
-def _items(plan: _Plan, targets: Mapping[str, BinaryIO], device: torch.device) -> Iterator[Item]:
-    """The work of the whole output, file by file, in the order of their bytes."""
-    for file in plan.output.files:
-        target = targets[file.name]
-        span: CopyBytes | None = None
-        for name, offset in file.begin.items():
-            shard, old, new = plan.base.shard_of[name], plan.base.specs[name], plan.output.specs[name]
-            begin = shard.begin[name]
-            if name in plan.binding.placements or new.dtype != old.dtype:
-                yield from _row_items(plan, name, target, offset, device)
-            elif (
-                span
-                and span.source is shard.file
-                and span.source_offset + span.nbytes == begin
-                and span.target_offset + span.nbytes == offset
-            ):
-                span = CopyBytes(span.source, span.source_offset, target, span.target_offset, span.nbytes + old.nbytes)
-            else:
-                yield from _copy_items(span)
-                span = CopyBytes(shard.file, begin, target, offset, old.nbytes)
-        yield from _copy_items(span)
-
-
-def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
-    if span is None:
-        return
-    for start in range(0, span.nbytes, COPY_ITEM):
-        size = min(COPY_ITEM, span.nbytes - start)
-        yield CopyBytes(span.source, span.source_offset + start, span.target, span.target_offset + start, size)
-
-
-def _row_items(plan: _Plan, name: str, target: BinaryIO, offset: int, device: torch.device) -> Iterator[MapRows]:
-    old, new = plan.base.specs[name], plan.output.specs[name]
-    if old.size == 0:
-        return
-    source_dtype, target_dtype = (getattr(torch, TORCH_FLOATS[spec.dtype]) for spec in (old, new))
-    placements = plan.binding.placements.get(name)
-    prepare = _Shared(placements, device).prepare if placements else _prepare_cast
-    # a tensor that is only cast is any run of numbers
-    rows, columns = old.shape if placements else (old.size, 1)
-    step = max(1, ROWS_ITEM // columns) if not placements else max(256, ROWS_ITEM // columns)
-    for start in range(0, rows, step):
-        yield MapRows(
-            name,
-            plan.base.shard_of[name].file,
-            plan.base.shard_of[name].begin[name] + start * columns * source_dtype.itemsize,
-            source_dtype,
-            target,
-            offset + start * columns * target_dtype.itemsize,
-            target_dtype,
-            columns,
-            start,
-            min(start + step, rows),
-            prepare,
-        )
-
-
-def _check_overflow(item: MapRows, results: Sequence[Any], plan: _Plan) -> None:
-    overflowed = sum(r.overflowed if isinstance(r, Change) else r for r in results)
-    if overflowed:
-        wider = "fp32" if plan.base.specs[item.tensor].dtype != "F64" else "keep"
-        raise NeedsFlag(
-            f"{overflowed} weights become infinite in {plan.output.specs[item.tensor].dtype}",
-            culprit=item.tensor,
-            remedy=f"merge with --dtype {wider}, which holds them",
-        )
 
 
 def _report(plan: _Plan, base: str, changes: Mapping[str, list[Change]], dry_run: bool) -> MergeReport:

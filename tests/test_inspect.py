@@ -1,0 +1,227 @@
+"""ops/inspect.py: real key lists of large models over sparse files, grouping, coverage, and the time it takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, SHARED, factors, needs_shared, weights, write_kohya, write_model, write_peft
+from safetensors.torch import save_file
+
+import loratool
+from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.ops.inspect import AdapterInspection, CheckpointReport, _ranges
+from loratool.tensorfile import TensorSpec, build_header
+
+
+def sparse_model(
+    folder: Path, tensors: dict[str, tuple[str, list[int]]], config: dict[str, Any], shards: int = 1
+) -> Path:
+    """A model of any size on disk: true headers over empty data sections."""
+    folder.mkdir()
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        specs = {n: TensorSpec(tensors[n][0], tuple(tensors[n][1])) for n in names[i::shards]}
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        header, _ = build_header(specs, specs, {"format": "pt"})
+        with open(folder / file, "wb") as out:
+            out.write(header)
+            out.truncate(len(header) + sum(s.nbytes for s in specs.values()))
+        weight_map.update(dict.fromkeys(specs, file))
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def checkpoint_report(path: Path) -> CheckpointReport:
+    report = loratool.inspect(path)
+    assert isinstance(report, CheckpointReport)
+    return report
+
+
+def adapter_report(path: Path, **options: Any) -> AdapterInspection:
+    report = loratool.inspect(path, **options)
+    assert isinstance(report, AdapterInspection)
+    return report
+
+
+def test_a_models_groups_read_like_its_config() -> None:
+    report = checkpoint_report(FIXTURES / "llama" / "base")
+    assert (report.model_type, report.tensors, report.tied, report.quantization) == ("llama", 30, False, None)
+    assert report.parameters == 171_456 and report.nbytes == 2 * 171_456 and report.dtypes == {"BF16": 171_456}
+    roles = {g.name: (g.tensors, g.shape, g.role) for g in report.groups}
+    assert roles["model.layers.{0..2}.self_attn.q_proj.weight"] == (3, (64, 64), "linear")
+    assert roles["model.embed_tokens.weight"] == (1, (256, 64), "embedding")
+    assert roles["lm_head.weight"] == (1, (256, 64), "head")
+    assert roles["model.layers.{0..2}.input_layernorm.weight"] == (3, (64,), "")
+    assert sum(g.parameters for g in report.groups) == report.parameters
+
+
+def test_linear_targets_are_pefts_all_linear() -> None:
+    """What is marked `linear` is what peft's target_modules="all-linear" takes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    for name in ("llama", "gpt2"):
+        model = AutoModelForCausalLM.from_pretrained(FIXTURES / name / "base")
+        live = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        theirs = {n.removeprefix("base_model.model.") for n, m in live.named_modules() if hasattr(m, "lora_A")}
+        marked = [g for g in checkpoint_report(FIXTURES / name / "base").groups if g.role == "linear"]
+        assert sum(g.tensors for g in marked) == len(theirs)
+        assert {g.name.rpartition(".weight")[0].rpartition(".")[2] for g in marked} == {
+            t.rpartition(".")[2] for t in theirs
+        }
+
+
+def test_a_head_that_the_file_lacks_is_marked_tied(tmp_path: Path) -> None:
+    assert checkpoint_report(FIXTURES / "gpt2" / "base").tied
+    tensors = {"model.embed_tokens.weight": weights(8, 4)}
+    for config, tied in (
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}, True),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}, False),
+        ({"architectures": ["BertModel"]}, False),
+        ({}, False),
+    ):
+        assert checkpoint_report(write_model(tmp_path / "m", tensors, config)).tied is tied
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([3], "3"), ([0, 1, 2], "{0..2}"), ([0, 2, 3, 7], "{0,2..3,7}"), ([1, 3], "{1,3}")]
+)
+def test_ranges(values: list[int], text: str) -> None:
+    assert _ranges(values) == text
+
+
+def test_odd_tensors_and_names(tmp_path: Path) -> None:
+    """Trap 65."""
+    odd = {
+        "scalar": torch.tensor(1.0),
+        "none": torch.zeros(0, 4),
+        "z": torch.zeros(2, dtype=torch.complex64),
+        "0.1.2": torch.ones(1),
+        "": torch.ones(1),
+    }
+    report = checkpoint_report(write_model(tmp_path / "m", odd))
+    assert report.tensors == 5 and report.parameters == 1 + 0 + 2 + 1 + 1
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama-2-7b", "mixtral-8x22b", "phi-3-mini", "falcon-180b"])
+def test_real_indexes(tmp_path: Path, name: str) -> None:
+    """Names, shapes and config of real models: every tensor is counted once, and the table stays short."""
+    shapes = json.loads((SHARED / "index" / name / "shapes.json").read_text())
+    config = json.loads((SHARED / "index" / name / "config.json").read_text())
+    total = json.loads((SHARED / "index" / name / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    folder = sparse_model(tmp_path / "m", {k: ("BF16", v["shape"]) for k, v in shapes.items()}, config, shards=3)
+    report = checkpoint_report(folder)
+    assert report.tensors == len(shapes) == sum(g.tensors for g in report.groups)
+    assert report.nbytes == 2 * sum(math.prod(v["shape"]) for v in shapes.values())
+    assert report.nbytes in (total, total // 2)  # some indexes count fp32
+    assert len(report.groups) < 30
+
+
+@needs_shared
+def test_quantized_and_expert_marks(tmp_path: Path) -> None:
+    for name, quantized in (("gpt-oss-20b", "mxfp4"), ("qwen3-30b-a3b", None)):
+        tensors = json.loads((SHARED / "index" / "generated" / f"{name}.json").read_text())
+        report = checkpoint_report(
+            sparse_model(tmp_path / name, {k: (v["dtype"], v["shape"]) for k, v in tensors.items()}, {})
+        )
+        assert report.quantization == quantized
+        assert report.tensors == len(tensors) and len(report.groups) < 40
+        if name.startswith("qwen3"):
+            (experts,) = [g for g in report.groups if "up_proj" in g.name]
+            assert (
+                experts.name == "model.layers.{0..47}.mlp.experts.{0..127}.up_proj.weight"
+                and experts.tensors == 48 * 128
+            )
+
+
+def test_ninety_thousand_tensors_in_a_second_or_two(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, list[int]]] = {
+        f"model.layers.{i}.mlp.experts.{e}.{m}_proj.weight": ("BF16", [2048, 7168])
+        for i in range(60)
+        for e in range(500)
+        for m in ("gate", "up", "down")
+    }
+    folder = sparse_model(tmp_path / "m", tensors, {"model_type": "deepseek_v3"}, shards=30)
+    start = time.monotonic()
+    command = [sys.executable, "-c", "from loratool.cli import main; main()", "inspect", str(folder)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - start < 6  # 1.3 s on an idle machine
+    assert (
+        "model.layers.{0..59}.mlp.experts.{0..499}.up_proj.weight" in out
+        and "90000 tensors" in out
+        and len(out.splitlines()) < 10
+    )
+
+
+def test_an_adapter() -> None:
+    report = adapter_report(FIXTURES / "gpt2" / "adapter", base=FIXTURES / "gpt2" / "base")
+    assert (report.format, report.modules, report.use_rslora, report.rank, report.alpha) == ("peft", 12, True, None, 6)
+    found = {g.name: (g.rank, g.alpha, g.scale, g.modules) for g in report.groups}
+    assert found["transformer.h.{0..2}.attn.c_attn"] == (8, pytest.approx(6), 6 / math.sqrt(8), 3)
+    assert found["transformer.h.{0..2}.mlp.c_proj"] == (4, 3, 1.5, 3)
+    assert report.coverage is not None and (report.coverage.bound, report.coverage.unbound) == (12, {})
+    assert report.parameters == sum(
+        t.numel() for t in _tensors(FIXTURES / "gpt2" / "adapter" / "adapter_model.safetensors")
+    )
+
+
+def _tensors(file: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return list(load_file(file).values())
+
+
+def test_coverage_lists_what_does_not_bind(tmp_path: Path) -> None:
+    adapter = write_peft(
+        tmp_path / "a", {"model.layers.0.q_proj": factors(6, 4, 2), "model.layers.7.q_proj": factors(6, 4, 2)}
+    )
+    base = write_model(tmp_path / "b", {"model.layers.0.q_proj.weight": weights(6, 4)})
+    report = adapter_report(adapter, base=base)
+    assert report.coverage is not None and report.coverage.bound == 1
+    assert report.coverage.unbound == {"model.layers.7.q_proj": ("model.layers.0.q_proj.weight",)}
+
+
+def test_a_kohya_file_and_a_bare_file(tmp_path: Path) -> None:
+    made = {f"blocks.{i}.to_q": factors(6, 4, 2) for i in range(12)}
+    report = adapter_report(write_kohya(tmp_path / "k.safetensors", made, torch.tensor(1.0)))
+    assert [(g.name, g.scale, g.modules) for g in report.groups] == [("lora_unet_blocks_{0..11}_to_q", 0.5, 12)]
+    A, B = factors(6, 4, 2)
+    save_file(
+        {"base_model.model.x.lora_A.weight": A, "base_model.model.x.lora_B.weight": B}, tmp_path / "bare.safetensors"
+    )
+    with pytest.raises(NeedsFlag, match="--alpha"):
+        loratool.inspect(tmp_path / "bare.safetensors")
+    assert adapter_report(tmp_path / "bare.safetensors", alpha=3).groups[0].scale == 1.5
+
+
+def test_what_cannot_be_inspected(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--base is for adapters"):
+        loratool.inspect(FIXTURES / "llama" / "base", base=FIXTURES / "llama" / "base")
+    with pytest.raises(InputError, match="holds no"):
+        loratool.inspect(tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        loratool.inspect(tmp_path / "x.safetensors")
+
+
+def test_grouping_never_joins_what_differs() -> None:
+    """Digits inside a word are no index: fc1 and fc2 stay apart."""
+    from loratool.ops.inspect import _groups
+
+    names = ["l.0.fc1.weight", "l.1.fc1.weight", "l.0.fc2.weight", "l.2.fc1.weight", "12.w", "13.w"]
+    specs = {n: TensorSpec("F32", (2, 2)) for n in names} | {"l.3.fc1.weight": TensorSpec("F16", (2, 2))}
+    assert [g.name for g in _groups(specs)] == ["l.{0..2}.fc1.weight", "l.0.fc2.weight", "{12..13}.w", "l.3.fc1.weight"]
+    assert not re.search(r"fc\{", "".join(g.name for g in _groups(specs)))
