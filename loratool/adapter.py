@@ -61,7 +61,7 @@ def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"is not a regular expression: {error}", culprit=pattern) from error
     return default
 
@@ -148,4 +148,7 @@ def pair_factors(
             culprit=module,
             remedy="the config is of another adapter",
         )
-    return UpdateSpec(kind, module, dict(roles), specs, config.scale_of(module, A.shape[0]))
+    scale = config.scale_of(module, A.shape[0])
+    if not math.isfinite(scale):
+        raise InputError(f"its scale would be {scale}", culprit=module)
+    return UpdateSpec(kind, module, dict(roles), specs, scale)

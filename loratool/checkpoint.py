@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .fileio import open_for_reading
+from .fileio import open_for_reading, reading
 from .hub import resolve
 from .tensorfile import TensorFile, TensorSpec, parse_json
 
@@ -57,6 +57,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self.specs)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the index, or else the single file, says of itself."""
+        value = self.index[1].get("metadata") if self.index else self.shards[0].metadata
+        return value if isinstance(value, dict) else {}
 
     @property
     def model_type(self) -> str | None:
@@ -105,7 +111,8 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     Raises InputError for a file that breaks the format, and for an index that contradicts its shards.
     """
     path = resolve(name)
-    weights = find_weights(path)
+    with reading(path):
+        weights = find_weights(path)
     folder = weights.parent
     config_path = folder / "config.json"
     config = read_json_file(config_path) if config_path.is_file() else {}
@@ -129,7 +136,9 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[TensorFile, ...]:
         for file in sorted(set(weight_map.values())):
             if file != Path(file).name or "\\" in file or ":" in file or file in ("", ".", ".."):
                 raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
-            if not (path.parent / file).is_file():
+            with reading(path.parent / file):
+                present = (path.parent / file).is_file()
+            if not present:
                 raise InputError(
                     f"names {file}, which is missing", culprit=str(path), remedy="download the checkpoint anew"
                 )

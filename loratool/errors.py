@@ -50,3 +50,13 @@ class MachineError(LoratoolError):
 
     kind = "machine"
     exit_code = 5
+
+
+class Interrupted(LoratoolError):
+    """A signal stopped the work: Ctrl-C, or a request to terminate. The exit code is 128 + the signal's number."""
+
+    kind = "interrupted"
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted; nothing unfinished is left")
+        self.exit_code = 128 + signal_number

@@ -7,6 +7,7 @@ Windows has no `pread` and only Linux has `copy_file_range`. The rest of loratoo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -73,10 +74,18 @@ def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_of
 
 
 def open_for_reading(path: Path) -> BinaryIO:
-    try:
+    with reading(path):
         return open(path, "rb", buffering=0)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses here is the input's fault, unless the machine has run out of something."""
+    try:
+        yield
     except OSError as error:
-        raise InputError(error.strerror or str(error), culprit=str(path)) from error
+        kind = MachineError if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO) else InputError
+        raise kind(error.strerror or str(error), culprit=str(error.filename or path)) from error
 
 
 def require_free_space(folder: Path, nbytes: int) -> None:
@@ -112,10 +121,22 @@ def _lock(file: Any, path: Path) -> None:
         raise UsageError("another loratool is writing this output now", culprit=str(path)) from error
 
 
+def partial_path(path: Path) -> Path:
+    """Where an output is built. The name is ours alone: what is found there comes from a run that was killed."""
+    return path.with_name(path.name + ".loratool-partial")
+
+
+def former_path(path: Path) -> Path:
+    """Where a folder that is being replaced waits for its end."""
+    return path.with_name(path.name + ".loratool-former")
+
+
 @contextmanager
 def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """A file at `path` + `.partial` that becomes `path` when the block ends well, and vanishes when it does not."""
-    partial = path.with_name(path.name + ".partial")
+    """A file at `partial_path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    partial = partial_path(path)
+    if partial.is_symlink() or partial.is_dir():
+        raise UsageError("is in the way", culprit=str(partial))
     with open(partial, "ab", buffering=0) as lock:  # "ab" creates it, and leaves alone what another process holds
         _lock(lock, path)
         try:
@@ -132,11 +153,14 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A folder at `path` + `.partial` that takes the place of `path` when the block ends well.
+    """A folder at `partial_path` that takes the place of `path` when the block ends well.
 
     A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial, former = partial_path(path), former_path(path)
+    for place in (partial, former):
+        if place.is_symlink() or place.is_file():
+            raise UsageError("is in the way", culprit=str(place))
     partial.mkdir(exist_ok=True)
     lock = os.open(partial, os.O_RDONLY) if POSIX else None
     try:
@@ -144,12 +168,12 @@ def partial_folder(path: Path) -> Iterator[Path]:
     except UsageError:
         os.close(lock)  # type: ignore[arg-type]
         raise
-    former = path.with_name(path.name + ".former")
     try:
-        for left in partial.iterdir():  # from a run that was killed
+        for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield partial
         _sync_folder(partial)
+        shutil.rmtree(former, ignore_errors=True)
         if path.exists():
             os.replace(path, former)
         os.replace(partial, path)

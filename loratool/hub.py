@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from .errors import InputError
+from .fileio import reading
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -27,16 +28,18 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
     Raises InputError with the download command where the cache has no such snapshot.
     """
-    path = Path(name)
-    if path.exists():
-        return path
-    text = os.fspath(name)
+    path, text = Path(name), os.fspath(name)
+    if not text:
+        raise InputError("a path is empty")
+    with reading(path):
+        if path.exists():
+            return path
     if not _NAME.fullmatch(text):
         raise InputError("no such file or folder", culprit=text)
     repo, _, revision = text.partition("@")
     folder = cache_folder() / f"models--{repo.replace('/', '--')}"
     ref = folder / "refs" / (revision or "main")
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    commit = ref.read_text(errors="replace").strip() if ref.is_file() else revision
     snapshot = folder / "snapshots" / commit
     if commit and snapshot.is_dir():
         return snapshot

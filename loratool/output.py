@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .errors import NeedsFlag, UsageError
-from .fileio import partial_file, partial_folder, require_free_space, write_at, write_file
-from .sidefiles import encode_json, is_ours, survey, with_dtype
+from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
+from .sidefiles import encode_json, foreign_file, survey, with_dtype
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, build_header, data_order, edit_metadata
 
 # Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
@@ -52,7 +52,14 @@ class Output:
 
     @property
     def nbytes(self) -> int:
+        """Of the weight files."""
         return sum(file.nbytes for file in self.files)
+
+    def require_space(self) -> None:
+        """Raises MachineError where the disk is too small for all that will be written."""
+        beside = sum((self.source / name).stat().st_size for name in self.travels)
+        beside += sum(len(data) for data in self.extras.values())
+        require_free_space(self.path.absolute().parent, self.nbytes + beside)
 
 
 def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str) -> tuple[Path, bool]:
@@ -60,6 +67,8 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str)
     if out is None:
         return Path(f"{verb}.safetensors" if base.given_as_file else verb), base.given_as_file
     path = Path(out)
+    if path.name in ("", ".."):
+        raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
     if path.suffix in (".gguf", ".bin", ".pt", ".pth", ".ckpt"):
         raise UsageError(
             f"{path.suffix} files are not written", culprit=str(path), remedy="name a folder or a .safetensors file"
@@ -68,32 +77,40 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str)
 
 
 def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> None:
-    """Refuse an output that is an input, that exists without --force, or whose folder --force must not replace."""
+    """Refuse an output that is or holds an input, that exists without --force, or that --force must not replace."""
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UsageError("there is no such folder to write into", culprit=str(parent))
-    if not path.exists() and not path.is_symlink():
-        return
-    for source in inputs:
-        if path.exists() and path.samefile(source):
+    for place in (path, partial_path(path), former_path(path)):
+        if any(_holds(place, source) for source in inputs):
             raise UsageError(
                 "the output would overwrite an input", culprit=str(path), remedy="name another output with -o"
             )
-    if path.is_dir() and not path.is_symlink() and not is_file:
-        entries = [e.name for e in path.iterdir()]
-        if not entries:
-            return
-        foreign = [name for name in entries if not is_ours(name)]
-        if foreign:
-            raise UsageError(
-                f"holds {foreign[0]}, which is no model file; --force replaces model files only", culprit=str(path)
-            )
-    elif path.is_dir() != (not is_file) or path.is_symlink():
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or path.is_dir() is is_file:
         raise UsageError("exists and is of another kind than the output", culprit=str(path))
+    if not is_file:
+        if os.path.ismount(path):
+            raise UsageError(
+                "is a mount point, which no rename can replace", culprit=str(path), remedy="name a folder in it"
+            )
+        if not any(path.iterdir()):
+            return
+        foreign = foreign_file(path)
+        if foreign:
+            raise UsageError(f"holds {foreign}; --force replaces a model's files and nothing else", culprit=str(path))
     if not force:
         raise NeedsFlag(
             "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"
         )
+
+
+def _holds(place: Path, source: Path) -> bool:
+    """Whether `source`, by name or through links, is `place` or lies in it."""
+    places = {Path(os.path.abspath(place)), Path(os.path.realpath(place))}
+    sources = {Path(os.path.abspath(source)), Path(os.path.realpath(source))}
+    return any(there == here or here in there.parents for here in places for there in sources)
 
 
 @dataclass(frozen=True)
@@ -177,7 +194,7 @@ def _output_file(
     recast: bool,
 ) -> OutputFile:
     touched = recast or any(name in changed for name in cut.members)
-    stale = STALE_METADATA if touched else ()
+    stale = (*STALE_METADATA, "loratool") if touched else ()
     if cut.kept and not recast:
         header = edit_metadata(cut.kept.header, stale, provenance)
         shift = len(header) - cut.kept.data_start
@@ -205,10 +222,9 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
     """The output's weight files by name, sized and with their headers, to be filled by offset in any order.
 
     When the block ends well all is synced, the side files and the index follow, and the output gets its name;
-    when it does not, nothing stays. Raises MachineError where the disk is too small.
+    when it does not, nothing stays. An error of the machine names the output.
     """
-    require_free_space(output.path.absolute().parent, output.nbytes)
-    with ExitStack() as stack:
+    with _named(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
             targets[output.files[0].name] = stack.enter_context(partial_file(output.path))
@@ -225,6 +241,16 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
                 os.fsync(target.fileno())
                 target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _write_side_files(output: Output, folder: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .errors import LoratoolError
@@ -31,9 +31,9 @@ def to_json(verb: str, report: Any = None, error: LoratoolError | None = None) -
             "tensor": error.culprit,
             "remedy": error.remedy,
         }
-    elif is_dataclass(report) and not isinstance(report, type):
+    else:
         value["report"] = asdict(report)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
 
 
 def size(nbytes: float) -> str:
@@ -79,6 +79,11 @@ def escape(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """One or more lines for a person."""
+    print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
+
+
 def print_merge(report: MergeReport) -> None:
     rows = [
         [
@@ -96,19 +101,19 @@ def print_merge(report: MergeReport) -> None:
     titles = ("tensor", "shape", "dtype", "rank", "scale", "|D|/|W|", "changed", "kept")
     _print_table([(title, title not in ("tensor", "dtype")) for title in titles], rows)
     verb = "would be changed" if report.dry_run else "changed"
-    print(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {_share(report.kept)} of the change")
+    say(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {_share(report.kept)} of the change")
     for module in report.left_out:
-        print(f"left out: {escape(module)}")
+        say(f"left out: {module}")
     if report.not_copied:
-        print(f"not copied: {escape(', '.join(report.not_copied))}")
-    print(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+        say(f"not copied: {', '.join(report.not_copied)}")
+    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
 
 
 def print_checkpoint(report: CheckpointReport) -> None:
     marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
     marks += ["tied head"] if report.tied else []
     marks += [f"quantized: {report.quantization}"] if report.quantization else []
-    print(f"{report.path}: {', '.join(marks)}")
+    say(f"{report.path}: {', '.join(marks)}")
     rows = [
         [
             g.name,
@@ -124,14 +129,14 @@ def print_checkpoint(report: CheckpointReport) -> None:
     titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", "LoRA target")
     _print_table([(title, title in ("shape", "count", "parameters", "bytes")) for title in titles], rows)
     dtypes = ", ".join(f"{dtype} {_count(n)}" for dtype, n in report.dtypes.items())
-    print(f"\n{report.tensors} tensors, {_count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
+    say(f"\n{report.tensors} tensors, {_count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
 
 
 def print_adapter(report: AdapterInspection) -> None:
     rank = "mixed ranks" if report.rank is None else f"rank {report.rank}"
     alpha = "mixed alphas" if report.alpha is None else f"alpha {report.alpha:g}"
     marks = [f"{report.format} adapter", rank, alpha + (", rsLoRA" if report.use_rslora else "")]
-    print(f"{report.path}: {', '.join(marks)}" + (f", for {report.base_model}" if report.base_model else ""))
+    say(f"{report.path}: {', '.join(marks)}" + (f", for {report.base_model}" if report.base_model else ""))
     rows = [
         [
             g.name,
@@ -147,11 +152,11 @@ def print_adapter(report: AdapterInspection) -> None:
     ]
     titles = ("module", "out x in", "dtype", "rank", "alpha", "scale", "count", "parameters")
     _print_table([(title, title not in ("module", "dtype")) for title in titles], rows)
-    print(f"\n{report.modules} modules, {_count(report.parameters)} parameters, {size(report.nbytes)}")
+    say(f"\n{report.modules} modules, {_count(report.parameters)} parameters, {size(report.nbytes)}")
     if report.coverage:
-        print(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
+        say(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
         for module, near in report.coverage.unbound.items():
-            print(f"not in the base: {escape(module)}" + (f" (nearest: {', '.join(near)})" if near else ""))
+            say(f"not in the base: {module}" + (f" (nearest: {', '.join(near)})" if near else ""))
 
 
 class ProgressBar:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from .errors import MachineError, UsageError
 from .fileio import copy_range, read_into, write_at
-from .numerics.exact import BLOCK, Workspace
+from .numerics.exact import Workspace
 
-CUDA_BLOCK = 1 << 23  # weights a block on a GPU, where a kernel's start costs more than its work on a small one
+BLOCK_ROWS = 128  # read, computed and written at a time: enough to make a product of matrices efficient,
+BLOCK = 1 << 20  # but at most so many weights, where rows are long
+CUDA_BLOCK = 1 << 24
 MAX_WORKERS = 8  # beyond that memory bandwidth is the limit, and each worker holds its buffers
 
 # Called with the bytes of output done so far and in all.
@@ -81,9 +83,7 @@ Item = CopyBytes | MapRows
 class Worker:
     """One thread's buffers and, on a GPU, its stream, so that the workers' copies and kernels overlap."""
 
-    def __init__(self, device: torch.device, block: int | None = None) -> None:
-        self.device = device
-        self.block = block or (CUDA_BLOCK if device.type == "cuda" else BLOCK)
+    def __init__(self, device: torch.device) -> None:
         self.work = Workspace(device)
         self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -95,7 +95,8 @@ class Worker:
             return []
         with torch.cuda.stream(self.stream):
             step = item.prepare(item.start, item.stop)
-            rows = max(1, self.block // max(1, item.columns))
+            most = BLOCK if self.stream is None else CUDA_BLOCK
+            rows = max(1, min(BLOCK_ROWS if self.stream is None else most, most // item.columns))
             count = item.stop - item.start
             return [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
 

@@ -7,10 +7,14 @@ end up in an output by accident. What does not travel is reported by name.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from .errors import InputError
+from .fileio import reading
 
 TRAVELS = (
     "config.json",
@@ -39,22 +43,36 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index*.json")  # what an output folde
 
 
 def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
-    """The relative paths in `folder` that travel, and those that do not; `read` are the weights already dealt with."""
+    """The relative paths in `folder` that travel, and those that do not; `read` are the weights already dealt with.
+
+    Raises InputError for one that travels and cannot be read, before there is anything to undo.
+    """
     travels, stays = [], []
-    for entry in sorted(folder.iterdir()):
-        names = [entry.name]
-        if entry.is_dir():
-            names = [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir()) if inner.is_file()]
-        chosen = [name for name in names if _matches(name, TRAVELS) and name not in NEVER]
-        travels += chosen
-        if entry.name not in read and not chosen:
-            stays.append(entry.name + ("/" if entry.is_dir() else ""))
+    with reading(folder):
+        for entry in sorted(folder.iterdir()):
+            names = (
+                [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())] if entry.is_dir() else [entry.name]
+            )
+            chosen = [n for n in names if n not in read and n not in NEVER and _matches(n, TRAVELS)]
+            travels += chosen
+            rest = [n for n in names if n not in chosen and n not in read]
+            stays += [entry.name + "/"] if entry.is_dir() and not chosen else rest
+    for name in travels:
+        if not (folder / name).is_file() or not os.access(folder / name, os.R_OK):
+            raise InputError("travels with the model, but is no file that can be read", culprit=str(folder / name))
     return travels, stays
 
 
-def is_ours(relative: str) -> bool:
-    """Whether an output folder may lose this file under --force: it is of a kind that we write."""
-    return _matches(relative, TRAVELS + WEIGHTS)
+def foreign_file(folder: Path) -> str | None:
+    """Something in an output folder that --force must not remove: it is of no kind that we write."""
+    names = [
+        entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if not entry.is_dir() or entry.is_symlink()
+    ]
+    names += [f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir() and not any(entry.iterdir())]
+    foreign = [name for name in sorted(names) if not _matches(name, TRAVELS + WEIGHTS)]
+    if not foreign and not any(_matches(name, WEIGHTS) for name in names):
+        foreign = sorted(names)  # configs or scripts without weights are no output of ours
+    return foreign[0] if foreign else None
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -77,12 +95,15 @@ def encode_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def provenance(verb: str, facts: Mapping[str, Any], former: str | None) -> str:
+def provenance(verb: str, facts: Mapping[str, Any], former: object) -> str:
     """The value of the metadata key `loratool`: what was done, never when, where or by which version.
 
-    `former` is what the base says of itself, kept so that stacked edits can be read back.
+    `former` is the value that the base has, kept so that stacked edits can be read back; InputError if it is broken.
     """
     value = {"verb": verb, **facts}
     if former is not None:
-        value["former"] = former
+        try:
+            value["former"] = json.loads(str(former))  # an object: strings in strings double their escapes
+        except (ValueError, RecursionError) as error:
+            raise InputError("the base's metadata `loratool` is broken; it is not ours") from error
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from shlex import quote
 
 from .adapter import Adapter, UpdateSpec
 from .architectures.conv1d import stores_transposed
@@ -44,7 +45,7 @@ def matches(pattern: str, path: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.search(pattern[3:], path) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"is not a regular expression: {error}", culprit=pattern) from error
     if "*" in pattern or "?" in pattern:
         return fnmatchcase(path, pattern)
@@ -58,12 +59,14 @@ def _layer(path: str) -> int | None:
 
 
 def parse_patterns(values: Sequence[str]) -> tuple[str, ...]:
-    """Comma lists to patterns; `re:` takes the rest of its value, commas included."""
+    """Comma lists to patterns; `re:` takes the rest of its value, commas included. UsageError for an empty value."""
     patterns: list[str] = []
     for value in values:
         head, mark, expression = value.partition("re:")
-        patterns += [part.strip() for part in head.split(",") if part.strip()]
-        patterns += [mark + expression] if mark else []
+        found = [part.strip() for part in head.split(",") if part.strip()] + ([mark + expression] if mark else [])
+        if not found:
+            raise UsageError(f"the pattern {value!r} names nothing")
+        patterns += found
     return tuple(patterns)
 
 
@@ -71,11 +74,13 @@ def parse_layers(text: str | None) -> frozenset[int] | None:
     """`0-3,7` -> {0, 1, 2, 3, 7}. Raises UsageError for anything else."""
     if text is None:
         return None
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise UsageError(f"--layers {text!r} is not a list like 0-3,7")
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text):
+        raise UsageError(f"--layers {text[:40]!r} is not a list like 0-3,7")
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise UsageError(f"--layers {part}: the range ends before it starts")
         numbers.update(range(int(first), int(last or first) + 1))
     return frozenset(numbers)
 
@@ -109,28 +114,29 @@ def bind(
     Raises NeedsFlag for paths that do not bind (naming the --exclude that would let the rest pass), and
     InputError where nothing binds, a path is ambiguous, or the shapes contradict each other.
     """
+    resolved = [(adapter, weight, *resolve_modules(specs, adapter)) for adapter, weight in adapters]
+    chosen = [
+        {m: base for m, base in found.items() if selection.selects(m, base.removesuffix(".weight"))}
+        for _, _, found, _ in resolved
+    ]
+    missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
+    if any(missing):
+        raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs)
     placements: dict[str, tuple[Placement, ...]] = {}
-    left_out: list[str] = []
-    for adapter, weight in adapters:
-        found, missing = resolve_modules(specs, adapter)
-        chosen = {m: base for m, base in found.items() if selection.selects(m, base.removesuffix(".weight"))}
-        missing_chosen = [m for m in missing if selection.selects(m)]
-        left_out += [m for m in adapter.updates if m not in chosen and m not in missing_chosen]
-        if missing_chosen:
-            raise _unbound(adapter, missing_chosen, chosen, specs)
+    for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
         holders: dict[str, str] = {}
-        for module, base in chosen.items():
+        for module, base in bound.items():
             if base in holders:
                 raise InputError(f"{holders[base]} and {module} of {adapter.name} both bind to it", culprit=base)
             holders[base] = module
-        for module, base in chosen.items():
-            transposed = _orientation(adapter, adapter.updates[module], base, specs, model_type, chosen)
+            transposed = _orientation(adapter, adapter.updates[module], base, specs, model_type, bound)
             placement = Placement(adapter, adapter.updates[module], weight, transposed)
             placements[base] = (*placements.get(base, ()), placement)
     if not placements:
         raise InputError(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
         )
+    left_out = [m for (a, _), bound in zip(adapters, chosen, strict=True) for m in a.updates if m not in bound]
     return Binding({name: placements[name] for name in specs if name in placements}, tuple(left_out))
 
 
@@ -175,31 +181,39 @@ def _normalized(module: str, flattened: bool) -> str:
 
 
 def _unbound(
-    adapter: Adapter, missing: Sequence[str], bound: Mapping[str, str], specs: Mapping[str, TensorSpec]
+    adapters: Sequence[Adapter],
+    missing: Sequence[Sequence[str]],
+    chosen: Sequence[Mapping[str, str]],
+    specs: Mapping[str, TensorSpec],
 ) -> NeedsFlag | InputError:
+    """The error for modules that the base lacks, with the --exclude that leaves out those and nothing that binds."""
+    absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
     lines = []
-    for module in missing[:SHOWN]:
+    for adapter, module in absent[:SHOWN]:
         near = nearest(module, specs)
-        lines.append(f"  {module}" + (f"   nearest in the base: {', '.join(near)}" if near else ""))
-    if len(missing) > SHOWN:
-        lines.append(f"  and {len(missing) - SHOWN} more")
-    message = f"{len(missing)} of {len(adapter.updates)} modules are not in the base:\n" + "\n".join(lines)
-    if not bound:
-        return InputError(message, culprit=adapter.name, remedy="nothing binds: is this the adapter's base?")
-    patterns = ",".join(_covering(missing, bound))
-    return NeedsFlag(message, culprit=adapter.name, remedy=f"to leave them out: --exclude '{patterns}'")
+        lines.append(f"  {module} ({adapter.name})" + (f"   nearest in the base: {', '.join(near)}" if near else ""))
+    if len(absent) > SHOWN:
+        lines.append(f"  and {len(absent) - SHOWN} more")
+    total = sum(len(adapter.updates) for adapter in adapters)
+    message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
+    if not any(chosen):
+        return InputError(message, remedy="nothing binds: is this the adapter's base?")
+    kept = [path for bound in chosen for m, base in bound.items() for path in (m, base.removesuffix(".weight"))]
+    return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
 
 
-def _covering(missing: Sequence[str], bound: Mapping[str, str]) -> list[str]:
-    """Few patterns for all of `missing` and nothing of `bound`: kohya prefixes, last names, else whole paths."""
-    kept = [path for module, base in bound.items() for path in (module, base.removesuffix(".weight"))]
+def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
+    """--exclude options for all of `modules` and nothing of `kept`: kohya's prefixes or last names where they can."""
     patterns: list[str] = []
-    for module in missing:
+    for module in modules:
         if any(matches(pattern, module) for pattern in patterns):
             continue
-        short = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)] or [module.rpartition(".")[2]]
-        patterns.append(module if any(matches(short[0], path) for path in kept) else short[0])
-    return patterns
+        candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
+        candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
+        candidates.append(f"re:^{re.escape(module)}$")
+        patterns.append(next(p for p in candidates if not any(matches(p, path) for path in kept)))
+    lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
+    return " ".join(f"--exclude {quote(each)}" for each in lists if each)
 
 
 def nearest(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -227,23 +241,23 @@ def _orientation(
             remedy="pass the original model in 16 or 32 bits",
         )
     shape, plain = spec.shape, update.out_in
-    if shape not in (plain, plain[::-1]):
+    known = False if adapter.linear_only else stores_transposed(model_type, base.removesuffix(".weight"))
+    fitting = [transposed for transposed in (False, True) if shape == (plain[::-1] if transposed else plain)]
+    if not fitting or (known is not None and known not in fitting):
         A, B = update.specs["A"].shape, update.specs["B"].shape
-        raise InputError(f"A is {A} and B is {B} in {adapter.name}, but the base weight is {shape}", culprit=base)
-    if shape[0] != shape[1]:
-        return shape != plain
-    known = stores_transposed(model_type, base.removesuffix(".weight"))
+        layout = {None: "", False: " as (out, in)", True: " as (in, out)"}[known]
+        raise InputError(
+            f"A is {A} and B is {B} in {adapter.name}, but the base weight is {shape}{layout}", culprit=base
+        )
     if known is not None:
         return known
-    return _square_orientation(adapter, update.module, specs, bound)
+    return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, bound)
 
 
 def _square_orientation(
     adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], bound: Mapping[str, str]
 ) -> bool:
     """Of a square matrix of an unknown family: as the adapter's other matrices, else as the config's flag says."""
-    if adapter.linear_only:
-        return False
     siblings = {
         other: specs[name].shape != adapter.updates[other].out_in
         for other, name in bound.items()
@@ -259,5 +273,5 @@ def _square_orientation(
     raise InputError(
         f"is square, and nothing tells whether the base stores it as (out, in) or (in, out) ({adapter.name})",
         culprit=module,
-        remedy="put the model's config.json beside the base, or the adapter's adapter_config.json beside the adapter",
+        remedy="say so with fan_in_fan_out in adapter_config.json, or a known model_type in the base's config.json",
     )

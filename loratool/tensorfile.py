@@ -161,6 +161,11 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
     if not isinstance(value, dict):
         raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))
+    if b"\\ud" in data.lower():  # half of a surrogate pair is legal in JSON, but no text that could be written again
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError("holds an escape that is not Unicode text", culprit=str(path)) from error
     return value
 
 
@@ -186,10 +191,6 @@ def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
         raise InputError(f"{path.name} gives the unknown dtype {dtype!r}", culprit=name)
     if len(offsets) != 2:
         raise InputError(f"{path.name} gives {len(offsets)} data_offsets instead of 2", culprit=name)
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"a tensor's name is not Unicode text: {name!r}", culprit=str(path)) from error
     return TensorSpec(dtype, tuple(entry["shape"])), offsets[0], offsets[1]
 
 
@@ -202,8 +203,9 @@ def _locate(
     for spec, start, stop, name in found:
         bits = spec.size * DTYPES[spec.dtype]
         if start != end or (stop - start) * 8 != bits:
+            length = f"take {bits // 8} bytes" if bits < 1 << 66 else "take more bytes than any file has"
             raise InputError(
-                f"{path.name} puts {spec} at bytes {start}..{stop}; it should start at {end} and take {bits / 8:g}",
+                f"{path.name} puts it at bytes {start}..{stop}; as {spec.dtype} it should start at {end} and {length}",
                 culprit=name,
             )
         specs[name], begin[name], end = spec, data_start + start, stop

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_model, weights, write_model
+from conftest import factors, load_model, weights, write_model, write_peft
 
 from loratool.checkpoint import open_checkpoint, split_into_shards
 from loratool.errors import InputError
@@ -80,6 +80,42 @@ def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(InputError, match=INDEX):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ['{"text_config":[1]}', '{"quantization_config": "x"}', '{"model_type": 3}', '{"tie_word_embeddings": []}'],
+)
+def test_odd_configs_and_indexes_do_not_matter(tmp_path: Path, config: str) -> None:
+    import loratool
+
+    folder = write_model(tmp_path / "m", TENSORS, shards=2)
+    (folder / "config.json").write_text(config)
+    index = json.loads((folder / INDEX).read_text()) | {"metadata": [1]}
+    (folder / INDEX).write_text(json.dumps(index))
+    adapter = write_peft(tmp_path / "a", {"layers.0": factors(4, 3, 2)})
+    loratool.inspect(folder)
+    loratool.merge(folder, adapter, tmp_path / "out")
+    (folder / "config.json").write_text('{"a": "\\ud800"}')
+    with pytest.raises(InputError, match="not Unicode text"):
+        open_checkpoint(folder)
+
+
+def test_names_that_no_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x" * 300, "a/" + "x" * 300):
+        with pytest.raises(InputError):
+            open_checkpoint(name)
+    with pytest.raises(InputError, match="a path is empty"):
+        open_checkpoint("")
+    folder = write_model(tmp_path / "m", TENSORS, shards=2)
+    edit_index(folder, layers__0__weight="x" * 300)
+    with pytest.raises(InputError, match="too long"):
+        open_checkpoint(folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--a--b" / "refs").mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs" / "main").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="hf download"):
+        open_checkpoint("a/b")
 
 
 def test_which_file_a_folder_means(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_exit_4_names_the_flag_that_makes_it_succeed(tmp_path: Path, run: Run) -
     base = write_model(tmp_path / "base", {"a.x.weight": weights(6, 4)})
     adapter = write_peft(tmp_path / "adapter", {"a.x": factors(6, 4, 2), "b.y": factors(6, 4, 2)})
     result = run("merge", base, adapter, "-o", tmp_path / "out")
-    assert result.exit_code == 4 and "--exclude 'y'" in result.stderr
+    assert result.exit_code == 4 and "--exclude y\n" in result.stderr
     result = run("merge", base, adapter, "-o", tmp_path / "out", "--exclude", "y")
     assert result.exit_code == 0 and "left out: b.y" in result.stdout
 
@@ -184,13 +184,45 @@ def test_a_closed_pipe_is_silent() -> None:
     assert result.returncode == 0 and result.stderr == "" and result.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [
+        ("{L} inspect absent --json | true; exit ${{PIPESTATUS[0]}}", 3),
+        ("{L} merge --json | true; exit ${{PIPESTATUS[0]}}", 2),
+        ("{L} inspect absent 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}", 3),
+        ("{L} inspect absent --json >/dev/full", 3),
+        ("{L} inspect {base} --json >/dev/full", 5),
+        ("{L} inspect {base} --json >&-", 0),
+        ("{L} merge {base} {adapter} -o {tmp}/o >&-", 0),
+        ("{L} merge {base} {adapter} -o {tmp}/o --json 2>&-", 0),
+        ("PYTHONIOENCODING=ascii {L} merge {tmp}/b\u00e9 {adapter} -o {tmp}/o\u00e9", 0),
+        ("PYTHONIOENCODING=ascii {L} inspect absent\u00e9 --json", 3),
+        ("{L} inspect $'absent\\xff' --json", 3),
+        ("LORATOOL_INSPECT_JSON=1 {L} inspect absent | grep -q '\"ok\": false'; exit ${{PIPESTATUS[1]}}", 0),
+    ],
+)
+def test_difficult_outputs_change_no_code_and_show_no_traceback(tmp_path: Path, shell: str, code: int) -> None:
+    import shutil
+
+    shutil.copytree(BASE, tmp_path / "b\u00e9")
+    line = shell.format(L=" ".join(repr(c) for c in COMMAND), base=BASE, adapter=ADAPTER, tmp=tmp_path)
+    result = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert result.returncode == code and b"Traceback" not in result.stderr and b"Exception" not in result.stderr
+    if result.stdout:
+        json.loads(result.stdout) if "--json" in shell else result.stdout.decode("ascii")
+
+
 def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
     hostile = "\x1b]0;owned\x07[red]x[/red]\n"
     model = write_model(tmp_path / "m", {f"{hostile}.weight": weights(4, 4)})
     result = run("inspect", model)
     assert result.exit_code == 0 and "\x1b" not in result.stdout and "[red]x[/red]" in result.stdout
-    result = run("merge", model, write_peft(tmp_path / "a", {"\x1b[2J": factors(6, 4, 2)}), "-o", tmp_path / "o")
+    adapter = write_peft(tmp_path / "a", {"\x1b[2J": factors(6, 4, 2)}, base_model_name_or_path="\x1b[2J")
+    result = run("merge", model, adapter, "-o", tmp_path / "o")
     assert result.exit_code == 3 and "\x1b" not in result.stderr
+    assert "\x1b" not in run("inspect", adapter, "--base", model).stdout
+    write_model(tmp_path / "m", {"x": weights(2)}, {"model_type": "\x1b[2J"})
+    assert "\x1b" not in run("inspect", tmp_path / "m").stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from loratool.adapter import AdapterConfig, match_pattern
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
-from loratool.formats import FORMATS, open_adapter
+from loratool.formats import FORMATS, is_adapter, open_adapter
 from loratool.formats.peft import BASE_CHANGING_INITS, REFUSED
 
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.v_proj"
@@ -274,7 +274,13 @@ def test_a_broken_kohya_file_names_its_tensor(tmp_path: Path, extra: dict[str, t
     [
         ({"lora_alpha": "8"}, "lora_alpha"),
         ({"lora_alpha": True}, "lora_alpha"),
-        ({"r": 2.5}, "sets r"),
+        ({"lora_alpha": math.inf}, "lora_alpha"),
+        ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern"),
+        ({"use_rslora": "false"}, "neither true nor false"),
+        ({"rank_pattern": {"a{99999999999999}": 2}}, "regular expression"),
+        ({"r": 2.5}, "config's r is"),
         ({"rank_pattern": []}, None),
         ({"rank_pattern": ["q"]}, "rank_pattern"),
         ({"rank_pattern": {"(": 3}}, "regular expression"),
@@ -317,6 +323,26 @@ def test_a_folder_with_one_adapter_file_opens_as_it(tmp_path: Path) -> None:
     write_kohya(tmp_path / "f" / "other.safetensors", {Q: (A, B)})
     with pytest.raises(InputError, match="holds 2 safetensors"):
         open_adapter(tmp_path / "f")
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf])
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path, alpha: float) -> None:
+    with pytest.raises(UsageError, match="not a finite number"):
+        open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}), alpha=alpha)
+
+
+def test_wrappers_around_pefts_prefix(tmp_path: Path) -> None:
+    A, B = factors(6, 4, 2)
+    for prefix in ("module.base_model.model.", "_orig_mod.module.base_model.model.", "base_model.model.", ""):
+        file = {f"{prefix}{Q}.lora_A.weight": A, f"{prefix}{Q}.lora_B.weight": B}
+        save_file(file, tmp_path / "x.safetensors")
+        assert list(open_adapter(tmp_path / "x.safetensors", alpha=2).updates) == [Q]
+
+
+def test_a_base_under_pefts_prefix_is_no_adapter() -> None:
+    assert not is_adapter([f"base_model.model.{Q}.weight", f"base_model.model.{Q}.bias"])
+    for end in ("lora_A.weight", "ia3_l", "vera_lambda_b", "hada_w1_a"):
+        assert is_adapter([f"base_model.model.{Q}.{end}"])
 
 
 def test_scale_needs_an_alpha() -> None:

@@ -217,6 +217,17 @@ def test_what_cannot_be_inspected(tmp_path: Path) -> None:
         loratool.inspect(tmp_path / "x.safetensors")
 
 
+def test_names_that_look_like_patterns(tmp_path: Path) -> None:
+    odd = {f"a{{}}.{i}.weight": weights(2, 2) for i in range(3)} | {"b." + "9" * 5000 + ".weight": weights(2, 2)}
+    names = [g.name for g in checkpoint_report(write_model(tmp_path / "m", odd)).groups]
+    assert sorted(names) == ["a{}.{0..2}.weight", "b." + "9" * 5000 + ".weight"]
+
+
+def test_an_adapter_is_told_by_its_names_and_not_by_its_suffix(tmp_path: Path) -> None:
+    file = write_kohya(tmp_path / "x.sft", {"a": factors(6, 4, 2)})
+    assert adapter_report(file).format == "kohya"
+
+
 def test_grouping_never_joins_what_differs() -> None:
     """Digits inside a word are no index: fc1 and fc2 stay apart."""
     from loratool.ops.inspect import _groups

@@ -159,12 +159,13 @@ class TestSameBytes:
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
     @pytest.mark.parametrize("workers", [1, 2, 5])
-    @pytest.mark.parametrize("block", [170, 1000, 1 << 18])
+    @pytest.mark.parametrize("block", [1, 170, 1000, 1 << 18])
     def test_threads_and_blocks(
         self, tmp_path: Path, base: Path, adapters: Any, workers: int, block: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         loratool.merge(base, adapters, tmp_path / "expected")
         monkeypatch.setattr("loratool.runtime.BLOCK", block)
+        monkeypatch.setattr("loratool.numerics.exact.TILE", max(1, block // 3))
         monkeypatch.setattr("loratool.rewrite.ROWS_ITEM", 1)
         monkeypatch.setattr("loratool.rewrite.MIN_ROWS", 7)
         monkeypatch.setattr("loratool.rewrite.COPY_ITEM", 100)
@@ -248,12 +249,51 @@ def test_overflow_is_refused_with_the_dtype_that_holds_it(tmp_path: Path) -> Non
     assert (merged == 7e4).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "change", "option", "remedy"),
+    [
+        (torch.float16, 1.0, 1e39, "keep", "is this the adapter's base"),
+        (torch.float16, 1.0, 1e39, "fp32", "leave out --dtype"),  # which then gives the line above
+        (torch.float32, 3e38, 3e38, "keep", "is this the adapter's base"),
+        (torch.float64, 1e200, 1.0, "bf16", "leave out --dtype: F64 holds them"),
+        (torch.float64, 1e200, 1.0, "fp32", "leave out --dtype: F64 holds them"),
+    ],
+)
+def test_overflow_that_no_flag_mends_is_exit_3(
+    tmp_path: Path, dtype: torch.dtype, value: float, change: float, option: str, remedy: str
+) -> None:
+    W = torch.full((4, 4), value, dtype=dtype)
+    with pytest.raises(InputError, match=f"become infinite in .*\n{remedy}"):
+        one(
+            tmp_path,
+            W,
+            torch.ones(1, 4, dtype=torch.float64),
+            torch.full((4, 1), change, dtype=torch.float64),
+            dtype=option,
+        )
+
+
+def test_numbers_at_the_ends_of_float64(tmp_path: Path) -> None:
+    """The change is right; what a sum of squares cannot hold is reported as unknown, never as nan."""
+    W = torch.full((4, 4), 1e200, dtype=torch.float64)
+    merged, report = one(tmp_path, W, torch.ones(1, 4), torch.full((4, 1), 1e200, dtype=torch.float64))
+    assert (merged == 2e200).all() and (report.kept, report.tensors[0].relative) == (None, None)
+    A, B = torch.full((2, 4), 5e-324, dtype=torch.float64), torch.full((4, 2), 1e308, dtype=torch.float64)
+    merged, _ = one(tmp_path, torch.zeros(4, 4, dtype=torch.float64), A, B)
+    assert torch.allclose(merged, torch.full((4, 4), 2 * 5e-324 * 1e308, dtype=torch.float64), rtol=1e-6)
+    W = torch.zeros(600, 16384, dtype=torch.float64)
+    W[0, 0] = W[300, 0] = 1.2e154
+    _, report = one(tmp_path, W, torch.ones(1, 16384), torch.ones(600, 1))
+    assert report.tensors[0].relative is None
+
+
 def test_what_the_base_holds_of_nan_and_inf_is_kept_and_reported(tmp_path: Path) -> None:
     W = weights(8, 8, dtype=torch.bfloat16)
     W[0, 0], W[3, 3], W[4, 4] = torch.nan, torch.inf, -0.0
     merged, report = one(tmp_path, W, *factors(8, 8, 2))
     assert torch.equal(merged.isnan(), W.isnan()) and merged[3, 3] == torch.inf
     assert report.warnings == ("x.weight: 2 weights of the base are inf or nan; they are copied as they are",)
+    assert report.kept is not None and report.kept > 0.99
 
 
 def test_a_damaged_factor_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -329,14 +369,29 @@ class TestRefusals:
         made = {"lm_head": factors(6, 4, 2), "model.x": factors(6, 4, 2)}
         adapter = write_peft(tmp_path / "a", made)
         base = write_model(tmp_path / "base", tensors, {"tie_word_embeddings": True})
-        with pytest.raises(NeedsFlag, match=r"lm_head.weight: is tied .*\n.*--exclude 'lm_head'"):
+        with pytest.raises(NeedsFlag, match=r"lm_head.weight: is tied .*\n.*--exclude lm_head$"):
             loratool.merge(base, adapter, tmp_path / "out")
         assert loratool.merge(base, adapter, tmp_path / "out", exclude=["lm_head"]).left_out == ("lm_head",)
         base = write_model(tmp_path / "base", tensors, {"tie_word_embeddings": False})
         assert len(loratool.merge(base, adapter, tmp_path / "out2").tensors) == 2
         del tensors["lm_head.weight"]
-        with pytest.raises(NeedsFlag, match="--exclude 'lm_head'"):
+        with pytest.raises(NeedsFlag, match="--exclude lm_head$"):
             loratool.merge(write_model(tmp_path / "base2", tensors), adapter, tmp_path / "out3")
+
+    def test_a_tied_head_alone_has_no_flag_that_helps(self, tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", {"lm_head.weight": weights(6, 4)}, {"tie_word_embeddings": True})
+        with pytest.raises(InputError, match="is tied"):
+            loratool.merge(base, write_peft(tmp_path / "a", {"lm_head": factors(6, 4, 2)}), tmp_path / "out")
+
+    def test_an_adapter_in_place_of_the_base_and_no_base_at_all(self) -> None:
+        adapter = FIXTURES / "llama" / "adapter"
+        with pytest.raises(InputError) as caught:
+            loratool.merge(adapter, adapter)
+        assert caught.value.remedy is None
+
+    def test_a_weight_that_is_too_large_for_its_scale(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="too large"):
+            loratool.merge(FIXTURES / "llama" / "base", (FIXTURES / "llama" / "adapter", 1.7e308), tmp_path / "out")
 
     @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
     def test_weights_that_are_no_numbers(self, weight: float) -> None:
@@ -353,6 +408,33 @@ class TestRefusals:
             loratool.merge(*arguments, device="gpu")
         with pytest.raises(loratool.MachineError, match="no float64"):
             loratool.merge(*arguments, device="mps")
+
+
+def test_what_the_warning_advises_fits_the_type(tmp_path: Path) -> None:
+    A, B = factors(20, 20, 2)
+    for dtype, advice in (
+        ("F16", "merge with --dtype fp32, or keep"),
+        ("F32", "; keep the adapter apart"),
+        ("F64", "; keep"),
+    ):
+        W = weights(20, 20, dtype={"F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype])
+        _, report = one(tmp_path, W, A, B, {"F16": 1e-4, "F32": 1e-8, "F64": 1e-17}[dtype])
+        assert advice in report.warnings[0]
+
+
+def test_an_f64_tensor_is_no_eight_bit_float(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), "d": weights(2, dtype=torch.float64)})
+    report = loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out", dtype="half")
+    assert not report.warnings and load_model(tmp_path / "out")["d"].dtype == torch.float16
+
+
+def test_alpha_is_for_those_of_several_adapters_that_lack_it(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"x.weight": weights(6, 4)})
+    told = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}, lora_alpha=6)
+    A, B = factors(6, 4, 2, seed=1)
+    save_file({"x.lora_A.weight": A, "x.lora_B.weight": B}, tmp_path / "bare.safetensors")
+    report = loratool.merge(base, [told, tmp_path / "bare.safetensors"], tmp_path / "out", alpha=4)
+    assert report.tensors[0].scales == (3.0, 2.0)
 
 
 def test_only_what_is_selected_is_merged(tmp_path: Path) -> None:
@@ -373,6 +455,8 @@ def test_dry_run_tells_all_and_writes_nothing(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "llama" / "base", base)
     report = loratool.merge(base, FIXTURES / "llama" / "adapter", tmp_path / "out", dry_run=True)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    with pytest.raises(loratool.MachineError):
+        loratool.merge(base, FIXTURES / "llama" / "adapter", tmp_path / "out", dry_run=True, device="mps")
     done = loratool.merge(base, FIXTURES / "llama" / "adapter", tmp_path / "out")
     assert (report.nbytes, report.files, report.copied) == (done.nbytes, done.files, done.copied)
     assert [(t.name, t.rank, t.scales) for t in report.tensors] == [(t.name, t.rank, t.scales) for t in done.tensors]

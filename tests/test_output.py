@@ -81,7 +81,7 @@ def test_provenance_names_inputs_and_nothing_of_this_machine(tmp_path: Path, mod
     stacked = json.loads(
         json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())["metadata"]["loratool"]
     )
-    assert stacked["former"] == text
+    assert stacked["former"] == value
 
 
 def test_a_single_file_keeps_its_metadata_and_drops_stale_hashes(tmp_path: Path, adapter: Path) -> None:
@@ -144,6 +144,20 @@ def test_where_the_output_goes(
 def test_an_output_equal_to_an_input_is_refused(tmp_path: Path, model: Path, adapter: Path) -> None:
     """Trap 63."""
     (tmp_path / "link").symlink_to(model)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "model.safetensors").symlink_to(
+        write_model(tmp_path / "one", load_model(model)) / "model.safetensors"
+    )
+    for base, out in (
+        (tmp_path / "links", tmp_path / "one"),  # a base of links into the output
+        (tmp_path / "one" / "model.safetensors", tmp_path / "one"),  # a file in the output folder
+    ):
+        with pytest.raises(UsageError, match="would overwrite an input"):
+            loratool.merge(base, adapter, out, force=True)
+    for name in ("y.safetensors.loratool-partial", "y.safetensors.loratool-former"):
+        shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / name)
+        with pytest.raises(UsageError, match="would overwrite an input"):
+            loratool.merge(tmp_path / name, adapter, tmp_path / "y.safetensors")
     shard = model / "model-00001-of-00004.safetensors"
     for out in (model, adapter, tmp_path / "link", shard, tmp_path / "base" / ".." / "base"):
         before = {p: digest(p) for p in [*model.iterdir(), *adapter.iterdir()]}
@@ -167,6 +181,17 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
     with pytest.raises(UsageError, match=r"holds thesis.tex"):
         loratool.merge(model, adapter, out, force=True)
     assert (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").unlink()
+    for name in ("LICENSES/thesis.txt", "chat_template_src/a.txt", "empty/"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"holds {name}"):
+            loratool.merge(model, adapter, out, force=True)
+        shutil.rmtree(out / name.partition("/")[0])
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds train.py"):
+        loratool.merge(model, adapter, tmp_path / "scripts", force=True)
     file = tmp_path / "x.safetensors"
     loratool.merge(model, adapter, file)
     with pytest.raises(NeedsFlag, match="--force"):
@@ -212,6 +237,83 @@ def test_side_files_travel_by_allow_list(tmp_path: Path, model: Path, adapter: P
         assert (out / name).read_bytes() == (model / name).read_bytes()
     assert sorted(report.not_copied) == sorted([*stays, "original/"])
     assert not {*stays, "original"} & {p.name for p in out.iterdir()}
+
+
+def test_templates_and_pooling_folders_can_be_written_twice(tmp_path: Path, model: Path, adapter: Path) -> None:
+    for name in ("additional_chat_templates/x.jinja", "1_Pooling/config.json", "1_Pooling/weights.bin"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("x")
+    for _ in range(2):
+        report = loratool.merge(model, adapter, tmp_path / "out", force=True)
+    assert report.not_copied == ("1_Pooling/weights.bin",)
+
+
+def test_a_shard_is_never_a_side_file(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """An index may name its shards as it likes, a tokenizer's suffix included."""
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    for file in set(index["weight_map"].values()):
+        (model / file).rename(model / f"{file}.model")
+    index["weight_map"] = {name: f"{file}.model" for name, file in index["weight_map"].items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    loratool.merge(model, adapter, tmp_path / "out")
+    before, after = (
+        load_file(f / f"{index['weight_map']['a.weight'].removesuffix('.model')}.model")
+        for f in (model, tmp_path / "out")
+    )
+    assert not torch.equal(before["a.weight"], after["a.weight"])
+
+
+@pytest.mark.parametrize("kind", ["dangling", "fifo"])
+def test_a_side_file_that_cannot_be_read_is_found_first(tmp_path: Path, model: Path, adapter: Path, kind: str) -> None:
+    if kind == "fifo":
+        os.mkfifo(model / "tokenizer.json")
+    else:
+        (model / "tokenizer.json").symlink_to("absent")
+    with pytest.raises(loratool.InputError, match=r"tokenizer.json: travels with the model"):
+        loratool.merge(model, adapter, tmp_path / "out")
+
+
+def test_stacked_merges_grow_by_a_constant(tmp_path: Path, adapter: Path) -> None:
+    source = tmp_path / "0.safetensors"
+    save_file({"a.weight": weights(6, 4), "b.weight": weights(6, 4)}, source)
+    sizes = []
+    for i in range(1, 8):
+        loratool.merge(source, (adapter, 0.01), tmp_path / f"{i}.safetensors")
+        source = tmp_path / f"{i}.safetensors"
+        sizes.append(source.stat().st_size)
+    assert sizes[-1] - sizes[-2] < 1.2 * (sizes[2] - sizes[1])
+
+
+def test_new_shards_do_not_carry_the_former_provenance(tmp_path: Path, adapter: Path) -> None:
+    base = write_model(tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4)})
+    loratool.merge(base, adapter, tmp_path / "one")
+    loratool.merge(tmp_path / "one", (adapter, 0.5), tmp_path / "many", max_shard_bytes=1)
+    from safetensors import safe_open
+
+    for file in (tmp_path / "many").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "./"])
+def test_an_output_needs_a_name(model: Path, adapter: Path, out: str) -> None:
+    with pytest.raises(UsageError, match="names no file or folder"):
+        loratool.merge(model, adapter, out)
+
+
+def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model: Path, adapter: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("mine")
+    (tmp_path / "out.loratool-partial").symlink_to("mine")
+    (tmp_path / "x.safetensors.loratool-partial").symlink_to("mine/x")
+    for out in ("out", "x.safetensors"):
+        with pytest.raises(UsageError, match="is in the way"):
+            loratool.merge(model, adapter, tmp_path / out)
+    assert (tmp_path / "mine" / "x").read_text() == "mine"
+    for other in ("z.partial", "z.former"):
+        (tmp_path / other).mkdir()
+    loratool.merge(model, adapter, tmp_path / "z")
+    assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
 
 
 class TestDtype:
@@ -382,9 +484,11 @@ class TestFailure:
             assert {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out])} == before
 
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+    @pytest.mark.parametrize(
+        ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+    )
     def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
-        """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.partial` that the next run takes over."""
+        """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
         base = write_model(
             tmp_path / "base",
             {f"{n}.weight": weights(4096, 4096, dtype=torch.bfloat16) for n in "ab"},
@@ -394,15 +498,15 @@ class TestFailure:
         process = subprocess.Popen(
             [*COMMAND, "merge", str(base), str(big), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out.partial" / "model.safetensors").exists() and time.monotonic() < deadline:
+        partial, deadline = tmp_path / "out.loratool-partial", time.monotonic() + 20
+        while not (partial / "model.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == code and b"Traceback" not in errors
         assert not (tmp_path / "out").exists()
-        assert (tmp_path / "out.partial").exists() is (sent == signal.SIGKILL)
+        assert partial.exists() is (sent == signal.SIGKILL)
         if sent == signal.SIGKILL:
             loratool.merge(base, big, tmp_path / "out")
             assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
@@ -414,9 +518,9 @@ class TestFailure:
         with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
             with pytest.raises(UsageError, match="another loratool is writing"):
                 loratool.merge(model, adapter, tmp_path / out)
-            assert (tmp_path / f"{out}.partial").exists()
+            assert (tmp_path / f"{out}.loratool-partial").exists()
             raise RuntimeError("stop")
-        assert not (tmp_path / f"{out}.partial").exists()
+        assert not (tmp_path / f"{out}.loratool-partial").exists()
 
     def test_a_truncated_shard_is_refused(self, tmp_path: Path, model: Path, adapter: Path) -> None:
         shard = model / "model-00003-of-00004.safetensors"

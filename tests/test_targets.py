@@ -77,11 +77,27 @@ def test_what_does_not_bind_is_listed_with_the_exclude_that_lets_the_rest_pass(t
         bound(tmp_path, base, modules)
     text = str(caught.value)
     assert "2 of 3 modules" in text and "nearest in the base: model.layers.0.q_proj.weight" in text
-    patterns = re.search(r"--exclude '(.*)'", text)
+    patterns = re.search(r"--exclude '?([^']*)'?$", text)
     assert patterns
     binding = bound(tmp_path, base, modules, Selection(exclude=parse_patterns([patterns[1]])))
     assert list(binding.placements) == ["model.layers.0.q_proj.weight"]
     assert sorted(binding.left_out) == sorted(modules[1:])
+
+
+@pytest.mark.parametrize("odd", ["x.a,b", "x.*", "x.re:(", "a?", "it's", "x.k"])
+def test_the_exclude_that_is_advised_works_on_any_name(tmp_path: Path, odd: str) -> None:
+    """Two adapters, each with a module that the base lacks; the other's `m.k` must stay bound."""
+    import shlex
+
+    base = base_of("m.q", "m.k")
+    first = open_adapter(write_peft(tmp_path / "1", {"m.q": factors(6, 4, 2), odd: factors(6, 4, 2)}))
+    second = open_adapter(write_peft(tmp_path / "2", {"m.k": factors(6, 4, 2), "gone": factors(6, 4, 2)}))
+    with pytest.raises(NeedsFlag) as caught:
+        bind(base, None, [(first, 1.0), (second, 1.0)], EVERYTHING)
+    words = shlex.split(str(caught.value.remedy).partition(": ")[2])
+    exclude = parse_patterns([word for word in words if word != "--exclude"])
+    binding = bind(base, None, [(first, 1.0), (second, 1.0)], Selection(exclude=exclude))
+    assert list(binding.placements) == list(base) and set(binding.left_out) == {odd, "gone"}
 
 
 def test_a_wrong_adapter_is_refused_without_a_flag(tmp_path: Path) -> None:
@@ -173,10 +189,21 @@ class TestOrientation:
     def test_model_type_decides_squares_first(
         self, tmp_path: Path, model_type: str, module: str, expected: bool
     ) -> None:
-        found = self.orient(
-            tmp_path, {module: (4, 4), "conv": (6, 4), "plain": (6, 4)}, model_type, fan_in_fan_out=not expected
-        )
+        found = self.orient(tmp_path, {module: (4, 4), "plain": (6, 4)}, model_type, fan_in_fan_out=not expected)
         assert found[module] is expected
+
+    @pytest.mark.parametrize(
+        ("model_type", "module"), [("llama", "conv"), ("gpt2", "h.0.mlp.c_fc"), ("gpt2", "conv_head")]
+    )
+    def test_a_known_family_refuses_factors_of_the_other_layout(
+        self, tmp_path: Path, model_type: str, module: str
+    ) -> None:
+        """A wrong adapter whose shapes happen to fit the other way round."""
+        with pytest.raises(InputError, match=r"but the base weight is \(6, 4\) as \((out, in|in, out)\)"):
+            self.orient(tmp_path, {module: (6, 4)}, model_type)
+        kohya = open_adapter(write_kohya(tmp_path / "k.safetensors", {"x": factors(4, 6, 2)}))
+        with pytest.raises(InputError, match=r"as \(out, in\)"):
+            bind(base_of("x"), None, [(kohya, 1.0)], EVERYTHING)
 
     def test_siblings_decide_next(self, tmp_path: Path) -> None:
         assert self.orient(tmp_path, {"a.sq": (4, 4), "conv": (6, 4)}, "unheard_of")["a.sq"] is True
@@ -237,14 +264,18 @@ def test_a_bare_name_matches_as_peft_matches_it(pattern: str, path: str) -> None
 def test_other_patterns() -> None:
     assert matches("model.*.q", "model.a.b.q") and not matches("*.q", "q") and matches("?.q", "a.q")
     assert matches(r"re:layers\.[02]\.", "model.layers.2.q") and not matches("re:^q", "a.q")
-    with pytest.raises(UsageError, match="not a regular expression"):
-        matches("re:(", "q")
+    for expression in ("re:(", "re:a{99999999999999}", "re:" + "(" * 5000):
+        with pytest.raises(UsageError, match="not a regular expression"):
+            matches(expression, "q")
+    for nothing in ("", ",", " , "):
+        with pytest.raises(UsageError, match="names nothing"):
+            parse_patterns([nothing])
     assert parse_patterns(["a, b,", "re:x{1,2}|y", "c,re:d,e"]) == ("a", "b", "re:x{1,2}|y", "c", "re:d,e")
 
 
 def test_layers() -> None:
     assert parse_layers("0-2,7") == {0, 1, 2, 7} and parse_layers(None) is None
-    for bad in ("", "a", "1-", "-1", "1,,2"):
+    for bad in ("", "a", "1-", "-1", "1,,2", "5-2", "9" * 5000, "0-99999999999"):
         with pytest.raises(UsageError, match="--layers"):
             parse_layers(bad)
     chosen = Selection(layers=parse_layers("1,11"))

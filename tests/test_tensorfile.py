@@ -120,6 +120,8 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None]] = {
     "hole at the start": ({"x": entry([1], 4, 8)}, bytes(8), None),
     "shape against size": ({"x": entry([3], 0, 8)}, bytes(8), None),
     "shape overflow": ({"x": entry([1 << 40, 1 << 40], 0, 8)}, bytes(8), None),
+    "shape past any number": ({"x": entry([1 << 62] * 40, 0, 8)}, bytes(8), None),
+    "surrogate in metadata": (b'{"__metadata__":{"a":"\\ud800"}}', b"", None),
     "negative shape": ({"x": entry([-1], 0, 4)}, bytes(4), None),
     "float shape": ({"x": entry([1.0], 0, 4)}, bytes(4), None),  # type: ignore[list-item]
     "bool shape": ({"x": entry([True], 0, 4)}, bytes(4), None),

@@ -22,9 +22,10 @@ MARKERS = {
 
 def quantization(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
     """The method's name, or None for a plain checkpoint."""
-    declared = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if isinstance(declared, dict):
-        return str(declared.get("quant_method", "unnamed"))
+    for part in (config, config.get("text_config")):
+        declared = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(declared, Mapping):
+            return str(declared.get("quant_method", "unnamed"))
     ends = tuple(MARKERS)
     for name in names:
         if name.endswith(ends):

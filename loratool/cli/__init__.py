@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ..errors import LoratoolError
 
 # verb -> its line in `loratool -h`
 VERBS = {
@@ -70,22 +73,37 @@ def cli() -> None:
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that unfinished outputs are removed as after Ctrl-C."""
+    """SIGTERM or SIGHUP, raised in the main thread so that unfinished outputs are removed as after Ctrl-C."""
 
 
-def _on_sigterm(*_: Any) -> None:
-    raise Terminated
+def _on_signal(number: int, _: Any) -> None:
+    raise Terminated(number)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command and exit with its documented code."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    argv = sys.argv[1:] if argv is None else argv
-    sys.exit(_run(argv))
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), _on_signal)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(
+            errors="backslashreplace"
+        )  # paths and names may hold what a terminal cannot show
+    sys.exit(_run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> int:
-    from ..errors import LoratoolError, MachineError, UsageError
+    """The exit code, errors printed. A reader that has gone away is no error, but hears nothing more."""
+    try:
+        return _call(argv)
+    except BrokenPipeError:
+        return _hush(0)
+
+
+def _call(argv: list[str]) -> int:
+    from ..errors import Interrupted, LoratoolError, MachineError, UsageError
 
     try:
         with cli.make_context("loratool", list(argv), auto_envvar_prefix="LORATOOL") as context:
@@ -95,19 +113,16 @@ def _run(argv: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        if "--json" not in argv:
+        if not _wants_json(argv):
             error.show()
             return error.exit_code
         return _fail(UsageError(error.format_message()), argv)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        return 143
+        return _fail(Interrupted(signal.SIGINT), argv)
+    except Terminated as error:
+        return _fail(Interrupted(error.args[0]), argv)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
-        return 0
+        raise
     except LoratoolError as error:
         return _fail(error, argv)
     except OSError as error:
@@ -118,18 +133,31 @@ def _run(argv: list[str]) -> int:
         return _fail(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
 
 
-def _fail(error: Any, argv: list[str]) -> int:
-    if os.environ.get("LORATOOL_DEBUG") == "1":
-        import traceback
+def _wants_json(argv: list[str]) -> bool:
+    verb = argv[0].upper() if argv else ""
+    return "--json" in argv or os.environ.get(f"LORATOOL_{verb}_JSON", "").lower() in ("1", "true", "yes", "on")
 
-        traceback.print_exc()
-    if "--json" in argv:
-        from ..render import to_json
 
-        print(to_json(argv[0], error=error))
-    else:
-        from ..render import escape
+def _fail(error: LoratoolError, argv: list[str]) -> int:
+    """Say what went wrong; the code stands even where nobody can hear it."""
+    from ..render import say, to_json
 
-        print("\n".join(escape(line) for line in f"error: {error}".split("\n")), file=sys.stderr)
-    code: int = error.exit_code
+    try:
+        if os.environ.get("LORATOOL_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        if _wants_json(argv):
+            print(to_json(argv[0], error=error))
+        else:
+            say(f"error: {error}", sys.stderr)
+        sys.stdout.flush()
+    except OSError:
+        return _hush(error.exit_code)
+    return error.exit_code
+
+
+def _hush(code: int) -> int:
+    """Let the interpreter's own flush at exit go to nowhere, which would else change the code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

@@ -12,7 +12,7 @@ from .options import alpha_option, json_option
 @click.option("--base", metavar="BASE", help="Hold an adapter against this model: which modules bind.")
 @alpha_option
 @json_option
-def inspect(path: str, base: str | None, alpha: float | None, as_json: bool) -> None:
+def inspect(path: str, base: str | None, alpha: float | None, json: bool) -> None:
     """Show what is in a checkpoint or an adapter, from headers and scalar alphas alone.
 
     Matrices are grouped over layers. For a checkpoint: shapes, dtypes, sizes, what is tied or quantized, which
@@ -23,7 +23,7 @@ def inspect(path: str, base: str | None, alpha: float | None, as_json: bool) -> 
     from ..render import print_adapter, print_checkpoint, to_json
 
     report = run(path, base=base, alpha=alpha)
-    if as_json:
+    if json:
         print(to_json("inspect", report))
     elif isinstance(report, CheckpointReport):
         print_checkpoint(report)

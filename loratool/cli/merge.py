@@ -50,7 +50,7 @@ def merge(
     alpha: float | None,
     device: str,
     quiet: bool,
-    as_json: bool,
+    json: bool,
 ) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
@@ -66,10 +66,10 @@ def merge(
     how much of the change rounding has kept.
     """
     from ..ops.merge import merge as run
-    from ..render import ProgressBar, print_merge, to_json
+    from ..render import ProgressBar, print_merge, say, to_json
     from ..targets import parse_patterns
 
-    bar = ProgressBar("merge", quiet or as_json)
+    bar = ProgressBar("merge", quiet or json)
     try:
         report = run(
             base,
@@ -88,9 +88,9 @@ def merge(
         )
     finally:
         bar.close()
-    if as_json:
+    if json:
         print(to_json("merge", report))
     else:
         print_merge(report)
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", sys.stderr)

@@ -11,7 +11,7 @@ import click
 alpha_option = click.option(
     "--alpha", type=float, help="The adapter's alpha, where its file does not say it. A contradiction is an error."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
@@ -38,9 +38,10 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-            self.fail(f"{value!r} is not a size like 5GB or 500MiB", param, ctx)
-        return int(float(found[1]) * UNITS[found[2].upper()])
+        size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
+        if not 1 <= size < 1 << 63:
+            self.fail(f"{str(value)[:40]!r} is not a size like 5GB or 500MiB", param, ctx)
+        return int(size)
 
 
 class WeightedPath(click.ParamType[tuple[str, float]]):

@@ -6,6 +6,7 @@ file holds (`read`). `open_adapter` asks them in the table's order.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..checkpoint import PICKLES
-from ..errors import InputError
+from ..errors import InputError, UsageError
+from ..fileio import reading
 from ..hub import resolve
 from ..tensorfile import TensorFile
 from . import kohya, peft
@@ -69,7 +71,12 @@ def open_adapter(name: str | os.PathLike[str], alpha: float | None = None) -> Ad
     `alpha` is for files that have none; it must not contradict one that has it.
     Raises InputError for what no format claims, and for what a format cannot read.
     """
-    file = TensorFile(find_adapter_file(resolve(name)))
+    if alpha is not None and not math.isfinite(alpha):
+        raise UsageError(f"--alpha {alpha} is not a finite number")
+    path = resolve(name)
+    with reading(path):
+        weights = find_adapter_file(path)
+    file = TensorFile(weights)
     try:
         for format in FORMATS.values():
             if format.claims(file.specs):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
-from ..architectures.wrappers import PEFT_PREFIX
+from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS
 from ..checkpoint import read_json_file
 from ..errors import InputError, UsageError
 from ..tensorfile import TensorFile
@@ -22,7 +22,8 @@ from ..tensorfile import TensorFile
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])\.weight")
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])\.weight", re.DOTALL)
+_WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
 
 # What changes the arithmetic in a way that a plain `scale * B @ A` does not have. A field counts where it is
 # neither null, false, empty nor the value given here.
@@ -47,7 +48,14 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 def claims(names: Iterable[str]) -> bool:
-    return any(name.startswith(PEFT_PREFIX) or ".lora_A." in name or ".lora_B." in name for name in names)
+    """Keys of LoRA, and of PEFT's other methods: a base saved under PEFT's prefix has plain weights and biases only."""
+    return any(
+        ".lora_A." in name
+        or ".lora_B." in name
+        or ".lora_embedding_" in name
+        or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
+        for name in names
+    )
 
 
 def read(name: str, file: TensorFile, alpha: float | None) -> Adapter:
@@ -63,7 +71,7 @@ def read(name: str, file: TensorFile, alpha: float | None) -> Adapter:
                 "which is not supported yet",
                 culprit=tensor,
             )
-        module = match["module"].removeprefix(PEFT_PREFIX).removeprefix(f"{component}." if component else "")
+        module = _WRAPPED.sub("", match["module"]).removeprefix(f"{component}." if component else "")
         roles = found.setdefault(module, {})
         if match["role"] in roles:
             raise InputError(f"is the same factor as {roles[match['role']]}", culprit=tensor)
@@ -126,24 +134,36 @@ def _parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> 
     return AdapterConfig(
         rank=_number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,
-        use_rslora=bool(fields.get("use_rslora")),
+        use_rslora=_flag(name, fields, "use_rslora") or False,
         rank_pattern=_pattern(name, fields, "rank_pattern"),
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
-        fan_in_fan_out=fields.get("fan_in_fan_out"),
+        fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
         base_model=fields.get("base_model_name_or_path"),
         extra=dict(fields),
     )
 
 
+def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"its config sets {field} to {value!r}, neither true nor false", culprit=name)
+    return value
+
+
 def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type, ...]) -> Any:
     value = fields.get(field)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, types) or value != value):
-        raise InputError(f"its config sets {field} to {value!r}, not a number", culprit=name)
+    if value is not None and not _is_number(value, types):
+        raise InputError(f"its config's {field} is not a number that can be used", culprit=name)
     return value
+
+
+def _is_number(value: Any, types: tuple[type, ...] = (int, float)) -> bool:
+    """Finite and of a size that float64 holds; JSON knows NaN, Infinity and whole numbers of any length."""
+    return type(value) in types and -1e300 < value < 1e300
 
 
 def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]:
     value = fields.get(field) or {}
-    if not isinstance(value, dict) or not all(type(v) in (int, float) for v in value.values()):
+    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
         raise InputError(f"its config's {field} does not map names to numbers", culprit=name)
     return value

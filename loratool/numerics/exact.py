@@ -21,7 +21,10 @@ from torch import Tensor
 
 ARITHMETIC_VERSION = 1
 
-BLOCK = 1 << 18  # weights computed at a time: 2 MB in float64, which stays in a core's cache
+# Weights computed at a time: so few that the float64 buffers stay in a core's cache, so many that a call of
+# torch costs less than its work. On a GPU it is the calls that count.
+TILE = 1 << 17
+CUDA_TILE = 1 << 23
 
 # Low bits of a float32, and what they are exactly halfway between two values of the type. In fp16 the
 # cut moves in the subnormal range, but there too the 12 lowest bits are zero at every midpoint.
@@ -84,7 +87,7 @@ class ExactProduct:
         self._bits = (53 - math.ceil(math.log2(2 * rank))) // 2
         left_max = torch.cat([left.abs().amax(0).double() * abs(m) for left, m in self._lefts])  # (R,)
         right_max = right.abs().amax(1)
-        shift = torch.div(_exponent(left_max) - _exponent(right_max), 2, rounding_mode="trunc")  # odd: either layout
+        shift = torch.div(_exponent(left_max) - _exponent(right_max), 2, rounding_mode="trunc").clamp_(-1000, 1000)
         dead = (left_max == 0) | (right_max == 0)  # contributes nothing, and must not set a grid
         self._left_scale = torch.where(dead, 0.0, power_of_two(-shift))  # (R,)
         right = right * torch.where(dead, 0.0, power_of_two(shift)).unsqueeze(1)
@@ -97,29 +100,34 @@ class ExactProduct:
         rows = torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1)
         return torch.cat(_slices(rows * self._left_scale, 1, self._bits), 1)
 
-    def multiply(self, left: Tensor, out: Tensor, scratch: Tensor) -> None:
-        """Write the rows of D that belong to `left` into `out`; both buffers are (rows, n) in float64."""
-        torch.mm(left[:, : len(self._high)], self._high, out=out)
-        torch.mm(left, self._cross, out=scratch)
+    def multiply(self, left: Tensor, columns: slice, out: Tensor, scratch: Tensor) -> None:
+        """Write some columns of the rows of D that belong to `left` into `out`; both buffers are float64."""
+        torch.mm(left[:, : len(self._high)], self._high[:, columns], out=out)
+        torch.mm(left, self._cross[:, columns], out=scratch)
         out.add_(scratch)
 
 
 class Workspace:
-    """The buffers of one worker, made once and cut to each block's shape."""
+    """The buffers of one worker: flat, reused for every shape, and their views kept, since making one costs a call."""
 
     def __init__(self, device: torch.device, pinned: bool = False) -> None:
+        self.tile = CUDA_TILE if device.type == "cuda" else TILE
         self._device = device
         self._pinned = pinned
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, int, int], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-        size = rows * columns
-        flat = self._flat.get((name, dtype))
-        if flat is None or len(flat) < size:
-            flat = self._flat[name, dtype] = torch.empty(
-                max(size, BLOCK), dtype=dtype, device=self._device, pin_memory=self._pinned
-            )
-        return flat[:size].view(rows, columns)
+        view = self._views.get((name, dtype, rows, columns))
+        if view is None:
+            size = rows * columns
+            flat = self._flat.get((name, dtype))
+            if flat is None or len(flat) < size:
+                flat = torch.empty(size, dtype=dtype, device=self._device, pin_memory=self._pinned)
+                self._flat[name, dtype] = flat
+                self._views = {key: old for key, old in self._views.items() if key[:2] != (name, dtype)}
+            view = self._views[name, dtype, rows, columns] = flat[:size].view(rows, columns)
+        return view
 
 
 def round_once(x: Tensor, out: Tensor, work: Workspace) -> None:
@@ -135,38 +143,55 @@ def round_once(x: Tensor, out: Tensor, work: Workspace) -> None:
     narrow = work.take("narrow", torch.float32, *x.shape)
     narrow.copy_(x)
     out.copy_(narrow)
-    at = _midpoints(narrow, *_HALFWAY[out.dtype], work)
-    if len(at) == 0:
-        return
-    exact, rounded = x.view(-1)[at], narrow.view(-1)[at]
-    moved = exact != rounded.double()
-    at, exact, rounded = at[moved], exact[moved], rounded[moved]
-    toward = torch.where(exact > rounded.double(), math.inf, -math.inf).to(torch.float32)
-    out.view(-1)[at] = torch.nextafter(rounded, toward).to(out.dtype)
-
-
-def _midpoints(x: Tensor, mask: int, half: int, work: Workspace) -> Tensor:
-    """Flat positions of the float32 values whose low bits are `half`."""
+    mask, half = _HALFWAY[out.dtype]
     if x.is_cuda:
-        return ((x.view(torch.int32) & mask) == half).view(-1).nonzero().squeeze(1)
-    # numpy's integer operations are several times faster than torch's on a CPU
-    low = work.take("low", torch.int32, *x.shape).numpy()
-    hit = work.take("hit", torch.bool, *x.shape).numpy()
-    np.bitwise_and(x.view(torch.int32).numpy(), mask, out=low)
-    np.equal(low, half, out=hit)
-    return torch.from_numpy(np.flatnonzero(hit))
+        at = ((narrow.view(torch.int32) & mask) == half).view(-1).nonzero().squeeze(1)
+        exact, rounded = x.view(-1)[at], narrow.view(-1)[at]
+        step = torch.where(exact > rounded, math.inf, -math.inf).to(torch.float32)
+        nudged = torch.where(exact == rounded, rounded, torch.nextafter(rounded, step))
+    else:  # numpy finds and mends the few in a fraction of torch's time
+        found = _where_low_bits(narrow, mask, half, work)
+        if len(found) == 0:
+            return
+        at, one, two = torch.from_numpy(found), x.numpy().ravel()[found], narrow.numpy().ravel()[found]
+        toward = np.where(one > two, np.float32(math.inf), np.float32(-math.inf))
+        nudged = torch.from_numpy(np.where(one == two, two, np.nextafter(two, toward)))
+    out.view(-1)[at] = nudged.to(out.dtype)
+
+
+def _where_low_bits(x: Tensor, mask: int, half: int, work: Workspace) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Flat positions in a float32 CPU tensor whose lower 16 bits, masked, are `half`."""
+    low = work.take("low", torch.int16, *x.shape)
+    low.copy_(x.view(torch.int32))  # the upper half falls off
+    bits, hit = low.numpy().view(np.uint16), work.take("hit", torch.bool, *x.shape).numpy()
+    if mask != 0xFFFF:
+        np.bitwise_and(bits, mask, out=bits)
+    np.equal(bits, half, out=hit)
+    return np.flatnonzero(hit)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What rounding made of one block: sums over its weights (W is the base, D the change, W' the result)."""
+    """What rounding made of some weights, as sums (W is the base, D the change, W' the result)."""
 
-    base_squared: float  # <W, W>
-    change_squared: float  # <D, D>
-    kept: float  # <W' - W, D>
-    changed: int  # weights whose value is not the base's
-    not_finite: int  # base weights that are inf or nan: copied as they are
-    overflowed: int  # finite base weights that became inf
+    base_squared: float = 0.0  # <W, W>
+    change_squared: float = 0.0  # <D, D>
+    kept: float = 0.0  # <W' - W, D>
+    changed: int = 0  # weights whose value is not the base's
+    not_finite: int = 0  # base weights that are inf or nan: copied as they are
+    overflowed: int = 0  # finite base weights that became inf
+    largest: float = 0.0  # of those, the largest absolute value before rounding
+
+    def __add__(self, other: Change) -> Change:
+        return Change(
+            self.base_squared + other.base_squared,
+            self.change_squared + other.change_squared,
+            self.kept + other.kept,
+            self.changed + other.changed,
+            self.not_finite + other.not_finite,
+            self.overflowed + other.overflowed,
+            max(self.largest, other.largest),
+        )
 
 
 def add_rounded(base: Tensor, product: ExactProduct, left: Tensor, out: Tensor, work: Workspace) -> Change:
@@ -176,35 +201,55 @@ def add_rounded(base: Tensor, product: ExactProduct, left: Tensor, out: Tensor, 
     zero and the payload of a nan included; inf and nan stay what they are.
     """
     rows, columns = base.shape
-    change, wide, total = (work.take(name, torch.float64, rows, columns) for name in ("change", "wide", "total"))
-    product.multiply(left, change, total)
+    width = max(1, work.tile // rows)
+    change = Change()
+    for start in range(0, columns, width):
+        tile = slice(start, min(start + width, columns))
+        change += _add_tile(base[:, tile], product, left, tile, out[:, tile], work)
+    return change
+
+
+def _add_tile(
+    base: Tensor, product: ExactProduct, left: Tensor, columns: slice, out: Tensor, work: Workspace
+) -> Change:
+    change, wide, total = (work.take(name, torch.float64, *base.shape) for name in ("change", "wide", "total"))
+    rounded = work.take("rounded", out.dtype, *base.shape)
+    product.multiply(left, columns, change, total)
     wide.copy_(base)
     torch.add(wide, change, out=total)
-    round_once(total, out, work)
+    round_once(total, rounded, work)
     if _has_negative_zero(base):
         still = change == 0
-        out[still] = base[still].to(out.dtype)
-    total.copy_(out).sub_(wide)  # W' - W
+        rounded[still] = base[still].to(out.dtype)
+    total.copy_(rounded).sub_(wide)  # W' - W
     kept, base_squared = _dot(total, change), _dot(wide, wide)
     not_finite = overflowed = 0
+    largest = 0.0
     if not (math.isfinite(kept) and math.isfinite(base_squared)):
         odd = ~wide.isfinite()
-        out[odd] = base[odd].to(out.dtype)
+        rounded[odd] = base[odd].to(out.dtype)
         not_finite = int(odd.sum())
-        overflowed = int((~out.isfinite()).sum()) - not_finite
-        total.copy_(out).sub_(wide)
-        for x in (total, wide):
+        lost = rounded.isfinite().logical_not_().logical_and_(~odd)
+        overflowed = int(lost.sum())
+        largest = float((wide + change)[lost].abs().max()) if overflowed else 0.0
+        total.copy_(rounded).sub_(wide)
+        for x in (total, wide, change):
             x[odd] = 0
         kept, base_squared = _dot(total, change), _dot(wide, wide)
-    return Change(base_squared, _dot(change, change), kept, _count_nonzero(total, work), not_finite, overflowed)
+    out.copy_(rounded)
+    changed = _count_different(rounded, base, total, work)
+    return Change(base_squared, _dot(change, change), kept, changed, not_finite, overflowed, largest)
 
 
-def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> int:
-    """`out = round_once(base)`, any two float dtypes; returns how many finite values became inf."""
-    wide = work.take("wide", torch.float64, *base.shape)
+def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:
+    """`out = round_once(base)`, any two float dtypes; of the result only the overflow is counted."""
+    wide, rounded = work.take("wide", torch.float64, *base.shape), work.take("rounded", out.dtype, *base.shape)
     wide.copy_(base)
-    round_once(wide, out, work)
-    return int((~out.isfinite()).sum()) - int((~wide.isfinite()).sum())
+    round_once(wide, rounded, work)
+    out.copy_(rounded)
+    lost = rounded.isfinite().logical_not_().logical_and_(wide.isfinite())
+    count = int(lost.sum())
+    return Change(overflowed=count, largest=float(wide[lost].abs().max()) if count else 0.0)
 
 
 def _has_negative_zero(x: Tensor) -> bool:
@@ -218,9 +263,13 @@ def _dot(x: Tensor, y: Tensor) -> float:
     return float(torch.dot(x.view(-1), y.view(-1)))
 
 
-def _count_nonzero(x: Tensor, work: Workspace) -> int:
+def _count_different(x: Tensor, base: Tensor, difference: Tensor, work: Workspace) -> int:
+    """How many values differ: by their bits where the types are equal, else by their difference."""
     if x.is_cuda:
-        return int(torch.count_nonzero(x))
+        return int(torch.count_nonzero(difference))
     hit = work.take("hit", torch.bool, *x.shape).numpy()
-    np.not_equal(x.numpy(), 0.0, out=hit)
+    if x.dtype == base.dtype:
+        np.not_equal(x.view(_BITS[x.dtype]).numpy(), base.view(_BITS[x.dtype]).numpy(), out=hit)
+    else:
+        np.not_equal(difference.numpy(), 0.0, out=hit)
     return int(np.count_nonzero(hit))

@@ -125,7 +125,7 @@ def _is_adapter(path: str | os.PathLike[str]) -> bool:
     except InputError:
         find_adapter_file(found)  # which says what is wrong with the folder as an adapter
         return True
-    if weights.suffix != ".safetensors":
+    if weights.suffix == ".json":
         return False
     file = TensorFile(weights)
     file.close()
@@ -136,7 +136,6 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
     dtypes: Counter[str] = Counter()
     for spec in checkpoint.specs.values():
         dtypes[spec.dtype] += spec.size
-    metadata = (checkpoint.index[1].get("metadata") if checkpoint.index else checkpoint.shards[0].metadata) or {}
     return CheckpointReport(
         path,
         checkpoint.model_type,
@@ -148,7 +147,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
         dict(dtypes.most_common()),
         _is_tied(checkpoint),
         quantization(checkpoint.specs, checkpoint.config),
-        {str(key): str(value) for key, value in metadata.items()},
+        {str(key): str(value) for key, value in checkpoint.metadata.items()},
     )
 
 
@@ -166,20 +165,21 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     )
 
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted name that is a number
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")  # a part of a dotted name that is a number
 
 
 def _groups(specs: Mapping[str, TensorSpec]) -> Iterable[Group]:
     """In the order in which a group's first tensor comes."""
-    members: dict[tuple[str, TensorSpec], list[tuple[int, ...]]] = {}
+    members: dict[tuple[tuple[str, ...], TensorSpec], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
         numbers = tuple(int(part) for part in _NUMBER.findall(name))
-        members.setdefault((_NUMBER.sub("{}", name), spec), []).append(numbers)
-    for (pattern, spec), found in members.items():
+        members.setdefault((tuple(_NUMBER.split(name)), spec), []).append(numbers)
+    for (parts, spec), found in members.items():
         count = len(found)
+        pattern = "0".join(parts)
         module = pattern.removesuffix(".weight")
         yield Group(
-            _with_ranges(pattern, found),
+            _with_ranges(parts, found),
             spec.dtype,
             spec.shape,
             count,
@@ -191,12 +191,9 @@ def _groups(specs: Mapping[str, TensorSpec]) -> Iterable[Group]:
         )
 
 
-def _with_ranges(pattern: str, numbers: list[tuple[int, ...]]) -> str:
-    """Fill each `{}` with its only number, or with `{0..31}` and the like."""
-    if not numbers[0]:
-        return pattern
+def _with_ranges(parts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
+    """Between the parts of a name its only number, or `{0..31}` and the like."""
     texts = [_ranges(sorted(set(column))) for column in zip(*numbers, strict=True)]
-    parts = pattern.split("{}")
     return parts[0] + "".join(text + part for text, part in zip(texts, parts[1:], strict=True))
 
 
@@ -214,17 +211,17 @@ def _ranges(values: list[int]) -> str:
 
 
 def _inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
-    number = re.compile(r"(?<![^._])\d+(?![^._])") if adapter.flattened else _NUMBER
-    members: dict[tuple[str, int, float, tuple[int, int], str], list[tuple[int, ...]]] = {}
+    number = re.compile(r"(?<![^._])\d{1,9}(?![^._])") if adapter.flattened else _NUMBER
+    members: dict[tuple[tuple[str, ...], int, float, tuple[int, int], str], list[tuple[int, ...]]] = {}
     for module, update in adapter.updates.items():
-        key = (number.sub("{}", module), update.rank, update.scale, update.out_in, update.specs["A"].dtype)
+        key = (tuple(number.split(module)), update.rank, update.scale, update.out_in, update.specs["A"].dtype)
         members.setdefault(key, []).append(tuple(int(part) for part in number.findall(module)))
     groups = []
-    for (pattern, rank, scale, shape, dtype), found in members.items():
+    for (parts, rank, scale, shape, dtype), found in members.items():
         alpha = scale * (rank**0.5 if adapter.config.use_rslora else rank)
         parameters = len(found) * rank * sum(shape)
         groups.append(
-            AdapterGroup(_with_ranges(pattern, found), len(found), rank, alpha, scale, shape, dtype, parameters)
+            AdapterGroup(_with_ranges(parts, found), len(found), rank, alpha, scale, shape, dtype, parameters)
         )
     ranks = {update.rank for update in adapter.updates.values()}
     return AdapterInspection(

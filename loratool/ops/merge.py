@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +27,24 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import is_adapter, open_adapter
 from ..numerics.exact import ARITHMETIC_VERSION, Change, ExactProduct, Workspace, add_rounded
 from ..output import Output, check_path, output_path, plan_output
-from ..rewrite import overflow, rewrite
+from ..rewrite import refuse_overflow, rewrite
 from ..runtime import Prepare, Progress, Step, choose_device, worker_count
 from ..sidefiles import provenance
-from ..targets import Binding, Placement, Selection, bind, parse_layers
+from ..targets import Binding, Placement, Selection, bind, exclude_options, parse_layers
 
 # What --dtype may say -> the safetensors name, None to keep each tensor's own.
 MERGE_DTYPES = {
     "keep": None,
     "fp32": "F32",
+    "f32": "F32",
     "float32": "F32",
+    "float": "F32",
     "bf16": "BF16",
     "bfloat16": "BF16",
     "fp16": "F16",
+    "f16": "F16",
     "float16": "F16",
+    "half": "F16",
 }
 KEPT_ENOUGH = 0.95  # below this share of the change that survives rounding, merge warns
 
@@ -131,30 +135,29 @@ def merge(
     with ExitStack() as opened:
         pairs = _adapter_pairs(adapters)
         checkpoint, loaded = _open_inputs(base, pairs, alpha, opened)
-        if dtype not in MERGE_DTYPES:
+        chosen_dtype = dtype.lower().removeprefix("torch.")
+        if chosen_dtype not in MERGE_DTYPES:
             raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
         path, is_file = output_path(out, checkpoint, "merged")
-        inputs = [checkpoint.folder if not checkpoint.given_as_file else checkpoint.path]
-        inputs += [shard.path for shard in checkpoint.shards] + [adapter.file.path for adapter, _ in loaded]
-        inputs += [adapter.file.path.parent for adapter, _ in loaded]
-        check_path(path, is_file, inputs, force)
+        where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         binding = bind(checkpoint.specs, checkpoint.model_type, loaded, selection)
         _refuse_tied_head(checkpoint, binding)
+        inputs = [shard.path for shard in checkpoint.shards] + [adapter.file.path for adapter, _ in loaded]
+        check_path(path, is_file, inputs, force)
         output = plan_output(
             checkpoint,
             path,
             is_file,
             _provenance(checkpoint, loaded, binding),
             binding.placements,
-            MERGE_DTYPES[dtype],
+            MERGE_DTYPES[chosen_dtype],
             max_shard_bytes,
         )
         plan = _Plan(checkpoint, loaded, binding, output)
-        changes: Mapping[str, list[Change]] = {}
-        if not dry_run:
-            _check_factors(plan)
-            changes = _execute(plan, choose_device(device), progress, workers or worker_count())
+        _check_factors(plan)
+        output.require_space()
+        changes = {} if dry_run else _execute(plan, where, progress, workers or worker_count())
         return _report(plan, os.fspath(base), changes, dry_run)
 
 
@@ -177,10 +180,11 @@ def _open_inputs(
     checkpoint = open_checkpoint(base)
     opened.callback(checkpoint.close)
     if is_adapter(checkpoint.specs):
+        other, *_ = pairs[0]
         raise InputError(
             "is an adapter, but the first argument is the base model",
             culprit=os.fspath(base),
-            remedy=f"swap them: loratool merge {pairs[0][0]} {os.fspath(base)}",
+            remedy=None if _opens_as_adapter(other) else f"swap them: loratool merge {other} {os.fspath(base)}",
         )
     method = quantization(checkpoint.specs, checkpoint.config)
     if method:
@@ -191,10 +195,31 @@ def _open_inputs(
         )
     loaded = []
     for name, weight in pairs:
-        adapter = open_adapter(name, alpha)
+        adapter = _open_one_of(name, alpha) if len(pairs) > 1 else open_adapter(name, alpha)
         opened.callback(adapter.file.close)
+        for module, update in adapter.updates.items():
+            if not math.isfinite(weight * update.scale):
+                raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
         loaded.append((adapter, weight))
     return checkpoint, tuple(loaded)
+
+
+def _opens_as_adapter(name: str) -> bool:
+    try:
+        open_adapter(name).file.close()
+    except NeedsFlag:
+        return True
+    except InputError:
+        return False
+    return True
+
+
+def _open_one_of(name: str, alpha: float | None) -> Adapter:
+    """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
+    try:
+        return open_adapter(name)
+    except NeedsFlag:
+        return open_adapter(name, alpha)
 
 
 def _refuse_tied_head(base: Checkpoint, binding: Binding) -> None:
@@ -203,11 +228,12 @@ def _refuse_tied_head(base: Checkpoint, binding: Binding) -> None:
     for name in binding.placements:
         module = name.removesuffix(".weight")
         if tied and role(module, 2, True) == "head" and module.endswith(("lm_head", "embed_out")):
-            raise NeedsFlag(
-                "is tied to the embedding by config.json: loaders would drop its change; untying is not supported yet",
-                culprit=name,
-                remedy=f"to leave it out: --exclude '{module}'",
+            message = (
+                "is tied to the embedding by config.json: loaders would drop its change; untying is not supported yet"
             )
+            if len(binding.placements) == 1:
+                raise InputError(message, culprit=name)
+            raise NeedsFlag(message, culprit=name, remedy=f"to leave it out: {exclude_options([module], [])}")
 
 
 def _provenance(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], binding: Binding) -> str:
@@ -215,13 +241,12 @@ def _provenance(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], bin
         {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
         for adapter, weight in adapters
     ]
-    former = (base.index[1].get("metadata") or {}) if base.index else base.shards[0].metadata or {}
     facts = {
         "adapters": sorted(entries, key=lambda entry: (entry["sha256"], entry["scales_sha256"], entry["weight"])),
         "arithmetic": ARITHMETIC_VERSION,
         "left_out": sorted(set(binding.left_out)),
     }
-    return provenance("merge", facts, former.get("loratool"))
+    return provenance("merge", facts, base.metadata.get("loratool"))
 
 
 def _check_factors(plan: _Plan) -> None:
@@ -271,9 +296,7 @@ def _execute(plan: _Plan, device: torch.device, progress: Progress | None, worke
 
     with closing(rewrite(plan.base, plan.output, placements, make_step, device, workers, progress)) as pieces:
         for name, blocks in pieces:
-            overflowed = sum(block.overflowed for block in blocks)
-            if overflowed:
-                raise overflow(name, overflowed, plan.output.specs[name].dtype)
+            refuse_overflow(name, blocks, plan.base, plan.output)
             changes[name] += blocks
     return changes
 
@@ -283,13 +306,13 @@ def _report(plan: _Plan, base: str, changes: Mapping[str, list[Change]], dry_run
     total_kept = total_change = 0.0
     for name, placements in plan.binding.placements.items():
         blocks = changes.get(name, [])
-        # fsum: the sums must not depend on the order in which the blocks finished
-        kept = math.fsum(block.kept for block in blocks)
-        change = math.fsum(block.change_squared for block in blocks)
-        base_squared = math.fsum(block.base_squared for block in blocks)
+        kept = _sum(block.kept for block in blocks)
+        change = _sum(block.change_squared for block in blocks)
+        base_squared = _sum(block.base_squared for block in blocks)
         not_finite = sum(block.not_finite for block in blocks)
         total_kept, total_change = total_kept + kept, total_change + change
         spec = plan.base.specs[name]
+        relative = _ratio(change, base_squared)
         rows.append(
             TensorReport(
                 name,
@@ -297,14 +320,14 @@ def _report(plan: _Plan, base: str, changes: Mapping[str, list[Change]], dry_run
                 plan.output.specs[name].dtype,
                 sum(placement.update.rank for placement in placements),
                 tuple(placement.weight * placement.update.scale for placement in placements),
-                math.sqrt(change / base_squared) if base_squared else None,
+                None if relative is None else math.sqrt(relative),
                 sum(block.changed for block in blocks) / spec.size if blocks else None,
-                kept / change if change else None,
+                _ratio(kept, change),
             )
         )
         if not_finite:
             warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
-    total = total_kept / total_change if total_change else None
+    total = _ratio(total_kept, total_change)
     warnings = _warnings(plan, rows, total) + warnings
     return MergeReport(
         base,
@@ -322,23 +345,36 @@ def _report(plan: _Plan, base: str, changes: Mapping[str, list[Change]], dry_run
     )
 
 
+def _sum(values: Iterable[float]) -> float:
+    """Exactly rounded, so that it does not depend on the order in which the blocks finished; inf where it overflows."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
+
+
+def _ratio(x: float, y: float) -> float | None:
+    """x / y where it says something: y is not 0, and neither sum left float64's range."""
+    return x / y if y and math.isfinite(x) and math.isfinite(y) else None
+
+
 def _warnings(plan: _Plan, rows: Sequence[TensorReport], kept: float | None) -> list[str]:
     warnings = []
     weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
     if weak:
         worst = min(weak, key=lambda row: row.kept or 0.0)
-        wider = "fp16 or fp32" if worst.dtype == "BF16" else "fp32"
+        wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
         warnings.append(
             f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
             f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
-            f"merge with --dtype {wider}, or keep the adapter apart"
+            f"{wider.get(worst.dtype, '')}keep the adapter apart"
         )
     still = [row.name for row in rows if row.changed == 0]
     if still:
         warnings.append(
             f"{len(still)} tensors stay as they are, since their change is zero or rounds away: {still[0]}, ..."
         )
-    odd = [name for name, spec in plan.base.specs.items() if spec.dtype.startswith(("F8", "F6", "F4"))]
+    odd = [name for name, spec in plan.base.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
     if odd and plan.output.specs != plan.base.specs:
         warnings.append(f"{len(odd)} tensors of {plan.base.specs[odd[0]].dtype} keep their type: {odd[0]}, ...")
     return warnings

@@ -1,0 +1,109 @@
+"""Llama-style models of any size for the benchmarks, written in seconds: python models.py OUT [small|large|wide].
+
+The values repeat (one random block, tiled), since neither side's time or memory depends on them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from loratool.tensorfile import TensorSpec, build_header
+
+# name -> (layers, hidden, intermediate, vocabulary, key and value width, shards)
+SIZES = {
+    "small": (4, 2048, 5632, 32000, 256, 2),  # 0.6 GB
+    "large": (14, 4096, 11008, 32000, 4096, 3),  # 6.2 GB
+    "wide": (0, 4096, 0, 128_000, 0, 1),  # one matrix of 1 GB
+}
+RANK = 16
+HEAD = "lm_head.weight"
+
+
+def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    layers, hidden, inner, vocabulary, narrow, _ = SIZES[size]
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for i in range(layers):
+        for name, out, inp in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", narrow, hidden),
+            ("self_attn.v_proj", narrow, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):
+            yield f"model.layers.{i}.{name}.weight", (out, inp)
+        yield f"model.layers.{i}.input_layernorm.weight", (hidden,)
+        yield f"model.layers.{i}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield HEAD, (vocabulary, hidden)
+
+
+def adapted(size: str) -> dict[str, tuple[int, ...]]:
+    """All linear layers; the head too where there is nothing else."""
+    return {n: s for n, s in shapes(size) if len(s) == 2 and ("layers" in n or (size == "wide" and n == HEAD))}
+
+
+def make(folder: Path, size: str) -> int:
+    """Write `folder/base` and `folder/adapter`; returns the base's bytes."""
+    layers, hidden, inner, vocabulary, narrow, shards = SIZES[size]
+    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(size)}
+    (folder / "base").mkdir(parents=True)
+    block = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    data = memoryview(block.view(torch.uint8).numpy())
+    names = list(specs)
+    weight_map = {}
+    for i in range(shards):
+        members = names[len(names) * i // shards : len(names) * (i + 1) // shards]
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        header, _ = build_header(specs, members, {"format": "pt"})
+        with open(folder / "base" / file, "wb") as out:
+            out.write(header)
+            for name in members:
+                for start in range(0, specs[name].nbytes, len(data)):
+                    out.write(data[: specs[name].nbytes - start])
+        weight_map.update(dict.fromkeys(members, file))
+    total = sum(spec.nbytes for spec in specs.values())
+    if shards > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    heads = hidden // 64
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads * narrow // hidden),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    make_adapter(folder / "adapter", size)
+    return total
+
+
+def make_adapter(folder: Path, size: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, (out, inp) in adapted(size).items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, inp, generator=generator) / inp**0.5
+        tensors[f"{module}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.005
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = sorted({name.split(".")[-2] for name in adapted(size)})
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+
+
+if __name__ == "__main__":
+    print(f"{make(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else 'small') / 1e9:.2f} GB")

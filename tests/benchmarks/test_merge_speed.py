@@ -1,0 +1,89 @@
+"""Speed and memory of merge as whole processes, both sides in one run: pytest -m slow -s tests/benchmarks
+
+The bounds are the promises: a fraction of peft's time, close to a file copy, memory that does not grow.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import adapted, make
+
+MERGE = [sys.executable, "-c", "from loratool.cli import main; main()", "merge"]
+RSS_LIMIT = 450  # MB, everything in
+
+
+def measure(command: list[object]) -> tuple[float, float]:
+    """Seconds and peak RSS in MB of a process, a `sync` of its output included."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    assert os.waitstatus_to_exitcode(status) == 0, command
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("models")
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.mark.slow
+def test_small_model_against_peft(models: Path) -> None:
+    make(models / "small", "small")
+    base, adapter = models / "small" / "base", models / "small" / "adapter"
+    ours, theirs = [], []
+    rival = [sys.executable, Path(__file__).parent / "peft_merge.py"]
+    for _ in range(3):
+        ours.append(measure([*MERGE, base, adapter, "-o", fresh(models / "ours")]))
+        theirs.append(measure([*rival, base, adapter, fresh(models / "theirs")]))
+    mine, yours = (statistics.median(t for t, _ in runs) for runs in (ours, theirs))
+    rss = max(m for _, m in ours)
+    print(f"\n0.6 GB: loratool {mine:.2f} s, {rss:.0f} MB; peft {yours:.2f} s, {max(m for _, m in theirs):.0f} MB")
+    print(f"ratio {mine / yours:.2f} (at most 0.35)")
+    assert mine <= 0.35 * yours and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+def test_large_model_against_a_copy(models: Path) -> None:
+    make(models / "large", "large")
+    base, adapter = models / "large" / "base", models / "large" / "adapter"
+    cores = len(os.sched_getaffinity(0))
+    weights = sum(out * inp for out, inp in adapted("large").values())
+    measure(["cp", "-r", base, fresh(models / "warm")])
+    ours, copies = [], []
+    for _ in range(3):
+        copies.append(measure(["cp", "-r", base, fresh(models / "warm")])[0])
+        fresh(models / "warm")
+        ours.append(measure([*MERGE, base, adapter, "-o", fresh(models / "ours")]))
+        fresh(models / "ours")
+    mine, copy, compute = statistics.median(t for t, _ in ours), statistics.median(copies), 5e-9 * weights / cores
+    rss = max(m for _, m in ours)
+    print(f"\n6.2 GB: loratool {mine:.2f} s, {rss:.0f} MB; cp -r {copy:.2f} s; 5 ns a weight and core: {compute:.2f} s")
+    print(f"ratio {mine / max(copy, compute):.2f} (at most 1.3)")
+    assert mine <= 1.3 * max(copy, compute) and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+def test_memory_on_one_wide_matrix(models: Path) -> None:
+    make(models / "wide", "wide")
+    seconds, rss = measure([*MERGE, models / "wide" / "base", models / "wide" / "adapter", "-o", models / "out"])
+    print(f"\n128k x 4096: {seconds:.2f} s, {rss:.0f} MB")
+    assert rss <= RSS_LIMIT
