@@ -211,7 +211,8 @@ def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
         candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
         candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
         candidates.append(f"re:^{re.escape(module)}$")
-        patterns.append(next(p for p in candidates if not any(matches(p, path) for path in kept)))
+        free = (p for p in candidates if not any(matches(p, path) for path in kept))
+        patterns.append(next(free, candidates[-1]))
     lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
     return " ".join(f"--exclude {quote(each)}" for each in lists if each)
 
