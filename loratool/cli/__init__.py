@@ -6,6 +6,7 @@ one error boundary: it alone turns exceptions into messages and exit codes.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -91,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         getattr(sys, name).reconfigure(
             errors="backslashreplace"
         )  # paths and names may hold what a terminal cannot show
-    sys.exit(_run(sys.argv[1:] if argv is None else argv))
+    gc.disable()  # a fifth of torch's import is collecting what it has just made, and a command is short
+    code = _run(sys.argv[1:] if argv is None else argv)
+    sys.stderr.flush()
+    os._exit(code)  # all is written and synced; torch's teardown takes as long as a small merge
 
 
 def _run(argv: list[str]) -> int:
