@@ -235,4 +235,6 @@ def test_grouping_never_joins_what_differs() -> None:
     names = ["l.0.fc1.weight", "l.1.fc1.weight", "l.0.fc2.weight", "l.2.fc1.weight", "12.w", "13.w"]
     specs = {n: TensorSpec("F32", (2, 2)) for n in names} | {"l.3.fc1.weight": TensorSpec("F16", (2, 2))}
     assert [g.name for g in _groups(specs)] == ["l.{0..2}.fc1.weight", "l.0.fc2.weight", "{12..13}.w", "l.3.fc1.weight"]
+    colons = {f"unet:{i}:{end}": TensorSpec("F16", (4, 4)) for i in range(3) for end in ("up", "down")}
+    assert [g.name for g in _groups(colons)] == ["unet:{0..2}:up", "unet:{0..2}:down"]
     assert not re.search(r"fc\{", "".join(g.name for g in _groups(specs)))

@@ -167,7 +167,7 @@ def test_an_output_equal_to_an_input_is_refused(tmp_path: Path, model: Path, ada
 
 
 def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
-    tmp_path: Path, model: Path, adapter: Path
+    tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -199,6 +199,10 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
     loratool.merge(model, adapter, file, force=True)
     with pytest.raises(UsageError, match="another kind"):
         loratool.merge(model, adapter, write_model(tmp_path / "d.safetensors", {}), force=True)
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match="is a mount point"):
+        patched.setattr(os.path, "ismount", lambda p: p == tmp_path / "mounted")
+        (tmp_path / "mounted").mkdir()
+        loratool.merge(model, adapter, tmp_path / "mounted")
     with pytest.raises(UsageError, match="no such folder"):
         loratool.merge(model, adapter, tmp_path / "absent" / "out")
     with pytest.raises(UsageError, match="not written"):

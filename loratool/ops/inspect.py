@@ -165,7 +165,7 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     )
 
 
-_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")  # a part of a dotted name that is a number
+_NUMBER = re.compile(r"(?<![^.:])\d{1,9}(?![^.:])")  # a part of a name, between dots or colons, that is a number
 
 
 def _groups(specs: Mapping[str, TensorSpec]) -> Iterable[Group]:
