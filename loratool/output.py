@@ -1,7 +1,7 @@
 """An output checkpoint: where it goes and how it is laid out, decided completely before its first byte.
 
-By default the layout is the input's: its files, their tensors, and
-where nothing in them must change, their very header bytes.
+By default the layout is the input's: its files, their tensors, and where nothing in them must change, their
+very header bytes.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
     travels, stays = [], []
     with reading(folder):
         for entry in sorted(folder.iterdir()):
-            names = (
-                [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())] if entry.is_dir() else [entry.name]
-            )
+            opens = entry.is_dir() and os.access(entry, os.R_OK | os.X_OK)
+            names = [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())] if opens else [entry.name]
             chosen = [n for n in names if n not in read and n not in NEVER and _matches(n, TRAVELS)]
             travels += chosen
             rest = [n for n in names if n not in chosen and n not in read]

@@ -435,6 +435,10 @@ def test_alpha_is_for_those_of_several_adapters_that_lack_it(tmp_path: Path) -> 
     save_file({"x.lora_A.weight": A, "x.lora_B.weight": B}, tmp_path / "bare.safetensors")
     report = loratool.merge(base, [told, tmp_path / "bare.safetensors"], tmp_path / "out", alpha=4)
     assert report.tensors[0].scales == (3.0, 2.0)
+    with pytest.raises(NeedsFlag, match="--alpha"):
+        loratool.merge(base, [told, tmp_path / "bare.safetensors"], tmp_path / "out2")
+    with pytest.raises(UsageError, match="all of these do"):
+        loratool.merge(base, [told, told], tmp_path / "out2", alpha=4)
 
 
 def test_only_what_is_selected_is_merged(tmp_path: Path) -> None:

@@ -194,9 +194,7 @@ def _open_inputs(
             remedy="pass the original model in 16 or 32 bits",
         )
     loaded = []
-    for name, weight in pairs:
-        adapter = _open_one_of(name, alpha) if len(pairs) > 1 else open_adapter(name, alpha)
-        opened.callback(adapter.file.close)
+    for adapter, (_, weight) in zip(_open_adapters([name for name, _ in pairs], alpha, opened), pairs, strict=True):
         for module, update in adapter.updates.items():
             if not math.isfinite(weight * update.scale):
                 raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
@@ -214,12 +212,21 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
-def _open_one_of(name: str, alpha: float | None) -> Adapter:
+def _open_adapters(names: Sequence[str], alpha: float | None, opened: ExitStack) -> list[Adapter]:
     """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
-    try:
-        return open_adapter(name)
-    except NeedsFlag:
-        return open_adapter(name, alpha)
+    adapters, used = [], len(names) == 1
+    for name in names:
+        try:
+            adapter = open_adapter(name, alpha if len(names) == 1 else None)
+        except NeedsFlag:
+            if alpha is None:
+                raise
+            adapter, used = open_adapter(name, alpha), True
+        opened.callback(adapter.file.close)
+        adapters.append(adapter)
+    if alpha is not None and not used:
+        raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
+    return adapters
 
 
 def _refuse_tied_head(base: Checkpoint, binding: Binding) -> None:
