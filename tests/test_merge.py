@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,32 @@ def test_kohya_spelling_gives_the_same_bytes_as_peft(tmp_path: Path) -> None:
     loratool.merge(base, write_kohya(tmp_path / "k.safetensors", made, torch.tensor(3.0)), tmp_path / "b")
     a, b = load_model(tmp_path / "a"), load_model(tmp_path / "b")
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["layers.0.to_q.weight"], weights(12, 8))
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs wait4")
+def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
+    """Promise 4, small enough for every run: one matrix of 268 MB over a sparse file."""
+    from loratool.tensorfile import TensorSpec, build_header
+
+    header, _ = build_header({"x.weight": TensorSpec("BF16", (32768, 4096))}, ["x.weight"], {"format": "pt"})
+    with open(tmp_path / "base.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 2 * 32768 * 4096)
+    adapter = write_peft(tmp_path / "a", {"x": factors(32768, 4096, 16)})
+    command = [
+        sys.executable,
+        "-c",
+        "from loratool.cli import main; main()",
+        "merge",
+        tmp_path / "base.safetensors",
+        adapter,
+    ]
+    process = subprocess.Popen(
+        [str(c) for c in command] + ["-o", str(tmp_path / "m.safetensors")], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss / 1024 < 450  # MB, torch included
 
 
 class TestSameBytes:

@@ -487,6 +487,16 @@ class TestFailure:
             assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name]
             assert {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out])} == before
 
+    @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
+    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
+    def test_a_write_that_the_system_refuses(self, tmp_path: Path, out: str) -> None:
+        """A real refusal in the middle of the weights: no file may grow past 100 kB."""
+        (tmp_path / "work").mkdir()
+        shell = f"ulimit -f 100; {' '.join(repr(c) for c in COMMAND)} merge {BASE} {ADAPTER} -o {out}"
+        result = subprocess.run(["bash", "-c", shell], cwd=tmp_path / "work", capture_output=True, text=True)
+        assert result.returncode == 5 and result.stderr == f"error: {out}: File too large\n"
+        assert list((tmp_path / "work").iterdir()) == []
+
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     @pytest.mark.parametrize(
         ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
