@@ -158,7 +158,7 @@ def test_ninety_thousand_tensors_in_a_second_or_two(tmp_path: Path) -> None:
     start = time.monotonic()
     command = [sys.executable, "-c", "from loratool.cli import main; main()", "inspect", str(folder)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - start < 6  # 1.3 s on an idle machine
+    assert time.monotonic() - start < 6  # 0.9 s on an idle machine
     assert (
         "model.layers.{0..59}.mlp.experts.{0..499}.up_proj.weight" in out
         and "90000 tensors" in out
