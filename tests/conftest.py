@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+# Runs the command line and ends with its peak RSS in kB on stderr. (What wait4 tells of a child includes its
+# parent's RSS at the fork, which here is pytest's.)
+MEASURED = [
+    sys.executable,
+    "-c",
+    "import os, sys; leave = os._exit\n"
+    "def report(code):\n"
+    "    peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+    "    print(peak.split()[1], file=sys.stderr, flush=True)\n"
+    "    leave(code)\n"
+    "os._exit = report\n"
+    "from loratool.cli import main; main()",
+]
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data (real adapters) is not here")
 
