@@ -17,13 +17,14 @@ from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageErr
 
 if TYPE_CHECKING:
     from .ops.inspect import AdapterInspection, CheckpointReport, inspect
-    from .ops.merge import MergeReport, merge
+    from .ops.merge import merge
+    from .ops.merge_report import MergeReport
 
 # Loaded on first use, so that `import loratool` and the command line start without torch.
 _HOMES = {
     "AdapterInspection": "inspect",
     "CheckpointReport": "inspect",
-    "MergeReport": "merge",
+    "MergeReport": "merge_report",
     "inspect": "inspect",
     "merge": "merge",
 }

@@ -10,14 +10,14 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 from .errors import InputError, NeedsFlag
 from .fileio import sha256_file
-from .tensorfile import TensorFile, TensorSpec
-from .updates import UPDATES, LowRank
+from .tensorfile import TensorSpec, WeightsFile
+from .updates import UPDATES, Update
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class AdapterConfig:
     def rank_of(self, module: str) -> int | None:
         rank: int | None = match_pattern(self.rank_pattern, module, self.rank)
         return rank
+
+    def at(self, parameter: str) -> AdapterConfig:
+        """The config of one parameter, whose patterns are held against its own path and not its module's."""
+        alpha = match_pattern(self.alpha_pattern, parameter, self.alpha)
+        return replace(self, rank=self.rank_of(parameter), alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def scale_of(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023); never a guess where alpha is missing."""
@@ -68,47 +73,71 @@ def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """One update before its tensors are read: `tensors` maps a role (A, B) to a name in the adapter's file."""
+    """One update before its tensors are read: `tensors` maps a role (A, B, ...) to a name in the adapter's file.
+
+    module: the path of the module whose `weight` it changes; for another parameter the path of that one.
+    transposed: whether the base stores (in, out), where the format itself knows it.
+    base: the tensor of the adapter's file that holds the weight under the update, if the adapter brought its own.
+    """
 
     kind: str
     module: str
     tensors: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
-    scale: float
+    scale: float = 1.0
+    transposed: bool | None = None
+    experts: int = 1
+    indices: tuple[int, ...] = ()
+    base: str | None = None
 
     @property
     def rank(self) -> int:
-        return self.specs["A"].shape[0]
+        """Of the change to one matrix; 0 where the change has no factors."""
+        return self.specs["A"].shape[0] // self.experts if "A" in self.specs else 0
 
     @property
-    def out_in(self) -> tuple[int, int]:
-        return self.specs["B"].shape[0], self.specs["A"].shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor it changes, a linear layer being (out, in) and a stack of experts (experts, out, in)."""
+        if "A" not in self.specs:
+            return self.specs["value"].shape
+        stack = (self.experts,) if self.kind == "experts" else ()
+        return (*stack, self.specs["B"].shape[0], *self.specs["A"].shape[1:])
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Updates by module path.
-
-    `flattened`: the paths are kohya's, with `_` where the module path has dots.
-    `linear_only`: the format's targets are `nn.Linear` by definition, so a square matrix is (out, in).
-    """
+    """Updates by module path. `flattened`: the paths are kohya's, with `_` where the module path has dots."""
 
     name: str
     format: str
-    file: TensorFile
+    file: WeightsFile
     config: AdapterConfig
     updates: Mapping[str, UpdateSpec]
     flattened: bool = False
-    linear_only: bool = False
+    notes: tuple[str, ...] = ()
 
-    def load(self, spec: UpdateSpec) -> LowRank:
-        """Read one update. Raises InputError naming the factor that holds a nan or an infinity."""
+    def load(self, spec: UpdateSpec) -> Update:
+        """Read one update. Raises InputError naming the tensor that holds a nan or an infinity."""
         cls, roles = UPDATES[spec.kind]
         tensors = {role: self.file.tensor(spec.tensors[role]) for role in roles}
         for role, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"holds nan or inf; {self.name} is damaged", culprit=spec.tensors[role])
-        return cls(**tensors, scale=spec.scale)
+        rest: dict[str, Any] = {"scale": spec.scale, "experts": spec.experts}
+        names = {field.name for field in fields(cls)}
+        if "indices" in names:
+            import torch
+
+            rest["indices"] = torch.tensor(spec.indices)
+        return cls(**tensors, **{name: value for name, value in rest.items() if name in names})
+
+    def brings(self, module: str) -> bool:
+        """Whether `module` is a whole one that the adapter announces (PEFT's rule: by the end of its path)."""
+        listed = self.config.extra.get("modules_to_save")
+        if not isinstance(listed, list) or self.updates[module].kind != "replace":
+            return False
+        owner = module.rpartition(".")[0]
+        return any(isinstance(entry, str) and (module.endswith(entry) or owner.endswith(entry)) for entry in listed)
 
     @cached_property
     def sha256(self) -> str:
@@ -117,38 +146,49 @@ class Adapter:
 
     @cached_property
     def scales_sha256(self) -> str:
-        """Of every module's scale, which the weights file alone does not determine."""
-        lines = "".join(f"{module} {spec.scale.hex()}\n" for module, spec in sorted(self.updates.items()))
+        """Of what the weights file alone does not determine: every module's scale, and rows that are replaced."""
+        lines = "".join(
+            f"{module} {spec.scale.hex()}" + "".join(f" {index}" for index in spec.indices) + "\n"
+            for module, spec in sorted(self.updates.items())
+        )
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def pair_factors(
-    kind: str, module: str, roles: Mapping[str, str], file: TensorFile, config: AdapterConfig
+    module: str,
+    roles: Mapping[str, str],
+    file: WeightsFile,
+    config: AdapterConfig,
+    transposed: bool | None = None,
+    stacked: bool = False,
 ) -> UpdateSpec:
-    """An UpdateSpec from the tensors found for a module, its pair complete and of one rank.
+    """The LoRA or DoRA of a module from the tensors found for it, its pair complete and of one rank.
 
+    stacked: the factors of several experts lie in one tensor, and the config's rank is that of one.
     Raises InputError for a missing side, a rank that differs between the sides or from the config's.
     """
-    specs = {role: file.specs[name] for role, name in roles.items()}
-    for role in UPDATES[kind][1]:
+    specs = {role: file.specs[name] for role, name in roles.items() if role != "base"}
+    for role in ("A", "B"):
         if role not in roles:
             other = next(iter(roles.values()))
             raise InputError(f"has no partner: the {role} factor of {module} is missing", culprit=other)
-    A, B = specs["A"], specs["B"]
-    for role, spec in specs.items():
-        if len(spec.shape) != 2:
-            what = {3: "a Conv1d", 4: "a Conv2d", 5: "a Conv3d"}.get(len(spec.shape), "not a matrix")
-            raise InputError(f"is {spec}: {what}; only linear layers are supported yet", culprit=roles[role])
-    if A.shape[0] != B.shape[1] or A.shape[0] == 0:
-        raise InputError(f"A is {A.shape} and B is {B.shape}: they do not share a rank", culprit=module)
+    A, B = specs["A"].shape, specs["B"].shape
+    if min(len(A), len(B)) < 2 or any(size != 1 for size in B[2:]):
+        raise InputError(f"A is {A} and B is {B}: no low-rank pair", culprit=module)
+    if A[0] != B[1] or A[0] == 0:
+        hint = "; a grouped convolution has no LoRA that could be merged" if len(A) > 2 and A[0] else ""
+        raise InputError(f"A is {A} and B is {B}: they do not share a rank{hint}", culprit=module)
     expected = config.rank_of(module)
-    if expected is not None and expected != A.shape[0]:
+    experts = A[0] // expected if stacked and expected and A[0] % expected == 0 else 1
+    if expected is not None and expected * experts != A[0]:
         raise InputError(
-            f"the config says rank {expected}, but A is {A.shape}",
-            culprit=module,
-            remedy="the config is of another adapter",
+            f"the config says rank {expected}, but A is {A}", culprit=module, remedy="the config is of another adapter"
         )
-    scale = config.scale_of(module, A.shape[0])
+    if "magnitude" in specs and specs["magnitude"].size != B[0]:
+        raise InputError(f"has {specs['magnitude'].size} magnitudes for {B[0]} outputs", culprit=roles["magnitude"])
+    scale = config.scale_of(module, A[0] // experts)
     if not math.isfinite(scale):
         raise InputError(f"its scale would be {scale}", culprit=module)
-    return UpdateSpec(kind, module, dict(roles), specs, scale)
+    kind = "dora" if "magnitude" in specs else "experts" if stacked else "lora"
+    factors = {role: roles[role] for role in specs}
+    return UpdateSpec(kind, module, factors, specs, scale, transposed, experts, base=roles.get("base"))

@@ -1,4 +1,4 @@
-"""A model's weights as one lazy mapping: a safetensors file, or a folder of shards with its index.
+"""A model's weights as one lazy mapping: a file of safetensors or torch, or a folder of shards with its index.
 
 Opening reads headers only, and checks the index against the shards: a name that the index lacks or
 misplaces is an error here, not a missing tensor in the output. Laziness lives here and nowhere else.
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError
 from .fileio import open_for_reading, reading
 from .hub import resolve
-from .tensorfile import TensorFile, TensorSpec, parse_json
+from .tensorfile import TensorFile, TensorSpec, WeightsFile, parse_json
+from .torchfile import TorchFile
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
 # The file names that loaders look for in a folder, first match wins; an index decides before a single file.
 INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+TORCH_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Torch files that hold a training run's state or arguments and no weights.
+NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
+# Files that a training run leaves for itself -> what writes them, and how to make weights of them.
+TRAINING_STATES = {
+    ".metadata": (
+        "a sharded state of torch.distributed (DCP, FSDP)",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin",
+    ),
+    "zero_to_fp32.py": ("a DeepSpeed ZeRO state", "run python zero_to_fp32.py . pytorch_model.bin in that folder"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     path: Path
     folder: Path
     given_as_file: bool
-    shards: tuple[TensorFile, ...]
+    shards: tuple[WeightsFile, ...]
     index: tuple[str, dict[str, Any]] | None
     config: dict[str, Any]
 
@@ -46,7 +58,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         object.__setattr__(self, "shard_of", shard_of)
         object.__setattr__(self, "specs", {name: shard.specs[name] for name, shard in shard_of.items()})
 
-    shard_of: Mapping[str, TensorFile] = None  # type: ignore[assignment]
+    shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]
     specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -68,6 +80,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def model_type(self) -> str | None:
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Of the whole and of its parts, which config.json nests."""
+        parts = (self.config, *self.config.values())
+        found = [part.get("model_type") for part in parts if isinstance(part, dict)]
+        return tuple(dict.fromkeys(value for value in found if isinstance(value, str)))
 
     def close(self) -> None:
         for shard in self.shards:
@@ -95,14 +114,25 @@ def find_weights(path: Path) -> Path:
         raise InputError(
             f"holds several checkpoints ({names}, ...)", culprit=str(path), remedy="name one of these files"
         )
-    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    for name, (what, remedy) in TRAINING_STATES.items():
+        if (path / name).exists():
+            raise InputError(f"holds {what}, not weights", culprit=str(path), remedy=remedy)
+    pickled = [path / name for name in TORCH_NAMES if (path / name).is_file()]
+    pickled = pickled or sorted(p for p in path.iterdir() if p.suffix in PICKLES and p.name not in NO_WEIGHTS)
+    if len(pickled) > 1 and pickled[0].name not in TORCH_NAMES:
+        names = ", ".join(p.name for p in pickled[:4])
+        raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
     if pickled:
-        raise InputError(
-            f"holds {pickled[0]} but no safetensors, and torch pickles are not read yet",
-            culprit=str(path),
-            remedy="convert it with safetensors.torch.save_file first",
-        )
-    raise InputError("holds no *.safetensors file", culprit=str(path))
+        return pickled[0]
+    raise InputError("holds no *.safetensors file and none of torch", culprit=str(path))
+
+
+def open_weights(path: Path) -> WeightsFile:
+    """A file of weights by what it holds, not by what it is called."""
+    with open_for_reading(path) as file:
+        start = file.read(9)
+    torch = start.startswith((b"PK\x03\x04", b"\x80\x02")) and start[8:] != b"{"
+    return TorchFile(path) if torch else TensorFile(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -120,18 +150,14 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
-    if weights.suffix in PICKLES:
-        raise InputError(
-            "torch pickles are not read yet", culprit=str(weights), remedy="convert it with safetensors.torch.save_file"
-        )
-    return Checkpoint(path, folder, not path.is_dir(), (TensorFile(weights),), None, config)
+    return Checkpoint(path, folder, not path.is_dir(), (open_weights(weights),), None, config)
 
 
-def _open_shards(path: Path, index: dict[str, Any]) -> tuple[TensorFile, ...]:
+def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("has no weight_map from names to files", culprit=str(path))
-    shards: list[TensorFile] = []
+    shards: list[WeightsFile] = []
     try:
         for file in sorted(set(weight_map.values())):
             if file != Path(file).name or "\\" in file or ":" in file or file in ("", ".", ".."):
@@ -142,7 +168,7 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[TensorFile, ...]:
                 raise InputError(
                     f"names {file}, which is missing", culprit=str(path), remedy="download the checkpoint anew"
                 )
-            shards.append(TensorFile(path.parent / file))
+            shards.append(open_weights(path.parent / file))
         _check_index(path, weight_map, shards)
     except BaseException:
         for shard in shards:
@@ -151,7 +177,7 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[TensorFile, ...]:
     return tuple(shards)
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[TensorFile]) -> None:
+def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[WeightsFile]) -> None:
     holders: dict[str, str] = {}
     for shard in shards:
         for name in shard.specs:

@@ -10,15 +10,15 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .errors import NeedsFlag, UsageError
 from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
-from .sidefiles import encode_json, foreign_file, survey, with_dtype
-from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, build_header, data_order, edit_metadata
+from .sidefiles import edited_config, encode_json, foreign_file, survey
+from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, WeightsFile, build_header, data_order, edit_metadata
 
 # Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
 STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -38,16 +38,15 @@ class OutputFile:
 class Output:
     """A checkpoint to be.
 
-    `extras` are small files by name with their content; `travels` are side files to copy from `source`.
+    `extras` are small files by name with their content; `travels` are side files by name with their origin.
     """
 
     path: Path
     is_file: bool
-    source: Path
     specs: Mapping[str, TensorSpec]
     files: tuple[OutputFile, ...]
     extras: Mapping[str, bytes]
-    travels: tuple[str, ...]
+    travels: Mapping[str, Path]
     not_copied: tuple[str, ...]
 
     @property
@@ -57,9 +56,18 @@ class Output:
 
     def require_space(self) -> None:
         """Raises MachineError where the disk is too small for all that will be written."""
-        beside = sum((self.source / name).stat().st_size for name in self.travels)
+        beside = sum(origin.stat().st_size for origin in self.travels.values())
         beside += sum(len(data) for data in self.extras.values())
         require_free_space(self.path.absolute().parent, self.nbytes + beside)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What an output has otherwise than its base: tensors reshaped or new, fields of config.json, side files."""
+
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str) -> tuple[Path, bool]:
@@ -119,7 +127,7 @@ class _Cut:
 
     name: str
     members: list[str]
-    kept: TensorFile | None
+    kept: WeightsFile | None
 
 
 def plan_output(
@@ -130,6 +138,7 @@ def plan_output(
     changed: Collection[str],
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    edits: Edits | None = None,
 ) -> Output:
     """Lay out `base` anew at `path`, with other values in the tensors `changed`.
 
@@ -138,23 +147,34 @@ def plan_output(
     """
     if is_file and max_shard_bytes is not None:
         raise UsageError("--max-shard-size needs a folder as output", remedy="name a folder with -o")
-    specs = {name: _with_dtype(spec, dtype) for name, spec in base.specs.items()}
+    edits = edits or Edits()
+    specs = {name: _with_dtype(spec, dtype) for name, spec in {**base.specs, **edits.specs}.items()}
     anew = max_shard_bytes is not None or (is_file and len(base.shards) > 1)
     cuts = _cut_anew(base, specs, max_shard_bytes) if anew else _cut_as_base(base)
+    if not anew:
+        cuts[-1].members.extend(name for name in edits.specs if name not in base.specs)
     indexed = not is_file and (len(cuts) > 1 or (base.index is not None and not anew))
     own_provenance = {} if indexed else {"loratool": provenance}
-    files = tuple(_output_file(base, cut, specs, changed, own_provenance, dtype is not None) for cut in cuts)
+    files = tuple(_output_file(base, cut, specs, changed, own_provenance) for cut in cuts)
     extras = {}
     if indexed:
-        name, former = base.index or (f"{_stem(base)}.safetensors.index.json", {})
+        name, former = base.index or ("", {})
+        name = name if name.endswith(".json") and ".safetensors." in name else f"{_stem(base)}.safetensors.index.json"
         extras[name] = _index(former, provenance, cuts, specs)
-    # a lone file without a config is no model folder: what lies beside it is not its own
-    alone = is_file or (base.given_as_file and not base.config)
-    travels, not_copied = ([], []) if alone else survey(base.folder, _weight_files(base))
-    if dtype and "config.json" in travels:
-        extras["config.json"] = encode_json(with_dtype(base.config, TORCH_FLOATS[dtype]))
-        travels.remove("config.json")
-    return Output(path, is_file, base.folder, specs, files, extras, tuple(travels), tuple(not_copied))
+    travels, not_copied = _side_files(base, is_file, edits)
+    config = edited_config(base.config, edits.config, TORCH_FLOATS[dtype] if dtype else None)
+    if config != base.config and "config.json" in travels:
+        extras["config.json"] = encode_json(config)
+        del travels["config.json"]
+    return Output(path, is_file, specs, files, extras, travels, tuple(not_copied))
+
+
+def _side_files(base: Checkpoint, is_file: bool, edits: Edits) -> tuple[dict[str, Path], list[str]]:
+    """What travels by name, and what does not: beside a lone file without a config nothing is its own."""
+    if is_file or (base.given_as_file and not base.config):
+        return {}, []
+    names, not_copied = survey(base.folder, _weight_files(base))
+    return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
 
 
 def _with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
@@ -170,10 +190,17 @@ def _stem(base: Checkpoint) -> str:
     return next((n.partition(".")[0] for n in SINGLE_NAMES if base.shards[0].path.name.startswith(n[:9])), "model")
 
 
+def _shard_name(shard: WeightsFile) -> str:
+    """A shard's name in an output; torch's become those that loaders look for."""
+    if isinstance(shard, TensorFile):
+        return shard.path.name
+    return shard.path.stem.replace("pytorch_model", "model") + ".safetensors"
+
+
 def _cut_as_base(base: Checkpoint) -> list[_Cut]:
     if base.given_as_file:
         return [_Cut(SINGLE_NAMES[0], list(base.shards[0].specs), base.shards[0])]
-    return [_Cut(shard.path.name, list(shard.specs), shard) for shard in base.shards]
+    return [_Cut(_shard_name(shard), list(shard.specs), shard) for shard in base.shards]
 
 
 def _cut_anew(base: Checkpoint, specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[_Cut]:
@@ -191,19 +218,19 @@ def _output_file(
     specs: Mapping[str, TensorSpec],
     changed: Collection[str],
     provenance: Mapping[str, str],
-    recast: bool,
 ) -> OutputFile:
-    touched = recast or any(name in changed for name in cut.members)
-    stale = (*STALE_METADATA, "loratool") if touched else ()
-    if cut.kept and not recast:
+    members = {name: specs[name] for name in cut.members}
+    same = isinstance(cut.kept, TensorFile) and cut.kept.specs == members
+    stale = (*STALE_METADATA, "loratool") if not same or any(name in changed for name in members) else ()
+    if same and isinstance(cut.kept, TensorFile):
         header = edit_metadata(cut.kept.header, stale, provenance)
         shift = len(header) - cut.kept.data_start
-        begin = {name: cut.kept.begin[name] + shift for name in cut.members}
+        begin = {name: cut.kept.begin[name] + shift for name in members}
     else:
         former = (cut.kept or base.shards[0]).metadata or {"format": "pt"}
         metadata = {**{key: value for key, value in former.items() if key not in stale}, **provenance}
-        header, begin = build_header(specs, data_order({name: specs[name] for name in cut.members}), metadata)
-    return OutputFile(cut.name, header, begin, len(header) + sum(specs[name].nbytes for name in cut.members))
+        header, begin = build_header(specs, data_order(members), metadata)
+    return OutputFile(cut.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values()))
 
 
 def _index(former: Mapping[str, object], provenance: str, cuts: list[_Cut], specs: Mapping[str, TensorSpec]) -> bytes:
@@ -212,9 +239,10 @@ def _index(former: Mapping[str, object], provenance: str, cuts: list[_Cut], spec
     metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": provenance}
     metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
     holder = {name: cut.name for cut in cuts for name in cut.members}
-    order = former.get("weight_map", sorted(holder))
-    assert isinstance(order, dict | list)
-    return encode_json({**former, "metadata": metadata, "weight_map": {name: holder[name] for name in order}})
+    order = former.get("weight_map", {})
+    assert isinstance(order, dict)
+    rest = sorted(name for name in holder if name not in order)
+    return encode_json({**former, "metadata": metadata, "weight_map": {name: holder[name] for name in (*order, *rest)}})
 
 
 @contextmanager
@@ -254,8 +282,8 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _write_side_files(output: Output, folder: Path) -> None:
-    for name in output.travels:
+    for name, origin in output.travels.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(output.source / name, folder / name)
+        shutil.copyfile(origin, folder / name)
     for name, data in output.extras.items():
         write_file(folder / name, data)

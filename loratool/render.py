@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from .errors import LoratoolError
     from .ops.inspect import AdapterInspection, CheckpointReport
-    from .ops.merge import MergeReport
+    from .ops.merge_report import MergeReport
 
 SCHEMA_VERSION = 1
 UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
@@ -90,7 +90,8 @@ def print_merge(report: MergeReport) -> None:
             row.name,
             "x".join(map(str, row.shape)),
             row.dtype,
-            str(row.rank),
+            row.update,
+            str(row.rank) if row.rank else "-",
             ", ".join(f"{scale:g}" for scale in row.scales),
             "-" if row.relative is None else f"{row.relative:.2e}",
             _share(row.changed),
@@ -98,8 +99,8 @@ def print_merge(report: MergeReport) -> None:
         ]
         for row in report.tensors
     ]
-    titles = ("tensor", "shape", "dtype", "rank", "scale", "|D|/|W|", "changed", "kept")
-    _print_table([(title, title not in ("tensor", "dtype")) for title in titles], rows)
+    titles = ("tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept")
+    _print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
     verb = "would be changed" if report.dry_run else "changed"
     say(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {_share(report.kept)} of the change")
     for module in report.left_out:
@@ -140,18 +141,19 @@ def print_adapter(report: AdapterInspection) -> None:
     rows = [
         [
             g.name,
-            f"{g.shape[0]}x{g.shape[1]}",
+            g.kind,
+            "x".join(map(str, g.shape)) or "scalar",
             g.dtype,
-            str(g.rank),
-            f"{g.alpha:g}",
-            f"{g.scale:g}",
+            str(g.rank) if g.rank else "-",
+            "-" if g.alpha is None else f"{g.alpha:g}",
+            f"{g.scale:g}" if g.rank else "-",
             str(g.modules),
             _count(g.parameters),
         ]
         for g in report.groups
     ]
-    titles = ("module", "out x in", "dtype", "rank", "alpha", "scale", "count", "parameters")
-    _print_table([(title, title not in ("module", "dtype")) for title in titles], rows)
+    titles = ("module", "update", "out x in", "dtype", "rank", "alpha", "scale", "count", "parameters")
+    _print_table([(title, title not in ("module", "update", "dtype")) for title in titles], rows)
     say(f"\n{report.modules} modules, {_count(report.parameters)} parameters, {size(report.nbytes)}")
     if report.coverage:
         say(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")

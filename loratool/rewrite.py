@@ -6,59 +6,76 @@ independent items for `runtime.run`, and keeps nothing but the blocks under way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, BinaryIO
 
 import torch
 
-from .checkpoint import Checkpoint
 from .errors import InputError, NeedsFlag
 from .numerics.exact import Change, cast_rounded
 from .output import Output, OutputFile, open_output
 from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, Worker, run
-from .tensorfile import TORCH_FLOATS
+from .source import Source
+from .tensorfile import TORCH_FLOATS, TensorSpec
 
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
 ROWS_ITEM = 1 << 22  # weights of a matrix an item
 MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a few rows
 
 
+@dataclass(frozen=True)
+class RowRange:
+    """Rows start:stop of a tensor seen as a matrix, and what to do with them."""
+
+    start: int
+    stop: int
+    prepare: Prepare
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A tensor that changes, seen as a matrix of `rows` rows; `ranges` makes its parts, in rising order."""
+
+    rows: int
+    ranges: Callable[[], Iterable[RowRange]]
+
+
 def rewrite(
-    base: Checkpoint,
     output: Output,
-    changed: Collection[str],
-    make_step: Callable[[str], Prepare],
+    sources: Mapping[str, Source],
+    changed: Mapping[str, Changed],
     device: torch.device,
     workers: int,
     progress: Progress | None = None,
 ) -> Generator[tuple[str, list[Any]], None, None]:
-    """Write `output`, whose layout is planned, from `base`; yield what the steps return for each piece of a tensor.
+    """Write `output`, whose layout is planned; yield what the steps return for each run of a tensor's rows.
 
-    changed: the tensors that go through `make_step(name)`, as matrices of shape[0] rows; the pieces of one tensor
-    come in any order. Raises NeedsFlag or InputError where a cast overflows; then, and when the caller closes it
-    early, nothing stays.
+    sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast. The runs of
+    one tensor come in any order. Raises NeedsFlag or InputError where a cast overflows; then, and when the caller
+    closes it early, nothing stays.
     """
     output.require_space()
     done = 0
     with open_output(output) as targets:
-        items = _items(base, output, changed, make_step, targets)
+        items = _items(output, sources, changed, targets)
         for item, results in run(items, lambda: Worker(device), workers):
-            if isinstance(item, MapRows) and item.tensor in changed:
+            if isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast:
                 yield item.tensor, results
             elif isinstance(item, MapRows):
-                refuse_overflow(item.tensor, results, base, output)
+                refuse_overflow(item.tensor, results, sources, output)
             done += item.nbytes
             if progress:
                 progress(done, output.nbytes)
 
 
-def refuse_overflow(tensor: str, blocks: Collection[Change], base: Checkpoint, output: Output) -> None:
+def refuse_overflow(tensor: str, blocks: Collection[Change], sources: Mapping[str, Source], output: Output) -> None:
     """Raise for weights that became infinite: NeedsFlag where --dtype fp32 would hold them, else InputError."""
     count, largest = sum(block.overflowed for block in blocks), max((block.largest for block in blocks), default=0.0)
     if not count:
         return
-    old, new = base.specs[tensor].dtype, output.specs[tensor].dtype
+    old, new = sources[tensor].spec.dtype, output.specs[tensor].dtype
     message = f"{count} weights become infinite in {new}"
     if largest < torch.finfo(torch.float32).max and new in ("F16", "BF16"):
         raise NeedsFlag(message, culprit=tensor, remedy="add --dtype fp32, which holds them")
@@ -69,14 +86,13 @@ def refuse_overflow(tensor: str, blocks: Collection[Change], base: Checkpoint, o
 
 
 def _items(
-    base: Checkpoint,
     output: Output,
-    changed: Collection[str],
-    make_step: Callable[[str], Prepare],
+    sources: Mapping[str, Source],
+    changed: Mapping[str, Changed],
     targets: Mapping[str, BinaryIO],
 ) -> Iterator[Item]:
     """The work of the whole output, a piece of each file in turn: two threads that write one file wait for its lock."""
-    waiting = [_file_items(base, output, file, targets[file.name], changed, make_step) for file in output.files]
+    waiting = [_file_items(output, file, targets[file.name], sources, changed) for file in output.files]
     while waiting:
         for source in list(waiting):
             item = next(source, None)
@@ -87,28 +103,38 @@ def _items(
 
 
 def _file_items(
-    base: Checkpoint,
     output: Output,
     file: OutputFile,
     target: BinaryIO,
-    changed: Collection[str],
-    make_step: Callable[[str], Prepare],
+    sources: Mapping[str, Source],
+    changed: Mapping[str, Changed],
 ) -> Iterator[Item]:
     """The work of one file in the order of its bytes; neighbours that are copied from neighbours are one item."""
     span: CopyBytes | None = None
     for name, offset in file.begin.items():
-        old, new = base.specs[name], output.specs[name]
-        copy = CopyBytes(base.shard_of[name].file, base.shard_of[name].begin[name], target, offset, old.nbytes)
-        if name in changed and old.size:
-            yield from _row_items(base, output, copy, name, old.size // old.shape[0], make_step(name))
-        elif old.dtype != new.dtype and old.size:
-            yield from _row_items(base, output, copy, name, 1, _prepare_cast)  # any run of numbers
+        source, new = sources[name], output.specs[name]
+        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes)
+        if name in changed and new.size:
+            yield from _changed_items(source, new, copy, name, changed[name])
+        elif source.spec.dtype != new.dtype and new.size:
+            yield from _row_items(source, new, copy, name, 1, RowRange(0, new.size, _prepare_cast))
         elif span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
             span = replace(span, nbytes=span.nbytes + copy.nbytes)
         else:
             yield from _copy_items(span)
             span = copy
     yield from _copy_items(span)
+
+
+def _changed_items(source: Source, new: TensorSpec, place: CopyBytes, name: str, changed: Changed) -> Iterator[MapRows]:
+    """The rows of one tensor: through the steps of its ranges, and as they are in between."""
+    columns = new.size // changed.rows
+    end = RowRange(changed.rows, changed.rows, _prepare_cast)
+    done = 0
+    for part in chain(changed.ranges(), (end,)):
+        yield from _row_items(source, new, place, name, columns, RowRange(done, part.start, _prepare_cast))
+        yield from _row_items(source, new, place, name, columns, part)
+        done = part.stop
 
 
 def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
@@ -120,12 +146,11 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
 
 
 def _row_items(
-    base: Checkpoint, output: Output, place: CopyBytes, name: str, columns: int, prepare: Prepare
+    source: Source, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
 ) -> Iterator[MapRows]:
-    old, new = (getattr(torch, TORCH_FLOATS[specs[name].dtype]) for specs in (base.specs, output.specs))
-    rows = base.specs[name].size // columns
+    old, new = (getattr(torch, TORCH_FLOATS[each.dtype]) for each in (source.spec, spec))
     step = max(MIN_ROWS, ROWS_ITEM // columns)
-    for start in range(0, rows, step):
+    for start in range(rows.start, rows.stop, step):
         before = start * columns
         yield MapRows(
             name,
@@ -137,8 +162,8 @@ def _row_items(
             new,
             columns,
             start,
-            min(start + step, rows),
-            prepare,
+            min(start + step, rows.stop),
+            rows.prepare,
         )
 
 

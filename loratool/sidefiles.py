@@ -39,6 +39,7 @@ TRAVELS = (
     "USE_POLICY*",
 )
 NEVER = ("adapter_config.json",)
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.safetensors.index*.json")  # what an output folder holds besides
 
 
@@ -62,6 +63,15 @@ def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
     return travels, stays
 
 
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """A tokenizer's files in an adapter's folder, {} where there is none."""
+    with reading(folder):
+        names = [
+            entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and _matches(entry.name, TOKENIZER)
+        ]
+    return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
+
+
 def foreign_file(folder: Path) -> str | None:
     """Something in an output folder that --force must not remove: it is of no kind that we write."""
     names = [
@@ -78,15 +88,22 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config whose dtype fields say `dtype` (torch's name), in nested configs too."""
+def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config with some fields set, in `text_config` too where there is one, and with another dtype everywhere.
+
+    Beside a `text_config` a field is set at the top only if it stands there, but for the flag that ties a head.
+    """
     changed: dict[str, Any] = {}
     for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+        if key in ("dtype", "torch_dtype") and isinstance(value, str) and dtype:
             changed[key] = dtype
+        elif isinstance(value, dict) and key == "text_config":
+            changed[key] = edited_config(value, fields, dtype)
         else:
-            changed[key] = with_dtype(value, dtype) if isinstance(value, dict) else value
-    return changed
+            changed[key] = edited_config(value, {}, dtype) if isinstance(value, dict) else value
+    nested = "text_config" in config
+    at_top = {k: v for k, v in fields.items() if not nested or k in config or k == "tie_word_embeddings"}
+    return {**changed, **at_top} if config else {}
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:

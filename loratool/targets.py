@@ -15,10 +15,12 @@ from fnmatch import fnmatchcase
 from shlex import quote
 
 from .adapter import Adapter, UpdateSpec
-from .architectures.conv1d import stores_transposed
-from .architectures.wrappers import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS
+from .architectures.renames import canonical, expert_part
+from .architectures.wrappers import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_of
 from .errors import InputError, NeedsFlag, UsageError
-from .tensorfile import TORCH_FLOATS, TensorSpec
+from .placing import Placement, Spot, place
+from .tensorfile import TensorSpec
+from .updates import ADDITIVE
 
 SHOWN = 8  # names listed in an error before "and N more"
 
@@ -86,26 +88,20 @@ def parse_layers(text: str | None) -> frozenset[int] | None:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One adapter's update on one base tensor. `transposed`: the base stores (in, out)."""
-
-    adapter: Adapter
-    update: UpdateSpec
-    weight: float
-    transposed: bool
-
-
-@dataclass(frozen=True)
 class Binding:
-    """The placements of each base tensor, and the adapters' module paths that a selection left out."""
+    """The placements of each base tensor, the adapters' module paths that a selection left out, and new tensors.
+
+    `added` are modules that an adapter has and the base lacks, a classifier for one: name -> (adapter, update).
+    """
 
     placements: Mapping[str, tuple[Placement, ...]]
     left_out: tuple[str, ...]
+    added: Mapping[str, tuple[Adapter, UpdateSpec]]
 
 
 def bind(
     specs: Mapping[str, TensorSpec],
-    model_type: str | None,
+    model_types: Sequence[str],
     adapters: Sequence[tuple[Adapter, float]],
     selection: Selection,
 ) -> Binding:
@@ -114,76 +110,129 @@ def bind(
     Raises NeedsFlag for paths that do not bind (naming the --exclude that would let the rest pass), and
     InputError where nothing binds, a path is ambiguous, or the shapes contradict each other.
     """
-    resolved = [(adapter, weight, *resolve_modules(specs, adapter)) for adapter, weight in adapters]
+    resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
     chosen = [
-        {m: base for m, base in found.items() if selection.selects(m, base.removesuffix(".weight"))}
-        for _, _, found, _ in resolved
+        {m: found for m, found in spots.items() if selection.selects(m, module_of(found[0].name))}
+        for _, _, spots, _ in resolved
     ]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
+    added: dict[str, tuple[Adapter, UpdateSpec]] = {}
+    for (adapter, weight), absent in zip(adapters, missing, strict=True):
+        for module in [m for m in absent if adapter.brings(m)]:
+            absent.remove(module)
+            update = adapter.updates[module]
+            key = update.tensors["value"]
+            name = module + key.removeprefix(module_of(key))
+            if name in added or weight != 1:
+                raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
+            added[name] = adapter, update
     if any(missing):
         raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs)
-    placements: dict[str, tuple[Placement, ...]] = {}
+    placements: dict[str, list[Placement]] = {}
     for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
-        holders: dict[str, str] = {}
-        for module, base in bound.items():
-            if base in holders:
-                raise InputError(f"{holders[base]} and {module} of {adapter.name} both bind to it", culprit=base)
-            holders[base] = module
-            transposed = _orientation(adapter, adapter.updates[module], base, specs, model_type, bound)
-            placement = Placement(adapter, adapter.updates[module], weight, transposed)
-            placements[base] = (*placements.get(base, ()), placement)
-    if not placements:
+        holders: dict[Spot, str] = {}
+        for module, spots in bound.items():
+            for spot in spots:
+                if spot in holders:
+                    raise InputError(
+                        f"{holders[spot]} and {module} of {adapter.name} both bind to it", culprit=spot.name
+                    )
+                holders[spot] = module
+                found = place(adapter, module, weight, spot, specs, model_types, bound)
+                placements.setdefault(spot.name, []).extend(found)
+    if not placements and not added:
         raise InputError(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
         )
-    left_out = [m for (a, _), bound in zip(adapters, chosen, strict=True) for m in a.updates if m not in bound]
-    return Binding({name: placements[name] for name in specs if name in placements}, tuple(left_out))
+    for name, found in placements.items():
+        _refuse_two(name, found)
+    used = {module for bound in chosen for module in bound} | {update.module for _, update in added.values()}
+    left_out = [module for adapter, _ in adapters for module in adapter.updates if module not in used]
+    return Binding({name: tuple(placements[name]) for name in specs if name in placements}, tuple(left_out), added)
 
 
-def resolve_modules(specs: Mapping[str, TensorSpec], adapter: Adapter) -> tuple[dict[str, str], list[str]]:
-    """The base tensor of each module path that has one, and the paths that have none.
+def _refuse_two(name: str, placements: Sequence[Placement]) -> None:
+    """Updates that are not additive exclude each other: each would start from what the other leaves."""
+    last: Placement | None = None
+    for each in sorted((p for p in placements if p.update.kind not in ADDITIVE), key=lambda p: p.start):
+        if last and each.start < last.stop:
+            what = f"{last.update.kind} of {last.adapter.name} and {each.update.kind} of {each.adapter.name}"
+            raise InputError(f"{what} do not add up", culprit=name, remedy="merge them one after the other")
+        last = each
 
-    The plain paths are tried, and every way of adding or dropping one container prefix, on all paths at once.
-    The way that resolves most of them counts, the plain one first; two others that tie are an InputError.
+
+def resolve_modules(
+    specs: Mapping[str, TensorSpec], adapter: Adapter, model_types: Sequence[str]
+) -> tuple[dict[str, tuple[Spot, ...]], list[str]]:
+    """Where in the base each module path is, and the paths that are nowhere.
+
+    Both sides' names are brought to those of today's transformers. Then the plain paths are tried, and every way
+    of adding or dropping one container prefix, on all paths at once. The way that resolves most of them counts,
+    the plain one first; two others that tie are an InputError.
     """
     separator = "_" if adapter.flattened else "."
-    index: dict[str, list[str]] = {}
-    for name in specs:
-        if name.endswith(".weight"):
-            path = _unwrapped(name.removesuffix(".weight")).removeprefix(PEFT_PREFIX)
-            index.setdefault(path.replace(".", separator), []).append(name)
-    plain = {module: _normalized(module, adapter.flattened) for module in adapter.updates}
+    index, stacks = _index(specs, model_types, separator)
+    plain = {module: _normalized(module, adapter.flattened, model_types) for module in adapter.updates}
+    parts = {m: part for m in plain if not adapter.flattened and (part := expert_part(m, model_types))}
+
+    def known(module: str, path: str) -> bool:
+        return path in index or path in stacks or (module in parts and parts[module].fused in index)
+
     ways = [plain]
     for container in CONTAINERS:
         prefix = container.replace(".", separator) + separator
-        ways.append({m: path if path in index else prefix + path for m, path in plain.items()})
-        ways.append({m: path if path in index else path.removeprefix(prefix) for m, path in plain.items()})
-    resolved = [{m: index[path] for m, path in way.items() if path in index} for way in ways]
+        ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
+        ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
+    resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
     most = max(len(way) for way in resolved)
     best = [way for way in resolved if len(way) == most]
     if len(best[0]) == len(resolved[0]):
         best = best[:1]
+    spots: dict[str, tuple[Spot, ...]] = {}
     for module in best[0]:
-        names = sorted({name for way in best for name in way.get(module, [])})
+        names = sorted({name for way in best if module in way for name in index.get(way[module], [])})
         if len(names) > 1:
             raise InputError(f"of {adapter.name} could be any of {', '.join(names)}", culprit=module)
-    return {module: names[0] for module, names in best[0].items()}, [m for m in plain if m not in best[0]]
+        if names:
+            spots[module] = (Spot(names[0]),)
+        elif best[0][module] in stacks:
+            spots[module] = stacks[best[0][module]]
+        else:
+            part = parts[module]
+            spots[module] = (Spot(index[part.fused][0], part.expert, part.part, part.parts),)
+    return spots, [m for m in plain if m not in spots]
+
+
+def _index(
+    specs: Mapping[str, TensorSpec], model_types: Sequence[str], separator: str
+) -> tuple[dict[str, list[str]], dict[str, tuple[Spot, ...]]]:
+    """The base's tensors by module path, and those of single experts by the path of the stack that they make up."""
+    index: dict[str, list[str]] = {}
+    stacks: dict[str, tuple[Spot, ...]] = {}
+    for name in specs:
+        path = canonical(_unwrapped(module_of(name)).removeprefix(PEFT_PREFIX), model_types)
+        index.setdefault(path.replace(".", separator), []).append(name)
+        part = expert_part(_unwrapped(name), model_types)
+        if part:
+            fused = part.fused.replace(".", separator)
+            stacks[fused] = (*stacks.get(fused, ()), Spot(name, part.expert, part.part, part.parts))
+    return index, stacks
 
 
 def _unwrapped(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
-def _normalized(module: str, flattened: bool) -> str:
+def _normalized(module: str, flattened: bool, model_types: Sequence[str]) -> str:
     if not flattened:
-        return _unwrapped(module)
+        return canonical(_unwrapped(module), model_types)
     return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
 
 
 def _unbound(
     adapters: Sequence[Adapter],
     missing: Sequence[Sequence[str]],
-    chosen: Sequence[Mapping[str, str]],
+    chosen: Sequence[Mapping[str, Sequence[Spot]]],
     specs: Mapping[str, TensorSpec],
 ) -> NeedsFlag | InputError:
     """The error for modules that the base lacks, with the --exclude that leaves out those and nothing that binds."""
@@ -198,7 +247,7 @@ def _unbound(
     message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
     if not any(chosen):
         return InputError(message, remedy="nothing binds: is this the adapter's base?")
-    kept = [path for bound in chosen for m, base in bound.items() for path in (m, base.removesuffix(".weight"))]
+    kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_of(spots[0].name))]
     return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
 
 
@@ -223,56 +272,3 @@ def nearest(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
     names = [name for name in specs if name.endswith(".weight")]
     pool = [name for name in names if name.removesuffix(".weight").endswith(last)] or names
     return difflib.get_close_matches(module + ".weight", pool[:2000], 2, 0.5)
-
-
-def _orientation(
-    adapter: Adapter,
-    update: UpdateSpec,
-    base: str,
-    specs: Mapping[str, TensorSpec],
-    model_type: str | None,
-    bound: Mapping[str, str],
-) -> bool:
-    """Whether the base stores this weight as (in, out): by shape, and where it is square by evidence."""
-    spec = specs[base]
-    if spec.dtype not in TORCH_FLOATS:
-        raise InputError(
-            f"is {spec.dtype}, which cannot be added to",
-            culprit=base,
-            remedy="pass the original model in 16 or 32 bits",
-        )
-    shape, plain = spec.shape, update.out_in
-    known = False if adapter.linear_only else stores_transposed(model_type, base.removesuffix(".weight"))
-    fitting = [transposed for transposed in (False, True) if shape == (plain[::-1] if transposed else plain)]
-    if not fitting or (known is not None and known not in fitting):
-        A, B = update.specs["A"].shape, update.specs["B"].shape
-        layout = {None: "", False: " as (out, in)", True: " as (in, out)"}[known]
-        raise InputError(
-            f"A is {A} and B is {B} in {adapter.name}, but the base weight is {shape}{layout}", culprit=base
-        )
-    if known is not None:
-        return known
-    return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, bound)
-
-
-def _square_orientation(
-    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], bound: Mapping[str, str]
-) -> bool:
-    """Of a square matrix of an unknown family: as the adapter's other matrices, else as the config's flag says."""
-    siblings = {
-        other: specs[name].shape != adapter.updates[other].out_in
-        for other, name in bound.items()
-        if len(specs[name].shape) == 2 and specs[name].shape[0] != specs[name].shape[1]
-    }
-    last = module.rpartition(".")[2]
-    of_same_name = {transposed for other, transposed in siblings.items() if other.rpartition(".")[2] == last}
-    for evidence in (of_same_name, set(siblings.values())):
-        if len(evidence) == 1:
-            return evidence.pop()
-    if adapter.config.fan_in_fan_out is not None and not siblings:
-        return adapter.config.fan_in_fan_out
-    raise InputError(
-        f"is square, and nothing tells whether the base stores it as (out, in) or (in, out) ({adapter.name})",
-        culprit=module,
-        remedy="say so with fan_in_fan_out in adapter_config.json, or a known model_type in the base's config.json",
-    )

@@ -74,25 +74,18 @@ class TensorSpec:
         return f"{self.dtype} {self.shape}"
 
 
-class TensorFile:
-    """A safetensors file, opened by its header alone.
+class WeightsFile:
+    """A file of weights behind its header; TensorFile and torchfile.TorchFile each fill these fields.
 
-    `specs` is in the order of the data section; `begin[name]` is a tensor's first byte in the file.
-    Raises InputError where the file breaks the format.
+    `specs` is in the order of the bytes; `begin[name]` is a tensor's first byte in the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = open_for_reading(path)
-        try:
-            self.nbytes = path.stat().st_size
-            self.header = _read_header(self.file, path, self.nbytes)
-            entries, self.metadata = _parse_header(self.header, path)
-            self.data_start = 8 + len(self.header)
-            self.specs, self.begin = _locate(entries, path, self.data_start, self.nbytes)
-        except BaseException:
-            self.file.close()
-            raise
+    path: Path
+    file: BinaryIO
+    nbytes: int
+    specs: dict[str, TensorSpec]
+    begin: dict[str, int]
+    metadata: dict[str, str] | None
 
     def close(self) -> None:
         self.file.close()
@@ -115,6 +108,21 @@ class TensorFile:
             return torch.empty(spec.shape, dtype=dtype)
         return torch.frombuffer(self.read(name), dtype=dtype).reshape(spec.shape)
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop along the first dimension, the rest flattened: (at most stop - start, columns)."""
+        import torch
+
+        spec = self.specs[name]
+        if spec.dtype not in TORCH_FLOATS:
+            raise InputError(f"has dtype {spec.dtype}, not a floating-point type of 16 bits or more", culprit=name)
+        stop = min(stop, spec.shape[0])
+        columns = spec.size // spec.shape[0] if spec.shape[0] else 0
+        out = torch.empty(stop - start, columns, dtype=getattr(torch, TORCH_FLOATS[spec.dtype]))
+        if out.numel():
+            view = out.view(torch.uint8).numpy().data.cast("B")
+            read_into(self.file, view, self.begin[name] + start * columns * out.itemsize)
+        return out
+
     def scalar(self, name: str) -> float:
         """The value of a tensor with one element, without torch (bf16 is the upper half of an fp32)."""
         spec = self.specs[name]
@@ -127,6 +135,23 @@ class TensorFile:
             if spec.dtype == "BF16"
             else struct.unpack(codes[spec.dtype], data)[0]
         )
+
+
+class TensorFile(WeightsFile):
+    """A safetensors file, opened by its header alone. Raises InputError where the file breaks the format."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = open_for_reading(path)
+        try:
+            self.nbytes = path.stat().st_size
+            self.header = _read_header(self.file, path, self.nbytes)
+            entries, self.metadata = _parse_header(self.header, path)
+            self.data_start = 8 + len(self.header)
+            self.specs, self.begin = _locate(entries, path, self.data_start, self.nbytes)
+        except BaseException:
+            self.file.close()
+            raise
 
 
 def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:

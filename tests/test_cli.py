@@ -79,7 +79,7 @@ def test_merge_prints_a_line_a_tensor(tmp_path: Path, run: Run) -> None:
     result = run("merge", BASE, ADAPTER, "-o", tmp_path / "out")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and result.stderr == ""
-    assert lines[0].split() == ["tensor", "shape", "dtype", "rank", "scale", "|D|/|W|", "changed", "kept"]
+    assert lines[0].split() == ["tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept"]
     assert sum(line.startswith("model.layers.") for line in lines) == 21
     assert "21 tensors changed, 9 copied as they are" in result.stdout and f"wrote {tmp_path / 'out'}" in result.stdout
     dry = run("merge", BASE, ADAPTER, "-o", tmp_path / "dry", "--dry-run")

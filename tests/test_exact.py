@@ -11,7 +11,7 @@ from conftest import bits, factors, weights
 from reference import change_reference, round_reference, to_longdouble
 from torch import Tensor
 
-from loratool.numerics.exact import TILE, ExactProduct, Factors, Workspace, add_rounded, cast_rounded, round_once
+from loratool.numerics.exact import TILE, ExactProduct, Factors, Workspace, apply_rounded, cast_rounded, round_once
 from loratool.updates import LowRank
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def rounded(base: Tensor, terms: list[Factors], rows: int, dtype: torch.dtype | 
     out = torch.empty_like(base, dtype=dtype or base.dtype)
     for i in range(0, len(base), rows):
         block = base[i : i + rows]
-        add_rounded(block, made, made.left(i, i + len(block)), out[i : i + rows], work)
+        apply_rounded(block, made.fill(made.left(i, i + len(block))), out[i : i + rows], work)
     return out
 
 
@@ -164,7 +164,7 @@ def test_an_element_without_change_keeps_its_bits(dtype: torch.dtype) -> None:
     B[0] = 0
     work, made = Workspace(CPU), ExactProduct(LowRank(A, B, 1.0).terms(1.0, False))
     out = torch.empty_like(base)
-    change = add_rounded(base, made, made.left(0, 6), out, work)
+    change = apply_rounded(base, made.fill(made.left(0, 6)), out, work)
     assert torch.equal(bits(out[0]), bits(base[0]))
     assert torch.equal(out[3].isfinite(), base[3].isfinite())
     assert torch.equal(bits(out[3, 2:5]), bits(base[3, 2:5]))
@@ -177,7 +177,7 @@ def test_overflow_is_counted() -> None:
     A, B = torch.ones(1, 3), torch.tensor([[0.0], [100.0]])
     made = ExactProduct(LowRank(A, B, 1.0).terms(1.0, False))
     out = torch.empty_like(base)
-    assert add_rounded(base, made, made.left(0, 2), out, Workspace(CPU)).overflowed == 3
+    assert apply_rounded(base, made.fill(made.left(0, 2)), out, Workspace(CPU)).overflowed == 3
     assert cast_rounded(torch.tensor([[1e5, math.inf, 1.0]]), out[:1], Workspace(CPU)).overflowed == 1
 
 
@@ -187,7 +187,7 @@ def test_what_a_change_reports() -> None:
     A, B = factors(64, 64, 4)
     made = ExactProduct(LowRank(A, B, 0.02).terms(1.0, False))
     out = torch.empty_like(base)
-    change = add_rounded(base, made, made.left(0, 64), out, Workspace(CPU))
+    change = apply_rounded(base, made.fill(made.left(0, 64)), out, Workspace(CPU))
     D, W, M = change_reference(A, B, 0.02), to_longdouble(base), to_longdouble(out)
     assert change.changed == int((M != W).sum()) and 0 < change.changed < 64 * 64 * 0.7
     for got, expected in ((change.base_squared, W * W), (change.change_squared, D * D), (change.kept, (M - W) * D)):

@@ -377,30 +377,6 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"quantized \(fp8\)"):
             loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out")
 
-    def test_a_tied_head(self, tmp_path: Path) -> None:
-        """Traps 55 and 56: a loader would tie the head again and drop its change."""
-        tensors = {
-            "model.embed_tokens.weight": weights(6, 4),
-            "lm_head.weight": weights(6, 4),
-            "model.x.weight": weights(6, 4),
-        }
-        made = {"lm_head": factors(6, 4, 2), "model.x": factors(6, 4, 2)}
-        adapter = write_peft(tmp_path / "a", made)
-        base = write_model(tmp_path / "base", tensors, {"tie_word_embeddings": True})
-        with pytest.raises(NeedsFlag, match=r"lm_head.weight: is tied .*\n.*--exclude lm_head$"):
-            loratool.merge(base, adapter, tmp_path / "out")
-        assert loratool.merge(base, adapter, tmp_path / "out", exclude=["lm_head"]).left_out == ("lm_head",)
-        base = write_model(tmp_path / "base", tensors, {"tie_word_embeddings": False})
-        assert len(loratool.merge(base, adapter, tmp_path / "out2").tensors) == 2
-        del tensors["lm_head.weight"]
-        with pytest.raises(NeedsFlag, match="--exclude lm_head$"):
-            loratool.merge(write_model(tmp_path / "base2", tensors), adapter, tmp_path / "out3")
-
-    def test_a_tied_head_alone_has_no_flag_that_helps(self, tmp_path: Path) -> None:
-        base = write_model(tmp_path / "base", {"lm_head.weight": weights(6, 4)}, {"tie_word_embeddings": True})
-        with pytest.raises(InputError, match="is tied"):
-            loratool.merge(base, write_peft(tmp_path / "a", {"lm_head": factors(6, 4, 2)}), tmp_path / "out")
-
     def test_an_adapter_in_place_of_the_base_and_no_base_at_all(self) -> None:
         adapter = FIXTURES / "llama" / "adapter"
         with pytest.raises(InputError) as caught:

@@ -342,7 +342,7 @@ class TestDtype:
         assert report.tensors[0].dtype == {"fp32": "F32", "float16": "F16", "bf16": "BF16"}[option]
 
     def test_nested_configs_follow(self) -> None:
-        from loratool.sidefiles import with_dtype
+        from loratool.sidefiles import edited_config
 
         config = {
             "torch_dtype": "float16",
@@ -354,7 +354,7 @@ class TestDtype:
             "text_config": {"dtype": "float32", "rope": {"dtype": None}},
             "dtype": {"a": 1},
         }
-        assert with_dtype(config, "float32") == expected
+        assert edited_config(config, {}, "float32") == expected
 
     def test_an_untouched_tensor_that_overflows_is_refused(self, tmp_path: Path, adapter: Path) -> None:
         base = write_model(

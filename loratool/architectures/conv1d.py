@@ -6,6 +6,8 @@ head for one, is an `nn.Linear`, so the table goes by the last part of the modul
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 CONV1D_MODULES = {
     "clvp": {"c_fc", "c_proj"},
     "clvp_decoder": {"c_fc", "c_proj"},
@@ -25,8 +27,9 @@ LINEAR_MODEL_TYPES = frozenset(
 )
 
 
-def stores_transposed(model_type: str | None, module: str) -> bool | None:
-    """Whether `module` keeps its weight as (in, out); None where the family is not known."""
-    if model_type in CONV1D_MODULES:
-        return module.rpartition(".")[2] in CONV1D_MODULES[model_type]
-    return False if model_type in LINEAR_MODEL_TYPES else None
+def stores_transposed(model_types: Collection[str], module: str) -> bool | None:
+    """Whether `module` keeps its weight as (in, out); None where a part of the model is of no known family."""
+    for model_type in model_types:
+        if model_type in CONV1D_MODULES:
+            return module.rpartition(".")[2] in CONV1D_MODULES[model_type]
+    return False if model_types and LINEAR_MODEL_TYPES.issuperset(model_types) else None

@@ -7,6 +7,9 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 
 PEFT_PREFIX = "base_model.model."
 
+# A module's one matrix has no need of its name: `mlp.up_proj` means its weight, an attention its fused projection.
+MAIN_PARAMETERS = (".weight", ".in_proj_weight")
+
 # What one side may have before every path and the other not: the attribute under which a task model holds
 # its backbone (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
 CONTAINERS = (
@@ -39,3 +42,9 @@ KOHYA_PREFIXES = (
     "lora_te3_",
     "lora_te_",
 )
+
+
+def module_of(tensor: str) -> str:
+    """The path of a module from the name of its one matrix; another tensor's name as it is."""
+    end = next((end for end in MAIN_PARAMETERS if tensor.endswith(end)), "")
+    return tensor.removesuffix(end)

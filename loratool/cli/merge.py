@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from ..tied import TIED
 from .options import (
     Size,
     WeightedPath,
@@ -33,6 +34,17 @@ from .options import (
 @exclude_option
 @layers_option
 @alpha_option
+@click.option(
+    "--tied",
+    type=click.Choice(list(TIED)),
+    default="untie",
+    show_default=True,
+    help="Where an adapter changes one side of a tied head and embedding: "
+    + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
+    + ".",
+)
+@click.option("--initial", metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted.")
+@click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
 @device_option
 @quiet_option
 @json_option
@@ -48,6 +60,9 @@ def merge(
     exclude: tuple[str, ...],
     layers: str | None,
     alpha: float | None,
+    tied: str,
+    initial: str | None,
+    residual_base: bool,
     device: str,
     quiet: bool,
     json: bool,
@@ -82,6 +97,9 @@ def merge(
             exclude=parse_patterns(exclude),
             layers=layers,
             alpha=alpha,
+            tied=tied,
+            initial=initial,
+            residual_base=residual_base,
             force=force,
             dry_run=dry_run,
             progress=bar,

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..checkpoint import PICKLES
+from ..checkpoint import NO_WEIGHTS, PICKLES, open_weights
 from ..errors import InputError, UsageError
 from ..fileio import reading
 from ..hub import resolve
-from ..tensorfile import TensorFile
+from ..tensorfile import WeightsFile
 from . import kohya, peft
+from .peft_config import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Format:
     """`claims(names)` recognizes the tensor names; `read(name, file, alpha)` makes the adapter."""
 
     claims: Callable[[Iterable[str]], bool]
-    read: Callable[[str, TensorFile, float | None], Adapter]
+    read: Callable[[str, WeightsFile, float | None], Adapter]
 
 
 FORMATS = {
@@ -36,28 +37,34 @@ FORMATS = {
 
 
 def find_adapter_file(path: Path) -> Path:
-    """The weights file that an adapter's path means: a file, or the one in a folder."""
-    if path.is_dir():
-        if (path / peft.WEIGHTS_NAME).is_file():
-            return path / peft.WEIGHTS_NAME
-        files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
-        if len(files) == 1:
-            return files[0]
-        if files:
+    """The weights file that an adapter's path means: a file, or the one in a folder or in its only named adapter."""
+    if not path.is_dir():
+        return path
+    found = _in_folder(path)
+    if not found:
+        named = [entry for entry in sorted(path.iterdir()) if (entry / CONFIG_NAME).is_file()]
+        if len(named) > 1:
+            names = ", ".join(entry.name for entry in named[:4])
             raise InputError(
-                f"holds {len(files)} safetensors files", culprit=str(path), remedy=f"name one of them, like {files[0]}"
+                f"holds several adapters ({names})", culprit=str(path), remedy=f"name one, like {named[0]}"
             )
-        pickled = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
-        if not pickled:
-            raise InputError("holds no adapter: no *.safetensors file", culprit=str(path))
-        path = pickled[0]
-    if path.suffix in PICKLES:
+        found = _in_folder(named[0]) if named else []
+    if len(found) > 1:
         raise InputError(
-            "torch pickles are not read yet",
-            culprit=str(path),
-            remedy="save the adapter as safetensors (peft: save_pretrained)",
+            f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
         )
-    return path
+    if not found:
+        raise InputError("holds no adapter: no *.safetensors file and none of torch", culprit=str(path))
+    return found[0]
+
+
+def _in_folder(path: Path) -> list[Path]:
+    """PEFT's file names first, then any safetensors, then any torch file."""
+    for name in peft.WEIGHTS_NAMES:
+        if (path / name).is_file():
+            return [path / name]
+    files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
+    return files or sorted(p for p in path.iterdir() if p.suffix in PICKLES and p.name not in NO_WEIGHTS)
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -76,7 +83,7 @@ def open_adapter(name: str | os.PathLike[str], alpha: float | None = None) -> Ad
     path = resolve(name)
     with reading(path):
         weights = find_adapter_file(path)
-    file = TensorFile(weights)
+    file = open_weights(weights)
     try:
         for format in FORMATS.values():
             if format.claims(file.specs):

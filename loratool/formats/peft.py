@@ -1,50 +1,63 @@
-"""PEFT's adapters: `adapter_model.safetensors` beside `adapter_config.json`.
+"""PEFT's adapters: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
 
-Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r); rank, alpha and all
-that changes the arithmetic stand in the config. Defined by peft: `peft/utils/save_and_load.py`,
-`peft/tuners/lora/config.py`. A bare file may carry its config in its metadata: ours under `loratool`, or
-diffusers' `lora_adapter_metadata`, whose fields start with the component's name.
+Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), and what formats.md 1.3,
+1.6 and 1.7 of our references list beside them; rank, alpha and all that changes the arithmetic stand in the config.
+Defined by peft: `peft/utils/save_and_load.py`, `peft/tuners/lora/layer.py`. A key without any mark of PEFT's is
+a tensor that replaces the base's.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
-from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS
-from ..checkpoint import read_json_file
-from ..errors import InputError, UsageError
-from ..tensorfile import TensorFile
+from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS, module_of
+from ..errors import InputError
+from ..tensorfile import WeightsFile
+from .peft_config import find_config, parse_config, target_parameter
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])\.weight", re.DOTALL)
 _WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
-
-# What changes the arithmetic in a way that a plain `scale * B @ A` does not have. A field counts where it is
-# neither null, false, empty nor the value given here.
-REFUSED = {
-    "use_dora": (False, "DoRA rescales the rows of the merged weight"),
-    "lora_bias": (False, "it trained biases inside lora_B"),
-    "bias": ("none", "it trained the base's biases"),
-    "modules_to_save": (None, "it replaces whole modules"),
-    "trainable_token_indices": (None, "it replaces rows of the embedding"),
-    "target_parameters": (None, "it changes bare parameters (fused experts)"),
-    "layer_replication": (None, "its layers are replicas that share the base's weights"),
-    "alora_invocation_tokens": (None, "an activated LoRA depends on the prompt, so it can never be merged"),
-    "use_qalora": (False, "QA-LoRA's A sees an averaged input"),
-    "use_bdlora": (None, "BD-LoRA's factors are block-diagonal"),
-    "arrow_config": (None, "Arrow routes between several adapters"),
-    "kasa_config": (None, "KaSA truncates the base"),
-    "velora_config": (None, "VeLoRA is a variant with a formula of its own"),
-    "monteclora_config": (None, "MonteCLoRA is a variant with a formula of its own"),
+# `NAME` is an adapter's name, which PEFT drops when it saves and other savers leave in.
+_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
+# the end of a key -> the role of its tensor; (module, parameter) is what stands before
+_ENDS = tuple(
+    (re.compile(rf"(?P<module>.+?)\.{end}", re.DOTALL), role)
+    for end, role in (
+        (rf"lora_A{_NAME}\.weight", "A"),
+        (rf"lora_B{_NAME}\.weight", "B"),
+        (rf"lora_B{_NAME}\.bias", "bias"),
+        (rf"lora_embedding_A{_NAME}", "embedding_A"),
+        (rf"lora_embedding_B{_NAME}", "embedding_B"),
+        (rf"lora_magnitude_vector{_NAME}(?:\.weight)?", "magnitude"),
+        (rf"token_adapter\.trainable_tokens_delta{_NAME}", "tokens"),
+        (r"(?:token_adapter\.)?base_layer\.weight", "base"),
+        (r"base_layer\.bias", "replaced_bias"),
+    )
+)
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.[^.]+$)")
+_ORIGINAL = re.compile(r"\.original_module\.")
+# What a key of another method has in it -> the method, and why it cannot be merged here.
+FOREIGN = {
+    "adapter_down": "a bottleneck adapter (Houlsby, Pfeiffer): it adds layers, and no weight could hold them",
+    "adapter_up": "a bottleneck adapter (Houlsby, Pfeiffer): it adds layers, and no weight could hold them",
+    "prompt_embeddings": "prompt or prefix tuning: it adds inputs, and no weight could hold them",
+    "ia3_l": "IA3, which is not supported yet",
+    "lora_E": "AdaLoRA, whose formula is its own; convert it with peft.tuners.lora.conversion first",
+    "lora_diag": "KaSA, which truncates the base",
+    "vera_": "VeRA, whose factors are shared random matrices; convert it with peft.tuners.lora.conversion first",
+    "hada_": "LoHa, which is not supported yet",
+    "lokr_": "LoKr, which is not supported yet",
+    "oft_": "OFT, which is not supported yet",
+    "lora_velora": "VeLoRA, a variant with a formula of its own",
+    "lora_monteclora": "MonteCLoRA, a variant with a formula of its own",
 }
-# Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+# The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
+DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 
 
 def claims(names: Iterable[str]) -> bool:
@@ -53,117 +66,138 @@ def claims(names: Iterable[str]) -> bool:
         ".lora_A." in name
         or ".lora_B." in name
         or ".lora_embedding_" in name
+        or ".trainable_tokens_delta" in name
+        or any(f".{mark}" in name or name.startswith(mark) for mark in FOREIGN)
         or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
         for name in names
     )
 
 
-def read(name: str, file: TensorFile, alpha: float | None) -> Adapter:
-    """Raises InputError for what is not plain LoRA on linear layers, naming the field or the tensor."""
-    fields, component = _find_config(file)
-    config = _parse_config(name, fields, alpha)
-    found: dict[str, dict[str, str]] = {}
-    for tensor in file.specs:
-        match = _KEY.fullmatch(tensor)
-        if not match:
-            raise InputError(
-                f"is no lora_A.weight or lora_B.weight of a linear layer; {name} does more than plain LoRA, "
-                "which is not supported yet",
-                culprit=tensor,
-            )
-        module = _WRAPPED.sub("", match["module"]).removeprefix(f"{component}." if component else "")
-        roles = found.setdefault(module, {})
-        if match["role"] in roles:
-            raise InputError(f"is the same factor as {roles[match['role']]}", culprit=tensor)
-        roles[match["role"]] = tensor
-    updates: dict[str, UpdateSpec] = {
-        module: pair_factors("lora", module, roles, file, config) for module, roles in found.items()
-    }
-    return Adapter(name, "peft", file, config, updates)
+def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
+    """Raises InputError for a method or a variant that no row of UPDATES describes, naming the field or the tensor."""
+    for key in file.specs:
+        for mark, method in FOREIGN.items():
+            if f".{mark}" in key or key.startswith((mark, PEFT_PREFIX + mark)):
+                raise InputError(f"is a tensor of {method}", culprit=key)
+    fields, component = find_config(file)
+    config = parse_config(name, fields, alpha)
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    for key in file.specs:
+        _sort_in(key, component, found, replaced, file)
+    updates: dict[str, UpdateSpec] = {}
+    for (path, depth), roles in found.items():
+        depths = sorted((d for p, d in found if p == path and "A" in found[p, d]), reverse=True)
+        for update in _updates(path, roles, file, config, depths.index(depth) if depth in depths else 0, len(depths)):
+            updates[update.module] = update
+    for module, key in replaced.items():
+        if module in updates:  # both a trained bias and lora_B's: the one lies under the other
+            updates[module] = dataclasses.replace(updates[module], base=key)
+        else:
+            updates[module] = _single("replace", module, key, file)
+    return Adapter(name, "peft", file, config, updates, notes=_notes(updates, found))
 
 
-def _find_config(file: TensorFile) -> tuple[dict[str, Any], str]:
-    """The config's fields and the component that prefixes the keys: from the metadata, else from the file beside."""
-    metadata = file.metadata or {}
-    if "loratool" in metadata:
-        ours = _parse_metadata(file, "loratool").get("adapter_config")
-        if isinstance(ours, dict):
-            return ours, ""
-    if "lora_adapter_metadata" in metadata:
-        flat = _parse_metadata(file, "lora_adapter_metadata")
-        components = sorted({key.partition(".")[0] for key in flat})
-        if len(components) != 1:
-            raise InputError(
-                f"holds adapters of several components ({', '.join(components)})",
-                culprit=str(file.path),
-                remedy="split the file by component first",
-            )
-        return {"peft_type": "LORA", **{key.partition(".")[2]: value for key, value in flat.items()}}, components[0]
-    beside = file.path.parent / CONFIG_NAME
-    return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+def _sort_in(
+    key: str,
+    component: str,
+    found: dict[tuple[str, int], dict[str, str]],
+    replaced: dict[str, str],
+    file: WeightsFile,
+) -> None:
+    """File a tensor under its module and the depth of PEFT's wrappers there, or under what it replaces."""
+    path = _WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
+    if _ORIGINAL.search(path):
+        raise InputError("is the untrained copy of a module; save the adapter with peft's save_pretrained", culprit=key)
+    match, role = next(((m, role) for pattern, role in _ENDS if (m := pattern.fullmatch(path))), (None, ""))
+    if match is None:
+        if ".lora_" in path or ".token_adapter." in path:
+            raise InputError("is a tensor of no LoRA that is known", culprit=key)
+        module = _SAVED.sub("", path).replace(".base_layer.", ".")
+        _put(replaced, module_of(module), key, file)
+        return
+    module = match["module"]
+    depth = len(module) - len(re.sub(r"(\.base_layer)+$", "", module))
+    module = module.replace(".base_layer", "")
+    if role == "replaced_bias":
+        _put(replaced, f"{module}.bias", key, file)
+    else:
+        _put(found.setdefault((module, depth), {}), role, key, file)
 
 
-def _parse_metadata(file: TensorFile, key: str) -> dict[str, Any]:
-    try:
-        value = json.loads((file.metadata or {})[key])
-    except ValueError as error:
-        raise InputError(f"its metadata {key} is not JSON: {error}", culprit=str(file.path)) from error
-    if not isinstance(value, dict):
-        raise InputError(f"its metadata {key} is not a JSON object", culprit=str(file.path))
-    return value
+def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:
+    """Two names for one tensor are no harm if they are equal: PEFT saves an MHA's out_proj under two."""
+    former = place.setdefault(role, key)
+    if former != key and (file.specs[former] != file.specs[key] or file.read(former) != file.read(key)):
+        raise InputError(f"is the same as {former}, but its values differ", culprit=key)
 
 
-def _parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
-    kind = fields.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"is a {kind} adapter; only LORA is supported", culprit=name)
-    for field, (plain, reason) in REFUSED.items():
-        value = fields.get(field)
-        if value and value != plain:
-            raise InputError(f"its config sets {field}: {reason}; not supported yet", culprit=name)
-    init = fields.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise InputError(
-            f"was initialized with {init}, which changed the base under it: on the original base it is wrong",
-            culprit=name,
-            remedy="convert it to plain LoRA with peft first (path_initial_model_for_weight_conversion)",
-        )
-    stored = _number(name, fields, "lora_alpha", (int, float))
-    if alpha is not None and stored is not None and alpha != stored:
-        raise UsageError(f"--alpha {alpha:g} contradicts the config's lora_alpha {stored:g}", culprit=name)
-    return AdapterConfig(
-        rank=_number(name, fields, "r", (int,)),
-        alpha=stored if stored is not None else alpha,
-        use_rslora=_flag(name, fields, "use_rslora") or False,
-        rank_pattern=_pattern(name, fields, "rank_pattern"),
-        alpha_pattern=_pattern(name, fields, "alpha_pattern"),
-        fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
-        base_model=fields.get("base_model_name_or_path"),
-        extra=dict(fields),
+def _updates(
+    path: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, place: int, places: int
+) -> Iterable[UpdateSpec]:
+    """All that one wrapper of a module does; `place` counts the wrappers from the innermost."""
+    extra = config.extra
+    factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
+    if "bias" in roles:
+        if not extra.get("lora_bias"):
+            raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
+        scale = config.scale_of(path, file.specs[roles["A"]].shape[0]) if "A" in roles else 1.0
+        yield _single("add", f"{path}.bias", roles["bias"], file, scale)
+    if "embedding_A" in roles or "embedding_B" in roles:
+        pair = {role.removeprefix("embedding_"): key for role, key in roles.items() if role.startswith("embedding_")}
+        yield _checked_dora(pair_factors(path, {**factors, **pair}, file, config, transposed=True), extra)
+    elif "tokens" in roles:
+        yield _tokens(path, roles, file, extra)
+    elif "A" in roles or "B" in roles or "magnitude" in roles:
+        parameter = target_parameter(config, path, place, places, DECLARED)
+        if parameter is None:
+            yield _checked_dora(pair_factors(path, factors, file, config), extra)
+        else:
+            own = config.at(f"{path}.{parameter}")
+            stacked = "A" in factors and own.rank is not None and file.specs[factors["A"]].shape[0] != own.rank
+            target = path if parameter == "weight" else f"{path}.{parameter}"
+            yield pair_factors(target, factors, file, own, stacked=stacked)
+    elif "base" in roles:
+        yield _single("replace", path, roles["base"], file)
+
+
+def _single(kind: str, module: str, key: str, file: WeightsFile, scale: float = 1.0) -> UpdateSpec:
+    return UpdateSpec(kind, module, {"value": key}, {"value": file.specs[key]}, scale)
+
+
+def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
+    """The flag and the magnitudes go together: with one of them alone, somebody would compute something else."""
+    if extra.get("use_dora") and update.kind != "dora":
+        raise InputError("has no lora_magnitude_vector, but the config sets use_dora", culprit=update.module)
+    if update.kind == "dora" and extra and not extra.get("use_dora") and "r" in extra:
+        raise InputError("has a lora_magnitude_vector, but the config does not set use_dora", culprit=update.module)
+    return update
+
+
+def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, extra: Mapping[str, Any]) -> UpdateSpec:
+    """Despite its name `trainable_tokens_delta` holds the rows' new values (`peft/tuners/trainable_tokens`)."""
+    given = extra.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((v for k, v in given.items() if path == k or path.endswith(f".{k}")), None)
+    if not isinstance(given, list) or not all(type(index) is int and index >= 0 for index in given):
+        raise InputError("has rows, but the config's trainable_token_indices do not say which", culprit=roles["tokens"])
+    spec = file.specs[roles["tokens"]]
+    if len(spec.shape) != 2 or spec.shape[0] != len(given) or len(set(given)) != len(given):
+        raise InputError(f"is {spec}, but the config lists {len(given)} different rows", culprit=roles["tokens"])
+    return UpdateSpec(
+        "rows", path, {"value": roles["tokens"]}, {"value": spec}, indices=tuple(given), base=roles.get("base")
     )
 
 
-def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:
-    value = fields.get(field)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"its config sets {field} to {value!r}, neither true nor false", culprit=name)
-    return value
-
-
-def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type, ...]) -> Any:
-    value = fields.get(field)
-    if value is not None and not _is_number(value, types):
-        raise InputError(f"its config's {field} is not a number that can be used", culprit=name)
-    return value
-
-
-def _is_number(value: Any, types: tuple[type, ...] = (int, float)) -> bool:
-    """Finite and of a size that float64 holds; JSON knows NaN, Infinity and whole numbers of any length."""
-    return type(value) in types and -1e300 < value < 1e300
-
-
-def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]:
-    value = fields.get(field) or {}
-    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-        raise InputError(f"its config's {field} does not map names to numbers", culprit=name)
-    return value
+def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Mapping[str, str]]) -> tuple[str, ...]:
+    doubled = [
+        path
+        for (path, _), roles in found.items()
+        if path.endswith(".out_proj") and ".base_layer.out_proj." in roles.get("A", "") and path in updates
+    ]
+    if not doubled:
+        return ()
+    return (
+        f"{doubled[0]}: peft up to 0.21 applies the change of an attention's out_proj twice (peft PR 3774); "
+        "it is added once, as defined",
+    )

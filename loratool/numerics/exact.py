@@ -12,7 +12,7 @@ grids of 24 bits each at rank 16 (21 at rank 1024) keep twice that of each facto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ ARITHMETIC_VERSION = 1
 # torch costs less than its work. On a GPU it is the calls that count.
 TILE = 1 << 17
 CUDA_TILE = 1 << 23
+
+LANES = 64  # running sums that a sum of squares is made of
 
 # Low bits of a float32, and what they are exactly halfway between two values of the type. In fp16 the
 # cut moves in the subnormal range, but there too the 12 lowest bits are zero at every midpoint.
@@ -99,6 +101,14 @@ class ExactProduct:
         """Rows `start:stop` of the left side on their grids, (stop - start, 2R), high slices then low."""
         rows = torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1)
         return torch.cat(_slices(rows * self._left_scale, 1, self._bits), 1)
+
+    def fill(self, left: Tensor) -> Fill:
+        """What adds D to the rows that `left` belongs to."""
+
+        def fill(columns: slice, out: Tensor, scratch: Tensor) -> None:
+            self.multiply(left, columns, out, scratch)
+
+        return fill
 
     def multiply(self, left: Tensor, columns: slice, out: Tensor, scratch: Tensor) -> None:
         """Write some columns of the rows of D that belong to `left` into `out`; both buffers are float64."""
@@ -194,29 +204,76 @@ class Change:
         )
 
 
-def add_rounded(base: Tensor, product: ExactProduct, left: Tensor, out: Tensor, work: Workspace) -> Change:
-    """`out = round_once(base + D)` for the rows that `left` (of `product.left`) belongs to; returns what came of it.
+# (columns, out, scratch): write c of these columns of some rows into `out` and return a, of which None is 1, where
+# W' = a * W + c is what becomes of the rows. Every update of a weight has this form.
+Fill = Callable[[slice, Tensor, Tensor], Tensor | None]
+
+
+def apply_rounded(base: Tensor, fill: Fill, out: Tensor, work: Workspace) -> Change:
+    """`out = round_once(a * base + c)` for the rows that `fill` belongs to; returns what came of it.
 
     base, out: (rows, n), of any two float dtypes. An element whose change is 0 keeps its value, the sign of
     zero and the payload of a nan included; inf and nan stay what they are.
     """
-    rows, columns = base.shape
-    width = max(1, work.tile // rows)
     change = Change()
-    for start in range(0, columns, width):
-        tile = slice(start, min(start + width, columns))
-        change += _add_tile(base[:, tile], product, left, tile, out[:, tile], work)
+    for columns in _tiles(base, work):
+        change += _apply_tile(base[:, columns], fill, columns, out[:, columns], work)
     return change
 
 
-def _add_tile(
-    base: Tensor, product: ExactProduct, left: Tensor, columns: slice, out: Tensor, work: Workspace
-) -> Change:
+def _tiles(base: Tensor, work: Workspace) -> Iterator[slice]:
+    """Columns that fit a tile, in multiples of LANES."""
+    rows, columns = base.shape
+    width = max(LANES, work.tile // rows // LANES * LANES)
+    for start in range(0, columns, width):
+        yield slice(start, min(start + width, columns))
+
+
+def row_norms(base: Tensor, fill: Fill, work: Workspace) -> Tensor:
+    """||W + c|| of each row in float64, the same bits for any blocks and tiles; `fill` returns no a."""
+    lanes = torch.zeros(len(base), LANES, dtype=torch.float64, device=base.device)
+    for columns in _tiles(base, work):
+        add_squares(sum_tile(base[:, columns], fill, columns, work).T, lanes.T)
+    return total_of_lanes(lanes.T).sqrt_()
+
+
+def sum_tile(base: Tensor, fill: Fill, columns: slice, work: Workspace) -> Tensor:
+    """W + c of one tile, in a buffer of `work`."""
+    change, wide, scratch = (work.take(name, torch.float64, *base.shape) for name in ("change", "wide", "total"))
+    fill(columns, change, scratch)
+    return wide.copy_(base).add_(change)
+
+
+def add_squares(x: Tensor, lanes: Tensor) -> None:
+    """lanes[i % LANES] += x[i]**2, one i after another: a fixed order, so that blocks of LANES rows show nowhere.
+
+    x: (m, n), its first row at a multiple of LANES; lanes: (LANES, n).
+    """
+    squares = x.square()
+    for start in range(0, len(squares), LANES):
+        part = squares[start : start + LANES]
+        lanes[: len(part)].add_(part)
+
+
+def total_of_lanes(lanes: Tensor) -> Tensor:
+    """Their sum by halves, (n,)."""
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = lanes[:half] + lanes[half:]
+    return lanes[0]
+
+
+def _apply_tile(base: Tensor, fill: Fill, columns: slice, out: Tensor, work: Workspace) -> Change:
     change, wide, total = (work.take(name, torch.float64, *base.shape) for name in ("change", "wide", "total"))
     rounded = work.take("rounded", out.dtype, *base.shape)
-    product.multiply(left, columns, change, total)
+    factor = fill(columns, change, total)
     wide.copy_(base)
-    torch.add(wide, change, out=total)
+    if factor is None:
+        torch.add(wide, change, out=total)
+    else:
+        torch.mul(wide, factor, out=total)
+        total.add_(change)
+        torch.sub(total, wide, out=change)
     round_once(total, rounded, work)
     if _has_negative_zero(base):
         still = change == 0

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from ..adapter import Adapter
 from ..architectures.quantized import quantization
 from ..architectures.roles import EMBEDDINGS, HEADS, role
-from ..checkpoint import Checkpoint, find_weights, open_checkpoint
+from ..checkpoint import Checkpoint, find_weights, open_checkpoint, open_weights
 from ..errors import InputError, UsageError
 from ..formats import find_adapter_file, is_adapter, open_adapter
 from ..hub import resolve
 from ..targets import nearest, resolve_modules
-from ..tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
+from ..tensorfile import TORCH_FLOATS, TensorSpec
 
 NEAREST_SHOWN = 8  # unbound modules for which a nearest name is searched: a search costs milliseconds
 
@@ -58,12 +58,15 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class AdapterGroup:
+    """Updates of one kind (a key of UPDATES) whose names differ only in numbers; shape is that of what they change."""
+
     name: str
+    kind: str
     modules: int
     rank: int
-    alpha: float
+    alpha: float | None
     scale: float
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     parameters: int
 
@@ -127,7 +130,7 @@ def _is_adapter(path: str | os.PathLike[str]) -> bool:
         return True
     if weights.suffix == ".json":
         return False
-    file = TensorFile(weights)
+    file = open_weights(weights)
     file.close()
     return is_adapter(file.specs)
 
@@ -212,18 +215,19 @@ def _ranges(values: list[int]) -> str:
 
 def _inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
     number = re.compile(r"(?<![^._])\d{1,9}(?![^._])") if adapter.flattened else _NUMBER
-    members: dict[tuple[tuple[str, ...], int, float, tuple[int, int], str], list[tuple[int, ...]]] = {}
+    members: dict[tuple[tuple[str, ...], str, int, float, tuple[int, ...], str, int], list[tuple[int, ...]]] = {}
     for module, update in adapter.updates.items():
-        key = (tuple(number.split(module)), update.rank, update.scale, update.out_in, update.specs["A"].dtype)
+        dtype = next(iter(update.specs.values())).dtype
+        parameters = sum(spec.size for spec in update.specs.values())
+        parts = tuple(number.split(module))
+        key = (parts, update.kind, update.rank, update.scale, update.shape, dtype, parameters)
         members.setdefault(key, []).append(tuple(int(part) for part in number.findall(module)))
     groups = []
-    for (parts, rank, scale, shape, dtype), found in members.items():
-        alpha = scale * (rank**0.5 if adapter.config.use_rslora else rank)
-        parameters = len(found) * rank * sum(shape)
-        groups.append(
-            AdapterGroup(_with_ranges(parts, found), len(found), rank, alpha, scale, shape, dtype, parameters)
-        )
-    ranks = {update.rank for update in adapter.updates.values()}
+    for (parts, kind, rank, scale, shape, dtype, parameters), found in members.items():
+        alpha = scale * (rank**0.5 if adapter.config.use_rslora else rank) if rank else None
+        name, count = _with_ranges(parts, found), len(found)
+        groups.append(AdapterGroup(name, kind, count, rank, alpha, scale, shape, dtype, parameters * count))
+    ranks = {update.rank for update in adapter.updates.values() if update.rank}
     return AdapterInspection(
         adapter.name,
         adapter.format,
@@ -242,7 +246,7 @@ def _inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> A
 def _coverage(adapter: Adapter, base: str | os.PathLike[str]) -> Coverage:
     checkpoint = open_checkpoint(base)
     try:
-        bound, missing = resolve_modules(checkpoint.specs, adapter)
+        bound, missing = resolve_modules(checkpoint.specs, adapter, checkpoint.model_types)
         near = {
             module: tuple(nearest(module, checkpoint.specs)) if i < NEAREST_SHOWN else ()
             for i, module in enumerate(missing)

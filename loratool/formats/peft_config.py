@@ -1,0 +1,179 @@
+"""What PEFT's `adapter_config.json` says, and what in it makes an adapter something else than LoRA.
+
+A bare file may carry its config in its metadata: ours under `loratool`, or diffusers' `lora_adapter_metadata`, whose
+fields start with the component's name. Defined by peft: `peft/tuners/lora/config.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..adapter import AdapterConfig
+from ..checkpoint import read_json_file
+from ..errors import InputError, UsageError
+from ..tensorfile import WeightsFile
+
+CONFIG_NAME = "adapter_config.json"
+
+# Fields that make the arithmetic another one. A field counts where it is neither null, false nor empty.
+REFUSED = {
+    "layer_replication": "its layers are replicas that share the base's weights",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
+    "use_qalora": "QA-LoRA's A sees an averaged input",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "arrow_config": "Arrow routes between several adapters",
+    "kasa_config": "KaSA truncates the base",
+    "velora_config": "VeLoRA is a variant with a formula of its own",
+    "monteclora_config": "MonteCLoRA is a variant with a formula of its own",
+}
+# PEFT's other methods, and the reason why they are not merged here.
+METHODS = {
+    "ADALORA": "has a formula of its own; convert it with peft.tuners.lora.conversion.convert_to_lora first",
+    "VERA": "shares random matrices; convert it with peft.tuners.lora.conversion.convert_to_lora first",
+    "LOHA": "is not supported yet",
+    "LOKR": "is not supported yet",
+    "OFT": "is not supported yet",
+    "BOFT": "is not supported yet",
+    "IA3": "is not supported yet",
+    "PROMPT_TUNING": "adds inputs, and no weight could hold them",
+    "MULTITASK_PROMPT_TUNING": "adds inputs, and no weight could hold them",
+    "P_TUNING": "adds inputs, and no weight could hold them",
+    "PREFIX_TUNING": "adds inputs to every layer, and no weight could hold them",
+    "ADAPTION_PROMPT": "adds inputs to every layer, and no weight could hold them",
+    "BOTTLENECK": "adds layers, whose depth is its latency, and no weight could hold them",
+}
+# Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+
+
+def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
+    """The config's fields and the component that prefixes the keys: from the metadata, else from the file beside."""
+    metadata = file.metadata or {}
+    if "loratool" in metadata:
+        ours = _parse_metadata(file, "loratool").get("adapter_config")
+        if isinstance(ours, dict):
+            return ours, ""
+    if "lora_adapter_metadata" in metadata:
+        flat = _parse_metadata(file, "lora_adapter_metadata")
+        components = sorted({key.partition(".")[0] for key in flat})
+        if len(components) != 1:
+            raise InputError(
+                f"holds adapters of several components ({', '.join(components)})",
+                culprit=str(file.path),
+                remedy="split the file by component first",
+            )
+        return {"peft_type": "LORA", **{key.partition(".")[2]: value for key, value in flat.items()}}, components[0]
+    beside = file.path.parent / CONFIG_NAME
+    return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+
+
+def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads((file.metadata or {})[key])
+    except ValueError as error:
+        raise InputError(f"its metadata {key} is not JSON: {error}", culprit=str(file.path)) from error
+    if not isinstance(value, dict):
+        raise InputError(f"its metadata {key} is not a JSON object", culprit=str(file.path))
+    return value
+
+
+def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
+    kind = fields.get("peft_type")
+    if kind is None and isinstance(fields.get("config"), dict):
+        kind = "BOTTLENECK"  # AdapterHub's own config
+    if kind != "LORA":
+        raise InputError(f"is a {kind} adapter, which {METHODS.get(str(kind), 'is not supported')}", culprit=name)
+    for field, reason in REFUSED.items():
+        if fields.get(field):
+            raise InputError(f"its config sets {field}: {reason}", culprit=name)
+    stored = _number(name, fields, "lora_alpha", (int, float))
+    if alpha is not None and stored is not None and alpha != stored:
+        raise UsageError(f"--alpha {alpha:g} contradicts the config's lora_alpha {stored:g}", culprit=name)
+    return AdapterConfig(
+        rank=_number(name, fields, "r", (int,)),
+        alpha=stored if stored is not None else alpha,
+        use_rslora=_flag(name, fields, "use_rslora") or False,
+        rank_pattern=_pattern(name, fields, "rank_pattern"),
+        alpha_pattern=_pattern(name, fields, "alpha_pattern"),
+        fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
+        base_model=fields.get("base_model_name_or_path"),
+        extra=dict(fields),
+    )
+
+
+def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"its config sets {field} to {value!r}, neither true nor false", culprit=name)
+    return value
+
+
+def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type, ...]) -> Any:
+    value = fields.get(field)
+    if value is not None and not _is_number(value, types):
+        raise InputError(f"its config's {field} is not a number that can be used", culprit=name)
+    return value
+
+
+def _is_number(value: Any, types: tuple[type, ...] = (int, float)) -> bool:
+    """Finite and of a size that float64 holds; JSON knows NaN, Infinity and whole numbers of any length."""
+    return type(value) in types and -1e300 < value < 1e300
+
+
+def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]:
+    value = fields.get(field) or {}
+    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+        raise InputError(f"its config's {field} does not map names to numbers", culprit=name)
+    return value
+
+
+def changes_base(config: AdapterConfig) -> str | None:
+    """The initialization that changed the base under the adapter, if it did."""
+    init = config.extra.get("init_lora_weights")
+    return init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None
+
+
+def target_parameter(
+    config: AdapterConfig, module: str, place: int, places: int, declared: Sequence[str]
+) -> str | None:
+    """The bare parameter that the factors found at `module` belong to; None for the module's own weight.
+
+    PEFT wraps a module once for each parameter, in the order in which its class declares them, so that the keys
+    of the first have the most `base_layer` in them (`peft/tuners/lora/model.py:_inject_parameters`). `place` counts
+    from there. Raises InputError where the config names another number of parameters than the file has.
+    """
+    listed = config.extra.get("target_parameters")
+    if not listed or _is_target_module(config, module):
+        return None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise InputError("the config's target_parameters are no list of names", culprit=module)
+    names: list[str] = []
+    for each in listed:
+        owner, _, parameter = each.rpartition(".")
+        if (not owner or module == owner or module.endswith(f".{owner}")) and parameter not in names:
+            names.append(parameter)
+    if not names:
+        return None
+    if len(names) < places or (len(names) > places and places > 1):
+        raise InputError(
+            f"the config targets {len(names)} parameters here ({', '.join(names)}), the file has {places}",
+            culprit=module,
+        )
+    if len(names) > places:
+        raise InputError(f"could be the factors of any of {', '.join(names)}", culprit=module)
+    order = {name: number for number, name in enumerate(declared)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))[place]
+
+
+def _is_target_module(config: AdapterConfig, module: str) -> bool:
+    """PEFT's rule (`peft/tuners/tuners_utils.py:check_target_module_exists`), without its layer numbers."""
+    targets = config.extra.get("target_modules")
+    if isinstance(targets, str):
+        try:
+            return targets != "all-linear" and re.fullmatch(targets, module) is not None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"is not a regular expression: {error}", culprit=targets) from error
+    return isinstance(targets, list) and any(module == t or module.endswith(f".{t}") for t in targets)

@@ -1,0 +1,120 @@
+"""The inputs of verbs that apply adapters to a base: opened, and refused where they cannot belong together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from .adapter import Adapter
+from .architectures.quantized import quantization
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import InputError, NeedsFlag, UsageError
+from .formats import is_adapter, open_adapter
+from .formats.peft_config import changes_base
+
+Loaded = tuple[tuple[Adapter, float], ...]
+
+
+def open_inputs(
+    base: str | os.PathLike[str], pairs: Sequence[tuple[str, float]], alpha: float | None, opened: ExitStack
+) -> tuple[Checkpoint, tuple[tuple[Adapter, float], ...]]:
+    checkpoint = open_checkpoint(base)
+    opened.callback(checkpoint.close)
+    if is_adapter(checkpoint.specs):
+        other, *_ = pairs[0]
+        raise InputError(
+            "is an adapter, but the first argument is the base model",
+            culprit=os.fspath(base),
+            remedy=None if _opens_as_adapter(other) else f"swap them: loratool merge {other} {os.fspath(base)}",
+        )
+    method = quantization(checkpoint.specs, checkpoint.config)
+    if method:
+        raise InputError(
+            f"is quantized ({method}), and adding to its codes would be wrong",
+            culprit=os.fspath(base),
+            remedy="pass the original model in 16 or 32 bits",
+        )
+    loaded = []
+    for adapter, (_, weight) in zip(_open_adapters([name for name, _ in pairs], alpha, opened), pairs, strict=True):
+        for module, update in adapter.updates.items():
+            if not math.isfinite(weight * update.scale):
+                raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
+        loaded.append((adapter, weight))
+    return checkpoint, tuple(loaded)
+
+
+def _opens_as_adapter(name: str) -> bool:
+    try:
+        open_adapter(name).file.close()
+    except NeedsFlag:
+        return True
+    except InputError:
+        return False
+    return True
+
+
+def _open_adapters(names: Sequence[str], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+    """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
+    adapters, used = [], len(names) == 1
+    for name in names:
+        try:
+            adapter = open_adapter(name, alpha if len(names) == 1 else None)
+        except NeedsFlag:
+            if alpha is None:
+                raise
+            adapter, used = open_adapter(name, alpha), True
+        opened.callback(adapter.file.close)
+        adapters.append(adapter)
+    if alpha is not None and not used:
+        raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
+    return adapters
+
+
+def subtract_initial(
+    loaded: Loaded, initial: str | os.PathLike[str] | None, residual_base: bool, opened: ExitStack
+) -> Loaded:
+    """Make adapters whose initialization changed the base right on the base that is given.
+
+    PiSSA, OLoRA, CorDA and LoftQ train on W - s * B0 @ A0: on W itself the initial adapter is to be subtracted, which
+    is exact at twice the rank; on the changed base they are plain. Raises NeedsFlag where neither is said.
+    """
+    if initial is not None and residual_base:
+        raise UsageError("--initial and --residual-base exclude each other")
+    moved = [(adapter, weight, init) for adapter, weight in loaded if (init := changes_base(adapter.config))]
+    if not moved:
+        if initial is not None or residual_base:
+            flag = "--initial" if initial is not None else "--residual-base"
+            raise UsageError(f"{flag} is for adapters that were initialized from the base (PiSSA, ...); none was")
+        return loaded
+    adapter, _, init = moved[0]
+    if residual_base:
+        return loaded
+    if initial is None:
+        raise NeedsFlag(
+            f"was initialized with {init}, which changed the base under it: on the original base it is wrong",
+            culprit=adapter.name,
+            remedy="add --initial ADAPTER with the adapter as it was before training, or --residual-base if the base "
+            "given is the changed one",
+        )
+    start = open_adapter(initial)
+    opened.callback(start.file.close)
+    for adapter, _, _ in moved:
+        _check_initial(adapter, start)
+    return (*loaded, (start, -sum(weight for _, weight, _ in moved)))
+
+
+def _check_initial(adapter: Adapter, start: Adapter) -> None:
+    """The start must have the adapter's modules, and both be plain low-rank: nothing else is subtracted exactly."""
+    if start.file.path.resolve() == adapter.file.path.resolve():
+        raise UsageError("is the adapter itself, not what it was before training", culprit=start.name)
+    for module, update in adapter.updates.items():
+        if update.kind == "dora":
+            raise InputError("is DoRA from which no initial adapter can be subtracted", culprit=module)
+        other = start.updates.get(module)
+        if update.kind == "lora" and (other is None or other.kind != "lora" or other.shape != update.shape):
+            raise InputError(f"of {adapter.name} has no counterpart in {start.name}", culprit=module)
+    foreign = [module for module, update in start.updates.items() if update.kind not in ("lora", "experts")]
+    if foreign:
+        raise InputError(f"of {start.name} is no low-rank change, so it cannot be subtracted", culprit=foreign[0])

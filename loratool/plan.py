@@ -1,0 +1,156 @@
+"""What a merge will do, decided from headers before the first byte: where every row comes from, and what changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .adapter import Adapter, UpdateSpec
+from .checkpoint import Checkpoint
+from .errors import InputError
+from .output import Edits
+from .placing import Placement
+from .sidefiles import tokenizer_files
+from .source import Source, equal_rows
+from .targets import Selection, bind
+from .tensorfile import TensorSpec
+from .tied import Settled, Tie, find_tie, settle_tie, vocabulary_edits, vocabulary_names
+from .updates import ADDITIVE
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """bound: the placements of each tensor as asked for. placements: those that are left once each tensor's source
+    is settled. added: the tensors that the base does not have. edits: what of the output is not the base's.
+    """
+
+    base: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    bound: Mapping[str, tuple[Placement, ...]]
+    sources: Mapping[str, Source]
+    placements: Mapping[str, tuple[Placement, ...]]
+    left_out: tuple[str, ...]
+    added: tuple[str, ...]
+    untied: str | None
+    warnings: tuple[str, ...]
+    edits: Edits
+
+    @property
+    def changed(self) -> set[str]:
+        """The tensors whose values need not be the base's."""
+        own = {name for name, source in self.sources.items() if source.file is not self.base.shard_of.get(name)}
+        return own | set(self.placements)
+
+
+def plan_merge(
+    base: Checkpoint, adapters: tuple[tuple[Adapter, float], ...], selection: Selection, tied: str
+) -> MergePlan:
+    """Raises what `bind`, `settle_tie` and `settle_source` raise."""
+    tie = find_tie(base)
+    head = {tie.head: base.specs[tie.embedding]} if tie and not tie.stored else {}
+    binding = bind({**base.specs, **head}, base.model_types, adapters, selection)
+    settled = settle_tie(base, tie, binding.placements, tied)
+    sources, placements = _settle_sources(base, tie, settled)
+    for name, (adapter, update) in binding.added.items():
+        sources[name] = Source(adapter.file, update.tensors["value"])
+    edits, notes = _plan_edits(base, tie, settled, sources)
+    warnings = (*settled.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    if binding.added:
+        warnings += (f"{len(binding.added)} tensors are not in the base and are added: {', '.join(binding.added)}",)
+    return MergePlan(
+        base,
+        adapters,
+        settled.placements,
+        sources,
+        placements,
+        binding.left_out,
+        tuple(binding.added),
+        settled.untied if settled.untied not in base.specs else None,
+        warnings,
+        edits,
+    )
+
+
+def _settle_sources(
+    base: Checkpoint, tie: Tie | None, settled: Settled
+) -> tuple[dict[str, Source], dict[str, tuple[Placement, ...]]]:
+    sources = {name: Source(shard, name) for name, shard in base.shard_of.items()}
+    placements = {}
+    if tie and settled.untied and settled.untied not in sources:
+        under = sources[tie.embedding]
+        if settled.untied not in settled.placements and any(p.update.base for p in settled.placements[tie.embedding]):
+            under, _ = settle_source(under, settled.placements[tie.embedding])  # the head was tied to what it brought
+        sources[settled.untied] = under
+    for name, found in settled.placements.items():
+        sources[name], rest = settle_source(sources[name], found)
+        if rest:
+            placements[name] = rest
+    return sources, placements
+
+
+def settle_source(base: Source, placements: Sequence[Placement]) -> tuple[Source, tuple[Placement, ...]]:
+    """Where a tensor's rows come from, and the placements that are left to apply to them.
+
+    A replacement of full weight is a source of its own, and so is the weight that an adapter brought along for its
+    LoRA, unless the base's own has the same values. Raises InputError where that cannot be had.
+    """
+    source, rest = base, []
+    for placement in placements:
+        own = _brought(base, placement)
+        if own is None:
+            rest.append(placement)
+        elif placement.weight == 1:
+            if source is not base and source != own:
+                raise InputError(f"{placement.adapter.name} is not the only one that replaces it", culprit=base.name)
+            source = own
+            rest += [] if placement.update.kind == "replace" else [placement]
+        elif own.spec.shape != base.spec.shape or placement.update.kind not in (*ADDITIVE, "replace"):
+            raise InputError(f"{placement.adapter.name} brings its own values: its weight must be 1", culprit=base.name)
+        else:
+            value = {"value": own.name}
+            replaced = UpdateSpec("replace", placement.update.module, value, {"value": own.spec})
+            rest.append(replace(placement, update=replaced, transposed=False, skip=0, expert=None))
+            rest += [] if placement.update.kind == "replace" else [placement]
+    return source, tuple(rest)
+
+
+def _brought(base: Source, placement: Placement) -> Source | None:
+    """The values that an update puts in the place of the base's, before it adds anything."""
+    update, file = placement.update, placement.adapter.file
+    if update.kind == "replace":
+        return Source(file, update.tensors["value"])
+    if update.base is None or equal_rows(base, Source(file, update.base)):
+        return None
+    return Source(file, update.base)
+
+
+def _plan_edits(
+    base: Checkpoint, tie: Tie | None, settled: Settled, sources: Mapping[str, Source]
+) -> tuple[Edits, tuple[str, ...]]:
+    """What the output has otherwise than the base, and what to say of it."""
+    specs = {}
+    for name, source in sources.items():
+        like = base.specs.get(name) or (base.specs[tie.embedding] if tie and name == settled.untied else source.spec)
+        spec = TensorSpec(like.dtype, source.spec.shape)
+        if spec != base.specs.get(name):
+            specs[name] = spec
+    words = [name for name in vocabulary_names(base, tie) if name in sources]
+    rows = {name: sources[name].spec.shape[0] for name in words}
+    resized = {name: n for name, n in rows.items() if base.specs.get(name, base.specs[words[0]]).shape[0] != n}
+    config = vocabulary_edits(rows, resized)
+    if settled.untied:
+        config["tie_word_embeddings"] = False
+    touched = [p for name in words for p in settled.placements.get(name, ())]
+    files, notes = _tokenizer(touched)
+    return Edits(specs, config, files), notes
+
+
+def _tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The tokenizer that an adapter has beside it, if it changed the vocabulary's rows; of two adapters, neither."""
+    folders = {p.adapter.file.path.parent: tokenizer_files(p.adapter.file.path.parent) for p in placements}
+    found = {folder: files for folder, files in folders.items() if files}
+    if len(found) > 1:
+        return {}, ("several adapters have a tokenizer beside them; the base's is kept",)
+    files = next(iter(found.values()), {})
+    return files, (f"the tokenizer is that of {next(iter(found))}",) if files else ()

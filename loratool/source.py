@@ -1,0 +1,55 @@
+"""A tensor in a file of weights, wherever that is, and what can be asked of it by blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import InputError
+from .tensorfile import TORCH_FLOATS, TensorSpec, WeightsFile
+
+BLOCK = 1 << 20  # numbers read at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor's rows come from: a file of weights and the name there."""
+
+    file: WeightsFile
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.file.specs[self.name]
+
+
+def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    rows = spec.shape[0]
+    step = max(1, BLOCK // (spec.size // rows))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def equal_rows(one: Source, two: Source) -> bool:
+    """Whether two tensors have the same values, the first rounded to the type of the second."""
+    import torch
+
+    if one.spec.shape != two.spec.shape:
+        return False
+    if not one.spec.shape or not one.spec.size or one.spec.dtype not in TORCH_FLOATS:
+        return one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
+    for start, stop in _blocks(one.spec):
+        a, b = one.file.rows(one.name, start, stop), two.file.rows(two.name, start, stop)
+        if not torch.equal(a.to(b.dtype), b):
+            return False
+    return True
+
+
+def require_finite(source: Source) -> None:
+    """Raises InputError naming a tensor that holds a nan or an infinity."""
+    spec = source.spec
+    if spec.dtype not in TORCH_FLOATS or not spec.size or not spec.shape:
+        return
+    for start, stop in _blocks(spec):
+        if not bool(source.file.rows(source.name, start, stop).isfinite().all()):
+            raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
