@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
-    from .ops.inspect import AdapterInspection, CheckpointReport, inspect
+    from .ops.inspect import CheckpointReport, inspect
+    from .ops.inspect_adapter import AdapterInspection
     from .ops.merge import merge
     from .ops.merge_report import MergeReport
 
 # Loaded on first use, so that `import loratool` and the command line start without torch.
 _HOMES = {
-    "AdapterInspection": "inspect",
+    "AdapterInspection": "inspect_adapter",
     "CheckpointReport": "inspect",
     "MergeReport": "merge_report",
     "inspect": "inspect",

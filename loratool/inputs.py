@@ -22,6 +22,12 @@ def open_inputs(
 ) -> tuple[Checkpoint, tuple[tuple[Adapter, float], ...]]:
     checkpoint = open_checkpoint(base)
     opened.callback(checkpoint.close)
+    if any(".base_layer." in name for name in checkpoint.specs):
+        raise InputError(
+            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            culprit=os.fspath(base),
+            remedy="save the model with merge_and_unload().save_pretrained, or pass the original base and the adapter",
+        )
     if is_adapter(checkpoint.specs):
         other, *_ = pairs[0]
         raise InputError(

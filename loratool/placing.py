@@ -15,7 +15,7 @@ from .architectures.conv1d import stores_transposed
 from .architectures.renames import TRANSPOSED_EXPERTS
 from .architectures.roles import EMBEDDINGS, HEADS
 from .errors import InputError
-from .tensorfile import TORCH_FLOATS, TensorSpec
+from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec
 
 # Stored as (experts, in, out), but their class does not say so to PEFT, which takes them the other way round.
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
@@ -64,7 +64,8 @@ def place(
 ) -> list[Placement]:
     """The placements of one update on one tensor. Raises InputError where their shapes contradict each other."""
     update, spec = adapter.updates[module], specs[spot.name]
-    if spec.dtype not in TORCH_FLOATS and (update.kind != "replace" or update.specs["value"].dtype != spec.dtype):
+    known = spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8
+    if not known and (update.kind != "replace" or update.specs["value"].dtype != spec.dtype):
         raise InputError(
             f"is {spec.dtype}, which cannot be added to",
             culprit=spot.name,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from .adapter import Adapter, UpdateSpec
 from .checkpoint import Checkpoint
-from .errors import InputError
+from .errors import InputError, NeedsFlag
 from .output import Edits
 from .placing import Placement
 from .sidefiles import tokenizer_files
 from .source import Source, equal_rows
 from .targets import Selection, bind
-from .tensorfile import TensorSpec
+from .tensorfile import FLOAT8, TensorSpec
 from .tied import Settled, Tie, find_tie, settle_tie, vocabulary_edits, vocabulary_names
 from .updates import ADDITIVE
 
@@ -144,6 +144,20 @@ def _plan_edits(
     touched = [p for name in words for p in settled.placements.get(name, ())]
     files, notes = _tokenizer(touched)
     return Edits(specs, config, files), notes
+
+
+def widen_float8(plan: MergePlan, dtype: str | None) -> Edits:
+    """The edits with the type of changed 8-bit tensors, in which no change would survive: NeedsFlag without one."""
+    specs = dict(plan.edits.specs)
+    for name in plan.changed & set(plan.base.specs):
+        spec = specs.get(name, plan.base.specs[name])
+        if spec.dtype in FLOAT8 and dtype is None:
+            raise NeedsFlag(
+                f"is {spec.dtype}, too coarse for a change", culprit=name, remedy="add --dtype bf16 or fp32"
+            )
+        if spec.dtype in FLOAT8 and dtype is not None:
+            specs[name] = TensorSpec(dtype, spec.shape)
+    return replace(plan.edits, specs=specs)
 
 
 def _tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:

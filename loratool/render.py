@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .errors import LoratoolError
-    from .ops.inspect import AdapterInspection, CheckpointReport
+    from .ops.inspect import CheckpointReport
+    from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
 
 SCHEMA_VERSION = 1
 UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
 
 
-def to_json(verb: str, report: Any = None, error: LoratoolError | None = None) -> str:
-    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`."""
-    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None, "exit_code": 0}
+def to_json(verb: str, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
+    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
+
+    `status` is there where a check said no (exit code 1), and says what it found.
+    """
+    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
+    value["exit_code"] = 0 if status is None else 1
+    if status is not None:
+        value["status"] = status
     if error is not None:
         value["exit_code"] = error.exit_code
         value["error"] = {
@@ -147,18 +154,27 @@ def print_adapter(report: AdapterInspection) -> None:
             str(g.rank) if g.rank else "-",
             "-" if g.alpha is None else f"{g.alpha:g}",
             f"{g.scale:g}" if g.rank else "-",
+            "-" if g.norm is None else f"{g.norm:.3g}",
+            "-" if g.effective_rank is None else f"{g.effective_rank:.1f}",
+            *(["-" if g.relative is None else f"{g.relative:.2e}"] if report.coverage else []),
             str(g.modules),
             _count(g.parameters),
         ]
         for g in report.groups
     ]
-    titles = ("module", "update", "out x in", "dtype", "rank", "alpha", "scale", "count", "parameters")
+    relative = ["|D|/|W|"] if report.coverage else []
+    titles = ["module", "update", "out x in", "dtype", "rank", "alpha", "scale", "|D|", "eff. rank", *relative]
+    titles += ["count", "parameters"]
     _print_table([(title, title not in ("module", "update", "dtype")) for title in titles], rows)
     say(f"\n{report.modules} modules, {_count(report.parameters)} parameters, {size(report.nbytes)}")
     if report.coverage:
         say(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
         for module, near in report.coverage.unbound.items():
             say(f"not in the base: {module}" + (f" (nearest: {', '.join(near)})" if near else ""))
+    for note in report.notes:
+        say(f"note: {note}")
+    for problem in report.problems:
+        say(f"problem: {problem}")
 
 
 class ProgressBar:

@@ -18,7 +18,7 @@ from .numerics.exact import Change, cast_rounded
 from .output import Output, OutputFile, open_output
 from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, Worker, run
 from .source import Source
-from .tensorfile import TORCH_FLOATS, TensorSpec
+from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec
 
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
 ROWS_ITEM = 1 << 22  # weights of a matrix an item
@@ -148,7 +148,7 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
 def _row_items(
     source: Source, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
 ) -> Iterator[MapRows]:
-    old, new = (getattr(torch, TORCH_FLOATS[each.dtype]) for each in (source.spec, spec))
+    old, new = (getattr(torch, {**TORCH_FLOATS, **FLOAT8}[each.dtype]) for each in (source.spec, spec))
     step = max(MIN_ROWS, ROWS_ITEM // columns)
     for start in range(rows.start, rows.stop, step):
         before = start * columns

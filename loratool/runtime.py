@@ -105,11 +105,13 @@ class Worker:
         base = self.host.take("base", item.source_dtype, *shape)
         out = self.host.take("out", item.target_dtype, *shape)
         read_into(item.source, _bytes(base), item.source_offset + row * item.columns * base.itemsize)
+        if base.itemsize == 1:  # torch has few operations on 8-bit floats
+            base = base.float()
         if self.stream is None:
             result = step(base, row, out, self.work)
         else:
             on_device = self.work.take("out", item.target_dtype, *shape)
-            moved = self.work.take("base", item.source_dtype, *shape).copy_(base, non_blocking=True)
+            moved = self.work.take("base", base.dtype, *shape).copy_(base, non_blocking=True)
             result = step(moved, row, on_device, self.work)
             out.copy_(on_device, non_blocking=True)
             self.stream.synchronize()

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import InputError
-from .tensorfile import TORCH_FLOATS, TensorSpec, WeightsFile
+from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec, WeightsFile
 
 BLOCK = 1 << 20  # numbers read at a time
+FLOATS = (*TORCH_FLOATS, *FLOAT8)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def equal_rows(one: Source, two: Source) -> bool:
 
     if one.spec.shape != two.spec.shape:
         return False
-    if not one.spec.shape or not one.spec.size or one.spec.dtype not in TORCH_FLOATS:
+    if not one.spec.shape or not one.spec.size or one.spec.dtype not in FLOATS:
         return one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
     for start, stop in _blocks(one.spec):
         a, b = one.file.rows(one.name, start, stop), two.file.rows(two.name, start, stop)
@@ -45,10 +46,20 @@ def equal_rows(one: Source, two: Source) -> bool:
     return True
 
 
+def squared_norm(source: Source) -> float:
+    """||W||^2 in float64; of a tensor of no float type 0."""
+    import math
+
+    if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
+        return 0.0
+    rows = (source.file.rows(source.name, start, stop).double() for start, stop in _blocks(source.spec))
+    return math.fsum(float(block.square().sum()) for block in rows)
+
+
 def require_finite(source: Source) -> None:
     """Raises InputError naming a tensor that holds a nan or an infinity."""
     spec = source.spec
-    if spec.dtype not in TORCH_FLOATS or not spec.size or not spec.shape:
+    if spec.dtype not in FLOATS or not spec.size or not spec.shape:
         return
     for start, stop in _blocks(spec):
         if not bool(source.file.rows(source.name, start, stop).isfinite().all()):

@@ -53,6 +53,8 @@ _RANK = {name: rank for rank, name in enumerate(reversed(DTYPES))}
 
 # The types that a merge can add to, with their names in torch.
 TORCH_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# Read as the numbers that they are where no scales stand beside them, never written by arithmetic.
+FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +111,23 @@ class WeightsFile:
         return torch.frombuffer(self.read(name), dtype=dtype).reshape(spec.shape)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop along the first dimension, the rest flattened: (at most stop - start, columns)."""
+        """Rows start:stop along the first dimension, the rest flattened: (at most stop - start, columns).
+
+        An 8-bit float comes as float32. InputError for a type that torch does not compute with.
+        """
         import torch
 
         spec = self.specs[name]
-        if spec.dtype not in TORCH_FLOATS:
-            raise InputError(f"has dtype {spec.dtype}, not a floating-point type of 16 bits or more", culprit=name)
+        floats = {**TORCH_FLOATS, **FLOAT8}
+        if spec.dtype not in floats:
+            raise InputError(f"has dtype {spec.dtype}, not a floating-point type", culprit=name)
         stop = min(stop, spec.shape[0])
         columns = spec.size // spec.shape[0] if spec.shape[0] else 0
-        out = torch.empty(stop - start, columns, dtype=getattr(torch, TORCH_FLOATS[spec.dtype]))
+        out = torch.empty(stop - start, columns, dtype=getattr(torch, floats[spec.dtype]))
         if out.numel():
             view = out.view(torch.uint8).numpy().data.cast("B")
             read_into(self.file, view, self.begin[name] + start * columns * out.itemsize)
-        return out
+        return out.float() if spec.dtype in FLOAT8 else out
 
     def scalar(self, name: str) -> float:
         """The value of a tensor with one element, without torch (bf16 is the upper half of an fp32)."""

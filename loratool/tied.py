@@ -56,6 +56,11 @@ def find_tie(base: Checkpoint) -> Tie | None:
     return Tie(embedding, f"{before}language_model.{last}.weight" if mark else f"{last}.weight", False)
 
 
+def head_is_missing(base: Checkpoint) -> bool:
+    """Whether the files have no head because it is the embedding; from headers alone."""
+    return _last_named(base, OUTPUT_HEADS) is None and find_tie(base) is not None
+
+
 def _source(base: Checkpoint, name: str) -> Source:
     return Source(base.shard_of[name], name)
 

@@ -47,7 +47,6 @@ def test_help_starts_within_three_imports_of_click() -> None:
         ["--help"],
         ["merge", "-h"],
         ["inspect", str(BASE)],
-        ["inspect", str(ADAPTER), "--base", str(BASE)],
         ["--version"],
     ],
 )

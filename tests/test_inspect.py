@@ -8,17 +8,20 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, factors, needs_shared, weights, write_kohya, write_model, write_peft
+from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_kohya, write_model, write_peft
 from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError
-from loratool.ops.inspect import AdapterInspection, CheckpointReport, _ranges
+from loratool.naming import _ranges
+from loratool.ops.inspect import CheckpointReport
+from loratool.ops.inspect_adapter import AdapterInspection
 from loratool.tensorfile import TensorSpec, build_header
 
 
@@ -238,3 +241,85 @@ def test_grouping_never_joins_what_differs() -> None:
     colons = {f"unet:{i}:{end}": TensorSpec("F16", (4, 4)) for i in range(3) for end in ("up", "down")}
     assert [g.name for g in _groups(colons)] == ["unet:{0..2}:up", "unet:{0..2}:down"]
     assert not re.search(r"fc\{", "".join(g.name for g in _groups(specs)))
+
+
+class TestAdapterInDepth:
+    def test_sizes_and_ranks_are_those_of_the_dense_change(self) -> None:
+        """Against torch.linalg on the product itself."""
+        report = adapter_report(FIXTURES / "llama" / "adapter", base=FIXTURES / "llama" / "base")
+        base, adapter = load_model(FIXTURES / "llama" / "base"), load_model(FIXTURES / "llama" / "adapter")
+        for each in report.details:
+            A, B = (adapter[f"base_model.model.{each.name}.lora_{role}.weight"].double() for role in "AB")
+            D = 2.0 * B @ A
+            p = torch.linalg.svdvals(D)[:8] / torch.linalg.svdvals(D).sum()
+            assert each.norm == pytest.approx(float(torch.linalg.norm(D)), rel=1e-12)
+            assert each.effective_rank == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-9)
+            W = base[f"{each.name}.weight"].double()
+            assert each.relative == pytest.approx(float(torch.linalg.norm(D) / torch.linalg.norm(W)), rel=1e-12)
+        assert report.problems == ()
+
+    def test_experts_count_together(self, tmp_path: Path) -> None:
+        A, B = torch.randn(3 * 2, 6), torch.randn(4, 2 * 3)
+        fields = {"target_modules": [], "target_parameters": ["experts.down_proj"], "r": 2, "lora_alpha": 2}
+        (each,) = adapter_report(write_peft(tmp_path / "a", {"experts": (A, B)}, **fields)).details
+        dense = torch.stack([B.view(4, 2, 3)[:, :, e] @ A.view(3, 2, 6)[e] for e in range(3)])
+        assert (each.kind, each.rank) == ("experts", 2)
+        assert each.norm == pytest.approx(float(torch.linalg.norm(dense.double())), rel=1e-6)
+
+    def test_an_adapter_that_changes_nothing(self, tmp_path: Path) -> None:
+        A, B = factors(6, 4, 2)
+        nothing = write_peft(tmp_path / "a", {"x.q": (A, torch.zeros_like(B))})
+        assert adapter_report(nothing).problems == ("it changes nothing: B @ A is 0 in every module",)
+        half = write_peft(tmp_path / "b", {"x.q": (A, torch.zeros_like(B)), "x.v": (A.clone(), B)})
+        assert adapter_report(half).problems == ("B @ A is 0 in 1 of 2 modules: x.q",)
+
+    def test_a_factor_that_is_not_finite(self, tmp_path: Path) -> None:
+        """Trap 54."""
+        A, B = factors(6, 4, 2)
+        (problem,) = adapter_report(write_peft(tmp_path / "a", {"x.q": (A, B / 0)})).problems
+        assert problem.startswith("base_model.model.x.q.lora_B.weight: holds nan or inf")
+
+    @pytest.mark.parametrize(
+        ("fields", "problem"),
+        [
+            ({"target_modules": ["q", "v"]}, "target_modules names v, which no module of the file is"),
+            ({"target_modules": ["v"]}, "target_modules does not match 1 modules: x.q"),
+            ({"target_modules": r".*\.v"}, "target_modules does not match 1 modules: x.q"),
+            ({"target_modules": r".*\.q"}, None),
+            ({"target_modules": "all-linear"}, None),
+            ({"fan_in_fan_out": True}, "fan_in_fan_out is true, but the base stores its weights as (out, in)"),
+            ({"fan_in_fan_out": False}, None),
+        ],
+    )
+    def test_the_config_against_the_tensors(self, tmp_path: Path, fields: dict[str, Any], problem: str | None) -> None:
+        adapter = write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2)}, **fields)
+        base = write_model(tmp_path / "b", {"x.q.weight": weights(6, 4)})
+        problems = adapter_report(adapter, base=base).problems
+        assert problem in problems if problem else problems == ()
+
+    def test_a_base_that_does_not_fit(self, tmp_path: Path) -> None:
+        adapter = write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2), "x.v": factors(6, 4, 2)})
+        report = adapter_report(adapter, base=write_model(tmp_path / "b", {"x.q.weight": weights(5, 4)}))
+        assert any("1 of 2 modules are not in the base: x.v" in problem for problem in report.problems)
+        assert any(
+            problem.startswith("x.q.weight: A is (2, 4) and B is (6, 2)") and "(5, 4)" in problem
+            for problem in report.problems
+        )
+
+    def test_an_init_that_changed_the_base_is_noted(self, tmp_path: Path) -> None:
+        """Trap 58."""
+        report = adapter_report(write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2)}, init_lora_weights="pissa"))
+        assert report.notes == ("initialized with pissa: merge it with --initial or --residual-base",)
+
+    def test_strict_exits_with_one_where_something_is_wrong(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        A, B = factors(6, 4, 2)
+        wrong = write_peft(tmp_path / "a", {"x.q": (A, B * 0)})
+        right = write_peft(tmp_path / "b", {"x.q": (A, B)})
+        assert run("inspect", wrong).exit_code == 0
+        assert run("inspect", right, "--strict").exit_code == 0
+        assert run("inspect", FIXTURES / "llama" / "base", "--strict").exit_code == 0
+        strict = run("inspect", wrong, "--strict")
+        assert strict.exit_code == 1 and "problem: it changes nothing" in strict.stdout
+        value = json.loads(run("inspect", wrong, "--strict", "--json").stdout)
+        assert (value["ok"], value["exit_code"], value["status"]) == (False, 1, "problems")
+        assert json.loads(run("inspect", wrong, "--json").stdout)["ok"] is True

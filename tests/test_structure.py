@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles", "output",
+    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles", "output",
     "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs", "plan",
     "runtime", "rewrite", "apply", "ops", "render", "cli",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # verb -> its line in `loratool -h`
 VERBS = {
-    "inspect": "Show what is in a checkpoint or an adapter, from headers alone.",
+    "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
     "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
 }
 
@@ -67,9 +67,9 @@ def cli() -> None:
       loratool merge base.safetensors adapter.safetensors
       loratool merge base/ style/:0.7 task/ -o merged/
 
-    Exit codes: 0 done, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag that the message
-    names, 5 the machine failed, 70 internal error, 130 and 143 interrupted. Every option can be set from the
-    environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
+    Exit codes: 0 done, 1 a check said no, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag
+    that the message names, 5 the machine failed, 70 internal error, 130 and 143 interrupted. Every option can be
+    set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
     """
 
 
@@ -115,6 +115,7 @@ def _call(argv: list[str]) -> int:
         sys.stdout.flush()
         return 0
     except click.exceptions.Exit as error:
+        sys.stdout.flush()
         return error.exit_code
     except click.ClickException as error:
         if not _wants_json(argv):

@@ -146,7 +146,7 @@ def target_parameter(
     from there. Raises InputError where the config names another number of parameters than the file has.
     """
     listed = config.extra.get("target_parameters")
-    if not listed or _is_target_module(config, module):
+    if not listed or is_target_module(config, module):
         return None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise InputError("the config's target_parameters are no list of names", culprit=module)
@@ -168,7 +168,7 @@ def target_parameter(
     return sorted(names, key=lambda name: order.get(name, len(order)))[place]
 
 
-def _is_target_module(config: AdapterConfig, module: str) -> bool:
+def is_target_module(config: AdapterConfig, module: str) -> bool:
     """PEFT's rule (`peft/tuners/tuners_utils.py:check_target_module_exists`), without its layer numbers."""
     targets = config.extra.get("target_modules")
     if isinstance(targets, str):

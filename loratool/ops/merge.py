@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..inputs import open_inputs, subtract_initial
 from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, output_path, plan_output
-from ..plan import MergePlan, plan_merge
+from ..plan import MergePlan, plan_merge, widen_float8
 from ..rewrite import refuse_overflow, rewrite
 from ..runtime import Progress, choose_device, worker_count
 from ..sidefiles import provenance
@@ -92,6 +92,7 @@ def merge(
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
+        edits = widen_float8(plan, MERGE_DTYPES[chosen_dtype])
         inputs = [shard.path for shard in checkpoint.shards] + [adapter.file.path for adapter, _ in loaded]
         check_path(path, is_file, inputs, force)
         output = plan_output(
@@ -102,7 +103,7 @@ def merge(
             plan.changed,
             MERGE_DTYPES[chosen_dtype],
             max_shard_bytes,
-            plan.edits,
+            edits,
         )
         _check_factors(plan)
         output.require_space()

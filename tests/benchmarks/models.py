@@ -91,18 +91,28 @@ def make(folder: Path, size: str) -> int:
     return total
 
 
-def make_adapter(folder: Path, size: str) -> None:
+def make_adapter(folder: Path, size: str, dora: bool = False, vocabulary: bool = False) -> None:
+    """LoRA or DoRA on all linear layers; `vocabulary`: on the embedding and the head too."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, (out, inp) in adapted(size).items():
+    for name, (out, inp) in shapes(size) if vocabulary else adapted(size).items():
+        if "norm" in name:
+            continue
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, inp, generator=generator) / inp**0.5
-        tensors[f"{module}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.005
+        if "embed" in name:
+            tensors[f"{module}.lora_embedding_A"] = torch.randn(RANK, out, generator=generator) / out**0.5
+            tensors[f"{module}.lora_embedding_B"] = torch.randn(inp, RANK, generator=generator) * 0.005
+        else:
+            tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, inp, generator=generator) / inp**0.5
+            tensors[f"{module}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.005
+        if dora:
+            rows = inp if "embed" in name else out
+            tensors[f"{module}.lora_magnitude_vector"] = torch.rand(rows, generator=generator) + 0.5
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.split(".")[-2] for name in adapted(size)})
+    targets = sorted({key.split(".lora_")[0].split(".")[-1] for key in tensors})
     fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, "use_dora": dora}))
 
 
 if __name__ == "__main__":

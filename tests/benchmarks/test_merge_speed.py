@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import MEASURED
-from models import adapted, make
+from models import adapted, make, make_adapter
 
 MERGE = [*MEASURED, "merge", "-q"]
 RSS_LIMIT = 450  # MB, everything in
@@ -59,6 +61,55 @@ def test_small_model_against_peft(models: Path) -> None:
     print(f"\n0.6 GB: loratool {mine:.2f} s, {rss:.0f} MB; peft {yours:.2f} s")
     print(f"ratio {mine / yours:.2f} (at most 0.35)")
     assert mine <= 0.35 * yours and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+def test_embedding_and_head_against_peft(models: Path) -> None:
+    if not (models / "small").exists():
+        make(models / "small", "small")
+    base, adapter = models / "small" / "base", models / "small" / "vocabulary"
+    make_adapter(adapter, "small", vocabulary=True)
+    ours, theirs = [], []
+    rival = [sys.executable, Path(__file__).parent / "peft_merge.py"]
+    for _ in range(3):
+        ours.append(measure([*MERGE, base, adapter, "-o", fresh(models / "ours")]))
+        theirs.append(measure([*rival, base, adapter, fresh(models / "theirs")]))
+    mine, yours = (statistics.median(t for t, _ in runs) for runs in (ours, theirs))
+    rss = max(m for _, m in ours)
+    print(f"\nembedding and head too: loratool {mine:.2f} s, {rss:.0f} MB; peft {yours:.2f} s")
+    print(f"ratio {mine / yours:.2f} (at most 0.35)")
+    assert mine <= 0.35 * yours and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [False, True], ids=["linear", "vocabulary"])
+def test_dora_against_plain_lora(models: Path, vocabulary: bool) -> None:
+    if not (models / "small").exists():
+        make(models / "small", "small")
+    for dora in (False, True):
+        make_adapter(models / f"dora-{dora}-{vocabulary}", "small", dora=dora, vocabulary=vocabulary)
+    runs: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(3):
+        for dora, measured in runs.items():
+            adapter = models / f"dora-{dora}-{vocabulary}"
+            measured.append(measure([*MERGE, models / "small" / "base", adapter, "-o", fresh(models / "ours")]))
+    plain, dora = (statistics.median(t for t, _ in measured) for measured in runs.values())
+    rss = max(m for measured in runs.values() for _, m in measured)
+    print(f"\nDoRA {dora:.2f} s, LoRA {plain:.2f} s, ratio {dora / plain:.2f} (at most 2); {rss:.0f} MB")
+    assert dora <= 2 * plain and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+def test_a_torch_base_streams_as_well(models: Path) -> None:
+    if not (models / "small").exists():
+        make(models / "small", "small")
+    base = models / "torch"
+    base.mkdir()
+    tensors = {n: t for f in sorted((models / "small" / "base").glob("*.safetensors")) for n, t in load_file(f).items()}
+    torch.save(tensors, base / "pytorch_model.bin")
+    seconds, rss = measure([*MERGE, base, models / "small" / "adapter", "-o", fresh(models / "ours")])
+    print(f"\n0.6 GB of .bin: {seconds:.2f} s, {rss:.0f} MB")
+    assert rss <= RSS_LIMIT
 
 
 @pytest.mark.slow

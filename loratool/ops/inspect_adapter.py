@@ -1,0 +1,266 @@
+"""`inspect` of an adapter, in depth: what its change is, from the factors, and what is wrong with it.
+
+The factors are read, one module at a time; with a base also the weights that they change. Whatever would make a
+merge fail, or do something else than its author meant, is a line in `problems`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..adapter import Adapter, UpdateSpec
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import InputError, LoratoolError
+from ..formats.peft_config import changes_base, is_target_module
+from ..naming import split_numbers, with_ranges
+from ..numerics.factors import effective_rank, singular_values
+from ..source import Source, squared_norm
+from ..targets import Binding, Selection, bind, nearest, resolve_modules
+from ..tied import find_tie
+from ..updates import DoRA, Experts, LowRank, Update
+
+NEAREST_SHOWN = 8  # unbound modules for which a nearest name is searched: a search costs milliseconds
+NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One update: D is its change (of DoRA: the direction's, before it is normed).
+
+    norm is ||D||, effective_rank that of its singular values (of a stack: the experts' mean); None where there are no
+    factors. relative is ||D|| / ||W||, None without a base.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    norm: float | None
+    effective_rank: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class AdapterGroup:
+    """Updates of one kind (a key of UPDATES) whose names differ only in numbers; shape is that of what they change.
+
+    norm is that of all changes together, effective_rank and relative are means.
+    """
+
+    name: str
+    kind: str
+    modules: int
+    rank: int
+    alpha: float | None
+    scale: float
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    norm: float | None
+    effective_rank: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How an adapter meets a base: modules that bind, and those that do not with the base's nearest names."""
+
+    base: str
+    bound: int
+    unbound: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """`problems` are what is wrong; `notes` what one should know."""
+
+    path: str
+    format: str
+    groups: tuple[AdapterGroup, ...]
+    details: tuple[ModuleReport, ...]
+    modules: int
+    parameters: int
+    nbytes: int
+    rank: int | None
+    alpha: float | None
+    use_rslora: bool
+    base_model: str | None
+    coverage: Coverage | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    kind: str = "adapter"
+
+
+def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
+    """Raises InputError only for a base that cannot be read; what is wrong with the adapter is in the report."""
+    checkpoint = None if base is None else open_checkpoint(base)
+    try:
+        problems: list[str] = []
+        coverage = binding = None
+        if checkpoint is not None:
+            coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
+        details = {m: _measure(adapter, m, checkpoint, binding, problems) for m in adapter.updates}
+    finally:
+        if checkpoint is not None:
+            checkpoint.close()
+    problems += _zeros(details) + _config_problems(adapter)
+    init = changes_base(adapter.config)
+    notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []
+    ranks = {update.rank for update in adapter.updates.values() if update.rank}
+    return AdapterInspection(
+        adapter.name,
+        adapter.format,
+        tuple(_groups(adapter, details)),
+        tuple(details.values()),
+        len(adapter.updates),
+        sum(spec.size for update in adapter.updates.values() for spec in update.specs.values()),
+        sum(spec.nbytes for spec in adapter.file.specs.values()),
+        ranks.pop() if len(ranks) == 1 else None,
+        adapter.config.alpha,
+        adapter.config.use_rslora,
+        adapter.config.base_model,
+        coverage,
+        tuple(problems),
+        (*notes, *adapter.notes),
+    )
+
+
+def _hold_against(
+    adapter: Adapter, base: Checkpoint, name: str, problems: list[str]
+) -> tuple[Coverage, Binding | None]:
+    """Coverage from the names alone, and the binding if the shapes fit too."""
+    tie = find_tie(base)
+    specs = {**base.specs, **({tie.head: base.specs[tie.embedding]} if tie and not tie.stored else {})}
+    spots, missing = resolve_modules(specs, adapter, base.model_types)
+    missing = [module for module in missing if not adapter.brings(module)]
+    near = {m: tuple(nearest(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
+    coverage = Coverage(name, len(adapter.updates) - len(missing), near)
+    if missing:
+        problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_some(missing)}")
+    try:
+        binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(exclude=_exactly(missing)))
+    except LoratoolError as error:
+        problems += [] if not spots else [f"{error.culprit}: {error.message}"]
+        return coverage, None
+    flag = adapter.config.fan_in_fan_out
+    placed = (p for found in binding.placements.values() for p in found)
+    linear = [p for p in placed if p.update.transposed is None and p.update.rank]
+    if flag is not None and linear and all(p.transposed is not flag for p in linear):
+        layout = "(in, out)" if not flag else "(out, in)"
+        problems.append(f"fan_in_fan_out is {str(flag).lower()}, but the base stores its weights as {layout}")
+    return coverage, binding
+
+
+def _exactly(modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"re:^{re.escape(module)}$" for module in modules)
+
+
+def _measure(
+    adapter: Adapter, module: str, base: Checkpoint | None, binding: Binding | None, problems: list[str]
+) -> ModuleReport:
+    spec = adapter.updates[module]
+    norm = rank = relative = None
+    if spec.kind in ("lora", "dora", "experts"):
+        try:
+            norm, rank = _size(adapter.load(spec))
+        except InputError as error:
+            problems.append(f"{error.culprit}: {error.message}")
+    if norm is not None and base is not None and binding is not None:
+        names = [name for name, found in binding.placements.items() if any(p.update is spec for p in found)]
+        stored = [name for name in names if name in base.specs]
+        squared = math.fsum(squared_norm(Source(base.shard_of[name], name)) for name in stored)
+        relative = norm / math.sqrt(squared) if squared and len(stored) == len(names) else None
+    return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
+
+
+def _size(update: Update) -> tuple[float, float]:
+    """||scale * B @ A|| and the effective rank of the product."""
+    if isinstance(update, Experts):
+        each = [update.expert(number) for number in range(update.experts)]
+        A, B, scale = torch.stack([one.A for one in each]), torch.stack([one.B for one in each]), update.scale
+    else:
+        assert isinstance(update, LowRank | DoRA)
+        A, B, scale = update.A.flatten(1), update.B.flatten(1), update.scale
+    S = singular_values(B, A)
+    return float(S.norm()) * abs(scale), float(effective_rank(S).mean())
+
+
+def _zeros(details: Mapping[str, ModuleReport]) -> list[str]:
+    """A change of 0 is an adapter that was never trained, or was saved before it was."""
+    zero = [name for name, each in details.items() if each.norm == 0 and each.kind != "dora"]
+    if not zero:
+        return []
+    if len(zero) == len(details):
+        return ["it changes nothing: B @ A is 0 in every module"]
+    return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_some(zero)}"]
+
+
+def _config_problems(adapter: Adapter) -> list[str]:
+    """The modules that the config names against those that are there."""
+    targets = adapter.config.extra.get("target_modules")
+    if not targets or targets == "all-linear":
+        return []
+    modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
+    strangers = [m for m in modules if not is_target_module(adapter.config, m)]
+    if adapter.config.extra.get("target_parameters"):
+        strangers = []  # a parameter's factors stand at its module, which need be no target
+    problems = [f"target_modules does not match {len(strangers)} modules: {_some(strangers)}"] if strangers else []
+    listed = targets if isinstance(targets, list) else []
+    unused = [t for t in listed if not any(m == t or m.endswith(f".{t}") for m in adapter.updates)]
+    if unused and not adapter.config.extra.get("target_parameters"):
+        problems.append(f"target_modules names {_some(unused)}, which no module of the file is")
+    return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[AdapterGroup]:
+    """In the order in which a group's first module comes."""
+    members: dict[tuple[object, ...], list[tuple[UpdateSpec, tuple[int, ...]]]] = {}
+    for module, update in adapter.updates.items():
+        parts, numbers = split_numbers(module, underscores=adapter.flattened)
+        specs = tuple(update.specs.values())
+        key = (parts, update.kind, update.rank, update.scale, update.shape, specs)
+        members.setdefault(key, []).append((update, numbers))
+    groups = []
+    for found in members.values():
+        update, _ = found[0]
+        parts, _ = split_numbers(update.module, underscores=adapter.flattened)
+        measured = [details[each.module] for each, _ in found]
+        norms = [each.norm for each in measured if each.norm is not None]
+        groups.append(
+            AdapterGroup(
+                with_ranges(parts, [numbers for _, numbers in found]),
+                update.kind,
+                len(found),
+                update.rank,
+                _alpha(adapter, update),
+                update.scale,
+                update.shape,
+                next(iter(update.specs.values())).dtype,
+                len(found) * sum(spec.size for spec in update.specs.values()),
+                math.sqrt(math.fsum(norm**2 for norm in norms)) if norms else None,
+                _mean([each.effective_rank for each in measured]),
+                _mean([each.relative for each in measured]),
+            )
+        )
+    return groups
+
+
+def _alpha(adapter: Adapter, update: UpdateSpec) -> float | None:
+    if not update.rank:
+        return None
+    return update.scale * (math.sqrt(update.rank) if adapter.config.use_rslora else update.rank)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
