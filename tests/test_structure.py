@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles", "output",
-    "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs", "plan",
-    "runtime", "rewrite", "apply", "ops", "render", "cli",
+    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles",
+    "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
+    "plan", "runtime", "rewrite", "apply", "ops", "render", "cli",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}

@@ -95,9 +95,10 @@ def make_adapter(folder: Path, size: str, dora: bool = False, vocabulary: bool =
     """LoRA or DoRA on all linear layers; `vocabulary`: on the embedding and the head too."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, (out, inp) in shapes(size) if vocabulary else adapted(size).items():
-        if "norm" in name:
+    for name, shape in shapes(size) if vocabulary else adapted(size).items():
+        if len(shape) != 2:
             continue
+        out, inp = shape
         module = f"base_model.model.{name.removesuffix('.weight')}"
         if "embed" in name:
             tensors[f"{module}.lora_embedding_A"] = torch.randn(RANK, out, generator=generator) / out**0.5
