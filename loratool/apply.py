@@ -9,34 +9,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
 from .numerics.exact import (
-    LANES,
     Change,
     ExactProduct,
     Factors,
     Fill,
     Workspace,
-    add_squares,
     apply_rounded,
-    row_norms,
-    sum_tile,
-    total_of_lanes,
+    cast_rounded,
 )
 from .placing import Placement
+from .plan import MergePlan
 from .rewrite import Changed, RowRange
 from .runtime import Step
 from .source import Source
+from .special import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
+from .tensorfile import TORCH_FLOATS
+from .undo_records import CELL_COLUMNS, CELL_ROWS, Recorded, Recorder, codes, record_rows
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
 KEPT_UPDATES = 4
-NORM_ROWS = 256  # rows read at a time for the norms of columns; a multiple of LANES
 
 
 class Loader:
@@ -57,45 +54,120 @@ class Loader:
             return self._kept[key]
 
 
-def changed(source: Source, placements: Sequence[Placement], load: Loader) -> Changed:
-    """A tensor under its placements, which agree on its rows."""
+def plan_changes(plan: MergePlan, load: Loader, record: bool) -> dict[str, Changed]:
+    """Every tensor that is not copied or cast as it is."""
+    found = {}
+    for name in plan.sources:
+        base = Source(plan.base.shard_of[name], name) if name in plan.base.specs else None
+        placements = plan.placements.get(name, ())
+        moved = base is not None and base != plan.sources[name]
+        if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in TORCH_FLOATS):
+            found[name] = changed(base, plan.sources[name], placements, load, record)
+    return found
+
+
+def changed(
+    base: Source | None, source: Source, placements: Sequence[Placement], load: Loader, record: bool
+) -> Changed:
+    """A tensor under its placements, which agree on its rows.
+
+    base: the tensor as it was; source: what its rows come from now, the same or another (None: the base has none).
+    record: the steps return `Recorded` blocks instead of `Change` ones, but for rows that the base does not have.
+    """
+    columns = source.spec.size // (rows := placements[0].rows if placements else source.spec.shape[0])
+    sizes = (record_rows(columns), CELL_ROWS) if record else (0, 0)
 
     def ranges() -> Iterator[RowRange]:
-        edges = sorted({edge for p in placements for edge in (p.start, p.stop)})
+        if base is not None and base != source:
+            shared = min(rows, base.spec.shape[0])
+            edges = sorted({0, shared, rows, *(edge for p in placements for edge in (p.start, p.stop))})
+        else:
+            shared, edges = rows, sorted({edge for p in placements for edge in (p.start, p.stop)})
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            if inside:
-                yield RowRange(start, stop, _Piece(source, start, stop, inside, load).prepare)
+            piece = _Piece(source, start, stop, inside, load, record and base == source)
+            if base is not None and base != source and start < shared:
+                yield RowRange(start, stop, _Replacing(base, piece if inside else None, record).prepare, *sizes)
+            elif inside:
+                yield RowRange(start, stop, piece.prepare, *(sizes if base == source else (0, 0)))
 
-    return Changed(placements[0].rows, ranges)
+    return Changed(rows, ranges)
+
+
+class _Replacing:
+    """Rows whose values come from elsewhere: the base's are read beside them, to say what became of them."""
+
+    def __init__(self, base: Source, piece: _Piece | None, record: bool) -> None:
+        self._base, self._piece, self._record = base, piece, record
+
+    def prepare(self, start: int, stop: int) -> Step:
+        inner = self._piece.prepare(start, stop) if self._piece else None
+        recorder = Recorder(getattr(torch, TORCH_FLOATS[self._base.spec.dtype])) if self._record else None
+
+        def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+            done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
+            first = start + row
+            weight = self._base.file.rows(self._base.name, first, first + len(value)).to(out.device)
+            W, V, result = weight.double(), value.double(), out.double()
+            change = Change(
+                float(W.square().sum()),
+                float((V - W).square().sum()),
+                float(((result - W) * (V - W)).sum()),
+                int((result != W).sum()),
+                0,
+                done.overflowed,
+                done.largest,
+            )
+            if recorder is None:
+                return change
+            recorder.difference(codes(weight), codes(out))
+            return recorder.take(change, weight, out)
+
+        return step
 
 
 class _Piece:
     """Rows start:stop of a tensor; made ready by the first worker that needs it and dropped with its last item."""
 
-    def __init__(self, source: Source, start: int, stop: int, placements: Sequence[Placement], load: Loader) -> None:
-        self.start, self.stop = start, stop
+    def __init__(
+        self, source: Source, start: int, stop: int, placements: Sequence[Placement], load: Loader, record: bool
+    ) -> None:
+        self.start, self.stop, self._record = start, stop, record
+        self._given: Tensor | None = None  # m / n of each column, where W is not there to tell
         self._source, self._placements, self._load, self._device = source, placements, load, load.device
         self._lock = threading.Lock()
-        self._ready: tuple[ExactProduct | None, _Special | None] | None = None
+        self._ready: tuple[ExactProduct | None, Special | None] | None = None
 
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
         product, special = self._get()
         left = None if product is None else product.left(start - self.start, stop - self.start)
+        recorder = Recorder(getattr(torch, TORCH_FLOATS[self._source.spec.dtype])) if self._record else None
+        if recorder and special and start == self.start:
+            recorder.head(special.head)
 
-        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
-            fill = None
-            if product is not None and left is not None:
-                fill = product.fill(left[row : row + len(base)])
-            if special is not None:
-                fill = special.fill(base, start + row, fill, work)
-            assert fill is not None
-            return apply_rounded(base, fill, out, work)
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+            state = special.state(base, start + row, work) if special else None
+            fill = self.fill(left, row, len(base), start + row, state, work)
+            if recorder is None:
+                return apply_rounded(base, fill, out, work)
+            if state is not None:
+                recorder.head(state.cpu().numpy().tobytes())
+            done = apply_rounded(base, fill, out, work, recorder.witness, CELL_COLUMNS)
+            return recorder.take(done, base, out)
 
         return step
 
-    def _get(self) -> tuple[ExactProduct | None, _Special | None]:
+    def fill(self, left: Tensor | None, row: int, rows: int, first: int, state: Tensor | None, work: Workspace) -> Fill:
+        """What happens to some rows, of which the first is row `first` of the tensor, `row` of `left`."""
+        product, special = self._get()
+        fill = product.fill(left[row : row + rows]) if product is not None and left is not None else None
+        if special is not None:
+            fill = special.fill(state, first, rows, fill, work)
+        assert fill is not None
+        return fill
+
+    def _get(self) -> tuple[ExactProduct | None, Special | None]:
         with self._lock:
             if self._ready is None:
                 terms = [t for p in self._placements if p.update.kind in ADDITIVE for t in self._terms(p, p.weight)]
@@ -118,149 +190,23 @@ class _Piece:
         terms = update.terms(weight, placement.transposed)
         return [Factors(term.left[rows], term.multiplier, term.right) for term in terms]
 
-    def _special(self, placement: Placement) -> _Special:
+    def _special(self, placement: Placement) -> Special:
         weight, file = placement.weight, placement.adapter.file
         if placement.update.kind == "replace":
-            return _Replaced(Source(file, placement.update.tensors["value"]), weight)
+            return Replaced(Source(file, placement.update.tensors["value"]), weight, self._device)
         update = self._load(placement)
         if isinstance(update, Rows):
-            return _ReplacedRows(update, weight)
+            return ReplacedRows(update, weight)
         assert isinstance(update, DoRA)
         product = ExactProduct(self._terms(placement, 1.0))
         magnitude = update.magnitude.double().flatten()
         if placement.transposed:
-            norms = column_norms(self._source, product, self._device)
-            return _DoRAColumns(product, _ratio(magnitude, norms, self._source.name).unsqueeze(0), weight)
+            found = self._given
+            if found is None:
+                norms = column_norms(self._source, product, self._device)
+                found = ratio(magnitude, norms, self._source.name)
+            return DoRAColumns(product, found, weight, self.start)
         first = placement.skip + self.start - placement.start
-        return _DoRARows(
+        return DoRARows(
             product, magnitude[first : first + self.stop - self.start], weight, self.start, self._source.name
         )
-
-
-def column_norms(source: Source, product: ExactProduct, device: torch.device) -> Tensor:
-    """||W + D|| of each column of a whole tensor in float64, read once by blocks of rows."""
-    rows, columns = product.shape
-    work = Workspace(device)
-    lanes = torch.zeros(LANES, columns, dtype=torch.float64, device=device)
-    for start in range(0, rows, NORM_ROWS):
-        stop = min(start + NORM_ROWS, rows)
-        base = source.file.rows(source.name, start, stop).to(device)
-        fill = product.fill(product.left(start, stop))
-        width = max(1, work.tile // NORM_ROWS)
-        for first in range(0, columns, width):
-            part = slice(first, min(first + width, columns))
-            add_squares(sum_tile(base[:, part], fill, part, work), lanes[:, part])
-    return total_of_lanes(lanes).sqrt_()
-
-
-def _ratio(magnitude: Tensor, norms: Tensor, name: str) -> Tensor:
-    """m / n, and 0 where n is 0: whatever stands before a row of zeros, it is a row of zeros."""
-    if not bool(norms.isfinite().all()):
-        raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=name)
-    return torch.where(norms == 0, 0.0, magnitude / norms)
-
-
-class _Special:
-    """An update that is not additive."""
-
-    def fill(self, base: Tensor, first: int, inner: Fill | None, work: Workspace) -> Fill:
-        """For the rows of `base`, whose first is the tensor's row `first`; `inner` is what is added besides."""
-        raise NotImplementedError
-
-
-def _sum(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:
-    if inner is None:
-        return outer
-
-    def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor | None:
-        factor = outer(columns, out, scratch)
-        more = work.take("more", torch.float64, *out.shape)
-        inner(columns, more, scratch)
-        out.add_(more)
-        return factor
-
-    return fill
-
-
-@dataclass(frozen=True)
-class _DoRARows(_Special):
-    """DoRA on a weight stored as (out, in): a row has its norm in itself. magnitude: (rows of the piece,)."""
-
-    product: ExactProduct
-    magnitude: Tensor
-    weight: float
-    start: int
-    name: str
-
-    def fill(self, base: Tensor, first: int, inner: Fill | None, work: Workspace) -> Fill:
-        row = first - self.start
-        own = self.product.fill(self.product.left(row, row + len(base)))
-        magnitude = self.magnitude[row : row + len(base)]
-        ratio = _ratio(magnitude, row_norms(base, own, work), self.name).mul_(self.weight).unsqueeze(1)
-        factor = ratio + (1.0 - self.weight)
-
-        def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
-            own(columns, out, scratch)
-            out.mul_(ratio)
-            return factor
-
-        return _sum(fill, inner, work)
-
-
-@dataclass(frozen=True)
-class _DoRAColumns(_Special):
-    """DoRA on a weight stored as (in, out), an embedding for one. ratio: m / n, (1, columns)."""
-
-    product: ExactProduct
-    ratio: Tensor
-    weight: float
-
-    def fill(self, base: Tensor, first: int, inner: Fill | None, work: Workspace) -> Fill:
-        own = self.product.fill(self.product.left(first, first + len(base)))
-        ratio = self.ratio * self.weight
-        factor = ratio + (1.0 - self.weight)
-
-        def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
-            own(columns, out, scratch)
-            out.mul_(ratio[:, columns])
-            return factor[:, columns]
-
-        return _sum(fill, inner, work)
-
-
-@dataclass(frozen=True)
-class _Replaced(_Special):
-    """A part of another value: (1 - w) * W + w * V. (All of it is no update but another source.)"""
-
-    value: Source
-    weight: float
-
-    def fill(self, base: Tensor, first: int, inner: Fill | None, work: Workspace) -> Fill:
-        value = self.value.file.rows(self.value.name, first, first + len(base)).to(base.device).double()
-        factor = torch.full((1, 1), 1.0 - self.weight, dtype=torch.float64, device=base.device)
-
-        def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
-            torch.mul(value[:, columns], self.weight, out=out)
-            return factor
-
-        return _sum(fill, inner, work)
-
-
-@dataclass(frozen=True)
-class _ReplacedRows(_Special):
-    rows: Rows
-    weight: float
-
-    def fill(self, base: Tensor, first: int, inner: Fill | None, work: Workspace) -> Fill:
-        mine = (self.rows.indices >= first) & (self.rows.indices < first + len(base))
-        at = self.rows.indices[mine] - first
-        value = self.rows.value[mine].double() * self.weight
-        factor = torch.ones(len(base), 1, dtype=torch.float64, device=base.device)
-        factor[at] = 1.0 - self.weight
-
-        def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
-            out.zero_()
-            out[at] = value[:, columns]
-            return factor
-
-        return _sum(fill, inner, work)

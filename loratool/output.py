@@ -190,17 +190,21 @@ def _stem(base: Checkpoint) -> str:
     return next((n.partition(".")[0] for n in SINGLE_NAMES if base.shards[0].path.name.startswith(n[:9])), "model")
 
 
-def _shard_name(shard: WeightsFile) -> str:
+def _shard_name(base: Checkpoint, shard: WeightsFile) -> str:
     """A shard's name in an output; torch's become those that loaders look for."""
     if isinstance(shard, TensorFile):
         return shard.path.name
-    return shard.path.stem.replace("pytorch_model", "model") + ".safetensors"
+    return (
+        shard.path.stem.replace("pytorch_model", "model") + ".safetensors"
+        if base.index
+        else f"{_stem(base)}.safetensors"
+    )
 
 
 def _cut_as_base(base: Checkpoint) -> list[_Cut]:
     if base.given_as_file:
         return [_Cut(SINGLE_NAMES[0], list(base.shards[0].specs), base.shards[0])]
-    return [_Cut(_shard_name(shard), list(shard.specs), shard) for shard in base.shards]
+    return [_Cut(_shard_name(base, shard), list(shard.specs), shard) for shard in base.shards]
 
 
 def _cut_anew(base: Checkpoint, specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[_Cut]:

@@ -125,8 +125,8 @@ def _place_experts(
 ) -> list[Placement]:
     """Where at least one side stacks its experts: one placement an expert and part."""
     if update.kind == "experts" and spot.expert is not None:  # stacked factors on a matrix an expert
-        experts, out, width = update.shape
-        if spec.shape != (out // spot.parts, width) or out % spot.parts or spot.expert >= experts:
+        out, width = update.shape[1:]
+        if spec.shape != (out // spot.parts, width) or out % spot.parts:
             raise _fail(adapter, update, spec, spot.name)
         rows = spec.shape[0]
         return [Placement(adapter, update, weight, False, rows, 0, rows, spot.part * rows, spot.expert)]
@@ -225,8 +225,9 @@ def _square_orientation(
         return False
     if adapter.config.fan_in_fan_out is not None and not siblings:
         return adapter.config.fan_in_fan_out
+    remedy = "give the base's config.json a known model_type"
     raise InputError(
         f"is square, and nothing tells whether the base stores it as (out, in) or (in, out) ({adapter.name})",
         culprit=module,
-        remedy="say so with fan_in_fan_out in adapter_config.json, or a known model_type in the base's config.json",
+        remedy=remedy if siblings else f"say so with fan_in_fan_out in adapter_config.json, or {remedy}",
     )

@@ -27,11 +27,16 @@ MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows start:stop of a tensor seen as a matrix, and what to do with them."""
+    """Rows start:stop of a tensor seen as a matrix, and what to do with them.
+
+    item_rows, block_rows: how many make an item and a block, where that is not left to what suits the machine.
+    """
 
     start: int
     stop: int
     prepare: Prepare
+    item_rows: int = 0
+    block_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ def rewrite(
     device: torch.device,
     workers: int,
     progress: Progress | None = None,
-) -> Generator[tuple[str, list[Any]], None, None]:
-    """Write `output`, whose layout is planned; yield what the steps return for each run of a tensor's rows.
+) -> Generator[tuple[MapRows, list[Any]], None, None]:
+    """Write `output`, whose layout is planned; yield each run of a changed tensor's rows with what its steps return.
 
     sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast. The runs of
     one tensor come in any order. Raises NeedsFlag or InputError where a cast overflows; then, and when the caller
@@ -62,7 +67,7 @@ def rewrite(
         items = _items(output, sources, changed, targets)
         for item, results in run(items, lambda: Worker(device), workers):
             if isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast:
-                yield item.tensor, results
+                yield item, results
             elif isinstance(item, MapRows):
                 refuse_overflow(item.tensor, results, sources, output)
             done += item.nbytes
@@ -149,7 +154,7 @@ def _row_items(
     source: Source, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
 ) -> Iterator[MapRows]:
     old, new = (getattr(torch, {**TORCH_FLOATS, **FLOAT8}[each.dtype]) for each in (source.spec, spec))
-    step = max(MIN_ROWS, ROWS_ITEM // columns)
+    step = rows.item_rows or max(MIN_ROWS, ROWS_ITEM // columns)
     for start in range(rows.start, rows.stop, step):
         before = start * columns
         yield MapRows(
@@ -164,6 +169,7 @@ def _row_items(
             start,
             min(start + step, rows.stop),
             rows.prepare,
+            rows.block_rows,
         )
 
 

@@ -71,6 +71,7 @@ class MapRows:
     start: int
     stop: int
     prepare: Prepare
+    block_rows: int = 0  # read, computed and written at a time, where the step wants to say so
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +98,7 @@ class Worker:
             step = item.prepare(item.start, item.stop)
             most = BLOCK if self.stream is None else CUDA_BLOCK
             rows = max(1, min(BLOCK_ROWS if self.stream is None else most, most // item.columns))
+            rows = item.block_rows or rows
             count = item.stop - item.start
             return [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
 

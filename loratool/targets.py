@@ -197,10 +197,22 @@ def resolve_modules(
             spots[module] = (Spot(names[0]),)
         elif best[0][module] in stacks:
             spots[module] = stacks[best[0][module]]
+            _require_whole(adapter, module, spots[module])
         else:
             part = parts[module]
             spots[module] = (Spot(index[part.fused][0], part.expert, part.part, part.parts),)
     return spots, [m for m in plain if m not in spots]
+
+
+def _require_whole(adapter: Adapter, module: str, spots: Sequence[Spot]) -> None:
+    """A stack of factors meets every part of every expert, or some of its factors would be dropped."""
+    experts = adapter.updates[module].experts
+    expected = {(expert, part) for expert in range(experts) for part in range(spots[0].parts)}
+    there = {(spot.expert, spot.part) for spot in spots}
+    if there != expected:
+        has = len({spot.expert for spot in spots})
+        what = f"has {has} experts" if has != experts else f"lacks a part of {len(expected - there)} of them"
+        raise InputError(f"of {adapter.name} is for {experts} experts, but the base {what}", culprit=module)
 
 
 def _index(

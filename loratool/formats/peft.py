@@ -39,8 +39,8 @@ _ENDS = tuple(
         (r"base_layer\.bias", "replaced_bias"),
     )
 )
-_SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.[^.]+$)")
-_ORIGINAL = re.compile(r"\.original_module\.")
+_SAVED = re.compile(rf"\.modules_to_save{_NAME}(?=\.[^.]+$)")
+_ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
 # What a key of another method has in it -> the method, and why it cannot be merged here.
 FOREIGN = {
     "adapter_down": "a bottleneck adapter (Houlsby, Pfeiffer): it adds layers, and no weight could hold them",
@@ -107,8 +107,11 @@ def _sort_in(
 ) -> None:
     """File a tensor under its module and the depth of PEFT's wrappers there, or under what it replaces."""
     path = _WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
-    if _ORIGINAL.search(path):
-        raise InputError("is the untrained copy of a module; save the adapter with peft's save_pretrained", culprit=key)
+    if _ORIGINAL.search(path):  # a module's untrained copy, which peft saves beside the trained one at times
+        trained = _ORIGINAL.sub("", key)
+        if trained not in file.specs and _ORIGINAL.sub(".modules_to_save", key) not in file.specs:
+            raise InputError("is the untrained copy of a module whose trained one is missing", culprit=key)
+        return
     match, role = next(((m, role) for pattern, role in _ENDS if (m := pattern.fullmatch(path))), (None, ""))
     if match is None:
         if ".lora_" in path or ".token_adapter." in path:

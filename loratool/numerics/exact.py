@@ -140,8 +140,10 @@ class Workspace:
         return view
 
 
-def round_once(x: Tensor, out: Tensor, work: Workspace) -> None:
+def round_once(x: Tensor, out: Tensor, work: Workspace) -> Tensor | None:
     """Round float64 `x` (rows, n) to the dtype of `out`, to nearest even, in one rounding.
+
+    Returns the flat positions whose float32 is a midpoint of 16 bits, which are all that are near one; None for others.
 
     torch rounds float64 to float32 and that to 16 bits. The two steps differ from one exactly where the
     float32 lies on a midpoint to which `x` was moved: those few are found by their bits and moved one
@@ -149,7 +151,7 @@ def round_once(x: Tensor, out: Tensor, work: Workspace) -> None:
     """
     if out.dtype not in _HALFWAY:
         out.copy_(x)
-        return
+        return None
     narrow = work.take("narrow", torch.float32, *x.shape)
     narrow.copy_(x)
     out.copy_(narrow)
@@ -162,11 +164,12 @@ def round_once(x: Tensor, out: Tensor, work: Workspace) -> None:
     else:  # numpy finds and mends the few in a fraction of torch's time
         found = _where_low_bits(narrow, mask, half, work)
         if len(found) == 0:
-            return
+            return torch.from_numpy(found)
         at, one, two = torch.from_numpy(found), x.numpy().ravel()[found], narrow.numpy().ravel()[found]
         toward = np.where(one > two, np.float32(math.inf), np.float32(-math.inf))
         nudged = torch.from_numpy(np.where(one == two, two, np.nextafter(two, toward)))
     out.view(-1)[at] = nudged.to(out.dtype)
+    return at
 
 
 def _where_low_bits(x: Tensor, mask: int, half: int, work: Workspace) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
@@ -209,22 +212,28 @@ class Change:
 Fill = Callable[[slice, Tensor, Tensor], Tensor | None]
 
 
-def apply_rounded(base: Tensor, fill: Fill, out: Tensor, work: Workspace) -> Change:
+# Shown each tile when it is done: (W, W', a * W + c, c, a, the near ties that `round_once` found).
+Witness = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
+
+
+def apply_rounded(
+    base: Tensor, fill: Fill, out: Tensor, work: Workspace, witness: Witness | None = None, width: int | None = None
+) -> Change:
     """`out = round_once(a * base + c)` for the rows that `fill` belongs to; returns what came of it.
 
     base, out: (rows, n), of any two float dtypes. An element whose change is 0 keeps its value, the sign of
-    zero and the payload of a nan included; inf and nan stay what they are.
+    zero and the payload of a nan included; inf and nan stay what they are. width: columns a tile, else what suits.
     """
     change = Change()
-    for columns in _tiles(base, work):
-        change += _apply_tile(base[:, columns], fill, columns, out[:, columns], work)
+    for columns in tiles(base, work, width):
+        change += _apply_tile(base[:, columns], fill, columns, out[:, columns], work, witness)
     return change
 
 
-def _tiles(base: Tensor, work: Workspace) -> Iterator[slice]:
+def tiles(base: Tensor, work: Workspace, width: int | None = None) -> Iterator[slice]:
     """Columns that fit a tile, in multiples of LANES."""
     rows, columns = base.shape
-    width = max(LANES, work.tile // rows // LANES * LANES)
+    width = width or max(LANES, work.tile // rows // LANES * LANES)
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
 
@@ -232,7 +241,7 @@ def _tiles(base: Tensor, work: Workspace) -> Iterator[slice]:
 def row_norms(base: Tensor, fill: Fill, work: Workspace) -> Tensor:
     """||W + c|| of each row in float64, the same bits for any blocks and tiles; `fill` returns no a."""
     lanes = torch.zeros(len(base), LANES, dtype=torch.float64, device=base.device)
-    for columns in _tiles(base, work):
+    for columns in tiles(base, work):
         add_squares(sum_tile(base[:, columns], fill, columns, work).T, lanes.T)
     return total_of_lanes(lanes.T).sqrt_()
 
@@ -263,7 +272,9 @@ def total_of_lanes(lanes: Tensor) -> Tensor:
     return lanes[0]
 
 
-def _apply_tile(base: Tensor, fill: Fill, columns: slice, out: Tensor, work: Workspace) -> Change:
+def _apply_tile(
+    base: Tensor, fill: Fill, columns: slice, out: Tensor, work: Workspace, witness: Witness | None
+) -> Change:
     change, wide, total = (work.take(name, torch.float64, *base.shape) for name in ("change", "wide", "total"))
     rounded = work.take("rounded", out.dtype, *base.shape)
     factor = fill(columns, change, total)
@@ -273,11 +284,16 @@ def _apply_tile(base: Tensor, fill: Fill, columns: slice, out: Tensor, work: Wor
     else:
         torch.mul(wide, factor, out=total)
         total.add_(change)
+    ties = round_once(total, rounded, work)
+    c = change
+    if factor is not None:
+        c = change.clone() if witness else change
         torch.sub(total, wide, out=change)
-    round_once(total, rounded, work)
     if _has_negative_zero(base):
         still = change == 0
         rounded[still] = base[still].to(out.dtype)
+    if witness:
+        witness(base, rounded, total, c, factor, ties)
     total.copy_(rounded).sub_(wide)  # W' - W
     kept, base_squared = _dot(total, change), _dot(wide, wide)
     not_finite = overflowed = 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..apply import Loader, changed
+from ..apply import Loader, plan_changes
 from ..errors import UsageError
 from ..inputs import open_inputs, subtract_initial
 from ..numerics.exact import ARITHMETIC_VERSION, Change
@@ -156,10 +156,9 @@ def _execute(
     plan: MergePlan, output: Output, device: torch.device, progress: Progress | None, workers: int
 ) -> dict[str, list[Change]]:
     changes: dict[str, list[Change]] = defaultdict(list)
-    load = Loader(device)
-    tensors = {name: changed(plan.sources[name], found, load) for name, found in plan.placements.items()}
+    tensors = plan_changes(plan, Loader(device), False)
     with closing(rewrite(output, plan.sources, tensors, device, workers, progress)) as pieces:
-        for name, blocks in pieces:
-            refuse_overflow(name, blocks, plan.sources, output)
-            changes[name] += blocks
+        for item, blocks in pieces:
+            refuse_overflow(item.tensor, blocks, plan.sources, output)
+            changes[item.tensor] += blocks
     return changes

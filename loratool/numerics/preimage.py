@@ -1,0 +1,193 @@
+"""Which weights a rounded sum can have come from: the intervals behind undo.
+
+Rounding is monotone, so the W with `round_once(a * W + c) == W'` are consecutive representable numbers, and W' , a
+and c say which. W is written down as its index among them: nothing at all where there is one, which is nearly
+everywhere. All decisions here are functions of (W', a, c) alone, so that a reader who lacks W comes to the same ones.
+
+The interval is closed-form: the two ends of what rounds to W', taken back through a and c in float64 and widened by
+far more than the float64 errors on the way, then counted in ordinals of the format (the integers that its bit
+patterns are). A number too many costs a bit, a number too few would lose W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_MAGNITUDE = np.int64((1 << 63) - 1)
+_END = 2.0**-40  # of |W'|: how far the ends of the interval are moved outward
+_SLACK = 1 << 10  # float64 steps, for what the way back through c and a adds
+_NEAR_ZERO = 2.0**-8  # of |W'|: an interval that comes closer to 0 holds numbers without end
+_NEAR_TIE = 1 << 12  # float64 steps around a midpoint
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """mantissa: stored bits; bias: of the exponent; code: the integer that holds a number."""
+
+    mantissa: int
+    bias: int
+    code: type[np.signedinteger[Any]]
+
+    @property
+    def magnitude(self) -> int:
+        return int(np.iinfo(self.code).max)
+
+    @property
+    def exponent(self) -> int:
+        return self.magnitude & ~((1 << self.mantissa) - 1)
+
+    @property
+    def bits(self) -> int:
+        return int(np.iinfo(self.code).bits)
+
+
+# safetensors name -> format; float64 has no wider format to reason in, and is stored as differences
+FLOAT_FORMATS = {
+    "BF16": FloatFormat(7, 127, np.int16),
+    "F16": FloatFormat(10, 15, np.int16),
+    "F32": FloatFormat(23, 127, np.int32),
+}
+
+
+def widen(code: Array, form: FloatFormat) -> Array:
+    """The numbers behind bit patterns, in float64."""
+    if form.code is np.int32:
+        return code.view(np.float32).astype(np.float64)
+    if form.mantissa == 10:
+        return code.view(np.float16).astype(np.float64)
+    return (code.astype(np.int32) << 16).view(np.float32).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of the elements at `at` (flat positions, rising): W is one of `most + 1` numbers from ordinal `low` on.
+
+    raw: no interval; W is written as it is. negative: the sign of the numbers.
+    """
+
+    at: Array
+    low: Array
+    most: Array
+    raw: Array
+    negative: Array
+
+
+def _ordinal(value: Array, form: FloatFormat, up: bool) -> Array:
+    """The ordinal of the first representable number from |value| on, upward or downward. value: float64 bits, >= 0."""
+    shift = 52 - form.mantissa
+    ordinal = ((value - 1) >> shift) + 1 if up else value >> shift
+    ordinal -= (1023 - form.bias) << form.mantissa
+    low = value < ((1024 - form.bias) << 52)
+    if low.any():  # below the least normal number the grid is uniform
+        steps = value[low].view(np.float64) * 2.0 ** (form.bias - 1 + form.mantissa)
+        ordinal[low] = (np.ceil(steps) if up else np.floor(steps)).astype(np.int64)
+    found: Array = np.maximum(ordinal, 0)
+    return found
+
+
+def near_tie(x: Array, form: FloatFormat) -> Array:
+    """Whether float64 numbers lie within a few steps of the middle between two of the format."""
+    shift = 52 - form.mantissa
+    bits = x.view(np.int64) & _MAGNITUDE
+    near: Array = np.abs((bits & ((1 << shift) - 1)) - (1 << (shift - 1))) <= _NEAR_TIE
+    low = bits < ((1024 - form.bias) << 52)
+    if low.any():
+        steps = np.abs(x[low]) * 2.0 ** (form.bias - 1 + form.mantissa)
+        near[low] = np.abs(steps - np.floor(steps) - 0.5) < 1e-9
+    return near
+
+
+def ambiguous(result: Array, like: Array, ties: Array, c: Array, form: FloatFormat) -> Array:
+    """Positions that can have more than one candidate where a is 1; all others have one.
+
+    result: W' as codes; like: W, or what the reader takes for it: round_once(W' - c); ties: where W + c, or W' - c, is
+    within float64's rounding of a midpoint (positions or a mask). Where |W| is above the power of two below |W'|, its
+    grid is as coarse as that of W', so an interval of one step of W' holds one number, or two if both ends are numbers.
+    """
+    wide = (result & form.exponent) >= (like & form.magnitude)
+    wide[ties] = True
+    at = np.flatnonzero(wide)
+    found: Array = at[(c[at] != 0) & finite(result[at], form)]
+    return found
+
+
+def finite(code: Array, form: FloatFormat) -> Array:
+    """inf and nan take no change: W is W'."""
+    found: Array = (code & form.exponent) != form.exponent
+    return found
+
+
+def candidates(result: Array, a: Array | None, c: Array, at: Array, form: FloatFormat) -> Candidates:
+    """The candidates of the elements at `at`. result: codes (n,); a: float64 (n,) or None for 1; c: float64 (n,)."""
+    code, back = result[at], c[at]
+    ordinal = (code & form.magnitude).astype(np.int64)
+    value = np.abs(widen(code, form))
+    sign = np.where(code < 0, -1.0, 1.0)
+    top = form.exponent - 1
+    neighbour = [np.clip(ordinal + step, 0, top).astype(form.code) for step in (1, -1)]
+    above, below = ((value + widen(each, form)) / 2 for each in neighbour)
+    below = np.where(ordinal > 0, below, -above)
+    one, two = sign * (below - value * _END) - back, sign * (above + value * _END) - back
+    if a is not None:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            one, two = one / a[at], two / a[at]
+    near, far = np.minimum(np.abs(one), np.abs(two)), np.maximum(np.abs(one), np.abs(two))
+    raw = ((one < 0) != (two < 0)) | ~(near > value * _NEAR_ZERO) | ~(far < np.finfo(np.float64).max)
+    raw |= ordinal >= form.exponent - (1 << form.mantissa)
+    near[raw], far[raw] = 1.0, 1.0
+    low = _ordinal(near.view(np.int64) - _SLACK, form, up=True)
+    most = np.minimum(_ordinal(far.view(np.int64) + _SLACK, form, up=False), form.exponent - 1) - low
+    most[raw] = 0
+    return Candidates(at, low, most, raw, one < 0)
+
+
+def encode(weight: Array, found: Candidates, form: FloatFormat) -> tuple[Array, Array, Array]:
+    """(index, width in bits) of each ambiguous weight, and the codes of the raw ones. weight: codes (n,)."""
+    many = np.flatnonzero(found.most)
+    index = (weight[found.at[many]] & form.magnitude).astype(np.int64) - found.low[many]
+    return index, widths(found.most[many]), weight[found.at[found.raw]]
+
+
+def widths(most: Array) -> Array:
+    """Bits that hold any number up to `most`."""
+    return np.frexp(most.astype(np.float64))[1].astype(np.int64)
+
+
+def decode(guess: Array, found: Candidates, index: Array, raw: Array, form: FloatFormat) -> Array:
+    """The weights as codes: `guess` where there is one candidate at most, else what `encode` wrote down."""
+    out = guess.copy()
+    ordinal = found.low.copy()
+    ordinal[np.flatnonzero(found.most)] += index
+    signed = np.where(found.negative, ordinal | ~form.magnitude, ordinal).astype(form.code)
+    out[found.at] = signed
+    out[found.at[found.raw]] = raw
+    return out
+
+
+def pack(index: Array, width: Array) -> bytes:
+    """Numbers of any width, one after the other, their lowest bits first."""
+    end = np.cumsum(width)
+    bits = np.zeros(int(end[-1]) if len(end) else 0, np.uint8)
+    for bit in range(int(width.max()) if len(width) else 0):
+        has = width > bit
+        bits[(end - width)[has] + bit] = (index[has] >> bit) & 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def unpack(data: bytes, width: Array) -> Array:
+    """What `pack` packed. Raises ValueError for data of another length."""
+    end = np.cumsum(width)
+    total = int(end[-1]) if len(end) else 0
+    if len(data) != (total + 7) // 8:
+        raise ValueError(f"{len(data)} bytes hold no {total} bits")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=total, bitorder="little")
+    index = np.zeros(len(width), np.int64)
+    for bit in range(int(width.max()) if len(width) else 0):
+        has = width > bit
+        index[has] |= bits[(end - width)[has] + bit].astype(np.int64) << bit
+    return index

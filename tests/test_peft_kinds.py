@@ -1,0 +1,395 @@
+"""Every kind of PEFT adapter on models that transformers loads. The oracle is peft's own forward pass, in float64."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+import loratool
+from loratool.errors import InputError
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+peft = pytest.importorskip("peft", minversion="0.19")
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]  # peft's and transformers', of what these tests do on purpose
+TOKENS = torch.arange(32).reshape(2, 16)
+ADAPTER = re.compile(r"\.(lora_|token_adapter\.|modules_to_save\.)|bias$")
+
+
+def llama(cls: str = "LlamaForCausalLM", **config: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": False}
+    return getattr(transformers, cls)(transformers.LlamaConfig(**{**sizes, **heads, **config}))
+
+
+def gpt2(**config: Any) -> Any:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16, "tie_word_embeddings": False}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **config}))
+
+
+def randomize(model: Any, seed: int = 0) -> Any:
+    """Random weights in float64, or a random adapter of which nothing is zero."""
+    g = torch.Generator().manual_seed(seed)
+    adapter = isinstance(model, peft.PeftModel)
+    for name, parameter in model.double().eval().named_parameters():
+        noise = torch.randn(parameter.shape, generator=g, dtype=torch.float64) * 0.3
+        if "lora_magnitude_vector" in name:
+            parameter.data.mul_(1 + noise.abs())
+        elif not adapter or (parameter.requires_grad and ADAPTER.search(name)):
+            parameter.data.copy_(noise)
+    return model
+
+
+def load(folder: Path, cls: Any, **options: Any) -> Any:
+    return cls.from_pretrained(folder, dtype=torch.float64, **options).eval()
+
+
+def answer(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def agree(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= 1e-6 * wanted.abs().max())
+
+
+def write_base(folder: Path, model: Any, **options: Any) -> Path:
+    model = randomize(model)
+    model.tie_weights()
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def wrap(base: Any, seed: int = 1, name: str = "default", **config: Any) -> Any:
+    """A PeftModel with random non-zero factors around `base`."""
+    config = {"r": 2, "lora_alpha": 3, "task_type": "CAUSAL_LM", **config}
+    return randomize(peft.get_peft_model(base, peft.LoraConfig(**config), adapter_name=name), seed)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Folders of a base and an adapter, and what peft's forward pass of both answers."""
+
+    cls: Any
+    base: Path
+    adapter: Path
+    wanted: Tensor
+
+    def holds(self, out: Path, tokens: Tensor = TOKENS) -> bool:
+        """Whether the merged model answers as base and adapter did, and not as the base alone."""
+        return agree(answer(load(out, self.cls), tokens), self.wanted)
+
+
+def write_pair(folder: Path, model: Any, base: Mapping[str, Any] | None = None, **config: Any) -> Pair:
+    folder.mkdir(exist_ok=True)
+    cls, where = type(model), write_base(folder / "base", model, **(base or {}))
+    wrapped = wrap(load(where, cls), **config)
+    wrapped.save_pretrained(folder / "adapter")
+    wanted = answer(wrapped)
+    assert not agree(answer(load(where, cls)), wanted)
+    return Pair(cls, where, folder / "adapter", wanted)
+
+
+def by_peft(base: Path, adapter: Path, cls: Any) -> dict[str, Tensor]:
+    """peft's own merge in float64: right where nothing is tied."""
+    return peft.PeftModel.from_pretrained(load(base, cls), adapter).merge_and_unload().state_dict()
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the parts of a model are called."""
+
+    make: Callable[..., Any]
+    linear: Sequence[str]
+    biased: Sequence[str]
+    embed: str
+    norm: str
+
+
+FAMILIES = {
+    "llama": Names(llama, ("q_proj", "v_proj", "down_proj"), ("q_proj", "v_proj"), "embed_tokens", "norm"),
+    "gpt2": Names(gpt2, ("c_attn", "c_proj", "c_fc"), ("c_attn", "c_proj", "c_fc"), "wte", "ln_f"),
+}
+
+
+def kinds(n: Names) -> dict[str, dict[str, Any]]:
+    """kind -> the fields of its LoraConfig."""
+    linear, biased, both = [*n.linear], [*n.biased], [n.embed, "lm_head"]
+    patterns = {
+        "rank_pattern": {linear[0]: 1, rf"1\..*{linear[1]}": 3},
+        "alpha_pattern": {linear[-1]: 5, rf"0\..*\.{linear[0]}": 0.5},
+    }
+    dora = {"use_dora": True, "target_modules": linear}
+    lora = {"target_modules": linear}
+    return {
+        "lora": lora,
+        "rslora": {"use_rslora": True, **lora},
+        "patterns": {**patterns, **lora},
+        "rslora, patterns": {**patterns, "use_rslora": True, **lora},
+        "dora": dora,
+        "dora, rslora": {"use_rslora": True, **dora},
+        "dora, patterns": {**patterns, **dora},
+        "embedding": {"target_modules": [*linear, n.embed]},
+        "embedding alone": {"target_modules": [n.embed]},
+        "head": {"target_modules": [*linear, "lm_head"]},
+        "embedding and head": {"target_modules": [*linear, *both]},
+        "embedding and head, dora": {"target_modules": [*linear, *both], "use_dora": True},
+        "lora_bias": {"target_modules": biased, "lora_bias": True},
+        "lora_bias, rslora": {"target_modules": biased, "lora_bias": True, "use_rslora": True},
+        "bias=all": {"bias": "all", **lora},
+        "bias=lora_only": {"bias": "lora_only", **lora},
+        "lora_bias, bias=all": {"target_modules": biased, "lora_bias": True, "bias": "all"},
+        "lora_bias, bias=lora_only": {"target_modules": biased, "lora_bias": True, "bias": "lora_only"},
+        "dora, bias=all": {"bias": "all", **dora},
+        "saved norm": {"modules_to_save": [n.norm], **lora},
+        "saved embedding": {"modules_to_save": [n.embed], **lora},
+        "saved head": {"modules_to_save": ["lm_head"], **lora},
+        "saved embedding and head": {"modules_to_save": both, **lora},
+        "tokens": {"trainable_token_indices": [3, 30], **lora},
+        "tokens, unsorted": {"trainable_token_indices": [17, 3, 30, 0], **lora},
+        "tokens by name": {"trainable_token_indices": {n.embed: [5, 3], "lm_head": [1]}, **lora},
+        "all at once": {
+            **dora,
+            **patterns,
+            "use_rslora": True,
+            "bias": "all",
+            "modules_to_save": [n.norm, "lm_head"],
+            "trainable_token_indices": [9, 4],
+        },
+        "all at once, otherwise": {
+            "target_modules": [*biased, n.embed],
+            "lora_bias": False,
+            "bias": "lora_only",
+            "use_dora": True,
+            "modules_to_save": [n.norm],
+            "trainable_token_indices": {"lm_head": [31, 2]},
+        },
+    }
+
+
+CASES = [(family, kind) for family, names in FAMILIES.items() for kind in kinds(names)]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]:
+    """(family, kind) -> its folders, written once."""
+    made: dict[tuple[str, str], Pair] = {}
+
+    def pair(family: str, kind: str) -> Pair:
+        if (family, kind) not in made:
+            names = FAMILIES[family]
+            made[family, kind] = write_pair(tmp_path_factory.mktemp("pair"), names.make(), **kinds(names)[kind])
+        return made[family, kind]
+
+    return pair
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_the_merged_model_answers_as_peft(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
+    """Traps 2, 3, 7, 11, 12, 24, 25, 30, 31, 32."""
+    pair = pairs(family, kind)
+    loratool.merge(pair.base, pair.adapter, tmp_path / "out")
+    assert pair.holds(tmp_path / "out")
+    assert load_model(tmp_path / "out").keys() == load_model(pair.base).keys()
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_a_weight_is_a_part_of_the_way(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
+    """Traps 7 and 8, of updates that are no sum too: W + w * (U(W) - W), with U(W) from peft's own merge."""
+    pair = pairs(family, kind)
+    W, full = load(pair.base, pair.cls).state_dict(), by_peft(pair.base, pair.adapter, pair.cls)
+    for w in (0.5, -1.0, 0.0):
+        loratool.merge(pair.base, (pair.adapter, w), tmp_path / str(w))
+        for name, found in load_model(tmp_path / str(w)).items():
+            torch.testing.assert_close(found, W[name] + w * (full[name] - W[name]), rtol=1e-11, atol=1e-11)
+    assert all(torch.equal(found, W[name]) for name, found in load_model(tmp_path / "0.0").items())
+
+
+@pytest.mark.parametrize("kind", ["all at once", "embedding and head, dora", "lora_bias, bias=all", "saved head"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_base(tmp_path: Path, family: str, kind: str) -> None:
+    names = FAMILIES[family]
+    pair = write_pair(tmp_path, names.make(), {"max_shard_size": "8KB"}, **kinds(names)[kind])
+    assert len(list(pair.base.glob("*.safetensors"))) > 3
+    report = loratool.merge(pair.base, pair.adapter, tmp_path / "out")
+    assert pair.holds(tmp_path / "out") and len(report.files) > 3
+
+
+def merged_bytes(base: Path, adapter: Path, out: Path) -> dict[str, bytes]:
+    loratool.merge(base, adapter, out, force=True)
+    return {k: bytes(v.contiguous().view(torch.uint8).numpy()) for k, v in load_model(out).items()}
+
+
+@pytest.mark.parametrize("kind", ["all at once", "embedding and head", "saved embedding and head", "lora_bias"])
+class TestOtherSpellings:
+    """The same adapter, saved in the other ways that peft and its users have, is the same merge."""
+
+    def test_a_torch_file(self, pairs: Any, tmp_path: Path, kind: str) -> None:
+        """Trap 37."""
+        pair = pairs("llama", kind)
+        model = peft.PeftModel.from_pretrained(load(pair.base, pair.cls), pair.adapter)
+        model.save_pretrained(tmp_path / "torch", safe_serialization=False)
+        assert (tmp_path / "torch" / "adapter_model.bin").is_file()
+        expected = merged_bytes(pair.base, pair.adapter, tmp_path / "out")
+        assert merged_bytes(pair.base, tmp_path / "torch", tmp_path / "out") == expected
+
+    def test_a_named_adapter_in_its_folder(self, pairs: Any, tmp_path: Path, kind: str) -> None:
+        pair = pairs("llama", kind)
+        model = wrap(load(pair.base, pair.cls), name="x", **kinds(FAMILIES["llama"])[kind])
+        model.save_pretrained(tmp_path / "a")
+        loratool.merge(pair.base, tmp_path / "a" / "x", tmp_path / "direct")
+        loratool.merge(pair.base, tmp_path / "a", tmp_path / "out")
+        wanted = answer(model)
+        assert all(agree(answer(load(tmp_path / o, pair.cls)), wanted) for o in ("direct", "out"))
+
+    def test_raw_keys_of_the_model(self, pairs: Any, tmp_path: Path, kind: str) -> None:
+        """Traps 27 and 30: `lora_A.default.weight`, `.modules_to_save.default.` and the like."""
+        pair = pairs("llama", kind)
+        model = peft.PeftModel.from_pretrained(load(pair.base, pair.cls), pair.adapter)
+        saved = load_model(pair.adapter)
+        raw = {k: v.contiguous() for k, v in model.state_dict().items() if re.search(r"\.default(\.|$)", k)}
+        plain = {k: v for k, v in saved.items() if ".base_layer." in k or (k.endswith("bias") and "lora" not in k)}
+        plain = {k: v for k, v in plain.items() if k.replace("lm_head.", "lm_head.modules_to_save.default.") not in raw}
+        (tmp_path / "a").mkdir()
+        save_file({**raw, **plain}, tmp_path / "a" / "adapter_model.safetensors")
+        assert raw and set(raw).isdisjoint(saved) and len(raw) + len(plain) == len(saved)
+        config = (pair.adapter / "adapter_config.json").read_text()
+        (tmp_path / "a" / "adapter_config.json").write_text(config)
+        expected = merged_bytes(pair.base, pair.adapter, tmp_path / "out")
+        assert merged_bytes(pair.base, tmp_path / "a", tmp_path / "out") == expected
+
+
+def test_of_several_named_adapters_none_is_taken(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama", "lora")
+    model = wrap(load(pair.base, pair.cls), name="x", target_modules=["q_proj"])
+    model.add_adapter("y", peft.LoraConfig(r=3, target_modules=["v_proj"]))
+    randomize(model).save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match=r"holds several adapters \(x, y\)\nname one, like .*x"):
+        loratool.merge(pair.base, tmp_path / "a", tmp_path / "out")
+    loratool.merge(pair.base, tmp_path / "a" / "y", tmp_path / "out")
+    model.set_adapter("y")
+    assert agree(answer(load(tmp_path / "out", pair.cls)), answer(model))
+
+
+class TestClassifiers:
+    """A head that a task model has and the base's checkpoint lacks is added."""
+
+    @pytest.mark.parametrize("base", ["LlamaForCausalLM", "LlamaModel"])
+    def test_score_of_a_causal_model(self, tmp_path: Path, base: str) -> None:
+        folder = write_base(tmp_path / "base", llama(base))
+        cls, options = transformers.LlamaForSequenceClassification, {"num_labels": 3, "pad_token_id": 0}
+        model = wrap(load(folder, cls, **options), task_type="SEQ_CLS", target_modules=["q_proj", "down_proj"])
+        model.save_pretrained(tmp_path / "adapter")
+        report = loratool.merge(folder, tmp_path / "adapter", tmp_path / "out")
+        assert any("score.weight" in warning and "are added" in warning for warning in report.warnings)
+        assert agree(answer(load(tmp_path / "out", cls, **options)), answer(model))
+        with pytest.raises(InputError, match=r"score.weight: is not in the base"):
+            loratool.merge(folder, (tmp_path / "adapter", 0.5), tmp_path / "half")
+
+    @pytest.mark.parametrize("base", ["BertForMaskedLM", "BertModel"])
+    def test_classifier_of_bert(self, tmp_path: Path, base: str) -> None:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32, "num_labels": 3}
+        config = transformers.BertConfig(num_attention_heads=2, **sizes)
+        folder = write_base(tmp_path / "base", getattr(transformers, base)(config))
+        cls = transformers.BertForSequenceClassification
+        model = wrap(load(folder, cls), task_type="SEQ_CLS", target_modules=["query", "value"], use_dora=True)
+        model.save_pretrained(tmp_path / "adapter")
+        saved = load_model(tmp_path / "adapter")
+        pooler = {k.removeprefix("base_model.model."): v for k, v in model.state_dict().items() if ".pooler." in k}
+        loratool.merge(folder, tmp_path / "adapter", tmp_path / "out")
+        merged = load(tmp_path / "out", cls)
+        if base == "BertForMaskedLM":  # which has no pooler, so that transformers made one up each time
+            merged.load_state_dict(pooler, strict=False)
+        assert agree(answer(merged), answer(model))
+        assert {"classifier.weight", "classifier.bias"} <= set(load_model(tmp_path / "out"))
+        assert any(k.endswith("classifier.bias") for k in saved)
+
+
+class TestSeveralAdapters:
+    """Their sum is taken with peft's own merges: W + sum of w * (U(W) - W)."""
+
+    @pytest.mark.parametrize(
+        ("one", "two"),
+        [
+            ("lora", "rslora"),
+            ("dora", "lora"),
+            ("patterns", "dora, rslora"),
+            ("embedding and head, dora", "embedding and head"),
+            ("saved embedding and head", "embedding and head"),
+            ("tokens", "embedding"),
+            ("bias=all", "lora_bias"),
+        ],
+    )
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("w", [(1.0, 1.0), (0.5, -2.0)])
+    def test_two(self, pairs: Any, tmp_path: Path, family: str, one: str, two: str, w: tuple[float, float]) -> None:
+        a, b = pairs(family, one), pairs(family, two)
+        W = load_model(a.base)
+        assert all(torch.equal(W[name], other) for name, other in load_model(b.base).items())
+        both = [by_peft(a.base, adapter, a.cls) for adapter in (a.adapter, b.adapter)]
+        wanted = {n: W[n] + sum(x * (U[n] - W[n]) for x, U in zip(w, both, strict=True)) for n in W}
+        report = loratool.merge(a.base, [(a.adapter, w[0]), (b.adapter, w[1])], tmp_path / "out")
+        found = load_model(tmp_path / "out")
+        assert found.keys() == wanted.keys() and any("+" in row.update or row.rank > 3 for row in report.tensors)
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-11, atol=1e-11)
+
+    @pytest.mark.parametrize(
+        ("one", "two"),
+        [("dora", "dora, rslora"), ("dora", "dora"), ("saved head", "saved head"), ("tokens", "saved embedding")],
+    )
+    def test_two_that_are_no_sums_are_refused(self, pairs: Any, tmp_path: Path, one: str, two: str) -> None:
+        a, b = pairs("llama", one), pairs("llama", two)
+        with pytest.raises(InputError, match="do not add up\nmerge them one after the other"):
+            loratool.merge(a.base, [a.adapter, b.adapter], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_one_after_the_other(self, pairs: Any, tmp_path: Path) -> None:
+        """What the refusal advises works, and is what peft computes of the second on the first's result."""
+        a, b = pairs("llama", "dora"), pairs("llama", "dora, rslora")
+        loratool.merge(a.base, a.adapter, tmp_path / "first")
+        loratool.merge(tmp_path / "first", b.adapter, tmp_path / "out")
+        stacked = peft.PeftModel.from_pretrained(load(tmp_path / "first", a.cls), b.adapter).eval()
+        assert agree(answer(load(tmp_path / "out", a.cls)), answer(stacked))
+
+
+def edit_config(adapter: Path, copy: Path, **fields: Any) -> Path:
+    copy.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    (copy / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("lora_bias", {"lora_bias": False}, "config does not set lora_bias"),
+        ("dora", {"use_dora": False}, "config does not set use_dora"),
+        ("lora", {"use_dora": True}, "config sets use_dora"),
+        ("tokens", {"trainable_token_indices": None}, "do not say which"),
+        ("tokens", {"trainable_token_indices": [3]}, "lists 1 different rows"),
+        ("tokens", {"trainable_token_indices": [3, 3]}, "lists 1 different rows|lists 2 different rows"),
+        ("tokens", {"trainable_token_indices": [3, 32]}, "has 32 rows, but .* replaces row 32"),
+        ("patterns", {"rank_pattern": {}}, "the config says rank 2"),
+    ],
+)
+def test_a_config_of_another_adapter_is_refused(
+    pairs: Any, tmp_path: Path, kind: str, fields: dict[str, Any], message: str
+) -> None:
+    """Traps 5 and 28: what the file holds and the config does not announce is never dropped."""
+    pair = pairs("llama", kind)
+    with pytest.raises(InputError, match=message):
+        loratool.merge(pair.base, edit_config(pair.adapter, tmp_path / "a", **fields), tmp_path / "out")
