@@ -5,7 +5,7 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`merge` and `inspect` are the verbs of the command line, with the same meaning; each returns a frozen report.
+`merge`, `unmerge` and `inspect` are the verbs of the command line, with the same meaning; each returns a frozen report.
 Errors are children of `LoratoolError`.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge import merge
     from .ops.merge_report import MergeReport
+    from .ops.unmerge import UnmergeReport, unmerge
 
 # Loaded on first use, so that `import loratool` and the command line start without torch.
 _HOMES = {
@@ -28,6 +29,8 @@ _HOMES = {
     "MergeReport": "merge_report",
     "inspect": "inspect",
     "merge": "merge",
+    "UnmergeReport": "unmerge",
+    "unmerge": "unmerge",
 }
 
 __all__ = [
@@ -38,9 +41,11 @@ __all__ = [
     "MachineError",
     "MergeReport",
     "NeedsFlag",
+    "UnmergeReport",
     "UsageError",
     "inspect",
     "merge",
+    "unmerge",
 ]
 
 

@@ -8,9 +8,11 @@ a and c of `W' = a * W + c`, as `numerics.exact.Fill` wants them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +27,13 @@ from .numerics.exact import (
 )
 from .placing import Placement
 from .plan import MergePlan
-from .rewrite import Changed, RowRange
+from .rewrite import Changed, CopiedRows, RowRange
 from .runtime import Step
 from .source import Source
 from .special import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
-from .tensorfile import TORCH_FLOATS
-from .undo_records import CELL_COLUMNS, CELL_ROWS, Recorded, Recorder, codes, record_rows
+from .tensorfile import TORCH_FLOATS, TensorSpec
+from .undo import Record, UndoFile
+from .undo_records import CELL_COLUMNS, CELL_ROWS, Recorded, Recorder, Restorer, codes, record_rows
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
 KEPT_UPDATES = 4
@@ -94,6 +97,56 @@ def changed(
     return Changed(rows, ranges)
 
 
+def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: Loader) -> Changed:
+    """A merged tensor on its way back to what the base had. spec: the base's."""
+    entry, records = undo.index["tensors"][name], undo.records(name)
+    rows = placements[0].rows if placements else (spec.shape or (1,))[0]
+    columns = spec.size // rows if rows else 0
+    dtype = getattr(torch, TORCH_FLOATS.get(spec.dtype, "uint8"))
+
+    def ranges() -> Iterator[RowRange | CopiedRows]:
+        edges = sorted({edge for p in placements for edge in (p.start, p.stop)}) or [0, rows]
+        for start, stop in pairwise(edges):
+            inside = [p for p in placements if p.start <= start and stop <= p.stop]
+            piece = _Piece(None, start, stop, inside, load, False) if inside else None
+            for record in (r for r in records if start <= r.start and r.stop <= stop):
+                if piece and record.start == start:
+                    piece.told = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
+                prepare = _Restoring(undo, record, name, dtype, piece).prepare
+                yield RowRange(record.start, record.stop, prepare, record.stop - record.start, CELL_ROWS)
+        if "copied" in entry:
+            first, at = entry["copied"]
+            yield CopiedRows(first, rows, undo.file, at)
+
+    return Changed(rows, ranges)
+
+
+class _Restoring:
+    """One record's rows. Without a piece the rows were replaced, and the record holds the difference."""
+
+    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: _Piece | None) -> None:
+        self._undo, self._record, self._name, self._dtype, self._piece = undo, record, name, dtype, piece
+
+    def prepare(self, start: int, stop: int) -> Step:
+        record, piece = self._record, self._piece
+        restorer = Restorer(self._name, self._dtype, self._undo.bytes(record.at, record.length), record.sha256)
+        left = piece.left(start, stop) if piece else None
+        if piece and start == piece.start:
+            restorer.skip(piece.head)
+
+        def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
+            with restorer.damage():
+                if piece:
+                    state = restorer.numbers(len(merged)) if piece.has_state else None
+                    told = None if state is None else torch.from_numpy(state.copy()).to(merged.device)
+                    restorer.block(merged, piece.fill(left, row, len(merged), start + row, told, work), out, work)
+                else:
+                    restorer.replaced(merged, out)
+            restorer.check(out, merged, start + row + len(merged) == stop)
+
+        return step
+
+
 class _Replacing:
     """Rows whose values come from elsewhere: the base's are read beside them, to say what became of them."""
 
@@ -130,19 +183,21 @@ class _Piece:
     """Rows start:stop of a tensor; made ready by the first worker that needs it and dropped with its last item."""
 
     def __init__(
-        self, source: Source, start: int, stop: int, placements: Sequence[Placement], load: Loader, record: bool
+        self, source: Source | None, start: int, stop: int, placements: Sequence[Placement], load: Loader, record: bool
     ) -> None:
         self.start, self.stop, self._record = start, stop, record
-        self._given: Tensor | None = None  # m / n of each column, where W is not there to tell
+        self.told: Callable[[], np.ndarray[Any, Any]] | None = None  # m / n of each column, where there is no W
         self._source, self._placements, self._load, self._device = source, placements, load, load.device
         self._lock = threading.Lock()
         self._ready: tuple[ExactProduct | None, Special | None] | None = None
 
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
-        product, special = self._get()
-        left = None if product is None else product.left(start - self.start, stop - self.start)
-        recorder = Recorder(getattr(torch, TORCH_FLOATS[self._source.spec.dtype])) if self._record else None
+        _, special = self._get()
+        left = self.left(start, stop)
+        recorder = None
+        if self._record and self._source:
+            recorder = Recorder(getattr(torch, TORCH_FLOATS[self._source.spec.dtype]))
         if recorder and special and start == self.start:
             recorder.head(special.head)
 
@@ -157,6 +212,21 @@ class _Piece:
             return recorder.take(done, base, out)
 
         return step
+
+    def left(self, start: int, stop: int) -> Tensor | None:
+        """The left side of the additive updates for rows start:stop of the tensor."""
+        product, _ = self._get()
+        return None if product is None else product.left(start - self.start, stop - self.start)
+
+    @property
+    def head(self) -> bytes:
+        _, special = self._get()
+        return special.head if special else b""
+
+    @property
+    def has_state(self) -> bool:
+        _, special = self._get()
+        return special is not None and special.has_state
 
     def fill(self, left: Tensor | None, row: int, rows: int, first: int, state: Tensor | None, work: Workspace) -> Fill:
         """What happens to some rows, of which the first is row `first` of the tensor, `row` of `left`."""
@@ -201,12 +271,18 @@ class _Piece:
         product = ExactProduct(self._terms(placement, 1.0))
         magnitude = update.magnitude.double().flatten()
         if placement.transposed:
-            found = self._given
-            if found is None:
+            if self.told:
+                found = torch.from_numpy(self.told().copy()).to(self._device)
+            else:
+                assert self._source is not None
                 norms = column_norms(self._source, product, self._device)
                 found = ratio(magnitude, norms, self._source.name)
             return DoRAColumns(product, found, weight, self.start)
         first = placement.skip + self.start - placement.start
         return DoRARows(
-            product, magnitude[first : first + self.stop - self.start], weight, self.start, self._source.name
+            product,
+            magnitude[first : first + self.stop - self.start],
+            weight,
+            self.start,
+            self._source.name if self._source else "",
         )

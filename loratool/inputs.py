@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from .adapter import Adapter
 from .architectures.quantized import quantization
@@ -15,6 +16,20 @@ from .formats import is_adapter, open_adapter
 from .formats.peft_config import changes_base
 
 Loaded = tuple[tuple[Adapter, float], ...]
+
+
+def adapter_pairs(adapters: Any) -> list[tuple[str, float]]:
+    """(path, weight) of one adapter or several, given as a path, a pair, or a list of those."""
+    weighted = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float)
+    pairs = []
+    for given in [adapters] if weighted or isinstance(adapters, str | os.PathLike) else adapters:
+        path, weight = given if isinstance(given, tuple) else (given, 1.0)
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight {weight} is not a finite number", culprit=os.fspath(path))
+        pairs.append((os.fspath(path), float(weight)))
+    if not pairs:
+        raise UsageError("no adapter is given")
+    return pairs
 
 
 def open_inputs(
@@ -43,7 +58,7 @@ def open_inputs(
             remedy="pass the original model in 16 or 32 bits",
         )
     loaded = []
-    for adapter, (_, weight) in zip(_open_adapters([name for name, _ in pairs], alpha, opened), pairs, strict=True):
+    for adapter, (_, weight) in zip(open_adapters([name for name, _ in pairs], alpha, opened), pairs, strict=True):
         for module, update in adapter.updates.items():
             if not math.isfinite(weight * update.scale):
                 raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
@@ -61,7 +76,7 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
-def _open_adapters(names: Sequence[str], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+def open_adapters(names: Sequence[str], alpha: float | None, opened: ExitStack) -> list[Adapter]:
     """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
     adapters, used = [], len(names) == 1
     for name in names:

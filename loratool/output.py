@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .errors import NeedsFlag, UsageError
 from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
-from .sidefiles import edited_config, encode_json, foreign_file, survey
+from .sidefiles import edited_config, encode_json, foreign_file, survey, undo_files, undo_path
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, WeightsFile, build_header, data_order, edit_metadata
 
 # Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
@@ -39,6 +39,7 @@ class Output:
     """A checkpoint to be.
 
     `extras` are small files by name with their content; `travels` are side files by name with their origin.
+    `undo` is where an undo file will be, and `carried` where the earlier ones go: target -> origin.
     """
 
     path: Path
@@ -48,6 +49,9 @@ class Output:
     extras: Mapping[str, bytes]
     travels: Mapping[str, Path]
     not_copied: tuple[str, ...]
+    provenance: str = ""
+    undo: Path | None = None
+    carried: Mapping[Path, Path] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +60,7 @@ class Output:
 
     def require_space(self) -> None:
         """Raises MachineError where the disk is too small for all that will be written."""
-        beside = sum(origin.stat().st_size for origin in self.travels.values())
+        beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         require_free_space(self.path.absolute().parent, self.nbytes + beside)
 
@@ -139,11 +143,12 @@ def plan_output(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     edits: Edits | None = None,
+    undo: bool = False,
 ) -> Output:
     """Lay out `base` anew at `path`, with other values in the tensors `changed`.
 
-    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more. Raises UsageError for shards
-    in a single file.
+    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more. undo: with an undo file, and those
+    of earlier merges under their next numbers. Raises UsageError for shards in a single file.
     """
     if is_file and max_shard_bytes is not None:
         raise UsageError("--max-shard-size needs a folder as output", remedy="name a folder with -o")
@@ -166,7 +171,22 @@ def plan_output(
     if config != base.config and "config.json" in travels:
         extras["config.json"] = encode_json(config)
         del travels["config.json"]
-    return Output(path, is_file, specs, files, extras, travels, tuple(not_copied))
+    place = undo_path(path, is_file) if undo else None
+    carried = (
+        undo_files(undo_path(base.path if base.given_as_file else base.folder, base.given_as_file)) if undo else []
+    )
+    return Output(
+        path,
+        is_file,
+        specs,
+        files,
+        extras,
+        travels,
+        tuple(name for name in not_copied if base.folder / name not in carried),
+        provenance,
+        place,
+        {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
+    )
 
 
 def _side_files(base: Checkpoint, is_file: bool, edits: Edits) -> tuple[dict[str, Path], list[str]]:
@@ -253,17 +273,28 @@ def _index(former: Mapping[str, object], provenance: str, cuts: list[_Cut], spec
 def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
     """The output's weight files by name, sized and with their headers, to be filled by offset in any order.
 
+    Where the output has an undo file, that is there under its own name, empty.
+
     When the block ends well all is synced, the side files and the index follow, and the output gets its name;
     when it does not, nothing stays. An error of the machine names the output.
     """
     with _named(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
+            stack.push(_without_undo(output))
             targets[output.files[0].name] = stack.enter_context(partial_file(output.path))
+            if output.undo:  # entered last, so it has its name before the weights have theirs
+                targets[output.undo.name] = stack.enter_context(partial_file(output.undo))
+            for place, origin in output.carried.items():
+                _copy_into(stack.enter_context(partial_file(place)), origin)
         else:
             folder = stack.enter_context(partial_folder(output.path))
             for file in output.files:
                 targets[file.name] = stack.enter_context(open(folder / file.name, "w+b", buffering=0))
+            if output.undo:
+                targets[output.undo.name] = stack.enter_context(open(folder / output.undo.name, "w+b", buffering=0))
+            for place, origin in output.carried.items():
+                shutil.copyfile(origin, folder / place.name)
         for file in output.files:
             targets[file.name].truncate(file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
@@ -273,6 +304,21 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
                 os.fsync(target.fileno())
                 target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder)
+
+
+def _without_undo(output: Output) -> Callable[[Any, Any, Any], None]:
+    """What removes an undo file whose weights did not come."""
+
+    def leave(kind: Any, *_: Any) -> None:
+        if kind is not None and output.undo:
+            output.undo.unlink(missing_ok=True)
+
+    return leave
+
+
+def _copy_into(target: BinaryIO, origin: Path) -> None:
+    with open(origin, "rb") as source:
+        shutil.copyfileobj(source, target)
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def widen_float8(plan: MergePlan, dtype: str | None) -> Edits:
         spec = specs.get(name, plan.base.specs[name])
         if spec.dtype in FLOAT8 and dtype is None:
             raise NeedsFlag(
-                f"is {spec.dtype}, too coarse for a change", culprit=name, remedy="add --dtype bf16 or fp32"
+                f"is {spec.dtype}, too coarse for a change", culprit=name, remedy="add --dtype bf16 --no-undo"
             )
         if spec.dtype in FLOAT8 and dtype is not None:
             specs[name] = TensorSpec(dtype, spec.shape)

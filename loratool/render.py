@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .ops.inspect import CheckpointReport
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
+    from .ops.unmerge import UnmergeReport
 
 SCHEMA_VERSION = 1
 UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
@@ -112,6 +113,21 @@ def print_merge(report: MergeReport) -> None:
     say(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {_share(report.kept)} of the change")
     for module in report.left_out:
         say(f"left out: {module}")
+    if report.not_copied:
+        say(f"not copied: {', '.join(report.not_copied)}")
+    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+    if report.undo and report.undo_bytes is not None:
+        bound = "at most " if report.dry_run else ""
+        say(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
+
+
+def print_unmerge(report: UnmergeReport) -> None:
+    verb = "would be restored" if report.dry_run else "restored bit for bit"
+    say(f"{report.restored} tensors {verb}, {report.copied} copied as they are")
+    for name in report.removed:
+        say(f"removed: {name}")
+    if not report.exact_files:
+        say("the base was a torch file: its tensors are the same, in a safetensors file")
     if report.not_copied:
         say(f"not copied: {', '.join(report.not_copied)}")
     say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")

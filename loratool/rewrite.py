@@ -18,7 +18,7 @@ from .numerics.exact import Change, cast_rounded
 from .output import Output, OutputFile, open_output
 from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, Worker, run
 from .source import Source
-from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec
+from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
 
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
 ROWS_ITEM = 1 << 22  # weights of a matrix an item
@@ -40,11 +40,21 @@ class RowRange:
 
 
 @dataclass(frozen=True)
+class CopiedRows:
+    """Rows start:stop that lie in another file as they shall be, from `offset` on."""
+
+    start: int
+    stop: int
+    file: BinaryIO
+    offset: int
+
+
+@dataclass(frozen=True)
 class Changed:
     """A tensor that changes, seen as a matrix of `rows` rows; `ranges` makes its parts, in rising order."""
 
     rows: int
-    ranges: Callable[[], Iterable[RowRange]]
+    ranges: Callable[[], Iterable[RowRange | CopiedRows]]
 
 
 def rewrite(
@@ -54,12 +64,13 @@ def rewrite(
     device: torch.device,
     workers: int,
     progress: Progress | None = None,
+    finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
 ) -> Generator[tuple[MapRows, list[Any]], None, None]:
     """Write `output`, whose layout is planned; yield each run of a changed tensor's rows with what its steps return.
 
     sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast. The runs of
-    one tensor come in any order. Raises NeedsFlag or InputError where a cast overflows; then, and when the caller
-    closes it early, nothing stays.
+    one tensor come in any order. finish: called with the open files when all rows are written. Raises NeedsFlag or
+    InputError where a cast overflows; then, and when the caller closes it early, nothing stays.
     """
     output.require_space()
     done = 0
@@ -73,6 +84,8 @@ def rewrite(
             done += item.nbytes
             if progress:
                 progress(done, output.nbytes)
+        if finish:
+            finish(targets)
 
 
 def refuse_overflow(tensor: str, blocks: Collection[Change], sources: Mapping[str, Source], output: Output) -> None:
@@ -83,7 +96,8 @@ def refuse_overflow(tensor: str, blocks: Collection[Change], sources: Mapping[st
     old, new = sources[tensor].spec.dtype, output.specs[tensor].dtype
     message = f"{count} weights become infinite in {new}"
     if largest < torch.finfo(torch.float32).max and new in ("F16", "BF16"):
-        raise NeedsFlag(message, culprit=tensor, remedy="add --dtype fp32, which holds them")
+        flags = "--dtype fp32 --no-undo" if output.undo else "--dtype fp32"
+        raise NeedsFlag(message, culprit=tensor, remedy=f"add {flags}, which holds them")
     remedy = (
         f"leave out --dtype: {old} holds them" if old != new else "is this the adapter's base, and its alpha right?"
     )
@@ -131,14 +145,19 @@ def _file_items(
     yield from _copy_items(span)
 
 
-def _changed_items(source: Source, new: TensorSpec, place: CopyBytes, name: str, changed: Changed) -> Iterator[MapRows]:
+def _changed_items(source: Source, new: TensorSpec, place: CopyBytes, name: str, changed: Changed) -> Iterator[Item]:
     """The rows of one tensor: through the steps of its ranges, and as they are in between."""
     columns = new.size // changed.rows
     end = RowRange(changed.rows, changed.rows, _prepare_cast)
     done = 0
     for part in chain(changed.ranges(), (end,)):
         yield from _row_items(source, new, place, name, columns, RowRange(done, part.start, _prepare_cast))
-        yield from _row_items(source, new, place, name, columns, part)
+        if isinstance(part, CopiedRows):
+            width = columns * DTYPES[new.dtype] // 8
+            at, size = place.target_offset + part.start * width, (part.stop - part.start) * width
+            yield from _copy_items(CopyBytes(part.file, part.offset, place.target, at, size))
+        else:
+            yield from _row_items(source, new, place, name, columns, part)
         done = part.stop
 
 

@@ -40,7 +40,7 @@ TRAVELS = (
 )
 NEVER = ("adapter_config.json",)
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-WEIGHTS = ("*.safetensors", "*.safetensors.index*.json")  # what an output folder holds besides
+WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "loratool.undo*")  # what an output folder holds besides
 
 
 def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
@@ -70,6 +70,19 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
             entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and _matches(entry.name, TOKENIZER)
         ]
     return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
+
+
+def undo_path(model: Path, is_file: bool) -> Path:
+    """Where a merged model has its undo file: in its folder, or beside the file."""
+    return model.with_suffix(".undo") if is_file else model / "loratool.undo"
+
+
+def undo_files(path: Path) -> list[Path]:
+    """An undo file and those of the merges before: `x.undo`, `x.undo.1`, ..."""
+    found = [path] if path.is_file() else []
+    while found and (following := path.with_name(f"{path.name}.{len(found)}")).is_file():
+        found.append(following)
+    return found
 
 
 def foreign_file(folder: Path) -> str | None:

@@ -25,6 +25,7 @@ class Special:
     """
 
     head = b""
+    has_state = False
 
     def state(self, base: Tensor, first: int, work: Workspace) -> Tensor | None:
         """From the rows of `base`, whose first is the tensor's row `first`."""
@@ -58,6 +59,7 @@ class DoRARows(Special):
     weight: float
     start: int
     name: str
+    has_state = True
 
     def state(self, base: Tensor, first: int, work: Workspace) -> Tensor:
         """m / n of each row."""

@@ -160,6 +160,15 @@ class TensorFile(WeightsFile):
             raise
 
 
+def read_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int]:
+    """The specs, first bytes and length of the file that such a header (without its length) begins."""
+    entries, _ = _parse_header(header, path)
+    start = 8 + len(header)
+    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    specs, begin = _locate(entries, path, start, end)
+    return specs, begin, end
+
+
 def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
     if size < 8:
         raise InputError(f"is {size} bytes long: not a safetensors file", culprit=str(path))
@@ -284,7 +293,7 @@ def edit_metadata(header: bytes, drop: Iterable[str], add: Mapping[str, str]) ->
     metadata = entries.pop("__metadata__", None) or {}
     edited = {**{key: value for key, value in metadata.items() if key not in drop}, **add}
     if edited == metadata:
-        return struct.pack("<Q", len(header)) + header
+        return with_length(header)
     return _encode_header({"__metadata__": edited, **entries})
 
 
@@ -296,4 +305,8 @@ def _encode_header(entries: dict[str, Any]) -> bytes:
             f"the header would be {len(text)} bytes, above the format's limit of {MAX_HEADER}",
             remedy="split the checkpoint with --max-shard-size",
         )
-    return struct.pack("<Q", len(text)) + text
+    return with_length(text)
+
+
+def with_length(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header

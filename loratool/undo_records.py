@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,9 +159,29 @@ class Restorer:
         self._reader = Reader(data)
         self._hashes = hashlib.sha256(), hashlib.sha256()
 
-    def head(self, count: int) -> Array:
+    @contextmanager
+    def damage(self) -> Iterator[None]:
+        """What cannot be read is a record of something else, or damaged."""
+        try:
+            yield
+        except (ValueError, zlib.error, IndexError) as error:
+            raise InputError(
+                f"cannot be restored: its record {error}; the merged file, an adapter or the undo file is another",
+                culprit=self._name,
+            ) from error
+
+    def skip(self, head: bytes) -> None:
+        """What stands before the first block, and is known already."""
+        self._reader.take(len(head))
+
+    def numbers(self, count: int) -> Array:
         """Float64 numbers that stand before a block's cells."""
         return np.frombuffer(self._reader.take(8 * count), np.float64)
+
+    def replaced(self, merged: Tensor, out: Tensor) -> None:
+        """out: W of a block whose values were replaced."""
+        restored = torch.from_numpy(self.difference(codes(merged)).copy())
+        out.copy_(restored.view(self._dtype).view(out.shape))
 
     def block(self, merged: Tensor, fill: Fill, out: Tensor, work: Workspace) -> None:
         """out: W of the rows that `fill` belongs to, from merged: W'. Both (rows, n) of one dtype."""

@@ -86,7 +86,7 @@ def test_merge_prints_a_line_a_tensor(tmp_path: Path, run: Run) -> None:
 
 
 def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) -> None:
-    result = run("merge", BASE, f"{ADAPTER}:0.5", "-o", tmp_path / "out", "--json", "--dtype", "fp32")
+    result = run("merge", BASE, f"{ADAPTER}:0.5", "-o", tmp_path / "out", "--json", "--dtype", "fp32", "--no-undo")
     value = json.loads(result.stdout)
     assert (value["schema"], value["verb"], value["ok"], value["exit_code"]) == (SCHEMA_VERSION, "merge", True, 0)
     report = value["report"]
@@ -96,7 +96,7 @@ def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) ->
         and report["adapters"][0]["weight"] == 0.5
     )
     assert " ".join(report) == (
-        "base out dry_run nbytes adapters tensors kept copied left_out files not_copied warnings"
+        "base out dry_run nbytes adapters tensors kept copied undo undo_bytes left_out files not_copied warnings"
     )
     value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
     assert value["report"]["kind"] == "adapter" and value["report"]["coverage"]["bound"] == 21
@@ -161,6 +161,7 @@ def test_warnings_go_to_stderr(tmp_path: Path, run: Run) -> None:
 def test_options_come_from_the_environment(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORATOOL_MERGE_OUT", str(tmp_path / "env"))
     monkeypatch.setenv("LORATOOL_MERGE_DTYPE", "fp32")
+    monkeypatch.setenv("LORATOOL_MERGE_NO_UNDO", "1")
     assert run("merge", BASE, ADAPTER).exit_code == 0
     report = loratool.inspect(tmp_path / "env")
     assert report.dtypes == {"F32": 171_456}  # type: ignore[union-attr]
@@ -265,7 +266,10 @@ def test_size_is_printed_in_decimal_units() -> None:
 
 def test_every_dtype_of_the_table_is_accepted(tmp_path: Path, run: Run) -> None:
     for dtype in MERGE_DTYPES:
-        assert run("merge", BASE, ADAPTER, "-o", tmp_path / dtype, "--dtype", dtype, "--dry-run").exit_code == 0
+        assert (
+            run("merge", BASE, ADAPTER, "-o", tmp_path / dtype, "--dtype", dtype, "--dry-run", "--no-undo").exit_code
+            == 0
+        )
 
 
 def test_progress_off_a_terminal_is_a_line_every_ten_seconds(

@@ -118,7 +118,7 @@ def test_the_merged_model_answers_as_base_plus_adapter(tmp_path: Path, name: str
     from transformers import AutoModelForCausalLM
 
     base = FIXTURES / name / "base"
-    loratool.merge(base, FIXTURES / name / "adapter", tmp_path / "out", dtype="fp32")
+    loratool.merge(base, FIXTURES / name / "adapter", tmp_path / "out", undo=False, dtype="fp32")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     untouched = logits(plain)
@@ -260,10 +260,12 @@ def test_overflow_is_refused_with_the_dtype_that_holds_it(tmp_path: Path) -> Non
     """Trap 46; exit 4 is kept: with the flag the command succeeds."""
     W = torch.full((4, 4), 6e4, dtype=torch.float16)
     A, B = torch.ones(1, 4), torch.full((4, 1), 1e4)
-    with pytest.raises(NeedsFlag, match=r"x.weight: 16 weights become infinite in F16\nadd --dtype fp32"):
+    with pytest.raises(
+        NeedsFlag, match=r"x.weight: 16 weights become infinite in F16\nadd --dtype fp32 --no-undo, which"
+    ):
         one(tmp_path, W, A, B)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    merged, _ = one(tmp_path, W, A, B, dtype="fp32")
+    merged, _ = one(tmp_path, W, A, B, dtype="fp32", undo=False)
     assert (merged == 7e4).all()
 
 
@@ -288,6 +290,7 @@ def test_overflow_that_no_flag_mends_is_exit_3(
             torch.ones(1, 4, dtype=torch.float64),
             torch.full((4, 1), change, dtype=torch.float64),
             dtype=option,
+            undo=False,
         )
 
 
@@ -334,7 +337,7 @@ def test_report_says_what_rounding_left(tmp_path: Path) -> None:
     assert row.changed == float((gain != 0).mean())
     assert row.relative == pytest.approx(float(np.sqrt((D * D).sum() / (to_longdouble(W) ** 2).sum())), rel=1e-9)
     assert report.kept == row.kept and "merge with --dtype fp16 or fp32" in report.warnings[0]
-    _, wide = one(tmp_path, W, A, B, 2e-3, dtype="fp32")
+    _, wide = one(tmp_path, W, A, B, 2e-3, dtype="fp32", undo=False)
     assert wide.kept == pytest.approx(1, abs=1e-4) and not wide.warnings
 
 
@@ -395,7 +398,7 @@ class TestRefusals:
     def test_options_out_of_their_tables(self, tmp_path: Path) -> None:
         arguments = (FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "out")
         with pytest.raises(UsageError, match="dtype 'int4'"):
-            loratool.merge(*arguments, dtype="int4")
+            loratool.merge(*arguments, undo=False, dtype="int4")
         with pytest.raises(UsageError, match="no adapter"):
             loratool.merge(arguments[0], [], arguments[2])
         with pytest.raises(UsageError, match="--device 'gpu'"):
@@ -418,7 +421,9 @@ def test_what_the_warning_advises_fits_the_type(tmp_path: Path) -> None:
 
 def test_an_f64_tensor_is_no_eight_bit_float(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), "d": weights(2, dtype=torch.float64)})
-    report = loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out", dtype="half")
+    report = loratool.merge(
+        base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out", undo=False, dtype="half"
+    )
     assert not report.warnings and load_model(tmp_path / "out")["d"].dtype == torch.float16
 
 

@@ -327,7 +327,7 @@ class TestDtype:
     def test_every_float_tensor_takes_it_and_no_other(
         self, tmp_path: Path, model: Path, adapter: Path, option: str, dtype: torch.dtype
     ) -> None:
-        report = loratool.merge(model, adapter, tmp_path / "out", dtype=option)
+        report = loratool.merge(model, adapter, tmp_path / "out", undo=False, dtype=option)
         before, after = load_model(model), load_model(tmp_path / "out")
         for name, tensor in before.items():
             assert after[name].dtype == (dtype if tensor.is_floating_point() else tensor.dtype)
@@ -361,7 +361,7 @@ class TestDtype:
             tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4), "big": torch.tensor([1e6])}
         )
         with pytest.raises(NeedsFlag, match="big: 1 weights become infinite in F16"):
-            loratool.merge(base, adapter, tmp_path / "out", dtype="fp16")
+            loratool.merge(base, adapter, tmp_path / "out", undo=False, dtype="fp16")
 
 
 class TestResharding:
@@ -429,7 +429,7 @@ class TestFallbacks:
         loratool.merge(model, adapter, tmp_path / "out")
         loratool.merge(model, adapter, tmp_path / "out", force=True)
         loratool.merge(model, adapter, tmp_path / "x.safetensors")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors", "x.undo"]
 
     def test_copy_range_across_a_refusal_of_the_kernel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any) -> int:

@@ -45,6 +45,7 @@ from .options import (
 )
 @click.option("--initial", metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted.")
 @click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
+@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
 @device_option
 @quiet_option
 @json_option
@@ -63,6 +64,7 @@ def merge(
     tied: str,
     initial: str | None,
     residual_base: bool,
+    no_undo: bool,
     device: str,
     quiet: bool,
     json: bool,
@@ -100,6 +102,7 @@ def merge(
             tied=tied,
             initial=initial,
             residual_base=residual_base,
+            undo=not no_undo,
             force=force,
             dry_run=dry_run,
             progress=bar,

@@ -7,18 +7,17 @@ the inputs (`numerics/exact.py`); memory does not depend on the model's size.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import BinaryIO
 
 import torch
 
 from ..apply import Loader, plan_changes
-from ..errors import UsageError
-from ..inputs import open_inputs, subtract_initial
+from ..errors import NeedsFlag, UsageError
+from ..inputs import adapter_pairs, open_inputs, subtract_initial
 from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, output_path, plan_output
 from ..plan import MergePlan, plan_merge, widen_float8
@@ -28,6 +27,8 @@ from ..sidefiles import provenance
 from ..source import Source, require_finite
 from ..targets import Selection, parse_layers
 from ..tied import TIED
+from ..undo import UndoWriter
+from ..undo_records import Recorded
 from .merge_report import MergeReport, build_report
 
 # What --dtype may say -> the safetensors name, None to keep each tensor's own.
@@ -62,6 +63,7 @@ def merge(
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
     residual_base: bool = False,
+    undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -76,12 +78,13 @@ def merge(
     paths (`targets.Selection`); layers: "0-15". alpha: for adapter files that do not say theirs.
     tied: a key of `tied.TIED`. For adapters whose initialization changed the base (PiSSA and the like): initial
     is the adapter as it was at the start, which is subtracted, or residual_base says that `base` is the changed one.
+    undo: write what `unmerge` needs to give the base back.
 
     Raises LoratoolError's children: UsageError, InputError, NeedsFlag before anything is written; MachineError
     when the machine fails. Whatever is raised, no unfinished output stays.
     """
     with ExitStack() as opened:
-        pairs = _adapter_pairs(adapters)
+        pairs = adapter_pairs(adapters)
         checkpoint, loaded = open_inputs(base, pairs, alpha, opened)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         chosen_dtype = dtype.lower().removeprefix("torch.")
@@ -104,24 +107,15 @@ def merge(
             MERGE_DTYPES[chosen_dtype],
             max_shard_bytes,
             edits,
+            undo,
         )
+        _check_undo(plan, output, force)
         _check_factors(plan)
         output.require_space()
-        changes = {} if dry_run else _execute(plan, output, where, progress, workers or worker_count())
-        return build_report(plan, output, os.fspath(base), changes, dry_run)
-
-
-def _adapter_pairs(adapters: Any) -> list[tuple[str, float]]:
-    weighted = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float)
-    pairs = []
-    for given in [adapters] if weighted or isinstance(adapters, str | os.PathLike) else adapters:
-        path, weight = given if isinstance(given, tuple) else (given, 1.0)
-        if not math.isfinite(weight):
-            raise UsageError(f"the weight {weight} is not a finite number", culprit=os.fspath(path))
-        pairs.append((os.fspath(path), float(weight)))
-    if not pairs:
-        raise UsageError("no adapter is given")
-    return pairs
+        if dry_run:
+            return build_report(plan, output, os.fspath(base), {}, _undo_bound(plan, output), dry_run)
+        changes, size = _execute(plan, output, where, progress, workers or worker_count())
+        return build_report(plan, output, os.fspath(base), changes, size, dry_run)
 
 
 def _provenance(plan: MergePlan) -> str:
@@ -152,13 +146,51 @@ def _check_factors(plan: MergePlan) -> None:
         require_finite(plan.sources[name])
 
 
+def _check_undo(plan: MergePlan, output: Output, force: bool) -> None:
+    """Raises NeedsFlag where undo cannot be written, or would take the place of another file."""
+    if output.undo is None:
+        return
+    for name, spec in plan.base.specs.items():
+        if output.specs[name].dtype != spec.dtype:
+            raise NeedsFlag(
+                f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
+                culprit=name,
+                remedy="add --no-undo",
+            )
+    if output.is_file and output.undo.exists() and not force:
+        raise NeedsFlag("exists already", culprit=str(output.undo), remedy="add --force to replace it")
+
+
+def _undo_bound(plan: MergePlan, output: Output) -> int | None:
+    """The most bytes that an undo file can have: each changed weight whole, with the bits that say so."""
+    if output.undo is None:
+        return None
+    most = sum(plan.base.specs[name].nbytes for name in plan.changed if name in plan.base.specs)
+    return most + most // 8 + (1 << 20)
+
+
 def _execute(
     plan: MergePlan, output: Output, device: torch.device, progress: Progress | None, workers: int
-) -> dict[str, list[Change]]:
+) -> tuple[dict[str, list[Change]], int | None]:
+    """What became of each tensor, and the size of the undo file."""
     changes: dict[str, list[Change]] = defaultdict(list)
-    tensors = plan_changes(plan, Loader(device), False)
-    with closing(rewrite(output, plan.sources, tensors, device, workers, progress)) as pieces:
-        for item, blocks in pieces:
+    with ExitStack() as opened:
+        undo = UndoWriter(output.path.absolute().parent) if output.undo else None
+        if undo:
+            opened.callback(undo.close)
+        tensors = plan_changes(plan, Loader(device), undo is not None)
+        size = None
+
+        def finish(targets: Mapping[str, BinaryIO]) -> None:
+            nonlocal size
+            if undo and output.undo:
+                size = undo.finish(targets[output.undo.name], plan, output)
+
+        runs = rewrite(output, plan.sources, tensors, device, workers, progress, finish)
+        for item, blocks in opened.enter_context(closing(runs)):
+            if undo and isinstance(blocks[0], Recorded):
+                undo.add(item.tensor, item.start, item.stop, [b.payload for b in blocks], blocks[-1].sha256)
+                blocks = [block.change for block in blocks]
             refuse_overflow(item.tensor, blocks, plan.sources, output)
             changes[item.tensor] += blocks
-    return changes
+    return changes, size

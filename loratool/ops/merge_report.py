@@ -47,7 +47,9 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of `merge`. `kept` is over all adapted tensors; `copied` counts the untouched ones."""
+    """The result of `merge`. `kept` is over all adapted tensors; `copied` counts the untouched ones.
+
+    undo_bytes: of the undo file; in a dry run the most that it can have."""
 
     base: str
     out: str
@@ -57,6 +59,8 @@ class MergeReport:
     tensors: tuple[TensorReport, ...]
     kept: float | None
     copied: int
+    undo: str | None
+    undo_bytes: int | None
     left_out: tuple[str, ...]
     files: tuple[str, ...]
     not_copied: tuple[str, ...]
@@ -64,7 +68,12 @@ class MergeReport:
 
 
 def build_report(
-    plan: MergePlan, output: Output, base: str, changes: Mapping[str, list[Change]], dry_run: bool
+    plan: MergePlan,
+    output: Output,
+    base: str,
+    changes: Mapping[str, list[Change]],
+    undo_bytes: int | None,
+    dry_run: bool,
 ) -> MergeReport:
     """`changes`: what the steps returned for each tensor; empty in a dry run."""
     names = [name for name in output.specs if name in plan.bound or name in plan.added or name == plan.untied]
@@ -85,6 +94,8 @@ def build_report(
         tuple(rows),
         total,
         len(output.specs) - len(rows),
+        str(output.undo) if output.undo else None,
+        undo_bytes,
         plan.left_out,
         tuple(file.name for file in output.files),
         output.not_copied,

@@ -1,0 +1,72 @@
+"""`loratool unmerge`."""
+
+from __future__ import annotations
+
+import click
+
+from .options import (
+    WeightedPath,
+    alpha_option,
+    device_option,
+    dry_run_option,
+    force_option,
+    json_option,
+    quiet_option,
+)
+
+
+@click.command()
+@click.argument("merged")
+@click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
+@click.option("-o", "--out", metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: unmerged]")
+@click.option("--undo", metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
+@force_option
+@dry_run_option
+@alpha_option
+@device_option
+@quiet_option
+@json_option
+def unmerge(
+    merged: str,
+    adapters: tuple[tuple[str, float], ...],
+    out: str | None,
+    undo: str | None,
+    force: bool,
+    dry_run: bool,
+    alpha: float | None,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Give the base of a merge back, bit for bit.
+
+    MERGED is what merge wrote, with its undo file in it (loratool.undo) or beside it (merged.undo); the adapters are
+    those of the merge, with their weights. Every restored tensor is held against its hash; another adapter or weight,
+    or a file edited since, is refused by name.
+
+    \b
+      loratool unmerge merged/ adapter/
+      loratool unmerge merged/ style/:0.7 task/ -o base-again/
+    """
+    from ..ops.unmerge import unmerge as run
+    from ..render import ProgressBar, print_unmerge, to_json
+
+    bar = ProgressBar("unmerge", quiet or json)
+    try:
+        report = run(
+            merged,
+            list(adapters),
+            out,
+            undo=undo,
+            device=device,
+            alpha=alpha,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if json:
+        print(to_json("unmerge", report))
+    else:
+        print_unmerge(report)

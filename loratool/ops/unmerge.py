@@ -1,0 +1,238 @@
+"""`unmerge`: the base as it was before a merge, bit for bit, from the merged model, its adapters and its undo file.
+
+Streamed as merge is: each changed tensor goes back by its records, each record against the hashes of what the merge
+read and wrote; all else is copied under the base's own headers. What does not come back exactly is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapter import Adapter
+from ..apply import Loader, restored
+from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
+from ..errors import InputError
+from ..inputs import adapter_pairs, open_adapters
+from ..numerics.exact import ARITHMETIC_VERSION
+from ..output import Output, OutputFile, check_path, output_path
+from ..rewrite import Changed, rewrite
+from ..runtime import Progress, choose_device, worker_count
+from ..sidefiles import survey, undo_files, undo_path
+from ..source import Source
+from ..tensorfile import TensorSpec, build_header, read_layout, with_length
+from ..undo import UndoFile, placements_of, spec_of, unpack_bytes
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    """The result of `unmerge`. `restored` counts the tensors that went back, `removed` names those the base lacks.
+
+    exact_files: whether the files too are the base's, byte for byte; not so where the base was a torch file.
+    """
+
+    merged: str
+    out: str
+    undo: str
+    dry_run: bool
+    nbytes: int
+    adapters: tuple[str, ...]
+    restored: int
+    copied: int
+    removed: tuple[str, ...]
+    files: tuple[str, ...]
+    exact_files: bool
+    not_copied: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def unmerge(
+    merged: str | os.PathLike[str],
+    adapters: Any,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    undo: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    alpha: float | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> UnmergeReport:
+    """Give the base of a merge back.
+
+    merged: what `merge` wrote; adapters: those of the merge with their weights, in any order. undo: the undo file,
+    where it is not at its place. Raises InputError, naming what is wrong, for another adapter, another weight, a file
+    that was edited since, an undo file of another version; nothing is written then.
+    """
+    with ExitStack() as opened:
+        checkpoint = open_checkpoint(merged)
+        opened.callback(checkpoint.close)
+        record = UndoFile(find_undo(checkpoint, undo))
+        opened.callback(record.close)
+        used = match_adapters(record, adapter_pairs(adapters), alpha, opened)
+        base = _layout(record)
+        path, is_file = output_path(out, checkpoint, "unmerged")
+        if is_file and len(base) > 1:
+            raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
+        inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
+        check_path(path, is_file, inputs, force)
+        output = _plan_output(checkpoint, record, base, path, is_file)
+        sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
+        output.require_space()
+        if not dry_run:
+            runs = rewrite(output, sources, tensors, choose_device(device), workers or worker_count(), progress)
+            with closing(runs) as items:
+                for _ in items:
+                    pass
+        return _report(checkpoint, record, os.fspath(merged), used, output, dry_run)
+
+
+def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> Path:
+    """The undo file of a merged model. Raises InputError where there is none."""
+    place = undo_path(merged.path if merged.given_as_file else merged.folder, merged.given_as_file)
+    path = Path(given) if given is not None else place
+    if not path.is_file():
+        raise InputError(
+            f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
+            culprit=str(merged.path),
+            remedy="name the undo file with --undo",
+        )
+    return path
+
+
+def match_adapters(
+    undo: UndoFile, given: Sequence[tuple[str, float]], alpha: float | None, opened: ExitStack
+) -> list[Adapter]:
+    """The adapters in the order of the undo file. Raises InputError naming the one that is missing or another."""
+    if undo.index["arithmetic"] != ARITHMETIC_VERSION:
+        raise InputError(
+            f"was written with arithmetic {undo.index['arithmetic']}, this is {ARITHMETIC_VERSION}",
+            culprit=str(undo.path),
+            remedy="use the loratool that merged",
+        )
+    weights = [weight for _, weight in given]
+    left = list(zip(open_adapters([name for name, _ in given], alpha, opened), weights, strict=True))
+    found = []
+    for wanted in undo.index["adapters"]:
+        same = [pair for pair in left if pair[0].sha256 == wanted["sha256"]]
+        scaled = [pair for pair in same if pair[0].scales_sha256 == wanted["scales_sha256"]]
+        match = next((pair for pair in scaled if pair[1] == wanted["weight"]), None)
+        if match is None:
+            raise _missing(undo, wanted, left, same, scaled)
+        left.remove(match)
+        found.append(match[0])
+    if left:
+        raise InputError("was not part of the merge", culprit=left[0][0].name)
+    return found
+
+
+def _missing(
+    undo: UndoFile,
+    wanted: Mapping[str, Any],
+    left: Sequence[tuple[Adapter, float]],
+    same: Sequence[tuple[Adapter, float]],
+    scaled: Sequence[tuple[Adapter, float]],
+) -> InputError:
+    name, weight = wanted["name"], wanted["weight"]
+    if scaled:
+        return InputError(f"was merged with weight {weight:g}, not {scaled[0][1]:g}", culprit=scaled[0][0].name)
+    if same:
+        return InputError("has another rank, alpha or config than when it was merged", culprit=same[0][0].name)
+    culprit = left[0][0].name if left else str(undo.path)
+    return InputError(
+        f"is not an adapter of the merge, which used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight:g}"
+        if left
+        else f"the merge also used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight:g}",
+        culprit=culprit,
+    )
+
+
+def _layout(undo: UndoFile) -> list[OutputFile]:
+    """The base's files as they were; of a torch file, a safetensors file with the same tensors."""
+    files = []
+    for shard in undo.index["shards"]:
+        name = shard["name"]
+        if shard["header"] is not None:
+            header = unpack_bytes(shard["header"])
+            _, begin, nbytes = read_layout(header, undo.path)
+            header = with_length(header)
+        else:
+            specs = {key: spec_of(spec) for key, spec in shard["specs"].items()}
+            header, begin = build_header(specs, list(specs), {"format": "pt"})
+            nbytes = len(header) + sum(spec.nbytes for spec in specs.values())
+            name = Path(name).stem.replace("pytorch_model", "model") + ".safetensors"
+        files.append(OutputFile(name, header, begin, nbytes))
+    return files
+
+
+def _specs(undo: UndoFile) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for shard in undo.index["shards"]:
+        if shard["header"] is not None:
+            specs.update(read_layout(unpack_bytes(shard["header"]), undo.path)[0])
+        else:
+            specs.update({key: spec_of(spec) for key, spec in shard["specs"].items()})
+    return specs
+
+
+def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile], path: Path, is_file: bool) -> Output:
+    extras = {name: unpack_bytes(data) for name, data in undo.index["side"].items()}
+    read = {shard.path.name for shard in merged.shards} | ({merged.index[0]} if merged.index else set())
+    own = undo_files(undo.path)
+    travels: dict[str, Path] = {}
+    not_copied: list[str] = []
+    if not is_file and (not merged.given_as_file or merged.config):
+        names, rest = survey(merged.folder, read)
+        travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
+        not_copied = [name for name in rest if merged.folder / name not in own]
+    torch_names = [shard["name"] for shard in undo.index["shards"] if shard["header"] is None]
+    extras = {name: data for name, data in extras.items() if not (torch_names and name.endswith(".index.json"))}
+    if is_file:
+        extras = {}
+    if len(files) == 1 and not is_file and undo.index["file"]:
+        files = [OutputFile(SINGLE_NAMES[0], files[0].header, files[0].begin, files[0].nbytes)]
+    former = undo_path(path, is_file)
+    carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(own[1:])}
+    return Output(path, is_file, _specs(undo), tuple(files), extras, travels, tuple(not_copied), carried=carried)
+
+
+def _plan_tensors(
+    merged: Checkpoint, undo: UndoFile, specs: Mapping[str, TensorSpec], adapters: Sequence[Adapter], load: Loader
+) -> tuple[dict[str, Source], dict[str, Changed]]:
+    """Where each tensor of the base comes from, and which have to go back."""
+    sources, tensors = {}, {}
+    for name, spec in specs.items():
+        entry = undo.index["tensors"].get(name)
+        expected = spec_of(entry["spec"]) if entry else spec
+        if merged.specs.get(name) != expected:
+            found = merged.specs.get(name, "not there")
+            raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
+        sources[name] = Source(merged.shard_of[name], name)
+        if entry:
+            tensors[name] = restored(spec, undo, name, placements_of(undo.index, name, adapters), load)
+    return sources, tensors
+
+
+def _report(
+    merged: Checkpoint, undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool
+) -> UnmergeReport:
+    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs]
+    return UnmergeReport(
+        name,
+        str(output.path),
+        str(undo.path),
+        dry_run,
+        output.nbytes,
+        tuple(adapter.name for adapter in adapters),
+        len(changed),
+        len(output.specs) - len(changed),
+        tuple(tensor for tensor in undo.index["tensors"] if tensor not in output.specs),
+        tuple(file.name for file in output.files),
+        all(shard["header"] is not None for shard in undo.index["shards"]),
+        output.not_copied,
+    )

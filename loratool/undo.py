@@ -1,0 +1,223 @@
+"""The undo file: what a merge must remember so that the base comes back bit for bit.
+
+    bytes 0..15   `loratool undo 1\\n`: what this is, and the version of its layout
+    records       one after the other, tensor by tensor in the output's order, rows rising (`undo_records`); a tensor's
+                  rows that nothing could give back follow them as they were (`copied` in the index: first row, place)
+    index         a deflated JSON object, as `index_of` makes it
+    last 24       the index's first byte and length, little-endian u64, then `loraundo`
+
+Each record has the sha256 of its rows before and after the merge. The index has the recipe: every placement by the
+number of its adapter, so that nothing has to be found out again; the adapters' own hashes and weights; the base's
+headers, index and config as they were.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .adapter import Adapter, UpdateSpec
+from .errors import InputError
+from .fileio import copy_range, open_for_reading, read_into
+from .output import Output
+from .placing import Placement
+from .plan import MergePlan
+from .source import Source
+from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
+
+VERSION = 1
+MAGIC, END = f"loratool undo {VERSION}\n".encode(), b"loraundo"
+MAX_INDEX = 1 << 30
+
+
+def pack_bytes(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def unpack_bytes(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+class UndoWriter:
+    """Takes records in any order and writes them in one: they wait in a temporary file that has no name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._spool: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._end = 0
+        self._records: dict[str, list[tuple[int, int, int, int, tuple[str, str]]]] = {}
+
+    def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
+        data = b"".join(payloads)
+        self._spool.seek(self._end)
+        self._spool.write(data)
+        self._records.setdefault(tensor, []).append((start, stop, self._end, len(data), sha256))
+        self._end += len(data)
+
+    def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
+        """Write the file; returns its size."""
+        target.seek(0)
+        target.write(MAGIC)
+        at = len(MAGIC)
+        index = index_of(plan, output)
+        for name, entry in index["tensors"].items():
+            for start, stop, offset, length, sha256 in sorted(self._records.get(name, [])):
+                copy_range(self._spool, offset, target, at, length)
+                entry["records"].append([start, stop, at, length, *sha256])
+                at += length
+            if "copied" in entry:
+                source, spec = plan.base.shard_of[name], plan.base.specs[name]
+                first = entry["copied"] * (spec.nbytes // spec.shape[0]) if entry["copied"] else 0
+                copy_range(source.file, source.begin[name] + first, target, at, spec.nbytes - first)
+                entry["copied"] = [entry["copied"], at]
+                at += spec.nbytes - first
+        data = zlib.compress(json.dumps(index, sort_keys=True, separators=(",", ":")).encode(), 9)
+        target.seek(at)
+        target.write(data + struct.pack("<QQ", at, len(data)) + END)
+        return at + len(data) + 16 + len(END)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
+    """All that is known before the records are: the base as it was, the adapters, and each tensor's recipe."""
+    base = plan.base
+    adapters = sorted(plan.adapters, key=lambda pair: (pair[0].sha256, pair[0].scales_sha256, pair[1]))
+    numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
+    names = {*output.extras, *plan.edits.files}
+    if not base.given_as_file:
+        names |= {"config.json", *([base.index[0]] if base.index else [])}
+    side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
+    return {
+        "version": VERSION,
+        "arithmetic": json.loads(output.provenance)["arithmetic"],
+        "adapters": [
+            {"name": Path(a.name).name, "scales_sha256": a.scales_sha256, "sha256": a.sha256, "weight": w}
+            for a, w in adapters
+        ],
+        "file": base.given_as_file,
+        "shards": [
+            {
+                "name": shard.path.name,
+                "header": pack_bytes(shard.header) if isinstance(shard, TensorFile) else None,
+                "specs": None
+                if isinstance(shard, TensorFile)
+                else {n: [spec.dtype, list(spec.shape)] for n, spec in shard.specs.items()},
+            }
+            for shard in base.shards
+        ],
+        "side": {name: pack_bytes(data) for name, data in side.items()},
+        "new_side": sorted(names - set(side)),
+        "tensors": {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed},
+    }
+
+
+def _read(path: Path) -> bytes:
+    with open_for_reading(path) as file:
+        return file.read()
+
+
+def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int]) -> dict[str, Any]:
+    spec = output.specs[name]
+    source = plan.sources[name]
+    entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
+    if name not in plan.base.specs:
+        return entry
+    was = plan.base.specs[name]
+    entry["replaced"] = source != Source(plan.base.shard_of[name], name)
+    if entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
+        entry["copied"] = 0
+    elif entry["replaced"] and was.shape[0] > spec.shape[0]:
+        entry["copied"] = spec.shape[0]
+    if not entry["replaced"]:
+        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(name, ())), key=repr)
+    return entry
+
+
+def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
+    value = p.update.tensors["value"] if p.update.kind == "replace" else None
+    place = [p.transposed, p.rows, p.start, p.stop, p.skip, p.expert]
+    return [numbers[id(p.adapter)], p.update.module, value, p.weight, *place]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Rows start:stop of a tensor, its bytes in the undo file, and the hashes of W and of W'."""
+
+    start: int
+    stop: int
+    at: int
+    length: int
+    sha256: tuple[str, str]
+
+
+class UndoFile:
+    """An undo file, opened by its index. Raises InputError for one that is damaged or of another version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: BinaryIO = open_for_reading(path)
+        try:
+            self.index = self._read_index()
+        except (ValueError, KeyError, TypeError, struct.error, zlib.error, EOFError) as error:
+            self.file.close()
+            raise InputError(f"is cut off or damaged: {error}", culprit=str(path)) from error
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _read_index(self) -> dict[str, Any]:
+        size = os.fstat(self.file.fileno()).st_size
+        start = self.bytes(0, min(size, len(MAGIC)))
+        if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + 24:
+            raise InputError("is no undo file", culprit=str(self.path))
+        if start != MAGIC:
+            raise InputError(
+                f"is an undo file of version {start[-2:-1].decode()}, not {VERSION}", culprit=str(self.path)
+            )
+        at, length, end = struct.unpack("<QQ8s", self.bytes(size - 24, 24))
+        if end != END or at + length + 24 != size or length > MAX_INDEX:
+            raise ValueError("its end is missing")
+        index = json.loads(zlib.decompress(self.bytes(at, length)))
+        if index["version"] != VERSION:
+            raise InputError(f"is an undo file of version {index['version']}, not {VERSION}", culprit=str(self.path))
+        found: dict[str, Any] = index
+        return found
+
+    def bytes(self, at: int, length: int) -> bytes:
+        buffer = memoryview(bytearray(length))
+        read_into(self.file, buffer, at)
+        return bytes(buffer)
+
+    def records(self, tensor: str) -> list[Record]:
+        entries = self.index["tensors"][tensor]["records"]
+        return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def placements_of(index: Mapping[str, Any], tensor: str, adapters: Sequence[Adapter]) -> list[Placement]:
+    """The recipe of a tensor, with the adapters in the order of the index."""
+    found = []
+    for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
+        adapter = adapters[number]
+        if value is None:
+            update = adapter.updates[module]
+        else:
+            update = UpdateSpec("replace", module, {"value": value}, {"value": adapter.file.specs[value]})
+        found.append(Placement(adapter, update, weight, *place))
+    return found
+
+
+def spec_of(entry: Iterable[Any]) -> TensorSpec:
+    dtype, shape = entry
+    return TensorSpec(dtype, tuple(shape))
