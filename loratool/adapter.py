@@ -128,7 +128,7 @@ class Adapter:
         if "indices" in names:
             import torch
 
-            rest["indices"] = torch.tensor(spec.indices)
+            rest["indices"] = torch.tensor(spec.indices, dtype=torch.int64)
         return cls(**tensors, **{name: value for name, value in rest.items() if name in names})
 
     def brings(self, module: str) -> bool:

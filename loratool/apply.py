@@ -24,6 +24,7 @@ from .numerics.exact import (
     Workspace,
     apply_rounded,
     cast_rounded,
+    replaced_change,
 )
 from .placing import Placement
 from .plan import MergePlan
@@ -33,14 +34,14 @@ from .source import Source
 from .special import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .undo import Record, UndoFile
-from .undo_records import CELL_COLUMNS, CELL_ROWS, Recorded, Recorder, Restorer, codes, record_rows
+from .undo_records import CELL_COLUMNS, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
-KEPT_UPDATES = 4
+KEPT_STACKS = 2
 
 
 class Loader:
-    """Reads updates and keeps the last few: one holds the factors of all experts of a layer."""
+    """Reads updates and keeps a few: one holds the factors of all experts of a layer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,13 +49,18 @@ class Loader:
         self._lock = threading.Lock()
 
     def __call__(self, placement: Placement) -> Update:
+        if placement.expert is None:
+            return self._load(placement)
         key = id(placement.update)
         with self._lock:
             if key not in self._kept:
-                if len(self._kept) >= KEPT_UPDATES:
+                if len(self._kept) >= KEPT_STACKS:
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = placement.adapter.load(placement.update).to(self.device)
+                self._kept[key] = self._load(placement)
             return self._kept[key]
+
+    def _load(self, placement: Placement) -> Update:
+        return placement.adapter.load(placement.update).to(self.device)
 
 
 def plan_changes(plan: MergePlan, load: Loader, record: bool) -> dict[str, Changed]:
@@ -64,6 +70,8 @@ def plan_changes(plan: MergePlan, load: Loader, record: bool) -> dict[str, Chang
         base = Source(plan.base.shard_of[name], name) if name in plan.base.specs else None
         placements = plan.placements.get(name, ())
         moved = base is not None and base != plan.sources[name]
+        if not plan.sources[name].spec.size:
+            continue
         if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in TORCH_FLOATS):
             found[name] = changed(base, plan.sources[name], placements, load, record)
     return found
@@ -77,22 +85,23 @@ def changed(
     base: the tensor as it was; source: what its rows come from now, the same or another (None: the base has none).
     record: the steps return `Recorded` blocks instead of `Change` ones, but for rows that the base does not have.
     """
-    columns = source.spec.size // (rows := placements[0].rows if placements else source.spec.shape[0])
-    sizes = (record_rows(columns), CELL_ROWS) if record else (0, 0)
+    rows = placements[0].rows if placements else source.spec.shape[0]
+    columns = source.spec.size // max(1, rows)
+    sizes = (record_rows(columns), cell_rows(columns)) if record else (0, 0)
+    moved = base is not None and base != source
+    shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
 
     def ranges() -> Iterator[RowRange]:
-        if base is not None and base != source:
-            shared = min(rows, base.spec.shape[0])
-            edges = sorted({0, shared, rows, *(edge for p in placements for edge in (p.start, p.stop))})
-        else:
-            shared, edges = rows, sorted({edge for p in placements for edge in (p.start, p.stop)})
+        ends = {0, rows} if moved else set()
+        edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
             piece = _Piece(source, start, stop, inside, load, record and base == source)
-            if base is not None and base != source and start < shared:
-                yield RowRange(start, stop, _Replacing(base, piece if inside else None, record).prepare, *sizes)
-            elif inside:
-                yield RowRange(start, stop, piece.prepare, *(sizes if base == source else (0, 0)))
+            if moved and base is not None and start < shared:
+                both = _Replacing(base, piece if inside else None, record).prepare
+                yield RowRange(start, min(stop, shared), both, *sizes)
+            if inside and stop > (shared if moved else 0):
+                yield RowRange(max(start, shared), stop, piece.prepare, *((0, 0) if moved else sizes))
 
     return Changed(rows, ranges)
 
@@ -113,7 +122,7 @@ def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[P
                 if piece and record.start == start:
                     piece.told = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
                 prepare = _Restoring(undo, record, name, dtype, piece).prepare
-                yield RowRange(record.start, record.stop, prepare, record.stop - record.start, CELL_ROWS)
+                yield RowRange(record.start, record.stop, prepare, record.stop - record.start, cell_rows(columns))
         if "copied" in entry:
             first, at = entry["copied"]
             yield CopiedRows(first, rows, undo.file, at)
@@ -161,16 +170,7 @@ class _Replacing:
             done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
             first = start + row
             weight = self._base.file.rows(self._base.name, first, first + len(value)).to(out.device)
-            W, V, result = weight.double(), value.double(), out.double()
-            change = Change(
-                float(W.square().sum()),
-                float((V - W).square().sum()),
-                float(((result - W) * (V - W)).sum()),
-                int((result != W).sum()),
-                0,
-                done.overflowed,
-                done.largest,
-            )
+            change = replaced_change(weight, value, out, work, done)
             if recorder is None:
                 return change
             recorder.difference(codes(weight), codes(out))
@@ -242,6 +242,7 @@ class _Piece:
             if self._ready is None:
                 terms = [t for p in self._placements if p.update.kind in ADDITIVE for t in self._terms(p, p.weight)]
                 others = [p for p in self._placements if p.update.kind not in ADDITIVE]
+                assert len(others) <= 1, "targets.refuse_two lets no second one through"
                 special = self._special(others[0]) if others else None
                 self._ready = ExactProduct(terms) if terms else None, special
                 if self._device.type == "cuda":

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from .adapter import Adapter
@@ -98,8 +99,9 @@ def subtract_initial(
 ) -> Loaded:
     """Make adapters whose initialization changed the base right on the base that is given.
 
-    PiSSA, OLoRA, CorDA and LoftQ train on W - s * B0 @ A0: on W itself the initial adapter is to be subtracted, which
-    is exact at twice the rank; on the changed base they are plain. Raises NeedsFlag where neither is said.
+    PiSSA, OLoRA and CorDA train on W - s * B0 @ A0 (LoftQ on about that, up to its quantization): on W itself the
+    initial adapter is to be subtracted, which is exact at twice the rank; on the changed base they are plain. Raises
+    NeedsFlag where neither is said.
     """
     if initial is not None and residual_base:
         raise UsageError("--initial and --residual-base exclude each other")
@@ -112,6 +114,13 @@ def subtract_initial(
     adapter, _, init = moved[0]
     if residual_base:
         return loaded
+    dora = any(update.kind == "dora" for update in adapter.updates.values())
+    if dora and initial is None:
+        raise NeedsFlag(
+            f"was initialized with {init}, which changed the base under it, and is DoRA",
+            culprit=adapter.name,
+            remedy="add --residual-base if the base given is the changed one; from DoRA no start can be subtracted",
+        )
     if initial is None:
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it: on the original base it is wrong",
@@ -119,23 +128,27 @@ def subtract_initial(
             remedy="add --initial ADAPTER with the adapter as it was before training, or --residual-base if the base "
             "given is the changed one",
         )
+    if len(moved) > 1:
+        names = " and ".join(adapter.name for adapter, _, _ in moved)
+        raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
     start = open_adapter(initial)
     opened.callback(start.file.close)
-    for adapter, _, _ in moved:
-        _check_initial(adapter, start)
-    return (*loaded, (start, -sum(weight for _, weight, _ in moved)))
+    start = replace(start, updates={m: u for m, u in start.updates.items() if u.kind in ("lora", "experts")})
+    _check_initial(adapter, start)
+    return (*loaded, (start, -moved[0][1]))
 
 
 def _check_initial(adapter: Adapter, start: Adapter) -> None:
-    """The start must have the adapter's modules, and both be plain low-rank: nothing else is subtracted exactly."""
+    """The start must have the adapter's low-rank modules at the same scale; what else it has was not subtracted."""
     if start.file.path.resolve() == adapter.file.path.resolve():
         raise UsageError("is the adapter itself, not what it was before training", culprit=start.name)
     for module, update in adapter.updates.items():
         if update.kind == "dora":
-            raise InputError("is DoRA from which no initial adapter can be subtracted", culprit=module)
+            raise InputError("is DoRA, from which no initial adapter can be subtracted", culprit=module)
         other = start.updates.get(module)
-        if update.kind == "lora" and (other is None or other.kind != "lora" or other.shape != update.shape):
-            raise InputError(f"of {adapter.name} has no counterpart in {start.name}", culprit=module)
-    foreign = [module for module, update in start.updates.items() if update.kind not in ("lora", "experts")]
-    if foreign:
-        raise InputError(f"of {start.name} is no low-rank change, so it cannot be subtracted", culprit=foreign[0])
+        if update.kind in ("lora", "experts") and (
+            other is None or other.kind != update.kind or other.shape != update.shape or other.scale != update.scale
+        ):
+            raise InputError(
+                f"of {adapter.name} has no counterpart of its shape and scale in {start.name}", culprit=module
+            )

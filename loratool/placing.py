@@ -75,6 +75,8 @@ def place(
     if own.shape != spec.shape:
         _check_rows_alone_differ(adapter, own, spec, spot.name)
     rows = own.shape[0] if own.shape else 1
+    if update.kind == "replace" and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
+        raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=spot.name)
     if update.kind == "replace":
         rows = _replaced_rows(adapter, update, spec, spot.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
@@ -84,7 +86,8 @@ def place(
     if spot.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
         return _place_experts(adapter, update, weight, spot, own, model_types)
     transposed = _orientation(adapter, update, spot.name, own, specs, model_types, bound)
-    return [Placement(adapter, update, weight, transposed, rows, 0, rows)]
+    expert = 0 if update.kind == "experts" else None
+    return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
 
 
 def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
@@ -93,9 +96,10 @@ def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, lay
 
 
 def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec, base: str) -> None:
-    """Only a vocabulary has another size than the base's: the rows of an embedding or a head."""
+    """Only a vocabulary or a classifier has another size than the base's: the rows of an embedding or a head."""
     last = base.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-    if len(own.shape) != len(spec.shape) or own.shape[1:] != spec.shape[1:] or last not in EMBEDDINGS | HEADS:
+    same = len(own.shape) == len(spec.shape) and own.shape[1:] == spec.shape[1:]
+    if not same or last not in EMBEDDINGS | HEADS or "pos" in last or last == "wpe":
         raise InputError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
 
 
@@ -190,7 +194,9 @@ def _orientation(
     bound: Mapping[str, Sequence[Spot]],
 ) -> bool:
     """Whether the base stores this weight as (in, out): by shape, and where it is square by evidence."""
-    shape, plain = spec.shape, update.shape
+    shape, plain = spec.shape, update.shape[1:] if update.kind == "experts" else update.shape
+    if update.kind == "experts" and update.experts != 1:
+        raise _fail(adapter, update, spec, base)
     if len(shape) > 2 and len(plain) == 2 and set(shape[2:]) == {1}:
         shape = shape[:2]  # a 1x1 convolution, whose LoRA may be written as that of a linear layer
     if len(plain) > 2 and shape != plain:

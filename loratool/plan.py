@@ -13,7 +13,7 @@ from .output import Edits
 from .placing import Placement
 from .sidefiles import tokenizer_files
 from .source import Source, equal_rows
-from .targets import Selection, bind
+from .targets import Selection, bind, refuse_two
 from .tensorfile import FLOAT8, TensorSpec
 from .tied import Settled, Tie, find_tie, settle_tie, vocabulary_edits, vocabulary_names
 from .updates import ADDITIVE
@@ -48,7 +48,7 @@ def plan_merge(
 ) -> MergePlan:
     """Raises what `bind`, `settle_tie` and `settle_source` raise."""
     tie = find_tie(base)
-    head = {tie.head: base.specs[tie.embedding]} if tie and not tie.stored else {}
+    head = {tie.head: base.specs[tie.embedding]} if tie and not tie.is_stored(base) else {}
     binding = bind({**base.specs, **head}, base.model_types, adapters, selection)
     settled = settle_tie(base, tie, binding.placements, tied)
     sources, placements = _settle_sources(base, tie, settled)
@@ -56,6 +56,9 @@ def plan_merge(
         sources[name] = Source(adapter.file, update.tensors["value"])
     edits, notes = _plan_edits(base, tie, settled, sources)
     warnings = (*settled.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    for shard in base.shards:
+        if shard.ignored:
+            warnings += (f"{shard.path.name} also holds {', '.join(shard.ignored)}, which is not read",)
     if binding.added:
         warnings += (f"{len(binding.added)} tensors are not in the base and are added: {', '.join(binding.added)}",)
     return MergePlan(
@@ -77,16 +80,37 @@ def _settle_sources(
 ) -> tuple[dict[str, Source], dict[str, tuple[Placement, ...]]]:
     sources = {name: Source(shard, name) for name, shard in base.shard_of.items()}
     placements = {}
-    if tie and settled.untied and settled.untied not in sources:
-        under = sources[tie.embedding]
-        if settled.untied not in settled.placements and any(p.update.base for p in settled.placements[tie.embedding]):
-            under, _ = settle_source(under, settled.placements[tie.embedding])  # the head was tied to what it brought
-        sources[settled.untied] = under
+    if tie and settled.untied:
+        _share_what_was_brought(tie, settled, sources)
     for name, found in settled.placements.items():
+        refuse_two(name, found)
         sources[name], rest = settle_source(sources[name], found)
         if rest:
+            _require_rows(sources[name], rest)
+            refuse_two(name, rest)
             placements[name] = rest
     return sources, placements
+
+
+def _share_what_was_brought(tie: Tie, settled: Settled, sources: dict[str, Source]) -> None:
+    """Two sides that part were one matrix under the adapter: what it brought along for one side lies under both."""
+    under = sources[tie.embedding]
+    sources.setdefault(tie.head, under)
+    for one, other in ((tie.embedding, tie.head), (tie.head, tie.embedding)):
+        found = settled.placements.get(one, ())
+        if other not in settled.placements and any(p.update.base for p in found):
+            sources[other], _ = settle_source(under, found)
+
+
+def _require_rows(source: Source, placements: Sequence[Placement]) -> None:
+    """All placements are for the rows that there are: two adapters may have been made for two vocabularies."""
+    shape = source.spec.shape or (1,)
+    whole = {shape[0], shape[0] * shape[1]} if len(shape) > 2 else {shape[0]}
+    for placement in placements:
+        if placement.rows not in whole or placement.rows != placements[0].rows:
+            raise InputError(
+                f"has {shape[0]} rows now, but {placement.adapter.name} is for {placement.rows}", culprit=source.name
+            )
 
 
 def settle_source(base: Source, placements: Sequence[Placement]) -> tuple[Source, tuple[Placement, ...]]:
@@ -96,13 +120,13 @@ def settle_source(base: Source, placements: Sequence[Placement]) -> tuple[Source
     LoRA, unless the base's own has the same values. Raises InputError where that cannot be had.
     """
     source, rest = base, []
-    for placement in placements:
-        own = _brought(base, placement)
+    brought = [_brought(base, placement) for placement in placements]
+    if len({id(p.adapter) for p, own in zip(placements, brought, strict=True) if own}) > 1:
+        raise InputError("two adapters bring their own values for it", culprit=base.name, remedy="merge one of them")
+    for placement, own in zip(placements, brought, strict=True):
         if own is None:
             rest.append(placement)
         elif placement.weight == 1:
-            if source is not base and source != own:
-                raise InputError(f"{placement.adapter.name} is not the only one that replaces it", culprit=base.name)
             source = own
             rest += [] if placement.update.kind == "replace" else [placement]
         elif own.spec.shape != base.spec.shape or placement.update.kind not in (*ADDITIVE, "replace"):
@@ -141,16 +165,19 @@ def _plan_edits(
     config = vocabulary_edits(rows, resized)
     if settled.untied:
         config["tie_word_embeddings"] = False
+    others = [name for name in specs if name in base.specs and name not in words]
+    sized = [name for name in others if specs[name].shape != base.specs[name].shape]
     touched = [p for name in words for p in settled.placements.get(name, ())]
     files, notes = _tokenizer(touched)
+    notes += tuple(f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized)
     return Edits(specs, config, files), notes
 
 
 def widen_float8(plan: MergePlan, dtype: str | None) -> Edits:
     """The edits with the type of changed 8-bit tensors, in which no change would survive: NeedsFlag without one."""
     specs = dict(plan.edits.specs)
-    for name in plan.changed & set(plan.base.specs):
-        spec = specs.get(name, plan.base.specs[name])
+    for name in plan.changed:
+        spec = specs.get(name) or plan.base.specs[name]
         if spec.dtype in FLOAT8 and dtype is None:
             raise NeedsFlag(
                 f"is {spec.dtype}, too coarse for a change", culprit=name, remedy="add --dtype bf16 --no-undo"

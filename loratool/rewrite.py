@@ -20,6 +20,7 @@ from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, Worker, 
 from .source import Source
 from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
 
+CAST_BLOCK = 1 << 17  # numbers cast at a time
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
 ROWS_ITEM = 1 << 22  # weights of a matrix an item
 MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a few rows
@@ -136,7 +137,9 @@ def _file_items(
         if name in changed and new.size:
             yield from _changed_items(source, new, copy, name, changed[name])
         elif source.spec.dtype != new.dtype and new.size:
-            yield from _row_items(source, new, copy, name, 1, RowRange(0, new.size, _prepare_cast))
+            yield from _row_items(
+                source, new, copy, name, 1, RowRange(0, new.size, _prepare_cast, block_rows=CAST_BLOCK)
+            )
         elif span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
             span = replace(span, nbytes=span.nbytes + copy.nbytes)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from shlex import quote
@@ -111,10 +111,7 @@ def bind(
     InputError where nothing binds, a path is ambiguous, or the shapes contradict each other.
     """
     resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
-    chosen = [
-        {m: found for m, found in spots.items() if selection.selects(m, module_of(found[0].name))}
-        for _, _, spots, _ in resolved
-    ]
+    chosen = [_select(selection, spots) for _, _, spots, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
     added: dict[str, tuple[Adapter, UpdateSpec]] = {}
     for (adapter, weight), absent in zip(adapters, missing, strict=True):
@@ -127,7 +124,7 @@ def bind(
                 raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
             added[name] = adapter, update
     if any(missing):
-        raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs)
+        raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs, added)
     placements: dict[str, list[Placement]] = {}
     for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
         holders: dict[Spot, str] = {}
@@ -144,14 +141,20 @@ def bind(
         raise InputError(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
         )
-    for name, found in placements.items():
-        _refuse_two(name, found)
     used = {module for bound in chosen for module in bound} | {update.module for _, update in added.values()}
     left_out = [module for adapter, _ in adapters for module in adapter.updates if module not in used]
+    for (_, _, every, _), bound in zip(resolved, chosen, strict=True):
+        left_out += [spot.name for module, kept in bound.items() for spot in every[module] if spot not in kept]
     return Binding({name: tuple(placements[name]) for name in specs if name in placements}, tuple(left_out), added)
 
 
-def _refuse_two(name: str, placements: Sequence[Placement]) -> None:
+def _select(selection: Selection, spots: Mapping[str, Sequence[Spot]]) -> dict[str, tuple[Spot, ...]]:
+    """Of each module the spots that are selected, by its own path or the base's."""
+    found = {m: tuple(s for s in each if selection.selects(m, module_of(s.name))) for m, each in spots.items()}
+    return {module: kept for module, kept in found.items() if kept}
+
+
+def refuse_two(name: str, placements: Sequence[Placement]) -> None:
     """Updates that are not additive exclude each other: each would start from what the other leaves."""
     last: Placement | None = None
     for each in sorted((p for p in placements if p.update.kind not in ADDITIVE), key=lambda p: p.start):
@@ -246,6 +249,7 @@ def _unbound(
     missing: Sequence[Sequence[str]],
     chosen: Sequence[Mapping[str, Sequence[Spot]]],
     specs: Mapping[str, TensorSpec],
+    added: Iterable[str],
 ) -> NeedsFlag | InputError:
     """The error for modules that the base lacks, with the --exclude that leaves out those and nothing that binds."""
     absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
@@ -260,6 +264,7 @@ def _unbound(
     if not any(chosen):
         return InputError(message, remedy="nothing binds: is this the adapter's base?")
     kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_of(spots[0].name))]
+    kept += [module_of(name) for name in added]
     return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
 
 

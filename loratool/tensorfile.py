@@ -88,6 +88,7 @@ class WeightsFile:
     specs: dict[str, TensorSpec]
     begin: dict[str, int]
     metadata: dict[str, str] | None
+    ignored: tuple[str, ...] = ()  # what stands beside the weights
 
     def close(self) -> None:
         self.file.close()

@@ -23,42 +23,88 @@ TIED = {
     "share": "apply every change to the one matrix, so that both sides change",
     "refuse": "stop",
 }
-INPUT_EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
+INPUT_EMBEDDINGS = (
+    "shared",
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "tok_embeddings",
+    "tokens_embed",
+    "embeddings",
+)
 OUTPUT_HEADS = ("lm_head", "embed_out")
+# What else can be the embedding once more: the sides of an encoder-decoder, the decoder of a masked language model.
+COPIES = (*OUTPUT_HEADS, "embed_tokens", "shared", "proj_out", "decoder", "generator_lm_head", "vocab_projector")
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Families whose code scales the logits only where the head is tied, so that untying changes more than the name.
-SCALED_WHEN_TIED = frozenset("t5 mt5 umt5 longt5 switch_transformers pix2struct udop pop2piano".split())
+MASKED = ("ForMaskedLM", "ForPreTraining")
+HEADLESS = ("Classification", "QuestionAnswering", "MultipleChoice", "Regression", "RewardModel")
+# Encoders, whose language models' heads have other names and parts.
+ENCODERS = frozenset(
+    """albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie
+    megatron-bert mobilebert modernbert rembert roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta
+    xlm-roberta-xl xlnet xmod""".split()
+)
+# Families that untie where config.json does not say (`tie_word_embeddings` of the config classes of transformers 5.24).
+UNTIED_BY_DEFAULT = frozenset(
+    """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 flex_olmo fuyu
+    glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe internlm3 jamba llama llama4 llama4_text longcat_flash mamba2 minimax minimax_m2
+    ministral mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
+    qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
+)
 
 
 @dataclass(frozen=True)
 class Tie:
-    """The tensors that are one. `stored`: whether the files have the head too."""
+    """A matrix that is used more than once: as embedding, as head, and under whatever names it is stored again.
+
+    separable: whether a head of its own can be written, so that loaders take it for one.
+    """
 
     embedding: str
     head: str
-    stored: bool
+    separable: bool
+
+    def is_stored(self, base: Checkpoint) -> bool:
+        return self.head in base.specs
 
 
 def find_tie(base: Checkpoint) -> Tie | None:
-    """Which matrix a base uses twice, by its config; where that does not say, a stored head decides by its values."""
-    embedding, stored = _embedding(base), _last_named(base, OUTPUT_HEADS)
-    flag = _flag(base.config)
-    if embedding is None or not base.config or flag is False:
+    """Which matrix a base uses more than once, by its names and its config."""
+    embedding, config = _embedding(base), base.config
+    flag = _flag(config)
+    if flag is None and base.model_type in UNTIED_BY_DEFAULT:
+        flag = False
+    if embedding is None or not config or flag is False:
         return None
-    if stored:
-        equal = flag or equal_rows(_source(base, embedding), _source(base, stored))
-        return Tie(embedding, stored, True) if equal else None
-    architectures = base.config.get("architectures")
-    if not isinstance(architectures, list) or not str(next(iter(architectures), "")).endswith(GENERATIVE):
+    architecture = _architecture(config)
+    encoder = architecture.endswith(MASKED) or base.model_type in ENCODERS
+    whole = config.get("is_encoder_decoder") is True
+    if not (flag or encoder or whole or architecture.endswith(GENERATIVE)):
         return None
-    last = "embed_out" if base.model_type == "gpt_neox" else "lm_head"
+    backbone = architecture.endswith("Model") and "." not in embedding.removesuffix(".weight")
+    if architecture.endswith(HEADLESS) or backbone or (encoder and architecture.endswith("Model")):
+        return None
+    stored = _last_named(base, OUTPUT_HEADS)
+    return Tie(embedding, stored or _head_name(base, embedding), not (encoder or whole))
+
+
+def _head_name(base: Checkpoint, embedding: str) -> str:
+    last = {"gpt_neox": "embed_out", "whisper": "proj_out"}.get(base.model_type or "", "lm_head")
     before, mark, _ = embedding.partition("language_model.model.")
-    return Tie(embedding, f"{before}language_model.{last}.weight" if mark else f"{last}.weight", False)
+    return f"{before}language_model.{last}.weight" if mark else f"{last}.weight"
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    listed = config.get("architectures")
+    return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
 
 
 def head_is_missing(base: Checkpoint) -> bool:
     """Whether the files have no head because it is the embedding; from headers alone."""
-    return _last_named(base, OUTPUT_HEADS) is None and find_tie(base) is not None
+    tie = find_tie(base)
+    return tie is not None and not tie.is_stored(base) and _architecture(base.config).endswith(GENERATIVE)
 
 
 def _source(base: Checkpoint, name: str) -> Source:
@@ -86,11 +132,19 @@ def _last_named(base: Checkpoint, lasts: tuple[str, ...]) -> str | None:
     found = [
         name
         for name, spec in base.specs.items()
-        if len(spec.shape) == 2 and name.endswith(".weight") and name.split(".")[-2] in lasts
+        if len(spec.shape) == 2 and name.endswith(".weight") and name.rpartition(".weight")[0].split(".")[-1] in lasts
     ]
     text = [name for name in found if "language_model" in name]
     found = text if len(found) > 1 and text else found
     return found[0] if len(found) == 1 else None
+
+
+def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
+    """The tensors besides the embedding that are stored and have its values."""
+    spec = base.specs[tie.embedding]
+    lasts = {name: name.removesuffix(".weight").split(".")[-1] for name in base.specs}
+    named = [n for n, s in base.specs.items() if n != tie.embedding and s == spec and lasts[n] in COPIES]
+    return [name for name in named if equal_rows(_source(base, tie.embedding), _source(base, name))]
 
 
 @dataclass(frozen=True)
@@ -109,35 +163,48 @@ def settle_tie(
 
     mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, InputError where they cannot.
     """
-    if tie is None:
+    if tie is None or not any(name in placements for name in (tie.embedding, tie.head, *_named_copies(base, tie))):
         return Settled(placements)
-    rest = {name: found for name, found in placements.items() if name not in (tie.embedding, tie.head)}
-    embedding, head = placements.get(tie.embedding, ()), placements.get(tie.head, ())
-    head = (*head, *_mirrored_rows(embedding, head))
-    if not embedding and not head:
-        return Settled(placements)
-    if _equal(embedding, head):
-        both = {tie.embedding: embedding, **({tie.head: embedding} if tie.stored else {})}
-        return Settled({**rest, **both})
+    copies = stored_copies(base, tie)
+    if tie.is_stored(base) and tie.head not in copies:
+        return Settled(placements)  # whatever the config says, these are two matrices
+    others = list(dict.fromkeys([*copies, *([] if tie.is_stored(base) else [tie.head])]))
+    rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
+    one = placements.get(tie.embedding, ())
+    asked = {name: placements.get(name, ()) for name in others}
+    sides = {name: (*found, *_mirrored_rows(one, found)) for name, found in asked.items()}
+    if all(_equal(one, side) for side in sides.values()) or (not tie.separable and _equal_where_asked(one, asked)):
+        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)})
     if mode == "share":
-        both = {tie.embedding: embedding + head, **({tie.head: embedding + head} if tie.stored else {})}
-        return Settled({**rest, **both}, None, (f"{tie.embedding}: the change of one side is now that of both",))
-    changed = tie.head if head and not embedding else tie.embedding
+        both = one + tuple(p for found in asked.values() for p in found)
+        warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
+        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, None, (warning,))
+    changed = tie.embedding if one else next(name for name, side in sides.items() if side)
+    if not tie.separable:
+        raise InputError(
+            "is tied to more than a head, and untied it would be lost or left at random by loaders",
+            culprit=changed,
+            remedy="use --tied share to change every side, or leave the module out with --exclude",
+        )
     if mode == "refuse":
         raise NeedsFlag(
             "is tied to the other side by config.json and changes alone",
             culprit=changed,
             remedy="--tied untie writes both matrices, --tied share changes both",
         )
-    if base.model_type in SCALED_WHEN_TIED:
-        raise InputError(
-            f"is tied, and {base.model_type} scales its logits only then: untied it would compute something else",
-            culprit=changed,
-            remedy="use --tied share, or leave the module out with --exclude",
-        )
-    both = {name: found for name, found in ((tie.embedding, embedding), (tie.head, head)) if found}
+    parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
     warning = f"{tie.head}: untied from {tie.embedding}; loaders that tie anyway would drop it"
-    return Settled({**rest, **both}, tie.head, (warning,))
+    return Settled({**rest, **parted}, tie.head, (warning,))
+
+
+def _named_copies(base: Checkpoint, tie: Tie) -> list[str]:
+    spec = base.specs[tie.embedding]
+    return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
+
+
+def _equal_where_asked(one: tuple[Placement, ...], asked: Mapping[str, tuple[Placement, ...]]) -> bool:
+    """Of trained tokens alone: every copy gets them, whichever of its names the adapter uses."""
+    return all(p.update.kind == "rows" for p in one) and bool(one) and not any(asked.values())
 
 
 def _mirrored_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
@@ -155,9 +222,13 @@ def _equal_updates(one: Placement, two: Placement) -> bool:
     a, b = one.update, two.update
     if one.adapter is not two.adapter or one.weight != two.weight or (a.kind, a.indices) != (b.kind, b.indices):
         return False
+    file = one.adapter.file
+    if (a.base is None) != (b.base is None):
+        return False
+    if a.base and b.base and not equal_rows(Source(file, a.base), Source(file, b.base)):
+        return False
     if a.tensors == b.tensors:
         return True
-    file = one.adapter.file
     if a.kind in ("replace", "rows"):
         return equal_rows(Source(file, a.tensors["value"]), Source(file, b.tensors["value"]))
     if a.kind != "lora" or a.scale != b.scale or one.transposed is two.transposed:
@@ -180,12 +251,10 @@ def vocabulary_edits(rows: Mapping[str, int], changed: Mapping[str, int]) -> dic
     if not changed:
         return {}
     if len(set(rows.values())) > 1:
-        lacking = next(name for name in rows if name not in changed)
-        size = next(iter(changed.values()))
+        named = ", ".join(f"{name} {count}" for name, count in rows.items())
         raise InputError(
-            f"would keep {rows[lacking]} rows beside {next(iter(changed))} with {size}: the adapter has none for them",
-            culprit=lacking,
-            remedy="save the adapter with its head and embedding (peft: save_embedding_layers=True)",
+            f"the embedding and the head would end with different rows ({named}): an adapter lacks values for some",
+            remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
         )
     return {"vocab_size": next(iter(changed.values()))}
 

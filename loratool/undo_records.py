@@ -37,15 +37,22 @@ from .numerics.preimage import (
 )
 
 CELL_ROWS, CELL_COLUMNS = 128, 1024
-RECORD = 1 << 22  # weights a record, but at least so many rows:
-RECORD_ROWS = 256
+RECORD = 1 << 22  # weights a record, but at least two cells' rows
+
+SAMPLE = 1 << 14  # bytes deflated for a try
 
 _CODES = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32, torch.float64: np.int64}
 _FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
+def cell_rows(columns: int) -> int:
+    """Of a cell; more where the rows are shorter than a cell, so that a vector is not cut to pieces."""
+    return max(CELL_ROWS, CELL_ROWS * CELL_COLUMNS // max(1, columns))
+
+
 def record_rows(columns: int) -> int:
-    return max(RECORD_ROWS, RECORD // columns // CELL_ROWS * CELL_ROWS)
+    rows = cell_rows(columns)
+    return max(2 * CELL_ROWS, RECORD // max(1, columns)) // rows * rows or rows
 
 
 def codes(x: Tensor) -> Array:
@@ -127,7 +134,9 @@ def _difference(weight: Array, guess: Array) -> bytes:
     with np.errstate(over="ignore"):
         delta = weight - guess
     planes = delta.view(np.uint8).reshape(-1, delta.itemsize).T.tobytes()
-    packed = zlib.compress(planes, 1)
+    tried = zlib.compress(planes[-SAMPLE:], 1)
+    worth = len(planes) <= SAMPLE or len(tried) < 0.9 * SAMPLE  # of the highest bytes; deflating noise takes ages
+    packed = zlib.compress(planes, 1) if worth else planes
     kind, data = (1, packed) if len(packed) < weight.nbytes else (0, weight.tobytes())
     return bytes([kind]) + len(data).to_bytes(4, "little") + data
 

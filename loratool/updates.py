@@ -102,7 +102,7 @@ class Replace(Update):
 
 @dataclass(frozen=True)
 class Rows(Update):
-    """Other values for some rows: PEFT's trainable tokens. value: (n, dimension), indices: (n,) in rising order."""
+    """Other values for some rows: PEFT's trainable tokens. value: (n, dimension), indices: (n,), in any order."""
 
     value: Tensor
     indices: Tensor

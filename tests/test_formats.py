@@ -185,7 +185,7 @@ def test_inits_that_changed_the_base_are_told(tmp_path: Path, init: str) -> None
         assert changes_base(adapter.config) is None
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "ADALORA", "IA3", "PREFIX_TUNING", "VERA", None])
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "ADALORA", "IA3", "PREFIX_TUNING", "VERA", "BOTTLENECK"])
 def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str | None) -> None:
     with pytest.raises(InputError, match=f"is a {kind} adapter"):
         open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, peft_type=kind))

@@ -585,10 +585,6 @@ EXPERTS: dict[str, ExpertRows] = {
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 
-# Types whose files hold (expert, in, out) where the parameter is (expert, out, in). transformers looks at the shape
-# while loading and takes either, so a file with the parameter's own layout is a good one too.
-TRANSPOSED_ON_DISK = frozenset({"qwen3_vl_moe"})
-
 
 @dataclass(frozen=True)
 class ExpertPart:

@@ -88,6 +88,8 @@ def open_adapter(name: str | os.PathLike[str], alpha: float | None = None) -> Ad
         for format in FORMATS.values():
             if format.claims(file.specs):
                 return format.read(os.fspath(name), file, alpha)
+        if weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file():
+            return peft.read(os.fspath(name), file, alpha)  # trained modules or biases and no LoRA
         first = next(iter(file.specs), "no tensor at all")
         raise InputError(
             f"is not an adapter in a known format ({', '.join(FORMATS)}): it has {first}", culprit=os.fspath(name)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
 from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS, module_of
 from ..errors import InputError
 from ..tensorfile import WeightsFile
+from ..updates import ADDITIVE
 from .peft_config import find_config, parse_config, target_parameter
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,7 +40,7 @@ _ENDS = tuple(
         (r"base_layer\.bias", "replaced_bias"),
     )
 )
-_SAVED = re.compile(rf"\.modules_to_save{_NAME}(?=\.[^.]+$)")
+_ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
 # What a key of another method has in it -> the method, and why it cannot be merged here.
 FOREIGN = {
@@ -83,15 +84,20 @@ def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
     config = parse_config(name, fields, alpha)
     found: dict[tuple[str, int], dict[str, str]] = {}
     replaced: dict[str, str] = {}
+    named = {match[1] for key in file.specs if (match := _ADAPTER.search(key))} | {"default"}
     for key in file.specs:
-        _sort_in(key, component, found, replaced, file)
+        _sort_in(key, component, found, replaced, file, named)
     updates: dict[str, UpdateSpec] = {}
     for (path, depth), roles in found.items():
         depths = sorted((d for p, d in found if p == path and "A" in found[p, d]), reverse=True)
         for update in _updates(path, roles, file, config, depths.index(depth) if depth in depths else 0, len(depths)):
+            if update.module in updates:
+                raise InputError(f"{name} has two updates for it", culprit=update.module)
             updates[update.module] = update
     for module, key in replaced.items():
         if module in updates:  # both a trained bias and lora_B's: the one lies under the other
+            if updates[module].base or updates[module].kind not in ADDITIVE:
+                raise InputError(f"{name} has two updates for {module}", culprit=key)
             updates[module] = dataclasses.replace(updates[module], base=key)
         else:
             updates[module] = _single("replace", module, key, file)
@@ -104,6 +110,7 @@ def _sort_in(
     found: dict[tuple[str, int], dict[str, str]],
     replaced: dict[str, str],
     file: WeightsFile,
+    named: Collection[str],
 ) -> None:
     """File a tensor under its module and the depth of PEFT's wrappers there, or under what it replaces."""
     path = _WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
@@ -116,7 +123,7 @@ def _sort_in(
     if match is None:
         if ".lora_" in path or ".token_adapter." in path:
             raise InputError("is a tensor of no LoRA that is known", culprit=key)
-        module = _SAVED.sub("", path).replace(".base_layer.", ".")
+        module = _without_wrapper(path, named).replace(".base_layer.", ".")
         _put(replaced, module_of(module), key, file)
         return
     module = match["module"]
@@ -126,6 +133,13 @@ def _sort_in(
         _put(replaced, f"{module}.bias", key, file)
     else:
         _put(found.setdefault((module, depth), {}), role, key, file)
+
+
+def _without_wrapper(path: str, named: Collection[str]) -> str:
+    """A path without `modules_to_save`, and without the adapter's name behind it where there is one."""
+    before, mark, after = path.partition(".modules_to_save.")
+    first, dot, rest = after.partition(".")
+    return f"{before}.{rest if dot and first in named else after}" if mark else path
 
 
 def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:
@@ -140,6 +154,9 @@ def _updates(
 ) -> Iterable[UpdateSpec]:
     """All that one wrapper of a module does; `place` counts the wrappers from the innermost."""
     extra = config.extra
+    sorts = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
+    if len({role.rpartition("_")[0] or role.replace("B", "A") for role in sorts}) > 1:
+        raise InputError(f"{path} has updates of two sorts", culprit=roles[sorts[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
         if not extra.get("lora_bias"):
@@ -157,9 +174,8 @@ def _updates(
             yield _checked_dora(pair_factors(path, factors, file, config), extra)
         else:
             own = config.at(f"{path}.{parameter}")
-            stacked = "A" in factors and own.rank is not None and file.specs[factors["A"]].shape[0] != own.rank
             target = path if parameter == "weight" else f"{path}.{parameter}"
-            yield pair_factors(target, factors, file, own, stacked=stacked)
+            yield pair_factors(target, factors, file, own, stacked=parameter != "weight")
     elif "base" in roles:
         yield _single("replace", path, roles["base"], file)
 

@@ -82,8 +82,8 @@ def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
 
 def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
     kind = fields.get("peft_type")
-    if kind is None and isinstance(fields.get("config"), dict):
-        kind = "BOTTLENECK"  # AdapterHub's own config
+    if kind is None:  # AdapterHub's config has one of its own inside
+        kind = "BOTTLENECK" if isinstance(fields.get("config"), dict) else "LORA" if "r" in fields else None
     if kind != "LORA":
         raise InputError(f"is a {kind} adapter, which {METHODS.get(str(kind), 'is not supported')}", culprit=name)
     for field, reason in REFUSED.items():
@@ -164,8 +164,16 @@ def target_parameter(
         )
     if len(names) > places:
         raise InputError(f"could be the factors of any of {', '.join(names)}", culprit=module)
-    order = {name: number for number, name in enumerate(declared)}
-    return sorted(names, key=lambda name: order.get(name, len(order)))[place]
+    if len(names) == 1:
+        return names[0]
+    unknown = [name for name in names if name not in declared]
+    if unknown:
+        raise InputError(
+            f"has factors of {', '.join(names)}; which are whose depends on the order in which the model's class "
+            f"declares them, and that is not known for {unknown[0]}",
+            culprit=module,
+        )
+    return sorted(names, key=declared.index)[place]
 
 
 def is_target_module(config: AdapterConfig, module: str) -> bool:

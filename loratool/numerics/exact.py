@@ -283,6 +283,8 @@ def _apply_tile(
         torch.add(wide, change, out=total)
     else:
         torch.mul(wide, factor, out=total)
+        if bool((factor == 0).any()):
+            total.masked_fill_(factor == 0, 0.0)  # what is replaced does not matter, inf and nan included
         total.add_(change)
     ties = round_once(total, rounded, work)
     c = change
@@ -299,7 +301,8 @@ def _apply_tile(
     not_finite = overflowed = 0
     largest = 0.0
     if not (math.isfinite(kept) and math.isfinite(base_squared)):
-        odd = ~wide.isfinite()
+        bad = ~wide.isfinite()
+        odd = bad if factor is None else bad & (factor != 0)
         rounded[odd] = base[odd].to(out.dtype)
         not_finite = int(odd.sum())
         lost = rounded.isfinite().logical_not_().logical_and_(~odd)
@@ -307,11 +310,24 @@ def _apply_tile(
         largest = float((wide + change)[lost].abs().max()) if overflowed else 0.0
         total.copy_(rounded).sub_(wide)
         for x in (total, wide, change):
-            x[odd] = 0
+            x[bad] = 0
         kept, base_squared = _dot(total, change), _dot(wide, wide)
     out.copy_(rounded)
     changed = _count_different(rounded, base, total, work)
     return Change(base_squared, _dot(change, change), kept, changed, not_finite, overflowed, largest)
+
+
+def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: Change) -> Change:
+    """What became of rows whose values were replaced; `cast` is what their rounding told. All are (rows, n)."""
+    wide, new, total = (work.take(name, torch.float64, *base.shape) for name in ("wide", "change", "total"))
+    wide.copy_(base)
+    new.copy_(value).sub_(wide)
+    total.copy_(out).sub_(wide)
+    different = _count_different(out, base, total, work) if out.dtype == base.dtype else int(total.count_nonzero())
+    kept, change, squared = _dot(total, new), _dot(new, new), _dot(wide, wide)
+    if not math.isfinite(squared):
+        kept = change = squared = 0.0  # of what was not finite no size can be told
+    return Change(squared, change, kept, different, 0, cast.overflowed, cast.largest)
 
 
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from ..errors import InputError, LoratoolError
 from ..formats.peft_config import changes_base, is_target_module
 from ..naming import split_numbers, with_ranges
 from ..numerics.factors import effective_rank, singular_values
-from ..source import Source, squared_norm
+from ..source import Source, require_finite, squared_norm
 from ..targets import Binding, Selection, bind, nearest, resolve_modules
 from ..tied import find_tie
 from ..updates import DoRA, Experts, LowRank, Update
@@ -97,7 +98,7 @@ class AdapterInspection:
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
-    """Raises InputError only for a base that cannot be read; what is wrong with the adapter is in the report."""
+    """What is wrong with an adapter that could be opened is in the report; a base that cannot be read is InputError."""
     checkpoint = None if base is None else open_checkpoint(base)
     try:
         problems: list[str] = []
@@ -135,7 +136,7 @@ def _hold_against(
 ) -> tuple[Coverage, Binding | None]:
     """Coverage from the names alone, and the binding if the shapes fit too."""
     tie = find_tie(base)
-    specs = {**base.specs, **({tie.head: base.specs[tie.embedding]} if tie and not tie.stored else {})}
+    specs = {**base.specs, **({tie.head: base.specs[tie.embedding]} if tie and not tie.is_stored(base) else {})}
     spots, missing = resolve_modules(specs, adapter, base.model_types)
     missing = [module for module in missing if not adapter.brings(module)]
     near = {m: tuple(nearest(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
@@ -165,11 +166,13 @@ def _measure(
 ) -> ModuleReport:
     spec = adapter.updates[module]
     norm = rank = relative = None
-    if spec.kind in ("lora", "dora", "experts"):
-        try:
+    try:
+        if spec.kind in ("lora", "dora", "experts"):
             norm, rank = _size(adapter.load(spec))
-        except InputError as error:
-            problems.append(f"{error.culprit}: {error.message}")
+        for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
+            require_finite(Source(adapter.file, name))
+    except InputError as error:
+        problems.append(f"{error.culprit}: {error.message}")
     if norm is not None and base is not None and binding is not None:
         names = [name for name, found in binding.placements.items() if any(p.update is spec for p in found)]
         stored = [name for name in names if name in base.specs]
@@ -187,7 +190,8 @@ def _size(update: Update) -> tuple[float, float]:
         assert isinstance(update, LowRank | DoRA)
         A, B, scale = update.A.flatten(1), update.B.flatten(1), update.scale
     S = singular_values(B, A)
-    return float(S.norm()) * abs(scale), float(effective_rank(S).mean())
+    norm = float(S.norm()) * abs(scale)
+    return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
 
 
 def _zeros(details: Mapping[str, ModuleReport]) -> list[str]:
@@ -206,7 +210,8 @@ def _config_problems(adapter: Adapter) -> list[str]:
     if not targets or targets == "all-linear":
         return []
     modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
-    strangers = [m for m in modules if not is_target_module(adapter.config, m)]
+    # an attention's out_proj comes along with the attention
+    strangers = [m for m in modules if not any(is_target_module(adapter.config, p) for p in (m, m.rpartition(".")[0]))]
     if adapter.config.extra.get("target_parameters"):
         strangers = []  # a parameter's factors stand at its module, which need be no target
     problems = [f"target_modules does not match {len(strangers)} modules: {_some(strangers)}"] if strangers else []
@@ -247,7 +252,7 @@ def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[Adapt
                 update.shape,
                 next(iter(update.specs.values())).dtype,
                 len(found) * sum(spec.size for spec in update.specs.values()),
-                math.sqrt(math.fsum(norm**2 for norm in norms)) if norms else None,
+                min(math.hypot(*norms), sys.float_info.max) if norms else None,
                 _mean([each.effective_rank for each in measured]),
                 _mean([each.relative for each in measured]),
             )

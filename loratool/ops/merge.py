@@ -138,6 +138,8 @@ def _check_factors(plan: MergePlan) -> None:
         if id(placement.update) in checked:
             continue
         checked.add(id(placement.update))
+        if placement.update.base:
+            require_finite(Source(placement.adapter.file, placement.update.base))
         if placement.update.kind == "replace":
             require_finite(Source(placement.adapter.file, placement.update.tensors["value"]))
         else:

@@ -153,7 +153,7 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
         warnings.append(
             f"{len(still)} tensors stay as they are, since their change is zero or rounds away: {still[0]}, ..."
         )
-    odd = [name for name, spec in plan.base.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
+    odd = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
     if odd and output.specs != plan.base.specs:
-        warnings.append(f"{len(odd)} tensors of {plan.base.specs[odd[0]].dtype} keep their type: {odd[0]}, ...")
+        warnings.append(f"{len(odd)} tensors of {output.specs[odd[0]].dtype} keep their type: {odd[0]}, ...")
     return warnings
