@@ -59,12 +59,14 @@ UNTIED_BY_DEFAULT = frozenset(
 class Tie:
     """A matrix that is used more than once: as embedding, as head, and under whatever names it is stored again.
 
-    separable: whether a head of its own can be written, so that loaders take it for one.
+    separable: whether a head of its own can be written, so that loaders take it for one. mirrors: whether PEFT gives
+    the embedding's trained tokens to the other sides too.
     """
 
     embedding: str
     head: str
     separable: bool
+    mirrors: bool
 
     def is_stored(self, base: Checkpoint) -> bool:
         return self.head in base.specs
@@ -83,11 +85,11 @@ def find_tie(base: Checkpoint) -> Tie | None:
     whole = config.get("is_encoder_decoder") is True
     if not (flag or encoder or whole or architecture.endswith(GENERATIVE)):
         return None
-    backbone = architecture.endswith("Model") and "." not in embedding.removesuffix(".weight")
-    if architecture.endswith(HEADLESS) or backbone or (encoder and architecture.endswith("Model")):
+    backbone = architecture.endswith("Model") and not architecture.endswith(GENERATIVE)
+    if architecture.endswith(HEADLESS) or (backbone and (encoder or "." not in embedding.removesuffix(".weight"))):
         return None
     stored = _last_named(base, OUTPUT_HEADS)
-    return Tie(embedding, stored or _head_name(base, embedding), not (encoder or whole))
+    return Tie(embedding, stored or _head_name(base, embedding), not (encoder or whole), not encoder)
 
 
 def _head_name(base: Checkpoint, embedding: str) -> str:
@@ -172,8 +174,10 @@ def settle_tie(
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     one = placements.get(tie.embedding, ())
     asked = {name: placements.get(name, ()) for name in others}
-    sides = {name: (*found, *_mirrored_rows(one, found)) for name, found in asked.items()}
-    if all(_equal(one, side) for side in sides.values()) or (not tie.separable and _equal_where_asked(one, asked)):
+    sides = {name: (*found, *(_mirrored_rows(one, found) if tie.mirrors else ())) for name, found in asked.items()}
+    if all(_equal(one, side) for side in sides.values()) or (
+        tie.mirrors and not tie.separable and _equal_where_asked(one, asked)
+    ):
         return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)})
     if mode == "share":
         both = one + tuple(p for found in asked.values() for p in found)
