@@ -26,6 +26,7 @@ from .numerics.preimage import (
     Array,
     FloatFormat,
     ambiguous,
+    ambiguous_scaled,
     candidates,
     decode,
     encode,
@@ -118,7 +119,7 @@ def _near(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
 def _positions(result: Array, like: Array, near: Array, c: Array, a: Array | None, form: FloatFormat) -> Array:
     if a is None:
         return ambiguous(result, like, near, c, form)
-    return np.flatnonzero(finite(result, form))
+    return ambiguous_scaled(result, a, c, form)
 
 
 def _codes_back(result: Array, c: Array, a: Array | None) -> Array:

@@ -19,9 +19,10 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _MAGNITUDE = np.int64((1 << 63) - 1)
-_END = 2.0**-40  # of |W'|: how far the ends of the interval are moved outward
+_END = 1 << 12  # float64 steps, 2**-40 of |W'|: how far the ends of the interval are moved outward
 _SLACK = 1 << 10  # float64 steps, for what the way back through c and a adds
 _NEAR_ZERO = 2.0**-8  # of |W'|: an interval that comes closer to 0 holds numbers without end
+_CHUNK = 1 << 14  # numbers at a time, which stay in a core's cache
 _NEAR_TIE = 1 << 12  # float64 steps around a midpoint
 
 
@@ -116,6 +117,47 @@ def ambiguous(result: Array, like: Array, ties: Array, c: Array, form: FloatForm
     return found
 
 
+def ambiguous_scaled(result: Array, a: Array, c: Array, form: FloatFormat) -> Array:
+    """Positions that can have more than one candidate, for any a; elsewhere the number nearest to (W' - c) / a is W.
+
+    The interval around (W' - c) / a is half a step of W' over |a| to each side. It holds one number if it reaches the
+    nearer but not the farther of the two around its middle, nor, from a power of two downward, the half step behind;
+    and not 0, which has two signs.
+    """
+    found = []
+    with np.errstate(all="ignore"):
+        for start in range(0, len(result), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            one = _single(result[part], a[part], c[part], form)
+            found.append(np.flatnonzero(~one & finite(result[part], form)) + start)
+    return np.concatenate(found)
+
+
+def _single(result: Array, a: Array, c: Array, form: FloatFormat) -> Array:
+    middle = widen(result, form)
+    middle -= c
+    middle /= a
+    np.abs(middle, out=middle)
+    reach = widen(np.maximum(result & form.exponent, 1 << form.mantissa).astype(form.code), form)
+    reach *= 2.0 ** -(form.mantissa + 1)
+    reach /= np.abs(a)
+    reach += middle * 2.0**-40
+    exponent = middle.view(np.int64) >> 52
+    np.maximum(exponent, 1024 - form.bias, out=exponent)
+    exponent -= form.mantissa
+    exponent <<= 52
+    step = exponent.view(np.float64)
+    place = middle / step
+    whole = np.floor(place)
+    place -= whole
+    limit = np.maximum(place, 1 - place)
+    power = whole == 1 << form.mantissa
+    limit[power] = np.minimum(limit[power], place[power] + 0.5)
+    limit *= step
+    one: Array = (reach < limit) & (middle > reach + step)
+    return one
+
+
 def finite(code: Array, form: FloatFormat) -> Array:
     """inf and nan take no change: W is W'."""
     found: Array = (code & form.exponent) != form.exponent
@@ -125,25 +167,48 @@ def finite(code: Array, form: FloatFormat) -> Array:
 def candidates(result: Array, a: Array | None, c: Array, at: Array, form: FloatFormat) -> Candidates:
     """The candidates of the elements at `at`. result: codes (n,); a: float64 (n,) or None for 1; c: float64 (n,)."""
     code, back = result[at], c[at]
-    ordinal = (code & form.magnitude).astype(np.int64)
-    value = np.abs(widen(code, form))
-    sign = np.where(code < 0, -1.0, 1.0)
-    top = form.exponent - 1
-    neighbour = [np.clip(ordinal + step, 0, top).astype(form.code) for step in (1, -1)]
-    above, below = ((value + widen(each, form)) / 2 for each in neighbour)
-    below = np.where(ordinal > 0, below, -above)
-    one, two = sign * (below - value * _END) - back, sign * (above + value * _END) - back
+    value = widen(code, form)
+    inner, outer = _ends(value, form)
+    inner -= back
+    outer -= back
     if a is not None:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            one, two = one / a[at], two / a[at]
-    near, far = np.minimum(np.abs(one), np.abs(two)), np.maximum(np.abs(one), np.abs(two))
-    raw = ((one < 0) != (two < 0)) | ~(near > value * _NEAR_ZERO) | ~(far < np.finfo(np.float64).max)
-    raw |= ordinal >= form.exponent - (1 << form.mantissa)
+            inner /= a[at]
+            outer /= a[at]
+    negative = inner < 0
+    raw = negative != (outer < 0)
+    np.abs(inner, out=inner)
+    np.abs(outer, out=outer)
+    near, far = np.minimum(inner, outer), np.maximum(inner, outer, out=outer)
+    np.abs(value, out=value)
+    raw |= ~(near > value * _NEAR_ZERO)
+    raw |= ~(far < np.finfo(np.float64).max)
+    raw |= (code & form.magnitude) >= form.exponent - (1 << form.mantissa)
     near[raw], far[raw] = 1.0, 1.0
     low = _ordinal(near.view(np.int64) - _SLACK, form, up=True)
-    most = np.minimum(_ordinal(far.view(np.int64) + _SLACK, form, up=False), form.exponent - 1) - low
+    most = _ordinal(far.view(np.int64) + _SLACK, form, up=False)
+    np.minimum(most, form.exponent - 1, out=most)
+    most -= low
     most[raw] = 0
-    return Candidates(at, low, most, raw, one < 0)
+    return Candidates(at, low, most, raw, negative)
+
+
+def _ends(value: Array, form: FloatFormat) -> tuple[Array, Array]:
+    """The middles between W' and its two neighbours, toward 0 and away from it, moved outward by `_END` of W'.
+
+    Half a step of the format is a fixed number of float64 steps, below a power of two as well, so both are integer
+    sums of bit patterns; only below the least normal number the steps are all of one size.
+    """
+    half = (1 << (51 - form.mantissa)) + _END
+    bits = value.view(np.int64)
+    inner, outer = (bits - half).view(np.float64), (bits + half).view(np.float64)
+    least = 2.0 ** (2 - form.bias)
+    low = np.abs(value) < least
+    if low.any():
+        step = np.where(value[low] < 0, -1.0, 1.0) * least * 2.0 ** (-2 - form.mantissa)
+        slack = value[low] * 2.0**-40
+        inner[low], outer[low] = value[low] - step - slack, value[low] + step + slack
+    return inner, outer
 
 
 def encode(weight: Array, found: Candidates, form: FloatFormat) -> tuple[Array, Array, Array]:
@@ -171,11 +236,15 @@ def decode(guess: Array, found: Candidates, index: Array, raw: Array, form: Floa
 
 def pack(index: Array, width: Array) -> bytes:
     """Numbers of any width, one after the other, their lowest bits first."""
+    if not len(width):
+        return b""
     end = np.cumsum(width)
-    bits = np.zeros(int(end[-1]) if len(end) else 0, np.uint8)
-    for bit in range(int(width.max()) if len(width) else 0):
-        has = width > bit
-        bits[(end - width)[has] + bit] = (index[has] >> bit) & 1
+    bits = np.zeros(int(end[-1]), np.uint8)
+    at = end - width
+    while len(at):
+        bits[at] = index & 1
+        more = np.flatnonzero(width > 1)
+        at, index, width = at[more] + 1, index[more] >> 1, width[more] - 1
     return np.packbits(bits, bitorder="little").tobytes()
 
 
