@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`merge`, `unmerge` and `inspect` are the verbs of the command line, with the same meaning; each returns a frozen report.
-Errors are children of `LoratoolError`.
+`merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning; each returns a
+frozen report. Errors are children of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .ops.merge import merge
     from .ops.merge_report import MergeReport
     from .ops.unmerge import UnmergeReport, unmerge
+    from .ops.verify import VerifyReport, verify
 
 # Loaded on first use, so that `import loratool` and the command line start without torch.
 _HOMES = {
@@ -31,6 +32,8 @@ _HOMES = {
     "merge": "merge",
     "UnmergeReport": "unmerge",
     "unmerge": "unmerge",
+    "VerifyReport": "verify",
+    "verify": "verify",
 }
 
 __all__ = [
@@ -43,9 +46,11 @@ __all__ = [
     "NeedsFlag",
     "UnmergeReport",
     "UsageError",
+    "VerifyReport",
     "inspect",
     "merge",
     "unmerge",
+    "verify",
 ]
 
 

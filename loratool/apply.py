@@ -96,7 +96,7 @@ def changed(
         edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            piece = _Piece(source, start, stop, inside, load, record and base == source)
+            piece = Piece(source, start, stop, inside, load, record and base == source)
             if moved and base is not None and start < shared:
                 both = _Replacing(base, piece if inside else None, record).prepare
                 yield RowRange(start, min(stop, shared), both, *sizes)
@@ -117,7 +117,7 @@ def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[P
         edges = sorted({edge for p in placements for edge in (p.start, p.stop)}) or [0, rows]
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            piece = _Piece(None, start, stop, inside, load, False) if inside else None
+            piece = Piece(None, start, stop, inside, load, False) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if piece and record.start == start:
                     piece.told = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
@@ -133,7 +133,7 @@ def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[P
 class _Restoring:
     """One record's rows. Without a piece the rows were replaced, and the record holds the difference."""
 
-    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: _Piece | None) -> None:
+    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: Piece | None) -> None:
         self._undo, self._record, self._name, self._dtype, self._piece = undo, record, name, dtype, piece
 
     def prepare(self, start: int, stop: int) -> Step:
@@ -159,7 +159,7 @@ class _Restoring:
 class _Replacing:
     """Rows whose values come from elsewhere: the base's are read beside them, to say what became of them."""
 
-    def __init__(self, base: Source, piece: _Piece | None, record: bool) -> None:
+    def __init__(self, base: Source, piece: Piece | None, record: bool) -> None:
         self._base, self._piece, self._record = base, piece, record
 
     def prepare(self, start: int, stop: int) -> Step:
@@ -179,7 +179,7 @@ class _Replacing:
         return step
 
 
-class _Piece:
+class Piece:
     """Rows start:stop of a tensor; made ready by the first worker that needs it and dropped with its last item."""
 
     def __init__(
@@ -212,6 +212,12 @@ class _Piece:
             return recorder.take(done, base, out)
 
         return step
+
+    def seen(self, base: Tensor, start: int, work: Workspace) -> Fill:
+        """What happens to the rows of `base`, whose first is the tensor's row `start`."""
+        _, special = self._get()
+        state = special.state(base, start, work) if special else None
+        return self.fill(self.left(start, start + len(base)), 0, len(base), start, state, work)
 
     def left(self, start: int, stop: int) -> Tensor | None:
         """The left side of the additive updates for rows start:stop of the tensor."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
     from .ops.unmerge import UnmergeReport
+    from .ops.verify import VerifyReport
 
 SCHEMA_VERSION = 1
 UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
@@ -133,6 +134,24 @@ def print_unmerge(report: UnmergeReport) -> None:
     say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
 
 
+def print_verify(report: VerifyReport) -> None:
+    for tensor in report.tensors:
+        if tensor.verdict == "wrong":
+            say(f"wrong: {tensor.name}: {tensor.detail}")
+    for name in report.missing:
+        say(f"missing: {name}")
+    for name in report.extra:
+        say(f"extra: {name}")
+    for way in report.rounding:
+        say(f"rounding: {way}")
+    counts = f"{report.exact} tensors exact, {report.rounded} right with another rounding, {report.wrong} wrong"
+    say(f"{counts}; {report.untouched} are the base's")
+    if report.status == "inconclusive":
+        say("inconclusive: the change is below half a step of every weight (--allow inconclusive takes it for proven)")
+    else:
+        say(f"{report.status}: {report.merged}")
+
+
 def print_checkpoint(report: CheckpointReport) -> None:
     marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
     marks += ["tied head"] if report.tied else []
@@ -196,8 +215,8 @@ def print_adapter(report: AdapterInspection) -> None:
 class ProgressBar:
     """Progress on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing when quiet."""
 
-    def __init__(self, label: str, quiet: bool) -> None:
-        self._label, self._quiet = label, quiet
+    def __init__(self, label: str, quiet: bool, unit: str = "") -> None:
+        self._label, self._quiet, self._unit = label, quiet, unit
         self._start = self._last = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -211,6 +230,9 @@ class ProgressBar:
         now = time.monotonic()
         if now - self._last >= 10:
             self._last = now
+            if self._unit:
+                print(f"{self._label}: {done} of {total} {self._unit}", file=sys.stderr, flush=True)
+                return
             rate = done / (now - self._start)
             print(
                 f"{self._label}: {size(done)} of {size(total)}, {size(rate)}/s, {(total - done) / rate:.0f} s left",
@@ -226,8 +248,8 @@ class ProgressBar:
             columns = (
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
+                progress.MofNCompleteColumn() if self._unit else progress.DownloadColumn(),
+                *([] if self._unit else [progress.TransferSpeedColumn()]),
                 progress.TimeRemainingColumn(),
             )
             self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)

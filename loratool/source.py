@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import InputError
 from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec, WeightsFile
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 1 << 20  # numbers read at a time
 FLOATS = (*TORCH_FLOATS, *FLOAT8)
@@ -22,6 +26,18 @@ class Source:
     @property
     def spec(self) -> TensorSpec:
         return self.file.specs[self.name]
+
+    def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of the tensor seen as a matrix of `rows` rows, a stack of matrices for one."""
+        import torch
+
+        spec = self.spec
+        if rows == (spec.shape or (1,))[0]:
+            return self.file.rows(self.name, start, stop)
+        inner = rows // spec.shape[0]
+        first, last = start // inner, -(-stop // inner)
+        block = self.file.rows(self.name, first, last).reshape((last - first) * inner, -1)
+        return torch.clone(block[start - first * inner : stop - first * inner])
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:

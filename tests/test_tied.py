@@ -243,7 +243,9 @@ class TestVocabulary:
         _, base, adapter, _, _ = self.resized(tmp_path, "llama", False, 40)
         file = adapter / "adapter_model.safetensors"
         save_file({k: v for k, v in load_file(file).items() if "lm_head" not in k}, file)
-        with pytest.raises(InputError, match=r"end with different rows \(model.embed_tokens.weight 40, lm_head.weight 32\)"):
+        with pytest.raises(
+            InputError, match=r"end with different rows \(model.embed_tokens.weight 40, lm_head.weight 32\)"
+        ):
             loratool.merge(base, adapter, tmp_path / "out")
 
     @pytest.mark.parametrize("tie", [True, False])

@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
     "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
     "unmerge": "Give the base of a merge back, bit for bit.",
+    "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
 }
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -1,0 +1,74 @@
+"""`loratool verify`."""
+
+from __future__ import annotations
+
+import click
+
+from ..tied import TIED
+from .options import WeightedPath, alpha_option, json_option, quiet_option
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
+@click.argument("merged")
+@alpha_option
+@click.option("--tied", type=click.Choice(list(TIED)), default="untie", show_default=True, help="As merge was told.")
+@click.option("--initial", metavar="ADAPTER", help="As merge was told.")
+@click.option("--residual-base", is_flag=True, help="As merge was told.")
+@click.option(
+    "--allow",
+    type=click.Choice(["inconclusive"]),
+    multiple=True,
+    help="Take a change that is below half a step everywhere for proven.",
+)
+@quiet_option
+@json_option
+@click.pass_context
+def verify(
+    context: click.Context,
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    merged: str,
+    alpha: float | None,
+    tied: str,
+    initial: str | None,
+    residual_base: bool,
+    allow: tuple[str, ...],
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Prove that MERGED is BASE with the adapters added, or say what is wrong with it.
+
+    Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
+    applied, applied twice, at another scale, transposed, swapped, altered since. Exit 0 is proven, 1 is wrong or
+    cannot be told.
+
+    \b
+      loratool verify base/ adapter/ merged/
+      loratool verify base/ style/:0.7 task/ merged/ --json
+    """
+    from ..ops.verify import verify as run
+    from ..render import ProgressBar, print_verify, to_json
+
+    bar = ProgressBar("verify", quiet or json, "tensors")
+    try:
+        report = run(
+            base,
+            list(adapters),
+            merged,
+            alpha=alpha,
+            tied=tied,
+            initial=initial,
+            residual_base=residual_base,
+            allow=allow,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if json:
+        print(to_json("verify", report, status=None if report.status == "proven" else report.status))
+    else:
+        print_verify(report)
+    if report.status != "proven":
+        context.exit(1)
