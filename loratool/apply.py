@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +35,7 @@ from .source import Source
 from .special import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .undo import Record, UndoFile
-from .undo_records import CELL_COLUMNS, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
+from .undo_records import CELL_COLUMNS, Doubter, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
 KEPT_STACKS = 2
@@ -128,6 +129,29 @@ def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[P
             yield CopiedRows(first, rows, undo.file, at)
 
     return Changed(rows, ranges)
+
+
+def subtracted(source: Source, placements: Sequence[Placement], load: Loader, doubts: list[Doubter]) -> Changed:
+    """A merged tensor from which additive placements, of negative weight, are taken; what is in doubt is counted."""
+    dtype = getattr(torch, TORCH_FLOATS[source.spec.dtype])
+
+    def prepare(piece: Piece, start: int, stop: int) -> Step:
+        doubt = Doubter(dtype)
+        doubts.append(doubt)
+
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
+            return apply_rounded(base, piece.seen(base, start + row, work), out, work, doubt.witness)
+
+        return step
+
+    def ranges() -> Iterator[RowRange]:
+        edges = sorted({edge for p in placements for edge in (p.start, p.stop)})
+        for start, stop in pairwise(edges):
+            inside = [p for p in placements if p.start <= start and stop <= p.stop]
+            if inside:
+                yield RowRange(start, stop, partial(prepare, Piece(source, start, stop, inside, load, False)))
+
+    return Changed(placements[0].rows, ranges)
 
 
 class _Restoring:

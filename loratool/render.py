@@ -124,10 +124,15 @@ def print_merge(report: MergeReport) -> None:
 
 def print_unmerge(report: UnmergeReport) -> None:
     verb = "would be restored" if report.dry_run else "restored bit for bit"
+    if report.approximate:
+        verb = "subtracted and rounded"
+        say(
+            f"approximate: {report.doubtful:,} weights can be wrong, by up to {report.farthest} steps or more near zero"
+        )
     say(f"{report.restored} tensors {verb}, {report.copied} copied as they are")
     for name in report.removed:
         say(f"removed: {name}")
-    if not report.exact_files:
+    if not report.exact_files and not report.approximate:
         say("the base was a torch file: its tensors are the same, in a safetensors file")
     if report.not_copied:
         say(f"not copied: {', '.join(report.not_copied)}")

@@ -142,6 +142,29 @@ def _difference(weight: Array, guess: Array) -> bytes:
     return bytes([kind]) + len(data).to_bytes(4, "little") + data
 
 
+class Doubter:
+    """Counts the weights that cannot be told where a change is subtracted without a record."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
+        self.doubtful, self.farthest = 0, 0
+
+    def witness(
+        self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
+    ) -> None:
+        """Of a tile from which -c was subtracted: base is W', out the W that was taken."""
+        change = -c.flatten().cpu().numpy()
+        if self._form is None:
+            self.doubtful += int((change != 0).sum())
+            self.farthest = max(self.farthest, int(bool(self.doubtful)))
+            return
+        result = codes(base)
+        at = ambiguous(result, codes(out), _near(total, ties, self._form), change, self._form)
+        found = candidates(result, None, change, at, self._form)
+        self.doubtful += int((found.most > 0).sum() + found.raw.sum())
+        self.farthest = max(self.farthest, int(found.most.max(initial=0)))
+
+
 class Reader:
     """A record's bytes, consumed from the front."""
 

@@ -321,3 +321,32 @@ def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:
     assert right.exit_code == 0 and "21 tensors restored bit for bit" in right.stdout
     value = json.loads(run("unmerge", tmp_path / "m", f"{adapter}:0.5", "-o", tmp_path / "c", "--json").stdout)
     assert value["report"]["restored"] == 21 and same_folder(base, tmp_path / "c")
+
+
+class TestApproximate:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_what_is_wrong_is_among_what_is_in_doubt(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        W, (A, B) = weights(300, 400, dtype=dtype), factors(300, 400, 4)
+        base = write_model(tmp_path / "b", {"x.weight": W, "y.weight": weights(3, 3)})
+        adapter = write_peft(tmp_path / "a", {"x": (A, B * 0.2)})
+        loratool.merge(base, adapter, tmp_path / "m", undo=False)
+        report = loratool.unmerge(tmp_path / "m", adapter, tmp_path / "r", approximate=True)
+        back = load_model(tmp_path / "r")
+        wrong = int((back["x.weight"] != W).sum())
+        assert 0 < wrong <= report.doubtful < 0.3 * W.numel() and report.approximate
+        assert torch.equal(back["y.weight"], load_model(base)["y.weight"])
+
+    def test_what_was_not_added_cannot_be_subtracted(self, tmp_path: Path) -> None:
+        pair = write_pair(tmp_path / "x", FAMILIES["llama"].make(), target_modules=["q_proj"], use_dora=True)
+        loratool.merge(pair.base, pair.adapter, tmp_path / "m", undo=False)
+        with pytest.raises(InputError, match="cannot be subtracted"):
+            loratool.unmerge(tmp_path / "m", pair.adapter, tmp_path / "r", approximate=True)
+
+    def test_it_takes_no_undo_file(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+        run("merge", base, adapter, "-o", tmp_path / "m", "--no-undo")
+        assert "--approximate" in run("unmerge", tmp_path / "m", adapter, "-o", tmp_path / "r").stderr
+        both = run("unmerge", tmp_path / "m", adapter, "-o", tmp_path / "r", "--approximate", "--undo", "x.undo")
+        assert both.exit_code == 2
+        done = run("unmerge", tmp_path / "m", adapter, "-o", tmp_path / "r", "--approximate")
+        assert done.exit_code == 0 and "weights can be wrong" in done.stdout

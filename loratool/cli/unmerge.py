@@ -20,6 +20,9 @@ from .options import (
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--out", metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: unmerged]")
 @click.option("--undo", metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
+@click.option(
+    "--approximate", is_flag=True, help="Without an undo file: subtract and round; says how many weights can be wrong."
+)
 @force_option
 @dry_run_option
 @alpha_option
@@ -31,6 +34,7 @@ def unmerge(
     adapters: tuple[tuple[str, float], ...],
     out: str | None,
     undo: str | None,
+    approximate: bool,
     force: bool,
     dry_run: bool,
     alpha: float | None,
@@ -58,6 +62,7 @@ def unmerge(
             list(adapters),
             out,
             undo=undo,
+            approximate=approximate,
             device=device,
             alpha=alpha,
             force=force,

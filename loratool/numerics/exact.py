@@ -292,9 +292,10 @@ def _apply_tile(
         c = change.clone() if witness else change
         torch.sub(total, wide, out=change)
     if _has_negative_zero(base):
-        still = change == 0
-        rounded[still] = base[still].to(out.dtype)
+        _keep(base, change == 0, rounded)
     if witness:
+        if not math.isfinite(float(total.sum())):
+            _keep_not_finite(base, wide, factor, rounded)
         witness(base, rounded, total, c, factor, ties)
     total.copy_(rounded).sub_(wide)  # W' - W
     kept, base_squared = _dot(total, change), _dot(wide, wide)
@@ -302,8 +303,7 @@ def _apply_tile(
     largest = 0.0
     if not (math.isfinite(kept) and math.isfinite(base_squared)):
         bad = ~wide.isfinite()
-        odd = bad if factor is None else bad & (factor != 0)
-        rounded[odd] = base[odd].to(out.dtype)
+        odd = _keep_not_finite(base, wide, factor, rounded)
         not_finite = int(odd.sum())
         lost = rounded.isfinite().logical_not_().logical_and_(~odd)
         overflowed = int(lost.sum())
@@ -315,6 +315,20 @@ def _apply_tile(
     out.copy_(rounded)
     changed = _count_different(rounded, base, total, work)
     return Change(base_squared, _dot(change, change), kept, changed, not_finite, overflowed, largest)
+
+
+def _keep_not_finite(base: Tensor, wide: Tensor, factor: Tensor | None, rounded: Tensor) -> Tensor:
+    """inf and nan stay as they are unless they are replaced; returns where they do."""
+    odd = ~wide.isfinite()
+    if factor is not None:
+        odd &= factor != 0
+    _keep(base, odd, rounded)
+    return odd
+
+
+def _keep(base: Tensor, where: Tensor, rounded: Tensor) -> None:
+    """Take the base's bits. (An assignment through a mask loses a nan's payload where the mask has one element.)"""
+    rounded.copy_(torch.where(where, base.to(rounded.dtype), rounded))
 
 
 def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: Change) -> Change:

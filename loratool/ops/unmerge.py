@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..apply import Loader, restored
+from ..apply import Loader, restored, subtracted
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..inputs import adapter_pairs, open_adapters
 from ..numerics.exact import ARITHMETIC_VERSION
-from ..output import Output, OutputFile, check_path, output_path
-from ..rewrite import Changed, rewrite
+from ..output import Output, OutputFile, check_path, output_path, plan_output
+from ..plan import plan_merge
+from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import Progress, choose_device, worker_count
-from ..sidefiles import survey, undo_files, undo_path
+from ..sidefiles import provenance, survey, undo_files, undo_path
 from ..source import Source
+from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
 from ..undo import UndoFile, placements_of, spec_of, unpack_bytes
+from ..undo_records import Doubter
+from ..updates import ADDITIVE
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class UnmergeReport:
     """The result of `unmerge`. `restored` counts the tensors that went back, `removed` names those the base lacks.
 
     exact_files: whether the files too are the base's, byte for byte; not so where the base was a torch file.
+    approximate: whether the change was subtracted and rounded for want of an undo file; then `doubtful` weights can
+    be wrong, by up to `farthest` steps each or, where the change dwarfs the weight, by more.
     """
 
     merged: str
@@ -47,6 +53,9 @@ class UnmergeReport:
     files: tuple[str, ...]
     exact_files: bool
     not_copied: tuple[str, ...]
+    approximate: bool = False
+    doubtful: int = 0
+    farthest: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -56,6 +65,7 @@ def unmerge(
     out: str | os.PathLike[str] | None = None,
     *,
     undo: str | os.PathLike[str] | None = None,
+    approximate: bool = False,
     device: str = "auto",
     alpha: float | None = None,
     force: bool = False,
@@ -66,12 +76,19 @@ def unmerge(
     """Give the base of a merge back.
 
     merged: what `merge` wrote; adapters: those of the merge with their weights, in any order. undo: the undo file,
-    where it is not at its place. Raises InputError, naming what is wrong, for another adapter, another weight, a file
-    that was edited since, an undo file of another version; nothing is written then.
+    where it is not at its place. approximate: subtract the adapters and round, without an undo file. Raises InputError,
+    naming what is wrong, for another adapter, another weight, a file that was edited since, an undo file of another
+    version, a change that cannot be subtracted; nothing is written then.
     """
+    if approximate and undo is not None:
+        raise UsageError("--approximate takes no undo file")
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
+        if approximate:
+            return _subtract(
+                checkpoint, adapter_pairs(adapters), alpha, out, device, force, dry_run, progress, workers, opened
+            )
         record = UndoFile(find_undo(checkpoint, undo))
         opened.callback(record.close)
         used = match_adapters(record, adapter_pairs(adapters), alpha, opened)
@@ -100,7 +117,7 @@ def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> Path:
         raise InputError(
             f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
             culprit=str(merged.path),
-            remedy="name the undo file with --undo",
+            remedy="name the undo file with --undo, or subtract and round with --approximate, which is not exact",
         )
     return path
 
@@ -235,4 +252,56 @@ def _report(
         tuple(file.name for file in output.files),
         all(shard["header"] is not None for shard in undo.index["shards"]),
         output.not_copied,
+    )
+
+
+def _subtract(
+    merged: Checkpoint,
+    pairs: Sequence[tuple[str, float]],
+    alpha: float | None,
+    out: str | os.PathLike[str] | None,
+    device: str,
+    force: bool,
+    dry_run: bool,
+    progress: Progress | None,
+    workers: int | None,
+    opened: ExitStack,
+) -> UnmergeReport:
+    """W' - D, rounded once: right but for the weights whose rounding two or more would have survived."""
+    adapters = open_adapters([name for name, _ in pairs], alpha, opened)
+    loaded = tuple((adapter, -weight) for adapter, (_, weight) in zip(adapters, pairs, strict=True))
+    plan = plan_merge(merged, loaded, Selection(), "share")
+    for name in plan.changed:
+        if name in plan.added or any(p.update.kind not in ADDITIVE or p.update.base for p in plan.bound.get(name, ())):
+            raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
+    path, is_file = output_path(out, merged, "unmerged")
+    check_path(path, is_file, [s.path for s in merged.shards] + [a.file.path for a in adapters], force)
+    facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
+    origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
+    output = plan_output(merged, path, is_file, origin, plan.changed)
+    output.require_space()
+    load = Loader(choose_device(device))
+    doubts: list[Doubter] = []
+    if not dry_run:
+        tensors = {n: subtracted(plan.sources[n], p, load, doubts) for n, p in plan.placements.items()}
+        runs = rewrite(output, plan.sources, tensors, load.device, workers or worker_count(), progress)
+        with closing(runs) as items:
+            for item, blocks in items:
+                refuse_overflow(item.tensor, blocks, plan.sources, output)
+    return UnmergeReport(
+        str(merged.path),
+        str(path),
+        "",
+        dry_run,
+        output.nbytes,
+        tuple(adapter.name for adapter in adapters),
+        len(plan.placements),
+        len(output.specs) - len(plan.placements),
+        (),
+        tuple(file.name for file in output.files),
+        False,
+        output.not_copied,
+        True,
+        sum(doubt.doubtful for doubt in doubts),
+        max((doubt.farthest for doubt in doubts), default=0),
     )

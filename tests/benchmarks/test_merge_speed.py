@@ -5,6 +5,7 @@ The bounds are the promises: a fraction of peft's time, close to a file copy, me
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import statistics
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import MEASURED
 from models import adapted, make, make_adapter
 
-MERGE = [*MEASURED, "merge", "-q"]
+MERGE = [*MEASURED, "merge", "-q", "--no-undo"]
+UNDOABLE = [*MEASURED, "merge", "-q"]
 RSS_LIMIT = 450  # MB, everything in
 
 
@@ -61,6 +63,51 @@ def test_small_model_against_peft(models: Path) -> None:
     print(f"\n0.6 GB: loratool {mine:.2f} s, {rss:.0f} MB; peft {yours:.2f} s")
     print(f"ratio {mine / yours:.2f} (at most 0.35)")
     assert mine <= 0.35 * yours and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+def test_undo_against_peft(models: Path) -> None:
+    """Merge with its undo file and hashes, and the way back, which ends in the base's very bytes."""
+    if not (models / "small").exists():
+        make(models / "small", "small")
+    base, adapter = models / "small" / "base", models / "small" / "adapter"
+    ours, back, theirs = [], [], []
+    rival = [sys.executable, Path(__file__).parent / "peft_merge.py"]
+    for _ in range(3):
+        ours.append(measure([*UNDOABLE, base, adapter, "-o", fresh(models / "ours")]))
+        back.append(measure([*MEASURED, "unmerge", "-q", models / "ours", adapter, "-o", fresh(models / "back")]))
+        theirs.append(measure([*rival, base, adapter, fresh(models / "theirs")]))
+    mine, restored, yours = (statistics.median(t for t, _ in runs) for runs in (ours, back, theirs))
+    rss = max(m for runs in (ours, back) for _, m in runs)
+    share = (models / "ours" / "loratool.undo").stat().st_size / sum(f.stat().st_size for f in base.iterdir())
+    print(f"\n0.6 GB with undo: loratool {mine:.2f} s, unmerge {restored:.2f} s, {rss:.0f} MB; peft {yours:.2f} s")
+    print(f"ratio {mine / yours:.2f} (at most 0.45); the undo file is {share:.2%} of the base")
+    for file in base.iterdir():
+        assert filecmp.cmp(file, models / "back" / file.name, shallow=False)
+    assert mine <= 0.45 * yours and rss <= RSS_LIMIT
+
+
+@pytest.mark.slow
+def test_large_undo_against_a_copy(models: Path) -> None:
+    if not (models / "large").exists():
+        make(models / "large", "large")
+    base, adapter = models / "large" / "base", models / "large" / "adapter"
+    weights = sum(out * inp for out, inp in adapted("large").values())
+    ours, copies = [], []
+    measure(["cp", "-r", base, fresh(models / "warm")])
+    for _ in range(3):
+        copies.append(measure(["cp", "-r", base, fresh(models / "warm")])[0])
+        fresh(models / "warm")
+        ours.append(measure([*UNDOABLE, base, adapter, "-o", fresh(models / "ours")]))
+    fresh(models / "ours")
+    compute = 9.5e-9 * weights / len(os.sched_getaffinity(0))
+    mine, copy = statistics.median(t for t, _ in ours), statistics.median(copies)
+    rss = max(m for _, m in ours)
+    print(
+        f"\n6.2 GB with undo: loratool {mine:.2f} s, {rss:.0f} MB; cp -r {copy:.2f} s; 9.5 ns a weight: {compute:.2f} s"
+    )
+    print(f"ratio {mine / max(copy, compute):.2f} (at most 1.3)")
+    assert mine <= 1.3 * max(copy, compute) and rss <= RSS_LIMIT
 
 
 @pytest.mark.slow
