@@ -27,6 +27,7 @@ from .numerics.exact import (
     cast_rounded,
     replaced_change,
 )
+from .numerics.filtered import FilteredRows
 from .placing import Placement
 from .plan import MergePlan
 from .rewrite import Changed, CopiedRows, RowRange
@@ -217,8 +218,11 @@ class Piece:
 
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
-        _, special = self._get()
+        product, special = self._get()
         left = self.left(start, stop)
+        rows = None
+        if product and left is not None and not (special or self._record or left.is_cuda):
+            rows = FilteredRows(product, left)
         recorder = None
         if self._record and self._source:
             recorder = Recorder(getattr(torch, TORCH_FLOATS[self._source.spec.dtype]))
@@ -226,6 +230,8 @@ class Piece:
             recorder.head(special.head)
 
         def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+            if rows and base.dtype == out.dtype == torch.bfloat16:
+                return rows.apply(base, row, out, work)
             state = special.state(base, start + row, work) if special else None
             fill = self.fill(left, row, len(base), start + row, state, work)
             if recorder is None:

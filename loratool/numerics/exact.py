@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -101,6 +102,24 @@ class ExactProduct:
         """Rows `start:stop` of the left side on their grids, (stop - start, 2R), high slices then low."""
         rows = torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1)
         return torch.cat(_slices(rows * self._left_scale, 1, self._bits), 1)
+
+    @cached_property
+    def right_in_float32(self) -> tuple[Tensor, float]:
+        """The right side as it is multiplied, (R, n), rounded, and the largest norm of its columns before that."""
+        right = self._cross[: len(self._high)] + self._high
+        return right.float(), float(right.norm(dim=0).max())
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """The right side by columns, (n, 2R), each of which is then read in one go."""
+        return self._cross.T.contiguous()
+
+    def elements(self, left: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Single elements of D: in rows[i] of `left` and in columns[i], (k,) both."""
+        rank = len(self._high)
+        one, two = left.index_select(0, rows), self._columns.index_select(0, columns)
+        cross = (one * two).sum(1)
+        return one[:, :rank].mul_(two[:, rank:]).sum(1).add_(cross)
 
     def fill(self, left: Tensor) -> Fill:
         """What adds D to the rows that `left` belongs to."""
@@ -313,7 +332,7 @@ def _apply_tile(
             x[bad] = 0
         kept, base_squared = _dot(total, change), _dot(wide, wide)
     out.copy_(rounded)
-    changed = _count_different(rounded, base, total, work)
+    changed = count_different(rounded, base, total, work)
     return Change(base_squared, _dot(change, change), kept, changed, not_finite, overflowed, largest)
 
 
@@ -337,7 +356,7 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     wide.copy_(base)
     new.copy_(value).sub_(wide)
     total.copy_(out).sub_(wide)
-    different = _count_different(out, base, total, work) if out.dtype == base.dtype else int(total.count_nonzero())
+    different = count_different(out, base, total, work) if out.dtype == base.dtype else int(total.count_nonzero())
     kept, change, squared = _dot(total, new), _dot(new, new), _dot(wide, wide)
     if not math.isfinite(squared):
         kept = change = squared = 0.0  # of what was not finite no size can be told
@@ -366,7 +385,7 @@ def _dot(x: Tensor, y: Tensor) -> float:
     return float(torch.dot(x.view(-1), y.view(-1)))
 
 
-def _count_different(x: Tensor, base: Tensor, difference: Tensor, work: Workspace) -> int:
+def count_different(x: Tensor, base: Tensor, difference: Tensor, work: Workspace) -> int:
     """How many values differ: by their bits where the types are equal, else by their difference."""
     if x.is_cuda:
         return int(torch.count_nonzero(difference))

@@ -1,0 +1,116 @@
+"""numerics/filtered.py: the bits of the exact way, where float32 can tell and where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import bits, factors, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import change_reference, round_reference, to_longdouble
+from torch import Tensor
+
+from loratool.numerics import filtered
+from loratool.numerics.exact import Change, ExactProduct, Workspace, apply_rounded
+from loratool.numerics.filtered import FilteredRows
+from loratool.updates import LowRank
+
+CPU = torch.device("cpu")
+
+
+def both(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[tuple[Tensor, Change], tuple[Tensor, Change]]:
+    product = ExactProduct(LowRank(A, B, scale).terms(1.0, False))
+    left = product.left(0, len(W))
+    found, expected = torch.empty_like(W), torch.empty_like(W)
+    change = FilteredRows(product, left).apply(W, 0, found, Workspace(CPU))
+    exact = apply_rounded(W, product.fill(left), expected, Workspace(CPU))
+    return (found, change), (expected, exact)
+
+
+@pytest.mark.parametrize("relative", [1e-6, 1e-4, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("rank", [1, 16, 300])
+def test_bits_are_those_of_the_exact_way_and_of_the_reference(relative: float, rank: int) -> None:
+    W, (A, B) = weights(128, 700, dtype=torch.bfloat16), factors(128, 700, rank)
+    scale = relative * float(W.float().norm() / (B @ A).norm())
+    (found, change), (expected, exact) = both(W, A, B, scale)
+    assert torch.equal(bits(found), bits(expected))
+    assert torch.equal(bits(found), bits(round_reference(to_longdouble(W) + change_reference(A, B, scale), W.dtype)))
+    assert change.changed == exact.changed
+    assert change.base_squared == pytest.approx(exact.base_squared, rel=1e-4)
+    assert change.change_squared == pytest.approx(exact.change_squared, rel=1e-4)
+    assert change.kept == pytest.approx(exact.kept, rel=1e-3, abs=1e-4 * exact.change_squared)
+
+
+def test_sums_that_lie_on_midpoints_or_a_hair_beside_them() -> None:
+    """Every weight is doubtful here or nearly so: W + D is a midpoint of bfloat16 plus a millionth of a step."""
+    W = torch.arange(1, 1025).float().reshape(8, 128).bfloat16()
+    half = (W.float().abs().log2().floor() - 8).exp2()
+    for hair in (0.0, 1e-6, -1e-6, 1e-9, -1e-9, 1e-12, -1e-12):
+        (found, _), (expected, _) = both(W, half[0:1] * (1 + hair), torch.ones(8, 1))
+        assert torch.equal(bits(found), bits(expected))
+        A = torch.zeros(3, 128)
+        A[0, ::2], A[1, 1::2], A[2] = half[0, ::2], half[0, 1::2] * (1 + hair), 1e-7
+        (found, _), (expected, _) = both(W, A, torch.ones(8, 3))
+        assert torch.equal(bits(found), bits(expected))
+
+
+STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative zero": lambda W: W * -0.0,
+    "half pruned": lambda W: torch.where(W > 0, W, torch.zeros_like(W)),
+    "subnormal": lambda W: (W.float() * 2.0**-130).bfloat16(),
+    "huge": lambda W: (W.float() * 1e37).bfloat16(),
+    "infinite": lambda W: W.masked_fill(W > 0.05, float("inf")),
+    "nan": lambda W: W.masked_fill(W > 0.05, float("nan")),
+    "largest": lambda W: torch.full_like(W, torch.finfo(W.dtype).max),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1e30])
+def test_strange_weights(strange: str, size: float) -> None:
+    W, (A, B) = STRANGE[strange](weights(64, 256, dtype=torch.bfloat16)), factors(64, 256, 8)
+    B[::2] = 0
+    (found, change), (expected, exact) = both(W, A, B, size)
+    assert torch.equal(bits(found), bits(expected))
+    assert (change.not_finite, change.overflowed) == (exact.not_finite, exact.overflowed)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0, 12),
+    size=st.floats(-9, 3),
+    rank=st.sampled_from([1, 2, 7, 64]),
+)
+def test_any_bits_under_any_scales(seed: int, spread: float, size: float, rank: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randint(-(2**15), 2**15, (32, 96), generator=g, dtype=torch.int16).view(torch.bfloat16)
+    W = torch.where(W.float().abs() < 1e6, W, torch.ones_like(W))
+    A, B = factors(32, 96, rank, seed)
+    ranks = torch.logspace(0, spread, rank)
+    (found, _), (expected, _) = both(W, A * ranks[:, None], B / ranks, 10.0**size)
+    assert torch.equal(bits(found), bits(expected))
+
+
+def test_rows_of_a_block_are_the_products_own() -> None:
+    W, (A, B) = weights(96, 256, dtype=torch.bfloat16), factors(96, 256, 16)
+    product = ExactProduct(LowRank(A, B, 1.0).terms(1.0, False))
+    rows, work = FilteredRows(product, product.left(0, 96)), Workspace(CPU)
+    out = torch.empty_like(W)
+    for start in (0, 32, 64):
+        rows.apply(W[start : start + 32], start, out[start : start + 32], work)
+    assert torch.equal(bits(out), bits(both(W, A, B)[1][0]))
+
+
+def test_a_float32_of_fewer_bits_is_not_trusted() -> None:
+    W, (A, B) = weights(256, 512, dtype=torch.bfloat16), factors(256, 512, 64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not filtered._float32_is_whole()
+        (found, _), (expected, _) = both(W, A, B)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert filtered._float32_is_whole()
+    assert torch.equal(bits(found), bits(expected))
