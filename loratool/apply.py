@@ -36,7 +36,7 @@ from .source import Source
 from .special import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .undo import Record, UndoFile
-from .undo_records import CELL_COLUMNS, Doubter, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
+from .undo_records import CELL_COLUMNS, Doubted, Doubter, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
 KEPT_STACKS = 2
@@ -132,16 +132,15 @@ def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[P
     return Changed(rows, ranges)
 
 
-def subtracted(source: Source, placements: Sequence[Placement], load: Loader, doubts: list[Doubter]) -> Changed:
-    """A merged tensor from which additive placements, of negative weight, are taken; what is in doubt is counted."""
+def subtracted(source: Source, placements: Sequence[Placement], load: Loader) -> Changed:
+    """A merged tensor from which additive placements, of negative weight, are taken; its steps return `Doubted`."""
     dtype = getattr(torch, TORCH_FLOATS[source.spec.dtype])
 
     def prepare(piece: Piece, start: int, stop: int) -> Step:
-        doubt = Doubter(dtype)
-        doubts.append(doubt)
-
-        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
-            return apply_rounded(base, piece.seen(base, start + row, work), out, work, doubt.witness)
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
+            doubt = Doubter(dtype)
+            change = apply_rounded(base, piece.seen(base, start + row, work), out, work, doubt.witness)
+            return Doubted(change, doubt.doubtful, doubt.farthest)
 
         return step
 

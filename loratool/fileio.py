@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from .errors import InputError, MachineError, UsageError
 
 COPY_CHUNK = 1 << 23  # one fallback copy buffer: large enough to stream, small enough to hold one a worker
+WRITE_BACK = 0.3  # seconds between two calls upon the disk to write what it has been given
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
 _seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
 
@@ -71,6 +72,34 @@ def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_of
         read_into(source, part, source_offset + done)
         write_at(target, part, target_offset + done)
         done += len(part)
+
+
+@contextmanager
+def written_back(files: Collection[BinaryIO]) -> Iterator[None]:
+    """Have the disk write while the block still fills the files, so that little is left to sync at its end.
+
+    The system would start late, with gigabytes in memory. What it says of a failure it says once: that is raised here.
+    """
+    leave = threading.Event()
+    failed: list[OSError] = []
+
+    def write_back() -> None:
+        try:
+            while not leave.wait(WRITE_BACK):
+                for file in files:
+                    os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=write_back, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def open_for_reading(path: Path) -> BinaryIO:

@@ -7,6 +7,7 @@ independent items for `runtime.run`, and keeps nothing but the blocks under way.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO
@@ -14,9 +15,10 @@ from typing import Any, BinaryIO
 import torch
 
 from .errors import InputError, NeedsFlag
+from .fileio import written_back
 from .numerics.exact import Change, cast_rounded
 from .output import Output, OutputFile, open_output
-from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, Worker, run
+from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, run
 from .source import Source
 from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
 
@@ -75,9 +77,11 @@ def rewrite(
     """
     output.require_space()
     done = 0
-    with open_output(output) as targets:
+    with open_output(output) as targets, ExitStack() as writing:
         items = _items(output, sources, changed, targets)
-        for item, results in run(items, lambda: Worker(device), workers):
+        runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
+        writing.enter_context(written_back(targets.values()))
+        for item, results in runs:
             if isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast:
                 yield item, results
             elif isinstance(item, MapRows):
@@ -85,6 +89,7 @@ def rewrite(
             done += item.nbytes
             if progress:
                 progress(done, output.nbytes)
+        writing.close()
         if finish:
             finish(targets)
 

@@ -1,4 +1,4 @@
-"""Where and how work runs: the device, and a bounded pool of threads over independent items.
+"""Where and how work runs: the device, and a bounded pool of workers over independent items.
 
 An item is one piece of an output: a range of bytes to copy, or a range of a tensor's rows to compute. It
 knows its sources and its place in the output, so that any worker can run any item in any order, and no
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -22,10 +22,12 @@ from torch import Tensor
 from .errors import MachineError, UsageError
 from .fileio import copy_range, read_into, write_at
 from .numerics.exact import Workspace
+from .processes import CAN_FORK, run_forked
 
-BLOCK_ROWS = 128  # read, computed and written at a time: enough to make a product of matrices efficient,
+BLOCK_ROWS = 64  # read, computed and written at a time: enough to make a product of matrices efficient,
 BLOCK = 1 << 20  # but at most so many weights, where rows are long
 CUDA_BLOCK = 1 << 24
+WORTH_A_FORK = 1 << 26  # bytes of output from which a fork, 20 ms a worker, is soon earned
 MAX_WORKERS = 8  # beyond that memory bandwidth is the limit, and each worker holds its buffers
 
 # Called with the bytes of output done so far and in all.
@@ -151,8 +153,23 @@ def worker_count() -> int:
     return min(cores, MAX_WORKERS)
 
 
-def run(items: Iterable[Item], make_worker: Callable[[], Worker], workers: int) -> Iterator[tuple[Item, list[Any]]]:
-    """Run the items in `workers` threads and yield each with its results, as they come.
+def run(
+    items: Iterable[Item], device: torch.device, workers: int, nbytes: int
+) -> Generator[tuple[Item, list[Any]], None, None]:
+    """Run the items by `workers` and yield each with its results, as they come. nbytes: of all, about.
+
+    In forked processes on a CPU where the work is worth the fork, else in threads.
+    """
+    offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # else the position in a file, which forks share, counts
+    if CAN_FORK and offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
+        return run_forked(iter(items), lambda: Worker(device), workers)
+    return _run_threads(items, lambda: Worker(device), workers)
+
+
+def _run_threads(
+    items: Iterable[Item], make_worker: Callable[[], Worker], workers: int
+) -> Generator[tuple[Item, list[Any]], None, None]:
+    """The items in threads.
 
     Items are drawn lazily, so a plan of any length holds little. The first error, or an interrupt, stops the
     drawing, waits for the few items under way, and is raised here.

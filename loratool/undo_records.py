@@ -142,6 +142,15 @@ def _difference(weight: Array, guess: Array) -> bytes:
     return bytes([kind]) + len(data).to_bytes(4, "little") + data
 
 
+@dataclass(frozen=True)
+class Doubted:
+    """What came of a block from which a change was subtracted: how many weights can be wrong, and by how many steps."""
+
+    change: Change
+    doubtful: int
+    farthest: int
+
+
 class Doubter:
     """Counts the weights that cannot be told where a change is subtracted without a record."""
 

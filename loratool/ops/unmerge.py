@@ -28,7 +28,7 @@ from ..source import Source
 from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
 from ..undo import UndoFile, placements_of, spec_of, unpack_bytes
-from ..undo_records import Doubter
+from ..undo_records import Doubted
 from ..updates import ADDITIVE
 
 
@@ -281,13 +281,14 @@ def _subtract(
     output = plan_output(merged, path, is_file, origin, plan.changed)
     output.require_space()
     load = Loader(choose_device(device))
-    doubts: list[Doubter] = []
+    doubts: list[Doubted] = []
     if not dry_run:
-        tensors = {n: subtracted(plan.sources[n], p, load, doubts) for n, p in plan.placements.items()}
+        tensors = {n: subtracted(plan.sources[n], p, load) for n, p in plan.placements.items()}
         runs = rewrite(output, plan.sources, tensors, load.device, workers or worker_count(), progress)
         with closing(runs) as items:
             for item, blocks in items:
-                refuse_overflow(item.tensor, blocks, plan.sources, output)
+                refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)
+                doubts += blocks
     return UnmergeReport(
         str(merged.path),
         str(path),
