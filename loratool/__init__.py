@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning; each returns a
-frozen report. Errors are children of `LoratoolError`.
+`extract`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning; each
+returns a frozen report. Errors are children of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.extract import ExtractReport, extract
     from .ops.inspect import CheckpointReport, inspect
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge import merge
@@ -28,6 +29,8 @@ _HOMES = {
     "AdapterInspection": "inspect_adapter",
     "CheckpointReport": "inspect",
     "MergeReport": "merge_report",
+    "ExtractReport": "extract",
+    "extract": "extract",
     "inspect": "inspect",
     "merge": "merge",
     "UnmergeReport": "unmerge",
@@ -39,6 +42,7 @@ _HOMES = {
 __all__ = [
     "AdapterInspection",
     "CheckpointReport",
+    "ExtractReport",
     "InputError",
     "LoratoolError",
     "MachineError",
@@ -47,6 +51,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "extract",
     "inspect",
     "merge",
     "unmerge",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .errors import LoratoolError
+    from .ops.extract import ExtractReport
     from .ops.inspect import CheckpointReport
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
@@ -155,6 +156,43 @@ def print_verify(report: VerifyReport) -> None:
         say("inconclusive: the change is below half a step of every weight (--allow inconclusive takes it for proven)")
     else:
         say(f"{report.status}: {report.merged}")
+
+
+def print_extract(report: ExtractReport) -> None:
+    say(f"change = {report.tuned} - {report.base}")
+    stored = any(m.stored for m in report.modules)
+    titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "effective", "over noise"]
+    rows = [
+        [
+            m.name,
+            "x".join(map(str, m.shape)),
+            str(m.rank),
+            f"{m.relative:.2e}",
+            f"{m.kept:.2%}",
+            f"{m.residual:.2e}",
+            {"exact": "0", "certified": f"<{m.gap:.0e}"}.get(m.how, f"~{m.gap:.0e}"),
+            f"{m.effective_rank:.1f}",
+            str(m.above_noise),
+            *([f"{m.stored:.1e}"] if stored else []),
+        ]
+        for m in report.modules
+    ]
+    _print_table([(title, title != "tensor") for title in titles + ["stored"] * stored], rows)
+    kept = "" if report.kept is None else f"; {report.kept:.2%} of their change's energy is kept"
+    say(f"\n{len(rows)} matrices{kept}; |D|/|W| is {report.relative:.2e} in all")
+    if report.exact:
+        say(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
+    say(f"unchanged: {report.unchanged} tensors")
+    for name, norm in report.left_out.items():
+        say(f"left out: {name} (|D| = {norm:.3g})")
+    for name in report.only_base:
+        say(f"only in the base: {name}")
+    for name in report.only_tuned:
+        say(f"only in the tuned model: {name}")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
+    verb = "would write" if report.dry_run else "wrote"
+    say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_checkpoint(report: CheckpointReport) -> None:

@@ -16,12 +16,24 @@ from shlex import quote
 
 from .adapter import Adapter, UpdateSpec
 from .architectures.renames import canonical, expert_part
+from .architectures.roles import role
 from .architectures.wrappers import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_of
 from .errors import InputError, NeedsFlag, UsageError
 from .placing import Placement, Spot, place
 from .tensorfile import TensorSpec
 from .updates import ADDITIVE
 
+# Names for the parts of a block, whatever a family calls them; `all-linear` is peft's: every linear layer but the head.
+PRESETS = {
+    "attention": frozenset(
+        """q_proj k_proj v_proj o_proj out_proj qkv_proj qkv query key value query_key_value c_attn q_attn attn_out
+        to_q to_k to_v Wqkv q_lin k_lin v_lin out_lin wq wk wv wo""".split()
+    ),
+    "mlp": frozenset(
+        """gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc dense_h_to_4h dense_4h_to_h lin1 lin2
+        wi wi_0 wi_1 w1 w2 w3 up_gate_proj""".split()
+    ),
+}
 SHOWN = 8  # names listed in an error before "and N more"
 
 
@@ -44,6 +56,10 @@ class Selection:
 
 
 def matches(pattern: str, path: str) -> bool:
+    if pattern == "all-linear":
+        return role(path, 2, True) == "linear"
+    if pattern in PRESETS:
+        return path.rpartition(".")[2] in PRESETS[pattern]
     if pattern.startswith("re:"):
         try:
             return re.search(pattern[3:], path) is not None
@@ -225,22 +241,23 @@ def _index(
     index: dict[str, list[str]] = {}
     stacks: dict[str, tuple[Spot, ...]] = {}
     for name in specs:
-        path = canonical(_unwrapped(module_of(name)).removeprefix(PEFT_PREFIX), model_types)
+        path = canonical(unwrapped(module_of(name)).removeprefix(PEFT_PREFIX), model_types)
         index.setdefault(path.replace(".", separator), []).append(name)
-        part = expert_part(_unwrapped(name), model_types)
+        part = expert_part(unwrapped(name), model_types)
         if part:
             fused = part.fused.replace(".", separator)
             stacks[fused] = (*stacks.get(fused, ()), Spot(name, part.expert, part.part, part.parts))
     return index, stacks
 
 
-def _unwrapped(path: str) -> str:
+def unwrapped(path: str) -> str:
+    """A path without the wrappers of training loops."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def _normalized(module: str, flattened: bool, model_types: Sequence[str]) -> str:
     if not flattened:
-        return canonical(_unwrapped(module), model_types)
+        return canonical(unwrapped(module), model_types)
     return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
 
 

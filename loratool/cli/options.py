@@ -20,7 +20,8 @@ target_option = click.option(
     "--target",
     multiple=True,
     metavar="PATTERNS",
-    help="Only these modules: comma list of dotted suffixes, globs of whole paths, or re:EXPRESSION.",
+    help="Only these modules: comma list of dotted suffixes, globs of whole paths, re:EXPRESSION, or all-linear, "
+    "attention, mlp.",
 )
 exclude_option = click.option(
     "--exclude", multiple=True, metavar="PATTERNS", help="All but these modules; patterns as in --target."
@@ -42,6 +43,19 @@ class Size(click.ParamType[int]):
         if not 1 <= size < 1 << 63:
             self.fail(f"{str(value)[:40]!r} is not a size like 5GB or 500MiB", param, ctx)
         return int(size)
+
+
+class Count(click.ParamType[int]):
+    """`20M`, `500K`, `1.5B`, or a number."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value).upper())
+        count = float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2]] if found else 0.0
+        if not 1 <= count < 1 << 63:
+            self.fail(f"{str(value)[:40]!r} is not a count like 20M or 500K", param, ctx)
+        return int(count)
 
 
 class WeightedPath(click.ParamType[tuple[str, float]]):

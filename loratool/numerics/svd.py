@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TOLERANCE = 1e-4  # of the optimum's energy
 BLOCK = 16  # columns a step
 SMALL = 512  # columns up to which the eigenvectors are as cheap
 WIDE = 3  # of the smaller side, the part that the basis may fill before the eigenvectors are cheaper
 FLOOR = 1e-6  # below which float32 tells no gap
+PROBES = 7  # steps that look for what the basis lacks
+MISS = 1e-9  # the probability that they do not see it: one in a million for a thousand matrices
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class TruncatedSVD:
 
     V (of a wide D: U) is orthonormal and U diag(S) = D V, so the energy kept is exactly the sum of S^2; U's columns
     have length 1, and are orthogonal as far as those that carry little energy have converged.
-    total: ||D||^2. gap: (E - S's energy) / E for the optimum's energy E: 0 where exact, else an estimate.
-    columns: of the basis that was built, 0 for the eigenvectors of D^T D.
+    total: ||D||^2. gap: (E - S's energy) / E for the optimum's energy E: 0 where exact, else an estimate or, where it
+    was to be certified, a bound. columns: of the basis that was built, 0 for the eigenvectors of D^T D, which are
+    exact.
     """
 
     U: Tensor
@@ -44,21 +48,24 @@ class TruncatedSVD:
         return float(self.S.square().sum())
 
 
-def truncated_svd(D: Tensor, rank: int, generator: torch.Generator, tolerance: float = 1e-4) -> TruncatedSVD:
+def truncated_svd(
+    D: Tensor, rank: int, generator: torch.Generator, tolerance: float = TOLERANCE, certify: bool = False
+) -> TruncatedSVD:
     """The top `rank` triplets of D (m, n), float32, of finite numbers.
 
-    tolerance: of the energy, relative to the optimum. generator: on D's device; it decides the start alone. Signs are
-    such that the largest entry of each column of V is positive.
+    tolerance: of the energy, relative to the optimum; certify: that it is met has to be proven, but for the probability
+    MISS. generator: on D's device; it decides the start alone. Signs are such that the largest entry of each column
+    of V is positive.
     """
     m, n = D.shape
     if m < n:
-        turned = truncated_svd(D.T, rank, generator, tolerance)
+        turned = truncated_svd(D.T, rank, generator, tolerance, certify)
         return _signed(TruncatedSVD(turned.V, turned.S, turned.U, turned.total, turned.gap, turned.columns))
     total = _energy(D)
     rank = min(rank, n)
     if total == 0.0 or rank == 0:
         return TruncatedSVD(D.new_zeros(m, 0), D.new_zeros(0).double(), D.new_zeros(n, 0), total, 0.0, 0)
-    found = None if n <= SMALL or WIDE * (rank + 2 * BLOCK) > n else _krylov(D, rank, generator, tolerance)
+    found = None if n <= SMALL or WIDE * (rank + 2 * BLOCK) > n else _krylov(D, rank, generator, tolerance, certify)
     if found is None:
         X, gap, columns = _eigenvectors(D, rank), 0.0, 0
     else:
@@ -101,33 +108,122 @@ def _eigenvectors(D: Tensor, rank: int) -> Tensor:
     return top
 
 
-def _krylov(D: Tensor, rank: int, generator: torch.Generator, tolerance: float) -> tuple[Tensor, float, int] | None:
-    """(the top right singular vectors, the estimated gap, columns), or None where the basis would grow too wide."""
-    n = D.shape[1]
-    most = n // WIDE
-    Q = D.new_empty(n, most)
-    W = D.new_empty(D.shape[0], most)
-    T = torch.zeros(most, most, dtype=torch.float64, device=D.device)
-    V = torch.linalg.qr(torch.randn(n, BLOCK, generator=generator, device=D.device, dtype=D.dtype)).Q
-    width, energy, gain = 0, 0.0, 0.0
-    while width + BLOCK <= most:
-        new = slice(width, width + BLOCK)
-        Q[:, new], W[:, new] = V, D @ V
-        cross = (W[:, : new.stop].T @ W[:, new]).double()
-        T[: new.stop, new], T[new, : new.stop] = cross, cross.T
-        width = new.stop
-        Z = D.T @ W[:, new]
+class _Krylov:
+    """A basis of the Krylov space of D^T D that grows by a block a step, with both of its products kept.
+
+    Q: (n, width) orthonormal, W = D Q, T = W^T W in float64; V: the next block, R: D^T D's last block is Q T + V R.
+    """
+
+    def __init__(self, D: Tensor, most: int, generator: torch.Generator) -> None:
+        m, n = D.shape
+        self.D, self.most, self.width = D, most, 0
+        self._Q, self._W = D.new_empty(n, most), D.new_empty(m, most)
+        self._T = torch.zeros(most, most, dtype=torch.float64, device=D.device)
+        self.V = torch.linalg.qr(_normal(n, generator, D)).Q
+        self.R = D.new_zeros(BLOCK, BLOCK).double()
+
+    @property
+    def Q(self) -> Tensor:
+        return self._Q[:, : self.width]
+
+    @property
+    def T(self) -> Tensor:
+        return self._T[: self.width, : self.width]
+
+    @property
+    def is_full(self) -> bool:
+        return self.width + BLOCK > self.most
+
+    def grow(self) -> None:
+        new = slice(self.width, self.width + BLOCK)
+        self._Q[:, new], self._W[:, new] = self.V, self.D @ self.V
+        cross = (self._W[:, : new.stop].T @ self._W[:, new]).double()
+        self._T[: new.stop, new], self._T[new, : new.stop] = cross, cross.T
+        self.width = new.stop
+        Z = self.D.T @ self._W[:, new]
+        self.R = torch.eye(BLOCK, dtype=torch.float64, device=Z.device)
         for _ in range(2):  # the first QR brings out columns that are nearly noise, and with them what lies in Q
-            Z -= Q[:, :width] @ (Q[:, :width].T @ Z)
+            Z -= self.Q @ (self.Q.T @ Z)
+            Z, R = torch.linalg.qr(Z)
+            self.R = R.double() @ self.R
+        self.V = Z
+
+    def top(self, rank: int) -> Tensor:
+        """The best `rank` right singular vectors within the basis, (n, rank)."""
+        vectors = torch.linalg.eigh(self.T).eigenvectors[:, -rank:].flip(1).to(self.D.dtype)
+        best: Tensor = torch.linalg.qr(self.Q @ vectors).Q
+        return best
+
+    def energy(self, rank: int) -> float:
+        return float(torch.linalg.eigvalsh(self.T)[-rank:].sum())
+
+    def bound(self, rank: int, generator: torch.Generator) -> float:
+        """What the energy of no approximation of this rank exceeds, but with the probability MISS.
+
+        With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, the rest), and so at most
+        [[T, E R^T], [R E^T, mu]] where mu bounds P D^T D P: the top eigenvalues of that are a bound (Weyl).
+        """
+        k, n = self.width, len(self._Q)
+        mu = self._rest(generator)
+        M = torch.zeros(k + BLOCK, k + BLOCK, dtype=torch.float64, device=self.D.device)
+        M[:k, :k], M[k:, k - BLOCK : k], M[k - BLOCK : k, k:] = self.T, self.R, self.R.T
+        M[k:, k:].fill_diagonal_(mu)
+        values = torch.linalg.eigvalsh(M)
+        more = values.new_full((max(0, min(rank, n - k - BLOCK)),), mu)
+        return float(torch.cat([values, more]).sort(descending=True).values[:rank].sum())
+
+    def _rest(self, generator: torch.Generator) -> float:
+        """An upper bound on the norm of P D^T D P, by Lanczos from random starts.
+
+        From one start PROBES steps find less than (1 - e) of it with a probability of at most
+        1.648 sqrt(n) exp(-sqrt(e) (2 PROBES - 1)) (Kuczynski & Wozniakowski, 1992, theorem 4.2); from BLOCK independent
+        starts at once, whose space holds each one's, with the BLOCK-th power of that.
+        """
+        n = len(self._Q)
+
+        def outside(X: Tensor) -> Tensor:
+            for _ in range(2):
+                X = X - self.Q @ (self.Q.T @ X)
+            return X
+
+        basis = torch.linalg.qr(outside(_normal(n, generator, self.D))).Q
+        W = self.D @ basis
+        for _ in range(PROBES - 1):
+            Z = outside(self.D.T @ W[:, -BLOCK:])
+            for _ in range(2):
+                Z = Z - basis @ (basis.T @ Z)
             Z = torch.linalg.qr(Z).Q
-        if width >= rank + BLOCK:
-            values, vectors = torch.linalg.eigh(T[:width, :width])
-            former, energy = energy, float(values[-rank:].sum())
-            last, gain = gain, (energy - former) / energy if energy else 0.0
-            ratio = min(max(gain / last if last > 0 else 0.95, 0.0), 0.95)
-            gap = gain * max(ratio / (1 - ratio), 0.25)
-            if former and gap < tolerance and (last or gain < FLOOR):
-                X = Q[:, :width] @ vectors[:, -rank:].flip(1).to(D.dtype)
-                return torch.linalg.qr(X).Q, max(gap, FLOOR), width
-        V = Z
+            basis, W = torch.cat([basis, Z], 1), torch.cat([W, self.D @ Z], 1)
+        found = float(torch.linalg.eigvalsh((W.T @ W).double())[-1])
+        missed = (math.log(1.648 * math.sqrt(n)) - math.log(MISS) / BLOCK) / (2 * PROBES - 1)
+        return found / (1 - missed**2)
+
+
+def _normal(n: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(n, BLOCK, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def _krylov(
+    D: Tensor, rank: int, generator: torch.Generator, tolerance: float, certify: bool
+) -> tuple[Tensor, float, int] | None:
+    """(the top right singular vectors, the gap, columns), or None where the basis would grow too wide."""
+    space = _Krylov(D, D.shape[1] // WIDE, generator)
+    energy, gain, wanted = 0.0, 0.0, 0
+    while not space.is_full:
+        space.grow()
+        if space.width < rank + BLOCK:
+            continue
+        former, energy = energy, space.energy(rank)
+        last, gain = gain, (energy - former) / energy if energy else 0.0
+        ratio = min(max(gain / last if last > 0 else 0.95, 0.0), 0.95)
+        gap = gain * max(ratio / (1 - ratio), 0.25)
+        if not former or gap >= tolerance or not (last or gain < FLOOR) or space.width < wanted:
+            continue
+        if certify:
+            most = space.bound(rank, generator)
+            gap = (most - energy) / most
+            if gap > tolerance:
+                wanted = space.width + max(2 * BLOCK, space.width // 4)
+                continue
+        return space.top(rank), max(gap, FLOOR), space.width
     return None

@@ -1,0 +1,119 @@
+"""`loratool extract`."""
+
+from __future__ import annotations
+
+import click
+
+from ..extraction import EMBED
+from .options import (
+    Count,
+    Size,
+    device_option,
+    dry_run_option,
+    exclude_option,
+    force_option,
+    json_option,
+    layers_option,
+    quiet_option,
+    target_option,
+)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.option("--rank", type=click.IntRange(1), help="Of every matrix.  [default: 8]")
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each matrix's change.")
+@click.option("--params", type=Count(), metavar="20M", help="Parameters in all, spent where they keep most.")
+@click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
+@click.option("--max-rank", type=click.IntRange(1), help="Of any matrix.")
+@click.option(
+    "--embed",
+    type=click.Choice(list(EMBED)),
+    default="lora",
+    show_default=True,
+    help="Changed embeddings and heads: " + "; ".join(f"{name}: {meaning}" for name, meaning in EMBED.items()) + ".",
+)
+@click.option("--certify", is_flag=True, help="Prove how far each matrix is from the best, where else it is estimated.")
+@click.option("--no-bias", is_flag=True, help="Leave changed biases and norms out.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the start of the iteration.")
+@click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Take models that are no fine-tune.")
+@target_option
+@exclude_option
+@layers_option
+@force_option
+@dry_run_option
+@device_option
+@quiet_option
+@json_option
+def extract(
+    base: str,
+    tuned: str,
+    out: str | None,
+    rank: int | None,
+    energy: float | None,
+    params: int | None,
+    size: int | None,
+    max_rank: int | None,
+    embed: str,
+    certify: bool,
+    no_bias: bool,
+    dtype: str,
+    seed: int,
+    allow: tuple[str, ...],
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    force: bool,
+    dry_run: bool,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Make an adapter of a full fine-tune: the best of its rank for the change TUNED - BASE.
+
+    Every matrix gets the top of its change's SVD; biases and norms are kept exactly. The energy kept is exact, and how
+    far it can be from the best is estimated, or proven with --certify. What is not in the adapter is named with its
+    norm.
+
+    \b
+      loratool extract --rank 8 base/ tuned/
+      loratool extract base/ tuned/ --params 20M --embed skip -o adapter/
+    """
+    from ..ops.extract import extract as run
+    from ..render import ProgressBar, print_extract, to_json
+    from ..targets import parse_patterns
+
+    bar = ProgressBar("extract", quiet or json, "matrices")
+    try:
+        report = run(
+            base,
+            tuned,
+            out,
+            rank=rank,
+            energy=energy,
+            params=params,
+            size=size,
+            max_rank=max_rank,
+            embed=embed,
+            certify=certify,
+            target=parse_patterns(target),
+            exclude=parse_patterns(exclude),
+            layers=layers,
+            bias=not no_bias,
+            dtype=dtype,
+            seed=seed,
+            allow=allow,
+            device=device,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if json:
+        print(to_json("extract", report))
+    else:
+        print_extract(report)

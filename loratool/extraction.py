@@ -1,0 +1,299 @@
+"""What of a fine-tune goes where in an adapter: which change is factored, which is kept whole, which is left out.
+
+A change is sorted by what its tensor is for; a tied model's one matrix is an embedding and a head at once, and so
+changes both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .architectures.conv1d import stores_transposed
+from .architectures.renames import TRANSPOSED_EXPERTS
+from .architectures.roles import role
+from .architectures.wrappers import module_of
+from .checkpoint import Checkpoint
+from .errors import InputError
+from .factoring import KINDS, Factored, FactorSpool
+from .formats.peft import DECLARED
+from .formats.peft_write import SAFETENSORS, lora_config, nested
+from .pairing import Pairs, difference
+from .source import Source, equal_rows
+from .targets import Selection
+from .tensorfile import TORCH_FLOATS, TensorSpec
+from .tied import find_tie
+
+# What becomes of changed embeddings and heads -> its meaning.
+EMBED = {
+    "lora": "factors, as for every other matrix",
+    "full": "kept whole, exactly",
+    "skip": "left out, and named",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A weight whose change is factored. also: the name of the head that is the same matrix, where the model ties
+    them.
+    """
+
+    name: str
+    kind: str
+    base: Source
+    tuned: Source
+    also: str | None = None
+
+    @property
+    def cost(self) -> int:
+        """Parameters a rank, counted twice where the factors are."""
+        shape = self.base.spec.shape
+        count = shape[0] * (shape[1] + shape[2]) if self.kind.startswith("experts") else shape[0] + math.prod(shape[1:])
+        return count * (2 if self.also else 1)
+
+
+@dataclass
+class Sorted:
+    """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
+    factored, (||W||^2, ||D||^2); taken: tensors of the tuned side alone that found a use.
+    """
+
+    low_rank: dict[str, Change] = field(default_factory=dict)
+    exact: dict[str, Source] = field(default_factory=dict)
+    left_out: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    saved: set[str] = field(default_factory=set)
+    biased: bool = False
+    unchanged: int = 0
+    taken: set[str] = field(default_factory=set)
+
+    @property
+    def exact_parameters(self) -> int:
+        return sum(source.spec.size for source in self.exact.values())
+
+
+def sort_changes(base: Checkpoint, pairs: Pairs, selection: Selection, embed: str, bias: bool) -> Sorted:
+    """embed: a key of EMBED; bias: keep biases and norms. Raises InputError for shapes that differ beside
+    vocabularies.
+    """
+    found = Sorted()
+    tie = find_tie(base)
+    both = dict(pairs.both)
+    untied = tie is not None and not tie.is_stored(base) and tie.head in pairs.only_tuned
+    if tie and untied:
+        both[tie.head] = (Source(base.shard_of[tie.embedding], tie.embedding), _tuned(pairs, tie.head))
+        found.taken.add(tie.head)
+    for name, (one, two) in both.items():
+        also = tie.head if tie and name == tie.embedding and not tie.is_stored(base) and not untied else None
+        _sort(base, name, one, two, also, selection, embed, bias, found)
+    return found
+
+
+def _tuned(pairs: Pairs, name: str) -> Source:
+    """A tensor of the tuned side that has no partner."""
+    return Source(next(two.file for _, two in pairs.both.values() if name in two.file.specs), name)
+
+
+def _sort(
+    base: Checkpoint,
+    name: str,
+    one: Source,
+    two: Source,
+    also: str | None,
+    selection: Selection,
+    embed: str,
+    bias: bool,
+    found: Sorted,
+) -> None:
+    """One tensor of both sides to its place."""
+    floats = one.spec.dtype in TORCH_FLOATS and two.spec.dtype in TORCH_FLOATS
+    if not floats or not one.spec.size or not one.spec.shape:
+        if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
+            found.unchanged += 1
+        else:
+            found.left_out[name] = math.nan
+        return
+    module = module_of(name)
+    what = role(module, len(one.spec.shape), True)
+    grown = one.spec.shape != two.spec.shape
+    if grown and (what not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
+        raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
+    if not grown and equal_rows(one, two) and equal_rows(two, one):
+        found.unchanged += 1
+        return
+    selected = selection.selects(module)
+    vocabulary = what in ("embedding", "head")
+    if selected and vocabulary and (grown or embed == "full"):
+        _keep_whole(found, name, module, two, also)
+        if not grown:
+            _measure(found, name, one, two)
+    elif selected and what and not (vocabulary and embed == "skip"):
+        found.low_rank[name] = Change(name, _kind(base, module, what), one, two, also)
+    elif selected and bias and len(one.spec.shape) == 1 and name.endswith((".bias", ".weight")):
+        _measure(found, name, one, two)
+        _keep(base, found, name, two)
+    else:
+        if not grown:
+            _measure(found, name, one, two)
+        found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else math.nan
+
+
+def _kind(base: Checkpoint, module: str, what: str) -> str:
+    if what == "experts":
+        return "experts-turned" if TRANSPOSED_EXPERTS.intersection(base.model_types) else "experts"
+    return "conv1d" if what == "linear" and stores_transposed(base.model_types, module) else what
+
+
+def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
+    between = difference(one, two, torch.device("cpu"))
+    found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
+
+
+def _keep_whole(found: Sorted, name: str, module: str, two: Source, also: str | None) -> None:
+    for each in (name, also):
+        if each:
+            found.exact[each] = two
+            found.saved.add(module_of(each))
+
+
+def _keep(base: Checkpoint, found: Sorted, name: str, two: Source) -> None:
+    """A norm's module whole, with the bias that may not have changed; a bias by itself."""
+    found.exact[name] = two
+    if name.endswith(".bias"):
+        found.biased = True
+        return
+    module = name.removesuffix(".weight")
+    found.saved.add(module)
+    bias = f"{module}.bias"
+    if bias in base.specs:
+        found.exact.setdefault(bias, Source(base.shard_of[bias], bias))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adapter whose ranks are known: the specs of its tensors, what loads one, and its config."""
+
+    specs: Mapping[str, TensorSpec]
+    load: Callable[[str], torch.Tensor]
+    config: Mapping[str, Any]
+    ranks: Mapping[str, int]
+    effective_rank: Callable[[str], float]
+    stored: Callable[[str], float]
+
+
+def plan_adapter(
+    found: Sorted,
+    factored: Mapping[str, Factored],
+    ranks: Mapping[str, int],
+    spool: FactorSpool,
+    dtype: torch.dtype,
+    base: Checkpoint,
+    base_name: str,
+) -> Plan:
+    modules, parameters, places = _places(found, factored, ranks)
+    tensors: dict[str, Callable[[], torch.Tensor]] = {}
+    specs: dict[str, TensorSpec] = {}
+    letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
+
+    def factors(name: str, turned: bool, side: int) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            pair = spool.tensors(factored[name], ranks[name], dtype)
+            return pair[1 - side].T.contiguous() if turned else pair[side]
+
+        return load
+
+    for wrapper, (name, turned) in places.items():
+        kind = KINDS["head" if turned else factored[name].kind]
+        for side, key in enumerate(kind.keys):
+            tensors[f"{wrapper}.{key}"] = factors(name, turned, side)
+            specs[f"{wrapper}.{key}"] = TensorSpec(letters, _factor_shape(factored[name], ranks[name], turned, side))
+    for name, source in found.exact.items():
+        owner = name.rpartition(".")[0]
+        key = f"{owner}.base_layer.bias" if name.endswith(".bias") and owner in modules else name
+        tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
+        specs[key] = source.spec
+    if not modules and not parameters:
+        _stand_in(base, tensors, specs, modules, letters, dtype)
+    config = lora_config(
+        modules,
+        parameters,
+        bias="all" if found.biased else "none",
+        base_model_name_or_path=base_name,
+        modules_to_save=sorted(found.saved) or None,
+    )
+    return Plan(
+        specs,
+        lambda key: tensors[key](),
+        config,
+        ranks,
+        lambda name: spool.effective_rank(factored[name], ranks[name]),
+        lambda name: spool.stored(factored[name], ranks[name], dtype),
+    )
+
+
+def _places(
+    found: Sorted, factored: Mapping[str, Factored], ranks: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int], dict[str, tuple[str, bool]]]:
+    """The ranks of modules and of bare parameters, and for each wrapper whose factors it has and whether turned."""
+    modules: dict[str, int] = {}
+    parameters: dict[str, int] = {}
+    places: dict[str, tuple[str, bool]] = {}
+    stacks: dict[str, list[str]] = {}
+    for name, rank in ranks.items():
+        if not rank:
+            continue
+        if factored[name].kind.startswith("experts"):
+            parameters[name] = rank
+            stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+            continue
+        modules[module_of(name)] = rank
+        places[module_of(name)] = (name, False)
+        also = found.low_rank[name].also
+        if also:
+            modules[module_of(also)] = rank
+            places[module_of(also)] = (name, True)
+    for module, names in stacks.items():
+        declared = (*DECLARED, *sorted(set(names) - set(DECLARED)))
+        for parameter, wrapper in nested(module, names, declared).items():
+            places[wrapper] = (f"{module}.{parameter}", False)
+    return modules, parameters, places
+
+
+def _factor_shape(factored: Factored, rank: int, turned: bool, side: int) -> tuple[int, ...]:
+    E, out, inp = factored.sizes
+    if turned:  # an embedding's factors for the head: B^T and A^T
+        return (rank, out) if side == 0 else (inp, rank)
+    if factored.kind.startswith("experts"):
+        return (E * rank, inp) if side == 0 else (out, rank * E)
+    if factored.kind == "conv":
+        return (rank, *factored.shape[1:]) if side == 0 else (out, rank, *[1] * (len(factored.shape) - 2))
+    return (rank, inp) if side == 0 else (out, rank)
+
+
+def _stand_in(
+    base: Checkpoint,
+    tensors: dict[str, Callable[[], torch.Tensor]],
+    specs: dict[str, TensorSpec],
+    modules: dict[str, int],
+    letters: str,
+    dtype: torch.dtype,
+) -> None:
+    """One pair of zeros: PEFT loads no adapter that targets nothing, not even one of biases alone."""
+    for name, spec in base.specs.items():
+        module = module_of(name)
+        if role(module, len(spec.shape), spec.dtype in TORCH_FLOATS) == "linear":
+            turned = stores_transposed(base.model_types, module)
+            out, inp = spec.shape[::-1] if turned else spec.shape
+            for key, shape in (("lora_A.weight", (1, inp)), ("lora_B.weight", (out, 1))):
+                specs[f"{module}.{key}"] = TensorSpec(letters, shape)
+                tensors[f"{module}.{key}"] = lambda shape=shape: torch.zeros(shape, dtype=dtype)  # type: ignore[misc]
+            modules[module] = 1
+            bias = f"{module}.bias"
+            if bias in specs:
+                specs[f"{module}.base_layer.bias"] = specs.pop(bias)
+                tensors[f"{module}.base_layer.bias"] = tensors.pop(bias)
+            return

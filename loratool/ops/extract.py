@@ -1,0 +1,342 @@
+"""`extract`: a full fine-tune's change as an adapter: the best of its rank for every matrix, biases and norms exact.
+
+One matrix at a time: D = TUNED - BASE in float32, its truncated SVD into a spool; when all ranks are known, the
+adapter is written from there. Everything that changed is in the adapter or named with its norm.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..architectures.quantized import quantization
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import InputError, NeedsFlag, UsageError
+from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
+from ..factoring import Factored, FactorSpool, noise_edge
+from ..formats import is_adapter
+from ..formats.peft_write import write_adapter
+from ..output import check_path
+from ..pairing import Difference, Pairs, difference, pair_tensors
+from ..ranks import RANK_RULES, budget_ranks, rank_for
+from ..runtime import Progress, choose_device
+from ..targets import Selection, parse_layers
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+UNRELATED = 0.7  # of the base's norm: a change beyond it is no fine-tune
+RANK = 8
+FIRST_RANK = 32  # computed of each matrix where the rule may ask for any rank
+HEADROOM = 4  # times the uniform rank of a budget that is computed at first
+LOW = 0.5  # of the energy, below which the report says what rank would bring more
+
+
+@dataclass(frozen=True)
+class ModuleExtract:
+    """One weight of the adapter. relative: ||D|| / ||W||; kept: the share of ||D||^2 that the factors hold, exactly;
+    residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative, and `how` it is
+    known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular value that
+    rounding the tuned model to its type can have made, and above_noise how many of the computed ones are larger.
+    stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much, about,
+    where it is known or kept is low.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    relative: float
+    kept: float
+    residual: float
+    gap: float
+    how: str
+    effective_rank: float
+    noise: float
+    above_noise: int
+    stored: float
+    rank_50: int | None
+    rank_90: int | None
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """The result of `extract`. kept: of the energy of all matrices in the adapter; exact: tensors that are kept as they
+    are; left_out: what changed and is not in the adapter, with its norm (nan: not a number to compare); unchanged:
+    tensors that are equal on both sides; only_base, only_tuned: tensors of one side. parameters: of the adapter,
+    nbytes its bytes.
+    """
+
+    base: str
+    tuned: str
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleExtract, ...]
+    kept: float | None
+    relative: float
+    parameters: int
+    nbytes: int
+    exact: tuple[str, ...]
+    left_out: Mapping[str, float]
+    unchanged: int
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    params: int | None = None,
+    size: int | None = None,
+    max_rank: int | None = None,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    embed: str = "lora",
+    bias: bool = True,
+    dtype: str = "fp32",
+    certify: bool = False,
+    seed: int = 0,
+    allow: Sequence[str] = (),
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """The change TUNED - BASE as a PEFT adapter: a folder, or one file with its config where `out` ends in
+    .safetensors.
+
+    One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
+    size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
+    embeddings and heads, a key of `extraction.EMBED`. bias: keep changed biases and norms, exactly. dtype: of the
+    factors, a key of DTYPES. certify: prove how far each matrix is from the best, where else it is estimated. allow:
+    "unrelated" takes two models that are no fine-tune of each other. Raises InputError where the sides do not belong
+    together, are quantized or equal, or hold nan; nothing is written then.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if embed not in EMBED:
+        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED)}")
+    rule = _rule(rank, energy, params, size, DTYPES[dtype].itemsize)
+    with ExitStack() as opened:
+        sides = [_open(name, opened) for name in (base, tuned)]
+        path = Path(out if out is not None else "adapter")
+        is_file = path.suffix == ".safetensors"
+        check_path(path, is_file, [shard.path for side in sides for shard in side.shards], force)
+        pairs = pair_tensors(*sides)
+        selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        found = sort_changes(sides[0], pairs, selection, embed, bias)
+        spool = FactorSpool(path.absolute().parent, seed, certify)
+        opened.callback(spool.close)
+        work = _Work(found, spool, rule, max_rank, choose_device(device), progress)
+        work.factor_all()
+        _refuse(work, found, pairs, tuple(allow))
+        plan = plan_adapter(found, work.factored, work.ranks(), spool, DTYPES[dtype], sides[0], os.fspath(base))
+        if not dry_run:
+            write_adapter(path, is_file, plan.specs, plan.load, plan.config)
+        return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+
+
+def _rule(
+    rank: int | None, energy: float | None, params: int | None, size: int | None, itemsize: int
+) -> tuple[str, float]:
+    given = {"rank": rank, "energy": energy, "params": params, "size": None if size is None else size // itemsize}
+    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
+    name, value = chosen[0] if chosen else ("rank", float(RANK))
+    if value <= 0 or (name == "energy" and value > 1):
+        raise UsageError(f"{name} {value:g} is out of range")
+    return ("params" if name == "size" else name), value
+
+
+def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
+    side = open_checkpoint(name)
+    opened.callback(side.close)
+    if is_adapter(side.specs):
+        raise InputError("is an adapter; extract compares two models", culprit=os.fspath(name))
+    method = quantization(side.specs, side.config)
+    if method:
+        raise InputError(f"is quantized ({method})", culprit=os.fspath(name), remedy="pass the original model")
+    return side
+
+
+class _Work:
+    """The factors of each matrix as the rule asks for them, and what was seen on the way."""
+
+    def __init__(
+        self,
+        found: Sorted,
+        spool: FactorSpool,
+        rule: tuple[str, float],
+        max_rank: int | None,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self._found, self._spool, self._device, self._progress = found, spool, device, progress
+        self._rule, self._value = rule
+        self._most = max_rank or 1 << 30
+        self.factored: dict[str, Factored] = {}
+        self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
+
+    def factor_all(self) -> None:
+        changes = self._found.low_rank
+        first = self._first_rank()
+        for done, (change, D) in enumerate(self._differences(list(changes.values())), 1):
+            self.factored[change.name] = self._factor(change, D, first)
+            if self._progress:
+                self._progress(done, len(changes))
+        if self._rule == "params":
+            self._grow()
+
+    def _first_rank(self) -> int:
+        if self._rule == "rank":
+            return min(int(self._value), self._most)
+        if self._rule == "energy":
+            return min(FIRST_RANK, self._most)
+        cost = sum(change.cost for change in self._found.low_rank.values())
+        return min(max(FIRST_RANK, HEADROOM * int(self._value // max(1, cost))), self._most)
+
+    def _differences(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Difference]]:
+        """On a GPU the next one is read while one is computed; on a CPU that would only hold two."""
+        if self._device.type == "cpu":
+            yield from ((change, difference(change.base, change.tuned, self._device)) for change in changes)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            waiting = [reader.submit(difference, c.base, c.tuned, self._device) for c in changes[:1]]
+            for change, following in zip(changes, [*changes[1:], None], strict=True):
+                D = waiting.pop().result()
+                if following:
+                    waiting.append(reader.submit(difference, following.base, following.tuned, self._device))
+                yield change, D
+
+    def _factor(self, change: Change, found: Difference, rank: int) -> Factored:
+        D = found.D
+        factored = self._spool.add(change.name, change.kind, D, rank)
+        while self._rule == "energy" and rank < min(self._most, factored.full):
+            if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
+                break
+            rank *= 2
+            factored = self._spool.add(change.name, change.kind, D, min(rank, self._most))
+        self.seen[change.name] = (found.base_squared, factored.spectrum.total, found.noise)
+        return factored
+
+    def _grow(self) -> None:
+        """Compute more of a matrix while the budget still chooses the last triplet known of it."""
+        while True:
+            ranks = self.ranks()
+            short = [
+                name
+                for name, f in self.factored.items()
+                if ranks[name] == f.known < min(f.full, self._most) and not f.spectrum.whole
+            ]
+            if not short:
+                return
+            for change, found in self._differences([self._found.low_rank[name] for name in short]):
+                rank = min(2 * self.factored[change.name].known, self._most)
+                self.factored[change.name] = self._factor(change, found, rank)
+
+    def ranks(self) -> dict[str, int]:
+        spectra = {name: factored.spectrum for name, factored in self.factored.items()}
+        if self._rule == "params":
+            return budget_ranks(spectra, int(self._value) - self._found.exact_parameters)
+        rule = RANK_RULES[self._rule]
+        found = {name: rule(spectrum, self._value) for name, spectrum in spectra.items()}
+        return {name: min(self.factored[name].known if k is None else k, self._most) for name, k in found.items()}
+
+
+def _refuse(work: _Work, found: Sorted, pairs: Pairs, allow: tuple[str, ...]) -> None:
+    """Raise where there is nothing to extract, or the two are no fine-tune of each other."""
+    if not (work.factored or found.exact or found.left_out):
+        raise InputError("the two models are equal: there is nothing to extract")
+    if not (work.factored or found.exact):
+        some = ", ".join(list(found.left_out)[:3])
+        raise InputError(f"nothing of what changed is selected or could be in an adapter: {some}, ...")
+    if _relative(work, found) > UNRELATED and "unrelated" not in allow:
+        raise NeedsFlag(
+            f"the change is {_relative(work, found):.2f} times the base: these are no fine-tune of each other",
+            remedy="add --allow unrelated to extract it all the same",
+        )
+
+
+def _relative(work: _Work, found: Sorted) -> float:
+    """||TUNED - BASE|| / ||BASE|| over all that changed."""
+    both = [(w, d) for w, d, _ in work.seen.values()] + list(found.norms.values())
+    base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
+    return math.sqrt(change / base) if base else math.inf if change else 0.0
+
+
+def _report(
+    work: _Work,
+    found: Sorted,
+    pairs: Pairs,
+    plan: Plan,
+    names: tuple[str, str, str],
+    dry_run: bool,
+) -> ExtractReport:
+    modules = tuple(_module(work, name, plan) for name in plan.ranks if plan.ranks[name])
+    without = {n: math.sqrt(f.spectrum.total) for n, f in work.factored.items() if not plan.ranks[n] and f.known}
+    total = math.fsum(work.factored[n].spectrum.total for n in plan.ranks)
+    kept = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
+    still = sum(not f.known for f in work.factored.values())
+    return ExtractReport(
+        *names,
+        dry_run,
+        modules,
+        kept / total if total else None,
+        _relative(work, found),
+        sum(spec.size for spec in plan.specs.values()),
+        sum(spec.nbytes for spec in plan.specs.values()),
+        tuple(found.exact),
+        {**found.left_out, **without},
+        found.unchanged + still,
+        pairs.only_base,
+        tuple(name for name in pairs.only_tuned if name not in found.taken),
+        _warnings(modules, kept / total if total else 1.0),
+    )
+
+
+def _module(work: _Work, name: str, plan: Plan) -> ModuleExtract:
+    factored, rank = work.factored[name], plan.ranks[name]
+    spectrum, (base, change, variance) = factored.spectrum, work.seen[name]
+    kept, noise = math.fsum(spectrum.squares[:rank]), noise_edge(variance, factored.sizes)
+    low = kept < 0.9 * change
+    count = factored.sizes[0]
+    return ModuleExtract(
+        name,
+        factored.kind,
+        factored.shape,
+        rank,
+        math.sqrt(change / base) if base else math.inf,
+        kept / change,
+        math.sqrt(max(0.0, change - kept)),
+        factored.gap,
+        factored.how,
+        plan.effective_rank(name),
+        noise,
+        sum(square > noise**2 * count for square in spectrum.squares),
+        plan.stored(name),
+        rank_for(spectrum, 0.5, factored.full) if kept < LOW * change else None,
+        rank_for(spectrum, 0.9, factored.full) if low else None,
+    )
+
+
+def _warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str, ...]:
+    if kept >= LOW or not modules:
+        return ()
+    ranks = sorted(m.rank_50 for m in modules if m.rank_50)
+    more = sorted(m.rank_90 for m in modules if m.rank_90)
+    half = f"about rank {ranks[len(ranks) // 2]} would keep half" if ranks else ""
+    most = f"rank {more[len(more) // 2]} nine tenths" if more else ""
+    said = " and ".join(part for part in (half, most) if part)
+    return (f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {said} of a middling matrix's",)

@@ -1,0 +1,89 @@
+"""numerics/svd.py against torch.linalg.svd in float64: the energy kept, on every kind of spectrum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratool.numerics.svd import truncated_svd
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_spectrum(m: int, n: int, values: Tensor, seed: int = 0) -> Tensor:
+    g, k = generator(seed), len(values)
+    U = torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64)).Q
+    return ((U * values) @ V.T).float()
+
+
+def power(k: int, exponent: float) -> Tensor:
+    return torch.arange(1, k + 1, dtype=torch.float64) ** -exponent
+
+
+def gaps(k: int) -> Tensor:
+    return torch.cat([torch.full((4,), 10.0), torch.full((k - 4,), 0.01)]).double()
+
+
+SPECTRA = {
+    **{f"k^-{p}": (lambda k, p=p: power(k, p)) for p in (0.25, 0.5, 1, 2)},
+    "flat": lambda k: torch.ones(k, dtype=torch.float64),
+    "gap": gaps,
+    "low rank": lambda k: torch.cat([power(5, 0.5), torch.zeros(k - 5, dtype=torch.float64)]),
+    "repeated": lambda k: torch.repeat_interleave(power((k + 3) // 4, 0.7), 4)[:k],
+    "exponential": lambda k: 0.9 ** torch.arange(k, dtype=torch.float64),
+}
+SHAPES = [(40, 30), (30, 40), (700, 600), (600, 1300), (1, 50), (50, 1), (1200, 520)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_energy_is_the_optimums(spectrum: str, rank: int, shape: tuple[int, int]) -> None:
+    k = min(shape)
+    values = SPECTRA[spectrum](max(k, 6))[:k]
+    D = with_spectrum(*shape, values)
+    found = truncated_svd(D, rank, generator(1))
+    exact = torch.linalg.svdvals(D.double())
+    best = float(exact[:rank].square().sum())
+    left = D.double() - (found.U.double() * found.S) @ found.V.double().T
+    kept = float(D.double().square().sum() - left.square().sum())
+    assert kept >= 0.9999 * best and found.energy == pytest.approx(kept, rel=1e-5)
+    assert found.total == pytest.approx(float(exact.square().sum()), rel=1e-6)
+    assert len(found.S) <= min(rank, k) and bool((found.S.diff() <= 0).all())
+    basis = (found.V if shape[0] >= shape[1] else found.U).double()
+    assert torch.allclose(basis.T @ basis, torch.eye(len(found.S), dtype=torch.float64), atol=1e-5)
+    for factor in (found.U, found.V):
+        assert torch.allclose(factor.double().norm(dim=0), torch.ones(len(found.S), dtype=torch.float64), atol=1e-5)
+
+
+def test_an_exactly_low_rank_matrix_gives_its_rank() -> None:
+    D = with_spectrum(900, 800, power(5, 0.5))
+    found = truncated_svd(D, 32, generator())
+    assert len(found.S) == 5 and found.energy == pytest.approx(found.total, rel=1e-5)
+
+
+def test_zeros_and_rank_zero() -> None:
+    assert truncated_svd(torch.zeros(30, 20), 4, generator()).S.shape == (0,)
+    assert truncated_svd(torch.ones(30, 20), 0, generator()).U.shape == (30, 0)
+
+
+def test_the_seed_decides_and_signs_are_fixed() -> None:
+    D = with_spectrum(900, 800, power(800, 0.5))
+    one, two, other = (truncated_svd(D, 16, generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one.U, two.U) and torch.equal(one.V, two.V)
+    assert one.columns and torch.allclose(one.S, other.S, rtol=1e-4)
+    largest = one.V.abs().argmax(0)
+    assert bool((one.V[largest, torch.arange(16)] > 0).all())
+
+
+def test_the_gap_is_an_estimate_of_the_right_size() -> None:
+    """On decaying spectra the true deficit is below a few times the estimate."""
+    for exponent in (0.3, 0.5, 1.0):
+        D = with_spectrum(1100, 1000, power(1000, exponent), seed=int(10 * exponent))
+        found = truncated_svd(D, 16, generator(2))
+        best = float(torch.linalg.svdvals(D.double())[:16].square().sum())
+        assert found.columns and (best - found.energy) / best <= 4 * found.gap + 1e-6
