@@ -59,13 +59,15 @@ class Change:
 @dataclass
 class Sorted:
     """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
-    factored, (||W||^2, ||D||^2); taken: tensors of the tuned side alone that found a use.
+    factored, (||W||^2, ||D||^2), and matrices those with more than one dimension; taken: tensors of the tuned side
+    alone that found a use.
     """
 
     low_rank: dict[str, Change] = field(default_factory=dict)
     exact: dict[str, Source] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
     norms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    matrices: set[str] = field(default_factory=set)
     saved: set[str] = field(default_factory=set)
     biased: bool = False
     unchanged: int = 0
@@ -150,6 +152,8 @@ def _kind(base: Checkpoint, module: str, what: str) -> str:
 
 def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
     between = difference(one, two, torch.device("cpu"))
+    if len(one.spec.shape) > 1:
+        found.matrices.add(name)
     found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
 
 

@@ -30,7 +30,7 @@ from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-UNRELATED = 0.7  # of the base's norm: a change beyond it is no fine-tune
+UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
 RANK = 8
 FIRST_RANK = 32  # computed of each matrix where the rule may ask for any rank
 HEADROOM = 4  # times the uniform rank of a budget that is computed at first
@@ -270,8 +270,8 @@ def _refuse(work: _Work, found: Sorted, pairs: Pairs, allow: tuple[str, ...]) ->
 
 
 def _relative(work: _Work, found: Sorted) -> float:
-    """||TUNED - BASE|| / ||BASE|| over all that changed."""
-    both = [(w, d) for w, d, _ in work.seen.values()] + list(found.norms.values())
+    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0."""
+    both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
     base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
     return math.sqrt(change / base) if base else math.inf if change else 0.0
 
