@@ -142,7 +142,7 @@ class _Krylov:
         self.width = new.stop
         Z = self.D.T @ self._W[:, new]
         self.R = torch.eye(BLOCK, dtype=torch.float64, device=Z.device)
-        for _ in range(2):  # the first QR brings out columns that are nearly noise, and with them what lies in Q
+        for _ in range(3):  # each QR brings out columns that are nearly noise, and with them what lies in Q
             Z -= self.Q @ (self.Q.T @ Z)
             Z, R = torch.linalg.qr(Z)
             self.R = R.double() @ self.R
