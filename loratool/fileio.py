@@ -226,6 +226,16 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sha256_range(file: BinaryIO, offset: int, nbytes: int) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(1 << 20, nbytes)))
+    for start in range(0, nbytes, 1 << 20):
+        part = buffer[: nbytes - start]
+        read_into(file, part, offset + start)
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
@@ -18,7 +18,7 @@ from .errors import InputError, NeedsFlag
 from .fileio import written_back
 from .numerics.exact import Change, cast_rounded
 from .output import Output, OutputFile, open_output
-from .runtime import CopyBytes, Item, MapRows, Prepare, Progress, Step, run
+from .runtime import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
 from .source import Source
 from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
 
@@ -68,21 +68,23 @@ def rewrite(
     workers: int,
     progress: Progress | None = None,
     finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
-) -> Generator[tuple[MapRows, list[Any]], None, None]:
+    hashed: Collection[str] = (),
+) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned; yield each run of a changed tensor's rows with what its steps return.
 
     sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast. The runs of
-    one tensor come in any order. finish: called with the open files when all rows are written. Raises NeedsFlag or
+    one tensor come in any order. finish: called with the open files when all rows are written. hashed: tensors that are
+    copied and whose sources are hashed on the way; each part is yielded with its sha256. Raises NeedsFlag or
     InputError where a cast overflows; then, and when the caller closes it early, nothing stays.
     """
     output.require_space()
     done = 0
     with open_output(output) as targets, ExitStack() as writing:
-        items = _items(output, sources, changed, targets)
+        items = _items(output, sources, changed, targets, hashed)
         runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
         writing.enter_context(written_back(targets.values()))
         for item, results in runs:
-            if isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast:
+            if isinstance(item, HashBytes) or _is_changed(item, changed):
                 yield item, results
             elif isinstance(item, MapRows):
                 refuse_overflow(item.tensor, results, sources, output)
@@ -115,9 +117,11 @@ def _items(
     sources: Mapping[str, Source],
     changed: Mapping[str, Changed],
     targets: Mapping[str, BinaryIO],
+    hashed: Collection[str],
 ) -> Iterator[Item]:
     """The work of the whole output, a piece of each file in turn: two threads that write one file wait for its lock."""
-    waiting = [_file_items(output, file, targets[file.name], sources, changed) for file in output.files]
+    waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
+    waiting += [_file_items(output, file, targets[file.name], sources, changed) for file in output.files]
     while waiting:
         for source in list(waiting):
             item = next(source, None)
@@ -125,6 +129,18 @@ def _items(
                 waiting.remove(source)
             else:
                 yield item
+
+
+def _is_changed(item: Item, changed: Mapping[str, Changed]) -> TypeGuard[MapRows]:
+    return isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast
+
+
+def _hash_items(sources: Mapping[str, Source], names: Collection[str]) -> Iterator[HashBytes]:
+    for name in names:
+        source = sources[name]
+        begin, size = source.file.begin[source.name], source.spec.nbytes
+        for part, start in enumerate(range(0, size, COPY_ITEM)):
+            yield HashBytes(name, part, source.file.file, begin + start, min(COPY_ITEM, size - start))
 
 
 def _file_items(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import MachineError, UsageError
-from .fileio import copy_range, read_into, write_at
+from .fileio import copy_range, read_into, sha256_range, write_at
 from .numerics.exact import Workspace
 from .processes import CAN_FORK, run_forked
 
@@ -47,6 +47,19 @@ class CopyBytes:
     @property
     def end(self) -> tuple[int, int]:
         return self.source_offset + self.nbytes, self.target_offset + self.nbytes
+
+
+@dataclass(frozen=True)
+class HashBytes:
+    """`nbytes` of a file, part number `part` of a tensor, for their sha256 alone."""
+
+    tensor: str
+    part: int
+    source: BinaryIO
+    offset: int
+    length: int
+
+    nbytes = 0  # of the output
 
 
 # One block of rows: (base, its first row counted from the item's, out, work) -> what came of it.
@@ -80,7 +93,7 @@ class MapRows:
         return (self.stop - self.start) * self.columns * self.target_dtype.itemsize
 
 
-Item = CopyBytes | MapRows
+Item = CopyBytes | MapRows | HashBytes
 
 
 class Worker:
@@ -96,6 +109,8 @@ class Worker:
         if isinstance(item, CopyBytes):
             copy_range(item.source, item.source_offset, item.target, item.target_offset, item.nbytes)
             return []
+        if isinstance(item, HashBytes):
+            return [sha256_range(item.source, item.offset, item.length)]
         with torch.cuda.stream(self.stream):
             step = item.prepare(item.start, item.stop)
             most = BLOCK if self.stream is None else CUDA_BLOCK

@@ -6,7 +6,8 @@
     index         a deflated JSON object, as `index_of` makes it
     last 24       the index's first byte and length, little-endian u64, then `loraundo`
 
-Each record has the sha256 of its rows before and after the merge. The index has the recipe: every placement by the
+Each record has the sha256 of its rows before and after the merge; `untouched` in the index has those of the tensors
+that were copied, one for each 64 MiB. The index has the recipe: every placement by the
 number of its adapter, so that nothing has to be found out again; the adapters' own hashes and weights; the base's
 headers, index and config as they were.
 """
@@ -53,6 +54,7 @@ class UndoWriter:
         self._spool: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self._end = 0
         self._records: dict[str, list[tuple[int, int, int, int, tuple[str, str]]]] = {}
+        self._untouched: dict[str, dict[int, str]] = {}
 
     def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
         data = b"".join(payloads)
@@ -61,12 +63,17 @@ class UndoWriter:
         self._records.setdefault(tensor, []).append((start, stop, self._end, len(data), sha256))
         self._end += len(data)
 
+    def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
+        """The hash of a part of a tensor that is copied as it is."""
+        self._untouched.setdefault(tensor, {})[part] = sha256
+
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
         """Write the file; returns its size."""
         target.seek(0)
         target.write(MAGIC)
         at = len(MAGIC)
         index = index_of(plan, output)
+        index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
         for name, entry in index["tensors"].items():
             for start, stop, offset, length, sha256 in sorted(self._records.get(name, [])):
                 copy_range(self._spool, offset, target, at, length)

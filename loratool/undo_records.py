@@ -113,7 +113,14 @@ class Recorder:
 
 
 def _near(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
-    return near_tie(total.flatten().cpu().numpy(), form) if ties is None else ties.cpu().numpy()
+    """Where a sum is near a midpoint. `ties` may name more: what W + c and W' - c both flag must be the same
+    weights.
+    """
+    sums = total.flatten().cpu().numpy()
+    if ties is None:
+        return near_tie(sums, form)
+    at: Array = ties.cpu().numpy()
+    return at[near_tie(sums[at], form)]
 
 
 def _positions(result: Array, like: Array, near: Array, c: Array, a: Array | None, form: FloatFormat) -> Array:

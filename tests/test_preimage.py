@@ -42,6 +42,21 @@ def round_trip(W: Tensor, c: Tensor, a: Tensor | None = None) -> tuple[bool, Ten
 
 
 @pytest.mark.parametrize("form", TYPES)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_the_least_numbers_and_changes_of_few_bits(form: str, seed: int) -> None:
+    """Among subnormals the grid is uniform, and sums with many zero bits are no midpoints for that."""
+    kind, size = INTEGERS[form]
+    g = np.random.default_rng(seed)
+    mantissa = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}[form]
+    W = torch.from_numpy(g.integers(0, 64, (3, 1100)) | (g.integers(0, 2, (3, 1100)) << (size - 1))).to(kind)
+    digits, behind = g.integers(1, 16, W.shape), g.integers(0, 14, W.shape)
+    steps = np.round(g.standard_normal(W.shape) * 2.0**digits) * 2.0**-behind
+    c = torch.from_numpy(steps) * (torch.finfo(TYPES[form]).tiny * 2.0**-mantissa)
+    assert round_trip(W.view(TYPES[form]), c)[0]
+
+
+@pytest.mark.parametrize("form", TYPES)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_bits(form: str, data: Any) -> None:

@@ -189,6 +189,25 @@ class TestRefusals:
             save_file(tensors, file, metadata={"format": "pt"})
         self.refused(merged, f"{name}: is not what the merge wrote: the merged file was edited|cannot be restored")
 
+    def test_an_untouched_tensor_edited_since(self, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its bytes go to the restored base as they are, so they must be those that the merge left."""
+        file = next(f for f in sorted(merged.glob("*.safetensors")) if "model.norm.weight" in load_file(f))
+        tensors = load_file(file)
+        tensors["model.norm.weight"][3] += 1
+        for part in (1 << 26, 50):  # in one part or in several, as the merge hashed it
+            monkeypatch.setattr("loratool.rewrite.COPY_ITEM", part)
+            loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", merged, force=True)
+            save_file(tensors, file, metadata={"format": "pt"})
+            self.refused(merged, "model.norm.weight: is not what the merge wrote")
+
+    def test_a_tensor_added_since(self, tmp_path: Path) -> None:
+        base, adapter, file = FIXTURES / "gpt2" / "base", FIXTURES / "gpt2" / "adapter", tmp_path / "m.safetensors"
+        loratool.merge(base / "model.safetensors", adapter, file)
+        tensors = load_file(file)
+        save_file({**tensors, "added.weight": tensors["transformer.ln_f.weight"].clone()}, file)
+        with pytest.raises(InputError, match="added.weight: was not there"):
+            loratool.unmerge(file, adapter, tmp_path / "back.safetensors")
+
     def test_a_merged_tensor_of_another_shape(self, merged: Path) -> None:
         file = sorted(merged.glob("*.safetensors"))[0]
         tensors = load_file(file)

@@ -22,7 +22,7 @@ from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, output_path, plan_output
 from ..plan import MergePlan, plan_merge, widen_float8
 from ..rewrite import refuse_overflow, rewrite
-from ..runtime import Progress, choose_device, worker_count
+from ..runtime import HashBytes, Progress, choose_device, worker_count
 from ..sidefiles import provenance
 from ..source import Source, require_finite
 from ..targets import Selection, parse_layers
@@ -188,8 +188,13 @@ def _execute(
             if undo and output.undo:
                 size = undo.finish(targets[output.undo.name], plan, output)
 
-        runs = rewrite(output, plan.sources, tensors, device, workers, progress, finish)
+        copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
+        runs = rewrite(output, plan.sources, tensors, device, workers, progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
+            if isinstance(item, HashBytes):
+                if undo:
+                    undo.add_untouched(item.tensor, item.part, blocks[0])
+                continue
             if undo and isinstance(blocks[0], Recorded):
                 undo.add(item.tensor, item.start, item.stop, [b.payload for b in blocks], blocks[-1].sha256)
                 blocks = [block.change for block in blocks]

@@ -22,7 +22,7 @@ from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import Output, OutputFile, check_path, output_path, plan_output
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
-from ..runtime import Progress, choose_device, worker_count
+from ..runtime import HashBytes, Progress, choose_device, worker_count
 from ..sidefiles import provenance, survey, undo_files, undo_path
 from ..source import Source
 from ..targets import Selection
@@ -30,6 +30,8 @@ from ..tensorfile import TensorSpec, build_header, read_layout, with_length
 from ..undo import UndoFile, placements_of, spec_of, unpack_bytes
 from ..undo_records import Doubted
 from ..updates import ADDITIVE
+
+EDITED = "is not what the merge wrote: the merged file was edited since"
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,12 @@ def unmerge(
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
         output.require_space()
         if not dry_run:
-            runs = rewrite(output, sources, tensors, choose_device(device), workers or worker_count(), progress)
+            where, copied = choose_device(device), record.index["untouched"]
+            runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
             with closing(runs) as items:
-                for _ in items:
-                    pass
+                for item, results in items:
+                    if isinstance(item, HashBytes) and results[0] != copied[item.tensor][item.part]:
+                        raise InputError(EDITED, culprit=item.tensor)
         return _report(checkpoint, record, os.fspath(merged), used, output, dry_run)
 
 
@@ -223,6 +227,9 @@ def _plan_tensors(
 ) -> tuple[dict[str, Source], dict[str, Changed]]:
     """Where each tensor of the base comes from, and which have to go back."""
     sources, tensors = {}, {}
+    for name in merged.specs:
+        if name not in specs and name not in undo.index["tensors"]:
+            raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
     for name, spec in specs.items():
         entry = undo.index["tensors"].get(name)
         expected = spec_of(entry["spec"]) if entry else spec
