@@ -124,7 +124,7 @@ def _sort(
     grown = one.spec.shape != two.spec.shape
     if grown and (what not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
-    if not grown and equal_rows(one, two) and equal_rows(two, one):
+    if not grown and equal_rows(one, two) and (one.spec == two.spec or equal_rows(two, one)):
         found.unchanged += 1
         return
     selected = selection.selects(module)

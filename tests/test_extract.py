@@ -142,15 +142,19 @@ def test_two_stacks_of_experts_of_one_module_nest_as_peft_nests_them(tmp_path: P
 
 class TestRanks:
     def test_a_matrix_of_lower_rank_gets_its_own(self, tmp_path: Path) -> None:
+        """Traps 34 and 35: what did not change has no entry anywhere, and targets are full paths."""
         A, B = factors(24, 24, 2)
         name = "model.layers.0.self_attn.q_proj.weight"
         base = write_model(tmp_path / "base", SMALL, LLAMA)
         tuned = write_model(tmp_path / "tuned", {**SMALL, name: SMALL[name] + B @ A}, LLAMA)
         (row,) = loratool.extract(base, tuned, tmp_path / "adapter", energy=0.999999).modules
         assert row.name == name and row.rank == 2 and row.kept > 1 - 1e-6
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"] and not config["rank_pattern"]
 
     @pytest.mark.parametrize("energy", [0.3, 0.5, 0.9, 1.0])
     def test_energy_is_the_least_rank_that_has_it(self, tmp_path: Path, energy: float) -> None:
+        """Trap 50: of squares, as peft has it; at 1 it is all."""
         base, tuned = pair(tmp_path, SMALL)
         for row in loratool.extract(base, tuned, tmp_path / "a", energy=energy, embed="skip").modules:
             squares = torch.linalg.svdvals((load_model(tuned)[row.name] - SMALL[row.name]).double()).square()
@@ -314,6 +318,7 @@ class TestSides:
         assert len(report.modules) == 3 and report.only_base == ("lm_head.weight",)
 
     def test_a_16_bit_base_and_a_32_bit_fine_tune(self, tmp_path: Path) -> None:
+        """Trap 41: the difference is taken in float32, whatever the types are."""
         base = {name: W.bfloat16() for name, W in SMALL.items()}
         write_model(tmp_path / "base", base, LLAMA)
         write_model(tmp_path / "tuned", tuned := tune(SMALL), LLAMA)
@@ -352,7 +357,7 @@ class TestSides:
 class TestTheWayBack:
     @pytest.mark.parametrize("size", [1.0, 0.1, 1e-2, 1e-3])
     def test_a_merged_adapter_comes_out_at_its_own_rank(self, tmp_path: Path, size: float) -> None:
-        """fp32: to its rounding, spread over all directions of which the rank keeps few; to that of its own factors."""
+        """Trap 43 (nothing is clamped): to fp32's rounding, of which few directions are kept, and the factors' own."""
         A, B = factors(300, 200, 6)
         B *= size
         name = "model.layers.0.self_attn.q_proj"
@@ -381,6 +386,7 @@ class TestTheWayBack:
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_the_error_of_the_factors_type_is_told(self, tmp_path: Path, dtype: str) -> None:
+        """Trap 42."""
         base, tuned = pair(tmp_path, SMALL)
         report = loratool.extract(base, tuned, tmp_path / "small", rank=4, dtype=dtype)
         loratool.extract(base, tuned, tmp_path / "wide", rank=4)

@@ -41,9 +41,10 @@ SHAPES = [(40, 30), (30, 40), (600, 1300), (1, 50), (50, 1), (700, 600)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize("rank", [1, 32])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_the_energy_is_the_optimums(spectrum: str, rank: int, shape: tuple[int, int]) -> None:
+    """Trap 40: within 1e-4 of the best, where a few steps of a randomized SVD lose percents."""
     k = min(shape)
     values = SPECTRA[spectrum](max(k, 6))[:k]
     D = with_spectrum(*shape, values)

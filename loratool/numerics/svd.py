@@ -81,7 +81,7 @@ def truncated_svd(
 
 def _energy(D: Tensor) -> float:
     """||D||^2 in float64, by blocks of rows."""
-    return math.fsum(float(block.double().square().sum()) for block in _row_blocks(D))
+    return math.fsum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in _row_blocks(D))
 
 
 def _row_blocks(D: Tensor) -> Iterator[Tensor]:

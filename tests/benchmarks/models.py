@@ -6,12 +6,13 @@ The values repeat (one random block, tiled), since neither side's time or memory
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loratool.tensorfile import TensorSpec, build_header
 
@@ -89,6 +90,26 @@ def make(folder: Path, size: str) -> int:
     (folder / "base" / "config.json").write_text(json.dumps(config))
     make_adapter(folder / "adapter", size)
     return total
+
+
+def make_tuned(folder: Path, size: str) -> None:
+    """Write `folder/tuned`: `folder/base` with a change on all linear layers, its spectrum k^-0.7 and noise."""
+    (folder / "tuned").mkdir()
+    for file in sorted((folder / "base").iterdir()):
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder / "tuned")
+            continue
+        tensors = load_file(file)
+        for name in tensors.keys() & adapted(size).keys():
+            tensors[name] = (tensors[name].float() + _change(*tensors[name].shape, seed=sum(map(ord, name)))).bfloat16()
+        save_file(tensors, folder / "tuned" / file.name, metadata={"format": "pt"})
+
+
+def _change(out: int, inp: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    k = min(256, out, inp)
+    A, B = torch.randn(k, inp, generator=g) / inp**0.5, torch.randn(out, k, generator=g) / out**0.5
+    return (B * torch.arange(1, k + 1).float() ** -0.7) @ A * 0.6 + torch.randn(out, inp, generator=g) * 1e-4
 
 
 def make_adapter(folder: Path, size: str, dora: bool = False, vocabulary: bool = False) -> None:
