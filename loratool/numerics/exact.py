@@ -312,12 +312,13 @@ def _apply_tile(
         torch.sub(total, wide, out=change)
     if _has_negative_zero(base):
         _keep(base, change == 0, rounded)
+    base_squared = _dot(wide, wide)
     if witness:
-        if not math.isfinite(float(total.sum())):
+        if not math.isfinite(base_squared):
             _keep_not_finite(base, wide, factor, rounded)
         witness(base, rounded, total, c, factor, ties)
     total.copy_(rounded).sub_(wide)  # W' - W
-    kept, base_squared = _dot(total, change), _dot(wide, wide)
+    kept = _dot(total, change)
     not_finite = overflowed = 0
     largest = 0.0
     if not (math.isfinite(kept) and math.isfinite(base_squared)):
