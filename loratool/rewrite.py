@@ -24,6 +24,7 @@ from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
+HASH_PART = 1 << 26  # bytes that have one hash: a part of the undo file's layout, so it never follows the others
 ROWS_ITEM = 1 << 22  # weights of a matrix an item
 MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a few rows
 
@@ -139,8 +140,8 @@ def _hash_items(sources: Mapping[str, Source], names: Collection[str]) -> Iterat
     for name in names:
         source = sources[name]
         begin, size = source.file.begin[source.name], source.spec.nbytes
-        for part, start in enumerate(range(0, size, COPY_ITEM)):
-            yield HashBytes(name, part, source.file.file, begin + start, min(COPY_ITEM, size - start))
+        for part, start in enumerate(range(0, size, HASH_PART)):
+            yield HashBytes(name, part, source.file.file, begin + start, min(HASH_PART, size - start))
 
 
 def _file_items(

@@ -195,7 +195,7 @@ class TestRefusals:
         tensors = load_file(file)
         tensors["model.norm.weight"][3] += 1
         for part in (1 << 26, 50):  # in one part or in several, as the merge hashed it
-            monkeypatch.setattr("loratool.rewrite.COPY_ITEM", part)
+            monkeypatch.setattr("loratool.rewrite.HASH_PART", part)
             loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", merged, force=True)
             save_file(tensors, file, metadata={"format": "pt"})
             self.refused(merged, "model.norm.weight: is not what the merge wrote")
