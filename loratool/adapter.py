@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from .errors import InputError, NeedsFlag
+from .errors import InputError, LoratoolError, NeedsFlag
 from .fileio import sha256_file
 from .tensorfile import TensorSpec, WeightsFile
 from .updates import UPDATES, Update
@@ -71,6 +71,9 @@ def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any
     return default
 
 
+UNPAIRED = "unpaired"
+
+
 @dataclass(frozen=True)
 class UpdateSpec:
     """One update before its tensors are read: `tensors` maps a role (A, B, ...) to a name in the adapter's file.
@@ -78,6 +81,7 @@ class UpdateSpec:
     module: the path of the module whose `weight` it changes; for another parameter the path of that one.
     transposed: whether the base stores (in, out), where the format itself knows it.
     base: the tensor of the adapter's file that holds the weight under the update, if the adapter brought its own.
+    fault: why it cannot be merged, in a view of a damaged file (kind UNPAIRED where it has no pair of factors).
     """
 
     kind: str
@@ -89,6 +93,7 @@ class UpdateSpec:
     experts: int = 1
     indices: tuple[int, ...] = ()
     base: str | None = None
+    fault: str | None = None
 
     @property
     def rank(self) -> int:
@@ -106,7 +111,11 @@ class UpdateSpec:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Updates by module path. `flattened`: the paths are kohya's, with `_` where the module path has dots."""
+    """Updates by module path.
+
+    flattened: the paths are kohya's, with `_` where the module path has dots. lacks: what the config announces and
+    the file does not have.
+    """
 
     name: str
     format: str
@@ -115,6 +124,7 @@ class Adapter:
     updates: Mapping[str, UpdateSpec]
     flattened: bool = False
     notes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read one update. Raises InputError naming the tensor that holds a nan or an infinity."""
@@ -139,6 +149,18 @@ class Adapter:
         owner = module.rpartition(".")[0]
         return any(isinstance(entry, str) and (module.endswith(entry) or owner.endswith(entry)) for entry in listed)
 
+    def repeats(self, module: str, others: Container[str]) -> bool:
+        """Whether `module` is one of `others` again: the bias of a head under its owner's name and its decoder's.
+
+        `cls.predictions.decoder.bias` is `cls.predictions.bias` in transformers, and PEFT saves both.
+        """
+        owner, _, last = module.rpartition(".")
+        other = f"{owner.rpartition('.')[0]}.{last}"
+        if self.updates[module].kind != "replace" or other not in others or self.updates[other].kind != "replace":
+            return False
+        one, two = (self.updates[path].tensors["value"] for path in (module, other))
+        return self.file.specs[one] == self.file.specs[two] and self.file.read(one) == self.file.read(two)
+
     @cached_property
     def sha256(self) -> str:
         """Of the weights file, as `sha256sum` prints it."""
@@ -161,13 +183,45 @@ def pair_factors(
     config: AdapterConfig,
     transposed: bool | None = None,
     stacked: bool = False,
+    lenient: bool = False,
 ) -> UpdateSpec:
     """The LoRA or DoRA of a module from the tensors found for it, its pair complete and of one rank.
 
     stacked: the factors of several experts lie in one tensor, and the config's rank is that of one.
-    Raises InputError for a missing side, a rank that differs between the sides or from the config's.
+    Raises InputError for a missing side, a rank that differs between the sides or from the config's, and NeedsFlag
+    for a missing alpha; with `lenient` these are the update's fault.
     """
     specs = {role: file.specs[name] for role, name in roles.items() if role != "base"}
+    factors = {role: roles[role] for role in specs}
+    kind = "dora" if "magnitude" in specs else "experts" if stacked else "lora"
+    try:
+        _check_pair(module, roles, specs)
+    except InputError as error:
+        if not lenient:
+            raise
+        key = next(iter(roles.values()))
+        return UpdateSpec(UNPAIRED, module, {"value": key}, {"value": file.specs[key]}, fault=error.message)
+    rank, expected, fault, scale = specs["A"].shape[0], config.rank_of(module), None, 1.0
+    experts = rank // expected if stacked and expected and rank % expected == 0 else 1
+    try:
+        if expected is not None and expected * experts != rank:
+            raise InputError(
+                f"the config says rank {expected}, but A is {specs['A'].shape}",
+                culprit=module,
+                remedy="the config is of another adapter",
+            )
+        scale = config.scale_of(module, rank // experts)
+        if not math.isfinite(scale):
+            raise InputError(f"its scale would be {scale}", culprit=module)
+    except LoratoolError as error:
+        if not lenient:
+            raise
+        fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
+    scale = scale if math.isfinite(scale) else 1.0
+    return UpdateSpec(kind, module, factors, specs, scale, transposed, experts, base=roles.get("base"), fault=fault)
+
+
+def _check_pair(module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
     for role in ("A", "B"):
         if role not in roles:
             other = next(iter(roles.values()))
@@ -178,17 +232,5 @@ def pair_factors(
     if A[0] != B[1] or A[0] == 0:
         hint = "; a grouped convolution has no LoRA that could be merged" if len(A) > 2 and A[0] else ""
         raise InputError(f"A is {A} and B is {B}: they do not share a rank{hint}", culprit=module)
-    expected = config.rank_of(module)
-    experts = A[0] // expected if stacked and expected and A[0] % expected == 0 else 1
-    if expected is not None and expected * experts != A[0]:
-        raise InputError(
-            f"the config says rank {expected}, but A is {A}", culprit=module, remedy="the config is of another adapter"
-        )
     if "magnitude" in specs and specs["magnitude"].size != B[0]:
         raise InputError(f"has {specs['magnitude'].size} magnitudes for {B[0]} outputs", culprit=roles["magnitude"])
-    scale = config.scale_of(module, A[0] // experts)
-    if not math.isfinite(scale):
-        raise InputError(f"its scale would be {scale}", culprit=module)
-    kind = "dora" if "magnitude" in specs else "experts" if stacked else "lora"
-    factors = {role: roles[role] for role in specs}
-    return UpdateSpec(kind, module, factors, specs, scale, transposed, experts, base=roles.get("base"))

@@ -7,6 +7,7 @@ misplaces is an error here, not a missing tensor in the output. Laziness lives h
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,21 @@ INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetens
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 TORCH_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Torch files that hold a training run's state or arguments and no weights.
-NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
-# Files that a training run leaves for itself -> what writes them, and how to make weights of them.
+# Torch files that hold a training run's state or arguments and no weights; a number is that of a process.
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
+# What a training run leaves for itself, as patterns in its folder -> what writes it, and how to make weights of it.
+_DCP = (
+    "a sharded state of torch.distributed (DCP, FSDP)",
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} pytorch_model.bin",
+)
+_ZERO = ("a DeepSpeed ZeRO state", "run python zero_to_fp32.py {folder} OUT and pass OUT")
 TRAINING_STATES = {
-    ".metadata": (
-        "a sharded state of torch.distributed (DCP, FSDP)",
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin",
-    ),
-    "zero_to_fp32.py": ("a DeepSpeed ZeRO state", "run python zero_to_fp32.py . pytorch_model.bin in that folder"),
+    ".metadata": _DCP,
+    "*/.metadata": _DCP,
+    "zero_to_fp32.py": _ZERO,
+    "*_optim_states.pt": _ZERO,
+    "*zero_pp_rank_*_states.pt": _ZERO,
+    "*/*_optim_states.pt": _ZERO,
 }
 
 
@@ -114,17 +121,31 @@ def find_weights(path: Path) -> Path:
         raise InputError(
             f"holds several checkpoints ({names}, ...)", culprit=str(path), remedy="name one of these files"
         )
-    for name, (what, remedy) in TRAINING_STATES.items():
-        if (path / name).exists():
-            raise InputError(f"holds {what}, not weights", culprit=str(path), remedy=remedy)
     pickled = [path / name for name in TORCH_NAMES if (path / name).is_file()]
-    pickled = pickled or sorted(p for p in path.iterdir() if p.suffix in PICKLES and p.name not in NO_WEIGHTS)
+    if not pickled:
+        refuse_training_state(path)
+        pickled = sorted(filter(is_torch_weights, path.iterdir()))
     if len(pickled) > 1 and pickled[0].name not in TORCH_NAMES:
         names = ", ".join(p.name for p in pickled[:4])
         raise InputError(f"holds several torch files ({names})", culprit=str(path), remedy="name one of these files")
     if pickled:
         return pickled[0]
     raise InputError("holds no *.safetensors file and none of torch", culprit=str(path))
+
+
+def is_torch_weights(path: Path) -> bool:
+    """Whether a file could be weights by its name."""
+    return path.suffix in PICKLES and not NO_WEIGHTS.fullmatch(path.name)
+
+
+def refuse_training_state(path: Path) -> None:
+    """Raises InputError for a folder of what a training run left for itself, naming how to make weights of it."""
+    for pattern, (what, remedy) in TRAINING_STATES.items():
+        found = next(path.glob(pattern), None)
+        if found is not None:
+            is_step = found.parent == path and found.name.endswith("_states.pt")
+            folder = found.parent if found.name == ".metadata" else path.absolute().parent if is_step else path
+            raise InputError(f"holds {what}, not weights", culprit=str(path), remedy=remedy.format(folder=folder))
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -150,7 +171,13 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
         index = read_json_file(weights)
         shards = _open_shards(weights, index)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
-    return Checkpoint(path, folder, not path.is_dir(), (open_weights(weights),), None, config)
+    file = open_weights(weights)
+    if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
+        file.close()
+        what, remedy = _ZERO
+        remedy = remedy.format(folder=folder.absolute().parent)
+        raise InputError(f"is a part of {what}, its weights elsewhere", culprit=str(path), remedy=remedy)
+    return Checkpoint(path, folder, not path.is_dir(), (file,), None, config)
 
 
 def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:

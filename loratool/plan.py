@@ -13,7 +13,7 @@ from .output import Edits
 from .placing import Placement
 from .sidefiles import tokenizer_files
 from .source import Source, equal_rows
-from .targets import Selection, bind, refuse_two
+from .targets import Selection, bind, missing_tensors, refuse_two
 from .tensorfile import FLOAT8, TensorSpec
 from .tied import Settled, Tie, find_tie, settle_tie, vocabulary_edits, vocabulary_names
 from .updates import ADDITIVE
@@ -56,6 +56,9 @@ def plan_merge(
         sources[name] = Source(adapter.file, update.tensors["value"])
     edits, notes = _plan_edits(base, tie, settled, sources)
     warnings = (*settled.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    for adapter, _ in adapters:
+        changed = [name for name, found in binding.placements.items() if any(p.adapter is adapter for p in found)]
+        warnings += tuple(f"{adapter.name}: {line}" for line in missing_tensors(base.specs, adapter, changed))
     for shard in base.shards:
         if shard.ignored:
             warnings += (f"{shard.path.name} also holds {', '.join(shard.ignored)}, which is not read",)

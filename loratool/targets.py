@@ -158,7 +158,8 @@ def bind(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
         )
     used = {module for bound in chosen for module in bound} | {update.module for _, update in added.values()}
-    left_out = [module for adapter, _ in adapters for module in adapter.updates if module not in used]
+    named = [(m, every, absent) for adapter, _, every, absent in resolved for m in adapter.updates]
+    left_out = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
     for (_, _, every, _), bound in zip(resolved, chosen, strict=True):
         left_out += [spot.name for module, kept in bound.items() for spot in every[module] if spot not in kept]
     return Binding({name: tuple(placements[name]) for name in specs if name in placements}, tuple(left_out), added)
@@ -176,7 +177,8 @@ def refuse_two(name: str, placements: Sequence[Placement]) -> None:
     for each in sorted((p for p in placements if p.update.kind not in ADDITIVE), key=lambda p: p.start):
         if last and each.start < last.stop:
             what = f"{last.update.kind} of {last.adapter.name} and {each.update.kind} of {each.adapter.name}"
-            raise InputError(f"{what} do not add up", culprit=name, remedy="merge them one after the other")
+            remedy = "merge them one after the other" if last.adapter is not each.adapter else None
+            raise InputError(f"{what} do not add up", culprit=name, remedy=remedy)
         last = each
 
 
@@ -220,7 +222,28 @@ def resolve_modules(
         else:
             part = parts[module]
             spots[module] = (Spot(index[part.fused][0], part.expert, part.part, part.parts),)
-    return spots, [m for m in plain if m not in spots]
+    return spots, [m for m in plain if m not in spots and not adapter.repeats(m, spots)]
+
+
+def missing_tensors(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
+    """What the config announces, the base has and the adapter has not, a line each.
+
+    names: the base's tensors; changed: those of them that the adapter changes.
+    """
+    names, trained, saved = list(names), adapter.config.extra.get("bias"), adapter.config.extra.get("modules_to_save")
+    lines = list(adapter.lacks)
+    for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
+        line = f"the config's modules_to_save names {entry}, of which the file has nothing"
+        # PEFT goes by the end of a name, so that `norm` is a layernorm's too: the one of that very name counts here
+        of_base = any(f".{entry}." in f".{name}" for name in names)
+        of_adapter = any(f".{entry}." in f".{m}." for m, update in adapter.updates.items() if update.kind == "replace")
+        lines += [line] if of_base and not of_adapter and line not in lines else []
+    if trained in ("all", "lora_only") and not any(m.endswith(".bias") for m in adapter.updates):
+        biases = {name for name in names if name.endswith(".bias")}
+        if trained == "lora_only":
+            biases &= {f"{module_of(name)}.bias" for name in changed}
+        lines += [f"the config sets bias to {trained}, but the file has no bias"] if biases else []
+    return lines
 
 
 def _require_whole(adapter: Adapter, module: str, spots: Sequence[Spot]) -> None:

@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint
 from .errors import InputError, NeedsFlag
 from .placing import Placement
 from .source import Source, equal_rows
+from .targets import refuse_two
 
 # What to do where one side changes -> its meaning.
 TIED = {
@@ -53,6 +54,8 @@ UNTIED_BY_DEFAULT = frozenset(
     ministral mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
     qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
 )
+# Families whose config classes set the flag, whatever config.json says; a head that is stored and differs stays apart.
+TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Tie:
     separable: bool
     mirrors: bool
 
+    @property
+    def joins_sides(self) -> bool:
+        """Whether it is the embedding of an encoder and of a decoder."""
+        return self.mirrors and not self.separable
+
     def is_stored(self, base: Checkpoint) -> bool:
         return self.head in base.specs
 
@@ -76,7 +84,9 @@ def find_tie(base: Checkpoint) -> Tie | None:
     """Which matrix a base uses more than once, by its names and its config."""
     embedding, config = _embedding(base), base.config
     flag = _flag(config)
-    if flag is None and base.model_type in UNTIED_BY_DEFAULT:
+    if base.model_type in TIED_ANYHOW:
+        flag = True
+    elif flag is None and base.model_type in UNTIED_BY_DEFAULT:
         flag = False
     if embedding is None or not config or flag is False:
         return None
@@ -163,42 +173,67 @@ def settle_tie(
 ) -> Settled:
     """Decide whether the head and its embedding stay one matrix, and what changes then.
 
-    mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, InputError where they cannot.
+    mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, or where they cannot and `share`
+    could; InputError where nothing can.
     """
     if tie is None or not any(name in placements for name in (tie.embedding, tie.head, *_named_copies(base, tie))):
         return Settled(placements)
     copies = stored_copies(base, tie)
-    if tie.is_stored(base) and tie.head not in copies:
+    one = placements.get(tie.embedding, ())
+    apart = tie.is_stored(base) and tie.head not in copies
+    if apart and not (one and tie.joins_sides):
         return Settled(placements)  # whatever the config says, these are two matrices
     others = list(dict.fromkeys([*copies, *([] if tie.is_stored(base) else [tie.head])]))
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
-    one = placements.get(tie.embedding, ())
     asked = {name: placements.get(name, ()) for name in others}
-    sides = {name: (*found, *(_mirrored_rows(one, found) if tie.mirrors else ())) for name, found in asked.items()}
-    if all(_equal(one, side) for side in sides.values()) or (
-        tie.mirrors and not tie.separable and _equal_where_asked(one, asked)
+    mirrors = tie.mirrors and not apart
+    sides = {name: (*found, *(_mirrored_rows(one, found) if mirrors else ())) for name, found in asked.items()}
+    if (others and all(_equal(one, side) for side in sides.values())) or (
+        tie.joins_sides and not apart and _equal_where_asked(one, asked)
     ):
         return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)})
+    both = one + tuple(p for found in asked.values() for p in found)
+    parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
+    ways = _ways(tie, parted, both)
+    if mode == "refuse" or (mode == "untie" and not tie.separable) or (mode == "share" and mode not in ways):
+        raise _refusal(tie, next(iter(parted)), mode, ways, apart)
     if mode == "share":
-        both = one + tuple(p for found in asked.values() for p in found)
         warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
         return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, None, (warning,))
-    changed = tie.embedding if one else next(name for name, side in sides.items() if side)
-    if not tie.separable:
-        raise InputError(
-            "is tied to more than a head, and untied it would be lost or left at random by loaders",
-            culprit=changed,
-            remedy="use --tied share to change every side, or leave the module out with --exclude",
-        )
-    if mode == "refuse":
-        raise NeedsFlag(
-            "is tied to the other side by config.json and changes alone",
-            culprit=changed,
-            remedy="--tied untie writes both matrices, --tied share changes both",
-        )
-    parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
     warning = f"{tie.head}: untied from {tie.embedding}; loaders that tie anyway would drop it"
     return Settled({**rest, **parted}, tie.head, (warning,))
+
+
+def _ways(tie: Tie, parted: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...]) -> dict[str, str]:
+    """The values of --tied with which such a merge succeeds, and what each does."""
+    ways = {}
+    if tie.separable and all(_add_up(name, found) for name, found in parted.items()):
+        ways["untie"] = "--tied untie writes both matrices"
+    if _add_up(tie.embedding, both):
+        ways["share"] = "--tied share changes both" if tie.separable else "use --tied share to change every side"
+    return ways
+
+
+def _add_up(name: str, placements: tuple[Placement, ...]) -> bool:
+    try:
+        refuse_two(name, placements)
+    except InputError:
+        return False
+    return True
+
+
+def _refusal(tie: Tie, changed: str, mode: str, ways: Mapping[str, str], apart: bool) -> NeedsFlag | InputError:
+    """The error for one side that changes alone, naming those values of --tied that work."""
+    message = "is tied to the other side by config.json and changes alone"
+    if apart:
+        message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
+    elif not tie.separable:
+        message = "is tied to more than a head, and untied it would be lost or left at random by loaders"
+    elif mode == "share":
+        message = "is tied to the other side, and the changes of the two do not add up"
+    remedies = [*ways.values(), *([] if tie.separable and ways else ["leave the module out with --exclude"])]
+    error = NeedsFlag if ways else InputError
+    return error(message, culprit=changed, remedy=(", " if tie.separable else ", or ").join(remedies))
 
 
 def _named_copies(base: Checkpoint, tie: Tie) -> list[str]:

@@ -122,6 +122,46 @@ class TestForeignBases:
         torch.save({}, tmp_path / "base" / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
         self.refused(run, tmp_path, tmp_path / "base", write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), "ZeRO")
 
+    @pytest.mark.parametrize("rng", [True, False])
+    def test_a_folder_of_a_trainer_on_fsdp(self, tmp_path: Path, run: Any, rng: bool) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        state = tmp_path / "base" / "pytorch_model_fsdp_0"
+        dcp.save({"model": {"x.weight": weights(6, 4)}}, checkpoint_id=state, no_dist=True)
+        for name in ("scheduler.pt", "training_args.bin", *(["rng_state_0.pth"] if rng else [])):
+            torch.save({"a": 1}, tmp_path / "base" / name)
+        adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)})
+        self.refused(run, tmp_path, tmp_path / "base", adapter, f"dcp_to_torch {state} ")
+        assert "DCP, FSDP" in run("inspect", tmp_path / "base").stderr
+
+    def test_a_step_of_zero_3(self, tmp_path: Path, run: Any) -> None:
+        """The folder of a step, and a file of it, in which every weight is empty."""
+        step = tmp_path / "global_step10"
+        step.mkdir()
+        model = step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        torch.save({"module": {"x.weight": torch.empty(0)}, "ds_version": "0.15"}, model)
+        torch.save({"optimizer_state_dict": {}}, step / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)})
+        for base in (step, model):
+            self.refused(run, tmp_path, base, adapter, f"zero_to_fp32.py {tmp_path} ")
+
+    def test_weights_made_of_a_training_state_are_taken(self, tmp_path: Path) -> None:
+        """What the remedy names must not be refused again."""
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "zero_to_fp32.py").write_text("")
+        torch.save({"x.weight": weights(6, 4)}, tmp_path / "base" / "pytorch_model.bin")
+        loratool.merge(tmp_path / "base", write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out")
+
+    @pytest.mark.parametrize("flat", [True, False])
+    def test_inspect_names_a_dump_too(self, plain: Any, tmp_path: Path, run: Any, flat: bool) -> None:
+        pair, _ = plain
+        state = wrap(load(pair.base, pair.cls), target_modules=["q_proj"]).state_dict()
+        torch.save(
+            {k.replace(".base_layer", "" if flat else ".base_layer"): v for k, v in state.items()}, tmp_path / "x.bin"
+        )
+        result = run("inspect", tmp_path / "x.bin")
+        assert result.exit_code == 3 and "dump of a whole PeftModel" in result.stderr
+
     @pytest.mark.parametrize("container", ["safetensors", "bin"])
     def test_a_dump_of_a_whole_peft_model(self, plain: Any, tmp_path: Path, run: Any, container: str) -> None:
         pair, _ = plain
@@ -142,6 +182,16 @@ class TestForeignBases:
         self.refused(
             run, tmp_path, base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), "quantized (bitsandbytes 4-bit)"
         )
+
+    def test_the_base_of_a_qlora(self, tmp_path: Path, run: Any) -> None:
+        """Trap 59: whether W16 or dequant(W4) is meant is no guess: the codes are refused, the original is named, and
+        on that the adapter merges."""
+        adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}, base_model_name_or_path="org/model")
+        config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        base = write_model(tmp_path / "base", {"x.weight": torch.zeros(12, 1, dtype=torch.uint8)}, config)
+        self.refused(run, tmp_path, base, adapter, "pass the original model in 16 or 32 bits")
+        original = write_model(tmp_path / "w16", {"x.weight": weights(6, 4, dtype=torch.bfloat16)})
+        assert run("merge", original, adapter, "-o", tmp_path / "out").exit_code == 0
 
     @pytest.mark.parametrize("what", ["base", "adapter"])
     @pytest.mark.parametrize("zipped", [True, False])

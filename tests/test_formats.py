@@ -380,3 +380,22 @@ def test_real_key_lists(tmp_path: Path) -> None:
             with pytest.raises(LoratoolError) as caught:
                 open_adapter(tmp_path / "x.safetensors")
             assert caught.value.exit_code in (3, 4)
+
+
+def test_a_folder_of_adapterhub_is_a_bottleneck(tmp_path: Path) -> None:
+    """Beside the adapter's weights lie those of its head."""
+    torch.save({"bert.layer.0.adapters.x.adapter_down.0.weight": A}, tmp_path / "pytorch_adapter.bin")
+    torch.save({"heads.x.1.weight": A}, tmp_path / "pytorch_model_head.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"config": {"mh_adapter": True}, "name": "x"}))
+    with pytest.raises(InputError, match="bottleneck adapter .*Houlsby, Lin, Pfeiffer, Rücklé.* adds layers") as caught:
+        open_adapter(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["x.adapter_down.weight", f"{KEY}.lora_E", f"{KEY}.lora_odd", f"{KEY}.lora_A.weight"])
+def test_what_is_refused_by_a_tensors_name_is_said_of_which_adapter(tmp_path: Path, key: str) -> None:
+    folder = write_peft(tmp_path / "a", {Q: (A, B)})
+    save_file({key: A}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError) as caught:
+        open_adapter(folder)
+    assert str(folder) in str(caught.value) and key.rpartition(".")[0] in str(caught.value)

@@ -18,7 +18,7 @@ from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weight
 from safetensors.torch import save_file
 
 import loratool
-from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.errors import InputError, LoratoolError, UsageError
 from loratool.naming import _ranges
 from loratool.ops.inspect import CheckpointReport
 from loratool.ops.inspect_adapter import AdapterInspection
@@ -205,8 +205,8 @@ def test_a_kohya_file_and_a_bare_file(tmp_path: Path) -> None:
     save_file(
         {"base_model.model.x.lora_A.weight": A, "base_model.model.x.lora_B.weight": B}, tmp_path / "bare.safetensors"
     )
-    with pytest.raises(NeedsFlag, match="--alpha"):
-        loratool.inspect(tmp_path / "bare.safetensors")
+    (problem,) = adapter_report(tmp_path / "bare.safetensors").problems
+    assert problem.startswith("x: the adapter does not say its alpha") and "--alpha" in problem
     assert adapter_report(tmp_path / "bare.safetensors", alpha=3).groups[0].scale == 1.5
 
 
@@ -296,6 +296,75 @@ class TestAdapterInDepth:
         base = write_model(tmp_path / "b", {"x.q.weight": weights(6, 4)})
         problems = adapter_report(adapter, base=base).problems
         assert problem in problems if problem else problems == ()
+
+    @pytest.mark.parametrize("kind", ["lora", "dora"])
+    def test_a_dora_that_was_never_trained(self, tmp_path: Path, kind: str) -> None:
+        A, B = factors(6, 4, 2)
+        adapter = write_peft(tmp_path / "a", {"x.q": (A, B * 0)}, use_dora=kind == "dora")
+        if kind == "dora":
+            file = adapter / "adapter_model.safetensors"
+            save_file({**load_model(file), "base_model.model.x.q.lora_magnitude_vector": torch.ones(6)}, file)
+        what = {"lora": "it changes nothing", "dora": "it was never trained"}[kind]
+        assert adapter_report(adapter).problems == (f"{what}: B @ A is 0 in every module",)
+
+    @pytest.mark.parametrize("based", [False, True])
+    @pytest.mark.parametrize(
+        ("case", "kind", "problem"),
+        [
+            ("unpaired", "unpaired", "x.v: has no partner: the B factor of it is missing"),
+            ("shapes", "unpaired", "x.v: A is (3, 4) and B is (6, 2): they do not share a rank"),
+            ("rank", "lora", "x.q, x.v: the config says rank 4, but A is (2, 4); the config is of another adapter"),
+            ("alpha", "lora", "x.q, x.v: the adapter does not say its alpha; pass --alpha"),
+        ],
+    )
+    def test_what_a_merge_refuses_is_a_finding(
+        self, tmp_path: Path, run: Callable[..., Any], case: str, kind: str, problem: str, based: bool
+    ) -> None:
+        """Traps 5 and 29."""
+        made = {"x.q": factors(6, 4, 2), "x.v": factors(6, 4, 2, seed=1)}
+        fields: dict[str, Any] = {"rank": {"r": 4}, "alpha": {"lora_alpha": None}}.get(case, {})
+        adapter = write_peft(tmp_path / "a", made, **fields)
+        file = adapter / "adapter_model.safetensors"
+        tensors = load_model(file)
+        if case == "unpaired":
+            del tensors["base_model.model.x.v.lora_B.weight"]
+        if case == "shapes":
+            tensors["base_model.model.x.v.lora_A.weight"] = torch.zeros(3, 4)
+        save_file(tensors, file)
+        base = write_model(tmp_path / "b", {"x.q.weight": weights(6, 4), "x.v.weight": weights(6, 4)})
+        report = adapter_report(adapter, base=base if based else None)
+        assert len(report.problems) == 1 and report.problems[0].startswith(problem)
+        row = {each.name: each for each in report.details}["x.v"]
+        assert (row.kind, row.norm) == (kind, None) and len(report.groups) == 2
+        assert run("inspect", adapter).exit_code == 0
+        strict = run("inspect", adapter, "--strict", "--json")
+        assert strict.exit_code == 1 and json.loads(strict.stdout)["status"] == "problems"
+        with pytest.raises(LoratoolError):
+            loratool.merge(base, adapter, tmp_path / "out")
+
+    @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+    def test_a_pattern_that_is_for_no_module(self, tmp_path: Path, field: str) -> None:
+        """Trap 5."""
+        adapter = write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2)}, **{field: {"q": 2, "nothing": 7}})
+        assert adapter_report(adapter).problems == (f"{field} has nothing, which matches no module of the file",)
+
+    def test_relative_sizes_of_a_tied_head_and_of_new_values(self, tmp_path: Path) -> None:
+        A, B = factors(8, 4, 2)
+        adapter = write_peft(tmp_path / "a", {"lm_head": (A, B)}, trainable_token_indices=[5, 1], bias="all")
+        file, W, rows = adapter / "adapter_model.safetensors", weights(8, 4), weights(2, 4, seed=5)
+        rest = {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows, "model.norm.bias": torch.ones(4)}
+        rest["model.norm.weight"] = torch.full((4,), 3.0)
+        save_file({**load_model(file), **{f"base_model.model.{k}": v for k, v in rest.items()}}, file)
+        config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+        tensors = {"model.embed_tokens.weight": W, "model.norm.weight": torch.ones(4), "model.norm.bias": torch.ones(4)}
+        base = write_model(tmp_path / "b", tensors, config)
+        found = {each.name: each for each in adapter_report(adapter, base=base).details}
+        norm = float(torch.linalg.norm(W.double()))
+        assert found["lm_head"].relative == pytest.approx(float(torch.linalg.norm((B @ A).double())) / norm)
+        moved = float(torch.linalg.norm((rows - W[[5, 1]]).double()))
+        assert found["model.embed_tokens"].relative == pytest.approx(moved / norm)
+        assert (found["model.norm"].norm, found["model.norm"].relative) == (4.0, 2.0)
+        assert (found["model.norm.bias"].norm, found["model.norm.bias"].relative) == (0.0, 0.0)
 
     def test_a_base_that_does_not_fit(self, tmp_path: Path) -> None:
         adapter = write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2), "x.v": factors(6, 4, 2)})

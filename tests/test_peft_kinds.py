@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
-from loratool.errors import InputError
+from loratool.errors import InputError, NeedsFlag
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
@@ -315,6 +315,57 @@ class TestClassifiers:
         assert agree(answer(merged), answer(model))
         assert {"classifier.weight", "classifier.bias"} <= set(load_model(tmp_path / "out"))
         assert any(k.endswith("classifier.bias") for k in saved)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_every_bias_of_a_masked_language_model(tmp_path: Path, family: str) -> None:
+    """PEFT saves the head's bias under two names, of which the base has one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    config = getattr(transformers, f"{family}Config")(num_attention_heads=2, max_position_embeddings=40, **sizes)
+    pair = write_pair(
+        tmp_path, getattr(transformers, f"{family}ForMaskedLM")(config), target_modules=["query"], bias="all",
+        task_type=None,
+    )  # fmt: skip
+    (twice,) = [k for k in load_model(pair.adapter) if k.endswith("decoder.bias")]
+    report = loratool.merge(pair.base, pair.adapter, tmp_path / "out")
+    assert pair.holds(tmp_path / "out") and not report.left_out
+    assert load_model(tmp_path / "out").keys() == load_model(pair.base).keys()
+    tensors = load_model(pair.adapter)
+    save_file({**tensors, twice: tensors[twice] + 1}, pair.adapter / "adapter_model.safetensors")
+    with pytest.raises(NeedsFlag, match=r"decoder.bias"):
+        loratool.merge(pair.base, pair.adapter, tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("config", "mark", "message"),
+    [
+        ({"modules_to_save": ["norm"]}, ".norm.", "modules_to_save names norm, of which the file has nothing"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head", "modules_to_save names lm_head, of which the file has nothing"),
+        ({"trainable_token_indices": [1, 2]}, "token", "sets trainable_token_indices, but the file has no rows"),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "lm_head", "name lm_head, for which"),
+        ({"bias": "all"}, "bias", "sets bias to all, but the file has no bias"),
+        ({"bias": "lora_only"}, "bias", "sets bias to lora_only, but the file has no bias"),
+        ({"lora_bias": True}, "lora_B.bias", "sets lora_bias, but the file has no lora_B.bias"),
+    ],
+)
+def test_what_the_config_announces_and_the_file_lacks(
+    tmp_path: Path, run: Any, config: dict[str, Any], mark: str, message: str
+) -> None:
+    pair = write_pair(tmp_path, llama(), target_modules=["q_proj"], **config)
+    whole = loratool.merge(pair.base, pair.adapter, tmp_path / "whole")
+    assert not any("the config" in warning for warning in whole.warnings)
+    assert run("inspect", pair.adapter, "--base", pair.base, "--strict").exit_code == 0
+    tensors = {k: v for k, v in load_model(pair.adapter).items() if mark not in k}
+    save_file(tensors, pair.adapter / "adapter_model.safetensors")
+    report = loratool.merge(pair.base, pair.adapter, tmp_path / "out")
+    assert [message in warning and str(pair.adapter) in warning for warning in report.warnings] == [True]
+    strict = run("inspect", pair.adapter, "--base", pair.base, "--strict")
+    assert strict.exit_code == 1 and strict.stdout.count(message) == 1
+
+
+def test_a_bias_that_no_module_has_is_not_missed(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, llama(attention_bias=False), target_modules=["q_proj"], bias="all")
+    assert not loratool.merge(pair.base, pair.adapter, tmp_path / "out").warnings
 
 
 class TestSeveralAdapters:

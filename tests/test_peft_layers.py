@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import load_model
+from conftest import factors, load_model, write_peft
 from safetensors.torch import load_file, save_file
 from test_peft_kinds import agree, answer, load, peft, randomize, transformers, wrap, write_base
 from torch import Tensor, nn
@@ -227,6 +228,34 @@ def test_a_router_is_a_parameter_too(tmp_path: Path, make: Callable[..., Any], c
     cls, base, adapter, wanted = write_moe(tmp_path, make(), **config)
     loratool.merge(base, adapter, tmp_path / "out")
     assert agree(answer(load(tmp_path / "out", cls, **EAGER)), wanted)
+
+
+def test_all_linear_names_parameters_without_their_owners(tmp_path: Path) -> None:
+    """Trap 18: `gate.weight` beside a bare `down_proj`, which is for the module that has such a parameter."""
+    sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": 32, "intermediate_size": 12}
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
+    cls, base, adapter, wanted = write_moe(tmp_path, model, target_modules="all-linear")
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    if set(fields.get("target_parameters") or ()) != {"gate.weight", "gate_up_proj", "down_proj"}:
+        pytest.skip("this peft writes other names")
+    loratool.merge(base, adapter, tmp_path / "out")
+    assert agree(answer(load(tmp_path / "out", cls, **EAGER)), wanted)
+
+
+def test_gate_and_up_of_gpt_oss_alternate(tmp_path: Path) -> None:
+    """Trap 20: its stack is no gate above an up, so that the factors of one of them are refused by name; the factors
+    of both in one keep the stack's own order."""
+    cls, base, adapter, wanted = write_moe(tmp_path, gpt_oss(), target_parameters=[GATE_UP])
+    loratool.merge(base, adapter, tmp_path / "out")
+    assert agree(answer(load(tmp_path / "out", cls, **EAGER)), wanted)
+    module = "model.layers.0.mlp.experts.1.gate_proj"
+    with pytest.raises(InputError, match=rf"(?s){re.escape(module)}.*nothing binds"):
+        loratool.merge(base, write_peft(tmp_path / "b", {module: factors(24, 16, 2)}), tmp_path / "no")
+    # the same names on a family that stores gate above up
+    model, one = mixtral(), "model.layers.0.block_sparse_moe.experts.1.w1"
+    plain = write_base(tmp_path / "plain", model)
+    report = loratool.merge(plain, write_peft(tmp_path / "c", {one: factors(24, 16, 2)}), tmp_path / "yes")
+    assert [row.name for row in report.tensors] == [f"{one}.weight"]
 
 
 @pytest.mark.parametrize("weight", [0.5, -1.0])

@@ -294,3 +294,27 @@ def test_selection_limits_what_is_bound(tmp_path: Path) -> None:
     modules = [n.removesuffix(".weight") for n in base]
     binding = bound(tmp_path, base, modules, Selection(target=("q",), layers=frozenset({1})))
     assert list(binding.placements) == ["l.1.q.weight"] and sorted(binding.left_out) == ["l.0.k", "l.0.q", "l.1.k"]
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "split"),
+    [
+        ("model.layers.0.self_attn.qkv_proj", 12, ["q_proj", "k_proj", "v_proj"]),  # Phi-3, GQA: 8 + 2 + 2
+        ("transformer.h.0.attn.c_attn", 24, ["q_proj"]),  # GPT-2
+        ("gpt_neox.layers.0.attention.query_key_value", 24, ["query"]),  # a head after the other: q, k, v, q, k, v
+    ],
+)
+def test_factors_of_a_part_of_a_fused_projection_are_refused_by_name(
+    tmp_path: Path, base: str, rows: int, split: list[str]
+) -> None:
+    """Trap 22: of a split adapter on a fused base, and the reverse, nothing is placed by a guess."""
+    owner = base.rpartition(".")[0]
+    modules = {f"{owner}.{name}": factors(8, 4, 2) for name in split}
+    adapter = open_adapter(write_peft(tmp_path / "a", modules))
+    fused = {f"{base}.weight": TensorSpec("F32", (rows, 4))}
+    with pytest.raises(InputError, match=rf"(?s){split[0]}.*nothing binds"):
+        bind(fused, (), [(adapter, 1.0)], EVERYTHING)
+    reverse = open_adapter(write_peft(tmp_path / "b", {base: factors(rows, 4, 2)}))
+    parts = {f"{module}.weight": TensorSpec("F32", (8, 4)) for module in modules}
+    with pytest.raises(InputError, match=rf"(?s){base}.*nothing binds"):
+        bind(parts, (), [(reverse, 1.0)], EVERYTHING)

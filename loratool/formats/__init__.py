@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..checkpoint import NO_WEIGHTS, PICKLES, open_weights
-from ..errors import InputError, UsageError
+from ..checkpoint import is_torch_weights, open_weights, refuse_training_state
+from ..errors import InputError, LoratoolError, UsageError
 from ..fileio import reading
 from ..hub import resolve
 from ..tensorfile import WeightsFile
@@ -24,16 +24,20 @@ from .peft_config import CONFIG_NAME
 
 @dataclass(frozen=True)
 class Format:
-    """`claims(names)` recognizes the tensor names; `read(name, file, alpha)` makes the adapter."""
+    """`claims(names)` recognizes the tensor names; `read(name, file, alpha, lenient)` makes the adapter."""
 
     claims: Callable[[Iterable[str]], bool]
-    read: Callable[[str, WeightsFile, float | None], Adapter]
+    read: Callable[[str, WeightsFile, float | None, bool], Adapter]
 
 
 FORMATS = {
     "kohya": Format(kohya.claims, kohya.read),
     "peft": Format(peft.claims, peft.read),
 }
+
+
+# AdapterHub's, beside which the head's weights lie in a file of their own
+ADAPTERHUB_NAME = "pytorch_adapter.bin"
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -54,17 +58,18 @@ def find_adapter_file(path: Path) -> Path:
             f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
         )
     if not found:
+        refuse_training_state(path)
         raise InputError("holds no adapter: no *.safetensors file and none of torch", culprit=str(path))
     return found[0]
 
 
 def _in_folder(path: Path) -> list[Path]:
     """PEFT's file names first, then any safetensors, then any torch file."""
-    for name in peft.WEIGHTS_NAMES:
+    for name in (*peft.WEIGHTS_NAMES, ADAPTERHUB_NAME):
         if (path / name).is_file():
             return [path / name]
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
-    return files or sorted(p for p in path.iterdir() if p.suffix in PICKLES and p.name not in NO_WEIGHTS)
+    return files or sorted(filter(is_torch_weights, path.iterdir()))
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -72,10 +77,11 @@ def is_adapter(names: Iterable[str]) -> bool:
     return any(format.claims(names) for format in FORMATS.values())
 
 
-def open_adapter(name: str | os.PathLike[str], alpha: float | None = None) -> Adapter:
+def open_adapter(name: str | os.PathLike[str], alpha: float | None = None, lenient: bool = False) -> Adapter:
     """Open an adapter in any known format: a folder, a file, or a name in the local Hugging Face cache.
 
-    `alpha` is for files that have none; it must not contradict one that has it.
+    `alpha` is for files that have none; it must not contradict one that has it. lenient: a module's missing partner,
+    rank or alpha is a fault of its update, which cannot be merged then, and no error.
     Raises InputError for what no format claims, and for what a format cannot read.
     """
     if alpha is not None and not math.isfinite(alpha):
@@ -87,13 +93,15 @@ def open_adapter(name: str | os.PathLike[str], alpha: float | None = None) -> Ad
     try:
         for format in FORMATS.values():
             if format.claims(file.specs):
-                return format.read(os.fspath(name), file, alpha)
+                return format.read(os.fspath(name), file, alpha, lenient)
         if weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file():
-            return peft.read(os.fspath(name), file, alpha)  # trained modules or biases and no LoRA
+            return peft.read(os.fspath(name), file, alpha, lenient)  # trained modules or biases and no LoRA
         first = next(iter(file.specs), "no tensor at all")
         raise InputError(
             f"is not an adapter in a known format ({', '.join(FORMATS)}): it has {first}", culprit=os.fspath(name)
         )
-    except BaseException:
+    except BaseException as error:
         file.close()
+        if isinstance(error, LoratoolError) and os.fspath(name) not in str(error):
+            error.message += f" ({os.fspath(name)})"
         raise

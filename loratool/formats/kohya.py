@@ -23,7 +23,7 @@ def claims(names: Iterable[str]) -> bool:
     return any(name.startswith(KOHYA_PREFIXES) for name in names)
 
 
-def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
+def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
     """Raises InputError for every tensor that is no part of plain LoRA on a linear layer."""
     found: dict[str, dict[str, str]] = {}
     for tensor in file.specs:
@@ -46,7 +46,8 @@ def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
             raise UsageError(f"--alpha {alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
         value = alpha if value is None else value
         rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-        updates[module] = pair_factors(module, roles, file, AdapterConfig(alpha=value or float(rank)), transposed=False)
+        own = AdapterConfig(alpha=value or float(rank))
+        updates[module] = pair_factors(module, roles, file, own, transposed=False, lenient=lenient)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
     return Adapter(name, "kohya", file, config, updates, flattened=True)

@@ -13,12 +13,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
+from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
 from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS, module_of
 from ..errors import InputError
 from ..tensorfile import WeightsFile
 from ..updates import ADDITIVE
-from .peft_config import find_config, parse_config, target_parameter
+from .peft_config import find_config, missing_tensors, parse_config, target_parameter
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -42,10 +42,14 @@ _ENDS = tuple(
 )
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
+BOTTLENECK = (
+    "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé): it adds layers, whose depth is its latency, and no weight "
+    "could hold them"
+)
 # What a key of another method has in it -> the method, and why it cannot be merged here.
 FOREIGN = {
-    "adapter_down": "a bottleneck adapter (Houlsby, Pfeiffer): it adds layers, and no weight could hold them",
-    "adapter_up": "a bottleneck adapter (Houlsby, Pfeiffer): it adds layers, and no weight could hold them",
+    "adapter_down": BOTTLENECK,
+    "adapter_up": BOTTLENECK,
     "prompt_embeddings": "prompt or prefix tuning: it adds inputs, and no weight could hold them",
     "ia3_l": "IA3, which is not supported yet",
     "lora_E": "AdaLoRA, whose formula is its own; convert it with peft.tuners.lora.conversion first",
@@ -74,13 +78,19 @@ def claims(names: Iterable[str]) -> bool:
     )
 
 
-def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
+def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
     """Raises InputError for a method or a variant that no row of UPDATES describes, naming the field or the tensor."""
     for key in file.specs:
         for mark, method in FOREIGN.items():
             if f".{mark}" in key or key.startswith((mark, PEFT_PREFIX + mark)):
-                raise InputError(f"is a tensor of {method}", culprit=key)
+                raise InputError(f"of {name} is a tensor of {method}", culprit=key)
     fields, component = find_config(file)
+    if len(fields) == 1 and _is_dump(file.specs):
+        raise InputError(
+            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            culprit=name,
+            remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
+        )
     config = parse_config(name, fields, alpha)
     found: dict[tuple[str, int], dict[str, str]] = {}
     replaced: dict[str, str] = {}
@@ -90,7 +100,8 @@ def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
     updates: dict[str, UpdateSpec] = {}
     for (path, depth), roles in found.items():
         depths = sorted((d for p, d in found if p == path and "A" in found[p, d]), reverse=True)
-        for update in _updates(path, roles, file, config, depths.index(depth) if depth in depths else 0, len(depths)):
+        place = depths.index(depth) if depth in depths else 0
+        for update in _updates(path, roles, file, config, place, len(depths), lenient):
             if update.module in updates:
                 raise InputError(f"{name} has two updates for it", culprit=update.module)
             updates[update.module] = update
@@ -101,7 +112,15 @@ def read(name: str, file: WeightsFile, alpha: float | None) -> Adapter:
             updates[module] = dataclasses.replace(updates[module], base=key)
         else:
             updates[module] = _single("replace", module, key, file)
-    return Adapter(name, "peft", file, config, updates, notes=_notes(updates, found))
+    return Adapter(
+        name, "peft", file, config, updates, notes=_notes(updates, found), lacks=missing_tensors(config, updates)
+    )
+
+
+def _is_dump(names: Collection[str]) -> bool:
+    """Whether the weights under all of the factors are there: an adapter brings those of its embeddings at most."""
+    modules = {name[: match.start()] for name in names if (match := _ADAPTER.search(name))}
+    return bool(modules) and all(f"{m}.base_layer.weight" in names or f"{m}.weight" in names for m in modules)
 
 
 def _sort_in(
@@ -150,7 +169,13 @@ def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:
 
 
 def _updates(
-    path: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, place: int, places: int
+    path: str,
+    roles: Mapping[str, str],
+    file: WeightsFile,
+    config: AdapterConfig,
+    place: int,
+    places: int,
+    lenient: bool,
 ) -> Iterable[UpdateSpec]:
     """All that one wrapper of a module does; `place` counts the wrappers from the innermost."""
     extra = config.extra
@@ -161,21 +186,22 @@ def _updates(
     if "bias" in roles:
         if not extra.get("lora_bias"):
             raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
-        scale = config.scale_of(path, file.specs[roles["A"]].shape[0]) if "A" in roles else 1.0
+        scale = config.scale_of(path, file.specs[roles["A"]].shape[0]) if "A" in roles and not lenient else 1.0
         yield _single("add", f"{path}.bias", roles["bias"], file, scale)
     if "embedding_A" in roles or "embedding_B" in roles:
         pair = {role.removeprefix("embedding_"): key for role, key in roles.items() if role.startswith("embedding_")}
-        yield _checked_dora(pair_factors(path, {**factors, **pair}, file, config, transposed=True), extra)
+        update = pair_factors(path, {**factors, **pair}, file, config, transposed=True, lenient=lenient)
+        yield _checked_dora(update, extra)
     elif "tokens" in roles:
         yield _tokens(path, roles, file, extra)
     elif "A" in roles or "B" in roles or "magnitude" in roles:
         parameter = target_parameter(config, path, place, places, DECLARED)
         if parameter is None:
-            yield _checked_dora(pair_factors(path, factors, file, config), extra)
+            yield _checked_dora(pair_factors(path, factors, file, config, lenient=lenient), extra)
         else:
             own = config.at(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
-            yield pair_factors(target, factors, file, own, stacked=parameter != "weight")
+            yield pair_factors(target, factors, file, own, stacked=parameter != "weight", lenient=lenient)
     elif "base" in roles:
         yield _single("replace", path, roles["base"], file)
 
@@ -186,6 +212,8 @@ def _single(kind: str, module: str, key: str, file: WeightsFile, scale: float = 
 
 def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
     """The flag and the magnitudes go together: with one of them alone, somebody would compute something else."""
+    if update.kind == UNPAIRED:
+        return update
     if extra.get("use_dora") and update.kind != "dora":
         raise InputError("has no lora_magnitude_vector, but the config sets use_dora", culprit=update.module)
     if update.kind == "dora" and extra and not extra.get("use_dora") and "r" in extra:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..adapter import AdapterConfig
+from ..adapter import AdapterConfig, UpdateSpec
 from ..checkpoint import read_json_file
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
@@ -43,8 +43,11 @@ METHODS = {
     "P_TUNING": "adds inputs, and no weight could hold them",
     "PREFIX_TUNING": "adds inputs to every layer, and no weight could hold them",
     "ADAPTION_PROMPT": "adds inputs to every layer, and no weight could hold them",
-    "BOTTLENECK": "adds layers, whose depth is its latency, and no weight could hold them",
+    "BOTTLENECK": "adds layers (Houlsby, Lin, Pfeiffer, Rücklé), whose depth is its latency, and no weight could hold "
+    "them",
 }
+# Which of these names a classifier has depends on its class, and PEFT lists them all.
+CLASSIFIERS = ("classifier", "score", "qa_outputs")
 # Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
@@ -150,11 +153,11 @@ def target_parameter(
         return None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise InputError("the config's target_parameters are no list of names", culprit=module)
-    names: list[str] = []
-    for each in listed:
-        owner, _, parameter = each.rpartition(".")
-        if (not owner or module == owner or module.endswith(f".{owner}")) and parameter not in names:
-            names.append(parameter)
+    pairs: list[tuple[str, str]] = [(each.rpartition(".")[0], each.rpartition(".")[2]) for each in listed]
+    owned = list(dict.fromkeys(p for owner, p in pairs if owner and (module == owner or module.endswith(f".{owner}"))))
+    bare = [p for owner, p in pairs if not owner]
+    # a bare name is meant for whatever module has such a parameter: one that is named with its own need not
+    names = owned if len(owned) == places else list(dict.fromkeys((*owned, *bare)))
     if not names:
         return None
     if len(names) < places or (len(names) > places and places > 1):
@@ -174,6 +177,35 @@ def target_parameter(
             culprit=module,
         )
     return sorted(names, key=declared.index)[place]
+
+
+def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) -> tuple[str, ...]:
+    """What the config announces and the file does not have, a line each; of biases only the base can tell."""
+    kinds = {kind: [m for m, u in updates.items() if u.kind == kind] for kind in ("replace", "rows", "add")}
+    lines = []
+    saved = config.extra.get("modules_to_save")
+    entries = [each for each in saved if isinstance(each, str)] if isinstance(saved, list) else []
+    absent = [each for each in entries if not any(_stands_in(each, m) for m in kinds["replace"])]
+    if len(absent) < len(entries):
+        absent = [each for each in absent if each not in CLASSIFIERS]
+    lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]
+    tokens = config.extra.get("trainable_token_indices")
+    if tokens and not kinds["rows"]:
+        lines.append("the config sets trainable_token_indices, but the file has no rows for them")
+    elif isinstance(tokens, dict):
+        there = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds["rows"])}
+        equal = [tokens[k] for k in there]  # of tied modules PEFT saves one
+        rowless = [k for k, rows in tokens.items() if k not in there and rows not in equal]
+        lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
+    if config.extra.get("lora_bias") and not kinds["add"]:
+        lines.append("the config sets lora_bias, but the file has no lora_B.bias")
+    return tuple(lines)
+
+
+def _stands_in(entry: str, module: str) -> bool:
+    """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
+    parts = module.split(".")
+    return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
 
 
 def is_target_module(config: AdapterConfig, module: str) -> bool:

@@ -66,7 +66,7 @@ def inspect(
     Raises InputError for what cannot be read, and UsageError for `base` with a checkpoint.
     """
     if _is_adapter(path):
-        adapter = open_adapter(path, alpha)
+        adapter = open_adapter(path, alpha, lenient=True)
         try:
             from .inspect_adapter import inspect_adapter
 
@@ -89,7 +89,8 @@ def _is_adapter(path: str | os.PathLike[str]) -> bool:
     try:
         weights = find_weights(found)
     except InputError:
-        find_adapter_file(found)  # which says what is wrong with the folder as an adapter
+        if found.is_dir():
+            find_adapter_file(found)  # which says what is wrong with the folder as an adapter
         return True
     if weights.suffix == ".json":
         return False

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter import Adapter, UpdateSpec
+from ..adapter import Adapter, UpdateSpec, match_pattern
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, LoratoolError
 from ..formats.peft_config import changes_base, is_target_module
 from ..naming import split_numbers, with_ranges
 from ..numerics.factors import effective_rank, singular_values
-from ..source import Source, require_finite, squared_norm
-from ..targets import Binding, Selection, bind, nearest, resolve_modules
+from ..source import BLOCK, FLOATS, Source, require_finite, squared_norm
+from ..targets import Binding, Selection, bind, missing_tensors, nearest, resolve_modules
 from ..tied import find_tie
 from ..updates import DoRA, Experts, LowRank, Update
 
@@ -35,7 +35,7 @@ class ModuleReport:
     """One update: D is its change (of DoRA: the direction's, before it is normed).
 
     norm is ||D||, effective_rank that of its singular values (of a stack: the experts' mean); None where there are no
-    factors. relative is ||D|| / ||W||, None without a base.
+    factors, and the norm of new values without a base. relative is ||D|| / ||W||, None without a base.
     """
 
     name: str
@@ -48,7 +48,8 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterGroup:
-    """Updates of one kind (a key of UPDATES) whose names differ only in numbers; shape is that of what they change.
+    """Updates of one kind (a key of UPDATES, or UNPAIRED) whose names differ only in numbers; shape is that of what
+    they change, of a factor without its partner its own. scale is 1 where the alpha is not known.
 
     norm is that of all changes together, effective_rank and relative are means.
     """
@@ -103,9 +104,12 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     try:
         problems: list[str] = []
         coverage = binding = None
+        problems += _faults(adapter)
         if checkpoint is not None:
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
-        details = {m: _measure(adapter, m, checkpoint, binding, problems) for m in adapter.updates}
+        problems += adapter.lacks
+        weights = _weights(checkpoint, binding)
+        details = {m: _measure(adapter, m, weights.get(m), problems) for m in adapter.updates}
     finally:
         if checkpoint is not None:
             checkpoint.close()
@@ -144,10 +148,12 @@ def _hold_against(
     if missing:
         problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_some(missing)}")
     try:
-        binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(exclude=_exactly(missing)))
+        faulty = [module for module, update in adapter.updates.items() if update.fault]
+        binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(exclude=_exactly([*missing, *faulty])))
     except LoratoolError as error:
-        problems += [] if not spots else [f"{error.culprit}: {error.message}"]
+        problems += [f"{error.culprit}: {error.message}"] if spots and len(faulty) < len(spots) else []
         return coverage, None
+    problems += [line for line in missing_tensors(base.specs, adapter, binding.placements) if line not in adapter.lacks]
     flag = adapter.config.fan_in_fan_out
     placed = (p for found in binding.placements.values() for p in found)
     linear = [p for p in placed if p.update.transposed is None and p.update.rank]
@@ -161,9 +167,29 @@ def _exactly(modules: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"re:^{re.escape(module)}$" for module in modules)
 
 
-def _measure(
-    adapter: Adapter, module: str, base: Checkpoint | None, binding: Binding | None, problems: list[str]
-) -> ModuleReport:
+def _faults(adapter: Adapter) -> list[str]:
+    """What a merge refuses, a line for all modules of which it holds."""
+    modules: dict[str, list[str]] = {}
+    for module, update in adapter.updates.items():
+        if update.fault:
+            modules.setdefault(update.fault.replace(module, "it"), []).append(module)
+    return [f"{_some(found)}: {fault}" for fault, found in modules.items()]
+
+
+def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[Source]]:
+    """The base's tensors that each module changes; of a head that the file lacks, the embedding that it is."""
+    found: dict[str, list[Source]] = {}
+    if base is None or binding is None:
+        return found
+    tie = find_tie(base)
+    for name, placements in binding.placements.items():
+        stored = name if name in base.specs or tie is None else tie.embedding
+        for module in dict.fromkeys(placement.update.module for placement in placements):
+            found.setdefault(module, []).append(Source(base.shard_of[stored], stored))
+    return found
+
+
+def _measure(adapter: Adapter, module: str, weights: Sequence[Source] | None, problems: list[str]) -> ModuleReport:
     spec = adapter.updates[module]
     norm = rank = relative = None
     try:
@@ -171,14 +197,40 @@ def _measure(
             norm, rank = _size(adapter.load(spec))
         for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
             require_finite(Source(adapter.file, name))
+        if spec.fault:  # its scale may be anything
+            norm = None
+        elif norm is None:
+            norm = _size_of_values(adapter, spec, weights or ())
     except InputError as error:
         problems.append(f"{error.culprit}: {error.message}")
-    if norm is not None and base is not None and binding is not None:
-        names = [name for name, found in binding.placements.items() if any(p.update is spec for p in found)]
-        stored = [name for name in names if name in base.specs]
-        squared = math.fsum(squared_norm(Source(base.shard_of[name], name)) for name in stored)
-        relative = norm / math.sqrt(squared) if squared and len(stored) == len(names) else None
+    if norm is not None and weights:
+        squared = math.fsum(map(squared_norm, weights))
+        relative = norm / math.sqrt(squared) if squared else None
     return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
+
+
+def _size_of_values(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Source]) -> float | None:
+    """||D|| of new values, by how far they are from the base's; None where that cannot be said."""
+    value = Source(adapter.file, spec.tensors["value"])
+    if spec.kind == "add":
+        return math.sqrt(squared_norm(value)) * abs(spec.scale)
+    if len(weights) != 1 or not value.spec.shape or not {value.spec.dtype, weights[0].spec.dtype} <= set(FLOATS):
+        return None
+    (weight,) = weights
+    rows = spec.indices or (range(value.spec.shape[0]) if value.spec.shape == weight.spec.shape else ())
+    if not rows or value.spec.shape[1:] != weight.spec.shape[1:] or max(rows) >= weight.spec.shape[0]:
+        return None
+    step = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
+    parts = []
+    for start in range(0, len(rows), step):
+        there = rows[start : start + step]
+        new = value.file.rows(value.name, start, start + len(there)).double()
+        if spec.indices:
+            old = torch.cat([weight.file.rows(weight.name, row, row + 1) for row in there])
+        else:
+            old = weight.file.rows(weight.name, start, start + len(there))
+        parts.append(float((new - old.double()).square().sum()))
+    return math.sqrt(math.fsum(parts))
 
 
 def _size(update: Update) -> tuple[float, float]:
@@ -196,29 +248,43 @@ def _size(update: Update) -> tuple[float, float]:
 
 def _zeros(details: Mapping[str, ModuleReport]) -> list[str]:
     """A change of 0 is an adapter that was never trained, or was saved before it was."""
-    zero = [name for name, each in details.items() if each.norm == 0 and each.kind != "dora"]
+    zero = [name for name, each in details.items() if each.norm == 0 and each.kind in ("lora", "dora", "experts")]
     if not zero:
         return []
     if len(zero) == len(details):
-        return ["it changes nothing: B @ A is 0 in every module"]
+        dora = any(each.kind == "dora" for each in details.values())  # whose magnitudes may say something else
+        return [f"it {'was never trained' if dora else 'changes nothing'}: B @ A is 0 in every module"]
     return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_some(zero)}"]
 
 
 def _config_problems(adapter: Adapter) -> list[str]:
     """The modules that the config names against those that are there."""
+    problems = _unused_patterns(adapter)
     targets = adapter.config.extra.get("target_modules")
     if not targets or targets == "all-linear":
-        return []
+        return problems
     modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
     # an attention's out_proj comes along with the attention
     strangers = [m for m in modules if not any(is_target_module(adapter.config, p) for p in (m, m.rpartition(".")[0]))]
     if adapter.config.extra.get("target_parameters"):
         strangers = []  # a parameter's factors stand at its module, which need be no target
-    problems = [f"target_modules does not match {len(strangers)} modules: {_some(strangers)}"] if strangers else []
+    if strangers:
+        problems.append(f"target_modules does not match {len(strangers)} modules: {_some(strangers)}")
     listed = targets if isinstance(targets, list) else []
     unused = [t for t in listed if not any(m == t or m.endswith(f".{t}") for m in adapter.updates)]
     if unused and not adapter.config.extra.get("target_parameters"):
         problems.append(f"target_modules names {_some(unused)}, which no module of the file is")
+    return problems
+
+
+def _unused_patterns(adapter: Adapter) -> list[str]:
+    """Entries of rank_pattern and alpha_pattern that are for no module, so that it has the default instead."""
+    paths = [path for m, u in adapter.updates.items() if u.rank or u.fault for path in (m, f"{m}.weight")]
+    problems = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter.config, field):
+            if not any(match_pattern({pattern: True}, path, False) for path in paths):
+                problems.append(f"{field} has {pattern}, which matches no module of the file")
     return problems
 
 
@@ -261,7 +327,7 @@ def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[Adapt
 
 
 def _alpha(adapter: Adapter, update: UpdateSpec) -> float | None:
-    if not update.rank:
+    if not update.rank or update.fault:
         return None
     return update.scale * (math.sqrt(update.rank) if adapter.config.use_rslora else update.rank)
 
