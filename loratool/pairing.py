@@ -69,8 +69,8 @@ def _prefix(mine: set[str], theirs: set[str]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """D: tuned - base in float32, of the base's shape; base_squared: ||base||^2; noise: the variance of the rounding of
-    the tuned model's own type, were its values spread evenly between its neighbours: the mean of ulp^2 / 12, over some of the rows.
+    """D: tuned - base in float32, of the base's shape. base_squared: ||base||^2. noise: the variance of the rounding to
+    the tuned model's type, values spread evenly between their neighbours: the mean of ulp^2 / 12, over some rows.
     """
 
     D: torch.Tensor

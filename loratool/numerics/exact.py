@@ -104,10 +104,10 @@ class ExactProduct:
         return torch.cat(_slices(rows * self._left_scale, 1, self._bits), 1)
 
     @cached_property
-    def right_in_float32(self) -> tuple[Tensor, float]:
-        """The right side as it is multiplied, (R, n), rounded, and the largest norm of its columns before that."""
+    def right_in_float32(self) -> tuple[Tensor, float, Tensor]:
+        """The right side as it is multiplied, (R, n), rounded; its largest column's norm; its Gram matrix, (R, R)."""
         right = self._cross[: len(self._high)] + self._high
-        return right.float(), float(right.norm(dim=0).max())
+        return right.float(), float(right.norm(dim=0).max()), right @ right.T
 
     @cached_property
     def _columns(self) -> Tensor:

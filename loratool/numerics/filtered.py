@@ -33,10 +33,11 @@ class FilteredRows:
         self._product, self._exact = product, left
         rank = left.shape[1] // 2
         rows = left[:, :rank] + left[:, rank:]
-        self._right, norm = product.right_in_float32  # (R, n)
+        self._right, norm, gram = product.right_in_float32  # (R, n), the others (), (R, R)
         self._left = rows.float()  # (m, R)
         # |fl(B A) - B A| <= R u |B||A| in any order; the factors were rounded too
         self._bound = rows.norm(dim=1) * (norm * (rank + 4) * U)  # (m,)
+        self._squares = ((rows @ gram) * rows).sum(1)  # (m,): ||D||^2 of each row
 
     def apply(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
         """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
@@ -58,7 +59,7 @@ class FilteredRows:
             total.copy_(out).sub_(wide)
             squared, kept = _dot(wide, wide), _dot(total, change)
             if math.isfinite(squared) and math.isfinite(kept):
-                return Change(squared, _dot(change, change), kept, count_different(out, base, total, work))
+                return Change(squared, float(self._squares[rows].sum()), kept, count_different(out, base, total, work))
         return exactly()
 
     def _mend(
