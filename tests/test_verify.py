@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,16 @@ def dtype(request: Any) -> torch.dtype:
     return request.param
 
 
-def write_inputs(folder: Path, dtype: torch.dtype, rank: int = 4, square: bool = False) -> tuple[Path, Path]:
-    """A base of a few matrices and norms, and an adapter whose change is some percent of them."""
+def write_inputs(
+    folder: Path,
+    dtype: torch.dtype,
+    rank: int = 4,
+    square: bool = False,
+    relative: float | None = None,
+    factor_dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> tuple[Path, Path]:
+    """A base of a few matrices and norms, and an adapter whose change is some percent of them, or `relative`."""
     shape = (96, 96) if square else SHAPE
     tensors = {f"{name}.weight": weights(*shape, seed=i, dtype=dtype) for i, name in enumerate(NAMES)}
     tensors |= {f"{name}.norm.weight": torch.ones(64, dtype=dtype) for name in NAMES}
@@ -37,8 +46,10 @@ def write_inputs(folder: Path, dtype: torch.dtype, rank: int = 4, square: bool =
     made = {}
     for i, name in enumerate(NAMES):
         A, B = factors(*shape, rank, seed=i)
-        made[name] = A, B * 0.3
-    return base, write_peft(folder / "adapter", made, lora_alpha=2 * rank)
+        W = tensors[f"{name}.weight"].double()
+        B = B * (0.3 if relative is None else relative * float(W.norm() / (B @ A).double().norm()) / 2)
+        made[name] = A.to(factor_dtype), B.to(factor_dtype)
+    return base, write_peft(folder / "adapter", made, lora_alpha=2 * rank, **config)
 
 
 def change(adapter: Path, name: str, scale: float = 2.0) -> Tensor:
@@ -96,15 +107,45 @@ def test_other_arithmetic_is_no_fault(tmp_path: Path, dtype: torch.dtype, arithm
     assert report.exact + report.rounded == len(NAMES)
 
 
+SUMS: dict[str, Callable[..., Tensor]] = {
+    "fp32": fp32_sum,
+    "scale first": lambda W, A, B, s: (W.float() + (B.float() * s) @ A.float()).to(W.dtype),
+    "scale split": lambda W, A, B, s: (W.float() + (B.float() * s**0.5) @ (A.float() * s**0.5)).to(W.dtype),
+    "addmm": lambda W, A, B, s: torch.addmm(W.float(), B.float(), A.float(), alpha=s).to(W.dtype),
+    "through double": ARITHMETIC["through double"],
+    "bf16 change": rounded_change(torch.bfloat16),
+    "fp16 change": rounded_change(torch.float16),
+}
+
+
+@pytest.mark.parametrize("relative", [1e-2, 1e-4])
+@pytest.mark.parametrize("rank", [4, 64])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_float32_sums_that_change_few_weights_are_no_fault(
+    tmp_path: Path, wide: torch.dtype, factor_dtype: torch.dtype, rank: int, relative: float
+) -> None:
+    base, adapter = write_inputs(tmp_path, wide, rank, relative=relative, factor_dtype=factor_dtype)
+    stored, tensors = load_file(adapter / "adapter_model.safetensors"), load_model(base)
+    for title, add in SUMS.items():
+        merged = dict(tensors)
+        for name in NAMES:
+            A, B = (stored[f"base_model.model.{name}.lora_{role}.weight"] for role in "AB")
+            merged[f"{name}.weight"] = add(tensors[f"{name}.weight"], A, B, 2.0)
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, merged))
+        assert report.status == "proven", (title, report.tensors)
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding and head, dora"])
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pefts_own_merges(
-    tmp_path: Path, family: str, factor_dtype: torch.dtype, safe: bool, dtype: torch.dtype
+    tmp_path: Path, family: str, factor_dtype: torch.dtype, safe: bool, kind: str, dtype: torch.dtype
 ) -> None:
     peft = pytest.importorskip("peft")
     names = FAMILIES[family]
-    pair = write_pair(tmp_path / "x", names.make(), target_modules=[*names.linear])
+    pair = write_pair(tmp_path / "x", names.make(), **kinds(names)[kind])
     for folder, kind in ((pair.base, dtype), (pair.adapter, factor_dtype)):
         for file in folder.glob("*.safetensors"):
             save_file({k: v.to(kind) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -173,7 +214,34 @@ def other_base(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str],
         t[name] = (t[name].double() + 0.02 * torch.randn(t[name].shape)).to(t[name].dtype)
 
 
+def negate(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
+    scaled(-1.0)(t, base, D)
+
+
+def swap_whole(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
+    other = f"{NAMES[1]}.weight"
+    t[Q], t[other] = t[other], t[Q]
+
+
+def all_nan(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
+    t[Q] = torch.full_like(t[Q], torch.nan)
+
+
+def one(value: float) -> Callable[..., None]:
+    def plant(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
+        t[Q] = t[Q].clone()
+        t[Q][3, 4] = value
+
+    return plant
+
+
 FAULTS = {
+    "nan": (one(torch.nan), "1 weights were altered"),
+    "inf": (one(torch.inf), "1 weights were altered"),
+    "-inf": (one(-torch.inf), "1 weights were altered"),
+    "all nan": (all_nan, "not this base"),
+    "negated": (negate, "negated"),
+    "swapped whole": (swap_whole, f"it is {NAMES[1]}.weight whole"),
     "skipped": (skip_one, "the change is not applied"),
     "twice": (scaled(2.0), "applied twice, or its scale doubled"),
     "half": (scaled(0.5), "half its scale"),
@@ -199,11 +267,177 @@ def test_every_fault_is_found_and_named(tmp_path: Path, fault: str, dtype: torch
     report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", tmp_path / "m", tensors))
     assert report.status == "wrong"
     wrong = [tensor for tensor in report.tensors if tensor.verdict == "wrong"]
-    assert len(wrong) == {"swapped": 2, "base": len(tensors)}.get(fault, 1)
-    import re
-
+    assert len(wrong) == {"swapped": 2, "swapped whole": 2, "base": len(tensors)}.get(fault, 1)
     named = next(t for t in wrong if t.name == (Q if fault != "norm" else f"{NAMES[0]}.norm.weight"))
     assert re.search(message, named.detail), named.detail
+
+
+SMALL = ["skipped", "twice", "half", "sqrt", "1/sqrt", "negated", "transposed", "swapped"]
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-4])
+@pytest.mark.parametrize("fault", SMALL)
+def test_faults_are_named_where_rounding_leaves_little_of_them(
+    tmp_path: Path, fault: str, relative: float, dtype: torch.dtype
+) -> None:
+    base, adapter = write_inputs(tmp_path, dtype, rank=9, square=fault == "transposed", relative=relative)
+    loratool.merge(base, adapter, tmp_path / "m")
+    tensors = load_model(tmp_path / "m")
+    plant, message = FAULTS[fault]
+    plant(tensors, load_model(base), lambda name: change(adapter, name))
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", tmp_path / "m", tensors))
+    named = next(t for t in report.tensors if t.name == Q)
+    assert named.verdict == "wrong" and re.search(message, named.detail), named.detail
+
+
+@pytest.mark.parametrize("relative", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+def test_one_step_anywhere_in_an_exact_tensor(tmp_path: Path, relative: float, dtype: torch.dtype) -> None:
+    """In float32 a weight that happens to lie next to a tie cannot be told from one that others round there."""
+    base, adapter = write_inputs(tmp_path, dtype, relative=relative)
+    loratool.merge(base, adapter, tmp_path / "m")
+    merged, missed = load_model(tmp_path / "m"), 0
+    for at in torch.randint(0, merged[Q].numel(), (12,), generator=torch.Generator().manual_seed(5)).tolist():
+        tensors = {**merged, Q: merged[Q].clone()}
+        flat = tensors[Q].view(-1)
+        flat[at] = torch.nextafter(flat[at], torch.full_like(flat[at], torch.inf if at % 2 else -torch.inf))
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", tmp_path / "m", tensors))
+        missed += report.status != "wrong"
+    assert missed <= (1 if dtype == torch.float32 else 0)
+
+
+def write_dora(folder: Path, dtype: torch.dtype, relative: float) -> tuple[Path, Path]:
+    base, adapter = write_inputs(folder, dtype, relative=relative, use_dora=True)
+    file, W = adapter / "adapter_model.safetensors", load_model(base)
+    tensors = load_file(file)
+    for i, name in enumerate(NAMES):
+        norms = (W[f"{name}.weight"].double() + change(adapter, name)).norm(dim=1).float()
+        noise = torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(i))
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = norms * (1 + relative * 0.3 * noise)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return base, adapter
+
+
+@pytest.mark.parametrize("relative", [1e-1, 1e-2, 1e-3])
+def test_faults_of_dora(tmp_path: Path, relative: float, dtype: torch.dtype) -> None:
+    base, adapter = write_dora(tmp_path, dtype, relative)
+    loratool.merge(base, adapter, tmp_path / "m")
+    W, merged = load_model(base), load_model(tmp_path / "m")
+    plain = (W[Q].double() + change(adapter, NAMES[0])).to(dtype)
+    planted = {
+        "1 weights were altered, by up to 1 steps": 1,
+        "1 weights were altered, by up to 2 steps": 2,
+        "1 weights were altered, by up to 4 steps": 4,
+        "the change is not applied": W[Q],
+        "the magnitudes of DoRA are ignored": plain,
+        "1 weights were altered": merged[Q].index_put(
+            (torch.tensor(3), torch.tensor(4)), torch.tensor(torch.nan).to(dtype)
+        ),
+    }
+    for message, what in planted.items():
+        tensors = dict(merged)
+        if isinstance(what, int):
+            bump(what)(tensors, {}, lambda name: Tensor())
+        else:
+            tensors[Q] = what
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", tmp_path / "m", tensors))
+        (wrong,) = [t for t in report.tensors if t.verdict == "wrong"]
+        assert wrong.detail.startswith(message), wrong.detail
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_float32_norms_of_long_rows_are_no_fault(tmp_path: Path, weight: float, dtype: torch.dtype) -> None:
+    W = weights(128, 4096, dtype=dtype)
+    A, B = factors(128, 4096, 8)
+    base = write_model(tmp_path / "base", {"x.weight": W})
+    adapter = write_peft(tmp_path / "adapter", {"x": (A, B)}, use_dora=True)
+    m = (W.float() + B @ A).norm(dim=1) * torch.linspace(0.97, 1.02, 128)
+    file = adapter / "adapter_model.safetensors"
+    magnitudes = {"base_model.model.x.lora_magnitude_vector": m}
+    save_file({**load_file(file), **magnitudes}, file, metadata={"format": "pt"})
+    V = W.float() + B @ A
+    full = (m / V.norm(dim=1)).view(-1, 1) * V
+    moved = {"x.weight": (full if weight == 1 else W.float() + weight * (full - W.float())).to(dtype)}
+    report = loratool.verify(base, (adapter, weight), write_merged(tmp_path / "m", base, moved))
+    assert report.status == "proven", report.tensors
+
+
+def test_rows_that_no_adapter_touches_are_the_bases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Of a tensor of which an adapter changes some rows, merged by others and altered in the rest."""
+    from dataclasses import replace
+
+    from loratool.ops import verify as module
+
+    def plan_some(*args: Any) -> Any:
+        plan = plan_merge(*args)
+        placements = {n: tuple(replace(p, stop=32) for p in found) for n, found in plan.placements.items()}
+        return replace(plan, placements=placements)
+
+    plan_merge = module.plan_merge
+    monkeypatch.setattr(module, "plan_merge", plan_some)
+    base, adapter = write_inputs(tmp_path, dtype)
+    tensors = W = load_model(base)
+    for name in NAMES:
+        D = change(adapter, name).to(torch.bfloat16).to(dtype)
+        tensors = {**tensors, f"{name}.weight": torch.cat([(W[f"{name}.weight"] + D)[:32], W[f"{name}.weight"][32:]])}
+    right = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, tensors))
+    assert right.status == "proven" and right.rounded == len(NAMES), right.tensors
+    tensors[Q][40, 3] += 1
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, tensors))
+    assert [t.name for t in report.tensors if t.verdict == "wrong"] == [Q]
+
+
+def test_a_copy_is_accepted_only_where_matrices_are_tied(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    tensors = {"model.embed_tokens.weight": weights(32, 16), "model.q.weight": weights(16, 16, seed=3)}
+    base = write_model(tmp_path / "base", tensors, config)
+    adapter = write_peft(tmp_path / "adapter", {"model.q": factors(16, 16, 2)})
+    loratool.merge(base, adapter, tmp_path / "m")
+    merged = load_model(tmp_path / "m")
+    embedding, q = merged["model.embed_tokens.weight"], merged["model.q.weight"]
+    for extra, value, status in (
+        ("lm_head.weight", embedding.clone(), "proven"),
+        ("lm_head.weight", embedding + 1, "wrong"),
+        ("model.k.weight", q.clone(), "wrong"),
+        ("model.other.weight", embedding.clone(), "wrong"),
+    ):
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "x", base, {**merged, extra: value}))
+        assert (report.status, report.extra) == (status, (extra,) if status == "wrong" else ())
+
+
+def test_an_untouched_tensor_of_another_type_is_named(tmp_path: Path) -> None:
+    base, adapter = write_inputs(tmp_path, torch.float32)
+    loratool.merge(base, adapter, tmp_path / "m")
+    merged = load_model(tmp_path / "m")
+    norm_name = f"{NAMES[0]}.norm.weight"
+    wider = {**merged, norm_name: merged[norm_name].double()}
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "x", base, wider))
+    assert report.status == "proven" and f"{norm_name} is stored as F64 where the base has F32" in report.rounding
+    tensors = {**load_model(base), norm_name: torch.full((64,), 1.0001)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    narrow = {**merged, norm_name: tensors[norm_name].bfloat16()}
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "x", base, narrow))
+    (wrong,) = [t for t in report.tensors if t.verdict == "wrong"]
+    assert (wrong.name, wrong.detail) == (norm_name, "an untouched tensor was rounded to BF16 and should be F32")
+    loratool.merge(base, adapter, tmp_path / "half", dtype="bf16", undo=False)
+    report = loratool.verify(base, adapter, tmp_path / "half")
+    assert report.status == "proven" and report.rounding == ("stored as BF16 where the base has F32",)
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16 change", "fp16 change"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_adapters_in_either_order(tmp_path: Path, arithmetic: str, turned: bool, dtype: torch.dtype) -> None:
+    base, one = write_inputs(tmp_path, dtype)
+    _, two = write_inputs(tmp_path / "two", dtype, rank=7)
+    tensors = load_model(base)
+    for adapter in (two, one) if turned else (one, two):
+        stored = load_file(adapter / "adapter_model.safetensors")
+        for name in NAMES:
+            A, B = (stored[f"base_model.model.{name}.lora_{role}.weight"] for role in "AB")
+            tensors[f"{name}.weight"] = ARITHMETIC[arithmetic](tensors[f"{name}.weight"], A, B, 2.0)
+    report = loratool.verify(base, [one, two], write_merged(tmp_path / "m", base, tensors))
+    assert report.status == "proven", report.tensors
 
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16 change", "fp16 change"])

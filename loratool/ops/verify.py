@@ -1,39 +1,36 @@
 """`verify`: whether a model is this base merged with these adapters, tensor by tensor, and if not, what is wrong.
 
 All three are streamed. A tensor is exact if it has the bits of our own replay; it is right with another rounding if
-one way of `hypotheses.ROUNDINGS` explains each of its weights; else it is wrong, and `FAULTS` says how.
+one way of `hypotheses.ROUNDINGS` explains all of its weights; else it is wrong, and `FAULTS` say how.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..apply import Loader, Piece
+from ..apply import Loader
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
-from ..hypotheses import LOOSE, LOOSE_STEPS, ROUNDINGS, Evidence, diagnose, interval
+from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose
 from ..inputs import adapter_pairs, open_inputs, subtract_initial
-from ..judging import Suspect, beyond, same_codes
+from ..judging import Outcome, Trial, beyond, same_codes
 from ..numerics.exact import Workspace, apply_rounded, cast_rounded
+from ..placing import Placement
 from ..plan import MergePlan, plan_merge
+from ..replaying import Block, Replay
 from ..runtime import Progress, worker_count
 from ..source import Source, equal_rows
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS
-from ..tied import TIED
-from ..updates import ADDITIVE
+from ..tied import COPIES, TIED, find_tie
 
-ROWS = 128  # compared at a time
 ALLOWED = ("inconclusive",)
 
 
@@ -152,9 +149,15 @@ def _report(
 
 
 def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
-    """A tied head that a saver wrote out again is no other tensor."""
-    same = [n for n, spec in found.specs.items() if n in plan.sources and spec == found.specs[name]]
-    return any(equal_rows(Source(found.shard_of[name], name), Source(found.shard_of[n], n)) for n in same)
+    """A tied matrix, or its bias, that a saver wrote out again under another of its names is no other tensor."""
+    tie = find_tie(plan.base)
+    module, _, role = name.rpartition(".")
+    if tie is None or module.split(".")[-1] not in COPIES:
+        return False
+    first = tie.embedding if role == "weight" else f"{module.rpartition('.')[0]}.{role}"
+    if first not in plan.sources or first not in found.specs or found.specs[first] != found.specs[name]:
+        return False
+    return equal_rows(Source(found.shard_of[name], name), Source(found.shard_of[first], first))
 
 
 class _Judge:
@@ -163,6 +166,7 @@ class _Judge:
     def __init__(self, plan: MergePlan, found: Checkpoint) -> None:
         self._plan, self._found = plan, found
         self._load = Loader(torch.device("cpu"))
+        self._kinds = _stored_types(plan, found)
         self.moved = False  # whether some replayed weight is not the base's, so that there is something to see
 
     def __call__(self, name: str) -> TensorVerdict | None:
@@ -176,158 +180,132 @@ class _Judge:
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
-        wrong, apart = self._compare(name, source, found)
+        wrong, apart, lost = self._compare(name, source, found)
         if not wrong:
-            return TensorVerdict(name, "exact", "") if changed else None
+            return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, by up to {apart:.0f} steps")
-        return self._explain(name, source, found)
+        outcome = Trial(self._replay(name), found, self._load, self._stored(name, source)).run()
+        if outcome.title is not None:
+            return TensorVerdict(name, "rounding", outcome.title)
+        if outcome.outside == wrong:
+            outcome = Outcome(None, wrong, apart)
+        return TensorVerdict(name, "wrong", diagnose(self._evidence(name, source, found, outcome)))
 
-    def _pieces(self, name: str) -> list[tuple[int, int, Piece | None]]:
-        """The rows of a tensor with what happens to them."""
-        placements = self._plan.placements.get(name, ())
-        source = self._plan.sources[name]
-        rows = placements[0].rows if placements else source.spec.shape[0]
-        edges = sorted({0, rows, *(edge for p in placements for edge in (p.start, p.stop))})
-        found: list[tuple[int, int, Piece | None]] = []
-        for start, stop in pairwise(edges):
-            inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            found.append((start, stop, Piece(source, start, stop, inside, self._load, False) if inside else None))
-        return found
+    def _stored(self, name: str, source: Source) -> list[torch.dtype]:
+        """The other types that the weights under the change have: in the base, and in adapters that brought them."""
+        base = self._plan.base.specs.get(name)
+        kinds = [base.dtype] if base else []
+        for placement in self._plan.bound.get(name, ()):
+            if placement.update.base:
+                kinds.append(placement.adapter.file.specs[placement.update.base].dtype)
+        others = dict.fromkeys(kind for kind in kinds if kind != source.spec.dtype and kind in TORCH_FLOATS)
+        return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
 
-    def _blocks(self, name: str, source: Source, found: Source) -> Iterator[tuple[int, Piece | None, Tensor, Tensor]]:
-        """(first row, what happens, the source's rows, the merged rows), the tensor seen as its matrix."""
-        pieces = self._pieces(name)
-        rows = pieces[-1][1]
-        for start, stop, piece in pieces:
-            for first in range(start, stop, ROWS):
-                last = min(first + ROWS, stop)
-                yield first, piece, source.matrix_rows(rows, first, last), found.matrix_rows(rows, first, last)
+    def _as_stored(self, name: str, source: Source, found: Source, lost: int) -> TensorVerdict | None:
+        """An untouched tensor has the base's values; whether it has its type too."""
+        one, two = source.spec.dtype, found.spec.dtype
+        if one == two:
+            return None
+        if self._kinds[one] == {two}:
+            return TensorVerdict(name, "rounding", f"stored as {two} where the base has {one}")
+        if lost:
+            return TensorVerdict(name, "wrong", f"an untouched tensor was rounded to {two} and should be {one}")
+        return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
 
-    def _compare(self, name: str, source: Source, found: Source) -> tuple[int, float]:
-        """How many weights are not those of the replay, and by how many steps the farthest is off."""
+    def _replay(self, name: str, placements: Sequence[Placement] | None = None, source: str = "") -> Replay:
+        """placements: others than its own; source: another tensor's name."""
+        asked = self._plan.placements.get(name, ())
+        rows = asked[0].rows if asked else self._plan.sources[name].spec.shape[0]
+        load = self._load if placements is None else Loader(torch.device("cpu"))
+        return Replay(self._plan.sources[source or name], asked if placements is None else placements, rows, load)
+
+    def _compare(self, name: str, source: Source, found: Source) -> tuple[int, float, int]:
+        """How many weights are not those of the replay, by how many steps the farthest is off, and how many weights
+        of the base the type of the merged tensor does not hold.
+        """
         work = Workspace(torch.device("cpu"))
-        wrong, apart = 0, 0.0
-        for first, piece, base, merged in self._blocks(name, source, found):
-            out = torch.empty_like(merged)
-            if piece is None:
-                cast_rounded(base, out, work)
-            elif apply_rounded(base, piece.seen(base, first, work), out, work).changed:
+        wrong, apart, lost = 0, 0.0, 0
+        for block in self._replay(name).blocks(found):
+            out = torch.empty_like(block.merged)
+            if _apply(block, out, work):
                 self.moved = True
-            same = same_codes(out, merged)
+            if block.piece is None and out.dtype != block.base.dtype:
+                lost += int((out.double() != block.base.double()).sum())
+            same = same_codes(out, block.merged)
             if not bool(same.all()):
                 wrong += int((~same).sum())
-                apart = max(apart, beyond(out.double(), merged, ~same))
+                apart = max(apart, beyond(out.double(), block.merged, ~same))
         if name not in self._plan.placements and name in self._plan.changed:
             self.moved = True
-        return wrong, apart
+        return wrong, apart, lost
 
-    def _explain(self, name: str, source: Source, found: Source) -> TensorVerdict:
-        """Which rounding the tensor has, or what is wrong with it."""
+    def _evidence(self, name: str, source: Source, found: Source, outcome: Outcome) -> Evidence:
         placements = self._plan.placements[name]
-        if any(p.update.kind not in ADDITIVE for p in placements):
-            return self._explain_loosely(name, source, found)
-        outside = dict.fromkeys(ROUNDINGS, 0)
-        apart = dict.fromkeys(ROUNDINGS, 0.0)
-        suspects = {way.factors: Suspect(placements, self._load, way.factors) for way in ROUNDINGS.values()}
-        for first, piece, base, merged in self._blocks(name, source, found):
-            if piece is None:
-                continue
-            parts = {factors: suspect.parts(first, len(base)) for factors, suspect in suspects.items()}
-            wide, actual = base.double(), merged.double()
-            known = wide.isfinite() & actual.isfinite()
-            for title, way in ROUNDINGS.items():
-                if outside[title] and title != next(iter(ROUNDINGS)):
-                    continue
-                low, high = interval(wide, parts[way.factors], way, merged.dtype)
-                off = ((actual < low) | (actual > high)) & known
-                outside[title] += int(off.sum())
-                if bool(off.any()):
-                    apart[title] = max(
-                        apart[title], beyond(torch.minimum(high, torch.maximum(low, actual)), merged, off)
-                    )
-        differ, farthest = self._compare(name, source, found)
-        first_way = next(iter(ROUNDINGS))
-        for title, count in outside.items():
-            if count == 0 and not _too_few(differ, found):
-                return TensorVerdict(name, "rounding", title)
-        if not _too_few(differ, found):
-            differ, farthest = outside[first_way], apart[first_way]
-        evidence = self._evidence(name, source, found, differ, farthest)
-        return TensorVerdict(name, "wrong", diagnose(evidence))
-
-    def _explain_loosely(self, name: str, source: Source, found: Source) -> TensorVerdict:
-        """For updates with norms or parts in them: what 16 bits on the way leave."""
-        work = Workspace(torch.device("cpu"))
-        off, farthest, sums = 0, 0.0, [0.0, 0.0, 0.0]
-        for first, piece, base, merged in self._blocks(name, source, found):
-            if piece is None:
-                continue
-            exact = torch.empty(base.shape, dtype=torch.float64)
-            apply_rounded(base, piece.seen(base, first, work), exact, work)
-            wide, actual = base.double(), merged.double()
-            slack = LOOSE_STEPS[merged.dtype] * (exact.abs() + wide.abs())
-            bad = ((actual - exact).abs() > slack) & wide.isfinite()
-            off += int(bad.sum())
-            if bool(bad.any()):
-                farthest = max(farthest, beyond(exact, merged, bad))
-            E, D = (actual - wide).nan_to_num(), (exact - wide).nan_to_num()
-            sums = [sums[0] + float((E * E).sum()), sums[1] + float((D * D).sum()), sums[2] + float((E * D).sum())]
-        differ, apart = self._compare(name, source, found)
-        if not off and not _too_few(differ, found):
-            return TensorVerdict(name, "rounding", LOOSE)
-        rank = sum(p.update.rank for p in self._plan.placements[name])
-        E2, D2, ED = sums
-        evidence = Evidence(E2, D2, ED, rank, found.spec.size, off or differ, farthest or apart)
-        return TensorVerdict(name, "wrong", diagnose(evidence))
-
-    def _evidence(self, name: str, source: Source, found: Source, outside: int, apart: float) -> Evidence:
-        placements = self._plan.placements[name]
-        own = Suspect(placements, self._load, None)
-        others = {
-            other: Suspect(p, self._load, None)
-            for other, p in self._plan.placements.items()
-            if other != name and self._plan.sources[other].spec.shape == source.spec.shape
-            and all(each.update.kind in ADDITIVE for each in p)
-        }  # fmt: skip
-        turned = None
-        if len(source.spec.shape) == 2 and source.spec.shape[0] == source.spec.shape[1]:
-            turned = Suspect(placements, self._load, None, turned=True)
-        E2 = D2 = ED = T2 = ET = 0.0
-        swapped = {other: [0.0, 0.0] for other in others}
-        for first, piece, base, merged in self._blocks(name, source, found):
-            if piece is None:
-                continue
-            E = (merged.double() - base.double()).nan_to_num()
-            D = own.change(first, len(base))
+        E2 = D2 = ED = 0.0
+        for block in self._replay(name).blocks(found):
+            wide = block.base.double()
+            E, D = (block.merged.double() - wide).nan_to_num(0, 0, 0), (block.replay[0] - wide).nan_to_num(0, 0, 0)
             E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
-            if turned:
-                T = turned.change(first, len(base))
-                T2, ET = T2 + float((T * T).sum()), ET + float((E * T).sum())
-            for other, suspect in others.items():
-                P = suspect.change(first, len(base))
-                swapped[other][0] += float((P * P).sum())
-                swapped[other][1] += float((E * P).sum())
-
-        def cosine(squared: float, both: float) -> float:
-            return both / math.sqrt(squared * E2) if squared and E2 else 0.0
-
-        best = max(swapped, key=lambda other: cosine(*swapped[other]), default="")
+        misses = self._misses(self._replay(name), found)
+        faults: dict[str, float] = {}
+        square = len(source.spec.shape) == 2 and source.spec.shape[0] == source.spec.shape[1]
+        for title, fault in FAULTS.items():
+            merged = tuple(instead for instead in map(fault, placements) if instead is not None)
+            turned = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
+            if merged != placements and (square or not turned):
+                faults[title] = self._misses(self._replay(name, merged), found)
+        best = min(faults, key=lambda title: faults[title], default="")
+        if misses and (not best or faults[best] > 0.01 * misses):
+            other, of = self._other(name, source, found)
+            if other and (not best or of < faults[best]):
+                faults[other], best = of, other
         return Evidence(
-            E2,
-            D2,
-            ED,
-            sum(p.update.rank for p in placements if p.expert in (None, 0)),
-            found.spec.size,
-            outside,
-            apart,
-            cosine(T2, ET),
-            cosine(*swapped[best]) if best else 0.0,
-            best,
+            E2, D2, ED, found.spec.size, outcome.outside, outcome.beyond, misses, best, faults.get(best, float("inf"))
         )
 
+    def _other(self, name: str, source: Source, found: Source) -> tuple[str, float]:
+        """Which tensor of the same shape it was taken for: the likeliest by a few rows, then by all."""
+        tried: dict[tuple[str, str], float] = {}
+        for other, spec in ((n, s.spec) for n, s in self._plan.sources.items() if n != name):
+            theirs = self._plan.placements.get(other, ())
+            if spec != source.spec or (theirs and theirs[0].rows != self._plan.placements[name][0].rows):
+                continue
+            for title, whole in OTHERS.items():
+                if theirs or whole:
+                    replay = self._replay(name, theirs, other if whole else "")
+                    tried[title, other] = self._misses(replay, found, sample=True)
+        if not tried:
+            return "", float("inf")
+        title, other = min(tried, key=lambda key: tried[key])
+        replay = self._replay(name, self._plan.placements.get(other, ()), other if OTHERS[title] else "")
+        return title.format(other=other), self._misses(replay, found)
 
-def _too_few(differ: int, found: Source) -> bool:
-    """Other arithmetic in 32 bits or more shows in many weights; a few that differ were altered by hand."""
-    return found.spec.dtype in ("F32", "F64") and differ < found.spec.size // 1000
+    @staticmethod
+    def _misses(replay: Replay, found: Source, sample: bool = False) -> float:
+        """The sum of the squares of what is between a tensor and a replay, rounded."""
+        work, total = Workspace(torch.device("cpu")), 0.0
+        for block in replay.blocks(found, sample):
+            out = torch.empty_like(block.merged)
+            _apply(block, out, work)
+            total += float((out.double() - block.merged.double()).nan_to_num(0, 0, 0).square().sum())
+        return total
+
+
+def _apply(block: Block, out: torch.Tensor, work: Workspace) -> int:
+    """What merge writes; how many weights that changes."""
+    if block.piece is None:
+        cast_rounded(block.base, out, work)
+        return 0
+    return apply_rounded(block.base, block.piece.seen(block.base, block.first, work), out, work).changed
+
+
+def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:
+    """Type in the base -> the types that such tensors have in the merged model."""
+    kinds: dict[str, set[str]] = {}
+    for name in plan.sources:
+        if name in found.specs:
+            like = plan.base.specs.get(name) or plan.sources[name].spec
+            kinds.setdefault(like.dtype, set()).add(found.specs[name].dtype)
+    return kinds
