@@ -92,22 +92,25 @@ def difference(base: Source, tuned: Source, device: torch.device) -> Difference:
     step = max(1, READ // (size // rows))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        one = base.file.rows(base.name, start, stop).to(device)
-        two = tuned.file.rows(tuned.name, start, stop).to(device)
-        wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
-        out[start:stop] = two.to(wide) - one.to(wide)
-        squared.append(_sum_of_squares(one))
+        one, two = (side.file.rows(side.name, start, stop).to(device) for side in (base, tuned))
         steps = _ulp(two[::SPARSE], tuned.spec.dtype)
+        wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
+        one, two = one.to(wide), two.to(wide)
+        out[start:stop] = two.sub_(one)
+        squared.append(_sum_of_squares(one))
         ulps.append(_sum_of_squares(steps) / steps.numel() * two.numel())
-    if not bool(out.isfinite().all()) or not all(map(math.isfinite, squared)):
+    # a sum is finite where all is, but for what overflows on the way
+    if not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
     return Difference(out.view(base.spec.shape), math.fsum(squared), math.fsum(ulps) / size / 12)
 
 
 def _sum_of_squares(x: torch.Tensor) -> float:
+    """As exact as its type, and where that overflows as float64."""
     import torch
 
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    found = float(torch.dot(x.flatten(), x.flatten()))
+    return found if math.isfinite(found) else float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:

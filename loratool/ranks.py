@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,10 @@ def rank_for(spectrum: Spectrum, share: float, full: int) -> int:
         return k
     known, last = len(spectrum.squares), spectrum.squares[-1]
     missing = spectrum.total - math.fsum(spectrum.squares)
+    beyond = np.arange(known + 1, full + 1) / known
     low, high = 0.0, 8.0
     for _ in range(40):
         p = (low + high) / 2
-        low, high = (p, high) if math.fsum(_tail(last, known, full, p)) > missing else (low, p)
-    kept = math.fsum(spectrum.squares)
-    for k, square in enumerate(_tail(last, known, full, low), known + 1):
-        kept += square
-        if kept >= share * spectrum.total:
-            return k
-    return full
-
-
-def _tail(last: float, known: int, full: int, p: float) -> Sequence[float]:
-    return [last * (k / known) ** -p for k in range(known + 1, full + 1)]
+        low, high = (p, high) if last * float((beyond**-p).sum()) > missing else (low, p)
+    wanted = share * spectrum.total - math.fsum(spectrum.squares)
+    return min(full, known + 1 + int(np.searchsorted(last * (beyond**-low).cumsum(), wanted)))

@@ -20,6 +20,7 @@ TOLERANCE = 1e-4  # of the optimum's energy
 BLOCK = 16  # columns a step
 SMALL = 512  # columns up to which the eigenvectors are as cheap
 WIDE = 3  # of the smaller side, the part that the basis may fill before the eigenvectors are cheaper
+SHORT = 3.0  # times the extrapolated gains: so far short they fall where the tail is flat
 FLOOR = 1e-6  # below which float32 tells no gap
 PROBES = 7  # steps that look for what the basis lacks
 MISS = 1e-9  # the probability that they do not see it: one in a million for a thousand matrices
@@ -216,7 +217,7 @@ def _krylov(
         former, energy = energy, space.energy(rank)
         last, gain = gain, (energy - former) / energy if energy else 0.0
         ratio = min(max(gain / last if last > 0 else 0.95, 0.0), 0.95)
-        gap = gain * max(ratio / (1 - ratio), 0.25)
+        gap = SHORT * gain * max(ratio / (1 - ratio), 0.25)
         if not former or gap >= tolerance or not (last or gain < FLOOR) or space.width < wanted:
             continue
         if certify:
