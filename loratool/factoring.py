@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .fileio import read_into, write_at
-from .numerics.svd import truncated_svd
+from .numerics.svd import truncated_svds
 from .ranks import Spectrum
 
 Shape = tuple[int, ...]
@@ -97,9 +97,8 @@ class FactorSpool:
         """The first `rank` triplets of a change D, of the weight's shape, and float32."""
         stack = KINDS[kind].stack(D)
         E, out, inp = stack.shape
-        found = [
-            truncated_svd(stack[e], rank, self._generator(f"{name} {e}", D), certify=self._certify) for e in range(E)
-        ]
+        generators = [self._generator(f"{name} {e}", D) for e in range(E)]
+        found = truncated_svds(stack, rank, generators, self._certify)
         known = max(len(each.S) for each in found)
         A, B = torch.zeros(known, E, inp), torch.zeros(known, E, out)
         squares = torch.zeros(known, dtype=torch.float64)

@@ -134,3 +134,13 @@ def test_a_certified_gap_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert best <= found.energy / (1 - found.gap) * (1 + 1e-6)
         ways.add(bool(found.columns))
     assert ways == {True, False}
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 30), (5, 30, 40), (2, 700, 600)])
+def test_a_stack_is_each_of_its_matrices(shape: tuple[int, int, int]) -> None:
+    stack = torch.stack([with_spectrum(*shape[1:], power(min(shape[1:]), 0.5 + e), e) for e in range(shape[0])])
+    stack[0] = 0
+    for e, found in enumerate(svd.truncated_svds(stack, 4, [generator(e) for e in range(shape[0])])):
+        best = float(torch.linalg.svdvals(stack[e].double())[:4].square().sum())
+        assert found.U.shape == (shape[1], len(found.S)) and found.V.shape == (shape[2], len(found.S))
+        assert found.energy >= 0.9999 * best and (e > 0) == bool(len(found.S))

@@ -10,7 +10,7 @@ The energy kept is exact in either case: ||D||^2 - ||D - U S V^T||^2 is the sum 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,16 +61,43 @@ def truncated_svd(
     m, n = D.shape
     if m < n:
         turned = truncated_svd(D.T, rank, generator, tolerance, certify)
-        return _signed(TruncatedSVD(turned.V, turned.S, turned.U, turned.total, turned.gap, turned.columns))
+        return _turned(turned)
     total = _energy(D)
     rank = min(rank, n)
     if total == 0.0 or rank == 0:
         return TruncatedSVD(D.new_zeros(m, 0), D.new_zeros(0).double(), D.new_zeros(n, 0), total, 0.0, 0)
-    found = None if n <= SMALL or WIDE * (rank + 2 * BLOCK) > n else _krylov(D, rank, generator, tolerance, certify)
-    if found is None:
-        X, gap, columns = _eigenvectors(D, rank), 0.0, 0
-    else:
-        X, gap, columns = found
+    found = None
+    if n > SMALL and WIDE * (rank + 2 * BLOCK) <= n:
+        found = _krylov(D, rank, generator, tolerance, certify)
+    X, gap, columns = found or (_eigenvectors(D, rank), 0.0, 0)
+    return _from_right(D, X, total, gap, columns)
+
+
+def truncated_svds(
+    stack: Tensor, rank: int, generators: Sequence[torch.Generator], certify: bool = False
+) -> list[TruncatedSVD]:
+    """`truncated_svd` of each matrix of a stack (E, m, n); where they are small, their eigenvectors at once."""
+    E, m, n = stack.shape
+    if min(m, n) > SMALL or E == 1:
+        return [truncated_svd(D, rank, g, certify=certify) for D, g in zip(stack, generators, strict=True)]
+    tall = stack if m >= n else stack.mT
+    found: list[TruncatedSVD] = []
+    count = max(1, (1 << 22) // (m * n))
+    for start in range(0, E, count):
+        part = tall[start : start + count]
+        wide = part.double()
+        X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2).to(stack.dtype)
+        found += [_from_right(D, V, _energy(D), 0.0, 0) for D, V in zip(part, X, strict=True)]
+    return found if m >= n else [_turned(each) for each in found]
+
+
+def _turned(svd: TruncatedSVD) -> TruncatedSVD:
+    return _signed(TruncatedSVD(svd.V, svd.S, svd.U, svd.total, svd.gap, svd.columns))
+
+
+def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) -> TruncatedSVD:
+    """The triplets whose right vectors span X, (n, r)."""
+    m, n = D.shape
     B = D @ X
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
