@@ -73,9 +73,9 @@ class Sorted:
     unchanged: int = 0
     taken: set[str] = field(default_factory=set)
 
-    @property
-    def exact_parameters(self) -> int:
-        return sum(source.spec.size for source in self.exact.values())
+    def exact_cost(self, in_bytes: bool) -> int:
+        """Of what is kept exactly: bytes, or parameters."""
+        return sum(source.spec.nbytes if in_bytes else source.spec.size for source in self.exact.values())
 
 
 def sort_changes(base: Checkpoint, pairs: Pairs, selection: Selection, embed: str, bias: bool) -> Sorted:

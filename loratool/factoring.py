@@ -65,7 +65,7 @@ KINDS: dict[str, Kind] = {
 class Factored:
     """What is known of a change's factors. at: where they lie in the spool; sizes: (E, out, in); known: triplets there.
 
-    gap: of the computed rank, `exact`, `certified` or an estimate, as `how` says. top: the largest singular value.
+    gap: of the computed rank, `exact`, `certified` or an estimate, as `how` says.
     """
 
     kind: str
@@ -76,7 +76,6 @@ class Factored:
     spectrum: Spectrum
     gap: float
     how: str
-    top: float
 
     @property
     def full(self) -> int:
@@ -93,8 +92,8 @@ class FactorSpool:
     def close(self) -> None:
         self._file.close()
 
-    def add(self, name: str, kind: str, D: Tensor, rank: int) -> Factored:
-        """The first `rank` triplets of a change D, of the weight's shape, and float32."""
+    def add(self, name: str, kind: str, D: Tensor, rank: int, cost: int) -> Factored:
+        """The first `rank` triplets of a change D, of the weight's shape, and float32. cost: parameters a rank."""
         stack = KINDS[kind].stack(D)
         E, out, inp = stack.shape
         generators = [self._generator(f"{name} {e}", D) for e in range(E)]
@@ -112,11 +111,10 @@ class FactorSpool:
             self._end += side.nbytes
         whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
         total = math.fsum(svd.total for svd in found)
-        spectrum = Spectrum(tuple(squares.tolist()), total, E * (out + inp), whole)
+        spectrum = Spectrum(tuple(squares.tolist()), total, cost, whole)
         gap = max((svd.gap for svd in found), default=0.0)
         how = "exact" if gap == 0 else "certified" if self._certify else "estimate"
-        top = max((float(svd.S[0]) for svd in found if len(svd.S)), default=0.0)
-        return Factored(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how, top)
+        return Factored(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how)
 
     def _generator(self, name: str, like: Tensor) -> torch.Generator:
         """From the seed and the name alone, so that neither order nor selection shows."""

@@ -78,6 +78,11 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str)
     """The output's path and whether it is a single file: by its suffix, else as the base was given."""
     if out is None:
         return Path(f"{verb}.safetensors" if base.given_as_file else verb), base.given_as_file
+    return check_name(out)
+
+
+def check_name(out: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """A given output's path and whether it is a single file. Raises UsageError for what is never written."""
     path = Path(out)
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
@@ -278,7 +283,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
     When the block ends well all is synced, the side files and the index follow, and the output gets its name;
     when it does not, nothing stays. An error of the machine names the output.
     """
-    with _named(output.path), ExitStack() as stack:
+    with named(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
             stack.push(_without_undo(output))
@@ -322,7 +327,8 @@ def _copy_into(target: BinaryIO, origin: Path) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
+    """An error of the machine that names no file names this output."""
     try:
         yield
     except OSError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -204,6 +207,21 @@ class TestRanks:
         assert [r.rank for r in grown.modules] == [
             r.rank for r in loratool.extract(base, tuned, tmp_path / "whole", params=1500).modules
         ]
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_a_budget_counts_a_tied_heads_factors_twice(self, tmp_path: Path, dtype: str) -> None:
+        base, tuned = FIXTURES / "gpt2" / "base", FIXTURES / "gpt2" / "tuned"
+        for budget in ({"params": 6000}, {"params": 12000}, {"size": 30000}):
+            report = loratool.extract(base, tuned, tmp_path / "a", force=True, dtype=dtype, **budget)
+            file = load_file(tmp_path / "a" / "adapter_model.safetensors")
+            assert sum(t.numel() for t in file.values()) == report.parameters <= budget.get("params", 1 << 30)
+            assert sum(t.nbytes for t in file.values()) == report.nbytes <= budget.get("size", 1 << 30)
+
+    def test_a_budget_below_what_is_exact_is_refused(self, tmp_path: Path) -> None:
+        base, tuned = FIXTURES / "gpt2" / "base", FIXTURES / "gpt2" / "tuned"
+        with pytest.raises(UsageError, match="--params 500 is less than what is kept exactly"):
+            loratool.extract(base, tuned, tmp_path / "a", params=500)
+        assert loratool.extract(base, tuned, tmp_path / "a", params=500, bias=False).parameters <= 500
 
     def test_a_cap(self, tmp_path: Path) -> None:
         base, tuned = pair(tmp_path, SMALL)
@@ -429,6 +447,15 @@ def test_the_seed_decides_the_bytes_whatever_is_selected(tmp_path: Path) -> None
     assert kept[0] == pytest.approx(kept[1], rel=1e-6)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
+def test_a_write_that_the_system_refuses_names_the_output(tmp_path: Path) -> None:
+    paths = f"{FIXTURES / 'gpt2' / 'base'} {FIXTURES / 'gpt2' / 'tuned'}"
+    shell = f"ulimit -f 20; '{sys.executable}' -c 'from loratool.cli import main; main()' extract {paths} -o out"
+    result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 5 and result.stderr == "error: out: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
     result = run("extract", base, tuned, "-o", tmp_path / "a", "--rank", "2", "--certify")
@@ -441,6 +468,7 @@ def test_the_command(tmp_path: Path, run: Callable[..., Any]) -> None:
     assert run("extract", base, tuned, "-o", tmp_path / "a").exit_code == 4
     assert run("extract", base, tuned, "-o", tmp_path / "a", "--params", "many").exit_code == 2
     assert run("extract", base, tuned, "-o", tmp_path / "d", "--dry-run").exit_code == 0
+    assert run("extract", base, tuned, "-o", tmp_path / "d.bin").exit_code == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
 from ..formats import is_adapter
 from ..formats.peft_write import write_adapter
-from ..output import check_path
+from ..output import check_name, check_path, named
 from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for
 from ..runtime import Progress, choose_device
@@ -127,37 +126,48 @@ def extract(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if embed not in EMBED:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED)}")
-    rule = _rule(rank, energy, params, size, DTYPES[dtype].itemsize)
+    rule = _rule(rank, energy, params, size)
     with ExitStack() as opened:
         sides = [_open(name, opened) for name in (base, tuned)]
-        path = Path(out if out is not None else "adapter")
-        is_file = path.suffix == ".safetensors"
+        path, is_file = check_name(out if out is not None else "adapter")
         check_path(path, is_file, [shard.path for side in sides for shard in side.shards], force)
         pairs = pair_tensors(*sides)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         found = sort_changes(sides[0], pairs, selection, embed, bias)
+        opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
-        work = _Work(found, spool, rule, max_rank, choose_device(device), progress)
+        work = _Work(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
         work.factor_all()
         _refuse(work, found, pairs, tuple(allow))
         plan = plan_adapter(found, work.factored, work.ranks(), spool, DTYPES[dtype], sides[0], os.fspath(base))
+        _check_budget(rule, plan)
         if not dry_run:
             write_adapter(path, is_file, plan.specs, plan.load, plan.config)
         return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
 
-def _rule(
-    rank: int | None, energy: float | None, params: int | None, size: int | None, itemsize: int
-) -> tuple[str, float]:
-    given = {"rank": rank, "energy": energy, "params": params, "size": None if size is None else size // itemsize}
+def _rule(rank: int | None, energy: float | None, params: int | None, size: int | None) -> tuple[str, float]:
+    given = {"rank": rank, "energy": energy, "params": params, "size": size}
     chosen = [(name, float(value)) for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
     name, value = chosen[0] if chosen else ("rank", float(RANK))
     if value <= 0 or (name == "energy" and value > 1):
         raise UsageError(f"{name} {value:g} is out of range")
-    return ("params" if name == "size" else name), value
+    return name, value
+
+
+def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
+    """Raise where what is kept exactly is more than the whole adapter may be."""
+    name, value = rule
+    spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.specs.values())
+    if name not in RANK_RULES and spent > value:
+        unit = "bytes" if name == "size" else "parameters"
+        raise UsageError(
+            f"--{name} {value:.0f} is less than what is kept exactly, {spent} {unit}",
+            remedy=f"raise --{name}, or leave biases and norms out with --no-bias, embeddings with --embed skip",
+        )
 
 
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
@@ -179,12 +189,15 @@ class _Work:
         found: Sorted,
         spool: FactorSpool,
         rule: tuple[str, float],
+        itemsize: int,
         max_rank: int | None,
         device: torch.device,
         progress: Progress | None,
     ) -> None:
         self._found, self._spool, self._device, self._progress = found, spool, device, progress
         self._rule, self._value = rule
+        budget = int(self._value) - found.exact_cost(self._rule == "size")
+        self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._most = max_rank or 1 << 30
         self.factored: dict[str, Factored] = {}
         self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
@@ -196,7 +209,7 @@ class _Work:
             self.factored[change.name] = self._factor(change, D, first)
             if self._progress:
                 self._progress(done, len(changes))
-        if self._rule == "params":
+        if self._rule not in RANK_RULES:
             self._grow()
 
     def _first_rank(self) -> int:
@@ -205,7 +218,7 @@ class _Work:
         if self._rule == "energy":
             return min(FIRST_RANK, self._most)
         cost = sum(change.cost for change in self._found.low_rank.values())
-        return min(max(FIRST_RANK, HEADROOM * int(self._value // max(1, cost))), self._most)
+        return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._most)
 
     def _differences(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Difference]]:
         """On a GPU the next one is read while one is computed; on a CPU that would only hold two."""
@@ -222,12 +235,12 @@ class _Work:
 
     def _factor(self, change: Change, found: Difference, rank: int) -> Factored:
         D = found.D
-        factored = self._spool.add(change.name, change.kind, D, rank)
+        factored = self._spool.add(change.name, change.kind, D, rank, change.cost)
         while self._rule == "energy" and rank < min(self._most, factored.full):
             if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
                 break
             rank *= 2
-            factored = self._spool.add(change.name, change.kind, D, min(rank, self._most))
+            factored = self._spool.add(change.name, change.kind, D, min(rank, self._most), change.cost)
         self.seen[change.name] = (found.base_squared, factored.spectrum.total, found.noise)
         return factored
 
@@ -248,8 +261,8 @@ class _Work:
 
     def ranks(self) -> dict[str, int]:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}
-        if self._rule == "params":
-            return budget_ranks(spectra, int(self._value) - self._found.exact_parameters)
+        if self._rule not in RANK_RULES:
+            return budget_ranks(spectra, self._budget)
         rule = RANK_RULES[self._rule]
         found = {name: rule(spectrum, self._value) for name, spectrum in spectra.items()}
         return {name: min(self.factored[name].known if k is None else k, self._most) for name, k in found.items()}
