@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`extract`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning; each
-returns a frozen report. Errors are children of `LoratoolError`.
+`init`, `extract`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning;
+each returns a frozen report. Errors are children of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageErr
 
 if TYPE_CHECKING:
     from .ops.extract import ExtractReport, extract
+    from .ops.init import InitReport, init
     from .ops.inspect import CheckpointReport, inspect
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge import merge
@@ -31,6 +32,8 @@ _HOMES = {
     "MergeReport": "merge_report",
     "ExtractReport": "extract",
     "extract": "extract",
+    "InitReport": "init",
+    "init": "init",
     "inspect": "inspect",
     "merge": "merge",
     "UnmergeReport": "unmerge",
@@ -43,6 +46,7 @@ __all__ = [
     "AdapterInspection",
     "CheckpointReport",
     "ExtractReport",
+    "InitReport",
     "InputError",
     "LoratoolError",
     "MachineError",
@@ -52,6 +56,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "extract",
+    "init",
     "inspect",
     "merge",
     "unmerge",

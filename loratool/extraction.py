@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from .architectures.conv1d import stores_transposed
-from .architectures.renames import TRANSPOSED_EXPERTS
 from .architectures.roles import role
 from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .factoring import KINDS, Factored, FactorSpool
-from .formats.peft import DECLARED
-from .formats.peft_write import SAFETENSORS, lora_config, nested
+from .factoring import KINDS, Factored, FactorSpool, factor_shapes, kind_of, lay_out
+from .formats.peft_write import SAFETENSORS, lora_config
 from .pairing import Pairs, difference
 from .source import Source, equal_rows
 from .targets import Selection
@@ -134,7 +132,7 @@ def _sort(
         if not grown:
             _measure(found, name, one, two)
     elif selected and what and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = Change(name, _kind(base, module, what), one, two, also)
+        found.low_rank[name] = Change(name, kind_of(base.model_types, module, what), one, two, also)
     elif selected and bias and len(one.spec.shape) == 1 and name.endswith((".bias", ".weight")):
         _measure(found, name, one, two)
         _keep(base, found, name, two)
@@ -142,12 +140,6 @@ def _sort(
         if not grown:
             _measure(found, name, one, two)
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else math.nan
-
-
-def _kind(base: Checkpoint, module: str, what: str) -> str:
-    if what == "experts":
-        return "experts-turned" if TRANSPOSED_EXPERTS.intersection(base.model_types) else "experts"
-    return "conv1d" if what == "linear" and stores_transposed(base.model_types, module) else what
 
 
 def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
@@ -198,7 +190,9 @@ def plan_adapter(
     base: Checkpoint,
     base_name: str,
 ) -> Plan:
-    modules, parameters, places = _places(found, factored, ranks)
+    heads = {name: change.also for name, change in found.low_rank.items() if change.also}
+    layout = lay_out({name: each.kind for name, each in factored.items()}, ranks, heads)
+    modules = layout.modules
     tensors: dict[str, Callable[[], torch.Tensor]] = {}
     specs: dict[str, TensorSpec] = {}
     letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
@@ -210,21 +204,22 @@ def plan_adapter(
 
         return load
 
-    for wrapper, (name, turned) in places.items():
+    for wrapper, (name, turned) in layout.wrappers.items():
         kind = KINDS["head" if turned else factored[name].kind]
+        shapes = factor_shapes(factored[name].kind, factored[name].shape, ranks[name])
         for side, key in enumerate(kind.keys):
             tensors[f"{wrapper}.{key}"] = factors(name, turned, side)
-            specs[f"{wrapper}.{key}"] = TensorSpec(letters, _factor_shape(factored[name], ranks[name], turned, side))
+            specs[f"{wrapper}.{key}"] = TensorSpec(letters, shapes[1 - side][::-1] if turned else shapes[side])
     for name, source in found.exact.items():
         owner = name.rpartition(".")[0]
         key = f"{owner}.base_layer.bias" if name.endswith(".bias") and owner in modules else name
         tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
         specs[key] = source.spec
-    if not modules and not parameters:
+    if not layout.wrappers:
         _stand_in(base, tensors, specs, modules, letters, dtype)
     config = lora_config(
         modules,
-        parameters,
+        layout.parameters,
         bias="all" if found.biased else "none",
         base_model_name_or_path=base_name,
         modules_to_save=sorted(found.saved) or None,
@@ -237,45 +232,6 @@ def plan_adapter(
         lambda name: spool.effective_rank(factored[name], ranks[name]),
         lambda name: spool.stored(factored[name], ranks[name], dtype),
     )
-
-
-def _places(
-    found: Sorted, factored: Mapping[str, Factored], ranks: Mapping[str, int]
-) -> tuple[dict[str, int], dict[str, int], dict[str, tuple[str, bool]]]:
-    """The ranks of modules and of bare parameters, and for each wrapper whose factors it has and whether turned."""
-    modules: dict[str, int] = {}
-    parameters: dict[str, int] = {}
-    places: dict[str, tuple[str, bool]] = {}
-    stacks: dict[str, list[str]] = {}
-    for name, rank in ranks.items():
-        if not rank:
-            continue
-        if factored[name].kind.startswith("experts"):
-            parameters[name] = rank
-            stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-            continue
-        modules[module_of(name)] = rank
-        places[module_of(name)] = (name, False)
-        also = found.low_rank[name].also
-        if also:
-            modules[module_of(also)] = rank
-            places[module_of(also)] = (name, True)
-    for module, names in stacks.items():
-        declared = (*DECLARED, *sorted(set(names) - set(DECLARED)))
-        for parameter, wrapper in nested(module, names, declared).items():
-            places[wrapper] = (f"{module}.{parameter}", False)
-    return modules, parameters, places
-
-
-def _factor_shape(factored: Factored, rank: int, turned: bool, side: int) -> tuple[int, ...]:
-    E, out, inp = factored.sizes
-    if turned:  # an embedding's factors for the head: B^T and A^T
-        return (rank, out) if side == 0 else (inp, rank)
-    if factored.kind.startswith("experts"):
-        return (E * rank, inp) if side == 0 else (out, rank * E)
-    if factored.kind == "conv":
-        return (rank, *factored.shape[1:]) if side == 0 else (out, rank, *[1] * (len(factored.shape) - 2))
-    return (rank, inp) if side == 0 else (out, rank)
 
 
 def _stand_in(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +18,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from .architectures.conv1d import stores_transposed
+from .architectures.renames import TRANSPOSED_EXPERTS
+from .architectures.wrappers import module_of
 from .fileio import read_into, write_at
+from .formats.peft import DECLARED
+from .formats.peft_write import nested
 from .numerics.svd import truncated_svds
 from .ranks import Spectrum
 
@@ -59,6 +64,59 @@ KINDS: dict[str, Kind] = {
     "experts": Kind(lambda D: D, _WEIGHTS, _experts),
     "experts-turned": Kind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out)
 }
+
+
+def kind_of(model_types: Collection[str], module: str, role: str) -> str:
+    """A key of KINDS for a weight of this role (`architectures.roles`)."""
+    if role == "experts":
+        return "experts-turned" if TRANSPOSED_EXPERTS.intersection(model_types) else "experts"
+    return "conv1d" if role == "linear" and stores_transposed(model_types, module) else role
+
+
+def stack_sizes(kind: str, shape: Shape) -> tuple[int, int, int]:
+    """(E, out, in) of a weight's stack."""
+    E, out, inp = KINDS[kind].stack(torch.empty(shape, device="meta")).shape
+    return E, out, inp
+
+
+def factor_shapes(kind: str, shape: Shape, rank: int) -> tuple[Shape, Shape]:
+    """Of the adapter's A and B for a weight of this shape."""
+    E, out, inp = stack_sizes(kind, shape)
+    A, B = (torch.empty(rank, E, size, device="meta") for size in (inp, out))
+    laid = KINDS[kind].lay(A, B, shape)
+    return tuple(laid[0].shape), tuple(laid[1].shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an adapter has the factors: the ranks of modules and of bare parameters (experts); wrapper -> (the weight
+    whose factors it has, whether turned: an embedding's, for the head that is the same matrix).
+    """
+
+    modules: dict[str, int]
+    parameters: dict[str, int]
+    wrappers: dict[str, tuple[str, bool]]
+
+
+def lay_out(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str]) -> Layout:
+    """kinds, ranks: of each weight; of rank 0 it has none. heads: embedding -> the head that is the same matrix."""
+    layout = Layout({}, {}, {})
+    stacks: dict[str, list[str]] = {}
+    for name, rank in ranks.items():
+        if not rank:
+            continue
+        if kinds[name].startswith("experts"):
+            layout.parameters[name] = rank
+            stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+            continue
+        for each, turned in ((name, False), *([(heads[name], True)] if name in heads else [])):
+            layout.modules[module_of(each)] = rank
+            layout.wrappers[module_of(each)] = (name, turned)
+    for module, names in stacks.items():
+        declared = (*DECLARED, *sorted(set(names) - set(DECLARED)))
+        for parameter, wrapper in nested(module, names, declared).items():
+            layout.wrappers[wrapper] = (f"{module}.{parameter}", False)
+    return layout
 
 
 @dataclass(frozen=True)

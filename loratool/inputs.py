@@ -7,14 +7,18 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter
 from .architectures.quantized import quantization
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import InputError, NeedsFlag, UsageError
+from .fileio import sha256_file
 from .formats import is_adapter, open_adapter
+from .formats.peft import WEIGHTS_NAMES
 from .formats.peft_config import changes_base
+from .sidefiles import INITIAL
 
 Loaded = tuple[tuple[Adapter, float], ...]
 
@@ -100,12 +104,15 @@ def subtract_initial(
     """Make adapters whose initialization changed the base right on the base that is given.
 
     PiSSA, OLoRA and CorDA train on W - s * B0 @ A0 (LoftQ on about that, up to its quantization): on W itself the
-    initial adapter is to be subtracted, which is exact at twice the rank; on the changed base they are plain. Raises
-    NeedsFlag where neither is said.
+    initial adapter is to be subtracted, which is exact at twice the rank; on the changed base they are plain. A lone
+    adapter need not say how it was initialized for `initial` to be subtracted: ours never does. Raises NeedsFlag where
+    neither is said.
     """
     if initial is not None and residual_base:
         raise UsageError("--initial and --residual-base exclude each other")
     moved = [(adapter, weight, init) for adapter, weight in loaded if (init := changes_base(adapter.config))]
+    if not moved and initial is not None and len(loaded) == 1:
+        moved = [(*loaded[0], "factors of the base")]
     if not moved:
         if initial is not None or residual_base:
             flag = "--initial" if initial is not None else "--residual-base"
@@ -136,6 +143,22 @@ def subtract_initial(
     start = replace(start, updates={m: u for m, u in start.updates.items() if u.kind in ("lora", "experts")})
     _check_initial(adapter, start)
     return (*loaded, (start, -moved[0][1]))
+
+
+def require_residual(base: Checkpoint, loaded: Loaded) -> None:
+    """Refuse an adapter that `init` started on a residual base, where another base is given."""
+    for adapter, _ in loaded:
+        named = adapter.config.base_model
+        start = Path(named, INITIAL) if isinstance(named, str) and named else None
+        if start is None or not (start / WEIGHTS_NAMES[0]).is_file():
+            continue
+        own = base.folder / INITIAL / WEIGHTS_NAMES[0]
+        if own.is_file() and sha256_file(own) == sha256_file(start / WEIGHTS_NAMES[0]):
+            continue
+        what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
+        if len(loaded) > 1 or any(update.kind == "dora" for update in adapter.updates.values()):
+            raise InputError(what, culprit=adapter.name, remedy=f"pass {named} as the base")
+        raise NeedsFlag(what, culprit=adapter.name, remedy=f"add --initial {start}, or pass {named} as the base")
 
 
 def _check_initial(adapter: Adapter, start: Adapter) -> None:

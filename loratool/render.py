@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from .errors import LoratoolError
     from .ops.extract import ExtractReport
+    from .ops.init import InitReport
     from .ops.inspect import CheckpointReport
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
@@ -192,6 +193,37 @@ def print_extract(report: ExtractReport) -> None:
     for warning in report.warnings:
         say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
+    say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_init(report: InitReport) -> None:
+    marks = [report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora]
+    say(f"{' + '.join(marks)} for {report.base}")
+    gaps = any(m.gap is not None for m in report.modules)
+    errors = any(m.error is not None for m in report.modules)
+    rows = [
+        [
+            m.name,
+            "x".join(map(str, m.shape)),
+            m.kind,
+            str(m.rank),
+            f"{m.scale:g}",
+            _count(m.parameters),
+            *(["0" if m.gap == 0 else f"~{m.gap or 0:.0e}"] if gaps else []),
+            *([f"{m.error or 0:.1e}"] if errors else []),
+        ]
+        for m in report.modules
+    ]
+    titles = ["tensor", "shape", "kind", "rank", "scale", "parameters", *["gap"] * gaps, *["error"] * errors]
+    _print_table([(title, title not in ("tensor", "kind")) for title in titles], rows)
+    verb = "would write" if report.dry_run else "wrote"
+    residual = report.residual
+    if residual:
+        undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
+        error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
+        say(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
     say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
 
 

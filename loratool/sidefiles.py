@@ -40,7 +40,15 @@ TRAVELS = (
 )
 NEVER = ("adapter_config.json",)
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "loratool.undo*")  # what an output folder holds besides
+INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were taken out of it
+# what an output folder holds besides
+WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index*.json",
+    "loratool.undo*",
+    f"{INITIAL}/adapter_model.safetensors",
+    f"{INITIAL}/adapter_config.json",
+)
 
 
 def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:

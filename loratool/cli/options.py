@@ -58,6 +58,20 @@ class Count(click.ParamType[int]):
         return int(count)
 
 
+class PatternRank(click.ParamType[tuple[str, int]]):
+    """`PATTERN=RANK`, a pattern as in --target."""
+
+    name = "pattern=rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, rank = value.rpartition("=")
+        if not pattern or not re.fullmatch(r"\d{1,6}", rank) or int(rank) < 1:
+            self.fail(f"{str(value)[:40]!r} is not PATTERN=RANK, like down_proj=16", param, ctx)
+        return pattern, int(rank)
+
+
 class WeightedPath(click.ParamType[tuple[str, float]]):
     """`PATH` or `PATH:WEIGHT`. Only a last colon before a number counts: `C:\\x.safetensors` is a path."""
 

@@ -91,6 +91,23 @@ def truncated_svds(
     return found if m >= n else [_turned(each) for each in found]
 
 
+def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last `rank` triplets of D (m, n): U (m, r), S (r,) falling, in float64, V (n, r), U and V orthonormal.
+
+    From the eigenvectors of the smaller Gram matrix in float64, which tell singular values down to 1e-8 of the largest
+    apart; what is below is as good as 0, and so any basis of it.
+    """
+    if len(D) < D.shape[1]:
+        V, S, U = least_triplets(D.T, rank)
+        return U, S, V
+    X = torch.linalg.eigh(_gram(D)).eigenvectors[:, :rank].flip(1)
+    B = torch.cat([block.double() @ X for block in _row_blocks(D)])
+    S = torch.linalg.vector_norm(B, dim=0)
+    order = S.argsort(descending=True, stable=True)
+    U, R = torch.linalg.qr(B[:, order])  # but for signs B / S, and orthonormal where S is 0
+    return torch.where(R.diagonal() < 0, -U, U).to(D.dtype), S[order], X[:, order].to(D.dtype)
+
+
 def _turned(svd: TruncatedSVD) -> TruncatedSVD:
     return _signed(TruncatedSVD(svd.V, svd.S, svd.U, svd.total, svd.gap, svd.columns))
 
@@ -131,12 +148,17 @@ def _signed(svd: TruncatedSVD) -> TruncatedSVD:
 
 def _eigenvectors(D: Tensor, rank: int) -> Tensor:
     """The top right singular vectors from D^T D, whose float64 keeps singular values down to 1e-8 of the largest."""
+    top: Tensor = torch.linalg.eigh(_gram(D)).eigenvectors[:, -rank:].flip(1).to(D.dtype)
+    return top
+
+
+def _gram(D: Tensor) -> Tensor:
+    """D^T D in float64, (n, n)."""
     gram = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
     for block in _row_blocks(D):
         wide = block.double()
         gram.addmm_(wide.T, wide)
-    top: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(D.dtype)
-    return top
+    return gram
 
 
 class _Krylov:

@@ -11,13 +11,15 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from ..apply import Loader, plan_changes
 from ..errors import NeedsFlag, UsageError
-from ..inputs import adapter_pairs, open_inputs, subtract_initial
+from ..inputs import adapter_pairs, open_inputs, require_residual, subtract_initial
 from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, output_path, plan_output
 from ..plan import MergePlan, plan_merge, widen_float8
@@ -86,6 +88,8 @@ def merge(
     with ExitStack() as opened:
         pairs = adapter_pairs(adapters)
         checkpoint, loaded = open_inputs(base, pairs, alpha, opened)
+        if initial is None:
+            require_residual(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         chosen_dtype = dtype.lower().removeprefix("torch.")
         if chosen_dtype not in MERGE_DTYPES:
@@ -95,27 +99,54 @@ def merge(
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
-        edits = widen_float8(plan, MERGE_DTYPES[chosen_dtype])
-        inputs = [shard.path for shard in checkpoint.shards] + [adapter.file.path for adapter, _ in loaded]
-        check_path(path, is_file, inputs, force)
-        output = plan_output(
-            checkpoint,
-            path,
-            is_file,
+        return write_merged(
+            plan,
+            os.fspath(base),
+            (path, is_file),
             _provenance(plan),
-            plan.changed,
-            MERGE_DTYPES[chosen_dtype],
-            max_shard_bytes,
-            edits,
-            undo,
+            dtype=MERGE_DTYPES[chosen_dtype],
+            device=where,
+            max_shard_bytes=max_shard_bytes,
+            undo=undo,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+            workers=workers,
         )
-        _check_undo(plan, output, force)
-        _check_factors(plan)
-        output.require_space()
-        if dry_run:
-            return build_report(plan, output, os.fspath(base), {}, _undo_bound(plan, output), dry_run)
-        changes, size = _execute(plan, output, where, progress, workers or worker_count())
-        return build_report(plan, output, os.fspath(base), changes, size, dry_run)
+
+
+def write_merged(
+    plan: MergePlan,
+    base: str,
+    place: tuple[Path, bool],
+    provenance: str,
+    *,
+    dtype: str | None,
+    device: torch.device,
+    max_shard_bytes: int | None = None,
+    undo: bool,
+    force: bool,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    beside: Mapping[str, Path] | None = None,
+) -> MergeReport:
+    """Carry a plan out. base: its name in the report; place: the output and whether it is a file; dtype: a safetensors
+    name or None; beside: name in the output's folder -> a file that is copied there.
+    """
+    path, is_file = place
+    edits = widen_float8(plan, dtype)
+    inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
+    check_path(path, is_file, inputs, force)
+    output = plan_output(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
+    output = replace(output, travels={**output.travels, **(beside or {})})
+    _check_undo(plan, output, force)
+    _check_factors(plan)
+    output.require_space()
+    if dry_run:
+        return build_report(plan, output, base, {}, _undo_bound(plan, output), dry_run)
+    changes, size = _execute(plan, output, device, progress, workers or worker_count())
+    return build_report(plan, output, base, changes, size, dry_run)
 
 
 def _provenance(plan: MergePlan) -> str:

@@ -19,7 +19,7 @@ from ..apply import Loader
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose
-from ..inputs import adapter_pairs, open_inputs, subtract_initial
+from ..inputs import adapter_pairs, open_inputs, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
 from ..numerics.exact import Workspace, apply_rounded, cast_rounded
 from ..placing import Placement
@@ -89,6 +89,8 @@ def verify(
         raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
     with ExitStack() as opened:
         checkpoint, loaded = open_inputs(base, adapter_pairs(adapters), alpha, opened)
+        if initial is None:
+            require_residual(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         found = open_checkpoint(merged)
         opened.callback(found.close)

@@ -1,0 +1,117 @@
+"""`loratool init`."""
+
+from __future__ import annotations
+
+import click
+
+from ..inits import INITS
+from .options import (
+    Count,
+    PatternRank,
+    device_option,
+    dry_run_option,
+    exclude_option,
+    force_option,
+    json_option,
+    layers_option,
+    quiet_option,
+    target_option,
+)
+
+
+@click.command()
+@click.argument("base")
+@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.option(
+    "--method",
+    default="lora",
+    show_default=True,
+    metavar="|".join(INITS),
+    help="; ".join(f"{name}: {row.says}" for name, row in INITS.items()) + ".",
+)
+@click.option("--rank", type=click.IntRange(1), help="Of every weight.  [default: 8]")
+@click.option("--params", type=Count(), metavar="4M", help="The largest rank for which the adapter has no more.")
+@click.option("--rank-pattern", type=PatternRank(), multiple=True, metavar="PATTERN=RANK", help="Other ranks, by name.")
+@click.option("--alpha", type=float, help="Of all weights.  [default: each one's rank]")
+@click.option("--dora", is_flag=True, help="With magnitudes, the norms of the base's rows.")
+@click.option("--rslora", is_flag=True, help="Scaled by alpha / sqrt(rank).")
+@click.option("--residual", metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
+@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The residual's type.")
+@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
+@target_option
+@exclude_option
+@layers_option
+@force_option
+@dry_run_option
+@device_option
+@quiet_option
+@json_option
+def init(
+    base: str,
+    out: str | None,
+    method: str,
+    rank: int | None,
+    params: int | None,
+    rank_pattern: tuple[tuple[str, int], ...],
+    alpha: float | None,
+    dora: bool,
+    rslora: bool,
+    residual: str | None,
+    dtype: str,
+    no_undo: bool,
+    seed: int,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    force: bool,
+    dry_run: bool,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Start an adapter for a base, from its files alone: a PEFT folder to train.
+
+    Without --target every linear layer but the head gets one. What is random follows from --seed and each weight's
+    name. pissa, milora and olora take their factors out of the base: --residual writes what is left, on which the
+    adapter belongs.
+
+    \b
+      loratool init base/ --rank 8 --target q_proj,v_proj -o adapter/
+      loratool init base/ --method pissa --rank 16 --residual residual/ -o adapter/
+    """
+    from ..ops.init import TARGET
+    from ..ops.init import init as run
+    from ..render import ProgressBar, print_init, to_json
+    from ..targets import parse_patterns
+
+    bar = ProgressBar("init", quiet or json)
+    try:
+        report = run(
+            base,
+            out,
+            method=method,
+            rank=rank,
+            params=params,
+            rank_pattern=dict(rank_pattern),
+            alpha=alpha,
+            target=parse_patterns(target) or TARGET,
+            exclude=parse_patterns(exclude),
+            layers=layers,
+            dora=dora,
+            rslora=rslora,
+            residual=residual,
+            dtype=dtype,
+            undo=not no_undo,
+            seed=seed,
+            device=device,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if json:
+        print(to_json("init", report))
+    else:
+        print_init(report)

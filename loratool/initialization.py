@@ -1,0 +1,266 @@
+"""Which weights of a base get factors and of which rank, decided from headers; and the adapter that they make.
+
+The factors come one weight at a time, when the writer asks for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .apply import Loader
+from .architectures.roles import role
+from .architectures.wrappers import module_of
+from .checkpoint import Checkpoint
+from .errors import InputError, UsageError
+from .factoring import KINDS, Layout, factor_shapes, kind_of, lay_out, stack_sizes
+from .formats.peft_write import lora_config
+from .inits import INITS, Draw, Start, Weight
+from .plan import MergePlan
+from .source import Source
+from .targets import Selection, matches
+from .tensorfile import TORCH_FLOATS, TensorSpec
+from .updates import Experts, LowRank
+
+READ = 1 << 22  # numbers read at a time
+MAGNITUDE = "lora_magnitude_vector"
+# The classes of which PEFT's wrapper takes a task type without modules of its own -> the task type.
+TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that can have factors; sizes: (E, out, in) of its stack of matrices."""
+
+    name: str
+    kind: str
+    source: Source
+    sizes: tuple[int, int, int]
+
+    @property
+    def cost(self) -> int:
+        """Parameters a rank."""
+        E, out, inp = self.sizes
+        return E * (out + inp)
+
+    @property
+    def most(self) -> int:
+        """The rank that no change of it exceeds."""
+        return min(self.sizes[1:])
+
+
+def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
+    """The weights that the selection's targets name; InputError for a pattern that names none."""
+    eligible = {}
+    for name, spec in base.specs.items():
+        what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+        if what:
+            eligible[name] = what
+    for pattern in selection.target:
+        if not any(_takes(pattern, name, what) for name, what in eligible.items()):
+            ends = {module_of(name).rpartition(".")[2] for name in eligible}
+            near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
+            raise InputError(
+                "names no weight of the base that could have an adapter",
+                culprit=pattern,
+                remedy=f"there are {', '.join(near)}" if near else None,
+            )
+    found = []
+    for name, what in eligible.items():
+        if selection.selects(module_of(name)) and any(_takes(each, name, what) for each in selection.target):
+            kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
+            found.append(Candidate(name, kind, source, stack_sizes(kind, source.spec.shape)))
+    if not found:
+        raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
+    return found
+
+
+def _takes(pattern: str, name: str, what: str) -> bool:
+    """`all-linear` as PEFT means it: convolutions and stacks of experts have to be named."""
+    return matches(pattern, module_of(name)) and (pattern != "all-linear" or what == "linear")
+
+
+def choose_ranks(
+    candidates: Sequence[Candidate],
+    rank: int,
+    patterns: Mapping[str, int],
+    params: int | None,
+    method: str,
+    dora: bool,
+) -> dict[str, int]:
+    """The rank of each: of the first pattern that matches, else `rank`, or the largest for which the adapter has at
+    most `params` parameters.
+    """
+    for pattern in patterns:
+        if not any(matches(pattern, module_of(each.name)) for each in candidates):
+            raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
+    found = {
+        each.name: next((r for p, r in patterns.items() if matches(p, module_of(each.name))), 0) for each in candidates
+    }
+    rest = [each for each in candidates if not found[each.name]]
+    if params is not None and rest:
+        spent = sum(each.cost * found[each.name] + each.sizes[1] * dora for each in candidates)
+        cost = sum(each.cost for each in rest)
+        rank = min((params - spent) // cost, *(each.most for each in rest))
+        rank -= rank % 2 if method == "orthogonal" else 0
+        if rank < 1:
+            raise UsageError(f"--params {params} is too few: rank 1 of these targets takes {spent + cost}")
+    for each in candidates:
+        chosen = found[each.name] = found[each.name] or rank
+        if chosen > each.most:
+            out, inp = each.sizes[1:]
+            raise UsageError(
+                f"is {out} x {inp}, and rank {chosen} is more than it can have",
+                culprit=each.name,
+                remedy=f"lower the rank, or add --rank-pattern {module_of(each.name)}={each.most}",
+            )
+        if method == "orthogonal" and chosen % 2:
+            raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
+    return found
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that gets factors. wrapper: PEFT's name for where; scale: s."""
+
+    weight: Candidate
+    wrapper: str
+    rank: int
+    scale: float
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        A, B = KINDS[self.weight.kind].keys
+        return f"{self.wrapper}.{A}", f"{self.wrapper}.{B}"
+
+    @property
+    def magnitude(self) -> TensorSpec:
+        """DoRA's, as PEFT shapes it (`peft/tuners/lora/dora.py`)."""
+        out = self.weight.sizes[1]
+        dimensions = len(self.weight.source.spec.shape)
+        return TensorSpec("F32", (1, out, *[1] * (dimensions - 2)) if self.weight.kind == "conv" else (out,))
+
+
+def make_sites(
+    candidates: Sequence[Candidate], ranks: Mapping[str, int], alpha: float | None, rslora: bool
+) -> tuple[list[Site], Layout]:
+    """alpha: None is each one's own rank."""
+    layout = lay_out({each.name: each.kind for each in candidates}, ranks, {})
+    by_name = {each.name: each for each in candidates}
+    sites = []
+    for wrapper, (name, _) in layout.wrappers.items():
+        rank = ranks[name]
+        divisor = math.sqrt(rank) if rslora else rank
+        sites.append(Site(by_name[name], wrapper, rank, (rank if alpha is None else alpha) / divisor))
+    return sites, layout
+
+
+class Starter:
+    """The adapter's tensors by name, computed a weight at a time. done: called with each weight's bytes."""
+
+    def __init__(self, sites: Sequence[Site], method: str, seed: int, dora: bool, device: torch.device) -> None:
+        self._init, self._seed, self._dora, self._device = INITS[method], seed, dora, device
+        self._site_of = {key: site for site in sites for key in (*site.keys, f"{site.wrapper}.{MAGNITUDE}")}
+        self._last: tuple[Site | None, dict[str, Tensor]] = None, {}
+        self.specs: dict[str, TensorSpec] = {}
+        for site in sites:
+            shapes = factor_shapes(site.weight.kind, site.weight.source.spec.shape, site.rank)
+            self.specs.update((key, TensorSpec("F32", shape)) for key, shape in zip(site.keys, shapes, strict=True))
+        self.magnitude_specs = {f"{site.wrapper}.{MAGNITUDE}": site.magnitude for site in sites if dora}
+        self.magnitudes: dict[str, Tensor] = {}
+        self.gaps: dict[str, float] = {}
+        self.done: Callable[[int], None] = lambda nbytes: None
+
+    def load(self, key: str) -> Tensor:
+        if key in self.magnitudes:
+            return self.magnitudes[key]
+        site = self._site_of[key]
+        if self._last[0] is not site:
+            self._last = site, self._start(site)
+        return self._last[1][key]
+
+    def _start(self, site: Site) -> dict[str, Tensor]:
+        weight, shape = site.weight, site.weight.source.spec.shape
+        reads = self._init.reads or self._dora
+        values = KINDS[weight.kind].stack(read_float32(weight.source, self._device)) if reads else None
+        given = Weight(weight.sizes, weight.kind == "embedding", values)
+        start: Start = self._init.start(given, site.rank, site.scale, Draw(self._seed, weight.name))
+        if self._dora and values is not None:
+            norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
+            self.magnitudes[f"{site.wrapper}.{MAGNITUDE}"] = norms.view(site.magnitude.shape)
+        self.gaps[weight.name] = start.gap
+        self.done(weight.source.spec.nbytes)
+        A, B = KINDS[weight.kind].lay(start.A, start.B, shape)
+        return dict(zip(site.keys, (A.contiguous(), B.contiguous()), strict=True)) | self.magnitudes
+
+
+def read_float32(source: Source, device: torch.device) -> Tensor:
+    """A whole tensor; InputError where it holds nan or inf."""
+    shape, size = source.spec.shape, source.spec.size
+    out = torch.empty(shape, device=device)
+    step = max(1, READ // (size // shape[0]))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        out[start:stop] = source.file.rows(source.name, start, stop).to(device).reshape(stop - start, *shape[1:])
+        if not bool(out[start:stop].isfinite().all()):
+            raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
+    return out
+
+
+def adapter_config(
+    base: Checkpoint, name: str, layout: Layout, method: str, alpha: float | None, **flags: bool
+) -> dict[str, Any]:
+    """name: the base's, as the config shall say it; flags: use_dora, use_rslora."""
+    fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
+    classes = base.config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+    return lora_config(
+        layout.modules,
+        layout.parameters,
+        base_model_name_or_path=name,
+        init_lora_weights=INITS[method].field,
+        task_type=next((task for end, task in TASKS.items() if first.endswith(end)), None),
+        **fields,
+        **flags,
+    )
+
+
+def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[float, float]]:
+    """How far the residual and the factors taken out of it are from the base: name -> (||W' + s B A - W||^2,
+    ||W||^2). plan: of the merge that took them out; result: what it wrote.
+    """
+    found, load = {}, Loader(torch.device("cpu"))
+    for name, placements in plan.placements.items():
+        errors, squares = [], []
+        for placement in placements:
+            update = load(placement)
+            if isinstance(update, Experts):
+                assert placement.expert is not None
+                update = update.expert(placement.expert)
+            assert isinstance(update, LowRank)
+            (term,) = update.terms(1.0, placement.transposed)
+            # a residual of 16 bits is 1e-3 off, which float32 tells to four digits and more in half the time
+            wide = torch.float32 if result.specs[name].dtype in ("BF16", "F16") else torch.float64
+            left, right = (term.left.double() * term.multiplier).to(wide), term.right.to(wide)
+            step = max(1, READ // right.shape[1])
+            for start in range(placement.start, placement.stop, step):
+                stop = min(start + step, placement.stop)
+                W, R = (
+                    side.matrix_rows(placement.rows, start, stop).to(wide).flatten(1)
+                    for side in (plan.sources[name], Source(result.shard_of[name], name))
+                )
+                rows = slice(placement.skip + start - placement.start, placement.skip + stop - placement.start)
+                squares.append(_energy(W))
+                errors.append(_energy(R.sub_(W).addmm_(left[rows], right)))
+        found[name] = math.fsum(errors), math.fsum(squares)
+    return found
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dim=1).double().square().sum())

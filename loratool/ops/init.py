@@ -1,0 +1,338 @@
+"""`init`: an adapter's start from a base's files alone, by every method of the literature that needs no data.
+
+Plan from headers; then each weight's factors in turn. Methods that take their factors out of the base write that
+residual too: it is the merge of the start with weight -1, so it streams, is rounded once, and can be undone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..architectures.quantized import quantization
+from ..architectures.wrappers import PEFT_PREFIX
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import InputError, NeedsFlag, UsageError
+from ..fileio import sha256_file
+from ..formats import is_adapter, open_adapter
+from ..formats.peft import WEIGHTS_NAMES
+from ..formats.peft_config import CONFIG_NAME
+from ..formats.peft_write import write_adapter
+from ..initialization import (
+    Site,
+    Starter,
+    adapter_config,
+    choose_ranks,
+    find_candidates,
+    make_sites,
+    residual_errors,
+)
+from ..inits import INITS, REFUSED
+from ..numerics.exact import ARITHMETIC_VERSION
+from ..output import check_name, check_path, named
+from ..plan import plan_merge
+from ..runtime import Progress, choose_device
+from ..sidefiles import INITIAL, provenance
+from ..targets import Selection, parse_layers
+from ..tensorfile import TORCH_FLOATS, TensorFile
+from ..tied import find_tie
+from .merge import MERGE_DTYPES, write_merged
+
+RANK = 8
+TARGET = ("all-linear",)
+COARSE = 1e-5  # relative distance of residual + adapter from the base, from which the report says how to avoid it
+
+
+@dataclass(frozen=True)
+class ModuleInit:
+    """One weight with factors. gap: how far the energy of B A may be below the best of its rank, relative (pissa).
+    error: ||residual + s B A - W|| / ||W||, where a residual was written.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    scale: float
+    parameters: int
+    gap: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class ResidualReport:
+    """The changed base. error: ||residual + s B A - W|| / ||W|| over all weights that were changed; None in a dry run.
+    dtypes: of those.
+    """
+
+    out: str
+    nbytes: int
+    error: float | None
+    dtypes: tuple[str, ...]
+    undo: str | None
+    undo_bytes: int | None
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The result of `init`. parameters, nbytes: of the adapter."""
+
+    base: str
+    out: str
+    method: str
+    dora: bool
+    rslora: bool
+    dry_run: bool
+    modules: tuple[ModuleInit, ...]
+    parameters: int
+    nbytes: int
+    residual: ResidualReport | None
+    warnings: tuple[str, ...] = ()
+
+
+def init(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "lora",
+    rank: int | None = None,
+    params: int | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha: float | None = None,
+    target: Sequence[str] = TARGET,
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    dora: bool = False,
+    rslora: bool = False,
+    residual: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    undo: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> InitReport:
+    """Start a PEFT adapter for chosen weights of a base: a folder, or one file where `out` ends in .safetensors.
+
+    method: a key of INITS. rank (8 where there is none) of every weight, or params: the largest one for which the
+    adapter has at most so many parameters; rank_pattern: pattern -> rank, before either. alpha: each weight's rank
+    where there is none. dora: with the base's norms as magnitudes; rslora: s = alpha / sqrt(r). residual: a folder for
+    the base without the factors, which pissa, milora and olora need; dtype: of that, a key of MERGE_DTYPES; undo: with
+    an undo file. Raises UsageError, InputError and NeedsFlag before anything is written.
+    """
+    _check_method(method, residual, dtype)
+    if (rank is not None and rank < 1) or (alpha is not None and not 0 < alpha < 1e300):
+        raise UsageError(f"the {'alpha' if rank is None or rank > 0 else 'rank'} must be above 0")
+    if rank is not None and params is not None:
+        raise UsageError("rank and params exclude each other")
+    with ExitStack() as opened:
+        checkpoint = _open(base, opened)
+        path, is_file = check_name(out if out is not None else "adapter")
+        inputs = [shard.path for shard in checkpoint.shards]
+        check_path(path, is_file, inputs, force)
+        candidates = find_candidates(
+            checkpoint, Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
+        )
+        experts = [each.name for each in candidates if each.kind.startswith("experts")]
+        if dora and experts:
+            raise UsageError("has experts, for which PEFT has no DoRA", culprit=experts[0])
+        ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
+        sites, layout = make_sites(candidates, ranks, alpha, rslora)
+        starter = Starter(sites, method, seed, dora, choose_device(device))
+        belongs_on = os.fspath(base if residual is None else residual)
+        config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
+        specs = {**starter.specs, **starter.magnitude_specs}
+        changed = None
+        if residual is not None:
+            place = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
+            changed = work.write_residual(place, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run)
+        elif not dry_run:
+            opened.enter_context(named(path))
+            write_adapter(path, is_file, specs, starter.load, config)
+        size = sum(spec.size for spec in specs.values()), sum(spec.nbytes for spec in specs.values())
+        flags = (method, dora, rslora, dry_run)
+        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, changed, work.warnings())
+
+
+def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str) -> None:
+    if method in REFUSED:
+        raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
+    if method not in INITS:
+        raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
+    if dtype not in MERGE_DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+    if INITS[method].changes_base and residual is None:
+        raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
+    if residual is None and dtype != "keep":
+        raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
+    if residual is not None and not INITS[method].changes_base:
+        raise UsageError(f"--residual: {method} leaves the base as it is")
+
+
+def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
+    base = open_checkpoint(name)
+    opened.callback(base.close)
+    if is_adapter(base.specs):
+        raise InputError("is an adapter; init starts one for a model", culprit=os.fspath(name))
+    quantized = quantization(base.specs, base.config)
+    if quantized:
+        raise InputError(
+            f"is quantized ({quantized})", culprit=os.fspath(name), remedy="pass the original model in 16 or 32 bits"
+        )
+    return base
+
+
+def _check_residual(
+    base: Checkpoint, residual: str | os.PathLike[str], adapter: Path, dtype: str | None, undo: bool, force: bool
+) -> Path:
+    """Its path; all that can be refused before the factors are computed is refused here."""
+    path, is_file = check_name(residual)
+    if is_file:
+        raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
+    check_path(path, False, [shard.path for shard in base.shards], force)
+    if adapter.absolute() == path.absolute() or path.absolute() in adapter.absolute().parents:
+        raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
+    other = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
+    if dtype and undo and other:
+        raise NeedsFlag(
+            f"is {base.specs[other[0]].dtype} in the base, and a change of type cannot be undone",
+            culprit=other[0],
+            remedy="add --no-undo",
+        )
+    return path
+
+
+class _Work:
+    """What the start of each weight told, and the residual that it leaves."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        base_name: str,
+        sites: Sequence[Site],
+        starter: Starter,
+        config: Mapping[str, object],
+        method: str,
+        progress: Progress | None,
+    ) -> None:
+        self._base, self._name, self._sites, self._starter = base, base_name, sites, starter
+        self._config, self._method, self._progress = config, method, progress
+        self._errors: dict[str, tuple[float, float]] = {}
+        self._residual: ResidualReport | None = None
+        self._bytes, self._total = 0, sum(site.weight.source.spec.nbytes for site in sites)
+        starter.done = self._advance
+
+    def _advance(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        if self._progress:
+            self._progress(self._bytes, self._total)
+
+    def write_residual(
+        self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
+    ) -> ResidualReport:
+        """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
+        if dry_run:
+            nbytes = sum(spec.nbytes for spec in self._base.specs.values())
+            return ResidualReport(str(place), nbytes, None, self._dtypes(dtype), None, None)
+        folder = place.absolute().parent
+        with named(place), tempfile.TemporaryDirectory(prefix=".loratool-", dir=folder) as temporary:
+            start = Path(temporary) / INITIAL
+            write_adapter(start, False, self._starter.specs, self._starter.load, {**self._config, "use_dora": False})
+            self._residual = self._subtract(start, place, dtype, undo, force)
+        with named(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
+            own = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
+
+            def load(key: str) -> torch.Tensor:
+                return file.tensor(own[key]) if key in own else self._starter.load(key)
+
+            specs = {**self._starter.specs, **self._starter.magnitude_specs}
+            write_adapter(*adapter, specs, load, self._config)
+        return self._residual
+
+    def _subtract(self, start: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
+        adapter = open_adapter(start)
+        with ExitStack() as opened:
+            opened.callback(adapter.file.close)
+            plan = plan_merge(self._base, ((adapter, -1.0),), Selection(), "untie")
+            report = write_merged(
+                plan,
+                self._name,
+                (place, False),
+                self._provenance(adapter.sha256, adapter.scales_sha256),
+                dtype=dtype,
+                device=torch.device("cpu"),
+                undo=undo,
+                force=force,
+                progress=None,
+                beside={f"{INITIAL}/{name}": start / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
+            )
+            result = open_checkpoint(place)
+            opened.callback(result.close)
+            self._errors = residual_errors(plan, result)
+        error, base = (math.fsum(side) for side in zip(*self._errors.values(), strict=True))
+        return ResidualReport(
+            str(place),
+            report.nbytes,
+            math.sqrt(error / base) if base else 0.0,
+            self._dtypes(dtype),
+            report.undo,
+            report.undo_bytes,
+        )
+
+    def _dtypes(self, dtype: str | None) -> tuple[str, ...]:
+        return tuple(sorted({dtype or site.weight.source.spec.dtype for site in self._sites}))
+
+    def _provenance(self, sha256: str, scales_sha256: str) -> str:
+        """What the residual is, and of what: the hashes of the base's files."""
+        facts = {
+            "adapters": [{"scales_sha256": scales_sha256, "sha256": sha256, "weight": -1.0}],
+            "arithmetic": ARITHMETIC_VERSION,
+            "residual": {
+                "method": self._method,
+                "of": {shard.path.name: sha256_file(shard.path) for shard in self._base.shards},
+            },
+        }
+        return provenance("init", facts, self._base.metadata.get("loratool"))
+
+    def modules(self) -> tuple[ModuleInit, ...]:
+        rows = []
+        for site in self._sites:
+            name, shape = site.weight.name, site.weight.source.spec.shape
+            error, base = self._errors.get(name, (0.0, 0.0))
+            rows.append(
+                ModuleInit(
+                    name,
+                    site.weight.kind,
+                    shape,
+                    site.rank,
+                    site.scale,
+                    site.weight.cost * site.rank + (site.magnitude.size if self._starter.magnitude_specs else 0),
+                    self._starter.gaps.get(name) if self._method == "pissa" else None,
+                    (math.sqrt(error / base) if base else 0.0) if name in self._errors else None,
+                )
+            )
+        return tuple(rows)
+
+    def warnings(self) -> tuple[str, ...]:
+        found = []
+        tie = find_tie(self._base)
+        if tie and not tie.is_stored(self._base) and any(s.weight.name == tie.embedding for s in self._sites):
+            found.append(
+                f"the head {tie.head} is the same matrix as {tie.embedding}; the adapter is on the latter alone"
+            )
+        residual = self._residual
+        if residual and residual.error and residual.error > COARSE:
+            found.append(
+                f"rounded to {', '.join(residual.dtypes)}, residual + adapter is {residual.error:.1e} of its norm away "
+                "from the base; --dtype fp32 --no-undo keeps it to 1e-7"
+            )
+        return tuple(found)
