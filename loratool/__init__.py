@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`init`, `extract`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning;
-each returns a frozen report. Errors are children of `LoratoolError`.
+`init`, `extract`, `resize`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same
+meaning; each returns a frozen report. Errors are children of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge import merge
     from .ops.merge_report import MergeReport
+    from .ops.resize import ResizeReport, resize
     from .ops.unmerge import UnmergeReport, unmerge
     from .ops.verify import VerifyReport, verify
 
@@ -36,6 +37,8 @@ _HOMES = {
     "init": "init",
     "inspect": "inspect",
     "merge": "merge",
+    "ResizeReport": "resize",
+    "resize": "resize",
     "UnmergeReport": "unmerge",
     "unmerge": "unmerge",
     "VerifyReport": "verify",
@@ -52,6 +55,7 @@ __all__ = [
     "MachineError",
     "MergeReport",
     "NeedsFlag",
+    "ResizeReport",
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
@@ -59,6 +63,7 @@ __all__ = [
     "init",
     "inspect",
     "merge",
+    "resize",
     "unmerge",
     "verify",
 ]

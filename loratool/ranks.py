@@ -45,8 +45,38 @@ def energy_rank(spectrum: Spectrum, value: float) -> int | None:
     return len(spectrum.squares) if spectrum.whole else None
 
 
+def ratio_rank(spectrum: Spectrum, value: float) -> int | None:
+    """Those above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio; theirs are one more)."""
+    kept = sum(square * value**2 > spectrum.squares[0] for square in spectrum.squares)
+    return kept if spectrum.whole or kept < len(spectrum.squares) else None
+
+
+def cumulative_rank(spectrum: Spectrum, value: float) -> int | None:
+    """The least k whose sigmas sum to `value` of all of them (index_sv_cumulative; theirs was one more)."""
+    if not spectrum.whole:
+        return None
+    sigmas = [math.sqrt(square) for square in spectrum.squares]
+    kept, wanted = 0.0, value * math.fsum(sigmas) * (1 - 1e-12)
+    for k, sigma in enumerate(sigmas, 1):
+        kept += sigma
+        if kept >= wanted:
+            return k
+    return len(sigmas)
+
+
+def norm_rank(spectrum: Spectrum, value: float) -> int | None:
+    """The least k that keeps `value` of ||D||, not of its square (index_sv_fro; theirs was one more)."""
+    return energy_rank(spectrum, value * value)
+
+
 # name -> how many of one matrix
-RANK_RULES: dict[str, Callable[[Spectrum, float], int | None]] = {"rank": fixed_rank, "energy": energy_rank}
+RANK_RULES: dict[str, Callable[[Spectrum, float], int | None]] = {
+    "rank": fixed_rank,
+    "energy": energy_rank,
+    "sv_ratio": ratio_rank,
+    "sv_cumulative": cumulative_rank,
+    "sv_fro": norm_rank,
+}
 
 
 def budget_ranks(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:

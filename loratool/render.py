@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .ops.inspect import CheckpointReport
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
+    from .ops.resize import ResizeReport
     from .ops.unmerge import UnmergeReport
     from .ops.verify import VerifyReport
 
@@ -224,6 +225,30 @@ def print_init(report: InitReport) -> None:
         say(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
     for warning in report.warnings:
         say(f"warning: {warning}", sys.stderr)
+    say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_resize(report: ResizeReport) -> None:
+    titles = ["module", "rank", "new", "|D|", "energy", "error", "effective"]
+    rows = [
+        [
+            m.name,
+            str(m.rank),
+            str(m.new_rank),
+            f"{m.norm:.3g}",
+            f"{m.kept:.2%}",
+            f"{m.error:.1e}",
+            f"{m.effective_rank:.1f}",
+        ]
+        for m in report.modules
+    ]
+    _print_table([(title, title != "module") for title in titles], rows)
+    say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
+    if report.carried:
+        say(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
+    verb = "would write" if report.dry_run else "wrote"
     say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
 
 

@@ -14,7 +14,8 @@ ORDER = [
     "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles",
     "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
-    "factoring", "extraction", "inits", "initialization", "hypotheses", "replaying", "judging", "ops", "render", "cli",
+    "factoring", "draft", "extraction", "inits", "initialization", "hypotheses", "replaying",
+    "judging", "ops", "render", "cli",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}

@@ -24,6 +24,7 @@ VERBS = {
     "init": "Start an adapter from a base's files, by any method that needs no data.",
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
     "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
+    "resize": "Give an adapter another rank, exactly.",
     "unmerge": "Give the base of a merge back, bit for bit.",
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
 }

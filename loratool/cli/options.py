@@ -72,6 +72,21 @@ class PatternRank(click.ParamType[tuple[str, int]]):
         return pattern, int(rank)
 
 
+class RuleValue(click.ParamType[tuple[str, float]]):
+    """`NAME=VALUE`, a rank rule and its number."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, _, number = value.partition("=")
+        try:
+            return name, float(number)
+        except ValueError:
+            self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9", param, ctx)
+
+
 class WeightedPath(click.ParamType[tuple[str, float]]):
     """`PATH` or `PATH:WEIGHT`. Only a last colon before a number counts: `C:\\x.safetensors` is a path."""
 

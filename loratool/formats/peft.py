@@ -22,7 +22,7 @@ from .peft_config import find_config, missing_tensors, parse_config, target_para
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
-_WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
+WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
 # `NAME` is an adapter's name, which PEFT drops when it saves and other savers leave in.
 _NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
 # the end of a key -> the role of its tensor; (module, parameter) is what stands before
@@ -132,7 +132,7 @@ def _sort_in(
     named: Collection[str],
 ) -> None:
     """File a tensor under its module and the depth of PEFT's wrappers there, or under what it replaces."""
-    path = _WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
+    path = WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
     if _ORIGINAL.search(path):  # a module's untrained copy, which peft saves beside the trained one at times
         trained = _ORIGINAL.sub("", key)
         if trained not in file.specs and _ORIGINAL.sub(".modules_to_save", key) not in file.specs:

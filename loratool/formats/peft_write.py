@@ -41,7 +41,7 @@ def write_adapter(
     def fill(file: BinaryIO) -> None:
         write_at(file, memoryview(header), 0)
         for name in names:
-            write_at(file, _bytes(load(name.removeprefix(PEFT_PREFIX)), named[name]), begin[name])
+            write_at(file, tensor_bytes(load(name.removeprefix(PEFT_PREFIX)), named[name]), begin[name])
 
     if is_file:
         with partial_file(path) as file:
@@ -53,7 +53,8 @@ def write_adapter(
         write_file(folder / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
+    """What a file holds of a tensor, which has just this type and shape."""
     import torch
 
     assert tuple(tensor.shape) == spec.shape

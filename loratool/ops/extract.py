@@ -17,6 +17,7 @@ import torch
 
 from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..draft import DTYPES
 from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
@@ -28,7 +29,6 @@ from ..ranks import RANK_RULES, budget_ranks, rank_for
 from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
 RANK = 8
 FIRST_RANK = 32  # computed of each matrix where the rule may ask for any rank

@@ -1,0 +1,239 @@
+"""`resize`: an adapter of another rank, from its factors alone: exact truncation, or zeros where the rank grows.
+
+The best of a lower rank is the top of the change's SVD, which a core of r x r gives; nobody need form B @ A. A rule
+sees the singular values of all modules first; then each module's factors are made as they are written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..draft import DTYPES, Carried, Draft, stacked, write_draft
+from ..errors import InputError, NeedsFlag, UsageError
+from ..formats import open_adapter
+from ..numerics.factors import distance, effective_rank, singular_values, svd
+from ..output import check_name, check_path, named
+from ..ranks import RANK_RULES, Spectrum, budget_ranks
+from ..runtime import Progress, choose_device
+from ..source import Source
+
+SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
+
+
+@dataclass(frozen=True)
+class ModuleResize:
+    """norm: ||D|| of the module's change, of DoRA the direction's; error: ||D' - D|| / ||D|| of what is written, its
+    type's rounding included; kept: the share of ||D||^2 that this rank holds.
+    """
+
+    name: str
+    rank: int
+    new_rank: int
+    norm: float
+    kept: float
+    error: float
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """The result of `resize`. error, kept: over all modules; parameters, nbytes: of the output."""
+
+    adapter: str
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleResize, ...]
+    kept: float
+    error: float
+    parameters: int
+    nbytes: int
+    carried: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def resize(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    params: int | None = None,
+    size: int | None = None,
+    rank_rule: tuple[str, float] | None = None,
+    max_rank: int | None = None,
+    dtype: str = "fp32",
+    alpha: float | None = None,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ResizeReport:
+    """Write the adapter with other ranks, in its own format; alpha is each module's rank afterwards.
+
+    One of: rank, of every module, zeros where it had less; energy, the share of ||D||^2 to keep of each; params or
+    size (bytes), a budget for the whole adapter, spent where it keeps most; rank_rule: a key of RANK_RULES and its
+    value. max_rank: a cap. dtype: of the factors, a key of DTYPES. alpha: for a file that does not say its own. Raises
+    UsageError, and InputError for an adapter without factors; nothing is written then.
+    """
+    rule, value = _rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    with ExitStack() as opened:
+        source = open_adapter(adapter, alpha)
+        opened.callback(source.file.close)
+        path, is_file = check_name(out if out is not None else _default_name(source))
+        check_path(path, is_file, [source.file.path], force)
+        work = _Work(source, choose_device(device), DTYPES[dtype], progress)
+        ranks = work.ranks(rule, value, max_rank)
+        if not dry_run:
+            opened.enter_context(named(path))
+            work.write(ranks, path, is_file)
+        return work.report(os.fspath(adapter), str(path), ranks, dry_run)
+
+
+def _rule(given: Mapping[str, float | None], rank_rule: tuple[str, float] | None) -> tuple[str, float]:
+    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
+    chosen += [rank_rule] if rank_rule else []
+    if not chosen:
+        raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
+    name, value = chosen[0]
+    if name not in (*RANK_RULES, "params", "size"):
+        raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
+    if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
+        raise UsageError(f"{name} {value:g} is out of range")
+    return name, value
+
+
+def _default_name(source: Adapter) -> str:
+    return (
+        "resized"
+        if source.format == "peft" and source.file.path.name.startswith("adapter_model")
+        else ("resized.safetensors")
+    )
+
+
+class _Work:
+    """The spectra, the draft and what came of each module."""
+
+    def __init__(self, source: Adapter, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
+        self._source, self._device, self._dtype, self._progress = source, device, dtype, progress
+        self._updates = {module: update for module, update in source.updates.items() if update.rank}
+        if not self._updates:
+            raise InputError("has no low-rank factors to resize", culprit=source.name)
+        self._carried = {}
+        for update in source.updates.values():
+            own = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
+            own |= {"base": update.base} if update.base else {}
+            factor = update.scale if update.kind == "add" else 1.0  # its scale was the factors' alpha / r
+            self._carried.update({key: Carried(Source(source.file, key), factor) for key in own.values()})
+        self._spectra: dict[str, Tensor] = {}
+        self._errors: dict[str, float] = {}
+
+    def _load(self, module: str) -> tuple[Tensor, Tensor]:
+        B, A = stacked(self._source.load(self._updates[module]))
+        return B.to(self._device), A.to(self._device)
+
+    def ranks(self, rule: str, value: float, most: int | None) -> dict[str, int]:
+        """Of each module, 1 at least: a module without factors would be no target any more."""
+        for done, module in enumerate(self._updates, 1):
+            self._spectra[module] = singular_values(*self._load(module)).square().sum(0).cpu()  # over a stack
+            if self._progress:
+                self._progress(done, len(self._updates))
+        spectra = {module: self._spectrum(module) for module in self._updates}
+        if rule == "rank":
+            found = dict.fromkeys(spectra, int(value))
+        elif rule in RANK_RULES:
+            found = {module: RANK_RULES[rule](spectrum, value) or 1 for module, spectrum in spectra.items()}
+        else:
+            found = self._within(rule, value, spectra)
+        return {module: min(max(1, rank), most or rank) for module, rank in found.items()}
+
+    def _spectrum(self, module: str) -> Spectrum:
+        update, squares = self._updates[module], self._spectra[module]
+        cost = update.experts * (math.prod(update.specs["A"].shape[1:]) + math.prod(update.specs["B"].shape[:1]))
+        return Spectrum(tuple(squares.tolist()), float(squares.sum()), cost, True)
+
+    def _within(self, rule: str, value: float, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
+        """What is carried along has its part of the budget first, and each module rank 1."""
+        carried = self._draft(dict.fromkeys(self._updates, 1)).specs()
+        fixed = [carried[key] for key in carried if key not in self._factor_keys()]
+        if rule == "size":
+            budget = (int(value) - sum(spec.nbytes for spec in fixed)) // self._dtype.itemsize
+        else:
+            budget = int(value) - sum(spec.size for spec in fixed)
+        least = sum(spectrum.cost for spectrum in spectra.values())
+        if budget < least:
+            raise UsageError(f"--{rule} {value:.0f} is too little: rank 1 everywhere takes {least} parameters alone")
+        rest = {module: replace(spectrum, squares=spectrum.squares[1:]) for module, spectrum in spectra.items()}
+        return {module: 1 + more for module, more in budget_ranks(rest, budget - least).items()}
+
+    def _factor_keys(self) -> set[str]:
+        draft = self._draft(dict.fromkeys(self._updates, 1))
+        return {key for module in self._updates for key in draft.names(module)}
+
+    def _draft(self, ranks: Mapping[str, int]) -> Draft:
+        def factors(module: str) -> tuple[Tensor, Tensor]:
+            whole = svd(*self._load(module))
+            B, A = (side.to(self._dtype) for side in whole.truncated(ranks[module]))
+            norm = float(torch.linalg.vector_norm(whole.S))
+            wrong = float(torch.linalg.vector_norm(distance(whole, svd(B, A))))
+            self._errors[module] = wrong / norm if norm else 0.0
+            return B, A
+
+        return Draft(self._source, self._updates, ranks, factors, self._carried, self._dtype)
+
+    def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
+        write_draft(self._draft(ranks), path, is_file)
+
+    def report(self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool) -> ResizeReport:
+        specs = self._draft(ranks).specs()
+        rows = tuple(self._row(module, ranks[module]) for module in self._updates)
+        total = math.fsum(row.norm**2 for row in rows)
+        kept = math.fsum(row.kept * row.norm**2 for row in rows)
+        error = math.fsum((row.error * row.norm) ** 2 for row in rows)
+        return ResizeReport(
+            adapter,
+            out,
+            dry_run,
+            rows,
+            kept / total if total else 1.0,
+            math.sqrt(error / total) if total else 0.0,
+            sum(spec.size for spec in specs.values()),
+            sum(spec.nbytes for spec in specs.values()),
+            tuple(sorted(self._carried)),
+            self._warnings(),
+        )
+
+    def _row(self, module: str, rank: int) -> ModuleResize:
+        squares = self._spectra[module]
+        total, kept = float(squares.sum()), float(squares[:rank].sum())
+        share = kept / total if total else 1.0
+        error = self._errors.get(module, math.sqrt(max(0.0, 1 - share)))
+        return ModuleResize(
+            module,
+            self._updates[module].rank,
+            rank,
+            math.sqrt(total),
+            share,
+            error,
+            float(effective_rank(squares.sqrt())),
+        )
+
+    def _warnings(self) -> tuple[str, ...]:
+        if any(update.kind == "dora" for update in self._updates.values()):
+            return (
+                "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the norm "
+                "makes of both only a base could tell",
+            )
+        return ()
