@@ -233,7 +233,7 @@ class _Work:
     def _warnings(self) -> tuple[str, ...]:
         if any(update.kind == "dora" for update in self._updates.values()):
             return (
-                "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the norm "
-                "makes of both only a base could tell",
+                "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the "
+                "norm makes of both only a base could tell",
             )
         return ()
