@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`init`, `extract`, `resize`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same
-meaning; each returns a frozen report. Errors are children of `LoratoolError`.
+The verbs of the command line are functions of the same names and meaning, and each returns a frozen report. Errors are
+children of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.diff import AdapterDiff, CheckpointDiff, diff
     from .ops.extract import ExtractReport, extract
     from .ops.init import InitReport, init
     from .ops.inspect import CheckpointReport, inspect
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 # Loaded on first use, so that `import loratool` and the command line start without torch.
 _HOMES = {
     "AdapterInspection": "inspect_adapter",
+    "AdapterDiff": "diff",
+    "CheckpointDiff": "diff",
+    "diff": "diff",
     "CheckpointReport": "inspect",
     "MergeReport": "merge_report",
     "ExtractReport": "extract",
@@ -46,7 +50,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterDiff",
     "AdapterInspection",
+    "CheckpointDiff",
     "CheckpointReport",
     "ExtractReport",
     "InitReport",
@@ -59,6 +65,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "diff",
     "extract",
     "init",
     "inspect",

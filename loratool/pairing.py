@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .architectures.renames import canonical
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .source import Source
+from .source import FLOATS, Source
 from .targets import unwrapped
 
 if TYPE_CHECKING:
@@ -121,3 +121,67 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
     wide = x.float()
     exponent = torch.frexp(wide)[1].masked_fill_(wide == 0, least + 1).clamp_(min=least + 1)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1 - mantissa)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What lies between two tensors of one shape. squared: ||ONE||^2, ||TWO||^2 and ||TWO - ONE||^2; largest: the
+    largest absolute difference; steps: the most numbers of the type between two values, None for float64 and where the
+    types differ; changed: how many values differ; odd: how many are nan or inf on one side and not so on the other.
+    """
+
+    equal: bool
+    squared: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    largest: float = 0.0
+    steps: int | None = 0
+    changed: int = 0
+    odd: int = 0
+
+
+def compare(one: Source, two: Source) -> Comparison:
+    """By blocks of rows; of types that are no float whether they are equal, and how many values are not."""
+    import torch
+
+    shape, size = one.spec.shape, one.spec.size
+    same_type = one.spec.dtype == two.spec.dtype
+    floats = {one.spec.dtype, two.spec.dtype} <= set(FLOATS)
+    if not shape or not size or not floats:
+        same = same_type and one.file.read(one.name) == two.file.read(two.name)
+        return Comparison(same, steps=None, changed=0 if same else size)
+    counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
+    squares, largest, steps, changed, odd = [], 0.0, 0, 0, 0
+    step = max(1, READ // (size // shape[0]))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        a, b = (side.file.rows(side.name, start, stop) for side in (one, two))
+        if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            squares.append((_finite_squares(a),) * 2 + (0.0,))
+            continue
+        x, y = a.double(), b.double()
+        D = y - x
+        different = ~((x == y) | (x.isnan() & y.isnan()))
+        odd += int((~D.isfinite() & different).sum())
+        D = torch.where(D.isfinite(), D, 0.0)
+        squares.append((_finite_squares(a), _finite_squares(b), float(D.square().sum())))
+        largest = max(largest, float(D.abs().max()))
+        changed += int(different.sum())
+        if counted and bool((D != 0).any()):
+            steps = max(steps, int((_ordinals(b) - _ordinals(a))[D != 0].abs().max()))
+    totals = tuple(math.fsum(side) for side in zip(*squares, strict=True))
+    # bits may differ where values do not: a zero's sign, a nan's payload
+    return Comparison(same_type and not changed, totals, largest, steps if counted else None, changed, odd)  # type: ignore[arg-type]
+
+
+def _finite_squares(x: torch.Tensor) -> float:
+    squared = _sum_of_squares(x.float() if x.element_size() < 4 else x)
+    return squared if math.isfinite(squared) else float(x.double().nan_to_num(0.0, 0.0, 0.0).square().sum())
+
+
+def _ordinals(x: torch.Tensor) -> torch.Tensor:
+    """Numbers that count the values of a float type of at most 32 bits in order."""
+    import torch
+
+    kind = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    bits = x.view(kind).to(torch.int64)
+    sign = torch.iinfo(kind).min
+    return torch.where(bits < 0, sign - bits, bits)

@@ -275,7 +275,7 @@ def test_every_dtype_of_the_table_is_accepted(tmp_path: Path, run: Run) -> None:
 def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loratool import render
+    from loratool.render import text as render
 
     now = 0.0
     monkeypatch.setattr(render.time, "monotonic", lambda: now)

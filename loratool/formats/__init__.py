@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..checkpoint import is_torch_weights, open_weights, refuse_training_state
+from ..checkpoint import find_weights, is_torch_weights, open_weights, refuse_training_state
 from ..errors import InputError, LoratoolError, UsageError
 from ..fileio import reading
 from ..hub import resolve
@@ -75,6 +75,24 @@ def _in_folder(path: Path) -> list[Path]:
 def is_adapter(names: Iterable[str]) -> bool:
     names = list(names)
     return any(format.claims(names) for format in FORMATS.values())
+
+
+def holds_adapter(name: str | os.PathLike[str]) -> bool:
+    """Whether a path means an adapter and no model, by what is in its files. Raises InputError for what is neither."""
+    found = resolve(name)
+    if found.is_dir() and (found / CONFIG_NAME).is_file():
+        return True
+    try:
+        weights = find_weights(found)
+    except InputError:
+        if found.is_dir():
+            find_adapter_file(found)  # which says what is wrong with the folder as an adapter
+        return True
+    if weights.suffix == ".json":
+        return False
+    file = open_weights(weights)
+    file.close()
+    return is_adapter(file.specs)
 
 
 def open_adapter(name: str | os.PathLike[str], alpha: float | None = None, lenient: bool = False) -> Adapter:

@@ -8,6 +8,7 @@ dimensions, and invariant under a change of the factors that leaves their produc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -147,12 +148,15 @@ def random_similarity(i: int, j: int, n: int) -> float:
     return max(i, j) / n
 
 
-def amplification(change: FactoredSVD, W: Tensor, rank: int) -> float:
+def amplification(change: FactoredSVD, W: Iterable[Tensor], rank: int) -> float:
     """||D|| / ||U^T W V||, how much D strengthens what W has in D's top `rank` directions (Hu et al., section 7.3).
 
-    change: of one matrix; W: (out, in). inf where W has nothing there.
+    change: of one matrix; W: (out, in), by blocks of its rows in order. inf where W has nothing there.
     """
-    k = min(rank, int(change.rank()))
-    there = float(torch.linalg.vector_norm(change.U[:, :k].T @ (W.double() @ change.V[:, :k])))
-    norm = float(change.norm)
-    return norm / there if there else math.inf if norm else 0.0
+    k, row = min(rank, int(change.rank())), 0
+    there = change.S.new_zeros(k, k)
+    for block in W:
+        there += change.U[row : row + len(block), :k].T @ (block.double() @ change.V[:, :k])
+        row += len(block)
+    norm, within = float(change.norm), float(torch.linalg.vector_norm(there))
+    return norm / within if within else math.inf if norm else 0.0

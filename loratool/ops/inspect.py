@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from ..architectures.quantized import quantization
 from ..architectures.roles import role
-from ..checkpoint import Checkpoint, find_weights, open_checkpoint, open_weights
-from ..errors import InputError, UsageError
-from ..formats import find_adapter_file, is_adapter, open_adapter
-from ..hub import resolve
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import UsageError
+from ..formats import holds_adapter, open_adapter
 from ..naming import split_numbers, with_ranges
 from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..tied import head_is_missing
@@ -65,7 +64,7 @@ def inspect(
     base: the model whose names an adapter is held against. alpha: for an adapter file that does not say its own.
     Raises InputError for what cannot be read, and UsageError for `base` with a checkpoint.
     """
-    if _is_adapter(path):
+    if holds_adapter(path):
         adapter = open_adapter(path, alpha, lenient=True)
         try:
             from .inspect_adapter import inspect_adapter
@@ -80,23 +79,6 @@ def inspect(
         return _inspect_checkpoint(checkpoint, os.fspath(path))
     finally:
         checkpoint.close()
-
-
-def _is_adapter(path: str | os.PathLike[str]) -> bool:
-    found = resolve(path)
-    if found.is_dir() and (found / "adapter_config.json").is_file():
-        return True
-    try:
-        weights = find_weights(found)
-    except InputError:
-        if found.is_dir():
-            find_adapter_file(found)  # which says what is wrong with the folder as an adapter
-        return True
-    if weights.suffix == ".json":
-        return False
-    file = open_weights(weights)
-    file.close()
-    return is_adapter(file.specs)
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:

@@ -1,0 +1,87 @@
+"""`loratool diff`."""
+
+from __future__ import annotations
+
+import click
+
+from .options import (
+    device_option,
+    exclude_option,
+    json_option,
+    layers_option,
+    quiet_option,
+    target_option,
+)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--base", metavar="BASE", help="The model under two adapters: how large their changes are beside it.")
+@click.option(
+    "--fail-above",
+    type=click.FloatRange(0),
+    metavar="X",
+    help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
+)
+@click.option("--alpha", type=float, help="For adapter files that do not say theirs.")
+@target_option
+@exclude_option
+@layers_option
+@device_option
+@quiet_option
+@json_option
+@click.pass_context
+def diff(
+    context: click.Context,
+    a: str,
+    b: str,
+    base: str | None,
+    fail_above: float | None,
+    alpha: float | None,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Compare two adapters, or two models.
+
+    Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
+    distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Models are compared tensor by
+    tensor, streaming.
+
+    \b
+      loratool diff adapter/ other/ --base model/
+      loratool diff model/ tuned/ --fail-above 1e-3
+    """
+    from ..ops.diff import AdapterDiff
+    from ..ops.diff import diff as run
+    from ..render import ProgressBar, print_adapter_diff, print_checkpoint_diff, to_json
+    from ..targets import parse_patterns
+
+    bar = ProgressBar("diff", quiet or json)
+    try:
+        report = run(
+            a,
+            b,
+            base=base,
+            target=parse_patterns(target),
+            exclude=parse_patterns(exclude),
+            layers=layers,
+            alpha=alpha,
+            device=device,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    fails = fail_above is not None and report.worst > fail_above
+    if json:
+        print(to_json("diff", report, status="different" if fails else None))
+    elif isinstance(report, AdapterDiff):
+        print_adapter_diff(report)
+    else:
+        print_checkpoint_diff(report)
+    if fails:
+        context.exit(1)

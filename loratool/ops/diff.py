@@ -1,0 +1,313 @@
+"""`diff`: two adapters in factor space, or two checkpoints tensor by tensor; told apart by what is in the files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter, UpdateSpec
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..comparing import (
+    ModuleDiff,
+    Phi,
+    ValueDiff,
+    align,
+    compare_modules,
+    compare_values,
+    in_all,
+    mean_phi,
+)
+from ..errors import InputError, UsageError
+from ..formats import holds_adapter, open_adapter
+from ..numerics.factors import FactoredSVD, amplification
+from ..pairing import Comparison, compare, pair_tensors
+from ..placing import Placement
+from ..runtime import Progress, choose_device
+from ..source import Source, squared_norm
+from ..targets import Selection, bind, parse_layers
+from ..tied import find_tie
+
+READ = 1 << 22  # numbers of a base read at a time
+# Fields of adapter_config.json that say nothing of the change.
+NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class AdapterDiff:
+    """Two adapters. Of all factors together: norm_a, norm_b, distance, cosine, and relative, which is the distance over
+    the larger norm. worst: the largest relative distance of any module or tensor, 1 where one side lacks it. fields: of
+    the configs, name -> the two values. ranks: how many modules have which. phi: the mean over modules.
+    """
+
+    a: str
+    b: str
+    base: str | None
+    modules: tuple[ModuleDiff, ...]
+    values: tuple[ValueDiff, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    ranks_a: Mapping[int, int]
+    ranks_b: Mapping[int, int]
+    fields: Mapping[str, tuple[Any, Any]]
+    norm_a: float
+    norm_b: float
+    distance: float
+    relative: float
+    cosine: float
+    phi: Phi | None
+    worst: float
+    same: bool
+    kind: str = "adapters"
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """relative: ||B - A|| / max(||A||, ||B||), 1 where the shapes differ or nan or inf came or went; the others are
+    those of `pairing.Comparison`, largest None where the shapes differ.
+    """
+
+    name: str
+    dtype_a: str
+    dtype_b: str
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+    relative: float
+    largest: float | None
+    steps: int | None
+    changed: int
+    odd: int
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """Two checkpoints; tensors: those that differ, equal: how many do not. relative: over all tensors of both sides;
+    worst: the largest of any tensor, 1 where one side lacks it or its shape differs.
+    """
+
+    a: str
+    b: str
+    tensors: tuple[TensorDiff, ...]
+    equal: int
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    relative: float
+    worst: float
+    same: bool
+    kind: str = "checkpoints"
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    alpha: float | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> AdapterDiff | CheckpointDiff:
+    """Compare two adapters of any readable formats, ranks and targets, or two checkpoints.
+
+    base: the model under two adapters, for the size of their changes and the paper's amplification factor. target,
+    exclude, layers: of module paths, of which only those are compared. alpha: for adapter files that do not say theirs.
+    Raises InputError where one is an adapter and the other is not, or their shapes are of different models.
+    """
+    selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+    with ExitStack() as opened:
+        kinds = [holds_adapter(path) for path in (a, b)]
+        if kinds[0] != kinds[1]:
+            which = (b, a) if kinds[0] else (a, b)
+            raise InputError(f"is a model, and {os.fspath(which[1])} is an adapter", culprit=os.fspath(which[0]))
+        if not kinds[0]:
+            if base is not None or alpha is not None:
+                raise UsageError("--base and --alpha are for two adapters, and these are two models")
+            sides = [open_checkpoint(path) for path in (a, b)]
+            for side in sides:
+                opened.callback(side.close)
+            return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
+        adapters = [open_adapter(path, alpha) for path in (a, b)]
+        for adapter in adapters:
+            opened.callback(adapter.file.close)
+        one, two = (_selected(adapter, selection) for adapter in adapters)
+        model = None if base is None else open_checkpoint(base)
+        if model:
+            opened.callback(model.close)
+        return _diff_adapters(one, two, model, os.fspath(base) if base else None, choose_device(device), progress)
+
+
+def _selected(adapter: Adapter, selection: Selection) -> Adapter:
+    updates = {module: update for module, update in adapter.updates.items() if selection.selects(module)}
+    if not updates:
+        raise InputError("has no module that is selected", culprit=adapter.name)
+    return replace(adapter, updates=updates)
+
+
+def _diff_adapters(
+    a: Adapter,
+    b: Adapter,
+    base: Checkpoint | None,
+    base_name: str | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> AdapterDiff:
+    aligned = align(a, b)
+    weights = [_weights(base, adapter) if base else {} for adapter in (a, b)]
+    modules: list[ModuleDiff] = []
+    by_name = {name: (one, two) for name, one, two in aligned}
+    for found, svd_a, svd_b in compare_modules(a, b, aligned, device, progress):
+        spec_a, spec_b = by_name[found.name]
+        size_a, factor_a = _against(weights[0], spec_a, svd_a)
+        size_b, factor_b = _against(weights[1], spec_b, svd_b)
+        modules.append(replace(found, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b))
+    order = {name: i for i, (name, _, _) in enumerate(aligned)}
+    modules.sort(key=lambda m: order[m.name])
+    values = compare_values(a, b, aligned)
+    norm_a, norm_b, between, cosine = in_all(modules)
+    largest = max(norm_a, norm_b)
+    worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
+    return AdapterDiff(
+        a.name,
+        b.name,
+        base_name,
+        tuple(modules),
+        tuple(values),
+        tuple(name for name, one, two in aligned if two is None),
+        tuple(name for name, one, two in aligned if one is None),
+        _ranks(a),
+        _ranks(b),
+        _fields(a, b),
+        norm_a,
+        norm_b,
+        between,
+        between / largest if largest else 0.0,
+        cosine,
+        mean_phi(modules),
+        worst,
+        all(m.same for m in modules) and not any(v.relative for v in values),
+    )
+
+
+def _ranks(adapter: Adapter) -> dict[int, int]:
+    ranks = [update.rank for update in adapter.updates.values() if update.rank]
+    return {rank: ranks.count(rank) for rank in sorted(set(ranks))}
+
+
+def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
+    """Fields of the configs that differ, but for ranks and targets, which the modules tell."""
+    one, two = a.config.extra, b.config.extra
+    found: dict[str, tuple[Any, Any]] = {"format": (a.format, b.format)} if a.format != b.format else {}
+    found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
+    if one and two:
+        keys = [key for key in dict.fromkeys([*one, *two]) if key not in NO_DIFFERENCE]
+        found |= {key: (one.get(key), two.get(key)) for key in keys if (one.get(key) or None) != (two.get(key) or None)}
+    return found
+
+
+def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[Source, Placement]]]:
+    """The base's tensors under each module. Raises what `bind` raises where the two do not belong together."""
+    tie = find_tie(base)
+    head = {tie.head: base.specs[tie.embedding]} if tie and not tie.is_stored(base) else {}
+    binding = bind({**base.specs, **head}, base.model_types, [(adapter, 1.0)], Selection())
+    found: dict[str, list[tuple[Source, Placement]]] = {}
+    for name, placements in binding.placements.items():
+        stored = tie.embedding if tie and name in head else name
+        for placement in placements:
+            found.setdefault(placement.update.module, []).append((Source(base.shard_of[stored], stored), placement))
+    return found
+
+
+def _against(
+    weights: Mapping[str, list[tuple[Source, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD | None
+) -> tuple[float | None, float | None]:
+    """||D|| / ||W||, and the amplification factor where W is one whole matrix; None without a base."""
+    if spec is None or svd is None or spec.module not in weights:
+        return None, None
+    found = weights[spec.module]
+    sources = {source.name: source for source, _ in found}
+    norm = math.sqrt(math.fsum(map(squared_norm, sources.values())))
+    size = float(torch.linalg.vector_norm(svd.S)) / norm if norm else None
+    source, placement = found[0]
+    if len(found) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
+        return size, None
+    U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
+    change = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
+    factor = amplification(change, _rows(source), spec.rank)
+    return size, factor if math.isfinite(factor) else None
+
+
+def _rows(source: Source) -> Iterator[torch.Tensor]:
+    rows = source.spec.shape[0]
+    step = max(1, READ // (source.spec.size // rows))
+    for start in range(0, rows, step):
+        yield source.file.rows(source.name, start, min(start + step, rows)).flatten(1)
+
+
+def _diff_checkpoints(
+    names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None
+) -> CheckpointDiff:
+    pairs = pair_tensors(a, b)
+    both = {name: sides for name, sides in pairs.both.items() if selection.selects(_module(name))}
+    only_a, only_b = (
+        tuple(n for n in side if selection.selects(_module(n))) for side in (pairs.only_base, pairs.only_tuned)
+    )
+    rows, equal, squares, done = [], 0, [], 0
+    total = sum(one.spec.nbytes for one, _ in both.values())
+    with ThreadPoolExecutor(2) as pool:
+        compared = pool.map(_compare, both.values())
+        for (name, (one, two)), found in zip(both.items(), compared, strict=True):
+            done += one.spec.nbytes
+            if progress:
+                progress(done, total)
+            if found is not None:
+                squares.append(found.squared)
+            if found is not None and found.equal:
+                equal += 1
+            else:
+                rows.append(_tensor(name, one, two, found))
+    totals = [math.fsum(side) for side in zip(*squares, strict=True)] if squares else [0.0, 0.0, 0.0]
+    worst = max((row.relative for row in rows), default=0.0)
+    return CheckpointDiff(
+        *names,
+        tuple(rows),
+        equal,
+        only_a,
+        only_b,
+        _relative(*totals),
+        max(worst, 1.0) if only_a or only_b else worst,
+        not (rows or only_a or only_b),
+    )
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _compare(sides: tuple[Source, Source]) -> Comparison | None:
+    """None where the shapes differ."""
+    one, two = sides
+    return compare(one, two) if one.spec.shape == two.spec.shape else None
+
+
+def _tensor(name: str, one: Source, two: Source, found: Comparison | None) -> TensorDiff:
+    dtypes, shapes = (one.spec.dtype, two.spec.dtype), (one.spec.shape, two.spec.shape)
+    if found is None:
+        return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0)
+    relative = _relative(*found.squared)
+    if found.odd or (found.changed and not relative):
+        relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
+    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, found.steps, found.changed, found.odd)
+
+
+def _relative(one: float, two: float, between: float) -> float:
+    """Of squared norms. The difference of opposites is twice as large as either."""
+    largest = max(one, two)
+    return math.sqrt(between / largest) if largest else 0.0

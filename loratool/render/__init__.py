@@ -1,0 +1,23 @@
+"""Reports as tables and pictures for a terminal and as JSON for a program. The only room that knows rich."""
+
+from .adapters import print_adapter, print_extract, print_init, print_resize
+from .diffs import print_adapter_diff, print_checkpoint_diff
+from .models import print_checkpoint, print_merge, print_unmerge, print_verify
+from .text import ProgressBar, say, size, to_json
+
+__all__ = [
+    "ProgressBar",
+    "print_adapter",
+    "print_adapter_diff",
+    "print_checkpoint",
+    "print_checkpoint_diff",
+    "print_extract",
+    "print_init",
+    "print_merge",
+    "print_resize",
+    "print_unmerge",
+    "print_verify",
+    "say",
+    "size",
+    "to_json",
+]

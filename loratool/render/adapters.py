@@ -1,0 +1,157 @@
+"""Reports on adapters: extract, init, resize, inspect."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ..pictures import is_plain, strips
+from .text import count, draw, print_table, say, size
+
+if TYPE_CHECKING:
+    from ..ops.extract import ExtractReport
+    from ..ops.init import InitReport
+    from ..ops.inspect_adapter import AdapterInspection
+    from ..ops.resize import ResizeReport
+
+
+def print_extract(report: ExtractReport) -> None:
+    say(f"change = {report.tuned} - {report.base}")
+    stored = any(m.stored for m in report.modules)
+    titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "effective", "over noise"]
+    rows = [
+        [
+            m.name,
+            "x".join(map(str, m.shape)),
+            str(m.rank),
+            f"{m.relative:.2e}",
+            f"{m.kept:.2%}",
+            f"{m.residual:.2e}",
+            {"exact": "0", "certified": f"<{m.gap:.0e}"}.get(m.how, f"~{m.gap:.0e}"),
+            f"{m.effective_rank:.1f}",
+            str(m.above_noise),
+            *([f"{m.stored:.1e}"] if stored else []),
+        ]
+        for m in report.modules
+    ]
+    print_table([(title, title != "tensor") for title in titles + ["stored"] * stored], rows)
+    plain = is_plain(sys.stdout.encoding)
+    draw(strips({m.name: m.relative for m in report.modules}, "relative change", "{:.1e}".format, plain=plain))
+    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
+    kept = "" if report.kept is None else f"; {report.kept:.2%} of their change's energy is kept"
+    say(f"\n{len(rows)} matrices{kept}; |D|/|W| is {report.relative:.2e} in all")
+    if report.exact:
+        say(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
+    say(f"unchanged: {report.unchanged} tensors")
+    for name, norm in report.left_out.items():
+        say(f"left out: {name} (|D| = {norm:.3g})")
+    for name in report.only_base:
+        say(f"only in the base: {name}")
+    for name in report.only_tuned:
+        say(f"only in the tuned model: {name}")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
+    verb = "would write" if report.dry_run else "wrote"
+    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_init(report: InitReport) -> None:
+    marks = [report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora]
+    say(f"{' + '.join(marks)} for {report.base}")
+    gaps = any(m.gap is not None for m in report.modules)
+    errors = any(m.error is not None for m in report.modules)
+    rows = [
+        [
+            m.name,
+            "x".join(map(str, m.shape)),
+            m.kind,
+            str(m.rank),
+            f"{m.scale:g}",
+            count(m.parameters),
+            *(["0" if m.gap == 0 else f"~{m.gap or 0:.0e}"] if gaps else []),
+            *([f"{m.error or 0:.1e}"] if errors else []),
+        ]
+        for m in report.modules
+    ]
+    titles = ["tensor", "shape", "kind", "rank", "scale", "parameters", *["gap"] * gaps, *["error"] * errors]
+    print_table([(title, title not in ("tensor", "kind")) for title in titles], rows)
+    verb = "would write" if report.dry_run else "wrote"
+    residual = report.residual
+    if residual:
+        undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
+        error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
+        say(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
+    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_resize(report: ResizeReport) -> None:
+    titles = ["module", "rank", "new", "|D|", "energy", "error", "effective"]
+    rows = [
+        [
+            m.name,
+            str(m.rank),
+            str(m.new_rank),
+            f"{m.norm:.3g}",
+            f"{m.kept:.2%}",
+            f"{m.error:.1e}",
+            f"{m.effective_rank:.1f}",
+        ]
+        for m in report.modules
+    ]
+    print_table([(title, title != "module") for title in titles], rows)
+    plain = is_plain(sys.stdout.encoding)
+    if len({m.new_rank for m in report.modules}) > 1:
+        draw(strips({m.name: float(m.new_rank) for m in report.modules}, "rank", "{:.0f}".format, plain=plain))
+    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
+    say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
+    if report.carried:
+        say(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
+    verb = "would write" if report.dry_run else "wrote"
+    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_adapter(report: AdapterInspection) -> None:
+    rank = "mixed ranks" if report.rank is None else f"rank {report.rank}"
+    alpha = "mixed alphas" if report.alpha is None else f"alpha {report.alpha:g}"
+    marks = [f"{report.format} adapter", rank, alpha + (", rsLoRA" if report.use_rslora else "")]
+    say(f"{report.path}: {', '.join(marks)}" + (f", for {report.base_model}" if report.base_model else ""))
+    rows = [
+        [
+            g.name,
+            g.kind,
+            "x".join(map(str, g.shape)) or "scalar",
+            g.dtype,
+            str(g.rank) if g.rank else "-",
+            "-" if g.alpha is None else f"{g.alpha:g}",
+            f"{g.scale:g}" if g.rank else "-",
+            "-" if g.norm is None else f"{g.norm:.3g}",
+            "-" if g.effective_rank is None else f"{g.effective_rank:.1f}",
+            *(["-" if g.relative is None else f"{g.relative:.2e}"] if report.coverage else []),
+            str(g.modules),
+            count(g.parameters),
+        ]
+        for g in report.groups
+    ]
+    relative = ["|D|/|W|"] if report.coverage else []
+    titles = ["module", "update", "out x in", "dtype", "rank", "alpha", "scale", "|D|", "eff. rank", *relative]
+    titles += ["count", "parameters"]
+    print_table([(title, title not in ("module", "update", "dtype")) for title in titles], rows)
+    plain = is_plain(sys.stdout.encoding)
+    sizes = {m.name: m.norm for m in report.details if m.norm is not None and m.rank}
+    shares = {m.name: m.relative for m in report.details if m.relative is not None and m.rank}
+    draw(strips(shares or sizes, "|D|/|W|" if shares else "|D|", "{:.2g}".format, plain=plain))
+    effective = {m.name: m.effective_rank for m in report.details if m.effective_rank is not None}
+    draw(strips(effective, "effective rank", "{:.1f}".format, plain=plain))
+    say(f"\n{report.modules} modules, {count(report.parameters)} parameters, {size(report.nbytes)}")
+    if report.coverage:
+        say(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
+        for module, near in report.coverage.unbound.items():
+            say(f"not in the base: {module}" + (f" (nearest: {', '.join(near)})" if near else ""))
+    for note in report.notes:
+        say(f"note: {note}")
+    for problem in report.problems:
+        say(f"problem: {problem}")

@@ -1,0 +1,114 @@
+"""Reports of diff: two adapters, or two checkpoints."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from ..pictures import beside, grid, is_plain, strips
+from .text import draw, print_table, say
+
+if TYPE_CHECKING:
+    from ..comparing import ModuleDiff, Phi
+    from ..ops.diff import AdapterDiff, CheckpointDiff
+
+
+def print_adapter_diff(report: AdapterDiff) -> None:
+    say(f"A = {report.a}\nB = {report.b}")
+    with_base = report.base is not None
+    titles = ["module", "rank", "|A|", "|B|", "|B-A|", "relative", "cosine", "angle", "phi"]
+    titles += ["A/|W|", "B/|W|", "amplified"] if with_base else []
+    print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
+    if report.values:
+        say("")
+        rows = [[v.name, v.kind, _number(v.norm_a), _number(v.norm_b), f"{v.relative:.2e}"] for v in report.values]
+        print_table(
+            [(title, title in ("|A|", "|B|", "relative")) for title in ("tensor", "kind", "|A|", "|B|", "relative")],
+            rows,
+        )
+    _draw(report)
+    ranks = [", ".join(f"{n} of rank {rank}" for rank, n in side.items()) for side in (report.ranks_a, report.ranks_b)]
+    say(f"\nA: {ranks[0]}; |A| = {report.norm_a:.4g}\nB: {ranks[1]}; |B| = {report.norm_b:.4g}")
+    for name, (one, two) in report.fields.items():
+        say(f"{name}: {one} in A, {two} in B")
+    for letter, names in (("A", report.only_a), ("B", report.only_b)):
+        if names:
+            say(f"only in {letter}: {len(names)} modules: {', '.join(names[:4])}{', ...' * (len(names) > 4)}")
+    if report.same:
+        say("the same change")
+        return
+    say(
+        f"|B-A| = {report.distance:.4g}, {report.relative:.2e} of the larger; cosine {report.cosine:.4f}; "
+        f"{report.worst:.2e} in the worst module"
+    )
+
+
+def _module(m: ModuleDiff, with_base: bool) -> list[str]:
+    angle = max(m.angles_right) if m.angles_right else None
+    return [
+        m.name,
+        f"{m.rank_a}" if m.rank_a == m.rank_b else f"{m.rank_a or '-'} {m.rank_b or '-'}",
+        f"{m.norm_a:.3g}",
+        f"{m.norm_b:.3g}",
+        f"{m.distance:.2e}",
+        "same" if m.same else f"{m.relative:.2e}",
+        f"{m.cosine:.4f}",
+        "-" if angle is None else f"{math.degrees(angle):.1f}",
+        "-" if m.phi is None else f"{m.phi.right[-1][-1]:.3f}",
+        *([_number(m.size_a, ".2e"), _number(m.size_b, ".2e")] if with_base else []),
+        *([f"{_number(m.amplification_a)} {_number(m.amplification_b)}"] if with_base else []),
+    ]
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _draw(report: AdapterDiff) -> None:
+    plain = is_plain(sys.stdout.encoding)
+    both = [m for m in report.modules if m.rank_a and m.rank_b]
+    draw(strips({m.name: m.relative for m in both}, "relative distance", "{:.1e}".format, plain=plain))
+    if not report.same:
+        draw(
+            strips(
+                {m.name: m.cosine for m in both}, "cosine", "{:.2f}".format, low=min(0.0, report.cosine), plain=plain
+            )
+        )
+    if report.phi:
+        _draw_phi(report.phi, plain)
+
+
+def _draw_phi(phi: Phi, plain: bool) -> None:
+    """Both sides, with the random subspaces' mean at the end of the title."""
+    pictures = [
+        grid(f"phi(i, j), {side} (random {random[-1][-1]:.3f})", phi.i, phi.j, values, plain)
+        for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left))
+    ]
+    draw(beside(*pictures))
+
+
+def print_checkpoint_diff(report: CheckpointDiff) -> None:
+    say(f"A = {report.a}\nB = {report.b}")
+    if report.tensors:
+        titles = ["tensor", "dtype", "shape", "|B-A|/|A|", "largest", "steps", "changed"]
+        rows = [
+            [
+                t.name,
+                t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} {t.dtype_b}",
+                " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in (t.shape_a, t.shape_b))),
+                f"{t.relative:.2e}",
+                _number(t.largest, ".2e"),
+                "-" if t.steps is None else str(t.steps),
+                f"{t.changed:,}" + (f" ({t.odd} nan or inf)" if t.odd else ""),
+            ]
+            for t in report.tensors
+        ]
+        print_table([(title, title not in ("tensor", "dtype", "shape")) for title in titles], rows)
+        plain = is_plain(sys.stdout.encoding)
+        matrices = {t.name: t.relative for t in report.tensors if len(t.shape_a) > 1}
+        draw(strips(matrices, "relative change", "{:.1e}".format, plain=plain))
+    say(f"\n{report.equal} tensors are equal, {len(report.tensors)} are not; |B-A|/|A| is {report.relative:.2e} in all")
+    for letter, names in (("A", report.only_a), ("B", report.only_b)):
+        for name in names:
+            say(f"only in {letter}: {name}")

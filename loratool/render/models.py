@@ -1,0 +1,100 @@
+"""Reports on models: merge, unmerge, verify, inspect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .text import count, print_table, say, share, size
+
+if TYPE_CHECKING:
+    from ..ops.inspect import CheckpointReport
+    from ..ops.merge_report import MergeReport
+    from ..ops.unmerge import UnmergeReport
+    from ..ops.verify import VerifyReport
+
+
+def print_merge(report: MergeReport) -> None:
+    rows = [
+        [
+            row.name,
+            "x".join(map(str, row.shape)),
+            row.dtype,
+            row.update,
+            str(row.rank) if row.rank else "-",
+            ", ".join(f"{scale:g}" for scale in row.scales),
+            "-" if row.relative is None else f"{row.relative:.2e}",
+            share(row.changed),
+            share(row.kept),
+        ]
+        for row in report.tensors
+    ]
+    titles = ("tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept")
+    print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
+    verb = "would be changed" if report.dry_run else "changed"
+    say(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {share(report.kept)} of the change")
+    for module in report.left_out:
+        say(f"left out: {module}")
+    if report.not_copied:
+        say(f"not copied: {', '.join(report.not_copied)}")
+    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+    if report.undo and report.undo_bytes is not None:
+        bound = "at most " if report.dry_run else ""
+        say(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
+
+
+def print_unmerge(report: UnmergeReport) -> None:
+    verb = "would be restored" if report.dry_run else "restored bit for bit"
+    if report.approximate:
+        verb = "subtracted and rounded"
+        say(
+            f"approximate: {report.doubtful:,} weights can be wrong, by up to {report.farthest} steps or more near zero"
+        )
+    say(f"{report.restored} tensors {verb}, {report.copied} copied as they are")
+    for name in report.removed:
+        say(f"removed: {name}")
+    if not report.exact_files and not report.approximate:
+        say("the base was a torch file: its tensors are the same, in a safetensors file")
+    if report.not_copied:
+        say(f"not copied: {', '.join(report.not_copied)}")
+    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+
+
+def print_verify(report: VerifyReport) -> None:
+    for tensor in report.tensors:
+        if tensor.verdict == "wrong":
+            say(f"wrong: {tensor.name}: {tensor.detail}")
+    for name in report.missing:
+        say(f"missing: {name}")
+    for name in report.extra:
+        say(f"extra: {name}")
+    for way in report.rounding:
+        say(f"rounding: {way}")
+    counts = f"{report.exact} tensors exact, {report.rounded} right with another rounding, {report.wrong} wrong"
+    say(f"{counts}; {report.untouched} are the base's")
+    if report.status == "inconclusive":
+        say("inconclusive: the change is below half a step of every weight (--allow inconclusive takes it for proven)")
+    else:
+        say(f"{report.status}: {report.merged}")
+
+
+def print_checkpoint(report: CheckpointReport) -> None:
+    marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
+    marks += ["tied head"] if report.tied else []
+    marks += [f"quantized: {report.quantization}"] if report.quantization else []
+    say(f"{report.path}: {', '.join(marks)}")
+    rows = [
+        [
+            g.name,
+            "x".join(map(str, g.shape)) or "scalar",
+            g.dtype,
+            str(g.tensors),
+            count(g.parameters),
+            size(g.nbytes),
+            g.role,
+        ]
+        for g in report.groups
+    ]
+    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", "LoRA target")
+    print_table([(title, title in ("shape", "count", "parameters", "bytes")) for title in titles], rows)
+    dtypes = ", ".join(f"{dtype} {count(n)}" for dtype, n in report.dtypes.items())
+    say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")

@@ -1,0 +1,170 @@
+"""What all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
+
+`to_json` is the stable, versioned schema: the report's own field names under a header that every verb shares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..pictures import Line
+
+if TYPE_CHECKING:
+    from ..errors import LoratoolError
+
+SCHEMA_VERSION = 1
+UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
+# Colours of a heat from 0 to 1 (viridis among xterm's 256), and of what stands on them: legible on any theme.
+HEATS = (
+    ("white", 54),
+    ("white", 60),
+    ("white", 24),
+    ("white", 30),
+    ("white", 29),
+    ("black", 71),
+    ("black", 149),
+    ("black", 220),
+)
+
+
+def to_json(verb: str, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
+    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
+
+    `status` is there where a check said no (exit code 1), and says what it found.
+    """
+    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
+    value["exit_code"] = 0 if status is None else 1
+    if status is not None:
+        value["status"] = status
+    if error is not None:
+        value["exit_code"] = error.exit_code
+        value["error"] = {
+            "kind": error.kind,
+            "message": error.message,
+            "tensor": error.culprit,
+            "remedy": error.remedy,
+        }
+    else:
+        value["report"] = asdict(report)
+    return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
+
+
+def size(nbytes: float) -> str:
+    """Decimal units: MB is 10**6."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
+
+
+def share(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if value >= 0.001 or value <= 0 else f"{value:.1e}"
+
+
+def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
+    """Columns as (title, right-aligned); lines are never cut or wrapped where stdout is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, right in columns:
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(escape(cell)) for cell in row))
+    with console.capture() as text:  # rich would turn a closed pipe into exit 1
+        console.print(table)
+    print(text.get(), end="")
+
+
+def escape(text: str) -> str:
+    """Names come from files: no control character in them reaches the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """One or more lines for a person."""
+    print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
+
+
+def draw(lines: Sequence[Line]) -> None:
+    """A picture, in colour where stdout is a terminal that has it, and a blank line before it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if not lines:
+        return
+    console = Console(highlight=False, width=UNBOUNDED)
+    with console.capture() as found:
+        for line in [[], *lines]:
+            text = Text()
+            for cell in line:
+                front, back = HEATS[min(int((cell.heat or 0.0) * len(HEATS)), len(HEATS) - 1)]
+                text.append(escape(cell.text), "" if cell.heat is None else f"{front} on color({back})")
+            console.print(text)
+    print(found.get(), end="")
+
+
+class ProgressBar:
+    """Progress on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing when quiet."""
+
+    def __init__(self, label: str, quiet: bool, unit: str = "") -> None:
+        self._label, self._quiet, self._unit = label, quiet, unit
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            self._show_bar(done, total)
+            return
+        now = time.monotonic()
+        if now - self._last >= 10:
+            self._last = now
+            if self._unit:
+                print(f"{self._label}: {done} of {total} {self._unit}", file=sys.stderr, flush=True)
+                return
+            rate = done / (now - self._start)
+            print(
+                f"{self._label}: {size(done)} of {size(total)}, {size(rate)}/s, {(total - done) / rate:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _show_bar(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn() if self._unit else progress.DownloadColumn(),
+                *([] if self._unit else [progress.TransferSpeedColumn()]),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=total)
+        self._bar.update(self._task, completed=done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

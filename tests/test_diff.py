@@ -1,0 +1,260 @@
+"""diff: against dense matrices and brute force, whatever factors, formats and kinds; models tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors, load_model, weights, write_kohya, write_model, write_peft
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool import InputError, UsageError
+
+MODULES = {"model.layers.0.self_attn.q_proj": (24, 20), "model.layers.1.self_attn.q_proj": (24, 20)}
+Q0, Q1 = MODULES
+
+
+def pairs(rank: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    return {m: factors(*shape, rank, seed=seed + i) for i, (m, shape) in enumerate(MODULES.items())}
+
+
+def dense(found: dict[str, tuple[Tensor, Tensor]], scale: float) -> dict[str, Tensor]:
+    return {m: scale * B.double() @ A.double() for m, (A, B) in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [({}, 1.0), ({"lora_alpha": 3}, 0.5), ({"lora_alpha": 3, "use_rslora": True}, 3 / math.sqrt(6))],
+)
+def test_the_numbers_are_those_of_the_dense_changes(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    one, two = pairs(6), pairs(4, seed=7)
+    report = loratool.diff(write_peft(tmp_path / "a", one, **config), write_peft(tmp_path / "b", two))
+    D1, D2 = dense(one, scale), dense(two, 1.0)
+    for m in report.modules:
+        x, y = D1[m.name], D2[m.name]
+        largest = max(x.norm(), y.norm())
+        assert abs(m.norm_a - x.norm()) < 1e-9 * largest and abs(m.norm_b - y.norm()) < 1e-9 * largest
+        assert abs(m.distance - (y - x).norm()) < 1e-9 * largest
+        assert abs(m.relative - (y - x).norm() / largest) < 1e-9
+        assert abs(m.cosine - (x * y).sum() / x.norm() / y.norm()) < 1e-9
+        assert (m.rank_a, m.rank_b, m.same) == (6, 4, False)
+        U = [torch.linalg.svd(D).Vh.T for D in (x, y)]
+        assert m.phi is not None and m.phi.i == (1, 2, 4, 6) and m.phi.j == (1, 2, 4)
+        for i, row in zip(m.phi.i, m.phi.right, strict=True):
+            for j, value in zip(m.phi.j, row, strict=True):
+                assert math.isclose(
+                    value, float((U[0][:, :i].T @ U[1][:, :j]).square().sum()) / min(i, j), rel_tol=1e-9
+                )
+        assert m.phi.random_right[-1][-1] == 6 / 20 and m.phi.random_left[0][0] == 1 / 24
+        cosines = torch.linalg.svdvals(U[0][:, :6].T @ U[1][:, :4])
+        assert torch.allclose(torch.tensor(m.angles_right, dtype=torch.float64).cos(), cosines, atol=1e-9)
+    whole = [torch.cat([D[m].flatten() for m in MODULES]) for D in (D1, D2)]
+    assert math.isclose(report.distance, float((whole[1] - whole[0]).norm()), rel_tol=1e-9)
+    assert math.isclose(report.cosine, float(whole[0] @ whole[1] / whole[0].norm() / whole[1].norm()), rel_tol=1e-6)
+    assert report.worst == max(m.relative for m in report.modules)
+
+
+def test_the_same_change_in_other_factors_is_the_same(tmp_path: Path, run: Callable[..., Any]) -> None:
+    one = pairs(6)
+    M = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).Q * torch.logspace(0, 2, 6)
+    two = {m: (torch.linalg.inv(M) @ A, B @ M) for m, (A, B) in one.items()}
+    wider = {m: (torch.cat([A, A]), torch.cat([B / 2, B / 2], 1)) for m, (A, B) in one.items()}
+    a, b, c = (write_peft(tmp_path / n, f) for n, f in (("a", one), ("b", two), ("c", wider)))
+    for other in (b, c):
+        report = loratool.diff(a, other)
+        assert report.same and all(m.same and m.relative < 1e-6 for m in report.modules)
+        assert run("diff", a, other, "--fail-above", "1e-5").exit_code == 0
+    assert "the same change" in run("diff", a, b).stdout
+    assert loratool.diff(a, c).modules[0].phi.j == (1, 2, 4, 6)  # type: ignore[union-attr]
+
+
+def test_formats_meet(tmp_path: Path) -> None:
+    """kohya's flattened names, scale by alpha / r, against PEFT's."""
+    one = pairs(6)
+    kohya = write_kohya(tmp_path / "k.safetensors", one, torch.tensor(3.0))
+    peft = write_peft(tmp_path / "p", one, lora_alpha=3)
+    for a, b in ((kohya, peft), (peft, kohya)):
+        report = loratool.diff(a, b)
+        assert report.same and len(report.modules) == 2 and not report.only_a and not report.only_b
+        assert set(report.fields) == {"format"}
+
+
+def test_what_one_side_lacks_counts_as_1(tmp_path: Path, run: Callable[..., Any]) -> None:
+    one = pairs(6)
+    a, b = write_peft(tmp_path / "a", one), write_peft(tmp_path / "b", {Q0: one[Q0]})
+    report = loratool.diff(a, b)
+    assert report.only_a == (Q1,) and not report.only_b and report.worst == 1.0 and not report.same
+    missing = report.modules[1]
+    assert (missing.relative, missing.rank_b, missing.norm_b, missing.cosine) == (1.0, 0, 0.0, 0.0)
+    assert math.isclose(missing.distance, missing.norm_a)
+    assert run("diff", a, b, "--fail-above", "0.9").exit_code == 1
+    assert run("diff", a, b, "--fail-above", "1").exit_code == 0
+    found = json.loads(run("diff", a, b, "--fail-above", "0.9", "--json").stdout)
+    assert found["status"] == "different" and not found["ok"] and found["exit_code"] == 1
+    assert run("diff", a, b, "--fail-above", "0.5", "--layers", "0").exit_code == 0
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_sizes_and_amplification_beside_a_base(model: str, tmp_path: Path) -> None:
+    """By brute force; GPT-2 stores its weights as (in, out)."""
+    folder = FIXTURES / model
+    report = loratool.diff(folder / "adapter", folder / "adapter", base=folder / "base")
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    base, checked = load_model(folder / "base"), 0
+    for m in report.modules:
+        names = [f"base_model.model.{m.name}.lora_{side}.weight" for side in "AB"]
+        key = next((k for k in base if k.endswith(f"{m.name.removeprefix('transformer.')}.weight")), None)
+        if not set(names) <= set(tensors) or key is None:
+            continue
+        A, B = (tensors[name].double() for name in names)
+        assert not config["alpha_pattern"]
+        scale = config["lora_alpha"] / (len(A) ** 0.5 if config["use_rslora"] else len(A))
+        D, W = B @ A * scale, base[key].double()
+        W = W if W.shape == D.shape and model == "llama" else W.T
+        U, _, Vh = torch.linalg.svd(D)
+        r = len(A)
+        assert math.isclose(m.size_a or 0, float(D.norm() / W.norm()), rel_tol=1e-6)
+        expected = float(D.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm())
+        assert math.isclose(m.amplification_a or 0, expected, rel_tol=1e-6) and m.amplification_b == m.amplification_a
+        checked += 1
+    assert checked > 5
+
+
+def test_every_kind_of_update(tmp_path: Path) -> None:
+    base = {
+        "model.layers.0.mlp.experts.gate_up_proj": weights(3, 32, 24),
+        "model.embed_tokens.weight": weights(40, 24, seed=2),
+        "model.patch.weight": weights(12, 6, 3, 3, seed=3),
+        "model.layers.0.self_attn.q_proj.weight": weights(24, 24, seed=4),
+    }
+    write_model(tmp_path / "base", base, {"model_type": "mixtral"})
+    target = ["q_proj", "embed_tokens", "patch", "re:experts"]
+    for name, seed in (("a", 0), ("b", 1)):
+        loratool.init(tmp_path / "base", tmp_path / name, target=target, rank=4, seed=seed)
+        file = tmp_path / name / "adapter_model.safetensors"
+        tensors = {k: t + 0.1 * weights(*t.shape, seed=9 + seed) for k, t in load_file(file).items()}
+        tensors["base_model.model.model.norm.weight"] = weights(24, seed=12 + seed)
+        save_file(tensors, file, {"format": "pt"})
+    report = loratool.diff(tmp_path / "a", tmp_path / "b")
+    merged = {}
+    for name in "ab":
+        loratool.merge(
+            tmp_path / "base", tmp_path / name, tmp_path / f"m{name}", exclude=["norm"], undo=False, dtype="fp32"
+        )
+        merged[name] = load_model(tmp_path / f"m{name}")
+    assert {m.name for m in report.modules} == {name.removesuffix(".weight") for name in base}
+    for m in report.modules:
+        key = m.name if m.name in base else f"{m.name}.weight"
+        between = float((merged["b"][key].double() - merged["a"][key].double()).norm())
+        assert math.isclose(m.distance, between, rel_tol=1e-4)
+        assert (m.phi is None) is (m.kind == "experts")
+    (norm,) = report.values
+    x, y = weights(24, seed=12).double(), weights(24, seed=13).double()
+    assert math.isclose(norm.relative, float((y - x).norm() / max(x.norm(), y.norm())), rel_tol=1e-9)
+    assert loratool.diff(tmp_path / "a", tmp_path / "a").same
+
+
+def test_dora_tells_magnitudes_apart(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"model.q_proj.weight": weights(24, 24)})
+    for name in "ab":
+        loratool.init(base, tmp_path / name, dora=True, method="orthogonal", rank=4)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.q_proj.lora_magnitude_vector"
+    save_file({**tensors, key: tensors[key] * 1.5}, file)
+    report = loratool.diff(tmp_path / "a", tmp_path / "b")
+    assert report.modules[0].same and not report.same
+    assert report.values[0].name.endswith("magnitude") and math.isclose(report.values[0].relative, 1 / 3, rel_tol=1e-6)
+
+
+def test_zero_changes(tmp_path: Path, run: Callable[..., Any]) -> None:
+    A, B = factors(24, 20, 4)
+    zero, some = write_peft(tmp_path / "z", {Q0: (A, B * 0)}), write_peft(tmp_path / "s", {Q0: (A, B)})
+    assert loratool.diff(zero, zero).same
+    report = loratool.diff(zero, some)
+    assert (
+        math.isclose(report.modules[0].relative, 1) and report.modules[0].cosine == 0 and report.modules[0].phi is None
+    )
+    assert run("diff", zero, some, "--json").exit_code == 0
+
+
+class TestCheckpoints:
+    def test_each_kind_of_difference(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        W = weights(20, 30, dtype=torch.bfloat16)
+        stepped = W.clone()
+        bits = stepped.view(torch.int16)
+        bits[3, 4] += 5
+        odd = W.clone()
+        odd[0, 0] = math.nan
+        one = {name: W.clone() for name in ("same", "step", "odd", "type", "shape", "only")}
+        one |= {"zero": W * 0, "ints": torch.arange(4)}
+        two = {
+            "same": W.clone(),
+            "step": stepped,
+            "odd": odd,
+            "type": W.float(),
+            "shape": W[:7].clone(),
+            "new": W.clone(),
+            "zero": -(W * 0),
+            "ints": torch.arange(4) + 1,
+        }
+        a, b = write_model(tmp_path / "a", one), write_model(tmp_path / "b", two, shards=2)
+        report = loratool.diff(a, b)
+        found = {t.name: t for t in report.tensors}
+        assert report.equal == 2 and report.only_a == ("only",) and report.only_b == ("new",)
+        assert set(found) == {"step", "odd", "type", "shape", "ints"} and report.worst == 1 and not report.same
+        assert found["step"].steps == 5 and found["step"].changed == 1
+        D = (stepped.double() - W.double()).norm()
+        assert math.isclose(
+            found["step"].relative, float(D / max(W.double().norm(), stepped.double().norm())), rel_tol=1e-6
+        )
+        assert math.isclose(
+            found["step"].largest or 0, float((stepped.double() - W.double()).abs().max()), rel_tol=1e-12
+        )
+        assert found["odd"].odd == 1 and found["odd"].relative == 1
+        assert found["type"].relative == 0 and found["type"].steps is None and found["type"].changed == 0
+        assert found["shape"].relative == 1 and found["shape"].largest is None
+        assert found["ints"].relative == 1 and found["ints"].changed == 4
+        assert run("diff", a, b, "--json").exit_code == 0
+        assert run("diff", a, b, "--fail-above", "0.5").exit_code == 1
+        assert run("diff", a, b, "--fail-above", "0.5", "--target", "same,step").exit_code == 0
+
+    def test_a_merge_and_its_base(self, tmp_path: Path) -> None:
+        base = FIXTURES / "llama" / "base"
+        loratool.merge(base, FIXTURES / "llama" / "adapter", tmp_path / "merged")
+        report, one, two = loratool.diff(base, tmp_path / "merged"), load_model(base), load_model(tmp_path / "merged")
+        assert {t.name for t in report.tensors} == {n for n in one if not torch.equal(one[n], two[n])}
+        for t in report.tensors:
+            x, y = one[t.name].double(), two[t.name].double()
+            assert math.isclose(t.relative, float((y - x).norm() / max(x.norm(), y.norm())), rel_tol=1e-6)
+            assert t.changed == int((x != y).sum())
+        assert loratool.diff(base, base).same
+
+
+def test_what_does_not_belong_together(tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+    with pytest.raises(InputError, match="is a model"):
+        loratool.diff(base, adapter)
+    with pytest.raises(UsageError, match="--base"):
+        loratool.diff(base, base, base=base)
+    with pytest.raises(InputError, match="different models"):
+        A, B = factors(30, 20, 4)
+        loratool.diff(write_peft(tmp_path / "a", pairs(4)), write_peft(tmp_path / "b", {Q0: (A, B)}))
+    with pytest.raises(InputError, match="no tensor of one side"):
+        loratool.diff(base, write_model(tmp_path / "other", {"x": weights(2, 2)}))
+    with pytest.raises(InputError, match="no module that is selected"):
+        loratool.diff(adapter, adapter, target=["what"])
+    with pytest.raises(InputError):
+        loratool.diff(adapter, tmp_path / "absent")
+    A, B = factors(24, 20, 4)
+    A[0, 0] = math.inf
+    with pytest.raises(InputError, match="nan or inf"):
+        loratool.diff(write_peft(tmp_path / "n", {Q0: (A, B)}), write_peft(tmp_path / "m", pairs(4)))
