@@ -18,7 +18,7 @@ import loratool
 from loratool.cli import VERBS
 from loratool.cli.options import Size, WeightedPath
 from loratool.ops.merge import MERGE_DTYPES
-from loratool.render import SCHEMA_VERSION, size
+from loratool.render.text import SCHEMA_VERSION, size
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 OTHER = FIXTURES / "gpt2" / "adapter"
