@@ -115,8 +115,9 @@ def test_sizes_and_amplification_beside_a_base(model: str, tmp_path: Path) -> No
         if not set(names) <= set(tensors) or key is None:
             continue
         A, B = (tensors[name].double() for name in names)
-        assert not config["alpha_pattern"]
-        scale = config["lora_alpha"] / (len(A) ** 0.5 if config["use_rslora"] else len(A))
+        patterns = config["alpha_pattern"] or {}
+        alpha = next((v for key, v in patterns.items() if m.name.endswith(key)), config["lora_alpha"])
+        scale = alpha / (len(A) ** 0.5 if config["use_rslora"] else len(A))
         D, W = B @ A * scale, base[key].double()
         W = W if W.shape == D.shape and model == "llama" else W.T
         U, _, Vh = torch.linalg.svd(D)
