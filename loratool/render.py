@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .errors import LoratoolError
     from .ops.extract import ExtractReport
-    from .ops.inspect import CheckpointReport
+    from .ops.inspect import CheckpointReport, Group, MethodReport
     from .ops.inspect_adapter import AdapterInspection
     from .ops.merge_report import MergeReport
     from .ops.unmerge import UnmergeReport
@@ -195,11 +196,8 @@ def print_extract(report: ExtractReport) -> None:
     say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
 
 
-def print_checkpoint(report: CheckpointReport) -> None:
-    marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
-    marks += ["tied head"] if report.tied else []
-    marks += [f"quantized: {report.quantization}"] if report.quantization else []
-    say(f"{report.path}: {', '.join(marks)}")
+def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
+    """`last`: the title of a column for their roles."""
     rows = [
         [
             g.name,
@@ -208,12 +206,29 @@ def print_checkpoint(report: CheckpointReport) -> None:
             str(g.tensors),
             _count(g.parameters),
             size(g.nbytes),
-            g.role,
+            *([g.role] if last else []),
         ]
-        for g in report.groups
+        for g in groups
     ]
-    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", "LoRA target")
+    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", *([last] if last else []))
     _print_table([(title, title in ("shape", "count", "parameters", "bytes")) for title in titles], rows)
+
+
+def print_method(report: MethodReport) -> None:
+    say(f"{report.path}: {report.title}" + (f", for {report.base_model}" if report.base_model else ""))
+    _print_groups(report.groups)
+    say(f"\n{report.tensors} tensors, {_count(report.parameters)} parameters, {size(report.nbytes)}")
+    for note in report.notes:
+        say(f"note: {note}")
+    say(report.verdict)
+
+
+def print_checkpoint(report: CheckpointReport) -> None:
+    marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
+    marks += ["tied head"] if report.tied else []
+    marks += [f"quantized: {report.quantization}"] if report.quantization else []
+    say(f"{report.path}: {', '.join(marks)}")
+    _print_groups(report.groups, "LoRA target")
     dtypes = ", ".join(f"{dtype} {_count(n)}" for dtype, n in report.dtypes.items())
     say(f"\n{report.tensors} tensors, {_count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
 
