@@ -138,7 +138,8 @@ def _inspect_method(path: str, file: WeightsFile, fields: Mapping[str, Any], key
     notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
     if len(specs) < len(file.specs):  # a torch file's names can share their bytes
         notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")
-    notes += [f"it holds tensors of {METHODS[kind].title} too" for kind in find_marks(file.specs) if kind != key]
+    _, *more = [*find_marks(file.specs)] or [key]  # the first told the method
+    notes += [f"it holds tensors of {METHODS[kind].title} too" for kind in more]
     verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
     return MethodReport(
         path,
