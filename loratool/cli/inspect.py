@@ -10,7 +10,9 @@ from .options import alpha_option, json_option
 @click.command()
 @click.argument("path")
 @click.option("--base", metavar="BASE", help="Hold an adapter against this model: what binds, and the change's size.")
-@click.option("--strict", is_flag=True, help="Exit with 1 where something is wrong with an adapter.")
+@click.option(
+    "--strict", is_flag=True, help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA."
+)
 @alpha_option
 @json_option
 @click.pass_context
@@ -26,17 +28,23 @@ def inspect(context: click.Context, path: str, base: str | None, strict: bool, a
       loratool inspect model/
       loratool inspect adapter/ --base model/ --strict
     """
-    from ..ops.inspect import CheckpointReport
+    from ..ops.inspect import CheckpointReport, MethodReport
     from ..ops.inspect import inspect as run
-    from ..render import print_adapter, print_checkpoint, to_json
+    from ..render import print_adapter, print_checkpoint, print_method, to_json
 
     report = run(path, base=base, alpha=alpha)
-    wrong = strict and not isinstance(report, CheckpointReport) and bool(report.problems)
+    status = None
+    if isinstance(report, MethodReport):
+        status = "other method" if strict else None
+    elif not isinstance(report, CheckpointReport):
+        status = "problems" if strict and report.problems else None
     if json:
-        print(to_json("inspect", report, status="problems" if wrong else None))
+        print(to_json("inspect", report, status=status))
     elif isinstance(report, CheckpointReport):
         print_checkpoint(report)
+    elif isinstance(report, MethodReport):
+        print_method(report)
     else:
         print_adapter(report)
-    if wrong:
+    if status:
         context.exit(1)

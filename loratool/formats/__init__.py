@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..adapter import Adapter
 from ..checkpoint import find_weights, is_torch_weights, open_weights, refuse_training_state
@@ -19,7 +20,8 @@ from ..fileio import reading
 from ..hub import resolve
 from ..tensorfile import WeightsFile
 from . import kohya, peft
-from .peft_config import CONFIG_NAME
+from .methods import BIASES, Method, is_biases, other_method
+from .peft_config import CONFIG_NAME, find_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ FORMATS = {
 
 
 # AdapterHub's, beside which the head's weights lie in a file of their own
-ADAPTERHUB_NAME = "pytorch_adapter.bin"
+ADAPTERHUB_NAMES = ("adapter.safetensors", "pytorch_adapter.bin")
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -65,7 +67,7 @@ def find_adapter_file(path: Path) -> Path:
 
 def _in_folder(path: Path) -> list[Path]:
     """PEFT's file names first, then any safetensors, then any torch file."""
-    for name in (*peft.WEIGHTS_NAMES, ADAPTERHUB_NAME):
+    for name in (*peft.WEIGHTS_NAMES, *ADAPTERHUB_NAMES):
         if (path / name).is_file():
             return [path / name]
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
@@ -73,6 +75,7 @@ def _in_folder(path: Path) -> list[Path]:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
+    """Whether a format claims the names. (Biases alone, which none does, can be a shard of a model.)"""
     names = list(names)
     return any(format.claims(names) for format in FORMATS.values())
 
@@ -92,7 +95,35 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
         return False
     file = open_weights(weights)
     file.close()
-    return is_adapter(file.specs)
+    return is_adapter(file.specs) or is_biases(file.specs)
+
+
+def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, Method] | None:
+    """The weights of another method than LoRA, its config, its key and itself; None where `open_adapter` is to say.
+
+    The caller closes the file.
+    """
+    path = resolve(name)
+    with reading(path):
+        weights = find_adapter_file(path)
+    file = open_weights(weights)
+    try:
+        if not kohya.claims(file.specs):
+            fields, _ = find_config(file)
+            if other := other_method(file.specs, fields):
+                return file, fields, *other
+            if is_biases(file.specs) and not _is_complete(weights):
+                return file, fields, "BIASES", BIASES
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None
+
+
+def _is_complete(weights: Path) -> bool:
+    """Whether a file is PEFT's by its name and its config, so that its tensors' names need not tell."""
+    return weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file()
 
 
 def open_adapter(name: str | os.PathLike[str], alpha: float | None = None, lenient: bool = False) -> Adapter:
@@ -112,8 +143,12 @@ def open_adapter(name: str | os.PathLike[str], alpha: float | None = None, lenie
         for format in FORMATS.values():
             if format.claims(file.specs):
                 return format.read(os.fspath(name), file, alpha, lenient)
-        if weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file():
+        if _is_complete(weights):
             return peft.read(os.fspath(name), file, alpha, lenient)  # trained modules or biases and no LoRA
+        if is_biases(file.specs):
+            raise InputError(
+                f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy
+            )
         first = next(iter(file.specs), "no tensor at all")
         raise InputError(
             f"is not an adapter in a known format ({', '.join(FORMATS)}): it has {first}", culprit=os.fspath(name)

@@ -18,6 +18,7 @@ from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS, module_of
 from ..errors import InputError
 from ..tensorfile import WeightsFile
 from ..updates import ADDITIVE
+from .methods import find_marks, other_method
 from .peft_config import find_config, missing_tensors, parse_config, target_parameter
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -42,37 +43,18 @@ _ENDS = tuple(
 )
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
-BOTTLENECK = (
-    "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé): it adds layers, whose depth is its latency, and no weight "
-    "could hold them"
-)
-# What a key of another method has in it -> the method, and why it cannot be merged here.
-FOREIGN = {
-    "adapter_down": BOTTLENECK,
-    "adapter_up": BOTTLENECK,
-    "prompt_embeddings": "prompt or prefix tuning: it adds inputs, and no weight could hold them",
-    "ia3_l": "IA3, which is not supported yet",
-    "lora_E": "AdaLoRA, whose formula is its own; convert it with peft.tuners.lora.conversion first",
-    "lora_diag": "KaSA, which truncates the base",
-    "vera_": "VeRA, whose factors are shared random matrices; convert it with peft.tuners.lora.conversion first",
-    "hada_": "LoHa, which is not supported yet",
-    "lokr_": "LoKr, which is not supported yet",
-    "oft_": "OFT, which is not supported yet",
-    "lora_velora": "VeLoRA, a variant with a formula of its own",
-    "lora_monteclora": "MonteCLoRA, a variant with a formula of its own",
-}
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 
 
 def claims(names: Iterable[str]) -> bool:
-    """Keys of LoRA, and of PEFT's other methods: a base saved under PEFT's prefix has plain weights and biases only."""
-    return any(
+    """Keys of LoRA, and of other methods: a base saved under PEFT's prefix has plain weights and biases only."""
+    names = list(names)
+    return bool(find_marks(names)) or any(
         ".lora_A." in name
         or ".lora_B." in name
         or ".lora_embedding_" in name
         or ".trainable_tokens_delta" in name
-        or any(f".{mark}" in name or name.startswith(mark) for mark in FOREIGN)
         or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
         for name in names
     )
@@ -80,11 +62,12 @@ def claims(names: Iterable[str]) -> bool:
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
     """Raises InputError for a method or a variant that no row of UPDATES describes, naming the field or the tensor."""
-    for key in file.specs:
-        for mark, method in FOREIGN.items():
-            if f".{mark}" in key or key.startswith((mark, PEFT_PREFIX + mark)):
-                raise InputError(f"of {name} is a tensor of {method}", culprit=key)
     fields, component = find_config(file)
+    marked, other = find_marks(file.specs), other_method(file.specs, fields)
+    if marked and other:
+        _, method = other
+        said = f"of {name} is a tensor of {method.title}, which {method.reason}"
+        raise InputError(said, culprit=next(iter(marked.values())), remedy=method.remedy)
     if len(fields) == 1 and _is_dump(file.specs):
         raise InputError(
             "is a dump of a whole PeftModel, its weights under names that no loader knows",

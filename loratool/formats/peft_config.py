@@ -15,6 +15,7 @@ from ..adapter import AdapterConfig, UpdateSpec
 from ..checkpoint import read_json_file
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
+from .methods import method_of, peft_type
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -28,23 +29,6 @@ REFUSED = {
     "kasa_config": "KaSA truncates the base",
     "velora_config": "VeLoRA is a variant with a formula of its own",
     "monteclora_config": "MonteCLoRA is a variant with a formula of its own",
-}
-# PEFT's other methods, and the reason why they are not merged here.
-METHODS = {
-    "ADALORA": "has a formula of its own; convert it with peft.tuners.lora.conversion.convert_to_lora first",
-    "VERA": "shares random matrices; convert it with peft.tuners.lora.conversion.convert_to_lora first",
-    "LOHA": "is not supported yet",
-    "LOKR": "is not supported yet",
-    "OFT": "is not supported yet",
-    "BOFT": "is not supported yet",
-    "IA3": "is not supported yet",
-    "PROMPT_TUNING": "adds inputs, and no weight could hold them",
-    "MULTITASK_PROMPT_TUNING": "adds inputs, and no weight could hold them",
-    "P_TUNING": "adds inputs, and no weight could hold them",
-    "PREFIX_TUNING": "adds inputs to every layer, and no weight could hold them",
-    "ADAPTION_PROMPT": "adds inputs to every layer, and no weight could hold them",
-    "BOTTLENECK": "adds layers (Houlsby, Lin, Pfeiffer, Rücklé), whose depth is its latency, and no weight could hold "
-    "them",
 }
 # Which of these names a classifier has depends on its class, and PEFT lists them all.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
@@ -84,11 +68,10 @@ def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
 
 
 def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
-    kind = fields.get("peft_type")
-    if kind is None:  # AdapterHub's config has one of its own inside
-        kind = "BOTTLENECK" if isinstance(fields.get("config"), dict) else "LORA" if "r" in fields else None
+    kind = peft_type(fields)
     if kind != "LORA":
-        raise InputError(f"is a {kind} adapter, which {METHODS.get(str(kind), 'is not supported')}", culprit=name)
+        method = method_of(str(kind))
+        raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
     for field, reason in REFUSED.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)

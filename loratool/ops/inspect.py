@@ -10,15 +10,16 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..architectures.quantized import quantization
 from ..architectures.roles import role
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
-from ..formats import holds_adapter, open_adapter
+from ..formats import holds_adapter, open_adapter, open_other
+from ..formats.methods import METHODS, OUTCOMES, Method, describe_bottlenecks, find_marks
 from ..naming import split_numbers, with_ranges
-from ..tensorfile import TORCH_FLOATS, TensorSpec
+from ..tensorfile import TORCH_FLOATS, TensorSpec, WeightsFile
 from ..tied import head_is_missing
 
 if TYPE_CHECKING:
@@ -56,15 +57,41 @@ class CheckpointReport:
     kind: str = "checkpoint"
 
 
+@dataclass(frozen=True)
+class MethodReport:
+    """What another method than LoRA left: `method` is a key of METHODS (or what the config says), or BIASES.
+
+    outcome: a key of OUTCOMES; verdict: the same as a sentence with the reason, and how it is reached.
+    """
+
+    path: str
+    method: str
+    title: str
+    outcome: str
+    verdict: str
+    groups: tuple[Group, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    base_model: str | None
+    notes: tuple[str, ...]
+    kind: str = "method"
+
+
 def inspect(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
-) -> CheckpointReport | AdapterInspection:
-    """Describe a checkpoint or an adapter, which is told by its tensor names.
+) -> CheckpointReport | AdapterInspection | MethodReport:
+    """Describe a checkpoint, an adapter, or what another method left; which it is, its tensors' names tell.
 
     base: the model whose names an adapter is held against. alpha: for an adapter file that does not say its own.
-    Raises InputError for what cannot be read, and UsageError for `base` with a checkpoint.
+    Raises InputError for what cannot be read, and UsageError for `base` and `alpha` with what is no LoRA.
     """
     if holds_adapter(path):
+        if other := open_other(path):
+            file, fields, key, method = other
+            file.close()
+            _refuse_options(path, f"holds {method.title}", base, alpha)
+            return _inspect_method(os.fspath(path), file, fields, key, method)
         adapter = open_adapter(path, alpha, lenient=True)
         try:
             from .inspect_adapter import inspect_adapter
@@ -72,13 +99,43 @@ def inspect(
             return inspect_adapter(adapter, base)
         finally:
             adapter.file.close()
-    if base is not None:
-        raise UsageError("is a checkpoint; --base is for adapters", culprit=os.fspath(path))
     checkpoint = open_checkpoint(path)
     try:
+        _refuse_options(path, "is a checkpoint", base, None)
         return _inspect_checkpoint(checkpoint, os.fspath(path))
     finally:
         checkpoint.close()
+
+
+def _refuse_options(path: str | os.PathLike[str], what: str, base: object, alpha: object) -> None:
+    for option, value in (("--base", base), ("--alpha", alpha)):
+        if value is not None:
+            raise UsageError(f"{what}; {option} is for adapters", culprit=os.fspath(path))
+
+
+def _inspect_method(path: str, file: WeightsFile, fields: Mapping[str, Any], key: str, method: Method) -> MethodReport:
+    base = fields.get("base_model_name_or_path") or fields.get("model_name")
+    places = {(file.begin[name], spec): name for name, spec in reversed(file.specs.items())}
+    specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.begin[n], spec] == n}
+    notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
+    if len(specs) < len(file.specs):  # a torch file's names can share their bytes
+        notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")
+    _, *more = [*find_marks(file.specs)] or [key]  # the first told the method
+    notes += [f"it holds tensors of {METHODS[kind].title} too" for kind in more]
+    verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
+    return MethodReport(
+        path,
+        key,
+        method.title,
+        method.outcome,
+        f"{verdict}; {method.remedy}" if method.remedy else verdict,
+        tuple(_groups(specs)),
+        len(specs),
+        sum(spec.size for spec in specs.values()),
+        sum(spec.nbytes for spec in specs.values()),
+        base if isinstance(base, str) and base else None,
+        tuple(note for note in notes if note),
+    )
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:

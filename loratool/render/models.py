@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from .text import count, print_table, say, share, size
 
 if TYPE_CHECKING:
-    from ..ops.inspect import CheckpointReport
+    from collections.abc import Iterable
+
+    from ..ops.inspect import CheckpointReport, Group, MethodReport
     from ..ops.merge_report import MergeReport
     from ..ops.unmerge import UnmergeReport
     from ..ops.verify import VerifyReport
@@ -77,11 +79,8 @@ def print_verify(report: VerifyReport) -> None:
         say(f"{report.status}: {report.merged}")
 
 
-def print_checkpoint(report: CheckpointReport) -> None:
-    marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
-    marks += ["tied head"] if report.tied else []
-    marks += [f"quantized: {report.quantization}"] if report.quantization else []
-    say(f"{report.path}: {', '.join(marks)}")
+def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
+    """`last`: the title of a column for their roles."""
     rows = [
         [
             g.name,
@@ -90,11 +89,28 @@ def print_checkpoint(report: CheckpointReport) -> None:
             str(g.tensors),
             count(g.parameters),
             size(g.nbytes),
-            g.role,
+            *([g.role] if last else []),
         ]
-        for g in report.groups
+        for g in groups
     ]
-    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", "LoRA target")
+    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", *([last] if last else []))
     print_table([(title, title in ("shape", "count", "parameters", "bytes")) for title in titles], rows)
+
+
+def print_method(report: MethodReport) -> None:
+    say(f"{report.path}: {report.title}" + (f", for {report.base_model}" if report.base_model else ""))
+    _print_groups(report.groups)
+    say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters, {size(report.nbytes)}")
+    for note in report.notes:
+        say(f"note: {note}")
+    say(report.verdict)
+
+
+def print_checkpoint(report: CheckpointReport) -> None:
+    marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
+    marks += ["tied head"] if report.tied else []
+    marks += [f"quantized: {report.quantization}"] if report.quantization else []
+    say(f"{report.path}: {', '.join(marks)}")
+    _print_groups(report.groups, "LoRA target")
     dtypes = ", ".join(f"{dtype} {count(n)}" for dtype, n in report.dtypes.items())
     say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
