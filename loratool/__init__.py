@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-`extract`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning; each
-returns a frozen report. Errors are children of `LoratoolError`.
+`count`, `extract`, `merge`, `unmerge`, `verify` and `inspect` are the verbs of the command line, with the same meaning;
+each returns a frozen report. Errors are children of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.count import CountReport, count
     from .ops.extract import ExtractReport, extract
     from .ops.inspect import CheckpointReport, inspect
     from .ops.inspect_adapter import AdapterInspection
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterInspection": "inspect_adapter",
     "CheckpointReport": "inspect",
+    "CountReport": "count",
+    "count": "count",
     "MergeReport": "merge_report",
     "ExtractReport": "extract",
     "extract": "extract",
@@ -42,6 +45,7 @@ _HOMES = {
 __all__ = [
     "AdapterInspection",
     "CheckpointReport",
+    "CountReport",
     "ExtractReport",
     "InputError",
     "LoratoolError",
@@ -51,6 +55,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "count",
     "extract",
     "inspect",
     "merge",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .errors import LoratoolError
+    from .ops.count import CountReport
     from .ops.extract import ExtractReport
     from .ops.inspect import CheckpointReport
     from .ops.inspect_adapter import AdapterInspection
@@ -193,6 +194,31 @@ def print_extract(report: ExtractReport) -> None:
         say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
     say(f"{verb} {report.out}: {_count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_count(report: CountReport) -> None:
+    marks = [report.model_type or "unknown family", f"from its {'config' if report.source == 'config' else 'headers'}"]
+    marks += [f"{report.layers} layers of width {report.width}"] if report.layers else []
+    marks += [f"{_count(report.parameters)} parameters", *(["tied head"] if report.tied else [])]
+    say(f"{report.path}: {', '.join(marks)}")
+    limit = report.params is not None
+    rows = [
+        [
+            m.title,
+            f"{m.measure} {m.size}" if m.size else "-",
+            f"{m.parameters:,}",
+            size(m.nbytes),
+            f"{100 * m.share:.3g} %",
+            *([{True: "yes", False: "no", None: "-"}[m.fits]] if limit else []),
+            m.adds,
+        ]
+        for m in report.methods
+    ]
+    titles = ["method", "size", "trainable", f"bytes ({report.dtype})", "of the model", *(["fits"] if limit else [])]
+    _print_table([(title, i in (2, 3, 4)) for i, title in enumerate([*titles, "adds at inference"])], rows)
+    say(f"\nLoRA on {report.matrices} matrices: {', '.join(report.targets)}")
+    for note in report.notes:
+        say(f"note: {note}")
 
 
 def print_checkpoint(report: CheckpointReport) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # verb -> its line in `loratool -h`
 VERBS = {
+    "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
     "extract": "Make an adapter of a full fine-tune: the best of its rank.",
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
     "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
