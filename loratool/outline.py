@@ -137,8 +137,13 @@ def _is_bias(name: str, spec: TensorSpec) -> bool:
     return (last.endswith("bias") or last == "beta") and len(spec.shape) <= 2 and not is_head
 
 
-def find_matrices(specs: Mapping[str, TensorSpec], blocks: Sequence[Block]) -> tuple[Matrix, ...]:
-    """Every tensor that LoRA could change: matrices, convolutions with their kernels flattened, stacks of experts."""
+def find_matrices(
+    specs: Mapping[str, TensorSpec], blocks: Sequence[Block], tied: tuple[str, str] | None = None
+) -> tuple[Matrix, ...]:
+    """Every tensor that LoRA could change: matrices, convolutions with their kernels flattened, stacks of experts.
+
+    tied: the names of an embedding and of a head that is the same tensor; LoRA can change what the head alone computes.
+    """
     width_of = {(b.stack, b.number): b.width for b in blocks}
     found = []
     for name, spec in specs.items():
@@ -148,13 +153,16 @@ def find_matrices(specs: Mapping[str, TensorSpec], blocks: Sequence[Block]) -> t
             copies, rows = (spec.shape[0], spec.shape[1]) if kind == "experts" else (1, spec.shape[0])
             width = width_of.get((block[1], int(block[2])), 0) if block else 0
             found.append(Matrix(path, kind, copies, rows, spec.size // (copies * rows), width))
+    if tied is not None and tied[1] not in specs:
+        rows, columns = specs[tied[0]].shape
+        found.append(Matrix(module_of(tied[1]), "head", 1, rows, columns, 0))
     return tuple(found)
 
 
 def names_one(pattern: str, matrix: Matrix) -> bool:
     """Whether a pattern of --target means a matrix or a part of it: by its path, or by a role."""
-    if pattern == "all-linear" and matrix.kind == "conv":
-        return False
+    if pattern == "all-linear":
+        return matrix.kind in ("linear", "experts")
     return pattern in matrix.roles or matches(pattern, matrix.path)
 
 

@@ -179,6 +179,7 @@ def test_full_top_layers_and_biases_are_the_live_models(tmp_path: Path, name: st
         ("llama", ["embed_tokens", "mlp.down_proj"]),
         ("gpt2", ["c_attn"]),
         ("gpt2", ["mlp.c_fc", "attn.c_proj"]),
+        ("gpt2", ["lm_head"]),  # tied
     ],
 )
 def test_lora_is_pefts(name: str, target: list[str]) -> None:
@@ -316,6 +317,20 @@ def test_any_family_by_its_shapes(model_type: str) -> None:
         assert sum(t.cost for t in targets) == 2 * (2 * 32 + SLICES.get(model_type, 2 * 32))
 
 
+def test_the_top_layers_are_the_last_by_number(tmp_path: Path) -> None:
+    """Blocks of different sizes, in a file whose order is by name: 10 stands before 2. The head is in none."""
+    inner = {number: 40 + number for number in range(11)}
+    tensors = {"lm_head.weight": weights(9, 32), "embed.weight": weights(9, 32)}
+    for number, i in inner.items():
+        tensors |= {f"layers.{number}.{name}.weight": weights(32, 32) for name in ("q_proj", "v_proj", "o_proj")}
+        tensors[f"layers.{number}.up_proj.weight"] = weights(i, 32)
+        tensors[f"layers.{number}.norm.weight"] = weights(32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    sizes = {number: 3 * 32 * 32 + i * 32 + 32 for number, i in inner.items()}
+    assert trained(tmp_path, "top-layers") == sizes[9] + sizes[10]
+    assert method(tmp_path, "top-layers", params=sum(sizes.values()) - sizes[0]).size == 10
+
+
 def test_buffers_and_second_copies_do_not_count(tmp_path: Path) -> None:
     """gpt2 as it lies on the hub stores its causal masks as `attn.bias`, and some files store the tied head too."""
     base = load_file(FIXTURES / "gpt2" / "base" / "model.safetensors")
@@ -325,6 +340,22 @@ def test_buffers_and_second_copies_do_not_count(tmp_path: Path) -> None:
     more["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     write_model(tmp_path / "model", {**base, **more}, config)
     assert loratool.count(tmp_path / "model").methods == loratool.count(FIXTURES / "gpt2" / "base").methods
+
+
+def test_a_masked_models_head_is_its_embedding(tmp_path: Path) -> None:
+    """RoBERTa's decoder is tied with its bias; older files store both twice, and no `lm_head` is a matrix."""
+    config = {**small("roberta"), "architectures": ["RobertaForMaskedLM"]}
+    alone = loratool.count(config_file(tmp_path / "alone", config))
+    made = transformers.AutoConfig.for_model("roberta", **{k: v for k, v in config.items() if k != "model_type"})
+    state = {name: value.clone() for name, value in transformers.RobertaForMaskedLM(made).state_dict().items()}
+    assert {"lm_head.decoder.weight", "lm_head.decoder.bias", "lm_head.bias"} < set(state)
+    (tmp_path / "torch").mkdir()
+    torch.save(state, tmp_path / "torch" / "pytorch_model.bin")
+    config_file(tmp_path / "torch", config)
+    report = loratool.count(tmp_path / "torch")
+    assert report.source == "checkpoint" and report.tied and report.methods == alone.methods
+    with pytest.raises(InputError, match="no matrix is selected"):
+        loratool.count(tmp_path / "torch", target=["lm_head"])
 
 
 def test_a_task_head_is_named_and_not_counted(tmp_path: Path) -> None:
@@ -399,11 +430,11 @@ def test_quantized_models(tmp_path: Path) -> None:
         loratool.count(tmp_path / "unknown")
 
 
-def test_a_prefix_longer_than_the_context_is_no_answer(tmp_path: Path) -> None:
-    path = config_file(tmp_path, {"model_type": "llama", **GROUPED})  # 20 positions
-    assert method(path, "prefix-embedding", params=10**6).size == 19
-    with pytest.raises(UsageError, match="v_proj: is 16 x 32"):
-        loratool.count(path, rank=17)
+def test_a_prefix_leaves_something_of_the_context(tmp_path: Path) -> None:
+    path = config_file(tmp_path, {"model_type": "llama", **GROUPED, "max_position_embeddings": 10})
+    assert method(path, "prefix-embedding", params=10**6).size == 9
+    assert loratool.count(path, rank=10).notes == ("a prefix of 10 leaves nothing of a context of 10",)
+    assert loratool.count(path, rank=9).notes == ()
 
 
 def test_the_command(run: Callable[..., Any], tmp_path: Path) -> None:

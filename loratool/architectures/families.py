@@ -378,6 +378,18 @@ def model_class(config: Mapping[str, Any]) -> str:
     return family.lm if named.endswith(LANGUAGE_MODELS) else family.bare
 
 
+def tied_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The names of the embedding and of the head that is the same matrix, where the class has such a head."""
+    family = FAMILIES[config["model_type"]]
+    flags = _flags(config, family, _sizes(config, family)[0])
+    heads = [
+        name for name, _, *needs in family.lm_only if "untied" in needs and flags.issuperset({*needs} - {"untied"})
+    ]
+    if model_class(config) != family.lm or "untied" in flags or not heads:
+        return None
+    return family.prefix + family.tensors[0][0], heads[0]
+
+
 def declared_class(config: Mapping[str, Any]) -> str:
     """The first of `architectures`, or an empty string."""
     listed = config.get("architectures")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..architectures.families import FAMILIES, config_field, declared_class, model_class, tensor_shapes
+from ..architectures.families import FAMILIES, config_field, declared_class, model_class, tensor_shapes, tied_head
 from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file
 from ..counting import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
@@ -80,13 +80,16 @@ class CountReport:
 
 @dataclass(frozen=True)
 class Model:
-    """Names and shapes of what is trained, each tied matrix once, and what is said about them."""
+    """Names and shapes of what is trained, each tied matrix once, and what is said about them.
+
+    tied: the name of the embedding, and of the head that is the same matrix where it has one that can be its own.
+    """
 
     source: str
     model_type: str | None
     specs: Mapping[str, TensorSpec]
     dtype: str
-    tied: bool
+    tied: tuple[str, str] | None
     context: int | None
     notes: tuple[str, ...]
 
@@ -116,11 +119,13 @@ def count(
     selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
     model = _open_model(path)
     blocks = find_blocks(model.specs)
-    matrices = find_matrices(model.specs, blocks)
+    matrices = find_matrices(model.specs, blocks, model.tied)
     targets = find_targets(matrices, selection)
     _check_targets(targets, matrices, selection, None if params is not None else rank or RANK)
     shape = outline(model.specs, blocks, targets, selection.layers, model.context)
-    idle = [p for p in selection.target if not any(names_one(p, m) for m in matrices)]
+    notes = [f"--target {p} names nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
+    if params is None and model.context and (rank or RANK) >= model.context:
+        notes.append(f"a prefix of {rank or RANK} leaves nothing of a context of {model.context}")
     return CountReport(
         os.fspath(path),
         model.source,
@@ -130,13 +135,13 @@ def count(
         model.dtype,
         len(shape.layers),
         shape.width,
-        model.tied,
+        model.tied is not None,
         None if params is not None else rank or RANK,
         params,
         sum(each.copies for each in targets),
         _grouped([each.name for each in targets]),
         tuple(_count_method(name, each, shape, rank or RANK, params, model.dtype) for name, each in METHODS.items()),
-        (*model.notes, *(f"--target {pattern} names nothing" for pattern in idle)),
+        (*model.notes, *notes),
     )
 
 
@@ -183,7 +188,7 @@ def _from_config(config: Mapping[str, Any]) -> Model:
     if method := quantization((), config):
         notes.append(f"quantized ({method}): counted as it was before")
     dtype = CONFIG_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), "F32")
-    tied = counted == family.lm and bool(config_field(config, family, "tie_word_embeddings"))
+    tied = tied_head(config)
     context = config_field(config, family, "max_position_embeddings")
     specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
     return Model("config", config["model_type"], specs, dtype, tied, context, tuple(notes))
@@ -191,12 +196,13 @@ def _from_config(config: Mapping[str, Any]) -> Model:
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     specs = parameters_of(checkpoint.specs)
-    tie = find_tie(checkpoint)
+    tie, tied = find_tie(checkpoint), None
     if tie is not None and tie.embedding in specs:
+        tied = tie.embedding, tie.head if tie.separable else tie.embedding
         one = specs[tie.embedding].shape
         copies = [n for n, s in specs.items() if n.removesuffix(".weight").split(".")[-1] in COPIES and s.shape == one]
         specs = {name: spec for name, spec in specs.items() if name == tie.embedding or name not in copies}
-    if not specs:
+    if not any(spec.size for spec in specs.values()):
         raise InputError("holds no floating-point weights", culprit=str(checkpoint.path))
     dtypes: Counter[str] = Counter()
     for spec in specs.values():
@@ -206,7 +212,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     parts = (checkpoint.config, checkpoint.config.get("text_config"))
     fields = [part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXT_FIELDS]
     context = next((value for value in fields if type(value) is int and value > 0), None)
-    return Model("checkpoint", checkpoint.model_type, specs, found[0], tie is not None, context, notes)
+    return Model("checkpoint", checkpoint.model_type, specs, found[0], tied, context, notes)
 
 
 def _check_targets(
