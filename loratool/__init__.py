@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.count import CountReport, count
     from .ops.diff import AdapterDiff, CheckpointDiff, diff
     from .ops.extract import ExtractReport, extract
     from .ops.init import InitReport, init
@@ -34,6 +35,8 @@ _HOMES = {
     "CheckpointDiff": "diff",
     "diff": "diff",
     "CheckpointReport": "inspect",
+    "CountReport": "count",
+    "count": "count",
     "MergeReport": "merge_report",
     "ExtractReport": "extract",
     "extract": "extract",
@@ -54,6 +57,7 @@ __all__ = [
     "AdapterInspection",
     "CheckpointDiff",
     "CheckpointReport",
+    "CountReport",
     "ExtractReport",
     "InitReport",
     "InputError",
@@ -65,6 +69,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "count",
     "diff",
     "extract",
     "init",

@@ -1,4 +1,4 @@
-"""Reports on models: merge, unmerge, verify, inspect."""
+"""Reports on models: merge, unmerge, verify, inspect, count."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .text import count, print_table, say, share, size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..ops.count import CountReport
     from ..ops.inspect import CheckpointReport, Group, MethodReport
     from ..ops.merge_report import MergeReport
     from ..ops.unmerge import UnmergeReport
@@ -114,3 +115,28 @@ def print_checkpoint(report: CheckpointReport) -> None:
     _print_groups(report.groups, "LoRA target")
     dtypes = ", ".join(f"{dtype} {count(n)}" for dtype, n in report.dtypes.items())
     say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
+
+
+def print_count(report: CountReport) -> None:
+    marks = [report.model_type or "unknown family", f"from its {'config' if report.source == 'config' else 'headers'}"]
+    marks += [f"{report.layers} layers of width {report.width}"] if report.layers else []
+    marks += [f"{count(report.parameters)} parameters", *(["tied head"] if report.tied else [])]
+    say(f"{report.path}: {', '.join(marks)}")
+    limit = report.params is not None
+    rows = [
+        [
+            m.title,
+            f"{m.measure} {m.size}" if m.size else "-",
+            f"{m.parameters:,}",
+            size(m.nbytes),
+            f"{100 * m.share:.3g} %",
+            *([{True: "yes", False: "no", None: "-"}[m.fits]] if limit else []),
+            m.adds,
+        ]
+        for m in report.methods
+    ]
+    titles = ["method", "size", "trainable", f"bytes ({report.dtype})", "of the model", *(["fits"] if limit else [])]
+    print_table([(title, i in (2, 3, 4)) for i, title in enumerate([*titles, "adds at inference"])], rows)
+    say(f"\nLoRA on {report.matrices} matrices: {', '.join(report.targets)}")
+    for note in report.notes:
+        say(f"note: {note}")

@@ -1,0 +1,54 @@
+"""`loratool count`."""
+
+from __future__ import annotations
+
+import click
+
+from .options import Count, exclude_option, json_option, layers_option, target_option
+
+
+@click.command()
+@click.argument("model", metavar="CONFIG-OR-CHECKPOINT")
+@click.option(
+    "--rank", type=click.IntRange(1), help="LoRA's, the adapters' bottleneck, the prefixes' length.  [default: 8]"
+)
+@click.option("--params", type=Count(), metavar="4M", help="Instead, the largest size of each method that fits.")
+@target_option
+@exclude_option
+@layers_option
+@json_option
+def count(
+    model: str,
+    rank: int | None,
+    params: int | None,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    json: bool,
+) -> None:
+    """Count what LoRA and its rivals would train of a model, and what each adds at inference.
+
+    From a checkpoint's headers, or from a config.json alone. LoRA goes to query and value, as in the paper, or to
+    --target; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj mean those parts in every family, also
+    within a fused matrix.
+
+    \b
+      loratool count model/ --rank 16 --target q_proj,k_proj,v_proj,o_proj
+      loratool count config.json --params 4M
+    """
+    from ..ops.count import count as run
+    from ..render import print_count, to_json
+    from ..targets import parse_patterns
+
+    report = run(
+        model,
+        rank=rank,
+        target=parse_patterns(target),
+        exclude=parse_patterns(exclude),
+        layers=layers,
+        params=params,
+    )
+    if json:
+        print(to_json("count", report))
+    else:
+        print_count(report)
