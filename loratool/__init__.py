@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ops.merge import merge
     from .ops.merge_report import MergeReport
     from .ops.resize import ResizeReport, resize
+    from .ops.spectra import SpectraReport, spectra
     from .ops.unmerge import UnmergeReport, unmerge
     from .ops.verify import VerifyReport, verify
 
@@ -46,6 +47,8 @@ _HOMES = {
     "merge": "merge",
     "ResizeReport": "resize",
     "resize": "resize",
+    "SpectraReport": "spectra",
+    "spectra": "spectra",
     "UnmergeReport": "unmerge",
     "unmerge": "unmerge",
     "VerifyReport": "verify",
@@ -66,6 +69,7 @@ __all__ = [
     "MergeReport",
     "NeedsFlag",
     "ResizeReport",
+    "SpectraReport",
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
@@ -76,6 +80,7 @@ __all__ = [
     "inspect",
     "merge",
     "resize",
+    "spectra",
     "unmerge",
     "verify",
 ]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from .options import alpha_option, json_option
+from .options import (
+    alpha_option,
+    device_option,
+    exclude_option,
+    json_option,
+    layers_option,
+    quiet_option,
+    target_option,
+)
 
 
 @click.command()
@@ -13,10 +21,31 @@ from .options import alpha_option, json_option
 @click.option(
     "--strict", is_flag=True, help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA."
 )
+@click.option(
+    "--spectra", is_flag=True, help="The singular values, of a model's linear layers or an adapter's changes."
+)
+@target_option
+@exclude_option
+@layers_option
 @alpha_option
+@device_option
+@quiet_option
 @json_option
 @click.pass_context
-def inspect(context: click.Context, path: str, base: str | None, strict: bool, alpha: float | None, json: bool) -> None:
+def inspect(
+    context: click.Context,
+    path: str,
+    base: str | None,
+    strict: bool,
+    spectra: bool,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    alpha: float | None,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
     Matrices are grouped over layers. For a checkpoint, from headers alone: shapes, dtypes, sizes, what is tied or
@@ -24,10 +53,21 @@ def inspect(context: click.Context, path: str, base: str | None, strict: bool, a
     the size and effective rank of its change, and problems: factors that are zero, nan or inf, a config that does
     not fit them, and with --base modules and shapes that do not fit the model.
 
+    With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
+    and stable rank, and the ranks that hold 50, 90 and 99 % of the energy.
+
     \b
       loratool inspect model/
       loratool inspect adapter/ --base model/ --strict
+      loratool inspect model/ --spectra --target q_proj,v_proj
     """
+    if spectra and (base or strict):
+        raise click.UsageError("--spectra excludes --base and --strict")
+    if spectra:
+        _spectra(path, target, exclude, layers, alpha, device, quiet, json)
+        return
+    if target or exclude or layers:
+        raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
     from ..ops.inspect import CheckpointReport, MethodReport
     from ..ops.inspect import inspect as run
     from ..render import print_adapter, print_checkpoint, print_method, to_json
@@ -48,3 +88,36 @@ def inspect(context: click.Context, path: str, base: str | None, strict: bool, a
         print_adapter(report)
     if status:
         context.exit(1)
+
+
+def _spectra(
+    path: str,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
+    alpha: float | None,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
+    from ..ops.spectra import spectra as run
+    from ..render import ProgressBar, print_spectra, to_json
+    from ..targets import parse_patterns
+
+    bar = ProgressBar("spectra", quiet or json, "matrices")
+    try:
+        report = run(
+            path,
+            target=parse_patterns(target),
+            exclude=parse_patterns(exclude),
+            layers=layers,
+            alpha=alpha,
+            device=device,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if json:
+        print(to_json("inspect", report))
+    else:
+        print_spectra(report)

@@ -1,4 +1,4 @@
-"""Reports of diff: two adapters, or two checkpoints."""
+"""Reports of numbers over modules: diff of two adapters or two checkpoints, and spectra."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
-from ..pictures import beside, grid, is_plain, strips
+from ..pictures import bars, beside, grid, is_plain, strips
 from .text import draw, print_table, say
 
 if TYPE_CHECKING:
     from ..comparing import ModuleDiff, Phi
     from ..ops.diff import AdapterDiff, CheckpointDiff
+    from ..ops.spectra import SpectraReport
 
 
 def print_adapter_diff(report: AdapterDiff) -> None:
@@ -112,3 +113,30 @@ def print_checkpoint_diff(report: CheckpointDiff) -> None:
     for letter, names in (("A", report.only_a), ("B", report.only_b)):
         for name in names:
             say(f"only in {letter}: {name}")
+
+
+def print_spectra(report: SpectraReport) -> None:
+    say(f"{report.path}: singular values of {'the changes' if report.what == 'adapter' else 'the weights'}")
+    titles = ["module", "shape", "norm", "effective", "stable", "50 %", "90 %", "99 %", "of", "largest"]
+    rows = [
+        [
+            m.name,
+            "x".join(map(str, m.shape)),
+            f"{m.norm:.3g}",
+            f"{m.effective_rank:.1f}",
+            f"{m.stable_rank:.1f}",
+            *(str(rank) for rank in (m.rank_50, m.rank_90, m.rank_99)),
+            str(m.full),
+            " ".join(f"{sigma:.2g}" for sigma in m.top[:4]),
+        ]
+        for m in report.modules
+    ]
+    print_table([(title, title not in ("module", "largest")) for title in titles], rows)
+    plain = is_plain(sys.stdout.encoding)
+    draw(strips({m.name: m.effective_rank for m in report.modules}, "effective rank", "{:.1f}".format, plain=plain))
+    draw(strips({m.name: float(m.rank_90) for m in report.modules}, "rank at 90 %", "{:.0f}".format, plain=plain))
+    kinds: dict[str, list[float]] = {}
+    for m in report.modules:
+        kinds.setdefault(m.name.removesuffix(".weight").rpartition(".")[2], []).append(m.effective_rank)
+    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    draw(bars(means, "effective rank by kind, mean", "{:.1f}".format, plain=plain))
