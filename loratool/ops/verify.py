@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..apply import Loader
+from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose
@@ -29,7 +30,7 @@ from ..runtime import Progress, worker_count
 from ..source import Source, equal_rows
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS
-from ..tied import COPIES, TIED, find_tie
+from ..tied import TIED, find_tie
 
 ALLOWED = ("inconclusive",)
 
