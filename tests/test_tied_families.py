@@ -246,3 +246,18 @@ def test_what_stays_equal_may_be_left_to_the_config(bases: Any, tmp_path: Path, 
     config.write_text((base / "config.json").read_text())
     assert loratool.verify(base, tmp_path / "a", tmp_path / "out").status == "proven"
     assert agree(answer(load(tmp_path / "out", cls)), answer(wrapped))
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_what_was_untied_can_be_extracted(bases: Any, tmp_path: Path, name: str) -> None:
+    """Each side is a change of its own, also where a shard has nothing that the base has too."""
+    base = bases(name)
+    config = {"target_modules": [*CLASSES[name][1:3]], "bias": "all"}
+    wrap(load(base, getattr(transformers, name)), task_type=None, **config).save_pretrained(tmp_path / "a")
+    loratool.merge(base, tmp_path / "a", tmp_path / "tuned", max_shard_bytes=1 << 10)
+    report = loratool.extract(base, tmp_path / "tuned", tmp_path / "extracted", rank=2)
+    assert not report.only_tuned and not report.left_out
+    loratool.merge(base, tmp_path / "extracted", tmp_path / "out")
+    merged, wanted = load_model(tmp_path / "out"), load_model(tmp_path / "tuned")
+    assert merged.keys() == wanted.keys()
+    assert all(torch.allclose(merged[key], wanted[key], atol=1e-6) for key in wanted)
