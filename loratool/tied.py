@@ -22,6 +22,7 @@ from .architectures.ties import (
     INPUT_EMBEDDINGS,
     MASKED,
     MASKED_HEAD_OF,
+    ONE_MODULE_BEFORE_5,
     OUTPUT_HEADS,
     PAST_ITS_MODULE,
     SHARED_BY_BOTH,
@@ -244,6 +245,8 @@ def _untie(
     warning = f"{named}: untied from {tie.embedding}; loaders that tie anyway would drop it"
     if tie.keeps_flag:
         warning += " (transformers before 5, since the flag in config.json says how the head is scaled, and stays)"
+    elif base.model_type in ONE_MODULE_BEFORE_5 and any(sides.get(name) for name in tie.inputs):
+        warning += " (transformers before 5, which give encoder and decoder the shared embedding)"
     return Settled(placements, tuple(untied), (warning,))
 
 

@@ -3,7 +3,6 @@ peft's forward pass of base and adapter. Then unmerge gives the base back, and v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from conftest import bits, load_model
 from safetensors.torch import load_file, save_file
 from test_peft_kinds import agree, load, peft, transformers, wrap, write_base
+from test_tied import config_of
 from torch import Tensor
 
 import loratool
-from loratool.architectures.ties import FLAG_SCALES
+from loratool.architectures.ties import FLAG_SCALES, ONE_MODULE_BEFORE_5
 from loratool.errors import NeedsFlag
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -115,7 +115,9 @@ def test_untied_it_answers_as_base_and_adapter(bases: Any, tmp_path: Path, name:
     assert agree(found, wanted) and not agree(answer(load(base, cls)), wanted)
     parted = kind != "tokens"
     assert any("untied from" in warning for warning in report.warnings) is parted
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    old = config_of(base)["model_type"] in FLAG_SCALES | ONE_MODULE_BEFORE_5 and parted
+    assert any("transformers before 5" in warning for warning in report.warnings) is old
+    config = config_of(tmp_path / "out")
     assert config["tie_word_embeddings"] is not (parted and config["model_type"] not in FLAG_SCALES)
     judged = loratool.verify(base, tmp_path / "a", tmp_path / "out")
     assert judged.status == "proven" and judged.rounded == 0
@@ -220,7 +222,7 @@ def test_a_masked_vocabulary_of_another_size(bases: Any, tmp_path: Path, name: s
         head.weight = torch.nn.Parameter(tensors[key] * 2)
         wrapped.get_input_embeddings().weight.data = tensors[key]
     loratool.merge(base, tmp_path / "a", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == size
+    assert config_of(tmp_path / "out")["vocab_size"] == size
     merged, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float64)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.tensor([[1, 2, size - 2, size - 1]])

@@ -42,6 +42,8 @@ SHARED_BY_BOTH = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart switch_transformers t5 umt5""".split()
 )
+# Those whose encoder and decoder take `shared` itself before transformers 5, whatever is stored for them.
+ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
 # Those whose embedding is, to PEFT, the encoder's (`get_input_embeddings`).
 EMBEDS_BY_ENCODER = frozenset({"marian"})
 # Those whose flag says besides that the decoder's output is scaled by d_model ** -0.5, so that it cannot be changed:
