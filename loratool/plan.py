@@ -169,7 +169,7 @@ def _plan_edits(
     words = [name for name in vocabulary_names(base, tie) if name in sources]
     rows = {name: sources[name].spec.shape[0] for name in words}
     resized = {name: n for name, n in rows.items() if base.specs.get(name, base.specs[words[0]]).shape[0] != n}
-    config = vocabulary_edits(rows, resized)
+    config = vocabulary_edits(base, rows, resized)
     if tie and settled.untied and not tie.keeps_flag:
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]

@@ -353,11 +353,11 @@ def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: 
     return one.shape == two.T.shape and bool((one == two.T).all())
 
 
-def vocabulary_edits(rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
+def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
     """The config's new vocab_size, {} where it stays.
 
     rows: the output's rows of its embedding and head, by name; changed: those of them that are not the base's.
-    Raises InputError where the two end with different rows.
+    Raises InputError where the two end with different rows, or where the base has a buffer of that size.
     """
     if not changed:
         return {}
@@ -367,7 +367,15 @@ def vocabulary_edits(rows: Mapping[str, int], changed: Mapping[str, int]) -> dic
             f"the embedding and the head would end with different rows ({named}): an adapter lacks values for some",
             remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
         )
-    return {"vocab_size": next(iter(changed.values()))}
+    size = next(iter(changed.values()))
+    for name, spec in base.specs.items():
+        if name.rpartition(".")[2] == "final_logits_bias" and spec.shape[-1:] != (size,):
+            raise InputError(
+                f"is {spec.shape}, but the vocabulary would have {size} rows, and PEFT saves nothing for it",
+                culprit=name,
+                remedy=f"give the base that size (transformers: resize_token_embeddings({size}), save_pretrained)",
+            )
+    return {"vocab_size": size}
 
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:

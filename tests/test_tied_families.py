@@ -17,7 +17,7 @@ from torch import Tensor
 
 import loratool
 from loratool.architectures.ties import FLAG_SCALES, ONE_MODULE_BEFORE_5
-from loratool.errors import NeedsFlag
+from loratool.errors import InputError, NeedsFlag
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -263,3 +263,19 @@ def test_what_was_untied_can_be_extracted(bases: Any, tmp_path: Path, name: str)
     merged, wanted = load_model(tmp_path / "out"), load_model(tmp_path / "tuned")
     assert merged.keys() == wanted.keys()
     assert all(torch.allclose(merged[key], wanted[key], atol=1e-6) for key in wanted)
+
+
+def test_a_buffer_of_the_vocabularys_size_has_no_source(bases: Any, tmp_path: Path) -> None:
+    """Of BART's final_logits_bias peft saves nothing; on a base that transformers resized the adapter merges."""
+    base, cls = bases("BartForConditionalGeneration"), transformers.BartForConditionalGeneration
+    model = load(base, cls)
+    model.resize_token_embeddings(40)
+    model.save_pretrained(tmp_path / "resized")
+    model.config._name_or_path = str(base)
+    wrapped = wrap(model, task_type=None, target_modules=["q_proj"])
+    wrapped.save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match="final_logits_bias: is .* vocabulary would have 40 rows") as caught:
+        loratool.merge(base, tmp_path / "a", tmp_path / "out")
+    assert "resize_token_embeddings(40)" in str(caught.value.remedy)
+    loratool.merge(tmp_path / "resized", tmp_path / "a", tmp_path / "out")
+    assert agree(answer(load(tmp_path / "out", cls)), answer(wrapped))
