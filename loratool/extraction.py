@@ -83,19 +83,17 @@ def sort_changes(base: Checkpoint, pairs: Pairs, selection: Selection, embed: st
     found = Sorted()
     tie = find_tie(base)
     both = dict(pairs.both)
-    untied = tie is not None and not tie.is_stored(base) and tie.head in pairs.only_tuned
-    if tie and untied:
-        both[tie.head] = (Source(base.shard_of[tie.embedding], tie.embedding), _tuned(pairs, tie.head))
-        found.taken.add(tie.head)
+    lacking = tie.lacking(base) if tie else {}
+    apart = [name for name in pairs.only_tuned if name in lacking]
+    for name in apart:
+        assert tie is not None
+        first = tie.stored_as(name)
+        both[name] = (Source(base.shard_of[first], first), pairs.only_tuned[name])
+        found.taken.add(name)
     for name, (one, two) in both.items():
-        also = tie.head if tie and name == tie.embedding and not tie.is_stored(base) and not untied else None
+        also = tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in apart else None
         _sort(base, name, one, two, also, selection, embed, bias, found)
     return found
-
-
-def _tuned(pairs: Pairs, name: str) -> Source:
-    """A tensor of the tuned side that has no partner."""
-    return Source(next(two.file for _, two in pairs.both.values() if name in two.file.specs), name)
 
 
 def _sort(

@@ -6,6 +6,7 @@ merge would then write is its prediction, and of several the one whose bits are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -175,7 +176,7 @@ NEARER = 0.25  # of the misses of what was asked for: a fault with fewer names w
 # What is said -> whether the evidence says so, the first that does.
 DIAGNOSES: dict[str, Callable[[Evidence], bool]] = {
     "{fault}": lambda e: e.of < NEARER * e.misses,
-    "{outside} weights were altered, by up to {beyond:.0f} steps": lambda e: e.outside <= max(64, e.weights // 1000),
+    "{outside} weights were altered, {beyond}": lambda e: e.outside <= max(64, e.weights // 1000),
     "the scale alpha / r is another: the change is {scale:.3g} times what it should be": lambda e: (
         e.explained > CLOSE and abs(e.scale - 1) > 0.1
     ),
@@ -184,6 +185,14 @@ DIAGNOSES: dict[str, Callable[[Evidence], bool]] = {
 }
 
 
+def how_far(steps: float) -> str:
+    """In words, by how many steps the farthest weight is off; inf is one that is, or should be, no finite number."""
+    if not math.isfinite(steps):
+        return "inf or nan among them"
+    return f"by up to {steps:.0f} steps" if steps < 1e6 else f"by up to {steps:.1e} steps"
+
+
 def diagnose(evidence: Evidence) -> str:
     said = next(said for said, holds in DIAGNOSES.items() if holds(evidence))
-    return said.format(outside=evidence.outside, beyond=evidence.beyond, scale=evidence.scale, fault=evidence.fault)
+    beyond = how_far(evidence.beyond)
+    return said.format(outside=evidence.outside, beyond=beyond, scale=evidence.scale, fault=evidence.fault)

@@ -13,7 +13,7 @@ from typing import Any
 from .adapter import Adapter
 from .architectures.quantized import quantization
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import InputError, NeedsFlag, UsageError
+from .errors import InputError, LoratoolError, NeedsFlag, UsageError
 from .fileio import sha256_file
 from .formats import is_adapter, open_adapter
 from .formats.peft import WEIGHTS_NAMES
@@ -60,7 +60,7 @@ def open_inputs(
         raise InputError(
             f"is quantized ({method}), and adding to its codes would be wrong",
             culprit=os.fspath(base),
-            remedy="pass the original model in 16 or 32 bits",
+            remedy="pass the original model in 16 or 32 bits" + _trained_on([name for name, _ in pairs], base),
         )
     loaded = []
     for adapter, (_, weight) in zip(open_adapters([name for name, _ in pairs], alpha, opened), pairs, strict=True):
@@ -69,6 +69,19 @@ def open_inputs(
                 raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
         loaded.append((adapter, weight))
     return checkpoint, tuple(loaded)
+
+
+def _trained_on(names: Sequence[str], base: str | os.PathLike[str]) -> str:
+    """What the first adapter says of its base, as the end of a remedy; nothing where it says nothing else."""
+    try:
+        adapter = open_adapter(names[0])
+    except LoratoolError:
+        return ""
+    adapter.file.close()
+    told = adapter.config.base_model
+    if not isinstance(told, str) or not told or not told.isprintable() or told == os.fspath(base):
+        return ""
+    return f"; {names[0]} says it was trained on {told}"
 
 
 def _opens_as_adapter(name: str) -> bool:

@@ -38,9 +38,9 @@ def step_of(x: Tensor) -> Tensor:
 
 
 def beyond(expected: Tensor, actual: Tensor, where: Tensor) -> float:
-    """By how many steps of its type the farthest of some weights is off. expected: float64."""
+    """By how many steps of its type the farthest of some weights is off; inf for inf and nan. expected: float64."""
     wanted, found = expected[where], actual[where]
-    steps = ((found.double() - wanted).abs() / step_of(found)).nan_to_num(nan=1e9, posinf=1e9)
+    steps = ((found.double() - wanted).abs() / step_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(steps.max()) if steps.numel() else 0.0
 
 

@@ -26,7 +26,7 @@ class Pairs:
 
     both: dict[str, tuple[Source, Source]]
     only_base: tuple[str, ...]
-    only_tuned: tuple[str, ...]
+    only_tuned: dict[str, Source]
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairs:
@@ -51,7 +51,7 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairs:
     return Pairs(
         both,
         tuple(name for path, name in mine.items() if path not in theirs),
-        tuple(name for path, name in theirs.items() if path not in mine),
+        {name: Source(tuned.shard_of[name], name) for path, name in theirs.items() if path not in mine},
     )
 
 

@@ -14,11 +14,14 @@ from .adapter import Adapter, UpdateSpec
 from .architectures.conv1d import stores_transposed
 from .architectures.renames import TRANSPOSED_EXPERTS
 from .architectures.roles import EMBEDDINGS, HEADS
+from .architectures.ties import MASKED_HEADS
 from .errors import InputError
 from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec
 
 # Stored as (experts, in, out), but their class does not say so to PEFT, which takes them the other way round.
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
+# The last names of modules that have a row a token, or a label.
+SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec
     """Only a vocabulary or a classifier has another size than the base's: the rows of an embedding or a head."""
     last = base.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     same = len(own.shape) == len(spec.shape) and own.shape[1:] == spec.shape[1:]
-    if not same or last not in EMBEDDINGS | HEADS or "pos" in last or last == "wpe":
+    if not same or last not in SIZED or "pos" in last or last == "wpe":
         raise InputError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
 
 

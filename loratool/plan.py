@@ -32,7 +32,7 @@ class MergePlan:
     placements: Mapping[str, tuple[Placement, ...]]
     left_out: tuple[str, ...]
     added: tuple[str, ...]
-    untied: str | None
+    untied: tuple[str, ...]
     warnings: tuple[str, ...]
     edits: Edits
 
@@ -48,8 +48,8 @@ def plan_merge(
 ) -> MergePlan:
     """Raises what `bind`, `settle_tie` and `settle_source` raise."""
     tie = find_tie(base)
-    head = {tie.head: base.specs[tie.embedding]} if tie and not tie.is_stored(base) else {}
-    binding = bind({**base.specs, **head}, base.model_types, adapters, selection)
+    lacking = tie.lacking(base) if tie else {}
+    binding = bind({**base.specs, **lacking}, base.model_types, adapters, selection)
     settled = settle_tie(base, tie, binding.placements, tied)
     sources, placements = _settle_sources(base, tie, settled)
     for name, (adapter, update) in binding.added.items():
@@ -72,7 +72,7 @@ def plan_merge(
         placements,
         binding.left_out,
         tuple(binding.added),
-        settled.untied if settled.untied not in base.specs else None,
+        tuple(name for name in settled.untied if name not in base.specs),
         warnings,
         edits,
     )
@@ -96,13 +96,15 @@ def _settle_sources(
 
 
 def _share_what_was_brought(tie: Tie, settled: Settled, sources: dict[str, Source]) -> None:
-    """Two sides that part were one matrix under the adapter: what it brought along for one side lies under both."""
+    """Sides that part were one matrix under the adapter: what it brought along for one side lies under all."""
     under = sources[tie.embedding]
-    sources.setdefault(tie.head, under)
-    for one, other in ((tie.embedding, tie.head), (tie.head, tie.embedding)):
-        found = settled.placements.get(one, ())
-        if other not in settled.placements and any(p.update.base for p in found):
-            sources[other], _ = settle_source(under, found)
+    for name in settled.untied:
+        sources.setdefault(name, sources[tie.stored_as(name)])
+    names = [tie.embedding, *(name for name in settled.untied if tie.stored_as(name) == tie.embedding)]
+    brought = [settled.placements[n] for n in names if any(p.update.base for p in settled.placements.get(n, ()))]
+    for name in names:
+        if brought and name not in settled.placements:
+            sources[name], _ = settle_source(under, brought[0])
 
 
 def _require_rows(source: Source, placements: Sequence[Placement]) -> None:
@@ -158,15 +160,17 @@ def _plan_edits(
     """What the output has otherwise than the base, and what to say of it."""
     specs = {}
     for name, source in sources.items():
-        like = base.specs.get(name) or (base.specs[tie.embedding] if tie and name == settled.untied else source.spec)
+        like = base.specs.get(name) or (
+            base.specs[tie.stored_as(name)] if tie and name in settled.untied else source.spec
+        )
         spec = TensorSpec(like.dtype, source.spec.shape)
         if spec != base.specs.get(name):
             specs[name] = spec
     words = [name for name in vocabulary_names(base, tie) if name in sources]
     rows = {name: sources[name].spec.shape[0] for name in words}
     resized = {name: n for name, n in rows.items() if base.specs.get(name, base.specs[words[0]]).shape[0] != n}
-    config = vocabulary_edits(rows, resized)
-    if settled.untied:
+    config = vocabulary_edits(base, rows, resized)
+    if tie and settled.untied and not tie.keeps_flag:
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]
     sized = [name for name in others if specs[name].shape != base.specs[name].shape]

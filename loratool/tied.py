@@ -8,15 +8,34 @@ that). Here the two stay one only if they end equal; else the second is written,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .adapter import UpdateSpec
+from .architectures.ties import (
+    COPIES,
+    DECODER_HEADS,
+    EMBEDS_BY_ENCODER,
+    FLAG_SCALES,
+    GENERATIVE,
+    HEADLESS,
+    INPUT_EMBEDDINGS,
+    MASKED,
+    MASKED_HEAD_OF,
+    ONE_MODULE_BEFORE_5,
+    OUTPUT_HEADS,
+    PAST_ITS_MODULE,
+    SHARED_BY_BOTH,
+    TIED_ANYHOW,
+    TIED_AS_DECODERS,
+    UNTIED_BY_DEFAULT,
+)
 from .checkpoint import Checkpoint
 from .errors import InputError, NeedsFlag
 from .placing import Placement
 from .source import Source, equal_rows
 from .targets import refuse_two
+from .tensorfile import TensorSpec
 
 # What to do where one side changes -> its meaning.
 TIED = {
@@ -24,86 +43,84 @@ TIED = {
     "share": "apply every change to the one matrix, so that both sides change",
     "refuse": "stop",
 }
-INPUT_EMBEDDINGS = (
-    "shared",
-    "embed_tokens",
-    "wte",
-    "word_embeddings",
-    "embed_in",
-    "tok_embeddings",
-    "tokens_embed",
-    "embeddings",
-)
-OUTPUT_HEADS = ("lm_head", "embed_out")
-# What else can be the embedding once more: the sides of an encoder-decoder, the decoder of a masked language model.
-COPIES = (*OUTPUT_HEADS, "embed_tokens", "shared", "proj_out", "decoder", "generator_lm_head", "vocab_projector")
-GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-MASKED = ("ForMaskedLM", "ForPreTraining")
-HEADLESS = ("Classification", "QuestionAnswering", "MultipleChoice", "Regression", "RewardModel")
-# Encoders, whose language models' heads have other names and parts.
-ENCODERS = frozenset(
-    """albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie
-    megatron-bert mobilebert modernbert rembert roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta
-    xlm-roberta-xl xlnet xmod""".split()
-)
-# Families that untie where config.json does not say (`tie_word_embeddings` of the config classes of transformers 5.24).
-UNTIED_BY_DEFAULT = frozenset(
-    """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 flex_olmo fuyu
-    glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe internlm3 jamba llama llama4 llama4_text longcat_flash mamba2 minimax minimax_m2
-    ministral mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
-    qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
-)
-# Families whose config classes set the flag, whatever config.json says; a head that is stored and differs stays apart.
-TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())
 
 
 @dataclass(frozen=True)
 class Tie:
     """A matrix that is used more than once: as embedding, as head, and under whatever names it is stored again.
 
-    separable: whether a head of its own can be written, so that loaders take it for one. mirrors: whether PEFT gives
-    the embedding's trained tokens to the other sides too.
+    separable: whether its sides can be written as matrices of their own, so that loaders take them for that. tokens:
+    the name whose trained tokens PEFT gives to all others too. inputs: the embeddings of encoder and decoder, with
+    which the model computes where `embedding` is but what they share. bias: the bias of a masked language model's
+    head, and its other name. keeps_flag: whether config.json goes on to say that they are tied.
     """
 
     embedding: str
     head: str
     separable: bool
-    mirrors: bool
+    tokens: str | None
+    inputs: tuple[str, ...] = ()
+    bias: tuple[str, str] | None = None
+    keeps_flag: bool = False
 
     @property
-    def joins_sides(self) -> bool:
-        """Whether it is the embedding of an encoder and of a decoder."""
-        return self.mirrors and not self.separable
+    def sides(self) -> tuple[str, ...]:
+        return (*self.inputs, self.head)
 
     def is_stored(self, base: Checkpoint) -> bool:
         return self.head in base.specs
 
+    def stored_as(self, name: str) -> str:
+        """Where the values of a tensor are that the files need not have."""
+        return self.bias[0] if self.bias and name == self.bias[1] else self.embedding
+
+    def lacking(self, base: Checkpoint) -> dict[str, TensorSpec]:
+        """The tensors that the files have under another name, and adapters may name."""
+        names = (*self.sides, *(self.bias[1:] if self.bias else ()))
+        return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
+
 
 def find_tie(base: Checkpoint) -> Tie | None:
     """Which matrix a base uses more than once, by its names and its config."""
-    embedding, config = _embedding(base), base.config
+    embedding, config, family = _embedding(base), base.config, base.model_type or ""
     flag = _flag(config)
-    if base.model_type in TIED_ANYHOW:
+    if family in TIED_ANYHOW:
         flag = True
-    elif flag is None and base.model_type in UNTIED_BY_DEFAULT:
+    elif flag is None and family in UNTIED_BY_DEFAULT:
         flag = False
     if embedding is None or not config or flag is False:
         return None
     architecture = _architecture(config)
-    encoder = architecture.endswith(MASKED) or base.model_type in ENCODERS
-    whole = config.get("is_encoder_decoder") is True
+    encoder = architecture.endswith(MASKED) or family in MASKED_HEAD_OF
+    whole = config.get("is_encoder_decoder") is True and family not in TIED_AS_DECODERS
     if not (flag or encoder or whole or architecture.endswith(GENERATIVE)):
         return None
     backbone = architecture.endswith("Model") and not architecture.endswith(GENERATIVE)
     if architecture.endswith(HEADLESS) or (backbone and (encoder or "." not in embedding.removesuffix(".weight"))):
         return None
-    stored = _last_named(base, OUTPUT_HEADS)
-    return Tie(embedding, stored or _head_name(base, embedding), not (encoder or whole), not encoder)
+    if encoder:
+        return _masked_tie(base, embedding, family)
+    head = _last_named(base, OUTPUT_HEADS) or _head_name(base, embedding)
+    before, mark, _ = embedding.rpartition("shared.weight")
+    if not whole or not mark:
+        return Tie(embedding, head, not whole, embedding)
+    inputs = f"{before}encoder.embed_tokens.weight", f"{before}decoder.embed_tokens.weight"
+    tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
+    return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, None, family in FLAG_SCALES)
+
+
+def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
+    """The head of a masked language model is there if its bias is: one that a family makes in another way is not."""
+    head = MASKED_HEAD_OF.get(family, "lm_head")
+    linear, owner = f"{head}.bias", f"{head.rpartition('.')[0]}.bias"
+    bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
+    known = family in MASKED_HEAD_OF and family not in PAST_ITS_MODULE
+    separable = known and (bias is not None or linear in base.specs)
+    return Tie(embedding, f"{head}.weight", separable, embedding if separable else None, (), bias)
 
 
 def _head_name(base: Checkpoint, embedding: str) -> str:
-    last = {"gpt_neox": "embed_out", "whisper": "proj_out"}.get(base.model_type or "", "lm_head")
+    last = DECODER_HEADS.get(base.model_type or "", "lm_head")
     before, mark, _ = embedding.partition("language_model.model.")
     return f"{before}language_model.{last}.weight" if mark else f"{last}.weight"
 
@@ -161,56 +178,115 @@ def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
 
 @dataclass(frozen=True)
 class Settled:
-    """The placements after a tie was settled; `untied` is the head that becomes a matrix of its own."""
+    """The placements after a tie was settled; `untied` are the tensors that become ones of their own."""
 
     placements: Mapping[str, tuple[Placement, ...]]
-    untied: str | None = None
+    untied: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def settle_tie(
     base: Checkpoint, tie: Tie | None, placements: Mapping[str, tuple[Placement, ...]], mode: str
 ) -> Settled:
-    """Decide whether the head and its embedding stay one matrix, and what changes then.
+    """Decide whether the sides of a tie and its embedding stay one matrix, and what changes then.
 
     mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, or where they cannot and `share`
     could; InputError where nothing can.
     """
-    if tie is None or not any(name in placements for name in (tie.embedding, tie.head, *_named_copies(base, tie))):
+    if tie is None:
+        return Settled(placements)
+    placements = _join_biases(tie, placements)
+    if not any(name in placements for name in (tie.embedding, *tie.sides, *_named_copies(base, tie))):
         return Settled(placements)
     copies = stored_copies(base, tie)
     one = placements.get(tie.embedding, ())
     apart = tie.is_stored(base) and tie.head not in copies
-    if apart and not (one and tie.joins_sides):
+    others = list(dict.fromkeys([*copies, *(side for side in tie.sides if side not in base.specs)]))
+    if not one and not any(name in placements for name in others):
+        return Settled(placements)
+    if apart and not tie.inputs:
         return Settled(placements)  # whatever the config says, these are two matrices
-    others = list(dict.fromkeys([*copies, *([] if tie.is_stored(base) else [tie.head])]))
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     asked = {name: placements.get(name, ()) for name in others}
-    mirrors = tie.mirrors and not apart
-    sides = {name: (*found, *(_mirrored_rows(one, found) if mirrors else ())) for name, found in asked.items()}
-    if (others and all(_equal(one, side) for side in sides.values())) or (
-        tie.joins_sides and not apart and _equal_where_asked(one, asked)
-    ):
-        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)})
+    rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
+    one = (*one, *_mirrored_rows(rows, one))
+    sides = {name: (*found, *_mirrored_rows(rows, found)) for name, found in asked.items()}
+    followed = [found for name, found in sides.items() if found or name not in tie.inputs]
+    if followed and all(_equal(one, found) for found in followed):
+        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)}, (), _forgotten_bias(base, tie, rows))
     both = one + tuple(p for found in asked.values() for p in found)
     parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
-    ways = _ways(tie, parted, both)
-    if mode == "refuse" or (mode == "untie" and not tie.separable) or (mode == "share" and mode not in ways):
-        raise _refusal(tie, next(iter(parted)), mode, ways, apart)
+    idle = bool(one and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
+    ways = _ways(tie, parted, both, idle)
+    if mode == "refuse" or (mode == "untie" and (idle or not tie.separable)) or (mode == "share" and mode not in ways):
+        raise _refusal(tie, next(iter(parted)), mode, ways, idle)
     if mode == "share":
         warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
-        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, None, (warning,))
-    warning = f"{tie.head}: untied from {tie.embedding}; loaders that tie anyway would drop it"
-    return Settled({**rest, **parted}, tie.head, (warning,))
+        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
+    settled = _untie(base, tie, one, sides, {**rest, **parted})
+    return replace(settled, warnings=(*settled.warnings, *_forgotten_bias(base, tie, rows)))
 
 
-def _ways(tie: Tie, parted: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...]) -> dict[str, str]:
+def _untie(
+    base: Checkpoint,
+    tie: Tie,
+    one: tuple[Placement, ...],
+    sides: Mapping[str, tuple[Placement, ...]],
+    placements: Mapping[str, tuple[Placement, ...]],
+) -> Settled:
+    """Every side as a matrix of its own; where the flag goes on to tie them, those that differ."""
+    untied = [name for name, found in sides.items() if not (tie.keeps_flag and _equal(one, found))]
+    placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
+    named = ", ".join(untied)
+    if tie.bias:
+        untied.append(tie.bias[1])
+        again = {tie.bias[1]: placements[tie.bias[0]]} if tie.bias[0] in placements else {}
+        placements = {**placements, **again}
+    warning = f"{named}: untied from {tie.embedding}; loaders that tie anyway would drop it"
+    if tie.keeps_flag:
+        warning += " (transformers before 5, since the flag in config.json says how the head is scaled, and stays)"
+    elif base.model_type in ONE_MODULE_BEFORE_5 and any(sides.get(name) for name in tie.inputs):
+        warning += " (transformers before 5, which give encoder and decoder the shared embedding)"
+    return Settled(placements, tuple(untied), (warning,))
+
+
+def _forgotten_bias(base: Checkpoint, tie: Tie, rows: tuple[Placement, ...]) -> tuple[str, ...]:
+    """PEFT's trained tokens compute a tied head anew, without its bias (trainable_tokens/layer.py, 0.21)."""
+    bias = tie.bias[0] if tie.bias else f"{tie.head.removesuffix('.weight')}.bias"
+    if bias not in base.specs or not any(p.update.kind == "rows" for p in rows):
+        return ()
+    return (f"{bias}: PEFT's forward pass leaves it out where tokens are trained; the merged model has it",)
+
+
+def _join_biases(tie: Tie, placements: Mapping[str, tuple[Placement, ...]]) -> Mapping[str, tuple[Placement, ...]]:
+    """The bias of a masked head has two names and is one: what an adapter says of the second holds for the first."""
+    if tie.bias is None or tie.bias[1] not in placements:
+        return placements
+    name, again = tie.bias
+    joined = {other: found for other, found in placements.items() if other != again}
+    for each in placements[again]:
+        same = [p for p in placements.get(name, ()) if p.adapter is each.adapter]
+        if same and not any(_equal_updates(p, each) for p in same):
+            raise NeedsFlag(
+                f"is {name} under another name, but {each.adapter.name} changes the two in different ways",
+                culprit=again,
+                remedy=f"add --exclude {name}, with which the head does not compute",
+            )
+        joined[name] = joined.get(name, ()) + (() if same else (each,))
+    return joined
+
+
+def _ways(
+    tie: Tie, parted: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...], idle: bool
+) -> dict[str, str]:
     """The values of --tied with which such a merge succeeds, and what each does."""
     ways = {}
-    if tie.separable and all(_add_up(name, found) for name, found in parted.items()):
-        ways["untie"] = "--tied untie writes both matrices"
+    if tie.separable and not idle and all(_add_up(name, found) for name, found in parted.items()):
+        ways["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
     if _add_up(tie.embedding, both):
-        ways["share"] = "--tied share changes both" if tie.separable else "use --tied share to change every side"
+        ways["share"] = (
+            "--tied share changes both" if ways and not tie.inputs else "use --tied share to change every side"
+        )
     return ways
 
 
@@ -222,28 +298,24 @@ def _add_up(name: str, placements: tuple[Placement, ...]) -> bool:
     return True
 
 
-def _refusal(tie: Tie, changed: str, mode: str, ways: Mapping[str, str], apart: bool) -> NeedsFlag | InputError:
+def _refusal(tie: Tie, changed: str, mode: str, ways: Mapping[str, str], idle: bool) -> NeedsFlag | InputError:
     """The error for one side that changes alone, naming those values of --tied that work."""
     message = "is tied to the other side by config.json and changes alone"
-    if apart:
+    if idle:
         message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
     elif not tie.separable:
-        message = "is tied to more than a head, and untied it would be lost or left at random by loaders"
+        message = "is tied to a head that is not known to be read, or trained, as a matrix of its own"
     elif mode == "share":
         message = "is tied to the other side, and the changes of the two do not add up"
-    remedies = [*ways.values(), *([] if tie.separable and ways else ["leave the module out with --exclude"])]
+    parts = "untie" in ways
+    remedies = [*ways.values(), *([] if parts else ["leave the module out with --exclude"])]
     error = NeedsFlag if ways else InputError
-    return error(message, culprit=changed, remedy=(", " if tie.separable else ", or ").join(remedies))
+    return error(message, culprit=changed, remedy=(", " if parts else ", or ").join(remedies))
 
 
 def _named_copies(base: Checkpoint, tie: Tie) -> list[str]:
     spec = base.specs[tie.embedding]
     return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
-
-
-def _equal_where_asked(one: tuple[Placement, ...], asked: Mapping[str, tuple[Placement, ...]]) -> bool:
-    """Of trained tokens alone: every copy gets them, whichever of its names the adapter uses."""
-    return all(p.update.kind == "rows" for p in one) and bool(one) and not any(asked.values())
 
 
 def _mirrored_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
@@ -281,11 +353,11 @@ def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: 
     return one.shape == two.T.shape and bool((one == two.T).all())
 
 
-def vocabulary_edits(rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
+def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
     """The config's new vocab_size, {} where it stays.
 
     rows: the output's rows of its embedding and head, by name; changed: those of them that are not the base's.
-    Raises InputError where the two end with different rows.
+    Raises InputError where the two end with different rows, or where the base has a buffer of that size.
     """
     if not changed:
         return {}
@@ -295,12 +367,25 @@ def vocabulary_edits(rows: Mapping[str, int], changed: Mapping[str, int]) -> dic
             f"the embedding and the head would end with different rows ({named}): an adapter lacks values for some",
             remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
         )
-    return {"vocab_size": next(iter(changed.values()))}
+    size = next(iter(changed.values()))
+    for name, spec in base.specs.items():
+        if name.rpartition(".")[2] == "final_logits_bias" and spec.shape[-1:] != (size,):
+            raise InputError(
+                f"is {spec.shape}, but the vocabulary would have {size} rows, and PEFT saves nothing for it",
+                culprit=name,
+                remedy=f"give the base that size (transformers: resize_token_embeddings({size}), save_pretrained)",
+            )
+    return {"vocab_size": size}
 
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
-    """The tensors that have a row a token: the embedding, the head, and its bias."""
-    embedding = _embedding(base)
-    head = tie.head if tie else _last_named(base, OUTPUT_HEADS)
-    bias = head.removesuffix(".weight") + ".bias" if head else ""
-    return tuple(name for name in (embedding, head, bias if bias in base.specs else None) if name)
+    """The tensors that have a row a token: the embedding, the heads, and their bias."""
+    masked = MASKED_HEAD_OF.get(base.model_type or "")
+    head = f"{masked}.weight" if masked else _last_named(base, OUTPUT_HEADS)
+    names = [_embedding(base), *(tie.sides if tie else [head])]
+    biases = tie.bias or () if tie else ()
+    if head:
+        module = head.removesuffix(".weight")
+        owner = module.rpartition(".")[0] if masked else ""
+        biases = (*biases, *(f"{each}.bias" for each in (module, owner) if f"{each}.bias" in base.specs))
+    return tuple(dict.fromkeys(name for name in (*names, *biases) if name))

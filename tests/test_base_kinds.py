@@ -189,7 +189,10 @@ class TestForeignBases:
         adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}, base_model_name_or_path="org/model")
         config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
         base = write_model(tmp_path / "base", {"x.weight": torch.zeros(12, 1, dtype=torch.uint8)}, config)
-        self.refused(run, tmp_path, base, adapter, "pass the original model in 16 or 32 bits")
+        told = f"pass the original model in 16 or 32 bits; {adapter} says it was trained on org/model"
+        self.refused(run, tmp_path, base, adapter, told)
+        same = write_peft(tmp_path / "b", {"x": factors(6, 4, 2)}, base_model_name_or_path=str(base))
+        assert "says it was" not in run("merge", base, same, "-o", tmp_path / "out").stderr
         original = write_model(tmp_path / "w16", {"x.weight": weights(6, 4, dtype=torch.bfloat16)})
         assert run("merge", original, adapter, "-o", tmp_path / "out").exit_code == 0
 

@@ -302,19 +302,6 @@ def test_a_single_file_has_both_matrices(pairs: Any, tmp_path: Path) -> None:
     assert HEAD in file and any("untied" in warning for warning in report.warnings)
 
 
-def test_t5_is_not_untied(tmp_path: Path) -> None:
-    """Its one matrix is both sides' embedding besides."""
-    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=32)
-    base = write_base(tmp_path / "base", transformers.T5ForConditionalGeneration(config))
-    wrap(load(base, transformers.T5ForConditionalGeneration), task_type="SEQ_2_SEQ_LM", target_modules=["q", "lm_head"]
-    ).save_pretrained(tmp_path / "a")  # fmt: skip
-    with pytest.raises(NeedsFlag, match="is tied to more than a head.*\nuse --tied share"):
-        loratool.merge(base, tmp_path / "a", tmp_path / "out")
-    report = loratool.merge(base, tmp_path / "a", tmp_path / "out", tied="share")
-    assert "shared.weight" in {row.name for row in report.tensors}
-    loratool.merge(base, tmp_path / "a", tmp_path / "rest", exclude=["lm_head"])
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["one name", "every name"])
 def flan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """T5 v1.1: a head of its own, and one embedding for both sides, whatever config.json says of ties."""

@@ -170,7 +170,7 @@ def test_every_kind_of_ours_is_exact(tmp_path: Path, family: str, kind: str) -> 
     assert loratool.verify(pair.base, pair.adapter, pair.base).status == "wrong"
 
 
-Q = f"{NAMES[0]}.weight"
+Q, NORM = f"{NAMES[0]}.weight", f"{NAMES[0]}.norm.weight"
 
 
 def skip_one(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
@@ -227,6 +227,10 @@ def all_nan(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Te
     t[Q] = torch.full_like(t[Q], torch.nan)
 
 
+def nan_in_norm(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
+    t[NORM] = torch.where(torch.arange(len(t[NORM])) == 3, torch.nan, t[NORM]).to(t[NORM].dtype)
+
+
 def one(value: float) -> Callable[..., None]:
     def plant(t: dict[str, Tensor], base: dict[str, Tensor], D: Callable[[str], Tensor]) -> None:
         t[Q] = t[Q].clone()
@@ -236,9 +240,10 @@ def one(value: float) -> Callable[..., None]:
 
 
 FAULTS = {
-    "nan": (one(torch.nan), "1 weights were altered"),
-    "inf": (one(torch.inf), "1 weights were altered"),
-    "-inf": (one(-torch.inf), "1 weights were altered"),
+    "nan": (one(torch.nan), "1 weights were altered, inf or nan among them"),
+    "inf": (one(torch.inf), "1 weights were altered, inf or nan among them"),
+    "-inf": (one(-torch.inf), "1 weights were altered, inf or nan among them"),
+    "nan in a norm": (nan_in_norm, "1 weights of an untouched tensor were altered, inf or nan among them"),
     "all nan": (all_nan, "not this base"),
     "negated": (negate, "negated"),
     "swapped whole": (swap_whole, f"it is {NAMES[1]}.weight whole"),
@@ -268,7 +273,7 @@ def test_every_fault_is_found_and_named(tmp_path: Path, fault: str, dtype: torch
     assert report.status == "wrong"
     wrong = [tensor for tensor in report.tensors if tensor.verdict == "wrong"]
     assert len(wrong) == {"swapped": 2, "swapped whole": 2, "base": len(tensors)}.get(fault, 1)
-    named = next(t for t in wrong if t.name == (Q if fault != "norm" else f"{NAMES[0]}.norm.weight"))
+    named = next(t for t in wrong if t.name == (NORM if "norm" in fault else Q))
     assert re.search(message, named.detail), named.detail
 
 
@@ -479,6 +484,42 @@ def test_the_wrong_order_of_arguments(tmp_path: Path) -> None:
     base, adapter = write_inputs(tmp_path, torch.bfloat16)
     with pytest.raises(InputError):
         loratool.verify(adapter, base, base)
+
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "target": {"target": ["v", "re:layers.0.*q"]},
+    "exclude": {"exclude": ["*.1.q"]},
+    "layers": {"layers": "0"},
+    "both": {"target": ["q"], "layers": "1"},
+}
+
+
+@pytest.mark.parametrize("chosen", SELECTIONS)
+def test_a_selection_is_the_merges(tmp_path: Path, run: Callable[..., Any], chosen: str) -> None:
+    """With it the merge is exact, without it what was left out is wrong; changed all the same it is wrong too."""
+    base, adapter = write_inputs(tmp_path, torch.bfloat16)
+    selection = SELECTIONS[chosen]
+    report = loratool.merge(base, adapter, tmp_path / "m", **selection)
+    judged = loratool.verify(base, adapter, tmp_path / "m", **selection)
+    assert (judged.status, judged.exact) == ("proven", len(report.tensors))
+    assert judged.exact + judged.untouched == len(load_model(base))
+    bare = loratool.verify(base, adapter, tmp_path / "m")
+    assert (bare.status, bare.wrong) == ("wrong", len(NAMES) - len(report.tensors))
+    loratool.merge(base, adapter, tmp_path / "all")
+    more = loratool.verify(base, adapter, tmp_path / "all", **selection)
+    assert (more.status, more.wrong) == ("wrong", len(NAMES) - len(report.tensors))
+    assert all("untouched tensor" in tensor.detail for tensor in more.tensors if tensor.verdict == "wrong")
+    words = [[f"--{key}", value if key == "layers" else ",".join(value)] for key, value in selection.items()]
+    options = [word for pair in words for word in pair]
+    assert run("verify", base, adapter, tmp_path / "m", *options).exit_code == 0
+    assert run("verify", base, adapter, tmp_path / "m").exit_code == 1
+
+
+def test_a_selection_of_nothing_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
+    base, adapter = write_inputs(tmp_path, torch.bfloat16)
+    assert run("verify", base, adapter, base, "--target", "nowhere").exit_code == 3
+    assert run("verify", base, adapter, base, "--layers", "x").exit_code == 2
+    assert run("verify", base, adapter, base, "--exclude", "re:(").exit_code == 2
 
 
 def test_two_adapters_one_after_the_other(tmp_path: Path) -> None:

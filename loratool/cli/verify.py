@@ -5,13 +5,24 @@ from __future__ import annotations
 import click
 
 from ..tied import TIED
-from .options import WeightedPath, alpha_option, json_option, quiet_option
+from .options import (
+    WeightedPath,
+    alpha_option,
+    exclude_option,
+    json_option,
+    layers_option,
+    quiet_option,
+    target_option,
+)
 
 
 @click.command()
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @click.argument("merged")
+@target_option
+@exclude_option
+@layers_option
 @alpha_option
 @click.option("--tied", type=click.Choice(list(TIED)), default="untie", show_default=True, help="As merge was told.")
 @click.option("--initial", metavar="ADAPTER", help="As merge was told.")
@@ -30,6 +41,9 @@ def verify(
     base: str,
     adapters: tuple[tuple[str, float], ...],
     merged: str,
+    target: tuple[str, ...],
+    exclude: tuple[str, ...],
+    layers: str | None,
     alpha: float | None,
     tied: str,
     initial: str | None,
@@ -42,7 +56,7 @@ def verify(
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
     applied, applied twice, at another scale, transposed, swapped, altered since. Exit 0 is proven, 1 is wrong or
-    cannot be told.
+    cannot be told. What the selection leaves out must be the base's.
 
     \b
       loratool verify base/ adapter/ merged/
@@ -50,6 +64,7 @@ def verify(
     """
     from ..ops.verify import verify as run
     from ..render import ProgressBar, print_verify, to_json
+    from ..targets import parse_patterns
 
     bar = ProgressBar("verify", quiet or json, "tensors")
     try:
@@ -57,6 +72,9 @@ def verify(
             base,
             list(adapters),
             merged,
+            target=parse_patterns(target),
+            exclude=parse_patterns(exclude),
+            layers=layers,
             alpha=alpha,
             tied=tied,
             initial=initial,

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..architectures.families import FAMILIES, config_field, declared_class, model_class, tensor_shapes, tied_head
 from ..architectures.quantized import quantization
+from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file
 from ..counting import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
 from ..errors import InputError, UsageError
@@ -25,7 +26,7 @@ from ..naming import split_numbers, with_ranges
 from ..outline import Matrix, find_blocks, find_matrices, find_targets, names_one, outline, parameters_of
 from ..targets import Selection, parse_layers
 from ..tensorfile import DTYPES, TensorSpec
-from ..tied import COPIES, find_tie
+from ..tied import find_tie
 
 RANK = 8
 TARGET = ("q_proj", "v_proj")  # the paper's choice, section 7.1

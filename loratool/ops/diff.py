@@ -215,11 +215,11 @@ def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
 def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[Source, Placement]]]:
     """The base's tensors under each module. Raises what `bind` raises where the two do not belong together."""
     tie = find_tie(base)
-    head = {tie.head: base.specs[tie.embedding]} if tie and not tie.is_stored(base) else {}
-    binding = bind({**base.specs, **head}, base.model_types, [(adapter, 1.0)], Selection())
+    lacking = tie.lacking(base) if tie else {}
+    binding = bind({**base.specs, **lacking}, base.model_types, [(adapter, 1.0)], Selection())
     found: dict[str, list[tuple[Source, Placement]]] = {}
     for name, placements in binding.placements.items():
-        stored = tie.embedding if tie and name in head else name
+        stored = tie.stored_as(name) if tie and name in lacking else name
         for placement in placements:
             found.setdefault(placement.update.module, []).append((Source(base.shard_of[stored], stored), placement))
     return found

@@ -140,7 +140,7 @@ def _hold_against(
 ) -> tuple[Coverage, Binding | None]:
     """Coverage from the names alone, and the binding if the shapes fit too."""
     tie = find_tie(base)
-    specs = {**base.specs, **({tie.head: base.specs[tie.embedding]} if tie and not tie.is_stored(base) else {})}
+    specs = {**base.specs, **(tie.lacking(base) if tie else {})}
     spots, missing = resolve_modules(specs, adapter, base.model_types)
     missing = [module for module in missing if not adapter.brings(module)]
     near = {m: tuple(nearest(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
@@ -177,13 +177,13 @@ def _faults(adapter: Adapter) -> list[str]:
 
 
 def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[Source]]:
-    """The base's tensors that each module changes; of a head that the file lacks, the embedding that it is."""
+    """The base's tensors that each module changes; of what the file has under another name, that one."""
     found: dict[str, list[Source]] = {}
     if base is None or binding is None:
         return found
     tie = find_tie(base)
     for name, placements in binding.placements.items():
-        stored = name if name in base.specs or tie is None else tie.embedding
+        stored = name if name in base.specs or tie is None else tie.stored_as(name)
         for module in dict.fromkeys(placement.update.module for placement in placements):
             found.setdefault(module, []).append(Source(base.shard_of[stored], stored))
     return found

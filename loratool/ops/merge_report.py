@@ -76,7 +76,7 @@ def build_report(
     dry_run: bool,
 ) -> MergeReport:
     """`changes`: what the steps returned for each tensor; empty in a dry run."""
-    names = [name for name in output.specs if name in plan.bound or name in plan.added or name == plan.untied]
+    names = [name for name in output.specs if name in plan.bound or name in plan.added or name in plan.untied]
     rows = [_row(plan, output, name, changes.get(name, [])) for name in names]
     kept = _sum(block.kept for blocks in changes.values() for block in blocks)
     total = _ratio(kept, _sum(block.change_squared for blocks in changes.values() for block in blocks))
@@ -107,7 +107,7 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -
     spec = output.specs[name]
     updates = {id(p.update): (p.weight, p.update) for p in plan.bound.get(name, ())}.values()
     kinds = (
-        [update.kind for _, update in updates] + ["untied"] * (name == plan.untied) + ["added"] * (name in plan.added)
+        [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
     )
     change = _sum(block.change_squared for block in blocks)
     relative = _ratio(change, _sum(block.base_squared for block in blocks))

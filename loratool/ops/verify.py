@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from ..apply import Loader
+from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
-from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose
+from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
 from ..inputs import adapter_pairs, open_inputs, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
 from ..numerics.exact import Workspace, apply_rounded, cast_rounded
@@ -27,9 +28,9 @@ from ..plan import MergePlan, plan_merge
 from ..replaying import Block, Replay
 from ..runtime import Progress, worker_count
 from ..source import Source, equal_rows
-from ..targets import Selection
+from ..targets import Selection, parse_layers
 from ..tensorfile import TORCH_FLOATS
-from ..tied import COPIES, TIED, find_tie
+from ..tied import TIED, find_tie
 
 ALLOWED = ("inconclusive",)
 
@@ -69,6 +70,9 @@ def verify(
     adapters: Any,
     merged: str | os.PathLike[str],
     *,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
     alpha: float | None = None,
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
@@ -79,8 +83,8 @@ def verify(
 ) -> VerifyReport:
     """Prove that `merged` is `base` with `adapters` added; the arguments are those of `merge`.
 
-    allow: "inconclusive" counts a change that is below half a step everywhere as proven. Raises InputError for what
-    does not belong together at all.
+    target, exclude, layers: as the merge was told; what they leave out must be the base's. allow: "inconclusive" counts
+    a change that is below half a step everywhere as proven. Raises InputError for what does not belong together at all.
     """
     for each in allow:
         if each not in ALLOWED:
@@ -94,7 +98,7 @@ def verify(
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         found = open_checkpoint(merged)
         opened.callback(found.close)
-        plan = plan_merge(checkpoint, loaded, Selection(), tied)
+        plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
         judge = _Judge(plan, found)
         names = [name for name in plan.sources if name in found.specs]
         verdicts = dict(zip(names, _each(judge, names, workers or worker_count(), progress), strict=True))
@@ -125,7 +129,7 @@ def _report(
     merged: str,
     allow: tuple[str, ...],
 ) -> VerifyReport:
-    missing = tuple(name for name in plan.sources if name not in found.specs)
+    missing = tuple(n for n in plan.sources if n not in found.specs and not _is_left_to_tie(plan, found, n))
     extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
     tensors = tuple(verdict for verdict in verdicts.values() if verdict)
     count = {kind: sum(t.verdict == kind for t in tensors) for kind in ("exact", "rounding", "wrong")}
@@ -148,6 +152,16 @@ def _report(
         extra,
         plan.warnings,
     )
+
+
+def _is_left_to_tie(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+    """What stays equal to the embedding need not be stored again in a model whose config goes on to tie the two."""
+    tie = find_tie(plan.base)
+    if tie is None or name not in plan.untied or find_tie(found) is None:
+        return False
+    first = tie.stored_as(name)
+    same = plan.sources[name] == plan.sources[first]
+    return same and first in found.specs and plan.placements.get(name) == plan.placements.get(first)
 
 
 def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
@@ -187,7 +201,7 @@ class _Judge:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
-            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, by up to {apart:.0f} steps")
+            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {how_far(apart)}")
         outcome = Trial(self._replay(name), found, self._load, self._stored(name, source)).run()
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)

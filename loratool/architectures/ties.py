@@ -1,0 +1,81 @@
+"""Which matrices a model family ties, and what they are called: as literal tables, a family a word.
+
+Sources: `_tied_weights_keys`, `tie_word_embeddings` and the heads' modules of transformers 5.24. That a side written as
+a matrix of its own loads as one was seen there and in 4.57, but where a table says otherwise.
+"""
+
+from __future__ import annotations
+
+INPUT_EMBEDDINGS = (
+    "shared",
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "word_embedding",
+    "embed_in",
+    "tok_embeddings",
+    "tokens_embed",
+    "embeddings",
+)
+OUTPUT_HEADS = ("lm_head", "embed_out")
+# The heads of families of decoders that call it otherwise.
+DECODER_HEADS = {"gpt_neox": "embed_out", "whisper": "proj_out"}
+# The heads of masked language models -> the families that have it. Where the bias is a level up (`lm_head.bias`) it is
+# the bias of the head's linear layer too, and where the two are not tied loaders want both.
+MASKED_HEADS = {
+    "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie megatron-bert mobilebert nystromformer rembert
+    roc_bert roformer""",
+    "lm_head.decoder": """bert-generation camembert data2vec-text longformer mpnet roberta roberta-prelayernorm
+    xlm-roberta xlm-roberta-xl xmod""",
+    "predictions.decoder": "albert",
+    "generator_lm_head": "convbert electra",
+    "vocab_projector": "distilbert",
+    "decoder": "modernbert",
+    "pred_layer.proj": "xlm",
+    "lm_loss": "xlnet",
+}
+MASKED_HEAD_OF = {family: head for head, families in MASKED_HEADS.items() for family in families.split()}
+# Those that compute with the head's matrix past its module, so that what PEFT adds to the module has no effect.
+PAST_ITS_MODULE = frozenset({"mobilebert"})
+# Encoder-decoders with one embedding, `shared`, for both sides and the head.
+SHARED_BY_BOTH = frozenset(
+    """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
+    pegasus_x plbart switch_transformers t5 umt5""".split()
+)
+# Those whose encoder and decoder take `shared` itself before transformers 5, whatever is stored for them.
+ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
+# Those whose embedding is, to PEFT, the encoder's (`get_input_embeddings`).
+EMBEDS_BY_ENCODER = frozenset({"marian"})
+# Those whose flag says besides that the decoder's output is scaled by d_model ** -0.5, so that it cannot be changed:
+# transformers 5 keeps apart what is stored and differs all the same, 4 does not.
+FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
+# Encoder-decoders whose encoder has no embedding of tokens: to a tie they are decoders.
+TIED_AS_DECODERS = frozenset("speech_to_text whisper".split())
+# What else can be the embedding once more: the sides of an encoder-decoder, the decoder of a masked language model.
+COPIES = (
+    *OUTPUT_HEADS,
+    "embed_tokens",
+    "shared",
+    "proj_out",
+    *dict.fromkeys(head.rpartition(".")[2] for head in MASKED_HEADS),
+)
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+MASKED = ("ForMaskedLM", "ForPreTraining")
+HEADLESS = (
+    "Classification",
+    "QuestionAnswering",
+    "MultipleChoice",
+    "Regression",
+    "RewardModel",
+    "ElectraForPreTraining",
+)
+# Families that untie where config.json does not say (`tie_word_embeddings` of the config classes of transformers 5.24).
+UNTIED_BY_DEFAULT = frozenset(
+    """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 flex_olmo fuyu
+    glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe internlm3 jamba llama llama4 llama4_text longcat_flash mamba2 minimax minimax_m2
+    ministral mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
+    qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
+)
+# Families whose config classes set the flag, whatever config.json says; a head that is stored and differs stays apart.
+TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())
