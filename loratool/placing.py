@@ -28,13 +28,15 @@ SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 class Spot:
     """A base tensor for an update, or for a part of one where one side stacks its experts and the other does not.
 
-    expert, part, parts: whose matrix it is, and which of the equal parts of its rows (gate and up are two).
+    expert, part, parts: whose matrix it is, and which of the equal parts of its rows (gate and up are two). rows: of an
+    image model's tensor, (start, stop, the update's first row there, how many rows the update has).
     """
 
     name: str
     expert: int | None = None
     part: int = 0
     parts: int = 1
+    rows: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,24 @@ def place(
     if update.kind in ("add", "rows"):
         _check_value(adapter, update, own, spot.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
+    if spot.rows:
+        return _place_rows(adapter, update, weight, spot.name, spot.rows, own)
     if spot.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
         return _place_experts(adapter, update, weight, spot, own, model_types)
     transposed = _orientation(adapter, update, spot.name, own, specs, model_types, bound)
     expert = 0 if update.kind == "experts" else None
     return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
+
+
+def _place_rows(
+    adapter: Adapter, update: UpdateSpec, weight: float, base: str, where: tuple[int, int, int, int], spec: TensorSpec
+) -> list[Placement]:
+    """A module that is some rows of a tensor, stored as (out, in); 1x1 convolutions and linear layers are the same."""
+    start, stop, skip, whole = where
+    fits = [tuple(shape[:2]) if set(shape[2:]) == {1} else shape for shape in ((whole, *spec.shape[1:]), update.shape)]
+    if fits[0] != fits[1]:
+        raise _fail(adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else "")
+    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
 
 
 def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from shlex import quote
 
 from .adapter import Adapter, UpdateSpec
+from .architectures.image import component_of, image_modules
 from .architectures.renames import canonical, expert_part
 from .architectures.roles import role
 from .architectures.wrappers import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_of
@@ -191,9 +192,41 @@ def resolve_modules(
     of adding or dropping one container prefix, on all paths at once. The way that resolves most of them counts,
     the plain one first; two others that tie are an InputError.
     """
+    spots, rest, absent = _resolve_image(specs, adapter)
+    found, missing = _resolve_names(specs, adapter, rest, model_types) if rest else ({}, [])
+    return {**spots, **found}, [*absent, *missing]
+
+
+def _resolve_image(
+    specs: Mapping[str, TensorSpec], adapter: Adapter
+) -> tuple[dict[str, tuple[Spot, ...]], list[str], list[str]]:
+    """The modules that are an image model's, however spelled; those that may be others; those that are nowhere."""
+    modules = image_modules({name: spec.shape for name, spec in specs.items()})
+    if not modules:
+        return {}, list(adapter.updates), []
+    flat = {(component, path.replace(".", "_")): where for (component, path), where in modules.items()}
+    spots: dict[str, tuple[Spot, ...]] = {}
+    rest: list[str] = []
+    absent: list[str] = []
+    for module, update in adapter.updates.items():
+        component, path = component_of(module)
+        index = flat if adapter.flattened else modules
+        components = [component] if component else ["unet", "text_encoder"]
+        where = next((index[each, path] for each in components if (each, path) in index), None)
+        if where and update.rank:
+            spots[module] = tuple(Spot(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
+        else:
+            (absent if component and update.rank else rest).append(module)
+    return spots, rest, absent
+
+
+def _resolve_names(
+    specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], model_types: Sequence[str]
+) -> tuple[dict[str, tuple[Spot, ...]], list[str]]:
+    """By the base's own names."""
     separator = "_" if adapter.flattened else "."
     index, stacks = _index(specs, model_types, separator)
-    plain = {module: _normalized(module, adapter.flattened, model_types) for module in adapter.updates}
+    plain = {module: _normalized(module, adapter.flattened, model_types) for module in modules}
     parts = {m: part for m in plain if not adapter.flattened and (part := expert_part(m, model_types))}
 
     def known(module: str, path: str) -> bool:

@@ -19,7 +19,7 @@ from ..errors import InputError, LoratoolError, UsageError
 from ..fileio import reading
 from ..hub import resolve
 from ..tensorfile import WeightsFile
-from . import kohya, peft
+from . import diffusers, kohya, peft
 from .methods import BIASES, Method, is_biases, other_method
 from .peft_config import CONFIG_NAME, find_config
 
@@ -34,6 +34,7 @@ class Format:
 
 FORMATS = {
     "kohya": Format(kohya.claims, kohya.read),
+    "diffusers": Format(diffusers.claims, diffusers.read),
     "peft": Format(peft.claims, peft.read),
 }
 

@@ -1,0 +1,298 @@
+"""Image models: what their parts are called in each convention, and which rows of which tensor a name means.
+
+A module has a component (`unet` for whatever denoises, `text_encoder`, `text_encoder_2`, ...) and a path in it, and a
+base answers to every spelling of that: sgm's and diffusers' of a UNet, Black Forest Labs' and diffusers' of Flux,
+Hugging Face's of an OpenCLIP. Where one side fuses what the other splits, a name means rows of a tensor, or of several.
+Sources: diffusers `loaders/lora_conversion_utils.py`, kohya-ss/sd-scripts `library/sdxl_model_util.py`, ComfyUI
+`comfy/utils.py` (unet_to_diffusers).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+# The start of a tensor's name in a single file -> its component and how the rest is spelled, longest first.
+PREFIXES = {
+    "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
+    "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
+    "conditioner.embedders.0.model.": ("text_encoder", "openclip"),
+    "cond_stage_model.transformer.": ("text_encoder", "clip"),
+    "cond_stage_model.model.": ("text_encoder", "openclip"),
+    "text_encoders.clip_l.transformer.": ("text_encoder", "clip"),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2", "clip"),
+    "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
+    "model.diffusion_model.": ("unet", ""),
+}
+# What a name has in it that is found in the denoiser of a kind, whatever stands before.
+MARKS = {
+    "input_blocks.": "sgm",
+    "double_blocks.": "flux",
+    "down_blocks.": "unet",
+    "single_transformer_blocks.": "flux-diffusers",
+    "text_model.encoder.layers.": "clip",
+}
+# Prefixes of an adapter's modules -> their component. kohya's paths behind it are flattened.
+ADAPTER_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_transformer_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "unet.": "unet",
+    "transformer.": "unet",
+    "diffusion_model.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_3.": "text_encoder_3",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3",
+}
+
+# sgm's names within a residual block -> diffusers'
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+SGM_OUTSIDE = {
+    "input_blocks.0.0": "conv_in",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+# A name in an OpenCLIP layer -> Hugging Face's, one for each equal part of its rows
+OPENCLIP = {
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": ("self_attn.out_proj",),
+    "mlp.c_fc": ("mlp.fc1",),
+    "mlp.c_proj": ("mlp.fc2",),
+}
+# Flux's own names in a block -> diffusers', one for each part of its rows
+DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+FLUX_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+# Here shift and scale have changed places: the halves of the rows are swapped.
+FLUX_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows start:stop of a tensor are the rows of a module from `skip` on, of which it has `whole`."""
+
+    tensor: str
+    start: int
+    stop: int
+    skip: int
+    whole: int
+
+
+Modules = dict[tuple[str, str], tuple[Rows, ...]]
+
+
+def image_modules(shapes: Mapping[str, Shape]) -> Modules:
+    """(component, path) -> the rows that it means, by every spelling; empty for what is no image model.
+
+    shapes: of the base's tensors. A name that two conventions use for different modules means its own convention's.
+    """
+    found: Modules = {}
+    if not any(mark in name for name in shapes for mark in MARKS):
+        return found
+    aliases: list[tuple[tuple[str, str], tuple[Rows, ...]]] = []
+    parts = list(_split(shapes))
+    for component, kind, path, name in parts:
+        rows = shapes[name][0]
+        found[component, path] = (Rows(name, 0, rows, 0, rows),)
+        aliases += [((component, other), where) for other, where in _aliases(kind, path, name, shapes[name])]
+    aliases += _fused(found, {kind for _, kind, _, _ in parts})
+    for key, where in aliases:
+        found.setdefault(key, where)
+    return found
+
+
+def component_of(module: str) -> tuple[str | None, str]:
+    """The component that an adapter's module says it is in, None where it does not, and its path there."""
+    for prefix in sorted(ADAPTER_PREFIXES, key=len, reverse=True):
+        if module.startswith(prefix):
+            return ADAPTER_PREFIXES[prefix], module.removeprefix(prefix)
+    return None, module
+
+
+def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
+    """(component, kind, path, tensor) of every weight of a module that can have an adapter."""
+    whole = any(name.startswith(tuple(PREFIXES)) for name in shapes)
+    kinds = [kind for mark, kind in MARKS.items() if any(mark in name for name in shapes)]
+    if not kinds or (not whole and kinds == ["clip"] and not any(n.startswith("text_model.") for n in shapes)):
+        return
+    denoiser = next((kind for kind in kinds if kind != "clip"), "clip")
+    for name, shape in shapes.items():
+        path = name.removesuffix(".weight").removesuffix("_weight")
+        if not name.endswith(("weight",)) or len(shape) < 2 or name.startswith("first_stage_model."):
+            continue
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix:
+            component, kind = PREFIXES[prefix]
+            yield component, kind or denoiser, path.removeprefix(prefix), name
+        elif not whole:
+            yield ("text_encoder" if denoiser == "clip" else "unet"), denoiser, path, name
+
+
+def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[Rows, ...]]]:
+    rows = shape[0]
+    all_rows = (Rows(name, 0, rows, 0, rows),)
+    if kind == "sgm":
+        yield sgm_to_diffusers(path), all_rows
+    elif kind == "clip":
+        yield path.removeprefix("text_model."), all_rows
+    elif kind == "openclip":
+        layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", path)
+        names = OPENCLIP.get(layer[2], ()) if layer else ()
+        for i, own in enumerate(names):
+            size = rows // len(names)
+            where = (Rows(name, i * size, (i + 1) * size, 0, size),)
+            yield f"text_model.encoder.layers.{layer[1] if layer else ''}.{own}", where
+            yield f"encoder.layers.{layer[1] if layer else ''}.{own}", where
+    elif kind == "flux":
+        yield from _flux_aliases(path, name, shape)
+    elif kind == "unet":
+        yield diffusers_to_sgm(path), all_rows
+        yield diffusers_to_sgm(path, False), all_rows
+
+
+def _flux_aliases(path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[Rows, ...]]]:
+    rows, width = shape[0], shape[1]
+    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", path)
+    if path in FLUX_OUTSIDE:
+        yield FLUX_OUTSIDE[path], (Rows(name, 0, rows, 0, rows),)
+    if path in FLUX_SWAPPED:
+        half = rows // 2
+        yield FLUX_SWAPPED[path], (Rows(name, 0, half, half, rows), Rows(name, half, rows, 0, rows))
+    if not block:
+        return
+    table, stem = (DOUBLE, "transformer_blocks") if block[1] == "double" else (SINGLE, "single_transformer_blocks")
+    names = table.get(block[3], ())
+    sizes = [width] * 3 + [rows - 3 * width] if len(names) == 4 else [rows // max(1, len(names))] * len(names)
+    start = 0
+    for own, size in zip(names, sizes, strict=True):
+        yield f"{stem}.{block[2]}.{own}", (Rows(name, start, start + size, 0, size),)
+        start += size
+    if block[3] == "linear1":  # what XLabs and ComfyUI call its attention
+        yield f"{path}_qkv", (Rows(name, 0, 3 * width, 0, 3 * width),)
+
+
+def _fused(found: Modules, kinds: set[str]) -> list[tuple[tuple[str, str], tuple[Rows, ...]]]:
+    """The names of Flux's own fused modules, where the base has diffusers' split ones."""
+    if "flux-diffusers" not in kinds:
+        return []
+    made = []
+    paths = [path for component, path in found if component == "unet"]
+    for own, other in ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks"):
+        numbers = sorted({int(m[1]) for path in paths if (m := re.match(rf"{other}\.(\d+)\.", path))})
+        table = DOUBLE if own == "double_blocks" else SINGLE
+        for number in numbers:
+            for fused, names in table.items():
+                there = [found.get(("unet", f"{other}.{number}.{name}")) for name in names]
+                made += [(("unet", f"{own}.{number}.{fused}"), _joined(there))] if all(there) else []
+    for own, other in FLUX_OUTSIDE.items():
+        made += [(("unet", own), found["unet", other])] if ("unet", other) in found else []
+    for own, other in FLUX_SWAPPED.items():
+        for rows in found.get(("unet", other), ()):
+            half = rows.stop // 2
+            first, second = (0, half, half, rows.stop), (half, rows.stop, 0, rows.stop)
+            made.append((("unet", own), (Rows(rows.tensor, *first), Rows(rows.tensor, *second))))
+    return made
+
+
+def _joined(parts: Iterable[tuple[Rows, ...] | None]) -> tuple[Rows, ...]:
+    """One module of the rows of several, one after the other."""
+    every = [rows for part in parts for rows in part or ()]
+    whole = sum(rows.stop - rows.start for rows in every)
+    made, skip = [], 0
+    for rows in every:
+        made.append(Rows(rows.tensor, rows.start, rows.stop, skip, whole))
+        skip += rows.stop - rows.start
+    return tuple(made)
+
+
+def sgm_to_diffusers(path: str) -> str:
+    """A UNet's module in diffusers' names; two layers a block, as in SD 1, SD 2 and SDXL."""
+    for own, other in SGM_OUTSIDE.items():
+        if path == own:
+            return other
+    block = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
+    middle = re.fullmatch(r"middle_block\.([012])\.(.+)", path)
+    if middle:
+        stem = ("resnets.0", "attentions.0", "resnets.1")[int(middle[1])]
+        return f"mid_block.{stem}.{RESNET.get(middle[2], middle[2]) if stem[0] == 'r' else middle[2]}"
+    shortcut = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)", path)
+    if not block and not shortcut:
+        return path
+    side, number, inner, rest = block.groups() if block else (*shortcut.groups(), "")  # type: ignore[union-attr]
+    i, j = divmod(int(number) - (side == "input"), 3)
+    stem = "down_blocks" if side == "input" else "up_blocks"
+    if rest == "op":
+        return f"{stem}.{i}.downsamplers.0.conv"
+    if rest == "conv" and inner in "12":
+        return f"{stem}.{i}.upsamplers.0.conv"
+    if inner == "0":
+        return f"{stem}.{i}.resnets.{j}.{RESNET.get(rest, rest)}"
+    return f"{stem}.{i}.attentions.{j}.{rest}"
+
+
+def diffusers_to_sgm(path: str, attends: bool = True) -> str:
+    """The other way. attends: whether an upsampler stands behind an attention, which its number tells."""
+    for own, other in SGM_OUTSIDE.items():
+        if path == other:
+            return own
+    resnet = {other: own for own, other in RESNET.items()}
+    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.([01])\.(.+)", path)
+    if middle:
+        number = 1 if middle[1] == "attentions" else 2 * int(middle[2])
+        return f"middle_block.{number}.{resnet.get(middle[3], middle[3]) if middle[1] == 'resnets' else middle[3]}"
+    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
+    if not block:
+        return path
+    side, kind, rest = block[1], block[3], block[5]
+    level, layer = int(block[2]), int(block[4])
+    if kind == "downsamplers":
+        return f"input_blocks.{3 * (level + 1)}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{3 * level + 2}.{2 if attends else 1}.conv"
+    stem = f"input_blocks.{3 * level + layer + 1}" if side == "down" else f"output_blocks.{3 * level + layer}"
+    return f"{stem}.0.{resnet.get(rest, rest)}" if kind == "resnets" else f"{stem}.1.{rest}"
