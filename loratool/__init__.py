@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.convert import ConvertReport, convert
     from .ops.count import CountReport, count
     from .ops.diff import AdapterDiff, CheckpointDiff, diff
     from .ops.extract import ExtractReport, extract
@@ -36,6 +37,8 @@ _HOMES = {
     "CheckpointDiff": "diff",
     "diff": "diff",
     "CheckpointReport": "inspect",
+    "ConvertReport": "convert",
+    "convert": "convert",
     "CountReport": "count",
     "count": "count",
     "MergeReport": "merge_report",
@@ -60,6 +63,7 @@ __all__ = [
     "AdapterInspection",
     "CheckpointDiff",
     "CheckpointReport",
+    "ConvertReport",
     "CountReport",
     "ExtractReport",
     "InitReport",
@@ -73,6 +77,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "convert",
     "count",
     "diff",
     "extract",

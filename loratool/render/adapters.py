@@ -1,4 +1,4 @@
-"""Reports on adapters: extract, init, resize, inspect."""
+"""Reports on adapters: extract, init, resize, convert, inspect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..pictures import is_plain, strips
 from .text import count, draw, print_table, say, size
 
 if TYPE_CHECKING:
+    from ..ops.convert import ConvertReport
     from ..ops.extract import ExtractReport
     from ..ops.init import InitReport
     from ..ops.inspect_adapter import AdapterInspection
@@ -112,6 +113,16 @@ def print_resize(report: ResizeReport) -> None:
         say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
     say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_convert(report: ConvertReport) -> None:
+    say(f"{report.adapter}: {report.source_format}, {report.family}, to {report.to}")
+    rows = [[m.name, ", ".join(m.sources), m.how, str(m.rank), f"{m.alpha:g}"] for m in report.modules]
+    print_table([(title, title in ("rank", "alpha")) for title in ("module", "from", "how", "rank", "alpha")], rows)
+    for module in report.dropped:
+        say(f"dropped: {module}")
+    verb = "would write" if report.dry_run else "wrote"
+    say(f"\n{verb} {report.out}: {len(rows)} modules, {count(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_adapter(report: AdapterInspection) -> None:
