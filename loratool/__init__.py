@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.combine import CombineReport, combine
     from .ops.count import CountReport, count
     from .ops.diff import AdapterDiff, CheckpointDiff, diff
     from .ops.extract import ExtractReport, extract
@@ -36,6 +37,8 @@ _HOMES = {
     "CheckpointDiff": "diff",
     "diff": "diff",
     "CheckpointReport": "inspect",
+    "CombineReport": "combine",
+    "combine": "combine",
     "CountReport": "count",
     "count": "count",
     "MergeReport": "merge_report",
@@ -60,6 +63,7 @@ __all__ = [
     "AdapterInspection",
     "CheckpointDiff",
     "CheckpointReport",
+    "CombineReport",
     "CountReport",
     "ExtractReport",
     "InitReport",
@@ -73,6 +77,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "combine",
     "count",
     "diff",
     "extract",
