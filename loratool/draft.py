@@ -25,7 +25,11 @@ from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha")
+# what metadata says of former tensors, their ranks and scales
+STALE = (
+    "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha",
+    "lora_adapter_metadata",
+)  # fmt: skip
 
 
 def stacked(update: Update) -> tuple[Tensor, Tensor]:

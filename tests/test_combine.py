@@ -16,6 +16,7 @@ import torch
 from conftest import factors, write_kohya, write_peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -454,6 +455,46 @@ class TestWhole:
         result = run("combine", f"{a}:0.5", f"{b}:0.5", "-o", tmp_path / "out")
         assert result.exit_code == 3 and "head.weight: holds nan or inf" in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+class TestImage:
+    """diffusers' files: an alpha as a tensor or in the metadata, which must not outlive the factors that it scaled."""
+
+    def write(self, file: Path, seed: int, ends: tuple[str, str], alpha: float | None, **config: Any) -> Tensor:
+        A, B = factors(20, 14, 3, seed)
+        tensors = {f"unet.mid.to_q.{end}.weight": side.contiguous() for end, side in zip(ends, (A, B), strict=True)}
+        tensors |= {} if alpha is None else {"unet.mid.to_q.alpha": torch.tensor(alpha)}
+        metadata = {"format": "pt", "kept": "yes"}
+        metadata |= {"lora_adapter_metadata": json.dumps(config)} if config else {}
+        save_file(tensors, file, metadata=metadata)
+        scale = (config.get("unet.lora_alpha", 3.0) if alpha is None else alpha) / 3
+        return scale * B.double() @ A.double()
+
+    @pytest.mark.parametrize("ends", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+    def test_scales_of_all_kinds_are_in_the_factors(self, ends: tuple[str, str], tmp_path: Path) -> None:
+        config = {"unet.r": 3, "unet.lora_alpha": 12.0}
+        files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+        D = [
+            self.write(files[0], 0, ends, None, **config),
+            self.write(files[1], 1, ends, 6.0),
+            self.write(files[2], 2, ends, None),
+        ]
+        wanted = 0.5 * D[0] - D[1] + 0.25 * D[2]
+        loratool.combine(list(zip(files, (0.5, -1.0, 0.25), strict=True)), tmp_path / "sum.safetensors")
+        loratool.resize(tmp_path / "sum.safetensors", tmp_path / "out.safetensors", rank=14)
+        for name in ("sum", "out"):
+            with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+                assert set(file.keys()) == {f"unet.mid.to_q.{end}.weight" for end in ends}
+                assert file.metadata() == {"format": "pt", "kept": "yes"}
+                A, B = (file.get_tensor(f"unet.mid.to_q.{end}.weight").double() for end in ends)
+            assert torch.allclose(B @ A, wanted, atol=1e-7)
+
+    def test_two_spellings(self, tmp_path: Path, run: Run) -> None:
+        a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+        self.write(a, 0, ("lora_A", "lora_B"), None)
+        self.write(b, 1, ("lora.down", "lora.up"), None)
+        result = run("combine", a, b, "-o", tmp_path / "out.safetensors")
+        assert result.exit_code == 3 and "no loader takes both" in result.stderr
 
 
 X = {"x": factors(20, 14, 3)}
