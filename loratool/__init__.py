@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from .ops.combine import CombineReport, combine
     from .ops.convert import ConvertReport, convert
     from .ops.count import CountReport, count
     from .ops.diff import AdapterDiff, CheckpointDiff, diff
@@ -37,6 +38,8 @@ _HOMES = {
     "CheckpointDiff": "diff",
     "diff": "diff",
     "CheckpointReport": "inspect",
+    "CombineReport": "combine",
+    "combine": "combine",
     "ConvertReport": "convert",
     "convert": "convert",
     "CountReport": "count",
@@ -63,6 +66,7 @@ __all__ = [
     "AdapterInspection",
     "CheckpointDiff",
     "CheckpointReport",
+    "CombineReport",
     "ConvertReport",
     "CountReport",
     "ExtractReport",
@@ -77,6 +81,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "combine",
     "convert",
     "count",
     "diff",

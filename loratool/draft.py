@@ -6,26 +6,30 @@ rsLoRA, some no patterns). Factors are asked for one module at a time.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, UpdateSpec
-from .architectures.wrappers import PEFT_PREFIX
-from .errors import UsageError
+from .errors import InputError, NeedsFlag, UsageError
 from .fileio import partial_file, require_free_space, write_at
-from .formats.peft import WRAPPED
+from .formats.peft import adapter_names, saved_name
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
 from .source import Source
 from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha")
+# what metadata says of former tensors, their ranks and scales
+STALE = (
+    "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha",
+    "lora_adapter_metadata",
+)  # fmt: skip
 
 
 def stacked(update: Update) -> tuple[Tensor, Tensor]:
@@ -39,19 +43,56 @@ def stacked(update: Update) -> tuple[Tensor, Tensor]:
     return B.double() * update.scale, A.double()
 
 
+def rounded(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In the output's type. Raises an error naming a module whose factors that type cannot hold."""
+    B, A = (side.to(dtype) for side in factors)
+    if not bool(B.isfinite().all() and A.isfinite().all()):
+        if dtype == torch.float16:
+            raise NeedsFlag("its factors overflow fp16", culprit=module, remedy="add --dtype fp32")
+        raise InputError("its factors overflow", culprit=module)
+    return B, A
+
+
+def cost(update: UpdateSpec) -> int:
+    """The parameters that one more of rank takes."""
+    return update.experts * (math.prod(update.specs["A"].shape[1:]) + update.specs["B"].shape[0])
+
+
 @dataclass(frozen=True)
 class Carried:
-    """A tensor that goes along, times a factor where it is not 1."""
+    """A tensor that goes along: the sum of tensors of one shape, each times its factor; one of factor 1 as it is."""
 
-    source: Source
-    factor: float = 1.0
+    terms: tuple[tuple[Source, float], ...]
+
+    @property
+    def is_copy(self) -> bool:
+        return len(self.terms) == 1 and self.terms[0][1] == 1
+
+    @property
+    def spec(self) -> TensorSpec:
+        own = self.terms[0][0].spec
+        return own if self.is_copy else TensorSpec("F32", own.shape)
+
+    def load(self) -> Tensor:
+        """Raises InputError naming a tensor that holds a nan or an infinity, or is of no float type."""
+        first, _ = self.terms[0]
+        if self.is_copy:
+            total = first.file.tensor(first.name)
+        else:
+            total = torch.zeros(first.spec.shape, dtype=torch.float64)
+            for source, factor in self.terms:
+                total.add_(source.file.tensor(source.name).double(), alpha=factor)
+            total = total.float()
+        if not bool(total.isfinite().all()):
+            raise InputError("holds nan or inf", culprit=first.name)
+        return total
 
 
 @dataclass(frozen=True)
 class Draft:
     """like: whose format and config the output has. updates: path -> the update whose names and shapes it has there;
     ranks: of those; factors: path -> (B (E, out, r), A (E, r, in)) with the scale in them. carried: the other tensors,
-    by their names.
+    by their names. fields: of PEFT's config, where they are other than those of `like`.
     """
 
     like: Adapter
@@ -60,41 +101,57 @@ class Draft:
     factors: Callable[[str], tuple[Tensor, Tensor]]
     carried: Mapping[str, Carried]
     dtype: torch.dtype = torch.float32
+    fields: Mapping[str, object] = field(default_factory=dict)
 
     def names(self, module: str) -> tuple[str, str]:
         """Of A and B in the output."""
-        one, two = (self.updates[module].tensors[role] for role in ("A", "B"))
-        if self.like.format != "peft":
-            return one, two
-        # without an adapter's name and wrappers, under which PEFT would not find them
-        return tuple(re.sub(r"(lora_(?:embedding_)?[AB])\b.*", _end, WRAPPED.sub("", key)) for key in (one, two))  # type: ignore[return-value]
+        one, two = (self._saved(self.updates[module].tensors[role]) for role in ("A", "B"))
+        return one, two
+
+    def _saved(self, name: str) -> str:
+        return saved_name(name, self._named) if self.like.format == "peft" else name
+
+    @cached_property
+    def _named(self) -> set[str]:
+        """Names of adapters that keys may have in them; PEFT would not find them under these."""
+        files = [self.like.file, *(each.terms[0][0].file for each in self.carried.values())]
+        return set().union(*(adapter_names(file.specs) for file in {id(file): file for file in files}.values()))
+
+    def specs_of(self, module: str) -> dict[str, TensorSpec]:
+        """Of A and B."""
+        letters = SAFETENSORS[str(self.dtype).removeprefix("torch.")]
+        update, rank = self.updates[module], self.ranks[module]
+        A, B, E = update.specs["A"].shape, update.specs["B"].shape, update.experts
+        key_A, key_B = self.names(module)
+        return {key_A: TensorSpec(letters, (E * rank, *A[1:])), key_B: TensorSpec(letters, (B[0], rank * E, *B[2:]))}
 
     def specs(self) -> dict[str, TensorSpec]:
-        letters = SAFETENSORS[str(self.dtype).removeprefix("torch.")]
         found = {}
-        for module, update in self.updates.items():
-            A, B = (update.specs[role].shape for role in ("A", "B"))
-            rank, E = self.ranks[module], update.experts
-            key_A, key_B = self.names(module)
-            found[key_A] = TensorSpec(letters, (E * rank, *A[1:]))
-            found[key_B] = TensorSpec(letters, (B[0], rank * E, *B[2:]))
+        for module in self.updates:
+            found.update(self.specs_of(module))
             if self.like.format == "kohya":
                 found[f"{module}.alpha"] = TensorSpec("F32", ())
         for name, each in self.carried.items():
-            spec = each.source.spec
-            found[name.removeprefix(PEFT_PREFIX)] = spec if each.factor == 1 else TensorSpec("F32", spec.shape)
+            found[self._saved(name)] = each.spec
         return found
+
+    def budget(self, rule: str, value: float) -> int:
+        """The parameters that a rule of ranks.BUDGETS leaves for the factors."""
+        factors = {key for module in self.updates for key in self.names(module)}
+        rest = [spec for key, spec in self.specs().items() if key not in factors]
+        if rule == "size":
+            return (int(value) - sum(spec.nbytes for spec in rest)) // self.dtype.itemsize
+        return int(value) - sum(spec.size for spec in rest)
 
     def loader(self) -> Callable[[str], Tensor]:
         """name -> tensor; the two of a module, asked for one after the other, are computed once."""
         module_of = {key: module for module in self.updates for key in self.names(module)}
-        carried = {name.removeprefix(PEFT_PREFIX): each for name, each in self.carried.items()}
+        carried = {self._saved(name): each for name, each in self.carried.items()}
         last: dict[str, Tensor] = {}
 
         def load(key: str) -> Tensor:
             if key in carried:
-                value = carried[key].source.file.tensor(carried[key].source.name)
-                return value if carried[key].factor == 1 else (value.double() * carried[key].factor).float()
+                return carried[key].load()
             if key not in module_of:  # kohya's alpha
                 return torch.tensor(float(self.ranks[key.removesuffix(".alpha")]))
             if key not in last:
@@ -106,15 +163,15 @@ class Draft:
 
     def _lay(self, module: str) -> dict[str, Tensor]:
         B, A = (side.to(self.dtype) for side in self.factors(module))
-        specs, (key_A, key_B) = self.updates[module].specs, self.names(module)
-        return {
-            key_A: A.flatten(0, 1).reshape(-1, *specs["A"].shape[1:]),
-            key_B: B.permute(1, 2, 0).reshape(len(B[0]), -1, *specs["B"].shape[2:]),
-        }
+        specs, names = self.specs_of(module), self.names(module)
+        A_spec, B_spec = (specs[name] for name in names)
+        return {names[0]: A.reshape(A_spec.shape), names[1]: B.permute(1, 2, 0).reshape(B_spec.shape)}
 
 
-def _end(match: re.Match[str]) -> str:
-    return match[1] if "embedding" in match[1] else f"{match[1]}.weight"
+def default_name(like: Adapter, verb: str) -> str:
+    """Of an output that was given none: a folder where the input was a folder's file, else a file."""
+    in_folder = like.format == "peft" and like.file.path.name.startswith("adapter_model")
+    return verb if in_folder else f"{verb}.safetensors"
 
 
 def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
@@ -141,4 +198,4 @@ def _peft_config(draft: Draft) -> dict[str, object]:
     ours = lora_config(modules, {module: draft.ranks[module] for module in sorted(stacks)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     rest = {key: value for key, value in draft.like.config.extra.items() if key not in keys}
-    return {**{k: v for k, v in ours.items() if k not in rest}, **rest, "peft_type": "LORA"}
+    return {**{k: v for k, v in ours.items() if k not in rest}, **rest, **draft.fields, "peft_type": "LORA"}

@@ -11,9 +11,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from .errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,48 @@ RANK_RULES: dict[str, Callable[[Spectrum, float], int | None]] = {
     "sv_cumulative": cumulative_rank,
     "sv_fro": norm_rank,
 }
+SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
+BUDGETS = ("params", "size")  # for all matrices together
+
+
+def read_rule(
+    given: Mapping[str, float | None], rank_rule: tuple[str, float] | None = None, most: int | None = None
+) -> tuple[str, float] | None:
+    """The one rule that was asked for, and its value. most: the rank of --max-rank.
+
+    Raises UsageError for two, and for a value out of range.
+    """
+    if most is not None and most < 1:
+        raise UsageError(f"max_rank {most} is out of range")
+    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
+    chosen += [rank_rule] if rank_rule else []
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
+    for name, value in chosen:
+        if name not in (*RANK_RULES, *BUDGETS):
+            raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
+        if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
+            raise UsageError(f"{name} {value:g} is out of range")
+    return chosen[0] if chosen else None
+
+
+def choose_ranks(rule: str, value: float, spectra: Mapping[str, Spectrum], most: int | None = None) -> dict[str, int]:
+    """Of each matrix, 1 at least: a module without factors would be no target any more.
+
+    value: of one of BUDGETS the parameters that all factors may have. most: of any matrix. Raises UsageError for a
+    budget that rank 1 exceeds.
+    """
+    if rule == "rank":
+        found = dict.fromkeys(spectra, int(value))
+    elif rule in RANK_RULES:
+        found = {name: RANK_RULES[rule](spectrum, value) or 1 for name, spectrum in spectra.items()}
+    else:
+        budget, least = int(value), sum(spectrum.cost for spectrum in spectra.values())
+        if budget < least:
+            raise UsageError(f"--{rule} is too little: rank 1 everywhere takes {least} parameters, {budget} are left")
+        rest = {name: replace(spectrum, squares=spectrum.squares[1:]) for name, spectrum in spectra.items()}
+        found = {name: 1 + more for name, more in budget_ranks(rest, budget - least).items()}
+    return {name: min(max(1, rank), most or rank) for name, rank in found.items()}
 
 
 def budget_ranks(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:

@@ -15,8 +15,8 @@ ORDER = [
     "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
     "counting", "outline",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
-    "factoring", "draft", "comparing", "converting", "extraction", "inits", "initialization", "hypotheses", "replaying",
-    "judging", "ops", "pictures", "render", "cli",
+    "factoring", "draft", "joining", "comparing", "converting", "extraction", "inits", "combining", "initialization",
+    "hypotheses", "replaying", "judging", "ops", "pictures", "render", "cli",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}

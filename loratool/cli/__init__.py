@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # verb -> its line in `loratool -h`
 VERBS = {
+    "combine": "Make one adapter of several with weights, exactly or by TIES, DARE, KnOTS.",
     "convert": "Write an image model's adapter in another convention, exactly.",
     "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
     "diff": "Compare two adapters, or two models.",

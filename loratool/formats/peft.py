@@ -77,7 +77,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     config = parse_config(name, fields, alpha)
     found: dict[tuple[str, int], dict[str, str]] = {}
     replaced: dict[str, str] = {}
-    named = {match[1] for key in file.specs if (match := _ADAPTER.search(key))} | {"default"}
+    named = adapter_names(file.specs)
     for key in file.specs:
         _sort_in(key, component, found, replaced, file, named)
     updates: dict[str, UpdateSpec] = {}
@@ -98,6 +98,19 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     return Adapter(
         name, "peft", file, config, updates, notes=_notes(updates, found), lacks=missing_tensors(config, updates)
     )
+
+
+def adapter_names(keys: Iterable[str]) -> set[str]:
+    """The names that adapters may have in these keys."""
+    return {match[1] for key in keys if (match := _ADAPTER.search(key))} | {"default"}
+
+
+def saved_name(key: str, named: Collection[str]) -> str:
+    """The key under which PEFT saves a tensor and finds it again, but for its prefix: no wrapper, no adapter's name."""
+    path = _without_wrapper(WRAPPED.sub("", key), named)
+    path = re.sub(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$", r"\1\2", path)
+    path = re.sub(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$", r"\1", path)
+    return re.sub(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$", r"\1", path)
 
 
 def _is_dump(names: Collection[str]) -> bool:

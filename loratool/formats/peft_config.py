@@ -168,7 +168,7 @@ def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) ->
     lines = []
     saved = config.extra.get("modules_to_save")
     entries = [each for each in saved if isinstance(each, str)] if isinstance(saved, list) else []
-    absent = [each for each in entries if not any(_stands_in(each, m) for m in kinds["replace"])]
+    absent = [each for each in entries if not any(stands_in(each, m) for m in kinds["replace"])]
     if len(absent) < len(entries):
         absent = [each for each in absent if each not in CLASSIFIERS]
     lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]
@@ -185,7 +185,7 @@ def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) ->
     return tuple(lines)
 
 
-def _stands_in(entry: str, module: str) -> bool:
+def stands_in(entry: str, module: str) -> bool:
     """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
     parts = module.split(".")
     return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))

@@ -10,23 +10,21 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..draft import DTYPES, Carried, Draft, stacked, write_draft
+from ..draft import DTYPES, Carried, Draft, cost, default_name, rounded, stacked, write_draft
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import open_adapter
 from ..numerics.factors import distance, effective_rank, singular_values, svd
 from ..output import check_name, check_path, named
-from ..ranks import RANK_RULES, Spectrum, budget_ranks
+from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
 from ..runtime import Progress, choose_device
 from ..source import Source
-
-SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
 
 
 @dataclass(frozen=True)
@@ -84,43 +82,22 @@ def resize(
     value. max_rank: a cap. dtype: of the factors, a key of DTYPES. alpha: for a file that does not say its own. Raises
     UsageError, and InputError for an adapter without factors; nothing is written then.
     """
-    rule, value = _rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule)
+    rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
+    if rule is None:
+        raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha)
         opened.callback(source.file.close)
-        path, is_file = check_name(out if out is not None else _default_name(source))
+        path, is_file = check_name(out if out is not None else default_name(source, "resized"))
         check_path(path, is_file, [source.file.path], force)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)
-        ranks = work.ranks(rule, value, max_rank)
+        ranks = work.ranks(*rule, max_rank)
         if not dry_run:
             opened.enter_context(named(path))
             work.write(ranks, path, is_file)
         return work.report(os.fspath(adapter), str(path), ranks, dry_run)
-
-
-def _rule(given: Mapping[str, float | None], rank_rule: tuple[str, float] | None) -> tuple[str, float]:
-    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
-    chosen += [rank_rule] if rank_rule else []
-    if not chosen:
-        raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
-    if len(chosen) > 1:
-        raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
-    name, value = chosen[0]
-    if name not in (*RANK_RULES, "params", "size"):
-        raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
-    if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
-        raise UsageError(f"{name} {value:g} is out of range")
-    return name, value
-
-
-def _default_name(source: Adapter) -> str:
-    return (
-        "resized"
-        if source.format == "peft" and source.file.path.name.startswith("adapter_model")
-        else ("resized.safetensors")
-    )
 
 
 class _Work:
@@ -136,7 +113,7 @@ class _Work:
             own = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
             own |= {"base": update.base} if update.base else {}
             factor = update.scale if update.kind == "add" else 1.0  # its scale was the factors' alpha / r
-            self._carried.update({key: Carried(Source(source.file, key), factor) for key in own.values()})
+            self._carried.update({key: Carried(((Source(source.file, key), factor),)) for key in own.values()})
         self._spectra: dict[str, Tensor] = {}
         self._errors: dict[str, float] = {}
 
@@ -145,47 +122,23 @@ class _Work:
         return B.to(self._device), A.to(self._device)
 
     def ranks(self, rule: str, value: float, most: int | None) -> dict[str, int]:
-        """Of each module, 1 at least: a module without factors would be no target any more."""
         for done, module in enumerate(self._updates, 1):
             self._spectra[module] = singular_values(*self._load(module)).square().sum(0).cpu()  # over a stack
             if self._progress:
                 self._progress(done, len(self._updates))
         spectra = {module: self._spectrum(module) for module in self._updates}
-        if rule == "rank":
-            found = dict.fromkeys(spectra, int(value))
-        elif rule in RANK_RULES:
-            found = {module: RANK_RULES[rule](spectrum, value) or 1 for module, spectrum in spectra.items()}
-        else:
-            found = self._within(rule, value, spectra)
-        return {module: min(max(1, rank), most or rank) for module, rank in found.items()}
+        if rule in BUDGETS:
+            value = self._draft(dict.fromkeys(self._updates, 1)).budget(rule, value)
+        return choose_ranks(rule, value, spectra, most)
 
     def _spectrum(self, module: str) -> Spectrum:
-        update, squares = self._updates[module], self._spectra[module]
-        cost = update.experts * (math.prod(update.specs["A"].shape[1:]) + math.prod(update.specs["B"].shape[:1]))
-        return Spectrum(tuple(squares.tolist()), float(squares.sum()), cost, True)
-
-    def _within(self, rule: str, value: float, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-        """What is carried along has its part of the budget first, and each module rank 1."""
-        carried = self._draft(dict.fromkeys(self._updates, 1)).specs()
-        fixed = [carried[key] for key in carried if key not in self._factor_keys()]
-        if rule == "size":
-            budget = (int(value) - sum(spec.nbytes for spec in fixed)) // self._dtype.itemsize
-        else:
-            budget = int(value) - sum(spec.size for spec in fixed)
-        least = sum(spectrum.cost for spectrum in spectra.values())
-        if budget < least:
-            raise UsageError(f"--{rule} {value:.0f} is too little: rank 1 everywhere takes {least} parameters alone")
-        rest = {module: replace(spectrum, squares=spectrum.squares[1:]) for module, spectrum in spectra.items()}
-        return {module: 1 + more for module, more in budget_ranks(rest, budget - least).items()}
-
-    def _factor_keys(self) -> set[str]:
-        draft = self._draft(dict.fromkeys(self._updates, 1))
-        return {key for module in self._updates for key in draft.names(module)}
+        squares = self._spectra[module]
+        return Spectrum(tuple(squares.tolist()), float(squares.sum()), cost(self._updates[module]), True)
 
     def _draft(self, ranks: Mapping[str, int]) -> Draft:
         def factors(module: str) -> tuple[Tensor, Tensor]:
             whole = svd(*self._load(module))
-            B, A = (side.to(self._dtype) for side in whole.truncated(ranks[module]))
+            B, A = rounded(module, whole.truncated(ranks[module]), self._dtype)
             norm = float(torch.linalg.vector_norm(whole.S))
             wrong = float(torch.linalg.vector_norm(distance(whole, svd(B, A))))
             self._errors[module] = wrong / norm if norm else 0.0

@@ -1,6 +1,6 @@
 """Reports as tables and pictures for a terminal and as JSON for a program. The only room that knows rich."""
 
-from .adapters import print_adapter, print_convert, print_extract, print_init, print_resize
+from .adapters import print_adapter, print_combine, print_convert, print_extract, print_init, print_resize
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
 from .models import print_checkpoint, print_count, print_merge, print_method, print_unmerge, print_verify
 from .text import ProgressBar, say, size, to_json
@@ -11,6 +11,7 @@ __all__ = [
     "print_adapter_diff",
     "print_checkpoint",
     "print_checkpoint_diff",
+    "print_combine",
     "print_convert",
     "print_count",
     "print_extract",

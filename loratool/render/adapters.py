@@ -1,4 +1,4 @@
-"""Reports on adapters: extract, init, resize, convert, inspect."""
+"""Reports on adapters: extract, init, resize, combine, convert, inspect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..pictures import is_plain, strips
 from .text import count, draw, print_table, say, size
 
 if TYPE_CHECKING:
+    from ..ops.combine import CombineReport
     from ..ops.convert import ConvertReport
     from ..ops.extract import ExtractReport
     from ..ops.init import InitReport
@@ -109,6 +110,30 @@ def print_resize(report: ResizeReport) -> None:
     say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
     if report.carried:
         say(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
+    for warning in report.warnings:
+        say(f"warning: {warning}", sys.stderr)
+    verb = "would write" if report.dry_run else "wrote"
+    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def print_combine(report: CombineReport) -> None:
+    density = "" if report.density is None else f", density {report.density:g}"
+    terms = (f"{weight:g} {name}" for weight, name in zip(report.weights, report.adapters, strict=True))
+    say(f"{report.method}{density} of {' + '.join(terms)}")
+    rows = [
+        [m.name, " + ".join(map(str, m.ranks)), str(m.rank), f"{m.norm:.3g}", f"{m.kept:.2%}", f"{m.error:.1e}"]
+        for m in report.modules
+    ]
+    titles = ["module", "ranks", "rank", "|D|", "energy", "error"]
+    print_table([(title, title != "module") for title in titles], rows)
+    if report.kept < 0.9999:
+        plain = is_plain(sys.stdout.encoding)
+        draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
+    say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
+    if report.carried:
+        say(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
+    for module in report.left_out:
+        say(f"left out: {module}")
     for warning in report.warnings:
         say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"

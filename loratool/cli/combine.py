@@ -1,0 +1,114 @@
+"""`loratool combine`."""
+
+from __future__ import annotations
+
+import click
+
+from ..combining import METHODS
+from ..draft import DTYPES
+from ..ranks import RANK_RULES
+from .options import (
+    Count,
+    RuleValue,
+    Size,
+    WeightedPath,
+    alpha_option,
+    device_option,
+    dry_run_option,
+    exclude_option,
+    force_option,
+    json_option,
+    quiet_option,
+)
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
+@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: combined]")
+@click.option(
+    "--method",
+    default="cat",
+    show_default=True,
+    metavar="|".join(METHODS),
+    help="; ".join(f"{name}: {row.says} ({row.source})" for name, row in METHODS.items()) + ".",
+)
+@click.option("--density", type=float, help="The share of each change's entries that is kept.  [default: 0.5]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
+@click.option("--rank", type=click.IntRange(1), help="Of every module.  [default: the sum of the adapters']")
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each module's change.")
+@click.option("--params", type=Count(), metavar="4M", help="Parameters in all, spent where they keep most.")
+@click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
+@click.option(
+    "--rank-rule", type=RuleValue(), metavar="NAME=VALUE", help=f"Of each module: one of {', '.join(RANK_RULES)}."
+)
+@click.option("--max-rank", type=click.IntRange(1), help="Of any module.")
+@exclude_option
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@alpha_option
+@force_option
+@dry_run_option
+@device_option
+@quiet_option
+@json_option
+def combine(
+    adapters: tuple[tuple[str, float], ...],
+    out: str | None,
+    method: str,
+    density: float | None,
+    seed: int,
+    rank: int | None,
+    energy: float | None,
+    params: int | None,
+    size: int | None,
+    rank_rule: tuple[str, float] | None,
+    max_rank: int | None,
+    exclude: tuple[str, ...],
+    dtype: str,
+    alpha: float | None,
+    force: bool,
+    dry_run: bool,
+    device: str,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Make one adapter that does what several do with their weights.
+
+    By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
+    negative. The other methods act on the changes B A themselves, module by module, and keep the best of --rank.
+
+    \b
+      loratool combine style/:0.7 task/:0.3 -o both/
+      loratool combine style/ task/ --method ties --density 0.3 --rank 16 -o both/
+    """
+    from ..ops.combine import combine as run
+    from ..render import ProgressBar, print_combine, to_json
+    from ..targets import parse_patterns
+
+    bar = ProgressBar("combine", quiet or json, "modules")
+    try:
+        report = run(
+            list(adapters),
+            out,
+            method=method,
+            density=density,
+            seed=seed,
+            rank=rank,
+            energy=energy,
+            params=params,
+            size=size,
+            rank_rule=rank_rule,
+            max_rank=max_rank,
+            exclude=parse_patterns(exclude),
+            dtype=dtype,
+            alpha=alpha,
+            device=device,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if json:
+        print(to_json("combine", report))
+    else:
+        print_combine(report)
