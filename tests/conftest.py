@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for each other's cores take twice the time
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -110,7 +110,7 @@ def test_a_wrong_adapter_is_refused_without_a_flag(tmp_path: Path) -> None:
 def test_kohya_names_are_looked_up_and_never_split(tmp_path: Path) -> None:
     """Trap 23: `to_q` and `to.q` flatten to one name."""
     base = base_of("down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "mid_block.x_y")
-    for prefix in ("lora_unet", "lora_transformer", "lora_te1"):
+    for prefix in ("lora_unet", "lora_transformer"):
         adapter = open_adapter(
             write_kohya(
                 tmp_path / "k.safetensors", {n.removesuffix(".weight"): factors(6, 4, 2) for n in base}, prefix=prefix
