@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,10 @@ class Candidate:
 
 def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
     """The weights that the selection's targets name; InputError for a pattern that names none."""
-    eligible = {}
-    for name, spec in base.specs.items():
-        what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
-        if what:
-            eligible[name] = what
+    eligible = _find_eligible(base)
+    routers = _find_routers(eligible)
     for pattern in selection.target:
-        if not any(_takes(pattern, name, what) for name, what in eligible.items()):
+        if not any(_takes(pattern, name, what, routers) for name, what in eligible.items()):
             ends = {module_of(name).rpartition(".")[2] for name in eligible}
             near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
@@ -73,7 +70,7 @@ def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
             )
     found = []
     for name, what in eligible.items():
-        if selection.selects(module_of(name)) and any(_takes(each, name, what) for each in selection.target):
+        if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):
             kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
             found.append(Candidate(name, kind, source, stack_sizes(kind, source.spec.shape)))
     if not found:
@@ -81,9 +78,29 @@ def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
     return found
 
 
-def _takes(pattern: str, name: str, what: str) -> bool:
-    """`all-linear` as PEFT means it: convolutions and stacks of experts have to be named."""
-    return matches(pattern, module_of(name)) and (pattern != "all-linear" or what == "linear")
+def _find_eligible(base: Checkpoint) -> dict[str, str]:
+    """The weights that PEFT can wrap -> their role: those of modules, and stacks of experts, but no other bare
+    parameter (a Mamba's A_log, gpt-oss's biases of experts). nn.MultiheadAttention is none: PEFT wraps both of its
+    matrices or neither.
+    """
+    found = {}
+    for name, spec in base.specs.items():
+        what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+        inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
+        if what == "experts" or (what and name.endswith(".weight") and inside not in base.specs):
+            found[name] = what
+    return found
+
+
+def _find_routers(names: Collection[str]) -> frozenset[str]:
+    """The weights that choose among experts: no linear layers in transformers 5, so that PEFT cannot wrap most."""
+    blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
+    return frozenset(f"{block}.{router}.weight" for block in blocks for router in ("gate", "router"))
+
+
+def _takes(pattern: str, name: str, what: str, routers: Collection[str]) -> bool:
+    """`all-linear` as PEFT means it: convolutions, stacks of experts and their routers have to be named."""
+    return matches(pattern, module_of(name)) and (pattern != "all-linear" or (what == "linear" and name not in routers))
 
 
 def choose_ranks(

@@ -431,6 +431,26 @@ class TestRanks:
         base = write_model(tmp_path / "base", KINDS, LLAMA)
         assert [m.name for m in loratool.init(base, tmp_path / "a").modules] == [next(iter(KINDS))]
 
+    def test_what_peft_cannot_wrap_is_no_target(self, tmp_path: Path) -> None:
+        """Bare parameters and nn.MultiheadAttention; routers, which all-linear leaves out, have to be named."""
+        names = {
+            "model.layers.0.mlp.experts.gate_up_proj": (2, 8, 16),
+            "model.layers.0.mlp.experts.gate_up_proj_bias": (2, 16),
+            "model.layers.0.mlp.router.weight": (2, 8),
+            "model.layers.0.mixer.A_log": (8, 4),
+            "model.head.attention.in_proj_weight": (24, 8),
+            "model.head.attention.out_proj.weight": (8, 8),
+            "model.layers.0.self_attn.out_proj.weight": (8, 8),
+        }
+        base = write_model(tmp_path / "base", {name: weights(*shape) for name, shape in names.items()}, LLAMA)
+        attention = "model.layers.0.self_attn.out_proj.weight"
+        assert [m.name for m in loratool.init(base, tmp_path / "a", rank=2).modules] == [attention]
+        named = loratool.init(base, tmp_path / "b", rank=2, target=["router", "re:experts"])
+        assert {m.name.rpartition("mlp.")[2] for m in named.modules} == {"router.weight", "experts.gate_up_proj"}
+        for pattern in ("A_log", "attention.out_proj", "gate_up_proj_bias"):
+            with pytest.raises(InputError, match="names no weight"):
+                loratool.init(base, tmp_path / "c", rank=2, target=[pattern])
+
     def test_a_single_file(self, tmp_path: Path) -> None:
         base = FIXTURES / "llama" / "base"
         loratool.init(base, tmp_path / "a.safetensors", method="gaussian", rank=4)
