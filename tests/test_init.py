@@ -204,6 +204,14 @@ class TestStartsAtTheBase:
         for name, W in KINDS.items():
             assert distance(merged[name], W) < 3e-7, name
 
+    @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+    def test_square_experts(self, family: str, tmp_path: Path) -> None:
+        W = weights(3, 16, 16)
+        base = write_model(tmp_path / "base", {"model.layers.0.mlp.experts.down_proj": W}, {"model_type": family})
+        start(tmp_path, base, "pissa", rank=4, target=["down_proj"])
+        loratool.merge(tmp_path / "residual", tmp_path / "adapter", tmp_path / "merged")
+        assert distance(load_model(tmp_path / "merged")["model.layers.0.mlp.experts.down_proj"], W) < 3e-7
+
     @pytest.mark.parametrize("method", CHANGING)
     def test_the_residual_lacks_what_the_factors_have(self, method: str, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", KINDS, LLAMA)
@@ -287,6 +295,44 @@ class TestTraining:
             whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
             with torch.no_grad():
                 assert distance(whole(ids).logits, expected) < 2e-5
+
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("Llama4", {"num_local_experts": 2, "intermediate_size_mlp": 48}),
+            ("GptOss", {"num_local_experts": 2, "layer_types": ["full_attention"]}),
+            ("GptOss", {"num_local_experts": 2, "layer_types": ["full_attention"], "intermediate_size": 32}),
+            ("Mixtral", {"num_local_experts": 2, "intermediate_size": 32}),
+        ],
+    )
+    @pytest.mark.parametrize("target", [["all-linear"], ["re:experts"]])
+    def test_experts(self, family: str, options: dict[str, Any], target: list[str], tmp_path: Path) -> None:
+        """Both orientations of stacks, square ones too, and experts that the file has one by one."""
+        import transformers
+        from peft import PeftModel
+
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        sizes |= {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 90,
+            "num_experts_per_tok": 1,
+            "pad_token_id": 0,
+        }
+        config = getattr(transformers, "Llama4TextConfig" if family == "Llama4" else f"{family}Config")
+        kind = getattr(transformers, f"{family}ForCausalLM")
+        torch.manual_seed(0)
+        kind(config(**{**sizes, **options})).save_pretrained(tmp_path / "base")
+        start(tmp_path, tmp_path / "base", "pissa", rank=2, target=target, dtype="fp32", undo=False)
+        plain, loaded = (kind.from_pretrained(tmp_path / name).eval() for name in ("base", "residual"))
+        trained = PeftModel.from_pretrained(loaded, tmp_path / "adapter", is_trainable=True).eval()
+        ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert distance(trained(ids).logits, plain(ids).logits) < 2e-5
+        loratool.merge(tmp_path / "residual", tmp_path / "adapter", tmp_path / "merged", undo=False)
+        merged = kind.from_pretrained(tmp_path / "merged").eval()
+        with torch.no_grad():
+            assert distance(merged(ids).logits, plain(ids).logits) < 2e-5
 
     def test_peft_takes_every_kind_of_layer_with_dora(self, tmp_path: Path) -> None:
         """The magnitudes' shapes are PEFT's: of a convolution and an embedding too."""
