@@ -26,6 +26,7 @@ from ..formats.peft import WEIGHTS_NAMES
 from ..formats.peft_config import CONFIG_NAME
 from ..formats.peft_write import write_adapter
 from ..initialization import (
+    Candidate,
     Site,
     Starter,
     adapter_config,
@@ -141,9 +142,7 @@ def init(
         candidates = find_candidates(
             checkpoint, Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         )
-        experts = [each.name for each in candidates if each.kind.startswith("experts")]
-        if dora and experts:
-            raise UsageError("has experts, for which PEFT has no DoRA", culprit=experts[0])
+        _check_kinds(candidates, method, dora)
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         sites, layout = make_sites(candidates, ranks, alpha, rslora)
         starter = Starter(sites, method, seed, dora, choose_device(device))
@@ -176,6 +175,19 @@ def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: s
         raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
     if residual is not None and not INITS[method].changes_base:
         raise UsageError(f"--residual: {method} leaves the base as it is")
+
+
+def _check_kinds(candidates: Sequence[Candidate], method: str, dora: bool) -> None:
+    """Refuse what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`)."""
+    if method == "mica" and dora:
+        raise UsageError("PEFT has no DoRA with mica")
+    for each in candidates:
+        stacked = each.kind.startswith("experts")
+        if stacked and (dora or method == "mica"):
+            what = "DoRA" if dora else method
+            raise UsageError(f"has experts, for which PEFT has no {what}", culprit=each.name, remedy="add --exclude")
+        if each.kind == "conv" and method == "mica":
+            raise UsageError("is a convolution, for which PEFT has no mica", culprit=each.name, remedy="add --exclude")
 
 
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
