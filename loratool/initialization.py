@@ -121,21 +121,25 @@ def choose_ranks(
         each.name: next((r for p, r in patterns.items() if matches(p, module_of(each.name))), 0) for each in candidates
     }
     rest = [each for each in candidates if not found[each.name]]
-    if params is not None and rest:
+    step = 2 if method == "orthogonal" else 1
+    if params is not None:
         spent = sum(each.cost * found[each.name] + each.sizes[1] * dora for each in candidates)
         cost = sum(each.cost for each in rest)
-        rank = min((params - spent) // cost, *(each.most for each in rest))
-        rank -= rank % 2 if method == "orthogonal" else 0
-        if rank < 1:
-            raise UsageError(f"--params {params} is too few: rank 1 of these targets takes {spent + cost}")
+        if spent + step * cost > params:
+            what = f"rank {step} of these targets" if rest else "what --rank-pattern says"
+            raise UsageError(f"--params {params} is too few: {what} takes {spent + step * cost}")
+        if rest:
+            most = min((params - spent) // cost, *(each.most for each in rest))
+            rank = max(step, most - most % step)
     for each in candidates:
         chosen = found[each.name] = found[each.name] or rank
         if chosen > each.most:
             out, inp = each.sizes[1:]
+            most, module = each.most - each.most % step, module_of(each.name)
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
-                remedy=f"lower the rank, or add --rank-pattern {module_of(each.name)}={each.most}",
+                remedy=f"lower the rank, or add --rank-pattern {module}={most}" if most else f"add --exclude {module}",
             )
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
@@ -226,7 +230,9 @@ def read_float32(source: Source, device: torch.device) -> Tensor:
         stop = min(start + step, shape[0])
         out[start:stop] = source.file.rows(source.name, start, stop).to(device).reshape(stop - start, *shape[1:])
         if not bool(out[start:stop].isfinite().all()):
-            raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
+            raise InputError(
+                f"holds nan, inf or more than float32 can; {source.file.path} is damaged", culprit=source.name
+            )
     return out
 
 
@@ -280,4 +286,4 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
 
 
 def _energy(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dim=1).double().square().sum())
+    return float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().sum())

@@ -213,6 +213,17 @@ class TestStartsAtTheBase:
         loratool.merge(tmp_path / "residual", tmp_path / "adapter", tmp_path / "merged")
         assert distance(load_model(tmp_path / "merged")["model.layers.0.mlp.experts.down_proj"], W) < 3e-7
 
+    @pytest.mark.parametrize("size", [1e-30, 1e25])
+    @pytest.mark.parametrize("method", CHANGING)
+    def test_where_squares_leave_float32(self, size: float, method: str, tmp_path: Path) -> None:
+        W = (weights(24, 24) * size).bfloat16()
+        base = write_model(tmp_path / "base", {"q.weight": W})
+        (m,) = start(tmp_path, base, method, rank=4).modules
+        R = load_model(tmp_path / "residual")["q.weight"]
+        D = change(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), "q")
+        expected = float((R.double() + D - W.double()).norm() / W.double().norm())
+        assert math.isclose(m.error, expected, rel_tol=1e-3) and 1e-4 < m.error < 1e-2
+
     @pytest.mark.parametrize("method", CHANGING)
     def test_the_residual_lacks_what_the_factors_have(self, method: str, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", KINDS, LLAMA)
@@ -437,6 +448,35 @@ class TestResidual:
         start(tmp_path, base, "olora", rank=4, force=True)
         assert "olora" in (tmp_path / "residual" / "model.safetensors.index.json").read_text()
 
+    @pytest.mark.parametrize("place", ["out", "out/residual", "link/residual"])
+    def test_neither_output_takes_the_others_place(self, place: str, tmp_path: Path) -> None:
+        """A residual within an empty OUT would go with the folder that OUT replaces."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "link").symlink_to("out")
+        with pytest.raises(UsageError, match="apart"):
+            loratool.init(
+                FIXTURES / "llama" / "base", tmp_path / "out", method="pissa", rank=2, residual=tmp_path / place
+            )
+        assert not any((tmp_path / "out").iterdir())
+
+    def test_a_relative_residual_is_known_from_anywhere(
+        self, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its name in the adapter is what keeps merge from putting that onto the original."""
+        base = FIXTURES / "llama" / "base"
+        monkeypatch.chdir(tmp_path)
+        assert run("init", base, "--method", "pissa", "--rank", 2, "--residual", "r", "-o", "a").exit_code == 0
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert run("merge", base, "../a", "-o", "m").exit_code == 4
+
+    def test_a_dry_run_tells_the_size(self, tmp_path: Path) -> None:
+        base = FIXTURES / "llama" / "base"
+        options = {"rank": 2, "dtype": "torch.float32", "undo": False}
+        planned = start(tmp_path, base, "pissa", dry_run=True, **options).residual.nbytes
+        start(tmp_path, base, "pissa", **options)
+        assert planned == sum(t.nbytes for t in load_model(tmp_path / "residual").values())
+
     def test_a_tied_embedding_leaves_the_head(self, tmp_path: Path) -> None:
         """PEFT's own PiSSA takes the factors out of both and puts them back into one."""
         tensors = {n: t for n, t in KINDS.items() if n != "lm_head.weight"}
@@ -605,6 +645,35 @@ class TestRefusals:
             loratool.init(base, tmp_path / "a", rank=-1)
         with pytest.raises(UsageError, match="dtype"):
             loratool.init(base, tmp_path / "a", dtype="int8")
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"rank": 4.0},
+            {"rank": True},
+            {"rank_pattern": {"q_proj": 0}},
+            {"rank_pattern": {"q_proj": -3}},
+            {"params": math.nan},
+            {"params": 0},
+            {"params": 10, "rank_pattern": {"q_proj": 4}},
+            {"alpha": math.inf},
+            {"alpha": 1e-320},
+            {"alpha": "8"},
+        ],
+    )
+    def test_odd_numbers(self, base: Path, wrong: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(UsageError):
+            loratool.init(base, tmp_path / "a", target=["q_proj"], **wrong)
+        assert not (tmp_path / "a").exists()
+
+    def test_the_rank_that_is_named_suffices(self, tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", {"a.q.weight": weights(7, 8), "b.q.weight": weights(1, 8)})
+        for rank, remedy in ((8, "rank-pattern a.q=6"), (2, "--exclude b.q")):
+            with pytest.raises(UsageError) as error:
+                loratool.init(base, tmp_path / "a", method="orthogonal", rank=rank)
+            assert remedy in str(error.value)
+        with pytest.raises(UsageError, match="rank 2 of these targets takes 48"):
+            loratool.init(base, tmp_path / "a", method="orthogonal", params=47)
 
 
 def distance_zero(x: Tensor) -> bool:

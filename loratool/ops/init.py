@@ -20,7 +20,7 @@ from ..architectures.quantized import quantization
 from ..architectures.wrappers import PEFT_PREFIX
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
-from ..fileio import sha256_file
+from ..fileio import require_free_space, sha256_file
 from ..formats import is_adapter, open_adapter
 from ..formats.peft import WEIGHTS_NAMES
 from ..formats.peft_config import CONFIG_NAME
@@ -42,12 +42,13 @@ from ..plan import plan_merge
 from ..runtime import Progress, choose_device
 from ..sidefiles import INITIAL, provenance
 from ..targets import Selection, parse_layers
-from ..tensorfile import TORCH_FLOATS, TensorFile
+from ..tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
 from ..tied import find_tie
 from .merge import MERGE_DTYPES, write_merged
 
 RANK = 8
 TARGET = ("all-linear",)
+MOST_ALPHA = 1e30  # beyond it or its inverse the factors leave float32's range
 COARSE = 1e-5  # relative distance of residual + adapter from the base, from which the report says how to avoid it
 
 
@@ -129,11 +130,9 @@ def init(
     the base without the factors, which pissa, milora and olora need; dtype: of that, a key of MERGE_DTYPES; undo: with
     an undo file. Raises UsageError, InputError and NeedsFlag before anything is written.
     """
+    dtype = str(dtype).lower().removeprefix("torch.")
     _check_method(method, residual, dtype)
-    if (rank is not None and rank < 1) or (alpha is not None and not 0 < alpha < 1e300):
-        raise UsageError(f"the {'alpha' if rank is None or rank > 0 else 'rank'} must be above 0")
-    if rank is not None and params is not None:
-        raise UsageError("rank and params exclude each other")
+    _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = _open(base, opened)
         path, is_file = check_name(out if out is not None else "adapter")
@@ -146,7 +145,7 @@ def init(
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         sites, layout = make_sites(candidates, ranks, alpha, rslora)
         starter = Starter(sites, method, seed, dora, choose_device(device))
-        belongs_on = os.fspath(base if residual is None else residual)
+        belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
         specs = {**starter.specs, **starter.magnitude_specs}
@@ -175,6 +174,16 @@ def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: s
         raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
     if residual is not None and not INITS[method].changes_base:
         raise UsageError(f"--residual: {method} leaves the base as it is")
+
+
+def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[str, int], alpha: float | None) -> None:
+    for name, value in {"rank": rank, "params": params, **rank_pattern}.items():
+        if value is not None and not (type(value) is int and value > 0):
+            raise UsageError(f"{value!r} must be a whole number above 0", culprit=name)
+    if alpha is not None and not (type(alpha) in (int, float) and 1 / MOST_ALPHA <= alpha <= MOST_ALPHA):
+        raise UsageError(f"the alpha must be above 0, and from {1 / MOST_ALPHA:.0e} to {MOST_ALPHA:.0e}")
+    if rank is not None and params is not None:
+        raise UsageError("rank and params exclude each other")
 
 
 def _check_kinds(candidates: Sequence[Candidate], method: str, dora: bool) -> None:
@@ -211,16 +220,21 @@ def _check_residual(
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
     check_path(path, False, [shard.path for shard in base.shards], force)
-    if adapter.absolute() == path.absolute() or path.absolute() in adapter.absolute().parents:
+    one, other = adapter.resolve(), path.resolve()
+    if one == other or one in other.parents or other in one.parents:
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
-    other = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
-    if dtype and undo and other:
+    cast = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
+    if dtype and undo and cast:
         raise NeedsFlag(
-            f"is {base.specs[other[0]].dtype} in the base, and a change of type cannot be undone",
-            culprit=other[0],
+            f"is {base.specs[cast[0]].dtype} in the base, and a change of type cannot be undone",
+            culprit=cast[0],
             remedy="add --no-undo",
         )
     return path
+
+
+def _as(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
 
 
 class _Work:
@@ -252,10 +266,11 @@ class _Work:
         self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
     ) -> ResidualReport:
         """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
-        if dry_run:
-            nbytes = sum(spec.nbytes for spec in self._base.specs.values())
-            return ResidualReport(str(place), nbytes, None, self._dtypes(dtype), None, None)
+        size = sum(_as(spec, dtype).nbytes for spec in self._base.specs.values())
         folder = place.absolute().parent
+        require_free_space(folder, size + 2 * sum(spec.nbytes for spec in self._starter.specs.values()))
+        if dry_run:
+            return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
         with named(place), tempfile.TemporaryDirectory(prefix=".loratool-", dir=folder) as temporary:
             start = Path(temporary) / INITIAL
             write_adapter(start, False, self._starter.specs, self._starter.load, {**self._config, "use_dora": False})
