@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .apply import Loader
+from .architectures.backbones import BACKBONES, in_task_model
+from .architectures.renames import canonical, expert_part
 from .architectures.roles import role
 from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
@@ -30,15 +32,25 @@ from .updates import Experts, LowRank
 
 READ = 1 << 22  # numbers read at a time
 MAGNITUDE = "lora_magnitude_vector"
+# Types whose out_proj and conv1d PEFT refuses: their kernels pass LoRA by (`_check_lora_target_modules_mamba`).
+MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
 # The classes of which PEFT's wrapper takes a task type without modules of its own -> the task type.
-TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
+# Types whose ...ForConditionalGeneration goes from text to text: PEFT's SEQ_2_SEQ_LM passes token ids alone.
+TEXT_TO_TEXT = frozenset(
+    """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 mbart mt5 mvp nllb-moe pegasus pegasus_x
+    plbart prophetnet switch_transformers t5 umt5""".split()
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that can have factors; sizes: (E, out, in) of its stack of matrices."""
+    """A weight that can have factors. sizes: (E, out, in) of its stack of matrices; in_model: its name in the model's
+    class, which PEFT wraps.
+    """
 
     name: str
+    in_model: str
     kind: str
     source: Source
     sizes: tuple[int, int, int]
@@ -68,11 +80,11 @@ def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
                 culprit=pattern,
                 remedy=f"there are {', '.join(near)}" if near else None,
             )
-    found = []
+    found, names = [], _names_in_model(base, eligible)
     for name, what in eligible.items():
         if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):
             kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
-            found.append(Candidate(name, kind, source, stack_sizes(kind, source.spec.shape)))
+            found.append(Candidate(name, names[name], kind, source, stack_sizes(kind, source.spec.shape)))
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found
@@ -86,10 +98,39 @@ def _find_eligible(base: Checkpoint) -> dict[str, str]:
     found = {}
     for name, spec in base.specs.items():
         what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+        if MAMBAS.intersection(base.model_types) and module_of(name).endswith((".out_proj", ".conv1d")):
+            continue
         inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
         if what == "experts" or (what and name.endswith(".weight") and inside not in base.specs):
             found[name] = what
     return found
+
+
+def _names_in_model(base: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """Names of the file -> of transformers 5. Where that stacks the file's experts, PEFT renames all by itself."""
+    types = base.model_types
+    parted = any(expert_part(name, types) for name in names)
+    found = {}
+    for name in names:
+        renamed = name if parted else canonical(name, types)
+        found[name] = renamed if renamed.endswith(".weight") is name.endswith(".weight") else name
+    backbone = BACKBONES.get(base.model_type or "")
+    if any(name.startswith(f"{backbone}.") for name in base.specs):
+        return found
+    return {name: in_task_model(renamed, base.model_type, class_name(base)) for name, renamed in found.items()}
+
+
+def class_name(base: Checkpoint) -> str:
+    """Of the model, as its config says; empty where it does not."""
+    classes = base.config.get("architectures")
+    return classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+
+
+def task_type(base: Checkpoint) -> str | None:
+    name = class_name(base)
+    if name.endswith("ForConditionalGeneration") and base.model_type in TEXT_TO_TEXT:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
 def _find_routers(names: Collection[str]) -> frozenset[str]:
@@ -172,13 +213,15 @@ def make_sites(
     candidates: Sequence[Candidate], ranks: Mapping[str, int], alpha: float | None, rslora: bool
 ) -> tuple[list[Site], Layout]:
     """alpha: None is each one's own rank."""
-    layout = lay_out({each.name: each.kind for each in candidates}, ranks, {})
-    by_name = {each.name: each for each in candidates}
+    by_name = {each.in_model: each for each in candidates}
+    kinds = {name: each.kind for name, each in by_name.items()}
+    layout = lay_out(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {})
     sites = []
     for wrapper, (name, _) in layout.wrappers.items():
-        rank = ranks[name]
+        weight = by_name[name]
+        rank = ranks[weight.name]
         divisor = math.sqrt(rank) if rslora else rank
-        sites.append(Site(by_name[name], wrapper, rank, (rank if alpha is None else alpha) / divisor))
+        sites.append(Site(weight, wrapper, rank, (rank if alpha is None else alpha) / divisor))
     return sites, layout
 
 
@@ -241,14 +284,12 @@ def adapter_config(
 ) -> dict[str, Any]:
     """name: the base's, as the config shall say it; flags: use_dora, use_rslora."""
     fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
-    classes = base.config.get("architectures")
-    first = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
     return lora_config(
         layout.modules,
         layout.parameters,
         base_model_name_or_path=name,
         init_lora_weights=INITS[method].field,
-        task_type=next((task for end, task in TASKS.items() if first.endswith(end)), None),
+        task_type=task_type(base),
         **fields,
         **flags,
     )

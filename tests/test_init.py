@@ -341,10 +341,74 @@ class TestTraining:
         ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert distance(trained(ids).logits, plain(ids).logits) < 2e-5
+        with pytest.raises(UsageError, match="no DoRA of experts"):
+            loratool.init(tmp_path / "base", tmp_path / "dora", target=["re:experts"], rank=2, dora=True)
         loratool.merge(tmp_path / "residual", tmp_path / "adapter", tmp_path / "merged", undo=False)
         merged = kind.from_pretrained(tmp_path / "merged").eval()
         with torch.no_grad():
             assert distance(merged(ids).logits, plain(ids).logits) < 2e-5
+
+    @pytest.mark.parametrize("model", ["llama", "gpt2"])
+    def test_a_file_of_the_backbone_alone(self, model: str, tmp_path: Path) -> None:
+        """As the hub has gpt2 and bloom: the class puts its prefix before the names, and so must the adapter."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base, prefix = FIXTURES / model / "base", {"llama": "model.", "gpt2": "transformer."}[model]
+        config = json.loads((base / "config.json").read_text())
+        short = {name.removeprefix(prefix): W for name, W in load_model(base).items()}
+        bare = write_model(tmp_path / "base", short, config)
+        start(tmp_path, bare, "pissa", rank=4, dtype="fp32", undo=False)
+        plain, loaded = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            for folder in (base, tmp_path / "residual")
+        )
+        trained = PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+        ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert distance(trained(ids).logits, plain(ids).logits) < 2e-5
+        loratool.merge(tmp_path / "residual", tmp_path / "adapter", tmp_path / "merged", undo=False)
+        assert all(distance(W, short[name]) < 1e-6 for name, W in load_model(tmp_path / "merged").items())
+        (bare / "config.json").write_text(json.dumps({**config, "architectures": [f"{model.title()}Model"]}))
+        loratool.init(bare, tmp_path / "own", rank=4)
+        keys = load_file(tmp_path / "own" / "adapter_model.safetensors")
+        assert not any(key.startswith(f"base_model.model.{prefix}") for key in keys)
+
+    @pytest.mark.parametrize("family", ["ViT", "Gemma3"])
+    def test_the_names_are_those_of_transformers_5(self, family: str, tmp_path: Path) -> None:
+        """Files keep historical names, which the class has no longer: PEFT would find none, or not load them."""
+        import transformers
+        from peft import PeftModel
+
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        picture = {**sizes, "image_size": 28, "patch_size": 14}
+        text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 90}
+        options = picture if family == "ViT" else {"text_config": text, "vision_config": picture}
+        ending = "ForImageClassification" if family == "ViT" else "ForConditionalGeneration"
+        kind = getattr(transformers, family + ending)
+        kind(getattr(transformers, f"{family}Config")(**options)).save_pretrained(tmp_path / "base")
+        start(tmp_path, tmp_path / "base", "pissa", rank=2, dtype="fp32", undo=False)
+        plain, loaded = (kind.from_pretrained(tmp_path / name).state_dict() for name in ("base", "residual"))
+        assert any(not torch.equal(plain[name], W) for name, W in loaded.items())
+        model = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "residual"), tmp_path / "adapter")
+        for name, W in model.merge_and_unload().state_dict().items():
+            assert torch.allclose(W, plain[name], atol=1e-6), name
+
+    @pytest.mark.parametrize(
+        ("config", "task"),
+        [
+            ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "CAUSAL_LM"),
+            ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "SEQ_2_SEQ_LM"),
+            ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, None),
+            ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, None),
+            ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, None),
+        ],
+    )
+    def test_the_task_type(self, config: dict[str, Any], task: str | None, tmp_path: Path) -> None:
+        """PEFT's SEQ_2_SEQ_LM passes `input_ids`, which Whisper does not take, and drops `pixel_values`."""
+        base = write_model(tmp_path / "base", {"layers.0.q_proj.weight": weights(8, 8)}, config)
+        loratool.init(base, tmp_path / "a", rank=2)
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["task_type"] == task
 
     def test_peft_takes_every_kind_of_layer_with_dora(self, tmp_path: Path) -> None:
         """The magnitudes' shapes are PEFT's: of a convolution and an embedding too."""
@@ -538,6 +602,11 @@ class TestRanks:
             with pytest.raises(InputError, match="names no weight"):
                 loratool.init(base, tmp_path / "c", rank=2, target=[pattern])
 
+    def test_of_a_mamba_peft_leaves_two_out(self, tmp_path: Path) -> None:
+        names = [f"backbone.layers.0.mixer.{name}.weight" for name in ("in_proj", "out_proj", "x_proj")]
+        base = write_model(tmp_path / "base", {name: weights(8, 8) for name in names}, {"model_type": "mamba"})
+        assert [m.name for m in loratool.init(base, tmp_path / "a", rank=2).modules] == [names[0], names[2]]
+
     def test_a_single_file(self, tmp_path: Path) -> None:
         base = FIXTURES / "llama" / "base"
         loratool.init(base, tmp_path / "a.safetensors", method="gaussian", rank=4)
@@ -579,7 +648,7 @@ class TestRefusals:
             (["--rank-pattern", "v_proj"], 2, "PATTERN=RANK"),
             (["--dora", "--target", "re:experts"], 2, "DoRA"),
             (["--dora", "--method", "mica"], 2, "DoRA with mica"),
-            (["--method", "mica", "--target", "re:experts"], 2, "no mica"),
+            (["--method", "mica", "--target", "re:experts"], 2, "no mica of experts"),
             (["--method", "mica", "--target", "patch"], 2, "no mica"),
         ],
     )

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from ..architectures.quantized import quantization
-from ..architectures.wrappers import PEFT_PREFIX
+from ..architectures.renames import expert_part
+from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
 from ..fileio import require_free_space, sha256_file
@@ -141,7 +142,7 @@ def init(
         candidates = find_candidates(
             checkpoint, Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         )
-        _check_kinds(candidates, method, dora)
+        _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         sites, layout = make_sites(candidates, ranks, alpha, rslora)
         starter = Starter(sites, method, seed, dora, choose_device(device))
@@ -186,17 +187,20 @@ def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[s
         raise UsageError("rank and params exclude each other")
 
 
-def _check_kinds(candidates: Sequence[Candidate], method: str, dora: bool) -> None:
-    """Refuse what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`)."""
+def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], method: str, dora: bool) -> None:
+    """Refuse what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`). Experts that lie one
+    by one in the file are a stack in transformers 5.
+    """
     if method == "mica" and dora:
         raise UsageError("PEFT has no DoRA with mica")
     for each in candidates:
-        stacked = each.kind.startswith("experts")
+        stacked = each.kind.startswith("experts") or expert_part(each.name, model_types)
         if stacked and (dora or method == "mica"):
             what = "DoRA" if dora else method
-            raise UsageError(f"has experts, for which PEFT has no {what}", culprit=each.name, remedy="add --exclude")
+            raise UsageError(f"PEFT has no {what} of experts", culprit=each.name, remedy="add --exclude 're:experts'")
         if each.kind == "conv" and method == "mica":
-            raise UsageError("is a convolution, for which PEFT has no mica", culprit=each.name, remedy="add --exclude")
+            module = module_of(each.name)
+            raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
 
 
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
