@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
-from loratool import InputError, NeedsFlag, UsageError
+from loratool import InputError, MachineError, NeedsFlag, UsageError
 from loratool.inits import INITS
 from loratool.numerics.draws import normal, normal_quantile, uniform
 from loratool.numerics.svd import least_triplets
@@ -689,6 +689,25 @@ class TestRefusals:
         adapter = write_peft(tmp_path / "a", {"q_proj": factors(8, 8, 2)})
         with pytest.raises(InputError, match="is an adapter"):
             loratool.init(adapter, tmp_path / "b")
+
+    def test_a_dump_of_a_peft_model_is_no_base(self, tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", {"layers.0.q_proj.base_layer.weight": weights(8, 8)})
+        with pytest.raises(InputError, match="PeftModel"):
+            loratool.init(base, tmp_path / "a", rank=2)
+
+    def test_a_full_disk_is_found_before_the_factors(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of either output: the adapter's may lie on another disk than the residual's."""
+        real = shutil.disk_usage
+        base = FIXTURES / "llama" / "base"
+        for full in ("one", "two"):
+            for name in ("one", "two"):
+                (tmp_path / name).mkdir(exist_ok=True)
+            here = tmp_path / full
+            usage = lambda p, here=here: real(p)._replace(free=0 if p == here else 10**12)  # noqa: E731
+            monkeypatch.setattr(shutil, "disk_usage", usage)
+            with pytest.raises(MachineError):
+                loratool.init(base, tmp_path / "one" / "a", method="pissa", rank=2, residual=tmp_path / "two" / "r")
+            assert not any((tmp_path / "one").iterdir()) and not any((tmp_path / "two").iterdir())
 
     def test_the_output_exists(self, base: Path, tmp_path: Path) -> None:
         loratool.init(base, tmp_path / "a")

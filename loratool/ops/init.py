@@ -206,6 +206,12 @@ def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], me
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     base = open_checkpoint(name)
     opened.callback(base.close)
+    if any(".base_layer." in tensor for tensor in base.specs):
+        raise InputError(
+            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            culprit=os.fspath(name),
+            remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
+        )
     if is_adapter(base.specs):
         raise InputError("is an adapter; init starts one for a model", culprit=os.fspath(name))
     quantized = quantization(base.specs, base.config)
@@ -271,8 +277,10 @@ class _Work:
     ) -> ResidualReport:
         """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
         size = sum(_as(spec, dtype).nbytes for spec in self._base.specs.values())
+        factors = sum(spec.nbytes for spec in self._starter.specs.values())
         folder = place.absolute().parent
-        require_free_space(folder, size + 2 * sum(spec.nbytes for spec in self._starter.specs.values()))
+        require_free_space(folder, size + 2 * factors)
+        require_free_space(adapter[0].absolute().parent, factors)
         if dry_run:
             return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
         with named(place), tempfile.TemporaryDirectory(prefix=".loratool-", dir=folder) as temporary:
