@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +186,37 @@ def choose_ranks(
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
     return found
+
+
+def check_parted(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:
+    """Refuse what PEFT cannot make a stack of: it takes all experts of one, at the rank of the most targets, and joins
+    gate and up at twice that rank and alpha, which is another scale under rsLoRA
+    (`peft/utils/transformers_weight_conversion.py`).
+    """
+    parts = {name: part for name in base.specs if (part := expert_part(name, base.model_types))}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    stacks = {parts[name].fused: name for name in ranks if name in parts}
+    for name, part in parts.items():
+        if part.fused not in stacks or not name.endswith(".weight"):
+            continue
+        if name not in ranks:
+            raise UsageError(
+                f"is a part of what PEFT stacks with {stacks[part.fused]}",
+                culprit=name,
+                remedy="target all experts of a layer, gate and up alike, or add --exclude 're:experts'",
+            )
+        if ranks[name] != common:
+            raise UsageError(
+                f"has rank {ranks[name]}, but PEFT stacks experts at the rank of most targets, {common}",
+                culprit=name,
+                remedy="give all experts one rank, and other ranks to what is not one, or add --exclude 're:experts'",
+            )
+        if rslora and part.parts > 1:
+            raise UsageError(
+                "PEFT joins its factors to another's at twice the rank, which changes rsLoRA's scale",
+                culprit=name,
+                remedy="leave rslora out, or add --exclude 're:experts'",
+            )
 
 
 @dataclass(frozen=True)

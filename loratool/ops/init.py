@@ -31,6 +31,7 @@ from ..initialization import (
     Site,
     Starter,
     adapter_config,
+    check_parted,
     choose_ranks,
     find_candidates,
     make_sites,
@@ -144,6 +145,7 @@ def init(
         )
         _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
+        check_parted(checkpoint, ranks, rslora)
         sites, layout = make_sites(candidates, ranks, alpha, rslora)
         starter = Starter(sites, method, seed, dora, choose_device(device))
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
