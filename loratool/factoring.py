@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .architectures.conv1d import stores_transposed
-from .architectures.renames import TRANSPOSED_EXPERTS
+from .architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .architectures.wrappers import module_of
 from .fileio import read_into, write_at
 from .formats.peft import DECLARED
@@ -62,14 +62,15 @@ KINDS: dict[str, Kind] = {
     "embedding": Kind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
     "head": Kind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
     "experts": Kind(lambda D: D, _WEIGHTS, _experts),
-    "experts-turned": Kind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out)
+    "experts-turned": Kind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), and PEFT knows
 }
 
 
 def kind_of(model_types: Collection[str], module: str, role: str) -> str:
     """A key of KINDS for a weight of this role (`architectures.roles`)."""
     if role == "experts":
-        return "experts-turned" if TRANSPOSED_EXPERTS.intersection(model_types) else "experts"
+        turned = TRANSPOSED_EXPERTS.intersection(model_types) and not PEFT_TAKES_AS_PLAIN.intersection(model_types)
+        return "experts-turned" if turned else "experts"
     return "conv1d" if role == "linear" and stores_transposed(model_types, module) else role
 
 

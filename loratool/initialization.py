@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .apply import Loader
+from .architectures.backbones import BACKBONES, in_task_model
+from .architectures.renames import canonical, expert_part
 from .architectures.roles import role
 from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
@@ -30,15 +33,25 @@ from .updates import Experts, LowRank
 
 READ = 1 << 22  # numbers read at a time
 MAGNITUDE = "lora_magnitude_vector"
+# Types whose out_proj and conv1d PEFT refuses: their kernels pass LoRA by (`_check_lora_target_modules_mamba`).
+MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
 # The classes of which PEFT's wrapper takes a task type without modules of its own -> the task type.
-TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
+# Types whose ...ForConditionalGeneration goes from text to text: PEFT's SEQ_2_SEQ_LM passes token ids alone.
+TEXT_TO_TEXT = frozenset(
+    """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 mbart mt5 mvp nllb-moe pegasus pegasus_x
+    plbart prophetnet switch_transformers t5 umt5""".split()
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that can have factors; sizes: (E, out, in) of its stack of matrices."""
+    """A weight that can have factors. sizes: (E, out, in) of its stack of matrices; in_model: its name in the model's
+    class, which PEFT wraps.
+    """
 
     name: str
+    in_model: str
     kind: str
     source: Source
     sizes: tuple[int, int, int]
@@ -57,13 +70,10 @@ class Candidate:
 
 def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
     """The weights that the selection's targets name; InputError for a pattern that names none."""
-    eligible = {}
-    for name, spec in base.specs.items():
-        what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
-        if what:
-            eligible[name] = what
+    eligible = _find_eligible(base)
+    routers = _find_routers(eligible)
     for pattern in selection.target:
-        if not any(_takes(pattern, name, what) for name, what in eligible.items()):
+        if not any(_takes(pattern, name, what, routers) for name, what in eligible.items()):
             ends = {module_of(name).rpartition(".")[2] for name in eligible}
             near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
@@ -71,19 +81,68 @@ def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
                 culprit=pattern,
                 remedy=f"there are {', '.join(near)}" if near else None,
             )
-    found = []
+    found, names = [], _names_in_model(base, eligible)
     for name, what in eligible.items():
-        if selection.selects(module_of(name)) and any(_takes(each, name, what) for each in selection.target):
+        if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):
             kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
-            found.append(Candidate(name, kind, source, stack_sizes(kind, source.spec.shape)))
+            found.append(Candidate(name, names[name], kind, source, stack_sizes(kind, source.spec.shape)))
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found
 
 
-def _takes(pattern: str, name: str, what: str) -> bool:
-    """`all-linear` as PEFT means it: convolutions and stacks of experts have to be named."""
-    return matches(pattern, module_of(name)) and (pattern != "all-linear" or what == "linear")
+def _find_eligible(base: Checkpoint) -> dict[str, str]:
+    """The weights that PEFT can wrap -> their role: those of modules, and stacks of experts, but no other bare
+    parameter (a Mamba's A_log, gpt-oss's biases of experts). nn.MultiheadAttention is none: PEFT wraps both of its
+    matrices or neither.
+    """
+    found = {}
+    for name, spec in base.specs.items():
+        what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+        if MAMBAS.intersection(base.model_types) and module_of(name).endswith((".out_proj", ".conv1d")):
+            continue
+        inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
+        if what == "experts" or (what and name.endswith(".weight") and inside not in base.specs):
+            found[name] = what
+    return found
+
+
+def _names_in_model(base: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """Names of the file -> of transformers 5. Where that stacks the file's experts, PEFT renames all by itself."""
+    types = base.model_types
+    parted = any(expert_part(name, types) for name in names)
+    found = {}
+    for name in names:
+        renamed = name if parted else canonical(name, types)
+        found[name] = renamed if renamed.endswith(".weight") is name.endswith(".weight") else name
+    backbone = BACKBONES.get(base.model_type or "")
+    if any(name.startswith(f"{backbone}.") for name in base.specs):
+        return found
+    return {name: in_task_model(renamed, base.model_type, class_name(base)) for name, renamed in found.items()}
+
+
+def class_name(base: Checkpoint) -> str:
+    """Of the model, as its config says; empty where it does not."""
+    classes = base.config.get("architectures")
+    return classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+
+
+def task_type(base: Checkpoint) -> str | None:
+    name = class_name(base)
+    if name.endswith("ForConditionalGeneration") and base.model_type in TEXT_TO_TEXT:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
+
+
+def _find_routers(names: Collection[str]) -> frozenset[str]:
+    """The weights that choose among experts: no linear layers in transformers 5, so that PEFT cannot wrap most."""
+    blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
+    return frozenset(f"{block}.{router}.weight" for block in blocks for router in ("gate", "router"))
+
+
+def _takes(pattern: str, name: str, what: str, routers: Collection[str]) -> bool:
+    """`all-linear` as PEFT means it: convolutions, stacks of experts and their routers have to be named."""
+    return matches(pattern, module_of(name)) and (pattern != "all-linear" or (what == "linear" and name not in routers))
 
 
 def choose_ranks(
@@ -104,25 +163,60 @@ def choose_ranks(
         each.name: next((r for p, r in patterns.items() if matches(p, module_of(each.name))), 0) for each in candidates
     }
     rest = [each for each in candidates if not found[each.name]]
-    if params is not None and rest:
+    step = 2 if method == "orthogonal" else 1
+    if params is not None:
         spent = sum(each.cost * found[each.name] + each.sizes[1] * dora for each in candidates)
         cost = sum(each.cost for each in rest)
-        rank = min((params - spent) // cost, *(each.most for each in rest))
-        rank -= rank % 2 if method == "orthogonal" else 0
-        if rank < 1:
-            raise UsageError(f"--params {params} is too few: rank 1 of these targets takes {spent + cost}")
+        if spent + step * cost > params:
+            what = f"rank {step} of these targets" if rest else "what --rank-pattern says"
+            raise UsageError(f"--params {params} is too few: {what} takes {spent + step * cost}")
+        if rest:
+            most = min((params - spent) // cost, *(each.most for each in rest))
+            rank = max(step, most - most % step)
     for each in candidates:
         chosen = found[each.name] = found[each.name] or rank
         if chosen > each.most:
             out, inp = each.sizes[1:]
+            most, module = each.most - each.most % step, module_of(each.name)
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
-                remedy=f"lower the rank, or add --rank-pattern {module_of(each.name)}={each.most}",
+                remedy=f"lower the rank, or add --rank-pattern {module}={most}" if most else f"add --exclude {module}",
             )
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)
     return found
+
+
+def check_parted(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:
+    """Refuse what PEFT cannot make a stack of: it takes all experts of one, at the rank of the most targets, and joins
+    gate and up at twice that rank and alpha, which is another scale under rsLoRA
+    (`peft/utils/transformers_weight_conversion.py`).
+    """
+    parts = {name: part for name in base.specs if (part := expert_part(name, base.model_types))}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    stacks = {parts[name].fused: name for name in ranks if name in parts}
+    for name, part in parts.items():
+        if part.fused not in stacks or not name.endswith(".weight"):
+            continue
+        if name not in ranks:
+            raise UsageError(
+                f"is a part of what PEFT stacks with {stacks[part.fused]}",
+                culprit=name,
+                remedy="target all experts of a layer, gate and up alike, or add --exclude 're:experts'",
+            )
+        if ranks[name] != common:
+            raise UsageError(
+                f"has rank {ranks[name]}, but PEFT stacks experts at the rank of most targets, {common}",
+                culprit=name,
+                remedy="give all experts one rank, and other ranks to what is not one, or add --exclude 're:experts'",
+            )
+        if rslora and part.parts > 1:
+            raise UsageError(
+                "PEFT joins its factors to another's at twice the rank, which changes rsLoRA's scale",
+                culprit=name,
+                remedy="leave rslora out, or add --exclude 're:experts'",
+            )
 
 
 @dataclass(frozen=True)
@@ -151,13 +245,15 @@ def make_sites(
     candidates: Sequence[Candidate], ranks: Mapping[str, int], alpha: float | None, rslora: bool
 ) -> tuple[list[Site], Layout]:
     """alpha: None is each one's own rank."""
-    layout = lay_out({each.name: each.kind for each in candidates}, ranks, {})
-    by_name = {each.name: each for each in candidates}
+    by_name = {each.in_model: each for each in candidates}
+    kinds = {name: each.kind for name, each in by_name.items()}
+    layout = lay_out(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {})
     sites = []
     for wrapper, (name, _) in layout.wrappers.items():
-        rank = ranks[name]
+        weight = by_name[name]
+        rank = ranks[weight.name]
         divisor = math.sqrt(rank) if rslora else rank
-        sites.append(Site(by_name[name], wrapper, rank, (rank if alpha is None else alpha) / divisor))
+        sites.append(Site(weight, wrapper, rank, (rank if alpha is None else alpha) / divisor))
     return sites, layout
 
 
@@ -209,7 +305,9 @@ def read_float32(source: Source, device: torch.device) -> Tensor:
         stop = min(start + step, shape[0])
         out[start:stop] = source.file.rows(source.name, start, stop).to(device).reshape(stop - start, *shape[1:])
         if not bool(out[start:stop].isfinite().all()):
-            raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
+            raise InputError(
+                f"holds nan, inf or more than float32 can; {source.file.path} is damaged", culprit=source.name
+            )
     return out
 
 
@@ -218,14 +316,12 @@ def adapter_config(
 ) -> dict[str, Any]:
     """name: the base's, as the config shall say it; flags: use_dora, use_rslora."""
     fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
-    classes = base.config.get("architectures")
-    first = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
     return lora_config(
         layout.modules,
         layout.parameters,
         base_model_name_or_path=name,
         init_lora_weights=INITS[method].field,
-        task_type=next((task for end, task in TASKS.items() if first.endswith(end)), None),
+        task_type=task_type(base),
         **fields,
         **flags,
     )
@@ -263,4 +359,4 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
 
 
 def _energy(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dim=1).double().square().sum())
+    return float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().sum())

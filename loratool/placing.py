@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 from .adapter import Adapter, UpdateSpec
 from .architectures.conv1d import stores_transposed
-from .architectures.renames import TRANSPOSED_EXPERTS
+from .architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .architectures.roles import EMBEDDINGS, HEADS
 from .architectures.ties import MASKED_HEADS
 from .errors import InputError
 from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec
 
-# Stored as (experts, in, out), but their class does not say so to PEFT, which takes them the other way round.
-PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 # The last names of modules that have a row a token, or a label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 

@@ -584,6 +584,8 @@ EXPERTS: dict[str, ExpertRows] = {
 
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
+# Of these the ones whose class does not say so to PEFT, which takes them the other way round.
+PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 
 
 @dataclass(frozen=True)

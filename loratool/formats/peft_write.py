@@ -88,7 +88,8 @@ def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fie
         "use_rslora": False,
         **fields,
     }
-    return {**config, "target_parameters": sorted(parameters)} if parameters else config
+    # before 0.19 PEFT laid the factors of experts out otherwise, which a square one would not show
+    return {**config, "target_parameters": sorted(parameters), "peft_version": "0.19.0"} if parameters else config
 
 
 def nested(module: str, parameters: Sequence[str], declared: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ SMALL = 512  # columns up to which the eigenvectors are as cheap
 WIDE = 3  # of the smaller side, the part that the basis may fill before the eigenvectors are cheaper
 SHORT = 3.0  # times the extrapolated gains: so far short they fall where the tail is flat
 FLOOR = 1e-6  # below which float32 tells no gap
+TINY = 1e-15  # norms of a matrix down to which float32 has the squares that matter, and up to its inverse
 PROBES = 7  # steps that look for what the basis lacks
 MISS = 1e-9  # the probability that they do not see it: one in a million for a thousand matrices
 
@@ -67,7 +68,7 @@ def truncated_svd(
     if total == 0.0 or rank == 0:
         return TruncatedSVD(D.new_zeros(m, 0), D.new_zeros(0).double(), D.new_zeros(n, 0), total, 0.0, 0)
     found = None
-    if n > SMALL and WIDE * (rank + 2 * BLOCK) <= n:
+    if n > SMALL and WIDE * (rank + 2 * BLOCK) <= n and TINY < math.sqrt(total) < 1 / TINY:
         found = _krylov(D, rank, generator, tolerance, certify)
     X, gap, columns = found or (_eigenvectors(D, rank), 0.0, 0)
     return _from_right(D, X, total, gap, columns)
@@ -134,7 +135,7 @@ def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) ->
 def _energy(D: Tensor) -> float:
     """||D||^2, to about 1e-8: norms of rows in float32, whose errors cancel, their squares in float64."""
     lines = torch.linalg.vector_norm(D, dim=1 if D.stride(1) == 1 else 0)
-    if not bool(lines.isfinite().all()):  # beyond float32's range
+    if len(lines) and not TINY < float(lines.max()) < math.inf:  # squares beyond float32's range
         lines = torch.linalg.vector_norm(D, dim=1, dtype=torch.float64)
     return float(lines.double().square().sum())
 

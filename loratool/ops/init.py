@@ -17,18 +17,21 @@ from pathlib import Path
 import torch
 
 from ..architectures.quantized import quantization
-from ..architectures.wrappers import PEFT_PREFIX
+from ..architectures.renames import expert_part
+from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
-from ..fileio import sha256_file
+from ..fileio import require_free_space, sha256_file
 from ..formats import is_adapter, open_adapter
 from ..formats.peft import WEIGHTS_NAMES
 from ..formats.peft_config import CONFIG_NAME
 from ..formats.peft_write import write_adapter
 from ..initialization import (
+    Candidate,
     Site,
     Starter,
     adapter_config,
+    check_parted,
     choose_ranks,
     find_candidates,
     make_sites,
@@ -41,12 +44,13 @@ from ..plan import plan_merge
 from ..runtime import Progress, choose_device
 from ..sidefiles import INITIAL, provenance
 from ..targets import Selection, parse_layers
-from ..tensorfile import TORCH_FLOATS, TensorFile
+from ..tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
 from ..tied import find_tie
 from .merge import MERGE_DTYPES, write_merged
 
 RANK = 8
 TARGET = ("all-linear",)
+MOST_ALPHA = 1e30  # beyond it or its inverse the factors leave float32's range
 COARSE = 1e-5  # relative distance of residual + adapter from the base, from which the report says how to avoid it
 
 
@@ -128,11 +132,9 @@ def init(
     the base without the factors, which pissa, milora and olora need; dtype: of that, a key of MERGE_DTYPES; undo: with
     an undo file. Raises UsageError, InputError and NeedsFlag before anything is written.
     """
+    dtype = str(dtype).lower().removeprefix("torch.")
     _check_method(method, residual, dtype)
-    if (rank is not None and rank < 1) or (alpha is not None and not 0 < alpha < 1e300):
-        raise UsageError(f"the {'alpha' if rank is None or rank > 0 else 'rank'} must be above 0")
-    if rank is not None and params is not None:
-        raise UsageError("rank and params exclude each other")
+    _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = _open(base, opened)
         path, is_file = check_name(out if out is not None else "adapter")
@@ -141,13 +143,12 @@ def init(
         candidates = find_candidates(
             checkpoint, Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         )
-        experts = [each.name for each in candidates if each.kind.startswith("experts")]
-        if dora and experts:
-            raise UsageError("has experts, for which PEFT has no DoRA", culprit=experts[0])
+        _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
+        check_parted(checkpoint, ranks, rslora)
         sites, layout = make_sites(candidates, ranks, alpha, rslora)
         starter = Starter(sites, method, seed, dora, choose_device(device))
-        belongs_on = os.fspath(base if residual is None else residual)
+        belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
         specs = {**starter.specs, **starter.magnitude_specs}
@@ -178,9 +179,41 @@ def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: s
         raise UsageError(f"--residual: {method} leaves the base as it is")
 
 
+def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[str, int], alpha: float | None) -> None:
+    for name, value in {"rank": rank, "params": params, **rank_pattern}.items():
+        if value is not None and not (type(value) is int and value > 0):
+            raise UsageError(f"{value!r} must be a whole number above 0", culprit=name)
+    if alpha is not None and not (type(alpha) in (int, float) and 1 / MOST_ALPHA <= alpha <= MOST_ALPHA):
+        raise UsageError(f"the alpha must be above 0, and from {1 / MOST_ALPHA:.0e} to {MOST_ALPHA:.0e}")
+    if rank is not None and params is not None:
+        raise UsageError("rank and params exclude each other")
+
+
+def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], method: str, dora: bool) -> None:
+    """Refuse what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`). Experts that lie one
+    by one in the file are a stack in transformers 5.
+    """
+    if method == "mica" and dora:
+        raise UsageError("PEFT has no DoRA with mica")
+    for each in candidates:
+        stacked = each.kind.startswith("experts") or expert_part(each.name, model_types)
+        if stacked and (dora or method == "mica"):
+            what = "DoRA" if dora else method
+            raise UsageError(f"PEFT has no {what} of experts", culprit=each.name, remedy="add --exclude 're:experts'")
+        if each.kind == "conv" and method == "mica":
+            module = module_of(each.name)
+            raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
+
+
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     base = open_checkpoint(name)
     opened.callback(base.close)
+    if any(".base_layer." in tensor for tensor in base.specs):
+        raise InputError(
+            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            culprit=os.fspath(name),
+            remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
+        )
     if is_adapter(base.specs):
         raise InputError("is an adapter; init starts one for a model", culprit=os.fspath(name))
     quantized = quantization(base.specs, base.config)
@@ -199,16 +232,21 @@ def _check_residual(
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
     check_path(path, False, [shard.path for shard in base.shards], force)
-    if adapter.absolute() == path.absolute() or path.absolute() in adapter.absolute().parents:
+    one, other = adapter.resolve(), path.resolve()
+    if one == other or one in other.parents or other in one.parents:
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
-    other = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
-    if dtype and undo and other:
+    cast = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
+    if dtype and undo and cast:
         raise NeedsFlag(
-            f"is {base.specs[other[0]].dtype} in the base, and a change of type cannot be undone",
-            culprit=other[0],
+            f"is {base.specs[cast[0]].dtype} in the base, and a change of type cannot be undone",
+            culprit=cast[0],
             remedy="add --no-undo",
         )
     return path
+
+
+def _as(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
 
 
 class _Work:
@@ -240,10 +278,13 @@ class _Work:
         self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
     ) -> ResidualReport:
         """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
-        if dry_run:
-            nbytes = sum(spec.nbytes for spec in self._base.specs.values())
-            return ResidualReport(str(place), nbytes, None, self._dtypes(dtype), None, None)
+        size = sum(_as(spec, dtype).nbytes for spec in self._base.specs.values())
+        factors = sum(spec.nbytes for spec in self._starter.specs.values())
         folder = place.absolute().parent
+        require_free_space(folder, size + 2 * factors)
+        require_free_space(adapter[0].absolute().parent, factors)
+        if dry_run:
+            return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
         with named(place), tempfile.TemporaryDirectory(prefix=".loratool-", dir=folder) as temporary:
             start = Path(temporary) / INITIAL
             write_adapter(start, False, self._starter.specs, self._starter.load, {**self._config, "use_dora": False})

@@ -1,0 +1,30 @@
+"""Under which name a task model has its backbone: `base_model_prefix` of transformers 5.24.
+
+Files of a bare backbone (`h.0.attn` of the hub's gpt2) are loaded into the task model by putting it before their names.
+"""
+
+from __future__ import annotations
+
+_TYPES = {
+    "model": """cohere cohere2 deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text glm glm4 gpt_oss granite llama mistral
+        mixtral olmo olmo2 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm
+        starcoder2""",
+    "transformer": "bloom codegen ctrl falcon gpt2 gpt_bigcode gpt_neo gptj imagegpt mpt openai-gpt xlm xlnet",
+    "roberta": "camembert roberta xlm-roberta xlm-roberta-xl",
+    "bert": "bert big_bird megatron-bert",
+    "backbone": "falcon_mamba mamba mamba2",
+    "deberta": "deberta deberta-v2",
+    **{name: name for name in ("albert", "distilbert", "electra", "gpt_neox", "mpnet", "vit")},
+}
+BACKBONES = {model_type: prefix for prefix, types in _TYPES.items() for model_type in types.split()}
+# Parts of a task model beside its backbone.
+BESIDE = frozenset("lm_head embed_out score classifier qa_outputs cls".split())
+
+
+def in_task_model(module: str, model_type: str | None, class_name: str) -> str:
+    """A backbone's path as the class has it; as it is where the class is the backbone's or of no known family."""
+    prefix = BACKBONES.get(model_type or "", "")
+    is_backbone = class_name.endswith("Model") and "Head" not in class_name
+    if not prefix or not class_name or is_backbone or module.partition(".")[0] in {prefix, *BESIDE}:
+        return module
+    return f"{prefix}.{module}"
