@@ -6,9 +6,10 @@ rsLoRA, some no patterns). Factors are asked for one module at a time.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from .adapter import Adapter, UpdateSpec
 from .architectures.wrappers import PEFT_PREFIX
-from .errors import UsageError
+from .errors import InputError, UsageError
 from .fileio import partial_file, require_free_space, write_at
-from .formats.peft import WRAPPED
+from .formats.peft import saved_names
+from .formats.peft_config import find_config
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
 from .source import Source
 from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGEST = 1e150  # of a change's norm
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha")
 
 
@@ -37,6 +40,19 @@ def stacked(update: Update) -> tuple[Tensor, Tensor]:
         assert isinstance(update, LowRank)
         B, A = update.B.flatten(1).unsqueeze(0), update.A.flatten(1).unsqueeze(0)
     return B.double() * update.scale, A.double()
+
+
+def load_stacked(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
+    """The factors of one update as `stacked` lays them. Raises InputError for nan and inf, for a change of nothing, and
+    for one whose squares float64 does not hold.
+    """
+    B, A = stacked(adapter.load(spec))
+    if not B.numel() or not A.numel():
+        raise InputError(f"its factors are empty in {adapter.name}", culprit=spec.module)
+    largest = float(B.abs().max()) * float(A.abs().max())
+    if not largest * math.sqrt(B[0, :, 0].numel() * A.numel()) * A.shape[1] < LARGEST:
+        raise InputError(f"its change in {adapter.name} is too large for float64's squares", culprit=spec.module)
+    return B, A
 
 
 @dataclass(frozen=True)
@@ -64,10 +80,15 @@ class Draft:
     def names(self, module: str) -> tuple[str, str]:
         """Of A and B in the output."""
         one, two = (self.updates[module].tensors[role] for role in ("A", "B"))
-        if self.like.format != "peft":
-            return one, two
-        # without an adapter's name and wrappers, under which PEFT would not find them
-        return tuple(re.sub(r"(lora_(?:embedding_)?[AB])\b.*", _end, WRAPPED.sub("", key)) for key in (one, two))  # type: ignore[return-value]
+        return self._name(one), self._name(two)
+
+    def _name(self, key: str) -> str:
+        return self._saved.get(key, key)
+
+    @cached_property
+    def _saved(self) -> dict[str, str]:
+        """PEFT's names without an adapter's and wrappers, under which PEFT would find nothing."""
+        return saved_names(self.like.file.specs) if self.like.format == "peft" else {}
 
     def specs(self) -> dict[str, TensorSpec]:
         letters = SAFETENSORS[str(self.dtype).removeprefix("torch.")]
@@ -82,13 +103,13 @@ class Draft:
                 found[f"{module}.alpha"] = TensorSpec("F32", ())
         for name, each in self.carried.items():
             spec = each.source.spec
-            found[name.removeprefix(PEFT_PREFIX)] = spec if each.factor == 1 else TensorSpec("F32", spec.shape)
+            found[self._name(name)] = spec if each.factor == 1 else TensorSpec("F32", spec.shape)
         return found
 
     def loader(self) -> Callable[[str], Tensor]:
         """name -> tensor; the two of a module, asked for one after the other, are computed once."""
         module_of = {key: module for module in self.updates for key in self.names(module)}
-        carried = {name.removeprefix(PEFT_PREFIX): each for name, each in self.carried.items()}
+        carried = {self._name(name): each for name, each in self.carried.items()}
         last: dict[str, Tensor] = {}
 
         def load(key: str) -> Tensor:
@@ -113,15 +134,12 @@ class Draft:
         }
 
 
-def _end(match: re.Match[str]) -> str:
-    return match[1] if "embedding" in match[1] else f"{match[1]}.weight"
-
-
 def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
     """Raises UsageError for a folder where the format is a file."""
     specs, load = draft.specs(), draft.loader()
     if draft.like.format == "peft":
-        write_adapter(path, is_file, specs, load, _peft_config(draft))
+        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.like.file.specs)  # as diffusers has it
+        write_adapter(path, is_file, specs, load, _peft_config(draft), prefix="" if bare else PEFT_PREFIX)
         return
     if not is_file:
         raise UsageError(f"{draft.like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
@@ -136,9 +154,11 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
 
 def _peft_config(draft: Draft) -> dict[str, object]:
     """The fields of the one it is like, but for what rank and scale are now."""
+    _, component = find_config(draft.like.file)  # diffusers' prefix, which is a part of the names that are written
+    path = {module: f"{component}.{module}" if component else module for module in draft.updates}
     stacks = {module for module, update in draft.updates.items() if update.kind == "experts"}
-    modules = {module: draft.ranks[module] for module in draft.updates if module not in stacks}
-    ours = lora_config(modules, {module: draft.ranks[module] for module in sorted(stacks)})
+    modules = {path[module]: draft.ranks[module] for module in draft.updates if module not in stacks}
+    ours = lora_config(modules, {path[module]: draft.ranks[module] for module in sorted(stacks)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     rest = {key: value for key, value in draft.like.config.extra.items() if key not in keys}
     return {**{k: v for k, v in ours.items() if k not in rest}, **rest, "peft_type": "LORA"}

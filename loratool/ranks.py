@@ -47,7 +47,7 @@ def energy_rank(spectrum: Spectrum, value: float) -> int | None:
 
 def ratio_rank(spectrum: Spectrum, value: float) -> int | None:
     """Those above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio; theirs are one more)."""
-    kept = sum(square * value**2 > spectrum.squares[0] for square in spectrum.squares)
+    kept = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
     return kept if spectrum.whole or kept < len(spectrum.squares) else None
 
 

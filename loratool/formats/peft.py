@@ -43,6 +43,10 @@ _ENDS = tuple(
 )
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
+# An adapter's name behind the mark of a tensor's role
+_MARKED = re.compile(
+    rf"(lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta){_NAME}(?=\.(?:weight|bias)$|$)"
+)
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 
@@ -77,7 +81,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     config = parse_config(name, fields, alpha)
     found: dict[tuple[str, int], dict[str, str]] = {}
     replaced: dict[str, str] = {}
-    named = {match[1] for key in file.specs if (match := _ADAPTER.search(key))} | {"default"}
+    named = _adapter_names(file.specs)
     for key in file.specs:
         _sort_in(key, component, found, replaced, file, named)
     updates: dict[str, UpdateSpec] = {}
@@ -142,6 +146,16 @@ def _without_wrapper(path: str, named: Collection[str]) -> str:
     before, mark, after = path.partition(".modules_to_save.")
     first, dot, rest = after.partition(".")
     return f"{before}.{rest if dot and first in named else after}" if mark else path
+
+
+def saved_names(keys: Collection[str]) -> dict[str, str]:
+    """Each key of a file as PEFT's save_pretrained has it, without its prefix: no wrappers and no adapter's name."""
+    named = _adapter_names(keys)
+    return {key: _MARKED.sub(r"\1", _without_wrapper(WRAPPED.sub("", key), named)) for key in keys}
+
+
+def _adapter_names(keys: Iterable[str]) -> set[str]:
+    return {match[1] for key in keys if (match := _ADAPTER.search(key))} | {"default"}
 
 
 def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:

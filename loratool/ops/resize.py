@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..draft import DTYPES, Carried, Draft, stacked, write_draft
+from ..draft import DTYPES, Carried, Draft, load_stacked, write_draft
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import open_adapter
+from ..formats.peft_config import changes_base
 from ..numerics.factors import distance, effective_rank, singular_values, svd
 from ..output import check_name, check_path, named
 from ..ranks import RANK_RULES, Spectrum, budget_ranks
 from ..runtime import Progress, choose_device
 from ..source import Source
 
+MOST = 1 << 62  # beyond every disk
+MOST_RANK = 1 << 16  # beyond every matrix
 SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
 
 
@@ -94,14 +97,17 @@ def resize(
         check_path(path, is_file, [source.file.path], force)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(rule, value, max_rank)
-        if not dry_run:
+        work.require_same_start(ranks)
+        if dry_run:
+            work.measure(ranks)
+        else:
             opened.enter_context(named(path))
             work.write(ranks, path, is_file)
         return work.report(os.fspath(adapter), str(path), ranks, dry_run)
 
 
 def _rule(given: Mapping[str, float | None], rank_rule: tuple[str, float] | None) -> tuple[str, float]:
-    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
+    chosen = [(name, float(min(value, MOST))) for name, value in given.items() if value is not None]
     chosen += [rank_rule] if rank_rule else []
     if not chosen:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
@@ -110,6 +116,8 @@ def _rule(given: Mapping[str, float | None], rank_rule: tuple[str, float] | None
     name, value = chosen[0]
     if name not in (*RANK_RULES, "params", "size"):
         raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
+    if name == "rank" and not (value <= MOST_RANK and value.is_integer()):
+        raise UsageError(f"rank {value:g} is no whole number up to {MOST_RANK}")
     if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
         raise UsageError(f"{name} {value:g} is out of range")
     return name, value
@@ -141,7 +149,7 @@ class _Work:
         self._errors: dict[str, float] = {}
 
     def _load(self, module: str) -> tuple[Tensor, Tensor]:
-        B, A = stacked(self._source.load(self._updates[module]))
+        B, A = load_stacked(self._source, self._updates[module])
         return B.to(self._device), A.to(self._device)
 
     def ranks(self, rule: str, value: float, most: int | None) -> dict[str, int]:
@@ -156,7 +164,7 @@ class _Work:
         elif rule in RANK_RULES:
             found = {module: RANK_RULES[rule](spectrum, value) or 1 for module, spectrum in spectra.items()}
         else:
-            found = self._within(rule, value, spectra)
+            found = self._within(rule, value, {m: replace(s, squares=s.squares[:most]) for m, s in spectra.items()})
         return {module: min(max(1, rank), most or rank) for module, rank in found.items()}
 
     def _spectrum(self, module: str) -> Spectrum:
@@ -166,32 +174,46 @@ class _Work:
 
     def _within(self, rule: str, value: float, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """What is carried along has its part of the budget first, and each module rank 1."""
-        carried = self._draft(dict.fromkeys(self._updates, 1)).specs()
-        fixed = [carried[key] for key in carried if key not in self._factor_keys()]
-        if rule == "size":
-            budget = (int(value) - sum(spec.nbytes for spec in fixed)) // self._dtype.itemsize
-        else:
-            budget = int(value) - sum(spec.size for spec in fixed)
-        least = sum(spectrum.cost for spectrum in spectra.values())
-        if budget < least:
-            raise UsageError(f"--{rule} {value:.0f} is too little: rank 1 everywhere takes {least} parameters alone")
+        specs = self._draft(dict.fromkeys(self._updates, 1)).specs().values()
+        each, unit = (self._dtype.itemsize, "bytes") if rule == "size" else (1, "parameters")
+        whole = sum(spec.nbytes if rule == "size" else spec.size for spec in specs)
+        if value < whole:
+            raise UsageError(
+                f"--{rule} {value:.0f} is too little: rank 1 everywhere, and what is carried along, take {whole} {unit}"
+            )
         rest = {module: replace(spectrum, squares=spectrum.squares[1:]) for module, spectrum in spectra.items()}
-        return {module: 1 + more for module, more in budget_ranks(rest, budget - least).items()}
+        return {module: 1 + more for module, more in budget_ranks(rest, (int(value) - whole) // each).items()}
 
-    def _factor_keys(self) -> set[str]:
-        draft = self._draft(dict.fromkeys(self._updates, 1))
-        return {key for module in self._updates for key in draft.names(module)}
+    def require_same_start(self, ranks: Mapping[str, int]) -> None:
+        """Refuse another rank where PEFT would take factors of that rank out of the base when it loads them."""
+        init = changes_base(self._source.config)
+        if init and any(update.rank != ranks[module] for module, update in self._updates.items()):
+            raise InputError(
+                f"was initialized with {init}, which takes as many directions out of the base as the adapter has rank: "
+                "of another rank it would be wrong on any base",
+                culprit=self._source.name,
+                remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the changed "
+                "one, set init_lora_weights to true in its config",
+            )
 
     def _draft(self, ranks: Mapping[str, int]) -> Draft:
         def factors(module: str) -> tuple[Tensor, Tensor]:
             whole = svd(*self._load(module))
             B, A = (side.to(self._dtype) for side in whole.truncated(ranks[module]))
+            if not bool(B.isfinite().all() and A.isfinite().all()):
+                raise InputError(f"its factors overflow {str(self._dtype).removeprefix('torch.')}", culprit=module)
             norm = float(torch.linalg.vector_norm(whole.S))
             wrong = float(torch.linalg.vector_norm(distance(whole, svd(B, A))))
             self._errors[module] = wrong / norm if norm else 0.0
             return B, A
 
         return Draft(self._source, self._updates, ranks, factors, self._carried, self._dtype)
+
+    def measure(self, ranks: Mapping[str, int]) -> None:
+        """All that `write` computes, one module at a time."""
+        draft = self._draft(ranks)
+        for module in self._updates:
+            draft.factors(module)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
         write_draft(self._draft(ranks), path, is_file)
@@ -219,14 +241,13 @@ class _Work:
         squares = self._spectra[module]
         total, kept = float(squares.sum()), float(squares[:rank].sum())
         share = kept / total if total else 1.0
-        error = self._errors.get(module, math.sqrt(max(0.0, 1 - share)))
         return ModuleResize(
             module,
             self._updates[module].rank,
             rank,
             math.sqrt(total),
             share,
-            error,
+            self._errors[module],
             float(effective_rank(squares.sqrt())),
         )
 
