@@ -99,6 +99,7 @@ def test_what_one_side_lacks_counts_as_1(tmp_path: Path, run: Callable[..., Any]
     found = json.loads(run("diff", a, b, "--fail-above", "0.9", "--json").stdout)
     assert found["status"] == "different" and not found["ok"] and found["exit_code"] == 1
     assert run("diff", a, b, "--fail-above", "0.5", "--layers", "0").exit_code == 0
+    assert run("diff", a, b, "--fail-above", "0.5", "--layers", "1").exit_code == 1
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
@@ -375,8 +376,10 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         loratool.diff(write_peft(tmp_path / "a", pairs(4)), write_peft(tmp_path / "b", {Q0: (A, B)}))
     with pytest.raises(InputError, match="no tensor of one side"):
         loratool.diff(base, write_model(tmp_path / "other", {"x": weights(2, 2)}))
-    with pytest.raises(InputError, match="no module that is selected"):
+    with pytest.raises(InputError, match="neither adapter has a module that is selected"):
         loratool.diff(adapter, adapter, target=["what"])
+    with pytest.raises(InputError, match="neither model has a tensor that is selected"):
+        loratool.diff(base, base, target=["what"])
     with pytest.raises(InputError):
         loratool.diff(adapter, tmp_path / "absent")
     A, B = factors(24, 20, 4)

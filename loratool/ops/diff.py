@@ -141,6 +141,8 @@ def diff(
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
         adapters = open_adapters([os.fspath(a), os.fspath(b)], alpha, opened)
         one, two = (_selected(adapter, selection) for adapter in adapters)
+        if not one.updates and not two.updates:
+            raise InputError("neither adapter has a module that is selected")
         model = None if base is None else open_checkpoint(base)
         if model:
             opened.callback(model.close)
@@ -151,10 +153,7 @@ def diff(
 
 
 def _selected(adapter: Adapter, selection: Selection) -> Adapter:
-    updates = {module: update for module, update in adapter.updates.items() if selection.selects(module)}
-    if not updates:
-        raise InputError("has no module that is selected", culprit=adapter.name)
-    return replace(adapter, updates=updates)
+    return replace(adapter, updates={m: update for m, update in adapter.updates.items() if selection.selects(m)})
 
 
 def _diff_adapters(
@@ -273,6 +272,8 @@ def _diff_checkpoints(
     only_a, only_b = (
         tuple(n for n in side if selection.selects(_module(n))) for side in (pairs.only_base, pairs.only_tuned)
     )
+    if not (both or only_a or only_b):
+        raise InputError("neither model has a tensor that is selected")
     rows, equal, norms, done = [], 0, [], 0
     total = sum(one.spec.nbytes for one, _ in both.values())
     with ThreadPoolExecutor(2) as pool:

@@ -21,7 +21,8 @@ def print_adapter_diff(report: AdapterDiff) -> None:
     with_base = report.base is not None
     sizes = ["A/|W|", "B/|W|", "amplified"] if with_base else ["|A|", "|B|", "|B-A|"]  # both are too wide
     titles = ["module", "rank", *sizes, "relative", "cosine", "angle", "phi"]
-    print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
+    if report.modules:
+        print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
     if report.values:
         say("")
         rows = [[v.name, v.kind, _number(v.norm_a), _number(v.norm_b), f"{v.relative:.2e}"] for v in report.values]
@@ -30,7 +31,10 @@ def print_adapter_diff(report: AdapterDiff) -> None:
             rows,
         )
     _draw(report)
-    ranks = [", ".join(f"{n} of rank {rank}" for rank, n in side.items()) for side in (report.ranks_a, report.ranks_b)]
+    ranks = [
+        ", ".join(f"{n} of rank {rank}" for rank, n in side.items()) or "no factors"
+        for side in (report.ranks_a, report.ranks_b)
+    ]
     say(f"\nA: {ranks[0]}; |A| = {report.norm_a:.4g}\nB: {ranks[1]}; |B| = {report.norm_b:.4g}")
     for name, (one, two) in report.fields.items():
         say(f"{name}: {one} in A, {two} in B")
