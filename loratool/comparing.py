@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, UpdateSpec
-from .architectures.renames import canonical
-from .architectures.wrappers import KOHYA_PREFIXES
-from .draft import stacked
+from .architectures.renames import RENAMES, canonical
+from .architectures.wrappers import KOHYA_COMPONENTS
+from .draft import load_stacked
 from .errors import InputError
 from .numerics.factors import (
     FactoredSVD,
@@ -29,8 +29,9 @@ from .numerics.factors import (
     subspace_similarity,
     svd,
 )
+from .pairing import Comparison, compare, missing_prefix
 from .runtime import Progress
-from .source import FLOATS, Source, squared_norm
+from .source import Source, norm, require_finite
 from .targets import unwrapped
 
 SAME = 1e-6  # relative distance up to which two changes are one: float32 factors of the same product differ so much
@@ -99,22 +100,35 @@ class ValueDiff:
 
 
 def align(a: Adapter, b: Adapter) -> list[Entry]:
-    """The updates of both by one name, in A's order: paths without wrappers and kohya's prefixes, of today's
-    transformers; flattened where either side is.
+    """The updates of both by one name, in A's order: paths without wrappers, of today's transformers; flattened where
+    either side is, kohya's prefixes being the components that they mean. Where few meet, renames of a model type and
+    a prefix that one side lacks are tried.
     """
     flat = a.flattened or b.flattened
-    sides = [{_key(module, adapter, flat): spec for module, spec in adapter.updates.items()} for adapter in (a, b)]
-    for adapter, found in zip((a, b), sides, strict=True):
-        if len(found) < len(adapter.updates):
-            raise InputError("has two modules of one name, but for their prefixes", culprit=adapter.name)
-    one, two = sides
+    one, two = (_by_key(adapter, flat, ()) for adapter in (a, b))
+    if len(one.keys() & two.keys()) * 2 < min(len(one), len(two)):
+        tried = [[_by_key(adapter, flat, types) for adapter in (a, b)] for types in ((), *((t,) for t in RENAMES))]
+        one, two = max(tried, key=lambda sides: len(sides[0].keys() & sides[1].keys()))
+    heads = KOHYA_COMPONENTS.values() if flat else {path.split(".")[0] + "." for path in {*one, *two}}
+    prefix = missing_prefix(set(one), set(two), heads)
+    if prefix is not None:
+        longer, shorter = prefix
+        two = {longer + path.removeprefix(shorter): spec for path, spec in two.items()}
     return [(name, one.get(name), two.get(name)) for name in [*one, *(name for name in two if name not in one)]]
 
 
-def _key(module: str, adapter: Adapter, flat: bool) -> str:
+def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
+    found = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
+    if len(found) < len(adapter.updates):
+        raise InputError("has two modules of one name, but for their wrappers", culprit=adapter.name)
+    return found
+
+
+def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> str:
     if adapter.flattened:
-        return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
-    path = canonical(unwrapped(module), ())
+        prefix = next((p for p in KOHYA_COMPONENTS if module.startswith(p)), "")
+        return KOHYA_COMPONENTS.get(prefix, "") + module.removeprefix(prefix)
+    path = canonical(unwrapped(module), types)
     return path.replace(".", "_") if flat else path
 
 
@@ -169,7 +183,7 @@ def _shapes(spec: UpdateSpec | None) -> tuple[tuple[int, ...], ...]:
 
 def _svds(adapter: Adapter, specs: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
     """(N, E, ...) of N modules; None where this side has none of them."""
-    pairs = [stacked(adapter.load(spec)) for spec in specs if spec and spec.rank]
+    pairs = [load_stacked(adapter, spec) for spec in specs if spec and spec.rank]
     if not pairs:
         return None
     return svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))
@@ -264,26 +278,31 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> list[Val
 
 
 def _value(name: str, kind: str, sides: Sequence[Source | None], scales: Sequence[float], same_rows: bool) -> ValueDiff:
-    norm_a, norm_b = (
-        None if side is None else math.sqrt(squared_norm(side)) * abs(scale)
-        for side, scale in zip(sides, scales, strict=True)
-    )
+    """Raises InputError for nan and inf."""
+    for side in sides:
+        if side:
+            require_finite(side)
+    own = [None if side is None else compare(side, side).norms[0] for side in sides]
+    norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(own, scales, strict=True))
     one, two = sides
-    relative = 1.0
-    if one and two and one.spec.shape == two.spec.shape and same_rows:
-        if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
-            x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
-            largest = max(norm_a or 0.0, norm_b or 0.0)
-            relative = float((y - x).norm()) / largest if largest else 0.0
-        else:
-            relative = float(one.file.read(one.name) != two.file.read(two.name))
+    if not (one and two and one.spec.shape == two.spec.shape and same_rows):
+        return ValueDiff(name, kind, norm_a, norm_b, 1.0)
+    found = compare(one, two) if scales[0] == scales[1] else _scaled(one, two, scales)
+    largest = max(found.norms[:2])
+    relative = found.norms[2] / largest if largest else float(found.changed > 0)
     return ValueDiff(name, kind, norm_a, norm_b, relative)
+
+
+def _scaled(one: Source, two: Source, scales: Sequence[float]) -> Comparison:
+    """Of biases, each times its scale."""
+    x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
+    return Comparison(False, (norm(x), norm(y), norm(y - x)))
 
 
 def in_all(modules: Sequence[ModuleDiff]) -> tuple[float, float, float, float]:
     """(||D_A||, ||D_B||, ||D_B - D_A||, cosine) of all modules together."""
     norm_a, norm_b, between = (
-        math.sqrt(math.fsum(getattr(m, name) ** 2 for m in modules)) for name in ("norm_a", "norm_b", "distance")
+        math.hypot(*(getattr(m, name) for m in modules)) for name in ("norm_a", "norm_b", "distance")
     )
     product = math.fsum(m.cosine * m.norm_a * m.norm_b for m in modules)
     return norm_a, norm_b, between, product / (norm_a * norm_b) if norm_a and norm_b else 0.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, UpdateSpec
+from .architectures.wrappers import PEFT_PREFIX
 from .errors import InputError, NeedsFlag, UsageError
 from .fileio import partial_file, require_free_space, write_at
 from .formats.peft import adapter_names, saved_name
@@ -25,6 +26,7 @@ from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGEST = 1e150  # of a change's norm
 # what metadata says of former tensors, their ranks and scales
 STALE = (
     "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha",
@@ -41,6 +43,19 @@ def stacked(update: Update) -> tuple[Tensor, Tensor]:
         assert isinstance(update, LowRank)
         B, A = update.B.flatten(1).unsqueeze(0), update.A.flatten(1).unsqueeze(0)
     return B.double() * update.scale, A.double()
+
+
+def load_stacked(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
+    """The factors of one update as `stacked` lays them. Raises InputError for nan and inf, for a change of nothing, and
+    for one whose squares float64 does not hold.
+    """
+    B, A = stacked(adapter.load(spec))
+    if not B.numel() or not A.numel():
+        raise InputError(f"its factors are empty in {adapter.name}", culprit=spec.module)
+    largest = float(B.abs().max()) * float(A.abs().max())
+    if not largest * math.sqrt(B[0, :, 0].numel() * A.numel()) * A.shape[1] < LARGEST:
+        raise InputError(f"its change in {adapter.name} is too large for float64's squares", culprit=spec.module)
+    return B, A
 
 
 def rounded(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,7 +193,8 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
     """Raises UsageError for a folder where the format is a file."""
     specs, load = draft.specs(), draft.loader()
     if draft.like.format == "peft":
-        write_adapter(path, is_file, specs, load, _peft_config(draft))
+        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.like.file.specs)
+        write_adapter(path, is_file, specs, load, _peft_config(draft), prefix="" if bare else PEFT_PREFIX)
         return
     if not is_file:
         raise UsageError(f"{draft.like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")

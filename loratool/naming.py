@@ -15,6 +15,13 @@ def split_numbers(name: str, underscores: bool = False) -> tuple[tuple[str, ...]
     return tuple(number.split(name)), tuple(int(part) for part in number.findall(name))
 
 
+def last_part(name: str) -> str:
+    """The end of a name that tells its kind: `to_q`; of a flattened one, what stands behind its last number."""
+    flat = "." not in name
+    parts = [part.strip("._") for part in split_numbers(name.removesuffix(".weight"), underscores=flat)[0]]
+    return next((part for part in reversed(parts) if part), name).rpartition(".")[2]
+
+
 def with_ranges(parts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
     """Between the parts of a name its only number, or `{0..31}` and the like."""
     texts = [_ranges(sorted(set(column))) for column in zip(*numbers, strict=True)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .architectures.renames import canonical
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .source import FLOATS, Source
+from .source import FLOATS, Source, norm
 from .targets import unwrapped
+from .tensorfile import TORCH_FLOATS
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +38,8 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairs:
     Raises InputError where nothing has a partner.
     """
     types = base.model_types or tuned.model_types
-    mine, theirs = ({canonical(unwrapped(name), types): name for name in side.specs} for side in (base, tuned))
-    prefix = _prefix(set(mine), set(theirs))
+    mine, theirs = (_by_path(side.specs, types) for side in (base, tuned))
+    prefix = missing_prefix(set(mine), set(theirs), {path.split(".")[0] + "." for path in {*mine, *theirs}})
     if prefix is not None:
         longer, shorter = prefix
         theirs = {longer + path.removeprefix(shorter): name for path, name in theirs.items()}
@@ -55,12 +57,21 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairs:
     )
 
 
-def _prefix(mine: set[str], theirs: set[str]) -> tuple[str, str] | None:
-    """(what to put before the tuned side's names, what to take off), where that makes them the base's."""
+def _by_path(names: Iterable[str], types: Collection[str]) -> dict[str, str]:
+    """Names by their paths in transformers 5; of two with one path one stands under its own name."""
+    paths = {name: canonical(unwrapped(name), types) for name in names}
+    owner = {path: path if path in paths else name for name, path in paths.items()}
+    return {path if owner[path] == name else name: name for name, path in paths.items()}
+
+
+def missing_prefix(mine: set[str], theirs: set[str], heads: Iterable[str]) -> tuple[str, str] | None:
+    """(what to put before the names of `theirs`, what to take off), one of `heads` or nothing, where that makes them
+    those of `mine`.
+    """
     if len(mine & theirs) * 2 >= min(len(mine), len(theirs)):
         return None
-    heads = {"", *(path.split(".")[0] + "." for path in mine | theirs)}
-    found = [(a, b) for a in heads for b in heads if (a or b) and a != b]
+    either = sorted({"", *heads})  # sorted: of equals always the same
+    found = [(a, b) for a in either for b in either if a != b]
     best = max(found, key=lambda ab: len(mine & {ab[0] + p.removeprefix(ab[1]) for p in theirs}), default=None)
     if best is None or not mine & {best[0] + p.removeprefix(best[1]) for p in theirs}:
         return None
@@ -125,13 +136,14 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What lies between two tensors of one shape. squared: ||ONE||^2, ||TWO||^2 and ||TWO - ONE||^2; largest: the
-    largest absolute difference; steps: the most numbers of the type between two values, None for float64 and where the
-    types differ; changed: how many values differ; odd: how many are nan or inf on one side and not so on the other.
+    """What lies between two tensors of one shape. norms: ||ONE||, ||TWO|| and ||TWO - ONE||, of what is finite;
+    largest: the largest absolute difference; steps: the most numbers of the type between two values, None for float64
+    and where the types differ; changed: how many values differ; odd: how many are nan or inf on one side and not so on
+    the other.
     """
 
     equal: bool
-    squared: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    norms: tuple[float, float, float] = (0.0, 0.0, 0.0)
     largest: float = 0.0
     steps: int | None = 0
     changed: int = 0
@@ -142,39 +154,43 @@ def compare(one: Source, two: Source) -> Comparison:
     """By blocks of rows; of types that are no float whether they are equal, and how many values are not."""
     import torch
 
-    shape, size = one.spec.shape, one.spec.size
     same_type = one.spec.dtype == two.spec.dtype
-    floats = {one.spec.dtype, two.spec.dtype} <= set(FLOATS)
-    if not shape or not size or not floats:
-        same = same_type and one.file.read(one.name) == two.file.read(two.name)
-        return Comparison(same, steps=None, changed=0 if same else size)
+    if not one.spec.size or not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
+        changed = _count_codes(one, two) if same_type else one.spec.size
+        return Comparison(same_type and not changed, steps=None, changed=changed)
     counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
-    squares, largest, steps, changed, odd = [], 0.0, 0, 0, 0
-    step = max(1, READ // (size // shape[0]))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        a, b = (side.file.rows(side.name, start, stop) for side in (one, two))
+    norms, largest, steps, changed, odd = [], 0.0, 0, 0, 0
+    for a, b in zip(one.blocks(READ), two.blocks(READ), strict=True):
         if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            squares.append((_finite_squares(a),) * 2 + (0.0,))
+            norms.append((norm(a),) * 2 + (0.0,))
             continue
         x, y = a.double(), b.double()
         D = y - x
         different = ~((x == y) | (x.isnan() & y.isnan()))
         odd += int((~D.isfinite() & different).sum())
         D = torch.where(D.isfinite(), D, 0.0)
-        squares.append((_finite_squares(a), _finite_squares(b), float(D.square().sum())))
+        norms.append((norm(a), norm(b), norm(D)))
         largest = max(largest, float(D.abs().max()))
         changed += int(different.sum())
         if counted and bool((D != 0).any()):
             steps = max(steps, int((_ordinals(b) - _ordinals(a))[D != 0].abs().max()))
-    totals = tuple(math.fsum(side) for side in zip(*squares, strict=True))
+    totals = tuple(math.hypot(*side) for side in zip(*norms, strict=True))
     # bits may differ where values do not: a zero's sign, a nan's payload
     return Comparison(same_type and not changed, totals, largest, steps if counted else None, changed, odd)  # type: ignore[arg-type]
 
 
-def _finite_squares(x: torch.Tensor) -> float:
-    squared = _sum_of_squares(x.float() if x.element_size() < 4 else x)
-    return squared if math.isfinite(squared) else float(x.double().nan_to_num(0.0, 0.0, 0.0).square().sum())
+def _count_codes(one: Source, two: Source) -> int:
+    """How many values of one type differ in their bits; of types below a byte all, if any."""
+    import torch
+
+    a, b = (side.file.read(side.name) for side in (one, two))
+    if a == b:
+        return 0
+    size, width = one.spec.size, one.spec.nbytes // one.spec.size
+    if not width:
+        return size
+    x, y = (torch.frombuffer(side, dtype=torch.uint8).view(size, width) for side in (a, b))
+    return int((x != y).any(1).sum())
 
 
 def _ordinals(x: torch.Tensor) -> torch.Tensor:

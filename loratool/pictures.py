@@ -44,7 +44,7 @@ def strips(
     if len(values) < 3:
         return []
     least, most = min(values.values()) if low is None else low, max(values.values())
-    labels = _short(list(kinds))
+    labels = _short(list(kinds), plain)
     width = max(len(label) for label in labels.values())
     ramp = ASCII_RAMP if plain else RAMP
     lines = [[Cell(f"{title}  {ramp[0]} {form(least)} .. {ramp[-1]} {form(most)}")]]
@@ -61,7 +61,7 @@ def bars(values: Mapping[str, float], title: str, form: Form = "{:.3g}".format, 
     if not values:
         return []
     most = max(values.values()) or 1.0
-    labels = _short(list(values))
+    labels = _short(list(values), plain)
     width = max(len(label) for label in labels.values())
     lines = [[Cell(title)]]
     for name, value in values.items():
@@ -114,16 +114,28 @@ def _kinds(values: Mapping[str, float]) -> dict[str, list[float]]:
     return {kind: [value for _, value in sorted(row)] for kind, row in found.items()}
 
 
-def _short(kinds: Sequence[str]) -> dict[str, str]:
-    """Labels: without the dotted parts that all begin with, the end of what is too long."""
-    parts = [kind.split(".") for kind in kinds]
+def _short(kinds: Sequence[str], plain: bool) -> dict[str, str]:
+    """Labels: without the parts that all begin with; what is too long also without those that all have anywhere,
+    and without its middle.
+    """
+    dot = "." if any("." in kind for kind in kinds) else "_"  # kohya's names have no other
+    parts = [kind.split(dot) for kind in kinds]
     common = 0
     while len(kinds) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
         common += 1
     if len(kinds) == 1:
         common = max(0, len(parts[0]) - 2)
-    labels = {kind: ".".join(p[common:]) for kind, p in zip(kinds, parts, strict=True)}
-    return {kind: label if len(label) <= LABEL else "…" + label[1 - LABEL :] for kind, label in labels.items()}
+    labels = {kind: dot.join(p[common:]) for kind, p in zip(kinds, parts, strict=True)}
+    if max(map(len, labels.values()), default=0) > LABEL and len(kinds) > 1:
+        everywhere = set.intersection(*(set(p) for p in parts))
+        fewer = {kind: dot.join(part for part in kind.split(dot) if part not in everywhere) for kind in kinds}
+        labels = fewer if all(fewer.values()) and len(set(fewer.values())) == len(kinds) else labels
+    gap = "..." if plain else "…"
+    head = LABEL // 3
+    return {
+        kind: label if len(label) <= LABEL else label[:head] + gap + label[head + len(gap) - LABEL :]
+        for kind, label in labels.items()
+    }
 
 
 def _binned(row: Sequence[float], most: int) -> list[float]:

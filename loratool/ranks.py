@@ -49,7 +49,7 @@ def energy_rank(spectrum: Spectrum, value: float) -> int | None:
 
 def ratio_rank(spectrum: Spectrum, value: float) -> int | None:
     """Those above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio; theirs are one more)."""
-    kept = sum(square * value**2 > spectrum.squares[0] for square in spectrum.squares)
+    kept = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
     return kept if spectrum.whole or kept < len(spectrum.squares) else None
 
 
@@ -80,6 +80,8 @@ RANK_RULES: dict[str, Callable[[Spectrum, float], int | None]] = {
     "sv_fro": norm_rank,
 }
 SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
+MOST = 1 << 62  # beyond every disk
+MOST_RANK = 1 << 16  # beyond every matrix
 BUDGETS = ("params", "size")  # for all matrices together
 
 
@@ -92,13 +94,15 @@ def read_rule(
     """
     if most is not None and most < 1:
         raise UsageError(f"max_rank {most} is out of range")
-    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
+    chosen = [(name, float(min(value, MOST))) for name, value in given.items() if value is not None]
     chosen += [rank_rule] if rank_rule else []
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
     for name, value in chosen:
         if name not in (*RANK_RULES, *BUDGETS):
             raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
+        if name == "rank" and not (value <= MOST_RANK and value.is_integer()):
+            raise UsageError(f"rank {value:g} is no whole number up to {MOST_RANK}")
         if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
             raise UsageError(f"{name} {value:g} is out of range")
     return chosen[0] if chosen else None
@@ -117,8 +121,10 @@ def choose_ranks(rule: str, value: float, spectra: Mapping[str, Spectrum], most:
     else:
         budget, least = int(value), sum(spectrum.cost for spectrum in spectra.values())
         if budget < least:
-            raise UsageError(f"--{rule} is too little: rank 1 everywhere takes {least} parameters, {budget} are left")
-        rest = {name: replace(spectrum, squares=spectrum.squares[1:]) for name, spectrum in spectra.items()}
+            raise UsageError(
+                f"--{rule} is too little: rank 1 everywhere takes {least} parameters, and {max(0, budget)} fit in"
+            )
+        rest = {name: replace(spectrum, squares=spectrum.squares[1:most]) for name, spectrum in spectra.items()}
         found = {name: 1 + more for name, more in budget_ranks(rest, budget - least).items()}
     return {name: min(max(1, rank), most or rank) for name, rank in found.items()}
 

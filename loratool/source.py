@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 1 << 20  # numbers read at a time
+SHORT = 1 << 20  # numbers whose squares are summed in float64 for nothing
 FLOATS = (*TORCH_FLOATS, *FLOAT8)
 
 
@@ -26,6 +27,17 @@ class Source:
     @property
     def spec(self) -> TensorSpec:
         return self.file.specs[self.name]
+
+    def blocks(self, most: int) -> Iterator[torch.Tensor]:
+        """All of it, (rows, columns), about `most` numbers at a time; of a float type, and not empty."""
+        spec = self.spec
+        if not spec.shape:
+            yield self.file.tensor(self.name).view(1, 1)
+            return
+        rows = spec.shape[0]
+        step = max(1, most // (spec.size // rows))
+        for start in range(0, rows, step):
+            yield self.file.rows(self.name, start, min(start + step, rows))
 
     def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of the tensor seen as a matrix of `rows` rows, a stack of matrices for one."""
@@ -70,6 +82,19 @@ def squared_norm(source: Source) -> float:
         return 0.0
     rows = (source.file.rows(source.name, start, stop).double() for start, stop in _blocks(source.spec))
     return math.fsum(float(block.square().sum()) for block in rows)
+
+
+def norm(x: torch.Tensor) -> float:
+    """||x|| of what is finite in it: in float32 where that is long, scaled where squares leave their type's range."""
+    import math
+
+    wide = (x.double() if x.numel() < SHORT else x.float() if x.element_size() < 4 else x).flatten()
+    squared = float(wide.dot(wide))
+    if 1e-20 < squared < math.inf:
+        return math.sqrt(squared)
+    finite = wide.double().nan_to_num(0.0, 0.0, 0.0)
+    largest = float(finite.abs().max())
+    return largest * float((finite / largest).norm()) if largest else 0.0
 
 
 def require_finite(source: Source) -> None:

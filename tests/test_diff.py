@@ -99,6 +99,7 @@ def test_what_one_side_lacks_counts_as_1(tmp_path: Path, run: Callable[..., Any]
     found = json.loads(run("diff", a, b, "--fail-above", "0.9", "--json").stdout)
     assert found["status"] == "different" and not found["ok"] and found["exit_code"] == 1
     assert run("diff", a, b, "--fail-above", "0.5", "--layers", "0").exit_code == 0
+    assert run("diff", a, b, "--fail-above", "0.5", "--layers", "1").exit_code == 1
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
@@ -187,7 +188,131 @@ def test_zero_changes(tmp_path: Path, run: Callable[..., Any]) -> None:
     assert run("diff", zero, some, "--json").exit_code == 0
 
 
+def with_tensors(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    """An adapter with more than factors."""
+    write_peft(folder, pairs(4), **config)
+    file = folder / "adapter_model.safetensors"
+    save_file({**load_file(file), **{f"base_model.model.{k}": t for k, t in tensors.items()}}, file)
+    return folder
+
+
+def test_an_adapter_and_itself_are_no_step_apart(tmp_path: Path, run: Callable[..., Any]) -> None:
+    a, b = write_peft(tmp_path / "a", pairs(6)), write_peft(tmp_path / "b", pairs(6))
+    assert loratool.diff(a, b).worst == 0 and run("diff", a, b, "--fail-above", "0").exit_code == 0
+    assert run("diff", a, b, "--fail-above", "nan").exit_code == 2
+
+
+def test_values_of_any_shape_and_scale(tmp_path: Path) -> None:
+    one, two = ({"logit_scale": torch.tensor(x), "w.bias": torch.full((3,), x * 1e-30)} for x in (1.0, 2.0))
+    a, b = with_tensors(tmp_path / "a", one), with_tensors(tmp_path / "b", two)
+    report = loratool.diff(a, b)
+    assert {v.name: (v.norm_a, v.relative) for v in report.values}["logit_scale"] == (1.0, 0.5) and not report.same
+    assert all(math.isclose(v.relative, 0.5) for v in report.values)
+    biases = [
+        with_tensors(tmp_path / f"{rank}", {f"{Q0}.lora_B.bias": torch.ones(24) * rank}, lora_bias=True, lora_alpha=4.0)
+        for rank in (4,)
+    ]
+    loratool.resize(biases[0], tmp_path / "wider", rank=7)
+    assert loratool.diff(biases[0], tmp_path / "wider").same
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_report_holds_nan(value: float, tmp_path: Path, run: Callable[..., Any]) -> None:
+    good = with_tensors(tmp_path / "good", {"score.weight": torch.ones(3, 24)})
+    bad = with_tensors(tmp_path / "bad", {"score.weight": torch.full((3, 24), value)})
+    assert run("diff", good, bad, "--json").exit_code == run("diff", bad, bad, "--json").exit_code == 3
+    odd = write_peft(tmp_path / "odd", pairs(4), lora_dropout=value)
+    found = json.loads(run("diff", odd, write_peft(tmp_path / "a", pairs(4)), "--json").stdout)
+    assert found["report"]["fields"]["lora_dropout"][0] in ("NaN", "Infinity")
+    W = {f"{m}.weight": torch.full(shape, value) for m, shape in MODULES.items()}
+    assert run("diff", odd, odd, "--base", write_model(tmp_path / "base", W), "--json").exit_code == 3
+
+
+def test_a_quantized_base_tells_no_sizes(tmp_path: Path) -> None:
+    W = {f"{m}.weight": torch.ones(shape).to(torch.float8_e4m3fn) for m, shape in MODULES.items()}
+    W |= {f"{name}_scale_inv": torch.ones(1, 1) for name in W}
+    a = write_peft(tmp_path / "a", pairs(4))
+    with pytest.raises(InputError, match="quantized"):
+        loratool.diff(a, a, base=write_model(tmp_path / "base", W))
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("model.layers.0.q", "layers.0.q"),
+        ("layers.0.q", "model.layers.0.q"),
+        ("model.language_model.layers.0.q", "language_model.model.layers.0.q"),
+    ],
+)
+def test_modules_meet_under_other_names(one: str, two: str, tmp_path: Path) -> None:
+    """Saved from the backbone alone, and by another transformers."""
+    a, b = (write_peft(tmp_path / n, {m: factors(24, 20, 4)}) for n, m in (("a", one), ("b", two)))
+    assert loratool.diff(a, b).same
+
+
+def test_text_encoders_of_one_shape_are_two(tmp_path: Path) -> None:
+    files = []
+    for seed in range(2):
+        module = "text_model_layers_0_q"
+        parts = [
+            load_file(write_kohya(tmp_path / p, {module: factors(24, 20, 4, seed=seed + i)}, prefix=p))
+            for i, p in enumerate(("lora_te1", "lora_te2"))
+        ]
+        save_file({**parts[0], **parts[1]}, file := tmp_path / f"{seed}.safetensors")
+        files.append(file)
+    report = loratool.diff(*files)
+    assert [m.name for m in report.modules] == [
+        "text_encoder_text_model_layers_0_q",
+        "text_encoder_2_text_model_layers_0_q",
+    ]
+    assert not report.same and not report.only_a and loratool.diff(files[0], files[0]).same
+
+
+def test_alpha_is_for_the_side_that_lacks_it(tmp_path: Path) -> None:
+    a, b = write_peft(tmp_path / "a", pairs(4), lora_alpha=8), write_peft(tmp_path / "b", pairs(4), lora_alpha=None)
+    assert math.isclose(loratool.diff(a, b, alpha=4).worst, 0.5) and loratool.diff(a, b, alpha=8).same
+
+
+def test_what_float64_cannot_square_is_said(tmp_path: Path) -> None:
+    huge = {m: (A.double() * 1e100, B.double() * 1e100) for m, (A, B) in pairs(4).items()}
+    a = write_peft(tmp_path / "a", huge)
+    for call in (lambda: loratool.diff(a, a), lambda: loratool.spectra(a), lambda: loratool.resize(a, "x", rank=2)):
+        with pytest.raises(InputError, match="too large"):
+            call()
+    large = {m: (A * 1e30, B * 1e30) for m, (A, B) in pairs(4).items()}
+    assert math.isfinite(
+        loratool.diff(write_peft(tmp_path / "b", large), write_peft(tmp_path / "c", pairs(4))).distance
+    )
+
+
 class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("size", "dtype"), [(1e-30, torch.float32), (1e-22, torch.float32), (1e200, torch.float64)]
+    )
+    def test_values_whose_squares_leave_the_range(
+        self, size: float, dtype: torch.dtype, tmp_path: Path, run: Callable[..., Any]
+    ) -> None:
+        W = weights(20, 30).to(dtype) * size
+        a, b = write_model(tmp_path / "a", {"w": W}), write_model(tmp_path / "b", {"w": W * 1.25})
+        assert math.isclose(loratool.diff(a, b).relative, 0.2, rel_tol=1e-6)
+        assert run("diff", a, b, "--json").exit_code == 0
+
+    def test_single_numbers_and_codes(self, tmp_path: Path) -> None:
+        codes = torch.arange(10)
+        one = {"scale": torch.tensor(1.0), "codes": codes, "flags": codes > 3, "small": torch.tensor(1.0)}
+        two = {"scale": torch.tensor(2.0), "codes": codes.clone(), "flags": codes > 4, "small": one["small"].double()}
+        two["codes"][7] += 1
+        a, b = write_model(tmp_path / "a", one), write_model(tmp_path / "b", two)
+        found = {t.name: t for t in loratool.diff(a, b).tensors}
+        assert (found["scale"].relative, found["scale"].largest) == (0.5, 1.0)
+        assert found["codes"].changed == found["flags"].changed == 1 and found["small"].relative == 0
+
+    def test_two_tensors_of_one_path_are_both_there(self, tmp_path: Path) -> None:
+        W = weights(3, 4)
+        a = write_model(tmp_path / "a", {"w.weight": W, "module.w.weight": W * 2})
+        report = loratool.diff(a, write_model(tmp_path / "b", {"w.weight": W * 2}))
+        assert len(report.only_a) == 1 and not report.same
+
     def test_each_kind_of_difference(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         W = weights(20, 30, dtype=torch.bfloat16)
         stepped = W.clone()
@@ -251,8 +376,10 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         loratool.diff(write_peft(tmp_path / "a", pairs(4)), write_peft(tmp_path / "b", {Q0: (A, B)}))
     with pytest.raises(InputError, match="no tensor of one side"):
         loratool.diff(base, write_model(tmp_path / "other", {"x": weights(2, 2)}))
-    with pytest.raises(InputError, match="no module that is selected"):
+    with pytest.raises(InputError, match="neither adapter has a module that is selected"):
         loratool.diff(adapter, adapter, target=["what"])
+    with pytest.raises(InputError, match="neither model has a tensor that is selected"):
+        loratool.diff(base, base, target=["what"])
     with pytest.raises(InputError):
         loratool.diff(adapter, tmp_path / "absent")
     A, B = factors(24, 20, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,52 @@ class TestEveryKind:
         assert len(magnitudes) == 2 and all(torch.equal(bits(before[k]), bits(after[k])) for k in magnitudes)
         assert "DoRA" in report.warnings[0]
 
+    def test_what_is_carried_has_names_that_peft_finds(self, tmp_path: Path) -> None:
+        """As PEFT saves them: without an adapter's name and without a training loop's wrappers."""
+        before = {
+            "lora_A.style.weight": torch.ones(4, 20),
+            "lora_B.style.weight": torch.ones(24, 4),
+            "lora_B.style.bias": torch.ones(24),
+            "lora_magnitude_vector.style.weight": torch.ones(24),
+        }
+        tensors = {f"module.base_model.model.q.{key}": t for key, t in before.items()}
+        tensors["module.base_model.model.head.modules_to_save.style.weight"] = torch.ones(3, 24)
+        tensors["module.base_model.model.e.token_adapter.trainable_tokens_delta.style"] = torch.ones(2, 24)
+        folder = write_peft(
+            tmp_path / "a",
+            {"q": factors(24, 20, 4)},
+            use_dora=True,
+            lora_bias=True,
+            trainable_token_indices=[1, 2],
+            modules_to_save=["head"],
+        )
+        save_file(tensors, folder / "adapter_model.safetensors")
+        loratool.resize(folder, tmp_path / "out", rank=2)
+        ends = [f"q.{key.replace('.style', '')}".replace("vector.weight", "vector") for key in before] + ["head.weight"]
+        ends.append("e.token_adapter.trainable_tokens_delta")
+        found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert set(found) == {f"base_model.model.{end}" for end in ends}
+
+    @pytest.mark.parametrize("metadata", [{}, {"unet.r": 6, "unet.lora_alpha": 6, "unet.target_modules": ["to_q"]}])
+    def test_files_of_diffusers_keep_their_names(self, metadata: dict[str, Any], tmp_path: Path) -> None:
+        tensors = {}
+        for i in range(2):
+            A, B = factors(24, 20, 6, seed=i)
+            tensors |= {f"unet.blocks.{i}.to_q.lora_A.weight": A, f"unet.blocks.{i}.to_q.lora_B.weight": B}
+        file, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {})
+        loratool.resize(file, out, energy=0.75)
+        assert set(load_file(out)) == set(tensors)
+        report = loratool.diff(file, out)
+        assert not report.only_a and 0 < report.worst < 0.5
+
+    def test_another_rank_is_no_start_of_pissa(self, tmp_path: Path) -> None:
+        """PEFT takes as many directions out of the base as the config's rank when it loads such an adapter."""
+        source = adapter(tmp_path / "a", init_lora_weights="pissa_niter_4")
+        with pytest.raises(InputError, match="pissa"):
+            loratool.resize(source, tmp_path / "out", rank=2)
+        loratool.resize(source, tmp_path / "out", rank=6, dtype="fp16")
+
     def test_names_of_an_adapter_are_left_out(self, tmp_path: Path) -> None:
         """PEFT finds `lora_A.weight`, never `lora_A.style.weight`."""
         source = adapter(tmp_path / "a")
@@ -209,6 +256,13 @@ class TestRules:
         capped = loratool.resize(source, tmp_path / "two", energy=0.8, max_rank=2)
         assert {m.new_rank for m in capped.modules} == {2}
 
+    def test_a_cap_leaves_its_part_of_the_budget_to_others(self, tmp_path: Path) -> None:
+        strong, weak = factors(24, 20, 6), factors(24, 20, 6, seed=1)
+        source = write_peft(tmp_path / "a", {"strong": (strong[0] * 100, strong[1]), "weak": weak})
+        report = loratool.resize(source, tmp_path / "out", params=44 * 6, max_rank=3)
+        assert [m.new_rank for m in report.modules] == [3, 3]
+        assert RANK_RULES["sv_ratio"](Spectrum((16.0, 9.0), 25.0, 1, True), 1e300) == 2
+
     def test_a_change_of_zero(self, tmp_path: Path) -> None:
         A, B = factors(24, 20, 6)
         source = write_peft(
@@ -232,7 +286,11 @@ class TestRules:
         (["--rank-rule", "sv_ratio=nan"], 2, "out of range"),
         (["--rank-rule", "what=1"], 2, "sv_cumulative"),
         (["--rank-rule", "sv_fro"], 2, "NAME=VALUE"),
-        (["--params", "5"], 2, "too little"),
+        (["--params", "5"], 2, "takes 144 parameters"),
+        (["--size", "5"], 2, "takes 144 parameters"),
+        (["--rank", "1" + "0" * 400], 2, "65536"),
+        (["--rank-rule", "rank=2.5"], 2, "whole number"),
+        (["--rank-rule", "sv_ratio=0.99"], 2, "out of range"),
         (["--rank", "0"], 2, "0"),
         (["--rank", "4", "-o", "a"], 2, "overwrite an input"),
         (["--rank", "4", "--alpha", "3"], 2, "contradicts"),
@@ -271,11 +329,23 @@ def test_what_has_no_factors_or_is_damaged(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_foresees_the_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_dry_run_is_the_run(rank: int, tmp_path: Path) -> None:
     source = adapter(tmp_path / "a")
-    planned = loratool.resize(source, tmp_path / "out", rank=2, dry_run=True)
+    planned = loratool.resize(source, tmp_path / "out", rank=rank, dtype="fp16", dry_run=True)
     assert not (tmp_path / "out").exists()
-    done = loratool.resize(source, tmp_path / "out", rank=2)
-    assert math.isclose(planned.error, done.error, rel_tol=1e-5) and planned.nbytes == done.nbytes
+    done = loratool.resize(source, tmp_path / "out", rank=rank, dtype="fp16")
+    assert replace(planned, dry_run=False) == done
     with pytest.raises(NeedsFlag, match="exists"):
         loratool.resize(source, tmp_path / "out", rank=2)
+
+
+def test_a_type_that_cannot_hold_the_factors(tmp_path: Path) -> None:
+    pairs = {m: tuple(x * 1e10 for x in factors(*shape, 6)) for m, shape in MODULES.items()}
+    source = write_peft(tmp_path / "a", pairs)  # type: ignore[arg-type]
+    with pytest.raises(NeedsFlag, match="overflow fp16"):
+        loratool.resize(source, tmp_path / "out", rank=2, dtype="fp16")
+    assert loratool.resize(source, tmp_path / "out", rank=6).error < 1e-6
+    empty = write_peft(tmp_path / "empty", {"model.a.q_proj": (torch.zeros(4, 0), torch.zeros(24, 4))})
+    with pytest.raises(InputError, match="empty"):
+        loratool.resize(empty, tmp_path / "none", rank=2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,12 @@ from conftest import FIXTURES, factors, load_model, weights, write_model, write_
 
 import loratool
 from loratool import InputError
+from loratool.naming import last_part
 from loratool.numerics.svd import all_singular_values
+from loratool.ops.diff import AdapterDiff
 from loratool.pictures import ASCII_RAMP, RAMP, WIDTH, Line, bars, beside, grid, is_plain, strips
+from loratool.render import print_adapter_diff
+from loratool.render.text import draw, print_table
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (33, 33), (5, 1)])
@@ -97,9 +104,27 @@ class TestPictures:
         ramp = ASCII_RAMP if plain else RAMP
         assert len(lines) == 3 and all(len(line) <= WIDTH for line in lines)
         assert lines[1].startswith("self_attn.q_proj") and lines[1].split()[1][0] == ramp[0]
-        assert lines[2].split()[1][-1] == ramp[-1] and (not plain or "".join(lines).isascii() or "…" in lines[2])
+        assert lines[2].split()[1][-1] == ramp[-1] and (not plain or "".join(lines).isascii())
         heats = [cell.heat for cell in found[1] if cell.heat is not None]
         assert heats == sorted(heats) and len(heats) == min(layers, 36)
+
+    @pytest.mark.parametrize("dot", [".", "_"])
+    def test_labels_tell_a_unets_blocks_apart(self, dot: str) -> None:
+        names = [
+            f"unet.{side}_blocks.{i}.attentions.0.transformer_blocks.1.{end}"
+            for side in ("down", "up")
+            for i in range(2)
+            for end in ("attn1.to_out.0", "attn1.to_q")
+        ]
+        lines = self.text(strips({name.replace(".", dot): 1.0 for name in names}, "x"))[1:]
+        labels = [line.split()[0] for line in lines]
+        assert len(set(labels)) == 4 and all(label.startswith(("down", "up")) for label in labels)
+        kinds = {last_part(name.replace(".", dot)).replace("_", ".").rpartition(".")[2] for name in names}
+        assert kinds == {"out", "q"}
+
+    def test_long_labels_in_ascii(self) -> None:
+        values = {f"a.{i}.{kind * 40}": 1.0 for i in range(2) for kind in "xyz"}
+        assert all(line.isascii() and len(line) <= WIDTH for line in self.text(strips(values, "x", plain=True)))
 
     def test_flattened_names_and_single_modules(self) -> None:
         lines = self.text(strips({f"lora_unet_blocks_{i}_to_q": i for i in range(4)}, "x"))
@@ -129,3 +154,43 @@ class TestPictures:
         assert not is_plain("utf-8") and is_plain("ascii") and is_plain(None)
         monkeypatch.setenv("TERM", "dumb")
         assert is_plain("utf-8")
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+class TestOnATerminal:
+    def shown(self, monkeypatch: pytest.MonkeyPatch, show: Callable[[], None]) -> str:
+        for name, value in {"COLUMNS": "80", "TERM": "xterm-256color", "COLORTERM": ""}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        with redirect_stdout(Terminal()) as found:
+            show()
+        return found.getvalue()
+
+    def test_a_row_that_is_too_long_stands_below_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = [("module", False), *((f"number{i}", True) for i in range(5))]
+        name = "model.layers.10.a_rather_long_name.of_a_projection"
+        found = self.shown(monkeypatch, lambda: print_table(columns, [[name, *"12345"], ["b", *"67890"]]))
+        text = re.sub("\x1b\\[[0-9;]*m", "", found).splitlines()
+        assert [line.split() for line in text[1:]] == [[name], list("12345"), ["b"], list("67890")]
+        assert all(len(line) <= 80 for line in text)
+
+    def test_blocks_are_drawn_in_the_colour_and_not_over_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A full block hides what is behind it: the largest bar was black."""
+        found = self.shown(monkeypatch, lambda: draw(bars({"q": 1.0, "v": 4.0}, "x")))
+        assert "\x1b[38;5;220m█" in found and "\x1b[30" not in found
+        found = self.shown(monkeypatch, lambda: draw(grid("phi", [1], [1], [[1.0]])))
+        assert "\x1b[30;48;5;220m █1.0" in found
+
+    def test_a_cosine_below_that_of_all_has_its_place(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pairs = {f"m.{i}.q": factors(24, 20, 4, seed=i) for i in range(3)}
+        other = {name: (A, -B if name == "m.1.q" else B) for name, (A, B) in pairs.items()}
+        report = loratool.diff(write_peft(tmp_path / "a", pairs), write_peft(tmp_path / "b", other))
+        assert isinstance(report, AdapterDiff)
+        print_adapter_diff(report)
+        assert re.search(r"cosine  \S -1.00 \.\. \S 1.00", capsys.readouterr().out)

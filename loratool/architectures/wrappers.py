@@ -31,17 +31,19 @@ CONTAINERS = (
     "model.diffusion_model",
 )
 
-# kohya's prefixes, longest first (formats.md 2.1): what follows is a module path with its dots flattened to `_`.
-KOHYA_PREFIXES = (
-    "lora_prior_unet_",
-    "lora_prior_te_",
-    "lora_transformer_",
-    "lora_unet_",
-    "lora_te1_",
-    "lora_te2_",
-    "lora_te3_",
-    "lora_te_",
-)
+# kohya's prefixes, longest first (formats.md 2.1), and the pipeline component that each means: what follows is a
+# module path with its dots flattened to `_`.
+KOHYA_COMPONENTS = {
+    "lora_prior_unet_": "prior_unet_",
+    "lora_prior_te_": "prior_text_encoder_",
+    "lora_transformer_": "transformer_",
+    "lora_unet_": "unet_",
+    "lora_te1_": "text_encoder_",
+    "lora_te2_": "text_encoder_2_",
+    "lora_te3_": "text_encoder_3_",
+    "lora_te_": "text_encoder_",
+}
+KOHYA_PREFIXES = tuple(KOHYA_COMPONENTS)
 
 
 def module_of(tensor: str) -> str:

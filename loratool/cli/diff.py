@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from .options import (
@@ -61,6 +63,8 @@ def diff(
     from ..render import ProgressBar, print_adapter_diff, print_checkpoint_diff, to_json
     from ..targets import parse_patterns
 
+    if fail_above is not None and math.isnan(fail_above):
+        raise click.UsageError("--fail-above nan would never fail")
     bar = ProgressBar("diff", quiet or json)
     try:
         report = run(

@@ -31,9 +31,10 @@ def write_adapter(
     specs: Mapping[str, TensorSpec],
     load: Callable[[str], torch.Tensor],
     config: Mapping[str, Any],
+    prefix: str = PEFT_PREFIX,
 ) -> None:
-    """specs: of the tensors by their names without PEFT's prefix; load: one of them, of just that type and shape."""
-    named = {PEFT_PREFIX + name: spec for name, spec in specs.items()}
+    """specs: of the tensors by their names without the prefix; load: one of them, of just that type and shape."""
+    named = {prefix + name: spec for name, spec in specs.items()}
     ours = {"loratool": json.dumps({"adapter_config": config}, sort_keys=True)} if is_file else {}
     header, begin = build_header(named, names := data_order(named), {"format": "pt", **ours})
     require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in named.values()))
@@ -41,7 +42,7 @@ def write_adapter(
     def fill(file: BinaryIO) -> None:
         write_at(file, memoryview(header), 0)
         for name in names:
-            write_at(file, tensor_bytes(load(name.removeprefix(PEFT_PREFIX)), named[name]), begin[name])
+            write_at(file, tensor_bytes(load(name.removeprefix(prefix)), named[name]), begin[name])
 
     if is_file:
         with partial_file(path) as file:

@@ -81,11 +81,14 @@ def inner(one: FactoredSVD, two: FactoredSVD) -> Tensor:
 
 
 def distance(one: FactoredSVD, two: FactoredSVD) -> Tensor:
-    """||D2 - D1||, (...), from the core of [B2, -B1] and [A2; A1]: no difference of squares that cancels."""
+    """||D2 - D1||, (...), from the core of [B2, -B1] and [A2; A1]: no squares that cancel; 0 of equals."""
     B = torch.cat([two.U * two.S.unsqueeze(-2), -one.U * one.S.unsqueeze(-2)], -1)
     A = torch.cat([two.V, one.V], -1).mT
     norm: Tensor = torch.linalg.vector_norm(core(B, A), dim=(-2, -1))
-    return norm
+    if one.S.shape != two.S.shape:
+        return norm
+    equal = [(getattr(one, part) == getattr(two, part)).flatten(one.S.dim() - 1).all(-1) for part in ("U", "S", "V")]
+    return norm.masked_fill(equal[0] & equal[1] & equal[2], 0.0)
 
 
 def cosine(one: FactoredSVD, two: FactoredSVD) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,8 +15,10 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter, UpdateSpec
+from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..comparing import (
+    SAME,
     ModuleDiff,
     Phi,
     ValueDiff,
@@ -25,12 +29,13 @@ from ..comparing import (
     mean_phi,
 )
 from ..errors import InputError, UsageError
-from ..formats import holds_adapter, open_adapter
+from ..formats import holds_adapter
+from ..inputs import open_adapters
 from ..numerics.factors import FactoredSVD, amplification
 from ..pairing import Comparison, compare, pair_tensors
 from ..placing import Placement
 from ..runtime import Progress, choose_device
-from ..source import Source, squared_norm
+from ..source import Source, require_finite, squared_norm
 from ..targets import Selection, bind, parse_layers
 from ..tied import find_tie
 
@@ -134,21 +139,21 @@ def diff(
             for side in sides:
                 opened.callback(side.close)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
-        adapters = [open_adapter(path, alpha) for path in (a, b)]
-        for adapter in adapters:
-            opened.callback(adapter.file.close)
+        adapters = open_adapters([os.fspath(a), os.fspath(b)], alpha, opened)
         one, two = (_selected(adapter, selection) for adapter in adapters)
+        if not one.updates and not two.updates:
+            raise InputError("neither adapter has a module that is selected")
         model = None if base is None else open_checkpoint(base)
         if model:
             opened.callback(model.close)
+            method = quantization(model.specs, model.config)
+            if method:
+                raise InputError(f"is quantized ({method})", culprit=str(model.path), remedy="pass the original model")
         return _diff_adapters(one, two, model, os.fspath(base) if base else None, choose_device(device), progress)
 
 
 def _selected(adapter: Adapter, selection: Selection) -> Adapter:
-    updates = {module: update for module, update in adapter.updates.items() if selection.selects(module)}
-    if not updates:
-        raise InputError("has no module that is selected", culprit=adapter.name)
-    return replace(adapter, updates=updates)
+    return replace(adapter, updates={m: update for m, update in adapter.updates.items() if selection.selects(m)})
 
 
 def _diff_adapters(
@@ -192,7 +197,7 @@ def _diff_adapters(
         cosine,
         mean_phi(modules),
         worst,
-        all(m.same for m in modules) and not any(v.relative for v in values),
+        all(m.same for m in modules) and all(v.relative <= (SAME if v.kind == "add" else 0) for v in values),
     )
 
 
@@ -208,8 +213,14 @@ def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
     found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
     if one and two:
         keys = [key for key in dict.fromkeys([*one, *two]) if key not in NO_DIFFERENCE]
-        found |= {key: (one.get(key), two.get(key)) for key in keys if (one.get(key) or None) != (two.get(key) or None)}
-    return found
+        found |= {key: (one.get(key), two.get(key)) for key in keys if _said(one.get(key)) != _said(two.get(key))}
+    return {key: (_said(x), _said(y)) for key, (x, y) in found.items()}
+
+
+def _said(value: Any) -> Any:
+    """A field's value, nothing and false being one; as text where it holds NaN or Infinity, which are no JSON."""
+    text = json.dumps(value)
+    return text if re.search(r"NaN|Infinity", text) else value or None
 
 
 def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[Source, Placement]]]:
@@ -233,6 +244,8 @@ def _against(
         return None, None
     found = weights[spec.module]
     sources = {source.name: source for source, _ in found}
+    for source in sources.values():
+        require_finite(source)
     norm = math.sqrt(math.fsum(map(squared_norm, sources.values())))
     size = float(torch.linalg.vector_norm(svd.S)) / norm if norm else None
     source, placement = found[0]
@@ -259,7 +272,9 @@ def _diff_checkpoints(
     only_a, only_b = (
         tuple(n for n in side if selection.selects(_module(n))) for side in (pairs.only_base, pairs.only_tuned)
     )
-    rows, equal, squares, done = [], 0, [], 0
+    if not (both or only_a or only_b):
+        raise InputError("neither model has a tensor that is selected")
+    rows, equal, norms, done = [], 0, [], 0
     total = sum(one.spec.nbytes for one, _ in both.values())
     with ThreadPoolExecutor(2) as pool:
         compared = pool.map(_compare, both.values())
@@ -268,12 +283,12 @@ def _diff_checkpoints(
             if progress:
                 progress(done, total)
             if found is not None:
-                squares.append(found.squared)
+                norms.append(found.norms)
             if found is not None and found.equal:
                 equal += 1
             else:
                 rows.append(_tensor(name, one, two, found))
-    totals = [math.fsum(side) for side in zip(*squares, strict=True)] if squares else [0.0, 0.0, 0.0]
+    totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
     worst = max((row.relative for row in rows), default=0.0)
     return CheckpointDiff(
         *names,
@@ -301,13 +316,13 @@ def _tensor(name: str, one: Source, two: Source, found: Comparison | None) -> Te
     dtypes, shapes = (one.spec.dtype, two.spec.dtype), (one.spec.shape, two.spec.shape)
     if found is None:
         return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0)
-    relative = _relative(*found.squared)
+    relative = _relative(*found.norms)
     if found.odd or (found.changed and not relative):
         relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
     return TensorDiff(name, *dtypes, *shapes, relative, found.largest, found.steps, found.changed, found.odd)
 
 
 def _relative(one: float, two: float, between: float) -> float:
-    """Of squared norms. The difference of opposites is twice as large as either."""
+    """Of norms. The difference of opposites is twice as large as either."""
     largest = max(one, two)
-    return math.sqrt(between / largest) if largest else 0.0
+    return between / largest if largest else 0.0

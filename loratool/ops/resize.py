@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..draft import DTYPES, Carried, Draft, cost, default_name, rounded, stacked, write_draft
+from ..draft import DTYPES, Carried, Draft, cost, default_name, load_stacked, rounded, write_draft
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import open_adapter
+from ..formats.peft_config import changes_base
 from ..numerics.factors import distance, effective_rank, singular_values, svd
 from ..output import check_name, check_path, named
 from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
@@ -94,7 +95,10 @@ def resize(
         check_path(path, is_file, [source.file.path], force)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
-        if not dry_run:
+        work.require_same_start(ranks)
+        if dry_run:
+            work.measure(ranks)
+        else:
             opened.enter_context(named(path))
             work.write(ranks, path, is_file)
         return work.report(os.fspath(adapter), str(path), ranks, dry_run)
@@ -118,7 +122,7 @@ class _Work:
         self._errors: dict[str, float] = {}
 
     def _load(self, module: str) -> tuple[Tensor, Tensor]:
-        B, A = stacked(self._source.load(self._updates[module]))
+        B, A = load_stacked(self._source, self._updates[module])
         return B.to(self._device), A.to(self._device)
 
     def ranks(self, rule: str, value: float, most: int | None) -> dict[str, int]:
@@ -135,6 +139,18 @@ class _Work:
         squares = self._spectra[module]
         return Spectrum(tuple(squares.tolist()), float(squares.sum()), cost(self._updates[module]), True)
 
+    def require_same_start(self, ranks: Mapping[str, int]) -> None:
+        """Refuse another rank where PEFT would take factors of that rank out of the base when it loads them."""
+        init = changes_base(self._source.config)
+        if init and any(update.rank != ranks[module] for module, update in self._updates.items()):
+            raise InputError(
+                f"was initialized with {init}, which takes as many directions out of the base as the adapter has rank: "
+                "of another rank it would be wrong on any base",
+                culprit=self._source.name,
+                remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the changed "
+                "one, set init_lora_weights to true in its config",
+            )
+
     def _draft(self, ranks: Mapping[str, int]) -> Draft:
         def factors(module: str) -> tuple[Tensor, Tensor]:
             whole = svd(*self._load(module))
@@ -145,6 +161,12 @@ class _Work:
             return B, A
 
         return Draft(self._source, self._updates, ranks, factors, self._carried, self._dtype)
+
+    def measure(self, ranks: Mapping[str, int]) -> None:
+        """All that `write` computes, one module at a time."""
+        draft = self._draft(ranks)
+        for module in self._updates:
+            draft.factors(module)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
         write_draft(self._draft(ranks), path, is_file)
@@ -172,14 +194,13 @@ class _Work:
         squares = self._spectra[module]
         total, kept = float(squares.sum()), float(squares[:rank].sum())
         share = kept / total if total else 1.0
-        error = self._errors.get(module, math.sqrt(max(0.0, 1 - share)))
         return ModuleResize(
             module,
             self._updates[module].rank,
             rank,
             math.sqrt(total),
             share,
-            error,
+            self._errors[module],
             float(effective_rank(squares.sqrt())),
         )
 

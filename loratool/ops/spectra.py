@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..architectures.quantized import quantization
 from ..checkpoint import open_checkpoint
-from ..draft import stacked
+from ..draft import load_stacked
 from ..errors import InputError
 from ..factoring import KINDS
 from ..formats import holds_adapter, open_adapter
@@ -102,7 +102,7 @@ def _of_adapter(
     opened.callback(adapter.file.close)
     found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
     for done, (module, update) in enumerate(found, 1):
-        B, A = stacked(adapter.load(update))
+        B, A = load_stacked(adapter, update)
         S = singular_values(B.to(device), A.to(device))
         yield _row(module, update.kind, update.shape, S, min(B.shape[1], A.shape[2])), done, len(found)
 

@@ -39,7 +39,7 @@ def print_extract(report: ExtractReport) -> None:
     print_table([(title, title != "tensor") for title in titles + ["stored"] * stored], rows)
     plain = is_plain(sys.stdout.encoding)
     draw(strips({m.name: m.relative for m in report.modules}, "relative change", "{:.1e}".format, plain=plain))
-    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
+    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain))
     kept = "" if report.kept is None else f"; {report.kept:.2%} of their change's energy is kept"
     say(f"\n{len(rows)} matrices{kept}; |D|/|W| is {report.relative:.2e} in all")
     if report.exact:
@@ -106,7 +106,7 @@ def print_resize(report: ResizeReport) -> None:
     plain = is_plain(sys.stdout.encoding)
     if len({m.new_rank for m in report.modules}) > 1:
         draw(strips({m.name: float(m.new_rank) for m in report.modules}, "rank", "{:.0f}".format, plain=plain))
-    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
+    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain))
     say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
     if report.carried:
         say(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")

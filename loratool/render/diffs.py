@@ -6,6 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from ..naming import last_part
 from ..pictures import bars, beside, grid, is_plain, strips
 from .text import draw, print_table, say
 
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 def print_adapter_diff(report: AdapterDiff) -> None:
     say(f"A = {report.a}\nB = {report.b}")
     with_base = report.base is not None
-    titles = ["module", "rank", "|A|", "|B|", "|B-A|", "relative", "cosine", "angle", "phi"]
-    titles += ["A/|W|", "B/|W|", "amplified"] if with_base else []
-    print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
+    sizes = ["A/|W|", "B/|W|", "amplified"] if with_base else ["|A|", "|B|", "|B-A|"]  # both are too wide
+    titles = ["module", "rank", *sizes, "relative", "cosine", "angle", "phi"]
+    if report.modules:
+        print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
     if report.values:
         say("")
         rows = [[v.name, v.kind, _number(v.norm_a), _number(v.norm_b), f"{v.relative:.2e}"] for v in report.values]
@@ -29,7 +31,10 @@ def print_adapter_diff(report: AdapterDiff) -> None:
             rows,
         )
     _draw(report)
-    ranks = [", ".join(f"{n} of rank {rank}" for rank, n in side.items()) for side in (report.ranks_a, report.ranks_b)]
+    ranks = [
+        ", ".join(f"{n} of rank {rank}" for rank, n in side.items()) or "no factors"
+        for side in (report.ranks_a, report.ranks_b)
+    ]
     say(f"\nA: {ranks[0]}; |A| = {report.norm_a:.4g}\nB: {ranks[1]}; |B| = {report.norm_b:.4g}")
     for name, (one, two) in report.fields.items():
         say(f"{name}: {one} in A, {two} in B")
@@ -41,7 +46,7 @@ def print_adapter_diff(report: AdapterDiff) -> None:
         return
     say(
         f"|B-A| = {report.distance:.4g}, {report.relative:.2e} of the larger; cosine {report.cosine:.4f}; "
-        f"{report.worst:.2e} in the worst module"
+        f"worst {report.worst:.2e}"
     )
 
 
@@ -50,15 +55,19 @@ def _module(m: ModuleDiff, with_base: bool) -> list[str]:
     return [
         m.name,
         f"{m.rank_a}" if m.rank_a == m.rank_b else f"{m.rank_a or '-'} {m.rank_b or '-'}",
-        f"{m.norm_a:.3g}",
-        f"{m.norm_b:.3g}",
-        f"{m.distance:.2e}",
+        *(
+            [
+                _number(m.size_a, ".2e"),
+                _number(m.size_b, ".2e"),
+                f"{_number(m.amplification_a)} {_number(m.amplification_b)}",
+            ]
+            if with_base
+            else [f"{m.norm_a:.3g}", f"{m.norm_b:.3g}", f"{m.distance:.2e}"]
+        ),
         "same" if m.same else f"{m.relative:.2e}",
         f"{m.cosine:.4f}",
         "-" if angle is None else f"{math.degrees(angle):.1f}",
         "-" if m.phi is None else f"{m.phi.right[-1][-1]:.3f}",
-        *([_number(m.size_a, ".2e"), _number(m.size_b, ".2e")] if with_base else []),
-        *([f"{_number(m.amplification_a)} {_number(m.amplification_b)}"] if with_base else []),
     ]
 
 
@@ -71,11 +80,8 @@ def _draw(report: AdapterDiff) -> None:
     both = [m for m in report.modules if m.rank_a and m.rank_b]
     draw(strips({m.name: m.relative for m in both}, "relative distance", "{:.1e}".format, plain=plain))
     if not report.same:
-        draw(
-            strips(
-                {m.name: m.cosine for m in both}, "cosine", "{:.2f}".format, low=min(0.0, report.cosine), plain=plain
-            )
-        )
+        cosines = {m.name: m.cosine for m in both}
+        draw(strips(cosines, "cosine", "{:.2f}".format, low=min([0.0, *cosines.values()]), plain=plain))
     if report.phi:
         _draw_phi(report.phi, plain)
 
@@ -92,7 +98,7 @@ def _draw_phi(phi: Phi, plain: bool) -> None:
 def print_checkpoint_diff(report: CheckpointDiff) -> None:
     say(f"A = {report.a}\nB = {report.b}")
     if report.tensors:
-        titles = ["tensor", "dtype", "shape", "|B-A|/|A|", "largest", "steps", "changed"]
+        titles = ["tensor", "dtype", "shape", "relative", "largest", "steps", "changed"]
         rows = [
             [
                 t.name,
@@ -109,7 +115,7 @@ def print_checkpoint_diff(report: CheckpointDiff) -> None:
         plain = is_plain(sys.stdout.encoding)
         matrices = {t.name: t.relative for t in report.tensors if len(t.shape_a) > 1}
         draw(strips(matrices, "relative change", "{:.1e}".format, plain=plain))
-    say(f"\n{report.equal} tensors are equal, {len(report.tensors)} are not; |B-A|/|A| is {report.relative:.2e} in all")
+    say(f"\n{report.equal} tensors are equal, {len(report.tensors)} are not; {report.relative:.2e} apart in all")
     for letter, names in (("A", report.only_a), ("B", report.only_b)):
         for name in names:
             say(f"only in {letter}: {name}")
@@ -127,7 +133,7 @@ def print_spectra(report: SpectraReport) -> None:
             f"{m.stable_rank:.1f}",
             *(str(rank) for rank in (m.rank_50, m.rank_90, m.rank_99)),
             str(m.full),
-            " ".join(f"{sigma:.2g}" for sigma in m.top[:4]),
+            " ".join(f"{sigma:.2g}" for sigma in m.top[:2]),
         ]
         for m in report.modules
     ]
@@ -137,6 +143,6 @@ def print_spectra(report: SpectraReport) -> None:
     draw(strips({m.name: float(m.rank_90) for m in report.modules}, "rank at 90 %", "{:.0f}".format, plain=plain))
     kinds: dict[str, list[float]] = {}
     for m in report.modules:
-        kinds.setdefault(m.name.removesuffix(".weight").rpartition(".")[2], []).append(m.effective_rank)
+        kinds.setdefault(last_part(m.name), []).append(m.effective_rank)
     means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
     draw(bars(means, "effective rank by kind, mean", "{:.1f}".format, plain=plain))

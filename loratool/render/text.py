@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from ..errors import LoratoolError
 
 SCHEMA_VERSION = 1
+GAP = 2  # columns between a table's
 UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
-# Colours of a heat from 0 to 1 (viridis among xterm's 256), and of what stands on them: legible on any theme.
+# Of a heat from 0 to 1, viridis among xterm's 256 colours: numbers stand on them, and blocks are drawn in them, since a
+# block hides what is behind it. Legible on any theme.
 HEATS = (
-    ("white", 54),
-    ("white", 60),
-    ("white", 24),
-    ("white", 30),
-    ("white", 29),
-    ("black", 71),
-    ("black", 149),
-    ("black", 220),
+    ("white on color(54)", "color(97)"),
+    ("white on color(60)", "color(61)"),
+    ("white on color(24)", "color(67)"),
+    ("white on color(30)", "color(31)"),
+    ("white on color(29)", "color(36)"),
+    ("black on color(71)", "color(71)"),
+    ("black on color(149)", "color(149)"),
+    ("black on color(220)", "color(220)"),
 )
 
 
@@ -74,7 +76,10 @@ def share(value: float | None) -> str:
 
 
 def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
-    """Columns as (title, right-aligned); lines are never cut or wrapped where stdout is not a terminal."""
+    """Columns as (title, right-aligned); lines are never cut or wrapped where stdout is not a terminal.
+
+    Where a terminal is too narrow for a row but not for what follows its name, that comes on a line below the name.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -82,14 +87,21 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = UNBOUNDED
+    columns = [(escape(title), right) for title, right in columns]
+    rows = [[escape(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip([title for title, _ in columns], *rows, strict=True)]
+    below = sum(widths) + GAP * (len(widths) - 1) > console.width >= sum(widths[1:]) + GAP * len(widths[1:])
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, right in columns:
+    for title, right in [("", False), *columns[1:]] if below else columns:
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(escape(cell)) for cell in row))
+        table.add_row(*map(Text, ["", *row[1:]] if below else row))
     with console.capture() as text:  # rich would turn a closed pipe into exit 1
         console.print(table)
-    print(text.get(), end="")
+    lines = text.get().splitlines()
+    names = ["", *(row[0] for row in rows)] if below else [""] * len(lines)
+    for name, line in zip(names, lines, strict=True):
+        print(f"{name}\n{line}" if name else line)
 
 
 def escape(text: str) -> str:
@@ -114,8 +126,9 @@ def draw(lines: Sequence[Line]) -> None:
         for line in [[], *lines]:
             text = Text()
             for cell in line:
-                front, back = HEATS[min(int((cell.heat or 0.0) * len(HEATS)), len(HEATS) - 1)]
-                text.append(escape(cell.text), "" if cell.heat is None else f"{front} on color({back})")
+                number, block = HEATS[min(int((cell.heat or 0.0) * len(HEATS)), len(HEATS) - 1)]
+                style = number if any(c.isdigit() for c in cell.text) else block
+                text.append(escape(cell.text), "" if cell.heat is None else style)
             console.print(text)
     print(found.get(), end="")
 
