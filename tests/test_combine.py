@@ -516,7 +516,7 @@ class TestRefusals:
             (["--method", "ties", "--density", "nan"], 2, "is not between 0 and 1"),
             (["--method", "ties", "--rank-rule", "sv_cumulative=0.9"], 2, "needs all singular values"),
             (["--rank", "4", "--energy", "0.9"], 2, "rank and energy exclude each other"),
-            (["--params", "10"], 2, "--params is too little: rank 1 everywhere takes 34 parameters, 10 are left"),
+            (["--params", "10"], 2, "--params is too little: rank 1 everywhere takes 34 parameters, and 10 fit in"),
             (["--dtype", "fp16"], 4, "add --dtype fp32"),
             (["--exclude", "x,nothing"], 2, "nothing: of --exclude matches no module"),
             (["--rank-rule", "rank=0"], 2, "rank 0 is out of range"),
