@@ -55,7 +55,7 @@ def open_inputs(
             culprit=os.fspath(base),
             remedy=None if _opens_as_adapter(other) else f"swap them: loratool merge {other} {os.fspath(base)}",
         )
-    method = quantization(checkpoint.specs, checkpoint.config)
+    method = next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None)
     if method:
         raise InputError(
             f"is quantized ({method}), and adding to its codes would be wrong",

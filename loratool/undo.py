@@ -100,8 +100,8 @@ def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
     adapters = sorted(plan.adapters, key=lambda pair: (pair[0].sha256, pair[0].scales_sha256, pair[1]))
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
     names = {*output.extras, *plan.edits.files}
-    if not base.given_as_file:
-        names |= {"config.json", *([base.index[0]] if base.index else [])}
+    for part in () if base.given_as_file else base.models:
+        names |= {part.prefix + name for name in ("config.json", *([part.index[0]] if part.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
     return {
         "version": VERSION,
@@ -113,7 +113,7 @@ def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
         "file": base.given_as_file,
         "shards": [
             {
-                "name": shard.path.name,
+                "name": shard.place,
                 "header": pack_bytes(shard.header) if isinstance(shard, TensorFile) else None,
                 "specs": None
                 if isinstance(shard, TensorFile)

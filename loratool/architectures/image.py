@@ -27,6 +27,14 @@ PREFIXES = {
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
     "model.diffusion_model.": ("unet", ""),
 }
+# The folders of a diffusers pipeline, before a slash in its tensors' names -> the component; no VAE is a target.
+FOLDERS = {
+    "unet": "unet",
+    "transformer": "unet",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
+}
 # What a name has in it that is found in the denoiser of a kind, whatever stands before.
 MARKS = {
     "input_blocks.": "sgm",
@@ -34,7 +42,11 @@ MARKS = {
     "down_blocks.": "unet",
     "single_transformer_blocks.": "flux-diffusers",
     "text_model.encoder.layers.": "clip",
+    "embeddings.token_embedding.": "clip",  # all that transformers 5 leaves of it without a `text_model.`
 }
+# The same for the text encoder in a folder.
+TEXT_MARKS = {"encoder.layers.": "clip", "encoder.block.": "t5"}
+CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # how the names of a CLIP by itself begin
 # Prefixes of an adapter's modules -> their component. kohya's paths behind it are flattened.
 ADAPTER_PREFIXES = {
     "lora_unet_": "unet",
@@ -132,7 +144,8 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
     shapes: of the base's tensors. A name that two conventions use for different modules means its own convention's.
     """
     found: Modules = {}
-    if not any(mark in name for name in shapes for mark in MARKS):
+    folders = tuple(f"{folder}/" for folder in FOLDERS)
+    if not any(name.startswith(folders) or any(mark in name for mark in MARKS) for name in shapes):
         return found
     aliases: list[tuple[tuple[str, str], tuple[Rows, ...]]] = []
     parts = list(_split(shapes))
@@ -140,6 +153,8 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
         rows = shapes[name][0]
         found[component, path] = (Rows(name, 0, rows, 0, rows),)
         aliases += [((component, other), where) for other, where in _aliases(kind, path, name, shapes[name])]
+        if kind == "t5":  # kohya counts it third, a Flux pipeline second
+            aliases += [((other, path), found[component, path]) for other in ("text_encoder_2", "text_encoder_3")]
     aliases += _fused(found, {kind for _, kind, _, _ in parts})
     for key, where in aliases:
         found.setdefault(key, where)
@@ -156,15 +171,25 @@ def component_of(module: str) -> tuple[str | None, str]:
 
 def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
     """(component, kind, path, tensor) of every weight of a module that can have an adapter."""
-    whole = any(name.startswith(tuple(PREFIXES)) for name in shapes)
-    kinds = [kind for mark, kind in MARKS.items() if any(mark in name for name in shapes)]
-    if not kinds or (not whole and kinds == ["clip"] and not any(n.startswith("text_model.") for n in shapes)):
+    modules = {
+        name: name.removesuffix(".weight").removesuffix("_weight")
+        for name, shape in shapes.items()
+        if name.endswith("weight") and len(shape) > 1 and not name.startswith("first_stage_model.")
+    }
+    if any("/" in name for name in modules):
+        for folder, component in FOLDERS.items():
+            own = [name for name in modules if name.startswith(f"{folder}/")]
+            marks = MARKS if component == "unet" else TEXT_MARKS
+            kind = next((kind for mark, kind in marks.items() if any(mark in name for name in own)), "")
+            for name in own:
+                yield component, kind, modules[name].removeprefix(f"{folder}/"), name
         return
-    denoiser = next((kind for kind in kinds if kind != "clip"), "clip")
-    for name, shape in shapes.items():
-        path = name.removesuffix(".weight").removesuffix("_weight")
-        if not name.endswith(("weight",)) or len(shape) < 2 or name.startswith("first_stage_model."):
-            continue
+    whole = any(name.startswith(tuple(PREFIXES)) for name in shapes)
+    kinds = {kind for mark, kind in MARKS.items() if any(mark in name for name in shapes)}
+    if not kinds or (not whole and kinds == {"clip"} and not any(n.startswith(CLIP_STARTS) for n in shapes)):
+        return
+    denoiser = next((kind for kind in MARKS.values() if kind in kinds and kind != "clip"), "clip")
+    for name, path in modules.items():
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix:
             component, kind = PREFIXES[prefix]
@@ -179,7 +204,9 @@ def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[st
     if kind == "sgm":
         yield sgm_to_diffusers(path), all_rows
     elif kind == "clip":
-        yield path.removeprefix("text_model."), all_rows
+        plain = path.removeprefix("text_model.")
+        yield plain, all_rows
+        yield f"text_model.{plain}", all_rows
     elif kind == "openclip":
         layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", path)
         names = OPENCLIP.get(layer[2], ()) if layer else ()

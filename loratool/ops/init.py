@@ -18,7 +18,7 @@ import torch
 
 from ..architectures.quantized import quantization
 from ..architectures.wrappers import PEFT_PREFIX
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ..errors import InputError, NeedsFlag, UsageError
 from ..fileio import sha256_file
 from ..formats import is_adapter, open_adapter
@@ -181,6 +181,7 @@ def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: s
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     base = open_checkpoint(name)
     opened.callback(base.close)
+    require_one_model(base)
     if is_adapter(base.specs):
         raise InputError("is an adapter; init starts one for a model", culprit=os.fspath(name))
     quantized = quantization(base.specs, base.config)

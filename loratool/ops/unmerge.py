@@ -7,6 +7,7 @@ read and wrote; all else is copied under the base's own headers. What does not c
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..output import Output, OutputFile, check_path, output_path, plan_output
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, worker_count
-from ..sidefiles import provenance, survey, undo_files, undo_path
+from ..sidefiles import provenance, survey_checkpoint, undo_files, undo_path
 from ..source import Source
 from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
@@ -96,7 +97,7 @@ def unmerge(
         used = match_adapters(record, adapter_pairs(adapters), alpha, opened)
         base = _layout(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
-        if is_file and len(base) > 1:
+        if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
         check_path(path, is_file, inputs, force)
@@ -177,25 +178,32 @@ def _layout(undo: UndoFile) -> list[OutputFile]:
     """The base's files as they were; of a torch file, a safetensors file with the same tensors."""
     files = []
     for shard in undo.index["shards"]:
-        name = shard["name"]
+        name, prefix = shard["name"], _prefix(shard["name"])
         if shard["header"] is not None:
             header = unpack_bytes(shard["header"])
             _, begin, nbytes = read_layout(header, undo.path)
             header = with_length(header)
         else:
-            specs = {key: spec_of(spec) for key, spec in shard["specs"].items()}
+            specs = {key.removeprefix(prefix): spec_of(spec) for key, spec in shard["specs"].items()}
             header, begin = build_header(specs, list(specs), {"format": "pt"})
             nbytes = len(header) + sum(spec.nbytes for spec in specs.values())
-            name = Path(name).stem.replace("pytorch_model", "model") + ".safetensors"
-        files.append(OutputFile(name, header, begin, nbytes))
+            name = prefix + re.sub("^pytorch_model", "model", Path(name).stem) + ".safetensors"
+        files.append(OutputFile(name, header, {prefix + key: start for key, start in begin.items()}, nbytes))
     return files
+
+
+def _prefix(file: str) -> str:
+    """The folder of a pipeline's component, which its tensors' names begin with; empty for what is no pipeline."""
+    folder, slash, _ = file.rpartition("/")
+    return folder + slash
 
 
 def _specs(undo: UndoFile) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for shard in undo.index["shards"]:
         if shard["header"] is not None:
-            specs.update(read_layout(unpack_bytes(shard["header"]), undo.path)[0])
+            own = read_layout(unpack_bytes(shard["header"]), undo.path)[0]
+            specs.update({_prefix(shard["name"]) + key: spec for key, spec in own.items()})
         else:
             specs.update({key: spec_of(spec) for key, spec in shard["specs"].items()})
     return specs
@@ -203,16 +211,16 @@ def _specs(undo: UndoFile) -> dict[str, TensorSpec]:
 
 def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile], path: Path, is_file: bool) -> Output:
     extras = {name: unpack_bytes(data) for name, data in undo.index["side"].items()}
-    read = {shard.path.name for shard in merged.shards} | ({merged.index[0]} if merged.index else set())
     own = undo_files(undo.path)
     travels: dict[str, Path] = {}
     not_copied: list[str] = []
     if not is_file and (not merged.given_as_file or merged.config):
-        names, rest = survey(merged.folder, read)
+        names, rest = survey_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
         not_copied = [name for name in rest if merged.folder / name not in own]
-    torch_names = [shard["name"] for shard in undo.index["shards"] if shard["header"] is None]
-    extras = {name: data for name, data in extras.items() if not (torch_names and name.endswith(".index.json"))}
+    of_torch = {_prefix(shard["name"]) for shard in undo.index["shards"] if shard["header"] is None}
+    stale = [name for name in extras if name.endswith(".index.json") and _prefix(name) in of_torch]
+    extras = {name: data for name, data in extras.items() if name not in stale}
     if is_file:
         extras = {}
     if len(files) == 1 and not is_file and undo.index["file"]:
