@@ -361,8 +361,54 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         loratool.unmerge(tmp_path / "out", a, tmp_path / "again")
 
 
-def test_from_the_command_line(tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_inspect_names_the_components(tmp_path: Path, run: Callable[..., Any]) -> None:
     base = pipeline(tmp_path / "base")
-    adapter(tmp_path / "a.safetensors", False)
     result = run("inspect", str(base), "--json")
     assert result.exit_code == 0 and "unet/conv_in.weight" in result.stdout
+
+
+# the weights of an adapter -> those of the UNet and of the two text encoders
+WEIGHTS: list[tuple[str, tuple[float, float, float]]] = [
+    (":0.8,te=0.4", (0.8, 0.4, 0.4)),
+    (":te2=0.25,unet=2", (2.0, 1.0, 0.25)),
+    (":0.5,te1=0,te=-1", (0.5, 0.0, -1.0)),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), WEIGHTS)
+@pytest.mark.parametrize("kohya", [True, False])
+def test_weights_of_components(
+    text: str, expected: tuple[float, float, float], kohya: bool, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    base, a, out = pipeline(tmp_path / "base"), tmp_path / "a.safetensors", tmp_path / "out"
+    changes = adapter(a, kohya)
+    weight = dict(zip(("unet", "text_encoder", "text_encoder_2"), expected, strict=True))
+    assert run("merge", base, f"{a}{text}", "-o", out).exit_code == 0
+    check(base, out, {(part, name): weight[part] * D for (part, name), D in changes.items() if weight[part]})
+    assert run("verify", base, f"{a}{text}", out).exit_code == 0
+    assert run("verify", base, f"{a}:0.8", out).exit_code == 1
+    refused = run("unmerge", out, f"{a}:0.8", "-o", tmp_path / "again")
+    assert refused.exit_code == 3 and "was merged with weight" in refused.stderr and "not 0.8" in refused.stderr
+    assert run("unmerge", out, f"{a}{text}", "-o", tmp_path / "again").exit_code == 0
+    assert files(tmp_path / "again") == files(base)
+    near = run("unmerge", out, f"{a}{text}", "--approximate", "-o", tmp_path / "near")
+    assert near.exit_code == 0
+    for name, W in load(base).items():
+        assert torch.allclose(load(tmp_path / "near")[name], W, atol=1e-6)
+
+
+def test_the_same_weights_in_other_words_are_the_same(tmp_path: Path) -> None:
+    base, a = pipeline(tmp_path / "base"), tmp_path / "a.safetensors"
+    adapter(a, True)
+    loratool.merge(base, (a, 0.8, {"te": 0.4}), tmp_path / "one")
+    loratool.merge(base, [(a, 0.8, {"te2": 0.4, "te1": 0.4})], tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    adapter(tmp_path / "b.safetensors", True, ("unet",))
+    with pytest.raises(UsageError, match=r"b\.safetensors: has no module that te=0\.4 could weigh"):
+        loratool.merge(base, (tmp_path / "b.safetensors", 0.8, {"te": 0.4}), tmp_path / "out")
+    with pytest.raises(UsageError, match="'vae' is none of unet, te"):
+        loratool.merge(base, (a, 0.8, {"vae": 0.4}), tmp_path / "out")
+    with pytest.raises(UsageError, match="not a finite number"):
+        loratool.merge(base, (a, 0.8, {"te": float("nan")}), tmp_path / "out")
+    with pytest.raises(UsageError, match="whole adapters"):
+        loratool.combine([(a, 0.8, {"te": 0.4}), a], out=tmp_path / "c.safetensors")

@@ -65,6 +65,14 @@ ADAPTER_PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
+# What a component is called where it has a weight of its own, from the whole to its parts -> the components.
+WEIGHED = {
+    "unet": ("unet",),
+    "te": ("text_encoder", "text_encoder_2", "text_encoder_3"),
+    "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",),
+    "te3": ("text_encoder_3",),
+}
 
 # sgm's names within a residual block -> diffusers'
 RESNET = {
@@ -167,6 +175,19 @@ def component_of(module: str) -> tuple[str | None, str]:
         if module.startswith(prefix):
             return ADAPTER_PREFIXES[prefix], module.removeprefix(prefix)
     return None, module
+
+
+def weighed_component(module: str) -> str | None:
+    """The component by whose weight a module goes: the one that it names, or that its path alone tells."""
+    component, path = component_of(module)
+    kind = next((kind for mark, kind in MARKS.items() if mark in path), None)
+    return component or ("text_encoder" if kind == "clip" else "unet" if kind else None)
+
+
+def spell_weight(weight: float, components: Mapping[str, float]) -> str:
+    """A weight as the command line takes it: `0.8`, `0.8,te1=0.4`."""
+    names = {own[0]: name for name, own in WEIGHED.items() if len(own) == 1}
+    return ",".join([f"{weight:g}", *(f"{names[each]}={value:g}" for each, value in sorted(components.items()))])
 
 
 def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:

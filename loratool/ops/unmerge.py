@@ -16,9 +16,10 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..apply import Loader, restored, subtracted
+from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
-from ..inputs import adapter_pairs, open_adapters
+from ..inputs import Given, negated, open_adapters, read_given
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import Output, OutputFile, check_path, output_path, plan_output
 from ..plan import plan_merge
@@ -90,11 +91,11 @@ def unmerge(
         opened.callback(checkpoint.close)
         if approximate:
             return _subtract(
-                checkpoint, adapter_pairs(adapters), alpha, out, device, force, dry_run, progress, workers, opened
+                checkpoint, read_given(adapters), alpha, out, device, force, dry_run, progress, workers, opened
             )
         record = UndoFile(find_undo(checkpoint, undo))
         opened.callback(record.close)
-        used = match_adapters(record, adapter_pairs(adapters), alpha, opened)
+        used = match_adapters(record, read_given(adapters), alpha, opened)
         base = _layout(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
@@ -127,9 +128,7 @@ def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def match_adapters(
-    undo: UndoFile, given: Sequence[tuple[str, float]], alpha: float | None, opened: ExitStack
-) -> list[Adapter]:
+def match_adapters(undo: UndoFile, given: Sequence[Given], alpha: float | None, opened: ExitStack) -> list[Adapter]:
     """The adapters in the order of the undo file. Raises InputError naming the one that is missing or another."""
     if undo.index["arithmetic"] != ARITHMETIC_VERSION:
         raise InputError(
@@ -137,13 +136,13 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    weights = [weight for _, weight in given]
-    left = list(zip(open_adapters([name for name, _ in given], alpha, opened), weights, strict=True))
+    left = list(zip(open_adapters(given, alpha, opened), [each.weight for each in given], strict=True))
     found = []
     for wanted in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == wanted["sha256"]]
         scaled = [pair for pair in same if pair[0].scales_sha256 == wanted["scales_sha256"]]
-        match = next((pair for pair in scaled if pair[1] == wanted["weight"]), None)
+        weighed = wanted["weight"], wanted.get("components", {})
+        match = next((pair for pair in scaled if (pair[1], pair[0].components) == weighed), None)
         if match is None:
             raise _missing(undo, wanted, left, same, scaled)
         left.remove(match)
@@ -160,16 +159,19 @@ def _missing(
     same: Sequence[tuple[Adapter, float]],
     scaled: Sequence[tuple[Adapter, float]],
 ) -> InputError:
-    name, weight = wanted["name"], wanted["weight"]
+    name, weight = wanted["name"], spell_weight(wanted["weight"], wanted.get("components", {}))
     if scaled:
-        return InputError(f"was merged with weight {weight:g}, not {scaled[0][1]:g}", culprit=scaled[0][0].name)
+        other, its = scaled[0]
+        return InputError(
+            f"was merged with weight {weight}, not {spell_weight(its, other.components)}", culprit=other.name
+        )
     if same:
         return InputError("has another rank, alpha or config than when it was merged", culprit=same[0][0].name)
     culprit = left[0][0].name if left else str(undo.path)
     return InputError(
-        f"is not an adapter of the merge, which used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight:g}"
+        f"is not an adapter of the merge, which used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight}"
         if left
-        else f"the merge also used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight:g}",
+        else f"the merge also used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight}",
         culprit=culprit,
     )
 
@@ -272,7 +274,7 @@ def _report(
 
 def _subtract(
     merged: Checkpoint,
-    pairs: Sequence[tuple[str, float]],
+    given: Sequence[Given],
     alpha: float | None,
     out: str | os.PathLike[str] | None,
     device: str,
@@ -283,8 +285,8 @@ def _subtract(
     opened: ExitStack,
 ) -> UnmergeReport:
     """W' - D, rounded once: right but for the weights whose rounding two or more would have survived."""
-    adapters = open_adapters([name for name, _ in pairs], alpha, opened)
-    loaded = tuple((adapter, -weight) for adapter, (_, weight) in zip(adapters, pairs, strict=True))
+    adapters = open_adapters(given, alpha, opened)
+    loaded = negated(tuple(zip(adapters, (each.weight for each in given), strict=True)))
     plan = plan_merge(merged, loaded, Selection(), "share")
     for name in plan.changed:
         if name in plan.added or any(p.update.kind not in ADDITIVE or p.update.base for p in plan.bound.get(name, ())):
