@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 # The file names that loaders look for in a folder, first match wins; an index decides before a single file.
 INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-TORCH_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+TORCH_NAMES = (
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
 PIPELINE = "model_index.json"  # says of which components, in folders of their own, a diffusers pipeline is made
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Torch files that hold a training run's state or arguments and no weights; a number is that of a process.

@@ -228,18 +228,26 @@ def test_one_file_of_several_is_read_and_the_others_are_named(tmp_path: Path) ->
 
 
 def test_torch_weights_where_there_is_nothing_else(tmp_path: Path) -> None:
+    """Single files and shards; what comes back is safetensors, with an index where there are shards."""
     base = pipeline(tmp_path / "base")
     changes = adapter(tmp_path / "a.safetensors", False)
-    for component, name in (("text_encoder", "pytorch_model.bin"), ("vae", "diffusion_pytorch_model.bin")):
-        (file,) = (base / component).glob("*.safetensors")
-        torch.save(load_file(file), base / component / name)
-        file.rename(tmp_path / f"{component}.safetensors")
+    original = pipeline(tmp_path / "original")
+    for file in base.glob("*/*.safetensors"):
+        name = file.name.replace("safetensors", "bin")
+        torch.save(load_file(file), file.with_name(name if "diffusion" in name else f"pytorch_{name}"))
+        file.unlink()
+    index = base / "unet/diffusion_pytorch_model.safetensors.index.json"
+    text = index.read_text().replace("safetensors", "bin")
+    index.with_name("diffusion_pytorch_model.bin.index.json").write_text(text)
+    index.unlink()
     loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "out")
     loratool.unmerge(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "again")
-    for component, name in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
-        (base / component / f"{name}.safetensors").write_bytes((tmp_path / f"{component}.safetensors").read_bytes())
-    check(base, tmp_path / "out", changes)
-    check(base, tmp_path / "again", {})
+    check(original, tmp_path / "out", changes)
+    check(original, tmp_path / "again", {})
+    assert files(tmp_path / "again").keys() == files(original).keys()
+    assert loratool.verify(base, tmp_path / "a.safetensors", tmp_path / "out").status == "proven"
+    report = loratool.inspect(tmp_path / "again")
+    assert report.files == loratool.inspect(original).files  # type: ignore[union-attr]
 
 
 FLUX = {

@@ -25,7 +25,7 @@ from ..output import Output, OutputFile, check_path, output_path, plan_output
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, worker_count
-from ..sidefiles import provenance, survey_checkpoint, undo_files, undo_path
+from ..sidefiles import encode_json, provenance, survey_checkpoint, undo_files, undo_path
 from ..source import Source
 from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
@@ -223,6 +223,8 @@ def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]
     of_torch = {_prefix(shard["name"]) for shard in undo.index["shards"] if shard["header"] is None}
     stale = [name for name in extras if name.endswith(".index.json") and _prefix(name) in of_torch]
     extras = {name: data for name, data in extras.items() if name not in stale}
+    for prefix in of_torch:
+        extras |= _index_anew([file for file in files if _prefix(file.name) == prefix], prefix)
     if is_file:
         extras = {}
     if len(files) == 1 and not is_file and undo.index["file"]:
@@ -230,6 +232,17 @@ def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(own[1:])}
     return Output(path, is_file, _specs(undo), tuple(files), extras, travels, tuple(not_copied), carried=carried)
+
+
+def _index_anew(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
+    """The index of shards that were torch files, whose own named those."""
+    if len(files) == 1:
+        return {}
+    stem = files[0].name.removeprefix(prefix).partition("-")[0]
+    size = sum(file.nbytes - len(file.header) for file in files)
+    weight_map = {name.removeprefix(prefix): file.name.removeprefix(prefix) for file in files for name in file.begin}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    return {f"{prefix}{stem}.safetensors.index.json": encode_json(index)}
 
 
 def _plan_tensors(
