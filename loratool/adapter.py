@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from .architectures.image import weighed_component
 from .errors import InputError, LoratoolError, NeedsFlag
 from .fileio import sha256_file
 from .tensorfile import TensorSpec, WeightsFile
@@ -114,7 +115,7 @@ class Adapter:
     """Updates by module path.
 
     flattened: the paths are kohya's, with `_` where the module path has dots. lacks: what the config announces and
-    the file does not have.
+    the file does not have. components: of an image model's, those with another weight than the adapter's own.
     """
 
     name: str
@@ -125,6 +126,12 @@ class Adapter:
     flattened: bool = False
     notes: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+
+    def weight_of(self, module: str, weight: float) -> float:
+        """The weight of one module, where the adapter's is `weight`."""
+        component = weighed_component(module) if self.components else None
+        return self.components.get(component, weight) if component else weight
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read one update. Raises InputError naming the tensor that holds a nan or an infinity."""

@@ -2,6 +2,7 @@
 
 Opening reads headers only, and checks the index against the shards: a name that the index lacks or
 misplaces is an error here, not a missing tensor in the output. Laziness lives here and nowhere else.
+A diffusers pipeline is a folder of such folders, its tensors named `unet/conv_in.weight`: component, slash, own name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 # The file names that loaders look for in a folder, first match wins; an index decides before a single file.
 INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-TORCH_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+TORCH_NAMES = (
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+PIPELINE = "model_index.json"  # says of which components, in folders of their own, a diffusers pipeline is made
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Torch files that hold a training run's state or arguments and no weights; a number is that of a process.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
@@ -50,7 +57,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     """Weights by name. `specs` is in file order, shard by shard; `shard_of` says where a tensor lies.
 
     `index` is the index JSON's name and content, None for a checkpoint of one file. `folder` is where side
-    files lie; `given_as_file` remembers that the user named a file and not a folder.
+    files lie; `given_as_file` remembers that the user named a file and not a folder. `parts` are a pipeline's
+    components, with weights or without, each a checkpoint whose tensors' names begin with its `prefix`.
     """
 
     path: Path
@@ -59,6 +67,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     shards: tuple[WeightsFile, ...]
     index: tuple[str, dict[str, Any]] | None
     config: dict[str, Any]
+    prefix: str = ""
+    parts: tuple[Checkpoint, ...] = ()
 
     def __post_init__(self) -> None:
         shard_of = {name: shard for shard in self.shards for name in shard.specs}
@@ -79,9 +89,26 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the index, or else the single file, says of itself."""
-        value = self.index[1].get("metadata") if self.index else self.shards[0].metadata
+        """What the index, or else the single file, says of itself; of a pipeline our own record alone.
+
+        A component has the record of the last edit that changed it. Each has those before in it, so the longest is
+        the pipeline's last.
+        """
+        if self.parts:
+            records = [str(part.metadata["loratool"]) for part in self.parts if "loratool" in part.metadata]
+            return {"loratool": max(records, key=len)} if records else {}
+        value = self.index[1].get("metadata") if self.index else self.shards[0].metadata if self.shards else None
         return value if isinstance(value, dict) else {}
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The components of a pipeline, else itself."""
+        return self.parts or (self,)
+
+    @property
+    def weight_files(self) -> set[str]:
+        """The files in its folder that were read: shards and index."""
+        return {shard.path.name for shard in self.shards} | ({self.index[0]} if self.index else set())
 
     @property
     def model_type(self) -> str | None:
@@ -163,7 +190,75 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     """
     path = resolve(name)
     with reading(path):
+        if is_pipeline(path):
+            return _open_pipeline(path)
         weights = find_weights(path)
+    return _open_model(path, weights)
+
+
+def is_pipeline(path: Path) -> bool:
+    return (path / PIPELINE).is_file()
+
+
+def component_names(folder: Path) -> list[str]:
+    """The components that a pipeline has, by its model_index.json: `[library, class]`, with nulls for one it lacks."""
+    index = read_json_file(folder / PIPELINE)
+    names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
+    for name in names:
+        if name != Path(name).name or "\\" in name or ":" in name or name in ("", ".", ".."):
+            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(folder / PIPELINE))
+    return names
+
+
+def require_one_model(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a pipeline, where a verb makes something for one model."""
+    if checkpoint.parts:
+        first = next(part for part in checkpoint.parts if part.shards)
+        raise InputError(
+            "is a pipeline of several models",
+            culprit=str(checkpoint.path),
+            remedy=f"name one of its components, like {first.path}",
+        )
+
+
+def _open_pipeline(path: Path) -> Checkpoint:
+    parts: list[Checkpoint] = []
+    try:
+        for name in component_names(path):
+            parts.append(_open_component(path, name))
+        shards = tuple(shard for part in parts for shard in part.shards)
+        if not shards:
+            raise InputError("is a pipeline without weights", culprit=str(path))
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
+    return Checkpoint(path, path, False, shards, None, {}, parts=tuple(parts))
+
+
+def _open_component(pipeline: Path, name: str) -> Checkpoint:
+    """A scheduler or a tokenizer has no weights; what has a model's config.json must have them."""
+    folder = pipeline / name
+    if not folder.is_dir():
+        raise InputError(
+            f"names {name}, but there is no such folder",
+            culprit=str(pipeline / PIPELINE),
+            remedy="download the pipeline anew",
+        )
+    try:
+        weights = find_weights(folder)
+    except InputError:
+        config = read_json_file(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if config.keys() & {"_class_name", "architectures"} or any(folder.glob("*.safetensors")):
+            raise
+        return Checkpoint(folder, folder, False, (), None, config, prefix=f"{name}/")
+    found = _open_model(folder, weights)
+    for shard in found.shards:
+        shard.put_under(f"{name}/")
+    return Checkpoint(folder, folder, False, found.shards, found.index, found.config, prefix=f"{name}/")
+
+
+def _open_model(path: Path, weights: Path) -> Checkpoint:
     folder = weights.parent
     config_path = folder / "config.json"
     config = read_json_file(config_path) if config_path.is_file() else {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter
+from .architectures.image import WEIGHED, weighed_component
 from .architectures.quantized import quantization
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import InputError, LoratoolError, NeedsFlag, UsageError
@@ -23,23 +24,36 @@ from .sidefiles import INITIAL
 Loaded = tuple[tuple[Adapter, float], ...]
 
 
-def adapter_pairs(adapters: Any) -> list[tuple[str, float]]:
-    """(path, weight) of one adapter or several, given as a path, a pair, or a list of those."""
-    weighted = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float)
-    pairs = []
-    for given in [adapters] if weighted or isinstance(adapters, str | os.PathLike) else adapters:
-        path, weight = given if isinstance(given, tuple) else (given, 1.0)
-        if not math.isfinite(weight):
-            raise UsageError(f"the weight {weight} is not a finite number", culprit=os.fspath(path))
-        pairs.append((os.fspath(path), float(weight)))
-    if not pairs:
+@dataclass(frozen=True)
+class Given:
+    """An adapter as the user names it; `parts` are weights of its components, by the names in `WEIGHED`."""
+
+    path: str
+    weight: float = 1.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_given(adapters: Any) -> list[Given]:
+    """One adapter or several, given as a path, (path, weight), (path, weight, parts), or a list of those."""
+    weighted = isinstance(adapters, tuple) and len(adapters) in (2, 3) and isinstance(adapters[1], int | float)
+    found = []
+    for each in [adapters] if weighted or isinstance(adapters, str | os.PathLike) else adapters:
+        path, weight, parts = (*each, {})[:3] if isinstance(each, tuple) else (each, 1.0, {})
+        for value in (weight, *parts.values()):
+            if not math.isfinite(value):
+                raise UsageError(f"the weight {value} is not a finite number", culprit=os.fspath(path))
+        for name in parts:
+            if name not in WEIGHED:
+                raise UsageError(f"{name!r} is none of {', '.join(WEIGHED)}", culprit=os.fspath(path))
+        found.append(Given(os.fspath(path), float(weight), parts))
+    if not found:
         raise UsageError("no adapter is given")
-    return pairs
+    return found
 
 
 def open_inputs(
-    base: str | os.PathLike[str], pairs: Sequence[tuple[str, float]], alpha: float | None, opened: ExitStack
-) -> tuple[Checkpoint, tuple[tuple[Adapter, float], ...]]:
+    base: str | os.PathLike[str], given: Sequence[Given], alpha: float | None, opened: ExitStack
+) -> tuple[Checkpoint, Loaded]:
     checkpoint = open_checkpoint(base)
     opened.callback(checkpoint.close)
     if any(".base_layer." in name for name in checkpoint.specs):
@@ -49,39 +63,40 @@ def open_inputs(
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base and the adapter",
         )
     if is_adapter(checkpoint.specs):
-        other, *_ = pairs[0]
+        other = given[0].path
         raise InputError(
             "is an adapter, but the first argument is the base model",
             culprit=os.fspath(base),
             remedy=None if _opens_as_adapter(other) else f"swap them: loratool merge {other} {os.fspath(base)}",
         )
-    method = quantization(checkpoint.specs, checkpoint.config)
+    method = next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None)
     if method:
         raise InputError(
             f"is quantized ({method}), and adding to its codes would be wrong",
             culprit=os.fspath(base),
-            remedy="pass the original model in 16 or 32 bits" + _trained_on([name for name, _ in pairs], base),
+            remedy="pass the original model in 16 or 32 bits" + _trained_on(given[0].path, base),
         )
     loaded = []
-    for adapter, (_, weight) in zip(open_adapters([name for name, _ in pairs], alpha, opened), pairs, strict=True):
+    for adapter, each in zip(open_adapters(given, alpha, opened), given, strict=True):
         for module, update in adapter.updates.items():
+            weight = adapter.weight_of(module, each.weight)
             if not math.isfinite(weight * update.scale):
                 raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
-        loaded.append((adapter, weight))
+        loaded.append((adapter, each.weight))
     return checkpoint, tuple(loaded)
 
 
-def _trained_on(names: Sequence[str], base: str | os.PathLike[str]) -> str:
-    """What the first adapter says of its base, as the end of a remedy; nothing where it says nothing else."""
+def _trained_on(name: str, base: str | os.PathLike[str]) -> str:
+    """What an adapter says of its base, as the end of a remedy; nothing where it says nothing else."""
     try:
-        adapter = open_adapter(names[0])
+        adapter = open_adapter(name)
     except LoratoolError:
         return ""
     adapter.file.close()
     told = adapter.config.base_model
     if not isinstance(told, str) or not told or not told.isprintable() or told == os.fspath(base):
         return ""
-    return f"; {names[0]} says it was trained on {told}"
+    return f"; {name} says it was trained on {told}"
 
 
 def _opens_as_adapter(name: str) -> bool:
@@ -94,21 +109,38 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
-def open_adapters(names: Sequence[str], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+def open_adapters(given: Sequence[Given], alpha: float | None, opened: ExitStack) -> list[Adapter]:
     """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
-    adapters, used = [], len(names) == 1
-    for name in names:
+    adapters, used = [], len(given) == 1
+    for each in given:
         try:
-            adapter = open_adapter(name, alpha if len(names) == 1 else None)
+            adapter = open_adapter(each.path, alpha if len(given) == 1 else None)
         except NeedsFlag:
             if alpha is None:
                 raise
-            adapter, used = open_adapter(name, alpha), True
+            adapter, used = open_adapter(each.path, alpha), True
         opened.callback(adapter.file.close)
-        adapters.append(adapter)
+        adapters.append(_with_components(adapter, each.parts))
     if alpha is not None and not used:
         raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
     return adapters
+
+
+def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
+    """The adapter with the weights of those components that it has; a part's goes before the whole's."""
+    there = {weighed_component(module) for module in adapter.updates}
+    components: dict[str, float] = {}
+    for name in (name for name in WEIGHED if name in parts):
+        own = [component for component in WEIGHED[name] if component in there]
+        if not own:
+            raise UsageError(f"has no module that {name}={parts[name]:g} could weigh", culprit=adapter.name)
+        components |= dict.fromkeys(own, parts[name])
+    return replace(adapter, components=components) if components else adapter
+
+
+def negated(loaded: Loaded) -> Loaded:
+    """What takes the adapters' changes away again."""
+    return tuple((replace(a, components={c: -w for c, w in a.components.items()}), -weight) for a, weight in loaded)
 
 
 def subtract_initial(
@@ -155,7 +187,7 @@ def subtract_initial(
     opened.callback(start.file.close)
     start = replace(start, updates={m: u for m, u in start.updates.items() if u.kind in ("lora", "experts")})
     _check_initial(adapter, start)
-    return (*loaded, (start, -moved[0][1]))
+    return (*loaded, *negated(((replace(start, components=adapter.components), moved[0][1]),)))
 
 
 def require_residual(base: Checkpoint, loaded: Loaded) -> None:

@@ -7,6 +7,7 @@ very header bytes.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
-from .errors import NeedsFlag, UsageError
+from .errors import InputError, NeedsFlag, UsageError
 from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
-from .sidefiles import edited_config, encode_json, foreign_file, survey, undo_files, undo_path
+from .sidefiles import edited_config, encode_json, foreign_file, survey_checkpoint, undo_files, undo_path
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, WeightsFile, build_header, data_order, edit_metadata
 
 # Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
@@ -153,29 +154,27 @@ def plan_output(
     """Lay out `base` anew at `path`, with other values in the tensors `changed`.
 
     `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more. undo: with an undo file, and those
-    of earlier merges under their next numbers. Raises UsageError for shards in a single file.
+    of earlier merges under their next numbers. Raises UsageError for shards or a pipeline in a single file.
     """
-    if is_file and max_shard_bytes is not None:
-        raise UsageError("--max-shard-size needs a folder as output", remedy="name a folder with -o")
+    if is_file and (max_shard_bytes is not None or base.parts):
+        what = "a pipeline" if base.parts else "--max-shard-size"
+        raise UsageError(f"{what} needs a folder as output", remedy="name a folder with -o")
     edits = edits or Edits()
     specs = {name: _with_dtype(spec, dtype) for name, spec in {**base.specs, **edits.specs}.items()}
-    anew = max_shard_bytes is not None or (is_file and len(base.shards) > 1)
-    cuts = _cut_anew(base, specs, max_shard_bytes) if anew else _cut_as_base(base)
-    if not anew:
-        cuts[-1].members.extend(name for name in edits.specs if name not in base.specs)
-    indexed = not is_file and (len(cuts) > 1 or (base.index is not None and not anew))
-    own_provenance = {} if indexed else {"loratool": provenance}
-    files = tuple(_output_file(base, cut, specs, changed, own_provenance) for cut in cuts)
-    extras = {}
-    if indexed:
-        name, former = base.index or ("", {})
-        name = name if name.endswith(".json") and ".safetensors." in name else f"{_stem(base)}.safetensors.index.json"
-        extras[name] = _index(former, provenance, cuts, specs)
+    files: tuple[OutputFile, ...] = ()
+    extras: dict[str, bytes] = {}
     travels, not_copied = _side_files(base, is_file, edits)
-    config = edited_config(base.config, edits.config, TORCH_FLOATS[dtype] if dtype else None)
-    if config != base.config and "config.json" in travels:
-        extras["config.json"] = encode_json(config)
-        del travels["config.json"]
+    for part in base.models:
+        own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
+        planned, index = _plan_files(part, is_file, provenance, own, changed, max_shard_bytes)
+        files, extras = (*files, *planned), {**extras, **index}
+        config = edited_config(part.config, edits.config, TORCH_FLOATS[dtype] if dtype else None)
+        if config != part.config and f"{part.prefix}config.json" in travels:
+            extras[f"{part.prefix}config.json"] = encode_json(config)
+            del travels[f"{part.prefix}config.json"]
+    lost = specs.keys() - {name for file in files for name in file.begin}
+    if lost:
+        raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
     place = undo_path(path, is_file) if undo else None
     carried = (
         undo_files(undo_path(base.path if base.given_as_file else base.folder, base.given_as_file)) if undo else []
@@ -194,20 +193,44 @@ def plan_output(
     )
 
 
+def _plan_files(
+    base: Checkpoint,
+    is_file: bool,
+    provenance: str,
+    specs: Mapping[str, TensorSpec],
+    changed: Collection[str],
+    max_shard_bytes: int | None,
+) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
+    """The files with the tensors `specs`, and their index. A pipeline's component that stays keeps its very bytes."""
+    if base.prefix and not base.shards:
+        return (), {}
+    anew = max_shard_bytes is not None or (is_file and len(base.shards) > 1)
+    cuts = _cut_anew(base, specs, max_shard_bytes) if anew else _cut_as_base(base)
+    if not anew:
+        cuts[-1].members.extend(name for name in specs if name not in base.specs)
+    indexed = not is_file and (len(cuts) > 1 or (base.index is not None and not anew))
+    stays = base.prefix and not anew and specs == base.specs and not any(name in changed for name in specs)
+    stays = stays and all(isinstance(shard, TensorFile) for shard in base.shards)
+    own_provenance = {} if indexed or stays else {"loratool": provenance}
+    files = tuple(_output_file(base, cut, specs, changed, own_provenance) for cut in cuts)
+    if not indexed:
+        return files, {}
+    name, former = base.index or ("", {})
+    name = name if name.endswith(".json") and ".safetensors." in name else f"{_stem(base)}.safetensors.index.json"
+    content = (base.folder / name).read_bytes() if stays else _index(base, former, provenance, cuts, specs)
+    return files, {base.prefix + name: content}
+
+
 def _side_files(base: Checkpoint, is_file: bool, edits: Edits) -> tuple[dict[str, Path], list[str]]:
     """What travels by name, and what does not: beside a lone file without a config nothing is its own."""
     if is_file or (base.given_as_file and not base.config):
         return {}, []
-    names, not_copied = survey(base.folder, _weight_files(base))
+    names, not_copied = survey_checkpoint(base)
     return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
 
 
 def _with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
-
-
-def _weight_files(base: Checkpoint) -> set[str]:
-    return {shard.path.name for shard in base.shards} | ({base.index[0]} if base.index else set())
 
 
 def _stem(base: Checkpoint) -> str:
@@ -220,7 +243,7 @@ def _shard_name(base: Checkpoint, shard: WeightsFile) -> str:
     if isinstance(shard, TensorFile):
         return shard.path.name
     return (
-        shard.path.stem.replace("pytorch_model", "model") + ".safetensors"
+        re.sub("^pytorch_model", "model", shard.path.stem) + ".safetensors"
         if base.index
         else f"{_stem(base)}.safetensors"
     )
@@ -258,16 +281,26 @@ def _output_file(
     else:
         former = (cut.kept or base.shards[0]).metadata or {"format": "pt"}
         metadata = {**{key: value for key, value in former.items() if key not in stale}, **provenance}
-        header, begin = build_header(specs, data_order(members), metadata)
-    return OutputFile(cut.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values()))
+        own = {name.removeprefix(base.prefix): spec for name, spec in members.items()}
+        header, placed = build_header(own, data_order(own), metadata)
+        begin = {base.prefix + name: start for name, start in placed.items()}
+    return OutputFile(
+        base.prefix + cut.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values())
+    )
 
 
-def _index(former: Mapping[str, object], provenance: str, cuts: list[_Cut], specs: Mapping[str, TensorSpec]) -> bytes:
+def _index(
+    base: Checkpoint,
+    former: Mapping[str, object],
+    provenance: str,
+    cuts: list[_Cut],
+    specs: Mapping[str, TensorSpec],
+) -> bytes:
     """The index JSON: the former one's fields and order, with the output's map, size and provenance."""
     metadata = former.get("metadata")
     metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": provenance}
     metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
-    holder = {name: cut.name for cut in cuts for name in cut.members}
+    holder = {name.removeprefix(base.prefix): cut.name for cut in cuts for name in cut.members}
     order = former.get("weight_map", {})
     assert isinstance(order, dict)
     rest = sorted(name for name in holder if name not in order)
@@ -295,6 +328,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
         else:
             folder = stack.enter_context(partial_folder(output.path))
             for file in output.files:
+                (folder / file.name).parent.mkdir(exist_ok=True)
                 targets[file.name] = stack.enter_context(open(folder / file.name, "w+b", buffering=0))
             if output.undo:
                 targets[output.undo.name] = stack.enter_context(open(folder / output.undo.name, "w+b", buffering=0))
@@ -339,7 +373,7 @@ def named(path: Path) -> Iterator[None]:
 
 def _write_side_files(output: Output, folder: Path) -> None:
     for name, origin in output.travels.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin, folder / name)
     for name, data in output.extras.items():
         write_file(folder / name, data)

@@ -61,7 +61,7 @@ def plan_merge(
         warnings += tuple(f"{adapter.name}: {line}" for line in missing_tensors(base.specs, adapter, changed))
     for shard in base.shards:
         if shard.ignored:
-            warnings += (f"{shard.path.name} also holds {', '.join(shard.ignored)}, which is not read",)
+            warnings += (f"{shard.place} also holds {', '.join(shard.ignored)}, which is not read",)
     if binding.added:
         warnings += (f"{len(binding.added)} tensors are not in the base and are added: {', '.join(binding.added)}",)
     return MergePlan(

@@ -13,11 +13,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import PIPELINE, Checkpoint, component_names, is_pipeline
 from .errors import InputError
 from .fileio import reading
 
 TRAVELS = (
     "config.json",
+    PIPELINE,
     "*_config.json",  # generation, tokenizer, processor, preprocessor, sentence_bert, ...
     "configuration*.json",
     "tokenizer*.json",
@@ -71,6 +73,19 @@ def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
     return travels, stays
 
 
+def survey_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
+    """`survey` of all folders of a checkpoint: a pipeline's own, and each of its components'."""
+    if not base.parts:
+        return survey(base.folder, base.weight_files)
+    travels, stays = survey(base.folder, set())
+    stays = [name for name in stays if name not in {part.prefix for part in base.parts}]
+    for part in base.parts:
+        names, rest = survey(part.folder, part.weight_files)
+        travels += [part.prefix + name for name in names]
+        stays += [part.prefix + name for name in rest]
+    return travels, stays
+
+
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """A tokenizer's files in an adapter's folder, {} where there is none."""
     with reading(folder):
@@ -99,8 +114,10 @@ def foreign_file(folder: Path) -> str | None:
         entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if not entry.is_dir() or entry.is_symlink()
     ]
     names += [f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir() and not any(entry.iterdir())]
-    foreign = [name for name in sorted(names) if not _matches(name, TRAVELS + WEIGHTS)]
-    if not foreign and not any(_matches(name, WEIGHTS) for name in names):
+    prefixes = tuple(f"{name}/" for name in component_names(folder)) if is_pipeline(folder) else ()
+    own = {name: next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name) for name in names}
+    foreign = [name for name in sorted(names) if not _matches(own[name], TRAVELS + WEIGHTS)]
+    if not foreign and not any(_matches(own[name], WEIGHTS) for name in names):
         foreign = sorted(names)  # configs or scripts without weights are no output of ours
     return foreign[0] if foreign else None
 

@@ -137,7 +137,7 @@ def bind(
             update = adapter.updates[module]
             key = update.tensors["value"]
             name = module + key.removeprefix(module_of(key))
-            if name in added or weight != 1:
+            if name in added or adapter.weight_of(module, weight) != 1:
                 raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
             added[name] = adapter, update
     if any(missing):
@@ -152,7 +152,8 @@ def bind(
                         f"{holders[spot]} and {module} of {adapter.name} both bind to it", culprit=spot.name
                     )
                 holders[spot] = module
-                found = place(adapter, module, weight, spot, specs, model_types, bound)
+                own = adapter.weight_of(module, weight)
+                found = place(adapter, module, own, spot, specs, model_types, bound)
                 placements.setdefault(spot.name, []).extend(found)
     if not placements and not added:
         raise InputError(

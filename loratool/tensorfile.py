@@ -79,7 +79,8 @@ class TensorSpec:
 class WeightsFile:
     """A file of weights behind its header; TensorFile and torchfile.TorchFile each fill these fields.
 
-    `specs` is in the order of the bytes; `begin[name]` is a tensor's first byte in the file.
+    `specs` is in the order of the bytes; `begin[name]` is a tensor's first byte in the file. prefix: what stands before
+    the names that the file itself has, the folder of a pipeline's component.
     """
 
     path: Path
@@ -89,6 +90,18 @@ class WeightsFile:
     begin: dict[str, int]
     metadata: dict[str, str] | None
     ignored: tuple[str, ...] = ()  # what stands beside the weights
+    prefix: str = ""
+
+    @property
+    def place(self) -> str:
+        """Its path in the checkpoint's folder."""
+        return self.prefix + self.path.name
+
+    def put_under(self, prefix: str) -> None:
+        """Name the tensors, which have their own names until then, by their component too."""
+        self.prefix = prefix
+        self.specs = {prefix + name: spec for name, spec in self.specs.items()}
+        self.begin = {prefix + name: begin for name, begin in self.begin.items()}
 
     def close(self) -> None:
         self.file.close()

@@ -94,26 +94,34 @@ class UndoWriter:
         self._spool.close()
 
 
+def in_order(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """Adapters with their weights in an order that does not depend on how they were given."""
+    return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].components.items())))
+
+
+def entry_of(adapter: Adapter, weight: float) -> dict[str, Any]:
+    """What a record says of an adapter; of its components only where one has a weight of its own."""
+    entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
+    return {**entry, "components": dict(adapter.components)} if adapter.components else entry
+
+
 def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
     """All that is known before the records are: the base as it was, the adapters, and each tensor's recipe."""
     base = plan.base
-    adapters = sorted(plan.adapters, key=lambda pair: (pair[0].sha256, pair[0].scales_sha256, pair[1]))
+    adapters = in_order(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
     names = {*output.extras, *plan.edits.files}
-    if not base.given_as_file:
-        names |= {"config.json", *([base.index[0]] if base.index else [])}
+    for part in () if base.given_as_file else base.models:
+        names |= {part.prefix + name for name in ("config.json", *([part.index[0]] if part.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
     return {
         "version": VERSION,
         "arithmetic": json.loads(output.provenance)["arithmetic"],
-        "adapters": [
-            {"name": Path(a.name).name, "scales_sha256": a.scales_sha256, "sha256": a.sha256, "weight": w}
-            for a, w in adapters
-        ],
+        "adapters": [{"name": Path(a.name).name, **entry_of(a, w)} for a, w in adapters],
         "file": base.given_as_file,
         "shards": [
             {
-                "name": shard.path.name,
+                "name": shard.place,
                 "header": pack_bytes(shard.header) if isinstance(shard, TensorFile) else None,
                 "specs": None
                 if isinstance(shard, TensorFile)

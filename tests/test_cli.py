@@ -233,10 +233,13 @@ def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
         ("a:-1e-3", ("a", -1e-3)),
         (r"C:\x.safetensors", (r"C:\x.safetensors", 1.0)),
         (r"C:\x.safetensors:0.7", (r"C:\x.safetensors", 0.7)),
+        (r"C:\x.safetensors:0.7,te=0.4", (r"C:\x.safetensors", 0.7, {"te": 0.4})),
+        ("a/:te1=-1,unet=2", ("a/", 1.0, {"te1": -1.0, "unet": 2.0})),
+        ("a:0.7,te", ("a:0.7,te", 1.0)),
         ("org/name:2", ("org/name", 2.0)),
     ],
 )
-def test_weighted_paths(text: str, expected: tuple[str, float]) -> None:
+def test_weighted_paths(text: str, expected: tuple[object, ...]) -> None:
     assert WeightedPath().convert(text, None, None) == expected
 
 

@@ -264,6 +264,76 @@ def test_fused_names_on_diffusers_flux_are_several_tensors(tmp_path: Path) -> No
     check(base, tmp_path / "out.safetensors", changes)
 
 
+SD3 = {
+    "joint_blocks.0.x_block.attn.qkv.weight": (18, 6),
+    "joint_blocks.0.x_block.attn2.qkv.weight": (18, 6),
+    "joint_blocks.0.context_block.attn.qkv.weight": (18, 6),
+    "joint_blocks.0.context_block.attn.proj.weight": (6, 6),
+    "joint_blocks.0.x_block.mlp.fc1.weight": (24, 6),
+    "joint_blocks.0.context_block.adaLN_modulation.1.weight": (36, 6),
+    "joint_blocks.1.context_block.adaLN_modulation.1.weight": (12, 6),
+    "x_embedder.proj.weight": (6, 4, 2, 2),
+    "context_embedder.weight": (6, 10),
+    "final_layer.adaLN_modulation.1.weight": (12, 6),
+}
+# diffusers' name -> Stability's, the first and the last of its rows there, whether its halves are swapped
+SD3_NAMES = {
+    "transformer_blocks.0.attn.to_k": ("joint_blocks.0.x_block.attn.qkv", 6, 12, False),
+    "transformer_blocks.0.attn2.to_v": ("joint_blocks.0.x_block.attn2.qkv", 12, 18, False),
+    "transformer_blocks.0.attn.add_q_proj": ("joint_blocks.0.context_block.attn.qkv", 0, 6, False),
+    "transformer_blocks.0.attn.to_add_out": ("joint_blocks.0.context_block.attn.proj", 0, 6, False),
+    "transformer_blocks.0.ff.net.0.proj": ("joint_blocks.0.x_block.mlp.fc1", 0, 24, False),
+    "transformer_blocks.0.norm1_context.linear": ("joint_blocks.0.context_block.adaLN_modulation.1", 0, 36, False),
+    "transformer_blocks.1.norm1_context.linear": ("joint_blocks.1.context_block.adaLN_modulation.1", 0, 12, True),
+    "pos_embed.proj": ("x_embedder.proj", 0, 6, False),
+    "context_embedder": ("context_embedder", 0, 6, False),
+    "norm_out.linear": ("final_layer.adaLN_modulation.1", 0, 12, True),
+}
+
+
+def swap(D: Tensor) -> Tensor:
+    return torch.cat([D[len(D) // 2 :], D[: len(D) // 2]])
+
+
+@pytest.mark.parametrize("prefix", ["", UNET])
+def test_diffusers_names_on_sd3(prefix: str, tmp_path: Path) -> None:
+    base = base_file(tmp_path / "base.safetensors", {prefix + name: shape for name, shape in SD3.items()})
+    tensors, changes = {}, {}
+    for seed, (name, (place, start, stop, swapped)) in enumerate(SD3_NAMES.items()):
+        A, B = pair((stop - start, *SD3[f"{place}.weight"][1:]), 2, seed)
+        tensors |= {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
+        D = dense(A, B, 1.0)
+        changes.setdefault(f"{prefix}{place}.weight", []).append((start, stop, swap(D) if swapped else D))
+    save_file(tensors, tmp_path / "a.safetensors")
+    loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    check(base, tmp_path / "out.safetensors", changes)
+    assert loratool.verify(base, [tmp_path / "a.safetensors"], tmp_path / "out.safetensors").status == "proven"
+    loratool.unmerge(tmp_path / "out.safetensors", tmp_path / "a.safetensors", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == base.read_bytes()
+
+
+def test_kohyas_names_on_diffusers_sd3(tmp_path: Path) -> None:
+    shapes = {f"transformer_blocks.0.attn.to_{x}.weight": (6, 6) for x in "qkv"}
+    shapes |= {f"transformer_blocks.{i}.norm1_context.linear.weight": (36 - 24 * i, 6) for i in (0, 1)}
+    base = base_file(tmp_path / "base.safetensors", shapes)
+    places = {
+        "joint_blocks_0_x_block_attn_qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "joint_blocks_0_context_block_adaLN_modulation_1": ["transformer_blocks.0.norm1_context.linear"],
+        "joint_blocks_1_context_block_adaLN_modulation_1": ["transformer_blocks.1.norm1_context.linear"],
+    }
+    tensors, changes = {}, {}
+    for seed, (name, own) in enumerate(places.items()):
+        sizes = [shapes[f"{place}.weight"][0] for place in own]
+        A, B = factors(sum(sizes), 6, 2, seed=seed)
+        tensors |= {f"lora_unet_{name}.lora_down.weight": A, f"lora_unet_{name}.lora_up.weight": B}
+        D = dense(A, B, 1.0)
+        for place, part in zip(own, (swap(D) if name.startswith("joint_blocks_1") else D).split(sizes), strict=True):
+            changes[f"{place}.weight"] = [(0, len(part), part)]
+    save_file(tensors, tmp_path / "a.safetensors")
+    loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    check(base, tmp_path / "out.safetensors", changes)
+
+
 def test_xlabs(tmp_path: Path) -> None:
     base = base_file(tmp_path / "base.safetensors", FLUX)
     names = {

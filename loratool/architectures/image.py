@@ -1,7 +1,7 @@
 """Image models: what their parts are called in each convention, and which rows of which tensor a name means.
 
 A module has a component (`unet` for whatever denoises, `text_encoder`, `text_encoder_2`, ...) and a path in it, and a
-base answers to every spelling of that: sgm's and diffusers' of a UNet, Black Forest Labs' and diffusers' of Flux,
+base answers to every spelling of that: sgm's and diffusers' of a UNet, their makers' and diffusers' of Flux and SD 3,
 Hugging Face's of an OpenCLIP. Where one side fuses what the other splits, a name means rows of a tensor, or of several.
 Sources: diffusers `loaders/lora_conversion_utils.py`, kohya-ss/sd-scripts `library/sdxl_model_util.py`, ComfyUI
 `comfy/utils.py` (unet_to_diffusers).
@@ -27,14 +27,28 @@ PREFIXES = {
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
     "model.diffusion_model.": ("unet", ""),
 }
+# The folders of a diffusers pipeline, before a slash in its tensors' names -> the component; no VAE is a target.
+FOLDERS = {
+    "unet": "unet",
+    "transformer": "unet",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
+}
 # What a name has in it that is found in the denoiser of a kind, whatever stands before.
 MARKS = {
     "input_blocks.": "sgm",
     "double_blocks.": "flux",
+    "joint_blocks.": "sd3",
     "down_blocks.": "unet",
     "single_transformer_blocks.": "flux-diffusers",
+    "norm1_context.": "sd3-diffusers",
     "text_model.encoder.layers.": "clip",
+    "embeddings.token_embedding.": "clip",  # all that transformers 5 leaves of it without a `text_model.`
 }
+# The same for the text encoder in a folder.
+TEXT_MARKS = {"encoder.layers.": "clip", "encoder.block.": "t5"}
+CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # how the names of a CLIP by itself begin
 # Prefixes of an adapter's modules -> their component. kohya's paths behind it are flattened.
 ADAPTER_PREFIXES = {
     "lora_unet_": "unet",
@@ -52,6 +66,14 @@ ADAPTER_PREFIXES = {
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
+}
+# What a component is called where it has a weight of its own, from the whole to its parts -> the components.
+WEIGHED = {
+    "unet": ("unet",),
+    "te": ("text_encoder", "text_encoder_2", "text_encoder_3"),
+    "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",),
+    "te3": ("text_encoder_3",),
 }
 
 # sgm's names within a residual block -> diffusers'
@@ -110,6 +132,50 @@ FLUX_OUTSIDE = {
 }
 # Here shift and scale have changed places: the halves of the rows are swapped.
 FLUX_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
+# Stability's own names in a block of SD 3 and 3.5 -> diffusers'
+JOINT = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+}
+SD3_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+# In the last block this has a shift and a scale alone, with the halves swapped.
+SD3_LAST = "context_block.adaLN_modulation.1"
+
+
+@dataclass(frozen=True)
+class Dit:
+    """A transformer's own names beside diffusers'. blocks: own stem, diffusers' stem, the names in a block."""
+
+    blocks: tuple[tuple[str, str, Mapping[str, tuple[str, ...]]], ...]
+    outside: Mapping[str, str]
+    swapped: Mapping[str, str]
+
+
+DITS = {
+    "flux": Dit(
+        (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE)),
+        FLUX_OUTSIDE,
+        FLUX_SWAPPED,
+    ),
+    "sd3": Dit((("joint_blocks", "transformer_blocks", JOINT),), SD3_OUTSIDE, FLUX_SWAPPED),
+}
 
 
 @dataclass(frozen=True)
@@ -132,7 +198,8 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
     shapes: of the base's tensors. A name that two conventions use for different modules means its own convention's.
     """
     found: Modules = {}
-    if not any(mark in name for name in shapes for mark in MARKS):
+    folders = tuple(f"{folder}/" for folder in FOLDERS)
+    if not any(name.startswith(folders) or any(mark in name for mark in MARKS) for name in shapes):
         return found
     aliases: list[tuple[tuple[str, str], tuple[Rows, ...]]] = []
     parts = list(_split(shapes))
@@ -140,7 +207,9 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
         rows = shapes[name][0]
         found[component, path] = (Rows(name, 0, rows, 0, rows),)
         aliases += [((component, other), where) for other, where in _aliases(kind, path, name, shapes[name])]
-    aliases += _fused(found, {kind for _, kind, _, _ in parts})
+        if kind == "t5":  # kohya counts it third, a Flux pipeline second
+            aliases += [((other, path), found[component, path]) for other in ("text_encoder_2", "text_encoder_3")]
+    aliases += _fused(found, {kind for _, kind, _, _ in parts}, shapes)
     for key, where in aliases:
         found.setdefault(key, where)
     return found
@@ -154,17 +223,40 @@ def component_of(module: str) -> tuple[str | None, str]:
     return None, module
 
 
+def weighed_component(module: str) -> str | None:
+    """The component by whose weight a module goes: the one that it names, or that its path alone tells."""
+    component, path = component_of(module)
+    kind = next((kind for mark, kind in MARKS.items() if mark in path), None)
+    return component or ("text_encoder" if kind == "clip" else "unet" if kind else None)
+
+
+def spell_weight(weight: float, components: Mapping[str, float]) -> str:
+    """A weight as the command line takes it: `0.8`, `0.8,te1=0.4`."""
+    names = {own[0]: name for name, own in WEIGHED.items() if len(own) == 1}
+    return ",".join([f"{weight:g}", *(f"{names[each]}={value:g}" for each, value in sorted(components.items()))])
+
+
 def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
     """(component, kind, path, tensor) of every weight of a module that can have an adapter."""
-    whole = any(name.startswith(tuple(PREFIXES)) for name in shapes)
-    kinds = [kind for mark, kind in MARKS.items() if any(mark in name for name in shapes)]
-    if not kinds or (not whole and kinds == ["clip"] and not any(n.startswith("text_model.") for n in shapes)):
+    modules = {
+        name: name.removesuffix(".weight").removesuffix("_weight")
+        for name, shape in shapes.items()
+        if name.endswith("weight") and len(shape) > 1 and not name.startswith("first_stage_model.")
+    }
+    if any("/" in name for name in modules):
+        for folder, component in FOLDERS.items():
+            own = [name for name in modules if name.startswith(f"{folder}/")]
+            marks = MARKS if component == "unet" else TEXT_MARKS
+            kind = next((kind for mark, kind in marks.items() if any(mark in name for name in own)), "")
+            for name in own:
+                yield component, kind, modules[name].removeprefix(f"{folder}/"), name
         return
-    denoiser = next((kind for kind in kinds if kind != "clip"), "clip")
-    for name, shape in shapes.items():
-        path = name.removesuffix(".weight").removesuffix("_weight")
-        if not name.endswith(("weight",)) or len(shape) < 2 or name.startswith("first_stage_model."):
-            continue
+    whole = any(name.startswith(tuple(PREFIXES)) for name in shapes)
+    kinds = {kind for mark, kind in MARKS.items() if any(mark in name for name in shapes)}
+    if not kinds or (not whole and kinds == {"clip"} and not any(n.startswith(CLIP_STARTS) for n in shapes)):
+        return
+    denoiser = next((kind for kind in MARKS.values() if kind in kinds and kind != "clip"), "clip")
+    for name, path in modules.items():
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix:
             component, kind = PREFIXES[prefix]
@@ -179,7 +271,9 @@ def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[st
     if kind == "sgm":
         yield sgm_to_diffusers(path), all_rows
     elif kind == "clip":
-        yield path.removeprefix("text_model."), all_rows
+        plain = path.removeprefix("text_model.")
+        yield plain, all_rows
+        yield f"text_model.{plain}", all_rows
     elif kind == "openclip":
         layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", path)
         names = OPENCLIP.get(layer[2], ()) if layer else ()
@@ -188,55 +282,63 @@ def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[st
             where = (Rows(name, i * size, (i + 1) * size, 0, size),)
             yield f"text_model.encoder.layers.{layer[1] if layer else ''}.{own}", where
             yield f"encoder.layers.{layer[1] if layer else ''}.{own}", where
-    elif kind == "flux":
-        yield from _flux_aliases(path, name, shape)
+    elif kind in DITS:
+        yield from _dit_aliases(DITS[kind], path, name, shape)
     elif kind == "unet":
         yield diffusers_to_sgm(path), all_rows
         yield diffusers_to_sgm(path, False), all_rows
 
 
-def _flux_aliases(path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[Rows, ...]]]:
+def _dit_aliases(dit: Dit, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[Rows, ...]]]:
     rows, width = shape[0], shape[1]
-    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", path)
-    if path in FLUX_OUTSIDE:
-        yield FLUX_OUTSIDE[path], (Rows(name, 0, rows, 0, rows),)
-    if path in FLUX_SWAPPED:
-        half = rows // 2
-        yield FLUX_SWAPPED[path], (Rows(name, 0, half, half, rows), Rows(name, half, rows, 0, rows))
-    if not block:
-        return
-    table, stem = (DOUBLE, "transformer_blocks") if block[1] == "double" else (SINGLE, "single_transformer_blocks")
-    names = table.get(block[3], ())
-    sizes = [width] * 3 + [rows - 3 * width] if len(names) == 4 else [rows // max(1, len(names))] * len(names)
-    start = 0
-    for own, size in zip(names, sizes, strict=True):
-        yield f"{stem}.{block[2]}.{own}", (Rows(name, start, start + size, 0, size),)
-        start += size
-    if block[3] == "linear1":  # what XLabs and ComfyUI call its attention
-        yield f"{path}_qkv", (Rows(name, 0, 3 * width, 0, 3 * width),)
+    if path in dit.outside:
+        yield dit.outside[path], (Rows(name, 0, rows, 0, rows),)
+    if path in dit.swapped:
+        yield dit.swapped[path], _swapped(name, rows)
+    for stem, other, table in dit.blocks:
+        block = re.fullmatch(rf"{stem}\.(\d+)\.(.+)", path)
+        names = table.get(block[2], ()) if block else ()
+        if not block or not names:
+            continue
+        if block[2] == SD3_LAST and rows == 2 * width:
+            yield f"{other}.{block[1]}.{names[0]}", _swapped(name, rows)
+            continue
+        sizes = [width] * 3 + [rows - 3 * width] if len(names) == 4 else [rows // len(names)] * len(names)
+        start = 0
+        for own, size in zip(names, sizes, strict=True):
+            yield f"{other}.{block[1]}.{own}", (Rows(name, start, start + size, 0, size),)
+            start += size
+        if block[2] == "linear1":  # what XLabs and ComfyUI call its attention
+            yield f"{path}_qkv", (Rows(name, 0, 3 * width, 0, 3 * width),)
 
 
-def _fused(found: Modules, kinds: set[str]) -> list[tuple[tuple[str, str], tuple[Rows, ...]]]:
-    """The names of Flux's own fused modules, where the base has diffusers' split ones."""
-    if "flux-diffusers" not in kinds:
-        return []
-    made = []
+def _swapped(name: str, rows: int) -> tuple[Rows, ...]:
+    """All rows of a tensor, whose halves have changed places."""
+    half = rows // 2
+    return Rows(name, 0, half, half, rows), Rows(name, half, rows, 0, rows)
+
+
+def _fused(
+    found: Modules, kinds: set[str], shapes: Mapping[str, Shape]
+) -> Iterable[tuple[tuple[str, str], tuple[Rows, ...]]]:
+    """The names of a model's own fused modules, where the base has diffusers' split ones."""
     paths = [path for component, path in found if component == "unet"]
-    for own, other in ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks"):
-        numbers = sorted({int(m[1]) for path in paths if (m := re.match(rf"{other}\.(\d+)\.", path))})
-        table = DOUBLE if own == "double_blocks" else SINGLE
-        for number in numbers:
-            for fused, names in table.items():
-                there = [found.get(("unet", f"{other}.{number}.{name}")) for name in names]
-                made += [(("unet", f"{own}.{number}.{fused}"), _joined(there))] if all(there) else []
-    for own, other in FLUX_OUTSIDE.items():
-        made += [(("unet", own), found["unet", other])] if ("unet", other) in found else []
-    for own, other in FLUX_SWAPPED.items():
-        for rows in found.get(("unet", other), ()):
-            half = rows.stop // 2
-            first, second = (0, half, half, rows.stop), (half, rows.stop, 0, rows.stop)
-            made.append((("unet", own), (Rows(rows.tensor, *first), Rows(rows.tensor, *second))))
-    return made
+    for dit in (dit for kind, dit in DITS.items() if f"{kind}-diffusers" in kinds):
+        for own, other, table in dit.blocks:
+            for number in sorted({int(m[1]) for path in paths if (m := re.match(rf"{other}\.(\d+)\.", path))}):
+                for fused, names in table.items():
+                    there = [found.get(("unet", f"{other}.{number}.{name}")) for name in names]
+                    rows = _joined(there) if all(there) else ()
+                    if rows and fused == SD3_LAST and rows[0].whole == 2 * shapes[rows[0].tensor][1]:
+                        rows = _swapped(rows[0].tensor, rows[0].whole)
+                    if rows:
+                        yield ("unet", f"{own}.{number}.{fused}"), rows
+        for own, other in dit.outside.items():
+            if ("unet", other) in found:
+                yield ("unet", own), found["unet", other]
+        for own, other in dit.swapped.items():
+            for each in found.get(("unet", other), ()):
+                yield ("unet", own), _swapped(each.tensor, each.stop)
 
 
 def _joined(parts: Iterable[tuple[Rows, ...] | None]) -> tuple[Rows, ...]:

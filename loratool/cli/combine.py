@@ -11,6 +11,7 @@ from .options import (
     Count,
     RuleValue,
     Size,
+    Weighted,
     WeightedPath,
     alpha_option,
     device_option,
@@ -51,7 +52,7 @@ from .options import (
 @quiet_option
 @json_option
 def combine(
-    adapters: tuple[tuple[str, float], ...],
+    adapters: tuple[Weighted, ...],
     out: str | None,
     method: str,
     density: float | None,

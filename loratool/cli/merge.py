@@ -9,6 +9,7 @@ import click
 from ..tied import TIED
 from .options import (
     Size,
+    Weighted,
     WeightedPath,
     alpha_option,
     device_option,
@@ -51,7 +52,7 @@ from .options import (
 @json_option
 def merge(
     base: str,
-    adapters: tuple[tuple[str, float], ...],
+    adapters: tuple[Weighted, ...],
     out: str | None,
     force: bool,
     dry_run: bool,
@@ -73,10 +74,12 @@ def merge(
 
     BASE is a safetensors file, a folder, or org/model in the local Hugging Face cache. Several adapters are
     added in one pass, each with its weight, and rounded once. The output's bytes are the same on every machine.
+    Of an image model's adapter unet, te, te1, te2 and te3 take weights of their own.
 
     \b
       loratool merge base.safetensors adapter.safetensors
       loratool merge base/ style/:0.7 task/ -o merged/
+      loratool merge sdxl/ style.safetensors:0.8,te=0.4 -o styled/
       loratool merge base/ adapter/ --dtype fp32 --dry-run
 
     The report has a line a tensor: rank, scale, the change's relative size, the share of weights changed, and

@@ -87,18 +87,30 @@ class RuleValue(click.ParamType[tuple[str, float]]):
             self.fail(f"{str(value)[:40]!r} is not NAME=VALUE, like sv_fro=0.9", param, ctx)
 
 
-class WeightedPath(click.ParamType[tuple[str, float]]):
-    """`PATH` or `PATH:WEIGHT`. Only a last colon before a number counts: `C:\\x.safetensors` is a path."""
+Weighted = tuple[str, float] | tuple[str, float, dict[str, float]]
+
+
+class WeightedPath(click.ParamType[Weighted]):
+    """`PATH`, `PATH:WEIGHT`, or with weights of an image model's components `PATH:WEIGHT,te=WEIGHT`.
+
+    Only a last colon before numbers counts: `C:\\x.safetensors` is a path.
+    """
 
     name = "adapter[:weight]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:
         if isinstance(value, tuple):
             return value
-        path, colon, weight = value.rpartition(":")
+        path, colon, text = value.rpartition(":")
         if not colon or os.path.exists(value):
             return value, 1.0
+        first, *rest = text.split(",")
+        pairs = [part.partition("=")[::2] for part in ([first] if "=" in first else []) + rest]
         try:
-            return path, float(weight)
+            weight = 1.0 if "=" in first else float(first)
+            parts = {name: float(number) for name, number in pairs}
         except ValueError:
             return value, 1.0
+        if len(parts) < len(pairs):
+            self.fail(f"{text!r} weighs a component twice", param, ctx)
+        return (path, weight, parts) if parts else (path, weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import (
+    Weighted,
     WeightedPath,
     alpha_option,
     device_option,
@@ -31,7 +32,7 @@ from .options import (
 @json_option
 def unmerge(
     merged: str,
-    adapters: tuple[tuple[str, float], ...],
+    adapters: tuple[Weighted, ...],
     out: str | None,
     undo: str | None,
     approximate: bool,

@@ -6,6 +6,7 @@ import click
 
 from ..tied import TIED
 from .options import (
+    Weighted,
     WeightedPath,
     alpha_option,
     exclude_option,
@@ -39,7 +40,7 @@ from .options import (
 def verify(
     context: click.Context,
     base: str,
-    adapters: tuple[tuple[str, float], ...],
+    adapters: tuple[Weighted, ...],
     merged: str,
     target: tuple[str, ...],
     exclude: tuple[str, ...],

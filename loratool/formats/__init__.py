@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..checkpoint import find_weights, is_torch_weights, open_weights, refuse_training_state
+from ..checkpoint import find_weights, is_pipeline, is_torch_weights, open_weights, refuse_training_state
 from ..errors import InputError, LoratoolError, UsageError
 from ..fileio import reading
 from ..hub import resolve
@@ -86,6 +86,8 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
     found = resolve(name)
     if found.is_dir() and (found / CONFIG_NAME).is_file():
         return True
+    if is_pipeline(found):
+        return False
     try:
         weights = find_weights(found)
     except InputError:

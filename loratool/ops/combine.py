@@ -21,7 +21,7 @@ from ..combining import METHODS, REFUSED, Part
 from ..draft import DTYPES, Draft, cost, default_name, rounded, stacked, write_draft
 from ..errors import InputError, UsageError
 from ..inits import Draw
-from ..inputs import Loaded, adapter_pairs, open_adapters
+from ..inputs import Loaded, open_adapters, read_given
 from ..joining import Joined, join
 from ..numerics.factors import distance, singular_values, svd
 from ..numerics.svd import TruncatedSVD, truncated_svd
@@ -99,11 +99,13 @@ def combine(
     adapters that do not belong together, NeedsFlag for tensors that have no sum; nothing is written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
-    pairs = adapter_pairs(adapters)
-    density = _check(method, density, dtype, rule, [weight for _, weight in pairs])
+    given = read_given(adapters)
+    for each in given:
+        if each.parts:
+            raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
+    density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
-        opened_adapters = open_adapters([name for name, _ in pairs], alpha, opened)
-        loaded = tuple(zip(opened_adapters, (weight for _, weight in pairs), strict=True))
+        loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
         first = loaded[0][0]
         path, is_file = check_name(out if out is not None else default_name(first, "combined"))
         check_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)

@@ -16,7 +16,7 @@ from typing import Any
 from ..architectures.families import FAMILIES, config_field, declared_class, model_class, tensor_shapes, tied_head
 from ..architectures.quantized import quantization
 from ..architectures.ties import COPIES
-from ..checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file
+from ..checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
 from ..counting import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
 from ..errors import InputError, UsageError
 from ..fileio import reading
@@ -153,6 +153,7 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
     if config is not None:
         return _from_config(config)
     with closing(open_checkpoint(path)) as checkpoint:
+        require_one_model(checkpoint)
         if is_adapter(checkpoint.specs):
             raise InputError("is an adapter; count takes the model", culprit=os.fspath(path))
         method = quantization(checkpoint.specs, checkpoint.config)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..architectures.quantized import quantization
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ..draft import DTYPES
 from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
@@ -173,6 +173,7 @@ def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     side = open_checkpoint(name)
     opened.callback(side.close)
+    require_one_model(side)
     if is_adapter(side.specs):
         raise InputError("is an adapter; extract compares two models", culprit=os.fspath(name))
     method = quantization(side.specs, side.config)

@@ -19,7 +19,7 @@ import torch
 from ..architectures.quantized import quantization
 from ..architectures.renames import expert_part
 from ..architectures.wrappers import PEFT_PREFIX, module_of
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ..errors import InputError, NeedsFlag, UsageError
 from ..fileio import require_free_space, sha256_file
 from ..formats import is_adapter, open_adapter
@@ -208,6 +208,7 @@ def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], me
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     base = open_checkpoint(name)
     opened.callback(base.close)
+    require_one_model(base)
     if any(".base_layer." in tensor for tensor in base.specs):
         raise InputError(
             "is a dump of a whole PeftModel, its weights under names that no loader knows",

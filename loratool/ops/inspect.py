@@ -145,14 +145,14 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
     return CheckpointReport(
         path,
         checkpoint.model_type,
-        tuple(shard.path.name for shard in checkpoint.shards),
+        tuple(shard.place for shard in checkpoint.shards),
         tuple(_groups(checkpoint.specs)),
         len(checkpoint.specs),
         sum(spec.size for spec in checkpoint.specs.values()),
         sum(spec.nbytes for spec in checkpoint.specs.values()),
         dict(dtypes.most_common()),
         head_is_missing(checkpoint),
-        quantization(checkpoint.specs, checkpoint.config),
+        next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None),
         {str(key): str(value) for key, value in checkpoint.metadata.items()},
     )
 

@@ -19,7 +19,7 @@ import torch
 
 from ..apply import Loader, plan_changes
 from ..errors import NeedsFlag, UsageError
-from ..inputs import adapter_pairs, open_inputs, require_residual, subtract_initial
+from ..inputs import open_inputs, read_given, require_residual, subtract_initial
 from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, output_path, plan_output
 from ..plan import MergePlan, plan_merge, widen_float8
@@ -29,7 +29,7 @@ from ..sidefiles import provenance
 from ..source import Source, require_finite
 from ..targets import Selection, parse_layers
 from ..tied import TIED
-from ..undo import UndoWriter
+from ..undo import UndoWriter, entry_of, in_order
 from ..undo_records import Recorded
 from .merge_report import MergeReport, build_report
 
@@ -47,7 +47,8 @@ MERGE_DTYPES = {
     "float16": "F16",
     "half": "F16",
 }
-AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+AdapterPath = str | os.PathLike[str]
+AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, Mapping[str, float]]
 
 
 def merge(
@@ -74,7 +75,8 @@ def merge(
     """Add adapters to a base checkpoint and write the merged model.
 
     base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
-    adapters: one or several, each a path or (path, weight); all are added in one pass and rounded once.
+    adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components, as
+    {"te": 0.4}); all are added in one pass and rounded once.
     out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
     dtype: a key of MERGE_DTYPES. max_shard_bytes cuts the output anew. target, exclude: patterns of module
     paths (`targets.Selection`); layers: "0-15". alpha: for adapter files that do not say theirs.
@@ -86,8 +88,7 @@ def merge(
     when the machine fails. Whatever is raised, no unfinished output stays.
     """
     with ExitStack() as opened:
-        pairs = adapter_pairs(adapters)
-        checkpoint, loaded = open_inputs(base, pairs, alpha, opened)
+        checkpoint, loaded = open_inputs(base, read_given(adapters), alpha, opened)
         if initial is None:
             require_residual(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
@@ -150,12 +151,8 @@ def write_merged(
 
 
 def _provenance(plan: MergePlan) -> str:
-    entries = [
-        {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
-        for adapter, weight in plan.adapters
-    ]
     facts = {
-        "adapters": sorted(entries, key=lambda entry: (entry["sha256"], entry["scales_sha256"], entry["weight"])),
+        "adapters": [entry_of(adapter, weight) for adapter, weight in in_order(plan.adapters)],
         "arithmetic": ARITHMETIC_VERSION,
         "left_out": sorted(set(plan.left_out)),
     }

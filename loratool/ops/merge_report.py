@@ -38,11 +38,14 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
+    """`components`: of an image model's, those with another weight than the adapter's."""
+
     name: str
     format: str
     weight: float
     modules: int
     sha256: str
+    components: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def build_report(
         str(output.path),
         dry_run,
         output.nbytes,
-        tuple(AdapterReport(a.name, a.format, w, len(a.updates), a.sha256) for a, w in plan.adapters),
+        tuple(AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, a.components) for a, w in plan.adapters),
         tuple(rows),
         total,
         len(output.specs) - len(rows),

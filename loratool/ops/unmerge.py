@@ -7,6 +7,7 @@ read and wrote; all else is copied under the base's own headers. What does not c
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..apply import Loader, restored, subtracted
+from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
-from ..inputs import adapter_pairs, open_adapters
+from ..inputs import Given, negated, open_adapters, read_given
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import Output, OutputFile, check_path, output_path, plan_output
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, worker_count
-from ..sidefiles import provenance, survey, undo_files, undo_path
+from ..sidefiles import encode_json, provenance, survey_checkpoint, undo_files, undo_path
 from ..source import Source
 from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
@@ -89,14 +91,14 @@ def unmerge(
         opened.callback(checkpoint.close)
         if approximate:
             return _subtract(
-                checkpoint, adapter_pairs(adapters), alpha, out, device, force, dry_run, progress, workers, opened
+                checkpoint, read_given(adapters), alpha, out, device, force, dry_run, progress, workers, opened
             )
         record = UndoFile(find_undo(checkpoint, undo))
         opened.callback(record.close)
-        used = match_adapters(record, adapter_pairs(adapters), alpha, opened)
+        used = match_adapters(record, read_given(adapters), alpha, opened)
         base = _layout(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
-        if is_file and len(base) > 1:
+        if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
         check_path(path, is_file, inputs, force)
@@ -126,9 +128,7 @@ def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def match_adapters(
-    undo: UndoFile, given: Sequence[tuple[str, float]], alpha: float | None, opened: ExitStack
-) -> list[Adapter]:
+def match_adapters(undo: UndoFile, given: Sequence[Given], alpha: float | None, opened: ExitStack) -> list[Adapter]:
     """The adapters in the order of the undo file. Raises InputError naming the one that is missing or another."""
     if undo.index["arithmetic"] != ARITHMETIC_VERSION:
         raise InputError(
@@ -136,13 +136,13 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    weights = [weight for _, weight in given]
-    left = list(zip(open_adapters([name for name, _ in given], alpha, opened), weights, strict=True))
+    left = list(zip(open_adapters(given, alpha, opened), [each.weight for each in given], strict=True))
     found = []
     for wanted in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == wanted["sha256"]]
         scaled = [pair for pair in same if pair[0].scales_sha256 == wanted["scales_sha256"]]
-        match = next((pair for pair in scaled if pair[1] == wanted["weight"]), None)
+        weighed = wanted["weight"], wanted.get("components", {})
+        match = next((pair for pair in scaled if (pair[1], pair[0].components) == weighed), None)
         if match is None:
             raise _missing(undo, wanted, left, same, scaled)
         left.remove(match)
@@ -159,16 +159,19 @@ def _missing(
     same: Sequence[tuple[Adapter, float]],
     scaled: Sequence[tuple[Adapter, float]],
 ) -> InputError:
-    name, weight = wanted["name"], wanted["weight"]
+    name, weight = wanted["name"], spell_weight(wanted["weight"], wanted.get("components", {}))
     if scaled:
-        return InputError(f"was merged with weight {weight:g}, not {scaled[0][1]:g}", culprit=scaled[0][0].name)
+        other, its = scaled[0]
+        return InputError(
+            f"was merged with weight {weight}, not {spell_weight(its, other.components)}", culprit=other.name
+        )
     if same:
         return InputError("has another rank, alpha or config than when it was merged", culprit=same[0][0].name)
     culprit = left[0][0].name if left else str(undo.path)
     return InputError(
-        f"is not an adapter of the merge, which used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight:g}"
+        f"is not an adapter of the merge, which used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight}"
         if left
-        else f"the merge also used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight:g}",
+        else f"the merge also used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight}",
         culprit=culprit,
     )
 
@@ -177,25 +180,32 @@ def _layout(undo: UndoFile) -> list[OutputFile]:
     """The base's files as they were; of a torch file, a safetensors file with the same tensors."""
     files = []
     for shard in undo.index["shards"]:
-        name = shard["name"]
+        name, prefix = shard["name"], _prefix(shard["name"])
         if shard["header"] is not None:
             header = unpack_bytes(shard["header"])
             _, begin, nbytes = read_layout(header, undo.path)
             header = with_length(header)
         else:
-            specs = {key: spec_of(spec) for key, spec in shard["specs"].items()}
+            specs = {key.removeprefix(prefix): spec_of(spec) for key, spec in shard["specs"].items()}
             header, begin = build_header(specs, list(specs), {"format": "pt"})
             nbytes = len(header) + sum(spec.nbytes for spec in specs.values())
-            name = Path(name).stem.replace("pytorch_model", "model") + ".safetensors"
-        files.append(OutputFile(name, header, begin, nbytes))
+            name = prefix + re.sub("^pytorch_model", "model", Path(name).stem) + ".safetensors"
+        files.append(OutputFile(name, header, {prefix + key: start for key, start in begin.items()}, nbytes))
     return files
+
+
+def _prefix(file: str) -> str:
+    """The folder of a pipeline's component, which its tensors' names begin with; empty for what is no pipeline."""
+    folder, slash, _ = file.rpartition("/")
+    return folder + slash
 
 
 def _specs(undo: UndoFile) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for shard in undo.index["shards"]:
         if shard["header"] is not None:
-            specs.update(read_layout(unpack_bytes(shard["header"]), undo.path)[0])
+            own = read_layout(unpack_bytes(shard["header"]), undo.path)[0]
+            specs.update({_prefix(shard["name"]) + key: spec for key, spec in own.items()})
         else:
             specs.update({key: spec_of(spec) for key, spec in shard["specs"].items()})
     return specs
@@ -203,16 +213,18 @@ def _specs(undo: UndoFile) -> dict[str, TensorSpec]:
 
 def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile], path: Path, is_file: bool) -> Output:
     extras = {name: unpack_bytes(data) for name, data in undo.index["side"].items()}
-    read = {shard.path.name for shard in merged.shards} | ({merged.index[0]} if merged.index else set())
     own = undo_files(undo.path)
     travels: dict[str, Path] = {}
     not_copied: list[str] = []
     if not is_file and (not merged.given_as_file or merged.config):
-        names, rest = survey(merged.folder, read)
+        names, rest = survey_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
         not_copied = [name for name in rest if merged.folder / name not in own]
-    torch_names = [shard["name"] for shard in undo.index["shards"] if shard["header"] is None]
-    extras = {name: data for name, data in extras.items() if not (torch_names and name.endswith(".index.json"))}
+    of_torch = {_prefix(shard["name"]) for shard in undo.index["shards"] if shard["header"] is None}
+    stale = [name for name in extras if name.endswith(".index.json") and _prefix(name) in of_torch]
+    extras = {name: data for name, data in extras.items() if name not in stale}
+    for prefix in of_torch:
+        extras |= _index_anew([file for file in files if _prefix(file.name) == prefix], prefix)
     if is_file:
         extras = {}
     if len(files) == 1 and not is_file and undo.index["file"]:
@@ -220,6 +232,17 @@ def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]
     former = undo_path(path, is_file)
     carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(own[1:])}
     return Output(path, is_file, _specs(undo), tuple(files), extras, travels, tuple(not_copied), carried=carried)
+
+
+def _index_anew(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
+    """The index of shards that were torch files, whose own named those."""
+    if len(files) == 1:
+        return {}
+    stem = files[0].name.removeprefix(prefix).partition("-")[0]
+    size = sum(file.nbytes - len(file.header) for file in files)
+    weight_map = {name.removeprefix(prefix): file.name.removeprefix(prefix) for file in files for name in file.begin}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    return {f"{prefix}{stem}.safetensors.index.json": encode_json(index)}
 
 
 def _plan_tensors(
@@ -264,7 +287,7 @@ def _report(
 
 def _subtract(
     merged: Checkpoint,
-    pairs: Sequence[tuple[str, float]],
+    given: Sequence[Given],
     alpha: float | None,
     out: str | os.PathLike[str] | None,
     device: str,
@@ -275,8 +298,8 @@ def _subtract(
     opened: ExitStack,
 ) -> UnmergeReport:
     """W' - D, rounded once: right but for the weights whose rounding two or more would have survived."""
-    adapters = open_adapters([name for name, _ in pairs], alpha, opened)
-    loaded = tuple((adapter, -weight) for adapter, (_, weight) in zip(adapters, pairs, strict=True))
+    adapters = open_adapters(given, alpha, opened)
+    loaded = negated(tuple(zip(adapters, (each.weight for each in given), strict=True)))
     plan = plan_merge(merged, loaded, Selection(), "share")
     for name in plan.changed:
         if name in plan.added or any(p.update.kind not in ADDITIVE or p.update.base for p in plan.bound.get(name, ())):

@@ -20,7 +20,7 @@ from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
-from ..inputs import adapter_pairs, open_inputs, require_residual, subtract_initial
+from ..inputs import open_inputs, read_given, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
 from ..numerics.exact import Workspace, apply_rounded, cast_rounded
 from ..placing import Placement
@@ -92,7 +92,7 @@ def verify(
     if tied not in TIED:
         raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, adapter_pairs(adapters), alpha, opened)
+        checkpoint, loaded = open_inputs(base, read_given(adapters), alpha, opened)
         if initial is None:
             require_residual(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
