@@ -168,6 +168,16 @@ class Draft:
         return {names[0]: A.reshape(A_spec.shape), names[1]: B.permute(1, 2, 0).reshape(B_spec.shape)}
 
 
+WRITTEN = ("peft", "kohya", "diffusers")
+
+
+def require_written(like: Adapter) -> None:
+    """Refuse a format whose files cannot say the new ranks and scales."""
+    if like.format not in WRITTEN:
+        remedy = f"first loratool convert {like.name} --to {'kohya' if like.format == 'cloneofsimo' else 'peft'}"
+        raise InputError(f"is in {like.format}'s format, which is read only", culprit=like.name, remedy=remedy)
+
+
 def default_name(like: Adapter, verb: str) -> str:
     """Of an output that was given none: a folder where the input was a folder's file, else a file."""
     in_folder = like.format == "peft" and like.file.path.name.startswith("adapter_model")
