@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from .architectures.image import (
     sgm_to_diffusers,
 )
 from .architectures.image_names import flattened
-from .errors import InputError
-from .updates import LowRank
+from .errors import InputError, NeedsFlag
+from .updates import DoRA, LowRank
 
 # A target -> what it is. The denoiser's names: `own` are the model's, `diffusers` diffusers'.
 TARGETS = {
@@ -34,7 +34,9 @@ TARGETS = {
     "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
     "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
     "comfy": "ComfyUI: the model's own names with lora_down, lora_up and alpha",
+    "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
 }
+SINGLE_COMPONENT = ("peft", "loralib")
 FLUX_BLOCKS = (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE))
 MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width
 
@@ -76,7 +78,7 @@ def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         dotted = flattened().get(path) if adapter.flattened else path
-        if update.kind != "lora" or dotted is None:
+        if update.kind not in ("lora", "dora") or dotted is None:
             impossible.append(module)
             continue
         sources.append(Source(module, update, component or "unet", dotted))
@@ -198,23 +200,43 @@ def _fuse(source: Source, whole: list[Target], pieces: dict[tuple[str, str], lis
 
 def _joined(key: tuple[str, str], parts: list[Part]) -> Target:
     width, rows = parts[0].source.update.shape[1], parts[0].stop
+    names = [part.source.module for part in parts]
+    magnitudes = sum(part.source.update.kind == "dora" for part in parts)
     whole = (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows
+    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != whole):
+        raise NeedsFlag(
+            "is fused there, of parts of which some are DoRA: the others have no magnitude",
+            culprit=key[1],
+            remedy=f"add --drop {','.join(names)} to leave them out",
+        )
     return Target(*key, whole, tuple(sorted(parts, key=lambda part: part.at)), "fused")
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A: (r, in, *kernel), B: (out, r, 1s), and the scale that stands before B A."""
+    """A: (r, in, *kernel), B: (out, r, 1s), the scale that stands before B A, and DoRA's magnitude (out,)."""
 
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
-def make_factors(adapter: Adapter, target: Target, cache: Callable[[Source], LowRank] | None = None) -> Factors:
+def make_factors(target: Target, load: Callable[[Source], LowRank]) -> Factors:
     """The very tensors where one module stays one; else of the first part's type, scales that differ folded into B."""
-    load = cache or (lambda source: _load(adapter, source))
     updates = [load(part.source) for part in target.parts]
+    made = _low_rank(target, updates)
+    if not isinstance(updates[0], DoRA):
+        return made
+    pieces = [
+        update.magnitude.flatten()[part.start : part.stop]
+        for update, part in zip(updates, target.parts, strict=True)
+        if isinstance(update, DoRA)
+    ]
+    return replace(made, magnitude=torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone())
+
+
+def _low_rank(target: Target, updates: list[LowRank]) -> Factors:
     first = updates[0]
     if target.how == "exact":
         return Factors(first.A, first.B, first.scale)
@@ -238,12 +260,6 @@ def make_factors(adapter: Adapter, target: Target, cache: Callable[[Source], Low
     return Factors(torch.cat([update.A for update in updates]), B, scale)
 
 
-def _load(adapter: Adapter, source: Source) -> LowRank:
-    update = adapter.load(source.update)
-    assert isinstance(update, LowRank)
-    return update
-
-
 def _scaled(B: Tensor, scale: float) -> Tensor:
     return (B.double() * scale).to(B.dtype)
 
@@ -254,6 +270,16 @@ def _trimmed(A: Tensor, B: Tensor, scale: float) -> Factors:
     if not bool(kept.any()):
         kept[0] = True
     return Factors(A[kept], B[:, kept], scale)
+
+
+def fold(factors: Factors) -> tuple[Factors, bool]:
+    """With the scale in B, and whether that is exact: in the same type if it can be, else in float32."""
+    exact = factors.B.double() * factors.scale
+    B = exact.to(factors.B.dtype)
+    if bool((B.double() == exact).all()):
+        return replace(factors, B=B, scale=1.0), True
+    B = exact.float()
+    return replace(factors, A=factors.A.float(), B=B, scale=1.0), bool((B.double() == exact).all())
 
 
 def spell(target: Target, to: str, family: str, texts: int) -> str:
@@ -267,7 +293,7 @@ def spell(target: Target, to: str, family: str, texts: int) -> str:
         encoders = {"1": "clip_l", "2": "clip_g", "3": "t5xxl"}
         head = "diffusion_model" if target.component == "unet" else f"text_encoders.{encoders[number]}.transformer"
         return f"{head}.{target.path}"
-    if to == "peft":
+    if to in SINGLE_COMPONENT:
         return target.path
     denoiser = "transformer" if family == "flux" else "unet"
     return f"{denoiser if target.component == 'unet' else target.component}.{target.path}"

@@ -188,11 +188,18 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
     """Raises UsageError for a folder where the format is a file."""
     specs, load = draft.specs(), draft.loader()
     if draft.like.format == "peft":
-        write_adapter(path, is_file, specs, load, _peft_config(draft))
+        write_adapter(path, is_file, specs, load, draft_config(draft))
         return
     if not is_file:
         raise UsageError(f"{draft.like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
     metadata = {key: value for key, value in (draft.like.file.metadata or {}).items() if key not in STALE}
+    write_single(path, specs, load, metadata)
+
+
+def write_single(
+    path: Path, specs: Mapping[str, TensorSpec], load: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """One safetensors file; `load` is asked for the tensors one by one, in the order of the data."""
     header, begin = build_header(specs, names := data_order(specs), metadata)
     require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
     with partial_file(path) as file:
@@ -201,7 +208,7 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
             write_at(file, tensor_bytes(load(name), specs[name]), begin[name])
 
 
-def _peft_config(draft: Draft) -> dict[str, object]:
+def draft_config(draft: Draft) -> dict[str, object]:
     """The fields of the one it is like, but for what rank and scale are now."""
     stacks = {module for module, update in draft.updates.items() if update.kind == "experts"}
     modules = {module: draft.ranks[module] for module in draft.updates if module not in stacks}
