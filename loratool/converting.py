@@ -200,16 +200,19 @@ def _fuse(source: Source, whole: list[Target], pieces: dict[tuple[str, str], lis
 
 def _joined(key: tuple[str, str], parts: list[Part]) -> Target:
     width, rows = parts[0].source.update.shape[1], parts[0].stop
-    names = [part.source.module for part in parts]
+    return join(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
+
+
+def join(component: str, path: str, parts: list[Part], rows: int) -> Target:
+    """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none."""
     magnitudes = sum(part.source.update.kind == "dora" for part in parts)
-    whole = (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows
-    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != whole):
+    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",
-            culprit=key[1],
-            remedy=f"add --drop {','.join(names)} to leave them out",
+            culprit=path,
+            remedy=f"add --drop {','.join(part.source.module for part in parts)} to leave them out",
         )
-    return Target(*key, whole, tuple(sorted(parts, key=lambda part: part.at)), "fused")
+    return Target(component, path, rows, tuple(sorted(parts, key=lambda part: part.at)), "fused")
 
 
 @dataclass(frozen=True)
@@ -248,20 +251,26 @@ def _low_rank(target: Target, updates: list[LowRank]) -> Factors:
     scales = {update.scale for update in updates}
     scale = scales.pop() if len(scales) == 1 else 1.0
     sides = [update.B if scale == update.scale else _scaled(update.B, update.scale) for update in updates]
+    dtype = next((side.dtype for side in sides if side.dtype != first.B.dtype), first.B.dtype)
     if all(update.A.shape == first.A.shape and torch.equal(update.A, first.A) for update in updates[1:]):
-        B = first.B.new_zeros(target.rows, first.B.shape[1])  # one A for all: their rows of B, one below the other
+        B = torch.zeros(
+            target.rows, first.B.shape[1], dtype=dtype
+        )  # one A for all: their rows of B, one below the other
         for part, side in zip(target.parts, sides, strict=True):
             B[part.at : part.at + len(side)] = side
-        return Factors(first.A, B, scale)
+        return Factors(first.A.to(dtype), B, scale)
     ranks = [len(update.A) for update in updates]
-    B = first.B.new_zeros(target.rows, sum(ranks))
+    B = torch.zeros(target.rows, sum(ranks), dtype=dtype)
     for part, side, start in zip(target.parts, sides, (sum(ranks[:i]) for i in range(len(ranks))), strict=True):
         B[part.at : part.at + len(side), start : start + side.shape[1]] = side
-    return Factors(torch.cat([update.A for update in updates]), B, scale)
+    return Factors(torch.cat([update.A for update in updates]).to(dtype), B, scale)
 
 
 def _scaled(B: Tensor, scale: float) -> Tensor:
-    return (B.double() * scale).to(B.dtype)
+    """In float32 where its own type cannot hold the product."""
+    exact = B.double() * scale
+    own = exact.to(B.dtype)
+    return own if bool((own.double() == exact).all()) else exact.float()
 
 
 def _trimmed(A: Tensor, B: Tensor, scale: float) -> Factors:
@@ -274,12 +283,9 @@ def _trimmed(A: Tensor, B: Tensor, scale: float) -> Factors:
 
 def fold(factors: Factors) -> tuple[Factors, bool]:
     """With the scale in B, and whether that is exact: in the same type if it can be, else in float32."""
-    exact = factors.B.double() * factors.scale
-    B = exact.to(factors.B.dtype)
-    if bool((B.double() == exact).all()):
-        return replace(factors, B=B, scale=1.0), True
-    B = exact.float()
-    return replace(factors, A=factors.A.float(), B=B, scale=1.0), bool((B.double() == exact).all())
+    B = _scaled(factors.B, factors.scale)
+    exact = bool((B.double() == factors.B.double() * factors.scale).all())
+    return replace(factors, A=factors.A.to(B.dtype), B=B, scale=1.0), exact
 
 
 def spell(target: Target, to: str, family: str, texts: int) -> str:

@@ -300,6 +300,125 @@ class TestDora:
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy")
 
 
+class TestLayout:
+    """Phi-3's fused modules and Llama's: GQA of 4 heads and 2 groups of size 3, hidden 8."""
+
+    LAYER = "model.layers.0"
+    QKV, GATE_UP = f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.mlp.gate_up_proj"
+    ROWS = (("q", 0, 12), ("k", 12, 18), ("v", 18, 24))
+
+    def base(self, path: Path, **more: int) -> Path:
+        fields = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8, "head_dim": 3, **more}
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(fields))
+        return path / "config.json"
+
+    def fused(self, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+        qkv, gate_up = factors(24, 8, 2, dtype=dtype), factors(10, 8, 4, seed=1, dtype=dtype)
+        other = factors(8, 12, 2, seed=2, dtype=dtype)
+        modules = {self.QKV: qkv, self.GATE_UP: gate_up, f"{self.LAYER}.self_attn.o_proj": other}
+        return write_peft(path, modules, lora_alpha=3, rank_pattern={"gate_up_proj": 4}, alpha_pattern={"qkv_proj": 5})
+
+    def test_split_and_back(self, tmp_path: Path) -> None:
+        start, base = self.fused(tmp_path / "a", torch.float16), self.base(tmp_path / "base")
+        report = loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=base)
+        assert {(m.name.rpartition(".")[2], m.how) for m in report.modules} == {
+            ("o_proj", "exact"), *((f"{x}_proj", "split") for x in ("q", "k", "v", "gate", "up"))
+        }  # fmt: skip
+        for x, first, last in self.ROWS:
+            part = change(tmp_path / "b", f"{self.LAYER}.self_attn.{x}_proj")
+            assert torch.allclose(part, change(start, self.QKV)[first:last], atol=1e-12)
+        for i, x in enumerate(("gate", "up")):
+            part = change(tmp_path / "b", f"{self.LAYER}.mlp.{x}_proj")
+            assert torch.allclose(part, change(start, self.GATE_UP)[5 * i : 5 * i + 5], atol=1e-12)
+        loratool.convert(tmp_path / "b", tmp_path / "c", to="peft", layout="fused")
+        one, two = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ac")
+        assert set(one) == set(two) and all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+        assert {m: u.scale for m, u in open_adapter(start).updates.items()} == {
+            m: u.scale for m, u in open_adapter(tmp_path / "c").updates.items()
+        }
+
+    def test_different_parts_are_side_by_side_and_come_apart_again(self, tmp_path: Path) -> None:
+        parts = {f"{self.LAYER}.self_attn.{x}_proj": factors(n, 8, r, seed=r) for x, n, r in
+                 (("q", 12, 2), ("k", 6, 1), ("v", 6, 3))}  # fmt: skip
+        start = write_peft(tmp_path / "a", parts, r=2, lora_alpha=2, rank_pattern={"k_proj": 1, "v_proj": 3},
+                           alpha_pattern={"k_proj": 0.7, "v_proj": 3})  # fmt: skip
+        (row,) = loratool.convert(start, tmp_path / "b", to="peft", layout="fused").modules
+        assert row.rank == 6 and row.how == "fused"
+        expected = torch.cat([change(start, m) for m in parts])
+        assert torch.allclose(change(tmp_path / "b", self.QKV), expected, atol=1e-8)
+        base = self.base(tmp_path / "base")
+        report = loratool.convert(tmp_path / "b", tmp_path / "c", to="peft", layout="split", base=base)
+        assert [m.rank for m in report.modules] == [2, 1, 3]
+        for module in parts:
+            assert torch.allclose(change(tmp_path / "c", module), change(start, module), atol=1e-8)
+
+    def test_missing_parts_are_zero_rows(self, tmp_path: Path) -> None:
+        q, v = (f"{self.LAYER}.self_attn.{x}_proj" for x in "qv")
+        start = write_peft(tmp_path / "a", {q: factors(12, 8, 2), v: factors(6, 8, 2, seed=1)})
+        loratool.convert(start, tmp_path / "b", to="peft", layout="fused")  # k is as large as v
+        D = change(tmp_path / "b", self.QKV)
+        assert D.shape == (24, 8) and not D[12:18].any() and torch.allclose(D[18:], change(start, v), atol=1e-12)
+        alone = write_peft(tmp_path / "c", {q: factors(12, 8, 2)})
+        with pytest.raises(NeedsFlag, match="--base"):
+            loratool.convert(alone, tmp_path / "d", to="peft", layout="fused")
+        loratool.convert(alone, tmp_path / "d", to="peft", layout="fused", base=self.base(tmp_path / "base"))
+        assert change(tmp_path / "d", self.QKV).shape == (24, 8)
+
+    def test_gpt2_has_thirds(self, tmp_path: Path) -> None:
+        start = write_peft(tmp_path / "a", {"transformer.h.0.attn.c_attn": factors(24, 8, 2)}, fan_in_fan_out=True)
+        loratool.convert(start, tmp_path / "b", to="peft", layout="split")
+        whole = change(start, "transformer.h.0.attn.c_attn")
+        assert torch.allclose(change(tmp_path / "b", "transformer.h.0.attn.k_proj"), whole[8:16], atol=1e-12)
+        odd = write_peft(tmp_path / "c", {"transformer.h.0.attn.c_attn": factors(12, 8, 2)})  # multi-query
+        with pytest.raises(InputError, match="of another model"):
+            loratool.convert(odd, tmp_path / "d", to="peft", layout="split")
+
+    def test_what_is_refused(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        start = self.fused(tmp_path / "a")
+        refused = run("convert", start, "--to", "peft", "--for", "split", "-o", tmp_path / "b")
+        assert refused.exit_code == 4 and "--base" in refused.stderr and not (tmp_path / "b").exists()
+        other = self.base(tmp_path / "base", num_key_value_heads=4)
+        with pytest.raises(InputError, match="of another model"):
+            loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=other)
+        with pytest.raises(UsageError, match="changes nothing"):
+            loratool.convert(start, tmp_path / "b", to="peft", layout="fused")
+        with pytest.raises(UsageError, match="one after the other"):
+            loratool.convert(start, tmp_path / "b", to="peft", layout="split", plain=True)
+        file = start / "adapter_model.safetensors"
+        save_file({**load_file(file), f"base_model.model.{self.QKV}.base_layer.bias": weights(24)}, file)
+        with pytest.raises(InputError, match=r"qkv_proj.bias: has another change"):
+            loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=self.base(tmp_path / "right"))
+
+    def test_peft_computes_the_same(self, tmp_path: Path) -> None:
+        """A Phi-3's adapter on a Llama of the same weights."""
+        from peft import PeftModel
+        from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+        sizes: dict[str, Any] = {
+            "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 11, "pad_token_id": 0,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        phi = Phi3ForCausalLM(Phi3Config(**sizes))
+        state = phi.state_dict()
+        qkv, gate_up = state.pop(f"{self.QKV}.weight"), state.pop(f"{self.GATE_UP}.weight")
+        for x, part in zip(("q", "k", "v"), qkv.split([16, 8, 8]), strict=True):
+            state[f"{self.LAYER}.self_attn.{x}_proj.weight"] = part
+        for x, part in zip(("gate", "up"), gate_up.split(20), strict=True):
+            state[f"{self.LAYER}.mlp.{x}_proj.weight"] = part
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=phi.config.rms_norm_eps))
+        llama.load_state_dict(state)
+        start = write_peft(tmp_path / "a", {self.QKV: factors(32, 16, 2), self.GATE_UP: factors(40, 16, 2, seed=1)},
+                           lora_alpha=64)  # fmt: skip
+        phi.config.save_pretrained(tmp_path / "base")
+        loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=tmp_path / "base" / "config.json")
+        ids = torch.tensor([[1, 2, 3, 4]])
+        plain = phi(ids).logits.detach().clone()
+        one, two = (PeftModel.from_pretrained(m, str(tmp_path / x))(ids).logits for m, x in ((phi, "a"), (llama, "b")))
+        assert torch.allclose(one, two, atol=1e-5) and not torch.allclose(one, plain, atol=1e-3)
+
+
 def test_from_overrides_what_the_names_say(tmp_path: Path) -> None:
     """A language model whose modules begin as an image model's component does."""
     A, B = factors(6, 8, 2)

@@ -6,6 +6,7 @@ import click
 
 from ..converting import TARGETS
 from ..formats import FORMATS
+from ..relayout import LAYOUTS
 from .options import Slices, alpha_option, dry_run_option, force_option, json_option
 
 
@@ -25,6 +26,13 @@ from .options import Slices, alpha_option, dry_run_option, force_option, json_op
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
 @click.option("--initial", metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted.")
 @click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank.")
+@click.option(
+    "--for",
+    "layout",
+    type=click.Choice(list(LAYOUTS)),
+    help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
+)
+@click.option("--base", metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told.")
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
 @click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @alpha_option
@@ -40,6 +48,8 @@ def convert(
     plain: bool,
     initial: str | None,
     rank: int | None,
+    layout: str | None,
+    base: str | None,
     drop: tuple[str, ...],
     dtype: str,
     alpha: float | None,
@@ -57,6 +67,7 @@ def convert(
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
+      loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o lora/
     """
     from ..ops.convert import convert as run
@@ -74,6 +85,8 @@ def convert(
         plain=plain,
         initial=initial,
         rank=rank,
+        layout=layout,
+        base=base,
         dtype=dtype,
         force=force,
         dry_run=dry_run,

@@ -37,10 +37,10 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS, open_adapter
 from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..output import check_name, check_path, named
+from ..relayout import LAYOUTS
 from ..targets import Selection
 from ..tensorfile import TensorSpec
-from ..updates import LowRank
-from .convert_language import ModuleConvert, Output, Wish, config_of, loralib_notes, plan_language
+from .convert_language import ModuleConvert, Output, Wish, config_of, loralib_notes, low_rank, plan_language
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 BASE_VERSIONS = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
@@ -77,6 +77,8 @@ def convert(
     plain: bool = False,
     initial: str | os.PathLike[str] | None = None,
     rank: int | None = None,
+    layout: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -87,7 +89,8 @@ def convert(
     from_format: a key of FORMATS, where the tensors' names do not tell. drop: patterns of modules that may be left out
     where they cannot be carried. alpha: for a file that does not say its own; enable_lora: which slices loralib's
     MergedLinear has. plain: as standard LoRA, alpha being the rank everywhere; of an adapter whose start changed its
-    base, `initial` is subtracted, exactly, at twice the rank; `rank`: truncated to it. dtype: of the factors, a key of
+    base, `initial` is subtracted, exactly, at twice the rank; `rank`: truncated to it. layout: of a language
+    model's fused modules, a key of LAYOUTS, whose sizes `base` or its config.json says. dtype: of the factors, a key of
     CONVERT_DTYPES. Raises NeedsFlag for what can only be dropped, and InputError for what nothing could load: nothing
     is written then.
     """
@@ -99,6 +102,10 @@ def convert(
         raise UsageError(f"format {from_format!r} is none of {', '.join(FORMATS)}")
     if (initial is not None or rank is not None) and not plain:
         raise UsageError("--initial and --rank are for --plain")
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    if (layout is None and base is not None) or (layout is not None and plain):
+        raise UsageError("--base is for --for, and --plain is another conversion: one after the other")
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha, format=from_format, enabled=tuple(enable_lora))
         opened.callback(source.file.close)
@@ -108,7 +115,7 @@ def convert(
         if to != "peft" and not is_file:
             raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_path(path, is_file, [source.file.path], force)
-        wish = Wish(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank)
+        wish = Wish(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
         made = _plan(source, wish, opened)
         if not dry_run:
             opened.enter_context(named(path))
@@ -125,8 +132,8 @@ def _plan(source: Adapter, wish: Wish, opened: ExitStack) -> Output:
     sources, impossible = read_sources(source)
     family = family_of(sources)
     if family is not None:
-        if wish.initial is not None or wish.rank is not None:
-            raise UsageError("--initial and --rank are for adapters of language models")
+        if wish.initial is not None or wish.rank is not None or wish.layout:
+            raise UsageError("--initial, --rank and --for are for adapters of language models")
         return _Image(source, wish, family, sources, impossible).output()
     if source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT:
         return plan_language(source, wish, opened)
@@ -216,18 +223,13 @@ class _Image:
         return _Made(target, how, rank, alpha, ends)
 
     def _factors(self, target: Target) -> tuple[Factors, str]:
-        factors, how = make_factors(target, self._read), "exact"
+        factors, how = make_factors(target, lambda each: low_rank(self._source, each)), "exact"
         if self._wish.plain:
             factors, exact = fold(factors)
             how = "folded" if exact else "rounded"
         if self._wish.dtype is not None:
             factors = replace(factors, A=factors.A.to(self._wish.dtype), B=factors.B.to(self._wish.dtype))
         return factors, how
-
-    def _read(self, each: Source) -> LowRank:
-        update = self._source.load(each.update)
-        assert isinstance(update, LowRank)
-        return update
 
     def _ends(self) -> dict[str, str]:
         if self._wish.to in ("kohya", "comfy"):

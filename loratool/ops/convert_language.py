@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,16 +20,21 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, UpdateSpec
+from ..converting import Source, make_factors
 from ..draft import Carried, Draft, draft_config, rounded, stacked
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError, NeedsFlag, UsageError
 from ..formats.peft import adapter_names, saved_name
 from ..formats.peft_config import changes_base
 from ..formats.peft_write import SAFETENSORS, lora_config
 from ..inputs import Loaded, subtract_initial
 from ..numerics.factors import svd
-from ..source import Source
+from ..relayout import plan_layout, read_sizes
+from ..source import Source as Stored
 from ..targets import Selection
 from ..tensorfile import TensorSpec
+from ..updates import LowRank
+
+PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class ModuleConvert:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of `convert`. dtype: of the factors, None to keep theirs."""
+    """What is asked of `convert`. dtype: of the factors, None to keep theirs; layout: a key of LAYOUTS, None for its
+    own; base: what says the sizes of a layout's parts.
+    """
 
     to: str
     drop: tuple[str, ...]
@@ -56,6 +63,8 @@ class Wish:
     plain: bool
     initial: str | os.PathLike[str] | None
     rank: int | None
+    layout: str | None
+    base: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ def _kept(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[str
 
 
 def _as_it_is(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
+    if wish.layout:
+        return _relaid(source, wish, kept, dropped)
     if source.format == wish.to == "peft" and wish.dtype is None and not dropped:
         names = adapter_names(source.file.specs)
         keys = {saved_name(key, names): key for key in source.file.specs}
@@ -123,22 +134,86 @@ def _as_it_is(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropp
             (),
             (),
         )
-    pieces = _named(source, kept, wish.to)
+    specs, load = _copied(source, wish, kept)
+    rows = _rows(kept)
+    notes = loralib_notes(rows) if wish.to == "loralib" else ()
+    return Output(specs, load, _config(source, kept), {"format": "pt"}, rows, dropped, notes)
+
+
+def _copied(
+    source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec]
+) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
+    """The tensors of these updates, under the output's names, factors in its type."""
+    pieces, specs = _named(source, kept, wish.to), {}
     letters = SAFETENSORS[str(wish.dtype).removeprefix("torch.")] if wish.dtype else None
 
     def load(name: str) -> Tensor:
         module, role = pieces[name]
         tensor: Tensor = getattr(source.load(kept[module]), role)
-        return tensor.to(wish.dtype) if wish.dtype and kept[module].rank and role != "magnitude" else tensor
+        return tensor.to(wish.dtype) if wish.dtype and role in "AB" else tensor
 
-    specs = {}
     for name, (module, role) in pieces.items():
         spec = kept[module].specs[role]
-        cast = letters is not None and kept[module].rank and role != "magnitude"
-        specs[name] = TensorSpec(letters, spec.shape) if cast and letters else spec
-    rows = _rows(kept)
+        specs[name] = TensorSpec(letters, spec.shape) if letters and role in "AB" else spec
+    return specs, load
+
+
+def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
+    """With the modules that the layout has otherwise split or fused, each when it is written."""
+    assert wish.layout is not None
+    pairs = [Source(m, u, "", m) for m, u in kept.items() if u.kind in ("lora", "dora") and len(u.shape) == 2]
+    targets = plan_layout(pairs, wish.layout, read_sizes(wish.base))
+    changed = {target.path: target for target in targets if target.how != "exact"}
+    if not changed:
+        raise UsageError(f"--for {wish.layout} changes nothing: the adapter has no such modules", culprit=source.name)
+    taken = {part.source.module for target in changed.values() for part in target.parts}
+    others = {module: update for module, update in kept.items() if module not in taken}
+    bare = next((m for m in others if m.rpartition(".")[0] in taken or m in changed), None)
+    if bare:
+        raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
+    specs, copy = _copied(source, wish, others)
+    ends = {"A": ".lora_A", "B": ".lora_B"} if wish.to == "loralib" else PEFT_ENDS
+    rows, made, last = list(_rows(others)), {}, dict[str, dict[str, Tensor]]()
+
+    def make(path: str) -> tuple[dict[str, Tensor], float]:
+        factors = make_factors(changed[path], lambda each: low_rank(source, each))
+        A, B = (side.to(wish.dtype) if wish.dtype else side for side in (factors.A, factors.B))
+        tensors = {"A": A, "B": B, "magnitude": factors.magnitude}
+        return {path + ends[role]: t for role, t in tensors.items() if t is not None}, factors.scale
+
+    for path, target in changed.items():
+        tensors, scale = make(path)
+        for name, tensor in tensors.items():
+            specs[name] = TensorSpec(SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+            made[name] = path
+        rank = specs[path + ends["A"]].shape[0]
+        rows.append(ModuleConvert(path, tuple(p.source.module for p in target.parts), target.how, rank, scale * rank))
+
+    def load(name: str) -> Tensor:
+        if name not in made:
+            return copy(name)
+        if made[name] not in last:
+            last.clear()
+            last[made[name]] = make(made[name])[0]
+        return last[made[name]][name]
+
     notes = loralib_notes(rows) if wish.to == "loralib" else ()
-    return Output(specs, load, _config(source, kept), {"format": "pt"}, rows, dropped, notes)
+    config = _relaid_config(source, kept, rows)
+    return Output(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
+
+
+def low_rank(adapter: Adapter, source: Source) -> LowRank:
+    update = adapter.load(source.update)
+    assert isinstance(update, LowRank)
+    return update
+
+
+def _relaid_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
+    stacks = {module for module, update in kept.items() if update.kind == "experts"}
+    ours = config_of({row.name: (row.rank, row.alpha) for row in rows}, stacks)
+    former = _config(source, kept)
+    keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
+    return {**ours, **{key: value for key, value in former.items() if key not in keys}}
 
 
 def _named(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> dict[str, tuple[str, str]]:
@@ -170,9 +245,10 @@ def _config(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, Any]:
     return {**config_of(both), "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
 
 
-def config_of(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """PEFT's of modules with these ranks and alphas."""
-    config = lora_config({name: rank for name, (rank, _) in modules.items()}, {})
+def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] = ()) -> dict[str, Any]:
+    """PEFT's of modules with these ranks and alphas, of which `stacks` are bare parameters."""
+    ranks = {name: rank for name, (rank, _) in modules.items()}
+    config = lora_config({n: r for n, r in ranks.items() if n not in stacks}, {n: ranks[n] for n in sorted(stacks)})
     common = Counter(alpha for _, alpha in modules.values()).most_common(1)[0][0]
     patterns = {f"^{re.escape(name)}": alpha for name, (_, alpha) in modules.items() if alpha != common}
     return {**config, "lora_alpha": common, "alpha_pattern": patterns}
@@ -248,7 +324,7 @@ def _carried(
         for role, key in update.tensors.items():
             if role not in "AB":
                 factor = update.scale if update.kind == "add" else 1.0
-                found[names[module][role]] = Carried(((Source(source.file, key), factor),))
+                found[names[module][role]] = Carried(((Stored(source.file, key), factor),))
         if update.base:
-            found[update.base] = Carried(((Source(source.file, update.base), 1.0),))
+            found[update.base] = Carried(((Stored(source.file, update.base), 1.0),))
     return found
