@@ -19,6 +19,7 @@ from .architectures.image import (
     DOUBLE,
     FLUX_OUTSIDE,
     FLUX_SWAPPED,
+    OPENCLIP,
     SINGLE,
     component_of,
     diffusers_to_sgm,
@@ -114,7 +115,7 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
     pieces: dict[tuple[str, str], list[Part]] = {}
     for source in sources:
         if source.component != "unet":
-            whole.append(_as_it_is(source, source.path))
+            whole += _text(source)
         elif family != "flux":
             path = sgm_to_diffusers(source.path)
             attends = family != "sd1" or not path.startswith("up_blocks.0.")  # else its upsampler is second, not third
@@ -135,6 +136,25 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
 def _as_it_is(source: Source, path: str) -> Target:
     rows = source.update.shape[0]
     return Target(source.component, path, rows, (Part(source, 0, rows),), "exact")
+
+
+def _text(source: Source) -> list[Target]:
+    """A text encoder's module in Hugging Face's names: of an OpenCLIP's fused q, k, v three."""
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", source.path)
+    names = OPENCLIP.get(layer[2], ()) if layer else ()
+    if not layer or not names:
+        return [_as_it_is(source, source.path)]
+    size, how = source.update.shape[0] // len(names), "exact" if len(names) == 1 else "split"
+    return [
+        Target(
+            source.component,
+            f"text_model.encoder.layers.{layer[1]}.{name}",
+            size,
+            (Part(source, i * size, (i + 1) * size),),
+            how,
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def _swapped(source: Source, path: str) -> Target:

@@ -58,13 +58,13 @@ class Wish:
     """
 
     to: str
-    drop: tuple[str, ...]
-    dtype: torch.dtype | None
-    plain: bool
-    initial: str | os.PathLike[str] | None
-    rank: int | None
-    layout: str | None
-    base: str | os.PathLike[str] | None
+    drop: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    plain: bool = False
+    initial: str | os.PathLike[str] | None = None
+    rank: int | None = None
+    layout: str | None = None
+    base: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
