@@ -224,7 +224,15 @@ def _joined(key: tuple[str, str], parts: list[Part]) -> Target:
 
 
 def join(component: str, path: str, parts: list[Part], rows: int) -> Target:
-    """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none."""
+    """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none, and
+    InputError for parts of different inputs.
+    """
+    other = next((p.source for p in parts if p.source.update.shape[1:] != parts[0].source.update.shape[1:]), None)
+    if other:
+        first = parts[0].source
+        raise InputError(
+            f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
+        )
     magnitudes = sum(part.source.update.kind == "dora" for part in parts)
     if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
         raise NeedsFlag(

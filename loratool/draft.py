@@ -174,8 +174,12 @@ WRITTEN = ("peft", "kohya", "diffusers")
 def require_written(like: Adapter) -> None:
     """Refuse a format whose files cannot say the new ranks and scales."""
     if like.format not in WRITTEN:
-        remedy = f"first loratool convert {like.name} --to {'kohya' if like.format == 'cloneofsimo' else 'peft'}"
-        raise InputError(f"is in {like.format}'s format, which is read only", culprit=like.name, remedy=remedy)
+        to = "kohya" if like.format == "cloneofsimo" else "peft --alpha ALPHA"
+        raise InputError(
+            f"is in {like.format}'s format, whose files cannot say the new ranks and scales",
+            culprit=like.name,
+            remedy=f"first loratool convert {like.name} --to {to}",
+        )
 
 
 def default_name(like: Adapter, verb: str) -> str:

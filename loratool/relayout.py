@@ -55,7 +55,7 @@ def read_sizes(base: str | os.PathLike[str] | None) -> Sizes:
 
 def _count(config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
-    return value if type(value) is int and value > 0 else 0
+    return value if type(value) is int and 0 < value < 1 << 31 else 0
 
 
 def plan_layout(sources: list[Source], layout: str, sizes: Sizes) -> list[Target]:
@@ -110,6 +110,9 @@ def _split(source: Source, sizes: Sizes) -> list[Target]:
 def _fuse(path: str, parts: Mapping[str, Source], sizes: Sizes) -> Target:
     names = next(FUSED[end] for end in FUSED if f".{path}".endswith(f".{end}"))
     rows = {name: source.update.shape[0] for name, source in parts.items()}
+    alike = [rows[name] for name in names[-2:] if name in rows]  # key and value, gate and up
+    if len(set(alike)) > 1:
+        raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
     if len(rows) < len(names):
         rows = _with_missing(path, names, rows, sizes)
     wrong = next((n for n in rows if names == _QKV and sizes and rows[n] != sizes[n]), None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
+from loratool.errors import LoratoolError
 from loratool.formats import open_adapter
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -146,8 +147,8 @@ class TestPlain:
             assert torch.allclose(found[f"{name}.lora_up.weight"].double(), scale * B.double(), rtol=1e-7, atol=0)
 
     def test_options_that_need_it(self, tmp_path: Path) -> None:
-        for options in ({"rank": 2}, {"initial": tmp_path}):
-            with pytest.raises(UsageError, match="for --plain"):
+        for options in ({"rank": 2}, {"initial": tmp_path}, {"rank": 0, "plain": True}):
+            with pytest.raises(UsageError, match="for --plain|out of range"):
                 loratool.convert(FIXTURES / "llama" / "adapter", tmp_path / "b", to="peft", **options)  # type: ignore
 
 
@@ -390,6 +391,15 @@ class TestLayout:
         with pytest.raises(InputError, match=r"qkv_proj.bias: has another change"):
             loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=self.base(tmp_path / "right"))
 
+    @pytest.mark.parametrize(
+        ("shapes", "message"), [(((5, 8), (5, 9)), "no parts of one matrix"), (((5, 8), (6, 8)), "which no model has")]
+    )
+    def test_parts_that_do_not_fit(self, shapes: Any, message: str, tmp_path: Path) -> None:
+        (a, b), (c, d) = shapes
+        modules = {f"{self.LAYER}.mlp.gate_proj": factors(a, b, 2), f"{self.LAYER}.mlp.up_proj": factors(c, d, 2)}
+        with pytest.raises(InputError, match=message):
+            loratool.convert(write_peft(tmp_path / "a", modules), tmp_path / "b", to="peft", layout="fused")
+
     def test_peft_computes_the_same(self, tmp_path: Path) -> None:
         """A Phi-3's adapter on a Llama of the same weights."""
         from peft import PeftModel
@@ -417,6 +427,19 @@ class TestLayout:
         plain = phi(ids).logits.detach().clone()
         one, two = (PeftModel.from_pretrained(m, str(tmp_path / x))(ids).logits for m, x in ((phi, "a"), (llama, "b")))
         assert torch.allclose(one, two, atol=1e-5) and not torch.allclose(one, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"plain": True, "dtype": "fp16"}, {"plain": True}])
+def test_an_overflow_is_refused_by_name(options: dict[str, Any], tmp_path: Path) -> None:
+    A, B = factors(6, 6, 2)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B * 1e38, f"{name}.alpha": torch.tensor(1e6)}
+    save_file(tensors, tmp_path / "image.safetensors")
+    write_peft(tmp_path / "language", {Q: (A, B * 1e38)}, lora_alpha=1e6)
+    for source, to, out in (("image.safetensors", "comfy", "x.safetensors"), ("language", "peft", "x")):
+        with pytest.raises(LoratoolError, match="to_q: its factors overflow|q_proj: its factors overflow"):
+            loratool.convert(tmp_path / source, tmp_path / out, to=to, **options)
+        assert not (tmp_path / out).exists()
 
 
 def test_from_overrides_what_the_names_say(tmp_path: Path) -> None:

@@ -198,6 +198,10 @@ class TestOneTrainer:
         found = run("inspect", file)
         assert found.exit_code == 0 and "DoRA along the inputs" in found.stdout
 
+    def test_a_magnitude_of_another_shape_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="not a magnitude for each output"):
+            open_adapter(self.write(tmp_path / "a.safetensors", weights(2, 3)))
+
     @needs_shared
     def test_the_real_list_is_of_the_inputs(self, tmp_path: Path) -> None:
         shapes = json.loads((SHARED / "keylists" / "flux_dora_onetrainer_format.json").read_text())

@@ -66,4 +66,6 @@ def pair_magnitude(
             raise InputError(said, culprit=key)
         rest = {role: name for role, name in roles.items() if role != "magnitude"}
         return replace(pair_factors(module, rest, file, config, False, lenient=True), fault=f"{key} {said}")
+    if shape and not lenient and shape.count(1) < len(shape) - 1:
+        raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
     return pair_factors(module, roles, file, config, transposed=False, lenient=lenient)

@@ -85,6 +85,8 @@ def convert(
         raise UsageError(f"format {from_format!r} is none of {', '.join(FORMATS)}")
     if (initial is not None or rank is not None) and not plain:
         raise UsageError("--initial and --rank are for --plain")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank} is out of range")
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
     if (layout is None and base is not None) or (layout is not None and plain):

@@ -28,7 +28,7 @@ from ..converting import (
     spell,
     uses_own_names,
 )
-from ..draft import STALE, write_single
+from ..draft import STALE, rounded, write_single
 from ..errors import InputError, NeedsFlag
 from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
@@ -145,8 +145,8 @@ class _Planned:
         if self._wish.plain:
             factors, exact = fold(factors)
             how = "folded" if exact else "rounded"
-        if self._wish.dtype is not None:
-            factors = replace(factors, A=factors.A.to(self._wish.dtype), B=factors.B.to(self._wish.dtype))
+        B, A = rounded(target.path, (factors.B, factors.A), self._wish.dtype or factors.B.dtype)
+        factors = replace(factors, A=A, B=B)
         return factors, how
 
     def _ends(self) -> dict[str, str]:

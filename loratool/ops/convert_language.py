@@ -150,7 +150,7 @@ def _copied(
     def load(name: str) -> Tensor:
         module, role = pieces[name]
         tensor: Tensor = getattr(source.load(kept[module]), role)
-        return tensor.to(wish.dtype) if wish.dtype and role in "AB" else tensor
+        return rounded(module, (tensor, tensor), wish.dtype)[0] if wish.dtype and role in "AB" else tensor
 
     for name, (module, role) in pieces.items():
         spec = kept[module].specs[role]
@@ -177,7 +177,7 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
 
     def make(path: str) -> tuple[dict[str, Tensor], float]:
         factors = make_factors(changed[path], lambda each: low_rank(source, each))
-        A, B = (side.to(wish.dtype) if wish.dtype else side for side in (factors.A, factors.B))
+        B, A = rounded(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
         tensors = {"A": A, "B": B, "magnitude": factors.magnitude}
         return {path + ends[role]: t for role, t in tensors.items() if t is not None}, factors.scale
 

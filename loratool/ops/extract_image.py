@@ -82,6 +82,8 @@ def plan_image_adapter(
     if family is None:
         raise InputError("is no image model that is known (SD 1, SD 2, SDXL, Flux)", culprit=str(base.path))
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
+    if not sources:
+        raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
     made = plan_image(Image(str(base.path), {}, family, load), Wish(to), sources, [])
     if is_budget and any(module.how == "split" for module in made.modules):
         raise UsageError(
