@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .architectures.image import weighed_component
 from .errors import InputError, LoratoolError, NeedsFlag
 from .fileio import sha256_file
 from .tensorfile import TensorSpec, WeightsFile
 from .updates import UPDATES, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class UpdateSpec:
     module: the path of the module whose `weight` it changes; for another parameter the path of that one.
     transposed: whether the base stores (in, out), where the format itself knows it.
     base: the tensor of the adapter's file that holds the weight under the update, if the adapter brought its own.
+    enabled: of a MergedLinear's rows in equal slices, those that the stored B has; `specs` describe B with all rows.
     fault: why it cannot be merged, in a view of a damaged file (kind UNPAIRED where it has no pair of factors).
     """
 
@@ -94,6 +98,7 @@ class UpdateSpec:
     experts: int = 1
     indices: tuple[int, ...] = ()
     base: str | None = None
+    enabled: tuple[bool, ...] = ()
     fault: str | None = None
 
     @property
@@ -140,6 +145,8 @@ class Adapter:
         for role, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"holds nan or inf; {self.name} is damaged", culprit=spec.tensors[role])
+        if spec.enabled:
+            tensors["B"] = _spread(tensors["B"], spec.enabled)
         rest: dict[str, Any] = {"scale": spec.scale, "experts": spec.experts}
         names = {field.name for field in fields(cls)}
         if "indices" in names:
@@ -181,6 +188,19 @@ class Adapter:
             for module, spec in sorted(self.updates.items())
         )
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _spread(B: Tensor, enabled: Sequence[bool]) -> Tensor:
+    """A MergedLinear's B (rows of the enabled slices, r) as a low-rank change's: (out, r * n), block-sparse.
+
+    Slice g of the enabled ones has the ranks g * r on of A (loralib's grouped convolution of A by B).
+    """
+    n, (rows, r) = sum(enabled), B.shape
+    size = rows // n
+    whole = B.new_zeros(size * len(enabled), r * n)
+    for g, slot in enumerate(i for i, on in enumerate(enabled) if on):
+        whole[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = B[g * size : (g + 1) * size]
+    return whole
 
 
 def pair_factors(

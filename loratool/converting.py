@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from .architectures.image import (
     DOUBLE,
     FLUX_OUTSIDE,
     FLUX_SWAPPED,
+    OPENCLIP,
     SINGLE,
     component_of,
     diffusers_to_sgm,
     sgm_to_diffusers,
 )
 from .architectures.image_names import flattened
-from .errors import InputError
-from .updates import LowRank
+from .errors import InputError, NeedsFlag
+from .updates import DoRA, LowRank
 
 # A target -> what it is. The denoiser's names: `own` are the model's, `diffusers` diffusers'.
 TARGETS = {
@@ -34,7 +35,9 @@ TARGETS = {
     "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
     "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
     "comfy": "ComfyUI: the model's own names with lora_down, lora_up and alpha",
+    "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
 }
+SINGLE_COMPONENT = ("peft", "loralib")
 FLUX_BLOCKS = (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE))
 MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width
 
@@ -76,7 +79,7 @@ def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         dotted = flattened().get(path) if adapter.flattened else path
-        if update.kind != "lora" or dotted is None:
+        if update.kind not in ("lora", "dora") or dotted is None:
             impossible.append(module)
             continue
         sources.append(Source(module, update, component or "unet", dotted))
@@ -112,7 +115,7 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
     pieces: dict[tuple[str, str], list[Part]] = {}
     for source in sources:
         if source.component != "unet":
-            whole.append(_as_it_is(source, source.path))
+            whole += _text(source)
         elif family != "flux":
             path = sgm_to_diffusers(source.path)
             attends = family != "sd1" or not path.startswith("up_blocks.0.")  # else its upsampler is second, not third
@@ -133,6 +136,25 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
 def _as_it_is(source: Source, path: str) -> Target:
     rows = source.update.shape[0]
     return Target(source.component, path, rows, (Part(source, 0, rows),), "exact")
+
+
+def _text(source: Source) -> list[Target]:
+    """A text encoder's module in Hugging Face's names: of an OpenCLIP's fused q, k, v three."""
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", source.path)
+    names = OPENCLIP.get(layer[2], ()) if layer else ()
+    if not layer or not names:
+        return [_as_it_is(source, source.path)]
+    size, how = source.update.shape[0] // len(names), "exact" if len(names) == 1 else "split"
+    return [
+        Target(
+            source.component,
+            f"text_model.encoder.layers.{layer[1]}.{name}",
+            size,
+            (Part(source, i * size, (i + 1) * size),),
+            how,
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def _swapped(source: Source, path: str) -> Target:
@@ -198,23 +220,54 @@ def _fuse(source: Source, whole: list[Target], pieces: dict[tuple[str, str], lis
 
 def _joined(key: tuple[str, str], parts: list[Part]) -> Target:
     width, rows = parts[0].source.update.shape[1], parts[0].stop
-    whole = (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows
-    return Target(*key, whole, tuple(sorted(parts, key=lambda part: part.at)), "fused")
+    return join(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
+
+
+def join(component: str, path: str, parts: list[Part], rows: int) -> Target:
+    """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none, and
+    InputError for parts of different inputs.
+    """
+    other = next((p.source for p in parts if p.source.update.shape[1:] != parts[0].source.update.shape[1:]), None)
+    if other:
+        first = parts[0].source
+        raise InputError(
+            f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
+        )
+    magnitudes = sum(part.source.update.kind == "dora" for part in parts)
+    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
+        raise NeedsFlag(
+            "is fused there, of parts of which some are DoRA: the others have no magnitude",
+            culprit=path,
+            remedy=f"add --drop {','.join(part.source.module for part in parts)} to leave them out",
+        )
+    return Target(component, path, rows, tuple(sorted(parts, key=lambda part: part.at)), "fused")
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A: (r, in, *kernel), B: (out, r, 1s), and the scale that stands before B A."""
+    """A: (r, in, *kernel), B: (out, r, 1s), the scale that stands before B A, and DoRA's magnitude (out,)."""
 
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
-def make_factors(adapter: Adapter, target: Target, cache: Callable[[Source], LowRank] | None = None) -> Factors:
+def make_factors(target: Target, load: Callable[[Source], LowRank]) -> Factors:
     """The very tensors where one module stays one; else of the first part's type, scales that differ folded into B."""
-    load = cache or (lambda source: _load(adapter, source))
     updates = [load(part.source) for part in target.parts]
+    made = _low_rank(target, updates)
+    if not isinstance(updates[0], DoRA):
+        return made
+    pieces = [
+        update.magnitude.flatten()[part.start : part.stop]
+        for update, part in zip(updates, target.parts, strict=True)
+        if isinstance(update, DoRA)
+    ]
+    return replace(made, magnitude=torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone())
+
+
+def _low_rank(target: Target, updates: list[LowRank]) -> Factors:
     first = updates[0]
     if target.how == "exact":
         return Factors(first.A, first.B, first.scale)
@@ -226,26 +279,26 @@ def make_factors(adapter: Adapter, target: Target, cache: Callable[[Source], Low
     scales = {update.scale for update in updates}
     scale = scales.pop() if len(scales) == 1 else 1.0
     sides = [update.B if scale == update.scale else _scaled(update.B, update.scale) for update in updates]
+    dtype = next((side.dtype for side in sides if side.dtype != first.B.dtype), first.B.dtype)
     if all(update.A.shape == first.A.shape and torch.equal(update.A, first.A) for update in updates[1:]):
-        B = first.B.new_zeros(target.rows, first.B.shape[1])  # one A for all: their rows of B, one below the other
+        B = torch.zeros(
+            target.rows, first.B.shape[1], dtype=dtype
+        )  # one A for all: their rows of B, one below the other
         for part, side in zip(target.parts, sides, strict=True):
             B[part.at : part.at + len(side)] = side
-        return Factors(first.A, B, scale)
+        return Factors(first.A.to(dtype), B, scale)
     ranks = [len(update.A) for update in updates]
-    B = first.B.new_zeros(target.rows, sum(ranks))
+    B = torch.zeros(target.rows, sum(ranks), dtype=dtype)
     for part, side, start in zip(target.parts, sides, (sum(ranks[:i]) for i in range(len(ranks))), strict=True):
         B[part.at : part.at + len(side), start : start + side.shape[1]] = side
-    return Factors(torch.cat([update.A for update in updates]), B, scale)
-
-
-def _load(adapter: Adapter, source: Source) -> LowRank:
-    update = adapter.load(source.update)
-    assert isinstance(update, LowRank)
-    return update
+    return Factors(torch.cat([update.A for update in updates]).to(dtype), B, scale)
 
 
 def _scaled(B: Tensor, scale: float) -> Tensor:
-    return (B.double() * scale).to(B.dtype)
+    """In float32 where its own type cannot hold the product."""
+    exact = B.double() * scale
+    own = exact.to(B.dtype)
+    return own if bool((own.double() == exact).all()) else exact.float()
 
 
 def _trimmed(A: Tensor, B: Tensor, scale: float) -> Factors:
@@ -254,6 +307,13 @@ def _trimmed(A: Tensor, B: Tensor, scale: float) -> Factors:
     if not bool(kept.any()):
         kept[0] = True
     return Factors(A[kept], B[:, kept], scale)
+
+
+def fold(factors: Factors) -> tuple[Factors, bool]:
+    """With the scale in B, and whether that is exact: in the same type if it can be, else in float32."""
+    B = _scaled(factors.B, factors.scale)
+    exact = bool((B.double() == factors.B.double() * factors.scale).all())
+    return replace(factors, A=factors.A.to(B.dtype), B=B, scale=1.0), exact
 
 
 def spell(target: Target, to: str, family: str, texts: int) -> str:
@@ -267,7 +327,7 @@ def spell(target: Target, to: str, family: str, texts: int) -> str:
         encoders = {"1": "clip_l", "2": "clip_g", "3": "t5xxl"}
         head = "diffusion_model" if target.component == "unet" else f"text_encoders.{encoders[number]}.transformer"
         return f"{head}.{target.path}"
-    if to == "peft":
+    if to in SINGLE_COMPONENT:
         return target.path
     denoiser = "transformer" if family == "flux" else "unet"
     return f"{denoiser if target.component == 'unet' else target.component}.{target.path}"

@@ -183,6 +183,20 @@ class Draft:
         return {names[0]: A.reshape(A_spec.shape), names[1]: B.permute(1, 2, 0).reshape(B_spec.shape)}
 
 
+WRITTEN = ("peft", "kohya", "diffusers")
+
+
+def require_written(like: Adapter) -> None:
+    """Refuse a format whose files cannot say the new ranks and scales."""
+    if like.format not in WRITTEN:
+        to = "kohya" if like.format == "cloneofsimo" else "peft --alpha ALPHA"
+        raise InputError(
+            f"is in {like.format}'s format, whose files cannot say the new ranks and scales",
+            culprit=like.name,
+            remedy=f"first loratool convert {like.name} --to {to}",
+        )
+
+
 def default_name(like: Adapter, verb: str) -> str:
     """Of an output that was given none: a folder where the input was a folder's file, else a file."""
     in_folder = like.format == "peft" and like.file.path.name.startswith("adapter_model")
@@ -194,11 +208,18 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
     specs, load = draft.specs(), draft.loader()
     if draft.like.format == "peft":
         bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.like.file.specs)
-        write_adapter(path, is_file, specs, load, _peft_config(draft), prefix="" if bare else PEFT_PREFIX)
+        write_adapter(path, is_file, specs, load, draft_config(draft), prefix="" if bare else PEFT_PREFIX)
         return
     if not is_file:
         raise UsageError(f"{draft.like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
     metadata = {key: value for key, value in (draft.like.file.metadata or {}).items() if key not in STALE}
+    write_single(path, specs, load, metadata)
+
+
+def write_single(
+    path: Path, specs: Mapping[str, TensorSpec], load: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """One safetensors file; `load` is asked for the tensors one by one, in the order of the data."""
     header, begin = build_header(specs, names := data_order(specs), metadata)
     require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
     with partial_file(path) as file:
@@ -207,7 +228,7 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
             write_at(file, tensor_bytes(load(name), specs[name]), begin[name])
 
 
-def _peft_config(draft: Draft) -> dict[str, object]:
+def draft_config(draft: Draft) -> dict[str, object]:
     """The fields of the one it is like, but for what rank and scale are now."""
     stacks = {module for module, update in draft.updates.items() if update.kind == "experts"}
     modules = {module: draft.ranks[module] for module in draft.updates if module not in stacks}

@@ -34,6 +34,15 @@ EMBED = {
 }
 
 
+# --to -> what it is; the default is by the base
+EXTRACT_TO = {
+    "peft": "PEFT, for a model or a component in a folder",
+    "kohya": "kohya, for an image model in one file",
+    "diffusers": "diffusers, by component",
+    "comfy": "ComfyUI",
+}
+
+
 @dataclass(frozen=True)
 class Change:
     """A weight whose change is factored. also: the name of the head that is the same matrix, where the model ties
@@ -58,7 +67,7 @@ class Change:
 class Sorted:
     """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
     factored, (||W||^2, ||D||^2), and matrices those with more than one dimension; taken: tensors of the tuned side
-    alone that found a use.
+    alone that found a use; alphas: whether the adapter has a float32 for each module.
     """
 
     low_rank: dict[str, Change] = field(default_factory=dict)
@@ -70,10 +79,12 @@ class Sorted:
     biased: bool = False
     unchanged: int = 0
     taken: set[str] = field(default_factory=set)
+    alphas: bool = False
 
     def exact_cost(self, in_bytes: bool) -> int:
-        """Of what is kept exactly: bytes, or parameters."""
-        return sum(source.spec.nbytes if in_bytes else source.spec.size for source in self.exact.values())
+        """Of what is kept exactly, and of the alphas: bytes, or parameters."""
+        alphas = len(self.low_rank) * (4 if in_bytes else 1) if self.alphas else 0
+        return alphas + sum(source.spec.nbytes if in_bytes else source.spec.size for source in self.exact.values())
 
 
 def sort_changes(base: Checkpoint, pairs: Pairs, selection: Selection, embed: str, bias: bool) -> Sorted:

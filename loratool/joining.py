@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from .adapter import Adapter, UpdateSpec
-from .draft import Carried
+from .draft import Carried, require_written
 from .errors import InputError, LoratoolError, NeedsFlag, UsageError
 from .formats.diffusers import ENDS
 from .formats.peft import DECLARED
@@ -84,6 +84,7 @@ def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
 
 def _check_together(loaded: Loaded) -> None:
     first = loaded[0][0]
+    require_written(first)
     for adapter, _ in loaded[1:]:
         if adapter.format != first.format:
             raise InputError(

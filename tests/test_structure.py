@@ -15,7 +15,8 @@ ORDER = [
     "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
     "counting", "outline",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
-    "factoring", "draft", "joining", "comparing", "converting", "extraction", "inits", "combining", "initialization",
+    "factoring", "draft", "joining", "comparing", "converting", "relayout", "extraction", "inits", "combining",
+    "initialization",
     "hypotheses", "replaying", "judging", "ops", "pictures", "render", "cli",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.

@@ -215,6 +215,15 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
     return found
 
 
+def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
+    """Tensor -> (component, path) of every weight that adapters of an image model can change, by the base's own names;
+    empty for what is no image model.
+    """
+    if not any(mark in name for name in shapes for mark in MARKS):
+        return {}
+    return {name: (component, path) for component, _, path, name in _split(shapes)}
+
+
 def component_of(module: str) -> tuple[str | None, str]:
     """The component that an adapter's module says it is in, None where it does not, and its path there."""
     for prefix in sorted(ADAPTER_PREFIXES, key=len, reverse=True):

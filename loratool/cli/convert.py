@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from ..converting import TARGETS
-from .options import alpha_option, dry_run_option, force_option, json_option
+from ..formats import FORMATS
+from ..relayout import LAYOUTS
+from .options import Slices, alpha_option, dry_run_option, force_option, json_option
 
 
 @click.command()
@@ -17,6 +19,20 @@ from .options import alpha_option, dry_run_option, force_option, json_option
     type=click.Choice(list(TARGETS)),
     help="; ".join(f"{meaning}" for meaning in TARGETS.values()) + ".",
 )
+@click.option(
+    "--from", "from_format", type=click.Choice(list(FORMATS)), help="What ADAPTER is.  [default: what its names say]"
+)
+@click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="Which slices loralib's MergedLinear changes.")
+@click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
+@click.option("--initial", metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted.")
+@click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank.")
+@click.option(
+    "--for",
+    "layout",
+    type=click.Choice(list(LAYOUTS)),
+    help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
+)
+@click.option("--base", metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told.")
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
 @click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @alpha_option
@@ -27,6 +43,13 @@ def convert(
     adapter: str,
     out: str | None,
     to: str,
+    from_format: str | None,
+    enable_lora: tuple[bool, ...] | None,
+    plain: bool,
+    initial: str | None,
+    rank: int | None,
+    layout: str | None,
+    base: str | None,
     drop: tuple[str, ...],
     dtype: str,
     alpha: float | None,
@@ -34,7 +57,8 @@ def convert(
     dry_run: bool,
     json: bool,
 ) -> None:
-    """Write an image model's adapter in another convention: SD 1, SD 2, SDXL, Flux and their text encoders.
+    """Write an adapter in another convention: an image model's (SD 1, SD 2, SDXL, Flux and their text encoders) in any,
+    a language model's as PEFT's or loralib's, or as plain LoRA.
 
     Factors are copied as they are; where one convention fuses what another splits (Flux's qkv), rows are cut or put
     together, exactly. What cannot be carried stops the conversion unless --drop names it.
@@ -42,12 +66,31 @@ def convert(
     \b
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
+      loratool convert pissa/ --to peft --plain --initial start/ -o lora/
+      loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
+      loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o lora/
     """
     from ..ops.convert import convert as run
     from ..render import print_convert, to_json
     from ..targets import parse_patterns
 
-    report = run(adapter, out, to=to, drop=parse_patterns(drop), alpha=alpha, dtype=dtype, force=force, dry_run=dry_run)
+    report = run(
+        adapter,
+        out,
+        to=to,
+        from_format=from_format,
+        drop=parse_patterns(drop),
+        alpha=alpha,
+        enable_lora=enable_lora or (),
+        plain=plain,
+        initial=initial,
+        rank=rank,
+        layout=layout,
+        base=base,
+        dtype=dtype,
+        force=force,
+        dry_run=dry_run,
+    )
     if json:
         print(to_json("convert", report))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..extraction import EMBED
+from ..extraction import EMBED, EXTRACT_TO
 from .options import (
     Count,
     Size,
@@ -37,6 +37,11 @@ from .options import (
 )
 @click.option("--certify", is_flag=True, help="Prove how far each matrix is from the best, where else it is estimated.")
 @click.option("--no-bias", is_flag=True, help="Leave changed biases and norms out.")
+@click.option(
+    "--to",
+    type=click.Choice(list(EXTRACT_TO)),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_TO.items()) + ".  [default: by BASE]",
+)
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the start of the iteration.")
 @click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Take models that are no fine-tune.")
@@ -60,6 +65,7 @@ def extract(
     embed: str,
     certify: bool,
     no_bias: bool,
+    to: str | None,
     dtype: str,
     seed: int,
     allow: tuple[str, ...],
@@ -103,6 +109,7 @@ def extract(
             exclude=parse_patterns(exclude),
             layers=layers,
             bias=not no_bias,
+            to=to,
             dtype=dtype,
             seed=seed,
             allow=allow,

@@ -58,6 +58,19 @@ class Count(click.ParamType[int]):
         return int(count)
 
 
+class Slices(click.ParamType[tuple[bool, ...]]):
+    """`1,0,1`: yes and no for each."""
+
+    name = "slices"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[bool, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"[01](,[01])*", value) or "1" not in value:
+            self.fail(f"{str(value)[:40]!r} is not like 1,0,1", param, ctx)
+        return tuple(each == "1" for each in value.split(","))
+
+
 class PatternRank(click.ParamType[tuple[str, int]]):
     """`PATTERN=RANK`, a pattern as in --target."""
 

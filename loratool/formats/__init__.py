@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..errors import InputError, LoratoolError, UsageError
 from ..fileio import reading
 from ..hub import resolve
 from ..tensorfile import WeightsFile
-from . import diffusers, kohya, peft
+from . import cloneofsimo, diffusers, kohya, loralib, peft
 from .methods import BIASES, Method, is_biases, other_method
 from .peft_config import CONFIG_NAME, find_config
 
@@ -33,8 +33,10 @@ class Format:
 
 
 FORMATS = {
+    "cloneofsimo": Format(cloneofsimo.claims, cloneofsimo.read),
     "kohya": Format(kohya.claims, kohya.read),
     "diffusers": Format(diffusers.claims, diffusers.read),
+    "loralib": Format(loralib.claims, loralib.read),
     "peft": Format(peft.claims, peft.read),
 }
 
@@ -129,11 +131,18 @@ def _is_complete(weights: Path) -> bool:
     return weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file()
 
 
-def open_adapter(name: str | os.PathLike[str], alpha: float | None = None, lenient: bool = False) -> Adapter:
+def open_adapter(
+    name: str | os.PathLike[str],
+    alpha: float | None = None,
+    lenient: bool = False,
+    format: str | None = None,
+    enabled: Sequence[bool] | None = None,
+) -> Adapter:
     """Open an adapter in any known format: a folder, a file, or a name in the local Hugging Face cache.
 
     `alpha` is for files that have none; it must not contradict one that has it. lenient: a module's missing partner,
-    rank or alpha is a fault of its update, which cannot be merged then, and no error.
+    rank or alpha is a fault of its update, which cannot be merged then, and no error. format: a key of FORMATS, instead
+    of the one that claims the names. enabled: of loralib's MergedLinear (`loralib.read`).
     Raises InputError for what no format claims, and for what a format cannot read.
     """
     if alpha is not None and not math.isfinite(alpha):
@@ -143,9 +152,13 @@ def open_adapter(name: str | os.PathLike[str], alpha: float | None = None, lenie
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
-        for format in FORMATS.values():
-            if format.claims(file.specs):
-                return format.read(os.fspath(name), file, alpha, lenient)
+        claimed = format or next((key for key, each in FORMATS.items() if each.claims(file.specs)), None)
+        if enabled and claimed != "loralib":
+            raise UsageError(f"--enable-lora is for loralib's files, and this one is {claimed or 'none'}")
+        if claimed == "loralib":
+            return loralib.read(os.fspath(name), file, alpha, lenient, enabled)
+        if claimed:
+            return FORMATS[claimed].read(os.fspath(name), file, alpha, lenient)
         if _is_complete(weights):
             return peft.read(os.fspath(name), file, alpha, lenient)  # trained modules or biases and no LoRA
         if is_biases(file.specs):

@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..adapter import Adapter, AdapterConfig, pair_factors
+from ..adapter import Adapter, AdapterConfig
 from ..architectures.image import ADAPTER_PREFIXES
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
+from .kohya import pair_magnitude
 from .peft_config import parse_config
 
 # The end of a tensor's name -> its role
@@ -36,6 +37,8 @@ ENDS = {
     ".alpha": "alpha",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".magnitude": "magnitude",
+    ".dora_scale": "magnitude",
 }
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
@@ -80,7 +83,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         roles = {role: key for role, key in roles.items() if role != "alpha"}
         if not roles:
             raise InputError("has an alpha and no factors", culprit=module)
-        spec = pair_factors(path, roles, file, config, transposed=False, lenient=lenient)
+        spec = pair_magnitude(path, roles, file, config, lenient)
         updates[module] = replace(spec, module=module)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     return Adapter(name, "diffusers", file, AdapterConfig(alpha=alphas.pop() if len(alphas) == 1 else None), updates)

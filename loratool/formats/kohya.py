@@ -2,21 +2,22 @@
 
 `<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` (a number).
 The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-scripts: `networks/lora.py`.
+OneTrainer and LyCORIS add `.dora_scale` (out, 1[, 1, 1]), DoRA's magnitude; along the inputs it is another arithmetic.
 A flattened name cannot be split by rule, so it is bound against the flattened names of the base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..adapter import Adapter, AdapterConfig, pair_factors
+from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
 from ..architectures.wrappers import KOHYA_PREFIXES
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
 
-ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "magnitude"}
 
 
 def claims(names: Iterable[str]) -> bool:
@@ -24,7 +25,7 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Raises InputError for every tensor that is no part of plain LoRA on a linear layer."""
+    """Raises InputError for every tensor that is no part of LoRA, or of DoRA along the outputs."""
     found: dict[str, dict[str, str]] = {}
     for tensor in file.specs:
         module, _, end = tensor.partition(".")
@@ -47,7 +48,24 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         value = alpha if value is None else value
         rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
         own = AdapterConfig(alpha=value or float(rank))
-        updates[module] = pair_factors(module, roles, file, own, transposed=False, lenient=lenient)
+        updates[module] = pair_magnitude(module, roles, file, own, lenient)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
     return Adapter(name, "kohya", file, config, updates, flattened=True)
+
+
+def pair_magnitude(
+    module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
+) -> UpdateSpec:
+    """The module's update. Along the inputs, `dora_scale` (1, in, ...), LyCORIS once normalized columns."""
+    key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
+    shape = file.specs[key].shape if key.endswith(".dora_scale") else ()
+    if A and B and len(shape) > 1 and shape[:1] != file.specs[B].shape[:1] and shape[1:2] == file.specs[A].shape[1:2]:
+        said = f"is {shape}: DoRA along the inputs, which normalizes columns and is not supported"
+        if not lenient:
+            raise InputError(said, culprit=key)
+        rest = {role: name for role, name in roles.items() if role != "magnitude"}
+        return replace(pair_factors(module, rest, file, config, False, lenient=True), fault=f"{key} {said}")
+    if shape and not lenient and shape.count(1) < len(shape) - 1:
+        raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
+    return pair_factors(module, roles, file, config, transposed=False, lenient=lenient)

@@ -30,7 +30,7 @@ from ..comparing import (
 )
 from ..errors import InputError, UsageError
 from ..formats import holds_adapter
-from ..inputs import open_adapters
+from ..inputs import open_adapters, read_given
 from ..numerics.factors import FactoredSVD, amplification
 from ..pairing import Comparison, compare, pair_tensors
 from ..placing import Placement
@@ -139,7 +139,7 @@ def diff(
             for side in sides:
                 opened.callback(side.close)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
-        adapters = open_adapters([os.fspath(a), os.fspath(b)], alpha, opened)
+        adapters = open_adapters(read_given([a, b]), alpha, opened)
         one, two = (_selected(adapter, selection) for adapter in adapters)
         if not one.updates and not two.updates:
             raise InputError("neither adapter has a module that is selected")

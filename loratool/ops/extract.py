@@ -17,7 +17,7 @@ import torch
 
 from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
-from ..draft import DTYPES
+from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
@@ -28,6 +28,7 @@ from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for
 from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
+from .extract_image import choose_target, left_out, plan_image_adapter
 
 UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
 RANK = 8
@@ -103,6 +104,7 @@ def extract(
     layers: str | None = None,
     embed: str = "lora",
     bias: bool = True,
+    to: str | None = None,
     dtype: str = "fp32",
     certify: bool = False,
     seed: int = 0,
@@ -112,12 +114,13 @@ def extract(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """The change TUNED - BASE as a PEFT adapter: a folder, or one file with its config where `out` ends in
-    .safetensors.
+    """The change TUNED - BASE as an adapter: PEFT's, a folder, or one file with its config where `out` ends in
+    .safetensors; of an image model in one file kohya's, whose text encoders and denoiser lie in one file too.
 
     One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
     size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
-    embeddings and heads, a key of `extraction.EMBED`. bias: keep changed biases and norms, exactly. dtype: of the
+    embeddings and heads, a key of `extraction.EMBED`. bias: keep changed biases and norms, exactly. to: a key of
+    EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the
     factors, a key of DTYPES. certify: prove how far each matrix is from the best, where else it is estimated. allow:
     "unrelated" takes two models that are no fine-tune of each other. Raises InputError where the sides do not belong
     together, are quantized or equal, or hold nan; nothing is written then.
@@ -129,11 +132,16 @@ def extract(
     rule = _rule(rank, energy, params, size)
     with ExitStack() as opened:
         sides = [_open(name, opened) for name in (base, tuned)]
-        path, is_file = check_name(out if out is not None else "adapter")
+        form = choose_target(sides[0], to)
+        path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
+        if form != "peft" and not is_file:
+            raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_path(path, is_file, [shard.path for side in sides for shard in side.shards], force)
         pairs = pair_tensors(*sides)
-        selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        found = sort_changes(sides[0], pairs, selection, embed, bias)
+        excluded = (*exclude, *(left_out(sides[0]) if form != "peft" else ()))
+        selection = Selection(tuple(target), excluded, parse_layers(layers))
+        found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft")
+        found.alphas = form in ("kohya", "comfy")
         opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
@@ -141,9 +149,14 @@ def extract(
         work.factor_all()
         _refuse(work, found, pairs, tuple(allow))
         plan = plan_adapter(found, work.factored, work.ranks(), spool, DTYPES[dtype], sides[0], os.fspath(base))
+        if form != "peft":
+            budget = rule[0] not in RANK_RULES
+            plan = plan_image_adapter(plan, form, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
-        if not dry_run:
+        if not dry_run and form == "peft":
             write_adapter(path, is_file, plan.specs, plan.load, plan.config)
+        elif not dry_run:
+            write_single(path, plan.specs, plan.load, plan.config)
         return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
 

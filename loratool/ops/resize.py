@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..draft import DTYPES, Carried, Draft, cost, default_name, load_stacked, rounded, write_draft
+from ..draft import (
+    DTYPES,
+    Carried,
+    Draft,
+    cost,
+    default_name,
+    load_stacked,
+    require_written,
+    rounded,
+    write_draft,
+)
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import open_adapter
 from ..formats.peft_config import changes_base
@@ -91,6 +101,7 @@ def resize(
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha)
         opened.callback(source.file.close)
+        require_written(source)
         path, is_file = check_name(out if out is not None else default_name(source, "resized"))
         check_path(path, is_file, [source.file.path], force)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)

@@ -141,11 +141,14 @@ def print_combine(report: CombineReport) -> None:
 
 
 def print_convert(report: ConvertReport) -> None:
-    say(f"{report.adapter}: {report.source_format}, {report.family}, to {report.to}")
+    what = ", ".join(filter(None, (report.source_format, report.family)))
+    say(f"{report.adapter}: {what}, to {report.to}")
     rows = [[m.name, ", ".join(m.sources), m.how, str(m.rank), f"{m.alpha:g}"] for m in report.modules]
     print_table([(title, title in ("rank", "alpha")) for title in ("module", "from", "how", "rank", "alpha")], rows)
     for module in report.dropped:
         say(f"dropped: {module}")
+    for note in report.notes:
+        say(f"note: {note}")
     verb = "would write" if report.dry_run else "wrote"
     say(f"\n{verb} {report.out}: {len(rows)} modules, {count(report.parameters)} parameters, {size(report.nbytes)}")
 

@@ -1,0 +1,245 @@
+"""An image model's adapter to be, module by module, in any of its conventions: what `convert` and `extract` write.
+
+All is planned from headers where the very factors are carried; tensors are made when they are written, a module at a
+time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..converting import (
+    SINGLE_COMPONENT,
+    Factors,
+    Source,
+    Target,
+    alpha_of,
+    fold,
+    make_factors,
+    plan_targets,
+    spell,
+    uses_own_names,
+)
+from ..draft import STALE, rounded, write_single
+from ..errors import InputError, NeedsFlag
+from ..formats.peft_write import SAFETENSORS, write_adapter
+from ..targets import Selection
+from ..tensorfile import TensorSpec
+from ..updates import LowRank
+from .convert_language import ModuleConvert, Output, Wish, config_of, loralib_notes
+
+BASE_VERSIONS = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """Where the factors come from: its name and metadata, the model's family, and what reads a module's."""
+
+    name: str
+    metadata: Mapping[str, str]
+    family: str
+    load: Callable[[Source], LowRank]
+
+
+def plan_image(image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> Output:
+    """impossible: modules that no convention can carry. Raises NeedsFlag where something is to be dropped first."""
+    return _Planned(image, wish, sources, impossible).output()
+
+
+def write_output(made: Output, to: str, path: Path, is_file: bool) -> None:
+    if to == "peft":
+        write_adapter(path, is_file, made.specs, made.load, made.config)
+    else:
+        write_single(path, made.specs, made.load, made.metadata)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One module of the output: rank, alpha and the specs of its tensors, by their ends."""
+
+    target: Target
+    how: str
+    rank: int
+    alpha: float
+    specs: Mapping[str, TensorSpec]
+
+
+class _Planned:
+    """The modules of the output, and what makes their tensors."""
+
+    def __init__(self, image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> None:
+        self._image, self._wish, family = image, wish, image.family
+        wanted = self._wanted(sources, impossible)
+        targets = plan_targets(wanted, family, uses_own_names(wish.to, family))
+        texts = len({each.component for each in wanted if each.component != "unet"})
+        self._made = {spell(target, wish.to, family, texts): self._make(target) for target in targets}
+        self._last: dict[str, dict[str, Tensor]] = {}
+        dora = [name for name, made in self._made.items() if made.target.parts[0].source.update.kind == "dora"]
+        self._use_dora = bool(dora)
+        if dora and len(dora) < len(self._made) and wish.to in ("peft", "diffusers"):
+            other = next(name for name in self._made if name not in dora)
+            raise InputError(
+                f"is no DoRA, {dora[0]} is; {wish.to}'s loader wants all modules of one kind", culprit=other
+            )
+        carried = {part.source.module for target in targets for part in target.parts}
+        every = (*(each.module for each in sources), *impossible)
+        self._dropped = tuple(module for module in every if module not in carried)
+
+    def _wanted(self, sources: list[Source], impossible: list[str]) -> list[Source]:
+        to, selection = self._wish.to, Selection(self._wish.drop or ("",))
+        wanted = [each for each in sources if not selection.selects(each.module)]
+        if to in SINGLE_COMPONENT:
+            wanted, more = _one_component(wanted)
+            impossible = impossible + more
+        refuse = {"dora"} if to == "loralib" or self._wish.plain else set()
+        lost = [s.module for s in wanted if s.update.kind in refuse or (to == "loralib" and _has_kernel(s))]
+        wanted = [each for each in wanted if each.module not in lost]
+        lost += [module for module in impossible if not selection.selects(module)]
+        if lost:
+            raise NeedsFlag(
+                f"{len(lost)} modules of {self._image.name} cannot be carried to {to}"
+                f"{' as plain LoRA' if self._wish.plain else ''}: {', '.join(lost[:3])}"
+                + (", ..." if len(lost) > 3 else ""),
+                remedy=f"add --drop {','.join(lost) if len(lost) < 4 else _prefixes(lost)} to leave them out",
+            )
+        if not wanted:
+            raise InputError("nothing is left to convert", culprit=self._image.name)
+        return wanted
+
+    def _make(self, target: Target) -> _Made:
+        """From headers alone, where the very factors are carried."""
+        first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
+        if how == "exact" and not self._wish.plain:
+            specs = {role: first.specs[role] for role in ("A", "B")}
+            if dtype is not None:
+                letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
+                specs = {role: TensorSpec(letters, spec.shape) for role, spec in specs.items()}
+            if "magnitude" in first.specs:
+                specs["magnitude"] = first.specs["magnitude"]
+            rank, alpha = first.rank, first.scale * first.rank
+        else:
+            factors, folded = self._factors(target)
+            how = folded if how == "exact" else how
+            tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
+            specs = {
+                role: TensorSpec(SAFETENSORS[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
+                for role, t in tensors.items()
+                if t is not None
+            }
+            rank, alpha = len(factors.A), alpha_of(factors)
+        ends = {
+            end: self._laid(role, spec, specs["B"]) for role, end in self._ends().items() if (spec := specs.get(role))
+        }
+        return _Made(target, how, rank, alpha, ends)
+
+    def _factors(self, target: Target) -> tuple[Factors, str]:
+        factors, how = make_factors(target, self._image.load), "exact"
+        if self._wish.plain:
+            factors, exact = fold(factors)
+            how = "folded" if exact else "rounded"
+        B, A = rounded(target.path, (factors.B, factors.A), self._wish.dtype or factors.B.dtype)
+        factors = replace(factors, A=A, B=B)
+        return factors, how
+
+    def _ends(self) -> dict[str, str]:
+        if self._wish.to in ("kohya", "comfy"):
+            return {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
+        if self._wish.to == "loralib":
+            return {"A": "lora_A", "B": "lora_B"}
+        return {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+    def _laid(self, role: str, spec: TensorSpec, B: TensorSpec) -> TensorSpec:
+        """In the shape that the convention has: a magnitude stands by the rows of the weight, or in PEFT by its own."""
+        if role != "magnitude":
+            return replace(spec, shape=spec.shape[:2]) if self._wish.to == "loralib" else spec
+        rows, ones = (B.shape[0],), (1,) * (len(B.shape) - 2)
+        if self._wish.to in ("kohya", "comfy"):
+            return replace(spec, shape=(*rows, 1, *ones))
+        return replace(spec, shape=(1, *rows, *ones) if ones else rows)
+
+    def output(self) -> Output:
+        specs = {f"{name}.{end}": spec for name, made in self._made.items() for end, spec in made.specs.items()}
+        if self._wish.to in ("kohya", "comfy"):
+            specs |= {f"{name}.alpha": TensorSpec("F32", ()) for name in self._made}
+        rows = [
+            ModuleConvert(name, tuple(dict.fromkeys(p.source.module for p in m.target.parts)), m.how, m.rank, m.alpha)
+            for name, m in self._made.items()
+        ]
+        config = self._config(self._made) if self._wish.to == "peft" else {}
+        notes = loralib_notes(rows) if self._wish.to == "loralib" else ()
+        return Output(
+            specs, self._load, config, self._metadata(), tuple(rows), self._dropped, notes, self._image.family
+        )
+
+    def _load(self, key: str) -> Tensor:
+        """The tensors of a module, asked for one after the other, are computed once."""
+        name = next(name for name in (key.rpartition(".")[0], key.rsplit(".", 2)[0]) if name in self._made)
+        made, end = self._made[name], key.removeprefix(f"{name}.")
+        if end == "alpha":
+            return torch.tensor(made.alpha, dtype=torch.float32)
+        if name not in self._last:
+            factors, _ = self._factors(made.target)
+            tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
+            self._last.clear()
+            self._last[name] = {e: t for role, e in self._ends().items() if (t := tensors[role]) is not None}
+        return self._last[name][end].reshape(made.specs[end].shape)
+
+    def _metadata(self) -> dict[str, str]:
+        former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE, "loratool")}
+        if self._wish.to not in ("kohya", "comfy"):
+            return {"format": "pt"} | (
+                {"lora_adapter_metadata": json.dumps(self._by_component(), sort_keys=True)}
+                if self._wish.to == "diffusers"
+                else {}
+            )
+        ranks = {made.rank for made in self._made.values()}
+        alphas = {made.alpha for made in self._made.values()}
+        return {
+            **former,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
+            "ss_base_model_version": former.get("ss_base_model_version", BASE_VERSIONS[self._image.family]),
+        }
+
+    def _by_component(self) -> dict[str, Any]:
+        """diffusers' metadata: the fields of a LoraConfig, each after its component."""
+        found: dict[str, Any] = {}
+        parts: dict[str, dict[str, _Made]] = {}
+        for name, made in self._made.items():
+            component, _, path = name.partition(".")
+            parts.setdefault(component, {})[path] = made
+        for component, modules in parts.items():
+            config = self._config(modules)
+            fields = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora"]
+            fields += ["use_dora"] if self._use_dora else []
+            found |= {f"{component}.{field}": config[field] for field in fields}
+        return found
+
+    def _config(self, modules: Mapping[str, _Made]) -> dict[str, Any]:
+        both = {name: (made.rank, made.alpha) for name, made in modules.items()}
+        return {**config_of(both), "use_dora": self._use_dora}
+
+
+def _has_kernel(source: Source) -> bool:
+    return math.prod(source.update.specs["A"].shape[2:]) != 1
+
+
+def _one_component(sources: list[Source]) -> tuple[list[Source], list[str]]:
+    """A PEFT adapter is for one model: the denoiser, or else the first text encoder."""
+    first = "unet" if any(s.component == "unet" for s in sources) else sources[0].component if sources else ""
+    return [s for s in sources if s.component == first], [s.module for s in sources if s.component != first]
+
+
+def _prefixes(modules: Sequence[str]) -> str:
+    """One glob for each way in which they begin."""
+    heads = dict.fromkeys(m[: m.index("_", 5) + 1] if m.startswith("lora_") else m.split(".")[0] + "." for m in modules)
+    return ",".join(f"'{head}*'" for head in heads)
