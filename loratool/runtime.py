@@ -114,7 +114,7 @@ class Worker:
         with torch.cuda.stream(self.stream):
             step = item.prepare(item.start, item.stop)
             most = BLOCK if self.stream is None else CUDA_BLOCK
-            rows = max(1, min(max(BLOCK_ROWS, BLOCK // 8 // item.columns), most // item.columns))
+            rows = max(1, min(max(BLOCK_ROWS, BLOCK // 2 // item.columns), most // item.columns))
             rows = rows if self.stream is None else max(1, most // item.columns)
             rows = item.block_rows or rows
             count = item.stop - item.start

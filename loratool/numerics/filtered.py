@@ -8,19 +8,36 @@ So nearly every W + D is further from a midpoint between two bfloat16 than the b
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .exact import Change, ExactProduct, Workspace, apply_rounded, count_different, round_once
+from .exact import Change, ExactProduct, Workspace, apply_rounded
 
 WINDOW = 256  # float32 steps around a midpoint that are looked at closely; more of them, and fewer sums near 0
-MOST = 8  # of a block's weights, one in so many may be looked at closely, else the exact way is as cheap
+MOST = 8  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
 LEAST, LARGEST = 2.0**-80, 2.0**80  # outside of which a product in float32 could underflow, or overflow
+TILE = 1 << 16  # weights at a time: what is kept of them in float32 stays in a core's cache
+
+Positions = npt.NDArray[np.intp]
+Sums = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+
+
+class _Tile:
+    """The buffers for some whole rows, with every view of them: making one costs as much as a thousand weights."""
+
+    def __init__(self, work: Workspace, rows: int, n: int) -> None:
+        self.wide, self.change, self.total = (
+            work.take(name, torch.float32, rows, n) for name in ("wide", "change", "total")
+        )
+        self.flat = tuple(x.view(-1) for x in (self.wide, self.change, self.total))
+        self.total_bits, self.low = self.total.view(torch.int32), work.take("low", torch.int16, rows, n)
+        self.sums, self.bits = self.flat[2].numpy(), self.low.numpy().view(np.uint16)
+        self.hit, self.small = (work.take(name, torch.bool, rows, n).numpy() for name in ("hit", "small"))
 
 
 class FilteredRows:
@@ -36,47 +53,90 @@ class FilteredRows:
         self._right, norm, gram = product.right_in_float32  # (R, n), the others (), (R, R)
         self._left = rows.float()  # (m, R)
         # |fl(B A) - B A| <= R u |B||A| in any order; the factors were rounded too
-        self._bound = rows.norm(dim=1) * (norm * (rank + 4) * U)  # (m,)
-        self._squares = ((rows @ gram) * rows).sum(1)  # (m,): ||D||^2 of each row
+        self._bound = (rows.norm(dim=1) * (norm * (rank + 4) * U)).numpy()  # (m,)
+        self._squares = ((rows @ gram) * rows).sum(1).tolist()  # (m,): ||D||^2 of each row
+        self._tiles: dict[int, _Tile] = {}
 
     def apply(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
         """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
 
         base, out: (rows, n) in bfloat16, contiguous.
         """
-        rows = slice(row, row + len(base))
-        exactly = partial(apply_rounded, base, self._product.fill(self._exact[rows]), out, work)
-        if not _float32_is_whole():
-            return exactly()
-        wide, change, total = (work.take(name, torch.float32, *base.shape) for name in ("wide", "change", "total"))
-        torch.mm(self._left[rows], self._right, out=change)
-        wide.copy_(base)
-        torch.add(wide, change, out=total)
-        out.copy_(total)
-        doubtful = _doubtful(total, out, float(self._bound[rows].max()), work)
-        if doubtful is not None:
-            self._mend(base, row, doubtful, out, work)
-            total.copy_(out).sub_(wide)
-            squared, kept = _dot(wide, wide), _dot(total, change)
-            if math.isfinite(squared) and math.isfinite(kept):
-                return Change(squared, float(self._squares[rows].sum()), kept, count_different(out, base, total, work))
-        return exactly()
+        error = float(self._bound[row : row + len(base)].max())
+        if not (_float32_is_whole() and LEAST < error < LARGEST):
+            return self._apply_exactly(base, row, out, work)
+        change, near = Change(), []
+        columns, least = base.shape[1], _least(error)
+        step = max(1, TILE // columns)
+        for start in range(0, len(base), step):
+            part = slice(start, min(start + step, len(base)))
+            done = self._apply_tile(base[part], row + start, out[part], least, work)
+            if done is None:
+                change += self._apply_exactly(base[part], row + start, out[part], work)
+            else:
+                change += done[0]
+                near.append((done[1] + start * columns, done[2]))
+        if near:
+            at, sums = (np.concatenate(side) for side in zip(*near, strict=True))
+            change += self._mend(base, row, at[_is_doubtful(sums, error)], out)
+        return change
 
-    def _mend(
-        self, base: Tensor, row: int, at: np.ndarray[Any, np.dtype[np.intp]], rounded: Tensor, work: Workspace
-    ) -> None:
-        """Round the weights at these flat positions exactly."""
-        where, columns = torch.from_numpy(at), base.shape[1]
+    def _apply_exactly(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
+        return apply_rounded(base, self._product.fill(self._exact[row : row + len(base)]), out, work)
+
+    def _apply_tile(
+        self, base: Tensor, row: int, out: Tensor, least: int, work: Workspace
+    ) -> tuple[Change, Positions, Sums] | None:
+        """Also the flat positions of the sums that may lie near a midpoint, or near 0, and these sums; None where they
+        are many, or not all finite.
+        """
+        rows = len(base)
+        tile = self._tiles.get(rows)
+        if tile is None:
+            tile = self._tiles[rows] = _Tile(work, *base.shape)
+        torch.mm(self._left[row : row + rows], self._right, out=tile.change)
+        tile.wide.copy_(base)
+        torch.add(tile.wide, tile.change, out=tile.total)
+        out.copy_(tile.total)
+        before, after = base.view(torch.uint16).numpy(), out.view(torch.uint16).numpy()
+        at = _near(tile, after, least)
+        if len(at) * MOST > after.size:
+            return None
+        sums = tile.sums[at]
+        tile.total.copy_(out).sub_(tile.wide)
+        wide, change, moved = tile.flat
+        squared, kept = torch.dot(wide, wide).item(), torch.dot(moved, change).item()
+        if not (math.isfinite(squared) and math.isfinite(kept)):
+            return None
+        np.not_equal(before, after, out=tile.hit)
+        return Change(squared, sum(self._squares[row : row + rows]), kept, int(np.count_nonzero(tile.hit))), at, sums
+
+    def _mend(self, base: Tensor, row: int, at: Positions, rounded: Tensor) -> Change:
+        """Round the weights at these flat positions exactly; returns what that changes in the sums."""
+        columns = base.shape[1]
         rows = torch.from_numpy(at // columns + row)
-        c = self._product.elements(self._exact, rows, torch.from_numpy(at % columns))
-        weight = base.view(-1)[where]
-        result = torch.empty_like(weight)
-        round_once((weight.double() + c).unsqueeze(0), result.unsqueeze(0), work)
-        rounded.view(-1)[where] = torch.where(c == 0, weight, result)
+        c = self._product.elements(self._exact, rows, torch.from_numpy(at % columns)).numpy()
+        before, after = (x.view(torch.uint16).numpy().reshape(-1) for x in (base, rounded))
+        weight, former = before[at], after[at]
+        result = np.where(c == 0, weight, _round_to_bfloat16(_wide(weight) + c))
+        after[at] = result
+        changed = np.count_nonzero(result != weight) - np.count_nonzero(former != weight)
+        return Change(kept=float(np.dot(_wide(result) - _wide(former), c)), changed=int(changed))
 
 
-def _dot(x: Tensor, y: Tensor) -> float:
-    return float(torch.dot(x.view(-1), y.view(-1)))
+def _wide(code: Codes) -> npt.NDArray[np.float64]:
+    """The numbers behind bit patterns of bfloat16."""
+    return (code.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _round_to_bfloat16(x: npt.NDArray[np.float64]) -> Codes:
+    """To nearest even in one rounding, as codes; `x` is within bfloat16's range."""
+    narrow = x.astype(np.float32)
+    # a float32 that was moved onto a midpoint has lost the side on which x lies
+    moved = ((narrow.view(np.uint32) & 0xFFFF) == 0x8000) & (narrow != x)
+    toward = np.where(x > narrow, np.float32(np.inf), np.float32(-np.inf))
+    bits = np.where(moved, np.nextafter(narrow, toward), narrow).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def _float32_is_whole() -> bool:
@@ -87,27 +147,26 @@ def _float32_is_whole() -> bool:
     return str(matmul.fp32_precision) in ("none", "ieee")
 
 
-def _doubtful(total: Tensor, rounded: Tensor, error: float, work: Workspace) -> np.ndarray[Any, Any] | None:
-    """Flat positions in a float32 sum that lie within `error` of a midpoint of bfloat16, or of 0; None for too many."""
-    if not LEAST < error < LARGEST:
-        return None
-    low = work.take("low", torch.int16, *total.shape)
-    low.copy_(total.view(torch.int32))  # the upper half falls off
-    bits = low.numpy().view(np.uint16)
-    hit, small = (work.take(name, torch.bool, *total.shape).numpy() for name in ("hit", "small"))
+def _least(error: float) -> int:
+    """The upper half of a float32 beyond which WINDOW steps are more than the error and the rounding of the sum."""
+    return (int(np.array([error / U / (WINDOW - 2)], np.float32).view(np.int32)[0]) >> 16) + 1
+
+
+def _near(tile: _Tile, rounded: Codes, least: int) -> Positions:
+    """Flat positions of the sums within WINDOW of a midpoint of bfloat16, and of those up to `least`."""
+    bits, hit = tile.bits, tile.hit
+    tile.low.copy_(tile.total_bits)  # the upper half falls off
     np.add(bits, WINDOW - 0x8000 & 0xFFFF, out=bits)
     np.less_equal(bits, 2 * WINDOW, out=hit)
-    # of a sum beyond `least`, WINDOW - 2 steps are more than the error, and 2 the rounding of the sum
-    least = int(np.array([error / U / (WINDOW - 2)], np.float32).view(np.int32)[0]) >> 16
-    code = rounded.view(torch.int16).numpy().view(np.uint16)
-    np.bitwise_and(code, 0x7FFF, out=bits)
-    np.less_equal(bits, least + 1, out=small)
-    np.logical_or(hit, small, out=hit)
-    at = np.flatnonzero(hit)
-    if len(at) * MOST > hit.size:
-        return None
-    x = total.numpy().reshape(-1)[at]
+    np.bitwise_and(rounded, 0x7FFF, out=bits)
+    np.less_equal(bits, least, out=tile.small)
+    np.logical_or(hit, tile.small, out=hit)
+    return np.flatnonzero(hit)
+
+
+def _is_doubtful(x: Sums, error: float) -> npt.NDArray[np.bool_]:
+    """Which float32 sums lie within `error` of a midpoint of bfloat16, or of 0."""
     middle = ((x.view(np.int32) & -0x10000) | 0x8000).view(np.float32)
     reach = error + np.abs(x) * (2 * U)
-    found: np.ndarray[Any, Any] = at[(np.abs(x - middle) <= reach) | (np.abs(x) <= reach)]
-    return found
+    doubtful: npt.NDArray[np.bool_] = (np.abs(x - middle) <= reach) | (np.abs(x) <= reach)
+    return doubtful
