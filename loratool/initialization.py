@@ -9,6 +9,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,13 @@ from .errors import InputError, UsageError
 from .factoring import KINDS, Layout, factor_shapes, kind_of, lay_out, stack_sizes
 from .formats.peft_write import lora_config
 from .inits import INITS, Draw, Start, Weight
+from .numerics.svd import energy_of
+from .placing import Placement
 from .plan import MergePlan
+from .runtime import map_ahead, worker_count
 from .source import Source
 from .targets import Selection, matches
-from .tensorfile import TORCH_FLOATS, TensorSpec
+from .tensorfile import TORCH_FLOATS, TensorSpec, data_order
 from .updates import Experts, LowRank
 
 READ = 1 << 22  # numbers read at a time
@@ -258,12 +262,15 @@ def make_sites(
 
 
 class Starter:
-    """The adapter's tensors by name, computed a weight at a time. done: called with each weight's bytes."""
+    """The adapter's tensors by name, computed a weight at a time, in the order in which they are written.
+
+    On a CPU a core has a weight: products with a few columns wait for the memory, and two cores for each other.
+    done: called with each weight's bytes.
+    """
 
     def __init__(self, sites: Sequence[Site], method: str, seed: int, dora: bool, device: torch.device) -> None:
         self._init, self._seed, self._dora, self._device = INITS[method], seed, dora, device
-        self._site_of = {key: site for site in sites for key in (*site.keys, f"{site.wrapper}.{MAGNITUDE}")}
-        self._last: tuple[Site | None, dict[str, Tensor]] = None, {}
+        self._site_of = {key: site for site in sites for key in site.keys}
         self.specs: dict[str, TensorSpec] = {}
         for site in sites:
             shapes = factor_shapes(site.weight.kind, site.weight.source.spec.shape, site.rank)
@@ -272,16 +279,24 @@ class Starter:
         self.magnitudes: dict[str, Tensor] = {}
         self.gaps: dict[str, float] = {}
         self.done: Callable[[int], None] = lambda nbytes: None
+        self._last: dict[str, Tensor] = {}
+        order = dict.fromkeys(self._site_of[key] for key in data_order(self.specs))
+        workers = worker_count() if device.type == "cpu" and (self._init.reads or dora) else 1
+        self._starts = map_ahead(self._start, order, workers)
 
     def load(self, key: str) -> Tensor:
+        """Factors in the order of their data, then the magnitudes."""
         if key in self.magnitudes:
             return self.magnitudes[key]
-        site = self._site_of[key]
-        if self._last[0] is not site:
-            self._last = site, self._start(site)
-        return self._last[1][key]
+        if key not in self._last:
+            site, self._last = next(self._starts)
+            self.done(site.weight.source.spec.nbytes)
+        return self._last[key]
 
-    def _start(self, site: Site) -> dict[str, Tensor]:
+    def close(self) -> None:
+        self._starts.close()
+
+    def _start(self, site: Site) -> tuple[Site, dict[str, Tensor]]:
         weight, shape = site.weight, site.weight.source.spec.shape
         reads = self._init.reads or self._dora
         values = KINDS[weight.kind].stack(read_float32(weight.source, self._device)) if reads else None
@@ -291,9 +306,8 @@ class Starter:
             norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
             self.magnitudes[f"{site.wrapper}.{MAGNITUDE}"] = norms.view(site.magnitude.shape)
         self.gaps[weight.name] = start.gap
-        self.done(weight.source.spec.nbytes)
         A, B = KINDS[weight.kind].lay(start.A, start.B, shape)
-        return dict(zip(site.keys, (A.contiguous(), B.contiguous()), strict=True)) | self.magnitudes
+        return site, dict(zip(site.keys, (A.contiguous(), B.contiguous()), strict=True))
 
 
 def read_float32(source: Source, device: torch.device) -> Tensor:
@@ -303,8 +317,9 @@ def read_float32(source: Source, device: torch.device) -> Tensor:
     step = max(1, READ // (size // shape[0]))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        out[start:stop] = source.file.rows(source.name, start, stop).to(device).reshape(stop - start, *shape[1:])
-        if not bool(out[start:stop].isfinite().all()):
+        block = out[start:stop]
+        block.copy_(source.file.rows(source.name, start, stop).reshape(block.shape))
+        if not all(math.isfinite(end) for end in block.aminmax()):  # a nan is either
             raise InputError(
                 f"holds nan, inf or more than float32 can; {source.file.path} is damaged", culprit=source.name
             )
@@ -331,32 +346,33 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
     """How far the residual and the factors taken out of it are from the base: name -> (||W' + s B A - W||^2,
     ||W||^2). plan: of the merge that took them out; result: what it wrote.
     """
-    found, load = {}, Loader(torch.device("cpu"))
-    for name, placements in plan.placements.items():
-        errors, squares = [], []
-        for placement in placements:
-            update = load(placement)
-            if isinstance(update, Experts):
-                assert placement.expert is not None
-                update = update.expert(placement.expert)
-            assert isinstance(update, LowRank)
-            (term,) = update.terms(1.0, placement.transposed)
-            # a residual of 16 bits is 1e-3 off, which float32 tells to four digits and more in half the time
-            wide = torch.float32 if result.specs[name].dtype in ("BF16", "F16") else torch.float64
-            left, right = (term.left.double() * term.multiplier).to(wide), term.right.to(wide)
-            step = max(1, READ // right.shape[1])
-            for start in range(placement.start, placement.stop, step):
-                stop = min(start + step, placement.stop)
-                W, R = (
-                    side.matrix_rows(placement.rows, start, stop).to(wide).flatten(1)
-                    for side in (plan.sources[name], Source(result.shard_of[name], name))
-                )
-                rows = slice(placement.skip + start - placement.start, placement.skip + stop - placement.start)
-                squares.append(_energy(W))
-                errors.append(_energy(R.sub_(W).addmm_(left[rows], right)))
-        found[name] = math.fsum(errors), math.fsum(squares)
-    return found
+    load = Loader(torch.device("cpu"))
+
+    def distance(name: str) -> tuple[float, float]:
+        sides = plan.sources[name], Source(result.shard_of[name], name)
+        both = [_residual_error(placement, load, *sides) for placement in plan.placements[name]]
+        return math.fsum(error for error, _ in both), math.fsum(square for _, square in both)
+
+    with closing(map_ahead(distance, plan.placements, worker_count())) as found:
+        return dict(zip(plan.placements, found, strict=True))
 
 
-def _energy(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().sum())
+def _residual_error(placement: Placement, load: Loader, base: Source, residual: Source) -> tuple[float, float]:
+    update = load(placement)
+    if isinstance(update, Experts):
+        assert placement.expert is not None
+        update = update.expert(placement.expert)
+    assert isinstance(update, LowRank)
+    (term,) = update.terms(1.0, placement.transposed)
+    # a residual of 16 bits is 1e-3 off, which float32 tells to four digits and more in half the time
+    wide = torch.float32 if residual.spec.dtype in ("BF16", "F16") else torch.float64
+    left, right = (term.left.double() * term.multiplier).to(wide), term.right.to(wide)
+    step = max(1, READ // right.shape[1])
+    errors, squares = [], []
+    for start in range(placement.start, placement.stop, step):
+        stop = min(start + step, placement.stop)
+        W, R = (side.matrix_rows(placement.rows, start, stop).to(wide).flatten(1) for side in (base, residual))
+        rows = slice(placement.skip + start - placement.start, placement.skip + stop - placement.start)
+        squares.append(energy_of(W))
+        errors.append(energy_of(R.sub_(W).addmm_(left[rows], right)))
+    return math.fsum(errors), math.fsum(squares)

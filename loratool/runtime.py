@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ BLOCK_ROWS = 64  # read, computed and written at a time: enough to make a produc
 BLOCK = 1 << 20  # but at most so many weights, where rows are long
 CUDA_BLOCK = 1 << 24
 WORTH_A_FORK = 1 << 26  # bytes of output from which a fork, 20 ms a worker, is soon earned
+T = TypeVar("T")
+R = TypeVar("R")
+
 MAX_WORKERS = 8  # beyond that memory bandwidth is the limit, and each worker holds its buffers
 
 # Called with the bytes of output done so far and in all.
@@ -211,5 +215,24 @@ def _run_threads(
                     yield future.result()
         finally:
             for future in pending:
+                future.cancel()
+            torch.set_num_threads(threads_before)
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
+    """`function` of each item, in their order, on `workers` threads of a core each; at most so many results wait.
+
+    Close it when no more are wanted: only then torch has its own threads again.
+    """
+    threads_before, source = torch.get_num_threads(), iter(items)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque(pool.submit(function, item) for item in islice(source, workers))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+                yield result
+        finally:
+            for future in waiting:
                 future.cancel()
             torch.set_num_threads(threads_before)

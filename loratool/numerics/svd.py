@@ -63,7 +63,7 @@ def truncated_svd(
     if m < n:
         turned = truncated_svd(D.T, rank, generator, tolerance, certify)
         return _turned(turned)
-    total = _energy(D)
+    total = energy_of(D)
     rank = min(rank, n)
     if total == 0.0 or rank == 0:
         return TruncatedSVD(D.new_zeros(m, 0), D.new_zeros(0).double(), D.new_zeros(n, 0), total, 0.0, 0)
@@ -88,7 +88,7 @@ def truncated_svds(
         part = tall[start : start + count]
         wide = part.double()
         X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2).to(stack.dtype)
-        found += [_from_right(D, V, _energy(D), 0.0, 0) for D, V in zip(part, X, strict=True)]
+        found += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(part, X, strict=True)]
     return found if m >= n else [_turned(each) for each in found]
 
 
@@ -132,7 +132,7 @@ def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) ->
     return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
 
 
-def _energy(D: Tensor) -> float:
+def energy_of(D: Tensor) -> float:
     """||D||^2, to about 1e-8: norms of rows in float32, whose errors cancel, their squares in float64."""
     lines = torch.linalg.vector_norm(D, dim=1 if D.stride(1) == 1 else 0)
     if len(lines) and not TINY < float(lines.max()) < math.inf:  # squares beyond float32's range

@@ -147,7 +147,7 @@ def init(
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         check_parted(checkpoint, ranks, rslora)
         sites, layout = make_sites(candidates, ranks, alpha, rslora)
-        starter = Starter(sites, method, seed, dora, choose_device(device))
+        starter = opened.enter_context(closing(Starter(sites, method, seed, dora, choose_device(device))))
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
