@@ -345,7 +345,7 @@ class TestLayout:
         start = write_peft(tmp_path / "a", parts, r=2, lora_alpha=2, rank_pattern={"k_proj": 1, "v_proj": 3},
                            alpha_pattern={"k_proj": 0.7, "v_proj": 3})  # fmt: skip
         (row,) = loratool.convert(start, tmp_path / "b", to="peft", layout="fused").modules
-        assert row.rank == 6 and row.how == "fused"
+        assert row.rank == 6 and row.how == "rounded" and 0 < row.error < 1e-7  # 0.7 is no float32
         expected = torch.cat([change(start, m) for m in parts])
         assert torch.allclose(change(tmp_path / "b", self.QKV), expected, atol=1e-8)
         base = self.base(tmp_path / "base")

@@ -12,12 +12,11 @@ ROOT = Path(__file__).parent.parent / "loratool"
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
     "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles",
-    "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
-    "counting", "outline",
+    "output", "numerics", "updates", "adapter", "architectures", "formats", "unwritten", "placing", "targets", "tied",
+    "inputs", "counting", "outline",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
-    "factoring", "draft", "joining", "comparing", "converting", "relayout", "extraction", "inits", "combining",
-    "initialization",
-    "hypotheses", "replaying", "judging", "ops", "pictures", "render", "cli",
+    "factoring", "draft", "joining", "comparing", "converting", "carrying", "relayout", "extraction", "inits",
+    "combining", "initialization", "hypotheses", "replaying", "judging", "ops", "pictures", "render", "cli",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}

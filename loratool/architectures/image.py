@@ -119,6 +119,7 @@ SINGLE = {
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
+FLUX_ATTENTION = "linear1_qkv"  # what XLabs and ComfyUI call the attention in linear1, its first rows
 FLUX_OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -317,8 +318,8 @@ def _dit_aliases(dit: Dit, path: str, name: str, shape: Shape) -> Iterable[tuple
         for own, size in zip(names, sizes, strict=True):
             yield f"{other}.{block[1]}.{own}", (Rows(name, start, start + size, 0, size),)
             start += size
-        if block[2] == "linear1":  # what XLabs and ComfyUI call its attention
-            yield f"{path}_qkv", (Rows(name, 0, 3 * width, 0, 3 * width),)
+        if block[2] == "linear1":
+            yield path.replace("linear1", FLUX_ATTENTION), (Rows(name, 0, 3 * width, 0, 3 * width),)
 
 
 def _swapped(name: str, rows: int) -> tuple[Rows, ...]:

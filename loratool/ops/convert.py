@@ -10,21 +10,20 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..adapter import Adapter
-from ..converting import (
-    SINGLE_COMPONENT,
-    TARGETS,
-    family_of,
-    read_sources,
-)
+from ..converting import FAMILIES, SINGLE_COMPONENT, TARGETS, family_of, read_sources
 from ..draft import DTYPES
 from ..errors import InputError, UsageError
 from ..formats import FORMATS, open_adapter
 from ..output import check_name, check_path, named
 from ..relayout import LAYOUTS
+from ..targets import Selection
 from .convert_image import Image, plan_image, write_output
-from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language
+from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language, select
+from .convert_plain import plan_plain
+from .without_dora import without_dora
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 
@@ -89,8 +88,10 @@ def convert(
         raise UsageError(f"rank {rank} is out of range")
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
-    if (layout is None and base is not None) or (layout is not None and plain):
-        raise UsageError("--base is for --for, and --plain is another conversion: one after the other")
+    if layout is not None and plain:
+        raise UsageError("--for and --plain are two conversions: one after the other")
+    if layout is None and not plain and base is not None:
+        raise UsageError("--base is for --for, and with --plain for DoRA")
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha, format=from_format, enabled=tuple(enable_lora))
         opened.callback(source.file.close)
@@ -101,7 +102,7 @@ def convert(
             raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_path(path, is_file, [source.file.path], force)
         wish = Wish(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
-        made = _plan(source, wish, opened)
+        made = plan_convert(source, wish, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(named(path))
             write_output(made, to, path, is_file)
@@ -110,18 +111,42 @@ def convert(
         return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
 
 
-def _plan(source: Adapter, wish: Wish, opened: ExitStack) -> Output:
+def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack) -> Output:
+    """folder: where there is place for what must wait. Raises NeedsFlag and InputError as `convert` does."""
+    source, lost = _plain_enough(source, wish, folder, opened)
     sources, impossible = read_sources(source)
-    family = family_of(sources)
+    selection = Selection(wish.drop or ("",))
+    family = family_of([each for each in sources if not selection.selects(each.module)])
     if family is not None:
-        if wish.initial is not None or wish.rank is not None or wish.layout:
-            raise UsageError("--initial, --rank and --for are for adapters of language models")
+        if wish.initial is not None or wish.layout:
+            raise UsageError("--initial and --for are for adapters of language models")
         load = functools.partial(low_rank, source)
-        return plan_image(Image(source.name, source.file.metadata or {}, family, load), wish, sources, impossible)
+        return plan_image(Image(source.name, source.file.metadata or {}, family, load, lost), wish, sources, impossible)
     if source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT:
-        return plan_language(source, wish, opened)
+        kept, dropped = select(source, wish)
+        if wish.plain:
+            return plan_plain(source, wish, kept, dropped, lost, opened)
+        return plan_language(source, wish, kept, dropped)
     raise InputError(
-        "is no adapter of an image model that is known (SD 1, SD 2, SDXL, Flux)"
+        f"is no adapter of an image model that is known ({', '.join(FAMILIES.values())})"
         + ("" if wish.to == "peft" else f": nothing could load it as {wish.to}"),
         culprit=source.name,
     )
+
+
+def _plain_enough(
+    source: Adapter, wish: Wish, folder: Path, opened: ExitStack
+) -> tuple[Adapter, dict[str, tuple[float, float]]]:
+    """Without DoRA where the output has no place for it, and what that lost."""
+    selection = Selection(wish.drop or ("",))
+    dora = [m for m, update in source.updates.items() if update.kind == "dora" and not selection.selects(m)]
+    if not wish.plain and (wish.to != "loralib" or not dora):
+        return source, {}
+    if wish.base is None and dora:
+        said = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+        raise wish.needs(dora[0], said, "--base BASE" if wish.plain else "--plain --base BASE", "the model")
+    if wish.base is None:
+        return source, {}
+    if not dora:
+        raise UsageError("--base is for --for, and with --plain for DoRA, of which the adapter has none")
+    return without_dora(source, wish.base, wish.rank, folder, opened)

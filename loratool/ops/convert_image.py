@@ -9,44 +9,46 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..carrying import Factors, alpha_of, cast, change_error, fold, holds, make_factors, truncated
 from ..converting import (
     SINGLE_COMPONENT,
-    Factors,
     Source,
     Target,
-    alpha_of,
-    fold,
-    make_factors,
+    find_unknown,
     plan_targets,
     spell,
     uses_own_names,
 )
 from ..draft import STALE, rounded, write_single
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError
 from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
-from ..tensorfile import TensorSpec
+from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import LowRank
-from .convert_language import ModuleConvert, Output, Wish, config_of, loralib_notes
+from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_of, loralib_notes
 
+# kohya's name of a family's base; of SD 3 it depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 
 @dataclass(frozen=True)
 class Image:
-    """Where the factors come from: its name and metadata, the model's family, and what reads a module's."""
+    """Where the factors come from: its name and metadata, the model's family, and what reads a module's. lost: of
+    modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2).
+    """
 
     name: str
     metadata: Mapping[str, str]
     family: str
     load: Callable[[Source], LowRank]
+    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def plan_image(image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> Output:
@@ -69,6 +71,7 @@ class _Made:
     how: str
     rank: int
     alpha: float
+    error: float
     specs: Mapping[str, TensorSpec]
 
 
@@ -77,10 +80,15 @@ class _Planned:
 
     def __init__(self, image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> None:
         self._image, self._wish, family = image, wish, image.family
-        wanted = self._wanted(sources, impossible)
+        wanted = self._wanted(sources, impossible + find_unknown(sources, family))
         targets = plan_targets(wanted, family, uses_own_names(wish.to, family))
         texts = len({each.component for each in wanted if each.component != "unet"})
-        self._made = {spell(target, wish.to, family, texts): self._make(target) for target in targets}
+        self._made: dict[str, _Made] = {}
+        for target in targets:
+            name = spell(target, wish.to, family, texts)
+            if name in self._made:
+                raise InputError("two modules of the adapter would become this one", culprit=name)
+            self._made[name] = self._make(target)
         self._last: dict[str, dict[str, Tensor]] = {}
         dora = [name for name, made in self._made.items() if made.target.parts[0].source.update.kind == "dora"]
         self._use_dora = bool(dora)
@@ -95,21 +103,16 @@ class _Planned:
 
     def _wanted(self, sources: list[Source], impossible: list[str]) -> list[Source]:
         to, selection = self._wish.to, Selection(self._wish.drop or ("",))
-        wanted = [each for each in sources if not selection.selects(each.module)]
+        wanted = [each for each in sources if each.module not in impossible and not selection.selects(each.module)]
         if to in SINGLE_COMPONENT:
             wanted, more = _one_component(wanted)
             impossible = impossible + more
-        refuse = {"dora"} if to == "loralib" or self._wish.plain else set()
-        lost = [s.module for s in wanted if s.update.kind in refuse or (to == "loralib" and _has_kernel(s))]
+        lost = [s.module for s in wanted if to == "loralib" and _has_kernel(s)]
         wanted = [each for each in wanted if each.module not in lost]
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:
-            raise NeedsFlag(
-                f"{len(lost)} modules of {self._image.name} cannot be carried to {to}"
-                f"{' as plain LoRA' if self._wish.plain else ''}: {', '.join(lost[:3])}"
-                + (", ..." if len(lost) > 3 else ""),
-                remedy=f"add --drop {','.join(lost) if len(lost) < 4 else _prefixes(lost)} to leave them out",
-            )
+            what = f"cannot be carried to {to}{' as plain LoRA' if self._wish.plain else ''}"
+            raise cannot_carry(self._image.name, self._wish, what, lost, "" if len(lost) < 4 else _prefixes(lost))
         if not wanted:
             raise InputError("nothing is left to convert", culprit=self._image.name)
         return wanted
@@ -117,40 +120,60 @@ class _Planned:
     def _make(self, target: Target) -> _Made:
         """From headers alone, where the very factors are carried."""
         first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
-        if how == "exact" and not self._wish.plain:
+        stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
+        if how == "exact" and not self._wish.plain and (dtype is None or holds(dtype, *stored)):
             specs = {role: first.specs[role] for role in ("A", "B")}
             if dtype is not None:
                 letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
                 specs = {role: TensorSpec(letters, spec.shape) for role, spec in specs.items()}
             if "magnitude" in first.specs:
                 specs["magnitude"] = first.specs["magnitude"]
-            rank, alpha = first.rank, first.scale * first.rank
+            alpha = alpha_of(first.scale, first.rank)
+            error = abs(self._scale(alpha, first.rank) / first.scale - 1.0) if first.scale else 0.0
+            how, rank = "rounded" if error else "exact", first.rank
         else:
-            factors, folded = self._factors(target)
-            how = folded if how == "exact" else how
+            factors, updates = self._factors(target)
             tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
             specs = {
                 role: TensorSpec(SAFETENSORS[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
                 for role, t in tensors.items()
                 if t is not None
             }
-            rank, alpha = len(factors.A), alpha_of(factors)
+            rank = len(factors.A)
+            alpha = alpha_of(factors.scale, rank)
+            error = change_error(target, updates, factors, self._scale(alpha, rank))
+            if how == "exact" and self._wish.plain and first.scale != 1.0:
+                how = "folded"
+            former = [pair for part in target.parts if (pair := self._image.lost.get(part.source.module))]
+            total = math.fsum(norm for _, norm in former)
+            error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
+            how = how if not error else "truncated" if self._wish.rank or total else "rounded"
         ends = {
             end: self._laid(role, spec, specs["B"]) for role, end in self._ends().items() if (spec := specs.get(role))
         }
-        return _Made(target, how, rank, alpha, ends)
+        return _Made(target, how, rank, alpha, error, ends)
 
-    def _factors(self, target: Target) -> tuple[Factors, str]:
-        factors, how = make_factors(target, self._image.load), "exact"
-        if self._wish.plain:
-            factors, exact = fold(factors)
-            how = "folded" if exact else "rounded"
-        B, A = rounded(target.path, (factors.B, factors.A), self._wish.dtype or factors.B.dtype)
-        factors = replace(factors, A=A, B=B)
-        return factors, how
+    def _scale(self, alpha: float, rank: int) -> float:
+        """What a reader takes the scale to be."""
+        return (float(torch.tensor(alpha, dtype=torch.float32)) if self._has_alphas else alpha) / rank
+
+    @property
+    def _has_alphas(self) -> bool:
+        return self._wish.to in ("kohya", "comfy")
+
+    def _factors(self, target: Target) -> tuple[Factors, list[LowRank]]:
+        updates = [self._image.load(part.source) for part in target.parts]
+        factors = make_factors(target, updates)
+        if self._wish.rank is not None:
+            factors = truncated(factors, self._wish.rank)
+        elif self._wish.plain:
+            factors = fold(factors)
+        dtype = self._wish.dtype or factors.B.dtype
+        rounded(target.path, (factors.B, factors.A), dtype)
+        return cast(factors, dtype) if self._wish.dtype else factors, updates
 
     def _ends(self) -> dict[str, str]:
-        if self._wish.to in ("kohya", "comfy"):
+        if self._has_alphas:
             return {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
         if self._wish.to == "loralib":
             return {"A": "lora_A", "B": "lora_B"}
@@ -161,16 +184,18 @@ class _Planned:
         if role != "magnitude":
             return replace(spec, shape=spec.shape[:2]) if self._wish.to == "loralib" else spec
         rows, ones = (B.shape[0],), (1,) * (len(B.shape) - 2)
-        if self._wish.to in ("kohya", "comfy"):
+        if self._has_alphas:
             return replace(spec, shape=(*rows, 1, *ones))
         return replace(spec, shape=(1, *rows, *ones) if ones else rows)
 
     def output(self) -> Output:
         specs = {f"{name}.{end}": spec for name, made in self._made.items() for end, spec in made.specs.items()}
-        if self._wish.to in ("kohya", "comfy"):
+        if self._has_alphas:
             specs |= {f"{name}.alpha": TensorSpec("F32", ()) for name in self._made}
         rows = [
-            ModuleConvert(name, tuple(dict.fromkeys(p.source.module for p in m.target.parts)), m.how, m.rank, m.alpha)
+            ModuleConvert(
+                name, tuple(dict.fromkeys(p.source.module for p in m.target.parts)), m.how, m.rank, m.alpha, m.error
+            )
             for name, m in self._made.items()
         ]
         config = self._config(self._made) if self._wish.to == "peft" else {}
@@ -194,12 +219,13 @@ class _Planned:
 
     def _metadata(self) -> dict[str, str]:
         former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE, "loratool")}
-        if self._wish.to not in ("kohya", "comfy"):
+        if not self._has_alphas:
             return {"format": "pt"} | (
                 {"lora_adapter_metadata": json.dumps(self._by_component(), sort_keys=True)}
                 if self._wish.to == "diffusers"
                 else {}
             )
+        version = former.get("ss_base_model_version", BASE_VERSIONS.get(self._image.family))
         ranks = {made.rank for made in self._made.values()}
         alphas = {made.alpha for made in self._made.values()}
         return {
@@ -207,7 +233,7 @@ class _Planned:
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
             "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
-            "ss_base_model_version": former.get("ss_base_model_version", BASE_VERSIONS[self._image.family]),
+            **({"ss_base_model_version": version} if version else {}),
         }
 
     def _by_component(self) -> dict[str, Any]:

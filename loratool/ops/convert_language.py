@@ -1,18 +1,14 @@
-"""What `convert` makes of a language model's adapter: PEFT's or loralib's, as it is or as plain LoRA.
+"""What `convert` makes of a language model's adapter: PEFT's or loralib's, tensors byte for byte, scales in the config.
 
-As it is: tensors byte for byte, scales in the config. As plain LoRA: all scales in the factors, alpha being the rank,
-and the start of an adapter that changed its base subtracted: [A; A0] and [s B | -s B0] (peft's
-`subtract_mutated_init`), so that it is right on the original base.
+`convert_plain` has what it makes of one as plain LoRA.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,28 +16,27 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, UpdateSpec
-from ..converting import Source, make_factors
-from ..draft import Carried, Draft, draft_config, rounded, stacked
-from ..errors import InputError, NeedsFlag, UsageError
+from ..carrying import EPSILON, alpha_of, cast, change_error, holds, make_factors, relative_error
+from ..converting import Source
+from ..draft import rounded, stacked
+from ..errors import InputError, LoratoolError, NeedsFlag, UsageError
 from ..formats.peft import adapter_names, saved_name
 from ..formats.peft_config import changes_base
 from ..formats.peft_write import SAFETENSORS, lora_config
-from ..inputs import Loaded, subtract_initial
-from ..numerics.factors import svd
 from ..relayout import plan_layout, read_sizes
-from ..source import Source as Stored
 from ..targets import Selection
-from ..tensorfile import TensorSpec
-from ..updates import LowRank
+from ..tensorfile import TORCH_FLOATS, TensorSpec
+from ..updates import Experts, LowRank
 
+DROP_OPTIONS = {"convert": "--drop", "combine": "--exclude", "init": "--exclude", "extract": "--exclude"}
 PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
 class ModuleConvert:
     """One module of the output: what of the source it is made of, and how: `exact` (the very factors), `split`,
-    `fused` or `swapped` (converting.Target), `folded` (its scale in its factors, exactly), `rounded` (the same,
-    not exactly) or `truncated` to a lower rank.
+    `fused` or `swapped` (converting.Target), `folded` (its scale in its factors): the same change, to the bit. Or
+    `rounded` (a scale or a type that it could not be) or `truncated` to a rank, and then error is ||D' - D|| / ||D||.
     """
 
     name: str
@@ -49,12 +44,13 @@ class ModuleConvert:
     how: str
     rank: int
     alpha: float
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
 class Wish:
     """What is asked of `convert`. dtype: of the factors, None to keep theirs; layout: a key of LAYOUTS, None for its
-    own; base: what says the sizes of a layout's parts.
+    own; base: what says the sizes of a layout's parts, or what DoRA changes. verb: that asks.
     """
 
     to: str
@@ -65,6 +61,22 @@ class Wish:
     rank: int | None = None
     layout: str | None = None
     base: str | os.PathLike[str] | None = None
+    verb: str = "convert"
+
+    def needs(self, name: str, said: str, option: str, meaning: str) -> LoratoolError:
+        """What an option of `convert` helps, which other verbs that make an adapter do not have."""
+        if self.verb == "convert":
+            return NeedsFlag(said, culprit=name, remedy=f"add {option} with {meaning}")
+        return InputError(said, culprit=name, remedy=f"first loratool convert with {option}, {meaning}")
+
+
+def cannot_carry(name: str, wish: Wish, what: str, modules: Sequence[str], patterns: str = "") -> LoratoolError:
+    """patterns: what names all of the modules, where they are too many to list."""
+    patterns = patterns or ",".join(modules)
+    said = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
+    if option := DROP_OPTIONS.get(wish.verb):
+        return NeedsFlag(said, remedy=f"add {option} {patterns} to leave them out")
+    return InputError(said, remedy=f"first loratool convert {name} --to {wish.to} --drop {patterns}")
 
 
 @dataclass(frozen=True)
@@ -81,22 +93,40 @@ class Output:
     family: str | None = None
 
 
-def plan_language(source: Adapter, wish: Wish, opened: ExitStack) -> Output:
-    """Raises NeedsFlag for what the target cannot hold, and for an initial adapter that it takes."""
-    kept, dropped = _kept(source, wish)
-    if wish.plain:
-        return _plain(source, wish, kept, dropped, opened)
+def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
+    """Raises NeedsFlag for what the target cannot say."""
     if wish.to == "loralib" and changes_base(source.config):
-        raise NeedsFlag(
-            f"was initialized with {changes_base(source.config)}, which changed the base under it, and loralib's files "
-            "cannot say so",
-            culprit=source.name,
-            remedy="add --plain --initial ADAPTER with the adapter as it was before training",
+        said = f"was initialized with {changes_base(source.config)}, which changed the base under it, and loralib's "
+        raise wish.needs(
+            source.name,
+            f"{said}files cannot say so",
+            "--plain --initial ADAPTER",
+            "the adapter as it was before training",
         )
-    return _as_it_is(source, wish, kept, dropped)
+    if wish.layout:
+        return _relaid(source, wish, kept, dropped)
+    if source.format == wish.to == "peft" and wish.dtype is None and not dropped:
+        names = adapter_names(source.file.specs)
+        keys = {saved_name(key, names): key for key in source.file.specs}
+        specs = {name: source.file.specs[key] for name, key in keys.items()}
+        rows = tuple(_rows(source, wish, kept))
+        return Output(
+            specs,
+            lambda name: source.file.tensor(keys[name]),
+            config_from(source, kept),
+            {"format": "pt"},
+            rows,
+            (),
+            (),
+        )
+    specs, load = _copied(source, wish, kept)
+    rows = tuple(_rows(source, wish, kept))
+    notes = loralib_notes(rows) if wish.to == "loralib" else ()
+    return Output(specs, load, config_from(source, kept), {"format": "pt"}, rows, dropped, notes)
 
 
-def _kept(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
+def select(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
+    """The updates that are carried, and the modules dropped. Raises NeedsFlag for what the target cannot hold."""
     selection = Selection(wish.drop or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
     kinds = ("lora", "replace") if wish.to == "loralib" else ("lora", "experts", "add", "replace", "rows")
@@ -108,43 +138,17 @@ def _kept(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[str
     ]
     if lost:
         what = "loralib's files" if wish.to == "loralib" else "plain LoRA"
-        raise NeedsFlag(
-            f"{len(lost)} modules of {source.name} are more than {what} can hold: {', '.join(lost[:3])}"
-            + (", ..." if len(lost) > 3 else ""),
-            remedy=f"add --drop {','.join(lost)} to leave them out",
-        )
+        raise cannot_carry(source.name, wish, f"are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)
-
-
-def _as_it_is(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
-    if wish.layout:
-        return _relaid(source, wish, kept, dropped)
-    if source.format == wish.to == "peft" and wish.dtype is None and not dropped:
-        names = adapter_names(source.file.specs)
-        keys = {saved_name(key, names): key for key in source.file.specs}
-        specs = {name: source.file.specs[key] for name, key in keys.items()}
-        return Output(
-            specs,
-            lambda name: source.file.tensor(keys[name]),
-            _config(source, kept),
-            {"format": "pt"},
-            _rows(kept),
-            (),
-            (),
-        )
-    specs, load = _copied(source, wish, kept)
-    rows = _rows(kept)
-    notes = loralib_notes(rows) if wish.to == "loralib" else ()
-    return Output(specs, load, _config(source, kept), {"format": "pt"}, rows, dropped, notes)
 
 
 def _copied(
     source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
     """The tensors of these updates, under the output's names, factors in its type."""
-    pieces, specs = _named(source, kept, wish.to), {}
+    pieces, specs = output_names(source, kept, wish.to), {}
     letters = SAFETENSORS[str(wish.dtype).removeprefix("torch.")] if wish.dtype else None
 
     def load(name: str) -> Tensor:
@@ -173,21 +177,28 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
         raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
     specs, copy = _copied(source, wish, others)
     ends = {"A": ".lora_A", "B": ".lora_B"} if wish.to == "loralib" else PEFT_ENDS
-    rows, made, last = list(_rows(others)), {}, dict[str, dict[str, Tensor]]()
+    rows, made, last = _rows(source, wish, others, restated=True), {}, dict[str, dict[str, Tensor]]()
 
-    def make(path: str) -> tuple[dict[str, Tensor], float]:
-        factors = make_factors(changed[path], lambda each: low_rank(source, each))
-        B, A = rounded(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
-        tensors = {"A": A, "B": B, "magnitude": factors.magnitude}
-        return {path + ends[role]: t for role, t in tensors.items() if t is not None}, factors.scale
+    def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert]:
+        target = changed[path]
+        updates = [low_rank(source, part.source) for part in target.parts]
+        factors = make_factors(target, updates)
+        rounded(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
+        factors = cast(factors, wish.dtype or factors.B.dtype)
+        tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
+        rank = len(factors.A)
+        alpha = alpha_of(factors.scale, rank)
+        error = change_error(target, updates, factors, alpha / rank)
+        sources = tuple(part.source.module for part in target.parts)
+        row = ModuleConvert(path, sources, "rounded" if error else target.how, rank, alpha, error)
+        return {path + ends[role]: t for role, t in tensors.items() if t is not None}, row
 
-    for path, target in changed.items():
-        tensors, scale = make(path)
+    for path in changed:
+        tensors, row = make(path)
         for name, tensor in tensors.items():
             specs[name] = TensorSpec(SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
             made[name] = path
-        rank = specs[path + ends["A"]].shape[0]
-        rows.append(ModuleConvert(path, tuple(p.source.module for p in target.parts), target.how, rank, scale * rank))
+        rows.append(row)
 
     def load(name: str) -> Tensor:
         if name not in made:
@@ -211,12 +222,12 @@ def low_rank(adapter: Adapter, source: Source) -> LowRank:
 def _relaid_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
     stacks = {module for module, update in kept.items() if update.kind == "experts"}
     ours = config_of({row.name: (row.rank, row.alpha) for row in rows}, stacks)
-    former = _config(source, kept)
+    former = config_from(source, kept)
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     return {**ours, **{key: value for key, value in former.items() if key not in keys}}
 
 
-def _named(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> dict[str, tuple[str, str]]:
+def output_names(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> dict[str, tuple[str, str]]:
     """Name in the output -> module and role."""
     names, found = adapter_names(source.file.specs), {}
     for module, update in kept.items():
@@ -234,11 +245,11 @@ def _named(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> dict[str
     return found
 
 
-def _config(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, Any]:
+def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, Any]:
     """PEFT's own fields, and those that a file without a config lacks."""
     if "r" in source.config.extra:
         return {"lora_alpha": source.config.alpha, **source.config.extra}
-    both = {module: (u.rank, u.scale * u.rank) for module, u in kept.items() if u.rank}
+    both = {module: (u.rank, alpha_of(u.scale, u.rank)) for module, u in kept.items() if u.rank}
     replaced = {module for module, update in kept.items() if update.kind == "replace"}
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
@@ -254,8 +265,24 @@ def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] 
     return {**config, "lora_alpha": common, "alpha_pattern": patterns}
 
 
-def _rows(kept: Mapping[str, UpdateSpec]) -> tuple[ModuleConvert, ...]:
-    return tuple(ModuleConvert(m, (m,), "exact", u.rank, u.scale * u.rank) for m, u in kept.items() if u.rank)
+def _rows(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], restated: bool = False) -> list[ModuleConvert]:
+    """Of modules that are copied, but for a type that holds less. restated: their scales stand in another alpha."""
+    rows = []
+    for module, update in kept.items():
+        if not update.rank:
+            continue
+        alpha = alpha_of(update.scale, update.rank)
+        error = abs(alpha / update.rank / update.scale - 1.0) if restated and update.scale else 0.0
+        stored = [getattr(torch, TORCH_FLOATS.get(update.specs[role].dtype, "float64")) for role in "AB"]
+        if wish.dtype and not holds(wish.dtype, *stored):
+            loaded = source.load(update)
+            assert isinstance(loaded, LowRank | Experts)
+            A, B = loaded.A.to(wish.dtype), loaded.B.to(wish.dtype)
+            rounded(module, (loaded.B, loaded.A), wish.dtype)
+            if not (torch.equal(A.double(), loaded.A.double()) and torch.equal(B.double(), loaded.B.double())):
+                error = max(EPSILON, error, relative_error(stacked(loaded), stacked(replace(loaded, A=A, B=B))))
+        rows.append(ModuleConvert(module, (module,), "rounded" if error else "exact", update.rank, alpha, error))
+    return rows
 
 
 def loralib_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
@@ -264,67 +291,3 @@ def loralib_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
     said = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")
     each = "" if len(both) == 1 else ", each module's own"
     return (f"loralib's files hold no alpha: make the layers with {said}{each}",)
-
-
-def _plain(
-    source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...], opened: ExitStack
-) -> Output:
-    init = changes_base(source.config)
-    if init and wish.initial is None:
-        raise NeedsFlag(
-            f"was initialized with {init}, which changed the base under it",
-            culprit=source.name,
-            remedy="add --initial ADAPTER with the adapter as it was before training",
-        )
-    loaded: Loaded = ((source, 1.0),)
-    if wish.initial is not None:
-        loaded = subtract_initial(loaded, wish.initial, False, opened)
-    names = {m: {key: name for name, (own, key) in _named(source, kept, wish.to).items() if own == m} for m in kept}
-    updates = {m: replace(u, tensors={**u.tensors, **names[m]}) for m, u in kept.items() if u.rank}
-    dtype = wish.dtype or torch.float32
-
-    def factors(module: str) -> tuple[Tensor, Tensor]:
-        terms = [
-            (weight, *stacked(adapter.load(adapter.updates[module])))
-            for adapter, weight in loaded
-            if module in adapter.updates
-        ]
-        B, A = torch.cat([weight * B for weight, B, _ in terms], -1), torch.cat([A for *_, A in terms], -2)
-        if wish.rank is not None:
-            B, A = svd(B, A).truncated(wish.rank)
-        return rounded(module, (B, A), dtype)
-
-    ranks = {m: wish.rank or u.rank * len(loaded) for m, u in updates.items()}
-    fields: dict[str, object] = {"init_lora_weights": True} if len(loaded) > 1 else {}
-    like = replace(source, format="peft") if source.format == "peft" else _as_peft(source, kept)
-    draft = Draft(like, updates, ranks, factors, _carried(source, kept, names), dtype, fields)
-    hows = {m: "truncated" if wish.rank else "folded" if _folds(u, dtype) else "rounded" for m, u in updates.items()}
-    rows = tuple(ModuleConvert(m, (m,), hows[m], ranks[m], float(ranks[m])) for m in updates)
-    notes = loralib_notes(rows) if wish.to == "loralib" else ()
-    return Output(draft.specs(), draft.loader(), draft_config(draft), {"format": "pt"}, rows, dropped, notes)
-
-
-def _folds(update: UpdateSpec, dtype: torch.dtype) -> bool:
-    """Whether the scale goes into the factors without a rounding: a power of two, and float32 for what has no more."""
-    wide = any(update.specs[role].dtype == "F64" for role in "AB")
-    return math.frexp(abs(update.scale))[0] in (0.0, 0.5) and dtype == torch.float32 and not wide
-
-
-def _as_peft(source: Adapter, kept: Mapping[str, UpdateSpec]) -> Adapter:
-    config = replace(source.config, extra=_config(source, kept))
-    return replace(source, format="peft", config=config)
-
-
-def _carried(
-    source: Adapter, kept: Mapping[str, UpdateSpec], names: Mapping[str, Mapping[str, str]]
-) -> dict[str, Carried]:
-    """All but the factors; an added bias had their alpha / r for its scale."""
-    found = {}
-    for module, update in kept.items():
-        for role, key in update.tensors.items():
-            if role not in "AB":
-                factor = update.scale if update.kind == "add" else 1.0
-                found[names[module][role]] = Carried(((Stored(source.file, key), factor),))
-        if update.base:
-            found[update.base] = Carried(((Stored(source.file, update.base), 1.0),))
-    return found
