@@ -189,29 +189,33 @@ WRITTEN = ("peft", "kohya", "diffusers")
 def require_written(like: Adapter) -> None:
     """Refuse a format whose files cannot say the new ranks and scales."""
     if like.format not in WRITTEN:
-        to = "kohya" if like.format == "cloneofsimo" else "peft --alpha ALPHA"
-        raise InputError(
+        raise NeedsFlag(
             f"is in {like.format}'s format, whose files cannot say the new ranks and scales",
             culprit=like.name,
-            remedy=f"first loratool convert {like.name} --to {to}",
+            remedy=f"add --to {'kohya' if like.format == 'cloneofsimo' else 'peft'}",
         )
 
 
-def default_name(like: Adapter, verb: str) -> str:
-    """Of an output that was given none: a folder where the input was a folder's file, else a file."""
+def default_name(like: Adapter, to: str | None, verb: str) -> str:
+    """Of an output that was given none: a folder where PEFT is asked for, or the input was a folder's file; else a
+    file.
+    """
     in_folder = like.format == "peft" and like.file.path.name.startswith("adapter_model")
-    return verb if in_folder else f"{verb}.safetensors"
+    return verb if (in_folder if to is None else to == "peft") else f"{verb}.safetensors"
+
+
+def require_shape(like: Adapter, path: Path, is_file: bool) -> None:
+    """Raises UsageError for a folder where the format is a file."""
+    if like.format != "peft" and not is_file:
+        raise UsageError(f"{like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
 
 
 def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
-    """Raises UsageError for a folder where the format is a file."""
     specs, load = draft.specs(), draft.loader()
     if draft.like.format == "peft":
         bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.like.file.specs)
         write_adapter(path, is_file, specs, load, draft_config(draft), prefix="" if bare else PEFT_PREFIX)
         return
-    if not is_file:
-        raise UsageError(f"{draft.like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
     metadata = {key: value for key, value in (draft.like.file.metadata or {}).items() if key not in STALE}
     write_single(path, specs, load, metadata)
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from .adapter import Adapter, UpdateSpec
-from .draft import Carried, require_written
+from .draft import Carried
 from .errors import InputError, LoratoolError, NeedsFlag, UsageError
-from .formats.diffusers import ENDS
 from .formats.peft import DECLARED
 from .formats.peft_config import changes_base, stands_in
 from .formats.peft_write import nested
@@ -57,7 +56,9 @@ class Joined:
 
 
 def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
-    """Raises InputError for adapters that do not belong together, NeedsFlag for tensors of which there is no sum."""
+    """loaded: of one format and spelling.
+
+    Raises InputError for adapters that do not belong together, NeedsFlag for tensors of which there is no sum."""
     _check_together(loaded)
     found: dict[str, list[Member]] = {}
     for adapter, weight in loaded:
@@ -84,19 +85,7 @@ def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
 
 def _check_together(loaded: Loaded) -> None:
     first = loaded[0][0]
-    require_written(first)
     for adapter, _ in loaded[1:]:
-        if adapter.format != first.format:
-            raise InputError(
-                f"is in the {adapter.format} format, {first.name} in {first.format}'s: combine adapters of one format",
-                culprit=adapter.name,
-            )
-        one, two = _spelling(first), _spelling(adapter)
-        if first.format == "diffusers" and one != two:
-            raise InputError(
-                f"spells its factors {' '.join(two)}, {first.name} {' '.join(one)}: no loader takes both in one file",
-                culprit=adapter.name,
-            )
         _check_names(first, adapter)
     plain = [adapter.name for adapter, _ in loaded if not changes_base(adapter.config)]
     moved = [adapter for adapter, _ in loaded if changes_base(adapter.config)]
@@ -106,12 +95,6 @@ def _check_together(loaded: Loaded) -> None:
             f"was initialized with {init}, which changed the base under it, and {plain[0]} was not: no base is both's",
             culprit=moved[0].name,
         )
-
-
-def _spelling(adapter: Adapter) -> list[str]:
-    """How the names of an image adapter's factors end."""
-    keys = [update.tensors[role] for update in adapter.updates.values() for role in ("A", "B") if update.rank]
-    return sorted({max((end for end in ENDS if key.endswith(end)), key=len, default=key) for key in keys})
 
 
 def _check_names(one: Adapter, two: Adapter) -> None:

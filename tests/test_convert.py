@@ -190,7 +190,9 @@ class TestFlux:
         assert D.shape == (42, 6) and not D[6:18].any()
         assert torch.allclose(D[:6], 2 * q[1].double() @ q[0].double(), atol=1e-8)
         assert torch.allclose(D[18:], 4 / 3 * mlp[1].double() @ mlp[0].double(), atol=1e-8)
-        true = torch.cat([2 * q[1].double() @ q[0].double(), torch.zeros(12, 6), 4 / 3 * mlp[1].double() @ mlp[0].double()])
+        true = torch.cat(
+            [2 * q[1].double() @ q[0].double(), torch.zeros(12, 6), 4 / 3 * mlp[1].double() @ mlp[0].double()]
+        )
         assert math.isclose(row.error, float((D - true).norm() / true.norm()), rel_tol=1e-3) and 0 < row.error < 1e-7
 
     def test_the_final_layer_swaps_its_halves(self, tmp_path: Path) -> None:

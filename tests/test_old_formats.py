@@ -88,8 +88,8 @@ class TestLoralib:
         found = run("inspect", tmp_path / "a.safetensors")
         assert found.exit_code == 0 and "MergedLinear" in found.stdout
 
-    def test_resize_says_what_to_do_first(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="convert .* --to peft"):
+    def test_resize_needs_another_format(self, tmp_path: Path) -> None:
+        with pytest.raises(NeedsFlag, match="add --to peft"):
             loratool.resize(self.write(tmp_path / "a.bin"), tmp_path / "out", rank=1, alpha=3.0)
 
     @needs_shared

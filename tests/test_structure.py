@@ -40,6 +40,7 @@ LAZY_TORCH = [
     "sidefiles",
     "hub",
     "output",
+    "converting",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 

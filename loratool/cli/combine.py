@@ -20,6 +20,7 @@ from .options import (
     force_option,
     json_option,
     quiet_option,
+    to_option,
 )
 
 
@@ -44,6 +45,7 @@ from .options import (
 )
 @click.option("--max-rank", type=click.IntRange(1), help="Of any module.")
 @exclude_option
+@to_option
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @alpha_option
 @force_option
@@ -64,6 +66,7 @@ def combine(
     rank_rule: tuple[str, float] | None,
     max_rank: int | None,
     exclude: tuple[str, ...],
+    to: str | None,
     dtype: str,
     alpha: float | None,
     force: bool,
@@ -100,6 +103,7 @@ def combine(
             rank_rule=rank_rule,
             max_rank=max_rank,
             exclude=parse_patterns(exclude),
+            to=to,
             dtype=dtype,
             alpha=alpha,
             device=device,

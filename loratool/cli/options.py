@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ..converting import TARGETS
+
 alpha_option = click.option(
     "--alpha", type=float, help="The adapter's alpha, where its file does not say it. A contradiction is an error."
 )
@@ -25,6 +27,9 @@ target_option = click.option(
 )
 exclude_option = click.option(
     "--exclude", multiple=True, metavar="PATTERNS", help="All but these modules; patterns as in --target."
+)
+to_option = click.option(
+    "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: the input's format]"
 )
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers.")
 

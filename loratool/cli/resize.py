@@ -16,6 +16,7 @@ from .options import (
     force_option,
     json_option,
     quiet_option,
+    to_option,
 )
 
 
@@ -30,6 +31,7 @@ from .options import (
     "--rank-rule", type=RuleValue(), metavar="NAME=VALUE", help=f"Of each module: one of {', '.join(RANK_RULES)}."
 )
 @click.option("--max-rank", type=click.IntRange(1), help="Of any module.")
+@to_option
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @alpha_option
 @force_option
@@ -46,6 +48,7 @@ def resize(
     size: int | None,
     rank_rule: tuple[str, float] | None,
     max_rank: int | None,
+    to: str | None,
     dtype: str,
     alpha: float | None,
     force: bool,
@@ -77,6 +80,7 @@ def resize(
             size=size,
             rank_rule=rank_rule,
             max_rank=max_rank,
+            to=to,
             dtype=dtype,
             alpha=alpha,
             device=device,

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..adapter import UpdateSpec
 from ..combining import METHODS, REFUSED, Part
-from ..draft import DTYPES, Draft, cost, default_name, rounded, stacked, write_draft
+from ..draft import DTYPES, Draft, cost, default_name, require_shape, require_written, rounded, stacked, write_draft
 from ..errors import InputError, UsageError
 from ..inits import Draw
 from ..inputs import Loaded, open_adapters, read_given
@@ -28,6 +28,7 @@ from ..numerics.svd import TruncatedSVD, truncated_svd
 from ..output import check_name, check_path, named
 from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
 from ..runtime import Progress, choose_device
+from .converted import bring_together, check_target, loralib_notes, warnings_of
 
 DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 ROWS = 1024  # of a dense result compared with its factors at a time
@@ -83,6 +84,7 @@ def combine(
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
     exclude: Sequence[str] = (),
+    to: str | None = None,
     dtype: str = "fp32",
     alpha: float | None = None,
     device: str = "auto",
@@ -90,26 +92,37 @@ def combine(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CombineReport:
-    """Write one adapter that does what several do with their weights, in the first one's format.
+    """Write one adapter that does what several do with their weights.
 
     adapters: paths or (path, weight) pairs. method: a key of METHODS; density: the share of entries that it keeps.
     seed: of what is random, which otherwise follows from the module's name and the adapter's content. rank, energy,
     params, size, rank_rule, max_rank: as in `resize`; without one of them a module's rank is the sum of the adapters'.
-    exclude: modules to leave out. alpha: for files that do not say their own. Raises UsageError, InputError for
-    adapters that do not belong together, NeedsFlag for tensors that have no sum; nothing is written then.
+    exclude: modules to leave out. to: a key of converting.TARGETS; by default the first adapter's format, to which
+    the others are converted where they differ. alpha: for files that do not say their own. Raises UsageError,
+    InputError for adapters that do not belong together, NeedsFlag for tensors that have no sum; nothing is written
+    then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     given = read_given(adapters)
     for each in given:
         if each.parts:
             raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
+    check_target(to)
     density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
-        first = loaded[0][0]
-        path, is_file = check_name(out if out is not None else default_name(first, "combined"))
+        path, is_file = check_name(out if out is not None else default_name(loaded[0][0], to, "combined"))
         check_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
-        joined = join(loaded, tuple(exclude))
+        if to is None:
+            require_written(loaded[0][0])
+        loaded, patterns, made = bring_together(loaded, to, tuple(exclude), path.absolute().parent, opened)
+        require_shape(loaded[0][0], path, is_file)
+        joined = join(loaded, patterns)
+        joined = replace(
+            joined,
+            left_out=(*(module for each in made for module in each.dropped), *joined.left_out),
+            warnings=(*joined.warnings, *warnings_of(made)),
+        )
         work = _Work(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
         work.choose(rule, max_rank)
         if dry_run:
@@ -302,7 +315,7 @@ class _Work:
             nbytes=sum(spec.nbytes for spec in specs.values()),
             carried=tuple(joined.carried),
             left_out=joined.left_out,
-            warnings=joined.warnings,
+            warnings=(*joined.warnings, *loralib_notes(self._loaded[0][0], self._ranks)),
         )
 
     def _row(self, module: str) -> ModuleCombine:

@@ -111,12 +111,14 @@ def convert(
         return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
 
 
-def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack) -> Output:
-    """folder: where there is place for what must wait. Raises NeedsFlag and InputError as `convert` does."""
+def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, family: str | None = None) -> Output:
+    """folder: where there is place for what must wait; family: where more than the adapter tells it.
+
+    Raises NeedsFlag and InputError as `convert` does."""
     source, lost = _plain_enough(source, wish, folder, opened)
     sources, impossible = read_sources(source)
     selection = Selection(wish.drop or ("",))
-    family = family_of([each for each in sources if not selection.selects(each.module)])
+    family = family or family_of([each for each in sources if not selection.selects(each.module)])
     if family is not None:
         if wish.initial is not None or wish.layout:
             raise UsageError("--initial and --for are for adapters of language models")

@@ -32,7 +32,7 @@ from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import LowRank
-from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_of, loralib_notes
+from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_of, name_alphas
 
 # kohya's name of a family's base; of SD 3 it depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
@@ -199,7 +199,7 @@ class _Planned:
             for name, m in self._made.items()
         ]
         config = self._config(self._made) if self._wish.to == "peft" else {}
-        notes = loralib_notes(rows) if self._wish.to == "loralib" else ()
+        notes = name_alphas(rows) if self._wish.to == "loralib" else ()
         return Output(
             specs, self._load, config, self._metadata(), tuple(rows), self._dropped, notes, self._image.family
         )

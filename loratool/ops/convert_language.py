@@ -121,7 +121,7 @@ def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], d
         )
     specs, load = _copied(source, wish, kept)
     rows = tuple(_rows(source, wish, kept))
-    notes = loralib_notes(rows) if wish.to == "loralib" else ()
+    notes = name_alphas(rows) if wish.to == "loralib" else ()
     return Output(specs, load, config_from(source, kept), {"format": "pt"}, rows, dropped, notes)
 
 
@@ -208,7 +208,7 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
             last[made[name]] = make(made[name])[0]
         return last[made[name]][name]
 
-    notes = loralib_notes(rows) if wish.to == "loralib" else ()
+    notes = name_alphas(rows) if wish.to == "loralib" else ()
     config = _relaid_config(source, kept, rows)
     return Output(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
 
@@ -285,7 +285,7 @@ def _rows(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], restated:
     return rows
 
 
-def loralib_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
+def name_alphas(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
     """The alphas that its files have no place for."""
     both = sorted({(row.rank, row.alpha) for row in rows})
     said = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")

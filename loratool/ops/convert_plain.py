@@ -23,7 +23,7 @@ from ..inputs import Loaded, subtract_initial
 from ..numerics.factors import svd
 from ..source import Source as Stored
 from ..tensorfile import TORCH_FLOATS
-from .convert_language import ModuleConvert, Output, Wish, config_from, loralib_notes, output_names
+from .convert_language import ModuleConvert, Output, Wish, config_from, name_alphas, output_names
 
 Pair = tuple[Tensor, Tensor]
 
@@ -74,7 +74,7 @@ def plan_plain(
         less = wish.rank is not None or module in lost
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
-    notes = loralib_notes(rows) if wish.to == "loralib" else ()
+    notes = name_alphas(rows) if wish.to == "loralib" else ()
     return Output(draft.specs(), draft.loader(), draft_config(draft), {"format": "pt"}, tuple(rows), dropped, notes)
 
 

@@ -24,6 +24,7 @@ from ..draft import (
     cost,
     default_name,
     load_stacked,
+    require_shape,
     require_written,
     rounded,
     write_draft,
@@ -36,6 +37,8 @@ from ..output import check_name, check_path, named
 from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
 from ..runtime import Progress, choose_device
 from ..source import Source
+from .convert_language import Wish
+from .converted import as_converted, check_target, loralib_notes, warnings_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def resize(
     size: int | None = None,
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
+    to: str | None = None,
     dtype: str = "fp32",
     alpha: float | None = None,
     device: str = "auto",
@@ -86,24 +90,33 @@ def resize(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ResizeReport:
-    """Write the adapter with other ranks, in its own format; alpha is each module's rank afterwards.
+    """Write the adapter with other ranks; alpha is each module's rank afterwards.
 
     One of: rank, of every module, zeros where it had less; energy, the share of ||D||^2 to keep of each; params or
     size (bytes), a budget for the whole adapter, spent where it keeps most; rank_rule: a key of RANK_RULES and its
-    value. max_rank: a cap. dtype: of the factors, a key of DTYPES. alpha: for a file that does not say its own. Raises
-    UsageError, and InputError for an adapter without factors; nothing is written then.
+    value. max_rank: a cap. to: a key of converting.TARGETS, of whose modules the ranks are then; by default the
+    adapter's own format. dtype: of the factors, a key of DTYPES. alpha: for a file that does not say its own. Raises
+    UsageError, and InputError for an adapter without factors or one that cannot be in that format; nothing is written
+    then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     if rule is None:
         raise NeedsFlag("resize needs to be told to what", remedy="add --rank N")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    check_target(to)
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha)
         opened.callback(source.file.close)
-        require_written(source)
-        path, is_file = check_name(out if out is not None else default_name(source, "resized"))
+        path, is_file = check_name(out if out is not None else default_name(source, to, "resized"))
         check_path(path, is_file, [source.file.path], force)
+        warnings: tuple[str, ...] = ()
+        if to is None:
+            require_written(source)
+        else:
+            source, made = as_converted(source, Wish(to, verb="resize"), path.absolute().parent, opened)
+            warnings = warnings_of([made])
+        require_shape(source, path, is_file)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         work.require_same_start(ranks)
@@ -112,7 +125,7 @@ def resize(
         else:
             opened.enter_context(named(path))
             work.write(ranks, path, is_file)
-        return work.report(os.fspath(adapter), str(path), ranks, dry_run)
+        return work.report(os.fspath(adapter), str(path), ranks, dry_run, warnings)
 
 
 class _Work:
@@ -182,7 +195,9 @@ class _Work:
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
         write_draft(self._draft(ranks), path, is_file)
 
-    def report(self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool) -> ResizeReport:
+    def report(
+        self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool, warnings: tuple[str, ...]
+    ) -> ResizeReport:
         specs = self._draft(ranks).specs()
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
         total = math.fsum(row.norm**2 for row in rows)
@@ -198,7 +213,7 @@ class _Work:
             sum(spec.size for spec in specs.values()),
             sum(spec.nbytes for spec in specs.values()),
             tuple(sorted(self._carried)),
-            self._warnings(),
+            (*warnings, *self._warnings(), *loralib_notes(self._source, ranks)),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:

@@ -1,0 +1,200 @@
+"""--to of resize and combine: one command does what convert and the verb do, and merged models say that it is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors, load_model, weights, write_peft
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool import InputError, NeedsFlag, UsageError
+from loratool.formats import open_adapter
+
+SDXL = FIXTURES / "sdxl"
+Run = Callable[..., Any]
+# A Flux's tensors, with few blocks of few columns
+FLUX = {
+    "double_blocks.0.img_attn.qkv.weight": (18, 6),
+    "double_blocks.0.txt_mlp.0.weight": (24, 6),
+    "single_blocks.0.linear1.weight": (42, 6),
+    "final_layer.adaLN_modulation.1.weight": (12, 6),
+}
+BLOCK, SINGLE = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
+SPLIT = {f"{BLOCK}.attn.to_q": (6, 6), f"{BLOCK}.attn.to_v": (6, 6), f"{SINGLE}.proj_mlp": (24, 6),
+         "transformer.norm_out.linear": (12, 6)}  # fmt: skip
+FUSED = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": shape for name, shape in FLUX.items()}
+
+
+def flux(path: Path) -> Path:
+    save_file({name: weights(*shape, seed=i) for i, (name, shape) in enumerate(FLUX.items())}, path)
+    return path
+
+
+def kohya(path: Path, modules: Mapping[str, tuple[int, ...]], alpha: float = 2.0, seed: int = 0) -> Path:
+    tensors = {}
+    for i, (name, shape) in enumerate(modules.items()):
+        A, B = factors(*shape, 3, seed=seed + i)
+        tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": torch.tensor(alpha)}
+    save_file(tensors, path)
+    return path
+
+
+def diffusers(path: Path, modules: Mapping[str, tuple[int, ...]], seed: int = 50) -> Path:
+    tensors, prefixes = {}, {name.partition(".")[0] for name in modules}
+    for i, (name, shape) in enumerate(modules.items()):
+        A, B = factors(*shape, 2, seed=seed + i)
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    fields = {f"{prefix}.{key}": value for prefix in prefixes for key, value in (("r", 2), ("lora_alpha", 1))}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(fields)})
+    return path
+
+
+def merged(base: Path, adapters: Any, out: Path) -> dict[str, Tensor]:
+    loratool.merge(base, adapters, out, undo=False, dtype="fp32")
+    found = load_model(out)
+    out.unlink()
+    return found
+
+
+def close(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return set(one) == set(two) and all(torch.allclose(one[k], two[k], atol=1e-6) for k in one)
+
+
+class TestResize:
+    @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy"])
+    def test_it_is_convert_and_then_resize(self, to: str, tmp_path: Path, run: Run) -> None:
+        """And the largest rank there is changes nothing in the merged model."""
+        start, paths = SDXL / "adapter.safetensors", [tmp_path / f"{x}.safetensors" for x in "abcd"]
+        loratool.convert(start, paths[0], to=to)
+        loratool.resize(paths[0], paths[1], rank=2)
+        result = run("resize", start, "--rank", 2, "--to", to, "-o", paths[2])
+        assert result.exit_code == 0
+        one, two = (load_file(path) for path in paths[1:3])
+        assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
+        loratool.resize(start, paths[3], rank=8, to=to)
+        base = SDXL / "base.safetensors"
+        assert close(*(merged(base, a, tmp_path / "m.safetensors") for a in (start, paths[3])))
+
+    def test_the_ranks_are_those_of_the_output(self, tmp_path: Path) -> None:
+        """Flux's three q, k and v of rank 2 are one module of rank 4 there, and no sum of three."""
+        start = diffusers(tmp_path / "a.safetensors", SPLIT)
+        report = loratool.resize(start, tmp_path / "b.safetensors", rank=4, to="kohya")
+        assert {m.new_rank for m in report.modules} == {4}
+        assert {m.rank for m in report.modules if m.name.endswith("qkv")} == {4}
+        for name, tensor in load_file(tmp_path / "b.safetensors").items():
+            assert not name.endswith("lora_down.weight") or len(tensor) == 4
+        base = flux(tmp_path / "base.safetensors")
+        assert close(*(merged(base, a, tmp_path / "m.safetensors") for a in (start, tmp_path / "b.safetensors")))
+
+    @pytest.mark.parametrize("to", ["kohya", "diffusers"])
+    def test_a_budget_is_kept(self, to: str, tmp_path: Path) -> None:
+        start = kohya(tmp_path / "a.safetensors", FUSED)
+        report = loratool.resize(start, tmp_path / "b.safetensors", params=400, to=to)
+        assert report.parameters == sum(t.numel() for t in load_file(tmp_path / "b.safetensors").values()) <= 400
+
+    def test_formats_that_have_no_place_for_ranks(self, tmp_path: Path, run: Run) -> None:
+        """What was two commands is one, and the flags that the errors name are those that help."""
+        A, B = factors(6, 8, 2)
+        torch.save({"q.lora_A": A, "q.lora_B": B}, tmp_path / "a.bin")
+        argv = ["resize", tmp_path / "a.bin", "--rank", 3, "-o", tmp_path / "out"]
+        for flag, value in (("--alpha", 3), ("--to", "peft")):
+            refused = run(*argv)
+            assert refused.exit_code == 4 and flag in refused.stderr
+            argv += [flag, value]
+        assert run(*argv).exit_code == 0
+        adapter = open_adapter(tmp_path / "out")
+        update: Any = adapter.load(adapter.updates["q"])
+        D = update.scale * update.B.double() @ update.A.double()
+        assert update.A.shape == (3, 8) and torch.allclose(D, 1.5 * B.double() @ A.double(), atol=1e-6)
+        result = run("resize", tmp_path / "out", "--rank", 2, "--to", "loralib", "-o", tmp_path / "b.safetensors")
+        assert result.exit_code == 0 and "make the layers with r=2, lora_alpha=2" in result.stderr
+        found = load_file(tmp_path / "b.safetensors")
+        assert torch.allclose(found["q.lora_B"].double() @ found["q.lora_A"].double(), D, atol=1e-6)
+
+    def test_what_nothing_could_load_is_refused(self, tmp_path: Path, run: Run) -> None:
+        with pytest.raises(InputError, match="nothing could load it as comfy"):
+            loratool.resize(FIXTURES / "llama" / "adapter", tmp_path / "a.safetensors", rank=2, to="comfy")
+        with pytest.raises(InputError, match="loratool convert .* --to peft --drop"):
+            loratool.resize(SDXL / "adapter.safetensors", tmp_path / "a", rank=2, to="peft")
+        with pytest.raises(UsageError, match="none of peft, kohya"):
+            loratool.resize(SDXL / "adapter.safetensors", tmp_path / "a", rank=2, to="what")
+        with pytest.raises(UsageError, match="single files"):
+            loratool.resize(SDXL / "adapter.safetensors", tmp_path / "a", rank=2, to="comfy")
+        assert not list(tmp_path.iterdir())
+
+
+class TestCombine:
+    @pytest.mark.parametrize("to", [None, "kohya", "diffusers", "comfy"])
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_two_formats_meet_by_what_their_modules_mean(self, to: str | None, turned: bool, tmp_path: Path) -> None:
+        """A fused kohya's and a split diffusers' are the sum that a merge of both makes, each module once."""
+        one, two = kohya(tmp_path / "a.safetensors", FUSED), diffusers(tmp_path / "b.safetensors", SPLIT)
+        terms = [(two, -0.5), (one, 0.75)] if turned else [(one, 0.75), (two, -0.5)]
+        report = loratool.combine(terms, tmp_path / "c.safetensors", to=to)
+        fused = to in ("kohya", "comfy") or (to is None and not turned)
+        assert len(report.modules) == (4 if fused else 3 + 1 + 4 + 1)
+        assert open_adapter(tmp_path / "c.safetensors").format == ("kohya" if fused and to != "comfy" else "diffusers")
+        base = flux(tmp_path / "base.safetensors")
+        assert close(*(merged(base, a, tmp_path / "m.safetensors") for a in (terms, tmp_path / "c.safetensors")))
+
+    def test_two_spellings_of_one_format(self, tmp_path: Path, run: Run) -> None:
+        """kohya's files of SDXL have sgm's names or diffusers'."""
+        names = ["lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+                 "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q"]  # fmt: skip
+        files = [kohya(tmp_path / f"{i}.safetensors", {n: (8, 8)}, seed=i) for i, n in enumerate(names)]
+        report = loratool.combine(files, tmp_path / "c.safetensors")
+        assert [(m.name, m.ranks) for m in report.modules] == [(names[0], (3, 3))]
+        A, B = load_file(tmp_path / "c.safetensors"), [factors(8, 8, 3, seed=i) for i in (0, 1)]
+        D = A[f"{names[0]}.lora_up.weight"].double() @ A[f"{names[0]}.lora_down.weight"].double()
+        assert torch.allclose(D, sum(2 / 3 * b.double() @ a.double() for a, b in B), atol=1e-6)
+        te = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+        files.append(kohya(tmp_path / "2.safetensors", {names[1]: (8, 8), te: (32, 8)}))
+        for pattern in (te, "lora_te*"):
+            result = run("combine", *files, "--exclude", pattern, "-o", tmp_path / "d.safetensors", "--force")
+            assert result.exit_code == 0 and f"left out: {te}" in result.stdout
+            assert not any(te in name for name in load_file(tmp_path / "d.safetensors"))
+        assert run("combine", *files, "--exclude", "what", "-o", tmp_path / "e.safetensors").exit_code == 2
+
+    def test_of_two_families_they_are_refused(self, tmp_path: Path) -> None:
+        one = kohya(tmp_path / "a.safetensors", FUSED)
+        with pytest.raises(InputError, match=r"is of SDXL, .*a\.safetensors of Flux: no base is both's"):
+            loratool.combine([one, SDXL / "adapter.safetensors"], tmp_path / "c.safetensors", to="kohya")
+
+    def test_a_text_encoder_goes_by_the_other_ones_family(self, tmp_path: Path) -> None:
+        """By itself it could be SD 1's, whose only one has no number in kohya's names."""
+        layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+        te = diffusers(tmp_path / "b.safetensors", {layer: (32, 8)})
+        one = kohya(tmp_path / "a.safetensors", FUSED)
+        loratool.combine([one, te], tmp_path / "c.safetensors")
+        assert "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha" in load_file(tmp_path / "c.safetensors")
+
+    def test_a_language_models_two_formats(self, tmp_path: Path, run: Run) -> None:
+        (A, B), other = factors(6, 8, 2), write_peft(tmp_path / "a", {"q": factors(6, 8, 3, seed=1)}, lora_alpha=3)
+        torch.save({"q.lora_A": A, "q.lora_B": B}, tmp_path / "b.bin")
+        for order in ((other, tmp_path / "b.bin"), (tmp_path / "b.bin", other)):
+            argv = ["combine", *order, "--alpha", 4, "-o", tmp_path / "out", "--force"]
+            result = run(*argv)
+            if order[0] != other:
+                assert result.exit_code == 4 and "add --to peft" in result.stderr
+                result = run(*argv, "--to", "peft")
+            assert result.exit_code == 0
+            found: Any = open_adapter(tmp_path / "out").load(open_adapter(tmp_path / "out").updates["q"])
+            (A2, B2), D = factors(6, 8, 3, seed=1), found.scale * found.B.double() @ found.A.double()
+            assert torch.allclose(D, 2 * B.double() @ A.double() + B2.double() @ A2.double(), atol=1e-6)
+        refused = run("combine", other, SDXL / "adapter.safetensors", "-o", tmp_path / "c")
+        assert refused.exit_code == 3 and "is of SDXL, " in refused.stderr and "no image model" in refused.stderr
+
+    def test_what_one_component_cannot_hold_can_be_excluded(self, tmp_path: Path) -> None:
+        start = [SDXL / "adapter.safetensors"] * 2
+        with pytest.raises(NeedsFlag, match="add --exclude '?lora_te"):
+            loratool.combine(start, tmp_path / "out", to="peft")
+        report = loratool.combine(start, tmp_path / "out", to="peft", exclude=["lora_te*"])
+        assert report.left_out and not any("lora_te" in module.name for module in report.modules)
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
