@@ -55,7 +55,7 @@ def _low_rank(target: Target, updates: Sequence[LowRank]) -> Factors:
         return Factors(first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale)
     if target.how == "split":
         (part,) = target.parts
-        return _trimmed(first.A, first.B[part.start : part.stop], first.scale)
+        return _trimmed(first, part.start, part.stop)
     scale = common_scale([update.scale for update in updates])
     folded = [_scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
@@ -94,12 +94,15 @@ def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
     return digits <= 1 or DIGITS[dtype] + digits <= 53
 
 
-def _trimmed(A: Tensor, B: Tensor, scale: float) -> Factors:
-    """Without the ranks that reach none of these rows: a block-sparse B comes apart into what it was made of."""
-    kept = B.flatten(2).abs().sum((0, 2)) > 0 if B.dim() > 2 else B.abs().sum(0) > 0
+def _trimmed(update: LowRank, start: int, stop: int) -> Factors:
+    """Without the ranks that reach other rows and none of these: a block-sparse B comes apart into what it was made of.
+    Those that reach none at all, as in an adapter that only starts, are every part's.
+    """
+    own, every = (side.flatten(1).abs().sum(0) > 0 for side in (update.B[start:stop], update.B))
+    kept = own | ~every
     if not bool(kept.any()):
         kept[0] = True
-    return Factors(A[kept], B[:, kept], scale)
+    return Factors(update.A[kept], update.B[start:stop, kept], update.scale)
 
 
 def fold(factors: Factors) -> Factors:

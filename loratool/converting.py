@@ -72,19 +72,21 @@ class Target:
 
 
 def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
-    """The modules with low-rank factors, and those that no image convention can carry. A T5 is the third encoder."""
+    """The modules with low-rank factors, and those that no image convention can carry."""
     sources, impossible = [], []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         dotted = flattened().get(path) if adapter.flattened else path
         if update.kind not in ("lora", "dora") or dotted is None:
             impossible.append(module)
-            continue
-        text = component is not None and component != "unet"
-        sources.append(
-            Source(module, update, "text_encoder_3" if text and T5.match(dotted) else component or "unet", dotted)
-        )
+        else:
+            sources.append(as_source(module, update, component or "unet", dotted))
     return sources, impossible
+
+
+def as_source(module: str, update: UpdateSpec, component: str, path: str) -> Source:
+    """A T5 is the third text encoder, whatever number it has there."""
+    return Source(module, update, "text_encoder_3" if component != "unet" and T5.match(path) else component, path)
 
 
 def family_of(sources: list[Source]) -> str | None:

@@ -38,7 +38,7 @@ EMBED = {
 EXTRACT_TO = {
     "peft": "PEFT, for a model or a component in a folder",
     "kohya": "kohya, for an image model in one file",
-    "diffusers": "diffusers, by component",
+    "diffusers": "diffusers, by component, for its pipelines",
     "comfy": "ComfyUI",
 }
 

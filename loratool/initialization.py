@@ -72,9 +72,12 @@ class Candidate:
         return min(self.sizes[1:])
 
 
-def find_candidates(base: Checkpoint, selection: Selection) -> list[Candidate]:
-    """The weights that the selection's targets name; InputError for a pattern that names none."""
-    eligible = _find_eligible(base)
+def find_candidates(base: Checkpoint, selection: Selection, among: Collection[str] | None = None) -> list[Candidate]:
+    """The weights that the selection's targets name; InputError for a pattern that names none. among: those that can
+    have factors, where it is not for PEFT to say.
+    """
+    roles = {n: role(module_of(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS) for n in among or ()}
+    eligible = _find_eligible(base) if among is None else {name: what for name, what in roles.items() if what}
     routers = _find_routers(eligible)
     for pattern in selection.target:
         if not any(_takes(pattern, name, what, routers) for name, what in eligible.items()):

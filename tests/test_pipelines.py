@@ -264,13 +264,18 @@ FLUX = {
 }
 
 
+def flux_pipeline(path: Path) -> Path:
+    pipeline(path, FLUX)
+    index = {name: INDEX[name] for name in ("text_encoder", "text_encoder_2")}
+    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
 @pytest.mark.parametrize("encoder", ["te2", "te3"])
 def test_flux(encoder: str, tmp_path: Path) -> None:
     """Black Forest Labs' fused qkv falls apart; kohya calls T5 the third encoder, OneTrainer the second."""
-    base = pipeline(tmp_path / "base", FLUX)
-    index = {name: INDEX[name] for name in ("text_encoder", "text_encoder_2")}
-    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
-    (base / "model_index.json").write_text(json.dumps(index))
+    base = flux_pipeline(tmp_path / "base")
     (qA, qB), (tA, tB) = factors(18, 6, 2, seed=1), factors(8, 8, 2, seed=2)
     stem, t5 = "lora_unet_double_blocks_0_img_attn_qkv", f"lora_{encoder}_encoder_block_0_layer_0_SelfAttention_q"
     save_file(
@@ -361,12 +366,57 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     assert loratool.diff(base, tmp_path / "out").kind == "checkpoints"  # type: ignore[union-attr]
     for verb in (loratool.extract, loratool.init):
         with pytest.raises(InputError, match="base/text_encoder"):
-            verb(base, *([tmp_path / "out"] if verb is loratool.extract else []), out=tmp_path / "e")  # type: ignore[operator]
+            verb(base, *([tmp_path / "out"] if verb is loratool.extract else []), out=tmp_path / "e", to="peft")  # type: ignore[operator]
     edited = tmp_path / "out/vae/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(edited).items()}, edited)
     assert loratool.verify(base, [a], tmp_path / "out", exclude=("proj_out",)).status == "wrong"
     with pytest.raises(InputError, match="edited since"):
         loratool.unmerge(tmp_path / "out", a, tmp_path / "again")
+
+
+def test_extract_writes_diffusers_by_component(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """All that an adapter changed comes back, whichever names transformers gave the text encoders; and from a dump."""
+    base = pipeline(tmp_path / "base")
+    changes = adapter(tmp_path / "a.safetensors", True)
+    loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "tuned", undo=False)
+    vae = tmp_path / "tuned/vae/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(vae).items()}, vae)
+    report = loratool.extract(base, tmp_path / "tuned", tmp_path / "e.safetensors", rank=2)
+    assert {row.name for row in report.modules} == {f"{component}/{name}" for component, name in changes}
+    assert list(report.left_out) == ["vae/decoder.up_blocks.0.upsamplers.0.conv.weight"]
+    names = {name.rpartition(".lora_")[0] for name in load_file(tmp_path / "e.safetensors")}
+    assert names == {
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.up_blocks.0.upsamplers.0.conv",
+        f"text_encoder.text_model.{LAYER.removesuffix('.weight')}",
+        f"text_encoder_2.{LAYER.removesuffix('.weight')}",
+    }
+    loratool.merge(base, tmp_path / "e.safetensors", tmp_path / "again", undo=False)
+    one, two = load(tmp_path / "again"), load(tmp_path / "tuned")
+    for part, name in one:
+        assert part == "vae" or torch.allclose(one[part, name], two[part, name], atol=1e-6)
+    loratool.extract(base, tmp_path / "tuned", tmp_path / "k.safetensors", rank=2, to="kohya")
+    layer = "self_attn_q_proj.alpha"
+    assert f"lora_te2_text_model_encoder_layers_0_{layer}" in load_file(tmp_path / "k.safetensors")
+    result = run("extract", base, tmp_path / "tuned", "--to", "peft", "-o", tmp_path / "p")
+    assert result.exit_code == 3 and "base/text_encoder" in result.stderr
+
+
+def test_a_flux_pipelines_own_names(tmp_path: Path) -> None:
+    """Its second text encoder is a T5, the third one in kohya's names; its q, k and v are one module there."""
+    base = flux_pipeline(tmp_path / "base")
+    for to, form in (("diffusers", None), ("kohya", "kohya")):
+        loratool.init(base, tmp_path / f"{to}.safetensors", rank=2, to=form, exclude=["to_k"])
+    found = load_file(tmp_path / "diffusers.safetensors")
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    assert (
+        f"text_encoder_2.{t5}.lora_A.weight" in found
+        and "transformer.transformer_blocks.0.attn.to_v.lora_A.weight" in found
+    )
+    kohya = load_file(tmp_path / "kohya.safetensors")
+    assert f"lora_te3_{t5.replace('.', '_')}.alpha" in kohya
+    qkv = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert kohya[f"{qkv}.lora_down.weight"].shape == (4, 6) and kohya[f"{qkv}.lora_up.weight"].shape == (18, 4)
 
 
 def test_inspect_names_the_components(tmp_path: Path, run: Callable[..., Any]) -> None:

@@ -198,3 +198,70 @@ class TestCombine:
         report = loratool.combine(start, tmp_path / "out", to="peft", exclude=["lora_te*"])
         assert report.left_out and not any("lora_te" in module.name for module in report.modules)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+class TestInit:
+    BASE = SDXL / "base.safetensors"
+    Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+
+    @pytest.mark.parametrize("to", [None, "diffusers", "comfy"])
+    def test_an_image_base(self, to: str | None, tmp_path: Path, run: Run) -> None:
+        """A start changes nothing; and trained, each factor is where the merge puts it."""
+        out, target = tmp_path / "a.safetensors", ["to_q", "in_layers.2", "fc1", "attn"]
+        report = loratool.init(self.BASE, out, rank=2, target=target, to=to, alpha=1.0)
+        found = load_file(out)
+        assert len(report.modules) == 4 and report.parameters == sum(tensor.numel() for tensor in found.values())
+        prefix = {None: "lora_unet_", "diffusers": "unet.", "comfy": "diffusion_model."}[to]
+        assert any(name.startswith(prefix) for name in found)
+        before = load_model(self.BASE)
+        assert close(merged(self.BASE, out, tmp_path / "m.safetensors"), {k: v.float() for k, v in before.items()})
+        adapter = open_adapter(out)
+        assert {(u.rank, u.scale) for u in adapter.updates.values()} == {(2, 0.5)}
+        trained = {
+            name: torch.ones_like(t) if name.endswith(("lora_B.weight", "lora_up.weight")) else t
+            for name, t in found.items()
+        }
+        metadata = adapter.file.metadata
+        save_file(trained, tmp_path / "b.safetensors", metadata)
+        after = merged(self.BASE, tmp_path / "b.safetensors", tmp_path / "m.safetensors")
+        module = next(module for module in adapter.updates if module.replace("_", ".").endswith("attn1.to.q"))
+        A = trained[adapter.updates[module].tensors["A"]]
+        W = before[f"model.diffusion_model.{self.Q}.weight"].float()
+        assert torch.allclose(after[f"model.diffusion_model.{self.Q}.weight"], W + 0.5 * A.sum(0), atol=1e-6)
+        bigg = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+        assert not torch.equal(after[bigg], before[bigg].float())
+
+    def test_dora_has_the_bases_norms(self, tmp_path: Path) -> None:
+        loratool.init(self.BASE, tmp_path / "a.safetensors", rank=2, target=["to_q", "in_layers.2"], dora=True)
+        found, base = load_file(tmp_path / "a.safetensors"), load_model(self.BASE)
+        name = f"lora_unet_{self.Q.replace('.', '_')}.dora_scale"
+        norms = base[f"model.diffusion_model.{self.Q}.weight"].float().norm(dim=1, keepdim=True)
+        assert (
+            torch.allclose(found[name], norms) and found["lora_unet_input_blocks_5_0_in_layers_2.dora_scale"].dim() == 4
+        )
+
+    def test_loralib_of_a_language_model(self, tmp_path: Path, run: Run) -> None:
+        base, out = FIXTURES / "llama" / "base", tmp_path / "a.safetensors"
+        result = run("init", base, "--target", "q_proj", "--rank", 2, "--rslora", "--to", "loralib", "-o", out)
+        assert result.exit_code == 0 and "make the layers with r=2, lora_alpha=2.82843" in result.stderr
+        loratool.init(base, tmp_path / "b", target=["q_proj"], rank=2)
+        peft = load_model(tmp_path / "b")
+        for name, tensor in load_file(out).items():
+            assert torch.equal(tensor, peft[f"base_model.model.{name}.weight"])
+
+    @pytest.mark.parametrize(
+        ("base", "options", "says"),
+        [
+            ("llama/base", {"to": "kohya"}, "no image model: nothing could load it as kohya"),
+            ("llama/base", {"to": "what"}, "none of peft"),
+            ("llama/base", {"to": "loralib", "dora": True}, "hold no DoRA"),
+            ("llama/base", {"to": "loralib", "method": "pissa"}, "pissa is for PEFT's adapters"),
+            ("llama/base", {"to": "loralib", "method": "mica"}, "mica is for PEFT's adapters"),
+            ("sdxl/base.safetensors", {"to": "peft"}, "adapters are for one"),
+            ("sdxl/base.safetensors", {"to": "loralib"}, "adapters are for one"),
+        ],
+    )
+    def test_what_is_refused(self, base: str, options: dict[str, Any], says: str, tmp_path: Path) -> None:
+        with pytest.raises((InputError, UsageError), match=says):
+            loratool.init(FIXTURES / base, tmp_path / "a.safetensors", **options)
+        assert not list(tmp_path.iterdir())

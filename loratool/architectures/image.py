@@ -152,6 +152,7 @@ SD3_OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "context_embedder": "context_embedder",
     "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
     "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
     "final_layer.linear": "proj_out",

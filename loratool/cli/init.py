@@ -16,6 +16,7 @@ from .options import (
     layers_option,
     quiet_option,
     target_option,
+    to_option,
 )
 
 
@@ -37,6 +38,7 @@ from .options import (
 @click.option("--rslora", is_flag=True, help="Scaled by alpha / sqrt(rank).")
 @click.option("--residual", metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
 @click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The residual's type.")
+@to_option
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
 @target_option
@@ -59,6 +61,7 @@ def init(
     rslora: bool,
     residual: str | None,
     dtype: str,
+    to: str | None,
     no_undo: bool,
     seed: int,
     target: tuple[str, ...],
@@ -70,7 +73,8 @@ def init(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Start an adapter for a base, from its files alone: a PEFT folder to train.
+    """Start an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one file
+    kohya's, for a pipeline diffusers'.
 
     Without --target every linear layer but the head gets one. What is random follows from --seed and each weight's
     name. pissa, milora and olora take their factors out of the base: --residual writes what is left, on which the
@@ -79,6 +83,7 @@ def init(
     \b
       loratool init base/ --rank 8 --target q_proj,v_proj -o adapter/
       loratool init base/ --method pissa --rank 16 --residual residual/ -o adapter/
+      loratool init sdxl.safetensors --target to_q,to_k,to_v,to_out.0 --to diffusers -o start.safetensors
     """
     from ..ops.init import TARGET
     from ..ops.init import init as run
@@ -102,6 +107,7 @@ def init(
             rslora=rslora,
             residual=residual,
             dtype=dtype,
+            to=to,
             undo=not no_undo,
             seed=seed,
             device=device,

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from ..architectures.quantized import quantization
-from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
-from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
+from ..extraction import EMBED, EXTRACT_TO, Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
 from ..formats import is_adapter
 from ..formats.peft_write import write_adapter
@@ -28,7 +28,7 @@ from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for
 from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
-from .extract_image import choose_target, left_out, plan_image_adapter
+from .image_base import choose_form, left_out, plan_image_adapter
 
 UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
 RANK = 8
@@ -115,7 +115,7 @@ def extract(
     progress: Progress | None = None,
 ) -> ExtractReport:
     """The change TUNED - BASE as an adapter: PEFT's, a folder, or one file with its config where `out` ends in
-    .safetensors; of an image model in one file kohya's, whose text encoders and denoiser lie in one file too.
+    .safetensors; of an image model in one file kohya's, of a pipeline diffusers', one file for all components.
 
     One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
     size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
@@ -127,12 +127,14 @@ def extract(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if to is not None and to not in EXTRACT_TO:
+        raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_TO)}")
     if embed not in EMBED:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED)}")
     rule = _rule(rank, energy, params, size)
     with ExitStack() as opened:
         sides = [_open(name, opened) for name in (base, tuned)]
-        form = choose_target(sides[0], to)
+        form = choose_form(sides[0], to)
         path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
         if form != "peft" and not is_file:
             raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
@@ -186,10 +188,9 @@ def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     side = open_checkpoint(name)
     opened.callback(side.close)
-    require_one_model(side)
     if is_adapter(side.specs):
         raise InputError("is an adapter; extract compares two models", culprit=os.fspath(name))
-    method = quantization(side.specs, side.config)
+    method = next(filter(None, (quantization(part.specs, part.config) for part in side.models)), None)
     if method:
         raise InputError(f"is quantized ({method})", culprit=os.fspath(name), remedy="pass the original model")
     return side

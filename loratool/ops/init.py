@@ -19,7 +19,7 @@ import torch
 from ..architectures.quantized import quantization
 from ..architectures.renames import expert_part
 from ..architectures.wrappers import PEFT_PREFIX, module_of
-from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
 from ..fileio import require_free_space, sha256_file
 from ..formats import is_adapter, open_adapter
@@ -46,6 +46,9 @@ from ..sidefiles import INITIAL, provenance
 from ..targets import Selection, parse_layers
 from ..tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
 from ..tied import find_tie
+from .convert_image import write_output
+from .converted import check_target
+from .image_base import choose_form, plan_start, weights_for
 from .merge import MERGE_DTYPES, write_merged
 
 RANK = 8
@@ -118,31 +121,39 @@ def init(
     residual: str | os.PathLike[str] | None = None,
     dtype: str = "keep",
     undo: bool = True,
+    to: str | None = None,
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> InitReport:
-    """Start a PEFT adapter for chosen weights of a base: a folder, or one file where `out` ends in .safetensors.
+    """Start an adapter for chosen weights of a base: PEFT's, a folder, or one file where `out` ends in .safetensors; of
+    an image model in one file kohya's, of a pipeline diffusers'.
 
     method: a key of INITS. rank (8 where there is none) of every weight, or params: the largest one for which the
     adapter has at most so many parameters; rank_pattern: pattern -> rank, before either. alpha: each weight's rank
     where there is none. dora: with the base's norms as magnitudes; rslora: s = alpha / sqrt(r). residual: a folder for
     the base without the factors, which pissa, milora and olora need; dtype: of that, a key of MERGE_DTYPES; undo: with
-    an undo file. Raises UsageError, InputError and NeedsFlag before anything is written.
+    an undo file. to: a key of converting.TARGETS, another format. Raises UsageError, InputError and NeedsFlag before
+    anything is written.
     """
     dtype = str(dtype).lower().removeprefix("torch.")
-    _check_method(method, residual, dtype)
+    check_target(to)
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = _open(base, opened)
-        path, is_file = check_name(out if out is not None else "adapter")
+        form = choose_form(checkpoint, to)
+        _check_method(method, residual, dtype, form)
+        if dora and form == "loralib":
+            raise UsageError("loralib's files hold no DoRA")
+        path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
+        if form != "peft" and not is_file:
+            raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         inputs = [shard.path for shard in checkpoint.shards]
         check_path(path, is_file, inputs, force)
-        candidates = find_candidates(
-            checkpoint, Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-        )
+        selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
+        candidates = find_candidates(checkpoint, selection, weights_for(checkpoint, form))
         _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         check_parted(checkpoint, ranks, rslora)
@@ -151,26 +162,31 @@ def init(
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
-        specs = {**starter.specs, **starter.magnitude_specs}
+        made = plan_start(checkpoint, form, sites, starter, config)
+        size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
+        if params is not None and form != "peft" and size[0] > params:
+            raise UsageError(f"--params {params} cannot be kept: {form}'s alphas and split modules make it {size[0]}")
         changed = None
         if residual is not None:
             place = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
             changed = work.write_residual(place, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run)
         elif not dry_run:
             opened.enter_context(named(path))
-            write_adapter(path, is_file, specs, starter.load, config)
-        size = sum(spec.size for spec in specs.values()), sum(spec.nbytes for spec in specs.values())
+            write_output(made, form, path, is_file)
         flags = (method, dora, rslora, dry_run)
-        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, changed, work.warnings())
+        warnings = (*work.warnings(), *made.notes)
+        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, changed, warnings)
 
 
-def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str) -> None:
+def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, form: str) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if method not in INITS:
         raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if dtype not in MERGE_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+    if form != "peft" and (INITS[method].changes_base or INITS[method].field is not True):
+        raise UsageError(f"{method} is for PEFT's adapters, and {form}'s files cannot say how it starts")
     if INITS[method].changes_base and residual is None:
         raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
     if residual is None and dtype != "keep":
@@ -208,7 +224,6 @@ def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], me
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     base = open_checkpoint(name)
     opened.callback(base.close)
-    require_one_model(base)
     if any(".base_layer." in tensor for tensor in base.specs):
         raise InputError(
             "is a dump of a whole PeftModel, its weights under names that no loader knows",
@@ -217,7 +232,7 @@ def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
         )
     if is_adapter(base.specs):
         raise InputError("is an adapter; init starts one for a model", culprit=os.fspath(name))
-    quantized = quantization(base.specs, base.config)
+    quantized = next(filter(None, (quantization(part.specs, part.config) for part in base.models)), None)
     if quantized:
         raise InputError(
             f"is quantized ({quantized})", culprit=os.fspath(name), remedy="pass the original model in 16 or 32 bits"
