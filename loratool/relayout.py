@@ -19,15 +19,15 @@ from .errors import InputError, NeedsFlag
 # What --for can be -> its meaning
 LAYOUTS = {
     "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
-    "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them",
+    "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them, and GPT-2's c_attn",
 }
 # A fused module, by the end of its path -> its parts in the order of its rows
 FUSED = {
     "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "attn.c_attn": ("q_proj", "k_proj", "v_proj"),
 }
-C_ATTN = "attn.c_attn"  # GPT-2's, three equal parts; it is split only
-_QKV = FUSED["self_attn.qkv_proj"]
+C_ATTN = "attn.c_attn"  # GPT-2's, whose parts are square
 Sizes = Mapping[str, int]
 
 
@@ -82,6 +82,11 @@ def _owner(path: str, end: str) -> str | None:
     return f"{block}.{fused}"[1:] if name in FUSED[end] and block.endswith(f".{middle}") else None
 
 
+def _end(path: str) -> str | None:
+    """The key of FUSED that a fused module's path ends in."""
+    return next((end for end in FUSED if f".{path}".endswith(f".{end}")), None)
+
+
 def _alone(source: Source) -> Target:
     rows = source.update.shape[0]
     return Target("", source.path, rows, (Part(source, 0, rows),), "exact")
@@ -89,15 +94,15 @@ def _alone(source: Source) -> Target:
 
 def _split(source: Source, sizes: Sizes) -> list[Target]:
     rows, width = source.update.shape[:2]
-    end = next((end for end in (*FUSED, C_ATTN) if f".{source.path}".endswith(f".{end}")), None)
+    end = _end(source.path)
     if end is None:
         return [_alone(source)]
-    names = FUSED.get(end, _QKV)
-    if names == _QKV and end != C_ATTN:
-        parts = [_size(source.path, name, sizes) for name in names]
+    names = FUSED[end]
+    if len(names) == 2:
+        parts = [rows // 2] * 2
     else:
-        parts = [rows // len(names)] * len(names)
-    if sum(parts) != rows or (end == C_ATTN and rows != 3 * width):
+        parts = [width if end == C_ATTN else _size(source.path, name, sizes) for name in names]
+    if sum(parts) != rows:
         said = " + ".join(map(str, parts))
         raise InputError(f"has {rows} rows, which are not {said}: it is of another model", culprit=source.path)
     stem, start, targets = source.path.rpartition(".")[0], 0, []
@@ -108,16 +113,21 @@ def _split(source: Source, sizes: Sizes) -> list[Target]:
 
 
 def _fuse(path: str, parts: Mapping[str, Source], sizes: Sizes) -> Target:
-    names = next(FUSED[end] for end in FUSED if f".{path}".endswith(f".{end}"))
+    end = _end(path)
+    assert end is not None
+    names = FUSED[end]
+    if end == C_ATTN:
+        sizes = dict.fromkeys(names, next(iter(parts.values())).update.shape[1])
     rows = {name: source.update.shape[0] for name, source in parts.items()}
     alike = [rows[name] for name in names[-2:] if name in rows]  # key and value, gate and up
     if len(set(alike)) > 1:
         raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
     if len(rows) < len(names):
         rows = _with_missing(path, names, rows, sizes)
-    wrong = next((n for n in rows if names == _QKV and sizes and rows[n] != sizes[n]), None)
+    wrong = next((n for n in rows if n in sizes and rows[n] != sizes[n]), None)
     if wrong:
-        raise InputError(f"has {rows[wrong]} rows of {wrong}, and the base {sizes[wrong]}", culprit=path)
+        whose = "GPT-2's matrices" if end == C_ATTN else "the base"
+        raise InputError(f"has {rows[wrong]} rows of {wrong}, and {whose} {sizes[wrong]}", culprit=path)
     at = {name: sum(rows[each] for each in names[:i]) for i, name in enumerate(names)}
     placed = [Part(source, 0, rows[name], at[name]) for name, source in parts.items()]
     return join("", path, placed, sum(rows.values()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights
+from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,14 +75,52 @@ FLUX = {
         "transformer.time_text_embed.timestep_embedder.linear_1",
         "diffusion_model.time_in.in_layer",
     ): (6, 4),
+    (
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    ): (8, 6),
 }
-FAMILIES = {"sdxl": SDXL, "sd1": SD1, "flux": FLUX}
+# A width of 1536, of which SD 3 is known where all of the names could be Flux's too.
+SD3 = {
+    (
+        "lora_unet_joint_blocks_22_x_block_attn_proj",
+        "transformer.transformer_blocks.22.attn.to_out.0",
+        "diffusion_model.joint_blocks.22.x_block.attn.proj",
+    ): (6, 1536),
+    (
+        "lora_unet_joint_blocks_3_context_block_mlp_fc2",
+        "transformer.transformer_blocks.3.ff_context.net.2",
+        "diffusion_model.joint_blocks.3.context_block.mlp.fc2",
+    ): (6, 24),
+    (
+        "lora_unet_context_embedder",
+        "transformer.context_embedder",
+        "diffusion_model.context_embedder",
+    ): (6, 8),
+    (
+        "lora_unet_x_embedder_proj",
+        "transformer.pos_embed.proj",
+        "diffusion_model.x_embedder.proj",
+    ): (6, 4, 2, 2),
+    (
+        "lora_te2_text_model_encoder_layers_31_mlp_fc2",
+        "text_encoder_2.text_model.encoder.layers.31.mlp.fc2",
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.31.mlp.fc2",
+    ): (8, 32),
+    (
+        "lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_0",
+        "text_encoder_3.encoder.block.23.layer.1.DenseReluDense.wi_0",
+        "text_encoders.t5xxl.transformer.encoder.block.23.layer.1.DenseReluDense.wi_0",
+    ): (8, 6),
+}
+FAMILIES = {"sdxl": SDXL, "sd1": SD1, "flux": FLUX, "sd3": SD3}
 ENDS = {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora_A", "lora_B"), "comfy": ("lora_down", "lora_up")}
 FORMATS = tuple(ENDS)
 ALPHA = 3.0
 METADATA = {
     f"{component}.{key}": value
-    for component in ("unet", "transformer", "text_encoder", "text_encoder_2")
+    for component in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     for key, value in (("r", 4), ("lora_alpha", ALPHA))
 }
 
@@ -249,6 +287,123 @@ def test_peft_takes_one_component(tmp_path: Path, run: Callable[..., Any]) -> No
     assert found.rank == 4 and found.alpha == ALPHA and found.modules == 2  # type: ignore[union-attr]
     tensors = load_file(out / "adapter_model.safetensors")
     assert "base_model.model.up_blocks.0.upsamplers.0.conv.lora_A.weight" in tensors
+
+
+class TestSD3:
+    def joint(self, path: Path, **modules: tuple[int, int]) -> Path:
+        tensors = {}
+        for i, (name, shape) in enumerate(modules.items()):
+            A, B = factors(*shape, 2, seed=i)
+            tensors |= {f"lora_unet_{name}.lora_down.weight": A, f"lora_unet_{name}.lora_up.weight": B}
+        save_file(tensors, path)
+        return path
+
+    def test_a_fused_qkv_and_the_last_block(self, tmp_path: Path) -> None:
+        """Of the last block's context nothing goes on, so that its modulation has a shift and a scale alone, which
+        diffusers has the other way round.
+        """
+        start = self.joint(tmp_path / "a.safetensors", joint_blocks_0_context_block_attn_qkv=(18, 6),
+                           joint_blocks_0_context_block_adaLN_modulation_1=(36, 6),
+                           joint_blocks_1_context_block_adaLN_modulation_1=(12, 6),
+                           joint_blocks_1_x_block_attn2_qkv=(18, 6))  # fmt: skip
+        report = loratool.convert(start, tmp_path / "b.safetensors", to="diffusers")
+        assert report.family == "sd3"
+        hows = {m.name.removeprefix("transformer.transformer_blocks."): m.how for m in report.modules}
+        assert hows == {
+            **{f"0.attn.add_{x}_proj": "split" for x in "qkv"}, **{f"1.attn2.to_{x}": "split" for x in "qkv"},
+            "0.norm1_context.linear": "exact", "1.norm1_context.linear": "swapped",
+        }  # fmt: skip
+        found = load_file(tmp_path / "b.safetensors")
+        _, B = factors(12, 6, 2, seed=2)
+        name = "transformer.transformer_blocks.1.norm1_context.linear"
+        assert torch.equal(found[f"{name}.lora_B.weight"], torch.cat([B[6:], B[:6]]))
+        loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya")
+        again = load_file(tmp_path / "c.safetensors")
+        raw = load_file(start)
+        assert all(torch.equal(again[k], raw[k]) for k in raw)
+
+    def test_a_merge_of_either_is_the_same(self, tmp_path: Path) -> None:
+        shapes = {"joint_blocks.0.context_block.attn.qkv": (18, 6),
+                  "joint_blocks.1.context_block.adaLN_modulation.1": (12, 6)}  # fmt: skip
+        start = self.joint(tmp_path / "a.safetensors", **{n.replace(".", "_"): s for n, s in shapes.items()})
+        loratool.convert(start, tmp_path / "b.safetensors", to="diffusers")
+        base = {f"{n}.weight": weights(*s, seed=i) for i, (n, s) in enumerate(shapes.items())}
+        save_file(base, tmp_path / "base.safetensors")
+        merged = []
+        for x in "ab":
+            loratool.merge(tmp_path / "base.safetensors", tmp_path / f"{x}.safetensors", tmp_path / "m.safetensors",
+                           undo=False, force=True)  # fmt: skip
+            merged.append(load_model(tmp_path / "m.safetensors"))
+        assert equal(*merged)
+
+
+class TestNames:
+    def dotted(self, path: Path, *names: str, shape: tuple[int, int] = (8, 8)) -> Path:
+        A, B = factors(*shape, 2)
+        save_file({f"{n}.{end}": t.clone() for n in names for end, t in
+                   (("lora_A.weight", A), ("lora_B.weight", B))}, path)  # fmt: skip
+        return path
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ["transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.img_mlp.net.0.proj"],
+            ["transformer.transformer_blocks.0.attn1.to_q"],
+            ["transformer.blocks.0.attn1.to_q"],
+        ],
+    )
+    def test_another_models_blocks_are_no_fluxs(self, names: list[str], tmp_path: Path) -> None:
+        """Qwen-Image, PixArt, Wan: half of a name that is known is no reason to guess the rest."""
+        with pytest.raises(InputError, match="no adapter of an image model that is known"):
+            loratool.convert(self.dotted(tmp_path / "a.safetensors", *names), tmp_path / "b.safetensors", to="kohya")
+
+    def test_a_head_that_is_called_as_fluxs_is_none(self, tmp_path: Path) -> None:
+        """Whisper's."""
+        start = write_peft(
+            tmp_path / "a", {f"model.{x}": factors(8, 8, 2) for x in ("q_proj",)} | {"proj_out": factors(9, 8, 2)}
+        )
+        assert loratool.convert(start, tmp_path / "b", to="peft").family is None
+
+    def test_what_no_unet_has_is_dropped_only_by_name(self, tmp_path: Path) -> None:
+        known, motion = (f"unet.down_blocks.1.{x}" for x in
+                         ("attentions.0.transformer_blocks.0.attn1.to_q", "motion_modules.0.proj_in"))  # fmt: skip
+        start = self.dotted(tmp_path / "a.safetensors", known, motion)
+        with pytest.raises(NeedsFlag, match=f"--drop {motion}"):
+            loratool.convert(start, tmp_path / "b.safetensors", to="kohya")
+        report = loratool.convert(start, tmp_path / "b.safetensors", to="kohya", drop=[motion])
+        assert report.dropped == (motion,) and len(report.modules) == 1
+
+    @pytest.mark.parametrize("to", ["kohya", "comfy"])
+    def test_text_encoders_as_transformers_5_has_them(self, to: str, tmp_path: Path) -> None:
+        start = self.dotted(tmp_path / "a.safetensors", "text_encoder.encoder.layers.0.mlp.fc1")
+        (row,) = loratool.convert(start, tmp_path / "b.safetensors", to=to).modules
+        assert row.name.replace("_", ".").endswith("text.model.encoder.layers.0.mlp.fc1")
+        twice = self.dotted(tmp_path / "c.safetensors", "text_encoder.encoder.layers.0.mlp.fc1",
+                            "text_encoder.text_model.encoder.layers.0.mlp.fc1")  # fmt: skip
+        with pytest.raises(InputError, match="two modules"):
+            loratool.convert(twice, tmp_path / "d.safetensors", to=to)
+
+    @pytest.mark.parametrize("to", ["kohya", "comfy"])
+    def test_xlabs_attention_is_the_first_rows_of_linear1(self, to: str, tmp_path: Path) -> None:
+        A, B = factors(18, 6, 2)
+        stem = "single_blocks.3.processor.qkv_lora"
+        save_file({f"{stem}.down.weight": A, f"{stem}.up.weight": B}, tmp_path / "a.safetensors")
+        (row,) = loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to).modules
+        assert row.name.replace("_", ".").endswith("single.blocks.3.linear1") and row.how == "fused"
+        up = load_file(tmp_path / "b.safetensors")[f"{row.name}.lora_up.weight"]
+        assert up.shape == (42, 2) and torch.equal(up[:18], B) and not up[18:].any()
+
+    @pytest.mark.parametrize("rows", [16, 19])
+    def test_rows_that_are_no_thirds(self, rows: int, tmp_path: Path) -> None:
+        A, B = factors(rows, 6, 2)
+        name, stem = "lora_unet_double_blocks_0_img_attn_qkv", "transformer.single_transformer_blocks.0.attn"
+        save_file({f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}, tmp_path / "a.safetensors")
+        with pytest.raises(InputError, match=f"{name}: has {rows} rows"):
+            loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
+        parts = self.dotted(tmp_path / "c.safetensors", f"{stem}.to_q", f"{stem}.to_k", shape=(rows, 6))
+        with pytest.raises(InputError, match="too many for its part"):
+            loratool.convert(parts, tmp_path / "b.safetensors", to="kohya")
+        assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy"])

@@ -371,9 +371,39 @@ class TestLayout:
         loratool.convert(start, tmp_path / "b", to="peft", layout="split")
         whole = change(start, "transformer.h.0.attn.c_attn")
         assert torch.allclose(change(tmp_path / "b", "transformer.h.0.attn.k_proj"), whole[8:16], atol=1e-12)
+        loratool.convert(tmp_path / "b", tmp_path / "e", to="peft", layout="fused")
+        one, two = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ae")
+        assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
+        flags = [json.loads((tmp_path / x / "adapter_config.json").read_text())["fan_in_fan_out"] for x in "be"]
+        assert flags == [False, True]  # transformers' Conv1D, which c_attn is
         odd = write_peft(tmp_path / "c", {"transformer.h.0.attn.c_attn": factors(12, 8, 2)})  # multi-query
         with pytest.raises(InputError, match="of another model"):
             loratool.convert(odd, tmp_path / "d", to="peft", layout="split")
+
+    def test_the_papers_query_and_value_as_gpt2s_c_attn(self, tmp_path: Path) -> None:
+        """peft's GPT-2 computes with the fused adapter what it computes with the changed thirds of its weight."""
+        from peft import PeftModel
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        models = [GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=16)).eval()]
+        models.append(type(models[0])(models[0].config))
+        models[1].load_state_dict(models[0].state_dict())
+        stem = "transformer.h.0.attn"
+        q, v = factors(8, 8, 2), factors(8, 8, 3, seed=1)
+        start = write_peft(tmp_path / "a", {f"{stem}.q_proj": q, f"{stem}.v_proj": v}, rank_pattern={"v_proj": 3},
+                           lora_alpha=64, alpha_pattern={"v_proj": 96})  # fmt: skip
+        (row,) = loratool.convert(start, tmp_path / "b", to="peft", layout="fused").modules
+        assert (row.name, row.how, row.rank) == (f"{stem}.c_attn", "fused", 5)
+        W = models[0].state_dict()[f"{stem}.c_attn.weight"]
+        W[:, :8] += 32 * (q[1] @ q[0]).T
+        W[:, 16:] += 32 * (v[1] @ v[0]).T
+        ids = torch.tensor([[1, 2, 3, 4]])
+        loaded = PeftModel.from_pretrained(models[1], str(tmp_path / "b"))
+        assert torch.allclose(models[0](ids).logits, loaded(ids).logits, atol=1e-5)
+        wide = write_peft(tmp_path / "c", {f"{stem}.q_proj": factors(12, 8, 2)})
+        with pytest.raises(InputError, match=r"has 12 rows of q_proj, and GPT-2's matrices 8"):
+            loratool.convert(wide, tmp_path / "d", to="peft", layout="fused")
 
     def test_what_is_refused(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         start = self.fused(tmp_path / "a")

@@ -23,7 +23,7 @@ from ..errors import InputError, LoratoolError, NeedsFlag, UsageError
 from ..formats.peft import adapter_names, saved_name
 from ..formats.peft_config import changes_base
 from ..formats.peft_write import SAFETENSORS, lora_config
-from ..relayout import plan_layout, read_sizes
+from ..relayout import C_ATTN, plan_layout, read_sizes
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import Experts, LowRank
@@ -210,6 +210,8 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
 
     notes = name_alphas(rows) if wish.to == "loralib" else ()
     config = _relaid_config(source, kept, rows)
+    if any(path.endswith(C_ATTN) for path in (*changed, *taken)):
+        config["fan_in_fan_out"] = wish.layout == "fused"  # transformers' Conv1D, of which only the fused one is
     return Output(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
 
 

@@ -143,14 +143,28 @@ def print_combine(report: CombineReport) -> None:
 def print_convert(report: ConvertReport) -> None:
     what = ", ".join(filter(None, (report.source_format, report.family)))
     say(f"{report.adapter}: {what}, to {report.to}")
-    rows = [[m.name, ", ".join(m.sources), m.how, str(m.rank), f"{m.alpha:g}"] for m in report.modules]
-    print_table([(title, title in ("rank", "alpha")) for title in ("module", "from", "how", "rank", "alpha")], rows)
+    errors = [m.error for m in report.modules if m.error]
+    rows = [
+        [
+            m.name,
+            ", ".join(m.sources),
+            m.how,
+            str(m.rank),
+            f"{m.alpha:g}",
+            *[f"{m.error:.1e}" if m.error else "0"] * bool(errors),
+        ]
+        for m in report.modules
+    ]
+    titles = ["module", "from", "how", "rank", "alpha", *["error"] * bool(errors)]
+    print_table([(title, title in ("rank", "alpha", "error")) for title in titles], rows)
     for module in report.dropped:
         say(f"dropped: {module}")
     for note in report.notes:
         say(f"note: {note}")
     verb = "would write" if report.dry_run else "wrote"
-    say(f"\n{verb} {report.out}: {len(rows)} modules, {count(report.parameters)} parameters, {size(report.nbytes)}")
+    lost = f"{len(errors)} of them not to the bit; the largest error is {max(errors):.1e}" if errors else ""
+    say(f"\n{len(rows)} modules, {lost or 'their changes the same to the bit'}")
+    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_adapter(report: AdapterInspection) -> None:
