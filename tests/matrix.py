@@ -1,0 +1,172 @@
+"""The README's matrix of formats, made by converting a small adapter of each to each: `python tests/matrix.py`.
+
+A cell is what `convert` reported, with the flags that it asked for first, or that it refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import loratool
+from loratool import InputError, NeedsFlag
+from loratool.converting import TARGETS
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+from conftest import factors, weights, write_peft
+
+Q, Q_SHAPE = "model.layers.0.self_attn.q_proj", (6, 8)
+DOWN_UP, A_B = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
+SDXL = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+SGM = "input_blocks.4.1.transformer_blocks.1.attn1.to_q"
+LAYER = "text_model.encoder.layers.0.mlp.fc1"
+SPLIT = {f"transformer_blocks.0.attn.to_{x}": (6, 6) for x in "qkv"}
+FUSED = {"double_blocks.0.img_attn.qkv": (18, 6)}
+
+
+def _flat(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name.replace(".", "_"): shape for name, shape in names.items()}
+
+
+def _image(
+    path: Path,
+    names: Mapping[str, tuple[int, ...]],
+    ends: tuple[str, str],
+    alpha: float | None = 2.0,
+    mark: str = ".",
+    **more: Tensor,
+) -> Path:
+    """One file: a pair of rank 4 for each name, an alpha, and what else each has."""
+    tensors = {}
+    for i, (name, shape) in enumerate(names.items()):
+        for end, side in zip(ends, factors(*shape, 4, seed=i), strict=True):
+            tensors[f"{name}{mark}{end}"] = side
+        tensors |= {f"{name}.{end}": tensor.clone() for end, tensor in more.items()}
+        tensors |= {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
+    save_file(tensors, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def _peft(path: Path, dora: bool = False, **config: Any) -> Path:
+    folder = write_peft(path, {Q: factors(*Q_SHAPE, 4)}, **config)
+    if dora:
+        from safetensors.torch import load_file
+
+        file = folder / "adapter_model.safetensors"
+        save_file({**load_file(file), f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(6)}, file)
+    return folder
+
+
+def _loralib(path: Path, merged: bool) -> Path:
+    A, B = factors(24, 8, 4)
+    tensors = (
+        {"c_attn.lora_A": A, "c_attn.lora_B": B[:16, :2].contiguous()}
+        if merged
+        else {f"{Q}.lora_A": A, f"{Q}.lora_B": B}
+    )
+    torch.save(tensors, path.with_suffix(".bin"))
+    return path.with_suffix(".bin")
+
+
+def _cloneofsimo(path: Path) -> Path:
+    """The attentions of SD 1, 128 layers, 2 columns wide here."""
+    tensors = {f"unet:{i}:{end}": weights(*shape, seed=i) for i in range(128)
+               for end, shape in (("up", (2, 1)), ("down", (1, 2)))}  # fmt: skip
+    save_file(tensors, path.with_suffix(".safetensors"), {"unet": json.dumps(["CrossAttention"])})
+    return path.with_suffix(".safetensors")
+
+
+# The readable formats, each with what makes a small adapter of it
+READABLE: dict[str, Callable[[Path], Path]] = {
+    "PEFT, of a language model": lambda p: _peft(p, lora_alpha=2),
+    "PEFT, rsLoRA": lambda p: _peft(p, lora_alpha=3, use_rslora=True),
+    "PEFT, DoRA": lambda p: _peft(p, dora=True, use_dora=True),
+    "PEFT, of an image model": lambda p: write_peft(p, {SDXL: factors(8, 8, 4)}, lora_alpha=2),
+    "loralib": lambda p: _loralib(p, False),
+    "loralib, MergedLinear": lambda p: _loralib(p, True),
+    "kohya, SD 1, 2, SDXL": lambda p: _image(
+        p, {f"lora_unet_{SGM.replace('.', '_')}": (8, 8), f"lora_te1_{LAYER.replace('.', '_')}": (32, 8)}, DOWN_UP
+    ),
+    "kohya, Flux and SD 3": lambda p: _image(p, {f"lora_unet_{n}": s for n, s in _flat(FUSED).items()}, DOWN_UP),
+    "kohya, DoRA": lambda p: _image(
+        p, {f"lora_unet_{SGM.replace('.', '_')}": (8, 8)}, DOWN_UP, dora_scale=torch.ones(8, 1)
+    ),
+    "diffusers, SD 1, 2, SDXL": lambda p: _image(
+        p, {f"unet.{SDXL}": (8, 8), f"text_encoder.{LAYER}": (32, 8)}, A_B, None
+    ),
+    "diffusers, Flux and SD 3": lambda p: _image(p, {f"transformer.{n}": s for n, s in SPLIT.items()}, A_B, None),
+    "diffusers, old processors": lambda p: _image(
+        p, {f"unet.{SDXL.replace('.to_q', '.processor.to_q')}": (8, 8)}, ("down.weight", "up.weight"), None, "_lora."
+    ),
+    "ComfyUI": lambda p: _image(
+        p, {f"diffusion_model.{SGM}": (8, 8), f"text_encoders.clip_l.transformer.{LAYER}": (32, 8)}, DOWN_UP
+    ),
+    "ai-toolkit": lambda p: _image(p, {f"transformer.{n}": s for n, s in SPLIT.items()}, A_B, None),
+    "XLabs": lambda p: _image(p, {"double_blocks.0.processor.qkv_lora1": (18, 6)}, ("down.weight", "up.weight"), None),
+    "OneTrainer": lambda p: _image(p, {f"lora_transformer_{n}": s for n, s in _flat(SPLIT).items()}, DOWN_UP),
+    "cloneofsimo": _cloneofsimo,
+}
+COLUMNS = {**{to: {} for to in TARGETS}, "peft --plain": {"plain": True}}
+
+
+def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
+    """Converts to `out` with each flag that is asked for, which the cell says; and what was reported."""
+    to = column.split()[0]
+    options: dict[str, Any] = dict(COLUMNS[column])
+    asked: list[str] = []
+    while True:
+        try:
+            report = loratool.convert(adapter, out, to=to, force=True, **options)
+        except NeedsFlag as error:
+            flags = re.findall(r"--[a-z-]+", error.remedy or "")
+            values = {"--alpha": ("alpha", 2.0), "--enable-lora": ("enable_lora", (True, False, True))}
+            if "--base" in flags:
+                return "needs base", None
+            if flags[0] == "--drop":
+                options["drop"] = re.sub(r"'| to leave.*", "", (error.remedy or "").split("--drop ")[1]).split(",")
+                asked.append("one component")
+                continue
+            name, value = values[flags[0]]
+            options[name] = value
+            asked.append(flags[0])
+            continue
+        except InputError:
+            return "impossible", None
+        said = [_how(report), *(f"with `{each}`" if each[0] == "-" else each for each in asked)]
+        return ", ".join(said), report
+
+
+def _how(report: loratool.ConvertReport) -> str:
+    hows = {module.how for module in report.modules}
+    error = max(module.error for module in report.modules)
+    if hows & {"rounded", "truncated"}:
+        return f"{'truncated' if 'truncated' in hows else 'rounded'}, {error:.0e}"
+    assert error == 0.0
+    return "folded" if "folded" in hows else ", ".join(["exact", *sorted(hows - {"exact"})])
+
+
+def matrix(folder: Path) -> str:
+    """As Markdown."""
+    lines = [
+        "| from \\ to | " + " | ".join(f"`{column}`" for column in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for i, (name, make) in enumerate(READABLE.items()):
+        adapter, out = make(folder / f"{i}"), folder / "out.safetensors"
+        lines.append(f"| {name} | " + " | ".join(cell(adapter, column, out)[0] for column in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print(matrix(Path(folder)))
