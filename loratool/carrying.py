@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .converting import Target
-from .numerics.factors import distance, svd
+from .numerics.factors import core, svd
 from .updates import DoRA, LowRank
 
 EPSILON = 2.0**-53  # what float64, in which errors are measured, rounds by itself
@@ -158,6 +158,7 @@ def change_error(target: Target, updates: Sequence[LowRank], made: Factors, scal
 
 def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
     """||B' A' - B A|| / ||B A|| of factors with their scales in them, stacks or single; 0 of a change of 0."""
-    one, two = svd(*true), svd(*made)
-    norm = float(torch.linalg.vector_norm(one.S))
-    return float(torch.linalg.vector_norm(distance(one, two))) / norm if norm else 0.0
+    (B, A), (made_B, made_A) = true, made
+    norm = float(torch.linalg.vector_norm(core(B, A)))
+    wrong = core(torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2))
+    return float(torch.linalg.vector_norm(wrong)) / norm if norm else 0.0

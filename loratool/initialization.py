@@ -296,6 +296,17 @@ class Starter:
             self.done(site.weight.source.spec.nbytes)
         return self._last[key]
 
+    def load_any(self, key: str) -> Tensor:
+        """In any order, of a weight its magnitude last; another weight's are computed anew."""
+        if key in self.magnitudes:
+            return self.magnitudes[key]
+        if key not in self._last:
+            site = self._site_of[key]
+            if site.weight.name not in self.gaps:
+                self.done(site.weight.source.spec.nbytes)
+            _, self._last = self._start(site)
+        return self._last[key]
+
     def close(self) -> None:
         self._starts.close()
 

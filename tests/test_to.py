@@ -231,6 +231,18 @@ class TestInit:
         bigg = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
         assert not torch.equal(after[bigg], before[bigg].float())
 
+    def test_a_denoiser_alone(self, tmp_path: Path) -> None:
+        """A Flux by its makers' names is a trainer's of kohya's kind, one by diffusers' names PEFT's."""
+        loratool.init(flux(tmp_path / "own.safetensors"), tmp_path / "a.safetensors", target=["qkv"], rank=2)
+        assert "lora_unet_double_blocks_0_img_attn_qkv.alpha" in load_file(tmp_path / "a.safetensors")
+        names = {f"transformer_blocks.0.attn.to_{x}.weight": weights(6, 6) for x in "qkv"}
+        save_file({**names, "single_transformer_blocks.0.proj_out.weight": weights(6, 30)}, tmp_path / "b.safetensors")
+        loratool.init(tmp_path / "b.safetensors", tmp_path / "b", target=["to_q"], rank=2)
+        assert (tmp_path / "b" / "adapter_config.json").is_file()
+        loratool.init(tmp_path / "b.safetensors", tmp_path / "c.safetensors", target=["to_q"], rank=2, to="comfy")
+        found = load_file(tmp_path / "c.safetensors")
+        assert found["diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight"].shape == (18, 2)
+
     def test_dora_has_the_bases_norms(self, tmp_path: Path) -> None:
         loratool.init(self.BASE, tmp_path / "a.safetensors", rank=2, target=["to_q", "in_layers.2"], dora=True)
         found, base = load_file(tmp_path / "a.safetensors"), load_model(self.BASE)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..adapter import UpdateSpec
-from ..architectures.image import image_parts
+from ..architectures.image import MARKS, image_parts
 from ..architectures.roles import role
 from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, require_one_model
@@ -31,6 +31,7 @@ from .convert_image import Image, plan_image
 from .convert_language import Output, Wish, low_rank, plan_language, select
 
 DENOISER = "model.diffusion_model."  # how the names of its weights begin in a single file of all components
+OWN_NAMES = ("sgm", "flux", "sd3")  # of MARKS, those of a model's makers
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -41,12 +42,13 @@ def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
 
 
 def choose_form(base: Checkpoint, to: str | None) -> str:
-    """`to`, or what the base's own users load: kohya's for a single file of all components, diffusers' for a pipeline,
-    else PEFT's. Raises InputError for what nothing could load.
+    """`to`, or what the base's users load: diffusers' for a pipeline, kohya's for a file with its makers' names, else
+    PEFT's. Raises InputError for what nothing could load.
     """
     weights = image_weights(base)
     several = bool(base.parts) or any(name.startswith(DENOISER) for name in weights)
-    if to is None and several and weights:
+    own = any(mark in name for name in weights for mark, kind in MARKS.items() if kind in OWN_NAMES)
+    if to is None and weights and (several or own):
         return "diffusers" if base.parts else "kohya"
     if to in (None, *SINGLE_COMPONENT):
         require_one_model(base)
@@ -133,7 +135,7 @@ def plan_start(base: Checkpoint, to: str, sites: Sequence[Site], starter: Starte
     file = UnwrittenFile(
         base.shards[0],
         {PEFT_PREFIX + name: spec for name, spec in specs.items()},
-        lambda name: starter.load(name.removeprefix(PEFT_PREFIX)),
+        lambda name: starter.load_any(name.removeprefix(PEFT_PREFIX)),
         {"loratool": json.dumps({"adapter_config": config})},
     )
     adapter = FORMATS["peft"].read(str(base.path), file, None, False)
