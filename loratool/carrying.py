@@ -7,13 +7,14 @@ powers of two. Any other fold, and a type that holds less, are rounded, and the 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .converting import Target
+from .converting import Part, Target
 from .numerics.factors import core, svd
 from .updates import DoRA, LowRank
 
@@ -55,21 +56,36 @@ def _low_rank(target: Target, updates: Sequence[LowRank]) -> Factors:
         return Factors(first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale)
     if target.how == "split":
         (part,) = target.parts
-        return _trimmed(first, part.start, part.stop)
+        kept = _ranks_of(first.B, part)
+        return Factors(first.A[kept], first.B[part.start : part.stop, kept], first.scale)
     scale = common_scale([update.scale for update in updates])
     folded = [_scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
     dtype = sides[0].dtype
     for each in (*sides, *(update.A for update in updates)):
         dtype = torch.promote_types(dtype, each.dtype)
-    shared = all(update.A.shape == first.A.shape and torch.equal(update.A, first.A) for update in updates[1:])
-    ranks = [len(update.A) for update in updates]
-    starts = [0 if shared else sum(ranks[:i]) for i in range(len(ranks))]
-    B = torch.zeros(target.rows, ranks[0] if shared else sum(ranks), dtype=dtype)
-    for part, side, start in zip(target.parts, sides, starts, strict=True):
-        B[part.at : part.at + len(side), start : start + side.shape[1]] = side
-    A = first.A if shared else torch.cat([update.A.to(dtype) for update in updates])
-    return Factors(A.to(dtype), B, scale, exact=exact)
+    A, places = _joined_rows([update.A.to(dtype) for update in updates])
+    B = torch.zeros(target.rows, len(A), dtype=dtype)
+    for part, side, own in zip(target.parts, sides, places, strict=True):
+        B[part.at : part.at + len(side), own] = side.to(dtype)
+    return Factors(A, B, scale, exact=exact)
+
+
+def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
+    """One A (r, in) of several, a row that several have once, and where in it each one's rows are."""
+    found: dict[tuple[bytes, int], int] = {}
+    rows: list[Tensor] = []
+    places: list[list[int]] = []
+    for A in sides:
+        seen, own = Counter[bytes](), list[int]()
+        for row in A.contiguous():
+            key = row.view(torch.uint8).numpy().tobytes()
+            place = found.setdefault((key, seen[key]), len(found))
+            rows += [row] if place == len(rows) else []
+            own.append(place)
+            seen[key] += 1
+        places.append(own)
+    return torch.stack(rows), places
 
 
 def common_scale(scales: Sequence[float]) -> float:
@@ -94,15 +110,20 @@ def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
     return digits <= 1 or DIGITS[dtype] + digits <= 53
 
 
-def _trimmed(update: LowRank, start: int, stop: int) -> Factors:
-    """Without the ranks that reach other rows and none of these: a block-sparse B comes apart into what it was made of.
-    Those that reach none at all, as in an adapter that only starts, are every part's.
+def _ranks_of(B: Tensor, part: Part) -> Tensor:
+    """Which ranks a part needs. Where none of those that reach its rows reaches others too, as in what was fused of
+    parts, it is those, and the ones that reach none at all, as in an adapter that only starts; else it is all.
     """
-    own, every = (side.flatten(1).abs().sum(0) > 0 for side in (update.B[start:stop], update.B))
-    kept = own | ~every
-    if not bool(kept.any()):
-        kept[0] = True
-    return Factors(update.A[kept], update.B[start:stop, kept], update.scale)
+    reached = B.reshape(*B.shape[:2], -1).any(2)  # (out, r)
+    inside = reached[part.start : part.stop].any(0)
+    outside = reached[: part.start].any(0) | reached[part.stop :].any(0)
+    apart = not bool((inside & outside).any()) and not bool(outside.all())
+    return ~outside if apart else torch.ones_like(outside)
+
+
+def is_filler(target: Target, updates: Sequence[LowRank], made: Factors) -> bool:
+    """Whether a part of a fused module is all zero and the others are not: it had no adapter before it was fused."""
+    return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
 
 
 def fold(factors: Factors) -> Factors:

@@ -33,7 +33,12 @@ TARGETS = {
     "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
 }
 SINGLE_COMPONENT = ("peft", "loralib")
-FAMILIES = {"sd1": "SD 1 and 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
+FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
+# Of these kohya's files have diffusers' names, and the UNet has four levels, of which the innermost has no attention.
+FIRST = ("sd1", "sd2")
+FIRST_ALONE = re.compile(r"(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|up)|3))")
+SDXL_ALONE = re.compile(r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding")
+SD2_WIDTH = 1024  # of its text encoder, where that of SD 1 has 768
 MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width
 SD3_WIDTHS = (1536, 2432)  # of SD 3 and 3.5, medium and large; Flux has 3072
 T5 = re.compile(r"encoder\.block\.\d+\.")
@@ -79,8 +84,9 @@ def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
         dotted = flattened().get(path) if adapter.flattened else path
         if update.kind not in ("lora", "dora") or dotted is None:
             impossible.append(module)
-        else:
-            sources.append(as_source(module, update, component or "unet", dotted))
+            continue
+        default = "text_encoder" if dotted.startswith("text_model.") else "unet"
+        sources.append(as_source(module, update, component or default, dotted))
     return sources, impossible
 
 
@@ -96,7 +102,7 @@ def family_of(sources: list[Source]) -> str | None:
     if not paths:
         known = any(T5.match(path) or CLIP.match(path) for path in texts)
         several = any(s.component == "text_encoder_2" for s in sources)
-        return ("sdxl" if several else "sd1") if known else None
+        return ("sdxl" if several else _first_of(sources)) if known else None
     if any(path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_")) for path in paths):
         return _unet_of(sources)
     fitting = [family for family in DITS if dit_paths(family).issuperset(paths)]
@@ -106,11 +112,20 @@ def family_of(sources: list[Source]) -> str | None:
 
 
 def _unet_of(sources: list[Source]) -> str:
-    paths = [s.path for s in sources if s.component == "unet"]
-    deep = any(re.search(r"transformer_blocks\.[1-9]", path) for path in paths)
-    widths = {s.update.shape[1] for s in sources if s.path.endswith("attn2.to_k")}
-    large = deep or 2048 in widths or any(s.component == "text_encoder_2" for s in sources)
-    return "sdxl" if large or (not widths and any("put_blocks." in path for path in paths)) else "sd1"
+    """By what only one of them has; where nothing tells, by whose names the modules have in kohya's files."""
+    own = [s for s in sources if s.component == "unet"]
+    paths = [sgm_to_diffusers(s.path) for s in own]
+    widths = {s.update.shape[1] for s in own if s.path.endswith("attn2.to_k")}
+    if any(s.component == "text_encoder_2" for s in sources) or 2048 in widths or any(map(SDXL_ALONE.search, paths)):
+        return "sdxl"
+    if widths or any(map(FIRST_ALONE.match, paths)) or not any("put_blocks." in s.path for s in own):
+        return _first_of(sources)
+    return "sdxl"
+
+
+def _first_of(sources: list[Source]) -> str:
+    texts = [s for s in sources if s.component == "text_encoder" or s.path.endswith(("attn2.to_k", "attn2.to_v"))]
+    return "sd2" if any(s.update.shape[1] == SD2_WIDTH for s in texts) else "sd1"
 
 
 def _is_sd3(sources: list[Source]) -> bool:
@@ -143,7 +158,9 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
             whole += _text(source)
         elif family not in DITS:
             path = sgm_to_diffusers(source.path)
-            attends = family != "sd1" or not path.startswith("up_blocks.0.")  # else its upsampler is second, not third
+            attends = family not in FIRST or not path.startswith(
+                "up_blocks.0."
+            )  # else its upsampler is second, not third
             whole.append(_as_it_is(source, diffusers_to_sgm(path, attends) if own else path))
         elif own:
             _fuse(DITS[family], source, whole, pieces)
@@ -283,11 +300,11 @@ def spell(target: Target, to: str, family: str, texts: int) -> str:
     if component != "unet" and to in ("kohya", "comfy") and path.startswith("encoder.layers."):
         path = f"text_model.{path}"  # as transformers had it before 5, and all of their readers have it
     if to == "kohya":
-        single = family == "sd1" and texts < 2
+        single = family in FIRST and texts < 2
         prefix = "lora_unet" if component == "unet" else "lora_te" if single else f"lora_te{number}"
         return f"{prefix}_{path.replace('.', '_')}"
     if to == "comfy":
-        encoders = {"1": "clip_l", "2": "clip_g", "3": "t5xxl"}
+        encoders = {"1": "clip_h" if family == "sd2" else "clip_l", "2": "clip_g", "3": "t5xxl"}
         head = "diffusion_model" if component == "unet" else f"text_encoders.{encoders[number]}.transformer"
         return f"{head}.{path}"
     if to in SINGLE_COMPONENT:
@@ -300,5 +317,5 @@ def spell(target: Target, to: str, family: str, texts: int) -> str:
 
 
 def uses_own_names(to: str, family: str) -> bool:
-    """Whether a convention calls a model's modules by its own names; kohya's SD 1 files have diffusers'."""
-    return to == "comfy" or (to == "kohya" and family != "sd1")
+    """Whether a convention calls a model's modules by its own names."""
+    return to == "comfy" or (to == "kohya" and family not in FIRST)

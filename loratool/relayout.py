@@ -1,7 +1,7 @@
 """Language models that differ in whether q, k, v and gate, up are one matrix each: adapters of one for the other.
 
 A part of a fused module has its rows of B, and the ranks that reach them; a whole has the ranks of its parts one after
-the other, or their one A (`converting.make_factors`): exact both ways. How many rows are whose, GQA being what it is,
+the other, or their one A (`carrying.make_factors`): exact both ways. How many rows are whose, GQA being what it is,
 a config.json says.
 """
 

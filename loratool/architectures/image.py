@@ -52,6 +52,7 @@ CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # how the names of
 # Prefixes of an adapter's modules -> their component. kohya's paths behind it are flattened.
 ADAPTER_PREFIXES = {
     "lora_unet_": "unet",
+    "lora_unet_unet_": "unet",  # of published files that were converted wrong: no module's path begins with unet
     "lora_transformer_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -64,6 +65,7 @@ ADAPTER_PREFIXES = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
     "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }

@@ -1,6 +1,7 @@
 """loralib's adapters: what `loralib.lora_state_dict` leaves, in any container.
 
-`<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored. A MergedLinear has n of
+`<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored. Of an Embedding, which
+only the path tells, they are (r, rows) and (width, r), and the change is transposed. A MergedLinear has n of
 the equal slices of its rows, A (r * n, in) and B (out / slices * n, r): which ones is not stored either.
 Defined by microsoft/LoRA: `loralib/layers.py`, `loralib/utils.py`. Any other tensor is a trained one of the base's.
 """
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
+from ..architectures.roles import EMBEDDINGS
 from ..architectures.wrappers import module_of
 from ..errors import InputError, LoratoolError, NeedsFlag
 from ..tensorfile import WeightsFile
@@ -55,7 +57,8 @@ def read(
         if _slices(roles, file):
             updates[module] = _merged(name, module, roles, file, config, enabled, lenient)
         else:
-            updates[module] = pair_factors(module, roles, file, config, lenient=lenient)
+            looked_up = module.rpartition(".")[2] in EMBEDDINGS or None
+            updates[module] = pair_factors(module, roles, file, config, looked_up, lenient=lenient)
     return Adapter(name, "loralib", file, config, updates)
 
 

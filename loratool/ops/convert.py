@@ -30,7 +30,7 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The result of `convert`. family: `sd1`, `sdxl`, `flux`, None for a language model; dropped: modules left out;
+    """The result of `convert`. family: a key of FAMILIES, None for a language model; dropped: modules left out;
     notes: what the output cannot say.
     """
 
@@ -119,12 +119,15 @@ def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, f
     sources, impossible = read_sources(source)
     selection = Selection(wish.drop or ("",))
     family = family or family_of([each for each in sources if not selection.selects(each.module)])
+    single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
+    if single and not any(each.component == "unet" for each in sources):
+        family = None  # a text encoder by itself goes as a language model does
     if family is not None:
         if wish.initial is not None or wish.layout:
             raise UsageError("--initial and --for are for adapters of language models")
         load = functools.partial(low_rank, source)
         return plan_image(Image(source.name, source.file.metadata or {}, family, load, lost), wish, sources, impossible)
-    if source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT:
+    if single:
         kept, dropped = select(source, wish)
         if wish.plain:
             return plan_plain(source, wish, kept, dropped, lost, opened)

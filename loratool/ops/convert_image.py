@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..carrying import Factors, alpha_of, cast, change_error, fold, holds, make_factors, truncated
+from ..carrying import Factors, alpha_of, cast, change_error, fold, holds, is_filler, make_factors, truncated
 from ..converting import (
     SINGLE_COMPONENT,
     Source,
@@ -35,7 +35,7 @@ from ..updates import LowRank
 from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_of, name_alphas
 
 # kohya's name of a family's base; of SD 3 it depends on the size
-BASE_VERSIONS = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
+BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,9 @@ class _Planned:
             name = spell(target, wish.to, family, texts)
             if name in self._made:
                 raise InputError("two modules of the adapter would become this one", culprit=name)
-            self._made[name] = self._make(target)
+            made = self._make(target)
+            self._made |= {name: made} if made else {}
         self._last: dict[str, dict[str, Tensor]] = {}
-        dora = [name for name, made in self._made.items() if made.target.parts[0].source.update.kind == "dora"]
-        self._use_dora = bool(dora)
-        if dora and len(dora) < len(self._made) and wish.to in ("peft", "diffusers"):
-            other = next(name for name in self._made if name not in dora)
-            raise InputError(
-                f"is no DoRA, {dora[0]} is; {wish.to}'s loader wants all modules of one kind", culprit=other
-            )
         carried = {part.source.module for target in targets for part in target.parts}
         every = (*(each.module for each in sources), *impossible)
         self._dropped = tuple(module for module in every if module not in carried)
@@ -117,11 +111,11 @@ class _Planned:
             raise InputError("nothing is left to convert", culprit=self._image.name)
         return wanted
 
-    def _make(self, target: Target) -> _Made:
-        """From headers alone, where the very factors are carried."""
+    def _make(self, target: Target) -> _Made | None:
+        """From headers alone, where the very factors are carried; None for what need not be there."""
         first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
         stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
-        if how == "exact" and not self._wish.plain and (dtype is None or holds(dtype, *stored)):
+        if how == "exact" and not self._folds(first.scale) and (dtype is None or holds(dtype, *stored)):
             specs = {role: first.specs[role] for role in ("A", "B")}
             if dtype is not None:
                 letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
@@ -133,6 +127,8 @@ class _Planned:
             how, rank = "rounded" if error else "exact", first.rank
         else:
             factors, updates = self._factors(target)
+            if is_filler(target, updates, factors):
+                return None
             tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
             specs = {
                 role: TensorSpec(SAFETENSORS[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
@@ -142,7 +138,7 @@ class _Planned:
             rank = len(factors.A)
             alpha = alpha_of(factors.scale, rank)
             error = change_error(target, updates, factors, self._scale(alpha, rank))
-            if how == "exact" and self._wish.plain and first.scale != 1.0:
+            if how == "exact" and self._folds(first.scale) and first.scale != 1.0:
                 how = "folded"
             former = [pair for part in target.parts if (pair := self._image.lost.get(part.source.module))]
             total = math.fsum(norm for _, norm in former)
@@ -152,6 +148,10 @@ class _Planned:
             end: self._laid(role, spec, specs["B"]) for role, end in self._ends().items() if (spec := specs.get(role))
         }
         return _Made(target, how, rank, alpha, error, ends)
+
+    def _folds(self, scale: float) -> bool:
+        """Whether a scale goes into the factors: a kohya file's alpha of 0 means the rank."""
+        return self._wish.plain or (self._wish.to == "kohya" and scale == 0)
 
     def _scale(self, alpha: float, rank: int) -> float:
         """What a reader takes the scale to be."""
@@ -166,7 +166,7 @@ class _Planned:
         factors = make_factors(target, updates)
         if self._wish.rank is not None:
             factors = truncated(factors, self._wish.rank)
-        elif self._wish.plain:
+        elif self._folds(factors.scale):
             factors = fold(factors)
         dtype = self._wish.dtype or factors.B.dtype
         rounded(target.path, (factors.B, factors.A), dtype)
@@ -220,7 +220,7 @@ class _Planned:
     def _metadata(self) -> dict[str, str]:
         former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE, "loratool")}
         if not self._has_alphas:
-            return {"format": "pt"} | (
+            return {**former, "format": "pt"} | (
                 {"lora_adapter_metadata": json.dumps(self._by_component(), sort_keys=True)}
                 if self._wish.to == "diffusers"
                 else {}
@@ -246,13 +246,19 @@ class _Planned:
         for component, modules in parts.items():
             config = self._config(modules)
             fields = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora"]
-            fields += ["use_dora"] if self._use_dora else []
+            fields += ["use_dora"] if config["use_dora"] else []
             found |= {f"{component}.{field}": config[field] for field in fields}
         return found
 
     def _config(self, modules: Mapping[str, _Made]) -> dict[str, Any]:
+        """PEFT's, of the modules of one model. Raises InputError for DoRA beside plain LoRA, which it cannot say."""
         both = {name: (made.rank, made.alpha) for name, made in modules.items()}
-        return {**config_of(both), "use_dora": self._use_dora}
+        dora = [name for name, made in modules.items() if made.target.parts[0].source.update.kind == "dora"]
+        other = next((name for name in modules if dora and name not in dora), None)
+        if other:
+            said = f"is no DoRA, {dora[0]} is; {self._wish.to}'s loader wants all modules of a model of one kind"
+            raise InputError(said, culprit=other)
+        return {**config_of(both), "use_dora": bool(dora)}
 
 
 def _has_kernel(source: Source) -> bool:

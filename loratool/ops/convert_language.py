@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, UpdateSpec
-from ..carrying import EPSILON, alpha_of, cast, change_error, holds, make_factors, relative_error
+from ..carrying import EPSILON, alpha_of, cast, change_error, holds, is_filler, make_factors, relative_error
 from ..converting import Source
 from ..draft import rounded, stacked
 from ..errors import InputError, LoratoolError, NeedsFlag, UsageError
@@ -179,10 +179,12 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
     ends = {"A": ".lora_A", "B": ".lora_B"} if wish.to == "loralib" else PEFT_ENDS
     rows, made, last = _rows(source, wish, others, restated=True), {}, dict[str, dict[str, Tensor]]()
 
-    def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert]:
+    def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert | None]:
         target = changed[path]
         updates = [low_rank(source, part.source) for part in target.parts]
         factors = make_factors(target, updates)
+        if is_filler(target, updates, factors):
+            return {}, None
         rounded(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
         factors = cast(factors, wish.dtype or factors.B.dtype)
         tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
@@ -198,7 +200,7 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
         for name, tensor in tensors.items():
             specs[name] = TensorSpec(SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
             made[name] = path
-        rows.append(row)
+        rows += [row] if row else []
 
     def load(name: str) -> Tensor:
         if name not in made:
@@ -237,7 +239,8 @@ def output_names(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> di
             if to == "loralib" and role in "AB":
                 found[f"{module}.lora_{role}"] = module, role
             elif source.format == "loralib" and role in "AB":
-                found[f"{module}.lora_{role}.weight"] = module, role
+                embeds = update.transposed  # an embedding, which alone loralib transposes
+                found[f"{module}.lora_embedding_{role}" if embeds else f"{module}.lora_{role}.weight"] = module, role
             elif source.format == "loralib" and to == "peft" and kept.get(module.rpartition(".")[0]) is not None:
                 owner, _, parameter = module.rpartition(".")
                 found[f"{owner}.base_layer.{parameter}" if kept[owner].rank else key] = module, role

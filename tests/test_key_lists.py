@@ -1,0 +1,101 @@
+"""The names and shapes of real Flux adapters, every one accounted for: each converts, and comes back as it was.
+
+All sizes but the ranks are a 48th, which keeps Flux's proportions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED, needs_shared, weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool import InputError
+
+pytestmark = needs_shared
+FOLDER = SHARED / "keylists"
+# list -> its own convention, how many modules it has, in its spelling and in the other one
+LISTS = {
+    "flux_lora_kohya_format": ("kohya", 304, 494),
+    "flux_lora_kohya_with_te1_format": ("kohya", 376, 566),
+    "flux_lora_diffusers_format": ("diffusers", 494, 304),
+    "flux_lora_diffusers_base_model_format": ("peft", 381, 191),
+}
+WIDTH = 3072 // 48
+
+
+def tensors(name: str) -> dict[str, Tensor]:
+    shapes = json.loads((FOLDER / f"{name}.json").read_text())
+    g = torch.Generator().manual_seed(0)
+    sizes = {k: [d if d % 48 else d // 48 for d in shape] for k, shape in shapes.items()}
+    return {k: torch.randn(s, generator=g).half() * 0.02 if s else torch.tensor(8.0) for k, s in sizes.items()}
+
+
+def flux(path: Path) -> Path:
+    """A Flux of that width, and a CLIP, in one file under their own names (flux/model.py of Black Forest Labs)."""
+    d = WIDTH
+    double = {"qkv": (3 * d, d), "proj": (d, d)}
+    shapes = {f"double_blocks.{i}.{side}_attn.{n}": s for i in range(19) for side in ("img", "txt")
+              for n, s in double.items()}  # fmt: skip
+    for i in range(19):
+        for side in ("img", "txt"):
+            shapes[f"double_blocks.{i}.{side}_mlp.0"] = (4 * d, d)
+            shapes[f"double_blocks.{i}.{side}_mlp.2"] = (d, 4 * d)
+            shapes[f"double_blocks.{i}.{side}_mod.lin"] = (6 * d, d)
+    for i in range(38):
+        shapes[f"single_blocks.{i}.linear1"], shapes[f"single_blocks.{i}.linear2"] = (7 * d, d), (d, 5 * d)
+        shapes[f"single_blocks.{i}.modulation.lin"] = (3 * d, d)
+    shapes["final_layer.linear"] = (64, d)
+    base = {f"model.diffusion_model.{name}.weight": weights(*shape, seed=i)
+            for i, (name, shape) in enumerate(shapes.items())}  # fmt: skip
+    clip = {f"self_attn.{x}_proj": (16, 16) for x in ("q", "k", "v", "out")} | {
+        "mlp.fc1": (64, 16),
+        "mlp.fc2": (16, 64),
+    }
+    for i in range(12):
+        prefix = f"text_encoders.clip_l.transformer.text_model.encoder.layers.{i}"
+        base |= {f"{prefix}.{name}.weight": weights(*shape, seed=i) for name, shape in clip.items()}
+    save_file(base, path)
+    return path
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    """By the convention that fuses or splits otherwise, every name and shape of the list comes back, and its values."""
+    own, count, others = LISTS[name]
+    before = tensors(name)
+    save_file(before, tmp_path / "a.safetensors")
+    alpha, other = (8.0 if own == "peft" else None), "diffusers" if own == "kohya" else "kohya"
+    report = loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=other, alpha=alpha)
+    assert report.family == "flux" and len(report.modules) == others and not report.dropped
+    sources = {module for row in report.modules for module in row.sources}
+    ends = (".lora_down.weight", ".lora_A.weight")
+    prefix = "base_model.model." if own == "peft" else ""
+    assert sources == {k.removeprefix(prefix)[: -len(e)] for k in before for e in ends if k.endswith(e)}
+    assert len(sources) == count
+    loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to=own)
+    after = load_file(tmp_path / "c.safetensors")
+    assert set(after) == set(before)
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor), key
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_all_of_it_merges(name: str, tmp_path: Path) -> None:
+    own, _, _ = LISTS[name]
+    save_file(tensors(name), tmp_path / "a.safetensors")
+    base, alpha = flux(tmp_path / "base.safetensors"), 8.0 if own == "peft" else None
+    report = loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors", alpha=alpha, undo=False)
+    assert not report.left_out and len({row.name for row in report.tensors}) in (304, 376, 191)
+
+
+def test_lokr_is_refused_by_name(tmp_path: Path) -> None:
+    save_file(tensors("flux_lokr_bfl_format"), tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"double_blocks\.0\.img_attn\.proj\.lokr_w1: .* LoKr, which is not supported"):
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
+    assert not (tmp_path / "b.safetensors").exists()
