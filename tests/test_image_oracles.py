@@ -70,7 +70,8 @@ def adapt_text(model: Any) -> Any:
 
 
 def layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    """Each third one: all kinds in all blocks. (`test_image_tables` has every name.)"""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][::3]
 
 
 def compute(model: Any, text: Any) -> Tensor:
@@ -84,7 +85,7 @@ def compute(model: Any, text: Any) -> Tensor:
 
 
 def write(folder: Path, family: str, **config: Any) -> tuple[Path, Tensor]:
-    """An adapter of all layers that diffusers saved, with its alphas, and what the model computes with it."""
+    """An adapter that diffusers saved, with its alphas, and what the model computes with it."""
     model, text = unet(family), adapt_text(clip())
     torch.manual_seed(2)
     lora = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": layers(model), **config}
@@ -124,7 +125,7 @@ def test_every_way_there_and_back_as_diffusers_loads_it(family: str, tmp_path: P
     start, expected = write(tmp_path / "a", family, **MIXED)
     assert torch.equal(loaded(start, family), expected)  # the oracle with itself
     assert not torch.allclose(compute(unet(family), clip()), expected, atol=1e-2)
-    for to in ("kohya", "comfy", "diffusers"):
+    for to in ("kohya", "comfy"):
         one, two = tmp_path / f"{to}.safetensors", tmp_path / f"{to}-back.safetensors"
         report = loratool.convert(start, one, to=to)
         assert report.family == family and {row.how for row in report.modules} == {"exact"} and not report.dropped
@@ -193,8 +194,7 @@ def test_what_diffusers_writes_for_kohya(tmp_path: Path) -> None:
     assert set(back) == set(own) and all(torch.equal(back[k], t) for k, t in own.items())
 
 
-@pytest.mark.parametrize("family", LOADERS)
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("family", "dora"), [("sd1", True), ("sdxl", False)])
 def test_peft_loads_our_folder(family: str, dora: bool, tmp_path: Path) -> None:
     """The UNet's part as PEFT's own adapter, also by way of kohya's spelling."""
     start, _ = write(tmp_path / "a", family, use_dora=dora, **MIXED)
@@ -223,8 +223,7 @@ def metadata_of(path: Path) -> Any:
         return json.loads(file.metadata()["lora_adapter_metadata"])
 
 
-@pytest.mark.parametrize("family", LOADERS)
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("family", "dora"), [("sd1", True), ("sdxl", False)])
 def test_a_merge_computes_what_diffusers_does(family: str, dora: bool, tmp_path: Path) -> None:
     """Into a single file, under the model's own names, and into diffusers' folder: the same tensors, and as a model
     the same as the adapter beside the base.
