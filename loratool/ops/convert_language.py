@@ -188,8 +188,7 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
         rounded(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
         factors = cast(factors, wish.dtype or factors.B.dtype)
         tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
-        rank = len(factors.A)
-        alpha = alpha_of(factors.scale, rank)
+        alpha = alpha_of(factors.scale, rank := len(factors.A))
         error = change_error(target, updates, factors, alpha / rank)
         sources = tuple(part.source.module for part in target.parts)
         row = ModuleConvert(path, sources, "rounded" if error else target.how, rank, alpha, error)
