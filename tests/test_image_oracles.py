@@ -225,9 +225,7 @@ def metadata_of(path: Path) -> Any:
 
 @pytest.mark.parametrize(("family", "dora"), [("sd1", True), ("sdxl", False)])
 def test_a_merge_computes_what_diffusers_does(family: str, dora: bool, tmp_path: Path) -> None:
-    """Into a single file, under the model's own names, and into diffusers' folder: the same tensors, and as a model
-    the same as the adapter beside the base.
-    """
+    """Into a single file, under the model's own names: as a model the same as the adapter beside the base."""
     start, expected = write(tmp_path / "a", family, use_dora=dora, **MIXED)
     plain, text = unet(family).state_dict(), clip().state_dict()
     names = {n: single_name(n, family) for n in plain} | {
@@ -247,6 +245,22 @@ def test_a_merge_computes_what_diffusers_does(family: str, dora: bool, tmp_path:
     model.load_state_dict(single_file.convert_ldm_unet_checkpoint(merged[0], model.config))
     encoder.load_state_dict({n: merged[0][names[n]] for n in text})
     assert torch.allclose(compute(model, encoder), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_into_diffusers_own_folder(tmp_path: Path) -> None:
+    """A pipeline that diffusers saved, merged, and loaded by it again."""
+    start, expected = write(tmp_path / "a", "sdxl", **MIXED)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    made = diffusers.StableDiffusionXLPipeline(
+        unet=unet("sdxl"), text_encoder=clip(), vae=vae, scheduler=diffusers.DDIMScheduler(),
+        tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "base")
+    loratool.convert(start, tmp_path / "kohya.safetensors", to="kohya")
+    for adapter in (start, tmp_path / "kohya.safetensors"):
+        loratool.merge(tmp_path / "base", adapter, tmp_path / "merged", undo=False, force=True)
+        found = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "merged")
+        assert torch.allclose(compute(found.unet.eval(), found.text_encoder.eval()), expected, atol=1e-4, rtol=1e-4)
 
 
 def single_name(name: str, family: str) -> str:

@@ -4,7 +4,9 @@ single-file checkpoints, by published configurations.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 
 from loratool.architectures.image import diffusers_to_sgm, image_modules, sgm_to_diffusers
 from loratool.architectures.image_names import flattened
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from models import sd15_unet
 
 diffusers = pytest.importorskip("diffusers")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -104,6 +109,18 @@ def test_a_base_answers_to_both_spellings(unet: tuple[Any, int, int, dict[str, s
                 assert rows.tensor == tensor and (rows.start, rows.stop, rows.skip) == (0, shapes[path][0], 0)
         for spelling in (path, own):
             assert table[spelling.replace(".", "_")] == spelling
+
+
+def test_the_benchmarks_sd15_is_one() -> None:
+    """The names and shapes on which speed is measured are the model's."""
+    with torch.device("meta"):
+        model = diffusers.UNet2DConditionModel(**SD15)
+    shapes = dict(sd15_unet())
+    made = {f"{PREFIX}{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    biases = {name.replace(".weight", ".bias"): torch.empty(0, device="meta") for name in made}
+    found = single_file.convert_ldm_unet_checkpoint({**made, **biases}, model.config)
+    wanted = {n: t.shape for n, t in model.state_dict().items() if n.endswith(".weight")}
+    assert {n: t.shape for n, t in found.items() if n.endswith(".weight")} == wanted and len(wanted) == len(shapes)
 
 
 def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], component: str) -> set[str]:

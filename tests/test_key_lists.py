@@ -5,6 +5,7 @@ All sizes but the ranks are a 48th, which keeps Flux's proportions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -99,3 +100,32 @@ def test_lokr_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"double_blocks\.0\.img_attn\.proj\.lokr_w1: .* LoKr, which is not supported"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy", "peft"])
+def test_cloneofsimos_file(to: str, tmp_path: Path) -> None:
+    """A real file of an SD 1.5: all of it, its very factors, under each convention's names."""
+    file = SHARED / "cloneofsimo-lora" / "analog_svd_rank4.safetensors"
+    inspected = loratool.inspect(file)
+    assert inspected.modules == 192 and not inspected.problems  # type: ignore[union-attr]
+    drop = ["text_encoder*"] if to == "peft" else []
+    out = tmp_path / to if to == "peft" else tmp_path / "b.safetensors"
+    report = loratool.convert(file, out, to=to, drop=drop)
+    assert report.family == "sd1" and {row.how for row in report.modules} == {"exact"}
+    assert len(report.modules) == (144 if drop else 192)
+    before, after = load_file(file), load_file(out / "adapter_model.safetensors" if to == "peft" else out)
+    factors = {k: t for k, t in after.items() if t.dim() > 1}
+    stored = [t for k, t in before.items() if not drop or k.startswith("unet:")]
+    assert len(factors) == len(stored)
+    assert sorted(hash_of(t) for t in factors.values()) == sorted(hash_of(t) for t in stored)
+
+
+def hash_of(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def test_loralibs_first_file() -> None:
+    """microsoft/LoRA's own checkpoint of roberta-base: inspected as it is, its alpha being nowhere."""
+    inspected = loratool.inspect(SHARED / "microsoft-lora-roberta-mnli" / "roberta_base_lora_mnli.bin")
+    assert inspected.format == "loralib" and inspected.modules == 28  # type: ignore[union-attr]
+    assert any("alpha" in line for line in inspected.problems)  # type: ignore[union-attr]

@@ -56,19 +56,12 @@ def make(folder: Path, size: str) -> int:
     layers, hidden, inner, vocabulary, narrow, shards = SIZES[size]
     specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(size)}
     (folder / "base").mkdir(parents=True)
-    block = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    data = memoryview(block.view(torch.uint8).numpy())
     names = list(specs)
     weight_map = {}
     for i in range(shards):
         members = names[len(names) * i // shards : len(names) * (i + 1) // shards]
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
-        header, _ = build_header(specs, members, {"format": "pt"})
-        with open(folder / "base" / file, "wb") as out:
-            out.write(header)
-            for name in members:
-                for start in range(0, specs[name].nbytes, len(data)):
-                    out.write(data[: specs[name].nbytes - start])
+        write_repeated(folder / "base" / file, {name: specs[name] for name in members}, {"format": "pt"})
         weight_map.update(dict.fromkeys(members, file))
     total = sum(spec.nbytes for spec in specs.values())
     if shards > 1:
@@ -135,6 +128,97 @@ def make_adapter(folder: Path, size: str, dora: bool = False, vocabulary: bool =
     targets = sorted({key.split(".lora_")[0].split(".")[-1] for key in tensors})
     fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": targets, "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps({**fields, "use_dora": dora}))
+
+
+def _resnet(name: str, inp: int, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.in_layers.0.weight", (inp,)
+    yield f"{name}.in_layers.2.weight", (out, inp, 3, 3)
+    yield f"{name}.emb_layers.1.weight", (out, 1280)
+    yield f"{name}.out_layers.0.weight", (out,)
+    yield f"{name}.out_layers.3.weight", (out, out, 3, 3)
+    if inp != out:
+        yield f"{name}.skip_connection.weight", (out, inp, 1, 1)
+
+
+def _attention(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    block = f"{name}.transformer_blocks.0"
+    yield f"{name}.norm.weight", (width,)
+    yield f"{name}.proj_in.weight", (width, width, 1, 1)
+    for i, context in ((1, width), (2, 768)):
+        for x, inp in (("q", width), ("k", context), ("v", context), ("out.0", width)):
+            yield f"{block}.attn{i}.to_{x}.weight", (width, inp)
+    yield f"{block}.ff.net.0.proj.weight", (8 * width, width)
+    yield f"{block}.ff.net.2.weight", (width, 4 * width)
+    yield from ((f"{block}.norm{i}.weight", (width,)) for i in (1, 2, 3))
+    yield f"{name}.proj_out.weight", (width, width, 1, 1)
+
+
+def sd15_unet() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The weights of SD 1.5's UNet under its own names (CompVis, openaimodel.py), biases left out."""
+    yield "time_embed.0.weight", (1280, 320)
+    yield "time_embed.2.weight", (1280, 1280)
+    yield "input_blocks.0.0.weight", (320, 4, 3, 3)
+    widths, skips, number, inp = (320, 640, 1280, 1280), [320], 1, 320
+    for level, width in enumerate(widths):
+        for _ in range(2):
+            yield from _resnet(f"input_blocks.{number}.0", inp, width)
+            if level < 3:
+                yield from _attention(f"input_blocks.{number}.1", width)
+            inp, number = width, number + 1
+            skips.append(width)
+        if level < 3:
+            yield f"input_blocks.{number}.0.op.weight", (width, width, 3, 3)
+            number += 1
+            skips.append(width)
+    yield from _resnet("middle_block.0", 1280, 1280)
+    yield from _attention("middle_block.1", 1280)
+    yield from _resnet("middle_block.2", 1280, 1280)
+    number = 0
+    for level in (3, 2, 1, 0):
+        for layer in range(3):
+            yield from _resnet(f"output_blocks.{number}.0", inp + skips.pop(), widths[level])
+            inp, last = widths[level], 1
+            if level < 3:
+                yield from _attention(f"output_blocks.{number}.1", inp)
+                last = 2
+            if layer == 2 and level:
+                yield f"output_blocks.{number}.{last}.conv.weight", (inp, inp, 3, 3)
+            number += 1
+    yield "out.0.weight", (320,)
+    yield "out.2.weight", (4, 320, 3, 3)
+
+
+def sd15() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """SD 1.5 in a single file: the UNet, the text encoder, and a VAE of its size."""
+    yield from ((f"model.diffusion_model.{name}", shape) for name, shape in sd15_unet())
+    text = "cond_stage_model.transformer.text_model"
+    yield f"{text}.embeddings.token_embedding.weight", (49408, 768)
+    for i in range(12):
+        for x in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield f"{text}.encoder.layers.{i}.self_attn.{x}.weight", (768, 768)
+        yield f"{text}.encoder.layers.{i}.mlp.fc1.weight", (3072, 768)
+        yield f"{text}.encoder.layers.{i}.mlp.fc2.weight", (768, 3072)
+    yield from ((f"first_stage_model.decoder.conv_{i}.weight", (512, 512, 3, 3)) for i in range(35))
+
+
+def sd15_adapted() -> dict[str, tuple[int, ...]]:
+    """Each linear layer and convolution of the UNet and of the text encoder, by their names."""
+    adapted = ("model.diffusion_model.", "cond_stage_model.transformer.text_model.encoder.")
+    return {n: shape for n, shape in sd15() if len(shape) > 1 and n.startswith(adapted)}
+
+
+def write_repeated(path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], scale: float = 0.02) -> int:
+    """A file of these tensors, one random block over and over; returns its bytes."""
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[next(iter(specs.values())).dtype]
+    block = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+    data = memoryview(block.view(torch.uint8).numpy())
+    header, _ = build_header(specs, list(specs), metadata)
+    with open(path, "wb") as out:
+        out.write(header)
+        for spec in specs.values():
+            for start in range(0, spec.nbytes, len(data)):
+                out.write(data[: spec.nbytes - start])
+    return path.stat().st_size
 
 
 if __name__ == "__main__":
