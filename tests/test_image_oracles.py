@@ -269,6 +269,79 @@ def single_name(name: str, family: str) -> str:
     return f"model.diffusion_model.{diffusers_to_sgm(path, attends)}.{last}"
 
 
+def flux() -> Any:
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+
+
+def sd3() -> Any:
+    """Of the medium kind: the first blocks have a second attention."""
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+        dual_attention_layers=(0, 1), qk_norm="rms_norm",
+    ).eval()  # fmt: skip
+
+
+def compute_transformer(model: Any) -> Tensor:
+    g = torch.Generator().manual_seed(3)
+    more = {"encoder_hidden_states": torch.randn(1, 5, 12, generator=g), "timestep": torch.tensor([0.5])}
+    more["pooled_projections"] = torch.randn(1, 8, generator=g)
+    if "guidance_embeds" in model.config:
+        ids = {"img_ids": torch.rand(16, 3, generator=g), "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([2.0])}
+        states = torch.randn(1, 16, 4, generator=g)
+    else:
+        ids, states = {}, torch.randn(1, 4, 8, 8, generator=g)
+    with torch.no_grad():
+        out: Tensor = model(hidden_states=states, **more, **ids).sample
+    return out
+
+
+TRANSFORMERS = {"flux": (flux, "FluxLoraLoaderMixin"), "sd3": (sd3, "SD3LoraLoaderMixin")}
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_transformers_adapter_there_and_back(family: str, tmp_path: Path) -> None:
+    """Where kohya and ComfyUI fuse: what diffusers saved and loads again computes the same, also as PEFT's folder."""
+    make, loader = TRANSFORMERS[family]
+    model = make()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    config = {"r": 4, "lora_alpha": 3, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_k": 3}}
+    torch.manual_seed(2)
+    model.add_adapter(peft.LoraConfig(**config, target_modules=names, init_lora_weights=False))
+    getattr(pipelines, loader).save_lora_weights(
+        tmp_path / "a",
+        transformer_lora_layers=peft.get_peft_model_state_dict(model),
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+    start, expected = tmp_path / "a" / FILE, compute_transformer(model)
+
+    def loaded(path: Path) -> Tensor:
+        again = make()
+        state, *_, metadata = getattr(pipelines, loader).lora_state_dict(str(path), return_lora_metadata=True)
+        again.load_lora_adapter(state, metadata=metadata)
+        return compute_transformer(again)
+
+    assert torch.equal(loaded(start), expected)  # the oracle with itself
+    assert not torch.allclose(compute_transformer(make()), expected, atol=1e-2)
+    for to in ("kohya", "comfy"):
+        one, two = tmp_path / f"{to}.safetensors", tmp_path / f"{to}-back.safetensors"
+        report = loratool.convert(start, one, to=to)
+        assert report.family == family and {row.how for row in report.modules} == {"exact", "fused", "swapped"}
+        assert not report.dropped and not any(row.error for row in report.modules)
+        loratool.convert(one, two, to="diffusers")
+        before, after = load_file(start), load_file(two)
+        assert {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in after.items()}
+        assert torch.allclose(loaded(two), expected, atol=1e-5)
+        loratool.convert(one, tmp_path / f"{to}-peft", to="peft")
+        live = peft.PeftModel.from_pretrained(make(), tmp_path / f"{to}-peft").base_model.model
+        assert torch.allclose(compute_transformer(live), expected, atol=1e-5)
+
+
 # Flux's own sizes, by which diffusers' converter of kohya's files splits them
 D = 3072
 KOHYA_FLUX = {
