@@ -86,6 +86,8 @@ class UpdateSpec:
     transposed: whether the base stores (in, out), where the format itself knows it.
     base: the tensor of the adapter's file that holds the weight under the update, if the adapter brought its own.
     enabled: of a MergedLinear's rows in equal slices, those that the stored B has; `specs` describe B with all rows.
+    inputs: DoRA's magnitudes are of the inputs, V's columns, and not of its rows. turned: of such a one that is placed,
+    as DoRA of the transposed weight: `specs` and roles are those of the transpose, the stored tensors are not.
     fault: why it cannot be merged, in a view of a damaged file (kind UNPAIRED where it has no pair of factors).
     """
 
@@ -99,6 +101,8 @@ class UpdateSpec:
     indices: tuple[int, ...] = ()
     base: str | None = None
     enabled: tuple[bool, ...] = ()
+    inputs: bool = False
+    turned: bool = False
     fault: str | None = None
 
     @property
@@ -113,6 +117,12 @@ class UpdateSpec:
             return self.specs["value"].shape
         stack = (self.experts,) if self.kind == "experts" else ()
         return (*stack, self.specs["B"].shape[0], *self.specs["A"].shape[1:])
+
+    def transpose(self) -> UpdateSpec:
+        """DoRA along the inputs as DoRA of the transposed weight: A^T B^T, each factor in the other's place."""
+        tensors = {**self.tensors, "A": self.tensors["B"], "B": self.tensors["A"]}
+        A, B = (TensorSpec(self.specs[role].dtype, self.specs[role].shape[::-1]) for role in "BA")
+        return replace(self, tensors=tensors, specs={**self.specs, "A": A, "B": B}, inputs=False, turned=True)
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,8 @@ class Adapter:
                 raise InputError(f"holds nan or inf; {self.name} is damaged", culprit=spec.tensors[role])
         if spec.enabled:
             tensors["B"] = _spread(tensors["B"], spec.enabled)
+        if spec.turned:
+            tensors |= {role: tensors[role].T.contiguous() for role in "AB"}
         rest: dict[str, Any] = {"scale": spec.scale, "experts": spec.experts}
         names = {field.name for field in fields(cls)}
         if "indices" in names:

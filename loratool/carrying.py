@@ -40,6 +40,8 @@ def make_factors(target: Target, updates: Sequence[LowRank]) -> Factors:
     made = _low_rank(target, updates)
     if not isinstance(updates[0], DoRA):
         return made
+    if target.parts[0].source.update.inputs:
+        return replace(made, magnitude=updates[0].magnitude.flatten())
     pieces = [
         update.magnitude.flatten()[part.start : part.stop]
         for update, part in zip(updates, target.parts, strict=True)

@@ -169,6 +169,13 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
     whole += [_joined(key, parts) for key, parts in pieces.items()]
     seen: set[tuple[str, str]] = set()
     for target in whole:
+        columns = [part.source.module for part in target.parts if part.source.update.inputs]
+        if columns and target.how in ("split", "fused"):
+            raise NeedsFlag(
+                f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
+                culprit=columns[0],
+                remedy=f"add --drop {','.join(columns)} to leave them out",
+            )
         if (target.component, target.path) in seen:
             raise InputError("two modules of the adapter would become this one", culprit=target.path)
         seen.add((target.component, target.path))

@@ -86,6 +86,8 @@ def place(
     if update.kind in ("add", "rows"):
         _check_value(adapter, update, own, spot.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
+    if update.inputs:
+        return [_place_columns(adapter, update, weight, spot, own)]
     if spot.rows:
         return _place_rows(adapter, update, weight, spot.name, spot.rows, own)
     if spot.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
@@ -104,6 +106,20 @@ def _place_rows(
     if fits[0] != fits[1]:
         raise _fail(adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else "")
     return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
+
+
+def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Spot, spec: TensorSpec) -> Placement:
+    """DoRA along the inputs is DoRA of the transpose, of which the base stores (in, out): of whole matrices alone."""
+    rows = spec.shape[0] if spec.shape else 1
+    if spot.rows not in (None, (0, rows, 0, rows)):
+        raise InputError(
+            f"has {update.module} as a part of its rows, and is DoRA along the inputs, whose norms are of that part",
+            culprit=spot.name,
+            remedy="pass a base that has it as a tensor of its own, as diffusers' folders do",
+        )
+    if spec.shape != update.shape:
+        raise _fail(adapter, update, spec, spot.name)
+    return Placement(adapter, update.transpose(), weight, True, rows, 0, rows)
 
 
 def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:

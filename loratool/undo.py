@@ -226,7 +226,8 @@ def placements_of(index: Mapping[str, Any], tensor: str, adapters: Sequence[Adap
     for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
         adapter = adapters[number]
         if value is None:
-            update = adapter.updates[module]
+            own = adapter.updates[module]
+            update = own.transpose() if own.inputs else own
         else:
             update = UpdateSpec("replace", module, {"value": value}, {"value": adapter.file.specs[value]})
         found.append(Placement(adapter, update, weight, *place))

@@ -190,23 +190,6 @@ class TestOneTrainer:
         expected = (m.double() / V.norm(dim=1))[:, None] * V
         assert torch.allclose(load_file(tmp_path / "out.safetensors")[key].double(), expected, atol=1e-8, rtol=1e-6)
 
-    @pytest.mark.parametrize("name", [f"lora_transformer_{MODULE}", "transformer.transformer_blocks.0.attn.to_q"])
-    def test_along_the_inputs_it_is_refused(self, name: str, tmp_path: Path, run: Callable[..., Any]) -> None:
-        file = self.write(tmp_path / "a.safetensors", weights(1, 4), name)
-        with pytest.raises(InputError, match=r"dora_scale: is \(1, 4\): DoRA along the inputs"):
-            open_adapter(file)
-        found = run("inspect", file)
-        assert found.exit_code == 0 and "DoRA along the inputs" in found.stdout
-
     def test_a_magnitude_of_another_shape_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="not a magnitude for each output"):
             open_adapter(self.write(tmp_path / "a.safetensors", weights(2, 3)))
-
-    @needs_shared
-    def test_the_real_list_is_of_the_inputs(self, tmp_path: Path) -> None:
-        shapes = json.loads((SHARED / "keylists" / "flux_dora_onetrainer_format.json").read_text())
-        assert sum(k.startswith("lora_transformer_") for k in shapes) == 1064
-        few = {k: torch.ones(s) for k, s in shapes.items() if "_layers_0_" in k}
-        save_file(few, tmp_path / "a.safetensors")
-        with pytest.raises(InputError, match="along the inputs"):
-            open_adapter(tmp_path / "a.safetensors")

@@ -2,7 +2,7 @@
 
 `<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` (a number).
 The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-scripts: `networks/lora.py`.
-OneTrainer and LyCORIS add `.dora_scale` (out, 1[, 1, 1]), DoRA's magnitude; along the inputs it is another arithmetic.
+OneTrainer and LyCORIS add `.dora_scale` (out, 1[, 1, 1]), DoRA's magnitude, or once (1, in), by which columns are normed.
 A flattened name cannot be split by rule, so it is bound against the flattened names of the base.
 """
 
@@ -25,7 +25,7 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Raises InputError for every tensor that is no part of LoRA, or of DoRA along the outputs."""
+    """Raises InputError for every tensor that is no part of LoRA or DoRA."""
     found: dict[str, dict[str, str]] = {}
     for tensor in file.specs:
         module, _, end = tensor.partition(".")
@@ -57,15 +57,20 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
 def pair_magnitude(
     module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
 ) -> UpdateSpec:
-    """The module's update. Along the inputs, `dora_scale` (1, in, ...), LyCORIS once normalized columns."""
+    """The module's update. Raises InputError for a `dora_scale` that is neither of the outputs nor of the inputs."""
     key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
     shape = file.specs[key].shape if key.endswith(".dora_scale") else ()
     if A and B and len(shape) > 1 and shape[:1] != file.specs[B].shape[:1] and shape[1:2] == file.specs[A].shape[1:2]:
-        said = f"is {shape}: DoRA along the inputs, which normalizes columns and is not supported"
-        if not lenient:
-            raise InputError(said, culprit=key)
         rest = {role: name for role, name in roles.items() if role != "magnitude"}
-        return replace(pair_factors(module, rest, file, config, False, lenient=True), fault=f"{key} {said}")
+        plain, said = pair_factors(module, rest, file, config, False, lenient=lenient), None
+        if len(plain.shape) > 2:
+            said = f"is {shape}: DoRA along the inputs of a convolution, which is not supported"
+        if said and not lenient:
+            raise InputError(said, culprit=key)
+        if plain.kind != "lora" or said:
+            return replace(plain, fault=f"{key} {said}" if said else plain.fault)
+        own = {**plain.specs, "magnitude": file.specs[key]}
+        return replace(plain, kind="dora", tensors={**plain.tensors, "magnitude": key}, specs=own, inputs=True)
     if shape and not lenient and shape.count(1) < len(shape) - 1:
         raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
     return pair_factors(module, roles, file, config, transposed=False, lenient=lenient)

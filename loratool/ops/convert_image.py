@@ -101,6 +101,10 @@ class _Planned:
         if to in SINGLE_COMPONENT:
             wanted, more = _one_component(wanted)
             impossible = impossible + more
+        columns = next((s.module for s in wanted if s.update.inputs and not self._has_alphas), None)
+        if columns:
+            said = f"is DoRA along the inputs, which {to}'s files cannot say"
+            raise self._wish.needs(columns, said, "--plain --base BASE", "the model")
         lost = [s.module for s in wanted if to == "loralib" and _has_kernel(s)]
         wanted = [each for each in wanted if each.module not in lost]
         lost += [module for module in impossible if not selection.selects(module)]
@@ -145,7 +149,9 @@ class _Planned:
             error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
             how = how if not error else "truncated" if self._wish.rank or total else "rounded"
         ends = {
-            end: self._laid(role, spec, specs["B"]) for role, end in self._ends().items() if (spec := specs.get(role))
+            end: self._laid(role, spec, specs["B"], first.inputs)
+            for role, end in self._ends().items()
+            if (spec := specs.get(role))
         }
         return _Made(target, how, rank, alpha, error, ends)
 
@@ -179,10 +185,12 @@ class _Planned:
             return {"A": "lora_A", "B": "lora_B"}
         return {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
-    def _laid(self, role: str, spec: TensorSpec, B: TensorSpec) -> TensorSpec:
+    def _laid(self, role: str, spec: TensorSpec, B: TensorSpec, inputs: bool) -> TensorSpec:
         """In the shape that the convention has: a magnitude stands by the rows of the weight, or in PEFT by its own."""
         if role != "magnitude":
             return replace(spec, shape=spec.shape[:2]) if self._wish.to == "loralib" else spec
+        if inputs:
+            return replace(spec, shape=(1, spec.size))
         rows, ones = (B.shape[0],), (1,) * (len(B.shape) - 2)
         if self._has_alphas:
             return replace(spec, shape=(*rows, 1, *ones))

@@ -54,9 +54,11 @@ def without_dora(
             for spot in spots[module]
             for placement in place(alone, module, 1.0, spot, checkpoint.specs, checkpoint.model_types, spots)
         ]
-        loaded = source.load(update)
+        own = places[0][1].update if update.inputs else update
+        loaded = source.load(own)
         assert isinstance(loaded, DoRA)
-        D = _change(loaded, _read(source, update, checkpoint, places), module)
+        D = _change(loaded, _read(source, own, checkpoint, places), module)
+        D = D.T.contiguous() if own.turned else D
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
         errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
     return _view(source, dora, factored, spool), errors
@@ -114,7 +116,7 @@ def _view(
         del specs[update.tensors["magnitude"]]
         specs |= {names[role]: own[role] for role in names}
         pairs |= {names[role]: (module, role) for role in names}
-        updates[module] = replace(update, kind="lora", tensors=names, specs=own, scale=1.0)
+        updates[module] = replace(update, kind="lora", tensors=names, specs=own, scale=1.0, inputs=False)
 
     def load(name: str) -> Tensor:
         if name not in pairs:
