@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles",
-    "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
-    "counting", "outline",
+    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "torcharchive", "source", "hub",
+    "checkpoint", "sidefiles", "output", "layout", "numerics", "updates", "adapter", "architectures", "formats",
+    "placing", "targets", "tied", "sharing", "inputs", "counting", "outline",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
     "factoring", "draft", "joining", "comparing", "converting", "relayout", "extraction", "inits", "combining",
     "initialization",
@@ -25,6 +25,7 @@ LAZY_TORCH = [
     "tensorfile",
     "torchpickle",
     "torchfile",
+    "torcharchive",
     "source",
     "checkpoint",
     "updates",
@@ -34,6 +35,7 @@ LAZY_TORCH = [
     "placing",
     "targets",
     "tied",
+    "sharing",
     "inputs",
     "counting",
     "outline",
@@ -41,6 +43,7 @@ LAZY_TORCH = [
     "sidefiles",
     "hub",
     "output",
+    "layout",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 
