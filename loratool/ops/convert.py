@@ -73,7 +73,7 @@ def convert(
     is_one = bool(given.get("from_format")) or holds_adapter(source)
     if is_one or to in TARGETS:
         if max_shard_bytes is not None:
-            raise UsageError("--max-shard-size is for checkpoints, and this is an adapter", culprit=os.fspath(source))
+            raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in TARGETS:
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(TARGETS)}", culprit=os.fspath(source))
