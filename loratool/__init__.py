@@ -18,6 +18,7 @@ from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageErr
 if TYPE_CHECKING:
     from .ops.combine import CombineReport, combine
     from .ops.convert import ConvertReport, convert
+    from .ops.convert_checkpoint import CheckpointConvertReport
     from .ops.count import CountReport, count
     from .ops.diff import AdapterDiff, CheckpointDiff, diff
     from .ops.extract import ExtractReport, extract
@@ -38,6 +39,7 @@ _HOMES = {
     "CheckpointDiff": "diff",
     "diff": "diff",
     "CheckpointReport": "inspect",
+    "CheckpointConvertReport": "convert_checkpoint",
     "CombineReport": "combine",
     "combine": "combine",
     "ConvertReport": "convert",
@@ -64,6 +66,7 @@ _HOMES = {
 __all__ = [
     "AdapterDiff",
     "AdapterInspection",
+    "CheckpointConvertReport",
     "CheckpointDiff",
     "CheckpointReport",
     "CombineReport",

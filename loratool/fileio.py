@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 from .errors import InputError, MachineError, UsageError
 
 COPY_CHUNK = 1 << 23  # one fallback copy buffer: large enough to stream, small enough to hold one a worker
+CHECKED_CHUNK = 1 << 20  # of bytes that are looked at on the way
 WRITE_BACK = 0.3  # seconds between two calls upon the disk to write what it has been given
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
 _seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
@@ -72,6 +74,17 @@ def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_of
         read_into(source, part, source_offset + done)
         write_at(target, part, target_offset + done)
         done += len(part)
+
+
+def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> int:
+    """Copy `nbytes` and return their CRC-32, looking at them while they are in the cache."""
+    buffer, crc = memoryview(bytearray(min(CHECKED_CHUNK, nbytes))), 0
+    for done in range(0, nbytes, CHECKED_CHUNK):
+        part = buffer[: nbytes - done]
+        read_into(source, part, source_offset + done)
+        crc = zlib.crc32(part, crc)
+        write_at(target, part, target_offset + done)
+    return crc
 
 
 @contextmanager

@@ -1,13 +1,11 @@
-"""An output checkpoint: where it goes and how it is laid out, decided completely before its first byte.
+"""An output checkpoint: what it consists of, where it may go, and how it appears there whole or not at all.
 
-By default the layout is the input's: its files, their tensors, and where nothing in them must change, their
-very header bytes.
+`layout` decides what is in its files, before the first byte; `rewrite` fills them.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,24 +13,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
-from .errors import InputError, NeedsFlag, UsageError
+from .checkpoint import PICKLES, Checkpoint
+from .errors import NeedsFlag, UsageError
 from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
-from .sidefiles import edited_config, encode_json, foreign_file, survey_checkpoint, undo_files, undo_path
-from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, WeightsFile, build_header, data_order, edit_metadata
+from .sidefiles import foreign_file
+from .tensorfile import TensorSpec
+from .torcharchive import Archive
 
-# Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
-STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+# What a checkpoint's weights can lie in -> how a single file of it is named.
+CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES}
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One safetensors file to be: `header` with its length prefix, and each tensor's first byte in file order."""
+    """One file of weights to be: `header` is all before the first tensor, `begin` each one's first byte in file order.
+
+    archive: of a torch file, which says what is to be written besides once the tensors are there.
+    """
 
     name: str
     header: bytes
     begin: Mapping[str, int]
     nbytes: int
+    archive: Archive | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,17 @@ class Output:
 
 @dataclass(frozen=True)
 class Edits:
-    """What an output has otherwise than its base: tensors reshaped or new, fields of config.json, side files."""
+    """What an output has otherwise than its base: tensors reshaped or new, fields of config.json, side files.
+
+    shared: tensors that have another one's bytes -> that one; left_out: those of them that are no
+    tensors of their own in a safetensors file (in a torch file none is).
+    """
 
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    left_out: Collection[str] = ()
 
 
 def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str) -> tuple[Path, bool]:
@@ -82,16 +91,18 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str)
     return check_name(out)
 
 
-def check_name(out: str | os.PathLike[str]) -> tuple[Path, bool]:
-    """A given output's path and whether it is a single file. Raises UsageError for what is never written."""
-    path = Path(out)
+def check_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
+    """A given output's path and whether it is a single file. Raises UsageError for a file of no such container."""
+    path, suffixes = Path(out), CONTAINERS[container]
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
-    if path.suffix in (".gguf", ".bin", ".pt", ".pth", ".ckpt"):
+    if path.suffix in (".gguf", ".safetensors", *PICKLES) and path.suffix not in suffixes:
         raise UsageError(
-            f"{path.suffix} files are not written", culprit=str(path), remedy="name a folder or a .safetensors file"
+            f"{path.suffix} is no name for a {container} file",
+            culprit=str(path),
+            remedy=f"name a folder or a {suffixes[0]} file",
         )
-    return path, path.suffix == ".safetensors"
+    return path, path.suffix in suffixes
 
 
 def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> None:
@@ -129,182 +140,6 @@ def _holds(place: Path, source: Path) -> bool:
     places = {Path(os.path.abspath(place)), Path(os.path.realpath(place))}
     sources = {Path(os.path.abspath(source)), Path(os.path.realpath(source))}
     return any(there == here or here in there.parents for here in places for there in sources)
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What one output file holds; `kept` is the shard whose layout it keeps, None where it is laid out anew."""
-
-    name: str
-    members: list[str]
-    kept: WeightsFile | None
-
-
-def plan_output(
-    base: Checkpoint,
-    path: Path,
-    is_file: bool,
-    provenance: str,
-    changed: Collection[str],
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
-    edits: Edits | None = None,
-    undo: bool = False,
-) -> Output:
-    """Lay out `base` anew at `path`, with other values in the tensors `changed`.
-
-    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more. undo: with an undo file, and those
-    of earlier merges under their next numbers. Raises UsageError for shards or a pipeline in a single file.
-    """
-    if is_file and (max_shard_bytes is not None or base.parts):
-        what = "a pipeline" if base.parts else "--max-shard-size"
-        raise UsageError(f"{what} needs a folder as output", remedy="name a folder with -o")
-    edits = edits or Edits()
-    specs = {name: _with_dtype(spec, dtype) for name, spec in {**base.specs, **edits.specs}.items()}
-    files: tuple[OutputFile, ...] = ()
-    extras: dict[str, bytes] = {}
-    travels, not_copied = _side_files(base, is_file, edits)
-    for part in base.models:
-        own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
-        planned, index = _plan_files(part, is_file, provenance, own, changed, max_shard_bytes)
-        files, extras = (*files, *planned), {**extras, **index}
-        config = edited_config(part.config, edits.config, TORCH_FLOATS[dtype] if dtype else None)
-        if config != part.config and f"{part.prefix}config.json" in travels:
-            extras[f"{part.prefix}config.json"] = encode_json(config)
-            del travels[f"{part.prefix}config.json"]
-    lost = specs.keys() - {name for file in files for name in file.begin}
-    if lost:
-        raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
-    place = undo_path(path, is_file) if undo else None
-    carried = (
-        undo_files(undo_path(base.path if base.given_as_file else base.folder, base.given_as_file)) if undo else []
-    )
-    return Output(
-        path,
-        is_file,
-        specs,
-        files,
-        extras,
-        travels,
-        tuple(name for name in not_copied if base.folder / name not in carried),
-        provenance,
-        place,
-        {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
-    )
-
-
-def _plan_files(
-    base: Checkpoint,
-    is_file: bool,
-    provenance: str,
-    specs: Mapping[str, TensorSpec],
-    changed: Collection[str],
-    max_shard_bytes: int | None,
-) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
-    """The files with the tensors `specs`, and their index. A pipeline's component that stays keeps its very bytes."""
-    if base.prefix and not base.shards:
-        return (), {}
-    anew = max_shard_bytes is not None or (is_file and len(base.shards) > 1)
-    cuts = _cut_anew(base, specs, max_shard_bytes) if anew else _cut_as_base(base)
-    if not anew:
-        cuts[-1].members.extend(name for name in specs if name not in base.specs)
-    indexed = not is_file and (len(cuts) > 1 or (base.index is not None and not anew))
-    stays = base.prefix and not anew and specs == base.specs and not any(name in changed for name in specs)
-    stays = stays and all(isinstance(shard, TensorFile) for shard in base.shards)
-    own_provenance = {} if indexed or stays else {"loratool": provenance}
-    files = tuple(_output_file(base, cut, specs, changed, own_provenance) for cut in cuts)
-    if not indexed:
-        return files, {}
-    name, former = base.index or ("", {})
-    name = name if name.endswith(".json") and ".safetensors." in name else f"{_stem(base)}.safetensors.index.json"
-    content = (base.folder / name).read_bytes() if stays else _index(base, former, provenance, cuts, specs)
-    return files, {base.prefix + name: content}
-
-
-def _side_files(base: Checkpoint, is_file: bool, edits: Edits) -> tuple[dict[str, Path], list[str]]:
-    """What travels by name, and what does not: beside a lone file without a config nothing is its own."""
-    if is_file or (base.given_as_file and not base.config):
-        return {}, []
-    names, not_copied = survey_checkpoint(base)
-    return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
-
-
-def _with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
-
-
-def _stem(base: Checkpoint) -> str:
-    """The first part of loaders' file names: `model`, or diffusers' `diffusion_pytorch_model`."""
-    return next((n.partition(".")[0] for n in SINGLE_NAMES if base.shards[0].path.name.startswith(n[:9])), "model")
-
-
-def _shard_name(base: Checkpoint, shard: WeightsFile) -> str:
-    """A shard's name in an output; torch's become those that loaders look for."""
-    if isinstance(shard, TensorFile):
-        return shard.path.name
-    return (
-        re.sub("^pytorch_model", "model", shard.path.stem) + ".safetensors"
-        if base.index
-        else f"{_stem(base)}.safetensors"
-    )
-
-
-def _cut_as_base(base: Checkpoint) -> list[_Cut]:
-    if base.given_as_file:
-        return [_Cut(SINGLE_NAMES[0], list(base.shards[0].specs), base.shards[0])]
-    return [_Cut(_shard_name(base, shard), list(shard.specs), shard) for shard in base.shards]
-
-
-def _cut_anew(base: Checkpoint, specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[_Cut]:
-    """Shards cut in the base's order, with transformers' names."""
-    groups = split_into_shards(specs, max_bytes)
-    if len(groups) == 1:
-        return [_Cut(f"{_stem(base)}.safetensors", groups[0], None)]
-    names = [f"{_stem(base)}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    return [_Cut(name, group, None) for name, group in zip(names, groups, strict=True)]
-
-
-def _output_file(
-    base: Checkpoint,
-    cut: _Cut,
-    specs: Mapping[str, TensorSpec],
-    changed: Collection[str],
-    provenance: Mapping[str, str],
-) -> OutputFile:
-    members = {name: specs[name] for name in cut.members}
-    same = isinstance(cut.kept, TensorFile) and cut.kept.specs == members
-    stale = (*STALE_METADATA, "loratool") if not same or any(name in changed for name in members) else ()
-    if same and isinstance(cut.kept, TensorFile):
-        header = edit_metadata(cut.kept.header, stale, provenance)
-        shift = len(header) - cut.kept.data_start
-        begin = {name: cut.kept.begin[name] + shift for name in members}
-    else:
-        former = (cut.kept or base.shards[0]).metadata or {"format": "pt"}
-        metadata = {**{key: value for key, value in former.items() if key not in stale}, **provenance}
-        own = {name.removeprefix(base.prefix): spec for name, spec in members.items()}
-        header, placed = build_header(own, data_order(own), metadata)
-        begin = {base.prefix + name: start for name, start in placed.items()}
-    return OutputFile(
-        base.prefix + cut.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values())
-    )
-
-
-def _index(
-    base: Checkpoint,
-    former: Mapping[str, object],
-    provenance: str,
-    cuts: list[_Cut],
-    specs: Mapping[str, TensorSpec],
-) -> bytes:
-    """The index JSON: the former one's fields and order, with the output's map, size and provenance."""
-    metadata = former.get("metadata")
-    metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": provenance}
-    metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
-    holder = {name.removeprefix(base.prefix): cut.name for cut in cuts for name in cut.members}
-    order = former.get("weight_map", {})
-    assert isinstance(order, dict)
-    rest = sorted(name for name in holder if name not in order)
-    return encode_json({**former, "metadata": metadata, "weight_map": {name: holder[name] for name in (*order, *rest)}})
 
 
 @contextmanager

@@ -6,6 +6,7 @@ independent items for `runtime.run`, and keeps nothing but the blocks under way.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 
 from .errors import InputError, NeedsFlag
-from .fileio import written_back
+from .fileio import write_at, written_back
 from .numerics.exact import Change, cast_rounded
 from .output import Output, OutputFile, open_output
 from .runtime import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
@@ -80,11 +81,14 @@ def rewrite(
     """
     output.require_space()
     done = 0
+    written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
     with open_output(output) as targets, ExitStack() as writing:
         items = _items(output, sources, changed, targets, hashed)
         runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
         writing.enter_context(written_back(targets.values()))
         for item, results in runs:
+            if not isinstance(item, HashBytes) and item.checked:
+                written[item.target].append((item.target_offset, item.nbytes, results.pop(0)))
             if isinstance(item, HashBytes) or _is_changed(item, changed):
                 yield item, results
             elif isinstance(item, MapRows):
@@ -93,6 +97,10 @@ def rewrite(
             if progress:
                 progress(done, output.nbytes)
         writing.close()
+        for file in output.files:
+            target = targets[file.name]
+            for offset, data in file.archive.rest(written[target]) if file.archive else ():
+                write_at(target, memoryview(data), offset)
         if finish:
             finish(targets)
 
@@ -153,9 +161,10 @@ def _file_items(
 ) -> Iterator[Item]:
     """The work of one file in the order of its bytes; neighbours that are copied from neighbours are one item."""
     span: CopyBytes | None = None
+    checked = file.archive is not None
     for name, offset in file.begin.items():
         source, new = sources[name], output.specs[name]
-        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes)
+        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes, checked)
         if name in changed and new.size:
             yield from _changed_items(source, new, copy, name, changed[name])
         elif source.spec.dtype != new.dtype and new.size:
@@ -180,7 +189,7 @@ def _changed_items(source: Source, new: TensorSpec, place: CopyBytes, name: str,
         if isinstance(part, CopiedRows):
             width = columns * DTYPES[new.dtype] // 8
             at, size = place.target_offset + part.start * width, (part.stop - part.start) * width
-            yield from _copy_items(CopyBytes(part.file, part.offset, place.target, at, size))
+            yield from _copy_items(CopyBytes(part.file, part.offset, place.target, at, size, place.checked))
         else:
             yield from _row_items(source, new, place, name, columns, part)
         done = part.stop
@@ -191,7 +200,8 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
         return
     for start in range(0, span.nbytes, COPY_ITEM):
         size = min(COPY_ITEM, span.nbytes - start)
-        yield CopyBytes(span.source, span.source_offset + start, span.target, span.target_offset + start, size)
+        source_offset, target_offset = span.source_offset + start, span.target_offset + start
+        yield replace(span, source_offset=source_offset, target_offset=target_offset, nbytes=size)
 
 
 def _row_items(
@@ -214,6 +224,7 @@ def _row_items(
             min(start + step, rows.stop),
             rows.prepare,
             rows.block_rows,
+            place.checked,
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import MachineError, UsageError
-from .fileio import copy_range, read_into, sha256_range, write_at
+from .fileio import copy_checked, copy_range, read_into, sha256_range, write_at
 from .numerics.exact import Workspace
 from .processes import CAN_FORK, run_forked
 
@@ -40,13 +41,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CopyBytes:
-    """`nbytes` of one file to a place in another, unchanged."""
+    """`nbytes` of one file to a place in another, unchanged. checked: their CRC-32 is the result."""
 
     source: BinaryIO
     source_offset: int
     target: BinaryIO
     target_offset: int
     nbytes: int
+    checked: bool = False
 
     @property
     def end(self) -> tuple[int, int]:
@@ -76,7 +78,7 @@ Prepare = Callable[[int, int], Step]
 class MapRows:
     """Rows `start:stop` of a matrix from one file, through a step, to a place in another.
 
-    The offsets are those of row `start`.
+    The offsets are those of row `start`. checked: the results begin with the CRC-32 of what was written.
     """
 
     tensor: str
@@ -91,6 +93,7 @@ class MapRows:
     stop: int
     prepare: Prepare
     block_rows: int = 0  # read, computed and written at a time, where the step wants to say so
+    checked: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +109,16 @@ class Worker:
     def __init__(self, device: torch.device) -> None:
         self.work = Workspace(device)
         self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
+        self._crc = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, item: Item) -> list[Any]:
         """Run one item; returns its steps' results in the order of the rows."""
         if isinstance(item, CopyBytes):
-            copy_range(item.source, item.source_offset, item.target, item.target_offset, item.nbytes)
+            place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
+            if item.checked:
+                return [copy_checked(*place)]
+            copy_range(*place)
             return []
         if isinstance(item, HashBytes):
             return [sha256_range(item.source, item.offset, item.length)]
@@ -122,7 +129,9 @@ class Worker:
             rows = rows if self.stream is None else max(1, most // item.columns)
             rows = item.block_rows or rows
             count = item.stop - item.start
-            return [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
+            self._crc = 0
+            results = [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
+            return [self._crc, *results] if item.checked else results
 
     def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
         shape = (end - row, item.columns)
@@ -139,6 +148,8 @@ class Worker:
             result = step(moved, row, on_device, self.work)
             out.copy_(on_device, non_blocking=True)
             self.stream.synchronize()
+        if item.checked:
+            self._crc = zlib.crc32(_bytes(out), self._crc)
         write_at(item.target, _bytes(out), item.target_offset + row * item.columns * out.itemsize)
         return result
 

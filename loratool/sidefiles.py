@@ -47,6 +47,8 @@ INITIAL = "initial_adapter"  # the folder in a residual base with the factors th
 WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index*.json",
+    "*pytorch_model*.bin",
+    "*pytorch_model.bin.index.json",
     "loratool.undo*",
     f"{INITIAL}/adapter_model.safetensors",
     f"{INITIAL}/adapter_config.json",

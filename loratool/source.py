@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import InputError
+from .fileio import read_into
 from .tensorfile import FLOAT8, TORCH_FLOATS, TensorSpec, WeightsFile
 
 if TYPE_CHECKING:
@@ -70,6 +71,22 @@ def equal_rows(one: Source, two: Source) -> bool:
     for start, stop in _blocks(one.spec):
         a, b = one.file.rows(one.name, start, stop), two.file.rows(two.name, start, stop)
         if not torch.equal(a.to(b.dtype), b):
+            return False
+    return True
+
+
+def same_bytes(one: Source, two: Source) -> bool:
+    """Whether two tensors are stored alike, whatever their shapes."""
+    if (one.spec.dtype, one.spec.nbytes) != (two.spec.dtype, two.spec.nbytes):
+        return False
+    size = one.spec.nbytes
+    starts = [(each.file, each.file.begin[each.name]) for each in (one, two)]
+    buffers = [memoryview(bytearray(min(BLOCK, size))) for _ in starts]
+    for done in range(0, size, BLOCK):
+        parts = [buffer[: size - done] for buffer in buffers]
+        for part, (file, begin) in zip(parts, starts, strict=True):
+            read_into(file.file, part, begin + done)
+        if parts[0] != parts[1]:
             return False
     return True
 

@@ -30,7 +30,7 @@ TORCH_DTYPES = {
     "complex32": None, "complex128": None, "float4_e2m1fn_x2": None,
 }  # fmt: skip
 # A pickle's types of storage, with the bytes an element. All newer dtypes lie in untyped ones.
-_STORAGES = {
+STORAGES = {
     "torch.FloatStorage": ("float32", 4), "torch.HalfStorage": ("float16", 2), "torch.DoubleStorage": ("float64", 8),
     "torch.LongStorage": ("int64", 8), "torch.IntStorage": ("int32", 4), "torch.ShortStorage": ("int16", 2),
     "torch.CharStorage": ("int8", 1), "torch.ByteStorage": ("uint8", 1), "torch.BoolStorage": ("bool", 1),
@@ -54,7 +54,7 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * _STORAGES[self.type][1]
+        return self.numel * STORAGES[self.type][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dty
     ranks = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_RANK
     if not (type(storage) is Storage and ranks and _whole(offset, *shape, *stride)):
         raise ValueError("a tensor without a storage, a shape or strides")
-    return SavedTensor(storage, offset, shape, stride, dtype or _STORAGES[storage.type][0], bool(rest[2:] and rest[2]))
+    return SavedTensor(storage, offset, shape, stride, dtype or STORAGES[storage.type][0], bool(rest[2:] and rest[2]))
 
 
 def _rebuild_v3(*args: Any) -> SavedTensor:
@@ -128,7 +128,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
         lambda *_: None,
     ),
 }
-_KNOWN = {*_CALLS, *_STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)}
+_KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)}
 
 
 class Machine:
@@ -197,7 +197,7 @@ class Machine:
         if type(identity) is not tuple or not (len(identity) == 5 or (len(identity) == 6 and identity[5] is None)):
             raise ValueError("a persistent id of unknown form, or a view of another storage")
         tag, kind, key, _, numel = identity[:5]
-        if tag != "storage" or type(kind) is not _Global or kind.name not in _STORAGES:
+        if tag != "storage" or type(kind) is not _Global or kind.name not in STORAGES:
             raise ValueError("a storage of unknown type")
         found = Storage(key, kind.name, numel)
         if type(key) is not str or not _whole(numel) or self.storages.setdefault(key, found) != found:

@@ -205,7 +205,7 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
         loratool.merge(model, adapter, tmp_path / "mounted")
     with pytest.raises(UsageError, match="no such folder"):
         loratool.merge(model, adapter, tmp_path / "absent" / "out")
-    with pytest.raises(UsageError, match="not written"):
+    with pytest.raises(UsageError, match="no name for"):
         loratool.merge(model, adapter, tmp_path / "x.gguf")
 
 

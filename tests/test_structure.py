@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles",
-    "output", "numerics", "updates", "adapter", "architectures", "formats", "unwritten", "placing", "targets", "tied",
-    "inputs", "counting", "outline",
+    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "torcharchive", "source", "hub",
+    "checkpoint", "sidefiles", "output", "layout", "numerics", "updates", "adapter", "architectures", "formats",
+    "unwritten", "placing", "targets", "tied", "sharing", "inputs", "counting", "outline",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
     "factoring", "draft", "joining", "comparing", "converting", "carrying", "relayout", "extraction", "inits",
     "combining", "initialization", "hypotheses", "replaying", "judging", "ops", "pictures", "render", "cli",
@@ -24,6 +24,7 @@ LAZY_TORCH = [
     "tensorfile",
     "torchpickle",
     "torchfile",
+    "torcharchive",
     "source",
     "checkpoint",
     "updates",
@@ -33,6 +34,7 @@ LAZY_TORCH = [
     "placing",
     "targets",
     "tied",
+    "sharing",
     "inputs",
     "counting",
     "outline",
@@ -40,6 +42,7 @@ LAZY_TORCH = [
     "sidefiles",
     "hub",
     "output",
+    "layout",
     "converting",
 ]
 FILES = sorted(ROOT.rglob("*.py"))

@@ -94,7 +94,7 @@ def test_every_dtype(save: Callable[..., Path], name: str) -> None:
 
 def test_the_dtype_names_are_those_of_safetensors() -> None:
     assert {name for name in torchpickle.TORCH_DTYPES.values() if name} <= set(DTYPES)
-    sizes = {name.removeprefix("torch."): size for name, (_, size) in torchpickle._STORAGES.items()}
+    sizes = {name.removeprefix("torch."): size for name, (_, size) in torchpickle.STORAGES.items()}
     assert all(getattr(torch, name)(3).nbytes() == 3 * size for name, size in sizes.items() if "." not in name)
 
 

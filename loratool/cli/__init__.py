@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # verb -> its line in `loratool -h`
 VERBS = {
     "combine": "Make one adapter of several with weights, exactly or by TIES, DARE, KnOTS.",
-    "convert": "Write an image model's adapter in another convention, exactly.",
+    "convert": "Write a checkpoint in another container, type or shards; an adapter in another convention.",
     "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
     "diff": "Compare two adapters, or two models.",
     "extract": "Make an adapter of a full fine-tune: the best of its rank.",

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from ..converting import TARGETS
 from ..formats import FORMATS
+from ..output import CONTAINERS
 from ..relayout import LAYOUTS
-from .options import Slices, alpha_option, dry_run_option, force_option, json_option
+from .options import Size, Slices, alpha_option, dry_run_option, force_option, json_option, quiet_option
 
 
 @click.command()
-@click.argument("adapter")
-@click.option("-o", "--out", metavar="OUT", help="A .safetensors file, or for peft a folder.  [default: converted]")
+@click.argument("source", metavar="ADAPTER|CHECKPOINT")
+@click.option("-o", "--out", metavar="OUT", help="A folder, or a file by its ending.  [default: converted]")
 @click.option(
     "--to",
-    required=True,
-    type=click.Choice(list(TARGETS)),
-    help="; ".join(f"{meaning}" for meaning in TARGETS.values()) + ".",
+    type=click.Choice([*TARGETS, *CONTAINERS]),
+    help="Of an adapter: " + "; ".join(TARGETS.values()) + ". Of a checkpoint: safetensors (the default) or torch.",
 )
+@click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut a checkpoint anew.  [default: its own shards]")
 @click.option(
     "--from", "from_format", type=click.Choice(list(FORMATS)), help="What ADAPTER is.  [default: what its names say]"
 )
@@ -34,15 +37,17 @@ from .options import Slices, alpha_option, dry_run_option, force_option, json_op
 )
 @click.option("--base", metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told.")
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
-@click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
+@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The output's type.")
 @alpha_option
 @force_option
 @dry_run_option
+@quiet_option
 @json_option
 def convert(
-    adapter: str,
+    source: str,
     out: str | None,
-    to: str,
+    to: str | None,
+    max_shard_size: int | None,
     from_format: str | None,
     enable_lora: tuple[bool, ...] | None,
     plain: bool,
@@ -55,43 +60,63 @@ def convert(
     alpha: float | None,
     force: bool,
     dry_run: bool,
+    quiet: bool,
     json: bool,
 ) -> None:
-    """Write an adapter in another convention: an image model's (SD 1, SD 2, SDXL, Flux and their text encoders) in any,
-    a language model's as PEFT's or loralib's, or as plain LoRA.
+    """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
+    convention: an image model's (SD 1, SD 2, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
+    or loralib's, or as plain LoRA. What is in the files decides which.
 
-    Factors are copied as they are; where one convention fuses what another splits (Flux's qkv), rows are cut or put
-    together, exactly. What cannot be carried stops the conversion unless --drop names it.
+    A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
+    otherwise, and the numbers that it flushes to zero are counted by name.
+
+    Of an adapter factors are copied as they are; where one convention fuses what another splits (Flux's qkv), rows are
+    cut or put together, exactly. What cannot be carried stops the conversion unless --drop names it.
 
     \b
+      loratool convert pytorch_model.bin -o model.safetensors
+      loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
+      loratool convert model/ --to torch -o old-style/
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o lora/
     """
+    from ..ops.convert import ConvertReport
     from ..ops.convert import convert as run
-    from ..render import print_convert, to_json
+    from ..render import ProgressBar, print_checkpoint_convert, print_convert, say, to_json
     from ..targets import parse_patterns
 
-    report = run(
-        adapter,
-        out,
-        to=to,
-        from_format=from_format,
-        drop=parse_patterns(drop),
-        alpha=alpha,
-        enable_lora=enable_lora or (),
-        plain=plain,
-        initial=initial,
-        rank=rank,
-        layout=layout,
-        base=base,
-        dtype=dtype,
-        force=force,
-        dry_run=dry_run,
-    )
+    bar = ProgressBar("convert", quiet or json)
+    try:
+        report = run(
+            source,
+            out,
+            to=to,
+            dtype=dtype,
+            max_shard_bytes=max_shard_size,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+            from_format=from_format,
+            drop=parse_patterns(drop),
+            alpha=alpha,
+            enable_lora=enable_lora or (),
+            plain=plain,
+            initial=initial,
+            rank=rank,
+            layout=layout,
+            base=base,
+        )
+    finally:
+        bar.close()
     if json:
         print(to_json("convert", report))
-    else:
+    elif isinstance(report, ConvertReport):
         print_convert(report)
+    else:
+        print_checkpoint_convert(report)
+    if not isinstance(report, ConvertReport):
+        for warning in report.warnings:
+            say(f"warning: {warning}", sys.stderr)

@@ -366,13 +366,15 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
 
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:
     """`out = round_once(base)`, any two float dtypes; of the result only the overflow is counted."""
-    wide, rounded = work.take("wide", torch.float64, *base.shape), work.take("rounded", out.dtype, *base.shape)
-    wide.copy_(base)
-    round_once(wide, rounded, work)
-    out.copy_(rounded)
-    lost = rounded.isfinite().logical_not_().logical_and_(wide.isfinite())
+    if base.dtype == torch.float64:
+        round_once(base, out, work)
+    else:
+        out.copy_(base)  # by way of float32, which holds all of it: one rounding
+    if math.isfinite(float(out.abs().max())):
+        return Change()
+    lost = out.isfinite().logical_not_().logical_and_(base.isfinite())
     count = int(lost.sum())
-    return Change(overflowed=count, largest=float(wide[lost].abs().max()) if count else 0.0)
+    return Change(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
 
 
 def _has_negative_zero(x: Tensor) -> bool:

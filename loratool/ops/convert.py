@@ -1,6 +1,7 @@
 """`convert`: an adapter in another convention, each tensor carried exactly, or named as what cannot be carried.
 
-Here of image models; `convert_language` has the others. What is written is planned first, tensors come one by one.
+`convert_image` and `convert_language` plan what is written, and tensors come one by one; `convert_checkpoint` is the
+verb for whole models. What is in the files decides.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..adapter import Adapter
 from ..converting import FAMILIES, SINGLE_COMPONENT, TARGETS, family_of, read_sources
 from ..draft import DTYPES
 from ..errors import InputError, UsageError
-from ..formats import FORMATS, open_adapter
-from ..output import check_name, check_path, named
+from ..formats import FORMATS, holds_adapter, open_adapter
+from ..output import CONTAINERS, check_name, check_path, named
 from ..relayout import LAYOUTS
+from ..runtime import Progress
 from ..targets import Selection
+from .convert_checkpoint import CheckpointConvertReport, convert_checkpoint
 from .convert_image import Image, plan_image, write_output
 from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language, select
 from .convert_plain import plan_plain
@@ -30,8 +34,8 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The result of `convert`. family: a key of FAMILIES, None for a language model; dropped: modules left out;
-    notes: what the output cannot say.
+    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules
+    left out; notes: what the output cannot say.
     """
 
     adapter: str
@@ -48,6 +52,54 @@ class ConvertReport:
 
 
 def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str | None = None,
+    dtype: str = "keep",
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    **of_adapters: Any,
+) -> ConvertReport | CheckpointConvertReport:
+    """`convert_adapter` or `convert_checkpoint`, by what is in the files of `source`.
+
+    of_adapters: the other options of `convert_adapter`. Raises UsageError for an option of the other verb.
+    """
+    given = {name: value for name, value in of_adapters.items() if not (value is None or value is False or value == ())}
+    is_one = bool(given.get("from_format")) or holds_adapter(source)
+    if is_one or to in TARGETS:
+        if max_shard_bytes is not None:
+            raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
+        if to not in TARGETS:
+            what = "needs --to, one" if to is None else f"{to!r} is none"
+            raise UsageError(f"is an adapter, and {what} of {', '.join(TARGETS)}", culprit=os.fspath(source))
+        try:
+            return convert_adapter(source, out, to=to, dtype=dtype, force=force, dry_run=dry_run, **of_adapters)
+        except InputError as error:
+            if not is_one:
+                error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
+            raise
+    if given:
+        first = next(iter(given))
+        option = {"layout": "--for"}.get(first, f"--{first.replace('_', '-')}")
+        raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
+    return convert_checkpoint(
+        source,
+        out,
+        to=to,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
+        workers=workers,
+    )
+
+
+def convert_adapter(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,

@@ -20,8 +20,9 @@ import torch
 from ..apply import Loader, plan_changes
 from ..errors import NeedsFlag, UsageError
 from ..inputs import open_inputs, read_given, require_residual, subtract_initial
+from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION, Change
-from ..output import Output, check_path, output_path, plan_output
+from ..output import Output, check_path, output_path
 from ..plan import MergePlan, plan_merge, widen_float8
 from ..rewrite import refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, worker_count

@@ -20,8 +20,9 @@ from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
 from ..inputs import Given, negated, open_adapters, read_given
+from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION
-from ..output import Output, OutputFile, check_path, output_path, plan_output
+from ..output import Output, OutputFile, check_path, output_path
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, worker_count

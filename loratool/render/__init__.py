@@ -2,7 +2,15 @@
 
 from .adapters import print_adapter, print_combine, print_convert, print_extract, print_init, print_resize
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
-from .models import print_checkpoint, print_count, print_merge, print_method, print_unmerge, print_verify
+from .models import (
+    print_checkpoint,
+    print_checkpoint_convert,
+    print_count,
+    print_merge,
+    print_method,
+    print_unmerge,
+    print_verify,
+)
 from .text import ProgressBar, say, size, to_json
 
 __all__ = [
@@ -10,6 +18,7 @@ __all__ = [
     "print_adapter",
     "print_adapter_diff",
     "print_checkpoint",
+    "print_checkpoint_convert",
     "print_checkpoint_diff",
     "print_combine",
     "print_convert",

@@ -9,6 +9,7 @@ from .text import count, print_table, say, share, size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..ops.convert_checkpoint import CheckpointConvertReport
     from ..ops.count import CountReport
     from ..ops.inspect import CheckpointReport, Group, MethodReport
     from ..ops.merge_report import MergeReport
@@ -43,6 +44,31 @@ def print_merge(report: MergeReport) -> None:
     if report.undo and report.undo_bytes is not None:
         bound = "at most " if report.dry_run else ""
         say(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
+
+
+def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for row in report.cast:
+        kinds.setdefault((row.source_dtype, row.dtype), []).append(row.flushed or 0)
+    lost = [row for row in report.cast if row.flushed]
+    if lost:
+        rows = [
+            [row.name, "x".join(map(str, row.shape)), row.source_dtype, row.dtype, str(row.flushed)] for row in lost
+        ]
+        titles = ("tensor", "shape", "from", "to", "became 0")
+        print_table([(title, title in ("shape", "became 0")) for title in titles], rows)
+        say("")
+    for (old, new), flushed in kinds.items():
+        verb = "would be cast" if report.dry_run else "cast"
+        zeros = "" if report.dry_run else f"; {sum(flushed):,} numbers became 0"
+        say(f"{len(flushed)} tensors {verb} from {old} to {new}{zeros}")
+    say(f"{report.copied} tensors {'would keep' if report.dry_run else 'keep'} their bytes")
+    for name, kept in report.shared.items():
+        say(f"one with {kept}: {name}")
+    if report.not_copied:
+        say(f"not copied: {', '.join(report.not_copied)}")
+    files = f", {len(report.files)} files" if len(report.files) > 1 else ""
+    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({report.to}{files}, {size(report.nbytes)})")
 
 
 def print_unmerge(report: UnmergeReport) -> None:
