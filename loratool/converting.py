@@ -29,14 +29,6 @@ from .architectures.image_names import flattened
 from .errors import InputError, NeedsFlag
 from .updates import DoRA, LowRank
 
-# A target -> what it is. The denoiser's names: `own` are the model's, `diffusers` diffusers'.
-TARGETS = {
-    "peft": "PEFT: a folder or a file of one component, in diffusers' names",
-    "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
-    "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
-    "comfy": "ComfyUI: the model's own names with lora_down, lora_up and alpha",
-    "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
-}
 SINGLE_COMPONENT = ("peft", "loralib")
 FLUX_BLOCKS = (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE))
 MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width

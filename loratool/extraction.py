@@ -26,22 +26,6 @@ from .targets import Selection
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .tied import find_tie
 
-# What becomes of changed embeddings and heads -> its meaning.
-EMBED = {
-    "lora": "factors, as for every other matrix",
-    "full": "kept whole, exactly",
-    "skip": "left out, and named",
-}
-
-
-# --to -> what it is; the default is by the base
-EXTRACT_TO = {
-    "peft": "PEFT, for a model or a component in a folder",
-    "kohya": "kohya, for an image model in one file",
-    "diffusers": "diffusers, by component",
-    "comfy": "ComfyUI",
-}
-
 
 @dataclass(frozen=True)
 class Change:

@@ -11,17 +11,18 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint", "sidefiles",
-    "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied", "inputs",
-    "counting", "outline",
+    "errors", "choices", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "source", "hub", "checkpoint",
+    "sidefiles", "output", "numerics", "updates", "adapter", "architectures", "formats", "placing", "targets", "tied",
+    "inputs", "counting", "outline",
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
     "factoring", "draft", "joining", "comparing", "converting", "relayout", "extraction", "inits", "combining",
     "initialization",
-    "hypotheses", "replaying", "judging", "ops", "pictures", "render", "cli",
+    "hypotheses", "replaying", "judging", "ops", "pictures", "render", "schemas", "cli",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}
 LAZY_TORCH = [
+    "choices",
     "tensorfile",
     "torchpickle",
     "torchfile",
@@ -41,6 +42,8 @@ LAZY_TORCH = [
     "sidefiles",
     "hub",
     "output",
+    "ranks",
+    "cli",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError
@@ -33,6 +34,7 @@ VERBS = {
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
 }
 
+COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -47,6 +49,10 @@ class Verbs(click.Group):
             return None
         command: click.Command = getattr(import_module(f".{name}", __name__), name)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        verbs = [CompletionItem(name, help=line) for name, line in VERBS.items() if name.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -119,6 +125,8 @@ def _call(argv: list[str]) -> int:
     from ..errors import Interrupted, LoratoolError, MachineError, UsageError
 
     try:
+        if instruction := os.environ.get(COMPLETE):
+            return shell_complete(cli, {}, "loratool", COMPLETE, instruction)
         with cli.make_context("loratool", list(argv), auto_envvar_prefix="LORATOOL") as context:
             cli.invoke(context)
         sys.stdout.flush()
@@ -148,8 +156,14 @@ def _call(argv: list[str]) -> int:
 
 
 def _wants_json(argv: list[str]) -> bool:
-    verb = argv[0].upper() if argv else ""
-    return "--json" in argv or os.environ.get(f"LORATOOL_{verb}_JSON", "").lower() in ("1", "true", "yes", "on")
+    """Also of a call that click could not read."""
+    verb = _verb(argv)
+    said = os.environ.get(f"LORATOOL_{verb.upper()}_JSON", "") if verb else ""
+    return "--json" in argv or said.lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def _verb(argv: list[str]) -> str | None:
+    return argv[0] if argv and argv[0] in VERBS else None
 
 
 def _fail(error: LoratoolError, argv: list[str]) -> int:
@@ -162,7 +176,7 @@ def _fail(error: LoratoolError, argv: list[str]) -> int:
 
             traceback.print_exc()
         if _wants_json(argv):
-            print(to_json(argv[0], error=error))
+            print(to_json(_verb(argv), error=error))
         else:
             say(f"error: {error}", sys.stderr)
         sys.stdout.flush()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ..combining import METHODS
-from ..draft import DTYPES
+from ..choices import DTYPES, METHODS
 from ..ranks import RANK_RULES
 from .options import (
+    PATH,
     Count,
     RuleValue,
     Size,
@@ -19,19 +19,21 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    offer,
     quiet_option,
 )
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: combined]")
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: combined]")
 @click.option(
     "--method",
     default="cat",
     show_default=True,
     metavar="|".join(METHODS),
-    help="; ".join(f"{name}: {row.says} ({row.source})" for name, row in METHODS.items()) + ".",
+    shell_complete=offer(*METHODS),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items()) + ".",
 )
 @click.option("--density", type=float, help="The share of each change's entries that is kept.  [default: 0.5]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import click
 
-from ..converting import TARGETS
+from ..choices import DTYPES, LAYOUTS, TARGETS
 from ..formats import FORMATS
-from ..relayout import LAYOUTS
-from .options import Slices, alpha_option, dry_run_option, force_option, json_option
+from .options import PATH, Slices, alpha_option, dry_run_option, force_option, json_option
 
 
 @click.command()
-@click.argument("adapter")
-@click.option("-o", "--out", metavar="OUT", help="A .safetensors file, or for peft a folder.  [default: converted]")
+@click.argument("adapter", type=PATH)
+@click.option(
+    "-o", "--out", type=PATH, metavar="OUT", help="A .safetensors file, or for peft a folder.  [default: converted]"
+)
 @click.option(
     "--to",
     required=True,
     type=click.Choice(list(TARGETS)),
-    help="; ".join(f"{meaning}" for meaning in TARGETS.values()) + ".",
+    help="; ".join(TARGETS.values()) + ".",
 )
 @click.option(
     "--from", "from_format", type=click.Choice(list(FORMATS)), help="What ADAPTER is.  [default: what its names say]"
 )
 @click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="Which slices loralib's MergedLinear changes.")
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
-@click.option("--initial", metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted.")
+@click.option(
+    "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
+)
 @click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank.")
 @click.option(
     "--for",
@@ -32,9 +35,11 @@ from .options import Slices, alpha_option, dry_run_option, force_option, json_op
     type=click.Choice(list(LAYOUTS)),
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
 )
-@click.option("--base", metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told.")
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told."
+)
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
-@click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
+@click.option("--dtype", type=click.Choice(["keep", *DTYPES]), default="keep", show_default=True)
 @alpha_option
 @force_option
 @dry_run_option

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from .options import Count, exclude_option, json_option, layers_option, target_option
+from .options import PATH, Count, exclude_option, json_option, layers_option, target_option
 
 
 @click.command()
-@click.argument("model", metavar="CONFIG-OR-CHECKPOINT")
+@click.argument("model", type=PATH, metavar="CONFIG-OR-CHECKPOINT")
 @click.option(
     "--rank", type=click.IntRange(1), help="LoRA's, the adapters' bottleneck, the prefixes' length.  [default: 8]"
 )

@@ -7,6 +7,7 @@ import math
 import click
 
 from .options import (
+    PATH,
     device_option,
     exclude_option,
     json_option,
@@ -17,9 +18,11 @@ from .options import (
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("--base", metavar="BASE", help="The model under two adapters: how large their changes are beside it.")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="The model under two adapters: how large their changes are beside it."
+)
 @click.option(
     "--fail-above",
     type=click.FloatRange(0),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..extraction import EMBED, EXTRACT_TO
+from ..choices import DTYPES, EMBED, EXTRACT_TO
 from .options import (
+    PATH,
     Count,
     Size,
     device_option,
@@ -20,9 +21,9 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
-@click.argument("tuned")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.argument("base", type=PATH)
+@click.argument("tuned", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
 @click.option("--rank", type=click.IntRange(1), help="Of every matrix.  [default: 8]")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each matrix's change.")
 @click.option("--params", type=Count(), metavar="20M", help="Parameters in all, spent where they keep most.")
@@ -42,7 +43,7 @@ from .options import (
     type=click.Choice(list(EXTRACT_TO)),
     help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_TO.items()) + ".  [default: by BASE]",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the start of the iteration.")
 @click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Take models that are no fine-tune.")
 @target_option

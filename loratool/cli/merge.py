@@ -8,6 +8,8 @@ import click
 
 from ..tied import TIED
 from .options import (
+    OFFERED_DTYPES,
+    PATH,
     Size,
     Weighted,
     WeightedPath,
@@ -24,12 +26,21 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: merged]")
+@click.option(
+    "-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: merged]"
+)
 @force_option
 @dry_run_option
-@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The output's type.")
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    metavar="keep|fp32|bf16|fp16",
+    shell_complete=OFFERED_DTYPES,
+    help="The output's type.",
+)
 @click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut the output anew.  [default: the base's shards]")
 @target_option
 @exclude_option
@@ -44,7 +55,9 @@ from .options import (
     + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
     + ".",
 )
-@click.option("--initial", metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted.")
+@click.option(
+    "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
+)
 @click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
 @device_option

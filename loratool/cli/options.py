@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from ..choices import DTYPES
+
+SELECTIONS = ("all-linear", "attention", "mlp")  # the patterns with names
+PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
+
+
+def offer(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What shells complete where the library says what can be: one of these words, or some after commas."""
+
+    def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + word for word in words if word.startswith(last)]
+
+    return complete
+
+
+OFFERED_DTYPES = offer("keep", *DTYPES)
 alpha_option = click.option(
     "--alpha", type=float, help="The adapter's alpha, where its file does not say it. A contradiction is an error."
 )
@@ -15,16 +34,27 @@ json_option = click.option("--json", is_flag=True, help="Print one JSON object o
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
-device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N]",
+    shell_complete=offer("auto", "cpu", "cuda"),
+)
 target_option = click.option(
     "--target",
     multiple=True,
     metavar="PATTERNS",
+    shell_complete=offer(*SELECTIONS),
     help="Only these modules: comma list of dotted suffixes, globs of whole paths, re:EXPRESSION, or all-linear, "
     "attention, mlp.",
 )
 exclude_option = click.option(
-    "--exclude", multiple=True, metavar="PATTERNS", help="All but these modules; patterns as in --target."
+    "--exclude",
+    multiple=True,
+    metavar="PATTERNS",
+    shell_complete=offer(*SELECTIONS),
+    help="All but these modules; patterns as in --target.",
 )
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers.")
 
@@ -127,3 +157,6 @@ class WeightedPath(click.ParamType[Weighted]):
         if len(parts) < len(pairs):
             self.fail(f"{text!r} weighs a component twice", param, ctx)
         return (path, weight, parts) if parts else (path, weight)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]

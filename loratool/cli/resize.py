@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ..draft import DTYPES
+from ..choices import DTYPES
 from ..ranks import RANK_RULES
 from .options import (
+    PATH,
     Count,
     RuleValue,
     Size,
@@ -20,8 +21,8 @@ from .options import (
 
 
 @click.command()
-@click.argument("adapter")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: resized]")
+@click.argument("adapter", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: resized]")
 @click.option("--rank", type=click.IntRange(1), help="Of every module; zeros where it had less.")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each module's change.")
 @click.option("--params", type=Count(), metavar="4M", help="Parameters in all, spent where they keep most.")

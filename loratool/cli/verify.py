@@ -6,6 +6,7 @@ import click
 
 from ..tied import TIED
 from .options import (
+    PATH,
     Weighted,
     WeightedPath,
     alpha_option,
@@ -18,15 +19,15 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.argument("merged")
+@click.argument("merged", type=PATH)
 @target_option
 @exclude_option
 @layers_option
 @alpha_option
 @click.option("--tied", type=click.Choice(list(TIED)), default="untie", show_default=True, help="As merge was told.")
-@click.option("--initial", metavar="ADAPTER", help="As merge was told.")
+@click.option("--initial", type=PATH, metavar="ADAPTER", help="As merge was told.")
 @click.option("--residual-base", is_flag=True, help="As merge was told.")
 @click.option(
     "--allow",

@@ -12,17 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..adapter import Adapter
-from ..converting import (
-    SINGLE_COMPONENT,
-    TARGETS,
-    family_of,
-    read_sources,
-)
+from ..choices import LAYOUTS, TARGETS
+from ..converting import SINGLE_COMPONENT, family_of, read_sources
 from ..draft import DTYPES
 from ..errors import InputError, UsageError
 from ..formats import FORMATS, open_adapter
 from ..output import check_name, check_path, named
-from ..relayout import LAYOUTS
 from .convert_image import Image, plan_image, write_output
 from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language
 

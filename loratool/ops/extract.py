@@ -17,9 +17,10 @@ import torch
 
 from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
+from ..choices import EMBED
 from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
-from ..extraction import EMBED, Change, Plan, Sorted, plan_adapter, sort_changes
+from ..extraction import Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
 from ..formats import is_adapter
 from ..formats.peft_write import write_adapter
@@ -119,7 +120,7 @@ def extract(
 
     One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
     size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
-    embeddings and heads, a key of `extraction.EMBED`. bias: keep changed biases and norms, exactly. to: a key of
+    embeddings and heads, a key of EMBED. bias: keep changed biases and norms, exactly. to: a key of
     EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the
     factors, a key of DTYPES. certify: prove how far each matrix is from the best, where else it is estimated. allow:
     "unrelated" takes two models that are no fine-tune of each other. Raises InputError where the sides do not belong

@@ -15,9 +15,10 @@ from ..architectures.image import image_parts
 from ..architectures.roles import role
 from ..architectures.wrappers import module_of
 from ..checkpoint import Checkpoint
+from ..choices import EXTRACT_TO
 from ..converting import Source, family_of
 from ..errors import InputError, UsageError
-from ..extraction import EXTRACT_TO, Plan
+from ..extraction import Plan
 from ..factoring import Factored, FactorSpool, factor_shapes
 from ..formats.peft_write import SAFETENSORS
 from ..tensorfile import TensorSpec

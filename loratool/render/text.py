@@ -1,6 +1,6 @@
 """What all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
 
-`to_json` is the stable, versioned schema: the report's own field names under a header that every verb shares.
+`to_json` keeps a schema that is versioned: the report's own field names under a header that every verb shares.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ HEATS = (
 )
 
 
-def to_json(verb: str, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
-    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
+def to_json(verb: str | None, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
+    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`; `schemas/` has it in full.
 
-    `status` is there where a check said no (exit code 1), and says what it found.
+    `status` is there where a check said no (exit code 1), and says what it found. The verb is None of a call without.
     """
     value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
     value["exit_code"] = 0 if status is None else 1
@@ -85,7 +85,7 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not sys.stdout.isatty():  # colours can be forced there, a width not
         console.width = UNBOUNDED
     columns = [(escape(title), right) for title, right in columns]
     rows = [[escape(cell) for cell in row] for row in rows]
