@@ -40,19 +40,19 @@ LOW = 0.5  # of the energy, below which the report says what rank would bring mo
 
 @dataclass(frozen=True)
 class ModuleExtract:
-    """One weight of the adapter. relative: ||D|| / ||W||; kept: the share of ||D||^2 that the factors hold, exactly;
-    residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative, and `how` it is
-    known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular value that
-    rounding the tuned model to its type can have made, and above_noise how many of the computed ones are larger.
-    stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much, about,
-    where it is known or kept is low.
+    """One weight of the adapter. relative: ||D|| / ||W||, None where W = 0; kept: the share of ||D||^2 that the factors
+    hold, exactly; residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative,
+    and `how` it is known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular
+    value that rounding the tuned model to its type can have made, and above_noise how many of the computed ones are
+    larger. stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much,
+    about, where it is known or kept is low.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     rank: int
-    relative: float
+    relative: float | None
     kept: float
     residual: float
     gap: float
@@ -68,7 +68,7 @@ class ModuleExtract:
 @dataclass(frozen=True)
 class ExtractReport:
     """The result of `extract`. kept: of the energy of all matrices in the adapter; exact: tensors that are kept as they
-    are; left_out: what changed and is not in the adapter, with its norm (nan: not a number to compare); unchanged:
+    are; left_out: what changed and is not in the adapter, with its norm (None: not a number to compare); unchanged:
     tensors that are equal on both sides; only_base, only_tuned: tensors of one side. parameters: of the adapter,
     nbytes its bytes.
     """
@@ -79,11 +79,11 @@ class ExtractReport:
     dry_run: bool
     modules: tuple[ModuleExtract, ...]
     kept: float | None
-    relative: float
+    relative: float | None
     parameters: int
     nbytes: int
     exact: tuple[str, ...]
-    left_out: Mapping[str, float]
+    left_out: Mapping[str, float | None]
     unchanged: int
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
@@ -290,18 +290,20 @@ def _refuse(work: _Work, found: Sorted, pairs: Pairs, allow: tuple[str, ...]) ->
     if not (work.factored or found.exact):
         some = ", ".join(list(found.left_out)[:3])
         raise InputError(f"nothing of what changed is selected or could be in an adapter: {some}, ...")
-    if _relative(work, found) > UNRELATED and "unrelated" not in allow:
+    relative = _relative(work, found)
+    if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
+        size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
-            f"the change is {_relative(work, found):.2f} times the base: these are no fine-tune of each other",
+            f"the change is {size}: these are no fine-tune of each other",
             remedy="add --allow unrelated to extract it all the same",
         )
 
 
-def _relative(work: _Work, found: Sorted) -> float:
-    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0."""
+def _relative(work: _Work, found: Sorted) -> float | None:
+    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0. None if they did."""
     both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
     base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
-    return math.sqrt(change / base) if base else math.inf if change else 0.0
+    return math.sqrt(change / base) if base else None if change else 0.0
 
 
 def _report(
@@ -345,7 +347,7 @@ def _module(work: _Work, name: str, plan: Plan) -> ModuleExtract:
         factored.kind,
         factored.shape,
         rank,
-        math.sqrt(change / base) if base else math.inf,
+        math.sqrt(change / base) if base else None,
         kept / change,
         math.sqrt(max(0.0, change - kept)),
         factored.gap,

@@ -205,7 +205,10 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[Source] | None, pr
         problems.append(f"{error.culprit}: {error.message}")
     if norm is not None and weights:
         squared = math.fsum(map(squared_norm, weights))
-        relative = norm / math.sqrt(squared) if squared else None
+        if math.isfinite(squared):
+            relative = norm / math.sqrt(squared) if squared else None
+        else:
+            problems.append(f"{weights[0].name}: the base's weight has no finite norm")
     return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
 
 

@@ -26,7 +26,7 @@ def print_extract(report: ExtractReport) -> None:
             m.name,
             "x".join(map(str, m.shape)),
             str(m.rank),
-            f"{m.relative:.2e}",
+            "-" if m.relative is None else f"{m.relative:.2e}",
             f"{m.kept:.2%}",
             f"{m.residual:.2e}",
             {"exact": "0", "certified": f"<{m.gap:.0e}"}.get(m.how, f"~{m.gap:.0e}"),
@@ -38,15 +38,17 @@ def print_extract(report: ExtractReport) -> None:
     ]
     print_table([(title, title != "tensor") for title in titles + ["stored"] * stored], rows)
     plain = is_plain(sys.stdout.encoding)
-    draw(strips({m.name: m.relative for m in report.modules}, "relative change", "{:.1e}".format, plain=plain))
+    sizes = {m.name: m.relative for m in report.modules if m.relative is not None}
+    draw(strips(sizes, "relative change", "{:.1e}".format, plain=plain))
     draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain))
     kept = "" if report.kept is None else f"; {report.kept:.2%} of their change's energy is kept"
-    say(f"\n{len(rows)} matrices{kept}; |D|/|W| is {report.relative:.2e} in all")
+    relative = "" if report.relative is None else f"; |D|/|W| is {report.relative:.2e} in all"
+    say(f"\n{len(rows)} matrices{kept}{relative}")
     if report.exact:
         say(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
     say(f"unchanged: {report.unchanged} tensors")
     for name, norm in report.left_out.items():
-        say(f"left out: {name} (|D| = {norm:.3g})")
+        say(f"left out: {name}" + ("" if norm is None else f" (|D| = {norm:.3g})"))
     for name in report.only_base:
         say(f"only in the base: {name}")
     for name in report.only_tuned:
