@@ -390,7 +390,9 @@ class TestSides:
         with pytest.raises(InputError, match="quantized"):
             loratool.extract(base, quantized, out)
         with pytest.raises(InputError, match="nothing of what changed is selected"):
-            loratool.extract(base, tuned, out, target=("absent",))
+            loratool.extract(base, tuned, out, exclude=("*",))
+        with pytest.raises(InputError, match="--exclude absent: names no module of"):
+            loratool.extract(base, tuned, out, exclude=("absent",))
         assert not out.exists() and not list(tmp_path.glob("*partial*"))
 
 

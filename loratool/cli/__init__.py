@@ -50,6 +50,19 @@ class Verbs(click.Group):
         command: click.Command = getattr(import_module(f".{name}", __name__), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], VERBS, 1)
+            ctx.fail(
+                f"there is no verb {args[0]!r}; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+            )
+        return super().resolve_command(ctx, args)
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         verbs = [CompletionItem(name, help=line) for name, line in VERBS.items() if name.startswith(incomplete)]
         return verbs + click.Command.shell_complete(self, ctx, incomplete)

@@ -153,6 +153,8 @@ class WeightedPath(click.ParamType[Weighted]):
             weight = 1.0 if "=" in first else float(first)
             parts = {name: float(number) for name, number in pairs}
         except ValueError:
+            if os.path.exists(path):
+                self.fail(f"{text!r} is not a weight, like 0.7", param, ctx)
             return value, 1.0
         if len(parts) < len(pairs):
             self.fail(f"{text!r} weighs a component twice", param, ctx)

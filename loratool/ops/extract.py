@@ -11,19 +11,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..architectures.quantized import quantization
+from ..architectures.wrappers import module_of
 from ..checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ..choices import EMBED
 from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
-from ..formats import is_adapter
 from ..formats.peft_write import write_adapter
+from ..inputs import refuse_adapter
 from ..output import check_name, check_path, named
 from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for
@@ -139,9 +140,10 @@ def extract(
             raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_path(path, is_file, [shard.path for side in sides for shard in side.shards], force)
         pairs = pair_tensors(*sides)
+        asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        asked.require_used([*map(module_of, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(left_out(sides[0]) if form != "peft" else ()))
-        selection = Selection(tuple(target), excluded, parse_layers(layers))
-        found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft")
+        found = sort_changes(sides[0], pairs, replace(asked, exclude=excluded), embed, bias and form == "peft")
         found.alphas = form in ("kohya", "comfy")
         opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
@@ -188,8 +190,7 @@ def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     side = open_checkpoint(name)
     opened.callback(side.close)
     require_one_model(side)
-    if is_adapter(side.specs):
-        raise InputError("is an adapter; extract compares two models", culprit=os.fspath(name))
+    refuse_adapter(side, name, "extract compares two models")
     method = quantization(side.specs, side.config)
     if method:
         raise InputError(f"is quantized ({method})", culprit=os.fspath(name), remedy="pass the original model")

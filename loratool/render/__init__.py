@@ -3,7 +3,7 @@
 from .adapters import print_adapter, print_combine, print_convert, print_extract, print_init, print_resize
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
 from .models import print_checkpoint, print_count, print_merge, print_method, print_unmerge, print_verify
-from .text import ProgressBar, say, size, to_json
+from .text import ProgressBar, say, to_json
 
 __all__ = [
     "ProgressBar",
@@ -23,6 +23,5 @@ __all__ = [
     "print_unmerge",
     "print_verify",
     "say",
-    "size",
     "to_json",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from ..fileio import size
 from ..pictures import is_plain, strips
-from .text import count, draw, print_table, say, size
+from .text import count, draw, print_table, say
 
 if TYPE_CHECKING:
     from ..ops.combine import CombineReport

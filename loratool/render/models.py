@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .text import count, print_table, say, share, size
+from ..fileio import size
+from .text import count, print_table, say, share
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

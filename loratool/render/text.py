@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..fileio import size
 from ..pictures import Line
 
 if TYPE_CHECKING:
@@ -54,15 +55,6 @@ def to_json(verb: str | None, report: Any = None, error: LoratoolError | None = 
     else:
         value["report"] = asdict(report)
     return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
-
-
-def size(nbytes: float) -> str:
-    """Decimal units: MB is 10**6."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def count(n: int) -> str:
