@@ -74,7 +74,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
             culprit=name,
             remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
         )
-    if len(fields) == 1 and alpha is None and not lenient and any(map(_ADAPTER.search, file.specs)):
+    if len(fields) == 1 and alpha is None and not lenient and any(".lora_" in key for key in file.specs):
         raise NeedsFlag(
             f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
             culprit=name,
