@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from conftest import FIXTURES, load_model, write_model
 
 
@@ -21,6 +22,10 @@ def set_stage(folder: Path) -> None:
         (gpt2 / "base", "gpt2"),
     ]:
         shutil.copytree(source, folder / name)
+    shutil.copytree(llama / "base", folder / "phi-base")
+    torch.save(
+        {"h.0.attn.c_attn.lora_A": torch.randn(4, 6), "h.0.attn.c_attn.lora_B": torch.randn(8, 2)}, folder / "old.bin"
+    )
     shutil.copy(sdxl / "base.safetensors", folder / "sdxl.safetensors")
     shutil.copy(sdxl / "adapter.safetensors", folder / "style.safetensors")
     shutil.copy(gpt2 / "base" / "config.json", folder / "config.json")

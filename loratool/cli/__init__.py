@@ -80,7 +80,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Verbs, context_settings=SETTINGS, no_args_is_help=True)
+@click.group(cls=Verbs, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="VERB ...")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
@@ -88,12 +88,13 @@ def cli() -> None:
     """Surgery on LoRA checkpoints.
 
     LoRA trains a low-rank change of frozen weights, h = W x + s B A x. loratool works on the files: it adds
-    adapters to models far larger than memory, and shows what is in them.
+    adapters to models far larger than memory, takes them off again, makes them, and shows what is in them. The
+    help of each verb has examples.
 
     \b
-      loratool inspect model/
-      loratool merge base.safetensors adapter.safetensors
-      loratool merge base/ style/:0.7 task/ -o merged/
+      loratool inspect base/
+      loratool merge base/ adapter/ -o merged/
+      loratool verify base/ adapter/ merged/
 
     Exit codes: 0 done, 1 a check said no, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag
     that the message names, 5 the machine failed, 70 internal error, 130 and 143 interrupted. Every option can be

@@ -28,7 +28,7 @@ from .options import PATH, Slices, alpha_option, dry_run_option, force_option, j
 @click.option(
     "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
 )
-@click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank.")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="With --plain: truncated to this rank.")
 @click.option(
     "--for",
     "layout",
@@ -39,7 +39,9 @@ from .options import PATH, Slices, alpha_option, dry_run_option, force_option, j
     "--base", type=PATH, metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told."
 )
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
-@click.option("--dtype", type=click.Choice(["keep", *DTYPES]), default="keep", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["keep", *DTYPES]), default="keep", show_default=True, help="The output's type."
+)
 @alpha_option
 @force_option
 @dry_run_option
@@ -73,7 +75,7 @@ def convert(
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
-      loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o lora/
+      loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
     from ..ops.convert import convert as run
     from ..render import print_convert, to_json

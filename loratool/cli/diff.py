@@ -8,6 +8,7 @@ import click
 
 from .options import (
     PATH,
+    alpha_option,
     device_option,
     exclude_option,
     json_option,
@@ -29,7 +30,7 @@ from .options import (
     metavar="X",
     help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
 )
-@click.option("--alpha", type=float, help="For adapter files that do not say theirs.")
+@alpha_option
 @target_option
 @exclude_option
 @layers_option
@@ -58,8 +59,14 @@ def diff(
     tensor, streaming.
 
     \b
-      loratool diff adapter/ other/ --base model/
-      loratool diff model/ tuned/ --fail-above 1e-3
+      loratool diff style/ task/ --base base/
+      loratool diff base/ tuned/ --target q_proj,v_proj
+      loratool diff merged/ rebuilt/ --fail-above 0
+
+    relative: the size of B - A beside the larger. Of adapters, angle: the largest between the subspaces of the inputs,
+    in degrees; phi: how much of A's directions lies in B's, 1 is all; amplified: |D| beside what the base has in the
+    same directions. Of models, largest: the largest difference; steps: the same in representable numbers; changed: how
+    many values differ.
     """
     from ..ops.diff import AdapterDiff
     from ..ops.diff import diff as run

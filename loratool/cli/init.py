@@ -33,12 +33,12 @@ from .options import (
     shell_complete=offer(*INITS),
     help="; ".join(f"{name}: {meaning}" for name, meaning in INITS.items()) + ".",
 )
-@click.option("--rank", type=click.IntRange(1), help="Of every weight.  [default: 8]")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every weight.  [default: 8]")
 @click.option("--params", type=Count(), metavar="4M", help="The largest rank for which the adapter has no more.")
 @click.option("--rank-pattern", type=PatternRank(), multiple=True, metavar="PATTERN=RANK", help="Other ranks, by name.")
-@click.option("--alpha", type=float, help="Of all weights.  [default: each one's rank]")
-@click.option("--dora", is_flag=True, help="With magnitudes, the norms of the base's rows.")
-@click.option("--rslora", is_flag=True, help="Scaled by alpha / sqrt(rank).")
+@click.option("--alpha", type=float, help="The same for all weights.  [default: each one's rank]")
+@click.option("--dora", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
+@click.option("--rslora", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
 @click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
 @click.option(
     "--dtype",
@@ -49,7 +49,7 @@ from .options import (
     help="The residual's type.",
 )
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what is random.")
 @target_option
 @exclude_option
 @layers_option
@@ -88,8 +88,8 @@ def init(
     adapter belongs.
 
     \b
-      loratool init base/ --rank 8 --target q_proj,v_proj -o adapter/
-      loratool init base/ --method pissa --rank 16 --residual residual/ -o adapter/
+      loratool init base/ --rank 8 --target q_proj,v_proj -o started/
+      loratool init base/ --method pissa --rank 16 --residual residual/ -o pissa/
     """
     from ..ops.init import TARGET
     from ..ops.init import init as run

@@ -60,9 +60,9 @@ def inspect(
     and stable rank, and the ranks that hold 50, 90 and 99 % of the energy.
 
     \b
-      loratool inspect model/
-      loratool inspect adapter/ --base model/ --strict
-      loratool inspect model/ --spectra --target q_proj,v_proj
+      loratool inspect base/
+      loratool inspect adapter/ --base base/ --strict
+      loratool inspect base/ --spectra --target q_proj,v_proj
     """
     if spectra and (base or strict):
         raise click.UsageError("--spectra excludes --base and --strict")

@@ -85,18 +85,18 @@ def merge(
 ) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
-    BASE is a safetensors file, a folder, or org/model in the local Hugging Face cache. Several adapters are
-    added in one pass, each with its weight, and rounded once. The output's bytes are the same on every machine.
-    Of an image model's adapter unet, te, te1, te2 and te3 take weights of their own.
+    BASE is a file (.safetensors, or torch's .bin, .pt, .ckpt), a folder, or org/model in the local Hugging Face
+    cache; ADAPTER a PEFT folder or a LoRA file. Several adapters are added in one pass, each with its weight, and
+    rounded once. The output's bytes are the same on every machine. Of an image model's adapter unet, te, te1, te2
+    and te3 take weights of their own.
 
     \b
-      loratool merge base.safetensors adapter.safetensors
-      loratool merge base/ style/:0.7 task/ -o merged/
-      loratool merge sdxl/ style.safetensors:0.8,te=0.4 -o styled/
-      loratool merge base/ adapter/ --dtype fp32 --dry-run
+      loratool merge base/ adapter/ -o merged/
+      loratool merge base/ style/:0.7 task/:-0.2 -o mixed/ --dtype fp32 --no-undo
+      loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
 
-    The report has a line a tensor: rank, scale, the change's relative size, the share of weights changed, and
-    how much of the change rounding has kept.
+    The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
+    the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
     """
     from ..ops.merge import merge as run
     from ..render import ProgressBar, print_merge, say, to_json

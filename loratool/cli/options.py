@@ -12,6 +12,10 @@ from click.shell_completion import CompletionItem
 
 from ..choices import DTYPES
 
+PATTERNS = (
+    "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
+    "attention, mlp"
+)
 SELECTIONS = ("all-linear", "attention", "mlp")  # the patterns with names
 PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
 
@@ -28,9 +32,12 @@ def offer(*words: str) -> Callable[[click.Context, click.Parameter, str], list[s
 
 OFFERED_DTYPES = offer("keep", *DTYPES)
 alpha_option = click.option(
-    "--alpha", type=float, help="The adapter's alpha, where its file does not say it. A contradiction is an error."
+    "--alpha",
+    type=float,
+    metavar="N",
+    help="The adapter's alpha, where its file does not say it. A contradiction is an error.",
 )
-json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
+json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
@@ -39,6 +46,7 @@ device_option = click.option(
     default="auto",
     show_default=True,
     metavar="auto|cpu|cuda[:N]",
+    help="Where to compute.",
     shell_complete=offer("auto", "cpu", "cuda"),
 )
 target_option = click.option(
@@ -46,17 +54,16 @@ target_option = click.option(
     multiple=True,
     metavar="PATTERNS",
     shell_complete=offer(*SELECTIONS),
-    help="Only these modules: comma list of dotted suffixes, globs of whole paths, re:EXPRESSION, or all-linear, "
-    "attention, mlp.",
+    help=f"Only these modules: {PATTERNS}.",
 )
 exclude_option = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERNS",
     shell_complete=offer(*SELECTIONS),
-    help="All but these modules; patterns as in --target.",
+    help=f"Leave these modules out: {PATTERNS}.",
 )
-layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers.")
+layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -53,8 +53,8 @@ def unmerge(
     or a file edited since, is refused by name.
 
     \b
-      loratool unmerge merged/ adapter/
-      loratool unmerge merged/ style/:0.7 task/ -o base-again/
+      loratool unmerge merged/ adapter/ -o base-again/
+      loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
     from ..ops.unmerge import unmerge as run
     from ..render import ProgressBar, print_unmerge, to_json

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def print_extract(report: ExtractReport) -> None:
     say(f"change = {report.tuned} - {report.base}")
     stored = any(m.stored for m in report.modules)
-    titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "effective", "over noise"]
+    titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "eff. rank", "over noise"]
     rows = [
         [
             m.name,
@@ -62,7 +62,7 @@ def print_extract(report: ExtractReport) -> None:
 
 def print_init(report: InitReport) -> None:
     marks = [report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora]
-    say(f"{' + '.join(marks)} for {report.base}")
+    say(f"an adapter for {report.base}, by {' + '.join(marks)}")
     gaps = any(m.gap is not None for m in report.modules)
     errors = any(m.error is not None for m in report.modules)
     rows = [
@@ -92,7 +92,7 @@ def print_init(report: InitReport) -> None:
 
 
 def print_resize(report: ResizeReport) -> None:
-    titles = ["module", "rank", "new", "|D|", "energy", "error", "effective"]
+    titles = ["module", "rank", "new", "|D|", "energy", "error", "eff. rank"]
     rows = [
         [
             m.name,

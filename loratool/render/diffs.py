@@ -123,7 +123,7 @@ def print_checkpoint_diff(report: CheckpointDiff) -> None:
 
 def print_spectra(report: SpectraReport) -> None:
     say(f"{report.path}: singular values of {'the changes' if report.what == 'adapter' else 'the weights'}")
-    titles = ["module", "shape", "norm", "effective", "stable", "50 %", "90 %", "99 %", "of", "largest"]
+    titles = ["module", "shape", "norm", "eff. rank", "stable", "50 %", "90 %", "99 %", "of", "largest"]
     rows = [
         [
             m.name,

@@ -93,6 +93,7 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     lines = text.get().splitlines()
     names = ["", *(row[0] for row in rows)] if below else [""] * len(lines)
     for name, line in zip(names, lines, strict=True):
+        line = line.rstrip()
         print(f"{name}\n{line}" if name else line)
 
 
