@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..fileio import size
+from ..naming import grouped
 from ..pictures import is_plain, strips
 from .text import count, draw, print_table, say
 
@@ -135,8 +136,8 @@ def print_combine(report: CombineReport) -> None:
     say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
     if report.carried:
         say(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
-    for module in report.left_out:
-        say(f"left out: {module}")
+    for modules in grouped(report.left_out):
+        say(f"left out: {modules}")
     for warning in report.warnings:
         say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
@@ -148,8 +149,8 @@ def print_convert(report: ConvertReport) -> None:
     say(f"{report.adapter}: {what}, to {report.to}")
     rows = [[m.name, ", ".join(m.sources), m.how, str(m.rank), f"{m.alpha:g}"] for m in report.modules]
     print_table([(title, title in ("rank", "alpha")) for title in ("module", "from", "how", "rank", "alpha")], rows)
-    for module in report.dropped:
-        say(f"dropped: {module}")
+    for modules in grouped(report.dropped):
+        say(f"dropped: {modules}")
     for note in report.notes:
         say(f"note: {note}")
     verb = "would write" if report.dry_run else "wrote"
