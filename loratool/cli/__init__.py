@@ -97,8 +97,8 @@ def cli() -> None:
       loratool verify base/ adapter/ merged/
 
     Exit codes: 0 done, 1 a check said no, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag
-    that the message names, 5 the machine failed, 70 internal error, 130 and 143 interrupted. Every option can be
-    set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
+    that the message names, 5 the machine failed, 70 internal error, 129, 130 and 143 stopped by a signal. Every option
+    can be set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
     """
 
 

@@ -35,8 +35,14 @@ from .options import (
 )
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every weight.  [default: 8]")
 @click.option("--params", type=Count(), metavar="4M", help="The largest rank for which the adapter has no more.")
-@click.option("--rank-pattern", type=PatternRank(), multiple=True, metavar="PATTERN=RANK", help="Other ranks, by name.")
-@click.option("--alpha", type=float, help="The same for all weights.  [default: each one's rank]")
+@click.option(
+    "--rank-pattern",
+    type=PatternRank(),
+    multiple=True,
+    metavar="PATTERN=RANK",
+    help="Another rank for some of them: down_proj=16.",
+)
+@click.option("--alpha", type=float, metavar="N", help="The same for all weights.  [default: each one's rank]")
 @click.option("--dora", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
 @click.option("--rslora", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
 @click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
