@@ -143,6 +143,14 @@ class Adapter:
     lacks: tuple[str, ...] = ()
     components: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def trained_on(self) -> str:
+        """What it says of its base, as a sentence for a remedy; nothing where it does not say."""
+        told = self.config.base_model
+        if not isinstance(told, str) or not told or not told.isprintable():
+            return ""
+        return f"{self.name} says it was trained on {told}"
+
     def weight_of(self, module: str, weight: float) -> float:
         """The weight of one module, where the adapter's is `weight`."""
         component = weighed_component(module) if self.components else None

@@ -158,13 +158,8 @@ def knots(parts: Sequence[Part], density: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Method:
-    """run: of the parts of one matrix and the density, to factors, or to the dense result where that has no low rank.
+    """run: of the parts of one matrix and the density, to factors, or to a dense result that has no low rank."""
 
-    says: what it does. source: the paper, and which variant it is where there are several.
-    """
-
-    says: str
-    source: str
     run: Callable[[Sequence[Part], float], tuple[Tensor, Tensor] | Tensor]
     dense: bool = True
     prunes: bool = True
@@ -173,47 +168,13 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "cat": Method(
-        "the exact weighted sum, the factors side by side; with a rank, the best of that rank",
-        "peft's cat, and with --rank its svd",
-        cat,
-        dense=False,
-        prunes=False,
-    ),
-    "ties": Method(
-        "the largest entries of each, by majority sign",
-        "Yadav et al., NeurIPS 2023, as in peft: the sign of sum D_i, then sum w_i D_i over the number that agree",
-        ties,
-    ),
-    "ties-mergekit": Method(
-        "the same with weighted votes and a weighted mean",
-        "mergekit's ties: the sign of sum w_i D_i, then sum w_i D_i over the sum of the w_i that agree",
-        ties_mergekit,
-        negative=False,
-    ),
-    "dare-linear": Method(
-        "random entries of each, rescaled, summed",
-        "Yu et al., ICML 2024: entries kept with probability `density`, divided by it; sum w_i D_i",
-        dare_linear,
-        random=True,
-    ),
-    "dare-ties": Method(
-        "random entries of each, rescaled, by majority sign",
-        "DARE, then the second half of ties (peft's; mergekit sums without the mean, and rescales by the L1 norm)",
-        dare_ties,
-        random=True,
-    ),
-    "magnitude": Method(
-        "the largest entries of each, summed",
-        "peft's magnitude_prune: sum w_i D_i of the trimmed",
-        magnitude,
-    ),
-    "knots": Method(
-        "ties in the changes' common basis",
-        "Stoica et al., ICLR 2025: the SVD of [D_1 ... D_N], ties on S V_i^T; trimmed by module as ties is here",
-        knots,
-        dense=False,
-    ),
+    "cat": Method(cat, dense=False, prunes=False),
+    "ties": Method(ties),
+    "ties-mergekit": Method(ties_mergekit, negative=False),
+    "dare-linear": Method(dare_linear, random=True),
+    "dare-ties": Method(dare_ties, random=True),
+    "magnitude": Method(magnitude),
+    "knots": Method(knots, dense=False),
 }
 # What others call it, or offer -> what to use instead, and why.
 REFUSED = {

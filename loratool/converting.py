@@ -24,14 +24,6 @@ from .architectures.image import (
 from .architectures.image_names import DOUBLE_BLOCKS, dit_paths, flattened, unet_paths
 from .errors import InputError, NeedsFlag
 
-# A target -> what it is. The denoiser's names: `own` are the model's, `diffusers` diffusers'.
-TARGETS = {
-    "peft": "PEFT: a folder or a file of one component, in diffusers' names",
-    "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
-    "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
-    "comfy": "ComfyUI: the model's own names with lora_down, lora_up and alpha",
-    "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
-}
 SINGLE_COMPONENT = ("peft", "loralib")
 FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
 # Of these kohya's files have diffusers' names, and the UNet has four levels, of which the innermost has no attention.

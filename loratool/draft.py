@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import choices
 from .adapter import Adapter, UpdateSpec
 from .architectures.wrappers import PEFT_PREFIX
 from .errors import InputError, NeedsFlag, UsageError
@@ -25,7 +26,7 @@ from .source import Source
 from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in choices.DTYPES.items()}
 LARGEST = 1e150  # of a change's norm
 # what metadata says of former tensors, their ranks and scales
 STALE = (

@@ -26,22 +26,6 @@ from .targets import Selection
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .tied import find_tie
 
-# What becomes of changed embeddings and heads -> its meaning.
-EMBED = {
-    "lora": "factors, as for every other matrix",
-    "full": "kept whole, exactly",
-    "skip": "left out, and named",
-}
-
-
-# --to -> what it is; the default is by the base
-EXTRACT_TO = {
-    "peft": "PEFT, for a model or a component in a folder",
-    "kohya": "kohya, for an image model in one file",
-    "diffusers": "diffusers, by component, for its pipelines",
-    "comfy": "ComfyUI",
-}
-
 
 @dataclass(frozen=True)
 class Change:
@@ -72,7 +56,7 @@ class Sorted:
 
     low_rank: dict[str, Change] = field(default_factory=dict)
     exact: dict[str, Source] = field(default_factory=dict)
-    left_out: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, float | None] = field(default_factory=dict)
     norms: dict[str, tuple[float, float]] = field(default_factory=dict)
     matrices: set[str] = field(default_factory=set)
     saved: set[str] = field(default_factory=set)
@@ -124,7 +108,7 @@ def _sort(
         if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
             found.unchanged += 1
         else:
-            found.left_out[name] = math.nan
+            found.left_out[name] = None
         return
     module = module_of(name)
     what = role(module, len(one.spec.shape), True)
@@ -148,7 +132,7 @@ def _sort(
     else:
         if not grown:
             _measure(found, name, one, two)
-        found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else math.nan
+        found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
 
 def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .architectures.conv1d import stores_transposed
 from .architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .architectures.wrappers import module_of
+from .errors import InputError
 from .fileio import read_into, write_at
 from .formats.peft import DECLARED
 from .formats.peft_write import nested
@@ -157,7 +158,9 @@ class FactorSpool:
         E, out, inp = stack.shape
         generators = [self._generator(f"{name} {e}", D) for e in range(E)]
         found = truncated_svds(stack, rank, generators, self._certify)
-        known = max(len(each.S) for each in found)
+        known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
+        if total and not known:
+            raise InputError("its change is too large for float32's products", culprit=name)
         A, B = torch.zeros(known, E, inp), torch.zeros(known, E, out)
         squares = torch.zeros(known, dtype=torch.float64)
         for e, svd in enumerate(found):
@@ -165,11 +168,10 @@ class FactorSpool:
             A[:k, e], B[:k, e] = (svd.V.double() * root).T.float().cpu(), (svd.U.double() * root).T.float().cpu()
             squares[:k] += svd.S.square().cpu()
         at = self._end
-        for side in (A, B):
+        for side in (A, B) if known else ():
             write_at(self._file, side.view(torch.uint8).numpy().data.cast("B"), self._end)
             self._end += side.nbytes
         whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
-        total = math.fsum(svd.total for svd in found)
         spectrum = Spectrum(tuple(squares.tolist()), total, cost, whole)
         gap = max((svd.gap for svd in found), default=0.0)
         how = "exact" if gap == 0 else "certified" if self._certify else "estimate"

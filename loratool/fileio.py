@@ -27,6 +27,15 @@ POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lo
 _seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
 
 
+def size(nbytes: float) -> str:
+    """Decimal units: MB is 10**6."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
 def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` from `file` at `offset`; a file that ends early is an InputError."""
     done = 0
@@ -135,7 +144,7 @@ def require_free_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise MachineError(
-            f"{nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+            f"{size(nbytes)} are needed and {size(free)} are free",
             culprit=str(folder),
             remedy="free some space, or name another disk with -o",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import InputError
@@ -23,6 +24,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser() / "hub"
 
 
+def _near(path: Path) -> str | None:
+    """What is there under a name like it, as a remedy."""
+    try:
+        there = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return None
+    near = get_close_matches(path.name, there, 1)
+    return f"did you mean {path.with_name(near[0])}?" if near else None
+
+
 def resolve(name: str | os.PathLike[str]) -> Path:
     """The path that `name` means: itself if it exists, else the cached snapshot of `org/model[@revision]`.
 
@@ -34,8 +45,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     with reading(path):
         if path.exists():
             return path
-    if not _NAME.fullmatch(text):
-        raise InputError("no such file or folder", culprit=text)
+    if not _NAME.fullmatch(text) or path.parent.is_dir():
+        raise InputError("no such file or folder", culprit=text, remedy=_near(path))
     repo, _, revision = text.partition("@")
     folder = cache_folder() / f"models--{repo.replace('/', '--')}"
     ref = folder / "refs" / (revision or "main")

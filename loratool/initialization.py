@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,9 +85,10 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
             near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
                 "names no weight of the base that could have an adapter",
-                culprit=pattern,
+                culprit=f"--target {pattern}",
                 remedy=f"there are {', '.join(near)}" if near else None,
             )
+    replace(selection, target=()).require_used([*map(module_of, base.specs)], str(base.path))
     found, names = [], _names_in_model(base, eligible)
     for name, what in eligible.items():
         if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):

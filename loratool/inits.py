@@ -149,7 +149,6 @@ class Init:
     config's init_lora_weights must say for PEFT to train it right and never start it anew.
     """
 
-    says: str
     start: Callable[[Weight, int, float, Draw], Start]
     reads: bool = False
     changes_base: bool = False
@@ -157,13 +156,13 @@ class Init:
 
 
 INITS: dict[str, Init] = {
-    "lora": Init("A uniform, B = 0", _lora),
-    "gaussian": Init("A normal, B = 0", _gaussian),
-    "orthogonal": Init("A and B normal with B A = 0, of an even rank", _orthogonal),
-    "pissa": Init("the weight's top triplets, taken out of the base", _pissa, True, True),
-    "milora": Init("the weight's last triplets, taken out of the base", _milora, True, True),
-    "mica": Init("B the weight's last left singular vectors, frozen; A = 0", _mica, True, field="mica"),
-    "olora": Init("the start of the weight's QR, taken out of the base", _olora, True, True),
+    "lora": Init(_lora),
+    "gaussian": Init(_gaussian),
+    "orthogonal": Init(_orthogonal),
+    "pissa": Init(_pissa, True, True),
+    "milora": Init(_milora, True, True),
+    "mica": Init(_mica, True, field="mica"),
+    "olora": Init(_olora, True, True),
 }
 # What is asked for and cannot be had from the files of a base -> the reason.
 REFUSED = {

@@ -62,19 +62,13 @@ def open_inputs(
             culprit=os.fspath(base),
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base and the adapter",
         )
-    if is_adapter(checkpoint.specs):
-        other = given[0].path
-        raise InputError(
-            "is an adapter, but the first argument is the base model",
-            culprit=os.fspath(base),
-            remedy=None if _opens_as_adapter(other) else f"swap them: loratool merge {other} {os.fspath(base)}",
-        )
+    refuse_adapter(checkpoint, base, "the first argument is the base model", given)
     method = next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None)
     if method:
         raise InputError(
             f"is quantized ({method}), and adding to its codes would be wrong",
             culprit=os.fspath(base),
-            remedy="pass the original model in 16 or 32 bits" + _trained_on(given[0].path, base),
+            remedy="; ".join(["pass the original model in 16 or 32 bits", *_trained_on(given[0].path, base)]),
         )
     loaded = []
     for adapter, each in zip(open_adapters(given, alpha, opened), given, strict=True):
@@ -86,17 +80,23 @@ def open_inputs(
     return checkpoint, tuple(loaded)
 
 
-def _trained_on(name: str, base: str | os.PathLike[str]) -> str:
-    """What an adapter says of its base, as the end of a remedy; nothing where it says nothing else."""
+def refuse_adapter(model: Checkpoint, name: str | os.PathLike[str], what: str, given: Sequence[Given] = ()) -> None:
+    """Raise InputError for an adapter in a model's place. given: what is in the adapters', and may be the model."""
+    if not is_adapter(model.specs):
+        return
+    swapped = given and not _opens_as_adapter(given[0].path)
+    remedy = f"swap them: {given[0].path} comes before {os.fspath(name)}" if swapped else None
+    raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)
+
+
+def _trained_on(name: str, base: str | os.PathLike[str]) -> list[str]:
+    """`Adapter.trained_on`; nothing where it says this very base."""
     try:
         adapter = open_adapter(name)
     except LoratoolError:
-        return ""
+        return []
     adapter.file.close()
-    told = adapter.config.base_model
-    if not isinstance(told, str) or not told or not told.isprintable() or told == os.fspath(base):
-        return ""
-    return f"; {name} says it was trained on {told}"
+    return [adapter.trained_on] if adapter.trained_on and adapter.config.base_model != os.fspath(base) else []
 
 
 def _opens_as_adapter(name: str) -> bool:

@@ -15,13 +15,13 @@ from itertools import permutations
 
 from .adapter import Adapter, UpdateSpec
 from .draft import Carried
-from .errors import InputError, LoratoolError, NeedsFlag, UsageError
+from .errors import InputError, LoratoolError, NeedsFlag
 from .formats.peft import DECLARED
 from .formats.peft_config import changes_base, stands_in
 from .formats.peft_write import nested
 from .inputs import Loaded
 from .source import Source, equal_rows
-from .targets import Selection, exclude_options, matches, unwrapped
+from .targets import Selection, exclude_options, unwrapped
 
 ROUNDING = 1e-9  # by which decimal weights may miss a sum of 1
 
@@ -64,10 +64,8 @@ def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
     for adapter, weight in loaded:
         for module, update in adapter.updates.items():
             found.setdefault(module, []).append(Member(adapter, weight, update))
-    for pattern in exclude:
-        if not any(matches(pattern, module) for module in found):
-            raise UsageError("of --exclude matches no module", culprit=pattern)
     selection = Selection(exclude=exclude)
+    selection.require_used(found, " and ".join(adapter.name for adapter, _ in loaded))
     kept = {module: tuple(group) for module, group in found.items() if selection.selects(module)}
     problems = _problems(kept, loaded)
     groups = {module: group for module, group in kept.items() if group[0].update.rank and module not in problems}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from math import prod
 
 # a part of a name, between dots or colons (kohya's: underscores too), that is a number
 _NUMBER = re.compile(r"(?<![^.:])\d{1,9}(?![^.:])")
@@ -26,6 +28,17 @@ def with_ranges(parts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
     """Between the parts of a name its only number, or `{0..31}` and the like."""
     texts = [_ranges(sorted(set(column))) for column in zip(*numbers, strict=True)]
     return parts[0] + "".join(text + part for text, part in zip(texts, parts[1:], strict=True))
+
+
+def grouped(names: Iterable[str]) -> Iterator[str]:
+    """Those that differ only in numbers as one, where all that the ranges say are there."""
+    members: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    for name in names:
+        parts, numbers = split_numbers(name)
+        members.setdefault(parts, []).append(numbers)
+    for parts, found in members.items():
+        whole = prod(len(set(column)) for column in zip(*found, strict=True)) == len(found)
+        yield from [with_ranges(parts, found)] if whole else [with_ranges(parts, [each]) for each in found]
 
 
 def _ranges(values: list[int]) -> str:

@@ -109,7 +109,11 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> No
     """Refuse an output that is or holds an input, that exists without --force, or that --force must not replace."""
     parent = path.absolute().parent
     if not parent.is_dir():
-        raise UsageError("there is no such folder to write into", culprit=str(parent))
+        raise UsageError(
+            "there is no such folder to write into",
+            culprit=str(parent),
+            remedy="make it first, or name another output with -o",
+        )
     for place in (path, partial_path(path), former_path(path)):
         if any(_holds(place, source) for source in inputs):
             raise UsageError(
@@ -128,7 +132,11 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> No
             return
         foreign = foreign_file(path)
         if foreign:
-            raise UsageError(f"holds {foreign}; --force replaces a model's files and nothing else", culprit=str(path))
+            raise UsageError(
+                f"holds {foreign}; --force replaces a model's files and nothing else",
+                culprit=str(path),
+                remedy="name another output with -o",
+            )
     if not force:
         raise NeedsFlag(
             "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"

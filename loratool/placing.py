@@ -124,7 +124,11 @@ def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Sp
 
 def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
     roles = " and ".join(f"{role} is {each.shape}" for role, each in update.specs.items())
-    return InputError(f"{roles} in {adapter.name}, but the base weight is {spec.shape}{layout}", culprit=base)
+    return InputError(
+        f"{roles} in {adapter.name}, but the base weight is {spec.shape}{layout}",
+        culprit=base,
+        remedy=f"is this the adapter's base? {adapter.trained_on}".rstrip(),
+    )
 
 
 def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec, base: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .adapter import Adapter, UpdateSpec
+from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
 from .errors import InputError, NeedsFlag
 from .output import Edits
@@ -46,9 +47,12 @@ class MergePlan:
 def plan_merge(
     base: Checkpoint, adapters: tuple[tuple[Adapter, float], ...], selection: Selection, tied: str
 ) -> MergePlan:
-    """Raises what `bind`, `settle_tie` and `settle_source` raise."""
+    """Raises what `require_used`, `bind`, `settle_tie` and `settle_source` raise."""
     tie = find_tie(base)
     lacking = tie.lacking(base) if tie else {}
+    names = " and ".join(adapter.name for adapter, _ in adapters)
+    modules = [module for adapter, _ in adapters for module in adapter.updates]
+    selection.require_used([*modules, *map(module_of, base.specs)], f"{names} or the base")
     binding = bind({**base.specs, **lacking}, base.model_types, adapters, selection)
     settled = settle_tie(base, tie, binding.placements, tied)
     sources, placements = _settle_sources(base, tie, settled)

@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from .errors import UsageError
 
 
@@ -157,6 +155,8 @@ def rank_for(spectrum: Spectrum, share: float, full: int) -> int:
         return k
     known, last = len(spectrum.squares), spectrum.squares[-1]
     missing = spectrum.total - math.fsum(spectrum.squares)
+    import numpy as np
+
     beyond = np.arange(known + 1, full + 1) / known
     low, high = 0.0, 8.0
     for _ in range(40):

@@ -16,11 +16,6 @@ from .checkpoint import open_checkpoint, read_json_file
 from .converting import Part, Source, Target, join
 from .errors import InputError, NeedsFlag
 
-# What --for can be -> its meaning
-LAYOUTS = {
-    "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
-    "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them, and GPT-2's c_attn",
-}
 # A fused module, by the end of its path -> its parts in the order of its rows
 FUSED = {
     "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),

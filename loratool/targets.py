@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from shlex import quote
@@ -35,6 +35,7 @@ PRESETS = {
         wi wi_0 wi_1 w1 w2 w3 up_gate_proj""".split()
     ),
 }
+IMAGE_FORMATS = ("cloneofsimo", "diffusers", "kohya")
 SHOWN = 8  # names listed in an error before "and N more"
 
 
@@ -54,6 +55,22 @@ class Selection:
         if any(matches(pattern, path) for pattern in self.exclude for path in paths):
             return False
         return not self.target or any(matches(pattern, path) for pattern in self.target for path in paths)
+
+    def require_used(self, paths: Collection[str], where: str) -> None:
+        """Raise InputError for a pattern that names none of `paths`, or layers that none is of: a typo would else leave
+        out nothing, or all. where: whose paths they are."""
+        for option, pattern in [*(("--target", p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
+            if not any(matches(pattern, path) for path in paths):
+                ends = sorted({path.rpartition(".")[2] for path in paths})
+                near = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:SHOWN]
+                raise InputError(
+                    f"names no module of {where}", culprit=f"{option} {pattern}", remedy=f"there are {', '.join(near)}"
+                )
+        there = sorted({number for path in paths if (number := _layer(path)) is not None})
+        if self.layers is not None and there and self.layers.isdisjoint(there):
+            raise InputError(
+                f"names no layer of {where}", culprit="--layers", remedy=f"there are {there[0]}-{there[-1]}"
+            )
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -327,6 +344,8 @@ def _unbound(
 ) -> NeedsFlag | InputError:
     """The error for modules that the base lacks, with the --exclude that leaves out those and nothing that binds."""
     absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
+    if not any(chosen):
+        return _nothing_binds(absent, specs)
     lines = []
     for adapter, module in absent[:SHOWN]:
         near = nearest(module, specs)
@@ -335,11 +354,26 @@ def _unbound(
         lines.append(f"  and {len(absent) - SHOWN} more")
     total = sum(len(adapter.updates) for adapter in adapters)
     message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
-    if not any(chosen):
-        return InputError(message, remedy="nothing binds: is this the adapter's base?")
     kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_of(spots[0].name))]
     kept += [module_of(name) for name in added]
     return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
+
+
+def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, TensorSpec]) -> InputError:
+    adapter, module = absent[0]
+    if adapter.format in IMAGE_FORMATS and not image_modules({name: spec.shape for name, spec in specs.items()}):
+        return InputError(
+            f"is an image model's adapter, with modules like {module}; nothing binds, since the base is no image model",
+            culprit=adapter.name,
+            remedy="pass the image model that it was trained on",
+        )
+    near = [name for name in nearest(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
+    names = " and ".join(dict.fromkeys(each.name for each, _ in absent))
+    there = f"; nearest there: {near[0]}" if near else ""
+    return InputError(
+        f"none of the {len(absent)} modules of {names} is in the base, like {module}{there}",
+        remedy=f"nothing binds: is this the adapter's base? {adapter.trained_on}".rstrip(),
+    )
 
 
 def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:

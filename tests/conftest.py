@@ -116,8 +116,7 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-@pytest.fixture
-def run() -> Callable[..., Any]:
+def run_command(*argv: object) -> Any:
     """Run the command line in this process through its error boundary: `.exit_code`, `.stdout`, `.stderr`."""
     import click
 
@@ -129,7 +128,9 @@ def run() -> Callable[..., Any]:
     def boundary(ctx: click.Context, argv: tuple[str, ...]) -> None:
         ctx.exit(_run(list(argv)))
 
-    def invoke(*argv: object) -> Any:
-        return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
+    return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
 
-    return invoke
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    return run_command

@@ -17,8 +17,9 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 import loratool
 from loratool.cli import VERBS
 from loratool.cli.options import Size, WeightedPath
+from loratool.fileio import size
 from loratool.ops.merge import MERGE_DTYPES
-from loratool.render.text import SCHEMA_VERSION, size
+from loratool.render.text import SCHEMA_VERSION
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 OTHER = FIXTURES / "gpt2" / "adapter"

@@ -518,7 +518,7 @@ class TestRefusals:
             (["--rank", "4", "--energy", "0.9"], 2, "rank and energy exclude each other"),
             (["--params", "10"], 2, "--params is too little: rank 1 everywhere takes 34 parameters, and 10 fit in"),
             (["--dtype", "fp16"], 4, "add --dtype fp32"),
-            (["--exclude", "x,nothing"], 2, "nothing: of --exclude matches no module"),
+            (["--exclude", "x,nothing"], 3, "--exclude nothing: names no module of"),
             (["--rank-rule", "rank=0"], 2, "rank 0 is out of range"),
             (["--exclude", "x"], 3, "have no low-rank factors to combine"),
             (["--alpha", "3"], 2, "--alpha is for adapters that do not say theirs"),

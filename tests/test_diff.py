@@ -377,9 +377,14 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tensor of one side"):
         loratool.diff(base, write_model(tmp_path / "other", {"x": weights(2, 2)}))
     with pytest.raises(InputError, match="neither adapter has a module that is selected"):
-        loratool.diff(adapter, adapter, target=["what"])
+        loratool.diff(adapter, adapter, exclude=["*"])
     with pytest.raises(InputError, match="neither model has a tensor that is selected"):
-        loratool.diff(base, base, target=["what"])
+        loratool.diff(base, base, exclude=["*"])
+    for two in (adapter, base):
+        with pytest.raises(InputError, match="--target q_prj: names no module of .*\nthere are q_proj"):
+            loratool.diff(two, two, target=["q_prj"])
+        with pytest.raises(InputError, match="--layers: names no layer of .*\nthere are 0-2"):
+            loratool.diff(two, two, layers="7")
     with pytest.raises(InputError):
         loratool.diff(adapter, tmp_path / "absent")
     A, B = factors(24, 20, 4)

@@ -315,7 +315,29 @@ class TestWhatIsNoMatrix:
         tuned = write_model(tmp_path / "tuned", {**tune(SMALL), "ids": ids + 1, "new": weights(4)}, LLAMA)
         report = loratool.extract(base, tuned, tmp_path / "adapter")
         assert (report.only_base, report.only_tuned) == (("gone",), ("new",))
-        assert list(report.left_out) == ["ids"] and math.isnan(report.left_out["ids"])
+        assert report.left_out == {"ids": None}
+
+    def test_a_base_of_zeros_has_no_relative_change(self, tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", {name: torch.zeros_like(W) for name, W in SMALL.items()}, LLAMA)
+        tuned = write_model(tmp_path / "tuned", SMALL, LLAMA)
+        with pytest.raises(NeedsFlag, match="a base that is 0"):
+            loratool.extract(base, tuned, tmp_path / "adapter")
+        report = loratool.extract(base, tuned, tmp_path / "adapter", allow=("unrelated",))
+        assert report.relative is None and all(m.relative is None for m in report.modules)
+
+    def test_changes_beyond_float32(self, tmp_path: Path) -> None:
+        """One whose product with anything overflows, and one that float32 does not see."""
+        before = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(8, 6).double() for i in range(2)}
+        base = write_model(tmp_path / "base", before, LLAMA)
+        huge = write_model(tmp_path / "huge", {name: W * 3e38 for name, W in before.items()}, LLAMA)
+        with pytest.raises(InputError, match="too large for float32") as caught:
+            loratool.extract(base, huge, tmp_path / "adapter", allow=("unrelated",))
+        assert caught.value.culprit == "model.layers.0.mlp.up_proj.weight" and not (tmp_path / "adapter").exists()
+        first, last = before
+        tiny = write_model(tmp_path / "tiny", {first: torch.zeros(8, 6).double() + 1e-300, last: before[last] * 1.5})
+        zero = write_model(tmp_path / "zero", {**before, first: torch.zeros(8, 6).double()})
+        report = loratool.extract(zero, tiny, tmp_path / "adapter")
+        assert [m.name for m in report.modules] == [last] and report.unchanged == 1
 
 
 class TestSides:
@@ -368,7 +390,9 @@ class TestSides:
         with pytest.raises(InputError, match="quantized"):
             loratool.extract(base, quantized, out)
         with pytest.raises(InputError, match="nothing of what changed is selected"):
-            loratool.extract(base, tuned, out, target=("absent",))
+            loratool.extract(base, tuned, out, exclude=("*",))
+        with pytest.raises(InputError, match="--exclude absent: names no module of"):
+            loratool.extract(base, tuned, out, exclude=("absent",))
         assert not out.exists() and not list(tmp_path.glob("*partial*"))
 
 

@@ -375,6 +375,15 @@ class TestAdapterInDepth:
             for problem in report.problems
         )
 
+    @pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.bfloat16), (1e200, torch.float64)])
+    def test_a_base_without_a_norm(self, tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+        W = weights(6, 4, dtype=dtype)
+        W[0, 0] = value
+        base = write_model(tmp_path / "base", {"x.weight": W})
+        report = adapter_report(write_peft(tmp_path / "adapter", {"x": factors(6, 4, 2)}), base=base)
+        assert report.details[0].relative is None
+        assert report.problems == ("x.weight: the base's weight has no finite norm",)
+
     def test_an_init_that_changed_the_base_is_noted(self, tmp_path: Path) -> None:
         """Trap 58."""
         report = adapter_report(write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2)}, init_lora_weights="pissa"))

@@ -361,7 +361,7 @@ def test_a_real_adapter_that_bf16_swallows(tmp_path: Path, name: str) -> None:
 class TestRefusals:
     def test_swapped_arguments(self) -> None:
         base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
-        with pytest.raises(InputError, match=f"is an adapter.*\nswap them: loratool merge {base} {adapter}"):
+        with pytest.raises(InputError, match=f"is an adapter.*\nswap them: {base} comes before {adapter}"):
             loratool.merge(adapter, base)
 
     @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError
@@ -33,6 +34,7 @@ VERBS = {
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
 }
 
+COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -48,6 +50,23 @@ class Verbs(click.Group):
         command: click.Command = getattr(import_module(f".{name}", __name__), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], VERBS, 1)
+            ctx.fail(
+                f"there is no verb {args[0]!r}; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+            )
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        verbs = [CompletionItem(name, help=line) for name, line in VERBS.items() if name.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
@@ -61,7 +80,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Verbs, context_settings=SETTINGS, no_args_is_help=True)
+@click.group(cls=Verbs, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="VERB ...")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
@@ -69,16 +88,17 @@ def cli() -> None:
     """Surgery on LoRA checkpoints.
 
     LoRA trains a low-rank change of frozen weights, h = W x + s B A x. loratool works on the files: it adds
-    adapters to models far larger than memory, and shows what is in them.
+    adapters to models far larger than memory, takes them off again, makes them, and shows what is in them. The
+    help of each verb has examples.
 
     \b
-      loratool inspect model/
-      loratool merge base.safetensors adapter.safetensors
-      loratool merge base/ style/:0.7 task/ -o merged/
+      loratool inspect base/
+      loratool merge base/ adapter/ -o merged/
+      loratool verify base/ adapter/ merged/
 
     Exit codes: 0 done, 1 a check said no, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag
-    that the message names, 5 the machine failed, 70 internal error, 130 and 143 interrupted. Every option can be
-    set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
+    that the message names, 5 the machine failed, 70 internal error, 129, 130 and 143 stopped by a signal. Every option
+    can be set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
     """
 
 
@@ -119,6 +139,8 @@ def _call(argv: list[str]) -> int:
     from ..errors import Interrupted, LoratoolError, MachineError, UsageError
 
     try:
+        if instruction := os.environ.get(COMPLETE):
+            return shell_complete(cli, {}, "loratool", COMPLETE, instruction)
         with cli.make_context("loratool", list(argv), auto_envvar_prefix="LORATOOL") as context:
             cli.invoke(context)
         sys.stdout.flush()
@@ -148,8 +170,14 @@ def _call(argv: list[str]) -> int:
 
 
 def _wants_json(argv: list[str]) -> bool:
-    verb = argv[0].upper() if argv else ""
-    return "--json" in argv or os.environ.get(f"LORATOOL_{verb}_JSON", "").lower() in ("1", "true", "yes", "on")
+    """Also of a call that click could not read."""
+    verb = _verb(argv)
+    said = os.environ.get(f"LORATOOL_{verb.upper()}_JSON", "") if verb else ""
+    return "--json" in argv or said.lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def _verb(argv: list[str]) -> str | None:
+    return argv[0] if argv and argv[0] in VERBS else None
 
 
 def _fail(error: LoratoolError, argv: list[str]) -> int:
@@ -162,7 +190,7 @@ def _fail(error: LoratoolError, argv: list[str]) -> int:
 
             traceback.print_exc()
         if _wants_json(argv):
-            print(to_json(argv[0], error=error))
+            print(to_json(_verb(argv), error=error))
         else:
             say(f"error: {error}", sys.stderr)
         sys.stdout.flush()

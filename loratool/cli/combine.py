@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ..combining import METHODS
-from ..draft import DTYPES
+from ..choices import DTYPES, METHODS
 from ..ranks import RANK_RULES
 from .options import (
+    PATH,
     Count,
     RuleValue,
     Size,
@@ -19,6 +19,7 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    offer,
     quiet_option,
     to_option,
 )
@@ -26,27 +27,37 @@ from .options import (
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: combined]")
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: combined]")
 @click.option(
     "--method",
     default="cat",
     show_default=True,
     metavar="|".join(METHODS),
-    help="; ".join(f"{name}: {row.says} ({row.source})" for name, row in METHODS.items()) + ".",
+    shell_complete=offer(*METHODS),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items()) + ".",
 )
-@click.option("--density", type=float, help="The share of each change's entries that is kept.  [default: 0.5]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
-@click.option("--rank", type=click.IntRange(1), help="Of every module.  [default: the sum of the adapters']")
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each module's change.")
+@click.option(
+    "--density", type=float, metavar="0.5", help="The share of each change's entries that is kept.  [default: 0.5]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what is random.")
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N", help="Of every module.  [default: the sum of the adapters']"
+)
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="0.95",
+    help="Keep this share of each module's change.",
+)
 @click.option("--params", type=Count(), metavar="4M", help="Parameters in all, spent where they keep most.")
 @click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
 @click.option(
     "--rank-rule", type=RuleValue(), metavar="NAME=VALUE", help=f"Of each module: one of {', '.join(RANK_RULES)}."
 )
-@click.option("--max-rank", type=click.IntRange(1), help="Of any module.")
+@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any module.")
 @exclude_option
 @to_option
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
 @alpha_option
 @force_option
 @dry_run_option
@@ -82,7 +93,10 @@ def combine(
 
     \b
       loratool combine style/:0.7 task/:0.3 -o both/
-      loratool combine style/ task/ --method ties --density 0.3 --rank 16 -o both/
+      loratool combine style/ task/ --method ties --density 0.3 --rank 16 -o ties/
+
+    The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
+    keeps. error: the size of what is lost beside |D|, as written.
     """
     from ..ops.combine import combine as run
     from ..render import ProgressBar, print_combine, to_json

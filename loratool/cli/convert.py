@@ -6,16 +6,25 @@ import sys
 
 import click
 
-from ..converting import TARGETS
+from ..choices import LAYOUTS, TARGETS
 from ..formats import FORMATS
 from ..output import CONTAINERS
-from ..relayout import LAYOUTS
-from .options import Size, Slices, alpha_option, dry_run_option, force_option, json_option, quiet_option
+from .options import (
+    OFFERED_DTYPES,
+    PATH,
+    Size,
+    Slices,
+    alpha_option,
+    dry_run_option,
+    force_option,
+    json_option,
+    quiet_option,
+)
 
 
 @click.command()
-@click.argument("source", metavar="ADAPTER|CHECKPOINT")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a file by its ending.  [default: converted]")
+@click.argument("source", metavar="ADAPTER|CHECKPOINT", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file by its ending.  [default: converted]")
 @click.option(
     "--to",
     type=click.Choice([*TARGETS, *CONTAINERS]),
@@ -27,17 +36,28 @@ from .options import Size, Slices, alpha_option, dry_run_option, force_option, j
 )
 @click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="Which slices loralib's MergedLinear changes.")
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
-@click.option("--initial", metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted.")
-@click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank.")
+@click.option(
+    "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
+)
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="With --plain: truncated to this rank.")
 @click.option(
     "--for",
     "layout",
     type=click.Choice(list(LAYOUTS)),
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
 )
-@click.option("--base", metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told.")
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told."
+)
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
-@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The output's type.")
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    metavar="keep|fp32|bf16|fp16",
+    shell_complete=OFFERED_DTYPES,
+    help="The output's type.",
+)
 @alpha_option
 @force_option
 @dry_run_option
@@ -81,7 +101,7 @@ def convert(
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
-      loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o lora/
+      loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
     from ..ops.convert import ConvertReport
     from ..ops.convert import convert as run

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import click
 
-from .options import Count, exclude_option, json_option, layers_option, target_option
+from .options import PATH, Count, exclude_option, json_option, layers_option, target_option
 
 
 @click.command()
-@click.argument("model", metavar="CONFIG-OR-CHECKPOINT")
+@click.argument("model", type=PATH, metavar="CONFIG-OR-CHECKPOINT")
 @click.option(
-    "--rank", type=click.IntRange(1), help="LoRA's, the adapters' bottleneck, the prefixes' length.  [default: 8]"
+    "--rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="LoRA's rank, the adapters' bottleneck, the prefixes' length.  [default: 8]",
 )
-@click.option("--params", type=Count(), metavar="4M", help="Instead, the largest size of each method that fits.")
+@click.option(
+    "--params", type=Count(), metavar="4M", help="Instead of --rank: the largest size of each method that fits."
+)
 @target_option
 @exclude_option
 @layers_option
@@ -33,8 +38,8 @@ def count(
     within a fused matrix.
 
     \b
-      loratool count model/ --rank 16 --target q_proj,k_proj,v_proj,o_proj
-      loratool count config.json --params 4M
+      loratool count base/ --rank 16 --target q_proj,k_proj,v_proj,o_proj
+      loratool count config.json --params 4K
     """
     from ..ops.count import count as run
     from ..render import print_count, to_json

@@ -7,6 +7,8 @@ import math
 import click
 
 from .options import (
+    PATH,
+    alpha_option,
     device_option,
     exclude_option,
     json_option,
@@ -17,16 +19,18 @@ from .options import (
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("--base", metavar="BASE", help="The model under two adapters: how large their changes are beside it.")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="The model under two adapters: how large their changes are beside it."
+)
 @click.option(
     "--fail-above",
     type=click.FloatRange(0),
     metavar="X",
     help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
 )
-@click.option("--alpha", type=float, help="For adapter files that do not say theirs.")
+@alpha_option
 @target_option
 @exclude_option
 @layers_option
@@ -55,8 +59,14 @@ def diff(
     tensor, streaming.
 
     \b
-      loratool diff adapter/ other/ --base model/
-      loratool diff model/ tuned/ --fail-above 1e-3
+      loratool diff style/ task/ --base base/
+      loratool diff base/ tuned/ --target q_proj,v_proj
+      loratool diff merged/ rebuilt/ --fail-above 0
+
+    relative: the size of B - A beside the larger. Of adapters, angle: the largest between the subspaces of the inputs,
+    in degrees; phi: how much of A's directions lies in B's, 1 is all; amplified: |D| beside what the base has in the
+    same directions. Of models, largest: the largest difference; steps: the same in representable numbers; changed: how
+    many values differ.
     """
     from ..ops.diff import AdapterDiff
     from ..ops.diff import diff as run

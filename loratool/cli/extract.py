@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..extraction import EMBED, EXTRACT_TO
+from ..choices import DTYPES, EMBED, EXTRACT_TO
 from .options import (
+    PATH,
     Count,
     Size,
     device_option,
@@ -20,14 +21,19 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
-@click.argument("tuned")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
-@click.option("--rank", type=click.IntRange(1), help="Of every matrix.  [default: 8]")
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each matrix's change.")
+@click.argument("base", type=PATH)
+@click.argument("tuned", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every matrix.  [default: 8]")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="0.95",
+    help="Keep this share of each matrix's change.",
+)
 @click.option("--params", type=Count(), metavar="20M", help="Parameters in all, spent where they keep most.")
 @click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
-@click.option("--max-rank", type=click.IntRange(1), help="Of any matrix.")
+@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any matrix.")
 @click.option(
     "--embed",
     type=click.Choice(list(EMBED)),
@@ -42,8 +48,8 @@ from .options import (
     type=click.Choice(list(EXTRACT_TO)),
     help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_TO.items()) + ".  [default: by BASE]",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the start of the iteration.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the start of the iteration.")
 @click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Take models that are no fine-tune.")
 @target_option
 @exclude_option
@@ -85,8 +91,12 @@ def extract(
     norm.
 
     \b
-      loratool extract --rank 8 base/ tuned/
-      loratool extract base/ tuned/ --params 20M --embed skip -o adapter/
+      loratool extract base/ tuned/ --rank 8 -o extracted/
+      loratool extract base/ tuned/ --params 30K --embed skip -o budget/
+
+    The report has a line a matrix. |D|/|W|: the size of the change beside the base. energy: the share of |D|^2 that is
+    kept; residual: |D| of what is not. gap: how far from the best of this rank, ~ estimated, < proven. eff. rank: over
+    how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
     """
     from ..ops.extract import extract as run
     from ..render import ProgressBar, print_extract, to_json

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ..inits import INITS
+from ..choices import INITS
 from .options import (
+    OFFERED_DTYPES,
+    PATH,
     Count,
     PatternRank,
     device_option,
@@ -14,6 +16,7 @@ from .options import (
     force_option,
     json_option,
     layers_option,
+    offer,
     quiet_option,
     target_option,
     to_option,
@@ -21,26 +24,40 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.argument("base", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
 @click.option(
     "--method",
     default="lora",
     show_default=True,
     metavar="|".join(INITS),
-    help="; ".join(f"{name}: {row.says}" for name, row in INITS.items()) + ".",
+    shell_complete=offer(*INITS),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in INITS.items()) + ".",
 )
-@click.option("--rank", type=click.IntRange(1), help="Of every weight.  [default: 8]")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every weight.  [default: 8]")
 @click.option("--params", type=Count(), metavar="4M", help="The largest rank for which the adapter has no more.")
-@click.option("--rank-pattern", type=PatternRank(), multiple=True, metavar="PATTERN=RANK", help="Other ranks, by name.")
-@click.option("--alpha", type=float, help="Of all weights.  [default: each one's rank]")
-@click.option("--dora", is_flag=True, help="With magnitudes, the norms of the base's rows.")
-@click.option("--rslora", is_flag=True, help="Scaled by alpha / sqrt(rank).")
-@click.option("--residual", metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
-@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The residual's type.")
+@click.option(
+    "--rank-pattern",
+    type=PatternRank(),
+    multiple=True,
+    metavar="PATTERN=RANK",
+    help="Another rank for some of them: down_proj=16.",
+)
+@click.option("--alpha", type=float, metavar="N", help="The same for all weights.  [default: each one's rank]")
+@click.option("--dora", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
+@click.option("--rslora", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
+@click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    metavar="keep|fp32|bf16|fp16",
+    shell_complete=OFFERED_DTYPES,
+    help="The residual's type.",
+)
 @to_option
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what is random.")
 @target_option
 @exclude_option
 @layers_option
@@ -81,9 +98,9 @@ def init(
     adapter belongs.
 
     \b
-      loratool init base/ --rank 8 --target q_proj,v_proj -o adapter/
-      loratool init base/ --method pissa --rank 16 --residual residual/ -o adapter/
-      loratool init sdxl.safetensors --target to_q,to_k,to_v,to_out.0 --to diffusers -o start.safetensors
+      loratool init base/ --rank 8 --target q_proj,v_proj -o started/
+      loratool init base/ --method pissa --rank 16 --residual residual/ -o pissa/
+      loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
     """
     from ..ops.init import TARGET
     from ..ops.init import init as run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import (
+    PATH,
     alpha_option,
     device_option,
     exclude_option,
@@ -16,8 +17,10 @@ from .options import (
 
 
 @click.command()
-@click.argument("path")
-@click.option("--base", metavar="BASE", help="Hold an adapter against this model: what binds, and the change's size.")
+@click.argument("path", type=PATH)
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="Hold an adapter against this model: what binds, and the change's size."
+)
 @click.option(
     "--strict", is_flag=True, help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA."
 )
@@ -57,9 +60,9 @@ def inspect(
     and stable rank, and the ranks that hold 50, 90 and 99 % of the energy.
 
     \b
-      loratool inspect model/
-      loratool inspect adapter/ --base model/ --strict
-      loratool inspect model/ --spectra --target q_proj,v_proj
+      loratool inspect base/
+      loratool inspect adapter/ --base base/ --strict
+      loratool inspect base/ --spectra --target q_proj,v_proj
     """
     if spectra and (base or strict):
         raise click.UsageError("--spectra excludes --base and --strict")

@@ -8,6 +8,8 @@ import click
 
 from ..tied import TIED
 from .options import (
+    OFFERED_DTYPES,
+    PATH,
     Size,
     Weighted,
     WeightedPath,
@@ -24,12 +26,21 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: merged]")
+@click.option(
+    "-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: merged]"
+)
 @force_option
 @dry_run_option
-@click.option("--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="The output's type.")
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    metavar="keep|fp32|bf16|fp16",
+    shell_complete=OFFERED_DTYPES,
+    help="The output's type.",
+)
 @click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut the output anew.  [default: the base's shards]")
 @target_option
 @exclude_option
@@ -44,7 +55,9 @@ from .options import (
     + "; ".join(f"{mode}: {meaning}" for mode, meaning in TIED.items())
     + ".",
 )
-@click.option("--initial", metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted.")
+@click.option(
+    "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
+)
 @click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
 @device_option
@@ -72,18 +85,18 @@ def merge(
 ) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
-    BASE is a safetensors file, a folder, or org/model in the local Hugging Face cache. Several adapters are
-    added in one pass, each with its weight, and rounded once. The output's bytes are the same on every machine.
-    Of an image model's adapter unet, te, te1, te2 and te3 take weights of their own.
+    BASE is a file (.safetensors, or torch's .bin, .pt, .ckpt), a folder, or org/model in the local Hugging Face
+    cache; ADAPTER a PEFT folder or a LoRA file. Several adapters are added in one pass, each with its weight, and
+    rounded once. The output's bytes are the same on every machine. Of an image model's adapter unet, te, te1, te2
+    and te3 take weights of their own.
 
     \b
-      loratool merge base.safetensors adapter.safetensors
-      loratool merge base/ style/:0.7 task/ -o merged/
-      loratool merge sdxl/ style.safetensors:0.8,te=0.4 -o styled/
-      loratool merge base/ adapter/ --dtype fp32 --dry-run
+      loratool merge base/ adapter/ -o merged/
+      loratool merge base/ style/:0.7 task/:-0.2 -o mixed/ --dtype fp32 --no-undo
+      loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
 
-    The report has a line a tensor: rank, scale, the change's relative size, the share of weights changed, and
-    how much of the change rounding has kept.
+    The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
+    the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
     """
     from ..ops.merge import merge as run
     from ..render import ProgressBar, print_merge, say, to_json

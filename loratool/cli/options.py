@@ -4,34 +4,69 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from ..converting import TARGETS
+from ..choices import DTYPES, TARGETS
 
-alpha_option = click.option(
-    "--alpha", type=float, help="The adapter's alpha, where its file does not say it. A contradiction is an error."
+PATTERNS = (
+    "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
+    "attention, mlp"
 )
-json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
+SELECTIONS = ("all-linear", "attention", "mlp")  # the patterns with names
+PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
+
+
+def offer(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What shells complete where the library says what can be: one of these words, or some after commas."""
+
+    def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + word for word in words if word.startswith(last)]
+
+    return complete
+
+
+OFFERED_DTYPES = offer("keep", *DTYPES)
+alpha_option = click.option(
+    "--alpha",
+    type=float,
+    metavar="N",
+    help="The adapter's alpha, where its file does not say it. A contradiction is an error.",
+)
+json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
-device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N]",
+    help="Where to compute.",
+    shell_complete=offer("auto", "cpu", "cuda"),
+)
 target_option = click.option(
     "--target",
     multiple=True,
     metavar="PATTERNS",
-    help="Only these modules: comma list of dotted suffixes, globs of whole paths, re:EXPRESSION, or all-linear, "
-    "attention, mlp.",
+    shell_complete=offer(*SELECTIONS),
+    help=f"Only these modules: {PATTERNS}.",
 )
 exclude_option = click.option(
-    "--exclude", multiple=True, metavar="PATTERNS", help="All but these modules; patterns as in --target."
+    "--exclude",
+    multiple=True,
+    metavar="PATTERNS",
+    shell_complete=offer(*SELECTIONS),
+    help=f"Leave these modules out: {PATTERNS}.",
 )
 to_option = click.option(
     "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: the input's]"
 )
-layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers.")
+layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -128,7 +163,12 @@ class WeightedPath(click.ParamType[Weighted]):
             weight = 1.0 if "=" in first else float(first)
             parts = {name: float(number) for name, number in pairs}
         except ValueError:
+            if os.path.exists(path):
+                self.fail(f"{text!r} is not a weight, like 0.7", param, ctx)
             return value, 1.0
         if len(parts) < len(pairs):
             self.fail(f"{text!r} weighs a component twice", param, ctx)
         return (path, weight, parts) if parts else (path, weight)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ..draft import DTYPES
+from ..choices import DTYPES
 from ..ranks import RANK_RULES
 from .options import (
+    PATH,
     Count,
     RuleValue,
     Size,
@@ -21,18 +22,23 @@ from .options import (
 
 
 @click.command()
-@click.argument("adapter")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a .safetensors file.  [default: resized]")
-@click.option("--rank", type=click.IntRange(1), help="Of every module; zeros where it had less.")
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each module's change.")
+@click.argument("adapter", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: resized]")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every module; zeros where it had less.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="0.95",
+    help="Keep this share of each module's change.",
+)
 @click.option("--params", type=Count(), metavar="4M", help="Parameters in all, spent where they keep most.")
 @click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
 @click.option(
     "--rank-rule", type=RuleValue(), metavar="NAME=VALUE", help=f"Of each module: one of {', '.join(RANK_RULES)}."
 )
-@click.option("--max-rank", type=click.IntRange(1), help="Of any module.")
+@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any module.")
 @to_option
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
 @alpha_option
 @force_option
 @dry_run_option
@@ -64,7 +70,10 @@ def resize(
 
     \b
       loratool resize adapter/ --rank 4 -o small/
-      loratool resize adapter/ --energy 0.95 --max-rank 32
+      loratool resize adapter/ --energy 0.95 --max-rank 6 -o even/
+
+    The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
+    size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
     """
     from ..ops.resize import resize as run
     from ..render import ProgressBar, print_resize, to_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import (
+    PATH,
     Weighted,
     WeightedPath,
     alpha_option,
@@ -17,10 +18,12 @@ from .options import (
 
 
 @click.command()
-@click.argument("merged")
+@click.argument("merged", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--out", metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: unmerged]")
-@click.option("--undo", metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
+@click.option(
+    "-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: unmerged]"
+)
+@click.option("--undo", type=PATH, metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
 @click.option(
     "--approximate", is_flag=True, help="Without an undo file: subtract and round; says how many weights can be wrong."
 )
@@ -50,8 +53,8 @@ def unmerge(
     or a file edited since, is refused by name.
 
     \b
-      loratool unmerge merged/ adapter/
-      loratool unmerge merged/ style/:0.7 task/ -o base-again/
+      loratool unmerge merged/ adapter/ -o base-again/
+      loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
     from ..ops.unmerge import unmerge as run
     from ..render import ProgressBar, print_unmerge, to_json

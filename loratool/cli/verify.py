@@ -6,6 +6,7 @@ import click
 
 from ..tied import TIED
 from .options import (
+    PATH,
     Weighted,
     WeightedPath,
     alpha_option,
@@ -18,16 +19,16 @@ from .options import (
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.argument("merged")
+@click.argument("merged", type=PATH)
 @target_option
 @exclude_option
 @layers_option
 @alpha_option
-@click.option("--tied", type=click.Choice(list(TIED)), default="untie", show_default=True, help="As merge was told.")
-@click.option("--initial", metavar="ADAPTER", help="As merge was told.")
-@click.option("--residual-base", is_flag=True, help="As merge was told.")
+@click.option("--tied", type=click.Choice(list(TIED)), default="untie", show_default=True, help="What merge was told.")
+@click.option("--initial", type=PATH, metavar="ADAPTER", help="What merge was told.")
+@click.option("--residual-base", is_flag=True, help="What merge was told.")
 @click.option(
     "--allow",
     type=click.Choice(["inconclusive"]),
@@ -57,11 +58,11 @@ def verify(
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
     applied, applied twice, at another scale, transposed, swapped, altered since. Exit 0 is proven, 1 is wrong or
-    cannot be told. What the selection leaves out must be the base's.
+    cannot be told. What --target, --exclude and --layers leave out must be the base's.
 
     \b
       loratool verify base/ adapter/ merged/
-      loratool verify base/ style/:0.7 task/ merged/ --json
+      loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
     from ..ops.verify import verify as run
     from ..render import ProgressBar, print_verify, to_json

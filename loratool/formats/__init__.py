@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..checkpoint import find_weights, is_pipeline, is_torch_weights, open_weights, refuse_training_state
+from ..architectures.roles import role
+from ..architectures.wrappers import module_of
+from ..checkpoint import INDEX_NAMES, find_weights, is_pipeline, is_torch_weights, open_weights, refuse_training_state
 from ..errors import InputError, LoratoolError, UsageError
 from ..fileio import reading
 from ..hub import resolve
@@ -64,7 +66,7 @@ def find_adapter_file(path: Path) -> Path:
         )
     if not found:
         refuse_training_state(path)
-        raise InputError("holds no adapter: no *.safetensors file and none of torch", culprit=str(path))
+        raise InputError("holds no weights: no *.safetensors file and none of torch", culprit=str(path))
     return found[0]
 
 
@@ -149,6 +151,8 @@ def open_adapter(
         raise UsageError(f"--alpha {alpha} is not a finite number")
     path = resolve(name)
     with reading(path):
+        if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
+            raise _model_for_adapter(name)
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
@@ -165,6 +169,10 @@ def open_adapter(
             raise InputError(
                 f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy
             )
+        if any(
+            role(module_of(key), len(spec.shape), True) in ("embedding", "head") for key, spec in file.specs.items()
+        ):
+            raise _model_for_adapter(name)
         first = next(iter(file.specs), "no tensor at all")
         raise InputError(
             f"is not an adapter in a known format ({', '.join(FORMATS)}): it has {first}", culprit=os.fspath(name)
@@ -174,3 +182,11 @@ def open_adapter(
         if isinstance(error, LoratoolError) and os.fspath(name) not in str(error):
             error.message += f" ({os.fspath(name)})"
         raise
+
+
+def _model_for_adapter(name: str | os.PathLike[str]) -> InputError:
+    return InputError(
+        "is a model, not an adapter",
+        culprit=os.fspath(name),
+        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {os.fspath(name)}",
+    )

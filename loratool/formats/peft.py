@@ -15,11 +15,11 @@ from typing import Any
 
 from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
 from ..architectures.wrappers import PEFT_PREFIX, WRAPPERS, module_of
-from ..errors import InputError
+from ..errors import InputError, NeedsFlag
 from ..tensorfile import WeightsFile
 from ..updates import ADDITIVE
 from .methods import find_marks, other_method
-from .peft_config import find_config, missing_tensors, parse_config, target_parameter
+from .peft_config import CONFIG_NAME, find_config, missing_tensors, parse_config, target_parameter
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -73,6 +73,12 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
             "is a dump of a whole PeftModel, its weights under names that no loader knows",
             culprit=name,
             remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
+        )
+    if len(fields) == 1 and alpha is None and not lenient and any(".lora_" in key for key in file.specs):
+        raise NeedsFlag(
+            f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
+            culprit=name,
+            remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
         )
     config = parse_config(name, fields, alpha)
     found: dict[tuple[str, int], dict[str, str]] = {}

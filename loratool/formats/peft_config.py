@@ -77,7 +77,13 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
             raise InputError(f"its config sets {field}: {reason}", culprit=name)
     stored = _number(name, fields, "lora_alpha", (int, float))
     if alpha is not None and stored is not None and alpha != stored:
-        raise UsageError(f"--alpha {alpha:g} contradicts the config's lora_alpha {stored:g}", culprit=name)
+        raise UsageError(
+            f"--alpha {alpha:g} contradicts the config's lora_alpha {stored:g}",
+            culprit=name,
+            remedy=f"leave --alpha out; to change the adapter's strength, weigh it: {name}:{alpha / stored:g}"
+            if stored
+            else None,
+        )
     return AdapterConfig(
         rank=_number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,

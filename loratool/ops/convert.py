@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..converting import FAMILIES, SINGLE_COMPONENT, TARGETS, family_of, read_sources
+from ..choices import LAYOUTS, TARGETS
+from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, read_sources
 from ..draft import DTYPES
 from ..errors import InputError, UsageError
 from ..formats import FORMATS, holds_adapter, open_adapter
 from ..output import CONTAINERS, check_name, check_path, named
-from ..relayout import LAYOUTS
 from ..runtime import Progress
 from ..targets import Selection
 from .convert_checkpoint import CheckpointConvertReport, convert_checkpoint

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..architectures.wrappers import PEFT_PREFIX
-from ..converting import FAMILIES, SINGLE_COMPONENT, TARGETS, family_of, plan_targets, read_sources
+from ..choices import TARGETS
+from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, plan_targets, read_sources
 from ..errors import InputError, UsageError
 from ..formats import FORMATS
 from ..formats.diffusers import ENDS

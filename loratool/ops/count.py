@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from ..fileio import reading
 from ..formats import is_adapter
 from ..hub import resolve
-from ..naming import split_numbers, with_ranges
+from ..naming import grouped
 from ..outline import Matrix, find_blocks, find_matrices, find_targets, names_one, outline, parameters_of
 from ..targets import Selection, parse_layers
 from ..tensorfile import DTYPES, TensorSpec
@@ -140,7 +140,7 @@ def count(
         None if params is not None else rank or RANK,
         params,
         sum(each.copies for each in targets),
-        _grouped([each.name for each in targets]),
+        tuple(grouped(each.name for each in targets)),
         tuple(_count_method(name, each, shape, rank or RANK, params, model.dtype) for name, each in METHODS.items()),
         (*model.notes, *notes),
     )
@@ -263,11 +263,3 @@ def _count_method(name: str, method: Method, shape: Outline, rank: int, params: 
 
 def _nbytes(parameters: int, dtype: str) -> int:
     return parameters * DTYPES[dtype] // 8
-
-
-def _grouped(names: Sequence[str]) -> tuple[str, ...]:
-    members: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    for name in names:
-        parts, numbers = split_numbers(name)
-        members.setdefault(parts, []).append(numbers)
-    return tuple(with_ranges(parts, numbers) for parts, numbers in members.items())

@@ -30,7 +30,7 @@ from ..comparing import (
 )
 from ..errors import InputError, UsageError
 from ..formats import holds_adapter
-from ..inputs import open_adapters, read_given
+from ..inputs import open_adapters, read_given, refuse_adapter
 from ..numerics.factors import FactoredSVD, amplification
 from ..pairing import Comparison, compare, pair_tensors
 from ..placing import Placement
@@ -131,7 +131,12 @@ def diff(
         kinds = [holds_adapter(path) for path in (a, b)]
         if kinds[0] != kinds[1]:
             which = (b, a) if kinds[0] else (a, b)
-            raise InputError(f"is a model, and {os.fspath(which[1])} is an adapter", culprit=os.fspath(which[0]))
+            large, small = (os.fspath(path) for path in which)
+            raise InputError(
+                f"is a model, and {small} is an adapter; diff compares two of a kind",
+                culprit=large,
+                remedy=f"to hold the adapter against the model: loratool inspect {small} --base {large}",
+            )
         if not kinds[0]:
             if base is not None or alpha is not None:
                 raise UsageError("--base and --alpha are for two adapters, and these are two models")
@@ -140,12 +145,15 @@ def diff(
                 opened.callback(side.close)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
         adapters = open_adapters(read_given([a, b]), alpha, opened)
+        modules = [module for adapter in adapters for module in adapter.updates]
+        selection.require_used(modules, " or ".join(adapter.name for adapter in adapters))
         one, two = (_selected(adapter, selection) for adapter in adapters)
         if not one.updates and not two.updates:
             raise InputError("neither adapter has a module that is selected")
         model = None if base is None else open_checkpoint(base)
         if model:
             opened.callback(model.close)
+            refuse_adapter(model, base or "", "--base is the model under the two")
             method = quantization(model.specs, model.config)
             if method:
                 raise InputError(f"is quantized ({method})", culprit=str(model.path), remedy="pass the original model")
@@ -268,6 +276,8 @@ def _diff_checkpoints(
     names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None
 ) -> CheckpointDiff:
     pairs = pair_tensors(a, b)
+    modules = [*map(_module, (*pairs.both, *pairs.only_base, *pairs.only_tuned))]
+    selection.require_used(modules, " or ".join(names))
     both = {name: sides for name, sides in pairs.both.items() if selection.selects(_module(name))}
     only_a, only_b = (
         tuple(n for n in side if selection.selects(_module(n))) for side in (pairs.only_base, pairs.only_tuned)

@@ -11,18 +11,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..architectures.quantized import quantization
+from ..architectures.wrappers import module_of
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..choices import EMBED, EXTRACT_TO
 from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
-from ..extraction import EMBED, EXTRACT_TO, Change, Plan, Sorted, plan_adapter, sort_changes
+from ..extraction import Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
-from ..formats import is_adapter
 from ..formats.peft_write import write_adapter
+from ..inputs import refuse_adapter
 from ..output import check_name, check_path, named
 from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for
@@ -39,19 +41,19 @@ LOW = 0.5  # of the energy, below which the report says what rank would bring mo
 
 @dataclass(frozen=True)
 class ModuleExtract:
-    """One weight of the adapter. relative: ||D|| / ||W||; kept: the share of ||D||^2 that the factors hold, exactly;
-    residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative, and `how` it is
-    known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular value that
-    rounding the tuned model to its type can have made, and above_noise how many of the computed ones are larger.
-    stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much, about,
-    where it is known or kept is low.
+    """One weight of the adapter. relative: ||D|| / ||W||, None where W = 0; kept: the share of ||D||^2 that the factors
+    hold, exactly; residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative,
+    and `how` it is known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular
+    value that rounding the tuned model to its type can have made, and above_noise how many of the computed ones are
+    larger. stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much,
+    about, where it is known or kept is low.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     rank: int
-    relative: float
+    relative: float | None
     kept: float
     residual: float
     gap: float
@@ -67,7 +69,7 @@ class ModuleExtract:
 @dataclass(frozen=True)
 class ExtractReport:
     """The result of `extract`. kept: of the energy of all matrices in the adapter; exact: tensors that are kept as they
-    are; left_out: what changed and is not in the adapter, with its norm (nan: not a number to compare); unchanged:
+    are; left_out: what changed and is not in the adapter, with its norm (None: not a number to compare); unchanged:
     tensors that are equal on both sides; only_base, only_tuned: tensors of one side. parameters: of the adapter,
     nbytes its bytes.
     """
@@ -78,11 +80,11 @@ class ExtractReport:
     dry_run: bool
     modules: tuple[ModuleExtract, ...]
     kept: float | None
-    relative: float
+    relative: float | None
     parameters: int
     nbytes: int
     exact: tuple[str, ...]
-    left_out: Mapping[str, float]
+    left_out: Mapping[str, float | None]
     unchanged: int
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
@@ -119,7 +121,7 @@ def extract(
 
     One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
     size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
-    embeddings and heads, a key of `extraction.EMBED`. bias: keep changed biases and norms, exactly. to: a key of
+    embeddings and heads, a key of EMBED. bias: keep changed biases and norms, exactly. to: a key of
     EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the
     factors, a key of DTYPES. certify: prove how far each matrix is from the best, where else it is estimated. allow:
     "unrelated" takes two models that are no fine-tune of each other. Raises InputError where the sides do not belong
@@ -140,9 +142,10 @@ def extract(
             raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_path(path, is_file, [shard.path for side in sides for shard in side.shards], force)
         pairs = pair_tensors(*sides)
+        asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        asked.require_used([*map(module_of, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(left_out(sides[0]) if form != "peft" else ()))
-        selection = Selection(tuple(target), excluded, parse_layers(layers))
-        found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft")
+        found = sort_changes(sides[0], pairs, replace(asked, exclude=excluded), embed, bias and form == "peft")
         found.alphas = form in ("kohya", "comfy")
         opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
@@ -188,8 +191,7 @@ def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
 def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
     side = open_checkpoint(name)
     opened.callback(side.close)
-    if is_adapter(side.specs):
-        raise InputError("is an adapter; extract compares two models", culprit=os.fspath(name))
+    refuse_adapter(side, name, "extract compares two models")
     method = next(filter(None, (quantization(part.specs, part.config) for part in side.models)), None)
     if method:
         raise InputError(f"is quantized ({method})", culprit=os.fspath(name), remedy="pass the original model")
@@ -290,18 +292,20 @@ def _refuse(work: _Work, found: Sorted, pairs: Pairs, allow: tuple[str, ...]) ->
     if not (work.factored or found.exact):
         some = ", ".join(list(found.left_out)[:3])
         raise InputError(f"nothing of what changed is selected or could be in an adapter: {some}, ...")
-    if _relative(work, found) > UNRELATED and "unrelated" not in allow:
+    relative = _relative(work, found)
+    if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
+        size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
-            f"the change is {_relative(work, found):.2f} times the base: these are no fine-tune of each other",
+            f"the change is {size}: these are no fine-tune of each other",
             remedy="add --allow unrelated to extract it all the same",
         )
 
 
-def _relative(work: _Work, found: Sorted) -> float:
-    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0."""
+def _relative(work: _Work, found: Sorted) -> float | None:
+    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0. None if they did."""
     both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
     base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
-    return math.sqrt(change / base) if base else math.inf if change else 0.0
+    return math.sqrt(change / base) if base else None if change else 0.0
 
 
 def _report(
@@ -345,7 +349,7 @@ def _module(work: _Work, name: str, plan: Plan) -> ModuleExtract:
         factored.kind,
         factored.shape,
         rank,
-        math.sqrt(change / base) if base else math.inf,
+        math.sqrt(change / base) if base else None,
         kept / change,
         math.sqrt(max(0.0, change - kept)),
         factored.gap,

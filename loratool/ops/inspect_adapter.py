@@ -19,6 +19,7 @@ from ..adapter import Adapter, UpdateSpec, match_pattern
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, LoratoolError
 from ..formats.peft_config import changes_base, is_target_module
+from ..inputs import refuse_adapter
 from ..naming import split_numbers, with_ranges
 from ..numerics.factors import effective_rank, singular_values
 from ..source import BLOCK, FLOATS, Source, require_finite, squared_norm
@@ -102,6 +103,8 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     """What is wrong with an adapter that could be opened is in the report; a base that cannot be read is InputError."""
     checkpoint = None if base is None else open_checkpoint(base)
     try:
+        if checkpoint is not None:
+            refuse_adapter(checkpoint, base or "", "--base is the model under it")
         problems: list[str] = []
         coverage = binding = None
         problems += _faults(adapter)
@@ -205,7 +208,10 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[Source] | None, pr
         problems.append(f"{error.culprit}: {error.message}")
     if norm is not None and weights:
         squared = math.fsum(map(squared_norm, weights))
-        relative = norm / math.sqrt(squared) if squared else None
+        if math.isfinite(squared):
+            relative = norm / math.sqrt(squared) if squared else None
+        else:
+            problems.append(f"{weights[0].name}: the base's weight has no finite norm")
     return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
 
 

@@ -100,6 +100,7 @@ def _of_adapter(
 ) -> Rows:
     adapter = open_adapter(path, alpha)
     opened.callback(adapter.file.close)
+    selection.require_used(adapter.updates, adapter.name)
     found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
     for done, (module, update) in enumerate(found, 1):
         B, A = load_stacked(adapter, update)

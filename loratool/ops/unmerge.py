@@ -19,7 +19,7 @@ from ..apply import Loader, restored, subtracted
 from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
-from ..inputs import Given, negated, open_adapters, read_given
+from ..inputs import Given, negated, open_adapters, read_given, refuse_adapter
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import Output, OutputFile, check_path, output_path
@@ -90,6 +90,7 @@ def unmerge(
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
+        refuse_adapter(checkpoint, merged, "the first argument is the merged model", read_given(adapters))
         if approximate:
             return _subtract(
                 checkpoint, read_given(adapters), alpha, out, device, force, dry_run, progress, workers, opened

@@ -20,7 +20,7 @@ from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
-from ..inputs import open_inputs, read_given, require_residual, subtract_initial
+from ..inputs import open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
 from ..numerics.exact import Workspace, apply_rounded, cast_rounded
 from ..placing import Placement
@@ -98,6 +98,7 @@ def verify(
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         found = open_checkpoint(merged)
         opened.callback(found.close)
+        refuse_adapter(found, merged, "the last argument is the merged model")
         plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
         judge = _Judge(plan, found)
         names = [name for name in plan.sources if name in found.specs]

@@ -11,7 +11,7 @@ from .models import (
     print_unmerge,
     print_verify,
 )
-from .text import ProgressBar, say, size, to_json
+from .text import ProgressBar, say, to_json
 
 __all__ = [
     "ProgressBar",
@@ -32,6 +32,5 @@ __all__ = [
     "print_unmerge",
     "print_verify",
     "say",
-    "size",
     "to_json",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from ..fileio import size
+from ..naming import grouped
 from ..pictures import is_plain, strips
-from .text import count, draw, print_table, say, size
+from .text import count, draw, print_table, say
 
 if TYPE_CHECKING:
     from ..ops.combine import CombineReport
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
 def print_extract(report: ExtractReport) -> None:
     say(f"change = {report.tuned} - {report.base}")
     stored = any(m.stored for m in report.modules)
-    titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "effective", "over noise"]
+    titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "eff. rank", "over noise"]
     rows = [
         [
             m.name,
             "x".join(map(str, m.shape)),
             str(m.rank),
-            f"{m.relative:.2e}",
+            "-" if m.relative is None else f"{m.relative:.2e}",
             f"{m.kept:.2%}",
             f"{m.residual:.2e}",
             {"exact": "0", "certified": f"<{m.gap:.0e}"}.get(m.how, f"~{m.gap:.0e}"),
@@ -38,15 +40,17 @@ def print_extract(report: ExtractReport) -> None:
     ]
     print_table([(title, title != "tensor") for title in titles + ["stored"] * stored], rows)
     plain = is_plain(sys.stdout.encoding)
-    draw(strips({m.name: m.relative for m in report.modules}, "relative change", "{:.1e}".format, plain=plain))
+    sizes = {m.name: m.relative for m in report.modules if m.relative is not None}
+    draw(strips(sizes, "relative change", "{:.1e}".format, plain=plain))
     draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain))
     kept = "" if report.kept is None else f"; {report.kept:.2%} of their change's energy is kept"
-    say(f"\n{len(rows)} matrices{kept}; |D|/|W| is {report.relative:.2e} in all")
+    relative = "" if report.relative is None else f"; |D|/|W| is {report.relative:.2e} in all"
+    say(f"\n{len(rows)} matrices{kept}{relative}")
     if report.exact:
         say(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
     say(f"unchanged: {report.unchanged} tensors")
     for name, norm in report.left_out.items():
-        say(f"left out: {name} (|D| = {norm:.3g})")
+        say(f"left out: {name}" + ("" if norm is None else f" (|D| = {norm:.3g})"))
     for name in report.only_base:
         say(f"only in the base: {name}")
     for name in report.only_tuned:
@@ -59,7 +63,7 @@ def print_extract(report: ExtractReport) -> None:
 
 def print_init(report: InitReport) -> None:
     marks = [report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora]
-    say(f"{' + '.join(marks)} for {report.base}")
+    say(f"an adapter for {report.base}, by {' + '.join(marks)}")
     gaps = any(m.gap is not None for m in report.modules)
     errors = any(m.error is not None for m in report.modules)
     rows = [
@@ -89,7 +93,7 @@ def print_init(report: InitReport) -> None:
 
 
 def print_resize(report: ResizeReport) -> None:
-    titles = ["module", "rank", "new", "|D|", "energy", "error", "effective"]
+    titles = ["module", "rank", "new", "|D|", "energy", "error", "eff. rank"]
     rows = [
         [
             m.name,
@@ -132,8 +136,8 @@ def print_combine(report: CombineReport) -> None:
     say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
     if report.carried:
         say(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
-    for module in report.left_out:
-        say(f"left out: {module}")
+    for modules in grouped(report.left_out):
+        say(f"left out: {modules}")
     for warning in report.warnings:
         say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
@@ -157,8 +161,8 @@ def print_convert(report: ConvertReport) -> None:
     ]
     titles = ["module", "from", "how", "rank", "alpha", *["error"] * bool(errors)]
     print_table([(title, title in ("rank", "alpha", "error")) for title in titles], rows)
-    for module in report.dropped:
-        say(f"dropped: {module}")
+    for modules in grouped(report.dropped):
+        say(f"dropped: {modules}")
     for note in report.notes:
         say(f"note: {note}")
     verb = "would write" if report.dry_run else "wrote"

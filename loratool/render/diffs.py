@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from ..naming import last_part
@@ -36,7 +37,8 @@ def print_adapter_diff(report: AdapterDiff) -> None:
         for side in (report.ranks_a, report.ranks_b)
     ]
     say(f"\nA: {ranks[0]}; |A| = {report.norm_a:.4g}\nB: {ranks[1]}; |B| = {report.norm_b:.4g}")
-    for name, (one, two) in report.fields.items():
+    for name, values in report.fields.items():
+        one, two = ("nothing" if value is None else shorten(str(value), 40, placeholder=" ...") for value in values)
         say(f"{name}: {one} in A, {two} in B")
     for letter, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
@@ -123,7 +125,7 @@ def print_checkpoint_diff(report: CheckpointDiff) -> None:
 
 def print_spectra(report: SpectraReport) -> None:
     say(f"{report.path}: singular values of {'the changes' if report.what == 'adapter' else 'the weights'}")
-    titles = ["module", "shape", "norm", "effective", "stable", "50 %", "90 %", "99 %", "of", "largest"]
+    titles = ["module", "shape", "norm", "eff. rank", "stable", "50 %", "90 %", "99 %", "of", "largest"]
     rows = [
         [
             m.name,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .text import count, print_table, say, share, size
+from ..fileio import size
+from ..naming import grouped
+from .text import count, print_table, say, share
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,8 +38,8 @@ def print_merge(report: MergeReport) -> None:
     print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
     verb = "would be changed" if report.dry_run else "changed"
     say(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {share(report.kept)} of the change")
-    for module in report.left_out:
-        say(f"left out: {module}")
+    for modules in grouped(report.left_out):
+        say(f"left out: {modules}")
     if report.not_copied:
         say(f"not copied: {', '.join(report.not_copied)}")
     say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")

@@ -1,6 +1,6 @@
 """What all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
 
-`to_json` is the stable, versioned schema: the report's own field names under a header that every verb shares.
+`to_json` keeps a schema that is versioned: the report's own field names under a header that every verb shares.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..fileio import size
 from ..pictures import Line
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ HEATS = (
 )
 
 
-def to_json(verb: str, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
-    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
+def to_json(verb: str | None, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
+    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`; `schemas/` has it in full.
 
-    `status` is there where a check said no (exit code 1), and says what it found.
+    `status` is there where a check said no (exit code 1), and says what it found. The verb is None of a call without.
     """
     value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
     value["exit_code"] = 0 if status is None else 1
@@ -54,15 +55,6 @@ def to_json(verb: str, report: Any = None, error: LoratoolError | None = None, s
     else:
         value["report"] = asdict(report)
     return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
-
-
-def size(nbytes: float) -> str:
-    """Decimal units: MB is 10**6."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def count(n: int) -> str:
@@ -85,7 +77,7 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not sys.stdout.isatty():  # colours can be forced there, a width not
         console.width = UNBOUNDED
     columns = [(escape(title), right) for title, right in columns]
     rows = [[escape(cell) for cell in row] for row in rows]
@@ -101,6 +93,7 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     lines = text.get().splitlines()
     names = ["", *(row[0] for row in rows)] if below else [""] * len(lines)
     for name, line in zip(names, lines, strict=True):
+        line = line.rstrip()
         print(f"{name}\n{line}" if name else line)
 
 

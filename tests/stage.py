@@ -1,0 +1,47 @@
+"""The folder that the help texts' examples and the commonest mistakes are made in: the fixtures under plain names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from conftest import FIXTURES, load_model, write_model
+
+
+def set_stage(folder: Path) -> None:
+    """base/, adapter/, tuned/ and what else the help texts name."""
+    llama, sdxl, gpt2 = (FIXTURES / name for name in ("llama", "sdxl", "gpt2"))
+    for source, name in [
+        (llama / "base", "base"),
+        (llama / "adapter", "adapter"),
+        (llama / "tuned", "tuned"),
+        (llama / "adapter", "style"),
+        (llama / "adapter", "task"),
+        (gpt2 / "base", "gpt2"),
+    ]:
+        shutil.copytree(source, folder / name)
+    shutil.copytree(llama / "base", folder / "phi-base")
+    torch.save(
+        {"h.0.attn.c_attn.lora_A": torch.randn(4, 6), "h.0.attn.c_attn.lora_B": torch.randn(8, 2)}, folder / "old.bin"
+    )
+    shutil.copy(sdxl / "base.safetensors", folder / "sdxl.safetensors")
+    shutil.copy(sdxl / "adapter.safetensors", folder / "style.safetensors")
+    shutil.copy(gpt2 / "base" / "config.json", folder / "config.json")
+    make_wrong(folder)
+
+
+def make_wrong(folder: Path) -> None:
+    """Inputs as they should not be."""
+    shutil.copytree(folder / "adapter", folder / "lost")
+    (folder / "lost" / "adapter_config.json").unlink()
+    wide = {name: W.repeat(1, 2) if W.dim() > 1 else W for name, W in load_model(folder / "base").items()}
+    write_model(folder / "wide", wide, {"model_type": "llama"})
+    shutil.copytree(folder / "base", folder / "four-bit")
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "four-bit" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder / "base", folder / "taken")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "todo.txt").write_text("x")

@@ -1,0 +1,72 @@
+"""The examples in the help texts: each verb has two or more, and they do what they say on the fixtures."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage import set_stage
+
+from loratool.cli import VERBS
+
+Run = Callable[..., Any]
+
+# verb -> the commands that leave what its examples begin with
+BEFORE = {
+    "convert": [
+        "convert style.safetensors --to diffusers -o pytorch_lora_weights.safetensors",
+        "convert adapter/ --to peft --for fused -o phi/",
+        "init base/ --method pissa --residual left/ -o start/",
+    ],
+    "diff": ["merge base/ adapter/ -o merged/", "merge base/ adapter/ -o rebuilt/"],
+    "unmerge": ["merge base/ adapter/ -o merged/", "merge base/ style/:0.7 task/:-0.2 -o mixed/ --no-undo"],
+    "verify": ["merge base/ adapter/ -o merged/", "merge base/ style/:0.7 task/:-0.2 -o mixed/"],
+}
+
+
+def examples(text: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in map(str.strip, text.splitlines()) if line.startswith("loratool ")]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    set_stage(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_of_each_verb(verb: str, stage: Path, run: Run) -> None:
+    for line in BEFORE.get(verb, []):
+        assert run(*line.split()).exit_code == 0
+    if verb == "convert":
+        shutil.copytree(stage / "start", stage / "pissa")
+    found = examples(run(verb, "-h").stdout)
+    assert len(found) >= 2 and all(argv[0] == verb for argv in found)
+    for argv in found:
+        result = run(*argv)
+        assert result.exit_code == 0 and result.stdout, f"{' '.join(argv)}: {result.stderr}"
+        if "-o" in argv:
+            assert (stage / argv[argv.index("-o") + 1]).exists()
+
+
+def test_those_of_all_verbs(stage: Path, run: Run) -> None:
+    found = examples(run("-h").stdout)
+    assert len(found) >= 3
+    for argv in found:
+        assert run(*argv).exit_code == 0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_what_it_does(verb: str, run: Run) -> None:
+    """And no line is wider than a terminal, but for an example."""
+    text = run(verb, "-h").stdout
+    assert all(len(line) <= 80 for line in text.splitlines() if "loratool" not in line)
+    options = text[text.index("Options:") :]
+    for block in options.split("\n  -")[1:]:
+        words = block.replace("\n", " ").split()
+        assert len([word for word in words if word[0] not in "-[<|"]) >= 3, block

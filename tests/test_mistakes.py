@@ -1,0 +1,201 @@
+"""The ten commonest mistakes: what a user reads, word for word, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage import set_stage
+
+Run = Callable[..., Any]
+
+# mistake -> calls, the exit code of each, and its message
+MISTAKES = {
+    "swapped arguments": """
+        loratool merge adapter base -> 3
+        adapter: is an adapter, but the first argument is the base model
+        swap them: base comes before adapter
+
+        loratool unmerge adapter taken -> 3
+        adapter: is an adapter, but the first argument is the merged model
+        swap them: taken comes before adapter
+
+        loratool verify base taken adapter -> 3
+        taken: is a model, not an adapter
+        to make an adapter of a full fine-tune: loratool extract BASE taken
+
+        loratool merge base tuned -> 3
+        tuned: is a model, not an adapter
+        to make an adapter of a full fine-tune: loratool extract BASE tuned
+
+        loratool merge gpt2 gpt2/model.safetensors -> 3
+        gpt2/model.safetensors: is a model, not an adapter
+        to make an adapter of a full fine-tune: loratool extract BASE gpt2/model.safetensors
+
+        loratool verify base adapter adapter -> 3
+        adapter: is an adapter, but the last argument is the merged model
+
+        loratool extract base adapter -o out -> 3
+        adapter: is an adapter, but extract compares two models
+
+        loratool inspect adapter --base adapter -> 3
+        adapter: is an adapter, but --base is the model under it
+
+        loratool diff adapter base -> 3
+        base: is a model, and adapter is an adapter; diff compares two of a kind
+        to hold the adapter against the model: loratool inspect adapter --base base
+    """,
+    "missing config": """
+        loratool merge base lost -o out -> 4
+        lost: has no adapter_config.json beside it, which says the alpha it was trained with
+        put the adapter_config.json there, or pass --alpha
+    """,
+    "wrong base": """
+        loratool merge gpt2 adapter -o out -> 3
+        none of the 21 modules of adapter is in the base, like model.layers.0.mlp.down_proj
+        nothing binds: is this the adapter's base? adapter says it was trained on fixtures/llama/base
+
+        loratool merge wide adapter -o out -> 3
+        model.layers.0.mlp.down_proj.weight: A is (8, 176) and B is (64, 8) in adapter, but the base weight is (64, 352) as (out, in)
+        is this the adapter's base? adapter says it was trained on fixtures/llama/base
+
+        loratool extract base gpt2 -o out -> 3
+        no tensor of one side has a name of the other
+        are these two of one family?
+    """,  # noqa: E501
+    "wrong alpha": """
+        loratool merge base adapter --alpha 8 -o out -> 2
+        adapter: --alpha 8 contradicts the config's lora_alpha 16
+        leave --alpha out; to change the adapter's strength, weigh it: adapter:0.5
+
+        loratool merge base adapter:0,5 -o out -> 2
+        Invalid value for 'ADAPTER[:WEIGHT]...': '0,5' is not a weight, like 0.7
+    """,
+    "quantized base": """
+        loratool merge four-bit adapter -o out -> 3
+        four-bit: is quantized (bitsandbytes), and adding to its codes would be wrong
+        pass the original model in 16 or 32 bits; adapter says it was trained on fixtures/llama/base
+
+        loratool init four-bit -o out -> 3
+        four-bit: is quantized (bitsandbytes)
+        pass the original model in 16 or 32 bits
+    """,
+    "output exists": """
+        loratool merge base adapter -o taken -> 4
+        taken: exists already
+        add --force to replace it, or name another with -o
+
+        loratool merge base adapter -o notes --force -> 2
+        notes: holds todo.txt; --force replaces a model's files and nothing else
+        name another output with -o
+
+        loratool merge base adapter -o base --force -> 2
+        base: the output would overwrite an input
+        name another output with -o
+
+        loratool merge base adapter -o deep/down/out -> 2
+        {here}/deep/down: there is no such folder to write into
+        make it first, or name another output with -o
+    """,
+    "no space": """
+        loratool merge base adapter -o out -> 5
+        {here}: 349.72 kB are needed and 10 B are free
+        free some space, or name another disk with -o
+
+        loratool resize adapter --rank 4 -o out -> 5
+        {here}: 61.29 kB are needed and 10 B are free
+        free some space, or name another disk with -o
+    """,
+    "typo in a target": """
+        loratool merge base adapter --target q_prj -o out -> 3
+        --target q_prj: names no module of adapter or the base
+        there are q_proj, v_proj, o_proj
+
+        loratool merge base adapter --target q_proj --exclude dwn_proj -o out -> 3
+        --exclude dwn_proj: names no module of adapter or the base
+        there are down_proj, v_proj, q_proj
+
+        loratool merge base adapter --layers 4-7 -o out -> 3
+        --layers: names no layer of adapter or the base
+        there are 0-2
+
+        loratool init base --target q_prj -o out -> 3
+        --target q_prj: names no weight of the base that could have an adapter
+        there are q_proj, v_proj, o_proj
+
+        loratool extract base tuned --target q_prj -o out -> 3
+        --target q_prj: names no module of base
+        there are q_proj, v_proj, o_proj
+    """,
+    "typo in a name": """
+        loratool merge bsae adapter -> 3
+        bsae: no such file or folder
+        did you mean base?
+
+        loratool merge base adapter/adapter_model.safetensor -> 3
+        adapter/adapter_model.safetensor: no such file or folder
+        did you mean adapter/adapter_model.safetensors?
+
+        loratool merge meta-llama/Llama-3.1-8B adapter -> 3
+        meta-llama/Llama-3.1-8B: no such file or folder, and not in the local Hugging Face cache
+        download it first: hf download meta-llama/Llama-3.1-8B
+
+        loratool mrege base adapter -> 2
+        there is no verb 'mrege'; did you mean merge?
+
+        loratool merge base adapter --dtpye fp32 -> 2
+        No such option '--dtpye'. (Did you mean one of: '--dtype', '--tied'?)
+
+        loratool inspect notes -> 3
+        notes: holds no weights: no *.safetensors file and none of torch
+    """,
+    "an image model's adapter": """
+        loratool merge base style.safetensors -o out -> 3
+        style.safetensors: is an image model's adapter, with modules like lora_te1_text_model_encoder_layers_0_mlp_fc1; nothing binds, since the base is no image model
+        pass the image model that it was trained on
+
+        loratool merge sdxl.safetensors adapter -o out -> 3
+        none of the 21 modules of adapter is in the base, like model.layers.0.mlp.down_proj
+        nothing binds: is this the adapter's base? adapter says it was trained on fixtures/llama/base
+    """,  # noqa: E501
+}
+CALLS = [
+    (mistake, *call.split("\n", 1))
+    for mistake, text in MISTAKES.items()
+    for call in "\n".join(line.strip() for line in text.strip().splitlines()).split("\n\n")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("stage")
+    set_stage(made)
+    return made
+
+
+@pytest.mark.parametrize(("mistake", "call", "message"), CALLS, ids=[f"{m}: {call}" for m, call, _ in CALLS])
+def test_what_is_said(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, mistake: str, call: str, message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "cache"))
+    if mistake == "no space":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
+    command, code = call.split(" -> ")
+    wanted, before = message.replace("{here}", str(folder)), sorted(folder.rglob("*"))
+    result = run(*command.split()[1:])
+    said = result.stderr.split("rror: ", 1)[1].rstrip("\n")  # click's own begin with the usage, and a capital
+    assert (result.exit_code, result.stdout, said) == (int(code), "", wanted)
+    value = json.loads(run(*command.split()[1:], "--json").stdout)
+    error = value["error"]
+    head = f"{error['tensor']}: {error['message']}" if error["tensor"] else error["message"]
+    assert value["exit_code"] == int(code) and "\n".join(filter(None, [head, error["remedy"]])) == wanted
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_each_of_the_ten_is_here() -> None:
+    assert len(MISTAKES) == 10 and all(len(text.strip()) > 40 for text in MISTAKES.values())
