@@ -25,14 +25,18 @@ from .options import Slices, alpha_option, dry_run_option, force_option, json_op
 @click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="Which slices loralib's MergedLinear changes.")
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
 @click.option("--initial", metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted.")
-@click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank.")
+@click.option("--rank", type=click.IntRange(1), help="With --plain: truncated to this rank, DoRA to its own without.")
 @click.option(
     "--for",
     "layout",
     type=click.Choice(list(LAYOUTS)),
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
 )
-@click.option("--base", metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
+)
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
 @click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @alpha_option
@@ -67,6 +71,7 @@ def convert(
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
+      loratool convert dora/ --to peft --plain --base base/ --rank 32 -o lora/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o lora/
     """

@@ -29,7 +29,7 @@ exclude_option = click.option(
     "--exclude", multiple=True, metavar="PATTERNS", help="All but these modules; patterns as in --target."
 )
 to_option = click.option(
-    "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: the input's]"
+    "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: by the input]"
 )
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers.")
 

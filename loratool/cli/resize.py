@@ -57,7 +57,8 @@ def resize(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Give an adapter another rank: the best that it has of a lower one, the same change at a higher.
+    """Give an adapter another rank: the best that it has of a lower one, the same change at a higher. With --to in
+    another format, and the ranks are those of its modules.
 
     Exact, from the factors alone. Scales end up in the factors, alpha being each module's rank. kohya's rules sv_ratio,
     sv_cumulative and sv_fro mean what their names say, without the one rank too many.
@@ -65,6 +66,7 @@ def resize(
     \b
       loratool resize adapter/ --rank 4 -o small/
       loratool resize adapter/ --energy 0.95 --max-rank 32
+      loratool resize sdxl.safetensors --rank 8 --to diffusers -o small.safetensors
     """
     from ..ops.resize import resize as run
     from ..render import ProgressBar, print_resize, to_json

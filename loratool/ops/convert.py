@@ -71,10 +71,10 @@ def convert(
     from_format: a key of FORMATS, where the tensors' names do not tell. drop: patterns of modules that may be left out
     where they cannot be carried. alpha: for a file that does not say its own; enable_lora: which slices loralib's
     MergedLinear has. plain: as standard LoRA, alpha being the rank everywhere; of an adapter whose start changed its
-    base, `initial` is subtracted, exactly, at twice the rank; `rank`: truncated to it. layout: of a language
-    model's fused modules, a key of LAYOUTS, whose sizes `base` or its config.json says. dtype: of the factors, a key of
-    CONVERT_DTYPES. Raises NeedsFlag for what can only be dropped, and InputError for what nothing could load: nothing
-    is written then.
+    base, `initial` is subtracted, exactly, at twice the rank, and what DoRA changes of `base` is truncated to its own
+    rank; `rank`: truncated to it. layout: of a language model's fused modules, a key of LAYOUTS, whose sizes `base` or
+    its config.json says. dtype: of the factors, a key of CONVERT_DTYPES. Raises NeedsFlag for what can only be
+    dropped, and InputError for what nothing could load: nothing is written then.
     """
     if to not in TARGETS:
         raise UsageError(f"format {to!r} is none of {', '.join(TARGETS)}")
