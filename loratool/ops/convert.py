@@ -15,7 +15,7 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..converting import FAMILIES, SINGLE_COMPONENT, TARGETS, family_of, read_sources
 from ..draft import DTYPES
-from ..errors import InputError, UsageError
+from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS, open_adapter
 from ..output import check_name, check_path, named
 from ..relayout import LAYOUTS
@@ -146,7 +146,8 @@ def _plain_enough(
         return source, {}
     if wish.base is None and dora:
         said = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-        raise wish.needs(dora[0], said, "--base BASE" if wish.plain else "--plain --base BASE", "the model")
+        option = "--base BASE" if wish.plain else "--plain --base BASE"
+        raise NeedsFlag(said, culprit=dora[0], remedy=f"add {option} with the model")
     if wish.base is None:
         return source, {}
     if not dora:
