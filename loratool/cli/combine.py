@@ -90,10 +90,12 @@ def combine(
 
     By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
     negative. The other methods act on the changes B A themselves, module by module, and keep the best of --rank.
+    Image models' adapters may be of several formats: their modules meet by what they mean.
 
     \b
       loratool combine style/:0.7 task/:0.3 -o both/
       loratool combine style/ task/ --method ties --density 0.3 --rank 16 -o ties/
+      loratool combine kohya.safetensors diffusers.safetensors:0.5 --to comfy -o both.safetensors
 
     The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
     keeps. error: the size of what is lost beside |D|, as written.

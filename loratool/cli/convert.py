@@ -39,7 +39,12 @@ from .options import (
 @click.option(
     "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
 )
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="With --plain: truncated to this rank.")
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --plain: truncated to this rank, DoRA to its own without.",
+)
 @click.option(
     "--for",
     "layout",
@@ -47,7 +52,10 @@ from .options import (
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
 )
 @click.option(
-    "--base", type=PATH, metavar="BASE", help="With --for: the model, or its config.json, where sizes are to be told."
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
 )
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
 @click.option(
@@ -100,6 +108,7 @@ def convert(
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
+      loratool convert dora/ --to peft --plain --base base/ --rank 32 -o lora/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """

@@ -64,7 +64,7 @@ exclude_option = click.option(
     help=f"Leave these modules out: {PATTERNS}.",
 )
 to_option = click.option(
-    "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: the input's]"
+    "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: by the input]"
 )
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 

@@ -63,7 +63,8 @@ def resize(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Give an adapter another rank: the best that it has of a lower one, the same change at a higher.
+    """Give an adapter another rank: the best that it has of a lower one, the same change at a higher. With --to in
+    another format, and the ranks are those of its modules.
 
     Exact, from the factors alone. Scales end up in the factors, alpha being each module's rank. kohya's rules sv_ratio,
     sv_cumulative and sv_fro mean what their names say, without the one rank too many.
@@ -71,6 +72,7 @@ def resize(
     \b
       loratool resize adapter/ --rank 4 -o small/
       loratool resize adapter/ --energy 0.95 --max-rank 6 -o even/
+      loratool resize sdxl.safetensors --rank 8 --to diffusers -o small.safetensors
 
     The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.

@@ -18,7 +18,7 @@ from ..adapter import Adapter
 from ..choices import LAYOUTS, TARGETS
 from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, read_sources
 from ..draft import DTYPES
-from ..errors import InputError, UsageError
+from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS, holds_adapter, open_adapter
 from ..output import CONTAINERS, check_name, check_path, named
 from ..runtime import Progress
@@ -123,10 +123,10 @@ def convert_adapter(
     from_format: a key of FORMATS, where the tensors' names do not tell. drop: patterns of modules that may be left out
     where they cannot be carried. alpha: for a file that does not say its own; enable_lora: which slices loralib's
     MergedLinear has. plain: as standard LoRA, alpha being the rank everywhere; of an adapter whose start changed its
-    base, `initial` is subtracted, exactly, at twice the rank; `rank`: truncated to it. layout: of a language
-    model's fused modules, a key of LAYOUTS, whose sizes `base` or its config.json says. dtype: of the factors, a key of
-    CONVERT_DTYPES. Raises NeedsFlag for what can only be dropped, and InputError for what nothing could load: nothing
-    is written then.
+    base, `initial` is subtracted, exactly, at twice the rank, and what DoRA changes of `base` is truncated to its own
+    rank; `rank`: truncated to it. layout: of a language model's fused modules, a key of LAYOUTS, whose sizes `base` or
+    its config.json says. dtype: of the factors, a key of CONVERT_DTYPES. Raises NeedsFlag for what can only be
+    dropped, and InputError for what nothing could load: nothing is written then.
     """
     if to not in TARGETS:
         raise UsageError(f"format {to!r} is none of {', '.join(TARGETS)}")
@@ -201,7 +201,8 @@ def _plain_enough(
         return source, {}
     if wish.base is None and dora:
         said = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-        raise wish.needs(dora[0], said, "--base BASE" if wish.plain else "--plain --base BASE", "the model")
+        option = "--base BASE" if wish.plain else "--plain --base BASE"
+        raise NeedsFlag(said, culprit=dora[0], remedy=f"add {option} with the model")
     if wish.base is None:
         return source, {}
     if not dora:

@@ -110,7 +110,7 @@ class _Planned:
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:
             what = f"cannot be carried to {to}{' as plain LoRA' if self._wish.plain else ''}"
-            raise cannot_carry(self._image.name, self._wish, what, lost, "" if len(lost) < 4 else _prefixes(lost))
+            raise cannot_carry(self._image.name, what, lost, "" if len(lost) < 4 else _prefixes(lost))
         if not wanted:
             raise InputError("nothing is left to convert", culprit=self._image.name)
         return wanted

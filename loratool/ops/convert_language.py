@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..adapter import Adapter, UpdateSpec
 from ..carrying import EPSILON, alpha_of, cast, change_error, holds, is_filler, make_factors, relative_error
 from ..converting import Source
 from ..draft import rounded, stacked
-from ..errors import InputError, LoratoolError, NeedsFlag, UsageError
+from ..errors import InputError, NeedsFlag, UsageError
 from ..formats.peft import adapter_names, saved_name
 from ..formats.peft_config import changes_base
 from ..formats.peft_write import SAFETENSORS, lora_config
@@ -28,7 +29,7 @@ from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import Experts, LowRank
 
-DROP_OPTIONS = {"convert": "--drop", "combine": "--exclude", "init": "--exclude", "extract": "--exclude"}
+DROP_OPTIONS = {"combine": "--exclude", "init": "--exclude"}  # what --drop is called in another verb that has it
 PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
@@ -50,7 +51,7 @@ class ModuleConvert:
 @dataclass(frozen=True)
 class Wish:
     """What is asked of `convert`. dtype: of the factors, None to keep theirs; layout: a key of LAYOUTS, None for its
-    own; base: what says the sizes of a layout's parts, or what DoRA changes. verb: that asks.
+    own; base: what says the sizes of a layout's parts, or what DoRA changes.
     """
 
     to: str
@@ -61,22 +62,26 @@ class Wish:
     rank: int | None = None
     layout: str | None = None
     base: str | os.PathLike[str] | None = None
-    verb: str = "convert"
-
-    def needs(self, name: str, said: str, option: str, meaning: str) -> LoratoolError:
-        """What an option of `convert` helps, which other verbs that make an adapter do not have."""
-        if self.verb == "convert":
-            return NeedsFlag(said, culprit=name, remedy=f"add {option} with {meaning}")
-        return InputError(said, culprit=name, remedy=f"first loratool convert with {option}, {meaning}")
 
 
-def cannot_carry(name: str, wish: Wish, what: str, modules: Sequence[str], patterns: str = "") -> LoratoolError:
+@contextmanager
+def asked_by(verb: str) -> Iterator[None]:
+    """What `convert` would ask for, as another verb can say it: an option of its own, or a conversion first."""
+    try:
+        yield
+    except NeedsFlag as error:
+        remedy = error.remedy or ""
+        if remedy.startswith("add --drop ") and verb in DROP_OPTIONS:
+            own = remedy.replace("--drop", DROP_OPTIONS[verb], 1)
+            raise NeedsFlag(error.message, culprit=error.culprit, remedy=own) from error
+        first = remedy.replace("add ", "first loratool convert with ", 1)
+        raise InputError(error.message, culprit=error.culprit, remedy=first) from error
+
+
+def cannot_carry(name: str, what: str, modules: Sequence[str], patterns: str = "") -> NeedsFlag:
     """patterns: what names all of the modules, where they are too many to list."""
-    patterns = patterns or ",".join(modules)
     said = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
-    if option := DROP_OPTIONS.get(wish.verb):
-        return NeedsFlag(said, remedy=f"add {option} {patterns} to leave them out")
-    return InputError(said, remedy=f"first loratool convert {name} --to {wish.to} --drop {patterns}")
+    return NeedsFlag(said, remedy=f"add --drop {patterns or ','.join(modules)} to leave them out")
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,11 @@ class Output:
 def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
     """Raises NeedsFlag for what the target cannot say."""
     if wish.to == "loralib" and changes_base(source.config):
-        said = f"was initialized with {changes_base(source.config)}, which changed the base under it, and loralib's "
-        raise wish.needs(
-            source.name,
-            f"{said}files cannot say so",
-            "--plain --initial ADAPTER",
-            "the adapter as it was before training",
+        raise NeedsFlag(
+            f"was initialized with {changes_base(source.config)}, which changed the base under it, and loralib's files "
+            "cannot say so",
+            culprit=source.name,
+            remedy="add --plain --initial ADAPTER with the adapter as it was before training",
         )
     if wish.layout:
         return _relaid(source, wish, kept, dropped)
@@ -138,7 +142,7 @@ def select(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[st
     ]
     if lost:
         what = "loralib's files" if wish.to == "loralib" else "plain LoRA"
-        raise cannot_carry(source.name, wish, f"are more than {what} can hold", lost)
+        raise cannot_carry(source.name, f"are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)

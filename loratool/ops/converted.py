@@ -23,7 +23,7 @@ from ..inputs import Loaded
 from ..targets import matches
 from ..unwritten import UnwrittenFile
 from .convert import plan_convert
-from .convert_language import ModuleConvert, Output, Wish, name_alphas
+from .convert_language import ModuleConvert, Output, Wish, asked_by, name_alphas
 
 COMFY = ("diffusion_model.", "text_encoders.")  # how its names begin
 
@@ -34,10 +34,13 @@ def check_target(to: str | None) -> None:
 
 
 def as_converted(
-    source: Adapter, wish: Wish, folder: Path, opened: ExitStack, family: str | None = None
+    source: Adapter, wish: Wish, verb: str, folder: Path, opened: ExitStack, family: str | None = None
 ) -> tuple[Adapter, Output]:
-    """What would be opened, were `source` converted and written. family: where others than itself tell it."""
-    made = plan_convert(source, wish, folder, opened, family)
+    """What would be opened, were `source` converted and written. verb: that asks; family: where others than the
+    adapter itself tell it.
+    """
+    with asked_by(verb):
+        made = plan_convert(source, wish, folder, opened, family)
     prefix = PEFT_PREFIX if wish.to == "peft" else ""
     metadata = dict(made.metadata)
     if wish.to == "peft":
@@ -81,8 +84,7 @@ def bring_together(
     family = _common_family(adapters)
     _require_known(adapters, family)
     to = to or _convention(adapters[0])
-    wish = Wish(to, exclude, verb="combine")
-    found = [as_converted(adapter, wish, folder, opened, family) for adapter in adapters]
+    found = [as_converted(adapter, Wish(to, exclude), "combine", folder, opened, family) for adapter in adapters]
     former = [module for adapter in adapters for module in adapter.updates]
     there = [module for adapter, _ in found for module in adapter.updates]
     rest = [p for p in exclude if any(matches(p, m) for m in there) or not any(matches(p, module) for module in former)]

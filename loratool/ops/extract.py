@@ -122,10 +122,10 @@ def extract(
     One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
     size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
     embeddings and heads, a key of EMBED. bias: keep changed biases and norms, exactly. to: a key of
-    EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the
-    factors, a key of DTYPES. certify: prove how far each matrix is from the best, where else it is estimated. allow:
-    "unrelated" takes two models that are no fine-tune of each other. Raises InputError where the sides do not belong
-    together, are quantized or equal, or hold nan; nothing is written then.
+    EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the factors, a key of DTYPES. certify: prove how
+    far each matrix is from the best, where else it is estimated. allow: "unrelated" takes two models that are no
+    fine-tune of each other. Raises InputError where the sides do not belong together, are quantized or equal, or hold
+    nan; nothing is written then.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")

@@ -28,7 +28,7 @@ from ..tensorfile import TensorSpec
 from ..unwritten import UnwrittenFile
 from ..updates import LowRank
 from .convert_image import Image, plan_image
-from .convert_language import Output, Wish, low_rank, plan_language, select
+from .convert_language import Output, Wish, asked_by, low_rank, plan_language, select
 
 DENOISER = "model.diffusion_model."  # how the names of its weights begin in a single file of all components
 OWN_NAMES = ("sgm", "flux", "sd3")  # of MARKS, those of a model's makers
@@ -118,7 +118,7 @@ def plan_image_adapter(
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
-    made = plan_image(Image(str(base.path), {}, family, load), Wish(to, verb="extract"), sources, [])
+    made = plan_image(Image(str(base.path), {}, family, load), Wish(to), sources, [])
     if is_budget and any(module.how == "split" for module in made.modules):
         raise UsageError(
             f"--params and --size cannot be kept where {to} splits a fused module of the base, whose A then stands in "
@@ -139,9 +139,10 @@ def plan_start(base: Checkpoint, to: str, sites: Sequence[Site], starter: Starte
         {"loratool": json.dumps({"adapter_config": config})},
     )
     adapter = FORMATS["peft"].read(str(base.path), file, None, False)
-    wish = Wish(to, verb="init")
+    wish = Wish(to)
     if to == "loralib":
-        return plan_language(adapter, wish, *select(adapter, wish))
+        with asked_by("init"):
+            return plan_language(adapter, wish, *select(adapter, wish))
     weights, weight_of = image_weights(base), {site.wrapper: site.weight.name for site in sites}
     family = _family(base, weights)
     sources = [as_source(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]

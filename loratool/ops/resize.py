@@ -114,7 +114,7 @@ def resize(
         if to is None:
             require_written(source)
         else:
-            source, made = as_converted(source, Wish(to, verb="resize"), path.absolute().parent, opened)
+            source, made = as_converted(source, Wish(to), "resize", path.absolute().parent, opened)
             warnings = warnings_of([made])
         require_shape(source, path, is_file)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)
