@@ -15,6 +15,7 @@ def set_stage(folder: Path) -> None:
     llama, sdxl, gpt2 = (FIXTURES / name for name in ("llama", "sdxl", "gpt2"))
     for source, name in [
         (llama / "base", "base"),
+        (llama / "base", "model"),
         (llama / "adapter", "adapter"),
         (llama / "tuned", "tuned"),
         (llama / "adapter", "style"),
@@ -27,7 +28,8 @@ def set_stage(folder: Path) -> None:
         {"h.0.attn.c_attn.lora_A": torch.randn(4, 6), "h.0.attn.c_attn.lora_B": torch.randn(8, 2)}, folder / "old.bin"
     )
     shutil.copy(sdxl / "base.safetensors", folder / "sdxl.safetensors")
-    shutil.copy(sdxl / "adapter.safetensors", folder / "style.safetensors")
+    for name in ("style", "kohya"):
+        shutil.copy(sdxl / "adapter.safetensors", folder / f"{name}.safetensors")
     shutil.copy(gpt2 / "base" / "config.json", folder / "config.json")
     make_wrong(folder)
 

@@ -311,3 +311,8 @@ def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
             break
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert b"wrote" in output and b"merge" in output
+
+
+def test_the_module_runs_too() -> None:
+    result = subprocess.run([sys.executable, "-m", "loratool", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("loratool ")

@@ -475,7 +475,7 @@ class TestRefusals:
 
     def test_a_full_disk(self, tmp_path: Path, model: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-        with pytest.raises(MachineError, match="GB are needed"):
+        with pytest.raises(MachineError, match="are needed and 10 B are free"):
             convert(model, tmp_path / "out", to="torch")
         monkeypatch.undo()
         monkeypatch.setattr("loratool.rewrite.write_at", no_space)  # what comes last: the list of a zip's entries

@@ -17,8 +17,11 @@ Run = Callable[..., Any]
 
 # verb -> the commands that leave what its examples begin with
 BEFORE = {
+    "combine": ["convert kohya.safetensors --to diffusers -o diffusers.safetensors"],
     "convert": [
         "convert style.safetensors --to diffusers -o pytorch_lora_weights.safetensors",
+        "convert base/ --to torch -o pytorch_model.bin",
+        "init base/ --method gaussian --dora -o dora/",
         "convert adapter/ --to peft --for fused -o phi/",
         "init base/ --method pissa --residual left/ -o start/",
     ],

@@ -10,7 +10,7 @@ import torch
 from matrix import COLUMNS, READABLE, cell, matrix
 from torch import Tensor
 
-from loratool.converting import TARGETS
+from loratool.choices import TARGETS
 from loratool.errors import NeedsFlag
 from loratool.formats import FORMATS, open_adapter
 

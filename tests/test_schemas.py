@@ -46,6 +46,8 @@ convert {sdxl}/adapter.safetensors --to diffusers -o {tmp}/diffusers.safetensors
 convert {llama}/adapter --to peft --plain -o {tmp}/plain                                      ConvertReport 0
 convert {llama}/adapter --to peft --for fused --base {llama}/base -o {tmp}/fused              ConvertReport 0
 convert {llama}/adapter --to loralib -o {tmp}/loralib.safetensors                             ConvertReport 0
+convert {llama}/base --to torch -o {tmp}/torch                                                CheckpointConvertReport 0
+convert {tmp}/torch --dtype fp16 --max-shard-size 100KB -o {tmp}/shards                       CheckpointConvertReport 0
 count {llama}/base                                                                            CountReport 0
 count {gpt2}/base/config.json --params 4K --target c_attn                                     CountReport 0
 diff {tmp}/kinds {tmp}/kinds --base {tmp}/odd                                                 AdapterDiff 0

@@ -19,6 +19,7 @@ from conftest import FIXTURES
 from loratool import choices, combining, inits
 from loratool.cli import VERBS, cli
 from loratool.cli.options import SELECTIONS
+from loratool.output import CONTAINERS
 from loratool.targets import PRESETS
 from loratool.tied import TIED
 
@@ -58,7 +59,7 @@ class TestCompletion:
             ("loratool merge base/ adapter/ --dtype ", ["keep", *choices.DTYPES]),
             ("loratool merge base/ adapter/ --device c", ["cpu", "cuda"]),
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
-            ("loratool convert a.safetensors --to ", list(choices.TARGETS)),
+            ("loratool convert a.safetensors --to ", [*choices.TARGETS, *CONTAINERS]),
             ("loratool convert a.safetensors --for ", list(choices.LAYOUTS)),
             ("loratool init base/ --method ", list(choices.INITS)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
@@ -98,8 +99,11 @@ class TestCompletion:
 
     @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
     def test_bash_really_completes(self, tmp_path: Path) -> None:
+        command = tmp_path / "loratool"
+        command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{MAIN}' \"$@\"\n")
+        command.chmod(0o755)
         script = f"""
-            loratool() {{ '{sys.executable}' -c '{MAIN}'; }}
+            PATH='{tmp_path}':$PATH
             eval "$(_LORATOOL_COMPLETE=bash_source loratool)"
             COMP_WORDS=(loratool merge base/ adapter/ --tied sh); COMP_CWORD=5
             _loratool_completion loratool sh --tied

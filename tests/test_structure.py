@@ -17,7 +17,7 @@ ORDER = [
     "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks",
     "factoring", "draft", "joining", "comparing", "converting", "carrying", "relayout", "extraction", "inits",
     "combining", "initialization", "hypotheses", "replaying", "judging", "ops", "pictures", "render",
-    "schemas", "cli",
+    "schemas", "cli", "__main__",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}

@@ -92,7 +92,7 @@ def convert(
     json: bool,
 ) -> None:
     """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
-    convention: an image model's (SD 1, SD 2, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
+    convention: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
     or loralib's, or as plain LoRA. What is in the files decides which.
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
@@ -108,7 +108,7 @@ def convert(
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
-      loratool convert dora/ --to peft --plain --base base/ --rank 32 -o lora/
+      loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """

@@ -72,7 +72,7 @@ def resize(
     \b
       loratool resize adapter/ --rank 4 -o small/
       loratool resize adapter/ --energy 0.95 --max-rank 6 -o even/
-      loratool resize sdxl.safetensors --rank 8 --to diffusers -o small.safetensors
+      loratool resize style.safetensors --rank 8 --to diffusers -o small.safetensors
 
     The report has a line a module. |D|: the size of its change. energy: the share of |D|^2 that is kept. error: the
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.

@@ -27,7 +27,7 @@ from ..converting import (
     uses_own_names,
 )
 from ..draft import STALE, rounded, write_single
-from ..errors import InputError
+from ..errors import InputError, NeedsFlag
 from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
@@ -104,7 +104,7 @@ class _Planned:
         columns = next((s.module for s in wanted if s.update.inputs and not self._has_alphas), None)
         if columns:
             said = f"is DoRA along the inputs, which {to}'s files cannot say"
-            raise self._wish.needs(columns, said, "--plain --base BASE", "the model")
+            raise NeedsFlag(said, culprit=columns, remedy="add --plain --base BASE with the model")
         lost = [s.module for s in wanted if to == "loralib" and _has_kernel(s)]
         wanted = [each for each in wanted if each.module not in lost]
         lost += [module for module in impossible if not selection.selects(module)]

@@ -18,10 +18,23 @@ from ..adapter import UNPAIRED
 from ..factoring import KINDS
 from ..formats import FORMATS
 from ..formats.methods import OUTCOMES
-from ..ops import combine, convert, count, diff, extract, init, merge_report, resize, spectra, unmerge
+from ..ops import (
+    combine,
+    convert,
+    convert_checkpoint,
+    count,
+    diff,
+    extract,
+    init,
+    merge_report,
+    resize,
+    spectra,
+    unmerge,
+)
 from ..ops import inspect as inspecting
 from ..ops import inspect_adapter as adapters
 from ..ops import verify as verifying
+from ..output import CONTAINERS
 from ..render.text import SCHEMA_VERSION
 from ..tensorfile import DTYPES
 from ..updates import UPDATES
@@ -29,7 +42,7 @@ from ..updates import UPDATES
 # verb -> what its `report` can be
 REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
-    "convert": (convert.ConvertReport,),
+    "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport),
     "count": (count.CountReport,),
     "diff": (diff.AdapterDiff, diff.CheckpointDiff),
     "extract": (extract.ExtractReport,),
@@ -59,6 +72,8 @@ WORDS: dict[str, Sequence[str]] = {
     "outcome": tuple(OUTCOMES),
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(choices.TARGETS),
+    "CheckpointConvertReport.to": tuple(CONTAINERS),
+    "CheckpointConvertReport.source_format": tuple(CONTAINERS),
     "CombineReport.method": tuple(choices.METHODS),
     "InitReport.method": tuple(choices.INITS),
     "MethodCount.method": tuple(counting.METHODS),

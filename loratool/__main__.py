@@ -1,0 +1,5 @@
+"""`python -m loratool`."""
+
+from .cli import main
+
+main()
