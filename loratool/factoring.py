@@ -21,7 +21,6 @@ from torch import Tensor
 from .architectures.conv1d import stores_transposed
 from .architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .architectures.wrappers import module_of
-from .errors import InputError
 from .fileio import read_into, write_at
 from .formats.peft import DECLARED
 from .formats.peft_write import nested
@@ -159,8 +158,6 @@ class FactorSpool:
         generators = [self._generator(f"{name} {e}", D) for e in range(E)]
         found = truncated_svds(stack, rank, generators, self._certify)
         known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
-        if total and not known:
-            raise InputError("its change is too large for float32's products", culprit=name)
         A, B = torch.zeros(known, E, inp), torch.zeros(known, E, out)
         squares = torch.zeros(known, dtype=torch.float64)
         for e, svd in enumerate(found):

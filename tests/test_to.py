@@ -167,7 +167,7 @@ class TestCombine:
             result = run("combine", *files, "--exclude", pattern, "-o", tmp_path / "d.safetensors", "--force")
             assert result.exit_code == 0 and f"left out: {te}" in result.stdout
             assert not any(te in name for name in load_file(tmp_path / "d.safetensors"))
-        assert run("combine", *files, "--exclude", "what", "-o", tmp_path / "e.safetensors").exit_code == 2
+        assert run("combine", *files, "--exclude", "what", "-o", tmp_path / "e.safetensors").exit_code == 3
 
     def test_of_two_families_they_are_refused(self, tmp_path: Path) -> None:
         one = kohya(tmp_path / "a.safetensors", FUSED)

@@ -87,7 +87,7 @@ def truncated_svds(
     for start in range(0, E, count):
         part = tall[start : start + count]
         wide = part.double()
-        X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2).to(stack.dtype)
+        X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2)
         found += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(part, X, strict=True)]
     return found if m >= n else [_turned(each) for each in found]
 
@@ -121,14 +121,14 @@ def _turned(svd: TruncatedSVD) -> TruncatedSVD:
 
 
 def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) -> TruncatedSVD:
-    """The triplets whose right vectors span X, (n, r)."""
+    """The triplets whose right vectors span X, (n, r), in X's precision."""
     m, n = D.shape
-    B = D @ X
+    B = torch.cat([block.to(X.dtype) @ X for block in _row_blocks(D)])
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
     S, B, X = S[order], B[:, order], X[:, order]
     kept = S[0] * 1e-7 * max(m, n) ** 0.5 < S  # what is below is float32's noise about an exact rank
-    S, B, X = S[kept], B[:, kept], X[:, kept]
+    S, B, X = S[kept], B[:, kept], X[:, kept].to(D.dtype)
     return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
 
 
@@ -156,7 +156,7 @@ def _signed(svd: TruncatedSVD) -> TruncatedSVD:
 
 def _eigenvectors(D: Tensor, rank: int) -> Tensor:
     """The top right singular vectors from D^T D, whose float64 keeps singular values down to 1e-8 of the largest."""
-    top: Tensor = torch.linalg.eigh(_gram(D)).eigenvectors[:, -rank:].flip(1).to(D.dtype)
+    top: Tensor = torch.linalg.eigh(_gram(D)).eigenvectors[:, -rank:].flip(1)
     return top
 
 
