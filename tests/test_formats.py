@@ -358,7 +358,7 @@ def test_real_peft_adapters(name: str) -> None:
 
 @needs_shared
 def test_real_key_lists(tmp_path: Path) -> None:
-    """Shapes of real Flux files: kohya's and diffusers' open, the others are refused with a reason, never half read."""
+    """Shapes of real Flux files: kohya's, OneTrainer's and diffusers' open, the others are refused, never half read."""
     for file in sorted((SHARED / "keylists").glob("*.json")):
         shapes = json.loads(file.read_text())
         header: dict[str, Any] = {}
@@ -371,7 +371,7 @@ def test_real_key_lists(tmp_path: Path) -> None:
         with open(tmp_path / "x.safetensors", "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             out.truncate(8 + len(text) + offset)
-        if "kohya" in file.name or file.name == "flux_lora_diffusers_format.json":
+        if any(f"_{name}_format" in file.name for name in ("kohya", "kohya_with_te1", "onetrainer", "lora_diffusers")):
             adapter = open_adapter(tmp_path / "x.safetensors")
             assert {t for u in adapter.updates.values() for t in u.tensors.values()} == {
                 k for k in shapes if not k.endswith("alpha")
