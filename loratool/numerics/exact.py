@@ -230,7 +230,6 @@ class Change:
 # W' = a * W + c is what becomes of the rows. Every update of a weight has this form.
 Fill = Callable[[slice, Tensor, Tensor], Tensor | None]
 
-
 # Shown each tile when it is done: (W, W', a * W + c, c, a, the near ties that `round_once` found).
 Witness = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
 
@@ -368,6 +367,8 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:
     """`out = round_once(base)`, any two float dtypes; of the result only the overflow is counted."""
     if base.dtype == torch.float64:
         round_once(base, out, work)
+    elif base.itemsize == out.itemsize and base.dtype != out.dtype:  # from one 16 bits to the other torch is slow
+        out.copy_(work.take("narrow", torch.float32, *base.shape).copy_(base))
     else:
         out.copy_(base)  # by way of float32, which holds all of it: one rounding
     if math.isfinite(float(out.abs().max())):
@@ -380,8 +381,7 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:
 def _has_negative_zero(x: Tensor) -> bool:
     """-0.0 is the least integer among the bit patterns."""
     bits = x.view(_BITS[x.dtype])
-    least = bits.min() if x.is_cuda else bits.numpy().min()
-    return int(least) == torch.iinfo(bits.dtype).min
+    return int(bits.min() if x.is_cuda else bits.numpy().min()) == torch.iinfo(bits.dtype).min
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
