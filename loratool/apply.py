@@ -27,7 +27,7 @@ from .numerics.exact import (
     cast_rounded,
     replaced_change,
 )
-from .numerics.filtered import FilteredRows
+from .numerics.filtered import FORMS, FilteredRows
 from .placing import Placement
 from .plan import MergePlan
 from .rewrite import Changed, CopiedRows, RowRange
@@ -229,7 +229,7 @@ class Piece:
             recorder.head(special.head)
 
         def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
-            if rows and base.dtype == out.dtype == torch.bfloat16:
+            if rows and base.dtype == out.dtype and base.dtype in FORMS:
                 return rows.apply(base, row, out, work)
             state = special.state(base, start + row, work) if special else None
             fill = self.fill(left, row, len(base), start + row, state, work)

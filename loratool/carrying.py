@@ -116,7 +116,7 @@ def _ranks_of(B: Tensor, part: Part) -> Tensor:
     """Which ranks a part needs. Where none of those that reach its rows reaches others too, as in what was fused of
     parts, it is those, and the ones that reach none at all, as in an adapter that only starts; else it is all.
     """
-    reached = B.reshape(*B.shape[:2], -1).any(2)  # (out, r)
+    reached = B.reshape(B.shape[:2]) != 0  # (out, r)
     inside = reached[part.start : part.stop].any(0)
     outside = reached[: part.start].any(0) | reached[part.stop :].any(0)
     apart = not bool((inside & outside).any()) and not bool(outside.all())

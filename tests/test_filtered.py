@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loratool.numerics import filtered
 from loratool.numerics.exact import Change, ExactProduct, Workspace, apply_rounded
-from loratool.numerics.filtered import FilteredRows
+from loratool.numerics.filtered import FORMS, FilteredRows
 from loratool.updates import LowRank
 
 CPU = torch.device("cpu")
@@ -31,8 +31,9 @@ def both(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[tuple[Ten
 
 @pytest.mark.parametrize("relative", [1e-6, 1e-4, 1e-2, 0.1, 1.0])
 @pytest.mark.parametrize("rank", [1, 16, 300])
-def test_bits_are_those_of_the_exact_way_and_of_the_reference(relative: float, rank: int) -> None:
-    W, (A, B) = weights(128, 700, dtype=torch.bfloat16), factors(128, 700, rank)
+@pytest.mark.parametrize("dtype", FORMS)
+def test_bits_are_those_of_the_exact_way_and_of_the_reference(relative: float, rank: int, dtype: torch.dtype) -> None:
+    W, (A, B) = weights(128, 700, dtype=dtype), factors(128, 700, rank)
     scale = relative * float(W.float().norm() / (B @ A).norm())
     (found, change), (expected, exact) = both(W, A, B, scale)
     assert torch.equal(bits(found), bits(expected))
@@ -43,10 +44,16 @@ def test_bits_are_those_of_the_exact_way_and_of_the_reference(relative: float, r
     assert change.kept == pytest.approx(exact.kept, rel=1e-3, abs=1e-4 * exact.change_squared)
 
 
-def test_sums_that_lie_on_midpoints_or_a_hair_beside_them() -> None:
-    """Every weight is doubtful here or nearly so: W + D is a midpoint of bfloat16 plus a millionth of a step."""
-    W = torch.arange(1, 1025).float().reshape(8, 128).bfloat16()
-    half = (W.float().abs().log2().floor() - 8).exp2()
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("size", [1.0, 2.0**-20])
+def test_sums_that_lie_on_midpoints_or_a_hair_beside_them(dtype: torch.dtype, size: float) -> None:
+    """Every weight is doubtful here or nearly so: W + D is a midpoint plus a millionth of a step; in float16 of the
+    smaller size below its normal numbers too, where all steps are one.
+    """
+    W = (torch.arange(1, 1025).float().reshape(8, 128) * size).to(dtype)
+    digits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+    half = (W.float().abs().log2().floor() - digits).exp2()
+    half = half.clamp(min=2.0**-25) if dtype == torch.float16 else half
     for hair in (0.0, 1e-6, -1e-6, 1e-9, -1e-9, 1e-12, -1e-12):
         (found, _), (expected, _) = both(W, half[0:1] * (1 + hair), torch.ones(8, 1))
         assert torch.equal(bits(found), bits(expected))
@@ -59,8 +66,9 @@ def test_sums_that_lie_on_midpoints_or_a_hair_beside_them() -> None:
 STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "negative zero": lambda W: W * -0.0,
     "half pruned": lambda W: torch.where(W > 0, W, torch.zeros_like(W)),
-    "subnormal": lambda W: (W.float() * 2.0**-130).bfloat16(),
-    "huge": lambda W: (W.float() * 1e37).bfloat16(),
+    "subnormal": lambda W: (W.float() * torch.finfo(W.dtype).tiny).to(W.dtype),
+    "small": lambda W: (W.float() * torch.finfo(W.dtype).tiny * 100).to(W.dtype),
+    "huge": lambda W: (W.float() / 0.1 * torch.finfo(W.dtype).max / 2).to(W.dtype),
     "infinite": lambda W: W.masked_fill(W > 0.05, float("inf")),
     "nan": lambda W: W.masked_fill(W > 0.05, float("nan")),
     "largest": lambda W: torch.full_like(W, torch.finfo(W.dtype).max),
@@ -68,9 +76,10 @@ STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1e30])
-def test_strange_weights(strange: str, size: float) -> None:
-    W, (A, B) = STRANGE[strange](weights(64, 256, dtype=torch.bfloat16)), factors(64, 256, 8)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e-3, 1e4, 1e30])
+@pytest.mark.parametrize("dtype", FORMS)
+def test_strange_weights(strange: str, size: float, dtype: torch.dtype) -> None:
+    W, (A, B) = STRANGE[strange](weights(64, 256, dtype=dtype)), factors(64, 256, 8)
     B[::2] = 0
     (found, change), (expected, exact) = both(W, A, B, size)
     assert torch.equal(bits(found), bits(expected))
@@ -83,10 +92,11 @@ def test_strange_weights(strange: str, size: float) -> None:
     spread=st.floats(0, 12),
     size=st.floats(-9, 3),
     rank=st.sampled_from([1, 2, 7, 64]),
+    dtype=st.sampled_from(list(FORMS)),
 )
-def test_any_bits_under_any_scales(seed: int, spread: float, size: float, rank: int) -> None:
+def test_any_bits_under_any_scales(seed: int, spread: float, size: float, rank: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(seed)
-    W = torch.randint(-(2**15), 2**15, (32, 96), generator=g, dtype=torch.int16).view(torch.bfloat16)
+    W = torch.randint(-(2**15), 2**15, (32, 96), generator=g, dtype=torch.int16).view(dtype)
     W = torch.where(W.float().abs() < 1e6, W, torch.ones_like(W))
     A, B = factors(32, 96, rank, seed)
     ranks = torch.logspace(0, spread, rank)

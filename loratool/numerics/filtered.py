@@ -1,13 +1,15 @@
-"""The bits of `exact.apply_rounded` for bfloat16 at a third of its cost: float32 first, exact where that cannot tell.
+"""The bits of `exact.apply_rounded` for 16-bit types at a third of its cost: float32 first, exact where it cannot tell.
 
-A float32 GEMM is right to a bound that holds for any order of summation, and float32 has 16 bits more than bfloat16.
-So nearly every W + D is further from a midpoint between two bfloat16 than the bound, and rounds like the exact sum
-(Shewchuk, 1997, calls this a filter). The few others, about one in a thousand, are computed exactly one by one.
+A float32 GEMM is right to a bound that holds for any order of summation, and float32 has 16 bits more than bfloat16,
+13 more than float16. So nearly every W + D is further from a midpoint between two numbers of the type than the bound,
+and rounds like the exact sum (Shewchuk, 1997, calls this a filter). The few others, about one in a thousand, are
+computed exactly one by one.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from .exact import Change, ExactProduct, Workspace, apply_rounded
 
-WINDOW = 256  # float32 steps around a midpoint that are looked at closely; more of them, and fewer sums near 0
 MOST = 8  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
 LEAST, LARGEST = 2.0**-80, 2.0**80  # outside of which a product in float32 could underflow, or overflow
@@ -25,6 +26,36 @@ TILE = 1 << 16  # weights at a time: what is kept of them in float32 stays in a 
 Positions = npt.NDArray[np.intp]
 Sums = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
+Wide = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A type's numbers as float32 has them. below: the bits under the last of its own; window: float32 steps around a
+    midpoint that are looked at closely, more of which make fewer sums near 0; least: its lowest code with all bits,
+    below which midpoints lie elsewhere; largest: the code of its largest number.
+    """
+
+    below: int
+    window: int
+    least: int
+    largest: int
+
+    @property
+    def mask(self) -> int:
+        return (1 << self.below) - 1
+
+    @property
+    def middle(self) -> int:
+        return 1 << (self.below - 1)
+
+
+FORMS = {
+    torch.bfloat16: _Form(16, 256, 0, 0x7F7F),
+    torch.float16: _Form(13, 128, 0x0400, 0x7BFF),
+}
+SUBNORMAL = 2.0**-14  # float16's: numbers below are whole steps of
+STEP = 2.0**-24
 
 
 class _Tile:
@@ -60,13 +91,13 @@ class FilteredRows:
     def apply(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
         """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
 
-        base, out: (rows, n) in bfloat16, contiguous.
+        base, out: (rows, n) of one dtype of FORMS, contiguous.
         """
         error = float(self._bound[row : row + len(base)].max())
         if not (_float32_is_whole() and LEAST < error < LARGEST):
             return self._apply_exactly(base, row, out, work)
-        change, near = Change(), []
-        columns, least = base.shape[1], _least(error)
+        change, near, form = Change(), [], FORMS[base.dtype]
+        columns, least = base.shape[1], _least(error, form, base.dtype)
         step = max(1, TILE // columns)
         for start in range(0, len(base), step):
             part = slice(start, min(start + step, len(base)))
@@ -78,7 +109,7 @@ class FilteredRows:
                 near.append((done[1] + start * columns, done[2]))
         if near:
             at, sums = (np.concatenate(side) for side in zip(*near, strict=True))
-            change += self._mend(base, row, at[_is_doubtful(sums, error)], out)
+            change += self._mend(base, row, at[_is_doubtful(sums, error, form)], out)
         return change
 
     def _apply_exactly(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
@@ -99,8 +130,8 @@ class FilteredRows:
         torch.add(tile.wide, tile.change, out=tile.total)
         out.copy_(tile.total)
         before, after = base.view(torch.uint16).numpy(), out.view(torch.uint16).numpy()
-        at = _near(tile, after, least)
-        if len(at) * MOST > after.size:
+        at = _near(tile, after, least, FORMS[base.dtype])
+        if at is None or len(at) * MOST > after.size:
             return None
         sums = tile.sums[at]
         tile.total.copy_(out).sub_(tile.wide)
@@ -118,25 +149,37 @@ class FilteredRows:
         c = self._product.elements(self._exact, rows, torch.from_numpy(at % columns)).numpy()
         before, after = (x.view(torch.uint16).numpy().reshape(-1) for x in (base, rounded))
         weight, former = before[at], after[at]
-        result = np.where(c == 0, weight, _round_to_bfloat16(_wide(weight) + c))
+        wide, exactly = _CODES[base.dtype]
+        result = np.where(c == 0, weight, exactly(wide(weight) + c))
         after[at] = result
         changed = np.count_nonzero(result != weight) - np.count_nonzero(former != weight)
-        return Change(kept=float(np.dot(_wide(result) - _wide(former), c)), changed=int(changed))
+        return Change(kept=float(np.dot(wide(result) - wide(former), c)), changed=int(changed))
 
 
-def _wide(code: Codes) -> npt.NDArray[np.float64]:
-    """The numbers behind bit patterns of bfloat16."""
+def _wide_bfloat16(code: Codes) -> Wide:
+    """The numbers behind bit patterns."""
     return (code.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def _round_to_bfloat16(x: npt.NDArray[np.float64]) -> Codes:
-    """To nearest even in one rounding, as codes; `x` is within bfloat16's range."""
+def _to_bfloat16(x: Wide) -> Codes:
+    """To nearest even in one rounding, as codes; `x` is within the type's range."""
     narrow = x.astype(np.float32)
     # a float32 that was moved onto a midpoint has lost the side on which x lies
     moved = ((narrow.view(np.uint32) & 0xFFFF) == 0x8000) & (narrow != x)
     toward = np.where(x > narrow, np.float32(np.inf), np.float32(-np.inf))
     bits = np.where(moved, np.nextafter(narrow, toward), narrow).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def _wide_float16(code: Codes) -> Wide:
+    return code.view(np.float16).astype(np.float64)
+
+
+def _to_float16(x: Wide) -> Codes:
+    return x.astype(np.float16).view(np.uint16)  # which numpy rounds once
+
+
+_CODES = {torch.bfloat16: (_wide_bfloat16, _to_bfloat16), torch.float16: (_wide_float16, _to_float16)}
 
 
 def _float32_is_whole() -> bool:
@@ -147,26 +190,36 @@ def _float32_is_whole() -> bool:
     return str(matmul.fp32_precision) in ("none", "ieee")
 
 
-def _least(error: float) -> int:
-    """The upper half of a float32 beyond which WINDOW steps are more than the error and the rounding of the sum."""
-    return (int(np.array([error / U / (WINDOW - 2)], np.float32).view(np.int32)[0]) >> 16) + 1
+def _least(error: float, form: _Form, dtype: torch.dtype) -> int:
+    """The code of a number beyond which the window is more than the error and the rounding of the sum."""
+    beyond = torch.tensor([error / U / (form.window - 2)]).to(dtype).view(torch.int16)
+    return max(int(beyond) + 1, form.least)
 
 
-def _near(tile: _Tile, rounded: Codes, least: int) -> Positions:
-    """Flat positions of the sums within WINDOW of a midpoint of bfloat16, and of those up to `least`."""
+def _near(tile: _Tile, rounded: Codes, least: int, form: _Form) -> Positions | None:
+    """Flat positions of the sums within the window of a midpoint, and of those up to `least`; None where one is as
+    large as the type goes.
+    """
     bits, hit = tile.bits, tile.hit
     tile.low.copy_(tile.total_bits)  # the upper half falls off
-    np.add(bits, WINDOW - 0x8000 & 0xFFFF, out=bits)
-    np.less_equal(bits, 2 * WINDOW, out=hit)
+    np.add(bits, form.window - form.middle & 0xFFFF, out=bits)
+    if form.below < 16:
+        np.bitwise_and(bits, form.mask, out=bits)
+    np.less_equal(bits, 2 * form.window, out=hit)
     np.bitwise_and(rounded, 0x7FFF, out=bits)
+    if bits.max() >= form.largest:
+        return None
     np.less_equal(bits, least, out=tile.small)
     np.logical_or(hit, tile.small, out=hit)
     return np.flatnonzero(hit)
 
 
-def _is_doubtful(x: Sums, error: float) -> npt.NDArray[np.bool_]:
-    """Which float32 sums lie within `error` of a midpoint of bfloat16, or of 0."""
-    middle = ((x.view(np.int32) & -0x10000) | 0x8000).view(np.float32)
-    reach = error + np.abs(x) * (2 * U)
-    doubtful: npt.NDArray[np.bool_] = (np.abs(x - middle) <= reach) | (np.abs(x) <= reach)
+def _is_doubtful(x: Sums, error: float, form: _Form) -> npt.NDArray[np.bool_]:
+    """Which float32 sums lie within `error` of a midpoint, or of 0."""
+    size = np.abs(x)
+    middle = ((size.view(np.int32) & ~form.mask) | form.middle).view(np.float32)
+    if form.least:
+        middle = np.where(size < SUBNORMAL, (np.floor(size / STEP) + 0.5) * STEP, middle).astype(np.float32)
+    reach = error + size * (2 * U)
+    doubtful: npt.NDArray[np.bool_] = (np.abs(size - middle) <= reach) | (size <= reach)
     return doubtful

@@ -84,6 +84,7 @@ class _Planned:
         targets = plan_targets(wanted, family, uses_own_names(wish.to, family))
         texts = len({each.component for each in wanted if each.component != "unet"})
         self._made: dict[str, _Made] = {}
+        self._loaded: tuple[Source, LowRank] | None = None
         for target in targets:
             name = spell(target, wish.to, family, texts)
             if name in self._made:
@@ -168,15 +169,22 @@ class _Planned:
         return self._wish.to in ("kohya", "comfy")
 
     def _factors(self, target: Target) -> tuple[Factors, list[LowRank]]:
-        updates = [self._image.load(part.source) for part in target.parts]
+        updates = [self._update(part.source) for part in target.parts]
         factors = make_factors(target, updates)
         if self._wish.rank is not None:
             factors = truncated(factors, self._wish.rank)
         elif self._folds(factors.scale):
             factors = fold(factors)
         dtype = self._wish.dtype or factors.B.dtype
-        rounded(target.path, (factors.B, factors.A), dtype)
+        if self._wish.plain or self._wish.dtype or target.how == "fused":  # else they are the source's own numbers
+            rounded(target.path, (factors.B, factors.A), dtype)
         return cast(factors, dtype) if self._wish.dtype else factors, updates
+
+    def _update(self, source: Source) -> LowRank:
+        """Read once for all the parts that a fused module becomes, which come one after the other."""
+        if self._loaded is None or self._loaded[0] is not source:
+            self._loaded = source, self._image.load(source)
+        return self._loaded[1]
 
     def _ends(self) -> dict[str, str]:
         if self._has_alphas:
