@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,12 +145,16 @@ def _all_numbers(size: int) -> list[RowRange]:
 
 
 def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[Change, int]:
-    """What is too large, and how many numbers are too small; those are looked for only where there can be one."""
+    """What is too large, and how many numbers are too small."""
     change = cast_rounded(base, out, work)
     least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
-    if least <= former or float(base.abs().min()) >= least:
-        return change, 0
-    return change, int(torch.count_nonzero(base) - torch.count_nonzero(out))
+    return change, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
+
+
+def _count_nonzero(x: Tensor) -> int:
+    """By the bits less the sign: numpy counts integers in a quarter of torch's time."""
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
+    return int(np.count_nonzero(bits << 1))
 
 
 def _report(
