@@ -33,13 +33,12 @@ Wide = npt.NDArray[np.float64]
 class _Form:
     """A type's numbers as float32 has them. below: the bits under the last of its own; window: float32 steps around a
     midpoint that are looked at closely, more of which make fewer sums near 0; least: its lowest code with all bits,
-    below which midpoints lie elsewhere; largest: the code of its largest number.
+    below which midpoints lie elsewhere.
     """
 
     below: int
     window: int
     least: int
-    largest: int
 
     @property
     def mask(self) -> int:
@@ -51,8 +50,8 @@ class _Form:
 
 
 FORMS = {
-    torch.bfloat16: _Form(16, 256, 0, 0x7F7F),
-    torch.float16: _Form(13, 128, 0x0400, 0x7BFF),
+    torch.bfloat16: _Form(16, 256, 0),
+    torch.float16: _Form(13, 128, 0x0400),
 }
 SUBNORMAL = 2.0**-14  # float16's: numbers below are whole steps of
 STEP = 2.0**-24
@@ -93,35 +92,46 @@ class FilteredRows:
 
         base, out: (rows, n) of one dtype of FORMS, contiguous.
         """
-        error = float(self._bound[row : row + len(base)].max())
+        rows, columns = base.shape
+        error = float(self._bound[row : row + rows].max())
         if not (_float32_is_whole() and LEAST < error < LARGEST):
             return self._apply_exactly(base, row, out, work)
-        change, near, form = Change(), [], FORMS[base.dtype]
-        columns, least = base.shape[1], _least(error, form, base.dtype)
-        step = max(1, TILE // columns)
-        for start in range(0, len(base), step):
-            part = slice(start, min(start + step, len(base)))
-            done = self._apply_tile(base[part], row + start, out[part], least, work)
-            if done is None:
+        form, change, sums = FORMS[base.dtype], Change(), [0.0, 0.0, 0.0, 0]
+        least, step, near = _least(error, form, base.dtype), max(1, TILE // columns), []
+        before, after = (x.view(torch.uint16).numpy() for x in (base, out))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            found = self._apply_tile(base[part], out[part], before[part], after[part], row + start, least, work, sums)
+            if found is None:
                 change += self._apply_exactly(base[part], row + start, out[part], work)
             else:
-                change += done[0]
-                near.append((done[1] + start * columns, done[2]))
+                near.append((found[0] + start * columns, found[1]))
         if near:
-            at, sums = (np.concatenate(side) for side in zip(*near, strict=True))
-            change += self._mend(base, row, at[_is_doubtful(sums, error, form)], out)
-        return change
+            at, totals = (np.concatenate(side) for side in zip(*near, strict=True))
+            mended = self._mend(base, row, at[_is_doubtful(totals, error, form)], out)
+            if mended is None:
+                return self._apply_exactly(base, row, out, work)
+            change += mended
+        return change + Change(sums[0], sums[1], sums[2], int(sums[3]))
 
     def _apply_exactly(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
-        return apply_rounded(base, self._product.fill(self._exact[row : row + len(base)]), out, work)
+        return apply_rounded(base, self._product.fill(self._exact[row : row + base.shape[0]]), out, work)
 
     def _apply_tile(
-        self, base: Tensor, row: int, out: Tensor, least: int, work: Workspace
-    ) -> tuple[Change, Positions, Sums] | None:
-        """Also the flat positions of the sums that may lie near a midpoint, or near 0, and these sums; None where they
-        are many, or not all finite.
+        self,
+        base: Tensor,
+        out: Tensor,
+        before: Codes,
+        after: Codes,
+        row: int,
+        least: int,
+        work: Workspace,
+        sums: list[float],
+    ) -> tuple[Positions, Sums] | None:
+        """The flat positions of the totals that may lie near a midpoint, or near 0, and these totals; None where they
+        are many, or not all finite. before, after: the codes of base and out; sums: what is added to, as in a `Change`.
         """
-        rows = len(base)
+        rows = base.shape[0]
         tile = self._tiles.get(rows)
         if tile is None:
             tile = self._tiles[rows] = _Tile(work, *base.shape)
@@ -129,21 +139,26 @@ class FilteredRows:
         tile.wide.copy_(base)
         torch.add(tile.wide, tile.change, out=tile.total)
         out.copy_(tile.total)
-        before, after = base.view(torch.uint16).numpy(), out.view(torch.uint16).numpy()
         at = _near(tile, after, least, FORMS[base.dtype])
-        if at is None or len(at) * MOST > after.size:
+        if len(at) * MOST > after.size:
             return None
-        sums = tile.sums[at]
+        totals = tile.sums[at]
         tile.total.copy_(out).sub_(tile.wide)
         wide, change, moved = tile.flat
         squared, kept = torch.dot(wide, wide).item(), torch.dot(moved, change).item()
         if not (math.isfinite(squared) and math.isfinite(kept)):
             return None
         np.not_equal(before, after, out=tile.hit)
-        return Change(squared, sum(self._squares[row : row + rows]), kept, int(np.count_nonzero(tile.hit))), at, sums
+        sums[0] += squared
+        sums[1] += sum(self._squares[row : row + rows])
+        sums[2] += kept
+        sums[3] += np.count_nonzero(tile.hit)
+        return at, totals
 
-    def _mend(self, base: Tensor, row: int, at: Positions, rounded: Tensor) -> Change:
-        """Round the weights at these flat positions exactly; returns what that changes in the sums."""
+    def _mend(self, base: Tensor, row: int, at: Positions, rounded: Tensor) -> Change | None:
+        """Round the weights at these flat positions exactly; returns what that changes in the sums, or None where one
+        becomes infinite.
+        """
         columns = base.shape[1]
         rows = torch.from_numpy(at // columns + row)
         c = self._product.elements(self._exact, rows, torch.from_numpy(at % columns)).numpy()
@@ -151,6 +166,8 @@ class FilteredRows:
         weight, former = before[at], after[at]
         wide, exactly = _CODES[base.dtype]
         result = np.where(c == 0, weight, exactly(wide(weight) + c))
+        if not np.isfinite(wide(result)).all():
+            return None
         after[at] = result
         changed = np.count_nonzero(result != weight) - np.count_nonzero(former != weight)
         return Change(kept=float(np.dot(wide(result) - wide(former), c)), changed=int(changed))
@@ -196,10 +213,8 @@ def _least(error: float, form: _Form, dtype: torch.dtype) -> int:
     return max(int(beyond) + 1, form.least)
 
 
-def _near(tile: _Tile, rounded: Codes, least: int, form: _Form) -> Positions | None:
-    """Flat positions of the sums within the window of a midpoint, and of those up to `least`; None where one is as
-    large as the type goes.
-    """
+def _near(tile: _Tile, rounded: Codes, least: int, form: _Form) -> Positions:
+    """Flat positions of the sums within the window of a midpoint, and of those up to `least`."""
     bits, hit = tile.bits, tile.hit
     tile.low.copy_(tile.total_bits)  # the upper half falls off
     np.add(bits, form.window - form.middle & 0xFFFF, out=bits)
@@ -207,8 +222,6 @@ def _near(tile: _Tile, rounded: Codes, least: int, form: _Form) -> Positions | N
         np.bitwise_and(bits, form.mask, out=bits)
     np.less_equal(bits, 2 * form.window, out=hit)
     np.bitwise_and(rounded, 0x7FFF, out=bits)
-    if bits.max() >= form.largest:
-        return None
     np.less_equal(bits, least, out=tile.small)
     np.logical_or(hit, tile.small, out=hit)
     return np.flatnonzero(hit)
