@@ -21,6 +21,7 @@ from .exact import Change, ExactProduct, Workspace, apply_rounded
 MOST = 8  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
 LEAST, LARGEST = 2.0**-80, 2.0**80  # outside of which a product in float32 could underflow, or overflow
+SLIGHT = 2.0**-26  # <D, D> to <W, W>, below which a float32 total has lost too much of D to tell what is kept of it
 TILE = 1 << 16  # weights at a time: what is kept of them in float32 stays in a core's cache
 
 Positions = npt.NDArray[np.intp]
@@ -61,12 +62,12 @@ class _Tile:
     """The buffers for some whole rows, with every view of them: making one costs as much as a thousand weights."""
 
     def __init__(self, work: Workspace, rows: int, n: int) -> None:
-        self.wide, self.change, self.total = (
-            work.take(name, torch.float32, rows, n) for name in ("wide", "change", "total")
+        self.total, self.change, self.moved = (
+            work.take(name, torch.float32, rows, n) for name in ("total", "change", "moved")
         )
-        self.flat = tuple(x.view(-1) for x in (self.wide, self.change, self.total))
+        self.flat = tuple(x.view(-1) for x in (self.total, self.change, self.moved))
         self.total_bits, self.low = self.total.view(torch.int32), work.take("low", torch.int16, rows, n)
-        self.sums, self.bits = self.flat[2].numpy(), self.low.numpy().view(np.uint16)
+        self.totals, self.bits = self.flat[0].numpy(), self.low.numpy().view(np.uint16)
         self.hit, self.small = (work.take(name, torch.bool, rows, n).numpy() for name in ("hit", "small"))
 
 
@@ -135,25 +136,28 @@ class FilteredRows:
         tile = self._tiles.get(rows)
         if tile is None:
             tile = self._tiles[rows] = _Tile(work, *base.shape)
+        total, change, moved = tile.flat
+        tile.total.copy_(base)
+        squared = torch.dot(total, total).item()
         torch.mm(self._left[row : row + rows], self._right, out=tile.change)
-        tile.wide.copy_(base)
-        torch.add(tile.wide, tile.change, out=tile.total)
+        total.add_(change)  # in place: a third stream of numbers would not stay in the cache
         out.copy_(tile.total)
         at = _near(tile, after, least, FORMS[base.dtype])
         if len(at) * MOST > after.size:
             return None
-        totals = tile.sums[at]
-        tile.total.copy_(out).sub_(tile.wide)
-        wide, change, moved = tile.flat
-        squared, kept = torch.dot(wide, wide).item(), torch.dot(moved, change).item()
+        own = sum(self._squares[row : row + rows])
+        tile.moved.copy_(out)
+        if own < SLIGHT * squared:
+            tile.moved.sub_(base)
+            kept = torch.dot(moved, change).item()
+        else:  # what W' is off from the total, which is at hand
+            kept = torch.dot(moved.sub_(total), change).item() + own
         if not (math.isfinite(squared) and math.isfinite(kept)):
             return None
         np.not_equal(before, after, out=tile.hit)
-        sums[0] += squared
-        sums[1] += sum(self._squares[row : row + rows])
-        sums[2] += kept
-        sums[3] += np.count_nonzero(tile.hit)
-        return at, totals
+        for place, value in enumerate((squared, own, kept, np.count_nonzero(tile.hit))):
+            sums[place] += value
+        return at, tile.totals[at]
 
     def _mend(self, base: Tensor, row: int, at: Positions, rounded: Tensor) -> Change | None:
         """Round the weights at these flat positions exactly; returns what that changes in the sums, or None where one
