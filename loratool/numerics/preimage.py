@@ -12,6 +12,7 @@ patterns are). A number too many costs a bit, a number too few would lose W.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MAGNITUDE = np.int64((1 << 63) - 1)
 _END = 1 << 12  # float64 steps, 2**-40 of |W'|: how far the ends of the interval are moved outward
 _SLACK = 1 << 10  # float64 steps, for what the way back through c and a adds
+_MOST = float(np.finfo(np.float64).max)
 _NEAR_ZERO = 2.0**-8  # of |W'|: an interval that comes closer to 0 holds numbers without end
 _CHUNK = 1 << 14  # numbers at a time, which stay in a core's cache
 _NEAR_TIE = 1 << 12  # float64 steps around a midpoint
@@ -34,15 +36,15 @@ class FloatFormat:
     bias: int
     code: type[np.signedinteger[Any]]
 
-    @property
+    @cached_property
     def magnitude(self) -> int:
         return int(np.iinfo(self.code).max)
 
-    @property
+    @cached_property
     def exponent(self) -> int:
         return self.magnitude & ~((1 << self.mantissa) - 1)
 
-    @property
+    @cached_property
     def bits(self) -> int:
         return int(np.iinfo(self.code).bits)
 
@@ -113,8 +115,9 @@ def ambiguous(result: Array, like: Array, ties: Array, c: Array, form: FloatForm
     wide = (result & form.exponent) >= (like & form.magnitude)
     wide[ties] = True
     at = np.flatnonzero(wide)
-    found: Array = at[(c[at] != 0) & finite(result[at], form)]
-    return found
+    kept = c[at] != 0
+    kept &= finite(result[at], form)
+    return at if kept.all() else at[kept]
 
 
 def ambiguous_scaled(result: Array, a: Array, c: Array, form: FloatFormat) -> Array:
@@ -182,9 +185,10 @@ def candidates(result: Array, a: Array | None, c: Array, at: Array, form: FloatF
     near, far = np.minimum(inner, outer), np.maximum(inner, outer, out=outer)
     np.abs(value, out=value)
     raw |= ~(near > value * _NEAR_ZERO)
-    raw |= ~(far < np.finfo(np.float64).max)
+    raw |= ~(far < _MOST)
     raw |= (code & form.magnitude) >= form.exponent - (1 << form.mantissa)
-    near[raw], far[raw] = 1.0, 1.0
+    if raw.any():
+        near[raw], far[raw] = 1.0, 1.0
     low = _ordinal(near.view(np.int64) - _SLACK, form, up=True)
     most = _ordinal(far.view(np.int64) + _SLACK, form, up=False)
     np.minimum(most, form.exponent - 1, out=most)
