@@ -41,7 +41,7 @@ from ..inits import INITS, REFUSED
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import check_name, check_path, named
 from ..plan import plan_merge
-from ..runtime import Progress, choose_device
+from ..runtime import Progress, choose_device, map_ahead, worker_count
 from ..sidefiles import INITIAL, provenance
 from ..targets import Selection, parse_layers
 from ..tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
@@ -350,13 +350,13 @@ class _Work:
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
         """What the residual is, and of what: the hashes of the base's files."""
+        paths = [shard.path for shard in self._base.shards]
+        with closing(map_ahead(sha256_file, paths, worker_count())) as hashes:
+            of = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
         facts = {
             "adapters": [{"scales_sha256": scales_sha256, "sha256": sha256, "weight": -1.0}],
             "arithmetic": ARITHMETIC_VERSION,
-            "residual": {
-                "method": self._method,
-                "of": {shard.path.name: sha256_file(shard.path) for shard in self._base.shards},
-            },
+            "residual": {"method": self._method, "of": of},
         }
         return provenance("init", facts, self._base.metadata.get("loratool"))
 
