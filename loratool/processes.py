@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -39,7 +40,8 @@ def run_forked(
     def tell(link: Connection) -> None:
         for number, item in islice(numbered, 1):
             pending[number] = item
-            link.send(number)
+            with suppress(BrokenPipeError, ConnectionResetError):  # one that is gone says so when it is listened to
+                link.send(number)
 
     try:
         for _ in range(workers):
