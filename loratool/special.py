@@ -5,6 +5,7 @@ What one needs to know of W itself (DoRA its norms) is asked for apart, so that 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from .updates import Rows
 NORM_ROWS = 256  # rows read at a time for the norms of columns; a multiple of LANES
 
 
-class Special:
+class Special(ABC):
     """An update that is not additive.
 
     head: bytes that a reader without W needs for all rows of the piece. state: numbers that it needs for some rows.
@@ -31,9 +32,9 @@ class Special:
         """From the rows of `base`, whose first is the tensor's row `first`."""
         return None
 
+    @abstractmethod
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
         """For `rows` rows of the tensor from `first` on; `inner` is what is added besides."""
-        raise NotImplementedError
 
 
 def _sum(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:

@@ -10,12 +10,12 @@ from ..choices import LAYOUTS, TARGETS
 from ..formats import FORMATS
 from ..output import CONTAINERS
 from .options import (
-    OFFERED_DTYPES,
     PATH,
     Size,
     Slices,
     alpha_option,
     dry_run_option,
+    dtype_option,
     force_option,
     json_option,
     quiet_option,
@@ -58,14 +58,7 @@ from .options import (
     help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
 )
 @click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
-@click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    metavar="keep|fp32|bf16|fp16",
-    shell_complete=OFFERED_DTYPES,
-    help="The output's type.",
-)
+@dtype_option("The output's type.")
 @alpha_option
 @force_option
 @dry_run_option

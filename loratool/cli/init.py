@@ -6,12 +6,12 @@ import click
 
 from ..choices import INITS
 from .options import (
-    OFFERED_DTYPES,
     PATH,
     Count,
     PatternRank,
     device_option,
     dry_run_option,
+    dtype_option,
     exclude_option,
     force_option,
     json_option,
@@ -47,14 +47,7 @@ from .options import (
 @click.option("--dora", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
 @click.option("--rslora", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
 @click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
-@click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    metavar="keep|fp32|bf16|fp16",
-    shell_complete=OFFERED_DTYPES,
-    help="The residual's type.",
-)
+@dtype_option("The residual's type.")
 @to_option
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what is random.")

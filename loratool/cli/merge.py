@@ -8,7 +8,6 @@ import click
 
 from ..tied import TIED
 from .options import (
-    OFFERED_DTYPES,
     PATH,
     Size,
     Weighted,
@@ -16,6 +15,7 @@ from .options import (
     alpha_option,
     device_option,
     dry_run_option,
+    dtype_option,
     exclude_option,
     force_option,
     json_option,
@@ -33,14 +33,7 @@ from .options import (
 )
 @force_option
 @dry_run_option
-@click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    metavar="keep|fp32|bf16|fp16",
-    shell_complete=OFFERED_DTYPES,
-    help="The output's type.",
-)
+@dtype_option("The output's type.")
 @click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut the output anew.  [default: the base's shards]")
 @target_option
 @exclude_option

@@ -30,7 +30,6 @@ def offer(*words: str) -> Callable[[click.Context, click.Parameter, str], list[s
     return complete
 
 
-OFFERED_DTYPES = offer("keep", *DTYPES)
 alpha_option = click.option(
     "--alpha",
     type=float,
@@ -67,6 +66,18 @@ to_option = click.option(
     "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: by the input]"
 )
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
+
+
+def dtype_option(says: str) -> Callable[[Any], Any]:
+    """Torch's and numpy's spellings pass too, so it is the library that refuses a word."""
+    return click.option(
+        "--dtype",
+        default="keep",
+        show_default=True,
+        metavar="keep|fp32|bf16|fp16",
+        shell_complete=offer("keep", *DTYPES),
+        help=says,
+    )
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
