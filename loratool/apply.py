@@ -27,7 +27,7 @@ from .numerics.exact import (
     cast_rounded,
     replaced_change,
 )
-from .numerics.filtered import FORMS, FilteredRows
+from .numerics.filtered import FORMS, FilteredProduct, FilteredRows
 from .placing import Placement
 from .plan import MergePlan
 from .rewrite import Changed, CopiedRows, RowRange
@@ -214,23 +214,26 @@ class Piece:
         self._source, self._placements, self._load, self._device = source, placements, load, load.device
         self._lock = threading.Lock()
         self._ready: tuple[ExactProduct | None, Special | None] | None = None
+        self._filtered: FilteredProduct | None = None
 
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
-        product, special = self._get()
+        _, special = self._get()
         left = self.left(start, stop)
-        rows = None
-        if product and left is not None and not (special or self._record or left.is_cuda):
-            rows = FilteredRows(product, left)
-        recorder = None
-        if self._record and self._source:
-            recorder = Recorder(getattr(torch, TORCH_FLOATS[self._source.spec.dtype]))
+        name = TORCH_FLOATS.get(self._source.spec.dtype) if self._source else None
+        dtype = getattr(torch, name) if name else None
+        rows = recorder = None
+        if left is not None and not (special or left.is_cuda) and dtype in FORMS:
+            rows = FilteredRows(self._filter(), left)
+        if self._record and dtype:
+            recorder = Recorder(dtype)
         if recorder and special and start == self.start:
             recorder.head(special.head)
 
         def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
-            if rows and base.dtype == out.dtype and base.dtype in FORMS:
-                return rows.apply(base, row, out, work)
+            if rows and base.dtype == out.dtype == dtype:
+                change = rows.apply(base, row, out, work, recorder)
+                return change if recorder is None else recorder.take(change, base, out)
             state = special.state(base, start + row, work) if special else None
             fill = self.fill(left, row, len(base), start + row, state, work)
             if recorder is None:
@@ -283,6 +286,13 @@ class Piece:
                 if self._device.type == "cuda":
                     torch.cuda.current_stream(self._device).synchronize()  # the other workers' streams read it
             return self._ready
+
+    def _filter(self) -> FilteredProduct:
+        product, _ = self._get()
+        assert product is not None
+        with self._lock:
+            self._filtered = self._filtered or FilteredProduct(product)
+            return self._filtered
 
     def _terms(self, placement: Placement, weight: float) -> list[Factors]:
         """The factors for the piece's rows alone."""

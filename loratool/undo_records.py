@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .errors import InputError
 from .numerics.exact import Change, Fill, Workspace, round_once, tiles
+from .numerics.filtered import Filtered, Positions, Told
+from .numerics.filtered_preimage import Estimates
 from .numerics.preimage import (
     FLOAT_FORMATS,
     Array,
@@ -72,11 +74,14 @@ class Recorded:
 
 
 class Recorder:
-    """Writes the record of some rows, block after block."""
+    """Writes the record of some rows, block after block, as an `Observer` of each."""
+
+    columns = CELL_COLUMNS
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
         self._parts: list[bytes] = []
+        self._estimates: Estimates | None = None
         self._hashes = hashlib.sha256(), hashlib.sha256()
 
     def head(self, data: bytes) -> None:
@@ -95,8 +100,28 @@ class Recorder:
         near = _near(total, ties, self._form)
         at = _positions(result, weight, near, back, factor, self._form)
         index, width, raw = encode(weight, candidates(result, factor, back, at, self._form), self._form)
-        self._parts.append(pack(index, width) + np.packbits(raw != 0, bitorder="little").tobytes())
-        self._parts.append(raw[raw != 0].tobytes())
+        self._add(pack(index, width, [len(index)])[0], raw)
+
+    def filtered(self, tile: Filtered) -> None:
+        assert self._form
+        self._estimates = self._estimates or Estimates(self._form, CELL_COLUMNS)
+        self._estimates.add(tile)
+
+    def wanted(self) -> Positions | None:
+        assert self._estimates
+        return self._estimates.wanted()
+
+    def settle(self, told: Told) -> None:
+        assert self._estimates
+        for packed, raw in self._estimates.encode(told):
+            self._add(packed, raw)
+        self._estimates = None
+
+    def forget(self) -> None:
+        self._estimates = None
+
+    def _add(self, packed: bytes, raw: Array) -> None:
+        self._parts.append(packed + np.packbits(raw != 0, bitorder="little").tobytes() + raw[raw != 0].tobytes())
 
     def difference(self, weight: Array, result: Array) -> None:
         """A block of a tensor whose values were replaced."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loratool.numerics import filtered
 from loratool.numerics.exact import Change, ExactProduct, Workspace, apply_rounded
-from loratool.numerics.filtered import FORMS, FilteredRows
+from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
 from loratool.updates import LowRank
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def both(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[tuple[Ten
     product = ExactProduct(LowRank(A, B, scale).terms(1.0, False))
     left = product.left(0, len(W))
     found, expected = torch.empty_like(W), torch.empty_like(W)
-    change = FilteredRows(product, left).apply(W, 0, found, Workspace(CPU))
+    change = FilteredRows(FilteredProduct(product), left).apply(W, 0, found, Workspace(CPU))
     exact = apply_rounded(W, product.fill(left), expected, Workspace(CPU))
     return (found, change), (expected, exact)
 
@@ -107,7 +107,7 @@ def test_any_bits_under_any_scales(seed: int, spread: float, size: float, rank: 
 def test_rows_of_a_block_are_the_products_own() -> None:
     W, (A, B) = weights(96, 256, dtype=torch.bfloat16), factors(96, 256, 16)
     product = ExactProduct(LowRank(A, B, 1.0).terms(1.0, False))
-    rows, work = FilteredRows(product, product.left(0, 96)), Workspace(CPU)
+    rows, work = FilteredRows(FilteredProduct(product), product.left(0, 96)), Workspace(CPU)
     out = torch.empty_like(W)
     for start in (0, 32, 64):
         rows.apply(W[start : start + 32], start, out[start : start + 32], work)

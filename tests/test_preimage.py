@@ -106,7 +106,7 @@ def test_cancellation(form: str, scale: float) -> None:
 def test_packing(numbers: list[tuple[int, int]]) -> None:
     width = np.array([w for w, _ in numbers], np.int64)
     index = np.array([n & ((1 << w) - 1) for w, n in numbers], np.int64)
-    data = pack(index, width)
+    data = pack(index, width, [len(index)])[0]
     assert len(data) == (sum(w for w, _ in numbers) + 7) // 8
     assert (unpack(data, width) == index).all()
     with pytest.raises(ValueError, match="bytes hold no"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -95,31 +94,13 @@ class ExactProduct:
         self._left_scale = torch.where(dead, 0.0, power_of_two(-shift))  # (R,)
         right = right * torch.where(dead, 0.0, power_of_two(shift)).unsqueeze(1)
         high, low = _slices(right, 0, self._bits)
-        self._cross = torch.cat([low, high])  # (2R, n), met by [high, low] of the left side
-        self._high = self._cross[rank:]
+        self.cross = torch.cat([low, high])  # (2R, n), met by [high, low] of the left side
+        self._high = self.cross[rank:]
 
     def left(self, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of the left side on their grids, (stop - start, 2R), high slices then low."""
         rows = torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1)
         return torch.cat(_slices(rows * self._left_scale, 1, self._bits), 1)
-
-    @cached_property
-    def right_in_float32(self) -> tuple[Tensor, float, Tensor]:
-        """The right side as it is multiplied, (R, n), rounded; its largest column's norm; its Gram matrix, (R, R)."""
-        right = self._cross[: len(self._high)] + self._high
-        return right.float(), float(right.norm(dim=0).max()), right @ right.T
-
-    @cached_property
-    def _columns(self) -> Tensor:
-        """The right side by columns, (n, 2R), each of which is then read in one go."""
-        return self._cross.T.contiguous()
-
-    def elements(self, left: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Single elements of D: in rows[i] of `left` and in columns[i], (k,) both."""
-        rank = len(self._high)
-        one, two = left.index_select(0, rows), self._columns.index_select(0, columns)
-        cross = (one * two).sum(1)
-        return one[:, :rank].mul_(two[:, rank:]).sum(1).add_(cross)
 
     def fill(self, left: Tensor) -> Fill:
         """What adds D to the rows that `left` belongs to."""
@@ -132,7 +113,7 @@ class ExactProduct:
     def multiply(self, left: Tensor, columns: slice, out: Tensor, scratch: Tensor) -> None:
         """Write some columns of the rows of D that belong to `left` into `out`; both buffers are float64."""
         torch.mm(left[:, : len(self._high)], self._high[:, columns], out=out)
-        torch.mm(left, self._cross[:, columns], out=scratch)
+        torch.mm(left, self.cross[:, columns], out=scratch)
         out.add_(scratch)
 
 

@@ -1,15 +1,17 @@
 """The bits of `exact.apply_rounded` for 16-bit types at a third of its cost: float32 first, exact where it cannot tell.
 
 A float32 GEMM is right to a bound that holds for any order of summation, and float32 has 16 bits more than bfloat16,
-13 more than float16. So nearly every W + D is further from a midpoint between two numbers of the type than the bound,
-and rounds like the exact sum (Shewchuk, 1997, calls this a filter). The few others, about one in a thousand, are
-computed exactly one by one.
+13 more than float16. Rounding is monotone: where a float32 that is no less than W + D and one that is no more round to
+the same number, so does the exact sum (Shewchuk, 1997, calls this a filter). The few others, about one in five hundred,
+are computed exactly one by one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,168 +20,281 @@ from torch import Tensor
 
 from .exact import Change, ExactProduct, Workspace, apply_rounded
 
-MOST = 8  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
+MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
-LEAST, LARGEST = 2.0**-80, 2.0**80  # outside of which a product in float32 could underflow, or overflow
-SLIGHT = 2.0**-26  # <D, D> to <W, W>, below which a float32 total has lost too much of D to tell what is kept of it
-TILE = 1 << 16  # weights at a time: what is kept of them in float32 stays in a core's cache
+LEAST, LARGEST = 2.0**-80, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
+SLIGHT = 2.0**-32  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
+TILE = 1 << 18  # weights at a time: what is kept of them in float32 stays in a core's cache
+
+ELEMENTS = 1 << 14  # numbers of a factor gathered at a time, which stay in a core's cache
 
 Positions = npt.NDArray[np.intp]
-Sums = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 Wide = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A type's numbers as float32 has them. below: the bits under the last of its own; window: float32 steps around a
-    midpoint that are looked at closely, more of which make fewer sums near 0; least: its lowest code with all bits,
-    below which midpoints lie elsewhere.
-    """
-
-    below: int
-    window: int
-    least: int
-
-    @property
-    def mask(self) -> int:
-        return (1 << self.below) - 1
-
-    @property
-    def middle(self) -> int:
-        return 1 << (self.below - 1)
-
-
-FORMS = {
-    torch.bfloat16: _Form(16, 256, 0),
-    torch.float16: _Form(13, 128, 0x0400),
-}
-SUBNORMAL = 2.0**-14  # float16's: numbers below are whole steps of
-STEP = 2.0**-24
-
-
 class _Tile:
-    """The buffers for some whole rows, with every view of them: making one costs as much as a thousand weights."""
+    """The buffers for tiles of one shape, and every view of them: making one costs as much as a thousand weights."""
 
-    def __init__(self, work: Workspace, rows: int, n: int) -> None:
+    def __init__(self, work: Workspace, like: Tensor) -> None:
         self.total, self.change, self.moved = (
-            work.take(name, torch.float32, rows, n) for name in ("total", "change", "moved")
+            work.take(name, torch.float32, *like.shape) for name in ("total", "change", "moved")
         )
         self.flat = tuple(x.view(-1) for x in (self.total, self.change, self.moved))
-        self.total_bits, self.low = self.total.view(torch.int32), work.take("low", torch.int16, rows, n)
-        self.totals, self.bits = self.flat[0].numpy(), self.low.numpy().view(np.uint16)
-        self.hit, self.small = (work.take(name, torch.bool, rows, n).numpy() for name in ("hit", "small"))
+        self.lower = work.take("lower", like.dtype, *like.shape)
+        self.codes = self.lower.view(torch.uint16).numpy()
+        self.hit = work.take("hit", torch.bool, *like.shape).numpy()
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A tile, some whole rows, as its observer is shown it, in arrays that the next tile takes over.
+
+    before, after: the codes of W and W', (rows, n), the second not yet right at the flat positions `at`, which float32
+    could not tell. change: D + shift, flat, to within `error`.
+    """
+
+    before: Codes
+    after: Codes
+    change: npt.NDArray[np.float32]
+    shift: float
+    error: float
+    at: Positions
+
+
+@dataclass(frozen=True)
+class Told:
+    """Some weights: the codes of W and W'; which, by their places here, lie near a midpoint; D of these, exactly."""
+
+    before: Codes
+    after: Codes
+    near: Positions
+    exact: Callable[[Positions], Wide]
+
+
+class Observer(Protocol):
+    """Sees a block: each tile by `filtered`; then it is asked for the flat positions of the weights that it wants told,
+    every tile's `at` among them, and hears of them by `settle`. Where it wants too many, which is None, or float32
+    tells too little, it is asked to `forget` them, and shown tiles of `columns` columns by `witness`.
+    """
+
+    columns: int
+
+    def filtered(self, tile: Filtered) -> None: ...
+
+    def wanted(self) -> Positions | None: ...
+
+    def settle(self, told: Told) -> None: ...
+
+    def forget(self) -> None: ...
+
+    def witness(
+        self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
+    ) -> None: ...
+
+
+@dataclass
+class _Block:
+    """Rows under way, `row` the first, and what came of them. shift: what D is increased by, so that the float32 total
+    is no less than W + D, and twice that the span that W + D lies in.
+    """
+
+    base: Tensor
+    out: Tensor
+    row: int
+    error: float
+    shift: float
+    span: float
+    size: float
+    slight: bool
+
+    def __post_init__(self) -> None:
+        self.before, self.after = (x.view(torch.uint16).numpy() for x in (self.base, self.out))
+        self.squared, self.kept, self.changed = 0.0, 0.0, 0
+
+
+class FilteredProduct:
+    """An `ExactProduct` D with its right side as float32 multiplies it, and what bounds that."""
+
+    def __init__(self, exact: ExactProduct) -> None:
+        self.exact, rank = exact, len(exact.cross) // 2
+        right = exact.cross[:rank] + exact.cross[rank:]
+        self.right = torch.cat(
+            [right.float(), torch.ones(1, right.shape[1])]
+        )  # (R + 1, n), 1 for what all are moved by
+        self.norm, self.gram, self.sums = float(right.norm(dim=0).max()), right @ right.T, right.sum(1)
+        self._columns = exact.cross.T.contiguous().numpy()  # (n, 2R), each of which is read in one go
+
+    def elements(self, left: Wide, rows: Positions, columns: Positions, exactly: bool) -> Wide:
+        """D in rows[i] of `left`, (m, 2R), and in columns[i]: exactly, or to float64's rounding, which is cheaper."""
+        found, rank = np.empty(len(rows)), left.shape[1] // 2
+        step = max(1, ELEMENTS // rank)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            one, two = (
+                torch.from_numpy(side.take(at[part], 0)) for side, at in ((left, rows), (self._columns, columns))
+            )
+            if exactly:
+                value = (one[:, :rank] * two[:, rank:]).sum(1).add_(one.mul_(two).sum(1))
+            else:
+                value = one[:, :rank].add_(one[:, rank:]).mul_(two[:, :rank].add_(two[:, rank:])).sum(1)
+            found[part] = value.numpy()
+        return found
 
 
 class FilteredRows:
-    """Some rows of an `ExactProduct`, with what is needed to bound their product in float32.
+    """Some rows of a product, with what is needed to bound them in float32.
 
-    left: what `product.left` returned for these rows, (m, 2R).
+    left: what `product.exact.left` returned for these rows, (m, 2R).
     """
 
-    def __init__(self, product: ExactProduct, left: Tensor) -> None:
+    def __init__(self, product: FilteredProduct, left: Tensor) -> None:
         self._product, self._exact = product, left
         rank = left.shape[1] // 2
         rows = left[:, :rank] + left[:, rank:]
-        self._right, norm, gram = product.right_in_float32  # (R, n), the others (), (R, R)
-        self._left = rows.float()  # (m, R)
-        # |fl(B A) - B A| <= R u |B||A| in any order; the factors were rounded too
-        self._bound = (rows.norm(dim=1) * (norm * (rank + 4) * U)).numpy()  # (m,)
-        self._squares = ((rows @ gram) * rows).sum(1).tolist()  # (m,): ||D||^2 of each row
+        self._left = torch.cat([rows.float(), torch.zeros(len(rows), 1)], 1)  # (m, R + 1), the last column `shift`
+        self._sizes = (rows.norm(dim=1) * product.norm).numpy()  # (m,): no |D| of the row is larger
+        # |fl(B A) - B A| <= (R + 1) u |B||A| in any order; the factors were rounded too, and `shift` is added
+        self._error = (rank + 8) * U
+        self._squares = ((rows @ product.gram) * rows).sum(1).numpy()  # (m,): ||D||^2 of the row
+        self._sums = (rows @ product.sums).numpy()  # (m,): the sum of the row of D
         self._tiles: dict[int, _Tile] = {}
+        self._worth_it = True
 
-    def apply(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
+    def apply(self, base: Tensor, row: int, out: Tensor, work: Workspace, observer: Observer | None = None) -> Change:
         """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
 
         base, out: (rows, n) of one dtype of FORMS, contiguous.
         """
-        rows, columns = base.shape
-        error = float(self._bound[row : row + rows].max())
-        if not (_float32_is_whole() and LEAST < error < LARGEST):
-            return self._apply_exactly(base, row, out, work)
-        form, change, sums = FORMS[base.dtype], Change(), [0.0, 0.0, 0.0, 0]
-        least, step, near = _least(error, form, base.dtype), max(1, TILE // columns), []
-        before, after = (x.view(torch.uint16).numpy() for x in (base, out))
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            found = self._apply_tile(base[part], out[part], before[part], after[part], row + start, least, work, sums)
-            if found is None:
-                change += self._apply_exactly(base[part], row + start, out[part], work)
-            else:
-                near.append((found[0] + start * columns, found[1]))
-        if near:
-            at, totals = (np.concatenate(side) for side in zip(*near, strict=True))
-            mended = self._mend(base, row, at[_is_doubtful(totals, error, form)], out)
-            if mended is None:
-                return self._apply_exactly(base, row, out, work)
-            change += mended
-        return change + Change(sums[0], sums[1], sums[2], int(sums[3]))
+        block = self._block(base, row, out) if self._worth_it else None
+        change = self._apply_tiles(block, work, observer) if block else None
+        if change is not None:
+            return change
+        self._worth_it = False  # it will not be for the next rows
+        fill = self._product.exact.fill(self._exact[row : row + len(base)])
+        if observer is None:
+            return apply_rounded(base, fill, out, work)
+        observer.forget()
+        return apply_rounded(base, fill, out, work, observer.witness, observer.columns)
 
-    def _apply_exactly(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
-        return apply_rounded(base, self._product.fill(self._exact[row : row + base.shape[0]]), out, work)
+    def _block(self, base: Tensor, row: int, out: Tensor) -> _Block | None:
+        """None where the bounds do not hold."""
+        rows = slice(row, row + len(base))
+        size = float(self._sizes[rows].max())
+        largest = _largest(base)
+        if not (_float32_is_whole() and size * self._error > LEAST and size + largest < LARGEST):
+            return None
+        error = size * self._error
+        rounding = U * (size + largest)
+        shift = 1.01 * (error + rounding)  # 1 % for what `shift` itself adds, and for what is near a midpoint
+        span = 1.01 * (2 * error + 3 * rounding)  # down again, where the rounding of both totals counts
+        self._left[rows, -1] = shift
+        slight = float(self._squares[rows].sum()) < SLIGHT * largest**2 * base.numel()
+        return _Block(base, out, row, error + shift * 2.0**-12, shift, span, size, slight)
 
-    def _apply_tile(
-        self,
-        base: Tensor,
-        out: Tensor,
-        before: Codes,
-        after: Codes,
-        row: int,
-        least: int,
-        work: Workspace,
-        sums: list[float],
-    ) -> tuple[Positions, Sums] | None:
-        """The flat positions of the totals that may lie near a midpoint, or near 0, and these totals; None where they
-        are many, or not all finite. before, after: the codes of base and out; sums: what is added to, as in a `Change`.
-        """
-        rows = base.shape[0]
-        tile = self._tiles.get(rows)
+    def _apply_tiles(self, block: _Block, work: Workspace, observer: Observer | None) -> Change | None:
+        """None where float32 can tell too little, or where something is not finite."""
+        rows, columns = block.base.shape
+        height, found = max(1, TILE // columns), []
+        for start in range(0, rows, height):
+            at = self._apply_tile(block, slice(start, min(start + height, rows)), work, observer)
+            if len(at) * MOST > height * columns:
+                return None
+            found.append(at + start * columns)
+        wanted = observer.wanted() if observer else np.concatenate(found)
+        if wanted is None or not (math.isfinite(block.squared) and math.isfinite(block.kept)):
+            return None
+        told = self._mend(block, wanted)
+        if told is None:
+            return None
+        if observer:
+            observer.settle(told)
+        here = slice(block.row, block.row + rows)
+        own, kept = float(self._squares[here].sum()), block.kept
+        if not block.slight:  # <W' - (W + D), D + shift> is what was summed up
+            kept += own + block.shift * (float(self._sums[here].sum()) + block.shift * block.base.numel())
+        return Change(block.squared, own, kept, block.changed)
+
+    def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
+        """The flat positions of the weights that float32 cannot tell. part: rows of the block."""
+        base, out, before, after = block.base[part], block.out[part], block.before[part], block.after[part]
+        tile = self._tiles.get(len(base))
         if tile is None:
-            tile = self._tiles[rows] = _Tile(work, *base.shape)
+            tile = self._tiles[len(base)] = _Tile(work, base)
+        left = self._left[block.row + part.start : block.row + part.stop]
         total, change, moved = tile.flat
         tile.total.copy_(base)
-        squared = torch.dot(total, total).item()
-        torch.mm(self._left[row : row + rows], self._right, out=tile.change)
+        block.squared += torch.dot(total, total).item()
+        torch.mm(left, self._product.right, out=tile.change)
         total.add_(change)  # in place: a third stream of numbers would not stay in the cache
         out.copy_(tile.total)
-        at = _near(tile, after, least, FORMS[base.dtype])
-        if len(at) * MOST > after.size:
-            return None
-        own = sum(self._squares[row : row + rows])
+        torch.sub(total, block.span, out=moved)
+        tile.lower.copy_(tile.moved)
+        np.not_equal(after, tile.codes, out=tile.hit)
+        at = np.flatnonzero(tile.hit)
         tile.moved.copy_(out)
-        if own < SLIGHT * squared:
+        if block.slight:
             tile.moved.sub_(base)
-            kept = torch.dot(moved, change).item()
+            block.kept -= block.shift * moved.sum().item()
         else:  # what W' is off from the total, which is at hand
-            kept = torch.dot(moved.sub_(total), change).item() + own
-        if not (math.isfinite(squared) and math.isfinite(kept)):
-            return None
+            moved.sub_(total)
+        block.kept += torch.dot(moved, change).item()
         np.not_equal(before, after, out=tile.hit)
-        for place, value in enumerate((squared, own, kept, np.count_nonzero(tile.hit))):
-            sums[place] += value
-        return at, tile.totals[at]
+        block.changed += int(np.count_nonzero(tile.hit))
+        if observer:
+            observer.filtered(Filtered(before, after, change.numpy(), block.shift, block.error, at))
+        return at
 
-    def _mend(self, base: Tensor, row: int, at: Positions, rounded: Tensor) -> Change | None:
-        """Round the weights at these flat positions exactly; returns what that changes in the sums, or None where one
-        becomes infinite.
-        """
-        columns = base.shape[1]
-        rows = torch.from_numpy(at // columns + row)
-        c = self._product.elements(self._exact, rows, torch.from_numpy(at % columns)).numpy()
-        before, after = (x.view(torch.uint16).numpy().reshape(-1) for x in (base, rounded))
-        weight, former = before[at], after[at]
-        wide, exactly = _CODES[base.dtype]
-        result = np.where(c == 0, weight, exactly(wide(weight) + c))
-        if not np.isfinite(wide(result)).all():
+    def _mend(self, block: _Block, at: Positions) -> Told | None:
+        """Round the weights at these flat positions rightly, and correct the sums; None where one becomes infinite."""
+        rows, columns = np.divmod(at, block.base.shape[1])
+        rows += block.row
+        before, after = block.before.reshape(-1), block.after.reshape(-1)
+        weight, former, dtype = before[at], after[at], block.base.dtype
+
+        def exact(some: Positions) -> Wide:
+            return self._product.elements(self._exact.numpy(), rows[some], columns[some], True)
+
+        value, c = _wide(weight, dtype), self._product.elements(self._exact.numpy(), rows, columns, False)
+        total = value + c
+        reach = np.abs(total) * (1.1 * U) + block.size * 2.0**-40  # the first of the two roundings, to float32, and c
+        result = _narrow(total + reach, dtype)
+        near = np.flatnonzero(result != _narrow(total - reach, dtype))
+        if len(near):
+            c[near] = exact(near)
+            result[near] = np.where(c[near] == 0, weight[near], _ROUNDED[dtype](value[near] + c[near]))
+        final = _wide(result, dtype)
+        if not np.isfinite(final).all():
             return None
         after[at] = result
-        changed = np.count_nonzero(result != weight) - np.count_nonzero(former != weight)
-        return Change(kept=float(np.dot(wide(result) - wide(former), c)), changed=int(changed))
+        block.changed += int(np.count_nonzero(result != weight)) - int(np.count_nonzero(former != weight))
+        # (numpy's dot would wake threads of its own, which wait in a loop)
+        block.kept += torch.dot(torch.from_numpy(final - _wide(former, dtype)), torch.from_numpy(c)).item()
+        return Told(weight, result, near, exact)
 
 
-def _wide_bfloat16(code: Codes) -> Wide:
-    """The numbers behind bit patterns."""
-    return (code.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+def _largest(x: Tensor) -> float:
+    """The largest |x|, or inf or nan where it has one."""
+    codes = x.view(torch.uint16).numpy()
+    code = max(int(codes.view(np.int16).max()), int(codes.max()) & 0x7FFF)
+    return float(_wide(np.array([code], np.uint16), x.dtype)[0])
+
+
+def _wide(codes: Codes, dtype: torch.dtype) -> Wide:
+    return torch.from_numpy(codes).view(dtype).double().numpy()
+
+
+def _narrow(x: Wide, dtype: torch.dtype) -> Codes:
+    """By way of float32, in two roundings."""
+    return torch.from_numpy(x).to(dtype).view(torch.uint16).numpy()
+
+
+def _float32_is_whole() -> bool:
+    """torch may have been told to multiply float32 by fewer bits, for which the bound does not hold."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return str(matmul.fp32_precision) in ("none", "ieee")
 
 
 def _to_bfloat16(x: Wide) -> Codes:
@@ -192,51 +307,9 @@ def _to_bfloat16(x: Wide) -> Codes:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def _wide_float16(code: Codes) -> Wide:
-    return code.view(np.float16).astype(np.float64)
-
-
 def _to_float16(x: Wide) -> Codes:
     return x.astype(np.float16).view(np.uint16)  # which numpy rounds once
 
 
-_CODES = {torch.bfloat16: (_wide_bfloat16, _to_bfloat16), torch.float16: (_wide_float16, _to_float16)}
-
-
-def _float32_is_whole() -> bool:
-    """torch may have been told to multiply float32 by fewer bits, for which the bound does not hold."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return str(matmul.fp32_precision) in ("none", "ieee")
-
-
-def _least(error: float, form: _Form, dtype: torch.dtype) -> int:
-    """The code of a number beyond which the window is more than the error and the rounding of the sum."""
-    beyond = torch.tensor([error / U / (form.window - 2)]).to(dtype).view(torch.int16)
-    return max(int(beyond) + 1, form.least)
-
-
-def _near(tile: _Tile, rounded: Codes, least: int, form: _Form) -> Positions:
-    """Flat positions of the sums within the window of a midpoint, and of those up to `least`."""
-    bits, hit = tile.bits, tile.hit
-    tile.low.copy_(tile.total_bits)  # the upper half falls off
-    np.add(bits, form.window - form.middle & 0xFFFF, out=bits)
-    if form.below < 16:
-        np.bitwise_and(bits, form.mask, out=bits)
-    np.less_equal(bits, 2 * form.window, out=hit)
-    np.bitwise_and(rounded, 0x7FFF, out=bits)
-    np.less_equal(bits, least, out=tile.small)
-    np.logical_or(hit, tile.small, out=hit)
-    return np.flatnonzero(hit)
-
-
-def _is_doubtful(x: Sums, error: float, form: _Form) -> npt.NDArray[np.bool_]:
-    """Which float32 sums lie within `error` of a midpoint, or of 0."""
-    size = np.abs(x)
-    middle = ((size.view(np.int32) & ~form.mask) | form.middle).view(np.float32)
-    if form.least:
-        middle = np.where(size < SUBNORMAL, (np.floor(size / STEP) + 0.5) * STEP, middle).astype(np.float32)
-    reach = error + size * (2 * U)
-    doubtful: npt.NDArray[np.bool_] = (np.abs(size - middle) <= reach) | (size <= reach)
-    return doubtful
+_ROUNDED = {torch.bfloat16: _to_bfloat16, torch.float16: _to_float16}
+FORMS = tuple(_ROUNDED)

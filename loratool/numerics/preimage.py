@@ -11,8 +11,10 @@ patterns are). A number too many costs a bit, a number too few would lose W.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -238,18 +240,23 @@ def decode(guess: Array, found: Candidates, index: Array, raw: Array, form: Floa
     return out
 
 
-def pack(index: Array, width: Array) -> bytes:
-    """Numbers of any width, one after the other, their lowest bits first."""
-    if not len(width):
-        return b""
+def pack(index: Array, width: Array, ends: Sequence[int]) -> list[bytes]:
+    """Numbers of any width, one after the other, their lowest bits first; a part ends before each of `ends`."""
     end = np.cumsum(width)
-    bits = np.zeros(int(end[-1]), np.uint8)
-    at = end - width
-    while len(at):
-        bits[at] = index & 1
-        more = np.flatnonzero(width > 1)
-        at, index, width = at[more] + 1, index[more] >> 1, width[more] - 1
-    return np.packbits(bits, bitorder="little").tobytes()
+    start, width = end - width, width.astype(np.uint8)
+    index = index.astype(np.uint8 if width.max(initial=0) <= 8 else np.uint32)
+    total = int(end[-1]) if len(end) else 0
+    bits = np.zeros(total + 1, np.uint8)  # the last for what has no bits
+    np.putmask(start, width == 0, total)
+    bits[start] = index & 1
+    place, more = 1, np.flatnonzero(width > 1)
+    while len(more):
+        bits[start.take(more) + place] = index.take(more) >> place & 1
+        place += 1
+        more = more[width.take(more) > place]
+    cuts = [int(end[i - 1]) if i else 0 for i in ends]
+    parts = (bits[start:stop] for start, stop in pairwise([0, *cuts]))
+    return [np.packbits(part, bitorder="little").tobytes() for part in parts]
 
 
 def unpack(data: bytes, width: Array) -> Array:

@@ -1,0 +1,131 @@
+"""What `preimage.candidates` finds of 16-bit weights, at a fraction of its cost: float32 first again.
+
+The record is the same: where float32 cannot tell an end of an interval, it is taken from the exact D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .filtered import MOST, Filtered, Positions, Told
+from .preimage import Array, FloatFormat, ambiguous, candidates, near_tie, pack, widen, widths
+
+CHUNK = 1 << 14  # weights at a time, which stay in a core's cache
+
+Floats = npt.NDArray[np.float32]
+
+
+class Estimates:
+    """The ambiguous weights of a block, by cells of `width` columns.
+
+    Of each: its flat position in the block, its |W| as an ordinal, the code of W', and D + shift, nan where float32
+    could not tell W'.
+    """
+
+    def __init__(self, form: FloatFormat, width: int) -> None:
+        self._form, self._width = form, width
+        self._cells: list[list[tuple[Positions, Array, Array, Floats]]] = []  # cell, then tile
+        self._size = 0
+
+    def add(self, tile: Filtered) -> None:
+        form, (rows, columns) = self._form, tile.before.shape
+        magnitude, code = tile.before.view(form.code) & form.magnitude, tile.after.view(form.code)
+        hit = (code & form.exponent) >= magnitude
+        hit.reshape(-1)[tile.at] = True
+        tile.change[tile.at] = np.nan
+        starts = range(0, columns, self._width)
+        self._cells = self._cells or [[] for _ in starts]
+        for cell, start in zip(self._cells, starts, strict=True):
+            part = hit[:, start : start + self._width]
+            at = _positions(part)
+            at += at // part.shape[1] * (columns - part.shape[1]) + start
+            cell.append((at + self._size, magnitude.take(at), code.take(at), tile.change.take(at)))
+        self._size += rows * columns
+        self._shift, self._error = tile.shift, tile.error
+
+    def wanted(self) -> Positions | None:
+        """The flat positions of the weights whose exact D is needed; None if they are so many that all are cheaper."""
+        at, self._weight, code, change = (np.concatenate(side) for side in zip(*chain(*self._cells), strict=True))
+        change -= np.float32(self._shift)
+        self._first, self._most = np.empty((2, len(at)), np.int32)
+        sure = np.empty(len(at), np.bool_)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for start in range(0, len(at), CHUNK):
+                part = slice(start, start + CHUNK)
+                found = self._first[part], self._most[part], sure[part]
+                _interval(code[part], change[part], self._error, self._form, *found)
+        self._unsure = np.flatnonzero(~sure)
+        return at[self._unsure] if len(self._unsure) * MOST <= self._size else None
+
+    def encode(self, told: Told) -> Iterator[tuple[bytes, Array]]:
+        """Of each cell the packed indices of the ambiguous weights among their candidates, and the raw codes."""
+        form, first, most = self._form, self._first, self._most
+        before, after = told.before.view(form.code), told.after.view(form.code)
+        maybe = (after & form.exponent) >= (before & form.magnitude)
+        maybe[told.near] = True
+        some = np.flatnonzero(maybe)
+        c, before, after = told.exact(some), before[some], after[some]
+        at = ambiguous(after, before, near_tie(widen(before, form) + c, form), c, form)
+        found = candidates(after, None, c, at, form)
+        most[self._unsure] = 0
+        place = self._unsure[some[at]]
+        first[place], most[place] = found.low, found.most
+        ends = np.cumsum([sum(len(tile[0]) for tile in cell) for cell in self._cells])
+        packed = pack(self._weight - first, widths(most), ends.tolist())
+        raw = at[found.raw]
+        raws = np.split(before[raw], np.searchsorted(self._unsure[some[raw]], ends))[:-1]
+        return zip(packed, raws, strict=True)
+
+
+def _positions(hit: npt.NDArray[np.bool_]) -> Positions:
+    """`np.flatnonzero`, which is fast for less than a fortieth, and for more than a tenth: to that is filled up."""
+    count = np.count_nonzero(hit)
+    if count * 40 < hit.size:
+        return np.flatnonzero(hit)
+    padded = np.ones(hit.size + hit.size // 8, np.bool_)
+    padded[: hit.size].reshape(hit.shape)[:] = hit
+    return np.flatnonzero(padded)[:count]
+
+
+def _interval(
+    code: Array, c: Floats, error: float, form: FloatFormat, low: Array, most: Array, known: npt.NDArray[np.bool_]
+) -> None:
+    """Write the first ordinal that W can be, how many more, and whether both are sure. code: of W'; c: D to `error`.
+
+    W lies between the middles beside W', less D. Moved outward by all that float32 rounds, each end must lie between
+    the same two numbers as when moved inward. Near 0 and at the ends of the range nothing is sure.
+    """
+    shift = 23 - form.mantissa
+    value = torch.from_numpy(code).view(torch.bfloat16 if form.mantissa == 7 else torch.float16).float().numpy()
+    bits, half = value.view(np.int32), 1 << (shift - 1)
+    inner, outer = (bits - half).view(np.float32), (bits + half).view(np.float32)
+    inner -= c
+    outer -= c
+    sure = np.equal(inner < 0, outer < 0, out=known)
+    np.abs(inner, out=inner)
+    np.abs(outer, out=outer)
+    near, far = np.minimum(inner, outer), np.maximum(inner, outer, out=outer)
+    reach = np.multiply(far, np.float32(2.0**-21), out=inner)
+    reach += np.float32(error)
+    first, last = ((end + reach).view(np.int32) for end in (near, far))
+    first >>= shift
+    last >>= shift
+    np.abs(value, out=value)
+    value *= np.float32(2.0**-7)
+    sure &= near > value
+    for end, found in ((near, first), (far, last)):
+        end -= reach
+        inward = end.view(np.int32)
+        inward >>= shift
+        sure &= inward == found
+    least, offset = 1 << form.mantissa, (127 - form.bias) << form.mantissa
+    sure &= code & form.magnitude < form.exponent - least  # the last binade's are raw
+    sure &= (first >= least + offset) & (last < form.exponent + offset)
+    np.add(first, 1 - offset, out=low)
+    last -= first
+    np.subtract(last, 1, out=most)

@@ -1,0 +1,112 @@
+"""numerics/filtered_preimage.py: the record that the exact way writes, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import bits, factors, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_filtered import STRANGE
+from torch import Tensor
+
+from loratool.numerics import filtered
+from loratool.numerics.exact import ExactProduct, Factors, Workspace, apply_rounded
+from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
+from loratool.numerics.filtered_preimage import _positions
+from loratool.undo_records import CELL_COLUMNS, Recorded, Recorder, Restorer
+
+CPU = torch.device("cpu")
+
+
+class Settling(Recorder):
+    """Counts the blocks that float32 could tell."""
+
+    settled = 0
+
+    def settle(self, told: filtered.Told) -> None:
+        self.settled += 1
+        super().settle(told)
+
+
+def both(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Recorded, Recorded, int]:
+    """What the filter records, what the exact way does, and how many blocks the filter could tell."""
+    product, work = ExactProduct([Factors(B, scale, A.double())]), Workspace(CPU)
+    found, expected, fill = torch.empty_like(W), torch.empty_like(W), product.fill(product.left(0, len(W)))
+    ours, theirs = Settling(W.dtype), Recorder(W.dtype)
+    change = FilteredRows(FilteredProduct(product), product.left(0, len(W))).apply(W, 0, found, work, ours)
+    exact = apply_rounded(W, fill, expected, work, theirs.witness, CELL_COLUMNS)
+    assert torch.equal(bits(found), bits(expected))
+    one, two = ours.take(change, W, found), theirs.take(exact, W, expected)
+    if not change.overflowed:  # which a merge refuses
+        restorer, back = Restorer("x", W.dtype, one.payload, one.sha256), torch.empty_like(W)
+        restorer.block(found, fill, back, work)
+        restorer.check(back, found, True)
+    return one, two, ours.settled
+
+
+@pytest.mark.parametrize("relative", [1e-5, 1e-3, 1e-2, 0.1, 0.5])
+@pytest.mark.parametrize("shape", [(128, 1024), (128, 2500), (7, 300), (1, 5000), (1500, 1)])
+@pytest.mark.parametrize("dtype", FORMS)
+def test_the_record_is_the_exact_ways(
+    relative: float, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filtered, "TILE", 1 << 14)  # several a block
+    W, (A, B) = weights(*shape, dtype=dtype), factors(*shape, 4)
+    scale = relative * float(W.float().norm() / (B @ A).norm())
+    one, two, settled = both(W, A, B, scale)
+    assert one.payload == two.payload and one.sha256 == two.sha256
+    assert settled == 1 or (dtype == torch.float16 and relative >= 0.1) or W.numel() < 3000
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", FORMS)
+def test_the_record_of_strange_weights(strange: str, size: float, dtype: torch.dtype) -> None:
+    W, (A, B) = STRANGE[strange](weights(64, 256, dtype=dtype)), factors(64, 256, 8)
+    B[::2] = 0
+    one, two, _ = both(W, A, B, size)
+    assert one.payload == two.payload
+
+
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("hair", [0.0, 1e-13, -1e-13, 1e-9, -1e-9])
+def test_the_record_of_sums_on_midpoints(dtype: torch.dtype, hair: float) -> None:
+    """W + D is in the middle between two numbers, or beside it by less than float64's own rounding: W can be either."""
+    W = torch.arange(1, 32 * 64 + 1).float().reshape(32, 64).to(dtype)
+    digits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+    half = (W.float().abs().log2().floor() - digits).exp2()
+    A = torch.zeros(2, 64, dtype=torch.float64)
+    A[0, ::16], A[1, 8::16] = half[3, ::16].double() * (1 + hair), -half[5, 8::16].double() * (1 + hair)
+    one, two, settled = both(W, A, torch.ones(32, 2), 1.0)
+    assert one.payload == two.payload and settled
+
+
+def test_the_record_where_the_last_binade_begins() -> None:
+    """Of W' there no interval is made."""
+    W, (A, B) = weights(64, 300, dtype=torch.float16), factors(64, 300, 4)
+    W = (W.float() * 2e4 + 10000).half()
+    W[::4, ::10] = torch.linspace(32000, 32767, 30).half()
+    one, two, settled = both(W, A, B, 500 / float((B @ A).std()))
+    assert one.payload == two.payload and settled
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.floats(-6, 3), odd=st.floats(0, 0.03), dtype=st.sampled_from(list(FORMS)))
+def test_the_record_with_any_bits_among_the_weights(seed: int, size: float, odd: float, dtype: torch.dtype) -> None:
+    """Some weights of any bit pattern: zeros of both signs, subnormals, powers of two, far outliers."""
+    g = torch.Generator().manual_seed(seed)
+    W, (A, B) = weights(64, 1500, seed=seed, dtype=dtype), factors(64, 1500, 3, seed)
+    any_bits = torch.randint(-(2**15), 2**15, W.shape, generator=g, dtype=torch.int16).view(dtype)
+    powers = torch.exp2(torch.randint(-14, 3, W.shape, generator=g).float()).to(dtype)
+    any_bits = torch.where(any_bits.float().abs() < 8, any_bits, powers)
+    W = torch.where(torch.rand(W.shape, generator=g) < odd, any_bits, W)
+    one, two, _ = both(W, A, B, 10.0**size * 1e-2)
+    assert one.payload == two.payload
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.09, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_positions_are_numpys(share: float, size: int) -> None:
+    hit = (torch.rand(3, size + 5, generator=torch.Generator().manual_seed(size)) < share).numpy()[:, :size]
+    assert _positions(hit).tolist() == torch.from_numpy(hit.copy()).flatten().nonzero().flatten().tolist()
