@@ -13,7 +13,7 @@ from torch import Tensor
 from loratool.numerics import filtered
 from loratool.numerics.exact import ExactProduct, Factors, Workspace, apply_rounded
 from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
-from loratool.numerics.filtered_preimage import _positions
+from loratool.numerics.filtered_preimage import _flatnonzero
 from loratool.undo_records import CELL_COLUMNS, Recorded, Recorder, Restorer
 
 CPU = torch.device("cpu")
@@ -107,6 +107,6 @@ def test_the_record_with_any_bits_among_the_weights(seed: int, size: float, odd:
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.09, 0.5, 1.0])
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_positions_are_numpys(share: float, size: int) -> None:
+def test_flatnonzero_is_numpys(share: float, size: int) -> None:
     hit = (torch.rand(3, size + 5, generator=torch.Generator().manual_seed(size)) < share).numpy()[:, :size]
-    assert _positions(hit).tolist() == torch.from_numpy(hit.copy()).flatten().nonzero().flatten().tolist()
+    assert _flatnonzero(hit).tolist() == torch.from_numpy(hit.copy()).flatten().nonzero().flatten().tolist()

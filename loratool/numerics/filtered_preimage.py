@@ -40,9 +40,10 @@ class Estimates:
         tile.change[tile.at] = np.nan
         starts = range(0, columns, self._width)
         self._cells = self._cells or [[] for _ in starts]
+        few = np.count_nonzero(hit) * 40 < hit.size
         for cell, start in zip(self._cells, starts, strict=True):
             part = hit[:, start : start + self._width]
-            at = _positions(part)
+            at = np.flatnonzero(part) if few else _flatnonzero(part)
             at += at // part.shape[1] * (columns - part.shape[1]) + start
             cell.append((at + self._size, magnitude.take(at), code.take(at), tile.change.take(at)))
         self._size += rows * columns
@@ -82,14 +83,13 @@ class Estimates:
         return zip(packed, raws, strict=True)
 
 
-def _positions(hit: npt.NDArray[np.bool_]) -> Positions:
-    """`np.flatnonzero`, which is fast for less than a fortieth, and for more than a tenth: to that is filled up."""
-    count = np.count_nonzero(hit)
-    if count * 40 < hit.size:
-        return np.flatnonzero(hit)
-    padded = np.ones(hit.size + hit.size // 8, np.bool_)
+def _flatnonzero(hit: npt.NDArray[np.bool_]) -> Positions:
+    """numpy's, which is twice as fast once more than a tenth is true: filled up to that."""
+    extra = hit.size // 8
+    padded = np.ones(hit.size + extra, np.bool_)
     padded[: hit.size].reshape(hit.shape)[:] = hit
-    return np.flatnonzero(padded)[:count]
+    found = np.flatnonzero(padded)
+    return found[: len(found) - extra]
 
 
 def _interval(

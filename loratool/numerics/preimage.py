@@ -245,15 +245,13 @@ def pack(index: Array, width: Array, ends: Sequence[int]) -> list[bytes]:
     end = np.cumsum(width)
     start, width = end - width, width.astype(np.uint8)
     index = index.astype(np.uint8 if width.max(initial=0) <= 8 else np.uint32)
-    total = int(end[-1]) if len(end) else 0
-    bits = np.zeros(total + 1, np.uint8)  # the last for what has no bits
-    np.putmask(start, width == 0, total)
-    bits[start] = index & 1
-    place, more = 1, np.flatnonzero(width > 1)
+    bits = np.zeros(int(end[-1]) + 1 if len(end) else 0, np.uint8)
+    bits[start] = index & 1  # what has no bits is overwritten by the next, or comes behind the last
+    more = np.flatnonzero(width > 1)
     while len(more):
-        bits[start.take(more) + place] = index.take(more) >> place & 1
-        place += 1
-        more = more[width.take(more) > place]
+        start, index, width = start.take(more) + 1, index.take(more) >> 1, width.take(more) - 1
+        bits[start] = index & 1
+        more = np.flatnonzero(width > 1)
     cuts = [int(end[i - 1]) if i else 0 for i in ends]
     parts = (bits[start:stop] for start, stop in pairwise([0, *cuts]))
     return [np.packbits(part, bitorder="little").tobytes() for part in parts]
