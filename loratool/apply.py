@@ -40,6 +40,7 @@ from .undo_records import CELL_COLUMNS, Doubted, Doubter, Recorded, Recorder, Re
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
 KEPT_STACKS = 2
+FILTERED_BLOCK = 1 << 20  # weights
 
 
 class Loader:
@@ -89,7 +90,7 @@ def changed(
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
-    sizes = (record_rows(columns), cell_rows(columns)) if record else (0, 0)
+    cells = (record_rows(columns), cell_rows(columns)) if record else (0, 0)
     moved = base is not None and base != source
     shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
 
@@ -99,13 +100,20 @@ def changed(
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
             piece = Piece(source, start, stop, inside, load, record and base == source)
+            sizes = (cells[0], _filtered_rows(columns, cells[1])) if piece.is_filtered else cells
             if moved and base is not None and start < shared:
                 both = _Replacing(base, piece if inside else None, record).prepare
-                yield RowRange(start, min(stop, shared), both, *sizes)
+                yield RowRange(start, min(stop, shared), both, *cells)
             if inside and stop > (shared if moved else 0):
                 yield RowRange(max(start, shared), stop, piece.prepare, *((0, 0) if moved else sizes))
 
     return Changed(rows, ranges)
+
+
+def _filtered_rows(columns: int, cell: int) -> int:
+    """Rows of a block for the filter, whole cells: as many as make what is done once a block cheap."""
+    rows = max(1, FILTERED_BLOCK // max(1, columns))
+    return max(1, rows // cell) * cell if cell else rows
 
 
 def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: Loader) -> Changed:
@@ -216,32 +224,44 @@ class Piece:
         self._ready: tuple[ExactProduct | None, Special | None] | None = None
         self._filtered: FilteredProduct | None = None
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        name = TORCH_FLOATS.get(self._source.spec.dtype) if self._source else None
+        return getattr(torch, name) if name else None
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether float32 can tell most of the sums, where the type stays."""
+        additive = bool(self._placements) and all(p.update.kind in ADDITIVE for p in self._placements)
+        return additive and self._dtype in FORMS and self._device.type == "cpu"
+
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
         _, special = self._get()
         left = self.left(start, stop)
-        name = TORCH_FLOATS.get(self._source.spec.dtype) if self._source else None
-        dtype = getattr(torch, name) if name else None
-        rows = recorder = None
-        if left is not None and not (special or left.is_cuda) and dtype in FORMS:
-            rows = FilteredRows(self._filter(), left)
-        if self._record and dtype:
-            recorder = Recorder(dtype)
+        rows = FilteredRows(self._filter(), left) if self.is_filtered and left is not None else None
+        recorder = Recorder(self._dtype) if self._record and self._dtype else None
         if recorder and special and start == self.start:
             recorder.head(special.head)
 
-        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
-            if rows and base.dtype == out.dtype == dtype:
-                change = rows.apply(base, row, out, work, recorder)
-                return change if recorder is None else recorder.take(change, base, out)
+        def exactly(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
             state = special.state(base, start + row, work) if special else None
-            fill = self.fill(left, row, len(base), start + row, state, work)
             if recorder is None:
-                return apply_rounded(base, fill, out, work)
+                return apply_rounded(base, self.fill(left, row, len(base), start + row, state, work), out, work)
             if state is not None:
                 recorder.head(state.cpu().numpy().tobytes())
-            done = apply_rounded(base, fill, out, work, recorder.witness, CELL_COLUMNS)
-            return recorder.take(done, base, out)
+            change, height = Change(), cell_rows(base.shape[1])
+            for first in range(0, len(base), height):  # one, where there is a state
+                part = slice(first, min(first + height, len(base)))
+                fill = self.fill(left, row + first, part.stop - first, start + row + first, state, work)
+                change += apply_rounded(base[part], fill, out[part], work, recorder.witness, CELL_COLUMNS)
+            return change
+
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+            change = rows.apply(base, row, out, work, recorder) if rows and base.dtype == out.dtype else None
+            if change is None:
+                change = exactly(base, row, out, work)
+            return change if recorder is None else recorder.take(change, base, out)
 
         return step
 

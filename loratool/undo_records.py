@@ -76,8 +76,6 @@ class Recorded:
 class Recorder:
     """Writes the record of some rows, block after block, as an `Observer` of each."""
 
-    columns = CELL_COLUMNS
-
     def __init__(self, dtype: torch.dtype) -> None:
         self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
         self._parts: list[bytes] = []
@@ -104,7 +102,8 @@ class Recorder:
 
     def filtered(self, tile: Filtered) -> None:
         assert self._form
-        self._estimates = self._estimates or Estimates(self._form, CELL_COLUMNS)
+        rows = cell_rows(tile.before.shape[1])
+        self._estimates = self._estimates or Estimates(self._form, rows, CELL_COLUMNS)
         self._estimates.add(tile)
 
     def wanted(self) -> Positions | None:

@@ -25,6 +25,8 @@ def both(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[tuple[Ten
     left = product.left(0, len(W))
     found, expected = torch.empty_like(W), torch.empty_like(W)
     change = FilteredRows(FilteredProduct(product), left).apply(W, 0, found, Workspace(CPU))
+    if change is None:
+        change = apply_rounded(W, product.fill(left), found, Workspace(CPU))
     exact = apply_rounded(W, product.fill(left), expected, Workspace(CPU))
     return (found, change), (expected, exact)
 

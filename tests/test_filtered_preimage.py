@@ -35,6 +35,8 @@ def both(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Recorded, Recor
     found, expected, fill = torch.empty_like(W), torch.empty_like(W), product.fill(product.left(0, len(W)))
     ours, theirs = Settling(W.dtype), Recorder(W.dtype)
     change = FilteredRows(FilteredProduct(product), product.left(0, len(W))).apply(W, 0, found, work, ours)
+    if change is None:
+        change = apply_rounded(W, fill, found, work, ours.witness, CELL_COLUMNS)
     exact = apply_rounded(W, fill, expected, work, theirs.witness, CELL_COLUMNS)
     assert torch.equal(bits(found), bits(expected))
     one, two = ours.take(change, W, found), theirs.take(exact, W, expected)

@@ -18,14 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .exact import Change, ExactProduct, Workspace, apply_rounded
+from .exact import Change, ExactProduct, Workspace
 
 MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
 LEAST, LARGEST = 2.0**-80, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
 SLIGHT = 2.0**-32  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
-TILE = 1 << 18  # weights at a time: what is kept of them in float32 stays in a core's cache
-
+TILE = 1 << 18  # weights at a time: more than a core's own cache holds, but a call costs as much as a thousand weights
 ELEMENTS = 1 << 14  # numbers of a factor gathered at a time, which stay in a core's cache
 
 Positions = npt.NDArray[np.intp]
@@ -74,11 +73,9 @@ class Told:
 
 class Observer(Protocol):
     """Sees a block: each tile by `filtered`; then it is asked for the flat positions of the weights that it wants told,
-    every tile's `at` among them, and hears of them by `settle`. Where it wants too many, which is None, or float32
-    tells too little, it is asked to `forget` them, and shown tiles of `columns` columns by `witness`.
+    every tile's `at` among them, and hears of them by `settle`. Where it wants too many, which is None, or where
+    float32 tells too little, it is asked to `forget` them.
     """
-
-    columns: int
 
     def filtered(self, tile: Filtered) -> None: ...
 
@@ -88,15 +85,11 @@ class Observer(Protocol):
 
     def forget(self) -> None: ...
 
-    def witness(
-        self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
-    ) -> None: ...
-
 
 @dataclass
 class _Block:
-    """Rows under way, `row` the first, and what came of them. shift: what D is increased by, so that the float32 total
-    is no less than W + D, and twice that the span that W + D lies in.
+    """Rows under way, `row` the first, and what came of them. error: of D in float32; shift: what D is increased by, so
+    that the float32 total is no less than W + D; span: less that, the total is no more than it; size: no |D| is larger.
     """
 
     base: Tensor
@@ -119,9 +112,7 @@ class FilteredProduct:
     def __init__(self, exact: ExactProduct) -> None:
         self.exact, rank = exact, len(exact.cross) // 2
         right = exact.cross[:rank] + exact.cross[rank:]
-        self.right = torch.cat(
-            [right.float(), torch.ones(1, right.shape[1])]
-        )  # (R + 1, n), 1 for what all are moved by
+        self.right = torch.cat([right.float(), torch.ones(1, right.shape[1])])  # (R + 1, n), 1 for the common shift
         self.norm, self.gram, self.sums = float(right.norm(dim=0).max()), right @ right.T, right.sum(1)
         self._columns = exact.cross.T.contiguous().numpy()  # (n, 2R), each of which is read in one go
 
@@ -161,21 +152,20 @@ class FilteredRows:
         self._tiles: dict[int, _Tile] = {}
         self._worth_it = True
 
-    def apply(self, base: Tensor, row: int, out: Tensor, work: Workspace, observer: Observer | None = None) -> Change:
+    def apply(
+        self, base: Tensor, row: int, out: Tensor, work: Workspace, observer: Observer | None = None
+    ) -> Change | None:
         """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
 
-        base, out: (rows, n) of one dtype of FORMS, contiguous.
+        base, out: (rows, n) of one dtype of FORMS, contiguous. None where float32 tells too little of them.
         """
         block = self._block(base, row, out) if self._worth_it else None
         change = self._apply_tiles(block, work, observer) if block else None
-        if change is not None:
-            return change
-        self._worth_it = False  # it will not be for the next rows
-        fill = self._product.exact.fill(self._exact[row : row + len(base)])
-        if observer is None:
-            return apply_rounded(base, fill, out, work)
-        observer.forget()
-        return apply_rounded(base, fill, out, work, observer.witness, observer.columns)
+        if change is None:
+            self._worth_it = False  # it will not be for the next rows
+            if observer:
+                observer.forget()
+        return change
 
     def _block(self, base: Tensor, row: int, out: Tensor) -> _Block | None:
         """None where the bounds do not hold."""
@@ -198,7 +188,7 @@ class FilteredRows:
         height, found = max(1, TILE // columns), []
         for start in range(0, rows, height):
             at = self._apply_tile(block, slice(start, min(start + height, rows)), work, observer)
-            if len(at) * MOST > height * columns:
+            if len(at) * MOST > block.base[start : start + height].numel():
                 return None
             found.append(at + start * columns)
         wanted = observer.wanted() if observer else np.concatenate(found)

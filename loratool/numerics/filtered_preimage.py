@@ -21,16 +21,16 @@ Floats = npt.NDArray[np.float32]
 
 
 class Estimates:
-    """The ambiguous weights of a block, by cells of `width` columns.
+    """The ambiguous weights of a block, by cells of `height` rows and `width` columns.
 
     Of each: its flat position in the block, its |W| as an ordinal, the code of W', and D + shift, nan where float32
     could not tell W'.
     """
 
-    def __init__(self, form: FloatFormat, width: int) -> None:
-        self._form, self._width = form, width
-        self._cells: list[list[tuple[Positions, Array, Array, Floats]]] = []  # cell, then tile
-        self._size = 0
+    def __init__(self, form: FloatFormat, height: int, width: int) -> None:
+        self._form, self._height, self._width = form, height, width
+        self._cells: dict[tuple[int, int], list[tuple[Positions, Array, Array, Floats]]] = {}  # of some tiles each
+        self._rows = self._size = 0
 
     def add(self, tile: Filtered) -> None:
         form, (rows, columns) = self._form, tile.before.shape
@@ -38,20 +38,22 @@ class Estimates:
         hit = (code & form.exponent) >= magnitude
         hit.reshape(-1)[tile.at] = True
         tile.change[tile.at] = np.nan
-        starts = range(0, columns, self._width)
-        self._cells = self._cells or [[] for _ in starts]
         few = np.count_nonzero(hit) * 40 < hit.size
-        for cell, start in zip(self._cells, starts, strict=True):
-            part = hit[:, start : start + self._width]
-            at = np.flatnonzero(part) if few else _flatnonzero(part)
-            at += at // part.shape[1] * (columns - part.shape[1]) + start
-            cell.append((at + self._size, magnitude.take(at), code.take(at), tile.change.take(at)))
-        self._size += rows * columns
+        first, last = self._rows, self._rows + rows
+        for row in range(first // self._height, -(-last // self._height)):
+            start, stop = (min(max(edge * self._height, first), last) - first for edge in (row, row + 1))
+            for column in range(0, columns, self._width):
+                part = hit[start:stop, column : column + self._width]
+                at = np.flatnonzero(part) if few else _flatnonzero(part)
+                at += at // part.shape[1] * (columns - part.shape[1]) + (start * columns + column)
+                found = at + self._size, magnitude.take(at), code.take(at), tile.change.take(at)
+                self._cells.setdefault((row, column), []).append(found)
+        self._rows, self._size = last, self._size + rows * columns
         self._shift, self._error = tile.shift, tile.error
 
     def wanted(self) -> Positions | None:
         """The flat positions of the weights whose exact D is needed; None if they are so many that all are cheaper."""
-        at, self._weight, code, change = (np.concatenate(side) for side in zip(*chain(*self._cells), strict=True))
+        at, self._weight, code, change = (np.concatenate(side) for side in zip(*chain(*self._sorted()), strict=True))
         change -= np.float32(self._shift)
         self._first, self._most = np.empty((2, len(at)), np.int32)
         sure = np.empty(len(at), np.bool_)
@@ -62,6 +64,9 @@ class Estimates:
                 _interval(code[part], change[part], self._error, self._form, *found)
         self._unsure = np.flatnonzero(~sure)
         return at[self._unsure] if len(self._unsure) * MOST <= self._size else None
+
+    def _sorted(self) -> list[list[tuple[Positions, Array, Array, Floats]]]:
+        return [self._cells[place] for place in sorted(self._cells)]
 
     def encode(self, told: Told) -> Iterator[tuple[bytes, Array]]:
         """Of each cell the packed indices of the ambiguous weights among their candidates, and the raw codes."""
@@ -76,7 +81,7 @@ class Estimates:
         most[self._unsure] = 0
         place = self._unsure[some[at]]
         first[place], most[place] = found.low, found.most
-        ends = np.cumsum([sum(len(tile[0]) for tile in cell) for cell in self._cells])
+        ends = np.cumsum([sum(len(tile[0]) for tile in cell) for cell in self._sorted()])
         packed = pack(self._weight - first, widths(most), ends.tolist())
         raw = at[found.raw]
         raws = np.split(before[raw], np.searchsorted(self._unsure[some[raw]], ends))[:-1]
