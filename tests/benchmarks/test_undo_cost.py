@@ -11,9 +11,10 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
+from loratool.apply import FILTERED_BLOCK
 from loratool.numerics.exact import ExactProduct, Factors, Workspace
 from loratool.numerics.filtered import FilteredProduct, FilteredRows
-from loratool.undo_records import Recorder, cell_rows
+from loratool.undo_records import Recorder
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ def test_the_encoder(relative: float, bound: float) -> None:
     W, (A, B) = weights(512, 4096, dtype=torch.bfloat16), factors(512, 4096, 16)
     B = B * (relative * W.float().norm() / (B @ A).norm())
     product, work, out = ExactProduct([Factors(B, 1.0, A.double())]), Workspace(CPU), torch.empty_like(W)
-    rows, step = FilteredRows(FilteredProduct(product), product.left(0, 512)), cell_rows(4096)
+    rows, step = FilteredRows(FilteredProduct(product), product.left(0, 512)), FILTERED_BLOCK // 4096
 
     def merged(recorder: Recorder | None) -> None:
         for row in range(0, 512, step):
