@@ -9,8 +9,9 @@ are computed exactly one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ U = 2.0**-24  # float32's rounding
 LEAST, LARGEST = 2.0**-80, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
 SLIGHT = 2.0**-32  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
 TILE = 1 << 18  # weights at a time: more than a core's own cache holds, but a call costs as much as a thousand weights
-ELEMENTS = 1 << 14  # numbers of a factor gathered at a time, which stay in a core's cache
+GATHERED = 1 << 14  # numbers of a factor at a time, which stay in a core's cache
 
 Positions = npt.NDArray[np.intp]
 Codes = npt.NDArray[np.uint16]
@@ -114,23 +115,33 @@ class FilteredProduct:
         right = exact.cross[:rank] + exact.cross[rank:]
         self.right = torch.cat([right.float(), torch.ones(1, right.shape[1])])  # (R + 1, n), 1 for the common shift
         self.norm, self.gram, self.sums = float(right.norm(dim=0).max()), right @ right.T, right.sum(1)
-        self._columns = exact.cross.T.contiguous().numpy()  # (n, 2R), each of which is read in one go
+        self._columns = right.T.contiguous().numpy()  # (n, R), each of which is read in one go
 
-    def elements(self, left: Wide, rows: Positions, columns: Positions, exactly: bool) -> Wide:
-        """D in rows[i] of `left`, (m, 2R), and in columns[i]: exactly, or to float64's rounding, which is cheaper."""
-        found, rank = np.empty(len(rows)), left.shape[1] // 2
-        step = max(1, ELEMENTS // rank)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            one, two = (
-                torch.from_numpy(side.take(at[part], 0)) for side, at in ((left, rows), (self._columns, columns))
-            )
-            if exactly:
-                value = (one[:, :rank] * two[:, rank:]).sum(1).add_(one.mul_(two).sum(1))
-            else:
-                value = one[:, :rank].add_(one[:, rank:]).mul_(two[:, :rank].add_(two[:, rank:])).sum(1)
-            found[part] = value.numpy()
+    @cached_property
+    def _slices(self) -> Wide:
+        return self.exact.cross.T.contiguous().numpy()  # (n, 2R)
+
+    def nearly(self, rows: Wide, at: Positions, columns: Positions) -> Wide:
+        """D in some places, to float64's rounding: in at[i] of `rows`, (m, R), and in columns[i]."""
+        found = np.empty(len(at))
+        for part in _parts(len(at), rows.shape[1]):
+            one, two = rows.take(at[part], 0), self._columns.take(columns[part], 0)
+            found[part] = torch.from_numpy(one).mul_(torch.from_numpy(two)).sum(1).numpy()
         return found
+
+    def exactly(self, left: Wide, at: Positions, columns: Positions) -> Wide:
+        """The same to the last bit. left: (m, 2R), as `exact.left` returns it."""
+        found, rank = np.empty(len(at)), left.shape[1] // 2
+        for part in _parts(len(at), 2 * rank):
+            one, two = (torch.from_numpy(x) for x in (left.take(at[part], 0), self._slices.take(columns[part], 0)))
+            found[part] = (one[:, :rank] * two[:, rank:]).sum(1).add_(one.mul_(two).sum(1)).numpy()
+        return found
+
+
+def _parts(count: int, numbers: int) -> Iterator[slice]:
+    """Some elements at a time, of so many numbers each."""
+    step = max(1, GATHERED // numbers)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 class FilteredRows:
@@ -143,6 +154,7 @@ class FilteredRows:
         self._product, self._exact = product, left
         rank = left.shape[1] // 2
         rows = left[:, :rank] + left[:, rank:]
+        self._rows = rows.numpy()  # (m, R)
         self._left = torch.cat([rows.float(), torch.zeros(len(rows), 1)], 1)  # (m, R + 1), the last column `shift`
         self._sizes = (rows.norm(dim=1) * product.norm).numpy()  # (m,): no |D| of the row is larger
         # |fl(B A) - B A| <= (R + 1) u |B||A| in any order; the factors were rounded too, and `shift` is added
@@ -201,8 +213,9 @@ class FilteredRows:
             observer.settle(told)
         here = slice(block.row, block.row + rows)
         own, kept = float(self._squares[here].sum()), block.kept
-        if not block.slight:  # <W' - (W + D), D + shift> is what was summed up
-            kept += own + block.shift * (float(self._sums[here].sum()) + block.shift * block.base.numel())
+        if not block.slight:  # <W' - (W + D + shift - span), D + shift> is what was summed up
+            total = float(self._sums[here].sum()) + block.shift * block.base.numel()
+            kept += own - (block.span - block.shift) * total
         return Change(block.squared, own, kept, block.changed)
 
     def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
@@ -218,8 +231,8 @@ class FilteredRows:
         torch.mm(left, self._product.right, out=tile.change)
         total.add_(change)  # in place: a third stream of numbers would not stay in the cache
         out.copy_(tile.total)
-        torch.sub(total, block.span, out=moved)
-        tile.lower.copy_(tile.moved)
+        total.sub_(block.span)
+        tile.lower.copy_(tile.total)
         np.not_equal(after, tile.codes, out=tile.hit)
         at = np.flatnonzero(tile.hit)
         tile.moved.copy_(out)
@@ -243,9 +256,9 @@ class FilteredRows:
         weight, former, dtype = before[at], after[at], block.base.dtype
 
         def exact(some: Positions) -> Wide:
-            return self._product.elements(self._exact.numpy(), rows[some], columns[some], True)
+            return self._product.exactly(self._exact.numpy(), rows[some], columns[some])
 
-        value, c = _wide(weight, dtype), self._product.elements(self._exact.numpy(), rows, columns, False)
+        value, c = _wide(weight, dtype), self._product.nearly(self._rows, rows, columns)
         total = value + c
         reach = np.abs(total) * (1.1 * U) + block.size * 2.0**-40  # the first of the two roundings, to float32, and c
         result = _narrow(total + reach, dtype)
