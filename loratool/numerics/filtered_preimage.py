@@ -46,8 +46,9 @@ class Estimates:
                 part = hit[start:stop, column : column + self._width]
                 at = np.flatnonzero(part) if few else _flatnonzero(part)
                 at += at // part.shape[1] * (columns - part.shape[1]) + (start * columns + column)
-                found = at + self._size, magnitude.take(at), code.take(at), tile.change.take(at)
-                self._cells.setdefault((row, column), []).append(found)
+                found = magnitude.take(at), code.take(at), tile.change.take(at)
+                at += self._size
+                self._cells.setdefault((row, column), []).append((at, *found))
         self._rows, self._size = last, self._size + rows * columns
         self._shift, self._error = tile.shift, tile.error
 
@@ -91,8 +92,9 @@ class Estimates:
 def _flatnonzero(hit: npt.NDArray[np.bool_]) -> Positions:
     """numpy's, which is twice as fast once more than a tenth is true: filled up to that."""
     extra = hit.size // 8
-    padded = np.ones(hit.size + extra, np.bool_)
+    padded = np.empty(hit.size + extra, np.bool_)
     padded[: hit.size].reshape(hit.shape)[:] = hit
+    padded[hit.size :] = True
     found = np.flatnonzero(padded)
     return found[: len(found) - extra]
 
