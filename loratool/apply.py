@@ -40,7 +40,7 @@ from .undo_records import CELL_COLUMNS, Doubted, Doubter, Recorded, Recorder, Re
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
 KEPT_STACKS = 2
-FILTERED_BLOCK = 1 << 20  # weights
+FILTERED_BLOCK = 1 << 20  # weights: what the filter does once a block then costs a tenth of the whole
 
 
 class Loader:
