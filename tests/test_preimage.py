@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -103,6 +103,8 @@ def test_cancellation(form: str, scale: float) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 33), st.integers(0, 2**33 - 1)), max_size=300))
+@example([(33, 2**32)])
+@example([(1, 1), (8, 255), (9, 256), (16, 2**15), (17, 2**16), (32, 2**31)])
 def test_packing(numbers: list[tuple[int, int]]) -> None:
     width = np.array([w for w, _ in numbers], np.int64)
     index = np.array([n & ((1 << w) - 1) for w, n in numbers], np.int64)

@@ -244,7 +244,7 @@ def pack(index: Array, width: Array, ends: Sequence[int]) -> list[bytes]:
     """Numbers of any width, one after the other, their lowest bits first; a part ends before each of `ends`."""
     end = np.cumsum(width)
     start, width = end - width, width.astype(np.uint8)
-    index = index.astype(np.uint8 if width.max(initial=0) <= 8 else np.uint32)
+    index = index.astype(np.min_scalar_type((1 << int(width.max(initial=0))) - 1))
     bits = np.zeros(int(end[-1]) + 1 if len(end) else 0, np.uint8)
     bits[start] = index & 1  # what has no bits is overwritten by the next, or comes behind the last
     more = np.flatnonzero(width > 1)
