@@ -88,7 +88,7 @@ def test_strange_weights(strange: str, size: float, dtype: torch.dtype) -> None:
     assert (change.not_finite, change.overflowed) == (exact.not_finite, exact.overflowed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**31),
     spread=st.floats(0, 12),

@@ -43,7 +43,7 @@ def round_trip(W: Tensor, c: Tensor, a: Tensor | None = None) -> tuple[bool, Ten
 
 @pytest.mark.parametrize("form", TYPES)
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_least_numbers_and_changes_of_few_bits(form: str, seed: int) -> None:
     """Among subnormals the grid is uniform, and sums with many zero bits are no midpoints for that."""
     kind, size = INTEGERS[form]
@@ -58,7 +58,7 @@ def test_the_least_numbers_and_changes_of_few_bits(form: str, seed: int) -> None
 
 @pytest.mark.parametrize("form", TYPES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_bits(form: str, data: Any) -> None:
     """Random bit patterns, changes of any size beside them, scales of any sign."""
     kind, size = INTEGERS[form]

@@ -149,7 +149,7 @@ def test_a_broken_file_is_an_input_error_that_names_it(tmp_path: Path, case: str
     assert "x.safetensors" in str(caught.value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=4))
 def test_fuzzed_files_open_as_the_official_reader_sees_them_or_not_at_all(
     tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[tuple[int, int]]
@@ -175,7 +175,7 @@ def test_fuzzed_files_open_as_the_official_reader_sees_them_or_not_at_all(
         }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_random_headers_never_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, header: bytes) -> None:
     path = raw(tmp_path_factory.mktemp("fuzz") / "x.safetensors", header)
@@ -195,7 +195,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(header=st.dictionaries(st.text(max_size=4) | st.just("__metadata__"), JSON, max_size=3))
 def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any]) -> None:
     path = raw(tmp_path_factory.mktemp("fuzz") / "x.safetensors", header)

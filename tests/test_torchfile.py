@@ -491,7 +491,7 @@ def saved(layout: str) -> bytes:
 SAVED = {layout: saved(layout) for layout in LAYOUTS}
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(
     layout=st.sampled_from(list(LAYOUTS)),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
@@ -533,7 +533,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=25))
 def test_any_opcodes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
     path = zipped(tmp_path_factory.mktemp("fuzz") / "x.pt", b"\x80\2" + b"".join(pieces) + b".")

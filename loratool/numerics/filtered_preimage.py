@@ -131,7 +131,8 @@ def _interval(
         inward >>= shift
         sure &= inward == found
     least, offset = 1 << form.mantissa, (127 - form.bias) << form.mantissa
-    sure &= code & form.magnitude < form.exponent - least  # the last binade's are raw
+    size = code & form.magnitude
+    sure &= (size > least) & (size < form.exponent - least)  # below, steps do not shrink; the last binade's are raw
     sure &= (first >= least + offset) & (last < form.exponent + offset)
     np.add(first, 1 - offset, out=low)
     last -= first
