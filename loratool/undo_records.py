@@ -33,8 +33,8 @@ from .numerics.preimage import (
     decode,
     encode,
     finite,
-    near_tie,
     pack,
+    perhaps_near_tie,
     unpack,
     widths,
 )
@@ -95,8 +95,7 @@ class Recorder:
         if self._form is None:
             self._parts.append(_difference(weight, _codes_back(result, back, factor)))
             return
-        near = _near(total, ties, self._form)
-        at = _positions(result, weight, near, back, factor, self._form)
+        at = _positions(result, weight, _perhaps(total, ties, self._form), back, factor, self._form)
         index, width, raw = encode(weight, candidates(result, factor, back, at, self._form), self._form)
         self._add(pack(index, width, [len(index)])[0], raw)
 
@@ -136,20 +135,14 @@ class Recorder:
         return Recorded(change, payload, (first.hexdigest(), second.hexdigest()))
 
 
-def _near(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
-    """Where a sum is near a midpoint. `ties` may name more: what W + c and W' - c both flag must be the same
-    weights.
-    """
-    sums = total.flatten().cpu().numpy()
-    if ties is None:
-        return near_tie(sums, form)
-    at: Array = ties.cpu().numpy()
-    return at[near_tie(sums[at], form)]
+def _perhaps(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
+    """Where a sum can be near a midpoint."""
+    return perhaps_near_tie(total.flatten().cpu().numpy(), form) if ties is None else ties.cpu().numpy()
 
 
-def _positions(result: Array, like: Array, near: Array, c: Array, a: Array | None, form: FloatFormat) -> Array:
+def _positions(result: Array, like: Array, perhaps: Array, c: Array, a: Array | None, form: FloatFormat) -> Array:
     if a is None:
-        return ambiguous(result, like, near, c, form)
+        return ambiguous(result, like, perhaps, c, form)
     return ambiguous_scaled(result, a, c, form)
 
 
@@ -199,7 +192,7 @@ class Doubter:
             self.farthest = max(self.farthest, int(bool(self.doubtful)))
             return
         result = codes(base)
-        at = ambiguous(result, codes(out), _near(total, ties, self._form), change, self._form)
+        at = ambiguous(result, codes(out), _perhaps(total, ties, self._form), change, self._form)
         found = candidates(result, None, change, at, self._form)
         self.doubtful += int((found.most > 0).sum() + found.raw.sum())
         self.farthest = max(self.farthest, int(found.most.max(initial=0)))
@@ -253,7 +246,7 @@ class Restorer:
 
     def replaced(self, merged: Tensor, out: Tensor) -> None:
         """out: W of a block whose values were replaced."""
-        restored = torch.from_numpy(self.difference(codes(merged)).copy())
+        restored = torch.from_numpy(self.difference(codes(merged)))
         out.copy_(restored.view(self._dtype).view(out.shape))
 
     def block(self, merged: Tensor, fill: Fill, out: Tensor, work: Workspace) -> None:
@@ -294,7 +287,7 @@ class Restorer:
         if a is None:
             same |= c == 0
         guess[same] = result[same]
-        at = _positions(result, guess, _near(total, ties, self._form), c, a, self._form)
+        at = _positions(result, guess, _perhaps(total, ties, self._form), c, a, self._form)
         found = candidates(result, a, c, at, self._form)
         width = widths(found.most[found.most > 0])
         index = unpack(self._reader.take((int(width.sum()) + 7) // 8), width)
@@ -311,7 +304,7 @@ class Restorer:
         kind, length = self._reader.take(1)[0], int.from_bytes(self._reader.take(4), "little")
         data = self._reader.take(length)
         if kind == 0:
-            return np.frombuffer(data, guess.dtype)
+            return np.frombuffer(data, guess.dtype).copy()
         planes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(guess.itemsize, -1)
         delta = np.ascontiguousarray(planes.T).view(guess.dtype).reshape(-1)
         with np.errstate(over="ignore"):

@@ -92,6 +92,24 @@ def test_ties_and_their_neighbours(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FLOAT_FORMATS)
+@pytest.mark.parametrize("place", ["least", "second", "one", "last"])
+@pytest.mark.parametrize("scale", [None, 1.0, -1.0, 0.5])
+def test_sums_across_a_power_of_two(form: str, place: str, scale: float | None) -> None:
+    """Steps change their size there, or, at the least normal number, do not: weights and sums to both sides."""
+    kind, tiny = INTEGERS[form][0], torch.finfo(TYPES[form]).tiny
+    power = {"least": tiny, "second": 2 * tiny, "one": 1.0, "last": 1 / tiny * 2}[place]
+    at = torch.tensor(power, dtype=TYPES[form]).view(kind)
+    around = (at + torch.arange(-24, 25, dtype=kind)).view(TYPES[form])
+    step = float((around[25].double() - around[24].double()).item())
+    moves = torch.arange(-400, 401).double() * (step / 8)
+    W = torch.cat([around, -around]).reshape(-1, 1).expand(-1, len(moves)).contiguous()
+    a = None if scale is None else torch.full((len(W), 1), scale, dtype=torch.float64)
+    for nudge in (0.0, 1e-15, -1e-15, 1e-9):
+        c = moves * (1 + nudge) + (0.0 if scale is None else W.double() * (1 - scale))
+        assert round_trip(W, c.expand(W.shape), a)[0]
+
+
+@pytest.mark.parametrize("form", FLOAT_FORMATS)
 @pytest.mark.parametrize("scale", [0.999, 1.001, 1.5, -2.0])
 def test_cancellation(form: str, scale: float) -> None:
     g = torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from .filtered import MOST, Filtered, Positions, Told
-from .preimage import Array, FloatFormat, ambiguous, candidates, near_tie, pack, widen, widths
+from .preimage import Array, FloatFormat, ambiguous, candidates, pack, widths
 
 CHUNK = 1 << 14  # weights at a time, which stay in a core's cache
 
@@ -77,7 +77,7 @@ class Estimates:
         maybe[told.near] = True
         some = np.flatnonzero(maybe)
         c, before, after = told.exact(some), before[some], after[some]
-        at = ambiguous(after, before, near_tie(widen(before, form) + c, form), c, form)
+        at = ambiguous(after, before, np.arange(len(some)), c, form)
         found = candidates(after, None, c, at, form)
         most[self._unsure] = 0
         place = self._unsure[some[at]]

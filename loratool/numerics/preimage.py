@@ -95,7 +95,16 @@ def _ordinal(value: Array, form: FloatFormat, up: bool) -> Array:
     return found
 
 
-def near_tie(x: Array, form: FloatFormat) -> Array:
+def perhaps_near_tie(x: Array, form: FloatFormat) -> Array:
+    """Positions of the float64 numbers among which `ambiguous` shall look for near ties."""
+    shift = 52 - form.mantissa
+    bits = x.view(np.int64) & _MAGNITUDE
+    near = np.abs((bits & ((1 << shift) - 1)) - (1 << (shift - 1))) <= 2 * _NEAR_TIE
+    near |= bits < ((1024 - form.bias) << 52)
+    return np.flatnonzero(near)
+
+
+def _near_tie(x: Array, form: FloatFormat) -> Array:
     """Whether float64 numbers lie within a few steps of the middle between two of the format."""
     shift = 52 - form.mantissa
     bits = x.view(np.int64) & _MAGNITUDE
@@ -107,15 +116,22 @@ def near_tie(x: Array, form: FloatFormat) -> Array:
     return near
 
 
-def ambiguous(result: Array, like: Array, ties: Array, c: Array, form: FloatFormat) -> Array:
+def ambiguous(result: Array, like: Array, perhaps: Array, c: Array, form: FloatFormat) -> Array:
     """Positions that can have more than one candidate where a is 1; all others have one.
 
-    result: W' as codes; like: W, or what the reader takes for it: round_once(W' - c); ties: where W + c, or W' - c, is
-    within float64's rounding of a midpoint (positions or a mask). Where |W| is above the power of two below |W'|, its
-    grid is as coarse as that of W', so an interval of one step of W' holds one number, or two if both ends are numbers.
+    result: W' as codes; like: W, or what the reader takes for it: round_once(W' - c); perhaps: positions, among them
+    all where W + c, or W' - c, is within float64's rounding of a midpoint. Where |W| is above the power of two below
+    |W'|, its grid is as coarse as that of W', so an interval of one step of W' holds one number, or two if both ends
+    are numbers. Both sides tell by W' - c: below a power of two, W + c can be at a midpoint where W' - c is not.
     """
     wide = (result & form.exponent) >= (like & form.magnitude)
-    wide[ties] = True
+    perhaps = perhaps[finite(result[perhaps], form)]
+    code = result[perhaps]
+    back = widen(code, form)
+    back -= c[perhaps]
+    power = code & form.exponent
+    above = 0.5 * (widen(power, form) + widen(power + 1, form))
+    wide[perhaps[_near_tie(back, form) | (np.abs(back) <= above)]] = True
     at = np.flatnonzero(wide)
     kept = c[at] != 0
     kept &= finite(result[at], form)
