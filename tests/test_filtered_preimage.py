@@ -77,6 +77,16 @@ def test_the_record_is_the_exact_ways(
     assert settled == 1 or (dtype == torch.float16 and relative >= 0.1) or W.numel() < 3000
 
 
+@pytest.mark.parametrize("relative", [1e-3, 0.03, 0.3])
+@pytest.mark.parametrize("std", [1e-6, 1e-5, 3e-5, 6e-5, 1e-4, 1.0, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", FORMS)
+def test_the_record_of_weights_of_any_size(relative: float, std: float, dtype: torch.dtype) -> None:
+    """Below 6.1e-5 float16 has numbers of one step, above 32768 it ends."""
+    W, (A, B) = (weights(128, 1024).double() * (std / 0.02)).to(dtype), factors(128, 1024, 4)
+    one, two, _ = both(W, A, B, relative * std / float((B @ A).std()))
+    assert one.payload == two.payload
+
+
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", FORMS)
