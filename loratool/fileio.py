@@ -14,7 +14,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,6 +101,8 @@ def written_back(files: Collection[BinaryIO]) -> Iterator[None]:
     """Have the disk write while the block still fills the files, so that little is left to sync at its end.
 
     The system would start late, with gigabytes in memory. What it says of a failure it says once: that is raised here.
+    Pages that are written go back: a model's worth would push out what others have in the cache, and a page that was
+    just freed is cheaper to fill than one that a virtual machine must ask its host for.
     """
     leave = threading.Event()
     failed: list[OSError] = []
@@ -110,6 +112,8 @@ def written_back(files: Collection[BinaryIO]) -> Iterator[None]:
             while not leave.wait(WRITE_BACK):
                 for file in files:
                     os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
+                    with suppress(OSError, AttributeError):  # advice only, which not every system takes
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             failed.append(error)
 

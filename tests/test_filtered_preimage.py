@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import bits, factors, weights, write_model, write_peft
@@ -17,7 +18,7 @@ import loratool
 from loratool.numerics import filtered
 from loratool.numerics.exact import Change, ExactProduct, Factors, Workspace, apply_rounded
 from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
-from loratool.numerics.filtered_preimage import _flatnonzero
+from loratool.numerics.filtered_preimage import Flags
 from loratool.undo_records import CELL_COLUMNS, Recorded, Recorder, Restorer, cell_rows
 
 CPU = torch.device("cpu")
@@ -156,8 +157,10 @@ def test_a_merge_whose_blocks_hold_several_rows_of_cells(tmp_path: Path, pruned:
         assert filecmp.cmp(file, tmp_path / "back" / file.name, shallow=False)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.09, 0.5, 1.0])
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_flatnonzero_is_numpys(share: float, size: int) -> None:
-    hit = (torch.rand(3, size + 5, generator=torch.Generator().manual_seed(size)) < share).numpy()[:, :size]
-    assert _flatnonzero(hit).tolist() == torch.from_numpy(hit.copy()).flatten().nonzero().flatten().tolist()
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.03, 0.09, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(0,), (1,), (8,), (13,), (3, 1000), (2, 3, 4096)])
+def test_positions_of_flags_are_numpys(share: float, shape: tuple[int, ...]) -> None:
+    hit = (torch.rand(*shape, generator=torch.Generator().manual_seed(1)) < share).numpy()
+    flags = Flags(shape)
+    flags.values[:] = hit
+    assert flags.positions().tolist() == np.flatnonzero(hit).tolist()

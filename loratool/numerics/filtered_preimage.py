@@ -5,8 +5,9 @@ The record is the same: where float32 cannot tell an end of an interval, it is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -35,22 +36,40 @@ class Estimates:
     def add(self, tile: Filtered) -> None:
         form, (rows, columns) = self._form, tile.before.shape
         magnitude, code = tile.before.view(form.code) & form.magnitude, tile.after.view(form.code)
-        hit = (code & form.exponent) >= magnitude
-        hit.reshape(-1)[tile.at] = True
+        exponent = code & form.exponent
         tile.change[tile.at] = np.nan
-        few = np.count_nonzero(hit) * 40 < hit.size
-        first, last = self._rows, self._rows + rows
-        for row in range(first // self._height, -(-last // self._height)):
-            start, stop = (min(max(edge * self._height, first), last) - first for edge in (row, row + 1))
-            for column in range(0, columns, self._width):
-                part = hit[start:stop, column : column + self._width]
-                at = np.flatnonzero(part) if few else _flatnonzero(part)
-                at += at // part.shape[1] * (columns - part.shape[1]) + (start * columns + column)
-                found = magnitude.take(at), code.take(at), tile.change.take(at)
-                at += self._size
-                self._cells.setdefault((row, column), []).append((at, *found))
-        self._rows, self._size = last, self._size + rows * columns
+        exponent.reshape(-1)[tile.at] = form.exponent  # of no finite weight, so that these are among the hits
+        start = 0
+        while start < rows:  # those rows of the tile that lie in one row of cells
+            row = (self._rows + start) // self._height
+            stop = min((row + 1) * self._height - self._rows, rows)
+            at, ends = self._hits(exponent[start:stop], magnitude[start:stop])
+            at += start * columns
+            weight, result, change = magnitude.take(at), code.take(at), tile.change.take(at)
+            at += self._size
+            for column, (left, right) in enumerate(pairwise([0, *ends])):
+                part = slice(left, right)
+                found = at[part], weight[part], result[part], change[part]
+                self._cells.setdefault((row, column), []).append(found)
+            start = stop
+        self._rows += rows
+        self._size += rows * columns
         self._shift, self._error = tile.shift, tile.error
+
+    def _hits(self, exponent: Array, magnitude: Array) -> tuple[Positions, list[int]]:
+        """Where the first is no less than the second, cell by cell, and where each cell ends among these."""
+        rows, columns = exponent.shape
+        cells, shift = -(-columns // self._width), (min(self._width, columns) - 1).bit_length()
+        hit, by_cell = exponent >= magnitude, Flags((cells, rows, 1 << shift))
+        for cell in range(cells):
+            part = hit[:, cell * self._width : (cell + 1) * self._width]
+            by_cell.values[cell, :, : part.shape[1]] = part
+        at = by_cell.positions()
+        ends = np.searchsorted(at, np.arange(1, cells + 1) * (rows << shift)).tolist()
+        at += (at >> shift) * (columns - (1 << shift))
+        for cell, (start, end) in enumerate(pairwise([0, *ends])):
+            at[start:end] -= cell * (rows * columns - self._width)
+        return at, ends
 
     def wanted(self) -> Positions | None:
         """The flat positions of the weights whose exact D is needed; None if they are so many that all are cheaper."""
@@ -89,14 +108,30 @@ class Estimates:
         return zip(packed, raws, strict=True)
 
 
-def _flatnonzero(hit: npt.NDArray[np.bool_]) -> Positions:
-    """numpy's, which is twice as fast once more than a tenth is true: filled up to that."""
-    extra = hit.size // 8
-    padded = np.empty(hit.size + extra, np.bool_)
-    padded[: hit.size].reshape(hit.shape)[:] = hit
-    padded[hit.size :] = True
-    found = np.flatnonzero(padded)
-    return found[: len(found) - extra]
+class Flags:
+    """Booleans, false at first, whose true positions are found faster than numpy finds them, if they lie at random."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        size = math.prod(shape)
+        self._size = -(-size // 8) * 8
+        # numpy looks at each without a branch where a tenth is true, and else stumbles over each that is
+        self._flat = np.ones(self._size + self._size // 8 + 8, np.bool_)
+        self._flat[: self._size] = False
+        self.values = self._flat[:size].reshape(shape)
+
+    def positions(self) -> Positions:
+        """What numpy.flatnonzero finds of `values`."""
+        flat = self._flat[: self._size]
+        if self._size <= 64 or np.count_nonzero(flat) * 12 >= self._size:
+            return np.flatnonzero(self._flat)[: self._size - len(self._flat)]
+        octets = flat.view(np.uint64)
+        words = Flags(octets.shape)
+        np.not_equal(octets, 0, out=words.values)
+        some = words.positions()
+        inner = Flags((8 * len(some),))
+        octets.take(some, out=inner.values.view(np.uint64))
+        inside = inner.positions()
+        return (some.take(inside >> 3) << 3) + (inside & 7)
 
 
 def _interval(
