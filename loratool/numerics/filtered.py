@@ -253,7 +253,7 @@ class FilteredRows:
         rows, columns = np.divmod(at, block.base.shape[1])
         rows += block.row
         before, after = block.before.reshape(-1), block.after.reshape(-1)
-        weight, former, dtype = before[at], after[at], block.base.dtype
+        weight, former, dtype = before.take(at), after.take(at), block.base.dtype
 
         def exact(some: Positions) -> Wide:
             return self._product.exactly(self._exact.numpy(), rows[some], columns[some])
