@@ -22,10 +22,10 @@ from .output import Output, OutputFile, open_output
 from .runtime import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
 from .source import Source
 from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
+from .undo import HASH_PART
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
-HASH_PART = 1 << 26  # bytes that have one hash: a part of the undo file's layout, so it never follows the others
 ROWS_ITEM = 1 << 22  # weights of a matrix an item
 MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a few rows
 

@@ -7,7 +7,8 @@
     last 24       the index's first byte and length, little-endian u64, then `loraundo`
 
 Each record has the sha256 of its rows before and after the merge; `untouched` in the index has those of the tensors
-that were copied, one for each 64 MiB. The index has the recipe: every placement by the
+that were copied, one for each 64 MiB, and `written` of a changed tensor those of its rows that lie in no record, as the
+merge wrote them (files before November 2026 lack it). The index has the recipe: every placement by the
 number of its adapter, so that nothing has to be found out again; the adapters' own hashes and weights; the base's
 headers, index and config as they were.
 """
@@ -20,7 +21,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,7 @@ from .source import Source
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
 
 VERSION = 1
+HASH_PART = 1 << 26  # bytes that have one hash: a part of the layout
 MAGIC, END = f"loratool undo {VERSION}\n".encode(), b"loraundo"
 MAX_INDEX = 1 << 30
 
@@ -47,6 +49,15 @@ def unpack_bytes(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a merged tensor that lie in no record: rows that no update changes, or that the base does not have."""
+
+    tensor: str
+    start: int
+    length: int
+
+
 class UndoWriter:
     """Takes records in any order and writes them in one: they wait in a temporary file that has no name."""
 
@@ -55,6 +66,7 @@ class UndoWriter:
         self._end = 0
         self._records: dict[str, list[tuple[int, int, int, int, tuple[str, str]]]] = {}
         self._untouched: dict[str, dict[int, str]] = {}
+        self._written: dict[str, list[str]] = {}
 
     def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
         data = b"".join(payloads)
@@ -66,6 +78,18 @@ class UndoWriter:
     def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
         """The hash of a part of a tensor that is copied as it is."""
         self._untouched.setdefault(tensor, {})[part] = sha256
+
+    def unrecorded(self, plan: MergePlan, output: Output) -> list[Part]:
+        """What else of the changed tensors is to have a hash, once all is written."""
+        return [
+            part
+            for name, entry in index_of(plan, output)["tensors"].items()
+            for part in _unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
+        ]
+
+    def add_written(self, part: Part, sha256: str) -> None:
+        """The hash of one of these, in their order."""
+        self._written.setdefault(part.tensor, []).append(sha256)
 
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
         """Write the file; returns its size."""
@@ -79,6 +103,8 @@ class UndoWriter:
                 copy_range(self._spool, offset, target, at, length)
                 entry["records"].append([start, stop, at, length, *sha256])
                 at += length
+            if name in self._written:
+                entry["written"] = self._written[name]
             if "copied" in entry:
                 source, spec = plan.base.shard_of[name], plan.base.specs[name]
                 first = entry["copied"] * (spec.nbytes // spec.shape[0]) if entry["copied"] else 0
@@ -157,6 +183,20 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     return entry
 
 
+def _unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[Part]:
+    """records: the rows of each, first and behind the last, in any order."""
+    spec = spec_of(entry["spec"])
+    rows = entry["placements"][0][_ROWS] if entry["placements"] else (spec.shape or (1,))[0]
+    done = 0
+    for start, stop in [*sorted(records), (rows, rows)]:
+        first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
+        yield from (Part(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
+        done = stop
+
+
+_ROWS = 5  # the place of `rows` in what `_placement` makes
+
+
 def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
     value = p.update.tensors["value"] if p.update.kind == "replace" else None
     place = [p.transposed, p.rows, p.start, p.stop, p.skip, p.expert]
@@ -215,6 +255,19 @@ class UndoFile:
     def records(self, tensor: str) -> list[Record]:
         entries = self.index["tensors"][tensor]["records"]
         return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
+
+    def written(self) -> list[tuple[Part, str]]:
+        """What of the changed tensors lies in no record, each with its hash."""
+        return [
+            found
+            for name, entry in self.index["tensors"].items()
+            if "written" in entry
+            for found in zip(
+                _unrecorded(name, entry, [(start, stop) for start, stop, *_ in entry["records"]]),
+                entry["written"],
+                strict=True,
+            )
+        ]
 
     def close(self) -> None:
         self.file.close()

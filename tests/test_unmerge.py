@@ -200,6 +200,51 @@ class TestRefusals:
             save_file(tensors, file, metadata={"format": "pt"})
             self.refused(merged, "model.norm.weight: is not what the merge wrote")
 
+    @pytest.mark.parametrize("part", [1 << 26, 50])
+    @pytest.mark.parametrize("edit", ["a head that was untied", "rows that were added"])
+    def test_what_the_merge_added_edited_since(
+        self, edit: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("loratool.undo.HASH_PART", part)
+        tied, module = edit == "a head that was untied", "base_model.model.model.embed_tokens"
+        config = {"model_type": "llama", "tie_word_embeddings": tied, "vocab_size": 20}
+        base = write_model(tmp_path / "base", {"model.embed_tokens.weight": weights(20, 8)}, config)
+        factors = {f"{module}.lora_embedding_A": weights(2, 20), f"{module}.lora_embedding_B": weights(8, 2)}
+        adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+        adapter.mkdir()
+        save_file(factors if tied else {f"{module}.weight": weights(24, 8)}, adapter / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        loratool.merge(base, adapter, merged)
+        loratool.unmerge(merged, adapter, tmp_path / "ok")
+        assert same_folder(base, tmp_path / "ok")
+        found = load_file(merged / "model.safetensors")
+        name, row = ("lm_head.weight", 3) if tied else ("model.embed_tokens.weight", 22)
+        found[name][row] += 1
+        save_file(found, merged / "model.safetensors", metadata={"format": "pt"})
+        self.refused(merged, f"{name}: is not what the merge wrote: the merged file was edited since", adapter)
+        del found[name]
+        save_file({"other": weights(1), **found}, merged / "model.safetensors", metadata={"format": "pt"})
+        self.refused(merged, f"other: was not there|{name}: is not there, but the merge wrote", adapter)
+
+    @pytest.mark.parametrize("part", [1 << 26, 50])
+    def test_rows_without_an_update_edited_since(
+        self, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a fused matrix one part has an adapter; the rows of the others go to the base as they are."""
+        monkeypatch.setattr("loratool.undo.HASH_PART", part)
+        folder, file = FIXTURES / "sdxl", tmp_path / "merged.safetensors"
+        loratool.merge(folder / "base.safetensors", folder / "adapter.safetensors", file)
+        loratool.unmerge(file, folder / "adapter.safetensors", tmp_path / "ok.safetensors")
+        assert filecmp.cmp(folder / "base.safetensors", tmp_path / "ok.safetensors", shallow=False)
+        found = load_file(file)
+        name = next(name for name in found if "in_proj_weight" in name)
+        found[name][40] += 1
+        save_file(found, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"{name}: is not what the merge wrote"):
+            loratool.unmerge(file, folder / "adapter.safetensors", tmp_path / "back.safetensors")
+        assert not (tmp_path / "back.safetensors").exists()
+
     def test_a_tensor_added_since(self, tmp_path: Path) -> None:
         base, adapter, file = FIXTURES / "gpt2" / "base", FIXTURES / "gpt2" / "adapter", tmp_path / "m.safetensors"
         loratool.merge(base / "model.safetensors", adapter, file)

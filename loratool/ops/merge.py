@@ -19,18 +19,19 @@ import torch
 
 from ..apply import Loader, plan_changes
 from ..errors import NeedsFlag, UsageError
+from ..fileio import sha256_range
 from ..inputs import open_inputs, read_given, require_residual, subtract_initial
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, output_path
 from ..plan import MergePlan, plan_merge, widen_float8
 from ..rewrite import refuse_overflow, rewrite
-from ..runtime import HashBytes, Progress, choose_device, worker_count
+from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
 from ..sidefiles import provenance
 from ..source import Source, require_finite
 from ..targets import Selection, parse_layers
 from ..tied import TIED
-from ..undo import UndoWriter, entry_of, in_order
+from ..undo import Part, UndoWriter, entry_of, in_order
 from ..undo_records import Recorded
 from .merge_report import MergeReport, build_report
 
@@ -215,6 +216,7 @@ def _execute(
         def finish(targets: Mapping[str, BinaryIO]) -> None:
             nonlocal size
             if undo and output.undo:
+                _hash_the_rest(undo, plan, output, targets, workers)
                 size = undo.finish(targets[output.undo.name], plan, output)
 
         copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
@@ -230,3 +232,19 @@ def _execute(
             refuse_overflow(item.tensor, blocks, plan.sources, output)
             changes[item.tensor] += blocks
     return changes, size
+
+
+def _hash_the_rest(
+    undo: UndoWriter, plan: MergePlan, output: Output, targets: Mapping[str, BinaryIO], workers: int
+) -> None:
+    """What of the changed tensors is in no record, as it was written: an edit of that too shall be seen."""
+    places = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
+
+    def sha256(part: Part) -> str:
+        file, at = places[part.tensor]
+        return sha256_range(file, at + part.start, part.length)
+
+    parts = undo.unrecorded(plan, output)
+    with closing(map_ahead(sha256, parts, workers)) as hashes:
+        for part, digest in zip(parts, hashes, strict=True):
+            undo.add_written(part, digest)

@@ -19,18 +19,19 @@ from ..apply import Loader, restored, subtracted
 from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
+from ..fileio import sha256_range
 from ..inputs import Given, negated, open_adapters, read_given, refuse_adapter
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import Output, OutputFile, check_path, output_path
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
-from ..runtime import HashBytes, Progress, choose_device, worker_count
+from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
 from ..sidefiles import encode_json, provenance, survey_checkpoint, undo_files, undo_path
 from ..source import Source
 from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
-from ..undo import UndoFile, placements_of, spec_of, unpack_bytes
+from ..undo import Part, UndoFile, placements_of, spec_of, unpack_bytes
 from ..undo_records import Doubted
 from ..updates import ADDITIVE
 
@@ -106,6 +107,7 @@ def unmerge(
         check_path(path, is_file, inputs, force)
         output = _plan_output(checkpoint, record, base, path, is_file)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
+        _check_the_rest(checkpoint, record, workers or worker_count())
         output.require_space()
         if not dry_run:
             where, copied = choose_device(device), record.index["untouched"]
@@ -255,16 +257,30 @@ def _plan_tensors(
     for name in merged.specs:
         if name not in specs and name not in undo.index["tensors"]:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
-    for name, spec in specs.items():
-        entry = undo.index["tensors"].get(name)
-        expected = spec_of(entry["spec"]) if entry else spec
+    for name, expected in {**specs, **{n: spec_of(e["spec"]) for n, e in undo.index["tensors"].items()}}.items():
         if merged.specs.get(name) != expected:
             found = merged.specs.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
+    for name, spec in specs.items():
+        entry = undo.index["tensors"].get(name)
         sources[name] = Source(merged.shard_of[name], name)
         if entry:
             tensors[name] = restored(spec, undo, name, placements_of(undo.index, name, adapters), load)
     return sources, tensors
+
+
+def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
+    """Raise InputError for an edit of what lies in no record."""
+
+    def sha256(part: Part) -> str:
+        file = merged.shard_of[part.tensor]
+        return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
+
+    written = undo.written()
+    with closing(map_ahead(sha256, [part for part, _ in written], workers)) as hashes:
+        for (part, expected), found in zip(written, hashes, strict=True):
+            if found != expected:
+                raise InputError(EDITED, culprit=part.tensor)
 
 
 def _report(
