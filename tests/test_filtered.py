@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from reference import change_reference, round_reference, to_longdouble
 from torch import Tensor
 
 from loratool.numerics import filtered
-from loratool.numerics.exact import Change, ExactProduct, Workspace, apply_rounded
+from loratool.numerics.exact import Change, ExactProduct, Factors, Workspace, apply_rounded
 from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
 from loratool.updates import LowRank
 
@@ -62,6 +63,36 @@ def test_sums_that_lie_on_midpoints_or_a_hair_beside_them(dtype: torch.dtype, si
         A = torch.zeros(3, 128)
         A[0, ::2], A[1, 1::2], A[2] = half[0, ::2], half[0, 1::2] * (1 + hair), 1e-7
         (found, _), (expected, _) = both(W, A, torch.ones(8, 3))
+        assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("rank", [16, 65, 300, 1024])
+def test_many_ranks_just_off_their_grids(rank: int) -> None:
+    """What the exact D leaves out of them, the product of the low slices, is more than float64 rounds."""
+    low = 0.49 * 2.0 ** (1 - (53 - math.ceil(math.log2(2 * rank))) // 2)
+    A, B = torch.full((rank, 4096), low, dtype=torch.float64), torch.full((64, rank), low, dtype=torch.float64)
+    A[1] = A[0, -1] = 1.0  # no rank is balanced away
+    B[:, 0] = B[-1, 1] = 1.0
+    W = weights(64, 4096).abs() + 0.5
+    tiny = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) < 1 / 64
+    W = torch.where(tiny, weights(64, 4096, seed=1) * 2.0**-14, W).bfloat16()
+    (found, _), (expected, _) = both(W, A, B)
+    assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize(("large", "small"), [(127, 134), (127, 144), (100, 140)])
+def test_rows_too_small_for_float32_beside_a_large_right_side(large: int, small: int) -> None:
+    """Another row, where two ranks cancel, keeps them from being balanced."""
+    A = (weights(1, 512).abs() + 0.5).double()
+    A = torch.cat([A, -A]) * 2.0**large
+    B = torch.zeros(65, 2, dtype=torch.float64)
+    B[:-1, 0] = (weights(64).abs().double() + 1) * 2.0**-small
+    B[-1] = 2.0**large
+    W = (weights(64, 512).float() * 2.0 ** (large - small + 13)).bfloat16()
+    product, found, expected = ExactProduct([Factors(B, 1.0, A)]), torch.empty_like(W), torch.empty_like(W)
+    left = product.left(0, 65)
+    apply_rounded(W, product.fill(left[:64]), expected, Workspace(CPU))
+    if FilteredRows(FilteredProduct(product), left).apply(W, 0, found, Workspace(CPU)) is not None:
         assert torch.equal(bits(found), bits(expected))
 
 

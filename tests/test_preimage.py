@@ -91,6 +91,17 @@ def test_ties_and_their_neighbours(form: str) -> None:
         assert round_trip(W, c, torch.ones(8, 1, dtype=torch.float64))[0]
 
 
+@pytest.mark.parametrize(
+    ("a", "c"),
+    [("0x1.ffffffffe264bp-1", "0x1.0000050000000p-126"), ("-0x1.2a3349cf51544p-1", "0x1.0000022a3349dp-126")],
+)
+def test_a_scaled_weight_far_below_the_normal_numbers(a: str, c: str) -> None:
+    """What float64 rounds of a sum near 2**-126 is more than its share of one step of W."""
+    W = torch.tensor([[1]], dtype=torch.int32).view(torch.float32)
+    factor, change = (torch.tensor([[float.fromhex(x)]], dtype=torch.float64) for x in (a, c))
+    assert round_trip(W, change, factor)[0]
+
+
 @pytest.mark.parametrize("form", FLOAT_FORMATS)
 @pytest.mark.parametrize("place", ["least", "second", "one", "last"])
 @pytest.mark.parametrize("scale", [None, 1.0, -1.0, 0.5])

@@ -85,22 +85,22 @@ class ExactProduct:
         right = torch.cat([term.right for term in terms])  # (R, n)
         rank = len(right)
         self.shape = (len(terms[0].left), right.shape[1])
-        # a sum of 2 * rank products of two such numbers must stay within 2**53
-        self._bits = (53 - math.ceil(math.log2(2 * rank))) // 2
+        # of a slice: a sum of 2 * rank products of two such numbers must stay within 2**53
+        self.bits = (53 - math.ceil(math.log2(2 * rank))) // 2
         left_max = torch.cat([left.abs().amax(0).double() * abs(m) for left, m in self._lefts])  # (R,)
         right_max = right.abs().amax(1)
         shift = torch.div(_exponent(left_max) - _exponent(right_max), 2, rounding_mode="trunc").clamp_(-1000, 1000)
         dead = (left_max == 0) | (right_max == 0)  # contributes nothing, and must not set a grid
         self._left_scale = torch.where(dead, 0.0, power_of_two(-shift))  # (R,)
         right = right * torch.where(dead, 0.0, power_of_two(shift)).unsqueeze(1)
-        high, low = _slices(right, 0, self._bits)
+        high, low = _slices(right, 0, self.bits)
         self.cross = torch.cat([low, high])  # (2R, n), met by [high, low] of the left side
         self._high = self.cross[rank:]
 
     def left(self, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of the left side on their grids, (stop - start, 2R), high slices then low."""
         rows = torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1)
-        return torch.cat(_slices(rows * self._left_scale, 1, self._bits), 1)
+        return torch.cat(_slices(rows * self._left_scale, 1, self.bits), 1)
 
     def fill(self, left: Tensor) -> Fill:
         """What adds D to the rows that `left` belongs to."""

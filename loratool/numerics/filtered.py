@@ -116,13 +116,16 @@ class FilteredProduct:
         self.right = torch.cat([right.float(), torch.ones(1, right.shape[1])])  # (R + 1, n), 1 for the common shift
         self.norm, self.gram, self.sums = float(right.norm(dim=0).max()), right @ right.T, right.sum(1)
         self._columns = right.T.contiguous().numpy()  # (n, R), each of which is read in one go
+        # of a row's size, what `nearly` is off from the exact D: by float64's rounding, and by the products of the two
+        # low slices, which the exact D leaves out (each slice is at most 2**-bits of the largest number)
+        self.off = max(2.0**-40, 2 * rank * 4.0**-exact.bits)
 
     @cached_property
     def _slices(self) -> Wide:
         return self.exact.cross.T.contiguous().numpy()  # (n, 2R)
 
     def nearly(self, rows: Wide, at: Positions, columns: Positions) -> Wide:
-        """D in some places, to float64's rounding: in at[i] of `rows`, (m, R), and in columns[i]."""
+        """D in some places, to `off`: in at[i] of `rows`, (m, R), and in columns[i]."""
         found = np.empty(len(at))
         for part in _parts(len(at), rows.shape[1]):
             one, two = rows.take(at[part], 0), self._columns.take(columns[part], 0)
@@ -184,7 +187,9 @@ class FilteredRows:
         rows = slice(row, row + len(base))
         size = float(self._sizes[rows].max())
         largest = _largest(base)
-        if not (_float32_is_whole() and size * self._error > LEAST and size + largest < LARGEST):
+        # (beside a larger right side, rows that are below float32's normal numbers could still have some D)
+        bounded = self._product.norm < LARGEST and size + largest < LARGEST and size * self._error > LEAST
+        if not (bounded and _float32_is_whole()):
             return None
         error = size * self._error
         rounding = U * (size + largest)
@@ -192,7 +197,7 @@ class FilteredRows:
         span = 1.01 * (2 * error + 3 * rounding)  # down again, where the rounding of both totals counts
         self._left[rows, -1] = shift
         slight = float(self._squares[rows].sum()) < SLIGHT * largest**2 * base.numel()
-        return _Block(base, out, row, error + shift * 2.0**-12, shift, span, size, slight)
+        return _Block(base, out, row, error + shift * self._error, shift, span, size, slight)
 
     def _apply_tiles(self, block: _Block, work: Workspace, observer: Observer | None) -> Change | None:
         """None where float32 can tell too little, or where something is not finite."""
@@ -260,7 +265,7 @@ class FilteredRows:
 
         value, c = _wide(weight, dtype), self._product.nearly(self._rows, rows, columns)
         total = value + c
-        reach = np.abs(total) * (1.1 * U) + block.size * 2.0**-40  # the first of the two roundings, to float32, and c
+        reach = np.abs(total) * (1.1 * U) + block.size * self._product.off  # the first rounding, to float32, and c
         result = _narrow(total + reach, dtype)
         near = np.flatnonzero(result != _narrow(total - reach, dtype))
         if len(near):

@@ -163,6 +163,9 @@ def _single(result: Array, a: Array, c: Array, form: FloatFormat) -> Array:
     reach *= 2.0 ** -(form.mantissa + 1)
     reach /= np.abs(a)
     reach += middle * 2.0**-40
+    low = middle < 2.0 ** (1 - form.bias)
+    if low.any():  # there W's steps do not shrink with it, and what float64 rounds of a large W' is more
+        reach[low] += np.abs(widen(result[low], form) / a[low]) * 2.0**-52
     exponent = middle.view(np.int64) >> 52
     np.maximum(exponent, 1024 - form.bias, out=exponent)
     exponent -= form.mantissa
