@@ -105,7 +105,7 @@ class Recorder:
         self._estimates = self._estimates or Estimates(self._form, rows, CELL_COLUMNS)
         self._estimates.add(tile)
 
-    def wanted(self) -> Positions | None:
+    def wanted(self) -> tuple[Positions, Positions] | None:
         assert self._estimates
         return self._estimates.wanted()
 

@@ -74,13 +74,13 @@ class Told:
 
 class Observer(Protocol):
     """Sees a block: each tile by `filtered`; then it is asked for the flat positions of the weights that it wants told,
-    every tile's `at` among them, and hears of them by `settle`. Where it wants too many, which is None, or where
-    float32 tells too little, it is asked to `forget` them.
+    every tile's `at` among them, and for the places of those in that list; it hears of them by `settle`. Where it wants
+    too many, which is None, or where float32 tells too little, it is asked to `forget` them.
     """
 
     def filtered(self, tile: Filtered) -> None: ...
 
-    def wanted(self) -> Positions | None: ...
+    def wanted(self) -> tuple[Positions, Positions] | None: ...
 
     def settle(self, told: Told) -> None: ...
 
@@ -208,14 +208,16 @@ class FilteredRows:
             if len(at) * MOST > block.base[start : start + height].numel():
                 return None
             found.append(at + start * columns)
-        wanted = observer.wanted() if observer else np.concatenate(found)
-        if wanted is None or not (math.isfinite(block.squared) and math.isfinite(block.kept)):
+        wanted = observer.wanted() if observer else None
+        if (observer and wanted is None) or not (math.isfinite(block.squared) and math.isfinite(block.kept)):
             return None
-        told = self._mend(block, wanted)
-        if told is None:
+        near = self._mend(block, wanted[0][wanted[1]] if wanted else np.concatenate(found))
+        if near is None:
             return None
-        if observer:
-            observer.settle(told)
+        if observer and wanted:
+            at, places = wanted
+            before, after = block.before.take(at), block.after.take(at)
+            observer.settle(Told(before, after, places[near], lambda some: self._exactly(block, at[some])))
         here = slice(block.row, block.row + rows)
         own, kept = float(self._squares[here].sum()), block.kept
         if not block.slight:  # <W' - (W + D + shift - span), D + shift> is what was summed up
@@ -253,23 +255,20 @@ class FilteredRows:
             observer.filtered(Filtered(before, after, change.numpy(), block.shift, block.error, at))
         return at
 
-    def _mend(self, block: _Block, at: Positions) -> Told | None:
-        """Round the weights at these flat positions rightly, and correct the sums; None where one becomes infinite."""
-        rows, columns = np.divmod(at, block.base.shape[1])
-        rows += block.row
-        before, after = block.before.reshape(-1), block.after.reshape(-1)
-        weight, former, dtype = before.take(at), after.take(at), block.base.dtype
+    def _mend(self, block: _Block, at: Positions) -> Positions | None:
+        """Round the weights at these flat positions rightly, and correct the sums; None where one becomes infinite.
 
-        def exact(some: Positions) -> Wide:
-            return self._product.exactly(self._exact.numpy(), rows[some], columns[some])
-
-        value, c = _wide(weight, dtype), self._product.nearly(self._rows, rows, columns)
+        Returns the places in `at` of those that lie near a midpoint.
+        """
+        after, dtype = block.after.reshape(-1), block.base.dtype
+        weight, former = block.before.take(at), after.take(at)
+        value, c = _wide(weight, dtype), self._product.nearly(self._rows, *self._places(block, at))
         total = value + c
         reach = np.abs(total) * (1.1 * U) + block.size * self._product.off  # the first rounding, to float32, and c
         result = _narrow(total + reach, dtype)
         near = np.flatnonzero(result != _narrow(total - reach, dtype))
         if len(near):
-            c[near] = exact(near)
+            c[near] = self._exactly(block, at[near])
             result[near] = np.where(c[near] == 0, weight[near], _ROUNDED[dtype](value[near] + c[near]))
         final = _wide(result, dtype)
         if not np.isfinite(final).all():
@@ -278,7 +277,17 @@ class FilteredRows:
         block.changed += int(np.count_nonzero(result != weight)) - int(np.count_nonzero(former != weight))
         # (numpy's dot would wake threads of its own, which wait in a loop)
         block.kept += torch.dot(torch.from_numpy(final - _wide(former, dtype)), torch.from_numpy(c)).item()
-        return Told(weight, result, near, exact)
+        return near
+
+    def _exactly(self, block: _Block, at: Positions) -> Wide:
+        return self._product.exactly(self._exact.numpy(), *self._places(block, at))
+
+    @staticmethod
+    def _places(block: _Block, at: Positions) -> tuple[Positions, Positions]:
+        """The rows of the product, and the columns."""
+        rows, columns = np.divmod(at, block.base.shape[1])
+        rows += block.row
+        return rows, columns
 
 
 def _largest(x: Tensor) -> float:

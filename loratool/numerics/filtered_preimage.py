@@ -71,8 +71,10 @@ class Estimates:
             at[start:end] -= cell * (rows * columns - self._width)
         return at, ends
 
-    def wanted(self) -> Positions | None:
-        """The flat positions of the weights whose exact D is needed; None if they are so many that all are cheaper."""
+    def wanted(self) -> tuple[Positions, Positions] | None:
+        """The flat positions of the weights whose exact D is needed, and the places among them of those that float32
+        could not tell; None if they are so many that all are cheaper.
+        """
         at, self._weight, code, change = (np.concatenate(side) for side in zip(*chain(*self._sorted()), strict=True))
         change -= np.float32(self._shift)
         self._first, self._most = np.empty((2, len(at)), np.int32)
@@ -83,7 +85,9 @@ class Estimates:
                 found = self._first[part], self._most[part], sure[part]
                 _interval(code[part], change[part], self._error, self._form, *found)
         self._unsure = np.flatnonzero(~sure)
-        return at[self._unsure] if len(self._unsure) * MOST <= self._size else None
+        if len(self._unsure) * MOST > self._size:
+            return None
+        return at[self._unsure], np.flatnonzero(np.isnan(change[self._unsure]))
 
     def _sorted(self) -> list[list[tuple[Positions, Array, Array, Floats]]]:
         return [self._cells[place] for place in sorted(self._cells)]
