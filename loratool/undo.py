@@ -183,6 +183,9 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     return entry
 
 
+_ROWS = 5  # the place of `rows` in what `_placement` makes
+
+
 def _unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[Part]:
     """records: the rows of each, first and behind the last, in any order."""
     spec = spec_of(entry["spec"])
@@ -192,9 +195,6 @@ def _unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int
         first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
         yield from (Part(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
         done = stop
-
-
-_ROWS = 5  # the place of `rows` in what `_placement` makes
 
 
 def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
@@ -222,7 +222,8 @@ class UndoFile:
         self.file: BinaryIO = open_for_reading(path)
         try:
             self.index = self._read_index()
-        except (ValueError, KeyError, TypeError, struct.error, zlib.error, EOFError) as error:
+            self._check()
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error, zlib.error, EOFError) as error:
             self.file.close()
             raise InputError(f"is cut off or damaged: {error}", culprit=str(path)) from error
         except BaseException:
@@ -246,6 +247,31 @@ class UndoFile:
             raise InputError(f"is an undo file of version {index['version']}, not {VERSION}", culprit=str(self.path))
         found: dict[str, Any] = index
         return found
+
+    def _check(self) -> None:
+        """Look at all that is read of the index later, so that a wrong one is refused here; it may be anybody's."""
+        index = self.index
+        index["arithmetic"], index["file"], set(index["new_side"])
+        for adapter in index["adapters"]:
+            Path(adapter["name"]), adapter["sha256"], adapter["scales_sha256"], float(adapter["weight"])
+        for shard in index["shards"]:
+            _inside(shard["name"])
+            if shard["header"] is None:
+                _ = [spec_of(spec).nbytes for spec in shard["specs"].values()]
+            else:
+                unpack_bytes(shard["header"])
+        for name, data in index["side"].items():
+            _inside(name)
+            unpack_bytes(data)
+        for name, hashes in index["untouched"].items():
+            if not isinstance(hashes, list):
+                raise ValueError(f"no hashes of {name}")
+        for name, entry in index["tensors"].items():
+            _ = spec_of(entry["spec"]).nbytes
+            for number, _, _, _, _, rows, start, stop, skip, _ in entry["placements"]:
+                index["adapters"][number], range(rows), range(start, stop, max(1, skip))
+            self.records(name)
+        self.written()
 
     def bytes(self, at: int, length: int) -> bytes:
         buffer = memoryview(bytearray(length))
@@ -273,11 +299,20 @@ class UndoFile:
         self.file.close()
 
 
+def _inside(name: str) -> None:
+    """Raise ValueError for a name that leads out of the folder that is written."""
+    path = Path(name)
+    if not path.parts or path.anchor or ".." in path.parts:
+        raise ValueError(f"it names {name!r}, which is no file of a model")
+
+
 def placements_of(index: Mapping[str, Any], tensor: str, adapters: Sequence[Adapter]) -> list[Placement]:
     """The recipe of a tensor, with the adapters in the order of the index."""
     found = []
     for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
         adapter = adapters[number]
+        if module not in adapter.updates or (value is not None and value not in adapter.file.specs):
+            raise InputError(f"has no {value or module}, which the undo file names", culprit=adapter.name)
         if value is None:
             own = adapter.updates[module]
             update = own.transpose() if own.inputs else own

@@ -5,6 +5,8 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,16 @@ class TestFiles:
         assert same_folder(base, tmp_path / "back")
 
 
+def forge(undo: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another index in an undo file, written as its layout says."""
+    data = undo.read_bytes()
+    at, length = struct.unpack("<QQ", data[-24:-8])
+    index = json.loads(zlib.decompress(data[at : at + length]))
+    change(index)
+    packed = zlib.compress(json.dumps(index).encode())
+    undo.write_bytes(data[:at] + packed + struct.pack("<QQ", at, len(packed)) + data[-8:])
+
+
 class TestRefusals:
     @pytest.fixture
     def merged(self, tmp_path: Path) -> Path:
@@ -272,6 +284,51 @@ class TestRefusals:
         data = (merged / "loratool.undo").read_bytes()
         (merged / "loratool.undo").write_bytes(data[:cut])
         self.refused(merged, "no undo file|cut off or damaged")
+
+    @pytest.mark.parametrize("name", ["../evil", "{folder}/evil", "a/../../evil", ""])
+    @pytest.mark.parametrize("place", ["side", "shards"])
+    def test_an_undo_file_that_leads_elsewhere(self, merged: Path, name: str, place: str) -> None:
+        name = name.format(folder=merged.parent)
+
+        def lead(index: dict[str, Any]) -> None:
+            if place == "side":
+                index["side"][name] = index["side"]["config.json"]
+            else:
+                index["shards"][0]["name"] = name
+
+        forge(merged / "loratool.undo", lead)
+        before = sorted(merged.parent.iterdir())
+        self.refused(merged, "which is no file of a model")
+        assert sorted(merged.parent.iterdir()) == before
+
+    @pytest.mark.parametrize(
+        "field", ["adapters", "arithmetic", "file", "new_side", "shards", "side", "tensors", "untouched"]
+    )
+    @pytest.mark.parametrize("value", [None, 5, [{}], {"a": 5}, [[1]]])
+    def test_an_index_of_another_form(self, merged: Path, field: str, value: Any) -> None:
+        """It was deflated rightly, so that only its content is wrong."""
+        forge(merged / "loratool.undo", lambda index: index.update({field: value}))
+        if field == "file" or (field == "new_side" and isinstance(value, dict)):
+            loratool.unmerge(merged, FIXTURES / "llama" / "adapter", merged.parent / "ok")  # as good as what was there
+        else:
+            self.refused(merged, "damaged|with arithmetic|edited since|was not there|was not part of")
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"records": [[1]]},
+            {"spec": ["XX", [1]]},
+            {"spec": ["BF16"]},
+            {"placements": [[0]]},
+            {"placements": [[9, "m", None, 1.0, False, 1, 0, 1, 0, None]]},
+            {"placements": [[0, "another", None, 1.0, False, 1, 0, 1, 0, None]]},
+            {"written": ["a", "b"]},
+            {"written": 5},
+        ],
+    )
+    def test_an_entry_of_another_form(self, merged: Path, entry: dict[str, Any]) -> None:
+        forge(merged / "loratool.undo", lambda index: next(iter(index["tensors"].values())).update(entry))
+        self.refused(merged, "damaged|has no another, which the undo file names")
 
     def test_flipped_bits_in_a_record(self, merged: Path) -> None:
         undo = UndoFile(merged / "loratool.undo")

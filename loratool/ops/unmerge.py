@@ -114,7 +114,7 @@ def unmerge(
             runs = rewrite(output, sources, tensors, where, workers or worker_count(), progress, None, list(copied))
             with closing(runs) as items:
                 for item, results in items:
-                    if isinstance(item, HashBytes) and results[0] != copied[item.tensor][item.part]:
+                    if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
         return _report(checkpoint, record, os.fspath(merged), used, output, dry_run)
 
