@@ -180,6 +180,19 @@ class TestOnATerminal:
         assert [line.split() for line in text[1:]] == [[name], list("12345"), ["b"], list("67890")]
         assert all(len(line) <= 80 for line in text)
 
+    def test_a_pipe_gets_the_lines_that_rich_would_draw(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wide characters take two columns; a control character is told, not sent."""
+        columns = [("module", False), ("数", True), ("what", False)]
+        rows = [["層.0\x1b", "1", "café"], ["a" * 90, "1000", ""], ["b", "22", "e\u0301 日本"]]
+        with redirect_stdout(io.StringIO()) as found:
+            print_table(columns, rows)
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        with redirect_stdout(io.StringIO()) as drawn:
+            print_table(columns, rows)
+        assert "\x1b[" in drawn.getvalue() and "\x1b" not in found.getvalue()
+        plain = re.sub("\x1b\\[[0-9;]*m", "", drawn.getvalue()).splitlines()
+        assert found.getvalue().splitlines() == [line.rstrip() for line in plain]
+
     def test_blocks_are_drawn_in_the_colour_and_not_over_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A full block hides what is behind it: the largest bar was black."""
         found = self.shown(monkeypatch, lambda: draw(bars({"q": 1.0, "v": 4.0}, "x")))

@@ -16,6 +16,8 @@ from ..fileio import size
 from ..pictures import Line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..errors import LoratoolError
 
 SCHEMA_VERSION = 1
@@ -72,29 +74,48 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
 
     Where a terminal is too narrow for a row but not for what follows its name, that comes on a line below the name.
     """
+    from rich.cells import cell_len
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
-    if not sys.stdout.isatty():  # colours can be forced there, a width not
-        console.width = UNBOUNDED
     columns = [(escape(title), right) for title, right in columns]
     rows = [[escape(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip([title for title, _ in columns], *rows, strict=True)]
+    titles, sides = [title for title, _ in columns], [right for _, right in columns]
+    widths = [max(map(cell_len, column)) for column in zip(titles, *rows, strict=True)]
+    if not console.is_terminal:  # rich takes half a millisecond a row, and has nothing to add here
+        for row in [titles, *rows]:
+            spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+            cells = [
+                space + cell if right else cell + space for cell, space, right in zip(row, spaces, sides, strict=True)
+            ]
+            print((" " * GAP).join(cells).rstrip())
+        return
+    if not sys.stdout.isatty():  # colours can be forced there, a width not
+        console.width = UNBOUNDED
     below = sum(widths) + GAP * (len(widths) - 1) > console.width >= sum(widths[1:]) + GAP * len(widths[1:])
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, right in [("", False), *columns[1:]] if below else columns:
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, ["", *row[1:]] if below else row))
-    with console.capture() as text:  # rich would turn a closed pipe into exit 1
-        console.print(table)
-    lines = text.get().splitlines()
+    if below:
+        lines = _drawn(console, [("", False), *columns[1:]], [["", *row[1:]] for row in rows])
+    else:
+        lines = _drawn(console, columns, rows)
     names = ["", *(row[0] for row in rows)] if below else [""] * len(lines)
     for name, line in zip(names, lines, strict=True):
         line = line.rstrip()
         print(f"{name}\n{line}" if name else line)
+
+
+def _drawn(console: Console, columns: list[tuple[str, bool]], rows: list[list[str]]) -> list[str]:
+    """A table's lines, with a terminal's bold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, right in columns:
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    with console.capture() as text:  # rich would turn a closed pipe into exit 1
+        console.print(table)
+    return text.get().splitlines()
 
 
 def escape(text: str) -> str:
