@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -238,8 +238,10 @@ class Piece:
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
         _, special = self._get()
-        left = self.left(start, stop)
-        rows = FilteredRows(self._filter(), left) if self.is_filtered and left is not None else None
+        left, rows = cache(partial(self.left, start, stop)), None
+        if self.is_filtered:
+            product = self._filter()
+            rows = FilteredRows(product, product.exact.balanced(start - self.start, stop - self.start))
         recorder = Recorder(self._dtype) if self._record and self._dtype else None
         if recorder and special and start == self.start:
             recorder.head(special.head)
@@ -247,13 +249,13 @@ class Piece:
         def exactly(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
             state = special.state(base, start + row, work) if special else None
             if recorder is None:
-                return apply_rounded(base, self.fill(left, row, len(base), start + row, state, work), out, work)
+                return apply_rounded(base, self.fill(left(), row, len(base), start + row, state, work), out, work)
             if state is not None:
                 recorder.head(state.cpu().numpy().tobytes())
             change, height = Change(), cell_rows(base.shape[1])
             for first in range(0, len(base), height):  # one, where there is a state
                 part = slice(first, min(first + height, len(base)))
-                fill = self.fill(left, row + first, part.stop - first, start + row + first, state, work)
+                fill = self.fill(left(), row + first, part.stop - first, start + row + first, state, work)
                 change += apply_rounded(base[part], fill, out[part], work, recorder.witness, CELL_COLUMNS)
             return change
 
@@ -311,7 +313,7 @@ class Piece:
         product, _ = self._get()
         assert product is not None
         with self._lock:
-            self._filtered = self._filtered or FilteredProduct(product)
+            self._filtered = self._filtered or FilteredProduct(product, even=self._record)
             return self._filtered
 
     def _terms(self, placement: Placement, weight: float) -> list[Factors]:

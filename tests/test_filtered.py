@@ -21,11 +21,15 @@ from loratool.updates import LowRank
 CPU = torch.device("cpu")
 
 
+def rows_of(product: ExactProduct, count: int, even: bool = False) -> FilteredRows:
+    return FilteredRows(FilteredProduct(product, even), product.balanced(0, count))
+
+
 def both(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[tuple[Tensor, Change], tuple[Tensor, Change]]:
     product = ExactProduct(LowRank(A, B, scale).terms(1.0, False))
     left = product.left(0, len(W))
     found, expected = torch.empty_like(W), torch.empty_like(W)
-    change = FilteredRows(FilteredProduct(product), left).apply(W, 0, found, Workspace(CPU))
+    change = rows_of(product, len(W)).apply(W, 0, found, Workspace(CPU))
     if change is None:
         change = apply_rounded(W, product.fill(left), found, Workspace(CPU))
     exact = apply_rounded(W, product.fill(left), expected, Workspace(CPU))
@@ -66,6 +70,35 @@ def test_sums_that_lie_on_midpoints_or_a_hair_beside_them(dtype: torch.dtype, si
         assert torch.equal(bits(found), bits(expected))
 
 
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("dtype", FORMS)
+def test_sums_a_float32_step_or_two_beside_midpoints(dtype: torch.dtype, even: bool) -> None:
+    """One in a hundred, of any size and both signs, just where what float32 rounds decides."""
+    digits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        W = (weights(1, 200000, seed=seed) * torch.exp2(-seed * torch.rand(200000, generator=g))).to(dtype)
+        step = (W.double().abs().log2().floor() - digits + 1).exp2()
+        fine = (W.double().abs().log2().floor() - 23).exp2()  # float32's
+        few, beside = torch.rand(W.shape, generator=g) < 0.01, torch.randint(-8, 9, W.shape, generator=g) / 4
+        D = torch.where(few, 0.5 * step + beside * fine, step * torch.rand(W.shape, generator=g, dtype=torch.float64))
+        product = ExactProduct([Factors(torch.ones(1, 1), 1.0, D)])
+        found, expected = torch.empty_like(W), torch.empty_like(W)
+        assert rows_of(product, 1, even).apply(W, 0, found, Workspace(CPU)) is not None
+        apply_rounded(W, product.fill(product.left(0, 1)), expected, Workspace(CPU))
+        assert torch.equal(bits(found), bits(expected))
+
+
+def test_weights_far_larger_than_all_others() -> None:
+    """A curved bound folds back at the size where its curve takes all of a total away: about -650 beside 1e-4."""
+    A, B = factors(8, 1024, 4)
+    for size in torch.linspace(1e-4, 1.1e-4, 60).tolist():
+        W = torch.full((8, 1024), size).half()
+        W[:, 1::32] = -torch.linspace(600, 800, 256).half().reshape(8, 32)
+        (found, _), (expected, _) = both(W, A, B, 1e-6)
+        assert torch.equal(bits(found), bits(expected))
+
+
 @pytest.mark.parametrize("rank", [16, 65, 300, 1024])
 def test_many_ranks_just_off_their_grids(rank: int) -> None:
     """What the exact D leaves out of them, the product of the low slices, is more than float64 rounds."""
@@ -92,7 +125,7 @@ def test_rows_too_small_for_float32_beside_a_large_right_side(large: int, small:
     product, found, expected = ExactProduct([Factors(B, 1.0, A)]), torch.empty_like(W), torch.empty_like(W)
     left = product.left(0, 65)
     apply_rounded(W, product.fill(left[:64]), expected, Workspace(CPU))
-    if FilteredRows(FilteredProduct(product), left).apply(W, 0, found, Workspace(CPU)) is not None:
+    if rows_of(product, 65).apply(W, 0, found, Workspace(CPU)) is not None:
         assert torch.equal(bits(found), bits(expected))
 
 
@@ -140,7 +173,7 @@ def test_any_bits_under_any_scales(seed: int, spread: float, size: float, rank: 
 def test_rows_of_a_block_are_the_products_own() -> None:
     W, (A, B) = weights(96, 256, dtype=torch.bfloat16), factors(96, 256, 16)
     product = ExactProduct(LowRank(A, B, 1.0).terms(1.0, False))
-    rows, work = FilteredRows(FilteredProduct(product), product.left(0, 96)), Workspace(CPU)
+    rows, work = rows_of(product, 96), Workspace(CPU)
     out = torch.empty_like(W)
     for start in (0, 32, 64):
         rows.apply(W[start : start + 32], start, out[start : start + 32], work)

@@ -11,13 +11,13 @@ import torch
 from conftest import bits, factors, weights, write_model, write_peft
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_filtered import STRANGE
+from test_filtered import STRANGE, rows_of
 from torch import Tensor
 
 import loratool
 from loratool.numerics import filtered
 from loratool.numerics.exact import Change, ExactProduct, Factors, Workspace, apply_rounded
-from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
+from loratool.numerics.filtered import FORMS
 from loratool.numerics.filtered_preimage import Flags
 from loratool.undo_records import CELL_COLUMNS, Recorded, Recorder, Restorer, cell_rows
 
@@ -49,7 +49,7 @@ def both(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Recorded, Recor
     product, work = ExactProduct([Factors(B, scale, A.double())]), Workspace(CPU)
     found, expected = torch.empty_like(W), torch.empty_like(W)
     ours, theirs = Settling(W.dtype), Recorder(W.dtype)
-    change = FilteredRows(FilteredProduct(product), product.left(0, len(W))).apply(W, 0, found, work, ours)
+    change = rows_of(product, len(W), even=True).apply(W, 0, found, work, ours)
     if change is None:
         change = exactly(W, product, found, ours)
     exact = exactly(W, product, expected, theirs)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def _exponent(x: Tensor) -> Tensor:
     return torch.frexp(x)[1].to(torch.int64)
 
 
-def _slices(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
+def slices(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
     """`x` as high + low, each a multiple of its grid along `dim` and at most 2**bits grid steps large."""
     grid = (_exponent(x.abs().amax(dim, keepdim=True)) - bits).clamp_(-1022 + bits, 1000)
     step, inverse = power_of_two(grid), power_of_two(-grid)
@@ -92,15 +93,23 @@ class ExactProduct:
         shift = torch.div(_exponent(left_max) - _exponent(right_max), 2, rounding_mode="trunc").clamp_(-1000, 1000)
         dead = (left_max == 0) | (right_max == 0)  # contributes nothing, and must not set a grid
         self._left_scale = torch.where(dead, 0.0, power_of_two(-shift))  # (R,)
-        right = right * torch.where(dead, 0.0, power_of_two(shift)).unsqueeze(1)
-        high, low = _slices(right, 0, self.bits)
-        self.cross = torch.cat([low, high])  # (2R, n), met by [high, low] of the left side
-        self._high = self.cross[rank:]
+        self.right = right * torch.where(dead, 0.0, power_of_two(shift)).unsqueeze(1)  # (R, n)
+        if right.is_cuda:
+            _ = self._cross  # now: the workers' streams will share it
+
+    @cached_property
+    def _cross(self) -> Tensor:
+        """(2R, n), met by [high, low] of the left side."""
+        high, low = slices(self.right, 0, self.bits)
+        return torch.cat([low, high])
+
+    def balanced(self, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of the left side, (stop - start, R), not yet on their grids."""
+        return torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1) * self._left_scale
 
     def left(self, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of the left side on their grids, (stop - start, 2R), high slices then low."""
-        rows = torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1)
-        return torch.cat(_slices(rows * self._left_scale, 1, self.bits), 1)
+        """The same on their grids, (stop - start, 2R), high slices then low."""
+        return torch.cat(slices(self.balanced(start, stop), 1, self.bits), 1)
 
     def fill(self, left: Tensor) -> Fill:
         """What adds D to the rows that `left` belongs to."""
@@ -112,8 +121,9 @@ class ExactProduct:
 
     def multiply(self, left: Tensor, columns: slice, out: Tensor, scratch: Tensor) -> None:
         """Write some columns of the rows of D that belong to `left` into `out`; both buffers are float64."""
-        torch.mm(left[:, : len(self._high)], self._high[:, columns], out=out)
-        torch.mm(left, self.cross[:, columns], out=scratch)
+        rank, cross = len(self.right), self._cross[:, columns]
+        torch.mm(left[:, :rank], cross[rank:], out=out)
+        torch.mm(left, cross, out=scratch)
         out.add_(scratch)
 
 

@@ -19,14 +19,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .exact import Change, ExactProduct, Workspace
+from .exact import Change, ExactProduct, Workspace, slices
 
 MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
 LEAST, LARGEST = 2.0**-80, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
 SLIGHT = 2.0**-32  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
+SAMPLED = 1 << 11  # weights that tell how large a block's are
+SPREAD = 2.0**14  # of a curved bound's width: a total that is larger may be outside of it
 TILE = 1 << 18  # weights at a time: more than a core's own cache holds, but a call costs as much as a thousand weights
-GATHERED = 1 << 14  # numbers of a factor at a time, which stay in a core's cache
+GATHERED = 1 << 16  # numbers of a factor at a time, which stay in a core's cache
 
 Positions = npt.NDArray[np.intp]
 Codes = npt.NDArray[np.uint16]
@@ -37,10 +39,10 @@ class _Tile:
     """The buffers for tiles of one shape, and every view of them: making one costs as much as a thousand weights."""
 
     def __init__(self, work: Workspace, like: Tensor) -> None:
-        self.total, self.change, self.moved = (
-            work.take(name, torch.float32, *like.shape) for name in ("total", "change", "moved")
+        self.total, self.change, self.end = (
+            work.take(name, torch.float32, *like.shape) for name in ("total", "change", "end")
         )
-        self.flat = tuple(x.view(-1) for x in (self.total, self.change, self.moved))
+        self.flat = tuple(x.view(-1) for x in (self.total, self.change, self.end))
         self.lower = work.take("lower", like.dtype, *like.shape)
         self.codes = self.lower.view(torch.uint16).numpy()
         self.hit = work.take("hit", torch.bool, *like.shape).numpy()
@@ -89,48 +91,67 @@ class Observer(Protocol):
 
 @dataclass
 class _Block:
-    """Rows under way, `row` the first, and what came of them. error: of D in float32; shift: what D is increased by, so
-    that the float32 total is no less than W + D; span: less that, the total is no more than it; size: no |D| is larger.
+    """Rows under way, `row` the first, and what came of them.
+
+    error: of any D in float32; size: no |D| is larger. shift, span: of each row, (m,), times a column's bound: what D
+    is increased by, so that `total + curve total^2` in float32 is no less than W + D, and what that less
+    `3 curve total^2` is then lowered by to be no more. limit: how large a total may be for that.
     """
 
     base: Tensor
     out: Tensor
     row: int
     error: float
-    shift: float
-    span: float
     size: float
+    shift: Tensor
+    span: Tensor
+    curve: float
+    limit: float
     slight: bool
 
     def __post_init__(self) -> None:
         self.before, self.after = (x.view(torch.uint16).numpy() for x in (self.base, self.out))
         self.squared, self.kept, self.changed = 0.0, 0.0, 0
 
+    @property
+    def holds(self) -> bool:
+        """Whether all is finite, and within the limit."""
+        finite = math.isfinite(self.squared) and math.isfinite(self.kept)
+        return finite and math.sqrt(self.squared) + self.size <= self.limit
+
 
 class FilteredProduct:
-    """An `ExactProduct` D with its right side as float32 multiplies it, and what bounds that."""
+    """An `ExactProduct` D with its right side as float32 multiplies it, and what bounds that.
 
-    def __init__(self, exact: ExactProduct) -> None:
-        self.exact, rank = exact, len(exact.cross) // 2
-        right = exact.cross[:rank] + exact.cross[rank:]
-        self.right = torch.cat([right.float(), torch.ones(1, right.shape[1])])  # (R + 1, n), 1 for the common shift
-        self.norm, self.gram, self.sums = float(right.norm(dim=0).max()), right @ right.T, right.sum(1)
-        self._columns = right.T.contiguous().numpy()  # (n, R), each of which is read in one go
-        # of a row's size, what `nearly` is off from the exact D: by float64's rounding, and by the products of the two
-        # low slices, which the exact D leaves out (each slice is at most 2**-bits of the largest number)
-        self.off = max(2.0**-40, 2 * rank * 4.0**-exact.bits)
+    even: every column is given the largest one's bound.
+    """
 
-    @cached_property
-    def _slices(self) -> Wide:
-        return self.exact.cross.T.contiguous().numpy()  # (n, 2R)
+    def __init__(self, exact: ExactProduct, even: bool = False) -> None:
+        self.exact, self.even, right = exact, even, exact.right
+        columns = right.T.contiguous()
+        self._columns = columns.numpy()  # (n, R), each of which is read in one go
+        sizes = columns.norm(dim=1)
+        self.norm = float(sizes.max())
+        # (n,): what a row's bound is multiplied by; by no less than a half, lest a small column's be lost in rounding
+        self.bounds = (torch.ones_like(sizes) if even else (sizes / self.norm).clamp_(min=0.5)).float()
+        self.least, self.bounds_squared = float(self.bounds.min()), float(self.bounds.square().sum())
+        self.right = torch.cat([right.float(), self.bounds.unsqueeze(0)])  # (R + 1, n), the last for the rows' shifts
+        self.gram, self.sums = right @ right.T, right @ self.bounds.double()
+        # of a row's size, what `nearly` is off from the exact D: by float64's rounding, and by what the exact D leaves
+        # out, the products of two low slices and what is below them (2**-bits of the largest number, and that squared)
+        self.off = len(right) * (2.0**-51 + 4 * 4.0**-exact.bits)
 
     def nearly(self, rows: Wide, at: Positions, columns: Positions) -> Wide:
         """D in some places, to `off`: in at[i] of `rows`, (m, R), and in columns[i]."""
         found = np.empty(len(at))
         for part in _parts(len(at), rows.shape[1]):
-            one, two = rows.take(at[part], 0), self._columns.take(columns[part], 0)
-            found[part] = torch.from_numpy(one).mul_(torch.from_numpy(two)).sum(1).numpy()
+            found[part] = np.einsum("ij,ij->i", rows.take(at[part], 0), self._columns.take(columns[part], 0))
         return found
+
+    @cached_property
+    def _slices(self) -> Wide:
+        high, low = slices(torch.from_numpy(self._columns), 1, self.exact.bits)
+        return torch.cat([low, high], 1).numpy()  # (n, 2R)
 
     def exactly(self, left: Wide, at: Positions, columns: Positions) -> Wide:
         """The same to the last bit. left: (m, 2R), as `exact.left` returns it."""
@@ -150,22 +171,24 @@ def _parts(count: int, numbers: int) -> Iterator[slice]:
 class FilteredRows:
     """Some rows of a product, with what is needed to bound them in float32.
 
-    left: what `product.exact.left` returned for these rows, (m, 2R).
+    rows: what `product.exact.balanced` returned for these, (m, R).
     """
 
-    def __init__(self, product: FilteredProduct, left: Tensor) -> None:
-        self._product, self._exact = product, left
-        rank = left.shape[1] // 2
-        rows = left[:, :rank] + left[:, rank:]
-        self._rows = rows.numpy()  # (m, R)
+    def __init__(self, product: FilteredProduct, rows: Tensor) -> None:
+        self._product, self._rows = product, rows.numpy()
         self._left = torch.cat([rows.float(), torch.zeros(len(rows), 1)], 1)  # (m, R + 1), the last column `shift`
-        self._sizes = (rows.norm(dim=1) * product.norm).numpy()  # (m,): no |D| of the row is larger
+        self._sizes = rows.norm(dim=1) * product.norm  # (m,): no |D| of the row is larger
         # |fl(B A) - B A| <= (R + 1) u |B||A| in any order; the factors were rounded too, and `shift` is added
-        self._error = (rank + 8) * U
+        self._error = (rows.shape[1] + 8) * U
         self._squares = ((rows @ product.gram) * rows).sum(1).numpy()  # (m,): ||D||^2 of the row
-        self._sums = (rows @ product.sums).numpy()  # (m,): the sum of the row of D
+        self._sums = rows @ product.sums  # (m,): the sum of the row of D, its columns weighted as the bounds are
         self._tiles: dict[int, _Tile] = {}
         self._worth_it = True
+
+    @cached_property
+    def _exact(self) -> Wide:
+        """(m, 2R), as `exact.left` returns it."""
+        return torch.cat(slices(torch.from_numpy(self._rows), 1, self._product.exact.bits), 1).numpy()
 
     def apply(
         self, base: Tensor, row: int, out: Tensor, work: Workspace, observer: Observer | None = None
@@ -185,19 +208,27 @@ class FilteredRows:
     def _block(self, base: Tensor, row: int, out: Tensor) -> _Block | None:
         """None where the bounds do not hold."""
         rows = slice(row, row + len(base))
-        size = float(self._sizes[rows].max())
-        largest = _largest(base)
+        size, curve, limit = float(self._sizes[rows].max()), 0.0, math.inf
+        if base.dtype == torch.float16:
+            width = _width(base, size)
+            largest, limit = 25 * width, SPREAD * width
+            # what float32 rounds, 2 u |total|, is no more than rounding + curve total^2
+            rounding, curve = 2.05 * U * width, 2.05 * U / 4 / (width or 1.0)
+        else:
+            largest = _largest(base)
+            rounding = U * (size + largest)
         # (beside a larger right side, rows that are below float32's normal numbers could still have some D)
         bounded = self._product.norm < LARGEST and size + largest < LARGEST and size * self._error > LEAST
         if not (bounded and _float32_is_whole()):
             return None
-        error = size * self._error
-        rounding = U * (size + largest)
+        error = self._error * self._sizes[rows].clamp(min=size if self._product.even else size / 16)
+        rounding /= self._product.least
         shift = 1.01 * (error + rounding)  # 1 % for what `shift` itself adds, and for what is near a midpoint
         span = 1.01 * (2 * error + 3 * rounding)  # down again, where the rounding of both totals counts
-        self._left[rows, -1] = shift
+        self._left[rows, -1] = shift.float()
         slight = float(self._squares[rows].sum()) < SLIGHT * largest**2 * base.numel()
-        return _Block(base, out, row, error + shift * self._error, shift, span, size, slight)
+        most = size * self._error + float(shift.max()) * self._error
+        return _Block(base, out, row, most, size, shift.float(), span.float(), curve, limit, slight)
 
     def _apply_tiles(self, block: _Block, work: Workspace, observer: Observer | None) -> Change | None:
         """None where float32 can tell too little, or where something is not finite."""
@@ -209,7 +240,7 @@ class FilteredRows:
                 return None
             found.append(at + start * columns)
         wanted = observer.wanted() if observer else None
-        if (observer and wanted is None) or not (math.isfinite(block.squared) and math.isfinite(block.kept)):
+        if (observer and wanted is None) or not block.holds:
             return None
         near = self._mend(block, wanted[0][wanted[1]] if wanted else np.concatenate(found))
         if near is None:
@@ -218,11 +249,10 @@ class FilteredRows:
             at, places = wanted
             before, after = block.before.take(at), block.after.take(at)
             observer.settle(Told(before, after, places[near], lambda some: self._exactly(block, at[some])))
-        here = slice(block.row, block.row + rows)
+        here, shift = slice(block.row, block.row + rows), block.shift.double()
         own, kept = float(self._squares[here].sum()), block.kept
-        if not block.slight:  # <W' - (W + D + shift - span), D + shift> is what was summed up
-            total = float(self._sums[here].sum()) + block.shift * block.base.numel()
-            kept += own - (block.span - block.shift) * total
+        if not block.slight:  # <W' - (W + D + shift), D + shift> is what was summed up
+            kept += own + float(shift @ self._sums[here]) + float(shift @ shift) * self._product.bounds_squared
         return Change(block.squared, own, kept, block.changed)
 
     def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
@@ -231,28 +261,34 @@ class FilteredRows:
         tile = self._tiles.get(len(base))
         if tile is None:
             tile = self._tiles[len(base)] = _Tile(work, base)
-        left = self._left[block.row + part.start : block.row + part.stop]
-        total, change, moved = tile.flat
+        total, change, end = tile.flat
+        bounds = self._product.bounds
         tile.total.copy_(base)
         block.squared += torch.dot(total, total).item()
-        torch.mm(left, self._product.right, out=tile.change)
+        torch.mm(self._left[block.row + part.start : block.row + part.stop], self._product.right, out=tile.change)
         total.add_(change)  # in place: a third stream of numbers would not stay in the cache
-        out.copy_(tile.total)
-        total.sub_(block.span)
-        tile.lower.copy_(tile.total)
+        if block.curve:
+            torch.addcmul(total, total, total, value=block.curve, out=end)
+            out.copy_(tile.end)
+            end.addcmul_(end, end, value=-3 * block.curve)
+            tile.end.addr_(block.span[part], bounds, alpha=-1)
+        else:
+            out.copy_(tile.total)
+            torch.addr(tile.total, block.span[part], bounds, alpha=-1, out=tile.end)
+        tile.lower.copy_(tile.end)
         np.not_equal(after, tile.codes, out=tile.hit)
         at = np.flatnonzero(tile.hit)
-        tile.moved.copy_(out)
+        tile.end.copy_(out)
         if block.slight:
-            tile.moved.sub_(base)
-            block.kept -= block.shift * moved.sum().item()
+            tile.end.sub_(base)
+            block.kept -= torch.dot(torch.mv(tile.end, bounds), block.shift[part]).item()
         else:  # what W' is off from the total, which is at hand
-            moved.sub_(total)
-        block.kept += torch.dot(moved, change).item()
+            end.sub_(total)
+        block.kept += torch.dot(end, change).item()
         np.not_equal(before, after, out=tile.hit)
         block.changed += int(np.count_nonzero(tile.hit))
         if observer:
-            observer.filtered(Filtered(before, after, change.numpy(), block.shift, block.error, at))
+            observer.filtered(Filtered(before, after, change.numpy(), block.shift[0].item(), block.error, at))
         return at
 
     def _mend(self, block: _Block, at: Positions) -> Positions | None:
@@ -268,8 +304,7 @@ class FilteredRows:
         result = _narrow(total + reach, dtype)
         near = np.flatnonzero(result != _narrow(total - reach, dtype))
         if len(near):
-            c[near] = self._exactly(block, at[near])
-            result[near] = np.where(c[near] == 0, weight[near], _ROUNDED[dtype](value[near] + c[near]))
+            result[near] = self._round(block, at[near], value[near] + c[near], weight[near])
         final = _wide(result, dtype)
         if not np.isfinite(final).all():
             return None
@@ -279,8 +314,19 @@ class FilteredRows:
         block.kept += torch.dot(torch.from_numpy(final - _wide(former, dtype)), torch.from_numpy(c)).item()
         return near
 
+    def _round(self, block: _Block, at: Positions, total: Wide, weight: Codes) -> Codes:
+        """W + D in one rounding, in these places. total: that, as `nearly` tells it; weight: the codes of W."""
+        dtype = block.base.dtype
+        reach = np.abs(total) * 2.0**-52 + block.size * self._product.off
+        result = _ROUNDED[dtype](total + reach)
+        unsure = np.flatnonzero(result != _ROUNDED[dtype](total - reach))
+        if len(unsure):
+            c, some = self._exactly(block, at[unsure]), weight[unsure]
+            result[unsure] = np.where(c == 0, some, _ROUNDED[dtype](_wide(some, dtype) + c))
+        return result
+
     def _exactly(self, block: _Block, at: Positions) -> Wide:
-        return self._product.exactly(self._exact.numpy(), *self._places(block, at))
+        return self._product.exactly(self._exact, *self._places(block, at))
 
     @staticmethod
     def _places(block: _Block, at: Positions) -> tuple[Positions, Positions]:
@@ -295,6 +341,12 @@ def _largest(x: Tensor) -> float:
     codes = x.view(torch.uint16).numpy()
     code = max(int(codes.view(np.int16).max()), int(codes.max()) & 0x7FFF)
     return float(_wide(np.array([code], np.uint16), x.dtype)[0])
+
+
+def _width(base: Tensor, size: float) -> float:
+    """A fifth of what the weights and the change measure, about: the bounds hold for any."""
+    some = base.view(-1)[:: max(1, base.numel() // SAMPLED)].float()
+    return 0.2 * float(some.norm()) / math.sqrt(len(some)) + 0.02 * size
 
 
 def _wide(codes: Codes, dtype: torch.dtype) -> Wide:

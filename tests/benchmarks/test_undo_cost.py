@@ -38,7 +38,7 @@ def test_the_encoder(relative: float, bound: float) -> None:
     W, (A, B) = weights(512, 4096, dtype=torch.bfloat16), factors(512, 4096, 16)
     B = B * (relative * W.float().norm() / (B @ A).norm())
     product, work, out = ExactProduct([Factors(B, 1.0, A.double())]), Workspace(CPU), torch.empty_like(W)
-    rows, step = FilteredRows(FilteredProduct(product), product.left(0, 512)), FILTERED_BLOCK // 4096
+    rows, step = FilteredRows(FilteredProduct(product, even=True), product.balanced(0, 512)), FILTERED_BLOCK // 4096
 
     def merged(recorder: Recorder | None) -> None:
         for row in range(0, 512, step):
