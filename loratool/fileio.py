@@ -213,35 +213,51 @@ def partial_folder(path: Path) -> Iterator[Path]:
     A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture.
     """
     partial, former = partial_path(path), former_path(path)
-    for place in (partial, former):
-        if place.is_symlink() or place.is_file():
-            raise UsageError("is in the way", culprit=str(place))
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY) if POSIX else None
+    if former.is_symlink() or former.is_file():
+        raise UsageError("is in the way", culprit=str(former))
+    with _locked_folder(partial, path):
+        try:
+            yield partial
+            _sync_folder(partial)
+            shutil.rmtree(former, ignore_errors=True)
+            if path.exists():
+                os.replace(path, former)
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            if former.exists() and not path.exists():
+                os.replace(former, path)
+            raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the output `path`, which is gone when the block ends."""
+    scratch = path.with_name(path.name + ".loratool-scratch")
+    with _locked_folder(scratch, path):
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked_folder(place: Path, path: Path) -> Iterator[None]:
+    """An empty folder for what becomes `path`, this process's alone: what is found there, a killed one has left."""
+    if place.is_symlink() or place.is_file():
+        raise UsageError("is in the way", culprit=str(place))
+    place.mkdir(exist_ok=True)
+    lock = os.open(place, os.O_RDONLY) if POSIX else None
     try:
         _lock(lock, path)
-    except UsageError:
-        os.close(lock)  # type: ignore[arg-type]
-        raise
-    try:
-        for left in partial.iterdir():
+        for left in place.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        yield partial
-        _sync_folder(partial)
-        shutil.rmtree(former, ignore_errors=True)
-        if path.exists():
-            os.replace(path, former)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if former.exists() and not path.exists():
-            os.replace(former, path)
-        raise
+        yield
     finally:
         if lock is not None:
             os.close(lock)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def write_file(path: Path, data: bytes) -> None:

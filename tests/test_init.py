@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -511,6 +516,25 @@ class TestResidual:
             start(tmp_path, base, "pissa", rank=4)
         start(tmp_path, base, "olora", rank=4, force=True)
         assert "olora" in (tmp_path / "residual" / "model.safetensors.index.json").read_text()
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    def test_what_a_kill_leaves_is_taken_over(self, tmp_path: Path) -> None:
+        """Between the start and the residual, where the start lies in a folder of its own."""
+        base = FIXTURES / "llama" / "base"
+        command = ["init", str(base), "-o", str(tmp_path / "a"), "--method", "pissa", "--rank", "2"]
+        command += ["--residual", str(tmp_path / "residual")]
+        killed = f"""
+            import os, signal
+            from loratool.cli import main
+            from loratool.ops.init import _Work
+            _Work._subtract = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            main({command!r})
+        """
+        result = subprocess.run([sys.executable, "-c", textwrap.dedent(killed)])
+        assert result.returncode == -signal.SIGKILL
+        assert [p.name for p in tmp_path.iterdir()] == ["residual.loratool-scratch"]
+        loratool.init(base, tmp_path / "a", method="pissa", rank=2, residual=tmp_path / "residual")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "residual"]
 
     @pytest.mark.parametrize("place", ["out", "out/residual", "link/residual"])
     def test_neither_output_takes_the_others_place(self, place: str, tmp_path: Path) -> None:

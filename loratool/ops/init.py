@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..architectures.renames import expert_part
 from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, NeedsFlag, UsageError
-from ..fileio import require_free_space, sha256_file
+from ..fileio import require_free_space, scratch_folder, sha256_file
 from ..formats import is_adapter, open_adapter
 from ..formats.peft import WEIGHTS_NAMES
 from ..formats.peft_config import CONFIG_NAME
@@ -296,13 +295,12 @@ class _Work:
         """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
         size = sum(_as(spec, dtype).nbytes for spec in self._base.specs.values())
         factors = sum(spec.nbytes for spec in self._starter.specs.values())
-        folder = place.absolute().parent
-        require_free_space(folder, size + 2 * factors)
+        require_free_space(place.absolute().parent, size + 2 * factors)
         require_free_space(adapter[0].absolute().parent, factors)
         if dry_run:
             return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
-        with named(place), tempfile.TemporaryDirectory(prefix=".loratool-", dir=folder) as temporary:
-            start = Path(temporary) / INITIAL
+        with named(place), scratch_folder(place) as scratch:
+            start = scratch / INITIAL
             write_adapter(start, False, self._starter.specs, self._starter.load, {**self._config, "use_dora": False})
             self._residual = self._subtract(start, place, dtype, undo, force)
         with named(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
