@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures.image import weighed_component
 from .errors import InputError, LoratoolError, NeedsFlag
 from .fileio import sha256_file
+from .source import is_finite
 from .tensorfile import TensorSpec, WeightsFile
 from .updates import UPDATES, Update
 
@@ -161,7 +162,7 @@ class Adapter:
         cls, roles = UPDATES[spec.kind]
         tensors = {role: self.file.tensor(spec.tensors[role]) for role in roles}
         for role, tensor in tensors.items():
-            if not bool(tensor.isfinite().all()):
+            if not is_finite(tensor):
                 raise InputError(f"holds nan or inf; {self.name} is damaged", culprit=spec.tensors[role])
         if spec.enabled:
             tensors["B"] = _spread(tensors["B"], spec.enabled)

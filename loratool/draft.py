@@ -22,7 +22,7 @@ from .errors import InputError, NeedsFlag, UsageError
 from .fileio import partial_file, require_free_space, write_at
 from .formats.peft import adapter_names, saved_name
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
-from .source import Source
+from .source import Source, is_finite
 from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
 
@@ -62,7 +62,7 @@ def load_stacked(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
 def rounded(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """In the output's type. Raises an error naming a module whose factors that type cannot hold."""
     B, A = (side.to(dtype) for side in factors)
-    if not bool(B.isfinite().all() and A.isfinite().all()):
+    if not (is_finite(B) and is_finite(A)):
         if dtype == torch.float16:
             raise NeedsFlag("its factors overflow fp16", culprit=module, remedy="add --dtype fp32")
         raise InputError("its factors overflow", culprit=module)
@@ -99,7 +99,7 @@ class Carried:
             for source, factor in self.terms:
                 total.add_(source.file.tensor(source.name).double(), alpha=factor)
             total = total.float()
-        if not bool(total.isfinite().all()):
+        if not is_finite(total):
             raise InputError("holds nan or inf", culprit=first.name)
         return total
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .numerics.exact import LANES, ExactProduct, Fill, Workspace, add_squares, row_norms, sum_tile, total_of_lanes
-from .source import Source
+from .source import Source, is_finite
 from .updates import Rows
 
 NORM_ROWS = 256  # rows read at a time for the norms of columns; a multiple of LANES
@@ -166,6 +166,6 @@ def column_norms(source: Source, product: ExactProduct, device: torch.device) ->
 
 def ratio(magnitude: Tensor, norms: Tensor, name: str) -> Tensor:
     """m / n, and 0 where n is 0: whatever stands before a row of zeros, it is a row of zeros."""
-    if not bool(norms.isfinite().all()):
+    if not is_finite(norms):
         raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=name)
     return torch.where(norms == 0, 0.0, magnitude / norms)

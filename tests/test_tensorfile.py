@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loratool.errors import InputError
+from loratool.source import is_finite
 from loratool.tensorfile import DTYPES, TensorFile, TensorSpec, build_header, data_order, edit_metadata
 
 # One small dict of odd tensors for all tests: every dtype that torch can hand to the official writer.
@@ -233,3 +235,17 @@ def test_sizes_above_32_bits(tmp_path: Path) -> None:
         file.seek(begin["after"])
         file.write(struct.pack("<2f", 1.0, 2.0))
     assert TensorFile(path).tensor("after").tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2", "float8_e4m3fn"])
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_seen_wherever_it_is(dtype: str, value: float) -> None:
+    for count in (1, 7, 1003):
+        for at in {0, count // 2, count - 1}:
+            x = torch.linspace(-3, 3, count).to(getattr(torch, dtype))
+            assert is_finite(x)
+            wide = x.float()
+            wide[at] = value
+            x = wide.to(x.dtype)
+            assert is_finite(x) is bool(x.float().isfinite().all())
+    assert is_finite(torch.empty(0, 3))

@@ -28,6 +28,7 @@ from ..numerics.svd import TruncatedSVD, truncated_svd
 from ..output import check_name, check_path, named
 from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
 from ..runtime import Progress, choose_device
+from ..source import is_finite
 from .converted import bring_together, check_target, loralib_notes, warnings_of
 
 DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
@@ -243,7 +244,7 @@ class _Work:
         for e, parts in enumerate(self._parts(module)):
             D = METHODS[self._method].run(parts, self._density or 1.0)
             assert isinstance(D, Tensor)
-            if not bool(D.isfinite().all()):
+            if not is_finite(D):
                 raise InputError("the combined change overflows float32", culprit=module)
             yield D, truncated_svd(D, rank, Draw(self._seed, f"{module} {e}").generator(self._device))
 
