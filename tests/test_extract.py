@@ -231,8 +231,11 @@ class TestRanks:
         base, tuned = pair(tmp_path, SMALL)
         with pytest.raises(UsageError, match="rank and energy exclude"):
             loratool.extract(base, tuned, tmp_path / "a", rank=4, energy=0.5)
-        with pytest.raises(UsageError, match="out of range"):
-            loratool.extract(base, tuned, tmp_path / "a", energy=1.5)
+        for energy in (1.5, math.nan, math.inf, 0.0):
+            with pytest.raises(UsageError, match="out of range"):
+                loratool.extract(base, tuned, tmp_path / "a", energy=energy)
+        with pytest.raises(UsageError, match="no whole number"):
+            loratool.extract(base, tuned, tmp_path / "a", rank=2.5)  # type: ignore[arg-type]
 
     def test_what_rank_would_do_is_about_right(self) -> None:
         for exponent in (0.5, 1.0, 1.5):

@@ -27,7 +27,7 @@ from ..formats.peft_write import write_adapter
 from ..inputs import refuse_adapter
 from ..output import check_name, check_path, named
 from ..pairing import Difference, Pairs, difference, pair_tensors
-from ..ranks import RANK_RULES, budget_ranks, rank_for
+from ..ranks import RANK_RULES, budget_ranks, rank_for, read_rule
 from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
 from .image_base import choose_form, left_out, plan_image_adapter
@@ -133,7 +133,8 @@ def extract(
         raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_TO)}")
     if embed not in EMBED:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED)}")
-    rule = _rule(rank, energy, params, size)
+    given = {"rank": rank, "energy": energy, "params": params, "size": size}
+    rule = read_rule(given) or ("rank", float(RANK))
     with ExitStack() as opened:
         sides = [_open(name, opened) for name in (base, tuned)]
         form = choose_form(sides[0], to)
@@ -163,17 +164,6 @@ def extract(
         elif not dry_run:
             write_single(path, plan.specs, plan.load, plan.config)
         return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
-
-
-def _rule(rank: int | None, energy: float | None, params: int | None, size: int | None) -> tuple[str, float]:
-    given = {"rank": rank, "energy": energy, "params": params, "size": size}
-    chosen = [(name, float(value)) for name, value in given.items() if value is not None]
-    if len(chosen) > 1:
-        raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
-    name, value = chosen[0] if chosen else ("rank", float(RANK))
-    if value <= 0 or (name == "energy" and value > 1):
-        raise UsageError(f"{name} {value:g} is out of range")
-    return name, value
 
 
 def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
