@@ -295,6 +295,18 @@ def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
     ]
 
 
+def test_progress_before_the_first_byte(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read and hashed first is no byte of the output."""
+    from loratool.render import text as render
+
+    now = 0.0
+    monkeypatch.setattr(render.time, "monotonic", lambda: now)
+    bar = render.ProgressBar("merge", quiet=False)
+    now = 11.0
+    bar(0, 3 * 10**9)
+    assert capsys.readouterr().err == "merge: 0 B of 3.00 GB\n"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
     import pty

@@ -168,12 +168,9 @@ class ProgressBar:
             if self._unit:
                 print(f"{self._label}: {done} of {total} {self._unit}", file=sys.stderr, flush=True)
                 return
-            rate = done / (now - self._start)
-            print(
-                f"{self._label}: {size(done)} of {size(total)}, {size(rate)}/s, {(total - done) / rate:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            line, rate = f"{self._label}: {size(done)} of {size(total)}", done / (now - self._start)
+            rest = f", {size(rate)}/s, {(total - done) / rate:.0f} s left" if done else ""
+            print(line + rest, file=sys.stderr, flush=True)
 
     def _show_bar(self, done: int, total: int) -> None:
         if self._bar is None:
