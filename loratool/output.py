@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from .checkpoint import PICKLES, Checkpoint
 from .errors import NeedsFlag, UsageError
 from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
-from .sidefiles import foreign_file
+from .sidefiles import foreign_file, is_undo_file, undo_files, undo_path
 from .tensorfile import TensorSpec
 from .torcharchive import Archive
 
@@ -143,6 +143,25 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> No
         )
 
 
+def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
+    """The same for what lies where the undo files of a single file are or would be, which are replaced with it."""
+    if not output.is_file:
+        return
+    mine = [*([output.undo] if output.undo else []), *output.carried]
+    for place in dict.fromkeys([*mine, *undo_files(undo_path(output.path, True))]):
+        if not os.path.lexists(place):
+            continue
+        if any(_holds(place, source) for source in (*inputs, *output.carried.values())):
+            raise UsageError(
+                "the output would replace this input", culprit=str(place), remedy="name another output with -o"
+            )
+        ours = place.is_file() and not place.is_symlink() and is_undo_file(place)
+        if not ours and place in mine:
+            raise UsageError("is no undo file and in the way of one", culprit=str(place), remedy="move it away")
+        if ours and not force:
+            raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
+
+
 def _holds(place: Path, source: Path) -> bool:
     """Whether `source`, by name or through links, is `place` or lies in it."""
     places = {Path(os.path.abspath(place)), Path(os.path.realpath(place))}
@@ -162,7 +181,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
     with named(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
-            stack.push(_without_undo(output))
+            stack.push(_settle_undo(output))
             targets[output.files[0].name] = stack.enter_context(partial_file(output.path))
             if output.undo:  # entered last, so it has its name before the weights have theirs
                 targets[output.undo.name] = stack.enter_context(partial_file(output.undo))
@@ -181,21 +200,36 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
             targets[file.name].truncate(file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
         yield targets
+        for target in targets.values():  # all, before the first has its name
+            os.fsync(target.fileno())
         if not output.is_file:
             for target in targets.values():
-                os.fsync(target.fileno())
                 target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder)
 
 
-def _without_undo(output: Output) -> Callable[[Any, Any, Any], None]:
-    """What removes an undo file whose weights did not come."""
+def _settle_undo(output: Output) -> Callable[[Any, Any, Any], None]:
+    """What removes an undo file whose weights did not come; or, when they have, those of what was there before."""
+    mine = [*([output.undo] if output.undo else []), *output.carried]
+    before = {place: _identity(place) for place in mine}
 
     def leave(kind: Any, *_: Any) -> None:
-        if kind is not None and output.undo:
-            output.undo.unlink(missing_ok=True)
+        if kind is None:
+            former = [p for p in undo_files(undo_path(output.path, True)) if p not in mine and is_undo_file(p)]
+        else:
+            former = [place for place in mine if _identity(place) != before[place]]
+        for place in former:
+            place.unlink(missing_ok=True)
 
     return leave
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .checkpoint import PIPELINE, Checkpoint, component_names, is_pipeline
 from .errors import InputError
-from .fileio import reading
+from .fileio import open_for_reading, reading
 
 TRAVELS = (
     "config.json",
@@ -42,6 +42,7 @@ TRAVELS = (
 )
 NEVER = ("adapter_config.json",)
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were taken out of it
 # what an output folder holds besides
 WEIGHTS = (
@@ -103,11 +104,17 @@ def undo_path(model: Path, is_file: bool) -> Path:
 
 
 def undo_files(path: Path) -> list[Path]:
-    """An undo file and those of the merges before: `x.undo`, `x.undo.1`, ..."""
+    """An undo file and those of the merges before: `x.undo`, `x.undo.1`, ...; one may be a stranger's."""
     found = [path] if path.is_file() else []
     while found and (following := path.with_name(f"{path.name}.{len(found)}")).is_file():
         found.append(following)
     return found
+
+
+def is_undo_file(path: Path) -> bool:
+    """By its first bytes."""
+    with open_for_reading(path) as file:
+        return file.read(len(UNDO_MARK)) == UNDO_MARK
 
 
 def foreign_file(folder: Path) -> str | None:

@@ -28,16 +28,17 @@ from typing import Any, BinaryIO
 
 from .adapter import Adapter, UpdateSpec
 from .errors import InputError
-from .fileio import copy_range, open_for_reading, read_into
+from .fileio import copy_range, open_for_reading, read_into, write_at
 from .output import Output
 from .placing import Placement
 from .plan import MergePlan
+from .sidefiles import UNDO_MARK
 from .source import Source
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
 
 VERSION = 1
 HASH_PART = 1 << 26  # bytes that have one hash: a part of the layout
-MAGIC, END = f"loratool undo {VERSION}\n".encode(), b"loraundo"
+MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 MAX_INDEX = 1 << 30
 
 
@@ -70,8 +71,7 @@ class UndoWriter:
 
     def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
         data = b"".join(payloads)
-        self._spool.seek(self._end)
-        self._spool.write(data)
+        write_at(self._spool, memoryview(data), self._end)
         self._records.setdefault(tensor, []).append((start, stop, self._end, len(data), sha256))
         self._end += len(data)
 
@@ -93,8 +93,7 @@ class UndoWriter:
 
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
         """Write the file; returns its size."""
-        target.seek(0)
-        target.write(MAGIC)
+        write_at(target, memoryview(MAGIC), 0)
         at = len(MAGIC)
         index = index_of(plan, output)
         index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
@@ -112,8 +111,7 @@ class UndoWriter:
                 entry["copied"] = [entry["copied"], at]
                 at += spec.nbytes - first
         data = zlib.compress(json.dumps(index, sort_keys=True, separators=(",", ":")).encode(), 9)
-        target.seek(at)
-        target.write(data + struct.pack("<QQ", at, len(data)) + END)
+        write_at(target, memoryview(data + struct.pack("<QQ", at, len(data)) + END), at)
         return at + len(data) + 16 + len(END)
 
     def close(self) -> None:

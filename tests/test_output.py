@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -446,6 +447,75 @@ class TestFallbacks:
                 fileio.copy_range(a, 90, b, 3, 80)
 
 
+class TestUndoBesideAFile:
+    """`x.undo` belongs to `x.safetensors`: it comes, stays and goes with it."""
+
+    def test_it_stays_where_a_new_merge_fails(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        out = tmp_path / "x.safetensors"
+        loratool.merge(model, adapter, out)
+        before = digest(out), digest(tmp_path / "x.undo")
+        with pytest.raises(loratool.LoratoolError, match="infinite"):
+            loratool.merge(model, (adapter, 1e42), out, force=True)
+        assert (digest(out), digest(tmp_path / "x.undo")) == before
+
+    def test_a_strangers_file_is_never_replaced(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        (tmp_path / "x.undo").write_text("mine")
+        with pytest.raises(UsageError, match=r"x.undo: is no undo file"):
+            loratool.merge(model, adapter, tmp_path / "x.safetensors", force=True)
+        loratool.merge(model, adapter, tmp_path / "x.safetensors", undo=False)
+        assert (tmp_path / "x.undo").read_text() == "mine"
+
+    @pytest.mark.parametrize("undo", [True, False])
+    def test_those_of_a_model_that_is_replaced_go(self, tmp_path: Path, model: Path, adapter: Path, undo: bool) -> None:
+        """Else the next merge would carry them on, and unmerge give back a model with a wrong one beside it."""
+        first, second = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+        loratool.merge(model, adapter, first)
+        loratool.merge(first, (adapter, 0.5), second)
+        assert (tmp_path / "y.undo.1").exists()
+        second.unlink()
+        with pytest.raises(NeedsFlag, match=r"y.undo: exists already"):
+            loratool.merge(model, adapter, second, undo=undo)
+        loratool.merge(model, adapter, second, undo=undo, force=True)
+        assert (tmp_path / "y.undo").exists() is undo and not (tmp_path / "y.undo.1").exists()
+
+    def test_an_input_is_not_replaced(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        merged, other = tmp_path / "x.safetensors", tmp_path / "y.undo"
+        save_file({f"{n}.weight": weights(6, 4) for n in "ab"}, tmp_path / "base.safetensors")
+        loratool.merge(tmp_path / "base.safetensors", adapter, merged)
+        (tmp_path / "x.undo").rename(other)
+        with pytest.raises(UsageError, match=r"y.undo: the output would replace this input"):
+            loratool.unmerge(merged, adapter, other.with_suffix(".safetensors"), undo=other, force=True)
+        assert other.exists()
+
+    @pytest.mark.skipif(not hasattr(os, "pwrite"), reason="needs pwrite")
+    def test_a_system_that_writes_less_than_it_is_given(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one does whose disk has a little room left."""
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        pwrite = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 3 + 1], at))
+        loratool.merge(model, adapter, tmp_path / "y.safetensors")
+        assert digest(tmp_path / "x.undo") == digest(tmp_path / "y.undo")
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
+    def test_a_disk_that_is_full_when_the_undo_file_comes(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pwrite = os.pwrite
+
+        def full(fd: int, data: Any, at: int) -> int:
+            room = 100 - at if ".undo" in os.readlink(f"/proc/self/fd/{fd}") else len(data)
+            if room <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return pwrite(fd, data[:room], at)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 class TestFailure:
     def test_no_space_is_refused_before_the_first_byte(
         self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
@@ -469,7 +539,7 @@ class TestFailure:
         """Trap 62: at the first write, in the middle, and at the last one; what was there before stays."""
         out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
         loratool.merge(model, adapter, out)
-        before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out])}
+        before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}
         for failing in (1, 3, 6) if kind == "folder" else (1, 2, 3):
             calls = iter(range(1, 1000))
             real = fileio.write_at
@@ -484,8 +554,9 @@ class TestFailure:
                 patched.setattr("loratool.runtime.write_at", write_at)
                 with pytest.raises(type(error)):
                     loratool.merge(model, (adapter, 2.0), out, force=True)
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name]
-            assert {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out])} == before
+            there = [out.name] if kind == "folder" else [out.name, "out.undo"]
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", *there]
+            assert {p: digest(p) for p in before} == before
 
     @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
     @pytest.mark.parametrize("out", ["out", "out.safetensors"])

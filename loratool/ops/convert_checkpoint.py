@@ -23,7 +23,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
 from ..layout import plan_output
 from ..numerics.exact import Change, Workspace, cast_rounded
-from ..output import CONTAINERS, Edits, Output, check_name, check_path
+from ..output import CONTAINERS, Edits, Output, check_name, check_path, check_undo_files
 from ..rewrite import CAST_BLOCK, Changed, RowRange, refuse_overflow, rewrite
 from ..runtime import Progress, worker_count
 from ..sharing import find_shared, left_out
@@ -92,11 +92,13 @@ def convert_checkpoint(
     with closing(open_checkpoint(checkpoint)) as base:
         _refuse_quantized(base, chosen, checkpoint)
         to, path, is_file = _place(base, out, to)
-        check_path(path, is_file, [shard.path for shard in base.shards], force)
+        inputs = [shard.path for shard in base.shards]
+        check_path(path, is_file, inputs, force)
         shared = find_shared(base)
         edits = Edits(shared=shared, left_out=left_out(base, shared))
         origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))
         output = plan_output(base, path, is_file, origin, (), chosen, max_shard_bytes, edits, container=to)
+        check_undo_files(output, inputs, force)
         output.require_space()
         flushed = None if dry_run else _execute(base, output, progress, workers or worker_count())
         return _report(os.fspath(checkpoint), base, output, edits, to, chosen, flushed)

@@ -23,7 +23,7 @@ from ..fileio import sha256_range
 from ..inputs import open_inputs, read_given, require_residual, subtract_initial
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION, Change
-from ..output import Output, check_path, output_path
+from ..output import Output, check_path, check_undo_files, output_path
 from ..plan import MergePlan, plan_merge, widen_float8
 from ..rewrite import refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
@@ -143,7 +143,8 @@ def write_merged(
     check_path(path, is_file, inputs, force)
     output = plan_output(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
     output = replace(output, travels={**output.travels, **(beside or {})})
-    _check_undo(plan, output, force)
+    _check_undo(plan, output)
+    check_undo_files(output, inputs, force)
     _check_factors(plan)
     output.require_space()
     if dry_run:
@@ -178,8 +179,8 @@ def _check_factors(plan: MergePlan) -> None:
         require_finite(plan.sources[name])
 
 
-def _check_undo(plan: MergePlan, output: Output, force: bool) -> None:
-    """Raises NeedsFlag where undo cannot be written, or would take the place of another file."""
+def _check_undo(plan: MergePlan, output: Output) -> None:
+    """Raises NeedsFlag where undo cannot be written."""
     if output.undo is None:
         return
     for name, spec in plan.base.specs.items():
@@ -189,8 +190,6 @@ def _check_undo(plan: MergePlan, output: Output, force: bool) -> None:
                 culprit=name,
                 remedy="add --no-undo",
             )
-    if output.is_file and output.undo.exists() and not force:
-        raise NeedsFlag("exists already", culprit=str(output.undo), remedy="add --force to replace it")
 
 
 def _undo_bound(plan: MergePlan, output: Output) -> int | None:

@@ -23,7 +23,7 @@ from ..fileio import sha256_range
 from ..inputs import Given, negated, open_adapters, read_given, refuse_adapter
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION
-from ..output import Output, OutputFile, check_path, output_path
+from ..output import Output, OutputFile, check_path, check_undo_files, output_path
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
@@ -106,6 +106,7 @@ def unmerge(
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
         check_path(path, is_file, inputs, force)
         output = _plan_output(checkpoint, record, base, path, is_file)
+        check_undo_files(output, inputs, force)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
         output.require_space()
@@ -323,10 +324,12 @@ def _subtract(
         if name in plan.added or any(p.update.kind not in ADDITIVE or p.update.base for p in plan.bound.get(name, ())):
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
-    check_path(path, is_file, [s.path for s in merged.shards] + [a.file.path for a in adapters], force)
+    inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]
+    check_path(path, is_file, inputs, force)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed)
+    check_undo_files(output, inputs, force)
     output.require_space()
     load = Loader(choose_device(device))
     doubts: list[Doubted] = []
