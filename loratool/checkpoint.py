@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .architectures.quantized import quantization
 from .errors import InputError
 from .fileio import open_for_reading, reading
 from .hub import resolve
@@ -104,6 +105,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def models(self) -> tuple[Checkpoint, ...]:
         """The components of a pipeline, else itself."""
         return self.parts or (self,)
+
+    @property
+    def quantized(self) -> str | None:
+        """The method by which it, or a component, is quantized."""
+        return next(filter(None, (quantization(part.specs, part.config) for part in self.models)), None)
 
     @property
     def weight_files(self) -> set[str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from .adapter import Adapter
 from .architectures.image import WEIGHED, weighed_component
-from .architectures.quantized import quantization
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import InputError, LoratoolError, NeedsFlag, UsageError
 from .fileio import sha256_file
@@ -54,22 +53,7 @@ def read_given(adapters: Any) -> list[Given]:
 def open_inputs(
     base: str | os.PathLike[str], given: Sequence[Given], alpha: float | None, opened: ExitStack
 ) -> tuple[Checkpoint, Loaded]:
-    checkpoint = open_checkpoint(base)
-    opened.callback(checkpoint.close)
-    if any(".base_layer." in name for name in checkpoint.specs):
-        raise InputError(
-            "is a dump of a whole PeftModel, its weights under names that no loader knows",
-            culprit=os.fspath(base),
-            remedy="save the model with merge_and_unload().save_pretrained, or pass the original base and the adapter",
-        )
-    refuse_adapter(checkpoint, base, "the first argument is the base model", given)
-    method = next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None)
-    if method:
-        raise InputError(
-            f"is quantized ({method}), and adding to its codes would be wrong",
-            culprit=os.fspath(base),
-            remedy="; ".join(["pass the original model in 16 or 32 bits", *_trained_on(given[0].path, base)]),
-        )
+    checkpoint = open_model(base, "the first argument is the base model", opened, given)
     loaded = []
     for adapter, each in zip(open_adapters(given, alpha, opened), given, strict=True):
         for module, update in adapter.updates.items():
@@ -78,6 +62,30 @@ def open_inputs(
                 raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
         loaded.append((adapter, each.weight))
     return checkpoint, tuple(loaded)
+
+
+def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack, given: Sequence[Given] = ()) -> Checkpoint:
+    """A model whose numbers are its weights. what: what this argument is; given: what is in the adapters' place.
+
+    Raises InputError for an adapter, the dump of a model with adapters inside, a quantized model.
+    """
+    model = open_checkpoint(name)
+    opened.callback(model.close)
+    if any(".base_layer." in tensor for tensor in model.specs):
+        raise InputError(
+            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            culprit=os.fspath(name),
+            remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
+        )
+    refuse_adapter(model, name, what, given)
+    if model.quantized:
+        hints = _trained_on(given[0].path, name) if given else []
+        raise InputError(
+            f"is quantized ({model.quantized}), and its codes are no weights",
+            culprit=os.fspath(name),
+            remedy="; ".join(["pass the original model in 16 or 32 bits", *hints]),
+        )
+    return model
 
 
 def refuse_adapter(model: Checkpoint, name: str | os.PathLike[str], what: str, given: Sequence[Given] = ()) -> None:

@@ -77,11 +77,11 @@ MISTAKES = {
     """,
     "quantized base": """
         loratool merge four-bit adapter -o out -> 3
-        four-bit: is quantized (bitsandbytes), and adding to its codes would be wrong
+        four-bit: is quantized (bitsandbytes), and its codes are no weights
         pass the original model in 16 or 32 bits; adapter says it was trained on fixtures/llama/base
 
         loratool init four-bit -o out -> 3
-        four-bit: is quantized (bitsandbytes)
+        four-bit: is quantized (bitsandbytes), and its codes are no weights
         pass the original model in 16 or 32 bits
     """,
     "output exists": """

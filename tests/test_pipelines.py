@@ -374,6 +374,27 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         loratool.unmerge(tmp_path / "out", a, tmp_path / "again")
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda base, a, out: loratool.merge(base, a, out),
+        lambda base, a, out: loratool.diff(a, a, base=base),
+        lambda base, a, out: loratool.spectra(base),
+        lambda base, a, out: loratool.extract(base, base, out),
+        lambda base, a, out: loratool.init(base, out),
+    ],
+    ids=["merge", "diff", "spectra", "extract", "init"],
+)
+def test_a_component_that_is_quantized(use: Callable[[Path, Path, Path], object], tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base")
+    adapter(tmp_path / "a.safetensors", False)
+    config = {**CONFIGS["unet"], "quantization_config": {"quant_method": "bitsandbytes"}}
+    (base / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"is quantized \(bitsandbytes\)"):
+        use(base, tmp_path / "a.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_extract_writes_diffusers_by_component(tmp_path: Path, run: Callable[..., Any]) -> None:
     """All that an adapter changed comes back, whichever names transformers gave the text encoders; and from a dump."""
     base = pipeline(tmp_path / "base")

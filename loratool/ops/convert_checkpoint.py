@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
 from ..layout import plan_output
@@ -105,14 +104,12 @@ def convert_checkpoint(
 
 
 def _refuse_quantized(base: Checkpoint, dtype: str | None, name: str | os.PathLike[str]) -> None:
-    for part in base.models:
-        method = quantization(part.specs, part.config)
-        if method and dtype:
-            raise InputError(
-                f"is quantized ({method}), and its scales must keep their types",
-                culprit=os.fspath(name),
-                remedy="leave out --dtype",
-            )
+    if base.quantized and dtype:
+        raise InputError(
+            f"is quantized ({base.quantized}), and its scales must keep their types",
+            culprit=os.fspath(name),
+            remedy="leave out --dtype",
+        )
 
 
 def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None) -> tuple[str, Path, bool]:

@@ -156,7 +156,7 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
         require_one_model(checkpoint)
         if is_adapter(checkpoint.specs):
             raise InputError("is an adapter; count takes the model", culprit=os.fspath(path))
-        method = quantization(checkpoint.specs, checkpoint.config)
+        method = checkpoint.quantized
         if method is None:
             return _from_checkpoint(checkpoint)
         if checkpoint.model_type not in FAMILIES:

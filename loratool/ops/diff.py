@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter, UpdateSpec
-from ..architectures.quantized import quantization
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..comparing import (
     SAME,
@@ -30,7 +29,7 @@ from ..comparing import (
 )
 from ..errors import InputError, UsageError
 from ..formats import holds_adapter
-from ..inputs import open_adapters, read_given, refuse_adapter
+from ..inputs import open_adapters, open_model, read_given
 from ..numerics.factors import FactoredSVD, amplification
 from ..pairing import Comparison, compare, pair_tensors
 from ..placing import Placement
@@ -150,13 +149,7 @@ def diff(
         one, two = (_selected(adapter, selection) for adapter in adapters)
         if not one.updates and not two.updates:
             raise InputError("neither adapter has a module that is selected")
-        model = None if base is None else open_checkpoint(base)
-        if model:
-            opened.callback(model.close)
-            refuse_adapter(model, base or "", "--base is the model under the two")
-            method = quantization(model.specs, model.config)
-            if method:
-                raise InputError(f"is quantized ({method})", culprit=str(model.path), remedy="pass the original model")
+        model = None if base is None else open_model(base, "--base is the model under the two", opened)
         return _diff_adapters(one, two, model, os.fspath(base) if base else None, choose_device(device), progress)
 
 

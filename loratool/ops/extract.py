@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..architectures.quantized import quantization
 from ..architectures.wrappers import module_of
-from ..checkpoint import Checkpoint, open_checkpoint
 from ..choices import EMBED, EXTRACT_TO
 from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
 from ..formats.peft_write import write_adapter
-from ..inputs import refuse_adapter
+from ..inputs import open_model
 from ..output import check_name, check_path, named
 from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for, read_rule
@@ -136,7 +134,7 @@ def extract(
     given = {"rank": rank, "energy": energy, "params": params, "size": size}
     rule = read_rule(given) or ("rank", float(RANK))
     with ExitStack() as opened:
-        sides = [_open(name, opened) for name in (base, tuned)]
+        sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         form = choose_form(sides[0], to)
         path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
         if form != "peft" and not is_file:
@@ -176,16 +174,6 @@ def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
             f"--{name} {value:.0f} is less than what is kept exactly, {spent} {unit}",
             remedy=f"raise --{name}, or leave biases and norms out with --no-bias, embeddings with --embed skip",
         )
-
-
-def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
-    side = open_checkpoint(name)
-    opened.callback(side.close)
-    refuse_adapter(side, name, "extract compares two models")
-    method = next(filter(None, (quantization(part.specs, part.config) for part in side.models)), None)
-    if method:
-        raise InputError(f"is quantized ({method})", culprit=os.fspath(name), remedy="pass the original model")
-    return side
 
 
 class _Work:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ..architectures.quantized import quantization
 from ..architectures.renames import expert_part
 from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import InputError, NeedsFlag, UsageError
+from ..errors import NeedsFlag, UsageError
 from ..fileio import require_free_space, scratch_folder, sha256_file
-from ..formats import is_adapter, open_adapter
+from ..formats import open_adapter
 from ..formats.peft import WEIGHTS_NAMES
 from ..formats.peft_config import CONFIG_NAME
 from ..formats.peft_write import write_adapter
@@ -37,6 +36,7 @@ from ..initialization import (
     residual_errors,
 )
 from ..inits import INITS, REFUSED
+from ..inputs import open_model
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import check_name, check_path, named
 from ..plan import plan_merge
@@ -141,7 +141,7 @@ def init(
     check_target(to)
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
-        checkpoint = _open(base, opened)
+        checkpoint = open_model(base, "init starts one for a model", opened)
         form = choose_form(checkpoint, to)
         _check_method(method, residual, dtype, form)
         if dora and form == "loralib":
@@ -218,25 +218,6 @@ def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], me
         if each.kind == "conv" and method == "mica":
             module = module_of(each.name)
             raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
-
-
-def _open(name: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
-    base = open_checkpoint(name)
-    opened.callback(base.close)
-    if any(".base_layer." in tensor for tensor in base.specs):
-        raise InputError(
-            "is a dump of a whole PeftModel, its weights under names that no loader knows",
-            culprit=os.fspath(name),
-            remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
-        )
-    if is_adapter(base.specs):
-        raise InputError("is an adapter; init starts one for a model", culprit=os.fspath(name))
-    quantized = next(filter(None, (quantization(part.specs, part.config) for part in base.models)), None)
-    if quantized:
-        raise InputError(
-            f"is quantized ({quantized})", culprit=os.fspath(name), remedy="pass the original model in 16 or 32 bits"
-        )
-    return base
 
 
 def _check_residual(

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.quantized import quantization
 from ..architectures.roles import role
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
@@ -152,7 +151,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
         sum(spec.nbytes for spec in checkpoint.specs.values()),
         dict(dtypes.most_common()),
         head_is_missing(checkpoint),
-        next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None),
+        checkpoint.quantized,
         {str(key): str(value) for key, value in checkpoint.metadata.items()},
     )
 

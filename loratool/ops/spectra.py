@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architectures.quantized import quantization
-from ..checkpoint import open_checkpoint
 from ..draft import load_stacked
 from ..errors import InputError
 from ..factoring import KINDS
 from ..formats import holds_adapter, open_adapter
 from ..initialization import find_candidates, read_float32
+from ..inputs import open_model
 from ..numerics.factors import effective_rank, energy_rank, singular_values, stable_rank
 from ..numerics.svd import all_singular_values
 from ..runtime import Progress, choose_device
@@ -109,11 +108,7 @@ def _of_adapter(
 
 
 def _of_model(path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack) -> Rows:
-    model = open_checkpoint(path)
-    opened.callback(model.close)
-    method = quantization(model.specs, model.config)
-    if method:
-        raise InputError(f"is quantized ({method})", culprit=os.fspath(path), remedy="pass the original model")
+    model = open_model(path, "the spectra of an adapter are its changes'", opened)
     found = find_candidates(model, selection)
     for done, each in enumerate(found, 1):
         stack = KINDS[each.kind].stack(read_float32(each.source, device))

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, UpdateSpec
-from ..architectures.quantized import quantization
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..factoring import Factored, FactorSpool
-from ..formats import is_adapter
+from ..inputs import open_model
 from ..placing import Placement, place
 from ..source import Source
 from ..special import ratio
@@ -39,7 +38,7 @@ def without_dora(
 
     folder: where the spool has place. Raises InputError for modules that the base does not have.
     """
-    checkpoint = _open(base, opened)
+    checkpoint = open_model(base, "--base is the model under it", opened)
     dora = {module: update for module, update in source.updates.items() if update.kind == "dora"}
     alone = replace(source, updates=dora)
     spots, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
@@ -62,19 +61,6 @@ def without_dora(
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
         errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
     return _view(source, dora, factored, spool), errors
-
-
-def _open(base: str | os.PathLike[str], opened: ExitStack) -> Checkpoint:
-    checkpoint = open_checkpoint(base)
-    opened.callback(checkpoint.close)
-    if is_adapter(checkpoint.specs):
-        raise InputError("is an adapter, and --base names the model", culprit=os.fspath(base))
-    method = next(filter(None, (quantization(part.specs, part.config) for part in checkpoint.models)), None)
-    if method:
-        raise InputError(
-            f"is quantized ({method})", culprit=os.fspath(base), remedy="pass the original model in 16 or 32 bits"
-        )
-    return checkpoint
 
 
 def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
