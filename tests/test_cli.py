@@ -328,3 +328,20 @@ def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
 def test_the_module_runs_too() -> None:
     result = subprocess.run([sys.executable, "-m", "loratool", "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("loratool ")
+
+
+def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Path, run: Run) -> None:
+    """On stderr, in whichever form the result comes."""
+    adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    out = tmp_path / "out"
+    for command in (
+        ["merge", BASE, adapter, "-o", out],
+        ["verify", BASE, adapter, out],
+        ["unmerge", out, adapter, "-o", tmp_path / "back", "--approximate"],
+    ):
+        for more in ([], ["--json"]):
+            result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
+            assert result.exit_code == 0
+            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing\n", result.stderr)

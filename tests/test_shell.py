@@ -166,7 +166,8 @@ class TestEnvironment:
         command = COMMANDS[verb]
         assert command
         wanted = command.make_context(verb, [*arguments, *given]).params[option.name]
-        monkeypatch.setenv(f"LORATOOL_{verb}_{option.name}".upper(), text)
+        spelled = option.opts[-1].removeprefix("--").replace("-", "_")
+        monkeypatch.setenv(f"LORATOOL_{verb}_{spelled}".upper(), text)
         top = click.Context(cli, info_name="loratool", auto_envvar_prefix="LORATOOL")
         found = command.make_context(verb, arguments, parent=top)
         assert found.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT

@@ -101,7 +101,7 @@ def combine(
     keeps. error: the size of what is lost beside |D|, as written.
     """
     from ..ops.combine import combine as run
-    from ..render import ProgressBar, print_combine, to_json
+    from ..render import ProgressBar, print_combine, to_json, warn
     from ..targets import parse_patterns
 
     bar = ProgressBar("combine", quiet or json, "modules")
@@ -133,3 +133,4 @@ def combine(
         print(to_json("combine", report))
     else:
         print_combine(report)
+    warn(report.warnings)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ..choices import LAYOUTS, TARGETS
@@ -32,7 +30,11 @@ from .options import (
 )
 @click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut a checkpoint anew.  [default: its own shards]")
 @click.option(
-    "--from", "from_format", type=click.Choice(list(FORMATS)), help="What ADAPTER is.  [default: what its names say]"
+    "--from",
+    "from_format",
+    type=click.Choice(list(FORMATS)),
+    envvar="LORATOOL_CONVERT_FROM",
+    help="What ADAPTER is.  [default: what its names say]",
 )
 @click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="Which slices loralib's MergedLinear changes.")
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
@@ -49,6 +51,7 @@ from .options import (
     "--for",
     "layout",
     type=click.Choice(list(LAYOUTS)),
+    envvar="LORATOOL_CONVERT_FOR",
     help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
 )
 @click.option(
@@ -107,7 +110,7 @@ def convert(
     """
     from ..ops.convert import ConvertReport
     from ..ops.convert import convert as run
-    from ..render import ProgressBar, print_checkpoint_convert, print_convert, say, to_json
+    from ..render import ProgressBar, print_checkpoint_convert, print_convert, to_json, warn
     from ..targets import parse_patterns
 
     bar = ProgressBar("convert", quiet or json)
@@ -140,5 +143,4 @@ def convert(
     else:
         print_checkpoint_convert(report)
     if not isinstance(report, ConvertReport):
-        for warning in report.warnings:
-            say(f"warning: {warning}", sys.stderr)
+        warn(report.warnings)

@@ -99,7 +99,7 @@ def extract(
     how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
     """
     from ..ops.extract import extract as run
-    from ..render import ProgressBar, print_extract, to_json
+    from ..render import ProgressBar, print_extract, to_json, warn
     from ..targets import parse_patterns
 
     bar = ProgressBar("extract", quiet or json, "matrices")
@@ -134,3 +134,4 @@ def extract(
         print(to_json("extract", report))
     else:
         print_extract(report)
+    warn(report.warnings)

@@ -97,7 +97,7 @@ def init(
     """
     from ..ops.init import TARGET
     from ..ops.init import init as run
-    from ..render import ProgressBar, print_init, to_json
+    from ..render import ProgressBar, print_init, to_json, warn
     from ..targets import parse_patterns
 
     bar = ProgressBar("init", quiet or json)
@@ -131,3 +131,4 @@ def init(
         print(to_json("init", report))
     else:
         print_init(report)
+    warn(report.warnings)

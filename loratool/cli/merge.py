@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ..tied import TIED
@@ -92,7 +90,7 @@ def merge(
     the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
     """
     from ..ops.merge import merge as run
-    from ..render import ProgressBar, print_merge, say, to_json
+    from ..render import ProgressBar, print_merge, to_json, warn
     from ..targets import parse_patterns
 
     bar = ProgressBar("merge", quiet or json)
@@ -122,5 +120,4 @@ def merge(
         print(to_json("merge", report))
     else:
         print_merge(report)
-    for warning in report.warnings:
-        say(f"warning: {warning}", sys.stderr)
+    warn(report.warnings)

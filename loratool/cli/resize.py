@@ -78,7 +78,7 @@ def resize(
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
     """
     from ..ops.resize import resize as run
-    from ..render import ProgressBar, print_resize, to_json
+    from ..render import ProgressBar, print_resize, to_json, warn
 
     bar = ProgressBar("resize", quiet or json, "modules")
     try:
@@ -105,3 +105,4 @@ def resize(
         print(to_json("resize", report))
     else:
         print_resize(report)
+    warn(report.warnings)

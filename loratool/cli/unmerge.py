@@ -57,7 +57,7 @@ def unmerge(
       loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
     from ..ops.unmerge import unmerge as run
-    from ..render import ProgressBar, print_unmerge, to_json
+    from ..render import ProgressBar, print_unmerge, to_json, warn
 
     bar = ProgressBar("unmerge", quiet or json)
     try:
@@ -79,3 +79,4 @@ def unmerge(
         print(to_json("unmerge", report))
     else:
         print_unmerge(report)
+    warn(report.warnings)

@@ -65,7 +65,7 @@ def verify(
       loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
     from ..ops.verify import verify as run
-    from ..render import ProgressBar, print_verify, to_json
+    from ..render import ProgressBar, print_verify, to_json, warn
     from ..targets import parse_patterns
 
     bar = ProgressBar("verify", quiet or json, "tensors")
@@ -90,5 +90,6 @@ def verify(
         print(to_json("verify", report, status=None if report.status == "proven" else report.status))
     else:
         print_verify(report)
+    warn(report.warnings)
     if report.status != "proven":
         context.exit(1)

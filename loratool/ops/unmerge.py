@@ -356,4 +356,5 @@ def _subtract(
         True,
         sum(doubt.doubtful for doubt in doubts),
         max((doubt.farthest for doubt in doubts), default=0),
+        plan.warnings,
     )

@@ -11,7 +11,7 @@ from .models import (
     print_unmerge,
     print_verify,
 )
-from .text import ProgressBar, say, to_json
+from .text import ProgressBar, say, to_json, warn
 
 __all__ = [
     "ProgressBar",
@@ -33,4 +33,5 @@ __all__ = [
     "print_verify",
     "say",
     "to_json",
+    "warn",
 ]

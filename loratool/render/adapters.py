@@ -55,8 +55,6 @@ def print_extract(report: ExtractReport) -> None:
         say(f"only in the base: {name}")
     for name in report.only_tuned:
         say(f"only in the tuned model: {name}")
-    for warning in report.warnings:
-        say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
     say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
 
@@ -87,8 +85,6 @@ def print_init(report: InitReport) -> None:
         undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
         error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
         say(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
-    for warning in report.warnings:
-        say(f"warning: {warning}", sys.stderr)
     say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
 
 
@@ -114,8 +110,6 @@ def print_resize(report: ResizeReport) -> None:
     say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
     if report.carried:
         say(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
-    for warning in report.warnings:
-        say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
     say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
 
@@ -138,8 +132,6 @@ def print_combine(report: CombineReport) -> None:
         say(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
     for modules in grouped(report.left_out):
         say(f"left out: {modules}")
-    for warning in report.warnings:
-        say(f"warning: {warning}", sys.stderr)
     verb = "would write" if report.dry_run else "wrote"
     say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -126,6 +126,12 @@ def escape(text: str) -> str:
 def say(text: str, file: TextIO | None = None) -> None:
     """One or more lines for a person."""
     print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """On stderr, with --json too: who reads the one may not look into the other."""
+    for warning in warnings:
+        say(f"warning: {warning}", sys.stderr)
 
 
 def draw(lines: Sequence[Line]) -> None:
