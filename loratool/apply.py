@@ -313,7 +313,9 @@ class Piece:
         product, _ = self._get()
         assert product is not None
         with self._lock:
-            self._filtered = self._filtered or FilteredProduct(product, even=self._record)
+            # in bfloat16 what float32 rounds counts for more than what it multiplies, and is the same in all columns
+            even = self._record or self._dtype == torch.bfloat16
+            self._filtered = self._filtered or FilteredProduct(product, even)
             return self._filtered
 
     def _terms(self, placement: Placement, weight: float) -> list[Factors]:

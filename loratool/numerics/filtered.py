@@ -23,8 +23,8 @@ from .exact import Change, ExactProduct, Workspace, slices
 
 MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 U = 2.0**-24  # float32's rounding
-LEAST, LARGEST = 2.0**-80, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
-SLIGHT = 2.0**-32  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
+LEAST, LARGEST = 2.0**-70, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
+SLIGHT = 2.0**-26  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
 SAMPLED = 1 << 11  # weights that tell how large a block's are
 SPREAD = 2.0**14  # of a curved bound's width: a total that is larger may be outside of it
 TILE = 1 << 18  # weights at a time: more than a core's own cache holds, but a call costs as much as a thousand weights
@@ -116,8 +116,9 @@ class _Block:
     @property
     def holds(self) -> bool:
         """Whether all is finite, and within the limit."""
-        finite = math.isfinite(self.squared) and math.isfinite(self.kept)
-        return finite and math.sqrt(self.squared) + self.size <= self.limit
+        if not (math.isfinite(self.squared) and math.isfinite(self.kept)):
+            return False
+        return math.sqrt(self.squared) + self.size <= self.limit or _largest(self.base) + self.size <= self.limit
 
 
 class FilteredProduct:
@@ -253,7 +254,7 @@ class FilteredRows:
         own, kept = float(self._squares[here].sum()), block.kept
         if not block.slight:  # <W' - (W + D + shift), D + shift> is what was summed up
             kept += own + float(shift @ self._sums[here]) + float(shift @ shift) * self._product.bounds_squared
-        return Change(block.squared, own, kept, block.changed)
+        return Change(block.squared, own, kept if block.changed else 0.0, block.changed)
 
     def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
         """The flat positions of the weights that float32 cannot tell. part: rows of the block."""
@@ -345,7 +346,7 @@ def _largest(x: Tensor) -> float:
 
 def _width(base: Tensor, size: float) -> float:
     """A fifth of what the weights and the change measure, about: the bounds hold for any."""
-    some = base.view(-1)[:: max(1, base.numel() // SAMPLED)].float()
+    some = base.view(-1)[:: base.numel() // SAMPLED | 1].float()  # odd: of all columns, where they are a power of two
     return 0.2 * float(some.norm()) / math.sqrt(len(some)) + 0.02 * size
 
 
