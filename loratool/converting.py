@@ -32,6 +32,14 @@ FIRST_ALONE = re.compile(r"(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|
 SDXL_ALONE = re.compile(r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding")
 SD2_WIDTH = 1024  # of its text encoder, where that of SD 1 has 768
 MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width
+FLUX_ROWS = {
+    ".linear1": 3 + MLP_RATIO,
+    "_mlp.0": MLP_RATIO,
+    ".ff.net.0.proj": MLP_RATIO,
+    ".ff_context.net.0.proj": MLP_RATIO,
+    ".proj_mlp": MLP_RATIO,
+}  # to a column
+BIGG_WIDTH = 1280  # of SDXL's second text encoder
 SD3_WIDTHS = (1536, 2432)  # of SD 3 and 3.5, medium and large; Flux has 3072
 T5 = re.compile(r"encoder\.block\.\d+\.")
 CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.|transformer\.resblocks\.")
@@ -77,9 +85,15 @@ def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
         if update.kind not in ("lora", "dora") or dotted is None:
             impossible.append(module)
             continue
-        default = "text_encoder" if dotted.startswith("text_model.") else "unet"
+        default = _encoder_of(update, dotted) if dotted.startswith("text_model.") else "unet"
         sources.append(as_source(module, update, component or default, dotted))
     return sources, impossible
+
+
+def _encoder_of(update: UpdateSpec, path: str) -> str:
+    """Of an adapter for one model, which says no component: SDXL's second CLIP is wider than all others."""
+    width = update.shape[0 if path.endswith("fc2") else 1]
+    return "text_encoder_2" if width == BIGG_WIDTH else "text_encoder"
 
 
 def as_source(module: str, update: UpdateSpec, component: str, path: str) -> Source:
@@ -92,15 +106,41 @@ def family_of(sources: list[Source]) -> str | None:
     paths = [sgm_to_diffusers(s.path) for s in sources if s.component == "unet"]
     texts = [s.path for s in sources if s.component != "unet"]
     if not paths:
-        known = any(T5.match(path) or CLIP.match(path) for path in texts)
-        several = any(s.component == "text_encoder_2" for s in sources)
-        return ("sdxl" if several else _first_of(sources)) if known else None
+        return _of_texts(sources) if any(T5.match(path) or CLIP.match(path) for path in texts) else None
     if any(path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_")) for path in paths):
         return _unet_of(sources)
-    fitting = [family for family in DITS if dit_paths(family).issuperset(paths)]
+    fitting = [family for family in DITS if dit_paths(family).issuperset(paths) and _has_shapes(family, sources)]
     if len(fitting) == 2:
         return "sd3" if _is_sd3(sources) else "flux"
     return fitting[0] if fitting else None
+
+
+def _of_texts(sources: list[Source]) -> str:
+    """Of text encoders alone, by which there are, and by kohya's `lora_te1_`, which only those of several have."""
+    components = {s.component for s in sources}
+    if "text_encoder_2" in components:
+        return "sdxl"
+    if "text_encoder_3" in components:
+        return "sd3"
+    return "sdxl" if any(s.module.startswith("lora_te1_") for s in sources) else _first_of(sources)
+
+
+def _has_shapes(family: str, sources: list[Source]) -> bool:
+    """Flux 2 has names of Flux's, and other rows to each of its inputs."""
+    if family != "flux":
+        return True
+    rows = [(ratio, s.update.shape) for s in sources for end, ratio in FLUX_ROWS.items() if s.path.endswith(end)]
+    return all(shape[0] == ratio * shape[1] for ratio, shape in rows)
+
+
+def require_known(adapter: Adapter, impossible: Sequence[str], family: str) -> None:
+    """Raise InputError for a transformer's module that no known one has: another model has blocks of the same names."""
+    for module in impossible if family in DITS else ():
+        if component_of(module)[0] == "unet" and adapter.updates[module].kind in ("lora", "dora"):
+            said = (
+                f"is in no image model that is known ({', '.join(FAMILIES.values())}), so {adapter.name} is for another"
+            )
+            raise InputError(said, culprit=module)
 
 
 def _unet_of(sources: list[Source]) -> str:

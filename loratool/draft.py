@@ -20,7 +20,9 @@ from .adapter import Adapter, UpdateSpec
 from .architectures.wrappers import PEFT_PREFIX
 from .errors import InputError, NeedsFlag, UsageError
 from .fileio import partial_file, require_free_space, write_at
+from .formats.diffusers import metadata_of, split_component
 from .formats.peft import adapter_names, saved_name
+from .formats.peft_config import changes_base
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
 from .source import Source, is_finite
 from .tensorfile import TensorSpec, build_header, data_order
@@ -205,6 +207,25 @@ def default_name(like: Adapter, to: str | None, verb: str) -> str:
     return verb if (in_folder if to is None else to == "peft") else f"{verb}.safetensors"
 
 
+def require_same_start(like: Adapter, ranks: Mapping[str, int]) -> None:
+    """Refuse what PEFT would not take out of the base as it was when training began: it does so at each load."""
+    start = changes_base(like.config)
+    if not start:
+        return
+    said = None
+    if any(like.updates[module].rank != rank for module, rank in ranks.items() if module in like.updates):
+        said = "takes as many directions out of the base as the adapter has rank: of another rank"
+    elif start.startswith("olora") and any(like.updates[m].scale != 1 for m in ranks if m in like.updates):
+        said = "takes alpha / rank times its factors out of the base: at alpha = rank, as it would be written,"
+    if said:
+        raise InputError(
+            f"was initialized with {start}, which {said} it would be wrong on any base",
+            culprit=like.name,
+            remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the changed "
+            "one, set init_lora_weights to true in its config",
+        )
+
+
 def require_shape(like: Adapter, path: Path, is_file: bool) -> None:
     """Raises UsageError for a folder where the format is a file."""
     if like.format != "peft" and not is_file:
@@ -218,7 +239,19 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
         write_adapter(path, is_file, specs, load, draft_config(draft), prefix="" if bare else PEFT_PREFIX)
         return
     metadata = {key: value for key, value in (draft.like.file.metadata or {}).items() if key not in STALE}
-    write_single(path, specs, load, metadata)
+    write_single(path, specs, load, {**metadata, **_said_of_the_start(draft)})
+
+
+def _said_of_the_start(draft: Draft) -> dict[str, str]:
+    """diffusers' metadata, where a loader has to know that the base was changed; else the tensors say it all."""
+    start = changes_base(draft.like.config)
+    if draft.like.format != "diffusers" or not start:
+        return {}
+    parts: dict[str, dict[str, int]] = {}
+    for module, rank in draft.ranks.items():
+        component, path = split_component(module)
+        parts.setdefault(component, {})[path] = rank
+    return metadata_of({part: lora_config(ranks, {}, init_lora_weights=start) for part, ranks in parts.items()})
 
 
 def write_single(

@@ -56,10 +56,10 @@ class Selection:
             return False
         return not self.target or any(matches(pattern, path) for pattern in self.target for path in paths)
 
-    def require_used(self, paths: Collection[str], where: str) -> None:
+    def require_used(self, paths: Collection[str], where: str, target: str = "--target") -> None:
         """Raise InputError for a pattern that names none of `paths`, or layers that none is of: a typo would else leave
-        out nothing, or all. where: whose paths they are."""
-        for option, pattern in [*(("--target", p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
+        out nothing, or all. where: whose paths they are; target: the option whose patterns those of `target` are."""
+        for option, pattern in [*((target, p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
             if not any(matches(pattern, path) for path in paths):
                 ends = sorted({path.rpartition(".")[2] for path in paths})
                 near = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:SHOWN]

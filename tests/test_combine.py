@@ -578,6 +578,8 @@ class TestRefusals:
         assert result.exit_code == 3 and f"{a}: was initialized with pissa" in result.stderr
         c = one_more(tmp_path / "c", init_lora_weights="pissa")
         result = run("combine", a, c, "-o", tmp_path / "out")
+        assert result.exit_code == 3 and "of another rank it would be wrong on any base" in result.stderr
+        result = run("combine", a, c, "-o", tmp_path / "out", "--rank", 3)
         assert result.exit_code == 0 and "warning: " in result.stderr
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,101 @@ def test_a_text_encoder_alone(tmp_path: Path) -> None:
     loratool.convert(tmp_path / "b", tmp_path / "d.safetensors", to="kohya")
     back = load_file(tmp_path / "d.safetensors")
     assert set(back) == set(tensors) and all(torch.equal(back[k], t) for k, t in tensors.items())
+
+
+def shaped(shapes: Mapping[str, tuple[int, int]], path: Path, kohya: bool = False) -> Path:
+    ends = (".lora_down.weight", ".lora_up.weight") if kohya else (".lora_A.weight", ".lora_B.weight")
+    tensors = {}
+    for seed, (name, (out, inp)) in enumerate(shapes.items()):
+        tensors |= dict(zip((name + end for end in ends), factors(out, inp, 2, seed), strict=True))
+    save_file(tensors, path)
+    return path
+
+
+class TestWhoseItIs:
+    def test_flux_2_is_no_flux(self, tmp_path: Path) -> None:
+        """It has blocks of the same names, with other rows to each input."""
+        stem = "diffusion_model."
+        second = {"double_blocks.0.img_attn.qkv": (24, 8), "double_blocks.0.img_mlp.0": (48, 8)}
+        second |= {"single_blocks.0.linear1": (72, 8), "single_blocks.0.linear2": (8, 32)}
+        first = {**second, "double_blocks.0.img_mlp.0": (32, 8), "single_blocks.0.linear1": (56, 8)}
+        first |= {"single_blocks.0.linear2": (8, 40)}
+        a, b = (
+            shaped({stem + name: shape for name, shape in each.items()}, tmp_path / f"{i}.safetensors")
+            for i, each in enumerate((first, second))
+        )
+        report = loratool.convert(a, tmp_path / "o.safetensors", to="kohya")
+        assert report.family == "flux"  # type: ignore[union-attr]
+        for to in ("kohya", "diffusers", "peft"):
+            with pytest.raises(InputError, match="no adapter of an image model that is known"):
+                loratool.convert(b, tmp_path / "x.safetensors", to=to)
+
+    def test_a_block_that_flux_does_not_have(self, tmp_path: Path) -> None:
+        """HunyuanVideo's: what is left of it after --drop would be taken for a Flux."""
+        names = [f"lora_unet_double_blocks_{i}_img_attn_qkv" for i in (0, 19)]
+        a = shaped(dict.fromkeys(names, (24, 8)), tmp_path / "a.safetensors", True)
+        for drop in ((), (names[1],)):
+            with pytest.raises(InputError, match=f"{names[1]}: is in no image model that is known"):
+                loratool.convert(a, tmp_path / "x.safetensors", to="diffusers", drop=drop)
+
+    def test_what_is_dropped_still_tells(self, tmp_path: Path) -> None:
+        te2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+        shapes = {"lora_unet_output_blocks_2_2_conv": (8, 8), te2: (32, 8), te2.replace("te2", "te1"): (32, 8)}
+        a = shaped(shapes, tmp_path / "a.safetensors", True)
+        report = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", drop=["lora_te2*"])
+        names = {name.split(".")[0] for name in load_file(tmp_path / "b.safetensors")}
+        assert report.family == "sdxl" and names == shapes.keys() - {te2}  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [
+            ("lora_te_text_model_encoder_layers_0_mlp_fc1", (3072, 768)),
+            ("lora_te1_text_model_encoder_layers_0_mlp_fc1", (3072, 768)),
+            ("lora_te2_text_model_encoder_layers_0_mlp_fc1", (5120, 1280)),
+            ("lora_te2_text_model_encoder_layers_0_mlp_fc2", (1280, 5120)),
+            ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", (64, 64)),
+        ],
+    )
+    def test_a_text_encoder_alone_keeps_its_number(self, name: str, shape: tuple[int, int], tmp_path: Path) -> None:
+        a = shaped({name: shape}, tmp_path / "a.safetensors", True)
+        ways = [["kohya"]]
+        ways += [["comfy", "kohya"], ["diffusers", "kohya"]] if "te1" not in name else []  # whose names say `CLIP-L`
+        ways += [["peft", "kohya"]] if "te3" not in name and "te1" not in name else []
+        for way in ways:
+            source = a
+            for i, to in enumerate(way):
+                out = tmp_path / f"{i}-{to}" if to == "peft" else tmp_path / f"{i}-{to}.safetensors"
+                loratool.convert(source, out, to=to, force=True)
+                source = out
+            assert {key.split(".")[0] for key in load_file(source)} == {name}, way
+
+    def test_a_t5_is_written_and_its_reader_said_to_be_missing(self, tmp_path: Path) -> None:
+        shapes = {"lora_unet_double_blocks_0_img_attn_proj": (8, 8)}
+        shapes |= {"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (8, 8)}
+        a = shaped(shapes, tmp_path / "a.safetensors", True)
+        report = loratool.convert(a, tmp_path / "b.safetensors", to="diffusers")
+        assert "diffusers loads no adapter of a T5: 1 modules" in str(report.notes)  # type: ignore[union-attr]
+        assert not loratool.convert(a, tmp_path / "c.safetensors", to="comfy").notes  # type: ignore[union-attr]
+
+
+def test_a_pattern_that_drops_nothing_is_a_typo(tmp_path: Path) -> None:
+    for pattern in ("nonsense", "lora_te*"):
+        with pytest.raises(InputError, match=f"--drop {re.escape(pattern)}: names no module"):
+            loratool.convert(write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", to="comfy", drop=[pattern])
+    with pytest.raises(InputError, match="nothing is left to convert"):
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy", drop=["*"])
+
+
+@pytest.mark.parametrize("alpha", [1e-46, 1e39])
+@pytest.mark.parametrize("to", ["kohya", "comfy"])
+def test_an_alpha_that_float32_cannot_hold_goes_into_the_factors(alpha: float, to: str, tmp_path: Path) -> None:
+    start = write(tmp_path / "a.safetensors", alpha=torch.tensor(alpha, dtype=torch.float64))
+    A, B = load_file(start)[f"{KOHYA}.lora_down.weight"], load_file(start)[f"{KOHYA}.lora_up.weight"]
+    small = B * 1e-30 if alpha > 1 else B * 1e30
+    save_file({**load_file(start), f"{KOHYA}.lora_up.weight": small}, start)
+    loratool.convert(start, tmp_path / "b.safetensors", to=to)
+    (update,) = (adapter := open_adapter(tmp_path / "b.safetensors")).updates.values()
+    loaded = adapter.load(update)
+    found = loaded.scale * loaded.B.double() @ loaded.A.double()  # type: ignore[union-attr]
+    expected = alpha / RANK * small.double() @ A.double()
+    assert torch.allclose(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-6)

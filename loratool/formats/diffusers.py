@@ -12,13 +12,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..adapter import Adapter, AdapterConfig
 from ..architectures.image import ADAPTER_PREFIXES
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
 from .kohya import pair_magnitude
-from .peft_config import parse_config
+from .peft_config import changes_base, parse_config
 
 # The end of a tensor's name -> its role
 ENDS = {
@@ -42,6 +43,8 @@ ENDS = {
 }
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
+# Of PEFT's config, what a file says in its metadata
+FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 # What a path of the old attention processors means; XLabs' are Flux's.
 PROCESSORS = (
     (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora1$"), r"\1.img_attn.qkv"),
@@ -86,7 +89,41 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         spec = pair_magnitude(path, roles, file, config, lenient)
         updates[module] = replace(spec, module=module)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
-    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alphas.pop() if len(alphas) == 1 else None), updates)
+    alone = alphas.pop() if len(alphas) == 1 else None
+    start = next(filter(None, map(changes_base, configs.values())), None)  # which diffusers heeds, as PEFT does
+    return Adapter(
+        name,
+        "diffusers",
+        file,
+        AdapterConfig(alpha=alone, extra={"init_lora_weights": start} if start else {}),
+        updates,
+    )
+
+
+def split_component(module: str) -> tuple[str, str]:
+    """A module's component, and its path as metadata has it: transformers 5 has no `text_model` in a CLIPTextModel,
+    transformers 4 has, and PEFT finds the modules of both by the rest.
+    """
+    component, _, path = module.partition(".")
+    return component, path.removeprefix("text_model.")
+
+
+def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the file's metadata says of components with these configs of PEFT's, made of such paths."""
+    said: dict[str, Any] = {}
+    for component, config in configs.items():
+        start = config.get("init_lora_weights")
+        fields = [
+            *FIELDS,
+            *(["use_dora"] if config["use_dora"] else []),
+            *(["init_lora_weights"] * (start is not True)),
+        ]
+        own = {key: config[key] for key in fields}
+        if component.startswith("text_encoder"):  # what comes before a path there is not known
+            for key in ("rank_pattern", "alpha_pattern"):
+                own[key] = {pattern.removeprefix("^"): value for pattern, value in own[key].items()}
+        said |= {f"{component}.{key}": value for key, value in own.items()}
+    return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
 
 
 def _parse(tensor: str) -> tuple[str, str | None]:

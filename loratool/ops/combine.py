@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,18 @@ from torch import Tensor
 
 from ..adapter import UpdateSpec
 from ..combining import METHODS, REFUSED, Part
-from ..draft import DTYPES, Draft, cost, default_name, require_shape, require_written, rounded, stacked, write_draft
+from ..draft import (
+    DTYPES,
+    Draft,
+    cost,
+    default_name,
+    require_same_start,
+    require_shape,
+    require_written,
+    rounded,
+    stacked,
+    write_draft,
+)
 from ..errors import InputError, UsageError
 from ..inits import Draw
 from ..inputs import Loaded, open_adapters, read_given
@@ -125,7 +136,7 @@ def combine(
             warnings=(*joined.warnings, *warnings_of(made)),
         )
         work = _Work(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
-        work.choose(rule, max_rank)
+        require_same_start(loaded[0][0], work.choose(rule, max_rank))
         if dry_run:
             work.try_all()
         else:
@@ -202,10 +213,11 @@ class _Work:
             for e in range(len(factors[0][0]))
         ]
 
-    def choose(self, rule: tuple[str, float] | None, most: int | None) -> None:
+    def choose(self, rule: tuple[str, float] | None, most: int | None) -> Mapping[str, int]:
+        """The ranks of what is made."""
         if rule is None:
             self._ranks = {module: min(rank, most or rank) for module, rank in self._ranks.items()}
-            return
+            return self._ranks
         name, value = rule
         spectra = {module: Spectrum((), 0.0, 0, True) for module in self._ranks}
         if name != "rank":
@@ -214,6 +226,7 @@ class _Work:
         if name in BUDGETS:
             value = self.draft().budget(name, value)
         self._ranks = choose_ranks(name, value, spectra, most)
+        return self._ranks
 
     def _spectrum(self, module: str, most: int | None) -> Spectrum:
         """Squares sum over a stack; of a dense result those that the natural rank or --max-rank allows."""

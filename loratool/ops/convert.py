@@ -16,10 +16,11 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..choices import LAYOUTS, TARGETS
-from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, read_sources
+from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, read_sources, require_known
 from ..draft import DTYPES
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS, holds_adapter, open_adapter
+from ..formats.peft_config import changes_base
 from ..output import CONTAINERS, check_name, check_path, named
 from ..runtime import Progress
 from ..targets import Selection
@@ -28,8 +29,10 @@ from .convert_image import Image, plan_image, write_output
 from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language, select
 from .convert_plain import plan_plain
 from .without_dora import without_dora
+from .without_start import without_start
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
+SAYS_START = ("peft", "diffusers")  # the conventions that say how an adapter was initialized
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ def convert_adapter(
         if to != "peft" and not is_file:
             raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_path(path, is_file, [source.file.path], force)
+        Selection(tuple(drop)).require_used(source.updates, source.name, "--drop")
         wish = Wish(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
         made = plan_convert(source, wish, path.absolute().parent, opened)
         if not dry_run:
@@ -167,18 +171,21 @@ def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, f
     """folder: where there is place for what must wait; family: where more than the adapter tells it.
 
     Raises NeedsFlag and InputError as `convert` does."""
-    source, lost = _plain_enough(source, wish, folder, opened)
     sources, impossible = read_sources(source)
-    selection = Selection(wish.drop or ("",))
-    family = family or family_of([each for each in sources if not selection.selects(each.module)])
+    family = family or family_of(sources)
     single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
     if single and not any(each.component == "unet" for each in sources):
         family = None  # a text encoder by itself goes as a language model does
     if family is not None:
-        if wish.initial is not None or wish.layout:
-            raise UsageError("--initial and --for are for adapters of language models")
-        load = functools.partial(low_rank, source)
-        return plan_image(Image(source.name, source.file.metadata or {}, family, load, lost), wish, sources, impossible)
+        require_known(source, impossible, family)
+        source = _at_its_start(source, wish, opened)
+    source, lost = _plain_enough(source, wish, folder, opened)
+    if family is not None:
+        if wish.layout:
+            raise UsageError("--for is for adapters of language models")
+        load, start = functools.partial(low_rank, source), changes_base(source.config)
+        image = Image(source.name, source.file.metadata or {}, family, load, lost, start)
+        return plan_image(image, wish, *read_sources(source))
     if single:
         kept, dropped = select(source, wish)
         if wish.plain:
@@ -189,6 +196,22 @@ def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, f
         + ("" if wish.to == "peft" else f": nothing could load it as {wish.to}"),
         culprit=source.name,
     )
+
+
+def _at_its_start(source: Adapter, wish: Wish, opened: ExitStack) -> Adapter:
+    """An image model's adapter, with what its start was taken away where that is asked. Raises NeedsFlag where it
+    changed the base, and the output cannot say so.
+    """
+    if wish.initial is not None:
+        return without_start(source, wish.initial, opened)
+    start = changes_base(source.config)
+    if start and (wish.plain or wish.to not in SAYS_START):
+        raise NeedsFlag(
+            f"was initialized with {start}, which changed the base under it, and plain LoRA cannot say so",
+            culprit=source.name,
+            remedy="add --plain --initial ADAPTER with the adapter as it was before training",
+        )
+    return source
 
 
 def _plain_enough(

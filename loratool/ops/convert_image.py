@@ -6,7 +6,6 @@ time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from ..converting import (
 )
 from ..draft import STALE, rounded, write_single
 from ..errors import InputError, NeedsFlag
+from ..formats.diffusers import metadata_of, split_component
 from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
@@ -36,12 +36,14 @@ from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_
 
 # kohya's name of a family's base; of SD 3 it depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
+NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}  # sd-scripts' module, where it is another
 
 
 @dataclass(frozen=True)
 class Image:
     """Where the factors come from: its name and metadata, the model's family, and what reads a module's. lost: of
-    modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2).
+    modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2). start: the initialization
+    that changed the base.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Image:
     family: str
     load: Callable[[Source], LowRank]
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    start: str | None = None
 
 
 def plan_image(image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> Output:
@@ -82,6 +85,13 @@ class _Planned:
         self._image, self._wish, family = image, wish, image.family
         wanted = self._wanted(sources, impossible + find_unknown(sources, family))
         targets = plan_targets(wanted, family, uses_own_names(wish.to, family))
+        other = next((target for target in targets if image.start and target.how != "exact"), None)
+        if other:
+            raise NeedsFlag(
+                f"would be {other.how}, and was initialized with {image.start} from the whole matrix of its base",
+                culprit=other.parts[0].source.module,
+                remedy="add --plain --initial ADAPTER with the adapter as it was before training",
+            )
         texts = len({each.component for each in wanted if each.component != "unet"})
         self._made: dict[str, _Made] = {}
         self._loaded: tuple[Source, LowRank] | None = None
@@ -120,7 +130,7 @@ class _Planned:
         """From headers alone, where the very factors are carried; None for what need not be there."""
         first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
         stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
-        if how == "exact" and not self._folds(first.scale) and (dtype is None or holds(dtype, *stored)):
+        if how == "exact" and not self._folds(first.scale, first.rank) and (dtype is None or holds(dtype, *stored)):
             specs = {role: first.specs[role] for role in ("A", "B")}
             if dtype is not None:
                 letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
@@ -143,7 +153,7 @@ class _Planned:
             rank = len(factors.A)
             alpha = alpha_of(factors.scale, rank)
             error = change_error(target, updates, factors, self._scale(alpha, rank))
-            if how == "exact" and self._folds(first.scale) and first.scale != 1.0:
+            if how == "exact" and self._folds(first.scale, first.rank) and first.scale != 1.0:
                 how = "folded"
             former = [pair for part in target.parts if (pair := self._image.lost.get(part.source.module))]
             total = math.fsum(norm for _, norm in former)
@@ -156,9 +166,13 @@ class _Planned:
         }
         return _Made(target, how, rank, alpha, error, ends)
 
-    def _folds(self, scale: float) -> bool:
-        """Whether a scale goes into the factors: a kohya file's alpha of 0 means the rank."""
-        return self._wish.plain or (self._wish.to == "kohya" and scale == 0)
+    def _folds(self, scale: float, rank: int) -> bool:
+        """Whether a scale goes into the factors: of an alpha that is 0 in float32 kohya's files mean the rank, and one
+        that is infinite is none.
+        """
+        alpha = abs(float(torch.tensor(alpha_of(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
+        lost = alpha == math.inf or (alpha == 0 and (self._wish.to == "kohya" or scale != 0))
+        return self._wish.plain or lost
 
     def _scale(self, alpha: float, rank: int) -> float:
         """What a reader takes the scale to be."""
@@ -173,7 +187,7 @@ class _Planned:
         factors = make_factors(target, updates)
         if self._wish.rank is not None:
             factors = truncated(factors, self._wish.rank)
-        elif self._folds(factors.scale):
+        elif self._folds(factors.scale, len(factors.A)):
             factors = fold(factors)
         dtype = self._wish.dtype or factors.B.dtype
         if self._wish.plain or self._wish.dtype or target.how == "fused":  # else they are the source's own numbers
@@ -215,10 +229,17 @@ class _Planned:
             for name, m in self._made.items()
         ]
         config = self._config(self._made) if self._wish.to == "peft" else {}
-        notes = name_alphas(rows) if self._wish.to == "loralib" else ()
+        notes = name_alphas(rows) if self._wish.to == "loralib" else self._unread()
         return Output(
             specs, self._load, config, self._metadata(), tuple(rows), self._dropped, notes, self._image.family
         )
+
+    def _unread(self) -> tuple[str, ...]:
+        """What diffusers' loaders pass over (`_lora_loadable_modules` of its pipelines)."""
+        t5 = [name for name, made in self._made.items() if made.target.component == "text_encoder_3"]
+        if self._wish.to != "diffusers" or not t5:
+            return ()
+        return (f"diffusers loads no adapter of a T5: {len(t5)} modules will not be read, {t5[0]} the first",)
 
     def _load(self, key: str) -> Tensor:
         """The tensors of a module, asked for one after the other, are computed once."""
@@ -236,35 +257,24 @@ class _Planned:
     def _metadata(self) -> dict[str, str]:
         former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE, "loratool")}
         if not self._has_alphas:
-            return {**former, "format": "pt"} | (
-                {"lora_adapter_metadata": json.dumps(self._by_component(), sort_keys=True)}
-                if self._wish.to == "diffusers"
-                else {}
-            )
+            return {**former, "format": "pt", **(self._by_component() if self._wish.to == "diffusers" else {})}
         version = former.get("ss_base_model_version", BASE_VERSIONS.get(self._image.family))
         ranks = {made.rank for made in self._made.values()}
         alphas = {made.alpha for made in self._made.values()}
         return {
             **former,
-            "ss_network_module": "networks.lora",
+            "ss_network_module": NETWORKS.get(self._image.family, "networks.lora"),
             "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
             "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
             **({"ss_base_model_version": version} if version else {}),
         }
 
-    def _by_component(self) -> dict[str, Any]:
-        """diffusers' metadata: the fields of a LoraConfig, each after its component."""
-        found: dict[str, Any] = {}
+    def _by_component(self) -> dict[str, str]:
         parts: dict[str, dict[str, _Made]] = {}
         for name, made in self._made.items():
-            component, _, path = name.partition(".")
+            component, path = split_component(name)
             parts.setdefault(component, {})[path] = made
-        for component, modules in parts.items():
-            config = self._config(modules)
-            fields = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora"]
-            fields += ["use_dora"] if config["use_dora"] else []
-            found |= {f"{component}.{field}": config[field] for field in fields}
-        return found
+        return metadata_of({component: self._config(modules) for component, modules in parts.items()})
 
     def _config(self, modules: Mapping[str, _Made]) -> dict[str, Any]:
         """PEFT's, of the modules of one model. Raises InputError for DoRA beside plain LoRA, which it cannot say."""
@@ -274,7 +284,8 @@ class _Planned:
         if other:
             said = f"is no DoRA, {dora[0]} is; {self._wish.to}'s loader wants all modules of a model of one kind"
             raise InputError(said, culprit=other)
-        return {**config_of(both), "use_dora": bool(dora)}
+        start = {"init_lora_weights": self._image.start} if self._image.start else {}
+        return {**config_of(both), "use_dora": bool(dora), **start}
 
 
 def _has_kernel(source: Source) -> bool:

@@ -24,6 +24,7 @@ from ..draft import (
     cost,
     default_name,
     load_stacked,
+    require_same_start,
     require_shape,
     require_written,
     rounded,
@@ -31,7 +32,6 @@ from ..draft import (
 )
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import open_adapter
-from ..formats.peft_config import changes_base
 from ..numerics.factors import distance, effective_rank, singular_values, svd
 from ..output import check_name, check_path, named
 from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
@@ -119,7 +119,7 @@ def resize(
         require_shape(source, path, is_file)
         work = _Work(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
-        work.require_same_start(ranks)
+        require_same_start(source, ranks)
         if dry_run:
             work.measure(ranks)
         else:
@@ -162,18 +162,6 @@ class _Work:
     def _spectrum(self, module: str) -> Spectrum:
         squares = self._spectra[module]
         return Spectrum(tuple(squares.tolist()), float(squares.sum()), cost(self._updates[module]), True)
-
-    def require_same_start(self, ranks: Mapping[str, int]) -> None:
-        """Refuse another rank where PEFT would take factors of that rank out of the base when it loads them."""
-        init = changes_base(self._source.config)
-        if init and any(update.rank != ranks[module] for module, update in self._updates.items()):
-            raise InputError(
-                f"was initialized with {init}, which takes as many directions out of the base as the adapter has rank: "
-                "of another rank it would be wrong on any base",
-                culprit=self._source.name,
-                remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the changed "
-                "one, set init_lora_weights to true in its config",
-            )
 
     def _draft(self, ranks: Mapping[str, int]) -> Draft:
         def factors(module: str) -> tuple[Tensor, Tensor]:
