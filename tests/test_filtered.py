@@ -99,6 +99,42 @@ def test_weights_far_larger_than_all_others() -> None:
         assert torch.equal(bits(found), bits(expected))
 
 
+ODD: dict[str, Callable[[], Tensor]] = {
+    "a column that every sample would take": lambda: weights(2048, 512) * (torch.arange(512) > 0),
+    "wide": lambda: weights(64, 100000),
+    "a large column": lambda: weights(1024, 1024) * (1 + 199 * (torch.arange(1024) == 3)),
+    "rows of many sizes": lambda: weights(1024, 1024) * torch.exp2(-5 * torch.linspace(0, 1, 1024))[:, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("odd", "dtype"),  # bfloat16 is bounded by the largest weight
+    [(odd, dtype) for odd in ODD for dtype in FORMS if dtype == torch.float16 or odd != "a large column"],
+)
+def test_weights_of_odd_measures_are_told_by_float32(odd: str, dtype: torch.dtype) -> None:
+    """Else a merge takes three times as long."""
+    W = ODD[odd]().to(dtype)
+    A, B = factors(*W.shape, 16)
+    B = B * (1e-3 * W.float().norm() / (B @ A).norm())
+    product = ExactProduct([Factors(B, 1.0, A.double())])
+    found, expected = torch.empty_like(W), torch.empty_like(W)
+    even = dtype == torch.bfloat16
+    assert rows_of(product, len(W), even).apply(W, 0, found, Workspace(CPU)) is not None
+    apply_rounded(W, product.fill(product.left(0, len(W))), expected, Workspace(CPU))
+    assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+def test_what_is_kept_of_a_change_of_one_sign(size: float, dtype: torch.dtype) -> None:
+    """Of ones nothing changes at first; what float32 is increased by must not look like a part of the change."""
+    for W in (torch.ones(256, 1024), weights(256, 1024)):
+        g = torch.Generator().manual_seed(3)
+        A, B = torch.rand(8, 1024, generator=g), torch.rand(256, 8, generator=g) * size
+        (_, change), (_, exact) = both(W.to(dtype), A, B)
+        assert abs(change.kept - exact.kept) < 1e-3 * exact.change_squared and change.changed == exact.changed
+
+
 @pytest.mark.parametrize("rank", [16, 65, 300, 1024])
 def test_many_ranks_just_off_their_grids(rank: int) -> None:
     """What the exact D leaves out of them, the product of the low slices, is more than float64 rounds."""
