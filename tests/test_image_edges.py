@@ -383,3 +383,41 @@ def test_an_alpha_that_float32_cannot_hold_goes_into_the_factors(alpha: float, t
     found = loaded.scale * loaded.B.double() @ loaded.A.double()  # type: ignore[union-attr]
     expected = alpha / RANK * small.double() @ A.double()
     assert torch.allclose(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-6)
+
+
+# What LyCORIS leaves in kohya's names -> the method that is named, or None where no name tells it
+LYCORIS = {
+    "lokr_w1": "LoKr",
+    "hada_w1_a": "LoHa",
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "diff": None,
+    "diff_b": None,
+    "w_norm": None,
+    "lora_mid.weight": None,
+}
+
+
+@pytest.mark.parametrize("end", LYCORIS)
+def test_what_lycoris_adds_is_named_with_a_way_out(end: str, tmp_path: Path, run: Callable[..., Any]) -> None:
+    a = write(tmp_path / "a.safetensors", **{f"{KOHYA}.{end}": torch.ones(2, 2)})
+    result = run("convert", a, "--to", "comfy", "-o", tmp_path / "out.safetensors")
+    said = f"a tensor of {LYCORIS[end]}" if LYCORIS[end] else "no tensor of LoRA"
+    assert (
+        result.exit_code == 3 and f"{KOHYA}.{end}: is {said}" in result.stderr and "loratool extract" in result.stderr
+    )
+    if LYCORIS[end]:
+        assert LYCORIS[end] in run("inspect", a).stdout  # type: ignore[operator]
+
+
+def test_pefts_ends_under_kohyas_names(tmp_path: Path) -> None:
+    """ComfyUI reads them; of both spellings of one factor neither is right."""
+    A, B = factors(8, 6, RANK)
+    own = {f"{KOHYA}.lora_A.weight": A, f"{KOHYA}.lora_B.weight": B}
+    save_file(own, tmp_path / "a.safetensors")
+    assert torch.equal(
+        merged(tmp_path, tmp_path / "a.safetensors"), merged(tmp_path, write(tmp_path / "b.safetensors"))
+    )
+    save_file({**own, f"{KOHYA}.lora_down.weight": A.clone()}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="is the same as"):
+        merged(tmp_path, tmp_path / "a.safetensors")

@@ -115,12 +115,11 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
-        if not kohya.claims(file.specs):
-            fields, _ = find_config(file)
-            if other := other_method(file.specs, fields):
-                return file, fields, *other
-            if is_biases(file.specs) and not _is_complete(weights):
-                return file, fields, "BIASES", BIASES
+        fields, _ = find_config(file)
+        if other := other_method(file.specs, fields):
+            return file, fields, *other
+        if is_biases(file.specs) and not _is_complete(weights):
+            return file, fields, "BIASES", BIASES
     except BaseException:
         file.close()
         raise

@@ -19,6 +19,7 @@ from ..architectures.image import ADAPTER_PREFIXES
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
 from .kohya import pair_magnitude
+from .methods import refused_tensor
 from .peft_config import changes_base, parse_config
 
 # The end of a tensor's name -> its role
@@ -76,7 +77,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     for tensor in file.specs:
         module, role = _parse(tensor)
         if role is None:
-            raise InputError(f"is no tensor of LoRA; {name} does more, which is not supported yet", culprit=tensor)
+            raise refused_tensor(tensor, name)
         if found.setdefault(module, {}).setdefault(role, tensor) != tensor:
             raise InputError(f"is the same as {found[module][role]}", culprit=tensor)
     configs = _configs(name, file)

@@ -16,8 +16,16 @@ from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
 from ..architectures.wrappers import KOHYA_PREFIXES
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
+from .methods import refused_tensor
 
-ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "magnitude"}
+ROLES = {
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+}
 
 
 def claims(names: Iterable[str]) -> bool:
@@ -30,11 +38,9 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     for tensor in file.specs:
         module, _, end = tensor.partition(".")
         if end not in ROLES:
-            raise InputError(
-                f"is none of {', '.join(ROLES)}; {name} does more than plain LoRA, which is not supported yet",
-                culprit=tensor,
-            )
-        found.setdefault(module, {})[ROLES[end]] = tensor
+            raise refused_tensor(tensor, name)
+        if (other := found.setdefault(module, {}).setdefault(ROLES[end], tensor)) != tensor:
+            raise InputError(f"is the same as {other}", culprit=tensor)
     updates = {}
     for module, roles in found.items():
         stored = roles.pop("alpha", None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from ..errors import InputError
 from ..naming import split_numbers
 
 # What can be done with a file -> the same in words.
@@ -108,6 +109,18 @@ def find_marks(names: Iterable[str]) -> dict[str, str]:
         for mark in reversed(method.marks)
         if f".{mark}" in text
     }
+
+
+def refused_tensor(tensor: str, name: str) -> InputError:
+    """What stands beside plain LoRA in the adapter `name`: by the method whose mark it has, where it has one."""
+    kind = next(iter(find_marks([tensor])), None)
+    remedy = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
+    if kind:
+        method = METHODS[kind]
+        return InputError(f"is a tensor of {method.title}, which {method.reason}", culprit=tensor, remedy=remedy)
+    return InputError(
+        f"is no tensor of LoRA; {name} does more, which is not supported yet", culprit=tensor, remedy=remedy
+    )
 
 
 def peft_type(fields: Mapping[str, Any]) -> Any:
