@@ -24,6 +24,7 @@ from .formats.diffusers import metadata_of, split_component
 from .formats.peft import adapter_names, saved_name
 from .formats.peft_config import changes_base
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
+from .layout import STALE_METADATA
 from .source import Source, is_finite
 from .tensorfile import TensorSpec, build_header, data_order
 from .updates import Experts, LowRank, Update
@@ -31,10 +32,7 @@ from .updates import Experts, LowRank, Update
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in choices.DTYPES.items()}
 LARGEST = 1e150  # of a change's norm
 # what metadata says of former tensors, their ranks and scales
-STALE = (
-    "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "ss_network_dim", "ss_network_alpha",
-    "lora_adapter_metadata",
-)  # fmt: skip
+STALE = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 
 
 def stacked(update: Update) -> tuple[Tensor, Tensor]:

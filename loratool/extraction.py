@@ -121,7 +121,7 @@ def _sort(
     selected = selection.selects(module)
     vocabulary = what in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
-        _keep_whole(found, name, module, two, also)
+        _keep_whole(found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
     elif selected and what and not (vocabulary and embed == "skip"):
@@ -142,7 +142,7 @@ def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
     found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
 
 
-def _keep_whole(found: Sorted, name: str, module: str, two: Source, also: str | None) -> None:
+def _keep_whole(found: Sorted, name: str, two: Source, also: str | None) -> None:
     for each in (name, also):
         if each:
             found.exact[each] = two

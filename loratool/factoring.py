@@ -24,6 +24,7 @@ from .architectures.wrappers import module_of
 from .fileio import read_into, write_at
 from .formats.peft import DECLARED
 from .formats.peft_write import nested
+from .numerics.factors import effective_rank
 from .numerics.svd import truncated_svds
 from .ranks import Spectrum
 
@@ -207,9 +208,7 @@ class FactorSpool:
 
     def effective_rank(self, factored: Factored, rank: int) -> float:
         """exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
-        S = torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()
-        p = S / S.sum() if rank else S
-        return float(torch.exp(-torch.special.xlogy(p, p).sum())) if rank else 0.0
+        return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
 
 
 def noise_edge(variance: float, sizes: tuple[int, int, int]) -> float:

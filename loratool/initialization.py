@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .apply import Loader
 from .architectures.backbones import BACKBONES, in_task_model
+from .architectures.families import declared_class
 from .architectures.renames import canonical, expert_part
 from .architectures.roles import role
 from .architectures.wrappers import module_of
@@ -126,17 +127,12 @@ def _names_in_model(base: Checkpoint, names: Collection[str]) -> dict[str, str]:
     backbone = BACKBONES.get(base.model_type or "")
     if any(name.startswith(f"{backbone}.") for name in base.specs):
         return found
-    return {name: in_task_model(renamed, base.model_type, class_name(base)) for name, renamed in found.items()}
-
-
-def class_name(base: Checkpoint) -> str:
-    """Of the model, as its config says; empty where it does not."""
-    classes = base.config.get("architectures")
-    return classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+    named = declared_class(base.config)
+    return {name: in_task_model(renamed, base.model_type, named) for name, renamed in found.items()}
 
 
 def task_type(base: Checkpoint) -> str | None:
-    name = class_name(base)
+    name = declared_class(base.config)
     if name.endswith("ForConditionalGeneration") and base.model_type in TEXT_TO_TEXT:
         return "SEQ_2_SEQ_LM"
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)

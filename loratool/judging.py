@@ -108,7 +108,7 @@ def squares(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return least.square(), torch.maximum(low.abs(), high.abs()).square()
 
 
-def norm_bounds(least: Tensor, most: Tensor, count: int, way: Rounding, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def norm_bounds(least: Tensor, most: Tensor, count: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """From sums of squares of `count` numbers; random errors of a float32 sum grow with the root of it."""
     unit = 2.0**-50 if wide == torch.float64 else F32
     loose = unit * (count**0.5 + 8)
@@ -349,7 +349,7 @@ class Trial:
         kind = wide_type(block, way)
         if not placement.transposed:
             least, most = squares(*sums)
-            return norm_bounds(least.sum(1, True), most.sum(1, True), least.shape[1], way, kind)
+            return norm_bounds(least.sum(1, True), most.sum(1, True), least.shape[1], kind)
         if (id(placement), way) not in self._columns:
             changes = Changes(self._load, way.factors)
             least = most = torch.zeros(1, block.base.shape[1], dtype=torch.float64)
@@ -357,5 +357,5 @@ class Trial:
                 if placement in each.inside:
                     one, two = squares(*self._sums(each, way, changes.of(each, additive=False)[0]))
                     least, most = least + one.sum(0, True), most + two.sum(0, True)
-            self._columns[id(placement), way] = norm_bounds(least, most, self._replay.rows, way, kind)
+            self._columns[id(placement), way] = norm_bounds(least, most, self._replay.rows, kind)
         return self._columns[id(placement), way]

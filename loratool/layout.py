@@ -75,7 +75,7 @@ def plan_output(
     edits = edits or Edits()
     absent = edits.shared if container == "torch" else edits.left_out
     wish = _Wish(is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent)
-    specs = {name: _with_dtype(spec, dtype) for name, spec in {**base.specs, **edits.specs}.items()}
+    specs = {name: with_dtype(spec, dtype) for name, spec in {**base.specs, **edits.specs}.items()}
     files: tuple[OutputFile, ...] = ()
     extras: dict[str, bytes] = {}
     travels, not_copied = _side_files(base, is_file, edits)
@@ -145,7 +145,8 @@ def _side_files(base: Checkpoint, is_file: bool, edits: Edits) -> tuple[dict[str
     return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
 
 
-def _with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+    """Floats of 16 bits or more take it."""
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .adapter import UpdateSpec
+from .architectures.families import declared_class
 from .architectures.ties import (
     COPIES,
     DECODER_HEADS,
@@ -90,7 +91,7 @@ def find_tie(base: Checkpoint) -> Tie | None:
         flag = False
     if embedding is None or not config or flag is False:
         return None
-    architecture = _architecture(config)
+    architecture = declared_class(config)
     encoder = architecture.endswith(MASKED) or family in MASKED_HEAD_OF
     whole = config.get("is_encoder_decoder") is True and family not in TIED_AS_DECODERS
     if not (flag or encoder or whole or architecture.endswith(GENERATIVE)):
@@ -125,15 +126,10 @@ def _head_name(base: Checkpoint, embedding: str) -> str:
     return f"{before}language_model.{last}.weight" if mark else f"{last}.weight"
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    listed = config.get("architectures")
-    return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
-
-
 def head_is_missing(base: Checkpoint) -> bool:
     """Whether the files have no head because it is the embedding; from headers alone."""
     tie = find_tie(base)
-    return tie is not None and not tie.is_stored(base) and _architecture(base.config).endswith(GENERATIVE)
+    return tie is not None and not tie.is_stored(base) and declared_class(base.config).endswith(GENERATIVE)
 
 
 def _source(base: Checkpoint, name: str) -> Source:

@@ -44,7 +44,6 @@ RECORD = 1 << 22  # weights a record, but at least two cells' rows
 
 SAMPLE = 1 << 14  # bytes deflated for a try
 
-_CODES = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32, torch.float64: np.int64}
 _FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 

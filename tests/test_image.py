@@ -182,7 +182,6 @@ def test_old_attention_processors(tmp_path: Path) -> None:
     check(base, tmp_path / "out.safetensors", changes)
 
 
-HIDDEN = 6
 FLUX = {
     "double_blocks.0.img_attn.qkv.weight": (18, 6),
     "double_blocks.0.img_attn.proj.weight": (6, 6),

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -254,15 +254,8 @@ def _against(
         return size, None
     U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
     change = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
-    factor = amplification(change, _rows(source), spec.rank)
+    factor = amplification(change, source.blocks(READ), spec.rank)
     return size, factor if math.isfinite(factor) else None
-
-
-def _rows(source: Source) -> Iterator[torch.Tensor]:
-    rows = source.spec.shape[0]
-    step = max(1, READ // (source.spec.size // rows))
-    for start in range(0, rows, step):
-        yield source.file.rows(source.name, start, min(start + step, rows)).flatten(1)
 
 
 def _diff_checkpoints(

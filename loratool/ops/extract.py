@@ -151,7 +151,7 @@ def extract(
         opened.callback(spool.close)
         work = _Work(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
         work.factor_all()
-        _refuse(work, found, pairs, tuple(allow))
+        _refuse(work, found, tuple(allow))
         plan = plan_adapter(found, work.factored, work.ranks(), spool, DTYPES[dtype], sides[0], os.fspath(base))
         if form != "peft":
             budget = rule[0] not in RANK_RULES
@@ -263,7 +263,7 @@ class _Work:
         return {name: min(self.factored[name].known if k is None else k, self._most) for name, k in found.items()}
 
 
-def _refuse(work: _Work, found: Sorted, pairs: Pairs, allow: tuple[str, ...]) -> None:
+def _refuse(work: _Work, found: Sorted, allow: tuple[str, ...]) -> None:
     """Raise where there is nothing to extract, or the two are no fine-tune of each other."""
     if not (work.factored or found.exact or found.left_out):
         raise InputError("the two models are equal: there is nothing to extract")

@@ -37,13 +37,14 @@ from ..initialization import (
 )
 from ..inits import INITS, REFUSED
 from ..inputs import open_model
+from ..layout import with_dtype
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import check_name, check_path, named
 from ..plan import plan_merge
 from ..runtime import Progress, choose_device, map_ahead, worker_count
 from ..sidefiles import INITIAL, provenance
 from ..targets import Selection, parse_layers
-from ..tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
+from ..tensorfile import TORCH_FLOATS, TensorFile
 from ..tied import find_tie
 from .convert_image import write_output
 from .converted import check_target
@@ -241,10 +242,6 @@ def _check_residual(
     return path
 
 
-def _as(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
-
-
 class _Work:
     """What the start of each weight told, and the residual that it leaves."""
 
@@ -274,7 +271,7 @@ class _Work:
         self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
     ) -> ResidualReport:
         """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
-        size = sum(_as(spec, dtype).nbytes for spec in self._base.specs.values())
+        size = sum(with_dtype(spec, dtype).nbytes for spec in self._base.specs.values())
         factors = sum(spec.nbytes for spec in self._starter.specs.values())
         require_free_space(place.absolute().parent, size + 2 * factors)
         require_free_space(adapter[0].absolute().parent, factors)

@@ -117,7 +117,7 @@ def unmerge(
                 for item, results in items:
                     if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
                         raise InputError(EDITED, culprit=item.tensor)
-        return _report(checkpoint, record, os.fspath(merged), used, output, dry_run)
+        return _report(record, os.fspath(merged), used, output, dry_run)
 
 
 def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> Path:
@@ -284,9 +284,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
                 raise InputError(EDITED, culprit=part.tensor)
 
 
-def _report(
-    merged: Checkpoint, undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool
-) -> UnmergeReport:
+def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
     changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs]
     return UnmergeReport(
         name,

@@ -197,7 +197,7 @@ class _Judge:
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
-        wrong, apart, lost = self._compare(name, source, found)
+        wrong, apart, lost = self._compare(name, found)
         if not wrong:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
         if name not in self._plan.placements:
@@ -238,7 +238,7 @@ class _Judge:
         load = self._load if placements is None else Loader(torch.device("cpu"))
         return Replay(self._plan.sources[source or name], asked if placements is None else placements, rows, load)
 
-    def _compare(self, name: str, source: Source, found: Source) -> tuple[int, float, int]:
+    def _compare(self, name: str, found: Source) -> tuple[int, float, int]:
         """How many weights are not those of the replay, by how many steps the farthest is off, and how many weights
         of the base the type of the merged tensor does not hold.
         """
