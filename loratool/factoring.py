@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch import Tensor
 from .architectures.conv1d import stores_transposed
 from .architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .architectures.wrappers import module_of
-from .fileio import read_into, write_at
+from .fileio import open_scratch, read_into, write_at
 from .formats.peft import DECLARED
 from .formats.peft_write import nested
 from .numerics.factors import effective_rank
@@ -146,7 +144,7 @@ class FactorSpool:
     """Factors in a temporary file without a name, float32, each side with the root of its singular values."""
 
     def __init__(self, folder: Path, seed: int, certify: bool) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._file = open_scratch(folder)
         self._end, self._seed, self._certify = 0, seed, certify
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 import zlib
 from collections.abc import Collection, Iterator
@@ -130,6 +131,8 @@ def written_back(files: Collection[BinaryIO]) -> Iterator[None]:
 
 def open_for_reading(path: Path) -> BinaryIO:
     with reading(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError("is a pipe or a device, and its bytes are asked for in any order", culprit=str(path))
         return open(path, "rb", buffering=0)
 
 
@@ -141,6 +144,14 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         kind = MachineError if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO) else InputError
         raise kind(error.strerror or str(error), culprit=str(error.filename or path)) from error
+
+
+def open_scratch(folder: Path) -> BinaryIO:
+    """A file in `folder` without a name, gone when it is closed. An error of the machine names the folder."""
+    try:
+        return tempfile.TemporaryFile(dir=folder, buffering=0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def require_free_space(folder: Path, nbytes: int) -> None:

@@ -30,7 +30,7 @@ def _near(path: Path) -> str | None:
         there = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         return None
-    near = get_close_matches(path.name, there, 1)
+    near = get_close_matches(path.name, [name for name in there if name != path.name], 1)
     return f"did you mean {path.with_name(near[0])}?" if near else None
 
 
@@ -45,6 +45,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     with reading(path):
         if path.exists():
             return path
+    if path.is_symlink():
+        raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
     if not _NAME.fullmatch(text) or path.parent.is_dir():
         raise InputError("no such file or folder", culprit=text, remedy=_near(path))
     repo, _, revision = text.partition("@")

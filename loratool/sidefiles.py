@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -119,16 +119,27 @@ def is_undo_file(path: Path) -> bool:
 
 def foreign_file(folder: Path) -> str | None:
     """Something in an output folder that --force must not remove: it is of no kind that we write."""
-    names = [
-        entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if not entry.is_dir() or entry.is_symlink()
-    ]
-    names += [f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir() and not any(entry.iterdir())]
     prefixes = tuple(f"{name}/" for name in component_names(folder)) if is_pipeline(folder) else ()
-    own = {name: next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name) for name in names}
-    foreign = [name for name in sorted(names) if not _matches(own[name], TRAVELS + WEIGHTS)]
-    if not foreign and not any(_matches(own[name], WEIGHTS) for name in names):
-        foreign = sorted(names)  # configs or scripts without weights are no output of ours
-    return foreign[0] if foreign else None
+    names, weights = [], False
+    for name in _names_in(folder):
+        own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+        if not _matches(own, TRAVELS + WEIGHTS):
+            return name
+        names.append(name)
+        weights = weights or _matches(own, WEIGHTS)
+    return names[0] if names and not weights else None  # configs or scripts without weights are no output of ours
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """Files and links, and empty folders with a slash: one by one, since a home has millions."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() or not entry.is_dir():
+            yield entry.name
+        elif not any(entry.iterdir()):
+            yield f"{entry.name}/"
+        else:
+            found = (inner for inner in entry.rglob("*") if inner.is_symlink() or not inner.is_dir())
+            yield from (inner.relative_to(folder).as_posix() for inner in found)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -19,7 +19,6 @@ import base64
 import json
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any, BinaryIO
 
 from .adapter import Adapter, UpdateSpec
 from .errors import InputError
-from .fileio import copy_range, open_for_reading, read_into, write_at
+from .fileio import copy_range, open_for_reading, open_scratch, read_into, write_at
 from .output import Output
 from .placing import Placement
 from .plan import MergePlan
@@ -63,7 +62,7 @@ class UndoWriter:
     """Takes records in any order and writes them in one: they wait in a temporary file that has no name."""
 
     def __init__(self, folder: Path) -> None:
-        self._spool: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._spool = open_scratch(folder)
         self._end = 0
         self._records: dict[str, list[tuple[int, int, int, int, tuple[str, str]]]] = {}
         self._untouched: dict[str, dict[int, str]] = {}

@@ -19,7 +19,7 @@ from conftest import FIXTURES, factors, weights, write_model, write_peft
 import loratool
 from loratool.cli import VERBS
 from loratool.cli.options import Size, WeightedPath
-from loratool.fileio import size
+from loratool.fileio import open_scratch, size
 from loratool.ops.merge import MERGE_DTYPES
 from loratool.render.text import SCHEMA_VERSION
 
@@ -347,3 +347,25 @@ def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Pat
             result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
             assert result.exit_code == 0
             assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing\n", result.stderr)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+def test_what_is_no_file_to_be_read(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    result = run("inspect", tmp_path / "link")
+    assert result.exit_code == 3 and result.stderr.endswith("link: is a link to nowhere, which is not there\n")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    result = run("inspect", tmp_path / "pipe.safetensors")
+    assert result.exit_code == 3 and "is a pipe or a device" in result.stderr
+
+
+def test_a_device_for_what_computes_nothing(run: Run) -> None:
+    result = run("inspect", BASE, "--device", "cuda")
+    assert result.exit_code == 2 and "--device is for --spectra" in result.stderr
+
+
+def test_a_folder_that_is_not_there_any_more(tmp_path: Path) -> None:
+    """The scratch file's random name would say nothing."""
+    with pytest.raises(OSError, match="No such file") as raised:
+        open_scratch(tmp_path / "gone")
+    assert raised.value.filename == str(tmp_path / "gone")

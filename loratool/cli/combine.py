@@ -27,7 +27,13 @@ from .options import (
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: combined]")
+@click.option(
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a .safetensors file.  [default: combined or combined.safetensors]",
+)
 @click.option(
     "--method",
     default="cat",

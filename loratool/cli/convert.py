@@ -22,7 +22,13 @@ from .options import (
 
 @click.command()
 @click.argument("source", metavar="ADAPTER|CHECKPOINT", type=PATH)
-@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file by its ending.  [default: converted]")
+@click.option(
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a file by its ending.  [default: converted, with that ending where it is a file]",
+)
 @click.option(
     "--to",
     type=click.Choice([*TARGETS, *CONTAINERS]),

@@ -23,7 +23,13 @@ from .options import (
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
-@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.option(
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a .safetensors file.  [default: adapter or adapter.safetensors]",
+)
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every matrix.  [default: 8]")
 @click.option(
     "--energy",

@@ -25,7 +25,13 @@ from .options import (
 
 @click.command()
 @click.argument("base", type=PATH)
-@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: adapter]")
+@click.option(
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a .safetensors file.  [default: adapter or adapter.safetensors]",
+)
 @click.option(
     "--method",
     default="lora",

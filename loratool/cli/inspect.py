@@ -71,6 +71,8 @@ def inspect(
         return
     if target or exclude or layers:
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
+    if device != "auto":
+        raise click.UsageError("--device is for --spectra")
     from ..ops.inspect import CheckpointReport, MethodReport
     from ..ops.inspect import inspect as run
     from ..render import print_adapter, print_checkpoint, print_method, to_json

@@ -27,7 +27,11 @@ from .options import (
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @click.option(
-    "-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: merged]"
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a file if it ends in .safetensors.  [default: merged or merged.safetensors]",
 )
 @force_option
 @dry_run_option

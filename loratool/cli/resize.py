@@ -23,7 +23,13 @@ from .options import (
 
 @click.command()
 @click.argument("adapter", type=PATH)
-@click.option("-o", "--out", type=PATH, metavar="OUT", help="A folder, or a .safetensors file.  [default: resized]")
+@click.option(
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a .safetensors file.  [default: resized or resized.safetensors]",
+)
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every module; zeros where it had less.")
 @click.option(
     "--energy",

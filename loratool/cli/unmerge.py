@@ -21,7 +21,11 @@ from .options import (
 @click.argument("merged", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
 @click.option(
-    "-o", "--out", type=PATH, metavar="OUT", help="A folder, or a file if it ends in .safetensors.  [default: unmerged]"
+    "-o",
+    "--out",
+    type=PATH,
+    metavar="OUT",
+    help="A folder, or a file if it ends in .safetensors.  [default: unmerged or unmerged.safetensors]",
 )
 @click.option("--undo", type=PATH, metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
 @click.option(
