@@ -111,7 +111,7 @@ class _Block:
 
     def __post_init__(self) -> None:
         self.before, self.after = (x.view(torch.uint16).numpy() for x in (self.base, self.out))
-        self.squared, self.kept, self.changed = 0.0, 0.0, 0
+        self.squared, self.kept, self.changed, self.deepest = 0.0, 0.0, 0, float(self.span.max())
 
     @property
     def holds(self) -> bool:
@@ -252,8 +252,9 @@ class FilteredRows:
             observer.settle(Told(before, after, places[near], lambda some: self._exactly(block, at[some])))
         here, shift = slice(block.row, block.row + rows), block.shift.double()
         own, kept = float(self._squares[here].sum()), block.kept
-        if not block.slight:  # <W' - (W + D + shift), D + shift> is what was summed up
-            kept += own + float(shift @ self._sums[here]) + float(shift @ shift) * self._product.bounds_squared
+        if not block.slight:  # <W' - total, D + shift> was summed up, where total is W + D + shift, or what that became
+            moved = shift if block.curve else shift - block.span.double()
+            kept += own + float(moved @ (self._sums[here] + shift * self._product.bounds_squared))
         return Change(block.squared, own, kept if block.changed else 0.0, block.changed)
 
     def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
@@ -263,20 +264,17 @@ class FilteredRows:
         if tile is None:
             tile = self._tiles[len(base)] = _Tile(work, base)
         total, change, end = tile.flat
-        bounds = self._product.bounds
+        bounds, span = self._product.bounds, block.span[part]
         tile.total.copy_(base)
         block.squared += torch.dot(total, total).item()
         torch.mm(self._left[block.row + part.start : block.row + part.stop], self._product.right, out=tile.change)
         total.add_(change)  # in place: a third stream of numbers would not stay in the cache
+        upper = tile.total
         if block.curve:
-            torch.addcmul(total, total, total, value=block.curve, out=end)
-            out.copy_(tile.end)
-            end.addcmul_(end, end, value=-3 * block.curve)
-            tile.end.addr_(block.span[part], bounds, alpha=-1)
-        else:
-            out.copy_(tile.total)
-            torch.addr(tile.total, block.span[part], bounds, alpha=-1, out=tile.end)
-        tile.lower.copy_(tile.end)
+            upper = torch.addcmul(tile.total, tile.total, tile.total, value=block.curve, out=tile.end)
+        out.copy_(upper)
+        lower = upper.addcmul_(upper, upper, value=-3 * block.curve) if block.curve else upper
+        tile.lower.copy_(lower.sub_(block.deepest) if self._product.even else lower.addr_(span, bounds, alpha=-1))
         np.not_equal(after, tile.codes, out=tile.hit)
         at = np.flatnonzero(tile.hit)
         tile.end.copy_(out)
