@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -420,4 +421,14 @@ def test_pefts_ends_under_kohyas_names(tmp_path: Path) -> None:
     )
     save_file({**own, f"{KOHYA}.lora_down.weight": A.clone()}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="is the same as"):
+        merged(tmp_path, tmp_path / "a.safetensors")
+
+
+def test_dora_that_the_metadata_announces_and_the_file_lacks(tmp_path: Path) -> None:
+    """diffusers would take the base's norms for the magnitude, which is no plain LoRA."""
+    A, B = factors(8, 6, RANK)
+    fields = {"unet.r": RANK, "unet.lora_alpha": RANK, "unet.use_dora": True}
+    own = {f"{DIFFUSERS}.lora_A.weight": A, f"{DIFFUSERS}.lora_B.weight": B}
+    save_file(own, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(fields)})
+    with pytest.raises(InputError, match="has no magnitude, but the metadata sets use_dora"):
         merged(tmp_path, tmp_path / "a.safetensors")

@@ -88,6 +88,8 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         if not roles:
             raise InputError("has an alpha and no factors", culprit=module)
         spec = pair_magnitude(path, roles, file, config, lenient)
+        if config.extra.get("use_dora") and spec.kind == "lora" and not lenient:
+            raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
         updates[module] = replace(spec, module=module)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     alone = alphas.pop() if len(alphas) == 1 else None

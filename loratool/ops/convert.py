@@ -192,7 +192,8 @@ def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, f
             return plan_plain(source, wish, kept, dropped, lost, opened)
         return plan_language(source, wish, kept, dropped)
     raise InputError(
-        f"is no adapter of an image model that is known ({', '.join(FAMILIES.values())})"
+        f"is no adapter of an image model that is known ({', '.join(FAMILIES.values())}), with modules like "
+        + min(source.updates, default="none")
         + ("" if wish.to == "peft" else f": nothing could load it as {wish.to}"),
         culprit=source.name,
     )

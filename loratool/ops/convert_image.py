@@ -283,7 +283,8 @@ class _Planned:
         other = next((name for name in modules if dora and name not in dora), None)
         if other:
             said = f"is no DoRA, {dora[0]} is; {self._wish.to}'s loader wants all modules of a model of one kind"
-            raise InputError(said, culprit=other)
+            remedy = "--to kohya and comfy say it of each module; or add --plain --base BASE with the model"
+            raise InputError(said, culprit=other, remedy=remedy)
         start = {"init_lora_weights": self._image.start} if self._image.start else {}
         return {**config_of(both), "use_dora": bool(dora), **start}
 
