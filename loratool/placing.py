@@ -112,11 +112,13 @@ def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Sp
     """DoRA along the inputs is DoRA of the transpose, of which the base stores (in, out): of whole matrices alone."""
     rows = spec.shape[0] if spec.shape else 1
     if spot.rows not in (None, (0, rows, 0, rows)):
-        raise InputError(
-            f"has {update.module} as a part of its rows, and is DoRA along the inputs, whose norms are of that part",
-            culprit=spot.name,
-            remedy="pass a base that has it as a tensor of its own, as diffusers' folders do",
-        )
+        whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
+        if update.shape[0] > rows:
+            said, remedy = f"is a part of {whole}the whole", "as single files have fused ones"
+        else:
+            said, remedy = f"has as a part of its rows {whole}that part", "as diffusers' folders have the parts"
+        remedy = f"pass a base that has it as a tensor of its own, {remedy}"
+        raise InputError(said, culprit=spot.name, remedy=remedy)
     if spec.shape != update.shape:
         raise _fail(adapter, update, spec, spot.name)
     return Placement(adapter, update.transpose(), weight, True, rows, 0, rows)

@@ -125,9 +125,19 @@ def test_a_part_of_a_fused_tensor_is_refused(tmp_path: Path, run: Callable[..., 
     file = write(tmp_path / "a.safetensors")
     start = base(tmp_path / "base.safetensors", "double_blocks.0.img_attn.qkv.weight", 3 * OUT)
     result = run("merge", start, file, "-o", tmp_path / "out.safetensors")
-    assert result.exit_code == 3 and "as a part of its rows, and is DoRA along the inputs" in result.stderr
+    assert result.exit_code == 3 and "has as a part of its rows" in result.stderr
     with pytest.raises(NeedsFlag, match="is fused there"):
         loratool.convert(file, tmp_path / "out.safetensors", to="kohya")
+
+
+def test_a_whole_that_the_base_has_in_parts_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """And the way out is the other way round."""
+    file = write(tmp_path / "a.safetensors", name="lora_unet_double_blocks_0_img_attn_qkv")
+    parts = {f"transformer_blocks.0.attn.to_{x}.weight": weights(OUT // 3, IN) for x in "qkv"}
+    save_file({**parts, "single_transformer_blocks.0.proj_out.weight": weights(IN, 5 * IN)}, tmp_path / "b.safetensors")
+    result = run("merge", tmp_path / "b.safetensors", file, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 3 and "to_q.weight: is a part of lora_unet_double_blocks_0_img_attn_qkv" in result.stderr
+    assert "as single files have fused ones" in result.stderr
     assert not (tmp_path / "out.safetensors").exists()
 
 
