@@ -198,6 +198,7 @@ class FilteredRows:
 
         base, out: (rows, n) of one dtype of FORMS, contiguous. None where float32 tells too little of them.
         """
+        assert self._product.even or observer is None, "an observer is told one shift"
         block = self._block(base, row, out) if self._worth_it else None
         change = self._apply_tiles(block, work, observer) if block else None
         if change is None:
@@ -213,7 +214,8 @@ class FilteredRows:
         if base.dtype == torch.float16:
             width = _width(base, size)
             largest, limit = 25 * width, SPREAD * width
-            # what float32 rounds, 2 u |total|, is no more than rounding + curve total^2
+            # float32 rounds by 2 u |total| to the upper end and as much again to the lower; `rounding + curve total^2` is
+            # no less anywhere, as an arithmetic mean is no less than the geometric, and hardly more at |total| = 2 width
             rounding, curve = 2.05 * U * width, 2.05 * U / 4 / (width or 1.0)
         else:
             largest = _largest(base)
