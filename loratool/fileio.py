@@ -197,6 +197,11 @@ def former_path(path: Path) -> Path:
     return path.with_name(path.name + ".loratool-former")
 
 
+def scratch_path(path: Path) -> Path:
+    """Where a folder lies that an output needs until it is whole."""
+    return path.with_name(path.name + ".loratool-scratch")
+
+
 @contextmanager
 def partial_file(path: Path) -> Iterator[BinaryIO]:
     """A file at `partial_path` that becomes `path` when the block ends well, and vanishes when it does not."""
@@ -246,7 +251,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """A folder beside the output `path`, which is gone when the block ends."""
-    scratch = path.with_name(path.name + ".loratool-scratch")
+    scratch = scratch_path(path)
     with _locked_folder(scratch, path):
         try:
             yield scratch

@@ -92,8 +92,9 @@ def plan_output(
     if lost:
         raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
     place = undo_path(path, is_file) if undo else None
+    carries = undo and (not base.given_as_file or base.path.suffix == ".safetensors")  # a torch file has none
     carried = (
-        undo_files(undo_path(base.path if base.given_as_file else base.folder, base.given_as_file)) if undo else []
+        undo_files(undo_path(base.path if base.given_as_file else base.folder, base.given_as_file)) if carries else []
     )
     return Output(
         path,

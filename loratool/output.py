@@ -8,15 +8,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .checkpoint import PICKLES, Checkpoint
 from .errors import NeedsFlag, UsageError
-from .fileio import former_path, partial_file, partial_folder, partial_path, require_free_space, write_at, write_file
-from .sidefiles import foreign_file, is_undo_file, undo_files, undo_path
+from .fileio import (
+    former_path,
+    partial_file,
+    partial_folder,
+    partial_path,
+    require_free_space,
+    write_at,
+    write_file,
+)
+from .sidefiles import foreign_file, is_undo_file, undo_path
 from .tensorfile import TensorSpec
 from .torcharchive import Archive
 
@@ -144,22 +152,30 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> No
 
 
 def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
-    """The same for what lies where the undo files of a single file are or would be, which are replaced with it."""
-    if not output.is_file:
-        return
-    mine = [*([output.undo] if output.undo else []), *output.carried]
-    for place in dict.fromkeys([*mine, *undo_files(undo_path(output.path, True))]):
+    """The same for the undo files beside a single file, which are replaced with it."""
+    mine, former = _undo_places(output)
+    for place in (*mine, *former):
         if not os.path.lexists(place):
             continue
         if any(_holds(place, source) for source in (*inputs, *output.carried.values())):
             raise UsageError(
                 "the output would replace this input", culprit=str(place), remedy="name another output with -o"
             )
-        ours = place.is_file() and not place.is_symlink() and is_undo_file(place)
-        if not ours and place in mine:
+        if place in mine and not is_undo_file(place):
             raise UsageError("is no undo file and in the way of one", culprit=str(place), remedy="move it away")
-        if ours and not force:
+        if not force:
             raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
+
+
+def _undo_places(output: Output) -> tuple[list[Path], list[Path]]:
+    """Where undo files will be beside a single file, and what is there besides of an earlier output's."""
+    if not output.is_file or output.path.suffix != ".safetensors":  # a torch file has none
+        return [], []
+    mine, first = [*([output.undo] if output.undo else []), *output.carried], undo_path(output.path, True)
+    places, number = [first], 1
+    while is_undo_file(following := first.with_name(f"{first.name}.{number}")):
+        places, number = [*places, following], number + 1
+    return mine, [place for place in places if place not in mine and is_undo_file(place)]
 
 
 def _holds(place: Path, source: Path) -> bool:
@@ -209,16 +225,21 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
 
 
 def _settle_undo(output: Output) -> Callable[[Any, Any, Any], None]:
-    """What removes an undo file whose weights did not come; or, when they have, those of what was there before."""
-    mine = [*([output.undo] if output.undo else []), *output.carried]
+    """What puts the former undo files back where the weights did not come, or else removes those that are stale."""
+    mine, stale = _undo_places(output)
     before = {place: _identity(place) for place in mine}
+    saved = {place: former_path(place) for place in mine if before[place]}
+    for place, former in saved.items():
+        former.unlink(missing_ok=True)
+        with suppress(OSError):  # file systems without links: a failure between two renames then costs the former one
+            os.link(place, former)
 
     def leave(kind: Any, *_: Any) -> None:
-        if kind is None:
-            former = [p for p in undo_files(undo_path(output.path, True)) if p not in mine and is_undo_file(p)]
-        else:
-            former = [place for place in mine if _identity(place) != before[place]]
-        for place in former:
+        for place in mine if kind is not None else ():
+            if _identity(place) != before[place]:
+                with suppress(FileNotFoundError):
+                    os.replace(saved[place], place) if place in saved else place.unlink()
+        for place in (*(stale if kind is None else ()), *saved.values()):
             place.unlink(missing_ok=True)
 
     return leave

@@ -104,15 +104,17 @@ def undo_path(model: Path, is_file: bool) -> Path:
 
 
 def undo_files(path: Path) -> list[Path]:
-    """An undo file and those of the merges before: `x.undo`, `x.undo.1`, ...; one may be a stranger's."""
-    found = [path] if path.is_file() else []
-    while found and (following := path.with_name(f"{path.name}.{len(found)}")).is_file():
+    """An undo file and those of the merges before: `x.undo`, `x.undo.1`, ..."""
+    found = [path] if is_undo_file(path) else []
+    while found and is_undo_file(following := path.with_name(f"{path.name}.{len(found)}")):
         found.append(following)
     return found
 
 
 def is_undo_file(path: Path) -> bool:
-    """By its first bytes."""
+    """Whether there is a file, and no link to one, that begins as one does."""
+    if path.is_symlink() or not path.is_file():
+        return False
     with open_for_reading(path) as file:
         return file.read(len(UNDO_MARK)) == UNDO_MARK
 

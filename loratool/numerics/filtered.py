@@ -214,8 +214,8 @@ class FilteredRows:
         if base.dtype == torch.float16:
             width = _width(base, size)
             largest, limit = 25 * width, SPREAD * width
-            # float32 rounds by 2 u |total| to the upper end and as much again to the lower; `rounding + curve total^2` is
-            # no less anywhere, as an arithmetic mean is no less than the geometric, and hardly more at |total| = 2 width
+            # float32 rounds by 2 u |total| to the upper end and as much again to the lower. `rounding + curve total^2`
+            # is no less anywhere, as an arithmetic mean is no less than the geometric, and as little at 2 width
             rounding, curve = 2.05 * U * width, 2.05 * U / 4 / (width or 1.0)
         else:
             largest = _largest(base)

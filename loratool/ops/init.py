@@ -19,7 +19,7 @@ from ..architectures.renames import expert_part
 from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import NeedsFlag, UsageError
-from ..fileio import require_free_space, scratch_folder, sha256_file
+from ..fileio import require_free_space, scratch_folder, scratch_path, sha256_file
 from ..formats import open_adapter
 from ..formats.peft import WEIGHTS_NAMES
 from ..formats.peft_config import CONFIG_NAME
@@ -229,8 +229,11 @@ def _check_residual(
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
     check_path(path, False, [shard.path for shard in base.shards], force)
-    one, other = adapter.resolve(), path.resolve()
-    if one == other or one in other.parents or other in one.parents:
+    for shard in base.shards:
+        if scratch_path(path).resolve() in shard.path.resolve().parents:
+            raise UsageError("is in the way of the residual's scratch folder", culprit=str(scratch_path(path)))
+    one, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
+    if any(one == other or one in other.parents or other in one.parents for other in others):
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
     cast = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
     if dtype and undo and cast:
