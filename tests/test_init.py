@@ -517,6 +517,14 @@ class TestResidual:
         start(tmp_path, base, "olora", rank=4, force=True)
         assert "olora" in (tmp_path / "residual" / "model.safetensors.index.json").read_text()
 
+    def test_a_base_where_the_start_would_lie(self, tmp_path: Path) -> None:
+        base = shutil.copytree(FIXTURES / "llama" / "base", tmp_path / "r.loratool-scratch")
+        with pytest.raises(UsageError, match="in the way of the residual's scratch folder"):
+            loratool.init(base, tmp_path / "a", method="pissa", rank=2, residual=tmp_path / "r")
+        assert (base / "config.json").exists()
+        with pytest.raises(UsageError, match="apart"):
+            loratool.init(FIXTURES / "llama" / "base", base / "a", method="pissa", rank=2, residual=tmp_path / "r")
+
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     def test_what_a_kill_leaves_is_taken_over(self, tmp_path: Path) -> None:
         """Between the start and the residual, where the start lies in a folder of its own."""

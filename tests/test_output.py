@@ -487,6 +487,57 @@ class TestUndoBesideAFile:
             loratool.unmerge(merged, adapter, other.with_suffix(".safetensors"), undo=other, force=True)
         assert other.exists()
 
+    @pytest.mark.parametrize("failing", [1, 2])
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+    def test_the_former_pair_stays_whichever_rename_fails(
+        self,
+        tmp_path: Path,
+        model: Path,
+        adapter: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        failing: int,
+    ) -> None:
+        out = tmp_path / "x.safetensors"
+        loratool.merge(model, adapter, out)
+        before, calls, replace = (digest(out), digest(tmp_path / "x.undo")), iter(range(1, 100)), os.replace
+
+        def fail(*arguments: Any) -> None:
+            if next(calls) == failing:
+                raise error
+            replace(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", fail)
+            with pytest.raises(type(error)):
+                loratool.merge(model, (adapter, 0.5), out, force=True)
+        assert (digest(out), digest(tmp_path / "x.undo")) == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name, "x.undo"]
+        loratool.merge(model, (adapter, 0.5), out, force=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name, "x.undo"]
+
+    def test_a_torch_file_of_the_same_name_has_none(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        before = digest(tmp_path / "x.undo")
+        for force in (False, True):
+            loratool.convert(tmp_path / "x.safetensors", tmp_path / "x.bin", to="torch", force=force)
+            assert digest(tmp_path / "x.undo") == before
+        loratool.merge(tmp_path / "x.bin", adapter, tmp_path / "y.safetensors")
+        assert not (tmp_path / "y.undo.1").exists()  # as a base, too
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs links")
+    def test_what_only_looks_like_one_is_let_be(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        (tmp_path / "y.undo").symlink_to("x.undo")
+        loratool.merge(model, adapter, tmp_path / "y.safetensors", undo=False)
+        assert (tmp_path / "y.undo").is_symlink()
+        (tmp_path / "x.undo.1").write_text("mine")
+        loratool.merge(tmp_path / "x.safetensors", adapter, tmp_path / "z.safetensors")
+        assert not (tmp_path / "z.undo.2").exists()
+        shutil.copy(tmp_path / "x.undo", tmp_path / "w.undo.1")
+        with pytest.raises(NeedsFlag, match=r"w.undo.1: exists already"):
+            loratool.merge(model, adapter, tmp_path / "w.safetensors")
+
     @pytest.mark.skipif(not hasattr(os, "pwrite"), reason="needs pwrite")
     def test_a_system_that_writes_less_than_it_is_given(
         self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
