@@ -42,6 +42,7 @@ FLUX_ROWS = {
 BIGG_WIDTH = 1280  # of SDXL's second text encoder
 SD3_WIDTHS = (1536, 2432)  # of SD 3 and 3.5, medium and large; Flux has 3072
 T5 = re.compile(r"encoder\.block\.\d+\.")
+DIT_BLOCK = re.compile(r"(double|single|joint|transformer)_blocks[._]\d+[._]")
 CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.|transformer\.resblocks\.")
 
 
@@ -118,10 +119,10 @@ def family_of(sources: list[Source]) -> str | None:
 def _of_texts(sources: list[Source]) -> str:
     """Of text encoders alone, by which there are, and by kohya's `lora_te1_`, which only those of several have."""
     components = {s.component for s in sources}
-    if "text_encoder_2" in components:
-        return "sdxl"
     if "text_encoder_3" in components:
         return "sd3"
+    if "text_encoder_2" in components:
+        return "sdxl"
     return "sdxl" if any(s.module.startswith("lora_te1_") for s in sources) else _first_of(sources)
 
 
@@ -133,14 +134,15 @@ def _has_shapes(family: str, sources: list[Source]) -> bool:
     return all(shape[0] == ratio * shape[1] for ratio, shape in rows)
 
 
-def require_known(adapter: Adapter, impossible: Sequence[str], family: str) -> None:
-    """Raise InputError for a transformer's module that no known one has: another model has blocks of the same names."""
-    for module in impossible if family in DITS else ():
-        if component_of(module)[0] == "unet" and adapter.updates[module].kind in ("lora", "dora"):
-            said = (
-                f"is in no image model that is known ({', '.join(FAMILIES.values())}), so {adapter.name} is for another"
-            )
-            raise InputError(said, culprit=module)
+def require_known(adapter: Adapter, sources: Sequence[Source], family: str) -> None:
+    """Raise InputError for a transformer's block that no known one has, dropped or not: it is another model's."""
+    if family not in DITS:
+        return
+    known = {source.module for source in sources if sgm_to_diffusers(source.path) in dit_paths(family)}
+    for module, update in adapter.updates.items():
+        if update.kind in ("lora", "dora") and DIT_BLOCK.search(module) and module not in known:
+            said = f"is in no image model that is known ({', '.join(FAMILIES.values())})"
+            raise InputError(said, culprit=module, remedy=f"{adapter.name} is for another model")
 
 
 def _unet_of(sources: list[Source]) -> str:

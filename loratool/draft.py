@@ -22,7 +22,7 @@ from .errors import InputError, NeedsFlag, UsageError
 from .fileio import partial_file, require_free_space, write_at
 from .formats.diffusers import metadata_of, split_component
 from .formats.peft import adapter_names, saved_name
-from .formats.peft_config import changes_base
+from .formats.peft_config import changes_base, start_of
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
 from .layout import STALE_METADATA
 from .source import Source, is_finite
@@ -207,21 +207,19 @@ def default_name(like: Adapter, to: str | None, verb: str) -> str:
 
 def require_same_start(like: Adapter, ranks: Mapping[str, int]) -> None:
     """Refuse what PEFT would not take out of the base as it was when training began: it does so at each load."""
-    start = changes_base(like.config)
-    if not start:
-        return
-    said = None
-    if any(like.updates[module].rank != rank for module, rank in ranks.items() if module in like.updates):
-        said = "takes as many directions out of the base as the adapter has rank: of another rank"
-    elif start.startswith("olora") and any(like.updates[m].scale != 1 for m in ranks if m in like.updates):
-        said = "takes alpha / rank times its factors out of the base: at alpha = rank, as it would be written,"
-    if said:
-        raise InputError(
-            f"was initialized with {start}, which {said} it would be wrong on any base",
-            culprit=like.name,
-            remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the changed "
-            "one, set init_lora_weights to true in its config",
-        )
+    for module, rank in ranks.items():
+        start, update, said = start_of(like.config, module), like.updates.get(module), None
+        if start and update and update.rank != rank:
+            said = "takes as many directions out of the base as the adapter has rank: of another rank"
+        elif start and update and start.lower().startswith("olora") and update.scale != 1:
+            said = "takes alpha / rank times its factors out of the base: at alpha = rank, as it would be written,"
+        if said:
+            raise InputError(
+                f"was initialized with {start}, which {said} it would be wrong on any base",
+                culprit=like.name,
+                remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the "
+                "changed one, set init_lora_weights to true in its config",
+            )
 
 
 def require_shape(like: Adapter, path: Path, is_file: bool) -> None:
@@ -242,14 +240,14 @@ def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
 
 def _said_of_the_start(draft: Draft) -> dict[str, str]:
     """diffusers' metadata, where a loader has to know that the base was changed; else the tensors say it all."""
-    start = changes_base(draft.like.config)
-    if draft.like.format != "diffusers" or not start:
+    if draft.like.format != "diffusers" or not changes_base(draft.like.config):
         return {}
     parts: dict[str, dict[str, int]] = {}
     for module, rank in draft.ranks.items():
         component, path = split_component(module)
         parts.setdefault(component, {})[path] = rank
-    return metadata_of({part: lora_config(ranks, {}, init_lora_weights=start) for part, ranks in parts.items()})
+    starts = {part: start_of(draft.like.config, part) or True for part in parts}
+    return metadata_of({part: lora_config(own, {}, init_lora_weights=starts[part]) for part, own in parts.items()})
 
 
 def write_single(

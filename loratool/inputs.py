@@ -193,7 +193,8 @@ def subtract_initial(
         raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
     start = open_adapter(initial)
     opened.callback(start.file.close)
-    start = replace(start, updates={m: u for m, u in start.updates.items() if u.kind in ("lora", "experts")})
+    own = {m: u for m, u in start.updates.items() if u.kind in ("lora", "experts") and m in adapter.updates}
+    start = replace(start, updates=own)  # what else it has was not subtracted when the adapter was trained
     _check_initial(adapter, start)
     return (*loaded, *negated(((replace(start, components=adapter.components), moved[0][1]),)))
 

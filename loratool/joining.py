@@ -85,6 +85,10 @@ def _check_together(loaded: Loaded) -> None:
     first = loaded[0][0]
     for adapter, _ in loaded[1:]:
         _check_names(first, adapter)
+    starts = {changes_base(adapter.config): adapter.name for adapter, _ in loaded if changes_base(adapter.config)}
+    if len(starts) > 1:
+        (one, name), (two, other) = list(starts.items())[:2]
+        raise InputError(f"was initialized with {one}, {other} with {two}: no changed base is both's", culprit=name)
     plain = [adapter.name for adapter, _ in loaded if not changes_base(adapter.config)]
     moved = [adapter for adapter, _ in loaded if changes_base(adapter.config)]
     if moved and plain:

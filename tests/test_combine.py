@@ -581,6 +581,9 @@ class TestRefusals:
         assert result.exit_code == 3 and "of another rank it would be wrong on any base" in result.stderr
         result = run("combine", a, c, "-o", tmp_path / "out", "--rank", 3)
         assert result.exit_code == 0 and "warning: " in result.stderr
+        d = one_more(tmp_path / "d", init_lora_weights="olora")
+        result = run("combine", a, d, "-o", tmp_path / "other", "--rank", 3)
+        assert result.exit_code == 3 and "no changed base is both's" in result.stderr
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
 
     def test_a_nan_in_a_factor(self, tmp_path: Path, run: Run) -> None:

@@ -339,6 +339,17 @@ class TestLayout:
             m: u.scale for m, u in open_adapter(tmp_path / "c").updates.items()
         }
 
+    @pytest.mark.parametrize("start", ["pissa", "OLoRA"])
+    def test_what_began_as_factors_of_whole_matrices(self, start: str, tmp_path: Path) -> None:
+        """PEFT would take the parts' own out of the base instead."""
+        parts = {f"{self.LAYER}.self_attn.{x}_proj": factors(6, 8, 2) for x in "qkv"}
+        source = write_peft(tmp_path / "a", parts, r=2, init_lora_weights=start)
+        with pytest.raises(NeedsFlag, match="from whole matrices of its base.*\n.*--plain --initial"):
+            loratool.convert(source, tmp_path / "b", to="peft", layout="fused")
+        started = write_peft(tmp_path / "s", {m: factors(6, 8, 2, seed=1) for m in parts}, r=2, init_lora_weights=start)
+        loratool.convert(source, tmp_path / "plain", to="peft", plain=True, initial=started)
+        loratool.convert(tmp_path / "plain", tmp_path / "b", to="peft", layout="fused")
+
     def test_different_parts_are_side_by_side_and_come_apart_again(self, tmp_path: Path) -> None:
         parts = {f"{self.LAYER}.self_attn.{x}_proj": factors(n, 8, r, seed=r) for x, n, r in
                  (("q", 12, 2), ("k", 6, 1), ("v", 6, 3))}  # fmt: skip

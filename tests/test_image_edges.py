@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool import InputError
+from loratool import InputError, NeedsFlag
 from loratool.formats import open_adapter
 
 KOHYA = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_q"
@@ -432,3 +432,56 @@ def test_dora_that_the_metadata_announces_and_the_file_lacks(tmp_path: Path) -> 
     save_file(own, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(fields)})
     with pytest.raises(InputError, match="has no magnitude, but the metadata sets use_dora"):
         merged(tmp_path, tmp_path / "a.safetensors")
+
+
+def test_what_is_no_block_can_be_dropped(tmp_path: Path) -> None:
+    """Chroma's guidance layers, beside blocks that are Flux's."""
+    names = {"lora_unet_double_blocks_0_img_attn_qkv": (24, 8), "lora_unet_distilled_guidance_layer_in_proj": (8, 4)}
+    a = shaped(names, tmp_path / "a.safetensors", True)
+    with pytest.raises(NeedsFlag, match="distilled_guidance_layer_in_proj"):
+        loratool.convert(a, tmp_path / "b.safetensors", to="diffusers")
+    report = loratool.convert(a, tmp_path / "b.safetensors", to="diffusers", drop=["*distilled*"])
+    assert report.family == "flux"  # type: ignore[union-attr]
+    dotted = {
+        "transformer.transformer_blocks.0.attn.to_q": (8, 8),
+        "transformer.distilled_guidance_layer.in_proj": (8, 4),
+    }
+    b = shaped(dotted, tmp_path / "c.safetensors")
+    report = loratool.convert(b, tmp_path / "d.safetensors", to="kohya", drop=["*distilled*"])
+    assert report.dropped == ("transformer.distilled_guidance_layer.in_proj",)  # type: ignore[union-attr]
+
+
+def test_a_second_spelling_of_kohyas_is_brought_together(tmp_path: Path) -> None:
+    """No loader takes both in one file."""
+    one = shaped({KOHYA: (8, 6)}, tmp_path / "a.safetensors", True)
+    other = shaped({KOHYA.replace("to_q", "to_k"): (8, 6)}, tmp_path / "b.safetensors")
+    loratool.combine([one, other], tmp_path / "out.safetensors")
+    ends = {key.partition(".")[2] for key in load_file(tmp_path / "out.safetensors")}
+    assert ends == {"lora_down.weight", "lora_up.weight", "alpha"}
+
+
+CONFIGS = {
+    "broken": "{",
+    "another method's": '{"peft_type": "LOHA"}',
+    "AdapterHub's": '{"config": {"architecture": null}}',
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_strangers_config_beside_an_image_adapter(config: str, tmp_path: Path) -> None:
+    """Its names say what it is, and inspect sees what merge does."""
+    (tmp_path / "adapter_config.json").write_text(CONFIGS[config])
+    for name in (KOHYA, DIFFUSERS):
+        assert loratool.inspect(write(tmp_path / "a.safetensors", name)).kind == "adapter"
+    fields = {f"{part}.{key}": RANK for part in ("unet", "text_encoder") for key in ("r", "lora_alpha")}
+    tensors = load_file(write(tmp_path / "a.safetensors", DIFFUSERS))
+    tensors |= {key.replace("unet", "text_encoder"): tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "b.safetensors", {"lora_adapter_metadata": json.dumps(fields)})
+    assert loratool.inspect(tmp_path / "b.safetensors").kind == "adapter"
+
+
+def test_three_text_encoders_are_sd3s(tmp_path: Path) -> None:
+    names = {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1": (32, 8) for i in (1, 2)}
+    a = shaped({**names, "lora_te3_encoder_block_0_layer_0_SelfAttention_q": (8, 8)}, tmp_path / "a.safetensors", True)
+    report = loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
+    assert report.family == "sd3"  # type: ignore[union-attr]

@@ -115,10 +115,11 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
-        fields, _ = find_config(file)
+        image = kohya.claims(file.specs) or diffusers.claims(file.specs)  # whose files have no config of PEFT's
+        fields = {} if image else find_config(file)[0]
         if other := other_method(file.specs, fields):
             return file, fields, *other
-        if is_biases(file.specs) and not _is_complete(weights):
+        if is_biases(file.specs) and not image and not _is_complete(weights):
             return file, fields, "BIASES", BIASES
     except BaseException:
         file.close()

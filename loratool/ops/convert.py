@@ -20,19 +20,20 @@ from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, read_sources, re
 from ..draft import DTYPES
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS, holds_adapter, open_adapter
-from ..formats.peft_config import changes_base
+from ..formats.peft_config import start_of
 from ..output import CONTAINERS, check_name, check_path, named
 from ..runtime import Progress
 from ..targets import Selection
 from .convert_checkpoint import CheckpointConvertReport, convert_checkpoint
-from .convert_image import Image, plan_image, write_output
+from .convert_image import WITHOUT_START, Image, plan_image, write_output
 from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language, select
 from .convert_plain import plan_plain
 from .without_dora import without_dora
 from .without_start import without_start
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
-SAYS_START = ("peft", "diffusers")  # the conventions that say how an adapter was initialized
+SAYS_START = ("peft", "diffusers")  # the conventions that say how an adapter was initialized,
+KEPT_STARTS = ("pissa", "olora")  # where a name says it all; others have a config of their own
 
 
 @dataclass(frozen=True)
@@ -171,19 +172,21 @@ def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, f
     """folder: where there is place for what must wait; family: where more than the adapter tells it.
 
     Raises NeedsFlag and InputError as `convert` does."""
-    sources, impossible = read_sources(source)
-    family = family or family_of(sources)
+    sources, _ = read_sources(source)
+    selection = Selection(wish.drop or ("",))
+    wanted = [each for each in sources if not selection.selects(each.module)]
+    family = family or family_of(sources) or family_of(wanted)
     single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
     if single and not any(each.component == "unet" for each in sources):
         family = None  # a text encoder by itself goes as a language model does
     if family is not None:
-        require_known(source, impossible, family)
-        source = _at_its_start(source, wish, opened)
+        require_known(source, sources, family)
+        source = _at_its_start(source, [each.module for each in wanted], wish, opened)
     source, lost = _plain_enough(source, wish, folder, opened)
     if family is not None:
         if wish.layout:
             raise UsageError("--for is for adapters of language models")
-        load, start = functools.partial(low_rank, source), changes_base(source.config)
+        load, start = functools.partial(low_rank, source), functools.partial(start_of, source.config)
         image = Image(source.name, source.file.metadata or {}, family, load, lost, start)
         return plan_image(image, wish, *read_sources(source))
     if single:
@@ -199,19 +202,17 @@ def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, f
     )
 
 
-def _at_its_start(source: Adapter, wish: Wish, opened: ExitStack) -> Adapter:
+def _at_its_start(source: Adapter, modules: Sequence[str], wish: Wish, opened: ExitStack) -> Adapter:
     """An image model's adapter, with what its start was taken away where that is asked. Raises NeedsFlag where it
     changed the base, and the output cannot say so.
     """
     if wish.initial is not None:
         return without_start(source, wish.initial, opened)
-    start = changes_base(source.config)
-    if start and (wish.plain or wish.to not in SAYS_START):
-        raise NeedsFlag(
-            f"was initialized with {start}, which changed the base under it, and plain LoRA cannot say so",
-            culprit=source.name,
-            remedy="add --plain --initial ADAPTER with the adapter as it was before training",
-        )
+    start = next(filter(None, (start_of(source.config, module) for module in modules)), None)
+    keeps = not wish.plain and wish.to in SAYS_START and start and start.lower().startswith(KEPT_STARTS)
+    if start and not keeps:
+        said = f"was initialized with {start}, which changed the base under it, and what is written could not say so"
+        raise NeedsFlag(said, culprit=source.name, remedy=WITHOUT_START)
     return source
 
 

@@ -34,6 +34,7 @@ from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import LowRank
 from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_of, name_alphas
 
+WITHOUT_START = "add --plain --initial ADAPTER with the adapter as it was before training"
 # kohya's name of a family's base; of SD 3 it depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}  # sd-scripts' module, where it is another
@@ -42,8 +43,8 @@ NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}  # sd-scri
 @dataclass(frozen=True)
 class Image:
     """Where the factors come from: its name and metadata, the model's family, and what reads a module's. lost: of
-    modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2). start: the initialization
-    that changed the base.
+    modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2). start: the
+    initialization that changed the base of a module's model.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Image:
     family: str
     load: Callable[[Source], LowRank]
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    start: str | None = None
+    start: Callable[[str], str | None] = lambda module: None
 
 
 def plan_image(image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> Output:
@@ -85,13 +86,11 @@ class _Planned:
         self._image, self._wish, family = image, wish, image.family
         wanted = self._wanted(sources, impossible + find_unknown(sources, family))
         targets = plan_targets(wanted, family, uses_own_names(wish.to, family))
-        other = next((target for target in targets if image.start and target.how != "exact"), None)
-        if other:
-            raise NeedsFlag(
-                f"would be {other.how}, and was initialized with {image.start} from the whole matrix of its base",
-                culprit=other.parts[0].source.module,
-                remedy="add --plain --initial ADAPTER with the adapter as it was before training",
-            )
+        for target in targets:
+            module = target.parts[0].source.module
+            if (start := image.start(module)) and target.how != "exact":
+                said = f"would be {target.how}, and was initialized with {start} from the whole matrix of its base"
+                raise NeedsFlag(said, culprit=module, remedy=WITHOUT_START)
         texts = len({each.component for each in wanted if each.component != "unet"})
         self._made: dict[str, _Made] = {}
         self._loaded: tuple[Source, LowRank] | None = None
@@ -285,8 +284,8 @@ class _Planned:
             said = f"is no DoRA, {dora[0]} is; {self._wish.to}'s loader wants all modules of a model of one kind"
             remedy = "--to kohya and comfy say it of each module; or add --plain --base BASE with the model"
             raise InputError(said, culprit=other, remedy=remedy)
-        start = {"init_lora_weights": self._image.start} if self._image.start else {}
-        return {**config_of(both), "use_dora": bool(dora), **start}
+        start = next((s for m in modules.values() if (s := self._image.start(m.target.parts[0].source.module))), True)
+        return {**config_of(both), "use_dora": bool(dora), "init_lora_weights": start}
 
 
 def _has_kernel(source: Source) -> bool:

@@ -107,6 +107,12 @@ def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], d
             culprit=source.name,
             remedy="add --plain --initial ADAPTER with the adapter as it was before training",
         )
+    if wish.layout and changes_base(source.config):
+        raise NeedsFlag(
+            f"was initialized with {changes_base(source.config)} from whole matrices of its base, not from their parts",
+            culprit=source.name,
+            remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
+        )
     if wish.layout:
         return _relaid(source, wish, kept, dropped)
     if source.format == wish.to == "peft" and wish.dtype is None and not dropped:

@@ -130,7 +130,7 @@ def _are_alike(adapters: Sequence[Adapter]) -> bool:
 
 def _endings(adapter: Adapter) -> tuple[str, ...]:
     """How the names of an image adapter's factors end, where that differs."""
-    if adapter.format != "diffusers":
+    if adapter.format not in ("diffusers", "kohya"):
         return ()
     keys = [update.tensors[role] for update in adapter.updates.values() for role in ("A", "B") if update.rank]
     return tuple(sorted({max((end for end in ENDS if key.endswith(end)), key=len, default=key) for key in keys}))
