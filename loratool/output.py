@@ -229,8 +229,9 @@ def _settle_undo(output: Output) -> Callable[[Any, Any, Any], None]:
     mine, stale = _undo_places(output)
     before = {place: _identity(place) for place in mine}
     saved = {place: former_path(place) for place in mine if before[place]}
+    for place in (*mine, *stale):
+        former_path(place).unlink(missing_ok=True)  # of a run that was killed
     for place, former in saved.items():
-        former.unlink(missing_ok=True)
         with suppress(OSError):  # file systems without links: a failure between two renames then costs the former one
             os.link(place, former)
 
