@@ -24,7 +24,7 @@ from .fileio import (
     write_at,
     write_file,
 )
-from .sidefiles import foreign_file, is_undo_file, undo_path
+from .sidefiles import foreign_file, is_undo_file, undo_files, undo_path
 from .tensorfile import TensorSpec
 from .torcharchive import Archive
 
@@ -113,8 +113,10 @@ def check_name(out: str | os.PathLike[str], container: str = "safetensors") -> t
     return path, path.suffix in suffixes
 
 
-def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> None:
-    """Refuse an output that is or holds an input, that exists without --force, or that --force must not replace."""
+def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_model: bool = False) -> None:
+    """Refuse an output that is or holds an input, that exists without --force, or that --force must not replace: of
+    another kind, of strangers' files; a merged model with its undo file, unless it `is_model` (`check_undo_files`).
+    """
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UsageError(
@@ -145,6 +147,9 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool) -> No
                 culprit=str(path),
                 remedy="name another output with -o",
             )
+    if is_file and not is_model and (undo := undo_files(undo_path(path, True))):
+        said = f"is a merged model, and its undo file {undo[0].name} would be left to an adapter"
+        raise UsageError(said, culprit=str(path), remedy="name another output with -o")
     if not force:
         raise NeedsFlag(
             "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"

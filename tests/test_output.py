@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -526,6 +527,27 @@ class TestUndoBesideAFile:
             assert digest(tmp_path / "x.undo") == before
         loratool.merge(tmp_path / "x.bin", adapter, tmp_path / "y.safetensors")
         assert not (tmp_path / "y.undo.1").exists()  # as a base, too
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda base, adapter, out: loratool.resize(adapter, out, rank=1, force=True),
+            lambda base, adapter, out: loratool.combine([adapter], out, force=True),
+            lambda base, adapter, out: loratool.convert(adapter, out, to="peft", force=True),
+            lambda base, adapter, out: loratool.init(base, out, rank=1, force=True),
+            lambda base, adapter, out: loratool.extract(base, base, out, force=True),
+        ],
+        ids=["resize", "combine", "convert", "init", "extract"],
+    )
+    def test_no_adapter_takes_a_models_place(
+        self, tmp_path: Path, model: Path, adapter: Path, use: Callable[[Path, Path, Path], object]
+    ) -> None:
+        out = tmp_path / "x.safetensors"
+        loratool.merge(model, adapter, out)
+        before = digest(out), digest(tmp_path / "x.undo")
+        with pytest.raises(UsageError, match=r"is a merged model, and its undo file x.undo"):
+            use(model, adapter, out)
+        assert (digest(out), digest(tmp_path / "x.undo")) == before
 
     @pytest.mark.skipif(os.name == "nt", reason="needs links")
     def test_what_only_looks_like_one_is_let_be(self, tmp_path: Path, model: Path, adapter: Path) -> None:

@@ -92,7 +92,7 @@ def convert_checkpoint(
         _refuse_quantized(base, chosen, checkpoint)
         to, path, is_file = _place(base, out, to)
         inputs = [shard.path for shard in base.shards]
-        check_path(path, is_file, inputs, force)
+        check_path(path, is_file, inputs, force, is_model=True)
         shared = find_shared(base)
         edits = Edits(shared=shared, left_out=left_out(base, shared))
         origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))

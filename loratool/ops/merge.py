@@ -140,7 +140,7 @@ def write_merged(
     path, is_file = place
     edits = widen_float8(plan, dtype)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
-    check_path(path, is_file, inputs, force)
+    check_path(path, is_file, inputs, force, is_model=True)
     output = plan_output(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
     output = replace(output, travels={**output.travels, **(beside or {})})
     _check_undo(plan, output)

@@ -104,7 +104,7 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
-        check_path(path, is_file, inputs, force)
+        check_path(path, is_file, inputs, force, is_model=True)
         output = _plan_output(checkpoint, record, base, path, is_file)
         check_undo_files(output, inputs, force)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
@@ -323,7 +323,7 @@ def _subtract(
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]
-    check_path(path, is_file, inputs, force)
+    check_path(path, is_file, inputs, force, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed)
