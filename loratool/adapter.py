@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class AdapterConfig:
     """What PEFT's `adapter_config.json` says of rank and scale; `extra` keeps every other field.
 
-    `rank` and `alpha` are None where the file does not say.
+    `rank` and `alpha` are None where the file does not say. starts: of diffusers' files, component -> the
+    initialization that changed the base under it.
     """
 
     rank: int | None = None
@@ -40,6 +41,7 @@ class AdapterConfig:
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    starts: Mapping[str, str] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int | None:
         rank: int | None = match_pattern(self.rank_pattern, module, self.rank)

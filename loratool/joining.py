@@ -85,10 +85,6 @@ def _check_together(loaded: Loaded) -> None:
     first = loaded[0][0]
     for adapter, _ in loaded[1:]:
         _check_names(first, adapter)
-    starts = {changes_base(adapter.config): adapter.name for adapter, _ in loaded if changes_base(adapter.config)}
-    if len(starts) > 1:
-        (one, name), (two, other) = list(starts.items())[:2]
-        raise InputError(f"was initialized with {one}, {other} with {two}: no changed base is both's", culprit=name)
     plain = [adapter.name for adapter, _ in loaded if not changes_base(adapter.config)]
     moved = [adapter for adapter, _ in loaded if changes_base(adapter.config)]
     if moved and plain:
@@ -97,6 +93,18 @@ def _check_together(loaded: Loaded) -> None:
             f"was initialized with {init}, which changed the base under it, and {plain[0]} was not: no base is both's",
             culprit=moved[0].name,
         )
+    other = next((each for each in moved if _starts(each) != _starts(moved[0])), None)
+    if other:
+        one, two = (" and ".join(f"{part} {start}".strip() for part, start in _starts(each).items())
+                    for each in (moved[0], other))  # fmt: skip
+        said = f"was initialized with {one}, {other.name} with {two}: no changed base is both's"
+        raise InputError(said, culprit=moved[0].name)
+
+
+def _starts(adapter: Adapter) -> dict[str, str]:
+    """Component, empty where there is but one, -> the initialization that changed its base."""
+    found = dict(adapter.config.starts) or {"": changes_base(adapter.config) or ""}
+    return {part: start.lower() for part, start in found.items()}
 
 
 def _check_names(one: Adapter, two: Adapter) -> None:

@@ -151,6 +151,14 @@ def test_each_component_keeps_its_own_start(starts: tuple[str | bool, str | bool
     assert "initialized with" in str(loratool.inspect(end))
 
 
+def test_starts_of_other_components_have_no_base_together(tmp_path: Path) -> None:
+    """Of either a part would be plain, and the sum has one word for each."""
+    (_, one, _), (_, other, _) = both(tmp_path / "a", "pissa", True), both(tmp_path / "b", True, "pissa")
+    with pytest.raises(InputError, match="no changed base is both's"):
+        loratool.combine([one, other], tmp_path / "out.safetensors", rank=4)
+    loratool.combine([one, one], tmp_path / "out.safetensors", rank=4)
+
+
 def test_a_start_of_more_modules_than_the_adapter_has(tmp_path: Path) -> None:
     """What it has besides was not taken away when the rest was trained."""
     start, end, _ = both(tmp_path, "pissa", "pissa")

@@ -7,7 +7,6 @@ import click
 from ..choices import DTYPES, METHODS
 from ..ranks import RANK_RULES
 from .options import (
-    PATH,
     Count,
     RuleValue,
     Size,
@@ -20,6 +19,7 @@ from .options import (
     force_option,
     json_option,
     offer,
+    out_option,
     quiet_option,
     to_option,
 )
@@ -27,13 +27,7 @@ from .options import (
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    help="A folder, or a .safetensors file.  [default: combined or combined.safetensors]",
-)
+@out_option("combined")
 @click.option(
     "--method",
     default="cat",

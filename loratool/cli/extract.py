@@ -15,6 +15,7 @@ from .options import (
     force_option,
     json_option,
     layers_option,
+    out_option,
     quiet_option,
     target_option,
 )
@@ -23,13 +24,7 @@ from .options import (
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    help="A folder, or a .safetensors file.  [default: adapter or adapter.safetensors]",
-)
+@out_option("adapter")
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every matrix.  [default: 8]")
 @click.option(
     "--energy",

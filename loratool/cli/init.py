@@ -17,6 +17,7 @@ from .options import (
     json_option,
     layers_option,
     offer,
+    out_option,
     quiet_option,
     target_option,
     to_option,
@@ -25,13 +26,7 @@ from .options import (
 
 @click.command()
 @click.argument("base", type=PATH)
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    help="A folder, or a .safetensors file.  [default: adapter or adapter.safetensors]",
-)
+@out_option("adapter")
 @click.option(
     "--method",
     default="lora",

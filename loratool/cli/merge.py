@@ -18,6 +18,7 @@ from .options import (
     force_option,
     json_option,
     layers_option,
+    out_option,
     quiet_option,
     target_option,
 )
@@ -26,13 +27,7 @@ from .options import (
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    help="A folder, or a file if it ends in .safetensors.  [default: merged or merged.safetensors]",
-)
+@out_option("merged")
 @force_option
 @dry_run_option
 @dtype_option("The output's type.")

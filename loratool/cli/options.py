@@ -68,6 +68,12 @@ to_option = click.option(
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 
+def out_option(name: str, what: str = "A folder, or a .safetensors file.") -> Callable[[Any], Any]:
+    """name: of a folder by default; a file has its ending."""
+    says = f"{what}  [default: {name}, or {name}.safetensors]"
+    return click.option("-o", "--out", type=PATH, metavar="OUT", help=says)
+
+
 def dtype_option(says: str) -> Callable[[Any], Any]:
     """Torch's and numpy's spellings pass too, so it is the library that refuses a word."""
     return click.option(

@@ -16,6 +16,7 @@ from .options import (
     dry_run_option,
     force_option,
     json_option,
+    out_option,
     quiet_option,
     to_option,
 )
@@ -23,13 +24,7 @@ from .options import (
 
 @click.command()
 @click.argument("adapter", type=PATH)
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    help="A folder, or a .safetensors file.  [default: resized or resized.safetensors]",
-)
+@out_option("resized")
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every module; zeros where it had less.")
 @click.option(
     "--energy",

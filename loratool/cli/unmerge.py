@@ -13,6 +13,7 @@ from .options import (
     dry_run_option,
     force_option,
     json_option,
+    out_option,
     quiet_option,
 )
 
@@ -20,13 +21,7 @@ from .options import (
 @click.command()
 @click.argument("merged", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=WeightedPath(), metavar="ADAPTER[:WEIGHT]...")
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    help="A folder, or a file if it ends in .safetensors.  [default: unmerged or unmerged.safetensors]",
-)
+@out_option("unmerged")
 @click.option("--undo", type=PATH, metavar="FILE", help="The undo file, where it is not in or beside MERGED.")
 @click.option(
     "--approximate", is_flag=True, help="Without an undo file: subtract and round; says how many weights can be wrong."

@@ -20,7 +20,7 @@ from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
 from .kohya import pair_magnitude
 from .methods import refused_tensor
-from .peft_config import STARTS, changes_base, parse_config
+from .peft_config import changes_base, parse_config
 
 # The end of a tensor's name -> its role
 ENDS = {
@@ -94,8 +94,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     alone = alphas.pop() if len(alphas) == 1 else None
     starts = {part: start for part, own in configs.items() if (start := changes_base(own))}  # which diffusers heeds
-    extra = {"init_lora_weights": next(iter(starts.values())), STARTS: starts} if starts else {}
-    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alone, extra=extra), updates)
+    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alone, starts=starts), updates)
 
 
 def split_component(module: str) -> tuple[str, str]:

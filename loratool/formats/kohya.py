@@ -2,6 +2,7 @@
 
 `<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` (a number).
 The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-scripts: `networks/lora.py`.
+ComfyUI reads PEFT's `.lora_A.weight` and `.lora_B.weight` under these names too (`comfy/lora.py`).
 OneTrainer and LyCORIS add `.dora_scale` (out, 1[, 1, 1]), DoRA's magnitude, or once (1, in), of V's columns.
 A flattened name cannot be split by rule, so it is bound against the flattened names of the base.
 """

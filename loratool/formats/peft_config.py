@@ -33,7 +33,6 @@ REFUSED = {
 # Which of these names a classifier has depends on its class, and PEFT lists them all.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
 # Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
-STARTS = "starts"  # of a diffusers adapter's config: component -> such an initialization
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
@@ -124,16 +123,14 @@ def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]
 
 
 def changes_base(config: AdapterConfig) -> str | None:
-    """The initialization that changed the base under the adapter, if it did."""
-    init = config.extra.get("init_lora_weights")
+    """The initialization that changed the base under the adapter, or under a component of it, if one did."""
+    init = next(iter(config.starts.values()), config.extra.get("init_lora_weights"))
     return init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None
 
 
 def start_of(config: AdapterConfig, module: str) -> str | None:
-    """The same of the model that `module` is in, of which diffusers' files have several."""
-    starts = config.extra.get(STARTS)
-    start = starts.get(module.partition(".")[0]) if isinstance(starts, dict) else changes_base(config)
-    return str(start) if start else None
+    """The same of the model that `module` is in."""
+    return config.starts.get(module.partition(".")[0]) if config.starts else changes_base(config)
 
 
 def target_parameter(

@@ -25,8 +25,8 @@ from ..output import CONTAINERS, check_name, check_path, named
 from ..runtime import Progress
 from ..targets import Selection
 from .convert_checkpoint import CheckpointConvertReport, convert_checkpoint
-from .convert_image import WITHOUT_START, Image, plan_image, write_output
-from .convert_language import ModuleConvert, Output, Wish, low_rank, plan_language, select
+from .convert_image import Image, plan_image, write_output
+from .convert_language import WITHOUT_START, ModuleConvert, Output, Wish, low_rank, plan_language, select
 from .convert_plain import plan_plain
 from .without_dora import without_dora
 from .without_start import without_start

@@ -32,9 +32,8 @@ from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import LowRank
-from .convert_language import ModuleConvert, Output, Wish, cannot_carry, config_of, name_alphas
+from .convert_language import WITHOUT_START, ModuleConvert, Output, Wish, cannot_carry, config_of, name_alphas
 
-WITHOUT_START = "add --plain --initial ADAPTER with the adapter as it was before training"
 # kohya's name of a family's base; of SD 3 it depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}  # sd-scripts' module, where it is another

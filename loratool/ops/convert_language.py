@@ -29,6 +29,7 @@ from ..targets import Selection
 from ..tensorfile import TORCH_FLOATS, TensorSpec
 from ..updates import Experts, LowRank
 
+WITHOUT_START = "add --plain --initial ADAPTER with the adapter as it was before training"
 DROP_OPTIONS = {"combine": "--exclude", "init": "--exclude"}  # what --drop is called in another verb that has it
 PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
@@ -105,7 +106,7 @@ def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], d
             f"was initialized with {changes_base(source.config)}, which changed the base under it, and loralib's files "
             "cannot say so",
             culprit=source.name,
-            remedy="add --plain --initial ADAPTER with the adapter as it was before training",
+            remedy=WITHOUT_START,
         )
     if wish.layout and changes_base(source.config):
         raise NeedsFlag(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..formats.peft_config import STARTS
 from ..inputs import subtract_initial
 from ..tensorfile import TensorSpec
 from ..unwritten import UnwrittenFile
@@ -45,7 +44,6 @@ def without_start(source: Adapter, initial: str | os.PathLike[str], opened: Exit
             sides = [side.float() for side in sides]
         return torch.cat(sides, RANKS[role])
 
-    rest = {key: value for key, value in source.config.extra.items() if key != STARTS}
-    config = replace(source.config, extra={**rest, "init_lora_weights": True})
+    config = replace(source.config, extra={**source.config.extra, "init_lora_weights": True}, starts={})
     file = UnwrittenFile(source.file, specs, load, source.file.metadata or {})
     return replace(source, file=file, updates=updates, config=config)
