@@ -11,10 +11,22 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures.quantized import quantization
+from .architectures.quantized import (
+    CONFIG_FILES,
+    DUMMY_SCALE,
+    FLOATS,
+    SCALED_FLOAT,
+    Coded,
+    coded_as,
+    declared_method,
+    find_coded,
+    find_declared,
+    listed_layers,
+)
 from .errors import InputError
 from .fileio import open_for_reading, reading
 from .hub import resolve
@@ -108,8 +120,41 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def quantized(self) -> str | None:
-        """The method by which it, or a component, is quantized."""
-        return next(filter(None, (quantization(part.specs, part.config) for part in self.models)), None)
+        """The method by which it or a component is quantized, as its config says, else as its tensors do."""
+        methods = (declared_method(part.declared) for part in self.models)
+        return next(filter(None, methods), None) or next((c.format for c in self.coded.values()), None)
+
+    @cached_property
+    def declared(self) -> Mapping[str, Any]:
+        """What its config, or a file beside it, says of its quantization; empty where nothing does."""
+        declared = find_declared(self.config)
+        for name, method in CONFIG_FILES.items():
+            if not declared and (self.folder / name).is_file():
+                content = read_json_file(self.folder / name)
+                declared = find_declared(content) or {"quant_method": method, **content}
+        return declared
+
+    @cached_property
+    def coded(self) -> Mapping[str, Coded]:
+        """Its coded weights, by the names that they have where they are not quantized."""
+        if self.parts:
+            return {name: coded for part in self.parts for name, coded in part.coded.items()}
+        layers = (listed_layers(shard.metadata or {}) for shard in self.shards)
+        found = find_coded(self.specs, self.declared, {self.prefix + layer for each in layers for layer in each})
+        for name in (name for name in self.specs if name.endswith(DUMMY_SCALE)):
+            path = name.removesuffix(DUMMY_SCALE)
+            weight = self.specs.get(f"{path}.weight")
+            if weight and weight.dtype in FLOATS and not self._is_one(name):
+                found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", self.specs, self.declared)
+        return found
+
+    def _is_one(self, name: str) -> bool:
+        return self.specs[name].size == 1 and self.shard_of[name].scalar(name) == 1
+
+    @cached_property
+    def formats(self) -> Mapping[str, str]:
+        """The quantized format of each tensor that is stored for a coded weight, codes and all that is beside them."""
+        return {tensor: coded.format for coded in self.coded.values() for tensor in coded.tensors}
 
     @property
     def weight_files(self) -> set[str]:

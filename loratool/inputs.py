@@ -13,7 +13,7 @@ from typing import Any
 from .adapter import Adapter
 from .architectures.image import WEIGHED, weighed_component
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import InputError, LoratoolError, NeedsFlag, UsageError
+from .errors import InputError, NeedsFlag, UsageError
 from .fileio import sha256_file
 from .formats import is_adapter, open_adapter
 from .formats.peft import WEIGHTS_NAMES
@@ -53,7 +53,7 @@ def read_given(adapters: Any) -> list[Given]:
 def open_inputs(
     base: str | os.PathLike[str], given: Sequence[Given], alpha: float | None, opened: ExitStack
 ) -> tuple[Checkpoint, Loaded]:
-    checkpoint = open_model(base, "the first argument is the base model", opened, given)
+    checkpoint = open_base(base, "the first argument is the base model", opened, given)
     loaded = []
     for adapter, each in zip(open_adapters(given, alpha, opened), given, strict=True):
         for module, update in adapter.updates.items():
@@ -64,10 +64,25 @@ def open_inputs(
     return checkpoint, tuple(loaded)
 
 
-def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack, given: Sequence[Given] = ()) -> Checkpoint:
-    """A model whose numbers are its weights. what: what this argument is; given: what is in the adapters' place.
+def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
+    """Open a model whose numbers are all its weights. what: what this argument is.
 
-    Raises InputError for an adapter, the dump of a model with adapters inside, a quantized model.
+    Raises InputError for what `open_base` refuses, and for a model with a quantized weight.
+    """
+    model = open_base(name, what, opened)
+    for weight, coded in model.coded.items():
+        raise InputError(
+            f"is quantized ({coded.format}), and the codes of {weight} are no weights",
+            culprit=os.fspath(name),
+            remedy="pass the original model in 16 or 32 bits",
+        )
+    return model
+
+
+def open_base(name: str | os.PathLike[str], what: str, opened: ExitStack, given: Sequence[Given] = ()) -> Checkpoint:
+    """Open a model, of which some weights may be quantized. what: what this argument is; given: the adapters' place.
+
+    Raises InputError for an adapter and for the dump of a model with adapters inside.
     """
     model = open_checkpoint(name)
     opened.callback(model.close)
@@ -78,13 +93,6 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack, given
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
         )
     refuse_adapter(model, name, what, given)
-    if model.quantized:
-        hints = _trained_on(given[0].path, name) if given else []
-        raise InputError(
-            f"is quantized ({model.quantized}), and its codes are no weights",
-            culprit=os.fspath(name),
-            remedy="; ".join(["pass the original model in 16 or 32 bits", *hints]),
-        )
     return model
 
 
@@ -95,16 +103,6 @@ def refuse_adapter(model: Checkpoint, name: str | os.PathLike[str], what: str, g
     swapped = given and not _opens_as_adapter(given[0].path)
     remedy = f"swap them: {given[0].path} comes before {os.fspath(name)}" if swapped else None
     raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)
-
-
-def _trained_on(name: str, base: str | os.PathLike[str]) -> list[str]:
-    """`Adapter.trained_on`; nothing where it says this very base."""
-    try:
-        adapter = open_adapter(name)
-    except LoratoolError:
-        return []
-    adapter.file.close()
-    return [adapter.trained_on] if adapter.trained_on and adapter.config.base_model != os.fspath(base) else []
 
 
 def _opens_as_adapter(name: str) -> bool:

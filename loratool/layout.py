@@ -65,7 +65,8 @@ def plan_output(
 ) -> Output:
     """Lay out `base` anew at `path`, with other values in the tensors `changed`.
 
-    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more. undo: with an undo file, and those
+    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more that is no part of a quantized
+    weight. undo: with an undo file, and those
     of earlier merges under their next numbers. container: a key of CONTAINERS. Raises UsageError for shards or a
     pipeline in a single file, InputError for what the container cannot hold.
     """
@@ -75,7 +76,8 @@ def plan_output(
     edits = edits or Edits()
     absent = edits.shared if container == "torch" else edits.left_out
     wish = _Wish(is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent)
-    specs = {name: with_dtype(spec, dtype) for name, spec in {**base.specs, **edits.specs}.items()}
+    stored = {**base.specs, **edits.specs}
+    specs = {name: spec if name in base.formats else with_dtype(spec, dtype) for name, spec in stored.items()}
     files: tuple[OutputFile, ...] = ()
     extras: dict[str, bytes] = {}
     travels, not_copied = _side_files(base, is_file, edits)

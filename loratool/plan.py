@@ -14,9 +14,9 @@ from .output import Edits
 from .placing import Placement
 from .sidefiles import tokenizer_files
 from .source import Source, equal_rows
-from .targets import Selection, bind, missing_tensors, refuse_two
+from .targets import Binding, Selection, bind, missing_tensors, refuse_two
 from .tensorfile import FLOAT8, TensorSpec
-from .tied import Settled, Tie, find_tie, settle_tie, vocabulary_edits, vocabulary_names
+from .tied import Settled, Tie, bindable, find_tie, settle_tie, vocabulary_edits, vocabulary_names
 from .updates import ADDITIVE
 
 
@@ -47,13 +47,14 @@ class MergePlan:
 def plan_merge(
     base: Checkpoint, adapters: tuple[tuple[Adapter, float], ...], selection: Selection, tied: str
 ) -> MergePlan:
-    """Raises what `require_used`, `bind`, `settle_tie` and `settle_source` raise."""
+    """Raises what `require_used`, `bind`, `settle_tie` and `settle_source` raise; InputError for an update of codes."""
     tie = find_tie(base)
-    lacking = tie.lacking(base) if tie else {}
+    specs, coded = bindable(base, tie)
     names = " and ".join(adapter.name for adapter, _ in adapters)
     modules = [module for adapter, _ in adapters for module in adapter.updates]
     selection.require_used([*modules, *map(module_of, base.specs)], f"{names} or the base")
-    binding = bind({**base.specs, **lacking}, base.model_types, adapters, selection)
+    binding = bind(specs, base.model_types, adapters, selection, coded)
+    _refuse_quantized(base, binding)
     settled = settle_tie(base, tie, binding.placements, tied)
     sources, placements = _settle_sources(base, tie, settled)
     for name, (adapter, update) in binding.added.items():
@@ -80,6 +81,19 @@ def plan_merge(
         warnings,
         edits,
     )
+
+
+def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
+    """Raise InputError for an update of a weight that is stored as codes."""
+    for adapter, name, form in binding.quantized.values():
+        count = len(binding.quantized)
+        others = f", as are {count - 1} more that the adapter changes" if count > 1 else ""
+        own = adapter.config.base_model in (str(base.path), None)
+        raise InputError(
+            f"is quantized ({form}), and its codes are no weights{others}",
+            culprit=name,
+            remedy="pass the original model in 16 or 32 bits" + ("" if own else f"; {adapter.trained_on}"),
+        )
 
 
 def _settle_sources(

@@ -16,6 +16,7 @@ from shlex import quote
 
 from .adapter import Adapter, UpdateSpec
 from .architectures.image import component_of, image_modules
+from .architectures.quantized import Coded, with_coded
 from .architectures.renames import canonical, expert_part
 from .architectures.roles import role
 from .architectures.wrappers import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_of
@@ -126,11 +127,13 @@ class Binding:
     """The placements of each base tensor, the adapters' module paths that a selection left out, and new tensors.
 
     `added` are modules that an adapter has and the base lacks, a classifier for one: name -> (adapter, update).
+    `quantized` are modules whose weight the base stores as codes: module -> (adapter, the weight's name, its format).
     """
 
     placements: Mapping[str, tuple[Placement, ...]]
     left_out: tuple[str, ...]
     added: Mapping[str, tuple[Adapter, UpdateSpec]]
+    quantized: Mapping[str, tuple[Adapter, str, str]]
 
 
 def bind(
@@ -138,12 +141,16 @@ def bind(
     model_types: Sequence[str],
     adapters: Sequence[tuple[Adapter, float]],
     selection: Selection,
+    coded: Mapping[str, Coded] | None = None,
 ) -> Binding:
     """Find the base tensor of every update.
 
-    Raises NeedsFlag for paths that do not bind (naming the --exclude that would let the rest pass), and
-    InputError where nothing binds, a path is ambiguous, or the shapes contradict each other.
+    coded: the base's quantized weights, which have no placements. Raises NeedsFlag for paths that do not bind (naming
+    the --exclude that would let the rest pass), and InputError where nothing binds, a path is ambiguous, or the shapes
+    contradict each other.
     """
+    specs = with_coded(specs, coded or {})
+    formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
     resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
     chosen = [_select(selection, spots) for _, _, spots, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
@@ -160,6 +167,7 @@ def bind(
     if any(missing):
         raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs, added)
     placements: dict[str, list[Placement]] = {}
+    quantized: dict[str, tuple[Adapter, str, str]] = {}
     for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
         holders: dict[Spot, str] = {}
         for module, spots in bound.items():
@@ -169,10 +177,13 @@ def bind(
                         f"{holders[spot]} and {module} of {adapter.name} both bind to it", culprit=spot.name
                     )
                 holders[spot] = module
+                if spot.name in formats:
+                    quantized[module] = (adapter, spot.name, formats[spot.name])
+                    continue
                 own = adapter.weight_of(module, weight)
                 found = place(adapter, module, own, spot, specs, model_types, bound)
                 placements.setdefault(spot.name, []).extend(found)
-    if not placements and not added:
+    if not placements and not added and not quantized:
         raise InputError(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
         )
@@ -181,7 +192,8 @@ def bind(
     left_out = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
     for (_, _, every, _), bound in zip(resolved, chosen, strict=True):
         left_out += [spot.name for module, kept in bound.items() for spot in every[module] if spot not in kept]
-    return Binding({name: tuple(placements[name]) for name in specs if name in placements}, tuple(left_out), added)
+    placed = {name: tuple(placements[name]) for name in specs if name in placements}
+    return Binding(placed, tuple(left_out), added, quantized)
 
 
 def _select(selection: Selection, spots: Mapping[str, Sequence[Spot]]) -> dict[str, tuple[Spot, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .adapter import UpdateSpec
 from .architectures.families import declared_class
+from .architectures.quantized import Coded
 from .architectures.ties import (
     COPIES,
     DECODER_HEADS,
@@ -79,6 +80,13 @@ class Tie:
         """The tensors that the files have under another name, and adapters may name."""
         names = (*self.sides, *(self.bias[1:] if self.bias else ()))
         return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
+
+
+def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], dict[str, Coded]]:
+    """The tensors and the quantized weights that adapters may name, those under another name of a tie too."""
+    lacking = tie.lacking(base) if tie else {}
+    coded = {name: base.coded[tie.stored_as(name)] for name in lacking if tie and tie.stored_as(name) in base.coded}
+    return {**base.specs, **lacking}, {**base.coded, **coded}
 
 
 def find_tie(base: Checkpoint) -> Tie | None:

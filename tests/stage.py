@@ -40,10 +40,14 @@ def make_wrong(folder: Path) -> None:
     (folder / "lost" / "adapter_config.json").unlink()
     wide = {name: W.repeat(1, 2) if W.dim() > 1 else W for name, W in load_model(folder / "base").items()}
     write_model(folder / "wide", wide, {"model_type": "llama"})
-    shutil.copytree(folder / "base", folder / "four-bit")
     config = json.loads((folder / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "four-bit" / "config.json").write_text(json.dumps(config))
+    codes = {}
+    for name, W in load_model(folder / "base").items():
+        is_coded = name.endswith("_proj.weight")
+        codes[name] = torch.zeros(W.numel() // 2, 1, dtype=torch.uint8) if is_coded else W
+        codes |= {f"{name}.absmax": torch.ones(W.numel() // 64)} if is_coded else {}
+    write_model(folder / "four-bit", codes, config)
     shutil.copytree(folder / "base", folder / "taken")
     (folder / "notes").mkdir()
     (folder / "notes" / "todo.txt").write_text("x")

@@ -188,7 +188,8 @@ class TestForeignBases:
         on that the adapter merges."""
         adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}, base_model_name_or_path="org/model")
         config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-        base = write_model(tmp_path / "base", {"x.weight": torch.zeros(12, 1, dtype=torch.uint8)}, config)
+        codes = {"x.weight": torch.zeros(12, 1, dtype=torch.uint8), "x.weight.absmax": torch.zeros(1)}
+        base = write_model(tmp_path / "base", codes, config)
         told = f"pass the original model in 16 or 32 bits; {adapter} says it was trained on org/model"
         self.refused(run, tmp_path, base, adapter, told)
         same = write_peft(tmp_path / "b", {"x": factors(6, 4, 2)}, base_model_name_or_path=str(base))

@@ -390,7 +390,7 @@ class TestSides:
         adapter = write_peft(tmp_path / "lora", {"model.layers.0.self_attn.q_proj": factors(24, 24, 2)})
         with pytest.raises(InputError, match="is an adapter"):
             loratool.extract(base, adapter, out)
-        quantized = write_model(tmp_path / "q", SMALL, {**LLAMA, "quantization_config": {"quant_method": "gptq"}})
+        quantized = write_model(tmp_path / "q", {**SMALL, "q_proj.qweight": torch.ones(3, 8, dtype=torch.int32)}, LLAMA)
         with pytest.raises(InputError, match="quantized"):
             loratool.extract(base, quantized, out)
         with pytest.raises(InputError, match="nothing of what changed is selected"):

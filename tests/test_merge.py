@@ -364,22 +364,6 @@ class TestRefusals:
         with pytest.raises(InputError, match=f"is an adapter.*\nswap them: {base} comes before {adapter}"):
             loratool.merge(adapter, base)
 
-    @pytest.mark.parametrize(
-        "marker", ["x.qweight", "x.SCB", "x.weight_scale_inv", "x.weight.absmax", "experts.gate_up_proj_blocks"]
-    )
-    def test_quantized_bases(self, tmp_path: Path, marker: str) -> None:
-        """Trap 47."""
-        base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), marker: torch.zeros(3)})
-        with pytest.raises(InputError, match="is quantized .*\npass the original model"):
-            loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out")
-
-    def test_quantized_by_config(self, tmp_path: Path) -> None:
-        base = write_model(
-            tmp_path / "base", {"x.weight": weights(6, 4)}, {"quantization_config": {"quant_method": "fp8"}}
-        )
-        with pytest.raises(InputError, match=r"quantized \(fp8\)"):
-            loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}), tmp_path / "out")
-
     def test_an_adapter_in_place_of_the_base_and_no_base_at_all(self) -> None:
         adapter = FIXTURES / "llama" / "adapter"
         with pytest.raises(InputError) as caught:

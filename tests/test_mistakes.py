@@ -77,13 +77,13 @@ MISTAKES = {
     """,
     "quantized base": """
         loratool merge four-bit adapter -o out -> 3
-        four-bit: is quantized (bitsandbytes), and its codes are no weights
+        model.layers.0.mlp.down_proj.weight: is quantized (bitsandbytes 4-bit), and its codes are no weights, as are 20 more that the adapter changes
         pass the original model in 16 or 32 bits; adapter says it was trained on fixtures/llama/base
 
         loratool init four-bit -o out -> 3
-        four-bit: is quantized (bitsandbytes), and its codes are no weights
+        four-bit: is quantized (bitsandbytes 4-bit), and the codes of model.layers.0.mlp.down_proj.weight are no weights
         pass the original model in 16 or 32 bits
-    """,
+    """,  # noqa: E501
     "output exists": """
         loratool merge base adapter -o taken -> 4
         taken: exists already

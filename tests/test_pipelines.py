@@ -388,9 +388,18 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
 def test_a_component_that_is_quantized(use: Callable[[Path, Path, Path], object], tmp_path: Path) -> None:
     base = pipeline(tmp_path / "base")
     adapter(tmp_path / "a.safetensors", False)
-    config = {**CONFIGS["unet"], "quantization_config": {"quant_method": "bitsandbytes"}}
-    (base / "unet" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"is quantized \(bitsandbytes\)"):
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    file = next(file for file in (base / "unet").glob("*.safetensors") if name in load_file(file))
+    state = load_file(file)
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    scale = name.replace(".weight", ".weight_scale")
+    save_file({**state, scale: torch.ones(1)}, file, {"format": "pt"})
+    index = base / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    if index.exists():
+        listed = json.loads(index.read_text())
+        listed["weight_map"][scale] = file.name
+        index.write_text(json.dumps(listed))
+    with pytest.raises(InputError, match=r"is quantized \(fp8\)"):
         use(base, tmp_path / "a.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

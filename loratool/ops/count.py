@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.families import FAMILIES, config_field, declared_class, model_class, tensor_shapes, tied_head
-from ..architectures.quantized import quantization
+from ..architectures.quantized import declared_method, find_declared
 from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
 from ..counting import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
@@ -156,9 +156,9 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
         require_one_model(checkpoint)
         if is_adapter(checkpoint.specs):
             raise InputError("is an adapter; count takes the model", culprit=os.fspath(path))
-        method = checkpoint.quantized
-        if method is None:
+        if not checkpoint.coded:
             return _from_checkpoint(checkpoint)
+        method = checkpoint.quantized
         if checkpoint.model_type not in FAMILIES:
             raise InputError(
                 f"is quantized ({method}), so that its shapes are not those of its matrices",
@@ -187,7 +187,7 @@ def _from_config(config: Mapping[str, Any]) -> Model:
     notes = []
     if counted == family.bare and named not in ("", counted):
         notes.append(f"config.json names {named}: what it has above {counted} is not counted")
-    if method := quantization((), config):
+    if method := declared_method(find_declared(config)):
         notes.append(f"quantized ({method}): counted as it was before")
     dtype = CONFIG_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), "F32")
     tied = tied_head(config)

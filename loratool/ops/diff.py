@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ from ..placing import Placement
 from ..runtime import Progress, choose_device
 from ..source import Source, require_finite, squared_norm
 from ..targets import Selection, bind, parse_layers
-from ..tied import find_tie
+from ..tied import bindable, find_tie
 
 READ = 1 << 22  # numbers of a base read at a time
 # Fields of adapter_config.json that say nothing of the change.
@@ -227,11 +227,11 @@ def _said(value: Any) -> Any:
 def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[Source, Placement]]]:
     """The base's tensors under each module. Raises what `bind` raises where the two do not belong together."""
     tie = find_tie(base)
-    lacking = tie.lacking(base) if tie else {}
-    binding = bind({**base.specs, **lacking}, base.model_types, [(adapter, 1.0)], Selection())
+    specs, coded = bindable(base, tie)
+    binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(), coded)
     found: dict[str, list[tuple[Source, Placement]]] = {}
     for name, placements in binding.placements.items():
-        stored = tie.stored_as(name) if tie and name in lacking else name
+        stored = tie.stored_as(name) if tie and name not in base.specs else name
         for placement in placements:
             found.setdefault(placement.update.module, []).append((Source(base.shard_of[stored], stored), placement))
     return found
@@ -270,6 +270,8 @@ def _diff_checkpoints(
     )
     if not (both or only_a or only_b):
         raise InputError("neither model has a tensor that is selected")
+    codes = {**a.formats, **b.formats}
+    _refuse_codes(names, codes, (*only_a, *only_b))
     rows, equal, norms, done = [], 0, [], 0
     total = sum(one.spec.nbytes for one, _ in both.values())
     with ThreadPoolExecutor(2) as pool:
@@ -278,11 +280,12 @@ def _diff_checkpoints(
             done += one.spec.nbytes
             if progress:
                 progress(done, total)
-            if found is not None:
+            if found is not None and name not in codes:
                 norms.append(found.norms)
             if found is not None and found.equal:
                 equal += 1
             else:
+                _refuse_codes(names, codes, (name,))
                 rows.append(_tensor(name, one, two, found))
     totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
     worst = max((row.relative for row in rows), default=0.0)
@@ -296,6 +299,17 @@ def _diff_checkpoints(
         max(worst, 1.0) if only_a or only_b else worst,
         not (rows or only_a or only_b),
     )
+
+
+def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: Iterable[str]) -> None:
+    """Raise InputError where what differs is stored as codes: their distance is not that of the weights."""
+    for name in differing:
+        if name in codes:
+            raise InputError(
+                f"differs and is quantized ({codes[name]}) in {' or '.join(models)}, and its codes are no weights",
+                culprit=name,
+                remedy="pass the models in 16 or 32 bits, or leave the quantized weights out with --exclude",
+            )
 
 
 def _module(name: str) -> str:

@@ -40,7 +40,11 @@ class Group:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """`tied`: the head that the file lacks because it is the embedding; `quantization`: the method's name."""
+    """`tied`: the head that the file lacks because it is the embedding; `quantization`: the method's name.
+
+    parameters are weights, however they are stored: of a quantized one its codes stand for all that there are, scales
+    for none. uncounted: quantized weights of which headers do not tell how many numbers they are.
+    """
 
     path: str
     model_type: str | None
@@ -52,6 +56,7 @@ class CheckpointReport:
     dtypes: Mapping[str, int]
     tied: bool
     quantization: str | None
+    uncounted: int
     metadata: Mapping[str, str]
     kind: str = "checkpoint"
 
@@ -138,42 +143,62 @@ def _inspect_method(path: str, file: WeightsFile, fields: Mapping[str, Any], key
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
+    sizes = {name: spec.size for name, spec in checkpoint.specs.items()}
+    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()}
+    for coded in checkpoint.coded.values():
+        sizes |= dict.fromkeys(coded.tensors, 0) | {coded.tensors[0]: coded.size or 0}
     dtypes: Counter[str] = Counter()
-    for spec in checkpoint.specs.values():
-        dtypes[spec.dtype] += spec.size
+    for name, spec in checkpoint.specs.items():
+        dtypes[spec.dtype] += sizes[name]
     return CheckpointReport(
         path,
         checkpoint.model_type,
         tuple(shard.place for shard in checkpoint.shards),
-        tuple(_groups(checkpoint.specs)),
+        tuple(_groups(checkpoint.specs, sizes, {name: codes.get(name, "") for name in checkpoint.formats})),
         len(checkpoint.specs),
-        sum(spec.size for spec in checkpoint.specs.values()),
+        sum(sizes.values()),
         sum(spec.nbytes for spec in checkpoint.specs.values()),
-        dict(dtypes.most_common()),
+        {dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
         head_is_missing(checkpoint),
         checkpoint.quantized,
+        sum(coded.size is None for coded in checkpoint.coded.values()),
         {str(key): str(value) for key, value in checkpoint.metadata.items()},
     )
 
 
-def _groups(specs: Mapping[str, TensorSpec]) -> Iterable[Group]:
-    """In the order in which a group's first tensor comes."""
-    members: dict[tuple[tuple[str, ...], TensorSpec], list[tuple[int, ...]]] = {}
+def _groups(
+    specs: Mapping[str, TensorSpec], sizes: Mapping[str, int] | None = None, weights: Mapping[str, str] | None = None
+) -> Iterable[Group]:
+    """Group tensors whose names differ only in numbers, in the order in which a group's first one comes.
+
+    sizes: how many weights each stands for, where that is not its own size. weights: of tensors that are parts of a
+    quantized weight, its name for the codes and nothing for what is beside them.
+    """
+    members: dict[tuple[tuple[str, ...], TensorSpec, int, str | None], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
         parts, numbers = split_numbers(name)
-        members.setdefault((parts, spec), []).append(numbers)
-    for (parts, spec), found in members.items():
+        weight = weights.get(name) if weights else None
+        weight = weight and "0".join(split_numbers(weight)[0])
+        members.setdefault((parts, spec, sizes[name] if sizes else spec.size, weight), []).append(numbers)
+    for (parts, spec, size, weight), found in members.items():
         count = len(found)
-        pattern = "0".join(parts)
-        module = pattern.removesuffix(".weight")
         yield Group(
             with_ranges(parts, found),
             spec.dtype,
             spec.shape,
             count,
-            count * spec.size,
+            count * size,
             count * spec.nbytes,
-            role(module, len(spec.shape), spec.dtype in TORCH_FLOATS)
-            if pattern.endswith(".weight") or "expert" in pattern
-            else "",
+            _target("0".join(parts), spec) if weight is None else _coded_target(weight, spec),
         )
+
+
+def _target(name: str, spec: TensorSpec) -> str:
+    if not name.endswith(".weight") and ("expert" not in name or name.endswith("bias")):
+        return ""
+    return role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in TORCH_FLOATS)
+
+
+def _coded_target(weight: str, spec: TensorSpec) -> str:
+    """What the weight is for, whose codes may have dimensions of their own."""
+    return role(weight.removesuffix(".weight"), min(max(len(spec.shape), 2), 3), True) if weight else ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter import Adapter, UpdateSpec, match_pattern
+from ..architectures.quantized import with_coded
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, LoratoolError
 from ..formats.peft_config import changes_base, is_target_module
@@ -24,7 +25,7 @@ from ..naming import split_numbers, with_ranges
 from ..numerics.factors import effective_rank, singular_values
 from ..source import BLOCK, FLOATS, Source, require_finite, squared_norm
 from ..targets import Binding, Selection, bind, missing_tensors, nearest, resolve_modules
-from ..tied import find_tie
+from ..tied import bindable, find_tie
 from ..updates import DoRA, Experts, LowRank, Update
 
 NEAREST_SHOWN = 8  # unbound modules for which a nearest name is searched: a search costs milliseconds
@@ -143,8 +144,8 @@ def _hold_against(
 ) -> tuple[Coverage, Binding | None]:
     """Coverage from the names alone, and the binding if the shapes fit too."""
     tie = find_tie(base)
-    specs = {**base.specs, **(tie.lacking(base) if tie else {})}
-    spots, missing = resolve_modules(specs, adapter, base.model_types)
+    specs, coded = bindable(base, tie)
+    spots, missing = resolve_modules(with_coded(specs, coded), adapter, base.model_types)
     missing = [module for module in missing if not adapter.brings(module)]
     near = {m: tuple(nearest(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
     coverage = Coverage(name, len(adapter.updates) - len(missing), near)
@@ -152,10 +153,15 @@ def _hold_against(
         problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_some(missing)}")
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
-        binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(exclude=_exactly([*missing, *faulty])))
+        selection = Selection(exclude=_exactly([*missing, *faulty]))
+        binding = bind(specs, base.model_types, [(adapter, 1.0)], selection, coded)
     except LoratoolError as error:
         problems += [f"{error.culprit}: {error.message}"] if spots and len(faulty) < len(spots) else []
         return coverage, None
+    if binding.quantized:
+        formats = ", ".join(dict.fromkeys(form for _, _, form in binding.quantized.values()))
+        what = f"modules are quantized in the base ({formats}), and a merge cannot add to codes"
+        problems.append(f"{len(binding.quantized)} {what}: {_some([*binding.quantized])}")
     problems += [line for line in missing_tensors(base.specs, adapter, binding.placements) if line not in adapter.lacks]
     flag = adapter.config.fan_in_fan_out
     placed = (p for found in binding.placements.values() for p in found)

@@ -141,6 +141,8 @@ def print_checkpoint(report: CheckpointReport) -> None:
     marks += [f"quantized: {report.quantization}"] if report.quantization else []
     say(f"{report.path}: {', '.join(marks)}")
     _print_groups(report.groups, "LoRA target")
+    if report.uncounted:
+        say(f"\nnot counted: {report.uncounted} quantized weights, whose sizes the headers do not tell")
     dtypes = ", ".join(f"{dtype} {count(n)}" for dtype, n in report.dtypes.items())
     say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
 
