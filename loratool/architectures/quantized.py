@@ -82,6 +82,10 @@ LISTED = Coding("ComfyUI", ".weight", "", "", CODES, None)
 DUMMY_SCALE = ".scale_weight"
 SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_input", FLOATS, None)
 
+# What a safetensors file's metadata alone may say of its codes: ComfyUI's layers, torchao's tensors.
+LISTING = "_quantization_metadata"
+CODED_METADATA = (LISTING, "tensor_names")
+
 # The files in which tools write what they did, where config.json has nothing of it -> the method.
 CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
@@ -151,7 +155,7 @@ def _fit(coding: Coding, name: str, specs: Mapping[str, TensorSpec]) -> tuple[st
 def listed_layers(metadata: Mapping[str, str]) -> frozenset[str]:
     """Read the modules that a file's `_quantization_metadata` lists, as ComfyUI's comfy/utils.py reads it."""
     try:
-        layers = json.loads(metadata.get("_quantization_metadata", "{}"))["layers"]
+        layers = json.loads(metadata.get(LISTING, "{}"))["layers"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return frozenset()
     return frozenset(layers) if isinstance(layers, Mapping) else frozenset()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..architectures.quantized import CODED_METADATA
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
 from ..layout import plan_output
@@ -89,8 +90,8 @@ def convert_checkpoint(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
     chosen = MERGE_DTYPES[spelling]
     with closing(open_checkpoint(checkpoint)) as base:
-        _refuse_quantized(base, chosen, checkpoint)
         to, path, is_file = _place(base, out, to)
+        _refuse_quantized(base, chosen, to, checkpoint)
         inputs = [shard.path for shard in base.shards]
         check_path(path, is_file, inputs, force, is_model=True)
         shared = find_shared(base)
@@ -103,7 +104,14 @@ def convert_checkpoint(
         return _report(os.fspath(checkpoint), base, output, edits, to, chosen, flushed)
 
 
-def _refuse_quantized(base: Checkpoint, dtype: str | None, name: str | os.PathLike[str]) -> None:
+def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | os.PathLike[str]) -> None:
+    lost = [key for key in CODED_METADATA if to == "torch" and any(key in (s.metadata or {}) for s in base.shards)]
+    if lost:
+        raise InputError(
+            f"says by its metadata {lost[0]} how it is quantized, for which a torch file has no place",
+            culprit=os.fspath(name),
+            remedy="keep it in safetensors",
+        )
     if base.quantized and dtype:
         raise InputError(
             f"is quantized ({base.quantized}), and its scales must keep their types",
