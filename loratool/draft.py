@@ -7,7 +7,7 @@ rsLoRA, some no patterns). Factors are asked for one module at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from .formats.peft_config import changes_base, start_of
 from .formats.peft_write import SAFETENSORS, lora_config, tensor_bytes, write_adapter
 from .layout import STALE_METADATA
 from .source import Source, is_finite
-from .tensorfile import TensorSpec, build_header, data_order
+from .tensorfile import TensorSpec, WeightsFile, build_header, data_order, require_unchanged
 from .updates import Experts, LowRank, Update
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in choices.DTYPES.items()}
@@ -228,14 +228,14 @@ def require_shape(like: Adapter, path: Path, is_file: bool) -> None:
         raise UsageError(f"{like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
 
 
-def write_draft(draft: Draft, path: Path, is_file: bool) -> None:
+def write_draft(draft: Draft, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
     specs, load = draft.specs(), draft.loader()
     if draft.like.format == "peft":
         bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.like.file.specs)
-        write_adapter(path, is_file, specs, load, draft_config(draft), prefix="" if bare else PEFT_PREFIX)
+        write_adapter(path, is_file, specs, load, draft_config(draft), inputs, prefix="" if bare else PEFT_PREFIX)
         return
     metadata = {key: value for key, value in (draft.like.file.metadata or {}).items() if key not in STALE}
-    write_single(path, specs, load, {**metadata, **_said_of_the_start(draft)})
+    write_single(path, specs, load, {**metadata, **_said_of_the_start(draft)}, inputs)
 
 
 def _said_of_the_start(draft: Draft) -> dict[str, str]:
@@ -251,15 +251,23 @@ def _said_of_the_start(draft: Draft) -> dict[str, str]:
 
 
 def write_single(
-    path: Path, specs: Mapping[str, TensorSpec], load: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    load: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    inputs: Collection[WeightsFile],
 ) -> None:
-    """One safetensors file; `load` is asked for the tensors one by one, in the order of the data."""
+    """One safetensors file; `load` is asked for the tensors one by one, in the order of the data.
+
+    inputs: the files that they are made of. Raises InputError where one is another now.
+    """
     header, begin = build_header(specs, names := data_order(specs), metadata)
     require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
     with partial_file(path) as file:
         write_at(file, memoryview(header), 0)
         for name in names:
             write_at(file, tensor_bytes(load(name), specs[name]), begin[name])
+        require_unchanged(inputs)
 
 
 def draft_config(draft: Draft) -> dict[str, object]:

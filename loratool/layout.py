@@ -109,6 +109,7 @@ def plan_output(
         provenance,
         place,
         {place.with_name(f"{place.name}.{i}"): origin for i, origin in enumerate(carried, 1)} if place else {},
+        base.shards,
     )
 
 

@@ -25,7 +25,7 @@ from .fileio import (
     write_file,
 )
 from .sidefiles import foreign_file, is_undo_file, undo_files, undo_path
-from .tensorfile import TensorSpec
+from .tensorfile import TensorSpec, WeightsFile, require_unchanged
 from .torcharchive import Archive
 
 # What a checkpoint's weights can lie in -> how a single file of it is named.
@@ -51,7 +51,8 @@ class Output:
     """A checkpoint to be.
 
     `extras` are small files by name with their content; `travels` are side files by name with their origin.
-    `undo` is where an undo file will be, and `carried` where the earlier ones go: target -> origin.
+    `undo` is where an undo file will be, and `carried` where the earlier ones go: target -> origin. inputs: the files
+    that it is made of, which must be the same until it is whole.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Output:
     provenance: str = ""
     undo: Path | None = None
     carried: Mapping[Path, Path] = field(default_factory=dict)
+    inputs: tuple[WeightsFile, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -221,6 +223,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
             targets[file.name].truncate(file.nbytes)
             write_at(targets[file.name], memoryview(file.header), 0)
         yield targets
+        require_unchanged(output.inputs)
         for target in targets.values():  # all, before the first has its name
             os.fsync(target.fileno())
         if not output.is_file:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -80,17 +82,24 @@ class WeightsFile:
     """A file of weights behind its header; TensorFile and torchfile.TorchFile each fill these fields.
 
     `specs` is in the order of the bytes; `begin[name]` is a tensor's first byte in the file. prefix: what stands before
-    the names that the file itself has, the folder of a pipeline's component.
+    the names that the file itself has, the folder of a pipeline's component. stamp: which file it was when it was
+    opened, and when that had been written to.
     """
 
     path: Path
     file: BinaryIO
+    stamp: tuple[int, ...]
     nbytes: int
     specs: dict[str, TensorSpec]
     begin: dict[str, int]
     metadata: dict[str, str] | None
     ignored: tuple[str, ...] = ()  # what stands beside the weights
     prefix: str = ""
+
+    def _open(self, path: Path) -> None:
+        self.path, self.file = path, open_for_reading(path)
+        found = os.fstat(self.file.fileno())
+        self.stamp, self.nbytes = _stamp(found), found.st_size
 
     @property
     def place(self) -> str:
@@ -157,14 +166,33 @@ class WeightsFile:
         )
 
 
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def require_unchanged(files: Iterable[WeightsFile]) -> None:
+    """Raises InputError for a file that was written to since it was opened, or in whose place another one is now.
+
+    One that was removed is still whole behind its descriptor, and what was read of it is of one file.
+    """
+    for each in files:
+        found = [os.fstat(each.file.fileno())]
+        with suppress(FileNotFoundError):
+            found.append(os.stat(each.path))
+        if any(_stamp(one) != each.stamp for one in found):
+            raise InputError(
+                "was written to or replaced while it was read",
+                culprit=str(each.path),
+                remedy="run the command again when nothing writes there",
+            )
+
+
 class TensorFile(WeightsFile):
     """A safetensors file, opened by its header alone. Raises InputError where the file breaks the format."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = open_for_reading(path)
+        self._open(path)
         try:
-            self.nbytes = path.stat().st_size
             self.header = _read_header(self.file, path, self.nbytes)
             entries, self.metadata = _parse_header(self.header, path)
             self.data_start = 8 + len(self.header)

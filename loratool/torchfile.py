@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, LoratoolError
-from .fileio import open_for_reading, read_into, reading
+from .fileio import read_into, reading
 from .tensorfile import DTYPES, TensorSpec, WeightsFile
 from .torchpickle import MAX_PICKLE, REMEDY, TORCH_DTYPES, Machine, SavedTensor, Storage
 
@@ -58,12 +58,10 @@ class TorchFile(WeightsFile):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = open_for_reading(path)
+        self._open(path)
         self.metadata = None
         try:
             with reading(path), _damage_named(path):
-                self.nbytes = path.stat().st_size
                 stream = _Bounded(self.file)  # type: ignore[arg-type]
                 try:
                     zipped = stream.read(4) == b"PK\x03\x04"

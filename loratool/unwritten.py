@@ -26,6 +26,7 @@ class UnwrittenFile(WeightsFile):
         metadata: Mapping[str, str],
     ) -> None:
         self.path, self.file, self.nbytes = like.path, like.file, sum(spec.nbytes for spec in specs.values())
+        self.stamp = like.stamp
         self.specs, self.begin, self.metadata = dict(specs), {}, dict(metadata)
         self._load = load
 

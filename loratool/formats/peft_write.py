@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..architectures.wrappers import PEFT_PREFIX
 from ..fileio import partial_file, partial_folder, require_free_space, write_at, write_file
-from ..tensorfile import TensorSpec, build_header, data_order
+from ..tensorfile import TensorSpec, WeightsFile, build_header, data_order, require_unchanged
 from .peft import WEIGHTS_NAMES
 from .peft_config import CONFIG_NAME
 
@@ -31,9 +31,12 @@ def write_adapter(
     specs: Mapping[str, TensorSpec],
     load: Callable[[str], torch.Tensor],
     config: Mapping[str, Any],
+    inputs: Collection[WeightsFile],
     prefix: str = PEFT_PREFIX,
 ) -> None:
-    """specs: of the tensors by their names without the prefix; load: one of them, of just that type and shape."""
+    """specs: of the tensors by their names without the prefix; load: one of them, of just that type and shape. inputs:
+    the files that they are made of. Raises InputError where one is another now.
+    """
     named = {prefix + name: spec for name, spec in specs.items()}
     ours = {"loratool": json.dumps({"adapter_config": config}, sort_keys=True)} if is_file else {}
     header, begin = build_header(named, names := data_order(named), {"format": "pt", **ours})
@@ -43,6 +46,7 @@ def write_adapter(
         write_at(file, memoryview(header), 0)
         for name in names:
             write_at(file, tensor_bytes(load(name.removeprefix(prefix)), named[name]), begin[name])
+        require_unchanged(inputs)
 
     if is_file:
         with partial_file(path) as file:

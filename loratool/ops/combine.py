@@ -141,7 +141,7 @@ def combine(
             work.try_all()
         else:
             opened.enter_context(named(path))
-            write_draft(work.draft(), path, is_file)
+            write_draft(work.draft(), path, is_file, [adapter.file for adapter, _ in loaded])
         return work.report(str(path), dry_run)
 
 

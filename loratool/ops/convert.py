@@ -162,7 +162,7 @@ def convert_adapter(
         made = plan_convert(source, wish, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(named(path))
-            write_output(made, to, path, is_file)
+            write_output(made, to, path, is_file, [source.file])
         size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)

@@ -7,7 +7,7 @@ time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..errors import InputError, NeedsFlag
 from ..formats.diffusers import metadata_of, split_component
 from ..formats.peft_write import SAFETENSORS, write_adapter
 from ..targets import Selection
-from ..tensorfile import TORCH_FLOATS, TensorSpec
+from ..tensorfile import TORCH_FLOATS, TensorSpec, WeightsFile
 from ..updates import LowRank
 from .convert_language import WITHOUT_START, ModuleConvert, Output, Wish, cannot_carry, config_of, name_alphas
 
@@ -59,11 +59,11 @@ def plan_image(image: Image, wish: Wish, sources: list[Source], impossible: list
     return _Planned(image, wish, sources, impossible).output()
 
 
-def write_output(made: Output, to: str, path: Path, is_file: bool) -> None:
+def write_output(made: Output, to: str, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
     if to == "peft":
-        write_adapter(path, is_file, made.specs, made.load, made.config)
+        write_adapter(path, is_file, made.specs, made.load, made.config, inputs)
     else:
-        write_single(path, made.specs, made.load, made.metadata)
+        write_single(path, made.specs, made.load, made.metadata, inputs)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def extract(
         path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
         if form != "peft" and not is_file:
             raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
-        check_path(path, is_file, [shard.path for side in sides for shard in side.shards], force)
+        read = [shard for side in sides for shard in side.shards]
+        check_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)
         asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         asked.require_used([*map(module_of, pairs.both)], os.fspath(base))
@@ -158,9 +159,9 @@ def extract(
             plan = plan_image_adapter(plan, form, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
         if not dry_run and form == "peft":
-            write_adapter(path, is_file, plan.specs, plan.load, plan.config)
+            write_adapter(path, is_file, plan.specs, plan.load, plan.config, read)
         elif not dry_run:
-            write_single(path, plan.specs, plan.load, plan.config)
+            write_single(path, plan.specs, plan.load, plan.config, read)
         return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
 

@@ -172,7 +172,7 @@ def init(
             changed = work.write_residual(place, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run)
         elif not dry_run:
             opened.enter_context(named(path))
-            write_output(made, form, path, is_file)
+            write_output(made, form, path, is_file, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
         warnings = (*work.warnings(), *made.notes)
         return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, changed, warnings)
@@ -282,7 +282,8 @@ class _Work:
             return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
         with named(place), scratch_folder(place) as scratch:
             start = scratch / INITIAL
-            write_adapter(start, False, self._starter.specs, self._starter.load, {**self._config, "use_dora": False})
+            config = {**self._config, "use_dora": False}
+            write_adapter(start, False, self._starter.specs, self._starter.load, config, self._base.shards)
             self._residual = self._subtract(start, place, dtype, undo, force)
         with named(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
             own = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
@@ -291,7 +292,7 @@ class _Work:
                 return file.tensor(own[key]) if key in own else self._starter.load(key)
 
             specs = {**self._starter.specs, **self._starter.magnitude_specs}
-            write_adapter(*adapter, specs, load, self._config)
+            write_adapter(*adapter, specs, load, self._config, self._base.shards)
         return self._residual
 
     def _subtract(self, start: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:

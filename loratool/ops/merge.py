@@ -142,7 +142,8 @@ def write_merged(
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
     check_path(path, is_file, inputs, force, is_model=True)
     output = plan_output(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
-    output = replace(output, travels={**output.travels, **(beside or {})})
+    read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
+    output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
     _check_undo(plan, output)
     check_undo_files(output, inputs, force)
     _check_factors(plan)

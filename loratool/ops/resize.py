@@ -181,7 +181,7 @@ class _Work:
             draft.factors(module)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
-        write_draft(self._draft(ranks), path, is_file)
+        write_draft(self._draft(ranks), path, is_file, [self._source.file])
 
     def report(
         self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool, warnings: tuple[str, ...]

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def unmerge(
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
         check_path(path, is_file, inputs, force, is_model=True)
         output = _plan_output(checkpoint, record, base, path, is_file)
+        output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
         check_undo_files(output, inputs, force)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
@@ -327,6 +328,7 @@ def _subtract(
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed)
+    output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
     check_undo_files(output, inputs, force)
     output.require_space()
     load = Loader(choose_device(device))

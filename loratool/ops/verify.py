@@ -29,7 +29,7 @@ from ..replaying import Block, Replay
 from ..runtime import Progress, worker_count
 from ..source import Source, equal_rows
 from ..targets import Selection, parse_layers
-from ..tensorfile import TORCH_FLOATS
+from ..tensorfile import TORCH_FLOATS, require_unchanged
 from ..tied import TIED, find_tie
 
 ALLOWED = ("inconclusive",)
@@ -103,6 +103,7 @@ def verify(
         judge = _Judge(plan, found)
         names = [name for name in plan.sources if name in found.specs]
         verdicts = dict(zip(names, _each(judge, names, workers or worker_count(), progress), strict=True))
+        require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in loaded), *found.shards])
         return _report(plan, found, verdicts, judge, os.fspath(base), os.fspath(merged), tuple(allow))
 
 
