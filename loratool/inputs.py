@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from .adapter import Adapter
 from .architectures.image import WEIGHED, weighed_component
@@ -21,6 +23,10 @@ from .formats.peft_config import changes_base
 from .sidefiles import INITIAL
 
 Loaded = tuple[tuple[Adapter, float], ...]
+AdapterPath = str | os.PathLike[str]
+AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, Mapping[str, float]]
+Adapters = AdapterArgument | Iterable[AdapterArgument] | Mapping[AdapterPath, float]
+TAKEN = "a path, (path, weight), (path, weight, {component: weight}), several of these in a list, or {path: weight}"
 
 
 @dataclass(frozen=True)
@@ -32,22 +38,53 @@ class Given:
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_given(adapters: Any) -> list[Given]:
-    """One adapter or several, given as a path, (path, weight), (path, weight, parts), or a list of those."""
-    weighted = isinstance(adapters, tuple) and len(adapters) in (2, 3) and isinstance(adapters[1], int | float)
-    found = []
-    for each in [adapters] if weighted or isinstance(adapters, str | os.PathLike) else adapters:
-        path, weight, parts = (*each, {})[:3] if isinstance(each, tuple) else (each, 1.0, {})
-        for value in (weight, *parts.values()):
-            if not math.isfinite(value):
-                raise UsageError(f"the weight {value} is not a finite number", culprit=os.fspath(path))
-        for name in parts:
-            if name not in WEIGHED:
-                raise UsageError(f"{name!r} is none of {', '.join(WEIGHED)}", culprit=os.fspath(path))
-        found.append(Given(os.fspath(path), float(weight), parts))
-    if not found:
+def read_given(adapters: Adapters) -> list[Given]:
+    """Raises UsageError for what is none of TAKEN."""
+    each: list[object]
+    if isinstance(adapters, Mapping):
+        each = list(adapters.items())
+    elif isinstance(adapters, str | os.PathLike) or (
+        _is_weighted(adapters) and not isinstance(adapters[1], str | os.PathLike | tuple)  # else a tuple of adapters
+    ):
+        each = [adapters]
+    elif isinstance(adapters, Iterable) and not isinstance(adapters, bytes):
+        each = list(adapters)
+    else:
+        raise _not_taken(adapters)
+    if not each:
         raise UsageError("no adapter is given")
-    return found
+    return [_read_one(one) for one in each]
+
+
+def _is_weighted(given: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(given, tuple) and len(given) in (2, 3)
+
+
+def _read_one(given: object) -> Given:
+    path, weight, parts = (*given, {})[:3] if _is_weighted(given) else (given, 1.0, {})
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(name, str) or not isinstance(parts, Mapping):
+        raise _not_taken(given)
+    for part in parts:
+        if part not in WEIGHED:
+            raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}", culprit=name)
+    return Given(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
+
+
+def _weight(value: object, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real too
+        raise UsageError(f"the weight {value!r} is not a number", culprit=path, remedy=f"adapters are {TAKEN}")
+    try:
+        weight = float(value)
+    except OverflowError:
+        weight = math.inf
+    if not math.isfinite(weight):
+        raise UsageError(f"the weight {weight} is not a finite number", culprit=path)
+    return weight
+
+
+def _not_taken(given: object) -> UsageError:
+    return UsageError(f"{reprlib.repr(given)} names no adapter", remedy=f"adapters are {TAKEN}")
 
 
 def open_inputs(

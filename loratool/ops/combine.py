@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from ..draft import (
 )
 from ..errors import InputError, UsageError
 from ..inits import Draw
-from ..inputs import Loaded, open_adapters, read_given
+from ..inputs import Adapters, Loaded, open_adapters, read_given
 from ..joining import Joined, join
 from ..numerics.factors import distance, singular_values, svd
 from ..numerics.svd import TruncatedSVD, truncated_svd
@@ -83,7 +82,7 @@ class CombineReport:
 
 
 def combine(
-    adapters: Any,
+    adapters: Adapters,
     out: str | os.PathLike[str] | None = None,
     *,
     method: str = "cat",
@@ -106,13 +105,13 @@ def combine(
 ) -> CombineReport:
     """Write one adapter that does what several do with their weights.
 
-    adapters: paths or (path, weight) pairs. method: a key of METHODS; density: the share of entries that it keeps.
-    seed: of what is random, which otherwise follows from the module's name and the adapter's content. rank, energy,
-    params, size, rank_rule, max_rank: as in `resize`; without one of them a module's rank is the sum of the adapters'.
-    exclude: modules to leave out. to: a key of converting.TARGETS; by default the first adapter's format, to which
-    the others are converted where they differ. alpha: for files that do not say their own. Raises UsageError,
-    InputError for adapters that do not belong together, NeedsFlag for tensors that have no sum; nothing is written
-    then.
+    adapters: paths, (path, weight) pairs, or {path: weight}. method: a key of METHODS; density: the share of entries
+    that it keeps. seed: of what is random, which otherwise follows from the module's name and the adapter's content.
+    rank, energy, params, size, rank_rule, max_rank: as in `resize`; without one of them a module's rank is the sum of
+    the adapters'. exclude: modules to leave out. to: a key of converting.TARGETS; by default the first adapter's
+    format, to which the others are converted where they differ. alpha: for files that do not say their own. Raises
+    UsageError, InputError for adapters that do not belong together, NeedsFlag for tensors that have no sum; nothing is
+    written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     given = read_given(adapters)

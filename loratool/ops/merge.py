@@ -20,7 +20,7 @@ import torch
 from ..apply import Loader, plan_changes
 from ..errors import NeedsFlag, UsageError
 from ..fileio import sha256_range
-from ..inputs import open_inputs, read_given, require_residual, subtract_initial
+from ..inputs import Adapters, open_inputs, read_given, require_residual, subtract_initial
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION, Change
 from ..output import Output, check_path, check_undo_files, output_path
@@ -49,13 +49,11 @@ MERGE_DTYPES = {
     "float16": "F16",
     "half": "F16",
 }
-AdapterPath = str | os.PathLike[str]
-AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, Mapping[str, float]]
 
 
 def merge(
     base: str | os.PathLike[str],
-    adapters: AdapterArgument | Sequence[AdapterArgument],
+    adapters: Adapters,
     out: str | os.PathLike[str] | None = None,
     *,
     dtype: str = "keep",
@@ -78,7 +76,7 @@ def merge(
 
     base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
     adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components, as
-    {"te": 0.4}); all are added in one pass and rounded once.
+    {"te": 0.4}), or all as {path: weight}; they are added in one pass and rounded once.
     out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
     dtype: a key of MERGE_DTYPES. max_shard_bytes cuts the output anew. target, exclude: patterns of module
     paths (`targets.Selection`); layers: "0-15". alpha: for adapter files that do not say theirs.

@@ -20,7 +20,7 @@ from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
 from ..fileio import sha256_range
-from ..inputs import Given, negated, open_adapters, read_given, refuse_adapter
+from ..inputs import Adapters, Given, negated, open_adapters, read_given, refuse_adapter
 from ..layout import plan_output
 from ..numerics.exact import ARITHMETIC_VERSION
 from ..output import Output, OutputFile, check_path, check_undo_files, output_path
@@ -67,7 +67,7 @@ class UnmergeReport:
 
 def unmerge(
     merged: str | os.PathLike[str],
-    adapters: Any,
+    adapters: Adapters,
     out: str | os.PathLike[str] | None = None,
     *,
     undo: str | os.PathLike[str] | None = None,
@@ -88,17 +88,16 @@ def unmerge(
     """
     if approximate and undo is not None:
         raise UsageError("--approximate takes no undo file")
+    given = read_given(adapters)
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, merged, "the first argument is the merged model", read_given(adapters))
+        refuse_adapter(checkpoint, merged, "the first argument is the merged model", given)
         if approximate:
-            return _subtract(
-                checkpoint, read_given(adapters), alpha, out, device, force, dry_run, progress, workers, opened
-            )
+            return _subtract(checkpoint, given, alpha, out, device, force, dry_run, progress, workers, opened)
         record = UndoFile(find_undo(checkpoint, undo))
         opened.callback(record.close)
-        used = match_adapters(record, read_given(adapters), alpha, opened)
+        used = match_adapters(record, given, alpha, opened)
         base = _layout(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):

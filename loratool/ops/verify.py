@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
-from ..inputs import open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
+from ..inputs import Adapters, open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
 from ..numerics.exact import Workspace, apply_rounded, cast_rounded
 from ..placing import Placement
@@ -67,7 +66,7 @@ class VerifyReport:
 
 def verify(
     base: str | os.PathLike[str],
-    adapters: Any,
+    adapters: Adapters,
     merged: str | os.PathLike[str],
     *,
     target: Sequence[str] = (),
