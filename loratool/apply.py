@@ -35,7 +35,7 @@ from .runtime import Step
 from .source import Source
 from .special import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
 from .tensorfile import TORCH_FLOATS, TensorSpec
-from .undo import Record, UndoFile
+from .undo_file import Record, UndoFile
 from .undo_records import CELL_COLUMNS, Doubted, Doubter, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
 
@@ -171,9 +171,10 @@ class _Restoring:
     def prepare(self, start: int, stop: int) -> Step:
         record, piece = self._record, self._piece
         restorer = Restorer(self._name, self._dtype, self._undo.bytes(record.at, record.length), record.sha256)
-        left = piece.left(start, stop) if piece else None
-        if piece and start == piece.start:
-            restorer.skip(piece.head)
+        with restorer.damage():
+            left = piece.left(start, stop) if piece else None
+            if piece and start == piece.start:
+                restorer.skip(piece.head)
 
         def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
             with restorer.damage():

@@ -165,7 +165,7 @@ def require_free_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if not POSIX:
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -193,7 +193,7 @@ def partial_path(path: Path) -> Path:
 
 
 def former_path(path: Path) -> Path:
-    """Where a folder that is being replaced waits for its end."""
+    """Where a folder or an undo file that is being replaced waits for its end."""
     return path.with_name(path.name + ".loratool-former")
 
 
@@ -219,33 +219,45 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """A folder at `partial_path` that takes the place of `path` when the block ends well.
 
-    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture.
+    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. What a kill left
+    set aside, and nothing in its place, goes back there first.
     """
     partial, former = partial_path(path), former_path(path)
     if former.is_symlink() or former.is_file():
         raise UsageError("is in the way", culprit=str(former))
     with _locked_folder(partial, path):
+        if set_aside(path):
+            if path.exists():
+                path.rmdir()  # empty
+            os.replace(former, path)
         try:
             yield partial
-            _sync_folder(partial)
+            sync_folder(partial)
             shutil.rmtree(former, ignore_errors=True)
             if path.exists():
                 os.replace(path, former)
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             if former.exists() and not path.exists():
                 os.replace(former, path)
             raise
     shutil.rmtree(former, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Where the folder that was `path` is, if a kill between two renames has left it there and nothing in its place."""
+    former = former_path(path)
+    gone = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
+    return former if gone and former.is_dir() and not former.is_symlink() and any(former.iterdir()) else None
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from pathlib import Path
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
 from .errors import InputError, UsageError
 from .output import CONTAINERS, Edits, Output, OutputFile
-from .sidefiles import edited_config, encode_json, survey_checkpoint, undo_files, undo_path
+from .sidefiles import edited_config, encode_json, survey_checkpoint, undo_path
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec, WeightsFile, build_header, data_order, edit_metadata
 from .torcharchive import plan_archive
+from .undo_places import undo_chain
 
 # Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
 STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -95,9 +96,7 @@ def plan_output(
         raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
     place = undo_path(path, is_file) if undo else None
     carries = undo and (not base.given_as_file or base.path.suffix == ".safetensors")  # a torch file has none
-    carried = (
-        undo_files(undo_path(base.path if base.given_as_file else base.folder, base.given_as_file)) if carries else []
-    )
+    carried = undo_chain(base.path if base.given_as_file else base.folder, base.given_as_file) if carries else []
     return Output(
         path,
         is_file,

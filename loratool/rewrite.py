@@ -22,7 +22,7 @@ from .output import Output, OutputFile, open_output
 from .runtime import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
 from .source import Source
 from .tensorfile import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
-from .undo import HASH_PART
+from .undo_file import HASH_PART
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time
 COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop

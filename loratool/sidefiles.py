@@ -66,7 +66,7 @@ def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
         for entry in sorted(folder.iterdir()):
             opens = entry.is_dir() and os.access(entry, os.R_OK | os.X_OK)
             names = [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())] if opens else [entry.name]
-            chosen = [n for n in names if n not in read and n not in NEVER and _matches(n, TRAVELS)]
+            chosen = [n for n in names if n not in read and n not in NEVER and matches(n, TRAVELS)]
             travels += chosen
             rest = [n for n in names if n not in chosen and n not in read]
             stays += [entry.name + "/"] if entry.is_dir() and not chosen else rest
@@ -92,9 +92,7 @@ def survey_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """A tokenizer's files in an adapter's folder, {} where there is none."""
     with reading(folder):
-        names = [
-            entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and _matches(entry.name, TOKENIZER)
-        ]
+        names = [entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and matches(entry.name, TOKENIZER)]
     return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
 
 
@@ -125,10 +123,10 @@ def foreign_file(folder: Path) -> str | None:
     names, weights = [], False
     for name in _names_in(folder):
         own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        if not _matches(own, TRAVELS + WEIGHTS):
+        if not matches(own, TRAVELS + WEIGHTS):
             return name
         names.append(name)
-        weights = weights or _matches(own, WEIGHTS)
+        weights = weights or matches(own, WEIGHTS)
     return names[0] if names and not weights else None  # configs or scripts without weights are no output of ours
 
 
@@ -144,7 +142,7 @@ def _names_in(folder: Path) -> Iterator[str]:
             yield from (inner.relative_to(folder).as_posix() for inner in found)
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 

@@ -17,45 +17,27 @@ from __future__ import annotations
 
 import base64
 import json
-import os
+import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .adapter import Adapter, UpdateSpec
 from .errors import InputError
-from .fileio import copy_range, open_for_reading, open_scratch, read_into, write_at
+from .fileio import copy_range, open_for_reading, open_scratch, write_at
 from .output import Output
 from .placing import Placement
 from .plan import MergePlan
-from .sidefiles import UNDO_MARK
 from .source import Source
+from .targets import refuse_two
 from .tensorfile import TORCH_FLOATS, TensorFile, TensorSpec
-
-VERSION = 1
-HASH_PART = 1 << 26  # bytes that have one hash: a part of the layout
-MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
-MAX_INDEX = 1 << 30
+from .undo_file import END, MAGIC, VERSION, Part, unrecorded
 
 
 def pack_bytes(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
-
-
-def unpack_bytes(text: str) -> bytes:
-    return zlib.decompress(base64.b64decode(text))
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes of a merged tensor that lie in no record: rows that no update changes, or that the base does not have."""
-
-    tensor: str
-    start: int
-    length: int
 
 
 class UndoWriter:
@@ -83,7 +65,7 @@ class UndoWriter:
         return [
             part
             for name, entry in index_of(plan, output)["tensors"].items()
-            for part in _unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
+            for part in unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
         ]
 
     def add_written(self, part: Part, sha256: str) -> None:
@@ -180,131 +162,16 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     return entry
 
 
-_ROWS = 5  # the place of `rows` in what `_placement` makes
-
-
-def _unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[Part]:
-    """records: the rows of each, first and behind the last, in any order."""
-    spec = spec_of(entry["spec"])
-    rows = entry["placements"][0][_ROWS] if entry["placements"] else (spec.shape or (1,))[0]
-    done = 0
-    for start, stop in [*sorted(records), (rows, rows)]:
-        first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
-        yield from (Part(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
-        done = stop
-
-
 def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
     value = p.update.tensors["value"] if p.update.kind == "replace" else None
     place = [p.transposed, p.rows, p.start, p.stop, p.skip, p.expert]
     return [numbers[id(p.adapter)], p.update.module, value, p.weight, *place]
 
 
-@dataclass(frozen=True)
-class Record:
-    """Rows start:stop of a tensor, its bytes in the undo file, and the hashes of W and of W'."""
-
-    start: int
-    stop: int
-    at: int
-    length: int
-    sha256: tuple[str, str]
-
-
-class UndoFile:
-    """An undo file, opened by its index. Raises InputError for one that is damaged or of another version."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = open_for_reading(path)
-        try:
-            self.index = self._read_index()
-            self._check()
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error, zlib.error, EOFError) as error:
-            self.file.close()
-            raise InputError(f"is cut off or damaged: {error}", culprit=str(path)) from error
-        except BaseException:
-            self.file.close()
-            raise
-
-    def _read_index(self) -> dict[str, Any]:
-        size = os.fstat(self.file.fileno()).st_size
-        start = self.bytes(0, min(size, len(MAGIC)))
-        if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + 24:
-            raise InputError("is no undo file", culprit=str(self.path))
-        if start != MAGIC:
-            raise InputError(
-                f"is an undo file of version {start[-2:-1].decode()}, not {VERSION}", culprit=str(self.path)
-            )
-        at, length, end = struct.unpack("<QQ8s", self.bytes(size - 24, 24))
-        if end != END or at + length + 24 != size or length > MAX_INDEX:
-            raise ValueError("its end is missing")
-        index = json.loads(zlib.decompress(self.bytes(at, length)))
-        if index["version"] != VERSION:
-            raise InputError(f"is an undo file of version {index['version']}, not {VERSION}", culprit=str(self.path))
-        found: dict[str, Any] = index
-        return found
-
-    def _check(self) -> None:
-        """Look at all that is read of the index later, so that a wrong one is refused here; it may be anybody's."""
-        index = self.index
-        index["arithmetic"], index["file"], set(index["new_side"])
-        for adapter in index["adapters"]:
-            Path(adapter["name"]), adapter["sha256"], adapter["scales_sha256"], float(adapter["weight"])
-        for shard in index["shards"]:
-            _inside(shard["name"])
-            if shard["header"] is None:
-                _ = [spec_of(spec).nbytes for spec in shard["specs"].values()]
-            else:
-                unpack_bytes(shard["header"])
-        for name, data in index["side"].items():
-            _inside(name)
-            unpack_bytes(data)
-        for name, hashes in index["untouched"].items():
-            if not isinstance(hashes, list):
-                raise ValueError(f"no hashes of {name}")
-        for name, entry in index["tensors"].items():
-            _ = spec_of(entry["spec"]).nbytes
-            for number, _, _, _, _, rows, start, stop, skip, _ in entry["placements"]:
-                index["adapters"][number], range(rows), range(start, stop, max(1, skip))
-            self.records(name)
-        self.written()
-
-    def bytes(self, at: int, length: int) -> bytes:
-        buffer = memoryview(bytearray(length))
-        read_into(self.file, buffer, at)
-        return bytes(buffer)
-
-    def records(self, tensor: str) -> list[Record]:
-        entries = self.index["tensors"][tensor]["records"]
-        return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
-
-    def written(self) -> list[tuple[Part, str]]:
-        """What of the changed tensors lies in no record, each with its hash."""
-        return [
-            found
-            for name, entry in self.index["tensors"].items()
-            if "written" in entry
-            for found in zip(
-                _unrecorded(name, entry, [(start, stop) for start, stop, *_ in entry["records"]]),
-                entry["written"],
-                strict=True,
-            )
-        ]
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _inside(name: str) -> None:
-    """Raise ValueError for a name that leads out of the folder that is written."""
-    path = Path(name)
-    if not path.parts or path.anchor or ".." in path.parts:
-        raise ValueError(f"it names {name!r}, which is no file of a model")
-
-
-def placements_of(index: Mapping[str, Any], tensor: str, adapters: Sequence[Adapter]) -> list[Placement]:
-    """The recipe of a tensor, with the adapters in the order of the index."""
+def placements_of(
+    index: Mapping[str, Any], tensor: str, spec: TensorSpec, adapters: Sequence[Adapter]
+) -> list[Placement]:
+    """The recipe of a tensor, the adapters in the order of the index. Raises InputError for one of another model."""
     found = []
     for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
         adapter = adapters[number]
@@ -316,9 +183,31 @@ def placements_of(index: Mapping[str, Any], tensor: str, adapters: Sequence[Adap
         else:
             update = UpdateSpec("replace", module, {"value": value}, {"value": adapter.file.specs[value]})
         found.append(Placement(adapter, update, weight, *place))
+        if spec.size and not _fits(found[-1], spec):
+            raise InputError(f"{module} of {adapter.name} is not of the shape that the undo file says", culprit=tensor)
+    refuse_two(tensor, found)
     return found
 
 
-def spec_of(entry: Iterable[Any]) -> TensorSpec:
-    dtype, shape = entry
-    return TensorSpec(dtype, tuple(shape))
+def _fits(placement: Placement, spec: TensorSpec) -> bool:
+    """Whether an update has the rows and columns that a placement takes."""
+    update, shape = placement.update, placement.update.shape
+    if (update.kind == "experts") is not (placement.expert is not None):
+        return False
+    if "A" not in update.specs:
+        whole = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
+        if not whole or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
+            return False
+        if update.kind == "rows":
+            return (
+                len(spec.shape) == 2 and shape[1:] == spec.shape[1:] and max(update.indices, default=0) < spec.shape[0]
+            )
+        return shape == spec.shape
+    if placement.expert is not None:
+        if placement.expert >= shape[0]:
+            return False
+        shape = shape[1:]
+    sides = shape[0], math.prod(shape[1:])
+    rows, columns = sides[::-1] if placement.transposed else sides
+    covered = placement.stop - placement.start
+    return columns == spec.size // placement.rows and 0 < covered <= rows - placement.skip

@@ -19,7 +19,7 @@ from test_peft_kinds import FAMILIES, kinds, write_pair
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError
-from loratool.undo import UndoFile
+from loratool.undo_file import UndoFile
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -208,6 +208,7 @@ class TestRefusals:
         tensors["model.norm.weight"][3] += 1
         for part in (1 << 26, 50):  # in one part or in several, as the merge hashed it
             monkeypatch.setattr("loratool.rewrite.HASH_PART", part)
+            monkeypatch.setattr("loratool.undo_file.HASH_PART", part)
             loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", merged, force=True)
             save_file(tensors, file, metadata={"format": "pt"})
             self.refused(merged, "model.norm.weight: is not what the merge wrote")
@@ -217,7 +218,8 @@ class TestRefusals:
     def test_what_the_merge_added_edited_since(
         self, edit: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("loratool.undo.HASH_PART", part)
+        monkeypatch.setattr("loratool.undo_file.HASH_PART", part)
+        monkeypatch.setattr("loratool.rewrite.HASH_PART", part)
         tied, module = edit == "a head that was untied", "base_model.model.model.embed_tokens"
         config = {"model_type": "llama", "tie_word_embeddings": tied, "vocab_size": 20}
         base = write_model(tmp_path / "base", {"model.embed_tokens.weight": weights(20, 8)}, config)
@@ -244,7 +246,8 @@ class TestRefusals:
         self, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of a fused matrix one part has an adapter; the rows of the others go to the base as they are."""
-        monkeypatch.setattr("loratool.undo.HASH_PART", part)
+        monkeypatch.setattr("loratool.undo_file.HASH_PART", part)
+        monkeypatch.setattr("loratool.rewrite.HASH_PART", part)
         folder, file = FIXTURES / "sdxl", tmp_path / "merged.safetensors"
         loratool.merge(folder / "base.safetensors", folder / "adapter.safetensors", file)
         loratool.unmerge(file, folder / "adapter.safetensors", tmp_path / "ok.safetensors")
@@ -308,10 +311,7 @@ class TestRefusals:
     def test_an_index_of_another_form(self, merged: Path, field: str, value: Any) -> None:
         """It was deflated rightly, so that only its content is wrong."""
         forge(merged / "loratool.undo", lambda index: index.update({field: value}))
-        if field == "file" or (field == "new_side" and isinstance(value, dict)):
-            loratool.unmerge(merged, FIXTURES / "llama" / "adapter", merged.parent / "ok")  # as good as what was there
-        else:
-            self.refused(merged, "damaged|with arithmetic|edited since|was not there|was not part of")
+        self.refused(merged, "damaged|with arithmetic 5")
 
     @pytest.mark.parametrize(
         "entry",
@@ -340,17 +340,8 @@ class TestRefusals:
         self.refused(merged, f"{name}: (does not come back as it was|cannot be restored)")
 
     @pytest.mark.parametrize(("field", "match"), [("version", "version 9"), ("arithmetic", "arithmetic 9")])
-    def test_another_version(self, merged: Path, field: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        undo = UndoFile(merged / "loratool.undo")
-        index = {**undo.index, field: 9}
-        undo.close()
-        monkeypatch.setattr("loratool.undo.index_of", lambda plan, output: index)
-        from loratool.undo import UndoWriter
-
-        writer = UndoWriter(merged)
-        with open(merged / "loratool.undo", "w+b", buffering=0) as file:
-            index["tensors"] = {}
-            writer.finish(file, None, None)  # type: ignore[arg-type]
+    def test_another_version(self, merged: Path, field: str, match: str) -> None:
+        forge(merged / "loratool.undo", lambda index: index.update({field: 9}))
         self.refused(merged, match)
 
     def test_another_type_needs_no_undo(self, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from ..sidefiles import provenance
 from ..source import Source, require_finite
 from ..targets import Selection, parse_layers
 from ..tied import TIED
-from ..undo import Part, UndoWriter, entry_of, in_order
+from ..undo import UndoWriter, entry_of, in_order
+from ..undo_file import Part
 from ..undo_records import Recorded
 from .merge_report import MergeReport, build_report
 

@@ -27,11 +27,14 @@ from ..output import Output, OutputFile, check_path, check_undo_files, output_pa
 from ..plan import plan_merge
 from ..rewrite import Changed, refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
-from ..sidefiles import encode_json, provenance, survey_checkpoint, undo_files, undo_path
+from ..sidefiles import TRAVELS, encode_json, matches, provenance, survey_checkpoint, undo_files, undo_path
 from ..source import Source
 from ..targets import Selection
 from ..tensorfile import TensorSpec, build_header, read_layout, with_length
-from ..undo import Part, UndoFile, placements_of, spec_of, unpack_bytes
+from ..undo import placements_of
+from ..undo_checks import prefix_of, spec_of
+from ..undo_file import Part, UndoFile
+from ..undo_places import undo_chain
 from ..undo_records import Doubted
 from ..updates import ADDITIVE
 
@@ -95,7 +98,8 @@ def unmerge(
         refuse_adapter(checkpoint, merged, "the first argument is the merged model", given)
         if approximate:
             return _subtract(checkpoint, given, alpha, out, device, force, dry_run, progress, workers, opened)
-        record = UndoFile(find_undo(checkpoint, undo))
+        chain = find_undo(checkpoint, undo)
+        record = UndoFile(chain[0])
         opened.callback(record.close)
         used = match_adapters(record, given, alpha, opened)
         base = _layout(record)
@@ -104,7 +108,8 @@ def unmerge(
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
         check_path(path, is_file, inputs, force, is_model=True)
-        output = _plan_output(checkpoint, record, base, path, is_file)
+        _check_names(checkpoint, record)
+        output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
         check_undo_files(output, inputs, force)
         sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
@@ -120,17 +125,18 @@ def unmerge(
         return _report(record, os.fspath(merged), used, output, dry_run)
 
 
-def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> Path:
-    """The undo file of a merged model. Raises InputError where there is none."""
-    place = undo_path(merged.path if merged.given_as_file else merged.folder, merged.given_as_file)
-    path = Path(given) if given is not None else place
-    if not path.is_file():
+def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> list[Path]:
+    """The undo file of a merged model, and those of the merges before. Raises InputError where there is none."""
+    model = merged.path if merged.given_as_file else merged.folder
+    path = undo_path(model, merged.given_as_file) if given is None else Path(given)
+    found = undo_chain(model, merged.given_as_file) if given is None else undo_files(path)
+    if not found and not path.is_file():
         raise InputError(
             f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
             culprit=str(merged.path),
             remedy="name the undo file with --undo, or subtract and round with --approximate, which is not exact",
         )
-    return path
+    return found or [path]
 
 
 def match_adapters(undo: UndoFile, given: Sequence[Given], alpha: float | None, opened: ExitStack) -> list[Adapter]:
@@ -184,10 +190,9 @@ def _missing(
 def _layout(undo: UndoFile) -> list[OutputFile]:
     """The base's files as they were; of a torch file, a safetensors file with the same tensors."""
     files = []
-    for shard in undo.index["shards"]:
-        name, prefix = shard["name"], _prefix(shard["name"])
-        if shard["header"] is not None:
-            header = unpack_bytes(shard["header"])
+    for shard, header in zip(undo.index["shards"], undo.headers, strict=True):
+        name, prefix = shard["name"], prefix_of(shard["name"])
+        if header is not None:
             _, begin, nbytes = read_layout(header, undo.path)
             header = with_length(header)
         else:
@@ -196,47 +201,51 @@ def _layout(undo: UndoFile) -> list[OutputFile]:
             nbytes = len(header) + sum(spec.nbytes for spec in specs.values())
             name = prefix + re.sub("^pytorch_model", "model", Path(name).stem) + ".safetensors"
         files.append(OutputFile(name, header, {prefix + key: start for key, start in begin.items()}, nbytes))
+    if len({file.name for file in files}) < len(files):
+        raise InputError("it names two files of the base alike", culprit=str(undo.path))
     return files
 
 
-def _prefix(file: str) -> str:
-    """The folder of a pipeline's component, which its tensors' names begin with; empty for what is no pipeline."""
-    folder, slash, _ = file.rpartition("/")
-    return folder + slash
+def _check_names(merged: Checkpoint, undo: UndoFile) -> None:
+    """Raise InputError for files that the base of this merged model cannot have had."""
+    held = {shard.place for shard in merged.shards}
+    folders = {part.prefix for part in merged.models} | {""}
+    shards = [] if undo.index["file"] else [shard["name"] for shard in undo.index["shards"]]
+    for name in (*undo.side, *undo.index["new_side"], *shards):
+        last = name.rpartition("/")[2]
+        taken = name in shards and name not in held and (last.startswith(".") or matches(last, TRAVELS))
+        if prefix_of(name) not in folders or taken:
+            raise InputError(f"it names {name!r}, which is no file of a model", culprit=str(undo.path))
+    if merged.given_as_file:
+        return
+    for name in undo.index["new_side"]:
+        if name.rpartition("/")[2] == "config.json" and (merged.folder / name).exists():
+            raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
 
 
-def _specs(undo: UndoFile) -> dict[str, TensorSpec]:
-    specs: dict[str, TensorSpec] = {}
-    for shard in undo.index["shards"]:
-        if shard["header"] is not None:
-            own = read_layout(unpack_bytes(shard["header"]), undo.path)[0]
-            specs.update({_prefix(shard["name"]) + key: spec for key, spec in own.items()})
-        else:
-            specs.update({key: spec_of(spec) for key, spec in shard["specs"].items()})
-    return specs
-
-
-def _plan_output(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile], path: Path, is_file: bool) -> Output:
-    extras = {name: unpack_bytes(data) for name, data in undo.index["side"].items()}
-    own = undo_files(undo.path)
+def _plan_output(
+    merged: Checkpoint, undo: UndoFile, chain: Sequence[Path], files: Sequence[OutputFile], path: Path, is_file: bool
+) -> Output:
+    extras = dict(undo.side)
     travels: dict[str, Path] = {}
     not_copied: list[str] = []
     if not is_file and (not merged.given_as_file or merged.config):
         names, rest = survey_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
-        not_copied = [name for name in rest if merged.folder / name not in own]
-    of_torch = {_prefix(shard["name"]) for shard in undo.index["shards"] if shard["header"] is None}
-    stale = [name for name in extras if name.endswith(".index.json") and _prefix(name) in of_torch]
+        not_copied = [name for name in rest if merged.folder / name not in chain]
+    shards = zip(undo.index["shards"], undo.headers, strict=True)
+    of_torch = {prefix_of(shard["name"]) for shard, header in shards if header is None}
+    stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
     extras = {name: data for name, data in extras.items() if name not in stale}
     for prefix in of_torch:
-        extras |= _index_anew([file for file in files if _prefix(file.name) == prefix], prefix)
+        extras |= _index_anew([file for file in files if prefix_of(file.name) == prefix], prefix)
     if is_file:
         extras = {}
     if len(files) == 1 and not is_file and undo.index["file"]:
         files = [OutputFile(SINGLE_NAMES[0], files[0].header, files[0].begin, files[0].nbytes)]
     former = undo_path(path, is_file)
-    carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(own[1:])}
-    return Output(path, is_file, _specs(undo), tuple(files), extras, travels, tuple(not_copied), carried=carried)
+    carried = {former.with_name(former.name + (f".{i}" if i else "")): o for i, o in enumerate(chain[1:])}
+    return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(not_copied), carried=carried)
 
 
 def _index_anew(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
@@ -266,7 +275,7 @@ def _plan_tensors(
         entry = undo.index["tensors"].get(name)
         sources[name] = Source(merged.shard_of[name], name)
         if entry:
-            tensors[name] = restored(spec, undo, name, placements_of(undo.index, name, adapters), load)
+            tensors[name] = restored(spec, undo, name, placements_of(undo.index, name, spec, adapters), load)
     return sources, tensors
 
 
@@ -297,7 +306,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         len(output.specs) - len(changed),
         tuple(tensor for tensor in undo.index["tensors"] if tensor not in output.specs),
         tuple(file.name for file in output.files),
-        all(shard["header"] is not None for shard in undo.index["shards"]),
+        None not in undo.headers,
         output.not_copied,
     )
 
