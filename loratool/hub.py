@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import InputError
-from .fileio import reading
+from .fileio import reading, set_aside
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -37,6 +37,8 @@ def _near(path: Path) -> str | None:
 def resolve(name: str | os.PathLike[str]) -> Path:
     """The path that `name` means: itself if it exists, else the cached snapshot of `org/model[@revision]`.
 
+    A folder that a killed run has set aside still has its name.
+
     Raises InputError with the download command where the cache has no such snapshot.
     """
     path, text = Path(name), os.fspath(name)
@@ -45,6 +47,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     with reading(path):
         if path.exists():
             return path
+        if former := set_aside(path):
+            return former
     if path.is_symlink():
         raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
     if not _NAME.fullmatch(text) or path.parent.is_dir():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,12 +21,14 @@ from .fileio import (
     partial_folder,
     partial_path,
     require_free_space,
+    set_aside,
     write_at,
     write_file,
 )
-from .sidefiles import foreign_file, is_undo_file, undo_files, undo_path
+from .sidefiles import foreign_file, is_undo_file, undo_path
 from .tensorfile import TensorSpec, WeightsFile, require_unchanged
 from .torcharchive import Archive
+from .undo_places import KeptUndo, formers_of, numbered_undo_files
 
 # What a checkpoint's weights can lie in -> how a single file of it is named.
 CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES}
@@ -131,6 +133,12 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_mo
             raise UsageError(
                 "the output would overwrite an input", culprit=str(path), remedy="name another output with -o"
             )
+    if not is_file and not force and (former := set_aside(path)):
+        raise NeedsFlag(
+            f"exists already, as {former.name}: a run was killed while it replaced it",
+            culprit=str(path),
+            remedy="add --force to replace it, or name another with -o",
+        )
     if not os.path.lexists(path):
         return
     if path.is_symlink() or path.is_dir() is is_file:
@@ -149,8 +157,9 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_mo
                 culprit=str(path),
                 remedy="name another output with -o",
             )
-    if is_file and not is_model and (undo := undo_files(undo_path(path, True))):
-        said = f"is a merged model, and its undo file {undo[0].name} would be left to an adapter"
+    first = undo_path(path, True)
+    if is_file and not is_model and (is_undo_file(first) or formers_of(first)):
+        said = f"is a merged model, and its undo file {first.name} would be left to an adapter"
         raise UsageError(said, culprit=str(path), remedy="name another output with -o")
     if not force:
         raise NeedsFlag(
@@ -160,8 +169,10 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_mo
 
 def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
     """The same for the undo files beside a single file, which are replaced with it."""
-    mine, former = _undo_places(output)
-    for place in (*mine, *former):
+    if not _has_undo(output):
+        return
+    mine, first = _undo_places(output), undo_path(output.path, True)
+    for place in dict.fromkeys((*mine, *numbered_undo_files(first), *formers_of(first).values())):
         if not os.path.lexists(place):
             continue
         if any(_holds(place, source) for source in (*inputs, *output.carried.values())):
@@ -174,15 +185,14 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
             raise NeedsFlag("exists already", culprit=str(place), remedy="add --force to replace it")
 
 
-def _undo_places(output: Output) -> tuple[list[Path], list[Path]]:
-    """Where undo files will be beside a single file, and what is there besides of an earlier output's."""
-    if not output.is_file or output.path.suffix != ".safetensors":  # a torch file has none
-        return [], []
-    mine, first = [*([output.undo] if output.undo else []), *output.carried], undo_path(output.path, True)
-    places, number = [first], 1
-    while is_undo_file(following := first.with_name(f"{first.name}.{number}")):
-        places, number = [*places, following], number + 1
-    return mine, [place for place in places if place not in mine and is_undo_file(place)]
+def _has_undo(output: Output) -> bool:
+    """Whether undo files beside it are its own: those beside a torch file are not."""
+    return output.is_file and output.path.suffix == ".safetensors"
+
+
+def _undo_places(output: Output) -> list[Path]:
+    """Where undo files will be beside a single file."""
+    return [*([output.undo] if output.undo else []), *output.carried]
 
 
 def _holds(place: Path, source: Path) -> bool:
@@ -204,9 +214,12 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
     with named(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
-            stack.push(_settle_undo(output))
+            kept = stack.enter_context(KeptUndo(output.path, _undo_places(output))) if _has_undo(output) else None
             targets[output.files[0].name] = stack.enter_context(partial_file(output.path))
-            if output.undo:  # entered last, so it has its name before the weights have theirs
+            if kept:
+                kept.set_aside()
+                stack.push(kept.clear)
+            if output.undo:  # entered later, so it has its name before the weights have theirs
                 targets[output.undo.name] = stack.enter_context(partial_file(output.undo))
             for place, origin in output.carried.items():
                 _copy_into(stack.enter_context(partial_file(place)), origin)
@@ -230,36 +243,6 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
             for target in targets.values():
                 target.close()  # Windows renames no folder with open files
             _write_side_files(output, folder)
-
-
-def _settle_undo(output: Output) -> Callable[[Any, Any, Any], None]:
-    """What puts the former undo files back where the weights did not come, or else removes those that are stale."""
-    mine, stale = _undo_places(output)
-    before = {place: _identity(place) for place in mine}
-    saved = {place: former_path(place) for place in mine if before[place]}
-    for place in (*mine, *stale):
-        former_path(place).unlink(missing_ok=True)  # of a run that was killed
-    for place, former in saved.items():
-        with suppress(OSError):  # file systems without links: a failure between two renames then costs the former one
-            os.link(place, former)
-
-    def leave(kind: Any, *_: Any) -> None:
-        for place in mine if kind is not None else ():
-            if _identity(place) != before[place]:
-                with suppress(FileNotFoundError):
-                    os.replace(saved[place], place) if place in saved else place.unlink()
-        for place in (*(stale if kind is None else ()), *saved.values()):
-            place.unlink(missing_ok=True)
-
-    return leave
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:
