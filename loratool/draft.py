@@ -169,7 +169,7 @@ class Draft:
             if key in carried:
                 return carried[key].load()
             if key not in module_of:  # kohya's alpha
-                return torch.tensor(float(self.ranks[key.removesuffix(".alpha")]))
+                return torch.tensor(float(self.ranks[key.removesuffix(".alpha")]), dtype=torch.float32)
             if key not in last:
                 last.clear()
                 last.update(self._lay(module_of[key]))

@@ -75,14 +75,14 @@ def kind_of(model_types: Collection[str], module: str, role: str) -> str:
 
 def stack_sizes(kind: str, shape: Shape) -> tuple[int, int, int]:
     """(E, out, in) of a weight's stack."""
-    E, out, inp = KINDS[kind].stack(torch.empty(shape, device="meta")).shape
+    E, out, inp = KINDS[kind].stack(torch.empty(shape, dtype=torch.float32, device="meta")).shape
     return E, out, inp
 
 
 def factor_shapes(kind: str, shape: Shape, rank: int) -> tuple[Shape, Shape]:
     """Of the adapter's A and B for a weight of this shape."""
     E, out, inp = stack_sizes(kind, shape)
-    A, B = (torch.empty(rank, E, size, device="meta") for size in (inp, out))
+    A, B = (torch.empty(rank, E, size, dtype=torch.float32, device="meta") for size in (inp, out))
     laid = KINDS[kind].lay(A, B, shape)
     return tuple(laid[0].shape), tuple(laid[1].shape)
 
@@ -157,7 +157,7 @@ class FactorSpool:
         generators = [self._generator(f"{name} {e}", D) for e in range(E)]
         found = truncated_svds(stack, rank, generators, self._certify)
         known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
-        A, B = torch.zeros(known, E, inp), torch.zeros(known, E, out)
+        A, B = torch.zeros(known, E, inp, dtype=torch.float32), torch.zeros(known, E, out, dtype=torch.float32)
         squares = torch.zeros(known, dtype=torch.float64)
         for e, svd in enumerate(found):
             k, root = len(svd.S), svd.S.sqrt()
@@ -181,7 +181,7 @@ class FactorSpool:
     def triplets(self, factored: Factored, rank: int) -> tuple[Tensor, Tensor]:
         """(A (rank, E, in), B (rank, E, out)) in float32."""
         E, out, inp = factored.sizes
-        A, B = torch.empty(rank, E, inp), torch.empty(rank, E, out)
+        A, B = torch.empty(rank, E, inp, dtype=torch.float32), torch.empty(rank, E, out, dtype=torch.float32)
         for side, at in ((A, factored.at), (B, factored.at + 4 * factored.known * E * inp)):
             read_into(self._file, side.view(torch.uint8).numpy().data.cast("B"), at)
         return A, B

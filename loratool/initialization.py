@@ -324,7 +324,7 @@ class Starter:
 def read_float32(source: Source, device: torch.device) -> Tensor:
     """A whole tensor; InputError where it holds nan or inf."""
     shape, size = source.spec.shape, source.spec.size
-    out = torch.empty(shape, device=device)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
     step = max(1, READ // (size // shape[0]))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])

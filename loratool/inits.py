@@ -72,8 +72,8 @@ def _random_a(weight: Weight, rank: int, draw: Draw, a: Callable[[int, int, int]
     """B = 0 and A as `a` draws it; of an embedding A = 0 and B normal, as for nn.Embedding itself."""
     E, out, inp = weight.sizes
     if weight.embedding:
-        return Start(torch.zeros(rank, E, inp), draw.normal("B", rank, E, out).float())
-    return Start(a(rank, E, inp).float(), torch.zeros(rank, E, out))
+        return Start(torch.zeros(rank, E, inp, dtype=torch.float32), draw.normal("B", rank, E, out).float())
+    return Start(a(rank, E, inp).float(), torch.zeros(rank, E, out, dtype=torch.float32))
 
 
 def _lora(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
@@ -119,7 +119,7 @@ def _shared(
 ) -> Start:
     """B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix; zeros where it has fewer than r."""
     E, out, inp = weight.sizes
-    A, B = torch.zeros(rank, E, inp), torch.zeros(rank, E, out)
+    A, B = torch.zeros(rank, E, inp, dtype=torch.float32), torch.zeros(rank, E, out, dtype=torch.float32)
     for e, (U, S, V) in enumerate(triplets):
         root = (S / scale).sqrt()
         A[: len(S), e], B[: len(S), e] = (V.double() * root).T.float().cpu(), (U.double() * root).T.float().cpu()
@@ -130,7 +130,7 @@ def _mica(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
     """B the last r left singular vectors, which training leaves as they are; A = 0 (`mica_init`, arXiv 2604.01694)."""
     E, _, inp = weight.sizes
     B = torch.stack([least_triplets(W, rank)[0].T.cpu() for W in weight.stack], 1)
-    return Start(torch.zeros(rank, E, inp), B)
+    return Start(torch.zeros(rank, E, inp, dtype=torch.float32), B)
 
 
 def _olora(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:

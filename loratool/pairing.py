@@ -98,7 +98,7 @@ def difference(base: Source, tuned: Source, device: torch.device) -> Difference:
             f"is {base.spec.shape} in the base and {tuned.spec.shape} in the tuned model", culprit=base.name
         )
     rows, size = base.spec.shape[0], base.spec.size
-    out = torch.empty(rows, size // rows, device=device)
+    out = torch.empty(rows, size // rows, dtype=torch.float32, device=device)
     squared, ulps = [], []
     step = max(1, READ // (size // rows))
     for start in range(0, rows, step):

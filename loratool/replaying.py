@@ -149,7 +149,7 @@ class Changes:
         terms = [Factors(t.left[rows], t.multiplier, t.right) for t in update.terms(weight, placement.transposed)]
         sizes = [Factors(t.left.abs(), abs(t.multiplier), t.right.abs()) for t in terms]
         if isinstance(update, Add):
-            left, right = update.value.reshape(-1, 1)[rows], torch.ones(1, 1)
+            left, right = update.value.reshape(-1, 1)[rows], torch.ones(1, 1, dtype=torch.float32)
         else:
             A, B = update.A.flatten(1), update.B.flatten(1)
             left, right = (A.T[rows], B.T) if placement.transposed else (B[rows], A)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "choices", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "torcharchive", "source",
+    "errors", "denormals", "choices", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "torcharchive", "source",
     "hub", "checkpoint", "sidefiles", "undo_checks", "undo_file", "undo_places", "output", "layout", "numerics",
     "updates", "adapter", "architectures", "formats", "unwritten", "placing", "targets", "tied", "sharing", "inputs",
     "counting", "outline", "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply",
@@ -22,6 +22,7 @@ ORDER = [
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}
 LAZY_TORCH = [
+    "denormals",
     "choices",
     "tensorfile",
     "torchpickle",
@@ -49,6 +50,8 @@ LAZY_TORCH = [
     "ranks",
     "cli",
 ]
+# What of torch takes the process's default type where none is named.
+MAKERS = set("arange as_tensor empty eye full linspace logspace normal ones rand randn tensor zeros".split())
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -84,6 +87,13 @@ def test_torch_is_imported_only_inside_functions(path: Path) -> None:
         names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
         names |= {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
         assert not names & {"torch", "numpy", "safetensors", "numerics"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_tensor_that_is_made_names_its_type(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+            assert any(keyword.arg == "dtype" for keyword in node.keywords), ast.unparse(node)
 
 
 def test_only_render_knows_rich() -> None:

@@ -141,8 +141,8 @@ def subspace_similarity(U: Tensor, W: Tensor) -> Tensor:
     `random_similarity`.
     """
     sums = (U.T @ W).square().cumsum(0).cumsum(1)
-    i = torch.arange(1, U.shape[1] + 1, device=U.device).unsqueeze(1)
-    j = torch.arange(1, W.shape[1] + 1, device=U.device).unsqueeze(0)
+    i = torch.arange(1, U.shape[1] + 1, dtype=torch.int64, device=U.device).unsqueeze(1)
+    j = torch.arange(1, W.shape[1] + 1, dtype=torch.int64, device=U.device).unsqueeze(0)
     return sums / torch.minimum(i, j)
 
 

@@ -177,7 +177,7 @@ class FilteredRows:
 
     def __init__(self, product: FilteredProduct, rows: Tensor) -> None:
         self._product, self._rows = product, rows.numpy()
-        self._left = torch.cat([rows.float(), torch.zeros(len(rows), 1)], 1)  # (m, R + 1), the last column `shift`
+        self._left = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1).float()  # (m, R + 1), the last column `shift`
         self._sizes = rows.norm(dim=1) * product.norm  # (m,): no |D| of the row is larger
         # |fl(B A) - B A| <= (R + 1) u |B||A| in any order; the factors were rounded too, and `shift` is added
         self._error = (rows.shape[1] + 8) * U

@@ -150,7 +150,8 @@ def _signed(svd: TruncatedSVD) -> TruncatedSVD:
     if not len(svd.S):
         return svd
     largest = svd.V.abs().argmax(0)
-    sign = torch.where(svd.V[largest, torch.arange(len(svd.S), device=svd.V.device)] < 0, -1.0, 1.0).to(svd.V.dtype)
+    negative = svd.V.gather(0, largest[None])[0] < 0
+    sign = torch.ones_like(svd.S, dtype=svd.V.dtype).masked_fill_(negative, -1.0)
     return TruncatedSVD(svd.U * sign, svd.S, svd.V * sign, svd.total, svd.gap, svd.columns)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..adapter import UpdateSpec
 from ..combining import METHODS, REFUSED, Part
+from ..denormals import keep_denormals
 from ..draft import (
     DTYPES,
     Draft,
@@ -81,6 +82,7 @@ class CombineReport:
     warnings: tuple[str, ...]
 
 
+@keep_denormals
 def combine(
     adapters: Adapters,
     out: str | os.PathLike[str] | None = None,

@@ -17,6 +17,7 @@ from typing import Any
 from ..adapter import Adapter
 from ..choices import LAYOUTS, TARGETS
 from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, read_sources, require_known
+from ..denormals import keep_denormals
 from ..draft import DTYPES
 from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS, holds_adapter, open_adapter
@@ -55,6 +56,7 @@ class ConvertReport:
     notes: tuple[str, ...] = ()
 
 
+@keep_denormals
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

@@ -18,6 +18,7 @@ from ..architectures.quantized import declared_method, find_declared
 from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
 from ..counting import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
+from ..denormals import keep_denormals
 from ..errors import InputError, UsageError
 from ..fileio import reading
 from ..formats import is_adapter
@@ -95,6 +96,7 @@ class Model:
     notes: tuple[str, ...]
 
 
+@keep_denormals
 def count(
     path: str | os.PathLike[str],
     *,

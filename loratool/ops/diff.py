@@ -27,6 +27,7 @@ from ..comparing import (
     in_all,
     mean_phi,
 )
+from ..denormals import keep_denormals
 from ..errors import InputError, UsageError
 from ..formats import holds_adapter
 from ..inputs import open_adapters, open_model, read_given
@@ -107,6 +108,7 @@ class CheckpointDiff:
     kind: str = "checkpoints"
 
 
+@keep_denormals
 def diff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

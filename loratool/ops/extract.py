@@ -17,6 +17,7 @@ import torch
 
 from ..architectures.wrappers import module_of
 from ..choices import EMBED, EXTRACT_TO
+from ..denormals import keep_denormals
 from ..draft import DTYPES, write_single
 from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import Change, Plan, Sorted, plan_adapter, sort_changes
@@ -89,6 +90,7 @@ class ExtractReport:
     warnings: tuple[str, ...] = ()
 
 
+@keep_denormals
 def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],

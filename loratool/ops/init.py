@@ -18,6 +18,7 @@ import torch
 from ..architectures.renames import expert_part
 from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..denormals import keep_denormals
 from ..errors import NeedsFlag, UsageError
 from ..fileio import require_free_space, scratch_folder, scratch_path, sha256_file
 from ..formats import open_adapter
@@ -104,6 +105,7 @@ class InitReport:
     warnings: tuple[str, ...] = ()
 
 
+@keep_denormals
 def init(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

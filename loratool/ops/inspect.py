@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.roles import role
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..denormals import keep_denormals
 from ..errors import UsageError
 from ..formats import holds_adapter, open_adapter, open_other
 from ..formats.methods import METHODS, OUTCOMES, Method, describe_bottlenecks, find_marks
@@ -82,6 +83,7 @@ class MethodReport:
     kind: str = "method"
 
 
+@keep_denormals
 def inspect(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
 ) -> CheckpointReport | AdapterInspection | MethodReport:

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 
 from ..apply import Loader, plan_changes
+from ..denormals import keep_denormals
 from ..errors import NeedsFlag, UsageError
 from ..fileio import sha256_range
 from ..inputs import Adapters, open_inputs, read_given, require_residual, subtract_initial
@@ -52,6 +53,7 @@ MERGE_DTYPES = {
 }
 
 
+@keep_denormals
 def merge(
     base: str | os.PathLike[str],
     adapters: Adapters,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..denormals import keep_denormals
 from ..draft import (
     DTYPES,
     Carried,
@@ -72,6 +73,7 @@ class ResizeReport:
     warnings: tuple[str, ...] = ()
 
 
+@keep_denormals
 def resize(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..denormals import keep_denormals
 from ..draft import load_stacked
 from ..errors import InputError
 from ..factoring import KINDS
@@ -58,6 +59,7 @@ class SpectraReport:
     kind: str = "spectra"
 
 
+@keep_denormals
 def spectra(
     path: str | os.PathLike[str],
     *,

@@ -18,6 +18,7 @@ from ..adapter import Adapter
 from ..apply import Loader, restored, subtracted
 from ..architectures.image import spell_weight
 from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
+from ..denormals import keep_denormals
 from ..errors import InputError, UsageError
 from ..fileio import sha256_range
 from ..inputs import Adapters, Given, negated, open_adapters, read_given, refuse_adapter
@@ -68,6 +69,7 @@ class UnmergeReport:
     warnings: tuple[str, ...] = ()
 
 
+@keep_denormals
 def unmerge(
     merged: str | os.PathLike[str],
     adapters: Adapters,

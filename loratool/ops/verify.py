@@ -17,6 +17,7 @@ import torch
 from ..apply import Loader
 from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..denormals import keep_denormals
 from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
 from ..inputs import Adapters, open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
@@ -64,6 +65,7 @@ class VerifyReport:
     warnings: tuple[str, ...] = ()
 
 
+@keep_denormals
 def verify(
     base: str | os.PathLike[str],
     adapters: Adapters,

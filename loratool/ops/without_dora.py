@@ -66,7 +66,7 @@ def without_dora(
 def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
     """The weight that the module changes, (out, in), float32, from all tensors that have rows of it."""
     out, width = update.shape[0], update.specs["A"].size // update.rank
-    W = torch.empty(out, width)
+    W = torch.empty(out, width, dtype=torch.float32)
     for name, placement in places:
         own = Source(source.file, update.base) if update.base else Source(base.shard_of[name], name)
         if placement.transposed:
@@ -109,7 +109,7 @@ def _view(
             return source.file.tensor(name)
         module, role = pairs[name]
         if not factored[module].known:
-            return torch.zeros(specs[name].shape)
+            return torch.zeros(specs[name].shape, dtype=torch.float32)
         A, B = spool.tensors(factored[module], factored[module].known, torch.float32)
         return (A if role == "A" else B).reshape(specs[name].shape)
 
