@@ -25,6 +25,7 @@ from .source import Source, equal_rows
 from .targets import Selection
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .tied import find_tie
+from .wrapping import is_bare_router, role_in_model
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Change:
 class Sorted:
     """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
     factored, (||W||^2, ||D||^2), and matrices those with more than one dimension; taken: tensors of the tuned side
-    alone that found a use; alphas: whether the adapter has a float32 for each module.
+    alone that found a use; alphas: whether the adapter has a float32 for each module; in_model: as in `sort_changes`.
     """
 
     low_rank: dict[str, Change] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Sorted:
     unchanged: int = 0
     taken: set[str] = field(default_factory=set)
     alphas: bool = False
+    in_model: Callable[[str], str] | None = None
 
     def exact_cost(self, in_bytes: bool) -> int:
         """Of what is kept exactly, and of the alphas: bytes, or parameters."""
@@ -71,11 +73,19 @@ class Sorted:
         return alphas + sum(source.spec.nbytes if in_bytes else source.spec.size for source in self.exact.values())
 
 
-def sort_changes(base: Checkpoint, pairs: Pairs, selection: Selection, embed: str, bias: bool) -> Sorted:
-    """embed: a key of EMBED; bias: keep biases and norms. Raises InputError for shapes that differ beside
-    vocabularies.
+def sort_changes(
+    base: Checkpoint,
+    pairs: Pairs,
+    selection: Selection,
+    embed: str,
+    bias: bool,
+    in_model: Callable[[str], str] | None = None,
+) -> Sorted:
+    """embed: a key of EMBED; bias: keep biases and norms; in_model: names in the model, where PEFT is to wrap it.
+
+    Raises InputError for shapes that differ beside vocabularies.
     """
-    found = Sorted()
+    found = Sorted(in_model=in_model)
     tie = find_tie(base)
     both = dict(pairs.both)
     lacking = tie.lacking(base) if tie else {}
@@ -111,7 +121,10 @@ def _sort(
             found.left_out[name] = None
         return
     module = module_of(name)
+    path = module_of(found.in_model(name)) if found.in_model else module
     what = role(module, len(one.spec.shape), True)
+    if found.in_model:
+        what = role_in_model(base, name, found.in_model(name), one.spec)
     grown = one.spec.shape != two.spec.shape
     if grown and (what not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
@@ -126,13 +139,18 @@ def _sort(
             _measure(found, name, one, two)
     elif selected and what and not (vocabulary and embed == "skip"):
         found.low_rank[name] = Change(name, kind_of(base.model_types, module, what), one, two, also)
-    elif selected and bias and len(one.spec.shape) == 1 and name.endswith((".bias", ".weight")):
+    elif selected and bias and name.endswith((".bias", ".weight")) and _is_small(base, path, one):
         _measure(found, name, one, two)
         _keep(base, found, name, two)
     else:
         if not grown:
             _measure(found, name, one, two)
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+
+
+def _is_small(base: Checkpoint, path: str, one: Source) -> bool:
+    """Biases and norms, and routers that no factors can change."""
+    return len(one.spec.shape) == 1 or (len(one.spec.shape) == 2 and is_bare_router(base, path))
 
 
 def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
@@ -183,8 +201,14 @@ def plan_adapter(
     base: Checkpoint,
     base_name: str,
 ) -> Plan:
-    heads = {name: change.also for name, change in found.low_rank.items() if change.also}
-    layout = lay_out({name: each.kind for name, each in factored.items()}, ranks, heads)
+    in_model = found.in_model or str
+    own = {in_model(name): name for name in factored}
+    heads = {in_model(name): in_model(change.also) for name, change in found.low_rank.items() if change.also}
+    layout = lay_out(
+        {path: factored[name].kind for path, name in own.items()},
+        {path: ranks[name] for path, name in own.items() if name in ranks},
+        heads,
+    )
     modules = layout.modules
     tensors: dict[str, Callable[[], torch.Tensor]] = {}
     specs: dict[str, TensorSpec] = {}
@@ -197,25 +221,27 @@ def plan_adapter(
 
         return load
 
-    for wrapper, (name, turned) in layout.wrappers.items():
+    for wrapper, (path, turned) in layout.wrappers.items():
+        name = own[path]
         kind = KINDS["head" if turned else factored[name].kind]
         shapes = factor_shapes(factored[name].kind, factored[name].shape, ranks[name])
         for side, key in enumerate(kind.keys):
             tensors[f"{wrapper}.{key}"] = factors(name, turned, side)
             specs[f"{wrapper}.{key}"] = TensorSpec(letters, shapes[1 - side][::-1] if turned else shapes[side])
     for name, source in found.exact.items():
-        owner = name.rpartition(".")[0]
-        key = f"{owner}.base_layer.bias" if name.endswith(".bias") and owner in modules else name
+        path = in_model(name)
+        owner = path.rpartition(".")[0]
+        key = f"{owner}.base_layer.bias" if path.endswith(".bias") and owner in modules else path
         tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
         specs[key] = source.spec
     if not layout.wrappers:
-        _stand_in(base, tensors, specs, modules, letters, dtype)
+        _stand_in(base, in_model, tensors, specs, modules, letters, dtype)
     config = lora_config(
         modules,
         layout.parameters,
         bias="all" if found.biased else "none",
         base_model_name_or_path=base_name,
-        modules_to_save=sorted(found.saved) or None,
+        modules_to_save=sorted(map(in_model, found.saved)) or None,
     )
     return Plan(
         specs,
@@ -229,6 +255,7 @@ def plan_adapter(
 
 def _stand_in(
     base: Checkpoint,
+    in_model: Callable[[str], str],
     tensors: dict[str, Callable[[], torch.Tensor]],
     specs: dict[str, TensorSpec],
     modules: dict[str, int],
@@ -237,8 +264,8 @@ def _stand_in(
 ) -> None:
     """One pair of zeros: PEFT loads no adapter that targets nothing, not even one of biases alone."""
     for name, spec in base.specs.items():
-        module = module_of(name)
-        if role(module, len(spec.shape), spec.dtype in TORCH_FLOATS) == "linear":
+        module = module_of(in_model(name))
+        if role_in_model(base, name, in_model(name), spec) == "linear":
             turned = stores_transposed(base.model_types, module)
             out, inp = spec.shape[::-1] if turned else spec.shape
             for key, shape in (("lora_A.weight", (1, inp)), ("lora_B.weight", (out, 1))):

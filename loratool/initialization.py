@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .apply import Loader
-from .architectures.backbones import BACKBONES, in_task_model
 from .architectures.families import declared_class
-from .architectures.renames import canonical, expert_part
+from .architectures.peft import MAMBA_REFUSED, MAMBAS
+from .architectures.renames import expert_part
 from .architectures.roles import role
 from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
@@ -35,11 +35,10 @@ from .source import Source
 from .targets import Selection, matches
 from .tensorfile import TORCH_FLOATS, TensorSpec, data_order
 from .updates import Experts, LowRank
+from .wrapping import namer, role_in_model
 
 READ = 1 << 22  # numbers read at a time
 MAGNITUDE = "lora_magnitude_vector"
-# Types whose out_proj and conv1d PEFT refuses: their kernels pass LoRA by (`_check_lora_target_modules_mamba`).
-MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
 # The classes of which PEFT's wrapper takes a task type without modules of its own -> the task type.
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 # Types whose ...ForConditionalGeneration goes from text to text: PEFT's SEQ_2_SEQ_LM passes token ids alone.
@@ -78,7 +77,8 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
     have factors, where it is not for PEFT to say.
     """
     roles = {n: role(module_of(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS) for n in among or ()}
-    eligible = _find_eligible(base) if among is None else {name: what for name, what in roles.items() if what}
+    in_model = namer(base) if among is None else str
+    eligible = _find_eligible(base, in_model) if among is None else {name: what for name, what in roles.items() if what}
     routers = _find_routers(eligible)
     for pattern in selection.target:
         if not any(_takes(pattern, name, what, routers) for name, what in eligible.items()):
@@ -90,45 +90,23 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
                 remedy=f"there are {', '.join(near)}" if near else None,
             )
     replace(selection, target=()).require_used([*map(module_of, base.specs)], str(base.path))
-    found, names = [], _names_in_model(base, eligible)
+    found = []
     for name, what in eligible.items():
         if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):
             kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
-            found.append(Candidate(name, names[name], kind, source, stack_sizes(kind, source.spec.shape)))
+            found.append(Candidate(name, in_model(name), kind, source, stack_sizes(kind, source.spec.shape)))
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found
 
 
-def _find_eligible(base: Checkpoint) -> dict[str, str]:
+def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, str]:
     """The weights that PEFT can wrap -> their role: those of modules, and stacks of experts, but no other bare
-    parameter (a Mamba's A_log, gpt-oss's biases of experts). nn.MultiheadAttention is none: PEFT wraps both of its
-    matrices or neither.
+    parameter (a Mamba's A_log, gpt-oss's biases of experts).
     """
-    found = {}
-    for name, spec in base.specs.items():
-        what = role(module_of(name), len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
-        if MAMBAS.intersection(base.model_types) and module_of(name).endswith((".out_proj", ".conv1d")):
-            continue
-        inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
-        if what == "experts" or (what and name.endswith(".weight") and inside not in base.specs):
-            found[name] = what
-    return found
-
-
-def _names_in_model(base: Checkpoint, names: Collection[str]) -> dict[str, str]:
-    """Names of the file -> of transformers 5. Where that stacks the file's experts, PEFT renames all by itself."""
-    types = base.model_types
-    parted = any(expert_part(name, types) for name in names)
-    found = {}
-    for name in names:
-        renamed = name if parted else canonical(name, types)
-        found[name] = renamed if renamed.endswith(".weight") is name.endswith(".weight") else name
-    backbone = BACKBONES.get(base.model_type or "")
-    if any(name.startswith(f"{backbone}.") for name in base.specs):
-        return found
-    named = declared_class(base.config)
-    return {name: in_task_model(renamed, base.model_type, named) for name, renamed in found.items()}
+    found = {name: role_in_model(base, name, in_model(name), spec) for name, spec in base.specs.items()}
+    refused = MAMBA_REFUSED if base.model_type in MAMBAS else ()
+    return {n: what for n, what in found.items() if what and module_of(n).rpartition(".")[2] not in refused}
 
 
 def task_type(base: Checkpoint) -> str | None:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "denormals", "choices", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "torcharchive", "source",
-    "hub", "checkpoint", "sidefiles", "undo_checks", "undo_file", "undo_places", "output", "layout", "numerics",
-    "updates", "adapter", "architectures", "formats", "unwritten", "placing", "targets", "tied", "sharing", "inputs",
+    "errors", "denormals", "choices", "naming", "fileio", "tensorfile", "torchpickle", "torchfile", "torcharchive",
+    "source", "hub", "checkpoint", "sidefiles", "undo_checks", "undo_file", "undo_places", "output", "layout", "numerics",
+    "updates", "adapter", "architectures", "formats", "unwritten", "placing", "targets", "tied", "wrapping", "sharing", "inputs",
     "counting", "outline", "plan", "undo", "undo_records", "processes", "runtime", "rewrite", "special", "apply",
     "pairing", "ranks", "factoring", "draft", "joining", "comparing", "converting", "carrying", "relayout",
     "extraction", "inits", "combining", "initialization", "hypotheses", "replaying", "judging", "ops", "pictures",
@@ -37,6 +37,7 @@ LAZY_TORCH = [
     "placing",
     "targets",
     "tied",
+    "wrapping",
     "sharing",
     "inputs",
     "counting",

@@ -21,10 +21,13 @@ BACKBONES = {model_type: prefix for prefix, types in _TYPES.items() for model_ty
 BESIDE = frozenset("lm_head embed_out score classifier qa_outputs cls".split())
 
 
+def is_backbone(class_name: str) -> bool:
+    return class_name.endswith("Model") and "Head" not in class_name
+
+
 def in_task_model(module: str, model_type: str | None, class_name: str) -> str:
     """A backbone's path as the class has it; as it is where the class is the backbone's or of no known family."""
     prefix = BACKBONES.get(model_type or "", "")
-    is_backbone = class_name.endswith("Model") and "Head" not in class_name
-    if not prefix or not class_name or is_backbone or module.partition(".")[0] in {prefix, *BESIDE}:
+    if not prefix or not class_name or is_backbone(class_name) or module.partition(".")[0] in {prefix, *BESIDE}:
         return module
     return f"{prefix}.{module}"

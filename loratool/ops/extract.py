@@ -29,6 +29,7 @@ from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for, read_rule
 from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
+from ..wrapping import namer, refuse_unsaid
 from .image_base import choose_form, left_out, plan_image_adapter
 
 UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
@@ -147,8 +148,11 @@ def extract(
         asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         asked.require_used([*map(module_of, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(left_out(sides[0]) if form != "peft" else ()))
-        found = sort_changes(sides[0], pairs, replace(asked, exclude=excluded), embed, bias and form == "peft")
+        selection, in_model = replace(asked, exclude=excluded), namer(sides[0]) if form == "peft" else None
+        found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
         found.alphas = form in ("kohya", "comfy")
+        if in_model:
+            refuse_unsaid(sides[0], {n: in_model(n) for n in found.low_rank}, {n: in_model(n) for n in found.exact})
         opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)

@@ -47,6 +47,7 @@ from ..sidefiles import INITIAL, provenance
 from ..targets import Selection, parse_layers
 from ..tensorfile import TORCH_FLOATS, TensorFile
 from ..tied import find_tie
+from ..wrapping import refuse_unsaid
 from .convert_image import write_output
 from .converted import check_target
 from .image_base import choose_form, plan_start, weights_for
@@ -156,6 +157,8 @@ def init(
         check_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         candidates = find_candidates(checkpoint, selection, weights_for(checkpoint, form))
+        if form == "peft":
+            refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         check_parted(checkpoint, ranks, rslora)

@@ -1,0 +1,64 @@
+"""What of a model PEFT 0.21 cannot be told by a module's name, or takes for something else, in transformers 5.24.
+
+Seen by loading an adapter of every weight of each type, or read in the file that a table names.
+"""
+
+from __future__ import annotations
+
+from .renames import EXPERTS
+
+# Types whose out_proj and conv1d PEFT refuses: their kernels pass LoRA by (`_check_lora_target_modules_mamba`).
+MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
+MAMBA_REFUSED = ("out_proj", "conv1d")
+
+_GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
+_NUMBERED = frozenset({"w1", "w2", "w3"})
+# Types for which PEFT makes stacks of single experts' factors -> last names that it takes for experts wherever they
+# stand, so that nothing else of these names gets factors (`utils/transformers_weight_conversion.py`).
+STACKED_BY_PEFT = {
+    **dict.fromkeys("minimax minimax_m2 mixtral".split(), _NUMBERED),
+    **dict.fromkeys(
+        """afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
+        glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next
+        qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker sarvam_mla solar_open""".split(),
+        _GATED,
+    ),
+}
+
+# Types whose routers, beside the experts, are bare parameters of modules that are no linear layers.
+BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
+    """aria aria_text dots3_note dots3_note_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
+    hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini minimax_m3_vl_text mistral4 muse_spark qwen3_5_moe
+    qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7""".split()
+)
+# Type -> last names of its modules that look like linear layers or convolutions and hold a bare parameter.
+BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
+
+# Types whose class splits, joins or moves weights of the file while it loads them -> an expression for their paths, by
+# `renames.canonical`: no module is called so.
+RESHAPED = {
+    "gte": r"\.(qkv_proj|up_gate_proj)$",
+    "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
+    "jina_embeddings_v3": r"\bWqkv$",
+    "kimi_k25": r"\bvision_tower\..*\bwqkv$",
+    "lara_mini": r"\blinear_attn\.in_proj$",
+    "minimax_m3_vl": r"\bshared_experts\.(gate|up)_proj$",
+    "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
+    "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
+    "molmo2_text": r"\b(att_proj|ff_proj|wte)$",
+    "nemotron_h_omni": r"\bvision_model\..*\bqkv$",
+    "nomic_bert": r"\bWqkv$",
+    "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
+    "radio": r"\bqkv$",
+    "sarvam_moe": r"\bquery_key_value$",
+    "step3p7": r"\bmoe\.(gate|up)_proj$|\bvision_model\.",
+}
+# Types whose weights transformers renames while it loads them by rows that `renames` does not have.
+UNNAMED = frozenset(
+    """cohere_asr colqwen2 d_fine deepseek_ocr2 deformable_detr dory dots3_note dots3_note_text ernie4_5_vl_moe
+    gradium_phonon_tts inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model jev lw_detr maskformer
+    nemo_speechlm pi0 pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt
+    unlimited_ocr""".split()
+)
+# Types of two models side by side, whose files have the names of either under `encoder.` and `decoder.`.
+ENCODER_DECODERS = frozenset("encoder-decoder speech-encoder-decoder vision-encoder-decoder".split())
