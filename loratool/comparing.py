@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, UpdateSpec
+from .architectures.image import component_of
 from .architectures.renames import RENAMES, canonical
-from .architectures.wrappers import KOHYA_COMPONENTS
+from .architectures.wrappers import CONTAINERS, KOHYA_COMPONENTS
 from .draft import load_stacked
 from .errors import InputError
 from .numerics.factors import (
@@ -108,13 +109,29 @@ def align(a: Adapter, b: Adapter) -> list[Entry]:
     one, two = (_by_key(adapter, flat, ()) for adapter in (a, b))
     if len(one.keys() & two.keys()) * 2 < min(len(one), len(two)):
         tried = [[_by_key(adapter, flat, types) for adapter in (a, b)] for types in ((), *((t,) for t in RENAMES))]
-        one, two = max(tried, key=lambda sides: len(sides[0].keys() & sides[1].keys()))
+        one, two = max(tried, key=_meeting)
     heads = KOHYA_COMPONENTS.values() if flat else {path.split(".")[0] + "." for path in {*one, *two}}
     prefix = missing_prefix(set(one), set(two), heads)
-    if prefix is not None:
+    if prefix is not None and _is_one_part(*prefix):
         longer, shorter = prefix
         two = {longer + path.removeprefix(shorter): spec for path, spec in two.items()}
     return [(name, one.get(name), two.get(name)) for name in [*one, *(name for name in two if name not in one)]]
+
+
+def _meeting(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
+    """How many updates have a name in common; none where the shapes say that it is an accident."""
+    met = [(sides[0][name], sides[1][name]) for name in sides[0].keys() & sides[1].keys()]
+    return len(met) if all(one.shape == two.shape for one, two in met) else 0
+
+
+def _is_one_part(one: str, two: str) -> bool:
+    """Whether two prefixes can mean the same part of a model: no encoder is a decoder, no text encoder the second."""
+    heads = one[:-1], two[:-1]
+    if not all(heads):
+        return True
+    return (
+        all(head in CONTAINERS for head in heads) and len({component_of(f"{head}.")[0] for head in heads} - {None}) < 2
+    )
 
 
 def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:

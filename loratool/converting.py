@@ -28,6 +28,7 @@ SINGLE_COMPONENT = ("peft", "loralib")
 FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
 # Of these kohya's files have diffusers' names, and the UNet has four levels, of which the innermost has no attention.
 FIRST = ("sd1", "sd2")
+UNETS = (*FIRST, "sdxl")
 FIRST_ALONE = re.compile(r"(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|up)|3))")
 SDXL_ALONE = re.compile(r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding")
 SD2_WIDTH = 1024  # of its text encoder, where that of SD 1 has 768
@@ -145,19 +146,23 @@ def require_known(adapter: Adapter, sources: Sequence[Source], family: str) -> N
             raise InputError(said, culprit=module, remedy=f"{adapter.name} is for another model")
 
 
-def _unet_of(sources: list[Source]) -> str:
-    """By what only one of them has; where nothing tells, by whose names the modules have in kohya's files."""
+def tells_unet(sources: Sequence[Source]) -> str | None:
+    """Which UNet has these modules, by what only one of them has; None where nothing tells."""
     own = [s for s in sources if s.component == "unet"]
     paths = [sgm_to_diffusers(s.path) for s in own]
     widths = {s.update.shape[1] for s in own if s.path.endswith("attn2.to_k")}
     if any(s.component == "text_encoder_2" for s in sources) or 2048 in widths or any(map(SDXL_ALONE.search, paths)):
         return "sdxl"
-    if widths or any(map(FIRST_ALONE.match, paths)) or not any("put_blocks." in s.path for s in own):
-        return _first_of(sources)
-    return "sdxl"
+    return _first_of(sources) if widths or any(map(FIRST_ALONE.match, paths)) else None
 
 
-def _first_of(sources: list[Source]) -> str:
+def _unet_of(sources: Sequence[Source]) -> str:
+    """Where nothing tells, by whose names the modules have in kohya's files."""
+    own = any("put_blocks." in s.path for s in sources if s.component == "unet")
+    return tells_unet(sources) or ("sdxl" if own else _first_of(sources))
+
+
+def _first_of(sources: Sequence[Source]) -> str:
     texts = [s for s in sources if s.component == "text_encoder" or s.path.endswith(("attn2.to_k", "attn2.to_v"))]
     return "sd2" if any(s.update.shape[1] == SD2_WIDTH for s in texts) else "sd1"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -284,3 +286,93 @@ class TestInit:
         with pytest.raises((InputError, UsageError), match=says):
             loratool.init(FIXTURES / base, tmp_path / "a.safetensors", **options)
         assert not list(tmp_path.iterdir())
+
+
+def one_in_all_conventions(start: Path, folder: Path) -> list[Path]:
+    for to in ("kohya", "diffusers", "comfy"):
+        loratool.convert(start, folder / f"{to}.safetensors", to=to)
+    return [start, *(folder / f"{to}.safetensors" for to in ("kohya", "diffusers", "comfy"))]
+
+
+class TestDiff:
+    """Of one adapter in two conventions there is no difference, and the mean of both is the adapter."""
+
+    @pytest.mark.parametrize("start", ["sdxl", "fused", "split"])
+    def test_one_adapter_in_two_conventions_is_the_same(self, start: str, tmp_path: Path) -> None:
+        starts = {
+            "sdxl": lambda path: SDXL / "adapter.safetensors",
+            "fused": lambda path: kohya(path, FUSED),
+            "split": lambda path: diffusers(path, SPLIT),
+        }
+        files = one_in_all_conventions(starts[start](tmp_path / "a.safetensors"), tmp_path)
+        for a, b in itertools.permutations(files, 2):
+            report: Any = loratool.diff(a, b)
+            assert report.same and report.worst < 1e-6 and not (report.only_a or report.only_b), (a, b)
+            loratool.combine({a: 0.5, b: 0.5}, tmp_path / "mean.safetensors", force=True)
+            assert loratool.diff(tmp_path / "mean.safetensors", a).same, (a, b)
+
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_the_numbers_are_those_of_the_merged_models(self, turned: bool, tmp_path: Path) -> None:
+        """Another adapter in the other convention, which lacks some of a fused module's parts; both ways round."""
+        base = flux(tmp_path / "base.safetensors")
+        pair = [kohya(tmp_path / "a.safetensors", FUSED), diffusers(tmp_path / "b.safetensors", SPLIT)]
+        pair = pair[::-1] if turned else pair
+        report: Any = loratool.diff(*pair, base=base)
+        before = {name: tensor.double() for name, tensor in load_model(base).items()}
+        changes = []
+        for each in pair:
+            after = merged(base, each, tmp_path / "m.safetensors")
+            changes.append(torch.cat([(after[name].double() - before[name]).flatten() for name in before]))
+        one, two = changes
+        assert report.norm_a == pytest.approx(float(one.norm()), rel=1e-5)
+        assert report.norm_b == pytest.approx(float(two.norm()), rel=1e-5)
+        assert report.distance == pytest.approx(float((two - one).norm()), rel=1e-5)
+        assert report.cosine == pytest.approx(float(one @ two / one.norm() / two.norm()), abs=1e-5)
+        lacking = f"{BLOCK}.attn.to_k"
+        assert lacking in (report.only_b if turned else report.only_a)
+        assert all(m.size_a or m.size_b for m in report.modules)
+
+    def test_a_module_is_selected_by_any_of_its_names(self, tmp_path: Path, run: Run) -> None:
+        files = one_in_all_conventions(kohya(tmp_path / "a.safetensors", FUSED), tmp_path)[1:3]
+        names = [f"{BLOCK}.attn.to_q", "lora_unet_double_blocks_0_img_attn_qkv"]
+        assert [m.name for m in loratool.diff(*files, target=names[:1]).modules] == names[:1]  # type: ignore[union-attr]
+        assert len(loratool.diff(*files, target=names[1:]).modules) == 3  # type: ignore[union-attr]
+        rest = loratool.diff(*files, exclude=names[1:])
+        assert rest.same and not any(".attn.to_" in m.name and BLOCK in m.name for m in rest.modules)  # type: ignore[union-attr]
+        assert run("diff", *files, "--target", "what").exit_code == 3
+
+    def test_dora_of_two_conventions(self, tmp_path: Path) -> None:
+        names = ("lora_unet_double_blocks_0_img_attn_proj", f"{BLOCK}.attn.to_out.0")
+        (A, B), m = factors(6, 6, 2), torch.rand(6) + 1
+        one = {"lora_down.weight": A, "lora_up.weight": B, "dora_scale": m.view(6, 1), "alpha": torch.tensor(2.0)}
+        two = {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": m}
+        for (end, tensors), name in zip((("a", one), ("b", two)), names, strict=True):
+            save_file({f"{name}.{key}": t for key, t in tensors.items()}, tmp_path / f"{end}.safetensors")
+        pair = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+        report: Any = loratool.diff(*pair)
+        assert report.same and [(v.kind, v.relative) for v in report.values] == [("dora", 0.0)]
+        two["lora_magnitude_vector"] = m * 2
+        save_file({f"{names[1]}.{key}": t for key, t in two.items()}, pair[1])
+        assert loratool.diff(*pair).worst == pytest.approx(0.5)
+
+    def test_what_has_no_known_meaning_is_refused_or_excluded(self, tmp_path: Path, run: Run) -> None:
+        start = kohya(tmp_path / "a.safetensors", {**FUSED, "lora_unet_what_is_it": (6, 6)})
+        other = diffusers(tmp_path / "b.safetensors", SPLIT)
+        refused = run("diff", start, other)
+        assert refused.exit_code == 4 and "lora_unet_what_is_it" in refused.stderr
+        option = shlex.split(refused.stderr.splitlines()[-1].partition("add ")[2])
+        assert run("diff", start, other, *option).exit_code == 0
+        blocks = kohya(tmp_path / "c.safetensors", {f"lora_unet_blocks_0_{x}": (6, 6) for x in ("ffn_0", "q")})
+        names = diffusers(tmp_path / "d.safetensors", {f"transformer.blocks.0.{x}": (6, 6) for x in ("ffn.0", "to_q")})
+        refused = run("diff", blocks, names)
+        assert refused.exit_code == 3 and "of no image model that is known" in refused.stderr
+
+    @pytest.mark.parametrize("ends", [("encoder", "decoder"), ("text_encoder", "text_encoder_2")])
+    def test_two_parts_of_a_model_are_never_one(self, ends: tuple[str, str], tmp_path: Path) -> None:
+        layer = "block.0.layer.0.SelfAttention.q"
+        pair = [
+            write_peft(tmp_path / end, {f"{end}.{layer}": factors(6, 6, 2)}, base_model_name_or_path="t5")
+            for end in ends
+        ]
+        report: Any = loratool.diff(*pair)
+        assert report.cosine == 0 and len(report.only_a) == len(report.only_b) == 1

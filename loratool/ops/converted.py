@@ -10,20 +10,39 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-from ..adapter import Adapter
+from torch import Tensor
+
+from ..adapter import Adapter, UpdateSpec
 from ..architectures.wrappers import PEFT_PREFIX
+from ..carrying import Factors, is_filler, make_factors
 from ..choices import TARGETS
-from ..converting import FAMILIES, SINGLE_COMPONENT, family_of, plan_targets, read_sources
-from ..errors import InputError, UsageError
+from ..converting import (
+    FAMILIES,
+    SINGLE_COMPONENT,
+    UNETS,
+    Target,
+    family_of,
+    find_unknown,
+    plan_targets,
+    read_sources,
+    require_known,
+    spell,
+    tells_unet,
+)
+from ..errors import InputError, NeedsFlag, UsageError
 from ..formats import FORMATS
 from ..formats.diffusers import ENDS
+from ..formats.peft_write import SAFETENSORS
 from ..inputs import Loaded
-from ..targets import matches
+from ..targets import Selection, exclude_options, matches
+from ..tensorfile import TensorSpec
 from ..unwritten import UnwrittenFile
+from ..updates import LowRank
 from .convert import plan_convert
-from .convert_language import ModuleConvert, Output, Wish, asked_by, name_alphas
+from .convert_language import ModuleConvert, Output, Wish, asked_by, low_rank, name_alphas
 
 COMFY = ("diffusion_model.", "text_encoders.")  # how its names begin
 
@@ -79,11 +98,11 @@ def bring_together(
     `exclude` that are still to be heeded, since the others named modules by their former names.
     """
     adapters = [adapter for adapter, _ in loaded]
-    if to is None and _are_alike(adapters):
+    if to is None and are_alike(adapters):
         return loaded, exclude, []
-    family = _common_family(adapters)
+    family = common_family(adapters)
     _require_known(adapters, family)
-    to = to or _convention(adapters[0])
+    to = to or convention(adapters[0])
     found = [as_converted(adapter, Wish(to, exclude), "combine", folder, opened, family) for adapter in adapters]
     former = [module for adapter in adapters for module in adapter.updates]
     there = [module for adapter, _ in found for module in adapter.updates]
@@ -113,19 +132,25 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
             )
 
 
-def _convention(adapter: Adapter) -> str:
+def convention(adapter: Adapter) -> str:
     comfy = adapter.format == "diffusers" and any(module.startswith(COMFY) for module in adapter.updates)
     return "comfy" if comfy else adapter.format
 
 
-def _are_alike(adapters: Sequence[Adapter]) -> bool:
+def are_alike(adapters: Sequence[Adapter]) -> bool:
     """Of one format and one spelling, and no two of their names mean one module."""
-    if len({adapter.format for adapter in adapters}) > 1 or len({_endings(each) for each in adapters}) > 1:
+    if len({_spelling(each) for each in adapters}) > 1:
         return False
     names: dict[tuple[str, str], str] = {}
     return all(
         names.setdefault(meaning, module) == module for each in adapters for meaning, module in _meanings(each).items()
     )
+
+
+def _spelling(adapter: Adapter) -> tuple[object, ...]:
+    """The convention, the ends of the names, and whether a denoiser's modules have other names than diffusers'."""
+    own = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
+    return convention(adapter), _endings(adapter), own
 
 
 def _endings(adapter: Adapter) -> tuple[str, ...]:
@@ -138,27 +163,110 @@ def _endings(adapter: Adapter) -> tuple[str, ...]:
 
 def _meanings(adapter: Adapter) -> dict[tuple[str, str], str]:
     """(component, path in diffusers' names) -> the module that is it, or that it is a part of."""
-    sources, _ = read_sources(adapter)
-    family = family_of(sources)
-    if family is None:
-        return {}
     return {
         (target.component, target.path.removeprefix("text_model.")): part.source.module
-        for target in plan_targets(sources, family, False)
+        for target in _targets(adapter)
         for part in target.parts
     }
 
 
-def _common_family(adapters: Sequence[Adapter]) -> str | None:
-    """Of image models: the denoisers' where there are any. Raises InputError where they are of two."""
-    sources = [read_sources(adapter)[0] for adapter in adapters]
+def _targets(adapter: Adapter) -> list[Target]:
+    """An image model's modules in diffusers' names, for what they are called: be they such as cannot be split."""
+    sources, _ = read_sources(adapter)
+    family = family_of(sources)
+    plain = [replace(each, update=replace(each.update, inputs=False)) for each in sources]
+    return plan_targets(plain, family, False) if family else []
+
+
+def common_family(adapters: Sequence[Adapter]) -> str | None:
+    """Of image models: the denoisers' where there are any; a UNet's modules that could be of several go by the others.
+
+    Raises InputError where they are of two."""
+    sources = {id(adapter): read_sources(adapter)[0] for adapter in adapters}
     told: dict[str | None, Adapter] = {}
-    for adapter, own in zip(adapters, sources, strict=True):
-        family = family_of(own)
-        if family is None or any(each.component == "unet" for each in own):
+    untold: list[Adapter] = []
+    for adapter in adapters:
+        own = sources[id(adapter)]
+        family, denoises = family_of(own), any(each.component == "unet" for each in own)
+        if family in UNETS and denoises and tells_unet(own) is None:
+            untold.append(adapter)
+        elif family is None or denoises:
             told.setdefault(family, adapter)
+    if untold and told.keys().isdisjoint(UNETS):
+        told[family_of([each for adapter in untold for each in sources[id(adapter)]])] = untold[0]
     if len(told) > 1:
         (one, first), (two, second) = list(told.items())[:2]
         names = [FAMILIES.get(family or "", "no image model that is known") for family in (one, two)]
         raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
-    return next(iter(told)) if told else family_of([each for own in sources for each in own])
+    return next(iter(told)) if told else family_of([each for own in sources.values() for each in own])
+
+
+def by_meaning(
+    adapters: Sequence[Adapter], selection: Selection
+) -> tuple[Sequence[Adapter], dict[str, tuple[str, ...]]]:
+    """Adapters of an image model under diffusers' names, where what others fuse is split, and by these names what the
+    modules are called in the files. As they are, where they are spelled alike, or of no model that is known.
+
+    Raises NeedsFlag for selected modules whose meaning is not known, and InputError for adapters of two models."""
+    read = [read_sources(adapter) for adapter in adapters]
+    if are_alike(adapters) or not all(family_of(sources) for sources, _ in read):
+        return adapters, {}
+    family = common_family(adapters)
+    assert family is not None
+    found, aliases = [], dict[str, tuple[str, ...]]()
+    for adapter, (sources, impossible) in zip(adapters, read, strict=True):
+        require_known(adapter, sources, family)
+        unknown = {*impossible, *find_unknown(sources, family)}
+        kept = [source for source in sources if source.module not in unknown]
+        if lost := [module for module in adapter.updates if module in unknown and selection.selects(module)]:
+            others = [module for each in adapters for module in each.updates if module not in unknown]
+            raise NeedsFlag(
+                f"of {adapter.name} is in no image model that is known, and could be any of the other adapter's",
+                culprit=lost[0],
+                remedy=f"add {exclude_options(lost, others)}",
+            )
+        with asked_by("diff"):
+            targets = {_name(target, family): target for target in plan_targets(kept, family, False)}
+        found.append(_split(adapter, targets))
+        for name, target in targets.items():
+            aliases[name] = (*aliases.get(name, ()), *(part.source.module for part in target.parts))
+    return found, aliases
+
+
+def _name(target: Target, family: str) -> str:
+    path = f"text_model.{target.path}" if target.path.startswith("encoder.layers.") else target.path
+    return spell(replace(target, path=path), "diffusers", family, 0)
+
+
+def _split(adapter: Adapter, targets: Mapping[str, Target]) -> Adapter:
+    """With the targets as its modules, each made when it is read."""
+
+    @lru_cache(maxsize=1)
+    def make(name: str) -> tuple[list[LowRank], Factors]:
+        parts = [low_rank(adapter, part.source) for part in targets[name].parts]
+        return parts, make_factors(targets[name], parts)
+
+    def load(key: str) -> Tensor:
+        name, _, role = key.rpartition(".")
+        tensor: Tensor = getattr(make(name)[1], role)
+        return tensor.flatten() if role == "magnitude" else tensor
+
+    updates: dict[str, UpdateSpec] = {}
+    for name, target in targets.items():
+        first = target.parts[0].source.update
+        specs, scale = dict(first.specs), first.scale
+        if target.how != "exact":
+            parts, made = make(name)
+            if is_filler(target, parts, made):
+                continue
+            scale = made.scale
+            for role, side in (("A", made.A), ("B", made.B)):
+                specs[role] = TensorSpec(SAFETENSORS[str(side.dtype).removeprefix("torch.")], tuple(side.shape))
+        if "magnitude" in specs:
+            size = specs["magnitude"].size if first.inputs else target.rows
+            specs["magnitude"] = replace(specs["magnitude"], shape=(size,))
+        tensors = {role: f"{name}.{role}" for role in specs}
+        updates[name] = UpdateSpec(first.kind, name, tensors, specs, scale, first.transposed, inputs=first.inputs)
+    specs = {update.tensors[role]: spec for update in updates.values() for role, spec in update.specs.items()}
+    file = UnwrittenFile(adapter.file, specs, load, adapter.file.metadata or {})
+    return replace(adapter, file=file, updates=updates, flattened=False)

@@ -38,6 +38,8 @@ from ..runtime import Progress, choose_device
 from ..source import Source, require_finite, squared_norm
 from ..targets import Selection, bind, parse_layers
 from ..tied import bindable, find_tie
+from .converted import by_meaning
+from .related import require_comparable
 
 READ = 1 << 22  # numbers of a base read at a time
 # Fields of adapter_config.json that say nothing of the change.
@@ -147,16 +149,18 @@ def diff(
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
         adapters = open_adapters(read_given([a, b]), alpha, opened)
         modules = [module for adapter in adapters for module in adapter.updates]
-        selection.require_used(modules, " or ".join(adapter.name for adapter in adapters))
-        one, two = (_selected(adapter, selection) for adapter in adapters)
+        met, aliases = by_meaning(adapters, selection)
+        selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
+        one, two = (_selected(adapter, selection, aliases) for adapter in met)
         if not one.updates and not two.updates:
             raise InputError("neither adapter has a module that is selected")
         model = None if base is None else open_model(base, "--base is the model under the two", opened)
         return _diff_adapters(one, two, model, os.fspath(base) if base else None, choose_device(device), progress)
 
 
-def _selected(adapter: Adapter, selection: Selection) -> Adapter:
-    return replace(adapter, updates={m: update for m, update in adapter.updates.items() if selection.selects(m)})
+def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:
+    own = {m: update for m, update in adapter.updates.items() if selection.selects(m, *aliases.get(m, ()))}
+    return replace(adapter, updates=own)
 
 
 def _diff_adapters(
@@ -168,6 +172,7 @@ def _diff_adapters(
     progress: Progress | None,
 ) -> AdapterDiff:
     aligned = align(a, b)
+    require_comparable(a, b, aligned)
     weights = [_weights(base, adapter) if base else {} for adapter in (a, b)]
     modules: list[ModuleDiff] = []
     by_name = {name: (one, two) for name, one, two in aligned}
