@@ -38,6 +38,9 @@ METHODS = {
     "(Stoica et al., ICLR 2025: the SVD of [D_1 ... D_N], ties on S V_i^T; trimmed by module as ties is here)",
 }
 
+# --allow of combine: what it takes all the same
+COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
+
 # --to of convert. The denoiser's names: comfy's are the model's own, those of diffusers and PEFT diffusers'.
 TARGETS = {
     "peft": "PEFT: a folder or a file of one component, in diffusers' names",

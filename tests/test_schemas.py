@@ -42,6 +42,7 @@ init {llama}/base --method pissa --residual {tmp}/residual --dora -o {tmp}/pissa
 resize {llama}/adapter --rank 4 -o {tmp}/small                                                ResizeReport 0
 combine {llama}/adapter:0.7 {llama}/adapter:-0.2 -o {tmp}/sum                                 CombineReport 0
 combine {llama}/adapter {llama}/adapter --method ties --rank 4 -o {tmp}/ties                  CombineReport 0
+combine {llama}/adapter {gpt2}/adapter --allow unrelated -o {tmp}/unrelated                   CombineReport 0
 convert {sdxl}/adapter.safetensors --to diffusers -o {tmp}/diffusers.safetensors              ConvertReport 0
 convert {llama}/adapter --to peft --plain -o {tmp}/plain                                      ConvertReport 0
 convert {llama}/adapter --to peft --for fused --base {llama}/base -o {tmp}/fused              ConvertReport 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..choices import DTYPES, METHODS
+from ..choices import COMBINE_ALLOW, DTYPES, METHODS
 from ..ranks import RANK_RULES
 from .options import (
     Count,
@@ -59,6 +59,12 @@ from .options import (
 @to_option
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
 @alpha_option
+@click.option(
+    "--allow",
+    type=click.Choice(list(COMBINE_ALLOW)),
+    multiple=True,
+    help="Take all the same " + "; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_ALLOW.items()) + ".",
+)
 @force_option
 @dry_run_option
 @device_option
@@ -80,6 +86,7 @@ def combine(
     to: str | None,
     dtype: str,
     alpha: float | None,
+    allow: tuple[str, ...],
     force: bool,
     dry_run: bool,
     device: str,
@@ -122,6 +129,7 @@ def combine(
             to=to,
             dtype=dtype,
             alpha=alpha,
+            allow=allow,
             device=device,
             force=force,
             dry_run=dry_run,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import UpdateSpec
+from ..choices import COMBINE_ALLOW
 from ..combining import METHODS, REFUSED, Part
 from ..denormals import keep_denormals
 from ..draft import (
@@ -41,6 +42,7 @@ from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
 from ..runtime import Progress, choose_device
 from ..source import is_finite
 from .converted import bring_together, check_target, loralib_notes, warnings_of
+from .related import require_related, require_same_names
 
 DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 ROWS = 1024  # of a dense result compared with its factors at a time
@@ -100,6 +102,7 @@ def combine(
     to: str | None = None,
     dtype: str = "fp32",
     alpha: float | None = None,
+    allow: Sequence[str] = (),
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
@@ -111,9 +114,9 @@ def combine(
     that it keeps. seed: of what is random, which otherwise follows from the module's name and the adapter's content.
     rank, energy, params, size, rank_rule, max_rank: as in `resize`; without one of them a module's rank is the sum of
     the adapters'. exclude: modules to leave out. to: a key of converting.TARGETS; by default the first adapter's
-    format, to which the others are converted where they differ. alpha: for files that do not say their own. Raises
-    UsageError, InputError for adapters that do not belong together, NeedsFlag for tensors that have no sum; nothing is
-    written then.
+    format, to which the others are converted where they differ. alpha: for files that do not say their own. allow:
+    keys of COMBINE_ALLOW. Raises UsageError, InputError for adapters that do not belong together, NeedsFlag for tensors
+    that have no sum and for adapters of two models; nothing is written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     given = read_given(adapters)
@@ -121,6 +124,9 @@ def combine(
         if each.parts:
             raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
     check_target(to)
+    for word in allow:
+        if word not in COMBINE_ALLOW:
+            raise UsageError(f"allow {word!r} is none of {', '.join(COMBINE_ALLOW)}")
     density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
@@ -138,6 +144,9 @@ def combine(
         )
         work = _Work(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
         require_same_start(loaded[0][0], work.choose(rule, max_rank))
+        require_same_names(loaded)
+        if "unrelated" not in allow:
+            require_related(loaded)
         if dry_run:
             work.try_all()
         else:
