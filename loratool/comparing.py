@@ -126,12 +126,11 @@ def _meeting(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
 
 def _is_one_part(one: str, two: str) -> bool:
     """Whether two prefixes can mean the same part of a model: no encoder is a decoder, no text encoder the second."""
-    heads = one[:-1], two[:-1]
-    if not all(heads):
+    if not (one and two):
         return True
-    return (
-        all(head in CONTAINERS for head in heads) and len({component_of(f"{head}.")[0] for head in heads} - {None}) < 2
-    )
+    parts = [component_of(f"{head[:-1]}.")[0] for head in (one, two)]
+    known = all(part or head[:-1] in CONTAINERS for part, head in zip(parts, (one, two), strict=True))
+    return known and len({*parts} - {None}) < 2
 
 
 def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:

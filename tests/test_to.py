@@ -367,6 +367,22 @@ class TestDiff:
         refused = run("diff", blocks, names)
         assert refused.exit_code == 3 and "of no image model that is known" in refused.stderr
 
+    def test_of_an_unknown_model_equal_names_meet_and_are_not_summed(self, tmp_path: Path, run: Run) -> None:
+        """ComfyUI's prefix and diffusers' before the same paths: which loader takes the sum nobody knows."""
+        pair = [
+            diffusers(tmp_path / f"{head}.safetensors", {f"{head}.blocks.0.to_{x}": (6, 6) for x in "qk"})
+            for head in ("diffusion_model", "transformer")
+        ]
+        assert loratool.diff(*pair).same
+        refused = run("combine", *pair, "-o", tmp_path / "out.safetensors")
+        assert (
+            refused.exit_code == 3 and "is in the diffusers format, " in refused.stderr and "comfy's" in refused.stderr
+        )
+
+    def test_two_models_are_two_whatever_is_selected(self) -> None:
+        with pytest.raises(InputError, match=r"its layers are transformer\.h, not model\.layers"):
+            loratool.diff(FIXTURES / "llama" / "adapter", FIXTURES / "gpt2" / "adapter", target=["q_proj"])
+
     @pytest.mark.parametrize("ends", [("encoder", "decoder"), ("text_encoder", "text_encoder_2")])
     def test_two_parts_of_a_model_are_never_one(self, ends: tuple[str, str], tmp_path: Path) -> None:
         layer = "block.0.layer.0.SelfAttention.q"

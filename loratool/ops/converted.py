@@ -118,9 +118,10 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
     """Only a language model's two formats and an image model's are each other's."""
     first, known = adapters[0], ", ".join(FAMILIES.values())
     for adapter in adapters if family is None else ():
-        if adapter.format != first.format and {adapter.format, first.format} != {*SINGLE_COMPONENT}:
+        own, others = convention(adapter), convention(first)
+        if own != others and {own, others} != {*SINGLE_COMPONENT}:
             raise InputError(
-                f"is in the {adapter.format} format, {first.name} in {first.format}'s, and of no image model that is "
+                f"is in the {own} format, {first.name} in {others}'s, and of no image model that is "
                 f"known ({known}): combine adapters of one format",
                 culprit=adapter.name,
             )

@@ -39,7 +39,7 @@ from ..source import Source, require_finite, squared_norm
 from ..targets import Selection, bind, parse_layers
 from ..tied import bindable, find_tie
 from .converted import by_meaning
-from .related import require_comparable
+from .related import require_known_names, require_one_model
 
 READ = 1 << 22  # numbers of a base read at a time
 # Fields of adapter_config.json that say nothing of the change.
@@ -150,6 +150,7 @@ def diff(
         adapters = open_adapters(read_given([a, b]), alpha, opened)
         modules = [module for adapter in adapters for module in adapter.updates]
         met, aliases = by_meaning(adapters, selection)
+        require_one_model(*met)
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
         one, two = (_selected(adapter, selection, aliases) for adapter in met)
         if not one.updates and not two.updates:
@@ -172,7 +173,7 @@ def _diff_adapters(
     progress: Progress | None,
 ) -> AdapterDiff:
     aligned = align(a, b)
-    require_comparable(a, b, aligned)
+    require_known_names(a, b, aligned)
     weights = [_weights(base, adapter) if base else {} for adapter in (a, b)]
     modules: list[ModuleDiff] = []
     by_name = {name: (one, two) for name, one, two in aligned}

@@ -48,20 +48,29 @@ def require_same_names(loaded: Loaded) -> None:
                 raise InputError(said, culprit=b.module)
 
 
-def require_comparable(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> None:
-    """Raise InputError for adapters of two models, and where names do not tell which modules are the same."""
-    only = [{name: u for name, *sides in aligned if (u := sides[i]) and not sides[1 - i]} for i in (0, 1)]
-    if not any(one and two for _, one, two in aligned):
-        why = why_unrelated(*(replace(each, updates=own) for each, own in zip((a, b), only, strict=True)))
-        if why:
-            raise InputError(f"{why}; there is nothing to compare", culprit=b.name)
-    known = all(family_of(read_sources(each)[0]) for each in (a, b))
+def require_one_model(a: Adapter, b: Adapter) -> None:
+    """Raise InputError for adapters of two models, whatever is selected of them."""
+    aligned = align(a, b)
+    if any(one and two for _, one, two in aligned):
+        return
+    sides = [{name: update for name, *both in aligned if (update := both[i])} for i in (0, 1)]
+    why = why_unrelated(*(replace(each, updates=own) for each, own in zip((a, b), sides, strict=True)))
+    if why:
+        raise InputError(f"{why}; there is nothing to compare", culprit=b.name)
+
+
+def require_known_names(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> None:
+    """Raise InputError where names of two conventions do not tell which modules are the same."""
     conventions = [convention(each) for each in (a, b)]
-    if all(only) and not known and conventions[0] != conventions[1] and {a.format, b.format} & {*IMAGE_FORMATS}:
+    if conventions[0] == conventions[1] or not {a.format, b.format} & {*IMAGE_FORMATS}:
+        return
+    alone = [two for _, one, two in aligned if two and not one]
+    known = all(family_of(read_sources(each)[0]) for each in (a, b))
+    if alone and any(one and not two for _, one, two in aligned) and not known:
         raise InputError(
             f"of {b.name} may be any of {a.name}'s modules: one has {conventions[1]}'s names, the other "
             f"{conventions[0]}'s, and they are of no image model that is known",
-            culprit=next(iter(only[1].values())).module,
+            culprit=alone[0].module,
         )
 
 
