@@ -256,8 +256,10 @@ def partial_folder(path: Path) -> Iterator[Path]:
 def set_aside(path: Path) -> Path | None:
     """Where the folder that was `path` is, if a kill between two renames has left it there and nothing in its place."""
     former = former_path(path)
+    if not former.is_dir() or former.is_symlink() or not any(former.iterdir()):
+        return None
     gone = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
-    return former if gone and former.is_dir() and not former.is_symlink() and any(former.iterdir()) else None
+    return former if gone else None
 
 
 @contextmanager

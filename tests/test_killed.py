@@ -188,7 +188,7 @@ def test_a_folder_that_was_set_aside(tmp_path: Path) -> None:
 def test_whatever_replaces_them(
     tmp_path: Path, out: str, run: str, links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And whatever the moment at which the next run, which fails, is killed in turn; also where nothing can be linked."""
+    """And whenever the next run, which would fail, is killed in turn; also where nothing can be linked."""
     if not links:
 
         def refuse(*_: object, **__: object) -> None:
