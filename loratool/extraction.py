@@ -25,7 +25,7 @@ from .source import Source, equal_rows
 from .targets import Selection
 from .tensorfile import TORCH_FLOATS, TensorSpec
 from .tied import find_tie
-from .wrapping import is_bare_router, role_in_model
+from .wrapping import bare_routers, role_in_model
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Change:
 class Sorted:
     """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
     factored, (||W||^2, ||D||^2), and matrices those with more than one dimension; taken: tensors of the tuned side
-    alone that found a use; alphas: whether the adapter has a float32 for each module; in_model: as in `sort_changes`.
+    alone that found a use; alphas: whether the adapter has a float32 for each module; in_model: as in `sort_changes`; routers:
+    tensors of modules that PEFT takes whole or not at all -> all tensors of that module; aliases: a tensor that the files have under another name.
     """
 
     low_rank: dict[str, Change] = field(default_factory=dict)
@@ -66,6 +67,8 @@ class Sorted:
     taken: set[str] = field(default_factory=set)
     alphas: bool = False
     in_model: Callable[[str], str] | None = None
+    routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def exact_cost(self, in_bytes: bool) -> int:
         """Of what is kept exactly, and of the alphas: bytes, or parameters."""
@@ -85,7 +88,7 @@ def sort_changes(
 
     Raises InputError for shapes that differ beside vocabularies.
     """
-    found = Sorted(in_model=in_model)
+    found = Sorted(in_model=in_model, routers=bare_routers(base, in_model) if in_model else {})
     tie = find_tie(base)
     both = dict(pairs.both)
     lacking = tie.lacking(base) if tie else {}
@@ -95,9 +98,14 @@ def sort_changes(
         first = tie.stored_as(name)
         both[name] = (Source(base.shard_of[first], first), pairs.only_tuned[name])
         found.taken.add(name)
+    if tie and tie.bias:
+        found.aliases = {tie.bias[1]: tie.bias[0]}
     for name, (one, two) in both.items():
         also = tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in apart else None
         _sort(base, name, one, two, also, selection, embed, bias, found)
+    for alias, stored in found.aliases.items():
+        if alias in found.exact and stored in found.exact:
+            found.exact[alias] = found.exact[stored]
     return found
 
 
@@ -121,7 +129,6 @@ def _sort(
             found.left_out[name] = None
         return
     module = module_of(name)
-    path = module_of(found.in_model(name)) if found.in_model else module
     what = role(module, len(one.spec.shape), True)
     if found.in_model:
         what = role_in_model(base, name, found.in_model(name), one.spec)
@@ -134,12 +141,12 @@ def _sort(
     selected = selection.selects(module)
     vocabulary = what in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
-        _keep_whole(found, name, two, also)
+        _keep_whole(base, found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
     elif selected and what and not (vocabulary and embed == "skip"):
         found.low_rank[name] = Change(name, kind_of(base.model_types, module, what), one, two, also)
-    elif selected and bias and name.endswith((".bias", ".weight")) and _is_small(base, path, one):
+    elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
         _keep(base, found, name, two)
     else:
@@ -148,9 +155,8 @@ def _sort(
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
 
-def _is_small(base: Checkpoint, path: str, one: Source) -> bool:
-    """Biases and norms, and routers that no factors can change."""
-    return len(one.spec.shape) == 1 or (len(one.spec.shape) == 2 and is_bare_router(base, path))
+def _is_bias_or_norm(name: str, one: Source) -> bool:
+    return len(one.spec.shape) == 1 and name.endswith((".bias", ".weight"))
 
 
 def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
@@ -160,24 +166,34 @@ def _measure(found: Sorted, name: str, one: Source, two: Source) -> None:
     found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
 
 
-def _keep_whole(found: Sorted, name: str, two: Source, also: str | None) -> None:
+def _keep_whole(base: Checkpoint, found: Sorted, name: str, two: Source, also: str | None) -> None:
+    """With its bias, which PEFT misses where a module that it saves has one."""
     for each in (name, also):
         if each:
+            module = module_of(each)
             found.exact[each] = two
-            found.saved.add(module_of(each))
+            found.saved.add(found.in_model(module) if found.in_model else module)
+            stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
+            if stored in base.specs:
+                found.exact.setdefault(f"{module}.bias", Source(base.shard_of[stored], stored))
 
 
 def _keep(base: Checkpoint, found: Sorted, name: str, two: Source) -> None:
-    """A norm's module whole, with the bias that may not have changed; a bias by itself."""
+    """A norm's or router's module whole, with what in it may not have changed; a bias by itself."""
     found.exact[name] = two
-    if name.endswith(".bias"):
+    if name in found.routers:
+        assert found.in_model
+        members = found.routers[name]
+        found.saved.add(found.in_model(name).rpartition(".")[0])
+    elif name.endswith(".bias"):
         found.biased = True
         return
-    module = name.removesuffix(".weight")
-    found.saved.add(module)
-    bias = f"{module}.bias"
-    if bias in base.specs:
-        found.exact.setdefault(bias, Source(base.shard_of[bias], bias))
+    else:
+        module = name.removesuffix(".weight")
+        found.saved.add(found.in_model(module) if found.in_model else module)
+        members = tuple(n for n in (f"{module}.bias",) if n in base.specs)
+    for each in members:
+        found.exact.setdefault(each, Source(base.shard_of[each], each))
 
 
 @dataclass(frozen=True)
@@ -241,7 +257,7 @@ def plan_adapter(
         layout.parameters,
         bias="all" if found.biased else "none",
         base_model_name_or_path=base_name,
-        modules_to_save=sorted(map(in_model, found.saved)) or None,
+        modules_to_save=sorted(found.saved) or None,
     )
     return Plan(
         specs,

@@ -176,7 +176,7 @@ def check_parted(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> No
     (`peft/utils/transformers_weight_conversion.py`).
     """
     parts = {name: part for name in base.specs if (part := expert_part(name, base.model_types))}
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    common = next(iter(Counter(ranks.values()).most_common(1)), (0, 0))[0]
     stacks = {parts[name].fused: name for name in ranks if name in parts}
     for name, part in parts.items():
         if part.fused not in stacks or not name.endswith(".weight"):

@@ -130,8 +130,11 @@ def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
 
 def _head_name(base: Checkpoint, embedding: str) -> str:
     last = DECODER_HEADS.get(base.model_type or "", "lm_head")
-    before, mark, _ = embedding.partition("language_model.model.")
-    return f"{before}language_model.{last}.weight" if mark else f"{last}.weight"
+    for inner in ("language_model", "text_model"):
+        before, mark, _ = embedding.partition(f"{inner}.model.")
+        if mark:
+            return f"{before}{inner}.{last}.weight"
+    return f"{last}.weight"
 
 
 def head_is_missing(base: Checkpoint) -> bool:

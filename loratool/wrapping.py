@@ -17,9 +17,9 @@ from .architectures.peft import (
     ENCODER_DECODERS,
     MAMBA_REFUSED,
     MAMBAS,
+    REFUSED,
     RESHAPED,
     STACKED_BY_PEFT,
-    UNNAMED,
 )
 from .architectures.renames import canonical, expert_part
 from .architectures.roles import role
@@ -62,8 +62,8 @@ def _types_of(config: object) -> tuple[str, ...]:
 
 def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) -> str:
     """What a weight is for (`architectures.roles`) where PEFT can wrap it; else an empty string: for a bare parameter,
-    for a convolution of each channel by itself, of which PEFT merges none, and for nn.MultiheadAttention, of which it
-    wraps both matrices or neither.
+    for a convolution of each channel by itself, of which PEFT merges none (one of a single channel looks the same), and
+    for nn.MultiheadAttention, of which it wraps both matrices or neither.
     """
     module = module_of(in_model)
     what = role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
@@ -81,20 +81,33 @@ def is_bare_router(base: Checkpoint, module: str) -> bool:
     return routes and not BARE_ROUTERS.isdisjoint(base.model_types) and base.model_type not in STACKED_BY_PEFT
 
 
-def refuse_unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str]) -> None:
+def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    """Each tensor of a router that PEFT can only save whole -> all tensors of it, where all can be trained."""
+    owners: dict[str, list[str]] = {}
+    for name in base.specs:
+        module = in_model(name).rpartition(".")[0]
+        if is_bare_router(base, module):
+            owners.setdefault(module, []).append(name)
+    whole = [names for names in owners.values() if all(base.specs[n].dtype in TORCH_FLOATS for n in names)]
+    return {name: tuple(names) for names in whole for name in names}
+
+
+def refuse_unsaid(
+    base: Checkpoint,
+    factored: Mapping[str, str],
+    whole: Mapping[str, str],
+    heads: Mapping[str, str] | None = None,
+) -> None:
     """Raise where PEFT would not find a tensor of the adapter or take it for another: NeedsFlag naming what leaves all
     of these out, InputError where nothing would be left.
 
-    factored: the weights with factors, by the file's names -> the model's; whole: tensors that are kept exactly.
+    factored: the weights with factors, by the file's names -> the model's; whole: tensors that are kept exactly;
+    heads: embeddings with factors -> the head that is the same matrix.
     """
-    unnamed = [each for each in base.model_types if each in UNNAMED]
-    if unnamed:
-        raise InputError(
-            f"transformers renames what the files of a {unnamed[0]} hold, and these names are not known: no adapter for "
-            "it would load",
-            culprit=str(base.path),
-        )
-    problems = _unsaid(base, factored, whole)
+    for family in base.model_types:
+        if family in REFUSED:
+            raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
+    problems = _unsaid(base, factored, whole) | _without_head(base, heads or {})
     if not problems:
         return
     kept = [module_of(name) for name in (*factored, *whole) if name not in problems]
@@ -102,7 +115,7 @@ def refuse_unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[
     others = f", and {len(problems) - 1} more that PEFT cannot be told of" if problems.keys() - {first} else ""
     if not any(name not in problems for name in factored):
         raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
-    options = _exclude_options([module_of(name) for name in problems], kept)
+    options = exclude_all([module_of(name) for name in problems], kept)
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
 
 
@@ -116,7 +129,7 @@ def _unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, s
         module = module_of(in_model).removesuffix(".bias")
         last = module.rpartition(".")[2]
         if any(re.search(pattern, module) for pattern in reshaped):
-            found[name] = f"the class of a {family} splits or joins it, and has no such module"
+            found[name] = f"PEFT finds no module of a {family} for it"
         elif name in whole and in_model.endswith(".bias"):
             continue
         elif any(last in BARE_MODULES.get(each, ()) for each in base.model_types):
@@ -130,6 +143,18 @@ def _unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, s
             found[name] = f"PEFT refuses the {last} of a {family}"
         elif in_model in doubtful:
             found[name] = f"PEFT cannot tell {module} from other modules"
+    return found
+
+
+def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
+    """Embeddings whose head is not called so: there are modules inside of what is."""
+    in_model = namer(base)
+    owners = {in_model(name).rpartition(".")[0] for name in base.specs} if heads else set()
+    found = {}
+    for name, head in heads.items():
+        module = module_of(head)
+        if any(owner.startswith(f"{module}.") for owner in owners):
+            found[name] = f"it is its head as well, which is no module {module}"
     return found
 
 
@@ -157,7 +182,7 @@ def _of_unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]
     return {in_model for in_model in factored.values() if in_model.rpartition(".")[0] in unknown}
 
 
-def _exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
+def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
     """--exclude options for all of `modules` and nothing of `kept`: a pattern for what differs in numbers alone."""
     options: dict[str, None] = {}
     general = {NUMBER.sub("0", module): module for module in modules}

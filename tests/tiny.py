@@ -167,8 +167,57 @@ def shrink(config: Any) -> None:
             setattr(config, name, (kinds * 2)[:2] if len(kinds) < 3 else kinds[:2])
         elif isinstance(value, list) and len(value) == layers:
             setattr(config, name, value[:2])
-        elif name == "per_layer_config":
-            setattr(config, name, {})
-        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            if "mrope_section" in value:
-                value["mrope_section"] = [2, 3, 3]
+        elif isinstance(value, dict) and "mrope_section" in value:
+            value["mrope_section"] = [2, 3, 3]
+
+
+def tables() -> list[tuple[str, str]]:
+    """(table of classes, model type) of every language model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal, image = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return [*(("causal", each) for each in causal), *(("image", each) for each in image)]
+
+
+def build(table: str, model_type: str) -> tuple[Any, Any]:
+    """(class, model) of a type, with random weights."""
+    import torch
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    causal, image = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    name = (causal if table == "causal" else image)[model_type]
+    kind = getattr(transformers, name if isinstance(name, str) else name[0])
+    config = transformers.AutoConfig.for_model(model_type)
+    if kind.config_class is not None and not isinstance(config, kind.config_class):
+        config = config.get_text_config()
+    shrink(config)
+    if "is_decoder" in vars(config):
+        config.is_decoder = True
+    torch.manual_seed(0)
+    return kind, kind._from_config(config).float()
+
+
+def perturb(model: Any, every: bool) -> None:
+    """Change every linear layer and stack of experts by rank 2, by half of its norm; `every`: all that are no vectors.
+
+    Not what is used twice: PEFT merges the changes of both sides of a tie into the one matrix.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    names: dict[int, list[str]] = {}
+    for name, W in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(W), []).append(name)
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    linear = {id(getattr(module, "weight", None)) for module in layers}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, W in model.named_parameters():
+            stack = W.dim() == 3 and "expert" in name
+            if len(names[id(W)]) > 1 or not (id(W) in linear or stack or (every and W.dim() > 1)):
+                continue
+            rows = W if stack else W.flatten(1)
+            left = torch.randn(*rows.shape[:-1], 2, generator=generator)
+            D = (left @ torch.randn(*rows.shape[:-2], 2, rows.shape[-1], generator=generator)).reshape(W.shape)
+            W += D * (0.5 * max(float(W.norm()), 1.0) / D.norm())

@@ -46,6 +46,28 @@ MARKS = {
     "text_model.encoder.layers.": "clip",
     "embeddings.token_embedding.": "clip",  # all that transformers 5 leaves of it without a `text_model.`
 }
+# What the single files of other transformers have in their names, where these are their makers': nothing loads an
+# adapter under them by itself, and no format of ours is told apart by them.
+MAKERS = {
+    "blocks.0.cross_attn.q_linear.weight": "Sana",
+    "blocks.0.cross_attn.kv_linear.weight": "PixArt",
+    "blocks.0.mlp.layer1.weight": "Cosmos-Predict2",
+    "blocks.block0.blocks.0.block.attn.to_q.0.weight": "Cosmos",
+    "double_layers.0.attn.w1q.weight": "AuraFlow",
+    "embed_image_indicator.weight": "Ideogram 4",
+    "head.modulation": "Wan",
+    "layers.0.attention.qkv.weight": "Z-Image or Lumina 2",
+    "mixins.adaln.adaln_modules.0.1.weight": "CogView 4",
+    "mixins.adaln_layer.adaLN_modulations.0.1.weight": "CogVideoX",
+    "mlp_t5.0.weight": "Hunyuan-DiT",
+    "patchify_proj.weight": "LTX",
+    "t5_yproj.weight": "Mochi",
+    "time_token.mlp.0.weight": "OmniGen",
+    "txtfusion.projector.weight": "Krea 2",
+    "video_patch_proj.weight": "MiniMax H3",
+}
+# What single files of all kinds put before a denoiser's names.
+SINGLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
 # The same for the text encoder in a folder.
 TEXT_MARKS = {"encoder.layers.": "clip", "encoder.block.": "t5"}
 CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # how the names of a CLIP by itself begin

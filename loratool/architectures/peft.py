@@ -34,13 +34,15 @@ BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
 # Type -> last names of its modules that look like linear layers or convolutions and hold a bare parameter.
 BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
-# Types whose class splits, joins or moves weights of the file while it loads them -> an expression for their paths, by
-# `renames.canonical`: no module is called so.
+# Types whose class splits, joins or moves weights of the file while it loads them, so that no module is called so, or
+# is another layer than it seems, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their paths, by `renames.canonical`.
 RESHAPED = {
+    "ctrl": r"^transformer\.w$",  # an embedding, which it alone calls so
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
     "jina_embeddings_v3": r"\bWqkv$",
     "kimi_k25": r"\bvision_tower\..*\bwqkv$",
+    "laguna": r"\bshared_experts\.",
     "lara_mini": r"\blinear_attn\.in_proj$",
     "minimax_m3_vl": r"\bshared_experts\.(gate|up)_proj$",
     "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
@@ -53,12 +55,16 @@ RESHAPED = {
     "sarvam_moe": r"\bquery_key_value$",
     "step3p7": r"\bmoe\.(gate|up)_proj$|\bvision_model\.",
 }
-# Types whose weights transformers renames while it loads them by rows that `renames` does not have.
-UNNAMED = frozenset(
-    """cohere_asr colqwen2 d_fine deepseek_ocr2 deformable_detr dory dots3_note dots3_note_text ernie4_5_vl_moe
-    gradium_phonon_tts inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model jev lw_detr maskformer
-    nemo_speechlm pi0 pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt
-    unlimited_ocr""".split()
-)
+# Types for which no adapter would load -> why.
+REFUSED = {
+    **dict.fromkeys(
+        """cohere_asr colqwen2 d_fine deepseek_ocr2 deformable_detr dory dots3_note dots3_note_text ernie4_5_vl_moe
+        gradium_phonon_tts inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model jev lw_detr
+        maskformer nemo_speechlm pi0 pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt
+        unlimited_ocr""".split(),
+        "transformers renames its weights while it loads them, and its modules' names are not known here",
+    ),
+    "pp_formulanet": "PEFT finds no input embeddings in it",
+}
 # Types of two models side by side, whose files have the names of either under `encoder.` and `decoder.`.
 ENCODER_DECODERS = frozenset("encoder-decoder speech-encoder-decoder vision-encoder-decoder".split())

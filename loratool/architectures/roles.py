@@ -5,7 +5,10 @@ from __future__ import annotations
 EMBEDDINGS = frozenset(
     """embed_tokens wte wpe tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions
     token_embedding position_embedding shared embed_in embeddings relative_attention_bias tokens_embed
-    positions_embed""".split()
+    positions_embed audio_bos_eos_token bias_values column_embedder column_embeddings embed_tokens_per_layer embedding
+    generation_embeddings input_embedding ngram_embeddings pos_embed position_embedding_table pronunciation_embed
+    row_embedder row_embeddings segment_emb segment_embedding shape_embed tile_embedding visual_embeddings_table
+    word_embedding x_position_embeddings y_position_embeddings""".split()
 )
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 

@@ -19,7 +19,12 @@ INPUT_EMBEDDINGS = (
 )
 OUTPUT_HEADS = ("lm_head", "embed_out")
 # The heads of families of decoders that call it otherwise.
-DECODER_HEADS = {"gpt_neox": "embed_out", "whisper": "proj_out"}
+DECODER_HEADS = {
+    "gpt_neox": "embed_out",
+    "modernbert-decoder": "decoder",
+    "t5gemma2": "lm_head.out_proj",
+    "whisper": "proj_out",
+}
 # The heads of masked language models -> the families that have it. Where the bias is a level up (`lm_head.bias`) it is
 # the bias of the head's linear layer too, and where the two are not tied loaders want both.
 MASKED_HEADS = {

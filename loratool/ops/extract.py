@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..architectures.renames import expert_part
 from ..architectures.wrappers import module_of
+from ..checkpoint import Checkpoint
 from ..choices import EMBED, EXTRACT_TO
 from ..denormals import keep_denormals
 from ..draft import DTYPES, write_single
@@ -23,13 +25,14 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..extraction import Change, Plan, Sorted, plan_adapter, sort_changes
 from ..factoring import Factored, FactorSpool, noise_edge
 from ..formats.peft_write import write_adapter
+from ..initialization import check_parted
 from ..inputs import open_model
 from ..output import check_name, check_path, named
 from ..pairing import Difference, Pairs, difference, pair_tensors
 from ..ranks import RANK_RULES, budget_ranks, rank_for, read_rule
 from ..runtime import Progress, choose_device
 from ..targets import Selection, parse_layers
-from ..wrapping import namer, refuse_unsaid
+from ..wrapping import exclude_all, namer, refuse_unsaid
 from .image_base import choose_form, left_out, plan_image_adapter
 
 UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
@@ -152,14 +155,18 @@ def extract(
         found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
         found.alphas = form in ("kohya", "comfy")
         if in_model:
-            refuse_unsaid(sides[0], {n: in_model(n) for n in found.low_rank}, {n: in_model(n) for n in found.exact})
+            own = ({name: in_model(name) for name in names} for names in (found.low_rank, found.exact))
+            refuse_unsaid(sides[0], *own, {n: in_model(c.also) for n, c in found.low_rank.items() if c.also})
         opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
         work = _Work(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
         work.factor_all()
         _refuse(work, found, tuple(allow))
-        plan = plan_adapter(found, work.factored, work.ranks(), spool, DTYPES[dtype], sides[0], os.fspath(base))
+        ranks = work.ranks()
+        if in_model:
+            _check_experts(sides[0], ranks)
+        plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if form != "peft":
             budget = rule[0] not in RANK_RULES
             plan = plan_image_adapter(plan, form, work.factored, spool, DTYPES[dtype], sides[0], budget)
@@ -169,6 +176,19 @@ def extract(
         elif not dry_run:
             write_single(path, plan.specs, plan.load, plan.config, read)
         return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+
+
+def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
+    """Raise for experts that did not all change, or not at one rank: PEFT makes stacks of them as they are."""
+    used = {name: rank for name, rank in ranks.items() if rank}
+    try:
+        check_parted(base, used, rslora=False)
+    except UsageError as error:
+        experts = [name for name in used if expert_part(name, base.model_types)]
+        if len(experts) == len(used):
+            raise InputError(error.message, culprit=error.culprit, remedy="use --rank") from error
+        options = exclude_all([module_of(n) for n in experts], [module_of(n) for n in used if n not in experts])
+        raise NeedsFlag(error.message, culprit=error.culprit, remedy=f"add {options}") from error
 
 
 def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
@@ -319,7 +339,7 @@ def _report(
         found.unchanged + still,
         pairs.only_base,
         tuple(name for name in pairs.only_tuned if name not in found.taken),
-        _warnings(modules, kept / total if total else 1.0),
+        (*_warnings(modules, kept / total if total else 1.0), *_tied(found, plan)),
     )
 
 
@@ -357,3 +377,14 @@ def _warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str, ...]:
     most = f"rank {more[len(more) // 2]} nine tenths" if more else ""
     said = " and ".join(part for part in (half, most) if part)
     return (f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {said} of a middling matrix's",)
+
+
+def _tied(found: Sorted, plan: Plan) -> tuple[str, ...]:
+    heads = {name: each.also for name, each in found.low_rank.items() if each.also and plan.ranks.get(name)}
+    if not heads or not found.in_model:
+        return ()
+    name, head = next(iter(heads.items()))
+    return (
+        f"{head} is the same matrix as {name}, and each has the factors: PEFT's merge_and_unload adds both to the one "
+        "matrix; loratool merge does not, and --embed full leaves it nothing to add",
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..adapter import UpdateSpec
-from ..architectures.image import MARKS, image_parts
+from ..architectures.image import MAKERS, MARKS, SINGLE_PREFIXES, image_parts
 from ..architectures.roles import role
 from ..architectures.wrappers import PEFT_PREFIX, module_of
 from ..checkpoint import Checkpoint, require_one_model
@@ -52,6 +52,7 @@ def choose_form(base: Checkpoint, to: str | None) -> str:
         return "diffusers" if base.parts else "kohya"
     if to in (None, *SINGLE_COMPONENT):
         require_one_model(base)
+        _refuse_makers_names(base)
         if several:
             raise InputError(
                 f"is an image model of several components, and {to}'s adapters are for one",
@@ -63,6 +64,23 @@ def choose_form(base: Checkpoint, to: str | None) -> str:
     if not weights:
         raise InputError(f"is no image model: nothing could load it as {to}", culprit=str(base.path))
     return to
+
+
+def _refuse_makers_names(base: Checkpoint) -> None:
+    """Raise for the single file of a transformer whose names no class has: PEFT's adapters are diffusers' models'."""
+    if "_class_name" in base.config or "architectures" in base.config:
+        return
+    own = {name: next((p for p in SINGLE_PREFIXES if name.startswith(p)), "") for name in base.specs}
+    marks = (MAKERS.get(name.removeprefix(prefix)) for name, prefix in own.items())
+    family = next(filter(None, marks), None)
+    alone = all(prefix in SINGLE_PREFIXES[:2] for prefix in own.values())
+    if family or (alone and not image_weights(base)):
+        raise InputError(
+            f"is a single file of {family or 'an image model'} with its makers' names, under which nothing loads an "
+            "adapter",
+            culprit=str(base.path),
+            remedy="pass the diffusers folder of the model's transformer, and the fine-tune's",
+        )
 
 
 def weights_for(base: Checkpoint, form: str) -> Collection[str] | None:
