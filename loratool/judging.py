@@ -15,26 +15,38 @@ from torch import Tensor
 
 from .apply import Loader
 from .hypotheses import DORA_ROUNDINGS, ROUNDINGS, Rounding
-from .numerics.exact import Workspace, cast_rounded, round_once
+from .numerics.exact import Workspace, round_once
 from .placing import Placement
 from .replaying import F32, Block, Changes, Part, Replay, has_norm
 from .source import Source
 from .updates import ADDITIVE
 
 KINDS = 3  # of float32 arithmetic in Part.errors
+_CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TIE = 1e-6  # of float32's errors: what float64 leaves, so that weights this near to a tie can go either way
 
 
 def same_codes(one: Tensor, two: Tensor) -> Tensor:
     """Bit for bit, (rows, n)."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    kind = _CODES[one.element_size()]
     return one.view(kind) == two.view(kind)
+
+
+def next_toward(x: Tensor, goal: Tensor) -> Tensor:
+    """The next number of its type on the way to the goal (float64), in float64; torch has that not for 8 bits."""
+    if x.element_size() > 1:
+        return torch.nextafter(x, goal.to(x.dtype)).double()
+    sizes = torch.arange(128, dtype=torch.uint8).view(x.dtype).double()
+    sizes = sizes[sizes.isfinite()]
+    numbers = torch.cat([-sizes[1:].flip(0), sizes])
+    at = torch.searchsorted(numbers, x.double()) + (goal - x.double()).nan_to_num(0.0).sign().long()
+    return numbers[at.clamp(0, len(numbers) - 1)]
 
 
 def step_of(x: Tensor) -> Tensor:
     """From each number to the next larger in absolute value, in float64."""
     size = x.abs()
-    return (torch.nextafter(size, torch.full_like(size, torch.inf)) - size).double()
+    return next_toward(size, torch.full_like(size, torch.inf, dtype=torch.float64)) - size.double()
 
 
 def beyond(expected: Tensor, actual: Tensor, where: Tensor) -> float:
@@ -130,7 +142,7 @@ class Errors:
     def add(self, block: Block, parts: Sequence[Part], own: Sequence[Part], same: Tensor) -> None:
         exact, a = block.replay
         actual = block.merged
-        known = exact.isfinite() & actual.isfinite()
+        known = exact.isfinite() & actual.double().isfinite()
         zero = torch.zeros_like(exact)
         factor = block.most
         sizes = sum((p.sizes for p in parts), zero) + sum((p.sizes for p in own), zero) * factor
@@ -148,11 +160,11 @@ class Errors:
             self.largest[kind] = max(self.largest[kind], float(error[known].max()) if known.any() else 0.0)
         off = ~same & known
         if bool(off.any()):
-            toward = torch.nextafter(actual, exact.to(actual.dtype)).double()
+            toward = next_toward(actual, exact)
             rounded = cast(exact, actual.dtype)
             limit = torch.where(rounded == actual.double(), exact, (actual.double() + toward) / 2)
             need = (exact - limit).abs()
-            if actual.element_size() == 2:
+            if actual.element_size() <= 2:
                 need = (need - exact.abs() * (F32 * 1.5)).clamp_min(0.0)
             needed = (need / unit)[off]
             self.differ += int((needed > TIE).sum())
@@ -247,7 +259,7 @@ class Trial:
         base, actual = block.base.double(), block.merged.double()
         if block.piece is None:
             out = torch.empty_like(block.merged)
-            cast_rounded(block.base, out, self._work)
+            round_once(base, out, self._work)
             bad = ~(same_codes(out, block.merged) | (out.isnan() & actual.isnan()))
         else:
             kept = (base.isnan() & actual.isnan()) | (actual == base) | (actual == exact)

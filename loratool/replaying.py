@@ -17,6 +17,7 @@ from .apply import Loader, Piece
 from .numerics.exact import ExactProduct, Factors, Workspace
 from .placing import Placement
 from .source import Source
+from .tensorfile import FLOAT8
 from .updates import ADDITIVE, Add, DoRA, Experts, LowRank, Update
 
 F32 = 2.0**-24  # half a float32 step, relative
@@ -77,7 +78,10 @@ class Replay:
             for first in [self.rows // 2] if sample else range(start, stop, ROWS):
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
                 base = self.source.matrix_rows(self.rows, first, last)
-                yield Block(first, inside, piece, base, found.matrix_rows(self.rows, first, last))
+                merged = found.matrix_rows(self.rows, first, last)
+                if found.spec.dtype in FLOAT8:  # which is read as float32, and was rounded to it
+                    merged = merged.to(getattr(torch, FLOAT8[found.spec.dtype]))
+                yield Block(first, inside, piece, base, merged)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from test_peft_kinds import FAMILIES, kinds, write_pair
 from torch import Tensor
 
 import loratool
+from loratool.architectures.optional import is_optional
 from loratool.errors import InputError, UsageError
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -478,6 +479,164 @@ def test_a_change_below_half_a_step_cannot_be_told(tmp_path: Path, run: Callable
     assert run("verify", base, adapter, base, "--allow", "inconclusive").exit_code == 0
     with pytest.raises(UsageError, match="allow 'everything'"):
         loratool.verify(base, adapter, base, allow=["everything"])
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def write_float8(folder: Path, kind: torch.dtype) -> tuple[Path, Path]:
+    """A base that is cast to 8 bits without scales, as ComfyUI's plain fp8 files are, and an adapter for some of it."""
+    base, adapter = write_inputs(folder, torch.bfloat16)
+    tensors = {name: W if "norm" in name else W.to(kind) for name, W in load_model(base).items()}
+    tensors["model.layers.9.q.weight"] = weights(8, 8, seed=9).to(kind)
+    return write_model(base, tensors, {"model_type": "llama"}), adapter
+
+
+@pytest.mark.parametrize("target", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_a_merge_onto_8_bits_into_a_wider_type(tmp_path: Path, kind: torch.dtype, target: str) -> None:
+    base, adapter = write_float8(tmp_path, kind)
+    loratool.merge(base, adapter, tmp_path / "m", dtype=target, undo=False)
+    report = loratool.verify(base, adapter, tmp_path / "m")
+    assert (report.status, report.exact, report.wrong) == ("proven", len(NAMES), 0), report.tensors
+    merged = load_model(tmp_path / "m")
+    merged[Q] = load_model(base)[Q].to(merged[Q].dtype)
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", base, merged))
+    assert [t.detail for t in report.tensors if t.verdict == "wrong"] == ["the change is not applied"]
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_others_merges_in_and_out_of_8_bits(tmp_path: Path, kind: torch.dtype) -> None:
+    base, adapter = write_float8(tmp_path, kind)
+    W = load_model(base)
+    loaded = {name: tensor.bfloat16() for name, tensor in W.items()}
+    D = {f"{name}.weight": change(adapter, name).float() for name in NAMES}
+    ways = {
+        "stays": {**W, **{n: (W[n].float() + D[n]).to(kind) for n in D}},
+        "loaded in bf16": {**loaded, **{n: loaded[n] + D[n].bfloat16() for n in D}},
+        "all in float32": {n: W[n].float() + D[n] if n in D else W[n].float() for n in W},
+    }
+    for title, merged in ways.items():
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, merged))
+        assert report.status == "proven", (title, report.tensors)
+    for at, message in ((Q, "1 weights were altered, by up to 1 steps"), ("model.layers.9.q.weight", "untouched")):
+        bad = {**ways["stays"], at: ways["stays"][at].clone()}
+        bad[at].view(torch.uint8)[3, 4] ^= 1
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, bad))
+        (wrong,) = [t for t in report.tensors if t.verdict == "wrong"]
+        assert wrong.name == at and message in wrong.detail
+    assert loratool.verify(base, adapter, base, allow=["inconclusive"]).status == "wrong"
+
+
+def test_buffers_that_one_side_lacks_are_not_compared(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Older transformers stored what newer ones compute, and either may have saved the base or the merge."""
+    base, adapter = write_inputs(tmp_path, torch.bfloat16)
+    loratool.merge(base, adapter, tmp_path / "m")
+    buffers = {
+        "embeddings.position_ids": torch.arange(8)[None],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "h.0.attn.bias": torch.ones(1, 1, 8, 8).tril().bool(),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    merged, W = load_model(tmp_path / "m"), load_model(base)
+    for one, two in ((base, {**merged, **buffers}), (write_merged(tmp_path / "b", base, {**W, **buffers}), merged)):
+        report = loratool.verify(one, adapter, write_merged(tmp_path / "x", base, two))
+        assert (report.status, report.missing, report.extra) == ("proven", (), ())
+        assert set(report.not_compared) == set(buffers)
+        result = run("verify", one, adapter, tmp_path / "x")
+        assert result.exit_code == 0 and result.stdout.startswith("proven: ")
+        assert "4 not compared" in result.stdout and "not compared: h.0.attn.bias" in result.stdout
+    for name, value in (("h.0.attn.bias", torch.ones(8)), ("model.layers.0.q.bias", torch.ones(8))):
+        report = loratool.verify(base, adapter, write_merged(tmp_path / "x", base, {**merged, name: value}))
+        assert (report.status, report.extra) == ("wrong", (name,))  # a parameter, and no mask
+
+
+def test_heads_of_the_pretraining_are_not_compared(tmp_path: Path) -> None:
+    """peft merges into the class of a task, which neither loads nor saves the others' heads."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
+    )
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    transformers.BertForPreTraining(config).save_pretrained(base)
+    model = transformers.BertForMaskedLM.from_pretrained(base)
+    lora = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    model = peft.get_peft_model(model, lora)
+    model.save_pretrained(adapter)
+    model.merge_and_unload().save_pretrained(merged)
+    report = loratool.verify(base, adapter, merged)
+    assert report.status == "proven", (report.missing, report.tensors)
+    assert {name.rsplit(".", 1)[0] for name in report.not_compared} == {"bert.pooler.dense", "cls.seq_relationship"}
+    tensors = load_model(merged)
+    del tensors["cls.predictions.transform.dense.weight"]  # which the class of the merged model has
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", merged, tensors))
+    assert (report.status, report.missing) == ("wrong", ("cls.predictions.transform.dense.weight",))
+
+
+@pytest.mark.parametrize("family", ["Albert", "Bert", "DebertaV2", "DistilBert", "Electra", "Roberta"])
+def test_no_class_lacks_a_head_that_it_has(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tasks = "PreTraining MaskedLM SequenceClassification TokenClassification QuestionAnswering MultipleChoice"
+    config = getattr(transformers, f"{family}Config")(num_hidden_layers=1)
+    for name in [f"{family}Model", *(f"{family}For{task}" for task in tasks.split())]:
+        with torch.device("meta"):
+            tensors = getattr(transformers, name)(config).state_dict() if hasattr(transformers, name) else {}
+        assert not [n for n, W in tensors.items() if is_optional(n, W.shape, name)]
+
+
+def test_a_head_that_the_base_stores_twice_may_be_stored_once(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    tensors = {"model.embed_tokens.weight": weights(32, 16), "model.q.weight": weights(16, 16, seed=3)}
+    base = write_model(tmp_path / "b", {**tensors, "lm_head.weight": weights(32, 16)}, config)
+    for module in ("model.q", "model.embed_tokens"):
+        adapter = write_peft(tmp_path / module, {module: factors(*tensors[f"{module}.weight"].shape, 2)})
+        loratool.merge(base, adapter, tmp_path / f"m{module}", tied="share")
+        merged = load_model(tmp_path / f"m{module}")
+        del merged["lm_head.weight"]
+        bad = write_model(tmp_path / f"x{module}", merged, config)
+        assert loratool.verify(base, adapter, bad, tied="share").status == "proven"
+        untied = write_model(tmp_path / f"y{module}", merged, {**config, "tie_word_embeddings": False})
+        assert loratool.verify(base, adapter, untied, tied="share").missing == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize("rows, weight, B", [(8, 0.0, 1.0), (8, 1.0, 0.0), (0, 1.0, 1.0)])
+def test_no_change_is_proven_by_the_base(
+    tmp_path: Path, run: Callable[..., Any], rows: int, weight: float, B: float
+) -> None:
+    """A weight of 0, factors that are 0, a tensor without a number: nothing is below half a step."""
+    base = write_model(tmp_path / "base", {"x.weight": weights(rows, 4), "y.weight": weights(2, 2)})
+    adapter = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(rows, 2) * B)})
+    result = run("verify", base, f"{adapter}:{weight}", base)
+    assert result.exit_code == 0 and result.stdout.startswith("proven: ")
+    assert "the change is zero everywhere" in result.stderr
+    other = write_model(tmp_path / "other", {"x.weight": weights(rows, 4), "y.weight": weights(2, 2) + 1})
+    assert run("verify", base, f"{adapter}:{weight}", other).exit_code == 1
+
+
+def test_the_first_line_is_the_verdict_and_the_counts_agree(tmp_path: Path, run: Callable[..., Any]) -> None:
+    base, adapter = write_inputs(tmp_path, torch.bfloat16)
+    loratool.merge(base, adapter, tmp_path / "m")
+    merged = load_model(tmp_path / "m")
+    less = {name: W for name, W in merged.items() if name != NORM}
+    small = write_inputs(tmp_path / "small", torch.bfloat16, relative=1e-9)[1]
+    cases = [
+        (adapter, merged, "proven", 0, "4 tensors exact, 0 right with another rounding, 0 wrong; 4 are the base's"),
+        (adapter, load_model(base), "wrong", 1, "0 tensors exact, 0 right with another rounding, 4 wrong; 4 are"),
+        (adapter, less, "wrong", 1, "4 tensors exact, 0 right with another rounding, 1 missing; 3 are"),
+        (
+            adapter,
+            {**merged, "z": merged[NORM] + 1},
+            "wrong",
+            1,
+            "4 tensors exact, 0 right with another rounding, 1 extra",
+        ),
+        (small, load_model(base), "not proven", 1, "4 tensors exact, 0 right with another rounding; 4 are"),
+    ]
+    for given, tensors, verdict, code, counts in cases:
+        result = run("verify", base, given, write_merged(tmp_path / "x", base, tensors))
+        first, second, *_ = result.stdout.splitlines()
+        assert (first.partition(": ")[0], result.exit_code) == (verdict, code)
+        assert second.startswith(counts), second
 
 
 def test_the_wrong_order_of_arguments(tmp_path: Path) -> None:

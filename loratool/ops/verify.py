@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from ..apply import Loader
+from ..architectures.families import declared_class
+from ..architectures.optional import is_optional
 from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..denormals import keep_denormals
@@ -22,17 +24,18 @@ from ..errors import UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
 from ..inputs import Adapters, open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
-from ..numerics.exact import Workspace, apply_rounded, cast_rounded
+from ..numerics.exact import Workspace, apply_rounded, cast_rounded, round_once
 from ..placing import Placement
 from ..plan import MergePlan, plan_merge
 from ..replaying import Block, Replay
 from ..runtime import Progress, worker_count
-from ..source import Source, equal_rows
+from ..source import FLOATS, Source, equal_rows
 from ..targets import Selection, parse_layers
-from ..tensorfile import TORCH_FLOATS, require_unchanged
-from ..tied import TIED, find_tie
+from ..tensorfile import TORCH_FLOATS, TensorSpec, require_unchanged
+from ..tied import TIED, find_tie, stored_copies
 
 ALLOWED = ("inconclusive",)
+NOTHING_ASKED = "the change is zero everywhere: the base itself is the base with these adapters"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class VerifyReport:
     """`status`: proven, wrong or inconclusive. `tensors` are those that the adapters change, and all that are wrong.
 
     untouched counts the tensors that are the base's and shall be. rounding: the ways that were found.
+    not_compared: buffers and heads of the pretraining that one of the two models lacks, and may lack.
     """
 
     base: str
@@ -62,6 +66,7 @@ class VerifyReport:
     rounding: tuple[str, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
+    not_compared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
 
@@ -134,12 +139,16 @@ def _report(
 ) -> VerifyReport:
     missing = tuple(n for n in plan.sources if n not in found.specs and not _is_left_to_tie(plan, found, n))
     extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
+    idle = {n for n in missing if n not in plan.changed and _may_lack(found, n, plan.sources[n].spec)}
+    idle |= {n for n in extra if _may_lack(plan.base, n, found.specs[n])}
+    not_compared = tuple(name for name in (*missing, *extra) if name in idle)
+    missing, extra = (tuple(name for name in names if name not in idle) for names in (missing, extra))
     tensors = tuple(verdict for verdict in verdicts.values() if verdict)
     count = {kind: sum(t.verdict == kind for t in tensors) for kind in ("exact", "rounding", "wrong")}
     status = "proven"
     if count["wrong"] or missing or extra:
         status = "wrong"
-    elif not judge.moved and "inconclusive" not in allow:
+    elif judge.asked and not judge.moved and "inconclusive" not in allow:
         status = "inconclusive"
     return VerifyReport(
         base,
@@ -153,18 +162,25 @@ def _report(
         tuple(dict.fromkeys(t.detail for t in tensors if t.verdict == "rounding")),
         missing,
         extra,
-        plan.warnings,
+        not_compared,
+        plan.warnings if judge.asked else (*plan.warnings, NOTHING_ASKED),
     )
+
+
+def _may_lack(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
+    return is_optional(name, spec.shape, declared_class(model.config))
 
 
 def _is_left_to_tie(plan: MergePlan, found: Checkpoint, name: str) -> bool:
     """What stays equal to the embedding need not be stored again in a model whose config goes on to tie the two."""
     tie = find_tie(plan.base)
-    if tie is None or name not in plan.untied or find_tie(found) is None:
+    if tie is None or find_tie(found) is None:
         return False
     first = tie.stored_as(name)
-    same = plan.sources[name] == plan.sources[first]
-    return same and first in found.specs and plan.placements.get(name) == plan.placements.get(first)
+    if first not in found.specs or plan.placements.get(name) != plan.placements.get(first):
+        return False
+    one, two = plan.sources[first], plan.sources[name]
+    return one == two or (name in stored_copies(plan.base, tie) and equal_rows(one, two))
 
 
 def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
@@ -186,14 +202,17 @@ class _Judge:
         self._plan, self._found = plan, found
         self._load = Loader(torch.device("cpu"))
         self._kinds = _stored_types(plan, found)
-        self.moved = False  # whether some replayed weight is not the base's, so that there is something to see
+        # Whether a change is asked for that is not zero, and whether some replayed weight is not the base's then
+        self.asked = self.moved = False
 
     def __call__(self, name: str) -> TensorVerdict | None:
         source, found = self._plan.sources[name], Source(self._found.shard_of[name], name)
         changed = name in self._plan.changed
+        if changed and name not in self._plan.placements:
+            self.asked = self.moved = True  # a value of the adapter's is there or is not
         if source.spec.shape != found.spec.shape:
             return TensorVerdict(name, "wrong", f"its shape is {found.spec.shape} and should be {source.spec.shape}")
-        floats = source.spec.dtype in TORCH_FLOATS and found.spec.dtype in TORCH_FLOATS
+        floats = source.spec.dtype in FLOATS and found.spec.dtype in FLOATS
         if not floats or not source.spec.shape or not source.spec.size:
             same = source.spec == found.spec and source.file.read(source.name) == found.file.read(name)
             if same:
@@ -248,16 +267,15 @@ class _Judge:
         wrong, apart, lost = 0, 0.0, 0
         for block in self._replay(name).blocks(found):
             out = torch.empty_like(block.merged)
-            if _apply(block, out, work):
-                self.moved = True
+            asked, moved = _apply(block, out, work)
+            self.asked |= asked
+            self.moved |= moved
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
             same = same_codes(out, block.merged)
             if not bool(same.all()):
                 wrong += int((~same).sum())
                 apart = max(apart, beyond(out.double(), block.merged, ~same))
-        if name not in self._plan.placements and name in self._plan.changed:
-            self.moved = True
         return wrong, apart, lost
 
     def _evidence(self, name: str, source: Source, found: Source, outcome: Outcome) -> Evidence:
@@ -312,12 +330,18 @@ class _Judge:
         return total
 
 
-def _apply(block: Block, out: torch.Tensor, work: Workspace) -> int:
-    """What merge writes; how many weights that changes."""
+def _apply(block: Block, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
+    """Write what merge does into `out`; whether a change is asked for, and whether it moves a weight."""
+    wide = torch.empty_like(out, dtype=torch.float64) if out.itemsize == 1 else out  # merge writes no 8 bits
     if block.piece is None:
-        cast_rounded(block.base, out, work)
-        return 0
-    return apply_rounded(block.base, block.piece.seen(block.base, block.first, work), out, work).changed
+        change = cast_rounded(block.base, wide, work)
+    else:
+        change = apply_rounded(block.base, block.piece.seen(block.base, block.first, work), wide, work)
+    moved = change.changed > 0
+    if wide is not out:
+        round_once(wide, out, work)
+        moved = moved and bool((out.double() != block.base.double()).any())
+    return change.change_squared > 0, moved
 
 
 def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:

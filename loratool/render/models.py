@@ -91,6 +91,17 @@ def print_unmerge(report: UnmergeReport) -> None:
 
 
 def print_verify(report: VerifyReport) -> None:
+    """The verdict first, which no count contradicts: that nothing is wrong is said of what is proven alone."""
+    if report.status == "inconclusive":
+        say("not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)")
+    else:
+        say(f"{report.status}: {report.merged}")
+    counts = [f"{report.exact} tensors exact", f"{report.rounded} right with another rounding"]
+    counts += [f"{report.wrong} wrong"] if report.wrong or report.status == "proven" else []
+    counts += [f"{len(report.missing)} missing"] if report.missing else []
+    counts += [f"{len(report.extra)} extra"] if report.extra else []
+    counts += [f"{len(report.not_compared)} not compared"] if report.not_compared else []
+    say(f"{', '.join(counts)}; {report.untouched} are the base's")
     for tensor in report.tensors:
         if tensor.verdict == "wrong":
             say(f"wrong: {tensor.name}: {tensor.detail}")
@@ -100,12 +111,8 @@ def print_verify(report: VerifyReport) -> None:
         say(f"extra: {name}")
     for way in report.rounding:
         say(f"rounding: {way}")
-    counts = f"{report.exact} tensors exact, {report.rounded} right with another rounding, {report.wrong} wrong"
-    say(f"{counts}; {report.untouched} are the base's")
-    if report.status == "inconclusive":
-        say("inconclusive: the change is below half a step of every weight (--allow inconclusive takes it for proven)")
-    else:
-        say(f"{report.status}: {report.merged}")
+    for names in grouped(report.not_compared):
+        say(f"not compared: {names}")
 
 
 def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
