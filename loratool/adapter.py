@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures.image import weighed_component
 from .errors import InputError, LoratoolError, NeedsFlag
 from .fileio import sha256_file
+from .patterns import Patterns, Targets
 from .source import is_finite
 from .tensorfile import TensorSpec, WeightsFile
 from .updates import UPDATES, Update
@@ -43,18 +43,30 @@ class AdapterConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
     starts: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def _ranks(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
+
+    @cached_property
+    def targets(self) -> Targets:
+        return Targets(self.extra.get("target_modules"))
+
     def rank_of(self, module: str) -> int | None:
-        rank: int | None = match_pattern(self.rank_pattern, module, self.rank)
+        rank: int | None = self._ranks.value(module, self.rank)
         return rank
 
     def at(self, parameter: str) -> AdapterConfig:
         """The config of one parameter, whose patterns are held against its own path and not its module's."""
-        alpha = match_pattern(self.alpha_pattern, parameter, self.alpha)
+        alpha = self._alphas.value(parameter, self.alpha)
         return replace(self, rank=self.rank_of(parameter), alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def scale_of(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023); never a guess where alpha is missing."""
-        alpha: float | None = match_pattern(self.alpha_pattern, module, self.alpha)
+        alpha: float | None = self._alphas.value(module, self.alpha)
         if alpha is None:
             raise NeedsFlag(
                 "the adapter does not say its alpha",
@@ -62,20 +74,6 @@ class AdapterConfig:
                 remedy="pass --alpha with the value it was trained with",
             )
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, as PEFT decides it (`peft/utils/other.py:get_pattern_key`).
-
-    A pattern is a regular expression, anchored at the end and, on the left, at a dot or the start.
-    """
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"is not a regular expression: {error}", culprit=pattern) from error
-    return default
 
 
 UNPAIRED = "unpaired"

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from loratool.adapter import AdapterConfig, match_pattern
+from loratool.adapter import AdapterConfig
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
 from loratool.formats import FORMATS, is_adapter, open_adapter
 from loratool.formats.peft_config import BASE_CHANGING_INITS, REFUSED, changes_base
+from loratool.patterns import Patterns
 
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.v_proj"
 
@@ -71,7 +72,7 @@ def test_patterns_match_as_peft_matches_them(patterns: list[str], module: str) -
     from peft.utils.other import get_pattern_key
 
     values = {pattern: i for i, pattern in enumerate(patterns)}
-    assert match_pattern(values, module, "default") == values.get(get_pattern_key(values.keys(), module), "default")
+    assert Patterns(values).value(module, "default") == values.get(get_pattern_key(values.keys(), module), "default")
 
 
 def test_kohya_file(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ fields start with the component's name. Defined by peft: `peft/tuners/lora/confi
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,7 +142,7 @@ def target_parameter(
     from there. Raises InputError where the config names another number of parameters than the file has.
     """
     listed = config.extra.get("target_parameters")
-    if not listed or is_target_module(config, module):
+    if not listed:
         return None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise InputError("the config's target_parameters are no list of names", culprit=module)
@@ -152,7 +151,7 @@ def target_parameter(
     bare = [p for owner, p in pairs if not owner]
     # a bare name is meant for whatever module has such a parameter: one that is named with its own need not
     names = owned if len(owned) == places else list(dict.fromkeys((*owned, *bare)))
-    if not names:
+    if not names or config.targets.has(module):
         return None
     if len(names) < places or (len(names) > places and places > 1):
         raise InputError(
@@ -200,14 +199,3 @@ def stands_in(entry: str, module: str) -> bool:
     """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
     parts = module.split(".")
     return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
-
-
-def is_target_module(config: AdapterConfig, module: str) -> bool:
-    """PEFT's rule (`peft/tuners/tuners_utils.py:check_target_module_exists`), without its layer numbers."""
-    targets = config.extra.get("target_modules")
-    if isinstance(targets, str):
-        try:
-            return targets != "all-linear" and re.fullmatch(targets, module) is not None
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"is not a regular expression: {error}", culprit=targets) from error
-    return isinstance(targets, list) and any(module == t or module.endswith(f".{t}") for t in targets)

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter import Adapter, UpdateSpec, match_pattern
+from ..adapter import Adapter, UpdateSpec
 from ..architectures.quantized import with_coded
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, LoratoolError
-from ..formats.peft_config import changes_base, is_target_module
+from ..formats.peft_config import changes_base
 from ..inputs import refuse_adapter
 from ..naming import split_numbers, with_ranges
 from ..numerics.factors import effective_rank, singular_values
+from ..patterns import Patterns, endings
 from ..source import BLOCK, FLOATS, Source, require_finite, squared_norm
 from ..targets import Binding, Selection, bind, missing_tensors, nearest, resolve_modules
 from ..tied import bindable, find_tie
@@ -277,13 +278,14 @@ def _config_problems(adapter: Adapter) -> list[str]:
         return problems
     modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
     # an attention's out_proj comes along with the attention
-    strangers = [m for m in modules if not any(is_target_module(adapter.config, p) for p in (m, m.rpartition(".")[0]))]
+    strangers = [m for m in modules if not any(map(adapter.config.targets.has, (m, m.rpartition(".")[0])))]
     if adapter.config.extra.get("target_parameters"):
         strangers = []  # a parameter's factors stand at its module, which need be no target
     if strangers:
         problems.append(f"target_modules does not match {len(strangers)} modules: {_some(strangers)}")
-    listed = targets if isinstance(targets, list) else []
-    unused = [t for t in listed if not any(m == t or m.endswith(f".{t}") for m in adapter.updates)]
+    listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
+    there = {end for module in adapter.updates for end in endings(module)}
+    unused = [target for target in listed if target not in there]
     if unused and not adapter.config.extra.get("target_parameters"):
         problems.append(f"target_modules names {_some(unused)}, which no module of the file is")
     return problems
@@ -294,9 +296,12 @@ def _unused_patterns(adapter: Adapter) -> list[str]:
     paths = [path for m, u in adapter.updates.items() if u.rank or u.fault for path in (m, f"{m}.weight")]
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(adapter.config, field):
-            if not any(match_pattern({pattern: True}, path, False) for path in paths):
-                problems.append(f"{field} has {pattern}, which matches no module of the file")
+        patterns = getattr(adapter.config, field)
+        asked = Patterns(patterns)
+        used = {pattern for path in paths for pattern in asked.matching(path)}
+        problems += [
+            f"{field} has {each}, which matches no module of the file" for each in patterns if each not in used
+        ]
     return problems
 
 
