@@ -76,6 +76,12 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
+def stands_in(entry: str, module: str) -> bool:
+    """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
+    parts = module.split(".")
+    return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
+
+
 UNPAIRED = "unpaired"
 
 
@@ -177,12 +183,11 @@ class Adapter:
         return cls(**tensors, **{name: value for name, value in rest.items() if name in names})
 
     def brings(self, module: str) -> bool:
-        """Whether `module` is a whole one that the adapter announces (PEFT's rule: by the end of its path)."""
+        """Whether `module` is a whole one that the adapter announces, or lies in one."""
         listed = self.config.extra.get("modules_to_save")
         if not isinstance(listed, list) or self.updates[module].kind != "replace":
             return False
-        owner = module.rpartition(".")[0]
-        return any(isinstance(entry, str) and (module.endswith(entry) or owner.endswith(entry)) for entry in listed)
+        return any(isinstance(entry, str) and stands_in(entry, module) for entry in listed)
 
     def repeats(self, module: str, others: Container[str]) -> bool:
         """Whether `module` is one of `others` again: the bias of a head under its owner's name and its decoder's.

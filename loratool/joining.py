@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from .adapter import Adapter, UpdateSpec
+from .adapter import Adapter, UpdateSpec, stands_in
 from .draft import Carried
 from .errors import InputError, LoratoolError, NeedsFlag
 from .formats.peft import DECLARED
-from .formats.peft_config import changes_base, stands_in
+from .formats.peft_config import changes_base
 from .formats.peft_write import nested
 from .inputs import Loaded
 from .source import Source, equal_rows

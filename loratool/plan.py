@@ -10,6 +10,7 @@ from .adapter import Adapter, UpdateSpec
 from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
 from .errors import InputError, NeedsFlag
+from .heads import classifier_edits
 from .output import Edits
 from .placing import Placement
 from .sidefiles import tokenizer_files
@@ -59,7 +60,7 @@ def plan_merge(
     sources, placements = _settle_sources(base, tie, settled)
     for name, (adapter, update) in binding.added.items():
         sources[name] = Source(adapter.file, update.tensors["value"])
-    edits, notes = _plan_edits(base, tie, settled, sources)
+    edits, notes = _plan_edits(base, [adapter for adapter, _ in adapters], tie, settled, sources)
     warnings = (*settled.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
     for adapter, _ in adapters:
         changed = [name for name, found in binding.placements.items() if any(p.adapter is adapter for p in found)]
@@ -173,7 +174,7 @@ def _brought(base: Source, placement: Placement) -> Source | None:
 
 
 def _plan_edits(
-    base: Checkpoint, tie: Tie | None, settled: Settled, sources: Mapping[str, Source]
+    base: Checkpoint, adapters: Sequence[Adapter], tie: Tie | None, settled: Settled, sources: Mapping[str, Source]
 ) -> tuple[Edits, tuple[str, ...]]:
     """What the output has otherwise than the base, and what to say of it."""
     specs = {}
@@ -188,13 +189,17 @@ def _plan_edits(
     rows = {name: sources[name].spec.shape[0] for name in words}
     resized = {name: n for name, n in rows.items() if base.specs.get(name, base.specs[words[0]]).shape[0] != n}
     config = vocabulary_edits(base, rows, resized)
+    classifier, unknown = classifier_edits(base, adapters, sources)
+    config |= classifier
     if tie and settled.untied and not tie.keeps_flag:
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]
-    sized = [name for name in others if specs[name].shape != base.specs[name].shape]
+    sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in classifier]
     touched = [p for name in words for p in settled.placements.get(name, ())]
     files, notes = _tokenizer(touched)
-    notes += tuple(f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized)
+    notes += unknown + tuple(
+        f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized
+    )
     return Edits(specs, config, files), notes
 
 

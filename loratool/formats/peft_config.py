@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..adapter import AdapterConfig, UpdateSpec
+from ..adapter import AdapterConfig, UpdateSpec, stands_in
 from ..checkpoint import read_json_file
 from ..errors import InputError, UsageError
 from ..tensorfile import WeightsFile
@@ -195,7 +195,3 @@ def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) ->
     return tuple(lines)
 
 
-def stands_in(entry: str, module: str) -> bool:
-    """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
-    parts = module.split(".")
-    return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
