@@ -1,0 +1,59 @@
+"""Every dependency at its declared lower bound: merge, inspect and extract run, and write the bytes that are pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES, bits, load_model
+
+ROOT = Path(__file__).parent.parent
+BIN = "Scripts" if os.name == "nt" else "bin"
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The interpreter of an environment with the oldest wheels that pyproject.toml allows and this Python can use.
+
+    uv finds them: pip always takes the newest. torch brings some GB of CUDA's libraries, and needs them to be imported.
+    """
+    folder = tmp_path_factory.mktemp("oldest")
+    venv.create(folder / "uv", with_pip=True)
+    venv.create(folder / "env")
+    tool, python = (folder / name / BIN / "python" for name in ("uv", "env"))
+    subprocess.run([tool, "-m", "pip", "install", "--quiet", "uv"], check=True)
+    install = ["pip", "install", "--quiet", "--no-build", "--no-cache", "--resolution", "lowest-direct"]
+    subprocess.run([tool, "-m", "uv", *install, "--python", python, "-r", ROOT / "pyproject.toml"], check=True)
+    yield python
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: Path, tmp_path: Path) -> None:
+    def run(*argv: str | Path) -> str:
+        """The command line of this checkout in that environment."""
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        command = [oldest, "-m", "loratool", *argv]
+        done = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    folder = FIXTURES / name
+    assert "bind to" in run("inspect", folder / "adapter", "--base", folder / "base")
+    run("merge", folder / "base", folder / "adapter", "-o", tmp_path / "merged")
+    tensors = load_model(tmp_path / "merged").items()
+    found = {key: hashlib.sha256(bits(value.flatten()).numpy()).hexdigest() for key, value in tensors}
+    assert found == json.loads((folder / "merged.sha256.json").read_text())
+    run("unmerge", tmp_path / "merged", folder / "adapter", "-o", tmp_path / "back")
+    for path in (folder / "base").iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    run("extract", folder / "base", folder / "tuned", "--rank", "4", "-o", tmp_path / "extracted")
+    assert "bind to" in run("inspect", tmp_path / "extracted", "--base", folder / "base")
