@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,27 @@ def test_one_adapter_twice_with_opposite_weights_changes_nothing(tmp_path: Path)
     report = loratool.merge(base, [(adapter, 0.3), (adapter, -0.3)], tmp_path / "out")
     assert torch.equal(load_model(tmp_path / "out")["x.weight"], weights(10, 12))
     assert (report.tensors[0].changed, report.kept) == (0.0, None) and "stay as they are" in report.warnings[0]
+
+
+def test_a_merge_that_changes_nothing_says_so(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """On the terminal and in the JSON, of all tensors or of some; a tensor without a number never changes."""
+    base = write_model(
+        tmp_path / "base", {"x.weight": weights(10, 12), "y.weight": weights(4, 4), "z.weight": weights(0, 4)}
+    )
+    A, B = factors(10, 12, 3)
+    zero = {"x": (A, B * 0), "z": (weights(3, 4), weights(0, 3))}
+    for made, changed, said in (
+        (zero, 0, "0 of 2 tensors changed, 1 copied as they are; the merge changes nothing\n"),
+        ({**zero, "y": factors(4, 4, 3)}, 1, "1 of 3 tensors changed, 0 copied as they are; kept "),
+    ):
+        adapter = write_peft(tmp_path / "a", made)
+        assert said in run("merge", base, adapter, "-o", tmp_path / "m", "--force").stdout
+        report = json.loads(run("merge", base, adapter, "-o", tmp_path / "m", "--force", "--json").stdout)["report"]
+        assert (report["changed"], report["kept"] is None) == (changed, changed == 0)
+        again = run("merge", base, adapter, "-o", tmp_path / "m", "--force", "--dry-run", "--json")
+        assert json.loads(again.stdout)["report"]["changed"] is None
+    report = loratool.merge(base, write_peft(tmp_path / "b", {"x": (A, B * 1e-30)}), tmp_path / "m", force=True)
+    assert (report.changed, report.kept) == (0, 0.0)
 
 
 def test_small_factors_in_half_precision(tmp_path: Path) -> None:

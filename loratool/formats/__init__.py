@@ -22,7 +22,7 @@ from ..fileio import reading
 from ..hub import resolve
 from ..tensorfile import WeightsFile
 from . import cloneofsimo, diffusers, kohya, loralib, peft
-from .methods import BIASES, Method, is_biases, other_method
+from .methods import BIASES, UNKNOWN_LORA, Method, is_all_lora, is_biases, other_method
 from .peft_config import CONFIG_NAME, find_config
 
 
@@ -43,8 +43,8 @@ FORMATS = {
 }
 
 
-# AdapterHub's, beside which the head's weights lie in a file of their own
-ADAPTERHUB_NAMES = ("adapter.safetensors", "pytorch_adapter.bin")
+# AdapterHub's, beside which the head's weights lie in a file of their own, and MLX's, beside its earlier steps
+OTHERS_NAMES = ("adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -72,7 +72,7 @@ def find_adapter_file(path: Path) -> Path:
 
 def _in_folder(path: Path) -> list[Path]:
     """PEFT's file names first, then any safetensors, then any torch file."""
-    for name in (*peft.WEIGHTS_NAMES, *ADAPTERHUB_NAMES):
+    for name in (*peft.WEIGHTS_NAMES, *OTHERS_NAMES):
         if (path / name).is_file():
             return [path / name]
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
@@ -102,7 +102,7 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
         return False
     file = open_weights(weights)
     file.close()
-    return is_adapter(file.specs) or is_biases(file.specs)
+    return is_adapter(file.specs) or is_biases(file.specs) or is_all_lora(file.specs)
 
 
 def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, Method] | None:
@@ -121,6 +121,8 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
             return file, fields, *other
         if is_biases(file.specs) and not image and not _is_complete(weights):
             return file, fields, "BIASES", BIASES
+        if not is_adapter(file.specs) and not _is_complete(weights) and is_all_lora(file.specs):
+            return file, fields, "UNKNOWN_LORA", UNKNOWN_LORA
     except BaseException:
         file.close()
         raise
@@ -168,6 +170,11 @@ def open_adapter(
         if is_biases(file.specs):
             raise InputError(
                 f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy
+            )
+        if other := other_method(file.specs, find_config(file)[0]):
+            _, method = other
+            raise InputError(
+                f"holds {method.title}, which {method.reason}", culprit=os.fspath(name), remedy=method.remedy
             )
         if any(
             role(module_of(key), len(spec.shape), True) in ("embedding", "head") for key, spec in file.specs.items()

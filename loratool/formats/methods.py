@@ -3,7 +3,9 @@
 One table for both who must know: a merge, which refuses such a file with the reason, and `inspect`, which describes
 it. A method is told by PEFT's `peft_type`, or by a mark in the names of its tensors. The names are those of peft
 (`peft/utils/save_and_load.py`), of AdapterHub's adapters (`adapters/loading.py`: `M.adapters.NAME.adapter_down.0`),
-and of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`).
+of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), of mlx-lm (`tuner/lora.py`) and
+torchtune (`modules/peft/lora.py`), and of the LoRA for Segment Anything of Wang, SAMed and those after them
+(JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ _BY_ADAPTERS = (
     "merge it with adapters (merge_adapter, exact for LoRA), save the model without its .loras. tensors, and "
     + _EXTRACT
 )
+_BY_ITS_OWN = f"merge it with its own library (mlx_lm.fuse, torchtune's recipe), and {_EXTRACT}"
 
 # peft_type, where PEFT has the method -> the method. Of several marks in a file the first row decides.
 METHODS = {
@@ -76,7 +79,16 @@ METHODS = {
     "KASA": Method("KaSA", "neither", "truncates the base", ("lora_diag",)),
     "VELORA": Method("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
     "MONTECLORA": Method("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
+    "MLX": Method("LoRA in MLX's or torchtune's format", "extracted", _UNSUPPORTED, ("lora_a", "lora_b"), _BY_ITS_OWN),
+    "SAM": Method(
+        "LoRA for Segment Anything",
+        "neither",
+        _UNSUPPORTED,
+        ("w_a_0", "w_b_0", "linear_a_q", "linear_b_q", "linear_a_v", "linear_b_v"),
+    ),
 }
+# A file of nothing but LoRA that no format claims.
+UNKNOWN_LORA = Method("LoRA in a form that is not known", "neither", _UNSUPPORTED)
 _UNKNOWN = Method(
     "", "neither", "is not supported", (), "if its own library can merge it into a model, `loratool extract` reads that"
 )
@@ -129,6 +141,8 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
     if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub's has one inside
         architecture = str(own.get("architecture") or "")
         return _ARCHITECTURES.get(architecture, architecture.upper())
+    if kind is None and fields.keys() & {"fine_tune_type", "lora_parameters"}:
+        return "MLX"
     return "LORA" if kind is None and "r" in fields else kind
 
 
@@ -141,6 +155,12 @@ def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, 
     if told not in (None, "LORA") and kind in (None, "PROMPT"):
         kind = str(told)
     return None if kind is None else (kind, method_of(kind))
+
+
+def is_all_lora(names: Iterable[str]) -> bool:
+    """Whether a file of no format of ours holds nothing but LoRA by all of its names."""
+    names = list(names)
+    return bool(names) and all("lora" in name.lower() for name in names)
 
 
 def is_biases(names: Iterable[str]) -> bool:

@@ -52,6 +52,7 @@ class AdapterReport:
 class MergeReport:
     """The result of `merge`. `kept` is over all adapted tensors; `copied` counts the untouched ones.
 
+    changed: how many of `tensors` have another value than in the base, or are new; None in a dry run.
     undo_bytes: of the undo file; in a dry run the most that it can have."""
 
     base: str
@@ -60,6 +61,7 @@ class MergeReport:
     nbytes: int
     adapters: tuple[AdapterReport, ...]
     tensors: tuple[TensorReport, ...]
+    changed: int | None
     kept: float | None
     copied: int
     undo: str | None
@@ -95,6 +97,7 @@ def build_report(
         output.nbytes,
         tuple(AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, a.components) for a, w in plan.adapters),
         tuple(rows),
+        None if dry_run else sum(_is_changed(plan, row) for row in rows),
         total,
         len(output.specs) - len(rows),
         str(output.undo) if output.undo else None,
@@ -104,6 +107,11 @@ def build_report(
         output.not_copied,
         tuple(warnings),
     )
+
+
+def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
+    """What the base lacks is new; where no numbers are counted the value was replaced."""
+    return 0 not in row.shape and (row.name not in plan.base.specs or row.changed != 0)
 
 
 def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -> TensorReport:

@@ -36,8 +36,12 @@ def print_merge(report: MergeReport) -> None:
     ]
     titles = ("tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept")
     print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
-    verb = "would be changed" if report.dry_run else "changed"
-    say(f"\n{len(rows)} tensors {verb}, {report.copied} copied as they are; kept {share(report.kept)} of the change")
+    changed, verb = str(len(rows)), "would be changed" if report.dry_run else "changed"
+    if report.changed is not None and report.changed < len(rows):
+        changed = f"{report.changed} of {len(rows)}"
+    kept = "" if report.kept is None else f"; kept {share(report.kept)} of the change"
+    nothing = "; the merge changes nothing" if report.changed == 0 else ""
+    say(f"\n{changed} tensors {verb}, {report.copied} copied as they are{nothing}{kept}")
     for modules in grouped(report.left_out):
         say(f"left out: {modules}")
     if report.not_copied:
