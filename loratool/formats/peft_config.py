@@ -193,5 +193,3 @@ def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) ->
     if config.extra.get("lora_bias") and not kinds["add"]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")
     return tuple(lines)
-
-
