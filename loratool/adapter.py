@@ -52,6 +52,15 @@ class AdapterConfig:
         return Patterns(self.alpha_pattern)
 
     @cached_property
+    def parameters(self) -> Mapping[str, Sequence[tuple[int, str]]]:
+        """Of `target_parameters` by the module named ("" for none): each one's place in the list, and its name."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for number, listed in enumerate(self.extra["target_parameters"]):
+            owner, _, parameter = listed.rpartition(".")
+            found.setdefault(owner, []).append((number, parameter))
+        return found
+
+    @cached_property
     def targets(self) -> Targets:
         return Targets(self.extra.get("target_modules"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from .adapter import Adapter, UpdateSpec
@@ -38,7 +39,7 @@ class MergePlan:
     warnings: tuple[str, ...]
     edits: Edits
 
-    @property
+    @cached_property
     def changed(self) -> set[str]:
         """The tensors whose values need not be the base's."""
         own = {name for name, source in self.sources.items() if source.file is not self.base.shard_of.get(name)}

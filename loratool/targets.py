@@ -263,7 +263,7 @@ def _resolve_names(
         return path in index or path in stacks or (module in parts and parts[module].fused in index)
 
     ways = [plain]
-    for container in CONTAINERS:
+    for container in CONTAINERS if not all(known(m, path) for m, path in plain.items()) else ():
         prefix = container.replace(".", separator) + separator
         ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
         ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})

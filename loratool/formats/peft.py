@@ -87,8 +87,11 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
     for key in file.specs:
         _sort_in(key, component, found, replaced, file, named)
     updates: dict[str, UpdateSpec] = {}
+    depths_of: dict[str, list[int]] = {}
+    for path, depth in sorted((key for key, roles in found.items() if "A" in roles), reverse=True):
+        depths_of.setdefault(path, []).append(depth)
     for (path, depth), roles in found.items():
-        depths = sorted((d for p, d in found if p == path and "A" in found[p, d]), reverse=True)
+        depths = depths_of.get(path, [])
         place = depths.index(depth) if depth in depths else 0
         for update in _updates(path, roles, file, config, place, len(depths), lenient):
             if update.module in updates:

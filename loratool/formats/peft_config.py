@@ -13,6 +13,7 @@ from typing import Any
 from ..adapter import AdapterConfig, UpdateSpec, stands_in
 from ..checkpoint import read_json_file
 from ..errors import InputError, UsageError
+from ..patterns import endings
 from ..tensorfile import WeightsFile
 from .methods import method_of, peft_type
 
@@ -146,9 +147,10 @@ def target_parameter(
         return None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise InputError("the config's target_parameters are no list of names", culprit=module)
-    pairs: list[tuple[str, str]] = [(each.rpartition(".")[0], each.rpartition(".")[2]) for each in listed]
-    owned = list(dict.fromkeys(p for owner, p in pairs if owner and (module == owner or module.endswith(f".{owner}"))))
-    bare = [p for owner, p in pairs if not owner]
+    of_owners = config.parameters
+    numbered = sorted(each for end in endings(module) if end for each in of_owners.get(end, ()))
+    owned = list(dict.fromkeys(parameter for _, parameter in numbered))
+    bare = [parameter for _, parameter in of_owners.get("", ())]
     # a bare name is meant for whatever module has such a parameter: one that is named with its own need not
     names = owned if len(owned) == places else list(dict.fromkeys((*owned, *bare)))
     if not names or config.targets.has(module):
