@@ -269,6 +269,14 @@ def test_a_quantized_embedding_is_so_under_the_name_of_its_head(tmp_path: Path) 
     assert report.kind == "adapter" and report.details[0].relative is None
 
 
+def test_a_model_that_was_quantized_after_its_merge_is_not_verified(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {**PLAIN, "x.weight": weights(OUT, IN)})
+    adapter = write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2)})
+    merged = write_model(tmp_path / "merged", {**PLAIN, **STORED["fp8 by channel"][0]})
+    with pytest.raises(InputError, match=r"x\..*is quantized \(fp8\) and was not in"):
+        loratool.verify(base, adapter, merged)
+
+
 def test_codes_that_differ_are_not_compared(tmp_path: Path) -> None:
     tensors, config = STORED["fp8"]
     base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)

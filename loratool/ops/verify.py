@@ -20,7 +20,7 @@ from ..architectures.optional import is_optional
 from ..architectures.ties import COPIES
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..denormals import keep_denormals
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..hypotheses import FAULTS, OTHERS, Evidence, diagnose, how_far
 from ..inputs import Adapters, open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
 from ..judging import Outcome, Trial, beyond, same_codes
@@ -105,12 +105,23 @@ def verify(
         found = open_checkpoint(merged)
         opened.callback(found.close)
         refuse_adapter(found, merged, "the last argument is the merged model")
+        _refuse_quantized(checkpoint, found)
         plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
         judge = _Judge(plan, found)
         names = [name for name in plan.sources if name in found.specs]
         verdicts = dict(zip(names, _each(judge, names, workers or worker_count(), progress), strict=True))
         require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in loaded), *found.shards])
         return _report(plan, found, verdicts, judge, os.fspath(base), os.fspath(merged), tuple(allow))
+
+
+def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
+    """Raise InputError for a merged model that was quantized since: its codes are no weights to compare."""
+    for name in sorted(merged.formats.keys() - base.formats.keys()):
+        raise InputError(
+            f"is quantized ({merged.formats[name]}) and was not in {base.path}",
+            culprit=name,
+            remedy="verify the merged model as it was before it was quantized",
+        )
 
 
 def _each(
