@@ -338,7 +338,8 @@ def _index(
 
 def unwrapped(path: str) -> str:
     """A path without the wrappers of training loops."""
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+    parts = path.split(".")
+    return path if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
 
 def _normalized(module: str, flattened: bool, model_types: Sequence[str]) -> str:

@@ -91,6 +91,7 @@ ADAPTER_PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
+_LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
 # What a component is called where it has a weight of its own, from the whole to its parts -> the components.
 WEIGHED = {
     "unet": ("unet",),
@@ -252,7 +253,7 @@ def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
 
 def component_of(module: str) -> tuple[str | None, str]:
     """The component that an adapter's module says it is in, None where it does not, and its path there."""
-    for prefix in sorted(ADAPTER_PREFIXES, key=len, reverse=True):
+    for prefix in _LONGEST_FIRST:
         if module.startswith(prefix):
             return ADAPTER_PREFIXES[prefix], module.removeprefix(prefix)
     return None, module

@@ -617,7 +617,8 @@ def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str], ...
 
 def expert_part(name: str, model_types: Collection[str]) -> ExpertPart | None:
     """Which part of which fused parameter the matrix of one expert is; None for all else, scales and biases too."""
-    found = re.fullmatch(r"(.*\bexperts)\.(\d+)\.(\w+?)(?:\.weight)?", canonical(name, model_types))
+    path = canonical(name, model_types)
+    found = re.fullmatch(r"(.*\bexperts)\.(\d+)\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
     if found is None:
         return None
     for model_type, rows in EXPERTS.items():

@@ -48,5 +48,7 @@ KOHYA_PREFIXES = tuple(KOHYA_COMPONENTS)
 
 def module_of(tensor: str) -> str:
     """The path of a module from the name of its one matrix; another tensor's name as it is."""
-    end = next((end for end in MAIN_PARAMETERS if tensor.endswith(end)), "")
-    return tensor.removesuffix(end)
+    for end in MAIN_PARAMETERS:
+        if tensor.endswith(end):
+            return tensor.removesuffix(end)
+    return tensor
