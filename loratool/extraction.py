@@ -52,8 +52,9 @@ class Change:
 class Sorted:
     """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
     factored, (||W||^2, ||D||^2), and matrices those with more than one dimension; taken: tensors of the tuned side
-    alone that found a use; alphas: whether the adapter has a float32 for each module; in_model: as in `sort_changes`; routers:
-    tensors of modules that PEFT takes whole or not at all -> all tensors of that module; aliases: a tensor that the files have under another name.
+    alone that found a use; alphas: whether the adapter has a float32 for each module; in_model: as in `sort_changes`;
+    routers: tensors of modules that PEFT takes whole or not at all -> all tensors of that module; aliases: a tensor ->
+    the name under which the files have it.
     """
 
     low_rank: dict[str, Change] = field(default_factory=dict)

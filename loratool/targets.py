@@ -400,11 +400,6 @@ def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
         candidates.append(f"re:^{re.escape(module)}$")
         free = (p for p in candidates if not any(matches(p, path) for path in kept))
         patterns.append(next(free, candidates[-1]))
-    return exclude_flags(patterns)
-
-
-def exclude_flags(patterns: Sequence[str]) -> str:
-    """As a shell takes them: those that are no expressions in one list."""
     lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
     return " ".join(f"--exclude {quote(each)}" for each in lists if each)
 

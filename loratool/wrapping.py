@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from shlex import quote
 
 from .architectures.backbones import BACKBONES, in_task_model, is_backbone
 from .architectures.families import declared_class
@@ -27,7 +28,7 @@ from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
 from .errors import InputError, NeedsFlag
 from .formats.peft import DECLARED
-from .targets import exclude_flags, matches, unwrapped
+from .targets import matches, unwrapped
 from .tensorfile import TORCH_FLOATS, TensorSpec
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
@@ -175,7 +176,7 @@ def _of_unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]
     """Bare parameters of one module whose order of declaration, by which PEFT nests them, is not known."""
     stacks: dict[str, set[str]] = {}
     for name, in_model in factored.items():
-        if role_in_model(base, name, in_model, base.specs[name]) == "experts":
+        if name in base.specs and role_in_model(base, name, in_model, base.specs[name]) == "experts":
             owner, _, parameter = in_model.rpartition(".")
             stacks.setdefault(owner, set()).add(parameter)
     unknown = {owner for owner, own in stacks.items() if len(own) > 1 and not own.issubset(DECLARED)}
@@ -192,4 +193,4 @@ def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
         free = [p for p in (last, number) if not any(matches(p, path) for path in kept)]
         group = [each for each in modules if matches(number, each)]
         options.update(dict.fromkeys(free[:1] or group))
-    return exclude_flags([*options])
+    return " ".join(f"--exclude {quote(pattern)}" for pattern in options)

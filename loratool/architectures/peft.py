@@ -35,7 +35,8 @@ BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
 BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 # Types whose class splits, joins or moves weights of the file while it loads them, so that no module is called so, or
-# is another layer than it seems, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their paths, by `renames.canonical`.
+# is another layer than it seems, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
+# paths, by `renames.canonical`.
 RESHAPED = {
     "ctrl": r"^transformer\.w$",  # an embedding, which it alone calls so
     "gte": r"\.(qkv_proj|up_gate_proj)$",

@@ -155,8 +155,9 @@ def extract(
         found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
         found.alphas = form in ("kohya", "comfy")
         if in_model:
-            own = ({name: in_model(name) for name in names} for names in (found.low_rank, found.exact))
-            refuse_unsaid(sides[0], *own, {n: in_model(c.also) for n, c in found.low_rank.items() if c.also})
+            factored, whole = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
+            heads = {n: in_model(change.also) for n, change in found.low_rank.items() if change.also}
+            refuse_unsaid(sides[0], factored, whole, heads)
         opened.enter_context(named(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
