@@ -36,7 +36,7 @@ BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
         (("a", np.float32(0.5)), [("a", 0.5)]),
         ({"a": np.int64(2), "b": np.float16(0.25), "c": Fraction(1, 4)}, [("a", 2.0), ("b", 0.25), ("c", 0.25)]),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: repr(value)[:18],
 )
 def test_what_is_taken(given: Any, meant: list[tuple[str, float]]) -> None:
     found = read_given(given)
