@@ -98,7 +98,7 @@ def check(kind: Any, model: Any, folder: Path, every: bool = False) -> tuple[str
         for name in [name for name, W in other.items() if W.is_floating_point()]:
             change = float((other[name] - before[name]).norm())
             assert float((one[name] - other[name]).norm()) < 1e-5 * max(change, 1e-2), name
-    with_what_is_named(lambda **o: loratool.init(base, folder / "start", **o), rank=2)
+    with_what_is_named(lambda **o: loratool.init(base, folder / "start", **o), rank=1)
     loaded(kind, base, folder / "start")
     return excluded
 
