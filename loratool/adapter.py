@@ -122,6 +122,11 @@ class UpdateSpec:
     fault: str | None = None
 
     @property
+    def stored(self) -> tuple[str, ...]:
+        """All of its tensors in the adapter's file."""
+        return (*self.tensors.values(), *((self.base,) if self.base else ()))
+
+    @property
     def rank(self) -> int:
         """Of the change to one matrix; 0 where the change has no factors."""
         return self.specs["A"].shape[0] // self.experts if "A" in self.specs else 0

@@ -171,6 +171,8 @@ def open_adapters(given: Sequence[Given], alpha: float | None, opened: ExitStack
 
 def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
     """The adapter with the weights of those components that it has; a part's goes before the whole's."""
+    if not parts:
+        return adapter
     there = {weighed_component(module) for module in adapter.updates}
     components: dict[str, float] = {}
     for name in (name for name in WEIGHED if name in parts):

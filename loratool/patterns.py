@@ -8,8 +8,9 @@ is more than that is an expression.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from .errors import InputError
@@ -19,6 +20,8 @@ MAX_MODULE = 1000  # characters of a module's path
 _PATH = re.compile(r"(\^?)((?:[\w/.-]|\\[.-])*)\$?")
 _DOT = re.compile(r"(?<!\\)\.")
 Spans = tuple[tuple[int, int], ...]  # of a path's parts between the dots that are any character
+Cut = Callable[[str], Any]  # a path to those parts
+Paths = dict[int, dict[Spans, tuple[Cut, dict[Any, list[str]]]]]  # length -> the parts' places -> parts -> patterns
 
 
 class Patterns:
@@ -28,22 +31,27 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values, self._order = values, {pattern: number for number, pattern in enumerate(values)}
-        self._paths: dict[tuple[bool, int], dict[Spans, dict[tuple[str, ...], list[str]]]] = {}
+        self._whole: Paths = {}
+        self._ends: Paths = {}
         self._others: list[str] = []
         for pattern in values:
             path = _PATH.fullmatch(pattern)
             if path is None:
                 self._others.append(pattern)
                 continue
-            parts = tuple(part.replace("\\", "") for part in _DOT.split(path[2]))
-            spans, end = [], -1
-            for part in parts:
-                spans.append((end + 1, end := end + 1 + len(part)))
-            of_length = self._paths.setdefault((bool(path[1]), end), {})
-            of_length.setdefault(tuple(spans), {}).setdefault(parts, []).append(pattern)
+            spans: list[tuple[int, int]] = []
+            text, end = "", -1
+            for part in _DOT.split(path[2]):
+                text += "." * bool(spans) + part.replace("\\", "")
+                spans.append((end + 1, end := len(text)))
+            of_length = (self._whole if path[1] else self._ends).setdefault(end, {})
+            cut, paths = of_length.setdefault(tuple(spans), (itemgetter(*(slice(*span) for span in spans)), {}))
+            paths.setdefault(cut(text), []).append(pattern)
 
     def value(self, module: str, default: Any) -> Any:
         """That of the first pattern that matches."""
+        if not self._values:
+            return default
         first = min(self.matching(module), key=self._order.__getitem__, default=None)
         return default if first is None else self._values[first]
 
@@ -58,9 +66,10 @@ class Patterns:
                 remedy="rename its tensors",
             )
         for end in endings(module):
-            for anchored in (False, True)[: 1 + (end is module)]:
-                for spans, paths in self._paths.get((anchored, len(end)), {}).items():
-                    yield from paths.get(tuple(end[one:two] for one, two in spans), ())
+            for cut, paths in self._ends.get(len(end), {}).values():
+                yield from paths.get(cut(end), ())
+        for cut, paths in self._whole.get(len(module), {}).values():
+            yield from paths.get(cut(module), ())
         if self._others:
             yield from (self._others[number] for number in self._expressions.matching(module))
 

@@ -67,8 +67,10 @@ class Selection:
                 raise InputError(
                     f"names no module of {where}", culprit=f"{option} {pattern}", remedy=f"there are {', '.join(near)}"
                 )
+        if self.layers is None:
+            return
         there = sorted({number for path in paths if (number := _layer(path)) is not None})
-        if self.layers is not None and there and self.layers.isdisjoint(there):
+        if there and self.layers.isdisjoint(there):
             raise InputError(
                 f"names no layer of {where}", culprit="--layers", remedy=f"there are {there[0]}-{there[-1]}"
             )
@@ -204,6 +206,8 @@ def _select(selection: Selection, spots: Mapping[str, Sequence[Spot]]) -> dict[s
 
 def refuse_two(name: str, placements: Sequence[Placement]) -> None:
     """Updates that are not additive exclude each other: each would start from what the other leaves."""
+    if len(placements) < 2:
+        return
     last: Placement | None = None
     for each in sorted((p for p in placements if p.update.kind not in ADDITIVE), key=lambda p: p.start):
         if last and each.start < last.stop:
@@ -257,7 +261,8 @@ def _resolve_names(
     separator = "_" if adapter.flattened else "."
     index, stacks = _index(specs, model_types, separator)
     plain = {module: _normalized(module, adapter.flattened, model_types) for module in modules}
-    parts = {m: part for m in plain if not adapter.flattened and (part := expert_part(m, model_types))}
+    rest = [m for m, path in plain.items() if path not in index and path not in stacks and not adapter.flattened]
+    parts = {m: part for m in rest if (part := expert_part(m, model_types))}
 
     def known(module: str, path: str) -> bool:
         return path in index or path in stacks or (module in parts and parts[module].fused in index)
@@ -325,15 +330,15 @@ def _index(
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Spot, ...]]]:
     """The base's tensors by module path, and those of single experts by the path of the stack that they make up."""
     index: dict[str, list[str]] = {}
-    stacks: dict[str, tuple[Spot, ...]] = {}
+    stacks: dict[str, list[Spot]] = {}
     for name in specs:
         path = canonical(unwrapped(module_of(name)).removeprefix(PEFT_PREFIX), model_types)
         index.setdefault(path.replace(".", separator), []).append(name)
         part = expert_part(unwrapped(name), model_types)
         if part:
             fused = part.fused.replace(".", separator)
-            stacks[fused] = (*stacks.get(fused, ()), Spot(name, part.expert, part.part, part.parts))
-    return index, stacks
+            stacks.setdefault(fused, []).append(Spot(name, part.expert, part.part, part.parts))
+    return index, {fused: tuple(spots) for fused, spots in stacks.items()}
 
 
 def unwrapped(path: str) -> str:

@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -261,11 +263,14 @@ def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     return entries, metadata
 
 
-def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
-    def whole(values: Any) -> bool:
-        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+def _are_whole(values: Any) -> bool:
+    if not isinstance(values, list) or not {int}.issuperset(map(type, values)):
+        return False
+    return min(values, default=0) >= 0 and max(values, default=0) < 1 << 63
 
-    if not (isinstance(entry, dict) and whole(entry.get("shape")) and whole(entry.get("data_offsets"))):
+
+def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
+    if not (isinstance(entry, dict) and _are_whole(entry.get("shape")) and _are_whole(entry.get("data_offsets"))):
         raise InputError(f"{path.name} describes it without a whole-number shape and data_offsets", culprit=name)
     offsets = entry["data_offsets"]
     dtype = entry.get("dtype")
@@ -273,14 +278,20 @@ def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
         raise InputError(f"{path.name} gives the unknown dtype {dtype!r}", culprit=name)
     if len(offsets) != 2:
         raise InputError(f"{path.name} gives {len(offsets)} data_offsets instead of 2", culprit=name)
-    return TensorSpec(dtype, tuple(entry["shape"])), offsets[0], offsets[1]
+    return _shared_spec(dtype, tuple(entry["shape"])), offsets[0], offsets[1]
+
+
+@lru_cache(maxsize=1024)
+def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    """One value for all tensors of a kind, of which a mixture of experts has tens of thousands."""
+    return TensorSpec(dtype, shape)
 
 
 def _locate(
     entries: dict[str, Any], path: Path, data_start: int, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int]]:
     """Check that the tensors tile the data section without hole or overlap."""
-    found = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=lambda item: item[1:3])
+    found = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=itemgetter(1, 2))
     specs, begin, end = {}, {}, 0
     for spec, start, stop, name in found:
         bits = spec.size * DTYPES[spec.dtype]

@@ -7,7 +7,7 @@ that). Here the two stay one only if they end equal; else the second is written,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,7 +109,7 @@ def find_tie(base: Checkpoint) -> Tie | None:
         return None
     if encoder:
         return _masked_tie(base, embedding, family)
-    head = _last_named(base, OUTPUT_HEADS) or _head_name(base, embedding)
+    head = _head(base) or _head_name(base, embedding)
     before, mark, _ = embedding.rpartition("shared.weight")
     if not whole or not mark:
         return Tie(embedding, head, not whole, embedding)
@@ -156,20 +156,26 @@ def _flag(config: Mapping[str, Any]) -> bool | None:
 
 
 def _embedding(base: Checkpoint) -> str | None:
-    for last in INPUT_EMBEDDINGS:
-        name = _last_named(base, (last,))
-        if name:
-            return name
-    return None
+    matrices = _matrices(base, INPUT_EMBEDDINGS)
+    return next(filter(None, (_only(matrices.get(last, ())) for last in INPUT_EMBEDDINGS)), None)
 
 
-def _last_named(base: Checkpoint, lasts: tuple[str, ...]) -> str | None:
-    """The one matrix whose module has such a name; None where several do."""
-    found = [
-        name
-        for name, spec in base.specs.items()
-        if len(spec.shape) == 2 and name.endswith(".weight") and name.rpartition(".weight")[0].split(".")[-1] in lasts
-    ]
+def _head(base: Checkpoint) -> str | None:
+    return _only([name for names in _matrices(base, OUTPUT_HEADS).values() for name in names])
+
+
+def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
+    """The matrices of the modules that have one of these last names, by it."""
+    found: dict[str, list[str]] = {}
+    for name, spec in base.specs.items():
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        if last in lasts and name.endswith(".weight") and len(spec.shape) == 2:
+            found.setdefault(last, []).append(name)
+    return found
+
+
+def _only(found: Sequence[str]) -> str | None:
+    """The one matrix, of several the language model's; None where several could be meant."""
     text = [name for name in found if "language_model" in name]
     found = text if len(found) > 1 and text else found
     return found[0] if len(found) == 1 else None
@@ -388,7 +394,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
     """The tensors that have a row a token: the embedding, the heads, and their bias."""
     masked = MASKED_HEAD_OF.get(base.model_type or "")
-    head = f"{masked}.weight" if masked else _last_named(base, OUTPUT_HEADS)
+    head = f"{masked}.weight" if masked else _head(base)
     names = [_embedding(base), *(tie.sides if tie else [head])]
     biases = tie.bias or () if tie else ()
     if head:

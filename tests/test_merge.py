@@ -347,6 +347,23 @@ def test_a_damaged_factor_is_refused_before_anything_is_written(tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("number", [0, 5, 11])
+def test_a_damaged_factor_is_named_among_its_neighbours(tmp_path: Path, number: int, bad: float) -> None:
+    """Small factors are read many at once, across types and beside one that is too large for that."""
+    modules = [f"layers.{i}.q" for i in range(12)]
+    rows = {module: 70_000 if i == 6 else 8 for i, module in enumerate(modules)}
+    specs = {module: factors(count, 8, 2) for module, count in rows.items()}
+    specs = {m: (A.bfloat16() if i % 4 == 1 else A, B) for i, (m, (A, B)) in enumerate(specs.items())}
+    specs[modules[number]][1][7, 1] = bad
+    base = write_model(tmp_path / "base", {f"{m}.weight": weights(count, 8) for m, count in rows.items()})
+    adapter = write_peft(tmp_path / "adapter", specs)
+    with pytest.raises(InputError, match=rf"{modules[number]}.lora_B.weight: holds nan or inf"):
+        loratool.merge(base, adapter, tmp_path / "out", dry_run=True)
+    specs[modules[number]][1][7, 1] = 0.0
+    loratool.merge(base, write_peft(tmp_path / "sound", specs), tmp_path / "out", dry_run=True)
+
+
 def test_report_says_what_rounding_left(tmp_path: Path) -> None:
     """Trap 45: a change far below the base's steps."""
     W = weights(200, 200, dtype=torch.bfloat16)

@@ -143,7 +143,7 @@ def _sort_in(
         if trained not in file.specs and _ORIGINAL.sub(".modules_to_save", key) not in file.specs:
             raise InputError("is the untrained copy of a module whose trained one is missing", culprit=key)
         return
-    match, role = next(((m, role) for pattern, role in _ENDS if (m := pattern.fullmatch(path))), (None, ""))
+    match, role = _end_of(path)
     if match is None:
         if ".lora_" in path or ".token_adapter." in path:
             raise InputError("is a tensor of no LoRA that is known", culprit=key)
@@ -151,12 +151,22 @@ def _sort_in(
         _put(replaced, module_of(module), key, file)
         return
     module = match["module"]
-    depth = len(module) - len(re.sub(r"(\.base_layer)+$", "", module))
-    module = module.replace(".base_layer", "")
+    depth = 0
+    if ".base_layer" in module:
+        depth = len(module) - len(re.sub(r"(\.base_layer)+$", "", module))
+        module = module.replace(".base_layer", "")
     if role == "replaced_bias":
         _put(replaced, f"{module}.bias", key, file)
     else:
         _put(found.setdefault((module, depth), {}), role, key, file)
+
+
+def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
+    """The first end that a key has, and its tensor's role."""
+    for pattern, role in _ENDS:
+        if match := pattern.fullmatch(path):
+            return match, role
+    return None, ""
 
 
 def _without_wrapper(path: str, named: Collection[str]) -> str:

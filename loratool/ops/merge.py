@@ -29,8 +29,9 @@ from ..plan import MergePlan, plan_merge, widen_float8
 from ..rewrite import refuse_overflow, rewrite
 from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
 from ..sidefiles import provenance
-from ..source import Source, require_finite
+from ..source import Source, known_finite, require_finite
 from ..targets import Selection, parse_layers
+from ..tensorfile import WeightsFile
 from ..tied import TIED
 from ..undo import UndoWriter, entry_of, in_order
 from ..undo_file import Part
@@ -166,11 +167,14 @@ def _provenance(plan: MergePlan) -> str:
 
 def _check_factors(plan: MergePlan) -> None:
     """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
-    checked = set()
-    for placement in (placement for found in plan.bound.values() for placement in found):
-        if id(placement.update) in checked:
+    placements = {id(p.update): p for found in plan.bound.values() for p in found}.values()
+    stored: dict[WeightsFile, list[str]] = {}
+    for placement in placements:
+        stored.setdefault(placement.adapter.file, []).extend(placement.update.stored)
+    finite = {file: known_finite(file, names) for file, names in stored.items()}
+    for placement in placements:
+        if finite[placement.adapter.file].issuperset(placement.update.stored):
             continue
-        checked.add(id(placement.update))
         if placement.update.base:
             require_finite(Source(placement.adapter.file, placement.update.base))
         if placement.update.kind == "replace":

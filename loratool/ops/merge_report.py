@@ -120,8 +120,6 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
     )
-    change = _sum(block.change_squared for block in blocks)
-    relative = _ratio(change, _sum(block.base_squared for block in blocks))
     return TensorReport(
         name,
         spec.shape,
@@ -129,8 +127,17 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -
         "+".join(dict.fromkeys(kinds)),
         sum(update.rank for _, update in updates),
         tuple(weight * update.scale for weight, update in updates),
+        *(_measured(spec.size, blocks) if blocks else ()),
+    )
+
+
+def _measured(size: int, blocks: Sequence[Change]) -> tuple[float | None, float, float | None]:
+    """`relative`, `changed` and `kept`."""
+    change = _sum(block.change_squared for block in blocks)
+    relative = _ratio(change, _sum(block.base_squared for block in blocks))
+    return (
         None if relative is None else math.sqrt(relative),
-        sum(block.changed for block in blocks) / spec.size if blocks else None,
+        sum(block.changed for block in blocks) / size,
         _ratio(_sum(block.kept for block in blocks), change),
     )
 
