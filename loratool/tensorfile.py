@@ -264,9 +264,7 @@ def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
 
 
 def _are_whole(values: Any) -> bool:
-    if not isinstance(values, list) or not {int}.issuperset(map(type, values)):
-        return False
-    return min(values, default=0) >= 0 and max(values, default=0) < 1 << 63
+    return isinstance(values, list) and not [v for v in values if type(v) is not int or not 0 <= v < 1 << 63]
 
 
 def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:

@@ -28,7 +28,7 @@ WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_
 _NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
 # the end of a key -> the role of its tensor; (module, parameter) is what stands before
 _ENDS = tuple(
-    (re.compile(rf"(?P<module>.+?)\.{end}", re.DOTALL), role)
+    (re.compile(rf"\.{end}\Z"), role)
     for end, role in (
         (rf"lora_A{_NAME}\.weight", "A"),
         (rf"lora_B{_NAME}\.weight", "B"),
@@ -63,7 +63,8 @@ def claims(names: Iterable[str]) -> bool:
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
     """Raises InputError for a method or a variant that no row of UPDATES describes, naming the field or the tensor."""
     fields, component = find_config(file)
-    marked, other = find_marks(file.specs), other_method(file.specs, fields)
+    marked = find_marks(file.specs)
+    other = other_method(marked.values(), fields)  # in which all of the file's marks are
     if marked and other:
         _, method = other
         said = f"of {name} is a tensor of {method.title}, which {method.reason}"
@@ -150,7 +151,7 @@ def _sort_in(
         module = _without_wrapper(path, named).replace(".base_layer.", ".")
         _put(replaced, module_of(module), key, file)
         return
-    module = match["module"]
+    module = path[: match.start()]
     depth = 0
     if ".base_layer" in module:
         depth = len(module) - len(re.sub(r"(\.base_layer)+$", "", module))
@@ -162,9 +163,9 @@ def _sort_in(
 
 
 def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
-    """The first end that a key has, and its tensor's role."""
+    """The first end that a key has behind a module's path, and its tensor's role."""
     for pattern, role in _ENDS:
-        if match := pattern.fullmatch(path):
+        if match := pattern.search(path, 1):
             return match, role
     return None, ""
 
