@@ -15,6 +15,7 @@ from typing import TypeGuard
 from .adapter import Adapter
 from .architectures.image import WEIGHED, weighed_component
 from .checkpoint import Checkpoint, open_checkpoint
+from .collector import uncollected
 from .errors import InputError, NeedsFlag, UsageError
 from .fileio import sha256_file
 from .formats import is_adapter, open_adapter
@@ -87,6 +88,7 @@ def _not_taken(given: object) -> UsageError:
     return UsageError(f"{reprlib.repr(given)} names no adapter", remedy=f"adapters are {TAKEN}")
 
 
+@uncollected
 def open_inputs(
     base: str | os.PathLike[str], given: Sequence[Given], alpha: float | None, opened: ExitStack
 ) -> tuple[Checkpoint, Loaded]:

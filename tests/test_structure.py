@@ -11,18 +11,19 @@ ROOT = Path(__file__).parent.parent / "loratool"
 
 # Top to bottom: a module may import any above it. A folder stands for its files.
 ORDER = [
-    "errors", "denormals", "expressions", "patterns", "choices", "naming", "fileio", "tensorfile", "torchpickle",
-    "torchfile", "torcharchive", "source", "hub", "checkpoint", "sidefiles", "undo_checks", "undo_file", "undo_places",
-    "output", "layout", "numerics", "updates", "adapter", "architectures", "formats", "unwritten", "placing", "targets",
-    "tied", "wrapping", "heads", "sharing", "inputs", "counting", "outline", "plan", "undo", "undo_records",
-    "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks", "factoring", "draft", "joining",
-    "comparing", "converting", "carrying", "relayout", "extraction", "inits", "combining", "initialization",
+    "errors", "denormals", "collector", "expressions", "patterns", "choices", "naming", "fileio", "tensorfile",
+    "torchpickle", "torchfile", "torcharchive", "source", "hub", "checkpoint", "sidefiles", "undo_checks", "undo_file",
+    "undo_places", "output", "layout", "numerics", "updates", "adapter", "architectures", "formats", "unwritten",
+    "placing", "targets", "tied", "wrapping", "heads", "sharing", "inputs", "counting", "outline", "plan", "undo",
+    "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks", "factoring", "draft",
+    "joining", "comparing", "converting", "carrying", "relayout", "extraction", "inits", "combining", "initialization",
     "hypotheses", "replaying", "judging", "ops", "pictures", "render", "schemas", "cli", "__main__",
 ]  # fmt: skip
 # `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
 EVERYWHERE = {"architectures"}
 LAZY_TORCH = [
     "denormals",
+    "collector",
     "expressions",
     "patterns",
     "choices",

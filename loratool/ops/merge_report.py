@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..collector import uncollected
 from ..numerics.exact import Change
 from ..output import Output
 from ..plan import MergePlan
@@ -72,6 +73,7 @@ class MergeReport:
     warnings: tuple[str, ...]
 
 
+@uncollected
 def build_report(
     plan: MergePlan,
     output: Output,
