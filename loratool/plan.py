@@ -185,9 +185,8 @@ def _plan_edits(
         like = base.specs.get(name) or (
             base.specs[tie.stored_as(name)] if tie and name in settled.untied else source.spec
         )
-        spec = TensorSpec(like.dtype, source.spec.shape)
-        if spec != base.specs.get(name):
-            specs[name] = spec
+        if name not in base.specs or source.spec.shape != like.shape:
+            specs[name] = TensorSpec(like.dtype, source.spec.shape)
     words = [name for name in vocabulary_names(base, tie) if name in sources]
     rows = {name: sources[name].spec.shape[0] for name in words}
     resized = {name: n for name, n in rows.items() if base.specs.get(name, base.specs[words[0]]).shape[0] != n}
