@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import SINGLE_NAMES, Checkpoint, split_into_shards
-from .collector import uncollected
 from .errors import InputError, UsageError
 from .output import CONTAINERS, Edits, Output, OutputFile
 from .sidefiles import edited_config, encode_json, survey_checkpoint, undo_path
@@ -53,7 +52,6 @@ class _Cut:
     kept: WeightsFile | None
 
 
-@uncollected
 def plan_output(
     base: Checkpoint,
     path: Path,

@@ -10,7 +10,6 @@ from pathlib import Path
 from .adapter import Adapter, UpdateSpec
 from .architectures.wrappers import module_of
 from .checkpoint import Checkpoint
-from .collector import uncollected
 from .errors import InputError, NeedsFlag
 from .heads import classifier_edits
 from .output import Edits
@@ -47,7 +46,6 @@ class MergePlan:
         return own | set(self.placements)
 
 
-@uncollected
 def plan_merge(
     base: Checkpoint, adapters: tuple[tuple[Adapter, float], ...], selection: Selection, tied: str
 ) -> MergePlan:

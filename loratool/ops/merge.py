@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 
 from ..apply import Loader, plan_changes
+from ..collector import uncollected
 from ..denormals import keep_denormals
 from ..errors import NeedsFlag, UsageError
 from ..fileio import sha256_range
@@ -103,7 +104,8 @@ def merge(
             raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
-        plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
+        selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        plan = uncollected(plan_merge)(checkpoint, loaded, selection, tied)
         return write_merged(
             plan,
             os.fspath(base),
@@ -143,7 +145,8 @@ def write_merged(
     edits = widen_float8(plan, dtype)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
     check_path(path, is_file, inputs, force, is_model=True)
-    output = plan_output(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
+    lay_out = uncollected(plan_output)
+    output = lay_out(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
     _check_undo(plan, output)
