@@ -5,8 +5,8 @@
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-The verbs of the command line are functions of the same names and meaning, and each returns a frozen report. Errors are
-children of `LoratoolError`.
+The verbs of the command line but `guide` are functions of the same names and meaning, and each returns a frozen report.
+Errors are children of `LoratoolError`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's matrix of formats, made by converting a small adapter of each to each: `python tests/matrix.py`.
+"""The matrix in the guide `formats`, made by converting a small adapter of each to each: `python tests/matrix.py`.
 
 A cell is what `convert` reported, with the flags that it asked for first, or that it refused.
 """

@@ -51,6 +51,7 @@ def test_help_starts_within_three_imports_of_click() -> None:
         ["merge", "-h"],
         ["inspect", str(BASE)],
         ["--version"],
+        ["guide", "merging"],
     ],
 )
 def test_no_torch_and_no_numpy_where_headers_suffice(arguments: list[str]) -> None:

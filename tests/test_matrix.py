@@ -1,4 +1,4 @@
-"""The README's matrix is what the code does, and where it says exact the changes are the same, row for row."""
+"""The matrix in the guide `formats` is what the code does, and where it says exact the deltas are the same, by rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from loratool.choices import TARGETS
 from loratool.errors import NeedsFlag
 from loratool.formats import FORMATS, open_adapter
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+GUIDE = (Path(__file__).parent.parent / "loratool" / "guides" / "formats.md").read_text()
 
 
-def test_the_readme_has_it(tmp_path: Path) -> None:
-    assert matrix(tmp_path) in README, "python tests/matrix.py writes it anew"
+def test_the_guide_has_it(tmp_path: Path) -> None:
+    assert matrix(tmp_path) in GUIDE, "python tests/matrix.py writes it anew"
 
 
 def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ diff {tmp}/kinds {tmp}/kinds --base {tmp}/odd                                   
 diff {tmp}/kinds {tmp}/other --fail-above 0.1                                                 AdapterDiff 1
 diff {llama}/base {llama}/base                                                                CheckpointDiff 0
 diff {tmp}/odd {tmp}/nan --fail-above 0.1                                                     CheckpointDiff 1
+guide                                                                                         GuideReport 0
+guide merging                                                                                 GuideReport 0
 inspect {llama}/base                                                                          CheckpointReport 0
 inspect {tmp}/odd                                                                             CheckpointReport 0
 inspect {sdxl}/base.safetensors                                                               CheckpointReport 0
@@ -221,7 +223,7 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
         monkeypatch.setattr(f"loratool.ops.{verb}.{verb}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()
-    check_error(run(*argv), verb, "input", 3)
+    check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))
     check_error(run(*argv, "--absent"), verb, "usage", 2)
 
 

@@ -65,6 +65,7 @@ class TestCompletion:
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
             ("loratool extract base/ tuned/ --embed s", ["skip"]),
             ("loratool verify base/ adapter/ merged/ --allow ", ["inconclusive"]),
+            ("loratool guide image", ["image-models"]),
         ],
     )
     def test_verbs_options_and_words(
@@ -77,7 +78,7 @@ class TestCompletion:
         found = complete(run, monkeypatch, f"loratool {verb} --")
         assert set(found) >= {f"plain,{option.opts[-1]}" for owner, option in OPTIONS if owner == verb}
 
-    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"guide"}))
     def test_inputs_and_outputs_are_files(self, run: Run, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
         """The shell's own completion takes over where a path is wanted."""
         assert complete(run, monkeypatch, f"loratool {verb} mod") == ["file,mod"]
@@ -159,7 +160,7 @@ class TestEnvironment:
             else SAMPLES[kind.name.upper()]
         )
         given = [option.opts[-1]] if option.is_flag else [option.opts[-1], text]
-        arguments = ["a", "b", "c"][: 1 if verb in ("count", "inspect", "init", "resize", "convert") else 3]
+        arguments = ["a", "b", "c"][: 1 if verb in ("count", "guide", "inspect", "init", "resize", "convert") else 3]
         arguments = arguments[:2] if verb in ("diff", "extract") else arguments
         if verb == "convert" and option.name != "to":
             arguments += ["--to", "peft"]
@@ -222,6 +223,16 @@ class TestColours:
     def test_a_dumb_terminal_gets_text(self) -> None:
         assert "\x1b[1m" in in_a_terminal(["inspect", BASE])
         assert "\x1b" not in in_a_terminal(["inspect", BASE], TERM="dumb")
+
+    def test_a_terminal_gets_a_guide_laid_out(self) -> None:
+        text = in_a_terminal(["guide", "combine"], COLUMNS="200")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        assert (
+            "\x1b[1m" in text
+            and "loratool combine fixtures/llama/adapter" in plain
+            and "(image-models.md)" not in plain
+        )
+        assert "```" not in plain and max(map(len, plain.splitlines())) <= 120
 
     def test_a_file_has_none_and_whole_lines(self) -> None:
         """Whatever the environment says of widths; colours alone can be forced, as CI systems do."""

@@ -26,12 +26,27 @@ VERBS = {
     "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
     "diff": "Compare two adapters, or two models.",
     "extract": "Make an adapter of a full fine-tune: the best of its rank.",
+    "guide": "Read the guides, each on one topic.",
     "init": "Start an adapter from a base's files, by any method that needs no data.",
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
     "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
     "resize": "Give an adapter another rank, exactly.",
     "unmerge": "Give the base of a merge back, bit for bit.",
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
+}
+# verb -> the guide that its help names
+GUIDES = {
+    "combine": "combine",
+    "convert": "formats",
+    "count": "parameter-counts",
+    "diff": "init-and-resize",
+    "extract": "extract",
+    "init": "init-and-resize",
+    "inspect": "merging",
+    "merge": "merging",
+    "resize": "init-and-resize",
+    "unmerge": "merging",
+    "verify": "merging",
 }
 
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
@@ -48,6 +63,8 @@ class Verbs(click.Group):
         if name not in VERBS:
             return None
         command: click.Command = getattr(import_module(f".{name}", __name__), name)
+        if name in GUIDES:
+            command.epilog = f"More: loratool guide {GUIDES[name]}"
         return command
 
     def resolve_command(

@@ -2,6 +2,7 @@
 
 from .adapters import print_adapter, print_combine, print_convert, print_extract, print_init, print_resize
 from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
+from .guides import print_guide, print_guides
 from .models import (
     print_checkpoint,
     print_checkpoint_convert,
@@ -24,6 +25,8 @@ __all__ = [
     "print_convert",
     "print_count",
     "print_extract",
+    "print_guide",
+    "print_guides",
     "print_init",
     "print_merge",
     "print_method",

@@ -25,6 +25,7 @@ from ..ops import (
     count,
     diff,
     extract,
+    guide,
     init,
     merge_report,
     resize,
@@ -46,6 +47,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "count": (count.CountReport,),
     "diff": (diff.AdapterDiff, diff.CheckpointDiff),
     "extract": (extract.ExtractReport,),
+    "guide": (guide.GuideReport,),
     "init": (init.InitReport,),
     "inspect": (
         inspecting.CheckpointReport,

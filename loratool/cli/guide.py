@@ -1,0 +1,43 @@
+"""`loratool guide`."""
+
+from __future__ import annotations
+
+import click
+
+from .options import json_option
+
+
+def _complete(context: click.Context, argument: click.Parameter, incomplete: str) -> list[str]:
+    from ..ops.guide import topics
+
+    return [name for name in topics() if name.startswith(incomplete)]
+
+
+@click.command()
+@click.argument("topic", required=False, shell_complete=_complete)
+@click.option("--path", is_flag=True, help="Print where the guides are: their folder, or the file of TOPIC.")
+@json_option
+def guide(topic: str | None, path: bool, json: bool) -> None:
+    """Read the guides, each on one topic; without TOPIC they are listed.
+
+    A terminal gets the text laid out, a pipe or a file the Markdown itself.
+
+    \b
+      loratool guide
+      loratool guide extract
+      loratool guide --path
+    """
+    from ..ops.guide import guide as run
+    from ..render import print_guide, print_guides, to_json
+
+    report = run(topic)
+    if json:
+        print(to_json("guide", report))
+    elif path:
+        from pathlib import Path
+
+        print(Path(report.folder, f"{topic}.md") if topic else report.folder)
+    elif report.text is not None:
+        print_guide(report.text)
+    else:
+        print_guides(report)
