@@ -51,6 +51,8 @@ def commands(name: str) -> list[tuple[str, str, str | None]]:
             found += [(kind, line, None) for line in text.splitlines()]
         elif kind == "python":
             found.append((kind, text, None))
+        elif kind == "text" and found and found[-1][0] == "python":
+            found[-1] = (*found[-1][:2], text)
     return found[2:] if name == "README" else found
 
 
