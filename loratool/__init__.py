@@ -16,52 +16,53 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
-    from .ops.combine import CombineReport, combine
-    from .ops.convert import ConvertReport, convert
-    from .ops.convert_checkpoint import CheckpointConvertReport
-    from .ops.count import CountReport, count
-    from .ops.diff import AdapterDiff, CheckpointDiff, diff
-    from .ops.extract import ExtractReport, extract
-    from .ops.init import InitReport, init
-    from .ops.inspect import CheckpointReport, inspect
-    from .ops.inspect_adapter import AdapterInspection
-    from .ops.merge import merge
-    from .ops.merge_report import MergeReport
+    from .ops.combine.command import CombineReport, combine
+    from .ops.convert.checkpoint import CheckpointConvertReport
+    from .ops.convert.command import ConvertReport, convert
+    from .ops.count.command import CountReport, count
+    from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
+    from .ops.extract.command import ExtractReport, extract
+    from .ops.init.command import InitReport, init
+    from .ops.inspect.adapter import AdapterInspection
+    from .ops.inspect.command import CheckpointReport, inspect
+    from .ops.inspect.spectra import SpectraReport, spectra
+    from .ops.merge.command import merge
+    from .ops.merge.report import MergeReport
     from .ops.resize import ResizeReport, resize
-    from .ops.spectra import SpectraReport, spectra
     from .ops.unmerge import UnmergeReport, unmerge
-    from .ops.verify import VerifyReport, verify
+    from .ops.verify.command import VerifyReport, verify
 
 # Loaded on first use, so that `import loratool` and the command line start without torch.
 _HOMES = {
-    "AdapterInspection": "inspect_adapter",
-    "AdapterDiff": "diff",
-    "CheckpointDiff": "diff",
-    "diff": "diff",
-    "CheckpointReport": "inspect",
-    "CheckpointConvertReport": "convert_checkpoint",
-    "CombineReport": "combine",
-    "combine": "combine",
-    "ConvertReport": "convert",
-    "convert": "convert",
-    "CountReport": "count",
-    "count": "count",
-    "MergeReport": "merge_report",
-    "ExtractReport": "extract",
-    "extract": "extract",
-    "InitReport": "init",
-    "init": "init",
-    "inspect": "inspect",
-    "merge": "merge",
+    "AdapterInspection": "inspect.adapter",
+    "AdapterDiff": "diff.command",
+    "CheckpointDiff": "diff.command",
+    "diff": "diff.command",
+    "CheckpointReport": "inspect.command",
+    "CheckpointConvertReport": "convert.checkpoint",
+    "CombineReport": "combine.command",
+    "combine": "combine.command",
+    "ConvertReport": "convert.command",
+    "convert": "convert.command",
+    "CountReport": "count.command",
+    "count": "count.command",
+    "MergeReport": "merge.report",
+    "ExtractReport": "extract.command",
+    "extract": "extract.command",
+    "InitReport": "init.command",
+    "init": "init.command",
+    "inspect": "inspect.command",
+    "merge": "merge.command",
     "ResizeReport": "resize",
     "resize": "resize",
-    "SpectraReport": "spectra",
-    "spectra": "spectra",
+    "SpectraReport": "inspect.spectra",
+    "spectra": "inspect.spectra",
     "UnmergeReport": "unmerge",
     "unmerge": "unmerge",
-    "VerifyReport": "verify",
-    "verify": "verify",
+    "VerifyReport": "verify.command",
+    "verify": "verify.command",
 }
+
 
 __all__ = [
     "AdapterDiff",

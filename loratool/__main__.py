@@ -1,5 +1,7 @@
 """`python -m loratool`."""
 
+from __future__ import annotations
+
 from .cli import main
 
 main()

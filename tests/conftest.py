@@ -26,8 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for ea
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+SHARED = ROOT.parent / "shared" / "data"
 
 # Runs the command line and ends with its peak RSS in kB on stderr. (What wait4 tells of a child includes its
 # parent's RSS at the fork, which here is pytest's.)

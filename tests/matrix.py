@@ -19,7 +19,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag
-from loratool.choices import TARGETS
+from loratool.ops.choices import TARGETS
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))

@@ -18,12 +18,10 @@ from typing import Any
 import click
 import pytest
 import yaml
-from conftest import run_command
+from conftest import ROOT, run_command
 
-from loratool import schemas
-from loratool.cli import GUIDES, VERBS, cli
+from loratool.cli import GUIDES, VERBS, cli, schemas
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "loratool" / "guides"
 TOPICS = sorted(path.stem for path in FOLDER.glob("*.md"))
 DOCS = {"README": ROOT / "README.md"} | {name: FOLDER / f"{name}.md" for name in TOPICS}

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, bits, load_model
+from conftest import FIXTURES, ROOT, bits, load_model
 
-ROOT = Path(__file__).parent.parent
 BIN = "Scripts" if os.name == "nt" else "bin"
 
 

@@ -1,123 +1,289 @@
-"""The design's table of who may import whom, read off the imports; and the sizes that keep files readable."""
+"""Hold the layout of the package: who may import whom, what stays light to start, and how modules speak.
+
+Every rule is a function from a package's folder to the lines that break it, so that each is tried on a package made to
+break it. The import rule is in the guide `architecture`.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import FIXTURES, ROOT
 
-ROOT = Path(__file__).parent.parent / "loratool"
-
-# Top to bottom: a module may import any above it. A folder stands for its files.
-ORDER = [
-    "errors", "denormals", "collector", "expressions", "patterns", "choices", "naming", "fileio", "tensorfile",
-    "torchpickle", "torchfile", "torcharchive", "source", "hub", "checkpoint", "sidefiles", "undo_checks", "undo_file",
-    "undo_places", "output", "layout", "numerics", "updates", "adapter", "architectures", "formats", "unwritten",
-    "placing", "targets", "tied", "wrapping", "heads", "sharing", "inputs", "counting", "outline", "plan", "undo",
-    "undo_records", "processes", "runtime", "rewrite", "special", "apply", "pairing", "ranks", "factoring", "draft",
-    "joining", "comparing", "converting", "carrying", "relayout", "extraction", "inits", "combining", "initialization",
-    "hypotheses", "replaying", "judging", "ops", "pictures", "render", "schemas", "cli", "__main__",
-]  # fmt: skip
-# `architectures` are literal tables without imports of ours, so whoever needs a table may read it.
-EVERYWHERE = {"architectures"}
-LAZY_TORCH = [
-    "denormals",
-    "collector",
-    "expressions",
-    "patterns",
-    "choices",
-    "tensorfile",
-    "torchpickle",
-    "torchfile",
-    "torcharchive",
-    "source",
-    "checkpoint",
-    "updates",
-    "adapter",
-    "architectures",
-    "formats",
-    "placing",
-    "targets",
-    "tied",
-    "wrapping",
-    "heads",
-    "sharing",
-    "inputs",
-    "counting",
-    "outline",
-    "plan",
-    "sidefiles",
-    "hub",
-    "output",
-    "layout",
-    "converting",
-    "ranks",
-    "cli",
-]
+PACKAGE = ROOT / "loratool"
+# A folder imports itself and what stands to its left; those of one group do not import each other.
+ORDER = (
+    ("errors",),
+    ("numerics", "architectures"),
+    ("files",),
+    ("adapters",),
+    ("binding",),
+    ("undo",),
+    ("streaming",),
+    ("ops",),
+    ("cli",),
+)
+OPS = (
+    ("choices", "rank_rules", "denormals", "collector", "guide"),
+    ("inputs",),
+    ("factor_spool",),
+    ("merge", "unmerge", "verify", "inspect", "count", "convert"),
+    ("diff", "resize", "extract", "init"),
+    ("combine",),
+)
+FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
+MAX_ROOMS, MAX_ARROWS = 11, 40
+# What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
+LIGHT = (
+    "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
+    "adapters.formats ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command cli"
+).split()
+HEAVY = ("binding.candidates", "files.tensor_compare")
+HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
+# Packages that hold more than a docstring: tables and faces.
+FULL_PACKAGES = ("", "adapters.formats", "cli", "cli.render", "cli.schemas")
 # What of torch takes the process's default type where none is named.
 MAKERS = set("arange as_tensor empty eye full linspace logspace normal ones rand randn tensor zeros".split())
-FILES = sorted(ROOT.rglob("*.py"))
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def name_of(path: Path, package: Path) -> str:
+    """The dotted name of a module below the package, empty for its face."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
-    """The first names of ours that a file imports, anywhere in it."""
-    depth = len(path.relative_to(ROOT).parts) - 1
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == depth + 1:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+@cache
+def modules(package: Path) -> dict[str, ast.Module]:
+    return {name_of(path, package): ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
+
+
+def is_package(package: Path, name: str) -> bool:
+    return (package / name.replace(".", "/") / "__init__.py").is_file()
+
+
+def imports_of(package: Path, name: str, tree: ast.AST) -> Iterator[str]:
+    """The modules of ours that one imports anywhere in it, as dotted names below the package."""
+    here = [part for part in name.split(".") if part]
+    here = here if is_package(package, name) else here[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
+            target = ".".join(part for part in base if part)
+            for alias in node.names:
+                inner = f"{target}.{alias.name}".strip(".")
+                yield inner if inner in modules(package) else target
+
+
+@cache
+def arrows(package: Path) -> dict[str, set[str]]:
+    """Which module imports which, itself left out."""
+    return {name: set(imports_of(package, name, tree)) - {name} for name, tree in modules(package).items()}
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def command(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def wrong_turns(package: Path, room_of: Callable[[str], str], order: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports that go to the right, or to another of the same group."""
+    rank = {each: i for i, group in enumerate(order) for each in group}
+    found = []
+    for name, targets in arrows(package).items():
+        for target in targets:
+            mine, theirs = room_of(name), room_of(target)
+            if name not in FACES and mine and theirs and mine != theirs and not rank[theirs] < rank[mine]:
+                found.append(f"{name} imports {target}")
     return found
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if room(f) != "__init__"], ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
-    mine = ORDER.index(room(path))
-    for name in imports(path) - EVERYWHERE - {room(path)}:
-        if path.parts[-2:] != ("cli", "__init__.py"):
-            assert ORDER.index(name) < mine, f"{path.name} imports {name}"
+def folder_breaches(package: Path) -> list[str]:
+    known = {each for group in ORDER for each in group}
+    strays = [name for name in modules(package) if name not in FACES and room(name) not in known]
+    return [f"{name} is in no room" for name in strays] or wrong_turns(package, room, ORDER)
+
+
+def ops_breaches(package: Path) -> list[str]:
+    inside = {name: command(name) for name in modules(package) if room(name) == "ops"}
+    known = {each for group in OPS for each in group}
+    strays = [name for name, each in inside.items() if each and each not in known]
+    return [f"{name} has no place in ops" for name in strays] or wrong_turns(
+        package, lambda name: inside.get(name, ""), OPS
+    )
+
+
+def circles(package: Path) -> list[str]:
+    """Modules that import each other in a circle, inner imports counted; by a depth-first search."""
+    graph = {name: targets for name, targets in arrows(package).items() if name not in FACES}
+    state: dict[str, int] = {}
+    found: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        state[name] = 1
+        for target in sorted(graph.get(name, ())):
+            if state.get(target) == 1:
+                found.append(" -> ".join((*path[path.index(target) :], target)))
+            elif target not in state and target in graph:
+                visit(target, (*path, target))
+        state[name] = 2
+
+    for name in graph:
+        if name not in state:
+            visit(name, (name,))
+    return found
+
+
+def size_breaches(package: Path) -> list[str]:
+    """The rooms at the top and the arrows between them, where they are more than one can have in mind."""
+    rooms = {room(name) for name in modules(package) if name}
+    between = {(room(a), room(b)) for a, targets in arrows(package).items() for b in targets if a and b}
+    between = {(a, b) for a, b in between if a != b}
+    figures = f"{len(rooms)} rooms, {len(between)} arrows between them"
+    return [figures] if len(rooms) > MAX_ROOMS or len(between) > MAX_ARROWS else []
+
+
+def starts_with(name: str, prefixes: tuple[str, ...] | list[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def heavy_starts(package: Path) -> list[str]:
+    """Light modules that import torch, numpy or our numerics where they begin."""
+    found = []
+    for name, tree in modules(package).items():
+        if not starts_with(name, LIGHT) or starts_with(name, HEAVY):
+            continue
+        for node in tree.body:
+            names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = {(node.module or "").split(".")[0]}
+            ours = {room(target) for target in imports_of(package, name, ast.Module([node], []))}
+            if names & HEAVY_PACKAGES or ("numerics" in ours and isinstance(node, ast.ImportFrom)):
+                found.append(f"{name} starts with {ast.unparse(node)}")
+    return found
+
+
+def terminal_breaches(package: Path) -> list[str]:
+    """Modules that know rich outside of cli.render, or click outside of cli."""
+    found = []
+    for name, tree in modules(package).items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for library, home in (("rich", "cli.render"), ("click", "cli")):
+                if any(each.split(".")[0] == library for each in names) and not starts_with(name, [home]):
+                    found.append(f"{name} imports {library}")
+    return found
+
+
+def full_packages(package: Path) -> list[str]:
+    """Packages whose `__init__` is more than a docstring, so that importing a part loads the others."""
+    found = []
+    for name, tree in modules(package).items():
+        if is_package(package, name) and name not in FULL_PACKAGES and len(tree.body) > 1:
+            found.append(f"{name}/__init__.py holds more than a docstring")
+    return found
+
+
+def untyped_tensors(package: Path) -> list[str]:
+    return [
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in modules(package).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {f"torch.{maker}" for maker in MAKERS}
+        and all(keyword.arg != "dtype" for keyword in node.keywords)
+    ]
+
+
+def silent_modules(package: Path) -> list[str]:
+    return [
+        f"{name or 'package'} has no docstring"
+        for name, tree in modules(package).items()
+        if not ast.get_docstring(tree)
+    ]
+
+
+# rule -> files that break it, and what of the message tells that
+RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
+    folder_breaches: (
+        {"files/a.py": '"""A."""\nfrom ..adapters import b', "adapters/b.py": '"""B."""'},
+        "files.a imports",
+    ),
+    ops_breaches: (
+        {"ops/merge/a.py": '"""A."""\ndef f():\n    from ..verify import b', "ops/verify/b.py": '"""B."""'},
+        "ops.merge.a imports ops.verify.b",
+    ),
+    circles: (
+        {"files/a.py": '"""A."""\nfrom .b import x', "files/b.py": '"""B."""\ndef f():\n    from . import a'},
+        "files.a -> files.b -> files.a",
+    ),
+    size_breaches: ({f"room{i}.py": '"""A."""' for i in range(MAX_ROOMS + 1)}, "rooms"),
+    heavy_starts: ({"files/a.py": '"""A."""\nimport torch.nn'}, "files.a starts with"),
+    terminal_breaches: ({"ops/a.py": '"""A."""\ndef f():\n    from rich.table import Table'}, "ops.a imports rich"),
+    full_packages: ({"undo/__init__.py": '"""U."""\nfrom . import records', "undo/records.py": '"""R."""'}, "undo"),
+    untyped_tensors: ({"numerics/a.py": '"""A."""\nimport torch\nx = torch.zeros(3)'}, "torch.zeros(3)"),
+    silent_modules: ({"files/a.py": "x = 1"}, "files.a has no docstring"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule: Callable[[Path], list[str]]) -> None:
+    assert rule(PACKAGE) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_finds_what_breaks_it(rule: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    files, told = RULES[rule]
+    for place, text in {"__init__.py": '"""P."""', **files}.items():
+        path = tmp_path / "package" / place
+        for folder in (path.parent, *path.parent.parents):
+            if folder == tmp_path:
+                break
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "__init__.py").exists():
+                (folder / "__init__.py").write_text('"""P."""')
+        path.write_text(text)
+    assert any(told in line for line in rule(tmp_path / "package"))
+
+
+def started(*arguments: str) -> set[str]:
+    """The modules that a command line has loaded when it ends."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from loratool.cli import _run\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    _run(sys.argv[1:])\n"
+        "print(*sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
 
 
 @pytest.mark.parametrize(
-    "path",
-    [f for f in FILES if room(f) in LAZY_TORCH or f.name in ("inspect.py", "count.py")],
-    ids=lambda p: str(p.relative_to(ROOT)),
+    "arguments",
+    [
+        ("--help",),
+        ("merge", "-h"),
+        ("convert", "-h"),
+        ("guide",),
+        ("count", str(FIXTURES / "gpt2" / "base" / "config.json")),
+        ("inspect", str(FIXTURES / "llama" / "base")),
+    ],
+    ids=" ".join,
 )
-def test_torch_is_imported_only_inside_functions(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
-        names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
-        names |= {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
-        assert not names & {"torch", "numpy", "safetensors", "numerics"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_tensor_that_is_made_names_its_type(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
-            assert any(keyword.arg == "dtype" for keyword in node.keywords), ast.unparse(node)
-
-
-def test_only_render_knows_rich() -> None:
-    assert {room(f) for f in FILES if "from rich" in f.read_text()} == {"render"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_and_functions_stay_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 900  # a file is as long as its subject, and a subject is no novel
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
-            assert length <= 50, f"{node.name} has {length} lines"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_what_needs_headers_alone_starts_without_torch(arguments: tuple[str, ...]) -> None:
+    """An import two modules away is what no rule above sees."""
+    loaded = started(*arguments)
+    assert "loratool.cli" in loaded and not loaded & HEAVY_PACKAGES
 
 
 def test_the_library_exports_what_it_lists() -> None:

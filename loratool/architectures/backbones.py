@@ -16,7 +16,11 @@ _TYPES = {
     "deberta": "deberta deberta-v2",
     **{name: name for name in ("albert", "distilbert", "electra", "gpt_neox", "mpnet", "vit")},
 }
+
+
 BACKBONES = {model_type: prefix for prefix, types in _TYPES.items() for model_type in types.split()}
+
+
 # Parts of a task model beside its backbone.
 BESIDE = frozenset("lm_head embed_out score classifier qa_outputs cls".split())
 

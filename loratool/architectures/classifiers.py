@@ -7,8 +7,11 @@ from __future__ import annotations
 
 # PEFT's task_type -> how the names of transformers' classes for it end.
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+
+
 # Where the last layer of such a head is, with a row a label.
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
+
 
 # How the names of a family's classes begin.
 _BOTH = """albert:Albert arcee:Arcee bert:Bert big_bird:BigBird biogpt:BioGpt bloom:Bloom camembert:Camembert
@@ -24,10 +27,14 @@ _BOTH = """albert:Albert arcee:Arcee bert:Bert big_bird:BigBird biogpt:BioGpt bl
     roberta-prelayernorm:RobertaPreLayerNorm roc_bert:RoCBert roformer:RoFormer seed_oss:SeedOss smollm3:SmolLM3
     squeezebert:SqueezeBert stablelm:StableLm starcoder2:Starcoder2 t5:T5 umt5:UMT5 xlm:XLM xlm-roberta:XLMRoberta
     xlm-roberta-xl:XLMRobertaXL xlnet:XLNet xmod:Xmod yoso:Yoso"""
+
+
 _SEQUENCES = """bart:Bart bigbird_pegasus:BigBirdPegasus ctrl:CTRL deepseek_v2:DeepseekV2 doge:Doge
     gemma3_text:Gemma3Text gptj:GPTJ hunyuan_v1_dense:HunYuanDenseV1 hunyuan_v1_moe:HunYuanMoEV1 jamba:Jamba
     jetmoe:JetMoe mbart:MBart modernbert-decoder:ModernBertDecoder mvp:Mvp olmo:Olmo olmo2:Olmo2 olmo3:Olmo3
     openai-gpt:OpenAIGPT opt:OPT phimoe:Phimoe plbart:PLBart reformer:Reformer zamba:Zamba zamba2:Zamba2"""
+
+
 _TOKENS = "apertus:Apertus bros:Bros"
 
 

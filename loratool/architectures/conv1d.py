@@ -17,6 +17,7 @@ CONV1D_MODULES = {
     "openai-gpt": {"c_attn", "c_fc", "c_proj"},
 }
 
+
 # Families of `nn.Linear` alone, for which a square matrix needs no further evidence.
 LINEAR_MODEL_TYPES = frozenset(
     """albert bart bert bloom cohere cohere2 deepseek_v2 deepseek_v3 distilbert electra falcon gemma gemma2 gemma3

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
+
 # The start of a tensor's name in a single file -> its component and how the rest is spelled, longest first.
 PREFIXES = {
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
@@ -27,6 +28,8 @@ PREFIXES = {
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
     "model.diffusion_model.": ("unet", ""),
 }
+
+
 # The folders of a diffusers pipeline, before a slash in its tensors' names -> the component; no VAE is a target.
 FOLDERS = {
     "unet": "unet",
@@ -35,6 +38,8 @@ FOLDERS = {
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
 }
+
+
 # What a name has in it that is found in the denoiser of a kind, whatever stands before.
 MARKS = {
     "input_blocks.": "sgm",
@@ -46,6 +51,8 @@ MARKS = {
     "text_model.encoder.layers.": "clip",
     "embeddings.token_embedding.": "clip",  # all that transformers 5 leaves of it without a `text_model.`
 }
+
+
 # What the single files of other transformers have in their names, where these are their makers': nothing loads an
 # adapter under them by itself, and no format of ours is told apart by them.
 MAKERS = {
@@ -66,11 +73,19 @@ MAKERS = {
     "txtfusion.projector.weight": "Krea 2",
     "video_patch_proj.weight": "MiniMax H3",
 }
+
+
 # What single files of all kinds put before a denoiser's names.
 SINGLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
+
+
 # The same for the text encoder in a folder.
 TEXT_MARKS = {"encoder.layers.": "clip", "encoder.block.": "t5"}
+
+
 CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # how the names of a CLIP by itself begin
+
+
 # Prefixes of an adapter's modules -> their component. kohya's paths behind it are flattened.
 ADAPTER_PREFIXES = {
     "lora_unet_": "unet",
@@ -91,7 +106,11 @@ ADAPTER_PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
+
+
 _LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
+
+
 # What a component is called where it has a weight of its own, from the whole to its parts -> the components.
 WEIGHED = {
     "unet": ("unet",),
@@ -100,6 +119,7 @@ WEIGHED = {
     "te2": ("text_encoder_2",),
     "te3": ("text_encoder_3",),
 }
+
 
 # sgm's names within a residual block -> diffusers'
 RESNET = {
@@ -110,6 +130,8 @@ RESNET = {
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
+
+
 SGM_OUTSIDE = {
     "input_blocks.0.0": "conv_in",
     "time_embed.0": "time_embedding.linear_1",
@@ -119,6 +141,8 @@ SGM_OUTSIDE = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+
+
 # A name in an OpenCLIP layer -> Hugging Face's, one for each equal part of its rows
 OPENCLIP = {
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -126,6 +150,8 @@ OPENCLIP = {
     "mlp.c_fc": ("mlp.fc1",),
     "mlp.c_proj": ("mlp.fc2",),
 }
+
+
 # Flux's own names in a block -> diffusers', one for each part of its rows
 DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -139,12 +165,18 @@ DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
 }
+
+
 SINGLE = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
+
+
 FLUX_ATTENTION = "linear1_qkv"  # what XLabs and ComfyUI call the attention in linear1, its first rows
+
+
 FLUX_OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -156,8 +188,12 @@ FLUX_OUTSIDE = {
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
+
+
 # Here shift and scale have changed places: the halves of the rows are swapped.
 FLUX_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
+
+
 # Stability's own names in a block of SD 3 and 3.5 -> diffusers'
 JOINT = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -173,6 +209,8 @@ JOINT = {
     "x_block.adaLN_modulation.1": ("norm1.linear",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
+
+
 SD3_OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -182,6 +220,8 @@ SD3_OUTSIDE = {
     "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
+
+
 # In the last block this has a shift and a scale alone, with the halves swapped.
 SD3_LAST = "context_block.adaLN_modulation.1"
 

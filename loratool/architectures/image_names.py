@@ -12,9 +12,17 @@ from functools import cache
 from .image import DITS, FLUX_ATTENTION, RESNET, SGM_OUTSIDE, diffusers_to_sgm
 
 ATTENTION = [f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0")]
+
+
 CLIP = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+
+
 T5 = [f"layer.0.SelfAttention.{x}" for x in "qkvo"] + [f"layer.1.DenseReluDense.{x}" for x in ("wi_0", "wi_1", "wo")]
+
+
 DEPTH, CLIP_LAYERS, T5_BLOCKS, DOUBLE_BLOCKS = 10, 32, 24, 19
+
+
 # How many blocks of each stem the largest has.
 BLOCKS = {"double_blocks": DOUBLE_BLOCKS, "single_blocks": 38, "joint_blocks": 38}
 

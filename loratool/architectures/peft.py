@@ -9,10 +9,17 @@ from .renames import EXPERTS
 
 # Types whose out_proj and conv1d PEFT refuses: their kernels pass LoRA by (`_check_lora_target_modules_mamba`).
 MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
+
+
 MAMBA_REFUSED = ("out_proj", "conv1d")
 
+
 _GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
 _NUMBERED = frozenset({"w1", "w2", "w3"})
+
+
 # Types for which PEFT makes stacks of single experts' factors -> last names that it takes for experts wherever they
 # stand, so that nothing else of these names gets factors (`utils/transformers_weight_conversion.py`).
 STACKED_BY_PEFT = {
@@ -25,14 +32,18 @@ STACKED_BY_PEFT = {
     ),
 }
 
+
 # Types whose routers, beside the experts, are bare parameters of modules that are no linear layers.
 BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
     """aria aria_text dots3_note dots3_note_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
     hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini minimax_m3_vl_text mistral4 muse_spark qwen3_5_moe
     qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7""".split()
 )
+
+
 # Type -> last names of its modules that look like linear layers or convolutions and hold a bare parameter.
 BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
+
 
 # Types whose class splits, joins or moves weights of the file while it loads them, so that no module is called so, or
 # is another layer than it seems, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
@@ -56,6 +67,8 @@ RESHAPED = {
     "sarvam_moe": r"\bquery_key_value$",
     "step3p7": r"\bmoe\.(gate|up)_proj$|\bvision_model\.",
 }
+
+
 # Types for which no adapter would load -> why.
 REFUSED = {
     **dict.fromkeys(
@@ -67,5 +80,7 @@ REFUSED = {
     ),
     "pp_formulanet": "PEFT finds no input embeddings in it",
 }
+
+
 # Types of two models side by side, whose files have the names of either under `encoder.` and `decoder.`.
 ENCODER_DECODERS = frozenset("encoder-decoder speech-encoder-decoder vision-encoder-decoder".split())

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+
 _QKV = ("q_proj", "k_proj", "v_proj")
+
 
 # the end of a module's path -> its roles; the longest end counts
 PROJECTIONS: dict[str, tuple[str, ...]] = {

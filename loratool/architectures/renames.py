@@ -19,6 +19,7 @@ from functools import lru_cache
 
 Rows = tuple[tuple[str, str], ...]  # (regular expression, replacement), applied in order
 
+
 # Every type: TensorFlow's names of LayerNorm, and weight norm before torch 2.
 LEGACY: Rows = (
     (r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
@@ -27,8 +28,10 @@ LEGACY: Rows = (
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 )
 
+
 # An adapter of the language model alone (`...ForCausalLM`) on a file of the whole.
 _TEXT: Rows = ((r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "model.language_model."),)
+
 
 # Until 4.51 the language model was a causal LM with its head inside, beside the tower: both had no `model.`.
 _LANGUAGE: Rows = (
@@ -36,36 +39,52 @@ _LANGUAGE: Rows = (
     (r"^(?:model\.)?language_model(?:\.model)?(?=\.|$)", "model.language_model"),
     *_TEXT,
 )
+
+
 _LLAVA: Rows = (
     *_LANGUAGE,
     (r"^(?=(?:vision_tower|multi_modal_projector|image_newline)(?:\.|$))", "model."),
 )
+
+
 _QWEN_VL: Rows = (
     (r"^(?=(?:visual|language_model)(?:\.|$))", "model."),
     *_TEXT,
 )
+
+
 _AUDIO: Rows = (
     *_LANGUAGE,
     (r"^(?=(?:audio_tower|multi_modal_projector)(?:\.|$))", "model."),
 )
+
+
 _GRANITE_SPEECH: Rows = (
     *_LANGUAGE,
     (r"^(?=(?:encoder|projector)(?:\.|$))", "model."),
 )
+
+
 # The files hold thinker and talker; an adapter of the thinker's class has no `thinker.`
 _OMNI: Rows = (
     (r"^(?=(?:model|visual|audio_tower|lm_head)(?:\.|$))", "thinker."),
     (r"^thinker\.(?=(?:visual|audio_tower)(?:\.|$))", "thinker.model."),
     (r"^thinker\.model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "thinker.model.language_model."),
 )
+
+
 _THINKER: Rows = (
     (r"^(?=(?:visual|audio_tower|language_model)(?:\.|$))", "model."),
     *_TEXT,
 )
 
+
 # A CLIP-like tower inside another model: its class had the transformer as a child of its own name.
 _TOWER: Rows = ((r"\b((?:vision|image|video)_tower|vision_model)\.vision_model(?=\.|$)", r"\1"),)
+
+
 _TOWER_TEXT: Rows = ((r"\btext_model\.text_model(?=\.|$)", "text_model"),)
+
 
 _VIT: Rows = (
     (r"\bencoder\.layer(?=\.|$)", "layers"),
@@ -76,6 +95,8 @@ _VIT: Rows = (
     (r"\bintermediate\.dense(?=\.|$)", "mlp.fc1"),
     (r"\boutput\.dense(?=\.|$)", "mlp.fc2"),
 )
+
+
 _DINOV2: Rows = (
     (r"\battention\.attention\.query(?=\.|$)", "attention.q_proj"),
     (r"\battention\.attention\.key(?=\.|$)", "attention.k_proj"),
@@ -84,19 +105,28 @@ _DINOV2: Rows = (
     (r"\bmlp\.weights_out(?=\.|$)", "mlp.down_proj"),
 )
 
+
 _MIXTRAL: Rows = ((r"\bblock_sparse_moe(?=\.|$)", "mlp"),)
+
+
 _GRANITE_MOE: Rows = (
     (r"\bblock_sparse_moe\.input_linear(?:\.weight)?(?=\.|$)", "block_sparse_moe.experts.gate_up_proj"),
     (r"\bblock_sparse_moe\.output_linear(?:\.weight)?(?=\.|$)", "block_sparse_moe.experts.down_proj"),
     (r"\bblock_sparse_moe\.router\.layer(?=\.|$)", "block_sparse_moe.router"),
 )
+
+
 _FORGET_GATE: Rows = (
     (r"\bself_attn\.(?=(?:f_proj|f_a_proj|f_b_proj|dt_bias|A_log)(?:\.|$))", "self_attn.forget_gate."),
 )
+
+
 _HYPER_CONNECTIONS: Rows = (
     (r"\bhc_attn_(?=(?:fn|base|scale)(?:\.|$))", "attn_hc."),
     (r"\bhc_ffn_(?=(?:fn|base|scale)(?:\.|$))", "ffn_hc."),
 )
+
+
 _HY_V4: Rows = (
     (r"\bhc_pre\.(?=hc_)", ""),
     (r"\blearnable_sink_param$", "sinks"),
@@ -105,10 +135,14 @@ _HY_V4: Rows = (
     (r"\bhc_mlp_layer\.hc_(?=(?:fn|base|scale)$)", "ffn_hc."),
     (r"\bhc_head_(?=(?:fn|base|scale)$)", "hc_"),
 )
+
+
 _TO_QKVO: Rows = (
     (r"\bself_attn\.to_([qkv])(?=\.|$)", r"self_attn.\1_proj"),
     (r"\bself_attn\.to_out(?=\.|$)", "self_attn.o_proj"),
 )
+
+
 _HUNYUAN_VISION: Rows = (
     (r"\bmlp\.dense_h_to_4h(?=\.|$)", "mlp.fc1"),
     (r"\bmlp\.dense_4h_to_h(?=\.|$)", "mlp.fc2"),
@@ -120,6 +154,7 @@ _HUNYUAN_VISION: Rows = (
     (r"^(?:model\.)?vit(?=\.|$)", "model.vision_tower"),
     *_TEXT,
 )
+
 
 # Rows of a type wherever it stands: as the checkpoint's own or as a nested config's.
 RENAMES: dict[str, Rows] = {
@@ -532,6 +567,7 @@ RENAMES: dict[str, Rows] = {
     "voxtral_realtime": _AUDIO,
 }
 
+
 # Rows of a type that is the whole checkpoint: as a part of another one these names are the other's.
 ALONE: dict[str, Rows] = {
     **dict.fromkeys(
@@ -550,19 +586,24 @@ ALONE: dict[str, Rows] = {
     ),
 }
 
+
 # The last part of one expert's path -> (parameter of all experts, which part of its rows, of how many)
 ExpertRows = dict[str, tuple[str, int, int]]
+
 
 _GATE_UP_DOWN: ExpertRows = {
     "gate_proj": ("gate_up_proj", 0, 2),
     "up_proj": ("gate_up_proj", 1, 2),
     "down_proj": ("down_proj", 0, 1),
 }
+
+
 _W1_W3_W2: ExpertRows = {
     "w1": ("gate_up_proj", 0, 2),
     "w3": ("gate_up_proj", 1, 2),
     "w2": ("down_proj", 0, 1),
 }
+
 
 # Types that keep one matrix for each expert in files (`...experts.3.w1.weight`) and one 3-D parameter in the model.
 EXPERTS: dict[str, ExpertRows] = {
@@ -582,8 +623,11 @@ EXPERTS: dict[str, ExpertRows] = {
     "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
 }
 
+
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
+
+
 # Of these the ones whose class does not say so to PEFT, which takes them the other way round.
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 

@@ -10,6 +10,8 @@ EMBEDDINGS = frozenset(
     row_embedder row_embeddings segment_emb segment_embedding shape_embed tile_embedding visual_embeddings_table
     word_embedding x_position_embeddings y_position_embeddings""".split()
 )
+
+
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
 

@@ -17,7 +17,11 @@ INPUT_EMBEDDINGS = (
     "tokens_embed",
     "embeddings",
 )
+
+
 OUTPUT_HEADS = ("lm_head", "embed_out")
+
+
 # The heads of families of decoders that call it otherwise.
 DECODER_HEADS = {
     "gpt_neox": "embed_out",
@@ -25,6 +29,8 @@ DECODER_HEADS = {
     "t5gemma2": "lm_head.out_proj",
     "whisper": "proj_out",
 }
+
+
 # The heads of masked language models -> the families that have it. Where the bias is a level up (`lm_head.bias`) it is
 # the bias of the head's linear layer too, and where the two are not tied loaders want both.
 MASKED_HEADS = {
@@ -39,23 +45,39 @@ MASKED_HEADS = {
     "pred_layer.proj": "xlm",
     "lm_loss": "xlnet",
 }
+
+
 MASKED_HEAD_OF = {family: head for head, families in MASKED_HEADS.items() for family in families.split()}
+
+
 # Those that compute with the head's matrix past its module, so that what PEFT adds to the module has no effect.
 PAST_ITS_MODULE = frozenset({"mobilebert"})
+
+
 # Encoder-decoders with one embedding, `shared`, for both sides and the head.
 SHARED_BY_BOTH = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart switch_transformers t5 umt5""".split()
 )
+
+
 # Those whose encoder and decoder take `shared` itself before transformers 5, whatever is stored for them.
 ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
+
+
 # Those whose embedding is, to PEFT, the encoder's (`get_input_embeddings`).
 EMBEDS_BY_ENCODER = frozenset({"marian"})
+
+
 # Those whose flag says besides that the decoder's output is scaled by d_model ** -0.5, so that it cannot be changed:
 # transformers 5 keeps apart what is stored and differs all the same, 4 does not.
 FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
+
+
 # Encoder-decoders whose encoder has no embedding of tokens: to a tie they are decoders.
 TIED_AS_DECODERS = frozenset("speech_to_text whisper".split())
+
+
 # What else can be the embedding once more: the sides of an encoder-decoder, the decoder of a masked language model.
 COPIES = (
     *OUTPUT_HEADS,
@@ -64,8 +86,14 @@ COPIES = (
     "proj_out",
     *dict.fromkeys(head.rpartition(".")[2] for head in MASKED_HEADS),
 )
+
+
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
 MASKED = ("ForMaskedLM", "ForPreTraining")
+
+
 HEADLESS = (
     "Classification",
     "QuestionAnswering",
@@ -74,6 +102,8 @@ HEADLESS = (
     "RewardModel",
     "ElectraForPreTraining",
 )
+
+
 # Families that untie where config.json does not say (`tie_word_embeddings` of the config classes of transformers 5.24).
 UNTIED_BY_DEFAULT = frozenset(
     """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 flex_olmo fuyu
@@ -82,5 +112,7 @@ UNTIED_BY_DEFAULT = frozenset(
     ministral mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
     qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
 )
+
+
 # Families whose config classes set the flag, whatever config.json says; a head that is stored and differs stays apart.
 TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())

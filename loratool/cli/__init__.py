@@ -34,6 +34,8 @@ VERBS = {
     "unmerge": "Give the base of a merge back, bit for bit.",
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
 }
+
+
 # verb -> the guide that its help names
 GUIDES = {
     "combine": "combine",
@@ -49,7 +51,10 @@ GUIDES = {
     "verify": "merging",
 }
 
+
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
+
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -199,7 +204,7 @@ def _verb(argv: list[str]) -> str | None:
 
 def _fail(error: LoratoolError, argv: list[str]) -> int:
     """Say what went wrong; the code stands even where nobody can hear it."""
-    from ..render import say, to_json
+    from .render import say, to_json
 
     try:
         if os.environ.get("LORATOOL_DEBUG") == "1":

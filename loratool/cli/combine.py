@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..choices import COMBINE_ALLOW, DTYPES, METHODS
-from ..ranks import RANK_RULES
+from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.choices import COMBINE_ALLOW, METHODS
+from ..ops.rank_rules import RANK_RULES
 from .options import (
     Count,
     RuleValue,
@@ -107,9 +108,9 @@ def combine(
     The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
     keeps. error: the size of what is lost beside |D|, as written.
     """
-    from ..ops.combine import combine as run
-    from ..render import ProgressBar, print_combine, to_json, warn
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.combine.command import combine as run
+    from .render import ProgressBar, print_combine, to_json, warn
 
     bar = ProgressBar("combine", quiet or json, "modules")
     try:

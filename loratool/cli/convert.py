@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..choices import LAYOUTS, TARGETS
-from ..formats import FORMATS
-from ..output import CONTAINERS
+from ..adapters.formats import FORMATS
+from ..files.output import CONTAINERS
+from ..ops.choices import LAYOUTS, TARGETS
 from .options import (
     PATH,
     Size,
@@ -114,10 +114,10 @@ def convert(
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
-    from ..ops.convert import ConvertReport
-    from ..ops.convert import convert as run
-    from ..render import ProgressBar, print_checkpoint_convert, print_convert, to_json, warn
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.convert.command import ConvertReport
+    from ..ops.convert.command import convert as run
+    from .render import ProgressBar, print_checkpoint_convert, print_convert, to_json, warn
 
     bar = ProgressBar("convert", quiet or json)
     try:

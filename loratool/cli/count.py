@@ -41,9 +41,9 @@ def count(
       loratool count base/ --rank 16 --target q_proj,k_proj,v_proj,o_proj
       loratool count config.json --params 4K
     """
-    from ..ops.count import count as run
-    from ..render import print_count, to_json
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.count.command import count as run
+    from .render import print_count, to_json
 
     report = run(
         model,

@@ -68,10 +68,10 @@ def diff(
     same directions. Of models, largest: the largest difference; steps: the same in representable numbers; changed: how
     many values differ.
     """
-    from ..ops.diff import AdapterDiff
-    from ..ops.diff import diff as run
-    from ..render import ProgressBar, print_adapter_diff, print_checkpoint_diff, to_json
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.diff.command import AdapterDiff
+    from ..ops.diff.command import diff as run
+    from .render import ProgressBar, print_adapter_diff, print_checkpoint_diff, to_json
 
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan would never fail")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ..choices import DTYPES, EMBED, EXTRACT_TO
+from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.choices import EMBED, EXTRACT_TO
 from .options import (
     PATH,
     Count,
@@ -99,9 +100,9 @@ def extract(
     kept; residual: |D| of what is not. gap: how far from the best of this rank, ~ estimated, < proven. eff. rank: over
     how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
     """
-    from ..ops.extract import extract as run
-    from ..render import ProgressBar, print_extract, to_json, warn
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.extract.command import extract as run
+    from .render import ProgressBar, print_extract, to_json, warn
 
     bar = ProgressBar("extract", quiet or json, "matrices")
     try:

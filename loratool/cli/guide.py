@@ -28,7 +28,7 @@ def guide(topic: str | None, path: bool, json: bool) -> None:
       loratool guide --path
     """
     from ..ops.guide import guide as run
-    from ..render import print_guide, print_guides, to_json
+    from .render import print_guide, print_guides, to_json
 
     report = run(topic)
     if json:

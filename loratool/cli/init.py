@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..choices import INITS
+from ..ops.choices import INITS
 from .options import (
     PATH,
     Count,
@@ -96,10 +96,10 @@ def init(
       loratool init base/ --method pissa --rank 16 --residual residual/ -o pissa/
       loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
     """
-    from ..ops.init import TARGET
-    from ..ops.init import init as run
-    from ..render import ProgressBar, print_init, to_json, warn
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.init.command import TARGET
+    from ..ops.init.command import init as run
+    from .render import ProgressBar, print_init, to_json, warn
 
     bar = ProgressBar("init", quiet or json)
     try:

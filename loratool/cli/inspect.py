@@ -73,9 +73,9 @@ def inspect(
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
     if device != "auto":
         raise click.UsageError("--device is for --spectra")
-    from ..ops.inspect import CheckpointReport, MethodReport
-    from ..ops.inspect import inspect as run
-    from ..render import print_adapter, print_checkpoint, print_method, to_json
+    from ..ops.inspect.command import CheckpointReport, MethodReport
+    from ..ops.inspect.command import inspect as run
+    from .render import print_adapter, print_checkpoint, print_method, to_json
 
     report = run(path, base=base, alpha=alpha)
     status = None
@@ -105,9 +105,9 @@ def _spectra(
     quiet: bool,
     json: bool,
 ) -> None:
-    from ..ops.spectra import spectra as run
-    from ..render import ProgressBar, print_spectra, to_json
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.inspect.spectra import spectra as run
+    from .render import ProgressBar, print_spectra, to_json
 
     bar = ProgressBar("spectra", quiet or json, "matrices")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..tied import TIED
+from ..binding.tied_weights import TIED
 from .options import (
     PATH,
     Size,
@@ -88,9 +88,9 @@ def merge(
     The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
     the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
     """
-    from ..ops.merge import merge as run
-    from ..render import ProgressBar, print_merge, to_json, warn
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.merge.command import merge as run
+    from .render import ProgressBar, print_merge, to_json, warn
 
     bar = ProgressBar("merge", quiet or json)
     try:

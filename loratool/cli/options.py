@@ -10,13 +10,18 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..choices import DTYPES, TARGETS
+from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.choices import TARGETS
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
     "attention, mlp"
 )
+
+
 SELECTIONS = ("all-linear", "attention", "mlp")  # the patterns with names
+
+
 PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
 
 
@@ -36,10 +41,20 @@ alpha_option = click.option(
     metavar="N",
     help="The adapter's alpha, where its file does not say it. A contradiction is an error.",
 )
+
+
 json_option = click.option("--json", is_flag=True, help="Print one JSON object on stdout, errors too.")
+
+
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+
+
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists (model files only).")
+
+
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+
+
 device_option = click.option(
     "--device",
     default="auto",
@@ -48,6 +63,8 @@ device_option = click.option(
     help="Where to compute.",
     shell_complete=offer("auto", "cpu", "cuda"),
 )
+
+
 target_option = click.option(
     "--target",
     multiple=True,
@@ -55,6 +72,8 @@ target_option = click.option(
     shell_complete=offer(*SELECTIONS),
     help=f"Only these modules: {PATTERNS}.",
 )
+
+
 exclude_option = click.option(
     "--exclude",
     multiple=True,
@@ -62,9 +81,13 @@ exclude_option = click.option(
     shell_complete=offer(*SELECTIONS),
     help=f"Leave these modules out: {PATTERNS}.",
 )
+
+
 to_option = click.option(
     "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: by the input]"
 )
+
+
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ..choices import DTYPES
-from ..ranks import RANK_RULES
+from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.rank_rules import RANK_RULES
 from .options import (
     PATH,
     Count,
@@ -79,7 +79,7 @@ def resize(
     size of what is lost beside |D|, as written. eff. rank: over how many directions the change spreads.
     """
     from ..ops.resize import resize as run
-    from ..render import ProgressBar, print_resize, to_json, warn
+    from .render import ProgressBar, print_resize, to_json, warn
 
     bar = ProgressBar("resize", quiet or json, "modules")
     try:

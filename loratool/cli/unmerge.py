@@ -56,7 +56,7 @@ def unmerge(
       loratool unmerge mixed/ style/:0.7 task/:-0.2 --approximate -o nearly/
     """
     from ..ops.unmerge import unmerge as run
-    from ..render import ProgressBar, print_unmerge, to_json, warn
+    from .render import ProgressBar, print_unmerge, to_json, warn
 
     bar = ProgressBar("unmerge", quiet or json)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..tied import TIED
+from ..binding.tied_weights import TIED
 from .options import (
     PATH,
     Weighted,
@@ -64,9 +64,9 @@ def verify(
       loratool verify base/ adapter/ merged/
       loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
-    from ..ops.verify import verify as run
-    from ..render import ProgressBar, print_verify, to_json, warn
-    from ..targets import parse_patterns
+    from ..binding.selection import parse_patterns
+    from ..ops.verify.command import verify as run
+    from .render import ProgressBar, print_verify, to_json, warn
 
     bar = ProgressBar("verify", quiet or json, "tensors")
     try:

@@ -22,16 +22,22 @@ from torch import Tensor
 
 ARITHMETIC_VERSION = 1
 
+
 # Weights computed at a time: so few that the float64 buffers stay in a core's cache, so many that a call of
 # torch costs less than its work. On a GPU it is the calls that count.
 TILE = 1 << 17
+
+
 CUDA_TILE = 1 << 23
 
+
 LANES = 64  # running sums that a sum of squares is made of
+
 
 # Low bits of a float32, and what they are exactly halfway between two values of the type. In fp16 the
 # cut moves in the subnormal range, but there too the 12 lowest bits are zero at every midpoint.
 _HALFWAY = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x0FFF, 0)}
+
 
 _BITS = {
     torch.bfloat16: torch.int16,
@@ -220,6 +226,7 @@ class Change:
 # (columns, out, scratch): write c of these columns of some rows into `out` and return a, of which None is 1, where
 # W' = a * W + c is what becomes of the rows. Every update of a weight has this form.
 Fill = Callable[[slice, Tensor, Tensor], Tensor | None]
+
 
 # Shown each tile when it is done: (W, W', a * W + c, c, a, the near ties that `round_once` found).
 Witness = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]

@@ -22,16 +22,35 @@ from torch import Tensor
 from .exact import Change, ExactProduct, Workspace, slices
 
 MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
+
+
 U = 2.0**-24  # float32's rounding
+
+
 LEAST, LARGEST = 2.0**-70, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
+
+
 SLIGHT = 2.0**-28  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
+
+
 SAMPLED = 1 << 11  # weights that tell how large a block's are
+
+
 SPREAD = 2.0**14  # of a curved bound's width: a total that is larger may be outside of it
+
+
 TILE = 1 << 18  # weights at a time: more than a core's own cache holds, but a call costs as much as a thousand weights
+
+
 GATHERED = 1 << 16  # numbers of a factor at a time, which stay in a core's cache
 
+
 Positions = npt.NDArray[np.intp]
+
+
 Codes = npt.NDArray[np.uint16]
+
+
 Wide = npt.NDArray[np.float64]
 
 
@@ -382,4 +401,6 @@ def _to_float16(x: Wide) -> Codes:
 
 
 _ROUNDED = {torch.bfloat16: _to_bfloat16, torch.float16: _to_float16}
+
+
 FORMS = tuple(_ROUNDED)

@@ -17,13 +17,29 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-4  # of the optimum's energy
+
+
 BLOCK = 16  # columns a step
+
+
 SMALL = 512  # columns up to which the eigenvectors are as cheap
+
+
 WIDE = 3  # of the smaller side, the part that the basis may fill before the eigenvectors are cheaper
+
+
 SHORT = 3.0  # times the extrapolated gains: so far short they fall where the tail is flat
+
+
 FLOOR = 1e-6  # below which float32 tells no gap
+
+
 TINY = 1e-15  # norms of a matrix down to which float32 has the squares that matter, and up to its inverse
+
+
 PROBES = 7  # steps that look for what the basis lacks
+
+
 MISS = 1e-9  # the probability that they do not see it: one in a million for a thousand matrices
 
 

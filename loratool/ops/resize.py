@@ -16,30 +16,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..denormals import keep_denormals
-from ..draft import (
-    DTYPES,
+from ..adapters.adapter import Adapter
+from ..adapters.edited import (
     Carried,
     Draft,
-    cost,
     default_name,
-    load_stacked,
     require_same_start,
     require_shape,
     require_written,
-    rounded,
     write_draft,
 )
+from ..adapters.formats import open_adapter
+from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ..adapters.stacked import cost, load_stacked, rounded
 from ..errors import InputError, NeedsFlag, UsageError
-from ..formats import open_adapter
-from ..numerics.factors import distance, effective_rank, singular_values, svd
-from ..output import check_name, check_path, named
-from ..ranks import BUDGETS, Spectrum, choose_ranks, read_rule
-from ..runtime import Progress, choose_device
-from ..source import Source
-from .convert_language import Wish
-from .converted import as_converted, check_target, loralib_notes, warnings_of
+from ..files.output import check_name, check_path, named
+from ..files.tensor_ref import Source
+from ..numerics.factored_svd import distance, effective_rank, singular_values, svd
+from ..streaming.workers import Progress, choose_device
+from .convert.in_memory import as_converted, check_target, loralib_notes, warnings_of
+from .convert.request import Wish
+from .denormals import keep_denormals
+from .rank_rules import BUDGETS, Spectrum, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)

@@ -14,30 +14,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter
-from ..apply import Loader, restored, subtracted
+from ..adapters.adapter import Adapter
+from ..adapters.updates import ADDITIVE
 from ..architectures.image import spell_weight
-from ..checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
-from ..denormals import keep_denormals
+from ..binding.merge_plan import plan_merge
+from ..binding.selection import Selection
 from ..errors import InputError, UsageError
-from ..fileio import sha256_range
-from ..inputs import Adapters, Given, negated, open_adapters, read_given, refuse_adapter
-from ..layout import plan_output
+from ..files.checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
+from ..files.dtypes import TensorSpec
+from ..files.fileio import sha256_range
+from ..files.output import Output, OutputFile, check_path, check_undo_files, output_path
+from ..files.output_plan import plan_output
+from ..files.safetensors_file import build_header, read_layout, with_length
+from ..files.side_files import TRAVELS, encode_json, matches, provenance, survey_checkpoint, undo_files, undo_path
+from ..files.tensor_ref import Source
+from ..files.undo_checks import prefix_of, spec_of
+from ..files.undo_file import Part, UndoFile
+from ..files.undo_places import undo_chain
 from ..numerics.exact import ARITHMETIC_VERSION
-from ..output import Output, OutputFile, check_path, check_undo_files, output_path
-from ..plan import plan_merge
-from ..rewrite import Changed, refuse_overflow, rewrite
-from ..runtime import HashBytes, Progress, choose_device, map_ahead, worker_count
-from ..sidefiles import TRAVELS, encode_json, matches, provenance, survey_checkpoint, undo_files, undo_path
-from ..source import Source
-from ..targets import Selection
-from ..tensorfile import TensorSpec, build_header, read_layout, with_length
-from ..undo import placements_of
-from ..undo_checks import prefix_of, spec_of
-from ..undo_file import Part, UndoFile
-from ..undo_places import undo_chain
-from ..undo_records import Doubted
-from ..updates import ADDITIVE
+from ..streaming.apply import Loader, restored, subtracted
+from ..streaming.rewrite import Changed, refuse_overflow, rewrite
+from ..streaming.workers import HashBytes, Progress, choose_device, map_ahead, worker_count
+from ..undo.records import Doubted
+from ..undo.writer import placements_of
+from .denormals import keep_denormals
+from .inputs import Adapters, Given, negated, open_adapters, read_given, refuse_adapter
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import sd15, sd15_adapted, write_repeated
 from test_merge_speed import COMMAND, MERGE, RSS_LIMIT, measure, peak
 
-from loratool.tensorfile import TensorSpec
+from loratool.files.dtypes import TensorSpec
 
 CONVERT_LIMIT = 600  # MB, everything in
 RANK = 16

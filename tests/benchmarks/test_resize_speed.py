@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_init_speed import LLAMA_7B
 from test_merge_speed import COMMAND, fresh, measure, peak
 
-from loratool.numerics.factors import svd
+from loratool.numerics.factored_svd import svd
 
 LAYERS = 32
 

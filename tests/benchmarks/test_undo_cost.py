@@ -11,10 +11,10 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
-from loratool.apply import FILTERED_BLOCK
 from loratool.numerics.exact import ExactProduct, Factors, Workspace
 from loratool.numerics.filtered import FilteredProduct, FilteredRows
-from loratool.undo_records import Recorder
+from loratool.streaming.apply import FILTERED_BLOCK
+from loratool.undo.records import Recorder
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Adapters: their updates, their file formats, the layout of their factors."""

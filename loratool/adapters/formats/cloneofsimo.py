@@ -1,0 +1,89 @@
+"""The first LoRA files of image models, of SD 1 and SD 2: modules by number, `unet:0:up`, `text_encoder:3:down`.
+
+up (out, r), down (r, in), and the change is up @ down, without alpha. The number counts the linear layers of the
+classes that the metadata lists, in the order in which the model registered them: the down blocks, the up blocks and
+the middle one. Defined by cloneofsimo/lora: `lora_diffusion/lora.py` (save_safeloras, _find_modules_v2).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+
+from ...errors import InputError, UsageError
+from ...files.weights_file import WeightsFile
+from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
+
+KEY = re.compile(r"(unet|text_encoder):(\d{1,4}):(up|down)")
+
+
+ROLES = {"down": "A", "up": "B"}
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+# Of a transformer block as diffusers had it then: the feed-forward is registered between the two attentions.
+PARTS = {"Attention": [f"attn1.{x}" for x in ATTENTION], "GEGLU": ["ff.net.0.proj"]}
+
+
+BLOCKS = [f"{side}_blocks.{i}.attentions.{j}" for side, where, n in (("down", range(3), 2), ("up", range(1, 4), 3))
+          for i in where for j in range(n)] + ["mid_block.attentions.0"]  # fmt: skip
+
+
+CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")
+
+
+CLASSES = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
+
+
+def claims(names: Iterable[str]) -> bool:
+    return any(KEY.fullmatch(name) for name in names)
+
+
+def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
+    """Raises InputError for classes and counts of which the order is not known, and for learned tokens."""
+    if alpha is not None:
+        raise UsageError("--alpha is not for this format: its change is up @ down as it is", culprit=name)
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for tensor in file.specs:
+        match = KEY.fullmatch(tensor)
+        if match is None:
+            raise InputError(f"is no factor; {name} holds more than LoRA (a learned token?)", culprit=tensor)
+        found.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
+    updates: dict[str, UpdateSpec] = {}
+    for component, numbered in found.items():
+        modules = _modules(name, component, file, len(numbered))
+        if set(numbered) != set(range(len(modules))):
+            raise InputError(
+                f"has {len(numbered)} modules in {component}, and the model {len(modules)}: which are whose is unknown",
+                culprit=name,
+            )
+        for number, roles in sorted(numbered.items()):
+            rank = (file.specs[roles["A"]].shape or (0,))[0] if "A" in roles else 0
+            config, module = AdapterConfig(alpha=float(rank)), f"{component}.{modules[number]}"
+            updates[module] = pair_factors(module, roles, file, config, transposed=False, lenient=lenient)
+    alphas = {spec.scale * spec.rank for spec in updates.values()}
+    alone = alphas.pop() if len(alphas) == 1 else None
+    return Adapter(name, "cloneofsimo", file, AdapterConfig(alpha=alone), updates)
+
+
+def _modules(name: str, component: str, file: WeightsFile, count: int) -> list[str]:
+    """The paths in their order. A text encoder has as many layers as there are modules for."""
+    try:
+        classes = json.loads((file.metadata or {}).get(component, "null"))
+    except ValueError:
+        classes = None
+    known = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
+    if not known or not classes or not set(classes) <= CLASSES[component]:
+        raise InputError(
+            f"its metadata does not say {component} as a list of {', '.join(sorted(CLASSES[component]))}", culprit=name
+        )
+    if component == "text_encoder":
+        layers = range(-(-count // len(CLIP)))
+        return [f"text_model.encoder.layers.{i}.self_attn.{x}" for i in layers for x in CLIP]
+    attends, gates = bool({"CrossAttention", "Attention"} & set(classes)), "GEGLU" in classes
+    first, gate = PARTS["Attention"] if attends else [], PARTS["GEGLU"] if gates else []
+    parts = [*first, *gate, *(part.replace("attn1", "attn2") for part in first)]
+    return [f"{block}.transformer_blocks.0.{part}" for block in BLOCKS for part in parts]

@@ -1,0 +1,190 @@
+"""Image adapters with dotted names: diffusers' old and current spelling, ComfyUI's, ai-toolkit's, XLabs'.
+
+`<component>.<module path>` and one of the ends below; spellings that differ in these alone are rows of one table. The
+scale is alpha / r where the file has an alpha, as a tensor or in the metadata's `lora_adapter_metadata`, else 1.
+Defined by diffusers: `loaders/lora_base.py`, `loaders/lora_conversion_utils.py`; ComfyUI: `comfy/lora.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...architectures.image import ADAPTER_PREFIXES
+from ...errors import InputError, UsageError
+from ...files.weights_file import WeightsFile
+from ..adapter import Adapter, AdapterConfig
+from .kohya import pair_magnitude
+from .other_methods import refused_tensor
+from .peft_config import changes_base, parse_config
+
+# The end of a tensor's name -> its role
+ENDS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_A.default.weight": "A",
+    ".lora_B.default.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    "_lora.down.weight": "A",
+    "_lora.up.weight": "B",
+    ".alpha": "alpha",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".magnitude": "magnitude",
+    ".dora_scale": "magnitude",
+}
+
+
+# Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
+COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
+
+
+# Of PEFT's config, what a file says in its metadata
+FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
+
+
+# What a path of the old attention processors means; XLabs' are Flux's.
+PROCESSORS = (
+    (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora1$"), r"\1.img_attn.qkv"),
+    (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora2$"), r"\1.txt_attn.qkv"),
+    (re.compile(r"(double_blocks\.\d+)\.processor\.proj_lora1$"), r"\1.img_attn.proj"),
+    (re.compile(r"(double_blocks\.\d+)\.processor\.proj_lora2$"), r"\1.txt_attn.proj"),
+    (re.compile(r"(single_blocks\.\d+)\.processor\.qkv(?:_lora)?$"), r"\1.linear1_qkv"),
+    (re.compile(r"(single_blocks\.\d+)\.processor\.proj(?:_lora)?$"), r"\1.linear2"),
+    (re.compile(r"\.processor\.to_out$"), ".to_out.0"),
+    (re.compile(r"\.processor\.(to_[qkv])$"), r".\1"),
+    (re.compile(r"(text_encoder.*\.self_attn)\.to_([qkv])$"), r"\1.\2_proj"),
+    (re.compile(r"(text_encoder.*\.self_attn)\.to_out$"), r"\1.out_proj"),
+)
+
+
+def claims(names: Iterable[str]) -> bool:
+    """Factors under a component's name, or of a processor."""
+    factors = tuple(end for end, role in ENDS.items() if role in "AB") + (".down.weight", ".up.weight")
+    return any(
+        name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
+        for name in names
+        if not name.startswith("transformer.h.")  # GPT-2's own modules
+    )
+
+
+def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
+    """Raises InputError for a tensor that is no part of LoRA or DoRA."""
+    found: dict[str, dict[str, str]] = {}
+    for tensor in file.specs:
+        module, role = _parse(tensor)
+        if role is None:
+            raise refused_tensor(tensor, name)
+        if found.setdefault(module, {}).setdefault(role, tensor) != tensor:
+            raise InputError(f"is the same as {found[module][role]}", culprit=tensor)
+    configs = _configs(name, file)
+    updates = {}
+    for module, roles in found.items():
+        config, path = _config_of(module, roles, file, configs, name, alpha)
+        roles = {role: key for role, key in roles.items() if role != "alpha"}
+        if not roles:
+            raise InputError("has an alpha and no factors", culprit=module)
+        spec = pair_magnitude(path, roles, file, config, lenient)
+        if config.extra.get("use_dora") and spec.kind == "lora" and not lenient:
+            raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
+        updates[module] = replace(spec, module=module)
+    alphas = {spec.scale * spec.rank for spec in updates.values()}
+    alone = alphas.pop() if len(alphas) == 1 else None
+    starts = {part: start for part, own in configs.items() if (start := changes_base(own))}  # which diffusers heeds
+    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alone, starts=starts), updates)
+
+
+def split_component(module: str) -> tuple[str, str]:
+    """A module's component, and its path as metadata has it: transformers 5 has no `text_model` in a CLIPTextModel,
+    transformers 4 has, and PEFT finds the modules of both by the rest.
+    """
+    component, _, path = module.partition(".")
+    return component, path.removeprefix("text_model.")
+
+
+def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the file's metadata says of components with these configs of PEFT's, made of such paths."""
+    said: dict[str, Any] = {}
+    for component, config in configs.items():
+        start = config.get("init_lora_weights")
+        fields = [
+            *FIELDS,
+            *(["use_dora"] if config["use_dora"] else []),
+            *(["init_lora_weights"] * (start is not True)),
+        ]
+        own = {key: config[key] for key in fields}
+        if component.startswith("text_encoder"):  # what comes before a path there is not known
+            for key in ("rank_pattern", "alpha_pattern"):
+                own[key] = {pattern.removeprefix("^"): value for pattern, value in own[key].items()}
+        said |= {f"{component}.{key}": value for key, value in own.items()}
+    return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
+
+
+def _parse(tensor: str) -> tuple[str, str | None]:
+    """A tensor's module, by today's names of old processors, and its role."""
+    end = next((end for end in sorted(ENDS, key=len, reverse=True) if tensor.endswith(end)), None)
+    if end is None:
+        # XLabs' names end in .down.weight alone
+        xlabs = re.fullmatch(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight", tensor)
+        if not xlabs:
+            return tensor, None
+        module, role = xlabs[1], "A" if xlabs[2] == "down" else "B"
+    else:
+        module, role = tensor.removesuffix(end), ENDS[end]
+    for pattern, meaning in PROCESSORS:
+        module, count = pattern.subn(meaning, module)
+        if count:
+            break
+    return module, role
+
+
+def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
+    """By component, from the metadata: {} where there is none."""
+    text = (file.metadata or {}).get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        flat = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"its metadata lora_adapter_metadata is not JSON: {error}", culprit=name) from error
+    if not isinstance(flat, dict):
+        raise InputError("its metadata lora_adapter_metadata is not a JSON object", culprit=name)
+    parts: dict[str, dict[str, object]] = {}
+    for key, value in flat.items():
+        component, _, field = key.partition(".")
+        parts.setdefault(component, {})[field] = value
+    return {component: parse_config(name, {**part, "peft_type": "LORA"}, None) for component, part in parts.items()}
+
+
+def _config_of(
+    module: str,
+    roles: Mapping[str, str],
+    file: WeightsFile,
+    configs: Mapping[str, AdapterConfig],
+    name: str,
+    alpha: float | None,
+) -> tuple[AdapterConfig, str]:
+    """What decides a module's rank and scale, and the path by which it does."""
+    stored = file.scalar(roles["alpha"]) if "alpha" in roles else None
+    if stored is not None and not math.isfinite(stored):
+        raise InputError(f"is {stored}", culprit=roles["alpha"])
+    component, _, path = module.partition(".")
+    if stored is None and component in configs:
+        config = configs[component]
+        if alpha is not None and config.alpha is not None and alpha != config.alpha:
+            raise UsageError(f"--alpha {alpha:g} contradicts the metadata's {config.alpha:g}", culprit=name)
+        return (config if config.alpha is not None else replace(config, alpha=alpha)), path
+    if stored is not None and alpha is not None and stored != alpha:
+        raise UsageError(f"--alpha {alpha:g} contradicts the file's {roles['alpha']} = {stored:g}", culprit=name)
+    rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
+    own = alpha if stored is None else stored
+    return AdapterConfig(alpha=float(rank) if own is None else own), module

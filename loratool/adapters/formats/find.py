@@ -1,0 +1,45 @@
+"""The weights file that an adapter's path means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...errors import InputError
+from ...files.checkpoint import is_torch_weights, refuse_training_state
+from . import peft
+from .peft_config import CONFIG_NAME
+
+# AdapterHub's, beside which the head's weights lie in a file of their own, and MLX's, beside its earlier steps
+OTHERS_NAMES = ("adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
+
+
+def find_adapter_file(path: Path) -> Path:
+    """The weights file that an adapter's path means: a file, or the one in a folder or in its only named adapter."""
+    if not path.is_dir():
+        return path
+    found = _in_folder(path)
+    if not found:
+        named = [entry for entry in sorted(path.iterdir()) if (entry / CONFIG_NAME).is_file()]
+        if len(named) > 1:
+            names = ", ".join(entry.name for entry in named[:4])
+            raise InputError(
+                f"holds several adapters ({names})", culprit=str(path), remedy=f"name one, like {named[0]}"
+            )
+        found = _in_folder(named[0]) if named else []
+    if len(found) > 1:
+        raise InputError(
+            f"holds {len(found)} files of weights", culprit=str(path), remedy=f"name one of them, like {found[0]}"
+        )
+    if not found:
+        refuse_training_state(path)
+        raise InputError("holds no weights: no *.safetensors file and none of torch", culprit=str(path))
+    return found[0]
+
+
+def _in_folder(path: Path) -> list[Path]:
+    """PEFT's file names first, then any safetensors, then any torch file."""
+    for name in (*peft.WEIGHTS_NAMES, *OTHERS_NAMES):
+        if (path / name).is_file():
+            return [path / name]
+    files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
+    return files or sorted(filter(is_torch_weights, path.iterdir()))

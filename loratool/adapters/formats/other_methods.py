@@ -1,0 +1,207 @@
+"""What other methods than LoRA leave on disk: how each is told, and what can be done with it.
+
+One table for both who must know: a merge, which refuses such a file with the reason, and `inspect`, which describes
+it. A method is told by PEFT's `peft_type`, or by a mark in the names of its tensors. The names are those of peft
+(`peft/utils/save_and_load.py`), of AdapterHub's adapters (`adapters/loading.py`: `M.adapters.NAME.adapter_down.0`),
+of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), of mlx-lm (`tuner/lora.py`) and
+torchtune (`modules/peft/lora.py`), and of the LoRA for Segment Anything of Wang, SAMed and those after them
+(JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from ...architectures.numbered_names import split_numbers
+from ...errors import InputError
+
+# What can be done with a file -> the same in words.
+OUTCOMES = {
+    "merged": "can be merged",
+    "extracted": "can be extracted, not merged",
+    "neither": "can be neither merged nor extracted",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """`outcome` is a key of OUTCOMES, `reason` follows "which", and `remedy` says how the outcome is reached."""
+
+    title: str
+    outcome: str
+    reason: str
+    marks: tuple[str, ...] = ()
+    remedy: str | None = None
+
+
+_INPUTS = "adds inputs, and no weight could hold them"
+
+
+_KEYS = "adds keys and values to every layer, and no weight could hold them"
+
+
+_UNSUPPORTED = "is not supported yet"
+
+
+_VARIANT = "is a variant of LoRA with a formula of its own"
+
+
+_EXTRACT = "`loratool extract BASE MODEL` makes an adapter of the change"
+
+
+_BY_PEFT = f"merge it with peft (merge_and_unload), save the model, and {_EXTRACT}"
+
+
+_BY_ADAPTERS = (
+    "merge it with adapters (merge_adapter, exact for LoRA), save the model without its .loras. tensors, and "
+    + _EXTRACT
+)
+
+
+_BY_ITS_OWN = f"merge it with its own library (mlx_lm.fuse, torchtune's recipe), and {_EXTRACT}"
+
+
+# peft_type, where PEFT has the method -> the method. Of several marks in a file the first row decides.
+METHODS = {
+    "BOTTLENECK": Method(
+        "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé)",
+        "neither",
+        "adds layers, whose depth is its latency, and no weight could hold them",
+        ("adapter_down", "adapter_up", "mixadapter.", "invertible_adapters."),
+    ),
+    "PREFIX_TUNING": Method("prefix tuning", "neither", _KEYS, ("prefix_tunings.", "prefix_gates.")),
+    "CARTRIDGE": Method("Cartridge", "neither", _KEYS),
+    "PROMPT_TUNING": Method("prompt tuning", "neither", _INPUTS, ("prompt_tunings.",)),
+    "MULTITASK_PROMPT_TUNING": Method("multitask prompt tuning", "neither", _INPUTS),
+    "P_TUNING": Method("P-tuning", "neither", _INPUTS),
+    "CPT": Method("context-aware prompt tuning", "neither", _INPUTS),
+    "ADAPTION_PROMPT": Method("LLaMA-Adapter", "neither", "adds inputs to its layers, and no weight could hold them"),
+    "PROMPT": Method("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
+    "REFT": Method("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
+    "IA3": Method("IA3", "extracted", _UNSUPPORTED, ("ia3_l",), _BY_PEFT),
+    "LN_TUNING": Method("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
+    "ADALORA": Method("AdaLoRA", "extracted", "has a formula of its own", ("lora_E",), _BY_PEFT),
+    "VERA": Method("VeRA", "extracted", "shares random matrices", ("vera_",), _BY_PEFT),
+    "LOHA": Method("LoHa", "extracted", _UNSUPPORTED, ("hada_",), _BY_PEFT),
+    "LOKR": Method("LoKr", "extracted", _UNSUPPORTED, ("lokr_",), _BY_PEFT),
+    "OFT": Method("OFT", "extracted", _UNSUPPORTED, ("oft_",), _BY_PEFT),
+    "BOFT": Method("BOFT", "extracted", _UNSUPPORTED, ("boft_",), _BY_PEFT),
+    "LORAS": Method("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
+    "KASA": Method("KaSA", "neither", "truncates the base", ("lora_diag",)),
+    "VELORA": Method("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
+    "MONTECLORA": Method("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
+    "MLX": Method("LoRA in MLX's or torchtune's format", "extracted", _UNSUPPORTED, ("lora_a", "lora_b"), _BY_ITS_OWN),
+    "SAM": Method(
+        "LoRA for Segment Anything",
+        "neither",
+        _UNSUPPORTED,
+        ("w_a_0", "w_b_0", "linear_a_q", "linear_b_q", "linear_a_v", "linear_b_v"),
+    ),
+}
+
+
+# A file of nothing but LoRA that no format claims.
+UNKNOWN_LORA = Method("LoRA in a form that is not known", "neither", _UNSUPPORTED)
+
+
+_UNKNOWN = Method(
+    "", "neither", "is not supported", (), "if its own library can merge it into a model, `loratool extract` reads that"
+)
+
+
+# A state dict of trained biases, as BitFit leaves it.
+BIASES = Method(
+    "biases alone (BitFit)",
+    "merged",
+    "need a config that says what they are",
+    (),
+    "whole biases are merged, in place of the base's, from a file adapter_model.safetensors beside an "
+    'adapter_config.json of {"peft_type": "LORA"}; changes are to be added to the base\'s first, and `loratool extract '
+    "BASE MODEL` keeps the sum exactly",
+)
+
+
+# AdapterHub's `architecture` -> our key, where the names of the tensors do not tell it first.
+_ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "reft": "REFT"}
+
+
+def method_of(kind: str) -> Method:
+    """The row of a `peft_type`; of one that the table lacks, a row in its own name."""
+    return METHODS.get(kind) or replace(_UNKNOWN, title=kind)
+
+
+def find_marks(names: Iterable[str]) -> dict[str, str]:
+    """The keys of the methods whose marks are there, in the table's order, each with the first name that has one."""
+    names = list(names)
+    text = "\n".join(f".{name}" for name in names)  # one search in place of one a name
+    return {
+        kind: next(name for name in names if f".{mark}" in f".{name}")
+        for kind, method in METHODS.items()
+        for mark in reversed(method.marks)
+        if f".{mark}" in text
+    }
+
+
+def refused_tensor(tensor: str, name: str) -> InputError:
+    """What stands beside plain LoRA in the adapter `name`: by the method whose mark it has, where it has one."""
+    kind = next(iter(find_marks([tensor])), None)
+    remedy = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
+    if kind:
+        method = METHODS[kind]
+        return InputError(f"is a tensor of {method.title}, which {method.reason}", culprit=tensor, remedy=remedy)
+    return InputError(
+        f"is no tensor of LoRA; {name} does more, which is not supported yet", culprit=tensor, remedy=remedy
+    )
+
+
+def peft_type(fields: Mapping[str, Any]) -> Any:
+    """What a config says that the adapter is; None where it does not say."""
+    kind = fields.get("peft_type")
+    if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub's has one inside
+        architecture = str(own.get("architecture") or "")
+        return _ARCHITECTURES.get(architecture, architecture.upper())
+    if kind is None and fields.keys() & {"fine_tune_type", "lora_parameters"}:
+        return "MLX"
+    return "LORA" if kind is None and "r" in fields else kind
+
+
+def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, Method] | None:
+    """The key of the method of a file that is not LoRA, and the method; None for LoRA, and for what says nothing.
+
+    A mark decides before the config, but for prompts, of which only the config tells one sort from the other.
+    """
+    kind, told = next(iter(find_marks(names)), None), peft_type(fields)
+    if told not in (None, "LORA") and kind in (None, "PROMPT"):
+        kind = str(told)
+    return None if kind is None else (kind, method_of(kind))
+
+
+def is_all_lora(names: Iterable[str]) -> bool:
+    """Whether a file of no format of ours holds nothing but LoRA by all of its names."""
+    names = list(names)
+    return bool(names) and all("lora" in name.lower() for name in names)
+
+
+def is_biases(names: Iterable[str]) -> bool:
+    names = list(names)
+    return bool(names) and all(name == "bias" or name.endswith(".bias") for name in names)
+
+
+def describe_bottlenecks(names: Iterable[str]) -> str | None:
+    """How many bottlenecks a layer has, which tells Houlsby's from the others, and which layers have none."""
+    ends = (".adapter_down.", ".project_down.")
+    modules = {name.partition(end)[0] for name in names for end in ends if end in name}
+    layers = Counter((parts[0], numbers[0]) for parts, numbers in map(split_numbers, modules) if numbers)
+    if len(set(layers.values())) != 1:
+        return None
+    each = next(iter(layers.values()))
+    whose = {1: ", as Lin's and Pfeiffer's have", 2: ", as Houlsby's have"}.get(each, "")
+    there = [-1, *sorted({number for _, number in layers})]
+    gaps = [(a + 1, b - 1) for a, b in pairwise(there) if b > a + 1]
+    dropped = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in gaps)
+    without = f"; none in layers {dropped}, as in AdapterDrop" if dropped else ""
+    return f"{each} bottleneck{'s' * (each > 1)} in each of {len(layers)} layers{whose}{without}"

@@ -1,0 +1,277 @@
+"""PEFT's adapters: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
+
+Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), and what formats.md 1.3,
+1.6 and 1.7 of our references list beside them; rank, alpha and all that changes the arithmetic stand in the config.
+Defined by peft: `peft/utils/save_and_load.py`, `peft/tuners/lora/layer.py`. A key without any mark of PEFT's is
+a tensor that replaces the base's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_of
+from ...errors import InputError, NeedsFlag
+from ...files.weights_file import WeightsFile
+from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
+from ..updates import ADDITIVE
+from .other_methods import find_marks, other_method
+from .peft_config import CONFIG_NAME, find_config, missing_tensors, parse_config, target_parameter
+
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
+
+
+# `NAME` is an adapter's name, which PEFT drops when it saves and other savers leave in.
+_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
+
+
+# the end of a key -> the role of its tensor; (module, parameter) is what stands before
+_ENDS = tuple(
+    (re.compile(rf"\.{end}\Z"), role)
+    for end, role in (
+        (rf"lora_A{_NAME}\.weight", "A"),
+        (rf"lora_B{_NAME}\.weight", "B"),
+        (rf"lora_B{_NAME}\.bias", "bias"),
+        (rf"lora_embedding_A{_NAME}", "embedding_A"),
+        (rf"lora_embedding_B{_NAME}", "embedding_B"),
+        (rf"lora_magnitude_vector{_NAME}(?:\.weight)?", "magnitude"),
+        (rf"token_adapter\.trainable_tokens_delta{_NAME}", "tokens"),
+        (r"(?:token_adapter\.)?base_layer\.weight", "base"),
+        (r"base_layer\.bias", "replaced_bias"),
+    )
+)
+
+
+_ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
+
+
+_ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
+
+
+# The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
+DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
+
+
+def claims(names: Iterable[str]) -> bool:
+    """Keys of LoRA, and of other methods: a base saved under PEFT's prefix has plain weights and biases only."""
+    names = list(names)
+    return bool(find_marks(names)) or any(
+        ".lora_A." in name
+        or ".lora_B." in name
+        or ".lora_embedding_" in name
+        or ".trainable_tokens_delta" in name
+        or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
+        for name in names
+    )
+
+
+def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
+    """Raises InputError for a method or a variant that no row of UPDATES describes, naming the field or the tensor."""
+    fields, component = find_config(file)
+    marked = find_marks(file.specs)
+    other = other_method(marked.values(), fields)  # in which all of the file's marks are
+    if marked and other:
+        _, method = other
+        said = f"of {name} is a tensor of {method.title}, which {method.reason}"
+        raise InputError(said, culprit=next(iter(marked.values())), remedy=method.remedy)
+    if len(fields) == 1 and _is_dump(file.specs):
+        raise InputError(
+            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            culprit=name,
+            remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
+        )
+    if len(fields) == 1 and alpha is None and not lenient and any(".lora_" in key for key in file.specs):
+        raise NeedsFlag(
+            f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
+            culprit=name,
+            remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
+        )
+    config = parse_config(name, fields, alpha)
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    named = adapter_names(file.specs)
+    for key in file.specs:
+        _sort_in(key, component, found, replaced, file, named)
+    updates: dict[str, UpdateSpec] = {}
+    depths_of: dict[str, list[int]] = {}
+    for path, depth in sorted((key for key, roles in found.items() if "A" in roles), reverse=True):
+        depths_of.setdefault(path, []).append(depth)
+    for (path, depth), roles in found.items():
+        depths = depths_of.get(path, [])
+        place = depths.index(depth) if depth in depths else 0
+        for update in _updates(path, roles, file, config, place, len(depths), lenient):
+            if update.module in updates:
+                raise InputError(f"{name} has two updates for it", culprit=update.module)
+            updates[update.module] = update
+    for module, key in replaced.items():
+        if module in updates:  # both a trained bias and lora_B's: the one lies under the other
+            if updates[module].base or updates[module].kind not in ADDITIVE:
+                raise InputError(f"{name} has two updates for {module}", culprit=key)
+            updates[module] = dataclasses.replace(updates[module], base=key)
+        else:
+            updates[module] = _single("replace", module, key, file)
+    return Adapter(
+        name, "peft", file, config, updates, notes=_notes(updates, found), lacks=missing_tensors(config, updates)
+    )
+
+
+def adapter_names(keys: Iterable[str]) -> set[str]:
+    """The names that adapters may have in these keys."""
+    return {match[1] for key in keys if (match := _ADAPTER.search(key))} | {"default"}
+
+
+def saved_name(key: str, named: Collection[str]) -> str:
+    """The key under which PEFT saves a tensor and finds it again, but for its prefix: no wrapper, no adapter's name."""
+    path = _without_wrapper(WRAPPED.sub("", key), named)
+    path = re.sub(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$", r"\1\2", path)
+    path = re.sub(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$", r"\1", path)
+    return re.sub(rf"(\.lora_embedding_[AB]|\.trainable_tokens_delta){_NAME}$", r"\1", path)
+
+
+def _is_dump(names: Collection[str]) -> bool:
+    """Whether the weights under all of the factors are there: an adapter brings those of its embeddings at most."""
+    modules = {name[: match.start()] for name in names if (match := _ADAPTER.search(name))}
+    return bool(modules) and all(f"{m}.base_layer.weight" in names or f"{m}.weight" in names for m in modules)
+
+
+def _sort_in(
+    key: str,
+    component: str,
+    found: dict[tuple[str, int], dict[str, str]],
+    replaced: dict[str, str],
+    file: WeightsFile,
+    named: Collection[str],
+) -> None:
+    """File a tensor under its module and the depth of PEFT's wrappers there, or under what it replaces."""
+    path = WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
+    if _ORIGINAL.search(path):  # a module's untrained copy, which peft saves beside the trained one at times
+        trained = _ORIGINAL.sub("", key)
+        if trained not in file.specs and _ORIGINAL.sub(".modules_to_save", key) not in file.specs:
+            raise InputError("is the untrained copy of a module whose trained one is missing", culprit=key)
+        return
+    match, role = _end_of(path)
+    if match is None:
+        if ".lora_" in path or ".token_adapter." in path:
+            raise InputError("is a tensor of no LoRA that is known", culprit=key)
+        module = _without_wrapper(path, named).replace(".base_layer.", ".")
+        _put(replaced, module_of(module), key, file)
+        return
+    module = path[: match.start()]
+    depth = 0
+    if ".base_layer" in module:
+        depth = len(module) - len(re.sub(r"(\.base_layer)+$", "", module))
+        module = module.replace(".base_layer", "")
+    if role == "replaced_bias":
+        _put(replaced, f"{module}.bias", key, file)
+    else:
+        _put(found.setdefault((module, depth), {}), role, key, file)
+
+
+def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
+    """The first end that a key has behind a module's path, and its tensor's role."""
+    for pattern, role in _ENDS:
+        if match := pattern.search(path, 1):
+            return match, role
+    return None, ""
+
+
+def _without_wrapper(path: str, named: Collection[str]) -> str:
+    """A path without `modules_to_save`, and without the adapter's name behind it where there is one."""
+    before, mark, after = path.partition(".modules_to_save.")
+    first, dot, rest = after.partition(".")
+    return f"{before}.{rest if dot and first in named else after}" if mark else path
+
+
+def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:
+    """Two names for one tensor are no harm if they are equal: PEFT saves an MHA's out_proj under two."""
+    former = place.setdefault(role, key)
+    if former != key and (file.specs[former] != file.specs[key] or file.read(former) != file.read(key)):
+        raise InputError(f"is the same as {former}, but its values differ", culprit=key)
+
+
+def _updates(
+    path: str,
+    roles: Mapping[str, str],
+    file: WeightsFile,
+    config: AdapterConfig,
+    place: int,
+    places: int,
+    lenient: bool,
+) -> Iterable[UpdateSpec]:
+    """All that one wrapper of a module does; `place` counts the wrappers from the innermost."""
+    extra = config.extra
+    sorts = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
+    if len({role.rpartition("_")[0] or role.replace("B", "A") for role in sorts}) > 1:
+        raise InputError(f"{path} has updates of two sorts", culprit=roles[sorts[0]])
+    factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
+    if "bias" in roles:
+        if not extra.get("lora_bias"):
+            raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
+        scale = config.scale_of(path, file.specs[roles["A"]].shape[0]) if "A" in roles and not lenient else 1.0
+        yield _single("add", f"{path}.bias", roles["bias"], file, scale)
+    if "embedding_A" in roles or "embedding_B" in roles:
+        pair = {role.removeprefix("embedding_"): key for role, key in roles.items() if role.startswith("embedding_")}
+        update = pair_factors(path, {**factors, **pair}, file, config, transposed=True, lenient=lenient)
+        yield _checked_dora(update, extra)
+    elif "tokens" in roles:
+        yield _tokens(path, roles, file, extra)
+    elif "A" in roles or "B" in roles or "magnitude" in roles:
+        parameter = target_parameter(config, path, place, places, DECLARED)
+        if parameter is None:
+            yield _checked_dora(pair_factors(path, factors, file, config, lenient=lenient), extra)
+        else:
+            own = config.at(f"{path}.{parameter}")
+            target = path if parameter == "weight" else f"{path}.{parameter}"
+            yield pair_factors(target, factors, file, own, stacked=parameter != "weight", lenient=lenient)
+    elif "base" in roles:
+        yield _single("replace", path, roles["base"], file)
+
+
+def _single(kind: str, module: str, key: str, file: WeightsFile, scale: float = 1.0) -> UpdateSpec:
+    return UpdateSpec(kind, module, {"value": key}, {"value": file.specs[key]}, scale)
+
+
+def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
+    """The flag and the magnitudes go together: with one of them alone, somebody would compute something else."""
+    if update.kind == UNPAIRED:
+        return update
+    if extra.get("use_dora") and update.kind != "dora":
+        raise InputError("has no lora_magnitude_vector, but the config sets use_dora", culprit=update.module)
+    if update.kind == "dora" and extra and not extra.get("use_dora") and "r" in extra:
+        raise InputError("has a lora_magnitude_vector, but the config does not set use_dora", culprit=update.module)
+    return update
+
+
+def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, extra: Mapping[str, Any]) -> UpdateSpec:
+    """Despite its name `trainable_tokens_delta` holds the rows' new values (`peft/tuners/trainable_tokens`)."""
+    given = extra.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((v for k, v in given.items() if path == k or path.endswith(f".{k}")), None)
+    if not isinstance(given, list) or not all(type(index) is int and index >= 0 for index in given):
+        raise InputError("has rows, but the config's trainable_token_indices do not say which", culprit=roles["tokens"])
+    spec = file.specs[roles["tokens"]]
+    if len(spec.shape) != 2 or spec.shape[0] != len(given) or len(set(given)) != len(given):
+        raise InputError(f"is {spec}, but the config lists {len(given)} different rows", culprit=roles["tokens"])
+    return UpdateSpec(
+        "rows", path, {"value": roles["tokens"]}, {"value": spec}, indices=tuple(given), base=roles.get("base")
+    )
+
+
+def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Mapping[str, str]]) -> tuple[str, ...]:
+    doubled = [
+        path
+        for (path, _), roles in found.items()
+        if path.endswith(".out_proj") and ".base_layer.out_proj." in roles.get("A", "") and path in updates
+    ]
+    if not doubled:
+        return ()
+    return (
+        f"{doubled[0]}: peft up to 0.21 applies the change of an attention's out_proj twice (peft PR 3774); "
+        "it is added once, as defined",
+    )

@@ -1,0 +1,202 @@
+"""What PEFT's `adapter_config.json` says, and what in it makes an adapter something else than LoRA.
+
+A bare file may carry its config in its metadata: ours under `loratool`, or diffusers' `lora_adapter_metadata`, whose
+fields start with the component's name. Defined by peft: `peft/tuners/lora/config.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import InputError, UsageError
+from ...files.checkpoint import read_json_file
+from ...files.weights_file import WeightsFile
+from ..adapter import AdapterConfig, UpdateSpec, stands_in
+from ..patterns import endings
+from .other_methods import method_of, peft_type
+
+CONFIG_NAME = "adapter_config.json"
+
+
+# Fields that make the arithmetic another one. A field counts where it is neither null, false nor empty.
+REFUSED = {
+    "layer_replication": "its layers are replicas that share the base's weights",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
+    "use_qalora": "QA-LoRA's A sees an averaged input",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "arrow_config": "Arrow routes between several adapters",
+    "kasa_config": "KaSA truncates the base",
+    "velora_config": "VeLoRA is a variant with a formula of its own",
+    "monteclora_config": "MonteCLoRA is a variant with a formula of its own",
+}
+
+
+# Which of these names a classifier has depends on its class, and PEFT lists them all.
+CLASSIFIERS = ("classifier", "score", "qa_outputs")
+
+
+# Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+
+
+def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
+    """The config's fields and the component that prefixes the keys: from the metadata, else from the file beside."""
+    metadata = file.metadata or {}
+    if "loratool" in metadata:
+        ours = _parse_metadata(file, "loratool").get("adapter_config")
+        if isinstance(ours, dict):
+            return ours, ""
+    if "lora_adapter_metadata" in metadata:
+        flat = _parse_metadata(file, "lora_adapter_metadata")
+        components = sorted({key.partition(".")[0] for key in flat})
+        if len(components) != 1:
+            raise InputError(
+                f"holds adapters of several components ({', '.join(components)})",
+                culprit=str(file.path),
+                remedy="split the file by component first",
+            )
+        return {"peft_type": "LORA", **{key.partition(".")[2]: value for key, value in flat.items()}}, components[0]
+    beside = file.path.parent / CONFIG_NAME
+    return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+
+
+def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads((file.metadata or {})[key])
+    except ValueError as error:
+        raise InputError(f"its metadata {key} is not JSON: {error}", culprit=str(file.path)) from error
+    if not isinstance(value, dict):
+        raise InputError(f"its metadata {key} is not a JSON object", culprit=str(file.path))
+    return value
+
+
+def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
+    kind = peft_type(fields)
+    if kind != "LORA":
+        method = method_of(str(kind))
+        raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
+    for field, reason in REFUSED.items():
+        if fields.get(field):
+            raise InputError(f"its config sets {field}: {reason}", culprit=name)
+    stored = _number(name, fields, "lora_alpha", (int, float))
+    if alpha is not None and stored is not None and alpha != stored:
+        raise UsageError(
+            f"--alpha {alpha:g} contradicts the config's lora_alpha {stored:g}",
+            culprit=name,
+            remedy=f"leave --alpha out; to change the adapter's strength, weigh it: {name}:{alpha / stored:g}"
+            if stored
+            else None,
+        )
+    return AdapterConfig(
+        rank=_number(name, fields, "r", (int,)),
+        alpha=stored if stored is not None else alpha,
+        use_rslora=_flag(name, fields, "use_rslora") or False,
+        rank_pattern=_pattern(name, fields, "rank_pattern"),
+        alpha_pattern=_pattern(name, fields, "alpha_pattern"),
+        fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
+        base_model=fields.get("base_model_name_or_path"),
+        extra=dict(fields),
+    )
+
+
+def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"its config sets {field} to {value!r}, neither true nor false", culprit=name)
+    return value
+
+
+def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type, ...]) -> Any:
+    value = fields.get(field)
+    if value is not None and not _is_number(value, types):
+        raise InputError(f"its config's {field} is not a number that can be used", culprit=name)
+    return value
+
+
+def _is_number(value: Any, types: tuple[type, ...] = (int, float)) -> bool:
+    """Finite and of a size that float64 holds; JSON knows NaN, Infinity and whole numbers of any length."""
+    return type(value) in types and -1e300 < value < 1e300
+
+
+def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]:
+    value = fields.get(field) or {}
+    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+        raise InputError(f"its config's {field} does not map names to numbers", culprit=name)
+    return value
+
+
+def changes_base(config: AdapterConfig) -> str | None:
+    """The initialization that changed the base under the adapter, or under a component of it, if one did."""
+    init = next(iter(config.starts.values()), config.extra.get("init_lora_weights"))
+    return init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None
+
+
+def start_of(config: AdapterConfig, module: str) -> str | None:
+    """The same of the model that `module` is in."""
+    return config.starts.get(module.partition(".")[0]) if config.starts else changes_base(config)
+
+
+def target_parameter(
+    config: AdapterConfig, module: str, place: int, places: int, declared: Sequence[str]
+) -> str | None:
+    """The bare parameter that the factors found at `module` belong to; None for the module's own weight.
+
+    PEFT wraps a module once for each parameter, in the order in which its class declares them, so that the keys
+    of the first have the most `base_layer` in them (`peft/tuners/lora/model.py:_inject_parameters`). `place` counts
+    from there. Raises InputError where the config names another number of parameters than the file has.
+    """
+    listed = config.extra.get("target_parameters")
+    if not listed:
+        return None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise InputError("the config's target_parameters are no list of names", culprit=module)
+    of_owners = config.parameters
+    numbered = sorted(each for end in endings(module) if end for each in of_owners.get(end, ()))
+    owned = list(dict.fromkeys(parameter for _, parameter in numbered))
+    bare = [parameter for _, parameter in of_owners.get("", ())]
+    # a bare name is meant for whatever module has such a parameter: one that is named with its own need not
+    names = owned if len(owned) == places else list(dict.fromkeys((*owned, *bare)))
+    if not names or config.targets.has(module):
+        return None
+    if len(names) < places or (len(names) > places and places > 1):
+        raise InputError(
+            f"the config targets {len(names)} parameters here ({', '.join(names)}), the file has {places}",
+            culprit=module,
+        )
+    if len(names) > places:
+        raise InputError(f"could be the factors of any of {', '.join(names)}", culprit=module)
+    if len(names) == 1:
+        return names[0]
+    unknown = [name for name in names if name not in declared]
+    if unknown:
+        raise InputError(
+            f"has factors of {', '.join(names)}; which are whose depends on the order in which the model's class "
+            f"declares them, and that is not known for {unknown[0]}",
+            culprit=module,
+        )
+    return sorted(names, key=declared.index)[place]
+
+
+def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) -> tuple[str, ...]:
+    """What the config announces and the file does not have, a line each; of biases only the base can tell."""
+    kinds = {kind: [m for m, u in updates.items() if u.kind == kind] for kind in ("replace", "rows", "add")}
+    lines = []
+    saved = config.extra.get("modules_to_save")
+    entries = [each for each in saved if isinstance(each, str)] if isinstance(saved, list) else []
+    absent = [each for each in entries if not any(stands_in(each, m) for m in kinds["replace"])]
+    if len(absent) < len(entries):
+        absent = [each for each in absent if each not in CLASSIFIERS]
+    lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]
+    tokens = config.extra.get("trainable_token_indices")
+    if tokens and not kinds["rows"]:
+        lines.append("the config sets trainable_token_indices, but the file has no rows for them")
+    elif isinstance(tokens, dict):
+        there = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds["rows"])}
+        equal = [tokens[k] for k in there]  # of tied modules PEFT saves one
+        rowless = [k for k, rows in tokens.items() if k not in there and rows not in equal]
+        lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
+    if config.extra.get("lora_bias") and not kinds["add"]:
+        lines.append("the config sets lora_bias, but the file has no lora_B.bias")
+    return tuple(lines)

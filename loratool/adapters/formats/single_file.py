@@ -1,0 +1,39 @@
+"""An adapter written as one safetensors file with metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...files.dtypes import TensorSpec
+from ...files.fileio import partial_file, require_free_space, write_at
+from ...files.output_plan import STALE_METADATA
+from ...files.safetensors_file import build_header, data_order, tensor_bytes
+from ...files.weights_file import WeightsFile, require_unchanged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# what metadata says of former tensors, their ranks and scales
+STALE = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
+
+
+def write_single(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    load: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    inputs: Collection[WeightsFile],
+) -> None:
+    """One safetensors file; `load` is asked for the tensors one by one, in the order of the data.
+
+    inputs: the files that they are made of. Raises InputError where one is another now.
+    """
+    header, begin = build_header(specs, names := data_order(specs), metadata)
+    require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
+    with partial_file(path) as file:
+        write_at(file, memoryview(header), 0)
+        for name in names:
+            write_at(file, tensor_bytes(load(name), specs[name]), begin[name])
+        require_unchanged(inputs)

@@ -1,0 +1,123 @@
+"""The weights of a base that can get factors, by selection and role."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+from ..adapters.weight_kinds import kind_of, stack_sizes
+from ..architectures.peft import MAMBA_REFUSED, MAMBAS
+from ..architectures.prefixes import module_of
+from ..architectures.renames import expert_part
+from ..architectures.roles import role
+from ..errors import InputError, UsageError
+from ..files.checkpoint import Checkpoint
+from ..files.dtypes import TORCH_FLOATS
+from ..files.tensor_ref import Source
+from .peft_names import namer, role_in_model
+from .selection import Selection, matches
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that can have factors. sizes: (E, out, in) of its stack of matrices; in_model: its name in the model's
+    class, which PEFT wraps.
+    """
+
+    name: str
+    in_model: str
+    kind: str
+    source: Source
+    sizes: tuple[int, int, int]
+
+    @property
+    def cost(self) -> int:
+        """Parameters a rank."""
+        E, out, inp = self.sizes
+        return E * (out + inp)
+
+    @property
+    def most(self) -> int:
+        """The rank that no change of it exceeds."""
+        return min(self.sizes[1:])
+
+
+def find_candidates(base: Checkpoint, selection: Selection, among: Collection[str] | None = None) -> list[Candidate]:
+    """The weights that the selection's targets name; InputError for a pattern that names none. among: those that can
+    have factors, where it is not for PEFT to say.
+    """
+    roles = {n: role(module_of(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS) for n in among or ()}
+    in_model = namer(base) if among is None else str
+    eligible = _find_eligible(base, in_model) if among is None else {name: what for name, what in roles.items() if what}
+    routers = _find_routers(eligible)
+    for pattern in selection.target:
+        if not any(_takes(pattern, name, what, routers) for name, what in eligible.items()):
+            ends = {module_of(name).rpartition(".")[2] for name in eligible}
+            near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
+            raise InputError(
+                "names no weight of the base that could have an adapter",
+                culprit=f"--target {pattern}",
+                remedy=f"there are {', '.join(near)}" if near else None,
+            )
+    replace(selection, target=()).require_used([*map(module_of, base.specs)], str(base.path))
+    found = []
+    for name, what in eligible.items():
+        if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):
+            kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
+            found.append(Candidate(name, in_model(name), kind, source, stack_sizes(kind, source.spec.shape)))
+    if not found:
+        raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
+    return found
+
+
+def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, str]:
+    """The weights that PEFT can wrap -> their role: those of modules, and stacks of experts, but no other bare
+    parameter (a Mamba's A_log, gpt-oss's biases of experts).
+    """
+    found = {name: role_in_model(base, name, in_model(name), spec) for name, spec in base.specs.items()}
+    refused = MAMBA_REFUSED if base.model_type in MAMBAS else ()
+    return {n: what for n, what in found.items() if what and module_of(n).rpartition(".")[2] not in refused}
+
+
+def _find_routers(names: Collection[str]) -> frozenset[str]:
+    """The weights that choose among experts: no linear layers in transformers 5, so that PEFT cannot wrap most."""
+    blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
+    return frozenset(f"{block}.{router}.weight" for block in blocks for router in ("gate", "router"))
+
+
+def _takes(pattern: str, name: str, what: str, routers: Collection[str]) -> bool:
+    """`all-linear` as PEFT means it: convolutions, stacks of experts and their routers have to be named."""
+    return matches(pattern, module_of(name)) and (pattern != "all-linear" or (what == "linear" and name not in routers))
+
+
+def check_parted(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:
+    """Refuse what PEFT cannot make a stack of: it takes all experts of one, at the rank of the most targets, and joins
+    gate and up at twice that rank and alpha, which is another scale under rsLoRA
+    (`peft/utils/transformers_weight_conversion.py`).
+    """
+    parts = {name: part for name in base.specs if (part := expert_part(name, base.model_types))}
+    common = next(iter(Counter(ranks.values()).most_common(1)), (0, 0))[0]
+    stacks = {parts[name].fused: name for name in ranks if name in parts}
+    for name, part in parts.items():
+        if part.fused not in stacks or not name.endswith(".weight"):
+            continue
+        if name not in ranks:
+            raise UsageError(
+                f"is a part of what PEFT stacks with {stacks[part.fused]}",
+                culprit=name,
+                remedy="target all experts of a layer, gate and up alike, or add --exclude 're:experts'",
+            )
+        if ranks[name] != common:
+            raise UsageError(
+                f"has rank {ranks[name]}, but PEFT stacks experts at the rank of most targets, {common}",
+                culprit=name,
+                remedy="give all experts one rank, and other ranks to what is not one, or add --exclude 're:experts'",
+            )
+        if rslora and part.parts > 1:
+            raise UsageError(
+                "PEFT joins its factors to another's at twice the rank, which changes rsLoRA's scale",
+                culprit=name,
+                remedy="leave rslora out, or add --exclude 're:experts'",
+            )

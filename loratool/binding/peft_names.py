@@ -1,0 +1,197 @@
+"""What PEFT can wrap of a base, and under which names: those of the modules of the class that config.json declares.
+
+Files keep historical names, PEFT goes by modules. What no name says is told here, so that it is refused before a byte
+is written: PEFT passes over a key that it does not know with a warning at most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from shlex import quote
+
+from ..adapters.formats.peft import DECLARED
+from ..architectures.backbones import BACKBONES, in_task_model, is_backbone
+from ..architectures.config_tensors import declared_class
+from ..architectures.peft import (
+    BARE_MODULES,
+    BARE_ROUTERS,
+    ENCODER_DECODERS,
+    MAMBA_REFUSED,
+    MAMBAS,
+    REFUSED,
+    RESHAPED,
+    STACKED_BY_PEFT,
+)
+from ..architectures.prefixes import module_of
+from ..architectures.renames import canonical, expert_part
+from ..architectures.roles import role
+from ..errors import InputError, NeedsFlag
+from ..files.checkpoint import Checkpoint
+from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from .resolve import unwrapped
+from .selection import matches
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
+
+
+def namer(base: Checkpoint) -> Callable[[str], str]:
+    """From a tensor's name in the file to the one in the model that PEFT wraps."""
+    types, named = base.model_types, declared_class(base.config)
+    sides = {}
+    if base.model_type in ENCODER_DECODERS:
+        sides = {side: _types_of(base.config.get(side)) for side in ("encoder", "decoder")}
+    prefix = BACKBONES.get(base.model_type or "")
+    whole = any(unwrapped(name).startswith(f"{prefix}.") for name in base.specs)
+
+    def in_model(name: str) -> str:
+        name = unwrapped(name)
+        side, _, rest = name.partition(".")
+        if side in sides:
+            return f"{side}.{canonical(rest, sides[side])}"
+        found = canonical(name, types)
+        if is_backbone(named) and not name.startswith("model."):
+            found = found.removeprefix("model.")  # the tables have the names of task models
+        return found if whole else in_task_model(found, base.model_type, named)
+
+    return in_model
+
+
+def _types_of(config: object) -> tuple[str, ...]:
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return (kind,) if isinstance(kind, str) else ()
+
+
+def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) -> str:
+    """What a weight is for (`architectures.roles`) where PEFT can wrap it; else an empty string: for a bare parameter,
+    for a convolution of each channel by itself, of which PEFT merges none (one of a single channel looks the same), and
+    for nn.MultiheadAttention, of which it wraps both matrices or neither.
+    """
+    module = module_of(in_model)
+    what = role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+    inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
+    if what == "experts":
+        return what
+    if not in_model.endswith(".weight") or inside in base.specs or is_bare_router(base, module):
+        return ""
+    return "" if what == "conv" and spec.shape[1] == 1 < spec.shape[0] else what
+
+
+def is_bare_router(base: Checkpoint, module: str) -> bool:
+    """Whether a module, by its path in the model, chooses among experts and is no linear layer."""
+    routes = module.endswith((".router", "mlp.gate", "mixer.gate"))
+    return routes and not BARE_ROUTERS.isdisjoint(base.model_types) and base.model_type not in STACKED_BY_PEFT
+
+
+def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    """Each tensor of a router that PEFT can only save whole -> all tensors of it, where all can be trained."""
+    owners: dict[str, list[str]] = {}
+    for name in base.specs:
+        module = in_model(name).rpartition(".")[0]
+        if is_bare_router(base, module):
+            owners.setdefault(module, []).append(name)
+    whole = [names for names in owners.values() if all(base.specs[n].dtype in TORCH_FLOATS for n in names)]
+    return {name: tuple(names) for names in whole for name in names}
+
+
+def refuse_unsaid(
+    base: Checkpoint,
+    factored: Mapping[str, str],
+    whole: Mapping[str, str],
+    heads: Mapping[str, str] | None = None,
+) -> None:
+    """Raise where PEFT would not find a tensor of the adapter or take it for another: NeedsFlag naming what leaves all
+    of these out, InputError where nothing would be left.
+
+    factored: the weights with factors, by the file's names -> the model's; whole: tensors that are kept exactly;
+    heads: embeddings with factors -> the head that is the same matrix.
+    """
+    for family in base.model_types:
+        if family in REFUSED:
+            raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
+    problems = _unsaid(base, factored, whole) | _without_head(base, heads or {})
+    if not problems:
+        return
+    kept = [module_of(name) for name in (*factored, *whole) if name not in problems]
+    first, reason = next(iter(problems.items()))
+    others = f", and {len(problems) - 1} more that PEFT cannot be told of" if problems.keys() - {first} else ""
+    if not any(name not in problems for name in factored):
+        raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
+    options = exclude_all([module_of(name) for name in problems], kept)
+    raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
+
+
+def _unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, str]:
+    """Name in the file -> why PEFT cannot be told of it."""
+    family, both = base.model_type or "", {**factored, **whole}
+    taken, reshaped = STACKED_BY_PEFT.get(family), [RESHAPED[t] for t in base.model_types if t in RESHAPED]
+    doubtful = _named_twice(base, both.values()) | _of_unknown_order(base, factored)
+    found = {}
+    for name, in_model in both.items():
+        module = module_of(in_model).removesuffix(".bias")
+        last = module.rpartition(".")[2]
+        if any(re.search(pattern, module) for pattern in reshaped):
+            found[name] = f"PEFT finds no module of a {family} for it"
+        elif name in whole and in_model.endswith(".bias"):
+            continue
+        elif any(last in BARE_MODULES.get(each, ()) for each in base.model_types):
+            found[name] = f"is no layer that PEFT knows, but a bare parameter of a {family}"
+        elif expert_part(name, base.model_types):
+            if not taken:
+                found[name] = f"is of one expert, and PEFT makes no stack of those of a {family}"
+        elif taken and last in taken and name in factored and in_model.endswith(".weight"):
+            found[name] = f"PEFT takes every {last} of a {family} for experts'"
+        elif family in MAMBAS and last in MAMBA_REFUSED and name in factored:
+            found[name] = f"PEFT refuses the {last} of a {family}"
+        elif in_model in doubtful:
+            found[name] = f"PEFT cannot tell {module} from other modules"
+    return found
+
+
+def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
+    """Embeddings whose head is not called so: there are modules inside of what is."""
+    in_model = namer(base)
+    owners = {in_model(name).rpartition(".")[0] for name in base.specs} if heads else set()
+    found = {}
+    for name, head in heads.items():
+        module = module_of(head)
+        if any(owner.startswith(f"{module}.") for owner in owners):
+            found[name] = f"it is its head as well, which is no module {module}"
+    return found
+
+
+def _named_twice(base: Checkpoint, names: Collection[str]) -> set[str]:
+    """Of these the ones whose module's path is the end of another's: PEFT takes both."""
+    in_model = namer(base)
+    paths = {in_model(name).rpartition(".")[0] for name in base.specs}
+    inner = {part for path in paths for part in path.split(".")[1:]}
+    suspects = {name for name in names if name.partition(".")[0] in inner}
+    if not suspects:
+        return set()
+    parts = [path.split(".") for path in paths]
+    ends = {".".join(each[i:j]) for each in parts for j in range(2, len(each) + 1) for i in range(1, j)}
+    return {name for name in suspects if module_of(name) in ends}
+
+
+def _of_unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]:
+    """Bare parameters of one module whose order of declaration, by which PEFT nests them, is not known."""
+    stacks: dict[str, set[str]] = {}
+    for name, in_model in factored.items():
+        if name in base.specs and role_in_model(base, name, in_model, base.specs[name]) == "experts":
+            owner, _, parameter = in_model.rpartition(".")
+            stacks.setdefault(owner, set()).add(parameter)
+    unknown = {owner for owner, own in stacks.items() if len(own) > 1 and not own.issubset(DECLARED)}
+    return {in_model for in_model in factored.values() if in_model.rpartition(".")[0] in unknown}
+
+
+def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
+    """--exclude options for all of `modules` and nothing of `kept`: a pattern for what differs in numbers alone."""
+    options: dict[str, None] = {}
+    general = {NUMBER.sub("0", module): module for module in modules}
+    for module in general.values():
+        last = module.rpartition(".")[2]
+        number = "re:^" + r"\d+".join(map(re.escape, NUMBER.split(module))) + "$"
+        free = [p for p in (last, number) if not any(matches(p, path) for path in kept)]
+        group = [each for each in modules if matches(number, each)]
+        options.update(dict.fromkeys(free[:1] or group))
+    return " ".join(f"--exclude {quote(pattern)}" for pattern in options)

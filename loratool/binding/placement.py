@@ -1,0 +1,277 @@
+"""Whether and how an update fits a base tensor: its shape, its orientation, and the rows that it covers.
+
+A pure function of shapes and of what is known of the model family. What fits in two ways is decided by evidence
+or refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..adapters.adapter import Adapter, UpdateSpec
+from ..architectures.conv1d import stores_transposed
+from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
+from ..architectures.roles import EMBEDDINGS, HEADS
+from ..architectures.ties import MASKED_HEADS
+from ..errors import InputError
+from ..files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
+
+# The last names of modules that have a row a token, or a label.
+SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A base tensor for an update, or for a part of one where one side stacks its experts and the other does not.
+
+    expert, part, parts: whose matrix it is, and which of the equal parts of its rows (gate and up are two). rows: of an
+    image model's tensor, (start, stop, the update's first row there, how many rows the update has).
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+    rows: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One update, or one expert of it, on some rows of a base tensor seen as a matrix (behind dimensions flattened).
+
+    transposed: the base stores (in, out). start, stop: the base's rows, of `rows`. skip: the update's first row there.
+    expert: which of a stack of experts, None for an update that is no stack.
+    """
+
+    adapter: Adapter
+    update: UpdateSpec
+    weight: float
+    transposed: bool
+    rows: int
+    start: int
+    stop: int
+    skip: int = 0
+    expert: int | None = None
+
+
+def place(
+    adapter: Adapter,
+    module: str,
+    weight: float,
+    spot: Spot,
+    specs: Mapping[str, TensorSpec],
+    model_types: Sequence[str],
+    bound: Mapping[str, Sequence[Spot]],
+) -> list[Placement]:
+    """The placements of one update on one tensor. Raises InputError where their shapes contradict each other."""
+    update, spec = adapter.updates[module], specs[spot.name]
+    known = spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8
+    if not known and (update.kind != "replace" or update.specs["value"].dtype != spec.dtype):
+        raise InputError(
+            f"is {spec.dtype}, which cannot be added to",
+            culprit=spot.name,
+            remedy="pass the original model in 16 or 32 bits",
+        )
+    own = adapter.file.specs[update.base] if update.base else spec
+    if own.shape != spec.shape:
+        _check_rows_alone_differ(adapter, own, spec, spot.name)
+    rows = own.shape[0] if own.shape else 1
+    if update.kind == "replace" and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
+        raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=spot.name)
+    if update.kind == "replace":
+        rows = _replaced_rows(adapter, update, spec, spot.name)
+        return [Placement(adapter, update, weight, False, rows, 0, rows)]
+    if update.kind in ("add", "rows"):
+        _check_value(adapter, update, own, spot.name)
+        return [Placement(adapter, update, weight, False, rows, 0, rows)]
+    if update.inputs:
+        return [_place_columns(adapter, update, weight, spot, own)]
+    if spot.rows:
+        return _place_rows(adapter, update, weight, spot.name, spot.rows, own)
+    if spot.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
+        return _place_experts(adapter, update, weight, spot, own, model_types)
+    transposed = _orientation(adapter, update, spot.name, own, specs, model_types, bound)
+    expert = 0 if update.kind == "experts" else None
+    return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
+
+
+def _place_rows(
+    adapter: Adapter, update: UpdateSpec, weight: float, base: str, where: tuple[int, int, int, int], spec: TensorSpec
+) -> list[Placement]:
+    """A module that is some rows of a tensor, stored as (out, in); 1x1 convolutions and linear layers are the same."""
+    start, stop, skip, whole = where
+    fits = [tuple(shape[:2]) if set(shape[2:]) == {1} else shape for shape in ((whole, *spec.shape[1:]), update.shape)]
+    if fits[0] != fits[1]:
+        raise _fail(adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else "")
+    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
+
+
+def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Spot, spec: TensorSpec) -> Placement:
+    """DoRA along the inputs is DoRA of the transpose, of which the base stores (in, out): of whole matrices alone."""
+    rows = spec.shape[0] if spec.shape else 1
+    if spot.rows not in (None, (0, rows, 0, rows)):
+        whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
+        if update.shape[0] > rows:
+            said, remedy = f"is a part of {whole}the whole", "as single files have fused ones"
+        else:
+            said, remedy = f"has as a part of its rows {whole}that part", "as diffusers' folders have the parts"
+        remedy = f"pass a base that has it as a tensor of its own, {remedy}"
+        raise InputError(said, culprit=spot.name, remedy=remedy)
+    if spec.shape != update.shape:
+        raise _fail(adapter, update, spec, spot.name)
+    return Placement(adapter, update.transpose(), weight, True, rows, 0, rows)
+
+
+def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
+    roles = " and ".join(f"{role} is {each.shape}" for role, each in update.specs.items())
+    return InputError(
+        f"{roles} in {adapter.name}, but the base weight is {spec.shape}{layout}",
+        culprit=base,
+        remedy=f"is this the adapter's base? {adapter.trained_on}".rstrip(),
+    )
+
+
+def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec, base: str) -> None:
+    """Only a vocabulary or a classifier has another size than the base's: the rows of an embedding or a head."""
+    last = base.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    same = len(own.shape) == len(spec.shape) and own.shape[1:] == spec.shape[1:]
+    if not same or last not in SIZED or "pos" in last or last == "wpe":
+        raise InputError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
+
+
+def _replaced_rows(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> int:
+    value = update.specs["value"]
+    if value.shape != spec.shape:
+        _check_rows_alone_differ(adapter, value, spec, base)
+    if value.dtype not in TORCH_FLOATS and value.dtype != spec.dtype:
+        raise InputError(f"is {spec.dtype}, but {adapter.name} replaces it by {value.dtype}", culprit=base)
+    return value.shape[0] if value.shape else 1
+
+
+def _check_value(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> None:
+    value = update.specs["value"].shape
+    if update.kind == "add" and value != spec.shape:
+        raise InputError(f"is {spec.shape}, but {adapter.name} adds {value} to it", culprit=base)
+    if update.kind == "rows" and (len(spec.shape) != 2 or value[1] != spec.shape[1]):
+        raise InputError(f"is {spec.shape}, but {adapter.name} replaces rows by {value}", culprit=base)
+    if update.kind == "rows" and max(update.indices, default=0) >= spec.shape[0]:
+        raise InputError(
+            f"has {spec.shape[0]} rows, but {adapter.name} replaces row {max(update.indices)}", culprit=base
+        )
+
+
+def _place_experts(
+    adapter: Adapter, update: UpdateSpec, weight: float, spot: Spot, spec: TensorSpec, model_types: Sequence[str]
+) -> list[Placement]:
+    """Where at least one side stacks its experts: one placement an expert and part."""
+    if update.kind == "experts" and spot.expert is not None:  # stacked factors on a matrix an expert
+        out, width = update.shape[1:]
+        if spec.shape != (out // spot.parts, width) or out % spot.parts:
+            raise _fail(adapter, update, spec, spot.name)
+        rows = spec.shape[0]
+        return [Placement(adapter, update, weight, False, rows, 0, rows, spot.part * rows, spot.expert)]
+    if update.kind == "experts":  # stacked factors on a stack
+        transposed = _stack_orientation(adapter, update, spot.name, spec, model_types)
+        each, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
+        return [
+            Placement(adapter, update, weight, transposed, rows, e * each, (e + 1) * each, 0, e)
+            for e in range(spec.shape[0])
+        ]
+    # the factors of one expert on a stack
+    assert spot.expert is not None
+    if len(spec.shape) != 3 or len(update.shape) != 2 or spot.expert >= spec.shape[0]:
+        raise _fail(adapter, update, spec, spot.name)
+    out, width = update.shape
+    if (out * spot.parts, width) != spec.shape[1:] or _is_transposed_family(model_types):
+        raise _fail(adapter, update, spec, spot.name, " as (experts, out, in)")
+    start = (spot.expert * spot.parts + spot.part) * out
+    rows = spec.shape[0] * spec.shape[1]
+    return [Placement(adapter, update, weight, False, rows, start, start + out)]
+
+
+def _is_transposed_family(model_types: Sequence[str]) -> bool:
+    return any(model_type in TRANSPOSED_EXPERTS for model_type in model_types)
+
+
+def _stack_orientation(
+    adapter: Adapter, update: UpdateSpec, base: str, spec: TensorSpec, model_types: Sequence[str]
+) -> bool:
+    """By shape; for square matrices by the version of PEFT that wrote the adapter, and by the model's family.
+
+    PEFT up to 0.18 took every stack as (experts, in, out); since 0.19 it knows which ones are (peft PR 3083).
+    """
+    experts, out, width = update.shape
+    fitting = [t for t in (False, True) if spec.shape == ((experts, width, out) if t else (experts, out, width))]
+    if not fitting:
+        raise _fail(adapter, update, spec, base)
+    if len(fitting) == 1:
+        return fitting[0]
+    version = re.match(r"(\d+)\.(\d+)", str(adapter.config.extra.get("peft_version")))
+    if version and (int(version[1]), int(version[2])) < (0, 19):
+        return True
+    if _is_transposed_family(model_types):
+        return not PEFT_TAKES_AS_PLAIN.intersection(model_types)
+    if version and any(stores_transposed((model_type,), base) is False for model_type in model_types):
+        return False
+    raise InputError(
+        f"its experts are square, and nothing tells whether they are (out, in) or (in, out) ({adapter.name})",
+        culprit=base,
+        remedy="give the base's config.json a known model_type, and adapter_config.json the peft_version that wrote it",
+    )
+
+
+def _orientation(
+    adapter: Adapter,
+    update: UpdateSpec,
+    base: str,
+    spec: TensorSpec,
+    specs: Mapping[str, TensorSpec],
+    model_types: Sequence[str],
+    bound: Mapping[str, Sequence[Spot]],
+) -> bool:
+    """Whether the base stores this weight as (in, out): by shape, and where it is square by evidence."""
+    shape, plain = spec.shape, update.shape[1:] if update.kind == "experts" else update.shape
+    if update.kind == "experts" and update.experts != 1:
+        raise _fail(adapter, update, spec, base)
+    if len(shape) > 2 and len(plain) == 2 and set(shape[2:]) == {1}:
+        shape = shape[:2]  # a 1x1 convolution, whose LoRA may be written as that of a linear layer
+    if len(plain) > 2 and shape != plain:
+        grouped = len(shape) == len(plain) and shape[2:] == plain[2:] and plain[1] % max(1, shape[1]) == 0
+        raise _fail(adapter, update, spec, base, ": a grouped convolution cannot be merged" if grouped else "")
+    known = update.transposed
+    if known is None:
+        known = False if len(spec.shape) > 2 else stores_transposed(model_types, base.removesuffix(".weight"))
+    fitting = [transposed for transposed in (False, True) if shape == (plain[::-1] if transposed else plain)]
+    if not fitting or (known is not None and known not in fitting):
+        layout = {None: "", False: " as (out, in)", True: " as (in, out)"}[known]
+        raise _fail(adapter, update, spec, base, layout)
+    if known is not None:
+        return known
+    return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, bound)
+
+
+def _square_orientation(
+    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], bound: Mapping[str, Sequence[Spot]]
+) -> bool:
+    """Of a square matrix of an unknown family: as the adapter's other matrices, else as the config's flag says."""
+    siblings: dict[str, bool] = {}
+    for other, (spot, *_) in bound.items():
+        shape, update = specs[spot.name].shape, adapter.updates[other]
+        if len(shape) == 2 and shape[0] != shape[1] and update.kind in ("lora", "dora") and update.transposed is None:
+            siblings[other] = shape != update.shape
+    last = module.rpartition(".")[2]
+    of_same_name = {transposed for other, transposed in siblings.items() if other.rpartition(".")[2] == last}
+    if len(of_same_name) == 1:
+        return of_same_name.pop()
+    if siblings and not any(siblings.values()):  # that others are Conv1D tells nothing of this one
+        return False
+    if adapter.config.fan_in_fan_out is not None and not siblings:
+        return adapter.config.fan_in_fan_out
+    remedy = "give the base's config.json a known model_type"
+    raise InputError(
+        f"is square, and nothing tells whether the base stores it as (out, in) or (in, out) ({adapter.name})",
+        culprit=module,
+        remedy=remedy if siblings else f"say so with fan_in_fan_out in adapter_config.json, or {remedy}",
+    )

@@ -1,0 +1,320 @@
+"""Which weights: selection patterns, and binding an adapter's module paths to the base's tensors.
+
+Binding is a pure function of names and shapes. All naming trouble ends here: an adapter was trained on a
+model class whose paths need not be those of the file, so one side may have a prefix that the other lacks.
+A prefix is never guessed: the base's own names must resolve every path of the adapter in one way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from shlex import quote
+
+from ..adapters.adapter import Adapter, UpdateSpec
+from ..adapters.updates import ADDITIVE
+from ..architectures.image import component_of, image_modules
+from ..architectures.prefixes import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_of
+from ..architectures.renames import canonical, expert_part
+from ..errors import InputError, NeedsFlag
+from ..files.dtypes import TensorSpec
+from ..files.quantized import Coded, with_coded
+from .placement import Placement, Spot, place
+from .selection import SHOWN, Selection, matches
+
+IMAGE_FORMATS = ("cloneofsimo", "diffusers", "kohya")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The placements of each base tensor, the adapters' module paths that a selection left out, and new tensors.
+
+    `added` are modules that an adapter has and the base lacks, a classifier for one: name -> (adapter, update).
+    `quantized` are modules whose weight the base stores as codes: module -> (adapter, the weight's name, its format).
+    """
+
+    placements: Mapping[str, tuple[Placement, ...]]
+    left_out: tuple[str, ...]
+    added: Mapping[str, tuple[Adapter, UpdateSpec]]
+    quantized: Mapping[str, tuple[Adapter, str, str]]
+
+
+def bind(
+    specs: Mapping[str, TensorSpec],
+    model_types: Sequence[str],
+    adapters: Sequence[tuple[Adapter, float]],
+    selection: Selection,
+    coded: Mapping[str, Coded] | None = None,
+) -> Binding:
+    """Find the base tensor of every update.
+
+    coded: the base's quantized weights, which have no placements. Raises NeedsFlag for paths that do not bind (naming
+    the --exclude that would let the rest pass), and InputError where nothing binds, a path is ambiguous, or the shapes
+    contradict each other.
+    """
+    specs = with_coded(specs, coded or {})
+    formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
+    resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
+    chosen = [_select(selection, spots) for _, _, spots, _ in resolved]
+    missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
+    added: dict[str, tuple[Adapter, UpdateSpec]] = {}
+    for (adapter, weight), absent in zip(adapters, missing, strict=True):
+        for module in [m for m in absent if adapter.brings(m)]:
+            absent.remove(module)
+            update = adapter.updates[module]
+            key = update.tensors["value"]
+            name = module + key.removeprefix(module_of(key))
+            if name in added or adapter.weight_of(module, weight) != 1:
+                raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
+            added[name] = adapter, update
+    if any(missing):
+        raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs, added)
+    placements: dict[str, list[Placement]] = {}
+    quantized: dict[str, tuple[Adapter, str, str]] = {}
+    for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
+        holders: dict[Spot, str] = {}
+        for module, spots in bound.items():
+            for spot in spots:
+                if spot in holders:
+                    raise InputError(
+                        f"{holders[spot]} and {module} of {adapter.name} both bind to it", culprit=spot.name
+                    )
+                holders[spot] = module
+                if spot.name in formats:
+                    quantized[module] = (adapter, spot.name, formats[spot.name])
+                    continue
+                own = adapter.weight_of(module, weight)
+                found = place(adapter, module, own, spot, specs, model_types, bound)
+                placements.setdefault(spot.name, []).extend(found)
+    if not placements and not added and not quantized:
+        raise InputError(
+            "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
+        )
+    used = {module for bound in chosen for module in bound} | {update.module for _, update in added.values()}
+    named = [(m, every, absent) for adapter, _, every, absent in resolved for m in adapter.updates]
+    left_out = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
+    for (_, _, every, _), bound in zip(resolved, chosen, strict=True):
+        left_out += [spot.name for module, kept in bound.items() for spot in every[module] if spot not in kept]
+    placed = {name: tuple(placements[name]) for name in specs if name in placements}
+    return Binding(placed, tuple(left_out), added, quantized)
+
+
+def _select(selection: Selection, spots: Mapping[str, Sequence[Spot]]) -> dict[str, tuple[Spot, ...]]:
+    """Of each module the spots that are selected, by its own path or the base's."""
+    found = {m: tuple(s for s in each if selection.selects(m, module_of(s.name))) for m, each in spots.items()}
+    return {module: kept for module, kept in found.items() if kept}
+
+
+def refuse_two(name: str, placements: Sequence[Placement]) -> None:
+    """Updates that are not additive exclude each other: each would start from what the other leaves."""
+    if len(placements) < 2:
+        return
+    last: Placement | None = None
+    for each in sorted((p for p in placements if p.update.kind not in ADDITIVE), key=lambda p: p.start):
+        if last and each.start < last.stop:
+            what = f"{last.update.kind} of {last.adapter.name} and {each.update.kind} of {each.adapter.name}"
+            remedy = "merge them one after the other" if last.adapter is not each.adapter else None
+            raise InputError(f"{what} do not add up", culprit=name, remedy=remedy)
+        last = each
+
+
+def resolve_modules(
+    specs: Mapping[str, TensorSpec], adapter: Adapter, model_types: Sequence[str]
+) -> tuple[dict[str, tuple[Spot, ...]], list[str]]:
+    """Where in the base each module path is, and the paths that are nowhere.
+
+    Both sides' names are brought to those of today's transformers. Then the plain paths are tried, and every way
+    of adding or dropping one container prefix, on all paths at once. The way that resolves most of them counts,
+    the plain one first; two others that tie are an InputError.
+    """
+    spots, rest, absent = _resolve_image(specs, adapter)
+    found, missing = _resolve_names(specs, adapter, rest, model_types) if rest else ({}, [])
+    return {**spots, **found}, [*absent, *missing]
+
+
+def _resolve_image(
+    specs: Mapping[str, TensorSpec], adapter: Adapter
+) -> tuple[dict[str, tuple[Spot, ...]], list[str], list[str]]:
+    """The modules that are an image model's, however spelled; those that may be others; those that are nowhere."""
+    modules = image_modules({name: spec.shape for name, spec in specs.items()})
+    if not modules:
+        return {}, list(adapter.updates), []
+    flat = {(component, path.replace(".", "_")): where for (component, path), where in modules.items()}
+    spots: dict[str, tuple[Spot, ...]] = {}
+    rest: list[str] = []
+    absent: list[str] = []
+    for module, update in adapter.updates.items():
+        component, path = component_of(module)
+        index = flat if adapter.flattened else modules
+        components = [component] if component else ["unet", "text_encoder"]
+        where = next((index[each, path] for each in components if (each, path) in index), None)
+        if where and update.rank:
+            spots[module] = tuple(Spot(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
+        else:
+            (absent if component and update.rank else rest).append(module)
+    return spots, rest, absent
+
+
+def _resolve_names(
+    specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], model_types: Sequence[str]
+) -> tuple[dict[str, tuple[Spot, ...]], list[str]]:
+    """By the base's own names."""
+    separator = "_" if adapter.flattened else "."
+    index, stacks = _index(specs, model_types, separator)
+    plain = {module: _normalized(module, adapter.flattened, model_types) for module in modules}
+    rest = [m for m, path in plain.items() if path not in index and path not in stacks and not adapter.flattened]
+    parts = {m: part for m in rest if (part := expert_part(m, model_types))}
+
+    def known(module: str, path: str) -> bool:
+        return path in index or path in stacks or (module in parts and parts[module].fused in index)
+
+    ways = [plain]
+    for container in CONTAINERS if not all(known(m, path) for m, path in plain.items()) else ():
+        prefix = container.replace(".", separator) + separator
+        ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
+        ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
+    resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
+    most = max(len(way) for way in resolved)
+    best = [way for way in resolved if len(way) == most]
+    if len(best[0]) == len(resolved[0]):
+        best = best[:1]
+    spots: dict[str, tuple[Spot, ...]] = {}
+    for module in best[0]:
+        names = sorted({name for way in best if module in way for name in index.get(way[module], [])})
+        if len(names) > 1:
+            raise InputError(f"of {adapter.name} could be any of {', '.join(names)}", culprit=module)
+        if names:
+            spots[module] = (Spot(names[0]),)
+        elif best[0][module] in stacks:
+            spots[module] = stacks[best[0][module]]
+            _require_whole(adapter, module, spots[module])
+        else:
+            part = parts[module]
+            spots[module] = (Spot(index[part.fused][0], part.expert, part.part, part.parts),)
+    return spots, [m for m in plain if m not in spots and not adapter.repeats(m, spots)]
+
+
+def missing_tensors(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
+    """What the config announces, the base has and the adapter has not, a line each.
+
+    names: the base's tensors; changed: those of them that the adapter changes.
+    """
+    names, trained, saved = list(names), adapter.config.extra.get("bias"), adapter.config.extra.get("modules_to_save")
+    lines = list(adapter.lacks)
+    for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
+        line = f"the config's modules_to_save names {entry}, of which the file has nothing"
+        # PEFT goes by the end of a name, so that `norm` is a layernorm's too: the one of that very name counts here
+        of_base = any(f".{entry}." in f".{name}" for name in names)
+        of_adapter = any(f".{entry}." in f".{m}." for m, update in adapter.updates.items() if update.kind == "replace")
+        lines += [line] if of_base and not of_adapter and line not in lines else []
+    if trained in ("all", "lora_only") and not any(m.endswith(".bias") for m in adapter.updates):
+        biases = {name for name in names if name.endswith(".bias")}
+        if trained == "lora_only":
+            biases &= {f"{module_of(name)}.bias" for name in changed}
+        lines += [f"the config sets bias to {trained}, but the file has no bias"] if biases else []
+    return lines
+
+
+def _require_whole(adapter: Adapter, module: str, spots: Sequence[Spot]) -> None:
+    """A stack of factors meets every part of every expert, or some of its factors would be dropped."""
+    experts = adapter.updates[module].experts
+    expected = {(expert, part) for expert in range(experts) for part in range(spots[0].parts)}
+    there = {(spot.expert, spot.part) for spot in spots}
+    if there != expected:
+        has = len({spot.expert for spot in spots})
+        what = f"has {has} experts" if has != experts else f"lacks a part of {len(expected - there)} of them"
+        raise InputError(f"of {adapter.name} is for {experts} experts, but the base {what}", culprit=module)
+
+
+def _index(
+    specs: Mapping[str, TensorSpec], model_types: Sequence[str], separator: str
+) -> tuple[dict[str, list[str]], dict[str, tuple[Spot, ...]]]:
+    """The base's tensors by module path, and those of single experts by the path of the stack that they make up."""
+    index: dict[str, list[str]] = {}
+    stacks: dict[str, list[Spot]] = {}
+    for name in specs:
+        path = canonical(unwrapped(module_of(name)).removeprefix(PEFT_PREFIX), model_types)
+        index.setdefault(path.replace(".", separator), []).append(name)
+        part = expert_part(unwrapped(name), model_types)
+        if part:
+            fused = part.fused.replace(".", separator)
+            stacks.setdefault(fused, []).append(Spot(name, part.expert, part.part, part.parts))
+    return index, {fused: tuple(spots) for fused, spots in stacks.items()}
+
+
+def unwrapped(path: str) -> str:
+    """A path without the wrappers of training loops."""
+    parts = path.split(".")
+    return path if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _normalized(module: str, flattened: bool, model_types: Sequence[str]) -> str:
+    if not flattened:
+        return canonical(unwrapped(module), model_types)
+    return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
+
+
+def _unbound(
+    adapters: Sequence[Adapter],
+    missing: Sequence[Sequence[str]],
+    chosen: Sequence[Mapping[str, Sequence[Spot]]],
+    specs: Mapping[str, TensorSpec],
+    added: Iterable[str],
+) -> NeedsFlag | InputError:
+    """The error for modules that the base lacks, with the --exclude that leaves out those and nothing that binds."""
+    absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
+    if not any(chosen):
+        return _nothing_binds(absent, specs)
+    lines = []
+    for adapter, module in absent[:SHOWN]:
+        near = nearest(module, specs)
+        lines.append(f"  {module} ({adapter.name})" + (f"   nearest in the base: {', '.join(near)}" if near else ""))
+    if len(absent) > SHOWN:
+        lines.append(f"  and {len(absent) - SHOWN} more")
+    total = sum(len(adapter.updates) for adapter in adapters)
+    message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
+    kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_of(spots[0].name))]
+    kept += [module_of(name) for name in added]
+    return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
+
+
+def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, TensorSpec]) -> InputError:
+    adapter, module = absent[0]
+    if adapter.format in IMAGE_FORMATS and not image_modules({name: spec.shape for name, spec in specs.items()}):
+        return InputError(
+            f"is an image model's adapter, with modules like {module}; nothing binds, since the base is no image model",
+            culprit=adapter.name,
+            remedy="pass the image model that it was trained on",
+        )
+    near = [name for name in nearest(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
+    names = " and ".join(dict.fromkeys(each.name for each, _ in absent))
+    there = f"; nearest there: {near[0]}" if near else ""
+    return InputError(
+        f"none of the {len(absent)} modules of {names} is in the base, like {module}{there}",
+        remedy=f"nothing binds: is this the adapter's base? {adapter.trained_on}".rstrip(),
+    )
+
+
+def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
+    """--exclude options for all of `modules` and nothing of `kept`: kohya's prefixes or last names where they can."""
+    patterns: list[str] = []
+    for module in modules:
+        if any(matches(pattern, module) for pattern in patterns):
+            continue
+        candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
+        candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
+        candidates.append(f"re:^{re.escape(module)}$")
+        free = (p for p in candidates if not any(matches(p, path) for path in kept))
+        patterns.append(next(free, candidates[-1]))
+    lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
+    return " ".join(f"--exclude {quote(each)}" for each in lists if each)
+
+
+def nearest(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Up to two names of the base that look like `module`: of those with the same last part, if there are any."""
+    last = re.split(r"[._]", module)[-1]
+    names = [name for name in specs if name.endswith(".weight")]
+    pool = [name for name in names if name.removesuffix(".weight").endswith(last)] or names
+    return difflib.get_close_matches(module + ".weight", pool[:2000], 2, 0.5)

@@ -1,0 +1,111 @@
+"""`--target`, `--exclude`, `--layers`: patterns and presets."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..architectures.roles import role
+from ..errors import InputError, UsageError
+
+# Names for the parts of a block, whatever a family calls them; `all-linear` is peft's: every linear layer but the head.
+PRESETS = {
+    "attention": frozenset(
+        """q_proj k_proj v_proj o_proj out_proj qkv_proj qkv query key value query_key_value c_attn q_attn attn_out
+        to_q to_k to_v Wqkv q_lin k_lin v_lin out_lin wq wk wv wo""".split()
+    ),
+    "mlp": frozenset(
+        """gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc dense_h_to_4h dense_4h_to_h lin1 lin2
+        wi wi_0 wi_1 w1 w2 w3 up_gate_proj""".split()
+    ),
+}
+
+
+SHOWN = 8  # names listed in an error before "and N more"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Module paths by pattern. A pattern is a dotted suffix (peft's rule), a glob (`*`, `?`) of the whole path, or
+    `re:` and an expression searched in it. No target means all; `layers` are layer numbers."""
+
+    target: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+
+    def selects(self, *paths: str) -> bool:
+        """Whether a module known under all of `paths` (the adapter's and the base's) is selected."""
+        if self.layers is not None and not any(_layer(path) in self.layers for path in paths):
+            return False
+        if any(matches(pattern, path) for pattern in self.exclude for path in paths):
+            return False
+        return not self.target or any(matches(pattern, path) for pattern in self.target for path in paths)
+
+    def require_used(self, paths: Collection[str], where: str, target: str = "--target") -> None:
+        """Raise InputError for a pattern that names none of `paths`, or layers that none is of: a typo would else leave
+        out nothing, or all. where: whose paths they are; target: the option whose patterns those of `target` are."""
+        for option, pattern in [*((target, p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
+            if not any(matches(pattern, path) for path in paths):
+                ends = sorted({path.rpartition(".")[2] for path in paths})
+                near = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:SHOWN]
+                raise InputError(
+                    f"names no module of {where}", culprit=f"{option} {pattern}", remedy=f"there are {', '.join(near)}"
+                )
+        if self.layers is None:
+            return
+        there = sorted({number for path in paths if (number := _layer(path)) is not None})
+        if there and self.layers.isdisjoint(there):
+            raise InputError(
+                f"names no layer of {where}", culprit="--layers", remedy=f"there are {there[0]}-{there[-1]}"
+            )
+
+
+def matches(pattern: str, path: str) -> bool:
+    if pattern == "all-linear":
+        return role(path, 2, True) == "linear"
+    if pattern in PRESETS:
+        return path.rpartition(".")[2] in PRESETS[pattern]
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], path) is not None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UsageError(f"is not a regular expression: {error}", culprit=pattern) from error
+    if "*" in pattern or "?" in pattern:
+        return fnmatchcase(path, pattern)
+    return path == pattern or path.endswith("." + pattern)
+
+
+def _layer(path: str) -> int | None:
+    """The first number among the path's parts, dotted or flattened: `model.layers.3.mlp` -> 3."""
+    found = re.search(r"(?:^|[._])(\d+)(?=[._]|$)", path)
+    return int(found[1]) if found else None
+
+
+def parse_patterns(values: Sequence[str]) -> tuple[str, ...]:
+    """Comma lists to patterns; `re:` takes the rest of its value, commas included. UsageError for an empty value."""
+    patterns: list[str] = []
+    for value in values:
+        head, mark, expression = value.partition("re:")
+        found = [part.strip() for part in head.split(",") if part.strip()] + ([mark + expression] if mark else [])
+        if not found:
+            raise UsageError(f"the pattern {value!r} names nothing")
+        patterns += found
+    return tuple(patterns)
+
+
+def parse_layers(text: str | None) -> frozenset[int] | None:
+    """`0-3,7` -> {0, 1, 2, 3, 7}. Raises UsageError for anything else."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text):
+        raise UsageError(f"--layers {text[:40]!r} is not a list like 0-3,7")
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise UsageError(f"--layers {part}: the range ends before it starts")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)

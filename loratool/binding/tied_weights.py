@@ -1,0 +1,405 @@
+"""Tied heads and vocabularies: what a change of an embedding or a head means where both are one matrix.
+
+A model that ties its head to its embedding stores one matrix, and an adapter that changes one side leaves the other
+as it was. So a merge into the one matrix computes something else than base and adapter did (PEFT's own merge does
+that). Here the two stay one only if they end equal; else the second is written, and the config says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..adapters.adapter import UpdateSpec
+from ..architectures.config_tensors import declared_class
+from ..architectures.ties import (
+    COPIES,
+    DECODER_HEADS,
+    EMBEDS_BY_ENCODER,
+    FLAG_SCALES,
+    GENERATIVE,
+    HEADLESS,
+    INPUT_EMBEDDINGS,
+    MASKED,
+    MASKED_HEAD_OF,
+    ONE_MODULE_BEFORE_5,
+    OUTPUT_HEADS,
+    PAST_ITS_MODULE,
+    SHARED_BY_BOTH,
+    TIED_ANYHOW,
+    TIED_AS_DECODERS,
+    UNTIED_BY_DEFAULT,
+)
+from ..errors import InputError, NeedsFlag
+from ..files.checkpoint import Checkpoint
+from ..files.dtypes import TensorSpec
+from ..files.quantized import Coded
+from ..files.tensor_compare import equal_rows
+from ..files.tensor_ref import Source
+from .placement import Placement
+from .resolve import refuse_two
+
+# What to do where one side changes -> its meaning.
+TIED = {
+    "untie": "write the head as a matrix of its own, and say so in config.json",
+    "share": "apply every change to the one matrix, so that both sides change",
+    "refuse": "stop",
+}
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A matrix that is used more than once: as embedding, as head, and under whatever names it is stored again.
+
+    separable: whether its sides can be written as matrices of their own, so that loaders take them for that. tokens:
+    the name whose trained tokens PEFT gives to all others too. inputs: the embeddings of encoder and decoder, with
+    which the model computes where `embedding` is but what they share. bias: the bias of a masked language model's
+    head, and its other name. keeps_flag: whether config.json goes on to say that they are tied.
+    """
+
+    embedding: str
+    head: str
+    separable: bool
+    tokens: str | None
+    inputs: tuple[str, ...] = ()
+    bias: tuple[str, str] | None = None
+    keeps_flag: bool = False
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return (*self.inputs, self.head)
+
+    def is_stored(self, base: Checkpoint) -> bool:
+        return self.head in base.specs
+
+    def stored_as(self, name: str) -> str:
+        """Where the values of a tensor are that the files need not have."""
+        return self.bias[0] if self.bias and name == self.bias[1] else self.embedding
+
+    def lacking(self, base: Checkpoint) -> dict[str, TensorSpec]:
+        """The tensors that the files have under another name, and adapters may name."""
+        names = (*self.sides, *(self.bias[1:] if self.bias else ()))
+        return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
+
+
+def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], dict[str, Coded]]:
+    """The tensors and the quantized weights that adapters may name, those under another name of a tie too."""
+    lacking = tie.lacking(base) if tie else {}
+    coded = {name: base.coded[tie.stored_as(name)] for name in lacking if tie and tie.stored_as(name) in base.coded}
+    return {**base.specs, **lacking}, {**base.coded, **coded}
+
+
+def find_tie(base: Checkpoint) -> Tie | None:
+    """Which matrix a base uses more than once, by its names and its config."""
+    embedding, config, family = _embedding(base), base.config, base.model_type or ""
+    flag = _flag(config)
+    if family in TIED_ANYHOW:
+        flag = True
+    elif flag is None and family in UNTIED_BY_DEFAULT:
+        flag = False
+    if embedding is None or not config or flag is False:
+        return None
+    architecture = declared_class(config)
+    encoder = architecture.endswith(MASKED) or family in MASKED_HEAD_OF
+    whole = config.get("is_encoder_decoder") is True and family not in TIED_AS_DECODERS
+    if not (flag or encoder or whole or architecture.endswith(GENERATIVE)):
+        return None
+    backbone = architecture.endswith("Model") and not architecture.endswith(GENERATIVE)
+    if architecture.endswith(HEADLESS) or (backbone and (encoder or "." not in embedding.removesuffix(".weight"))):
+        return None
+    if encoder:
+        return _masked_tie(base, embedding, family)
+    head = _head(base) or _head_name(base, embedding)
+    before, mark, _ = embedding.rpartition("shared.weight")
+    if not whole or not mark:
+        return Tie(embedding, head, not whole, embedding)
+    inputs = f"{before}encoder.embed_tokens.weight", f"{before}decoder.embed_tokens.weight"
+    tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
+    return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, None, family in FLAG_SCALES)
+
+
+def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
+    """The head of a masked language model is there if its bias is: one that a family makes in another way is not."""
+    head = MASKED_HEAD_OF.get(family, "lm_head")
+    linear, owner = f"{head}.bias", f"{head.rpartition('.')[0]}.bias"
+    bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
+    known = family in MASKED_HEAD_OF and family not in PAST_ITS_MODULE
+    separable = known and (bias is not None or linear in base.specs)
+    return Tie(embedding, f"{head}.weight", separable, embedding if separable else None, (), bias)
+
+
+def _head_name(base: Checkpoint, embedding: str) -> str:
+    last = DECODER_HEADS.get(base.model_type or "", "lm_head")
+    for inner in ("language_model", "text_model"):
+        before, mark, _ = embedding.partition(f"{inner}.model.")
+        if mark:
+            return f"{before}{inner}.{last}.weight"
+    return f"{last}.weight"
+
+
+def head_is_missing(base: Checkpoint) -> bool:
+    """Whether the files have no head because it is the embedding; from headers alone."""
+    tie = find_tie(base)
+    return tie is not None and not tie.is_stored(base) and declared_class(base.config).endswith(GENERATIVE)
+
+
+def _source(base: Checkpoint, name: str) -> Source:
+    return Source(base.shard_of[name], name)
+
+
+def _flag(config: Mapping[str, Any]) -> bool | None:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _embedding(base: Checkpoint) -> str | None:
+    matrices = _matrices(base, INPUT_EMBEDDINGS)
+    return next(filter(None, (_only(matrices.get(last, ())) for last in INPUT_EMBEDDINGS)), None)
+
+
+def _head(base: Checkpoint) -> str | None:
+    return _only([name for names in _matrices(base, OUTPUT_HEADS).values() for name in names])
+
+
+def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
+    """The matrices of the modules that have one of these last names, by it."""
+    found: dict[str, list[str]] = {}
+    for name, spec in base.specs.items():
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        if last in lasts and name.endswith(".weight") and len(spec.shape) == 2:
+            found.setdefault(last, []).append(name)
+    return found
+
+
+def _only(found: Sequence[str]) -> str | None:
+    """The one matrix, of several the language model's; None where several could be meant."""
+    text = [name for name in found if "language_model" in name]
+    found = text if len(found) > 1 and text else found
+    return found[0] if len(found) == 1 else None
+
+
+def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
+    """The tensors besides the embedding that are stored and have its values."""
+    spec = base.specs[tie.embedding]
+    lasts = {name: name.removesuffix(".weight").split(".")[-1] for name in base.specs}
+    named = [n for n, s in base.specs.items() if n != tie.embedding and s == spec and lasts[n] in COPIES]
+    return [name for name in named if equal_rows(_source(base, tie.embedding), _source(base, name))]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The placements after a tie was settled; `untied` are the tensors that become ones of their own."""
+
+    placements: Mapping[str, tuple[Placement, ...]]
+    untied: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def settle_tie(
+    base: Checkpoint, tie: Tie | None, placements: Mapping[str, tuple[Placement, ...]], mode: str
+) -> Settled:
+    """Decide whether the sides of a tie and its embedding stay one matrix, and what changes then.
+
+    mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, or where they cannot and `share`
+    could; InputError where nothing can.
+    """
+    if tie is None:
+        return Settled(placements)
+    placements = _join_biases(tie, placements)
+    if not any(name in placements for name in (tie.embedding, *tie.sides, *_named_copies(base, tie))):
+        return Settled(placements)
+    copies = stored_copies(base, tie)
+    one = placements.get(tie.embedding, ())
+    apart = tie.is_stored(base) and tie.head not in copies
+    others = list(dict.fromkeys([*copies, *(side for side in tie.sides if side not in base.specs)]))
+    if not one and not any(name in placements for name in others):
+        return Settled(placements)
+    if apart and not tie.inputs:
+        return Settled(placements)  # whatever the config says, these are two matrices
+    rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
+    asked = {name: placements.get(name, ()) for name in others}
+    rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
+    one = (*one, *_mirrored_rows(rows, one))
+    sides = {name: (*found, *_mirrored_rows(rows, found)) for name, found in asked.items()}
+    followed = [found for name, found in sides.items() if found or name not in tie.inputs]
+    if followed and all(_equal(one, found) for found in followed):
+        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)}, (), _forgotten_bias(base, tie, rows))
+    both = one + tuple(p for found in asked.values() for p in found)
+    parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
+    idle = bool(one and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
+    ways = _ways(tie, parted, both, idle)
+    if mode == "refuse" or (mode == "untie" and (idle or not tie.separable)) or (mode == "share" and mode not in ways):
+        raise _refusal(tie, next(iter(parted)), mode, ways, idle)
+    if mode == "share":
+        warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
+        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
+    settled = _untie(base, tie, one, sides, {**rest, **parted})
+    return replace(settled, warnings=(*settled.warnings, *_forgotten_bias(base, tie, rows)))
+
+
+def _untie(
+    base: Checkpoint,
+    tie: Tie,
+    one: tuple[Placement, ...],
+    sides: Mapping[str, tuple[Placement, ...]],
+    placements: Mapping[str, tuple[Placement, ...]],
+) -> Settled:
+    """Every side as a matrix of its own; where the flag goes on to tie them, those that differ."""
+    untied = [name for name, found in sides.items() if not (tie.keeps_flag and _equal(one, found))]
+    placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
+    named = ", ".join(untied)
+    if tie.bias:
+        untied.append(tie.bias[1])
+        again = {tie.bias[1]: placements[tie.bias[0]]} if tie.bias[0] in placements else {}
+        placements = {**placements, **again}
+    warning = f"{named}: untied from {tie.embedding}; loaders that tie anyway would drop it"
+    if tie.keeps_flag:
+        warning += " (transformers before 5, since the flag in config.json says how the head is scaled, and stays)"
+    elif base.model_type in ONE_MODULE_BEFORE_5 and any(sides.get(name) for name in tie.inputs):
+        warning += " (transformers before 5, which give encoder and decoder the shared embedding)"
+    return Settled(placements, tuple(untied), (warning,))
+
+
+def _forgotten_bias(base: Checkpoint, tie: Tie, rows: tuple[Placement, ...]) -> tuple[str, ...]:
+    """PEFT's trained tokens compute a tied head anew, without its bias (trainable_tokens/layer.py, 0.21)."""
+    bias = tie.bias[0] if tie.bias else f"{tie.head.removesuffix('.weight')}.bias"
+    if bias not in base.specs or not any(p.update.kind == "rows" for p in rows):
+        return ()
+    return (f"{bias}: PEFT's forward pass leaves it out where tokens are trained; the merged model has it",)
+
+
+def _join_biases(tie: Tie, placements: Mapping[str, tuple[Placement, ...]]) -> Mapping[str, tuple[Placement, ...]]:
+    """The bias of a masked head has two names and is one: what an adapter says of the second holds for the first."""
+    if tie.bias is None or tie.bias[1] not in placements:
+        return placements
+    name, again = tie.bias
+    joined = {other: found for other, found in placements.items() if other != again}
+    for each in placements[again]:
+        same = [p for p in placements.get(name, ()) if p.adapter is each.adapter]
+        if same and not any(_equal_updates(p, each) for p in same):
+            raise NeedsFlag(
+                f"is {name} under another name, but {each.adapter.name} changes the two in different ways",
+                culprit=again,
+                remedy=f"add --exclude {name}, with which the head does not compute",
+            )
+        joined[name] = joined.get(name, ()) + (() if same else (each,))
+    return joined
+
+
+def _ways(
+    tie: Tie, parted: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...], idle: bool
+) -> dict[str, str]:
+    """The values of --tied with which such a merge succeeds, and what each does."""
+    ways = {}
+    if tie.separable and not idle and all(_add_up(name, found) for name, found in parted.items()):
+        ways["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
+    if _add_up(tie.embedding, both):
+        ways["share"] = (
+            "--tied share changes both" if ways and not tie.inputs else "use --tied share to change every side"
+        )
+    return ways
+
+
+def _add_up(name: str, placements: tuple[Placement, ...]) -> bool:
+    try:
+        refuse_two(name, placements)
+    except InputError:
+        return False
+    return True
+
+
+def _refusal(tie: Tie, changed: str, mode: str, ways: Mapping[str, str], idle: bool) -> NeedsFlag | InputError:
+    """The error for one side that changes alone, naming those values of --tied that work."""
+    message = "is tied to the other side by config.json and changes alone"
+    if idle:
+        message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
+    elif not tie.separable:
+        message = "is tied to a head that is not known to be read, or trained, as a matrix of its own"
+    elif mode == "share":
+        message = "is tied to the other side, and the changes of the two do not add up"
+    parts = "untie" in ways
+    remedies = [*ways.values(), *([] if parts else ["leave the module out with --exclude"])]
+    error = NeedsFlag if ways else InputError
+    return error(message, culprit=changed, remedy=(", " if parts else ", or ").join(remedies))
+
+
+def _named_copies(base: Checkpoint, tie: Tie) -> list[str]:
+    spec = base.specs[tie.embedding]
+    return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
+
+
+def _mirrored_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
+    """Trained tokens of a tied embedding are the head's too, without being stored again (PEFT since 0.15)."""
+    there = {id(p.adapter) for p in head if p.update.kind == "rows"}
+    return [p for p in embedding if p.update.kind == "rows" and id(p.adapter) not in there]
+
+
+def _equal(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
+    """Whether both sides change alike: the same rows or values, or a LoRA whose factors are each other's."""
+    return len(embedding) == len(head) and all(map(_equal_updates, embedding, head))
+
+
+def _equal_updates(one: Placement, two: Placement) -> bool:
+    a, b = one.update, two.update
+    if one.adapter is not two.adapter or one.weight != two.weight or (a.kind, a.indices) != (b.kind, b.indices):
+        return False
+    file = one.adapter.file
+    if (a.base is None) != (b.base is None):
+        return False
+    if a.base and b.base and not equal_rows(Source(file, a.base), Source(file, b.base)):
+        return False
+    if a.tensors == b.tensors:
+        return True
+    if a.kind in ("replace", "rows"):
+        return equal_rows(Source(file, a.tensors["value"]), Source(file, b.tensors["value"]))
+    if a.kind != "lora" or a.scale != b.scale or one.transposed is two.transposed:
+        return False
+    return _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
+
+
+def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: str, other: str) -> bool:
+    file = placement.adapter.file
+    one, two = file.tensor(a.tensors[role]), file.tensor(b.tensors[other])
+    return one.shape == two.T.shape and bool((one == two.T).all())
+
+
+def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
+    """The config's new vocab_size, {} where it stays.
+
+    rows: the output's rows of its embedding and head, by name; changed: those of them that are not the base's.
+    Raises InputError where the two end with different rows, or where the base has a buffer of that size.
+    """
+    if not changed:
+        return {}
+    if len(set(rows.values())) > 1:
+        named = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise InputError(
+            f"the embedding and the head would end with different rows ({named}): an adapter lacks values for some",
+            remedy="save the adapter with both sides (peft: modules_to_save with the embedding and the head)",
+        )
+    size = next(iter(changed.values()))
+    for name, spec in base.specs.items():
+        if name.rpartition(".")[2] == "final_logits_bias" and spec.shape[-1:] != (size,):
+            raise InputError(
+                f"is {spec.shape}, but the vocabulary would have {size} rows, and PEFT saves nothing for it",
+                culprit=name,
+                remedy=f"give the base that size (transformers: resize_token_embeddings({size}), save_pretrained)",
+            )
+    return {"vocab_size": size}
+
+
+def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
+    """The tensors that have a row a token: the embedding, the heads, and their bias."""
+    masked = MASKED_HEAD_OF.get(base.model_type or "")
+    head = f"{masked}.weight" if masked else _head(base)
+    names = [_embedding(base), *(tie.sides if tie else [head])]
+    biases = tie.bias or () if tie else ()
+    if head:
+        module = head.removesuffix(".weight")
+        owner = module.rpartition(".")[0] if masked else ""
+        biases = (*biases, *(f"{each}.bias" for each in (module, owner) if f"{each}.bias" in base.specs))
+    return tuple(dict.fromkeys(name for name in (*names, *biases) if name))

@@ -1,0 +1,42 @@
+"""Reports as tables and pictures for a terminal and as JSON for a program. The only room that knows rich."""
+
+from __future__ import annotations
+
+from .adapters import print_adapter, print_combine, print_convert, print_extract, print_init, print_resize
+from .diffs import print_adapter_diff, print_checkpoint_diff, print_spectra
+from .guides import print_guide, print_guides
+from .models import (
+    print_checkpoint,
+    print_checkpoint_convert,
+    print_count,
+    print_merge,
+    print_method,
+    print_unmerge,
+    print_verify,
+)
+from .text import ProgressBar, say, to_json, warn
+
+__all__ = [
+    "ProgressBar",
+    "print_adapter",
+    "print_adapter_diff",
+    "print_checkpoint",
+    "print_checkpoint_convert",
+    "print_checkpoint_diff",
+    "print_combine",
+    "print_convert",
+    "print_count",
+    "print_extract",
+    "print_guide",
+    "print_guides",
+    "print_init",
+    "print_merge",
+    "print_method",
+    "print_resize",
+    "print_spectra",
+    "print_unmerge",
+    "print_verify",
+    "say",
+    "to_json",
+    "warn",
+]

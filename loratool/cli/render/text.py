@@ -1,0 +1,206 @@
+"""What all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
+
+`to_json` keeps a schema that is versioned: the report's own field names under a header that every verb shares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ...files.fileio import size
+from .pictures import Line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...errors import LoratoolError
+
+SCHEMA_VERSION = 1
+
+
+GAP = 2  # columns between a table's
+
+
+UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
+
+
+# Of a heat from 0 to 1, viridis among xterm's 256 colours: numbers stand on them, and blocks are drawn in them, since a
+# block hides what is behind it. Legible on any theme.
+HEATS = (
+    ("white on color(54)", "color(97)"),
+    ("white on color(60)", "color(61)"),
+    ("white on color(24)", "color(67)"),
+    ("white on color(30)", "color(31)"),
+    ("white on color(29)", "color(36)"),
+    ("black on color(71)", "color(71)"),
+    ("black on color(149)", "color(149)"),
+    ("black on color(220)", "color(220)"),
+)
+
+
+def to_json(verb: str | None, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
+    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`; `schemas/` has it in full.
+
+    `status` is there where a check said no (exit code 1), and says what it found. The verb is None of a call without.
+    """
+    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
+    value["exit_code"] = 0 if status is None else 1
+    if status is not None:
+        value["status"] = status
+    if error is not None:
+        value["exit_code"] = error.exit_code
+        value["error"] = {
+            "kind": error.kind,
+            "message": error.message,
+            "tensor": error.culprit,
+            "remedy": error.remedy,
+        }
+    else:
+        value["report"] = asdict(report)
+    return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
+
+
+def count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
+
+
+def share(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if value >= 0.001 or value <= 0 else f"{value:.1e}"
+
+
+def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
+    """Columns as (title, right-aligned); lines are never cut or wrapped where stdout is not a terminal.
+
+    Where a terminal is too narrow for a row but not for what follows its name, that comes on a line below the name.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    columns = [(escape(title), right) for title, right in columns]
+    rows = [[escape(cell) for cell in row] for row in rows]
+    titles, sides = [title for title, _ in columns], [right for _, right in columns]
+    widths = [max(map(cell_len, column)) for column in zip(titles, *rows, strict=True)]
+    if not console.is_terminal:  # rich takes half a millisecond a row, and has nothing to add here
+        for row in [titles, *rows]:
+            spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+            cells = [
+                space + cell if right else cell + space for cell, space, right in zip(row, spaces, sides, strict=True)
+            ]
+            print((" " * GAP).join(cells).rstrip())
+        return
+    if not sys.stdout.isatty():  # colours can be forced there, a width not
+        console.width = UNBOUNDED
+    below = sum(widths) + GAP * (len(widths) - 1) > console.width >= sum(widths[1:]) + GAP * len(widths[1:])
+    if below:
+        lines = _drawn(console, [("", False), *columns[1:]], [["", *row[1:]] for row in rows])
+    else:
+        lines = _drawn(console, columns, rows)
+    names = ["", *(row[0] for row in rows)] if below else [""] * len(lines)
+    for name, line in zip(names, lines, strict=True):
+        line = line.rstrip()
+        print(f"{name}\n{line}" if name else line)
+
+
+def _drawn(console: Console, columns: list[tuple[str, bool]], rows: list[list[str]]) -> list[str]:
+    """A table's lines, with a terminal's bold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, right in columns:
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    with console.capture() as text:  # rich would turn a closed pipe into exit 1
+        console.print(table)
+    return text.get().splitlines()
+
+
+def escape(text: str) -> str:
+    """Names come from files: no control character in them reaches the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """One or more lines for a person."""
+    print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """On stderr, with --json too: who reads the one may not look into the other."""
+    for warning in warnings:
+        say(f"warning: {warning}", sys.stderr)
+
+
+def draw(lines: Sequence[Line]) -> None:
+    """A picture, in colour where stdout is a terminal that has it, and a blank line before it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if not lines:
+        return
+    console = Console(highlight=False, width=UNBOUNDED)
+    with console.capture() as found:
+        for line in [[], *lines]:
+            text = Text()
+            for cell in line:
+                number, block = HEATS[min(int((cell.heat or 0.0) * len(HEATS)), len(HEATS) - 1)]
+                style = number if any(c.isdigit() for c in cell.text) else block
+                text.append(escape(cell.text), "" if cell.heat is None else style)
+            console.print(text)
+    print(found.get(), end="")
+
+
+class ProgressBar:
+    """Progress on stderr: a bar on a terminal, a line every 10 s elsewhere, nothing when quiet."""
+
+    def __init__(self, label: str, quiet: bool, unit: str = "") -> None:
+        self._label, self._quiet, self._unit = label, quiet, unit
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            self._show_bar(done, total)
+            return
+        now = time.monotonic()
+        if now - self._last >= 10:
+            self._last = now
+            if self._unit:
+                print(f"{self._label}: {done} of {total} {self._unit}", file=sys.stderr, flush=True)
+                return
+            line, rate = f"{self._label}: {size(done)} of {size(total)}", done / (now - self._start)
+            rest = f", {size(rate)}/s, {(total - done) / rate:.0f} s left" if done else ""
+            print(line + rest, file=sys.stderr, flush=True)
+
+    def _show_bar(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn() if self._unit else progress.DownloadColumn(),
+                *([] if self._unit else [progress.TransferSpeedColumn()]),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=total)
+        self._bar.update(self._task, completed=done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

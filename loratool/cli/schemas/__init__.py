@@ -1,0 +1,227 @@
+"""The JSON of every verb as a JSON Schema: a file each beside this one, and error.json for calls that name no verb.
+
+They are made of the reports' own fields and of the tables that their words are rows of, so that a schema cannot say
+other than the report does; `python -m loratool.cli.schemas` writes the files. They are closed: a key more, a key less
+or another type does not fit, and a program can rely on all of it for as long as `schema` is the same number.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ... import errors
+from ...adapters.adapter import UNPAIRED
+from ...adapters.formats import FORMATS
+from ...adapters.formats.other_methods import OUTCOMES
+from ...adapters.updates import UPDATES
+from ...adapters.weight_kinds import KINDS
+from ...files.dtypes import DTYPES
+from ...files.output import CONTAINERS
+from ...ops import choices, guide, resize, unmerge
+from ...ops.combine import command as combine
+from ...ops.convert import checkpoint as convert_checkpoint
+from ...ops.convert import command as convert
+from ...ops.count import command as count
+from ...ops.count import formulas as counting
+from ...ops.diff import command as diff
+from ...ops.extract import command as extract
+from ...ops.init import command as init
+from ...ops.inspect import adapter as adapters
+from ...ops.inspect import command as inspecting
+from ...ops.inspect import spectra
+from ...ops.merge import report as merge_report
+from ...ops.verify import command as verifying
+from ..render.text import SCHEMA_VERSION
+
+# verb -> what its `report` can be
+REPORTS: dict[str, tuple[type, ...]] = {
+    "combine": (combine.CombineReport,),
+    "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport),
+    "count": (count.CountReport,),
+    "diff": (diff.AdapterDiff, diff.CheckpointDiff),
+    "extract": (extract.ExtractReport,),
+    "guide": (guide.GuideReport,),
+    "init": (init.InitReport,),
+    "inspect": (
+        inspecting.CheckpointReport,
+        adapters.AdapterInspection,
+        inspecting.MethodReport,
+        spectra.SpectraReport,
+    ),
+    "merge": (merge_report.MergeReport,),
+    "resize": (resize.ResizeReport,),
+    "unmerge": (unmerge.UnmergeReport,),
+    "verify": (verifying.VerifyReport,),
+}
+
+
+# verb -> its `status` where the exit code is 1
+STATUSES = {"diff": ("different",), "inspect": ("problems", "other method"), "verify": ("wrong", "inconclusive")}
+
+
+CHANGED_BY = (*UPDATES, "untied", "added")  # of merge: one, or several with a plus between
+
+
+# field of a report, or of one class -> the words that it can be; of a mapping, its keys
+WORDS: dict[str, Sequence[str]] = {
+    "dtype": tuple(DTYPES),
+    "dtype_a": tuple(DTYPES),
+    "dtype_b": tuple(DTYPES),
+    "dtypes": tuple(DTYPES),
+    "format": tuple(FORMATS),
+    "source_format": tuple(FORMATS),
+    "outcome": tuple(OUTCOMES),
+    "role": ("linear", "embedding", "head", "experts", "conv", ""),
+    "to": tuple(choices.TARGETS),
+    "CheckpointConvertReport.to": tuple(CONTAINERS),
+    "CheckpointConvertReport.source_format": tuple(CONTAINERS),
+    "CombineReport.method": tuple(choices.METHODS),
+    "InitReport.method": tuple(choices.INITS),
+    "MethodCount.method": tuple(counting.METHODS),
+    "MethodCount.measure": tuple(dict.fromkeys(method.size for method in counting.METHODS.values())),
+    "CountReport.source": ("config", "checkpoint"),
+    "SpectraReport.what": ("adapter", "checkpoint"),
+    "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "rounded", "truncated"),
+    "ModuleExtract.how": ("exact", "certified", "estimate"),
+    "ModuleExtract.kind": tuple(KINDS),
+    "ModuleInit.kind": tuple(KINDS),
+    "Spectrum.kind": (*KINDS, *UPDATES),
+    "ModuleDiff.kind": tuple(UPDATES),
+    "ValueDiff.kind": tuple(UPDATES),
+    "ModuleReport.kind": (*UPDATES, UNPAIRED),
+    "AdapterGroup.kind": (*UPDATES, UNPAIRED),
+    "TensorVerdict.verdict": ("exact", "rounding", "wrong"),
+    "VerifyReport.status": ("proven", *STATUSES["verify"]),
+}
+
+
+# class -> its exit codes
+ERRORS: dict[type[errors.LoratoolError], list[int]] = {
+    errors.UsageError: [2],
+    errors.InputError: [3],
+    errors.NeedsFlag: [4],
+    errors.MachineError: [5],
+    errors.LoratoolError: [70],
+    errors.Interrupted: [129, 130, 143],  # 128 + SIGHUP, SIGINT, SIGTERM
+}
+
+
+PLAIN: dict[object, dict[str, Any]] = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    int: {"type": "integer", "minimum": 0},
+    float: {"type": "number"},
+    type(None): {"type": "null"},
+    Any: {},
+}
+
+
+def make(verb: str) -> dict[str, Any]:
+    """The schema of what `loratool VERB --json` prints, whatever its exit code."""
+    definitions: dict[str, Any] = {}
+    reports = [_refer(kind, definitions) for kind in REPORTS[verb]]
+    report = reports[0] if len(reports) == 1 else {"oneOf": reports}
+    ends = {"done": _object({**_head(verb, True), "exit_code": {"const": 0}, "report": report})}
+    if verb in STATUSES:
+        said = {"exit_code": {"const": 1}, "status": {"enum": list(STATUSES[verb])}}
+        ends["no"] = _object({**_head(verb, False), **said, "report": report})
+    ends["error"] = _error({"const": verb})
+    return {
+        **_title(verb, f"What `loratool {verb} --json` prints."),
+        "oneOf": [{"$ref": f"#/$defs/{end}"} for end in ends],
+        "$defs": {**ends, **definitions},
+    }
+
+
+def make_error() -> dict[str, Any]:
+    """The schema of an error of any verb, or of none (null), as a call that is wrong before its verb."""
+    verb = {"enum": [*REPORTS, None]}
+    return {**_title("error", "What `loratool --json` prints where it fails."), **_error(verb)}
+
+
+def _title(name: str, text: str) -> dict[str, Any]:
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:loratool:{SCHEMA_VERSION}:{name}",
+        "title": f"loratool {name}",
+        "description": text,
+    }
+
+
+def _head(verb: str, ok: bool) -> dict[str, Any]:
+    return {"schema": {"const": SCHEMA_VERSION}, "verb": {"const": verb}, "ok": {"const": ok}}
+
+
+def _error(verb: dict[str, Any]) -> dict[str, Any]:
+    """A kind of error has its exit code, and what needs a flag names it."""
+    text, perhaps = PLAIN[str], {"type": ["string", "null"]}
+    error = _object({"kind": {}, "message": text, "tensor": perhaps, "remedy": perhaps})
+    kinds = []
+    for kind, codes in ERRORS.items():
+        said = {"kind": {"const": kind.kind}, **({"remedy": text} if kind is errors.NeedsFlag else {})}
+        kinds.append({"properties": {"exit_code": {"enum": codes}, "error": {"properties": said}}})
+    return {**_object({**_head("", False), "verb": verb, "exit_code": {}, "error": error}), "oneOf": kinds}
+
+
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """A closed one: all of these keys and no other."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    """A reference to a report or a part of one, which is defined with it."""
+    if kind.__name__ not in definitions:
+        definitions[kind.__name__] = {}  # its place, before those of its parts
+        hints = get_type_hints(kind)
+        properties = {field.name: _field(kind, field, hints[field.name], definitions) for field in fields(kind)}
+        definitions[kind.__name__] = {"description": inspect.getdoc(kind), **_object(properties)}
+    return {"$ref": f"#/$defs/{kind.__name__}"}
+
+
+def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    words = WORDS.get(f"{owner.__name__}.{field.name}", WORDS.get(field.name))
+    if owner is merge_report.TensorReport and field.name == "update":
+        each = "|".join(CHANGED_BY)
+        return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
+    if hint is str and field.default is not MISSING:  # what tells a verb's reports apart
+        return {"const": field.default}
+    return _hinted(hint, words, definitions)
+
+
+def _hinted(hint: Any, words: Sequence[str] | None, definitions: dict[str, Any]) -> dict[str, Any]:
+    """words: of a str, a sequence of them, or a mapping's keys."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is str and words:
+        return {"enum": list(words)}
+    if hint in PLAIN:
+        return PLAIN[hint]
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _refer(hint, definitions)
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_hinted(part, words, definitions) for part in parts]}
+    if origin is tuple and parts[1:] == (...,):
+        return {"type": "array", "items": _hinted(parts[0], words, definitions)}
+    if origin is tuple:
+        each = [_hinted(part, words, definitions) for part in parts]
+        return {"type": "array", "prefixItems": each, "items": False, "minItems": len(each)}
+    assert inspect.isclass(origin) and issubclass(origin, Mapping), f"{hint} has no schema"
+    keys = {"enum": list(words)} if words else {"pattern": "^[0-9]+$"} if parts[0] is int else PLAIN[parts[0]]
+    values = _hinted(parts[1], None, definitions)
+    return {"type": "object", "propertyNames": keys, "additionalProperties": values}
+
+
+def files() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, schema) of each file beside this one."""
+    for verb in REPORTS:
+        yield f"{verb}.json", make(verb)
+    yield "error.json", make_error()

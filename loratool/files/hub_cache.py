@@ -1,0 +1,68 @@
+"""Names like `org/model` in the local Hugging Face cache. Nothing is ever downloaded.
+
+The layout is huggingface_hub's: `models--org--model/refs/<revision>` holds the commit, and
+`snapshots/<commit>/` the files as links into `blobs/`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..errors import InputError
+from .fileio import reading, set_aside
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def cache_folder() -> Path:
+    if "HF_HUB_CACHE" in os.environ:
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser() / "hub"
+
+
+def _near(path: Path) -> str | None:
+    """What is there under a name like it, as a remedy."""
+    try:
+        there = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return None
+    near = get_close_matches(path.name, [name for name in there if name != path.name], 1)
+    return f"did you mean {path.with_name(near[0])}?" if near else None
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """The path that `name` means: itself if it exists, else the cached snapshot of `org/model[@revision]`.
+
+    A folder that a killed run has set aside still has its name.
+
+    Raises InputError with the download command where the cache has no such snapshot.
+    """
+    path, text = Path(name), os.fspath(name)
+    if not text:
+        raise InputError("a path is empty")
+    with reading(path):
+        if path.exists():
+            return path
+        if former := set_aside(path):
+            return former
+    if path.is_symlink():
+        raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
+    if not _NAME.fullmatch(text) or path.parent.is_dir():
+        raise InputError("no such file or folder", culprit=text, remedy=_near(path))
+    repo, _, revision = text.partition("@")
+    folder = cache_folder() / f"models--{repo.replace('/', '--')}"
+    ref = folder / "refs" / (revision or "main")
+    commit = ref.read_text(errors="replace").strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if commit and snapshot.is_dir():
+        return snapshot
+    flag = f" --revision {revision}" if revision else ""
+    raise InputError(
+        "no such file or folder, and not in the local Hugging Face cache",
+        culprit=text,
+        remedy=f"download it first: hf download {repo}{flag}",
+    )

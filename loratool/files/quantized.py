@@ -1,0 +1,232 @@
+"""Tell which tensors of a checkpoint are the codes of a quantized weight, by what stands beside each of them.
+
+Quantization belongs to a tensor and not to a checkpoint: gpt-oss codes its experts alone, and what a config announces
+need not be in the file. A float8 weight with no scale beside it is a plain cast, whose code is its value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dtypes import TensorSpec
+
+FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+
+
+FLOAT8 = frozenset(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
+
+
+INT8, BYTES, WORDS = frozenset(("I8",)), frozenset(("U8", "I8")), frozenset(("I32", "U32"))
+
+
+CODES = FLOAT8 | BYTES | WORDS
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a format stores a weight: the ends of its tensors' names, behind the weight's path without `.weight`.
+
+    codes: the codes' end. marks: one of these must be there, if any are named. others: these may be. dtypes: what the
+    codes may be. bits: of one weight; 0 where the config says how many, None where the headers cannot tell.
+    """
+
+    format: str
+    codes: str
+    marks: str
+    others: str
+    dtypes: frozenset[str]
+    bits: int | None
+
+    def weight(self, path: str) -> str:
+        """The name that the weight has in a model that is not quantized."""
+        return f"{path}.weight" if self.codes.startswith(".") else path
+
+
+# The first row that fits counts.
+_NF4 = ".weight.nested_absmax .weight.nested_quant_map .weight.quant_state.bitsandbytes__nf4 "
+
+
+_NF4 += ".weight.quant_state.bitsandbytes__fp4"
+
+
+_PACKED = ".weight_shape .weight_global_scale .input_global_scale .weight_zero_point .weight_g_idx .input_scale"
+
+
+CODINGS = (
+    Coding("bitsandbytes 4-bit", ".weight", ".weight.absmax .weight.quant_map", _NF4, BYTES, 4),
+    Coding("bitsandbytes int8", ".weight", ".SCB", ".weight_format", INT8, 8),
+    Coding("ComfyUI 8-bit", ".weight", ".comfy_quant", ".weight_scale .input_scale", FLOAT8 | INT8, 8),
+    Coding("ComfyUI 4-bit", ".weight", ".comfy_quant", ".weight_scale .weight_scale_2 .input_scale", BYTES, 4),
+    Coding("ComfyUI scaled fp8", ".weight", ".scale_weight", ".scale_input", FLOAT8 | INT8, 8),
+    Coding("modelopt nvfp4", ".weight", ".weight_scale_2", ".weight_scale .input_scale", BYTES, 4),
+    Coding(
+        "fp8", ".weight", ".weight_scale_inv .weight_scale .qscale_weight .scale", ".input_scale .qscale_act", FLOAT8, 8
+    ),
+    Coding("int8", ".weight", ".weight_scale_inv .weight_scale", ".input_scale .weight_zero_point", INT8, 8),
+    Coding("DeepSeek fp4", ".weight", ".scale", "", INT8, 4),
+    Coding("EETQ int8", ".weight", ".weight_scales", "", INT8, 8),
+    Coding("MLX", ".weight", ".scales", ".biases .global_scale", WORDS, 0),
+    Coding("compressed-tensors 4-bit", ".weight_packed", "", f".weight_scale {_PACKED}", BYTES, 4),
+    Coding("compressed-tensors", ".weight_packed", "", f".weight_scale {_PACKED}", WORDS, 0),
+    Coding("GPTQ", ".qweight", ".g_idx", ".qzeros .scales", WORDS, 0),
+    Coding("AWQ or GPTQ", ".qweight", "", ".scales .qzeros", WORDS, 0),
+    Coding("mxfp4", "_blocks", "_scales", "", BYTES, 4),
+    Coding("quanto", ".weight._data", ".weight._scale", ".weight._shift .input_scale .output_scale", CODES, None),
+    Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point", FLOAT8 | INT8, 8),
+    Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point ._weight_scale_and_zero", CODES, None),
+    Coding("HQQ", ".W_q", ".scale .zero", ".nbits .group_size .shape .axis .packing", CODES, None),
+    Coding("AQLM", ".codes", ".codebooks", ".scales", CODES | {"I16"}, None),
+    Coding("VPTQ", ".indices", ".centroids", ".res_centroids .weight_scale .weight_bias .perm", CODES | {"I16"}, None),
+    Coding("exl3", ".trellis", ".suh .svh .su .sv", ".mcg .mul1", CODES | {"I16"}, None),
+    Coding("fp8", "", "_scale_inv _scale", "_input_scale", FLOAT8, 8),
+    Coding("int8", "", "_scale_inv _scale", "_input_scale", INT8, 8),
+    Coding("4-bit", "", "_weight_scale _scale", "_weight_scale_2 _input_scale", BYTES, 4),
+)
+
+
+_OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16"}}
+
+
+# A float8 tensor for which no row is, beside a scale or in a list of coded layers: what the scale is for is not known.
+UNKNOWN = Coding("an fp8 format that is not known", ".weight", "", "", FLOAT8, 8)
+
+
+LISTED = Coding("ComfyUI", ".weight", "", "", CODES, None)
+
+
+# Scales that ComfyUI puts beside weights of 16 bits too; there they are 1, or the weight is no plain number.
+DUMMY_SCALE = ".scale_weight"
+
+
+SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_input", FLOATS, None)
+
+
+# What a safetensors file's metadata alone may say of its codes: ComfyUI's layers, torchao's tensors.
+LISTING = "_quantization_metadata"
+
+
+CODED_METADATA = (LISTING, "tensor_names")
+
+
+# The files in which tools write what they did, where config.json has nothing of it -> the method.
+CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
+
+
+DEPTH = 3  # of the configs within config.json, as thinker_config has a text_config
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight that is stored as codes. tensors: all that it is stored in, the codes first. spec: the codes'.
+
+    size: how many weights it is, None where the headers cannot tell.
+    """
+
+    format: str
+    tensors: tuple[str, ...]
+    spec: TensorSpec
+    size: int | None
+
+
+def find_coded(
+    specs: Mapping[str, TensorSpec], declared: Mapping[str, Any], listed: Collection[str] = ()
+) -> dict[str, Coded]:
+    """Find the coded weights of a checkpoint, by the names that they have in a model that is not quantized.
+
+    declared: what `find_declared` gave. listed: the layers that a file's metadata names, from `listed_layers`.
+    """
+    found: dict[str, Coded] = {}
+    scales = {name.rpartition(".")[0]: name for name in specs if "scale" in name.rpartition(".")[2]}
+    for name, spec in specs.items():
+        fitting = (_fit(coding, name, specs) for coding in _OF_DTYPE.get(spec.dtype, ()))
+        path, coding = next(filter(None, fitting), ("", None))
+        module = name.removesuffix(".weight")
+        if coding is None and name.endswith(".weight") and module in listed and spec.dtype in CODES:
+            path, coding = module, LISTED
+        elif coding is None and spec.dtype in FLOAT8 and name.endswith(".weight") and module in scales:
+            path, coding = module, replace(UNKNOWN, marks=scales[module].removeprefix(module))
+        if coding is not None:
+            found[coding.weight(path)] = coded_as(coding, path, name, specs, declared)
+    return found
+
+
+def with_coded(specs: Mapping[str, TensorSpec], coded: Mapping[str, Coded]) -> dict[str, TensorSpec]:
+    """Add a base's quantized weights to its tensors, by the names that updates know them by."""
+    return {**specs, **{name: each.spec for name, each in coded.items()}}
+
+
+def coded_as(
+    coding: Coding, path: str, name: str, specs: Mapping[str, TensorSpec], declared: Mapping[str, Any]
+) -> Coded:
+    """Describe the weight of a path in a format; `name` is its codes'."""
+    beside = [path + end for end in f"{coding.marks} {coding.others}".split()]
+    bits = _declared_bits(declared, path) if coding.bits == 0 else coding.bits
+    spec = specs[name]
+    size = spec.size if spec.dtype in FLOATS else spec.nbytes * 8 // bits if bits else None
+    return Coded(coding.format, (name, *(each for each in beside if each in specs)), spec, size)
+
+
+def _fit(coding: Coding, name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, Coding] | None:
+    """The path of the weight whose codes the tensor is in this format, and the format."""
+    if not name.endswith(coding.codes):
+        return None
+    path = name.removesuffix(coding.codes)
+    marks = coding.marks.split()
+    return (path, coding) if not marks or any(path + end in specs for end in marks) else None
+
+
+def listed_layers(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Read the modules that a file's `_quantization_metadata` lists, as ComfyUI's comfy/utils.py reads it."""
+    try:
+        layers = json.loads(metadata.get(LISTING, "{}"))["layers"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return frozenset()
+    return frozenset(layers) if isinstance(layers, Mapping) else frozenset()
+
+
+def find_declared(config: Mapping[str, Any], depth: int = DEPTH) -> Mapping[str, Any]:
+    """What a config says of its quantization, itself or in the configs within it; empty where it says nothing."""
+    for field in CONFIG_FIELDS:
+        value = config.get(field)
+        if isinstance(value, Mapping) and value:
+            return value
+    parts = (value for value in config.values() if isinstance(value, Mapping)) if depth else ()
+    return next(filter(None, (find_declared(part, depth - 1) for part in parts)), {})
+
+
+def declared_method(declared: Mapping[str, Any]) -> str | None:
+    """What a quantization config calls its method."""
+    if not declared:
+        return None
+    for field in ("quant_method", "quant_algo", "quant_type"):
+        if isinstance(declared.get(field), str):
+            return str(declared[field])
+    if declared.get("load_in_4bit") or declared.get("load_in_8bit"):
+        return "bitsandbytes"
+    return "MLX" if {"bits", "group_size"} <= declared.keys() else "unnamed"
+
+
+def _declared_bits(declared: Mapping[str, Any], path: str) -> int | None:
+    """The bits of a weight, as GPTQ, AWQ, MLX (there for a module of its own too) and compressed-tensors write it."""
+    groups = declared.get("config_groups")
+    weights = (
+        [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    )
+    places = [declared.get(path), declared, *weights]
+    found = [
+        value
+        for place in places
+        if isinstance(place, Mapping)
+        for field in ("bits", "w_bit", "num_bits")
+        if type(value := place.get(field)) is int and 0 < value <= 32
+    ]
+    if not isinstance(declared.get(path), Mapping) and len(set(found)) > 1:
+        return None
+    return found[0] if found else None

@@ -1,0 +1,210 @@
+"""One safetensors file: its header as `{name: TensorSpec}`, its tensors by offset.
+
+Our own reader and writer, for three things that the official library does not give: blocks of rows read
+into a buffer that we own, a header known before the first data byte, and bytes that do not depend on the
+order of a hash map. The format is the README of huggingface/safetensors and `safetensors/src/tensor.rs`;
+this reader is stricter in one point: a duplicate name is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..errors import InputError
+from .dtypes import _RANK, DTYPES, SAFETENSORS, TensorSpec
+from .fileio import read_into
+from .weights_file import WeightsFile
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER = 100_000_000  # bytes, the official reader's limit
+
+
+class TensorFile(WeightsFile):
+    """A safetensors file, opened by its header alone. Raises InputError where the file breaks the format."""
+
+    def __init__(self, path: Path) -> None:
+        self._open(path)
+        try:
+            self.header = _read_header(self.file, path, self.nbytes)
+            entries, self.metadata = _parse_header(self.header, path)
+            self.data_start = 8 + len(self.header)
+            self.specs, self.begin = _locate(entries, path, self.data_start, self.nbytes)
+        except BaseException:
+            self.file.close()
+            raise
+
+
+def read_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int]:
+    """The specs, first bytes and length of the file that such a header (without its length) begins."""
+    entries, _ = _parse_header(header, path)
+    start = 8 + len(header)
+    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    specs, begin = _locate(entries, path, start, end)
+    return specs, begin, end
+
+
+def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
+    if size < 8:
+        raise InputError(f"is {size} bytes long: not a safetensors file", culprit=str(path))
+    prefix = memoryview(bytearray(8))
+    read_into(file, prefix, 0)
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER or 8 + length > size:
+        raise InputError(
+            f"claims a header of {length} bytes in a file of {size}: not a safetensors file, or cut off",
+            culprit=str(path),
+        )
+    header = memoryview(bytearray(length))
+    read_into(file, header, 8)
+    return bytes(header)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"the name {next(k for k, _ in pairs if k in seen or seen.add(k))!r} stands twice")  # type: ignore[func-returns-value]
+    return found
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object with unique names; InputError names the file otherwise."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
+    if not isinstance(value, dict):
+        raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))
+    if b"\\ud" in data.lower():  # half of a surrogate pair is legal in JSON, but no text that could be written again
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError("holds an escape that is not Unicode text", culprit=str(path)) from error
+    return value
+
+
+def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    entries = parse_json(header, path)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise InputError("__metadata__ must map strings to strings", culprit=str(path))
+    return entries, metadata
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and not [v for v in values if type(v) is not int or not 0 <= v < 1 << 63]
+
+
+def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
+    if not (isinstance(entry, dict) and _are_whole(entry.get("shape")) and _are_whole(entry.get("data_offsets"))):
+        raise InputError(f"{path.name} describes it without a whole-number shape and data_offsets", culprit=name)
+    offsets = entry["data_offsets"]
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{path.name} gives the unknown dtype {dtype!r}", culprit=name)
+    if len(offsets) != 2:
+        raise InputError(f"{path.name} gives {len(offsets)} data_offsets instead of 2", culprit=name)
+    return _shared_spec(dtype, tuple(entry["shape"])), offsets[0], offsets[1]
+
+
+@lru_cache(maxsize=1024)
+def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    """One value for all tensors of a kind, of which a mixture of experts has tens of thousands."""
+    return TensorSpec(dtype, shape)
+
+
+def _locate(
+    entries: dict[str, Any], path: Path, data_start: int, file_size: int
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    """Check that the tensors tile the data section without hole or overlap."""
+    found = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=itemgetter(1, 2))
+    specs, begin, end = {}, {}, 0
+    for spec, start, stop, name in found:
+        bits = spec.size * DTYPES[spec.dtype]
+        if start != end or (stop - start) * 8 != bits:
+            length = f"take {bits // 8} bytes" if bits < 1 << 66 else "take more bytes than any file has"
+            raise InputError(
+                f"{path.name} puts it at bytes {start}..{stop}; as {spec.dtype} it should start at {end} and {length}",
+                culprit=name,
+            )
+        specs[name], begin[name], end = spec, data_start + start, stop
+    if data_start + end != file_size:
+        verb = "cut off" if data_start + end > file_size else "followed by foreign bytes"
+        raise InputError(
+            f"is {verb}: the header describes {data_start + end} bytes, the file has {file_size}", culprit=str(path)
+        )
+    return specs, begin
+
+
+def data_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The official writer's order: widest dtype first (reverse enum), then by name, so that all is aligned."""
+    return sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
+
+
+def build_header(
+    specs: Mapping[str, TensorSpec], names: Iterable[str], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a file that holds `names` in this order, and each tensor's first byte in that file.
+
+    The length prefix is included. With at most one metadata key these are the official writer's bytes;
+    with more, ours are sorted where the official ones come in the order of a hash map.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
+    offset, offsets = 0, {}
+    for name in names:
+        spec = specs[name]
+        entries[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offsets[name], offset = offset, offset + spec.nbytes
+    header = _encode_header(entries)
+    return header, {name: len(header) + start for name, start in offsets.items()}
+
+
+def edit_metadata(header: bytes, drop: Iterable[str], add: Mapping[str, str]) -> bytes:
+    """A header, given without its length prefix and returned with it, with metadata keys dropped and set.
+
+    All else and its order are kept; where nothing changes, these are the same bytes.
+    """
+    entries = json.loads(header)
+    metadata = entries.pop("__metadata__", None) or {}
+    edited = {**{key: value for key, value in metadata.items() if key not in drop}, **add}
+    if edited == metadata:
+        return with_length(header)
+    return _encode_header({"__metadata__": edited, **entries})
+
+
+def _encode_header(entries: dict[str, Any]) -> bytes:
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # readers map the data section, so it starts at a multiple of 8
+    if len(text) > MAX_HEADER:
+        raise InputError(
+            f"the header would be {len(text)} bytes, above the format's limit of {MAX_HEADER}",
+            remedy="split the checkpoint with --max-shard-size",
+        )
+    return with_length(text)
+
+
+def with_length(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
+
+
+def tensor_bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
+    """What a file holds of a tensor, which has just this type and shape."""
+    import torch
+
+    assert tuple(tensor.shape) == spec.shape
+    assert SAFETENSORS[str(tensor.dtype).removeprefix("torch.")] == spec.dtype
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

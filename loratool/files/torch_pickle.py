@@ -1,0 +1,235 @@
+"""What a torch pickle describes, read without running it: dicts of tensors, each a place in a storage.
+
+A pickle is a program. It is not run here: `pickletools` decodes its opcodes, and a small stack machine knows the
+few that build dicts, lists and tensors. It imports nothing, and calls only the functions in `_CALLS`, which return
+descriptions. Each step costs time and memory in proportion to its own bytes; `pickle.Unpickler` has no such bound
+even with `find_class` closed (the hash of a tuple of tuples, a large memo index). Formats: torch/serialization.py,
+and torch/_utils.py for the `_rebuild_*`.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .dtypes import TORCH_DTYPES
+
+MAX_PICKLE = 1 << 25  # bytes, some 90,000 tensors; also the most that one read of a header may ask for
+
+
+MAX_RANK = 64  # torch's own limit
+
+
+REMEDY = "load it where you trust it and save its state dict as safetensors"
+
+
+# A pickle's types of storage, with the bytes an element. All newer dtypes lie in untyped ones.
+STORAGES = {
+    "torch.FloatStorage": ("float32", 4), "torch.HalfStorage": ("float16", 2), "torch.DoubleStorage": ("float64", 8),
+    "torch.LongStorage": ("int64", 8), "torch.IntStorage": ("int32", 4), "torch.ShortStorage": ("int16", 2),
+    "torch.CharStorage": ("int8", 1), "torch.ByteStorage": ("uint8", 1), "torch.BoolStorage": ("bool", 1),
+    "torch.BFloat16Storage": ("bfloat16", 2), "torch.ComplexFloatStorage": ("complex64", 8),
+    "torch.ComplexDoubleStorage": ("complex128", 16), "torch.storage.UntypedStorage": ("uint8", 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A name that the pickle asked for: a mark on the stack, never the thing itself."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    key: str
+    type: str
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * STORAGES[self.type][1]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    storage: Storage
+    offset: int  # in elements, as the strides
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    lazy: bool  # torch conjugates or negates what is stored
+
+    @property
+    def contiguous(self) -> bool:
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != step:
+                return 0 in self.shape
+            step *= size
+        return True
+
+
+def _whole(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
+    """Hash only text and small numbers: tuples in tuples, or numbers chosen to collide, can take for ever."""
+    plain = type(key) is str or (type(key) is int and key.bit_length() < 60)
+    target[key if plain else object()] = value
+
+
+def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
+    """Python 2 gave the pairs as a list. It is emptied, since a copy of it at each call could fill the memory."""
+    made: dict[Any, Any] = {}
+    if pairs is not None:
+        for key, value in pairs:
+            _put(made, key, value)
+        pairs.clear()
+    return made
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str = "") -> SavedTensor:
+    """`_rebuild_tensor` and `_v2`: rest is requires_grad, hooks, and perhaps metadata."""
+    ranks = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_RANK
+    if not (type(storage) is Storage and ranks and _whole(offset, *shape, *stride)):
+        raise ValueError("a tensor without a storage, a shape or strides")
+    return SavedTensor(storage, offset, shape, stride, dtype or STORAGES[storage.type][0], bool(rest[2:] and rest[2]))
+
+
+def _rebuild_v3(*args: Any) -> SavedTensor:
+    """As `_v2` with a dtype before the metadata, for the dtypes that have no storage type."""
+    dtype = args[6].name.removeprefix("torch.")
+    if dtype not in TORCH_DTYPES:
+        raise ValueError("a tensor without a dtype")
+    return _rebuild(*args[:6], *args[7:], dtype=dtype)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor": _rebuild,
+    "torch._utils._rebuild_tensor_v2": _rebuild,
+    "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch.Size": lambda size=(): size,
+    # What may stand beside the weights of a training checkpoint: nothing of it is kept.
+    **dict.fromkeys(
+        """torch.device torch.serialization._get_layout collections.Counter _codecs.encode
+        builtins.set builtins.frozenset builtins.bytearray builtins.complex
+        __builtin__.set __builtin__.frozenset __builtin__.bytearray __builtin__.complex""".split(),
+        lambda *_: None,
+    ),
+}
+
+
+_KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)}
+
+
+class Machine:
+    """Pickle's stack machine, with the opcodes of `_OPS` and no more. A mark sets the stack aside in `below`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.storages: dict[str, Storage] = {}
+
+    def run(self, stream: Any) -> Any:
+        """What the pickle at the stream's position describes; the stream then stands behind it."""
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        for opcode, arg, position in pickletools.genops(stream):
+            if position is not None and position > MAX_PICKLE:
+                raise ValueError("the pickle has no end")
+            if opcode.name in _LITERALS:
+                self.stack.append(arg)
+            elif opcode.name in _OPS:
+                _OPS[opcode.name](self, arg)
+            else:
+                raise ValueError(f"opcode {opcode.name}, of which a state dict has no need")
+        return self.stack.pop()
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def items(self) -> list[Any]:
+        found, self.stack = self.stack, self.below.pop()
+        return found
+
+    def take(self, count: int) -> tuple[Any, ...]:
+        return tuple([self.stack.pop() for _ in range(count)][::-1])
+
+    def extend(self, kind: Any, items: Any) -> None:
+        target = self.stack[-1]
+        if type(target) is not kind:
+            raise ValueError(f"items for something that is no {kind.__name__}")
+        if kind is list:
+            target.extend(items)
+        else:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                _put(target, key, value)
+
+    def find(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("a name that is no text")
+        if f"{module}.{name}" not in _KNOWN:
+            shown = ascii(f"{module[:100]}.{name[:100]}")[1:-1]
+            why = f"wants to run {shown}; a file of weights has no need of that"
+            raise InputError(why, culprit=str(self.path), remedy=REMEDY)
+        self.push(_Global(f"{module}.{name}"))
+
+    def call(self, function: Any, args: Any) -> None:
+        if type(function) is not _Global or function.name not in _CALLS or type(args) is not tuple or len(args) > 16:
+            raise ValueError("a call of something that is no function")
+        self.push(_CALLS[function.name](*args))
+
+    def load(self, identity: Any) -> None:
+        """A storage by its persistent id. The legacy layout adds whose view it is; torch long makes none."""
+        if type(identity) is not tuple or not (len(identity) == 5 or (len(identity) == 6 and identity[5] is None)):
+            raise ValueError("a persistent id of unknown form, or a view of another storage")
+        tag, kind, key, _, numel = identity[:5]
+        if tag != "storage" or type(kind) is not _Global or kind.name not in STORAGES:
+            raise ValueError("a storage of unknown type")
+        found = Storage(key, kind.name, numel)
+        if type(key) is not str or not _whole(numel) or self.storages.setdefault(key, found) != found:
+            raise ValueError("a storage described in two ways, or not at all")
+        self.push(found)
+
+
+# The opcodes of protocols 1 to 5 that containers need; torch cannot write protocol 0.
+_LITERALS = frozenset(
+    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES
+    BINBYTES BINBYTES8 BYTEARRAY8""".split()
+)
+
+
+_OPS: dict[str, Callable[[Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, arg: None),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, arg: m.memo.__setitem__(arg, m.stack[-1])),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, arg: m.push(m.memo[arg])),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), lambda m, arg: m.push(arg.encode("latin-1").decode())),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, arg: m.push([])),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, arg: m.extend(list, m.items())),
+    "MEMOIZE": lambda m, arg: m.memo.__setitem__(len(m.memo), m.stack[-1]),
+    "NONE": lambda m, arg: m.push(None), "NEWTRUE": lambda m, arg: m.push(True),
+    "NEWFALSE": lambda m, arg: m.push(False), "DUP": lambda m, arg: m.push(m.stack[-1]),
+    "EMPTY_TUPLE": lambda m, arg: m.push(()), "EMPTY_DICT": lambda m, arg: m.push({}),
+    "TUPLE": lambda m, arg: m.push(tuple(m.items())), "TUPLE1": lambda m, arg: m.push(m.take(1)),
+    "TUPLE2": lambda m, arg: m.push(m.take(2)), "TUPLE3": lambda m, arg: m.push(m.take(3)),
+    "MARK": lambda m, arg: m.mark(), "POP_MARK": lambda m, arg: m.items(),
+    "POP": lambda m, arg: m.stack.pop() if m.stack else m.items(),
+    "APPEND": lambda m, arg: m.extend(list, m.take(1)), "SETITEM": lambda m, arg: m.extend(dict, m.take(2)),
+    "SETITEMS": lambda m, arg: m.extend(dict, m.items()), "FROZENSET": lambda m, arg: m.push(m.items()),
+    "GLOBAL": lambda m, arg: m.find(*arg.split(" ", 1)), "STACK_GLOBAL": lambda m, arg: m.find(*m.take(2)),
+    "REDUCE": lambda m, arg: m.call(*m.take(2)), "BINPERSID": lambda m, arg: m.load(m.stack.pop()),
+    "BUILD": lambda m, arg: m.extend(dict, m.take(1)[:0]),  # torch's `_metadata`; only dicts have a state
+}  # fmt: skip

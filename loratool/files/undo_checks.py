@@ -1,0 +1,140 @@
+"""Says of a part of an undo file's index whether a merge can have written it; ValueError says what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from .dtypes import DTYPES, TORCH_FLOATS, TensorSpec
+
+ROWS = 5  # the place of `rows` in a placement
+
+
+def spec_of(entry: Iterable[Any]) -> TensorSpec:
+    dtype, shape = entry
+    return TensorSpec(dtype, tuple(shape))
+
+
+def prefix_of(file: str) -> str:
+    """The folder of a pipeline's component, which its tensors' names begin with; empty for what is no pipeline."""
+    folder, slash, _ = file.rpartition("/")
+    return folder + slash
+
+
+def inflate(data: bytes, most: int) -> bytes:
+    """Deflated bytes, of which there may be so many."""
+    stream = zlib.decompressobj()
+    found = stream.decompress(data, most + 1)
+    require(len(found) <= most, f"{len(data)} of its bytes become more than {most}")
+    require(stream.eof and not stream.unused_data, "deflated bytes end too early, or too late")
+    return found
+
+
+def require(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise ValueError(otherwise)
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def are_hashes(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in values)
+    )
+
+
+def strange(name: str) -> str:
+    return f"it names {name!r}, which is no file of a model that a merge edits"
+
+
+def require_plain(name: str) -> None:
+    """A file in the folder that is written, or in a component's folder there."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
+    plain = plain and len(name.encode()) <= 255
+    require(plain and len(parts) <= 2, strange(name))
+
+
+def checked_spec(entry: Any) -> TensorSpec:
+    spec = spec_of(entry)
+    require(
+        spec.dtype in DTYPES and isinstance(entry[1], list) and all(map(is_count, spec.shape)), f"{entry} is no type"
+    )
+    return spec
+
+
+def check_adapter(adapter: Mapping[str, Any]) -> None:
+    components = adapter.get("components", {})
+    require(are_hashes([adapter["sha256"], adapter["scales_sha256"]], 2), "an adapter without hashes")
+    require(isinstance(adapter["name"], str) and is_number(adapter["weight"]), "an adapter without name or weight")
+    require(all(map(is_number, components.values())), "an adapter's weights")
+
+
+def check_placement(name: str, placement: Sequence[Any], adapters: int) -> None:
+    number, module, value, weight, transposed, rows, start, stop, skip, expert = placement
+    counts = [number, rows, start, stop, skip, *([] if expert is None else [expert])]
+    fits = all(map(is_count, counts)) and number < adapters and start <= stop <= rows
+    fits = fits and isinstance(module, str) and (value is None or isinstance(value, str))
+    require(fits and is_number(weight) and type(transposed) is bool, f"{name}: a placement")
+
+
+def tiling(
+    name: str, spec: TensorSpec, was: TensorSpec, placements: Sequence[Sequence[Any]]
+) -> tuple[list[tuple[int, int]], int | None]:
+    """The runs of rows that records tile, none across an edge; the first of the rows that are copied, if any are."""
+    is_float = was.dtype in TORCH_FLOATS
+    if placements:
+        rows = placements[0][ROWS]
+        whole = {was.shape[0], was.shape[0] * was.shape[1]} if len(was.shape) > 2 else {(*was.shape, 1)[0]}
+        require(spec == was and is_float, f"{name} is {spec}, and was {was}")
+        require(rows in whole and all(placement[ROWS] == rows for placement in placements), f"{name}: its rows")
+        return _covered([(start, stop) for *_, start, stop, _, _ in placements]) if was.size else [], None
+    same = spec.dtype == was.dtype and spec.shape[1:] == was.shape[1:] and bool(spec.shape) is bool(was.shape)
+    require(same, f"{name} is {spec}, and was {was}")
+    if not is_float or not was.shape or not was.size:
+        return [], 0
+    shared = min(spec.shape[0], was.shape[0])
+    return [(0, shared)], (shared if shared < was.shape[0] else None)
+
+
+def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What runs of rows cover, cut at each of their ends."""
+    rising = sorted(places)
+    edges = sorted({edge for place in rising for edge in place})
+    found, reach, at = [], 0, 0
+    for first, last in pairwise(edges):
+        while at < len(rising) and rising[at][0] <= first:
+            reach, at = max(reach, rising[at][1]), at + 1
+        found += [(first, last)] if reach >= last else []
+    return found
+
+
+def check_tiling(name: str, runs: Iterable[tuple[int, int]], records: Sequence[tuple[int, int]]) -> None:
+    at = 0
+    for first, last in runs:
+        while first < last:
+            fits = at < len(records) and records[at][0] == first < records[at][1] <= last
+            require(fits, f"{name}: its records are not those of all its rows")
+            first, at = records[at][1], at + 1
+    require(at == len(records), f"{name}: it has more records than rows")
+
+
+def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> None:
+    """Records and copied rows, as (first byte, length), are all that lies between."""
+    done = start
+    for at, length in sorted(extents):
+        require(at == done, f"nothing, or two records, lie at byte {done}")
+        done += length
+    require(done == end, f"nothing, or two records, lie at byte {done}")

@@ -1,0 +1,313 @@
+"""Reads an undo file as what anybody can have written: all that is used of it later is looked at here, first.
+
+What a merge cannot have written is refused: records that do not tile their tensor or the file, a tensor of which
+nothing is known, sizes beyond the file's own, names of files that no merge edits. What remains is held by the hashes.
+`undo` has the layout, and writes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..architectures.roles import EMBEDDINGS, HEADS
+from ..architectures.ties import COPIES, INPUT_EMBEDDINGS, MASKED_HEADS
+from ..errors import InputError
+from .checkpoint import INDEX_NAMES, PICKLES
+from .dtypes import TensorSpec
+from .fileio import open_for_reading, read_into, sha256_range
+from .safetensors_file import parse_json, read_layout
+from .side_files import TOKENIZER, UNDO_MARK
+from .undo_checks import (
+    ROWS,
+    are_hashes,
+    check_adapter,
+    check_extents,
+    check_placement,
+    check_tiling,
+    checked_spec,
+    inflate,
+    is_count,
+    prefix_of,
+    require,
+    require_plain,
+    spec_of,
+    strange,
+    tiling,
+)
+from .weights_file import WeightsFile
+
+VERSION = 1
+
+
+HASH_PART = 1 << 26  # bytes that have one hash: a part of the layout
+
+
+MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
+
+
+# What deflated bytes may become: of what merges write, the index at most 19 times its size (many experts), a shard's
+# header 10 and a model's index 33; a bomb comes to 1,000.
+SMALL, INDEX_RATIO, SIDE_RATIO = 1 << 22, 40, 80
+
+
+# The modules whose change makes a merge take the adapter's tokenizer, and so edit those files.
+VOCABULARY = frozenset(
+    (*EMBEDDINGS, *HEADS, *INPUT_EMBEDDINGS, *COPIES, *(part for head in MASKED_HEADS for part in head.split(".")))
+)
+
+
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, zlib.error, EOFError)
+
+
+_APPROXIMATE = "take the one that the merge wrote, or subtract and round with --approximate, which is not exact"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a merged tensor."""
+
+    tensor: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Rows start:stop of a tensor, its bytes in the undo file, and the hashes of W and of W'."""
+
+    start: int
+    stop: int
+    at: int
+    length: int
+    sha256: tuple[str, str]
+
+
+def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[Part]:
+    """What of a changed tensor lies in no record. records: the rows of each, first and behind the last."""
+    spec, rows = spec_of(entry["spec"]), _rows(entry)
+    done = 0
+    for start, stop in [*sorted(records), (rows, rows)]:
+        first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
+        yield from (Part(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
+        done = stop
+
+
+def _rows(entry: Mapping[str, Any]) -> int:
+    """Of a changed tensor as its records see it."""
+    rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
+    return rows
+
+
+class UndoFile:
+    """An undo file, opened by its index. Raises InputError for one that is damaged, forged or of another version.
+
+    specs: the base's tensors. headers: of each shard, None of a torch file. side: the base's side files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: BinaryIO = open_for_reading(path)
+        try:
+            self.index, end = self._read_index()
+            self._check(end)
+        except _WRONG as error:
+            self.file.close()
+            raise InputError(f"is cut off or damaged: {error}", culprit=str(path), remedy=_APPROXIMATE) from error
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _read_index(self) -> tuple[dict[str, Any], int]:
+        """The index and its first byte."""
+        size = os.fstat(self.file.fileno()).st_size
+        start = self.bytes(0, min(size, len(MAGIC)))
+        if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + 24:
+            raise InputError("is no undo file", culprit=str(self.path))
+        if start != MAGIC:
+            raise InputError(
+                f"is an undo file of version {start[-2:-1].decode()}, not {VERSION}", culprit=str(self.path)
+            )
+        at, length, end = struct.unpack("<QQ8s", self.bytes(size - 24, 24))
+        if end != END or at < len(MAGIC) or at + length + 24 != size:
+            raise ValueError("its end is missing")
+        text = inflate(self.bytes(at, length), max(SMALL, INDEX_RATIO * length))
+        if len(text) > SMALL and text.count(b"[") + text.count(b"{") > len(text) // 6:
+            raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
+        index = parse_json(text, self.path)
+        if type(index["version"]) is not int or index["version"] != VERSION:
+            raise InputError(f"is an undo file of version {index['version']}, not {VERSION}", culprit=str(self.path))
+        return index, at
+
+    def _check(self, end: int) -> None:
+        index = self.index
+        self._room = max(SMALL, SIDE_RATIO * (os.fstat(self.file.fileno()).st_size - end))
+        require(type(index["arithmetic"]) is int and type(index["file"]) is bool, "its arithmetic or file is none")
+        for adapter in index["adapters"]:
+            check_adapter(adapter)
+        names = [shard["name"] for shard in index["shards"]]
+        require(len(set(names)) == len(names) > 0, "it names no file of the base, or one twice")
+        self._beside = Counter(prefix_of(name) for name in names)
+        self.headers: list[bytes | None] = []
+        self.specs: dict[str, TensorSpec] = {}
+        self._holder: dict[str, str] = {}
+        for shard in index["shards"]:
+            self._check_shard(shard)
+        untouched = {name for name, spec in self.specs.items() if spec.nbytes and name not in index["tensors"]}
+        require(index["untouched"].keys() == untouched, "it does not say of each tensor what became of it")
+        for name, hashes in index["untouched"].items():
+            require(are_hashes(hashes, -(-self.specs[name].nbytes // HASH_PART)), f"no hashes of {name}")
+        extents = [place for name, entry in index["tensors"].items() for place in self._check_entry(name, entry)]
+        check_extents(extents, len(MAGIC), end)
+        self._check_written()
+        self.side = {name: self._unpack(data) for name, data in index["side"].items()}
+        self._check_side()
+
+    def _unpack(self, text: str) -> bytes:
+        """What `pack_bytes` packed; all of them together have so much room."""
+        data = inflate(base64.b64decode(text, validate=True), self._room)
+        self._room -= len(data)
+        return data
+
+    def _check_shard(self, shard: Mapping[str, Any]) -> None:
+        name, header, specs = shard["name"], shard["header"], shard["specs"]
+        prefix = prefix_of(name)
+        require_plain(name)
+        require((header is None) is not (specs is None), f"{name} has no header, or two")
+        if header is not None:
+            self.headers.append(data := self._unpack(header))
+            own = {prefix + key: spec for key, spec in read_layout(data, self.path)[0].items()}
+        else:
+            self.headers.append(None)
+            own = {key: checked_spec(entry) for key, entry in specs.items()}
+            require(all(key.startswith(prefix) for key in own), f"{name} holds another component's tensors")
+        require(not own.keys() & self.specs.keys(), f"a tensor of {name} twice")
+        require(bool(own) or self._beside[prefix] == 1, f"{name} holds nothing")
+        self.specs |= own
+        self._holder |= dict.fromkeys(own, name)
+
+    def _check_entry(self, name: str, entry: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Of a changed tensor; the bytes of the file that are its own: (first, length)."""
+        spec, was = checked_spec(entry["spec"]), self.specs.get(name)
+        for record in entry["records"]:
+            *counts, one, two = record
+            require(len(counts) == 4 and all(map(is_count, counts)) and are_hashes([one, two], 2), f"{name}: a record")
+        for placement in entry["placements"]:
+            check_placement(name, placement, len(self.index["adapters"]))
+        if was is None:
+            require(not entry["records"] and not entry["placements"], f"{name}: a record of nothing")
+            require("replaced" not in entry and "copied" not in entry, f"{name} was not in the base")
+            return []
+        replaced = entry["replaced"]
+        require(type(replaced) is bool and replaced is not bool(entry["placements"]), f"{name}: no recipe")
+        tiled, copied = tiling(name, spec, was, entry["placements"])
+        check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]))
+        extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
+        if copied is None:
+            require("copied" not in entry, f"{name} was not copied")
+            return extents
+        first, at = entry["copied"]
+        require(type(first) is int and first == copied and is_count(at), f"{name}: its copied rows")
+        return [*extents, (at, was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0))]
+
+    def _check_written(self) -> None:
+        """Files of before November 2026 have no such hashes; no merge writes them of some tensors alone."""
+        tensors = self.index["tensors"].items()
+        parts = {
+            name: list(unrecorded(name, entry, [tuple(r[:2]) for r in entry["records"]])) for name, entry in tensors
+        }
+        require(
+            len({"written" in entry for name, entry in tensors if parts[name]}) < 2,
+            "it lacks hashes of what was written",
+        )
+        for name, entry in tensors:
+            if "written" in entry:
+                require(are_hashes(entry["written"], len(parts[name])), f"{name}: its hashes")
+
+    def _check_side(self) -> None:
+        """Names that a merge edits, and none besides: they are written into the output."""
+        index, new = self.index, self.index["new_side"]
+        shards = [shard["name"] for shard in index["shards"]]
+        require(isinstance(new, list) and all(isinstance(name, str) for name in new), "its new files")
+        require(len({*self.side, *new, *shards}) == len(self.side) + len(new) + len(shards), "a file twice")
+        tokens = any(name.rpartition(".")[0].rpartition(".")[2] in VOCABULARY for name in index["tensors"])
+        indexed: set[str] = set()
+        for name in (*self.side, *new):
+            require_plain(name)
+            prefix, last = prefix_of(name), name.rpartition("/")[2]
+            if last == "config.json":
+                require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
+            elif tokens and not prefix and any(fnmatch(last, pattern) for pattern in TOKENIZER):
+                continue
+            elif name in new:
+                require(last in INDEX_NAMES, strange(name))
+            else:
+                require(self._is_index(name) and prefix not in indexed, strange(name))
+                indexed.add(prefix)
+        lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", *PICKLES))}
+        for prefix, count in self._beside.items():
+            found = prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
+            require(found, "it lacks the index by which the base's files are found")
+            require(index["file"] or prefix + "config.json" in {*self.side, *new}, "it lacks a config.json")
+        require(not index["file"] or self._beside == {"": 1}, "the base is one file, and several")
+
+    def _is_index(self, name: str) -> bool:
+        """Whether this is the index of the shards that are named."""
+        prefix = prefix_of(name)
+        held = {key.removeprefix(prefix): file for key, file in self._holder.items() if prefix_of(file) == prefix}
+        own = {key: file.rpartition("/")[2] for key, file in held.items()}
+        if not name.endswith(".json") or name not in self.side:
+            return False
+        return bool(own) and parse_json(self.side[name], self.path).get("weight_map") == own
+
+    def bytes(self, at: int, length: int) -> bytes:
+        buffer = memoryview(bytearray(length))
+        read_into(self.file, buffer, at)
+        return bytes(buffer)
+
+    def records(self, tensor: str) -> list[Record]:
+        entries = self.index["tensors"][tensor]["records"]
+        return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
+
+    def written(self) -> list[tuple[Part, str]]:
+        """What of the changed tensors lies in no record, each with its hash."""
+        return [
+            found
+            for name, entry in self.index["tensors"].items()
+            if "written" in entry
+            for found in zip(
+                unrecorded(name, entry, [(start, stop) for start, stop, *_ in entry["records"]]),
+                entry["written"],
+                strict=True,
+            )
+        ]
+
+    def belongs_to(self, model: WeightsFile) -> bool:
+        """Whether these are the very weights that the merge wrote; reads them all."""
+        changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
+        if model.specs != {**self.specs, **changed}:
+            return False
+        hashes = self.written()
+        for name, spec in changed.items():
+            width = spec.nbytes // max(1, _rows(self.index["tensors"][name]))
+            for record in self.records(name):
+                part = Part(name, record.start * width, (record.stop - record.start) * width)
+                hashes.append((part, record.sha256[1]))
+        for name, parts in self.index["untouched"].items():
+            size, starts = self.specs[name].nbytes, range(0, self.specs[name].nbytes, HASH_PART)
+            hashes += [(Part(name, at, min(HASH_PART, size - at)), one) for at, one in zip(starts, parts, strict=True)]
+        return all(
+            sha256_range(model.file, model.begin[part.tensor] + part.start, part.length) == expected
+            for part, expected in hashes
+        )
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,151 @@
+"""Keeps beside every file of weights the undo files that are its own, whatever the moment of death.
+
+`x.undo`, `x.undo.1`, ... belong to `x.safetensors`, but several files cannot be replaced at once. So the former ones
+are set aside under `former_path` before the first new one comes, `x.undo` last, and dropped after the weights have
+come, `x.undo` first. While it is there all are; whether it is the weights' own, or the one in its place is, its hashes
+tell.
+A folder holds its undo files and is replaced whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .checkpoint import open_weights
+from .fileio import former_path, partial_path, sync_folder
+from .side_files import is_undo_file, undo_files, undo_path
+from .undo_file import UndoFile
+
+
+def undo_chain(model: Path, is_file: bool) -> list[Path]:
+    """The undo files of a merged model, the last merge's first: after a kill perhaps those that were set aside."""
+    place = undo_path(model, is_file)
+    formers = formers_of(place) if is_file else {}
+    return list(formers.values()) if formers and _belongs(formers[place], model) else undo_files(place)
+
+
+def formers_of(first: Path) -> dict[Path, Path]:
+    """Where the former undo files shall be -> where they wait; none without the first."""
+    waiting = takewhile(lambda place: is_undo_file(former_path(place)), (_numbered(first, n) for n in count()))
+    return {place: former_path(place) for place in waiting}
+
+
+def numbered_undo_files(first: Path) -> list[Path]:
+    """Those that are in their places, whether the first is or not."""
+    following = takewhile(is_undo_file, (_numbered(first, n) for n in count(1)))
+    return [*([first] if is_undo_file(first) else []), *following]
+
+
+def _numbered(first: Path, number: int) -> Path:
+    return first.with_name(f"{first.name}.{number}") if number else first
+
+
+def _belongs(undo: Path, model: Path) -> bool:
+    """Whether an undo file is that of the weights in a file, where both are what they should be."""
+    try:
+        weights = open_weights(model)
+    except InputError:
+        return False
+    try:
+        opened = UndoFile(undo)
+    except InputError:
+        weights.close()
+        return False
+    try:
+        return opened.belongs_to(weights)
+    finally:
+        opened.close()
+        weights.close()
+
+
+class KeptUndo:
+    """The undo files beside a file of weights while that is replaced: they stay if it does, else they go with it.
+
+    mine: where the new ones will be. To be entered before the weights' partial file, whose end so comes before its own;
+    `set_aside` is for the time when that is locked, `clear` for when the new undo files are there.
+    """
+
+    def __init__(self, weights: Path, mine: Collection[Path]) -> None:
+        self._weights, self._mine = weights, mine
+        self._before: tuple[int, int] | None = None
+        self._saved: dict[Path, Path] | None = None
+
+    def __enter__(self) -> KeptUndo:
+        return self
+
+    def set_aside(self) -> None:
+        first = undo_path(self._weights, True)
+        formers = formers_of(first)
+        if formers and _belongs(formers[first], self._weights):
+            _put_back(formers, [place for place in numbered_undo_files(first) if place not in formers])
+        _drop([former_path(first), *_left(first)])
+        self._before = _identity(self._weights)
+        places = dict.fromkeys((*numbered_undo_files(first), *filter(is_undo_file, self._mine)))
+        self._saved = {place: former_path(place) for place in places}
+        for place, former in reversed(self._saved.items()):
+            _copy(place, former)
+        sync_folder(first.parent)
+
+    def clear(self, kind: Any, *_: Any) -> None:
+        """Remove the former ones that no new one has replaced, just before the weights are."""
+        for place in (self._saved or {}) if kind is None else ():
+            if place not in self._mine:
+                place.unlink(missing_ok=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._saved is None:
+            return
+        if _identity(self._weights) == self._before:
+            _put_back(self._saved, [place for place in self._mine if place not in self._saved])
+        else:
+            _drop(self._saved.values())
+
+
+def _left(first: Path) -> list[Path]:
+    """What runs that were killed have set aside, whatever it is by now."""
+    ours = re.escape(first.name) + r"(\.\d+)?" + re.escape(former_path(first).name.removeprefix(first.name))
+    return [path for path in first.parent.iterdir() if re.fullmatch(ours, path.name)]
+
+
+def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
+    """Every former undo file to its place, and out of it what is `besides`."""
+    for place, former in formers.items():
+        if _identity(place) != _identity(former):
+            partial = partial_path(place)
+            _copy(former, partial)
+            os.replace(partial, place)
+    for place in besides:
+        place.unlink(missing_ok=True)
+    _drop(formers.values())
+
+
+def _drop(formers: Collection[Path]) -> None:
+    for former in formers:
+        former.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A second name for a file; on file systems without links a second file."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with open(source, "rb") as old, open(target, "wb") as new:
+            shutil.copyfileobj(old, new)
+            new.flush()
+            os.fsync(new.fileno())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        found = path.lstat()
+        return found.st_dev, found.st_ino
+    return None

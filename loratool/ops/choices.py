@@ -1,0 +1,75 @@
+"""What a user chooses by name, with its meaning, where what it stands for needs torch.
+
+These tables stand alone so that help, completions and schemas come without it. What a name does is a row of the same
+name in the module that does it.
+"""
+
+from __future__ import annotations
+
+# --method of init, which `inits.INITS` starts
+INITS = {
+    "lora": "A uniform, B = 0",
+    "gaussian": "A normal, B = 0",
+    "orthogonal": "A and B normal with B A = 0, of an even rank",
+    "pissa": "the weight's top triplets, taken out of the base",
+    "milora": "the weight's last triplets, taken out of the base",
+    "mica": "B the weight's last left singular vectors, frozen; A = 0",
+    "olora": "the start of the weight's QR, taken out of the base",
+}
+
+
+# --method of combine, which `combining.METHODS` runs: what it does, and in brackets the paper, and which variant it is
+# where there are several
+METHODS = {
+    "cat": "the exact weighted sum, the factors side by side; with a rank, the best of that rank "
+    "(peft's cat, and with --rank its svd)",
+    "ties": "the largest entries of each, by majority sign "
+    "(Yadav et al., NeurIPS 2023, as in peft: the sign of sum D_i, then sum w_i D_i over the number that agree)",
+    "ties-mergekit": "the same with weighted votes and a weighted mean "
+    "(mergekit's ties: the sign of sum w_i D_i, then sum w_i D_i over the sum of the w_i that agree)",
+    "dare-linear": "random entries of each, rescaled, summed "
+    "(Yu et al., ICML 2024: entries kept with probability `density`, divided by it; sum w_i D_i)",
+    "dare-ties": "random entries of each, rescaled, by majority sign "
+    "(DARE, then the second half of ties (peft's; mergekit sums without the mean, and rescales by the L1 norm))",
+    "magnitude": "the largest entries of each, summed (peft's magnitude_prune: sum w_i D_i of the trimmed)",
+    "knots": "ties in the changes' common basis "
+    "(Stoica et al., ICLR 2025: the SVD of [D_1 ... D_N], ties on S V_i^T; trimmed by module as ties is here)",
+}
+
+
+# --allow of combine: what it takes all the same
+COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
+
+
+# --to of convert. The denoiser's names: comfy's are the model's own, those of diffusers and PEFT diffusers'.
+TARGETS = {
+    "peft": "PEFT: a folder or a file of one component, in diffusers' names",
+    "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
+    "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
+    "comfy": "ComfyUI: the model's own names with lora_down, lora_up and alpha",
+    "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
+}
+
+
+# --for of convert
+LAYOUTS = {
+    "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
+    "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them, and GPT-2's c_attn",
+}
+
+
+# --embed of extract: what becomes of changed embeddings and heads
+EMBED = {
+    "lora": "factors, as for every other matrix",
+    "full": "kept whole, exactly",
+    "skip": "left out, and named",
+}
+
+
+# --to of extract; the default is by the base
+EXTRACT_TO = {
+    "peft": "PEFT, for a model or a component in a folder",
+    "kohya": "kohya, for an image model in one file",
+    "diffusers": "diffusers, by component, for its pipelines",
+    "comfy": "ComfyUI",
+}

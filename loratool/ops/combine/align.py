@@ -1,0 +1,288 @@
+"""Several adapters as one, from their headers: which updates meet in which module, and what goes along.
+
+Low-rank changes and lora_B's biases add up. A tensor that was trained whole (modules_to_save, biases, rows of trained
+tokens) stands for the change V - W, and sum w_i (V_i - W) is that of sum w_i V_i only where the weights sum to 1: else
+only the base would tell, so it is refused by name. The same holds for all that has no sum: nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+from ...adapters.adapter import Adapter, UpdateSpec, stands_in
+from ...adapters.edited import Carried
+from ...adapters.formats.peft import DECLARED
+from ...adapters.formats.peft_config import changes_base
+from ...adapters.formats.peft_write import nested
+from ...binding.resolve import exclude_options, unwrapped
+from ...binding.selection import Selection
+from ...errors import InputError, LoratoolError, NeedsFlag
+from ...files.tensor_compare import equal_rows
+from ...files.tensor_ref import Source
+from ..inputs import Loaded
+
+ROUNDING = 1e-9  # by which decimal weights may miss a sum of 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter's update of a module."""
+
+    adapter: Adapter
+    weight: float
+    update: UpdateSpec
+
+    def source(self, role: str) -> Source:
+        return Source(self.adapter.file, self.update.tensors[role])
+
+
+Group = tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """groups: path -> the low-rank updates there; updates: path -> the one whose names and shapes the output has.
+    carried: all other tensors by name; fields: of PEFT's config, other than the first adapter's.
+    """
+
+    groups: Mapping[str, Group]
+    updates: Mapping[str, UpdateSpec]
+    carried: Mapping[str, Carried]
+    fields: Mapping[str, object]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
+    """loaded: of one format and spelling.
+
+    Raises InputError for adapters that do not belong together, NeedsFlag for tensors of which there is no sum."""
+    _check_together(loaded)
+    found: dict[str, list[Member]] = {}
+    for adapter, weight in loaded:
+        for module, update in adapter.updates.items():
+            found.setdefault(module, []).append(Member(adapter, weight, update))
+    selection = Selection(exclude=exclude)
+    selection.require_used(found, " and ".join(adapter.name for adapter, _ in loaded))
+    kept = {module: tuple(group) for module, group in found.items() if selection.selects(module)}
+    problems = _problems(kept, loaded)
+    groups = {module: group for module, group in kept.items() if group[0].update.rank and module not in problems}
+    if problems:
+        raise _refusal(problems, [module for module in found if module not in problems], bool(groups))
+    if not groups:
+        raise InputError("have no low-rank factors to combine", culprit=", ".join(a.name for a, _ in loaded))
+    carried: dict[str, Carried] = {}
+    for group in kept.values():
+        carried |= _carried(group)
+    fields = _fields(loaded, {m: g[0].update for m, g in kept.items()}) if loaded[0][0].format == "peft" else {}
+    left_out = tuple(module for module in found if module not in kept)
+    return Joined(groups, _with_nesting(groups), carried, fields, left_out, _warnings(loaded))
+
+
+def _check_together(loaded: Loaded) -> None:
+    first = loaded[0][0]
+    for adapter, _ in loaded[1:]:
+        _check_names(first, adapter)
+    plain = [adapter.name for adapter, _ in loaded if not changes_base(adapter.config)]
+    moved = [adapter for adapter, _ in loaded if changes_base(adapter.config)]
+    if moved and plain:
+        init = changes_base(moved[0].config)
+        raise InputError(
+            f"was initialized with {init}, which changed the base under it, and {plain[0]} was not: no base is both's",
+            culprit=moved[0].name,
+        )
+    other = next((each for each in moved if _starts(each) != _starts(moved[0])), None)
+    if other:
+        one, two = (" and ".join(f"{part} {start}".strip() for part, start in _starts(each).items())
+                    for each in (moved[0], other))  # fmt: skip
+        said = f"was initialized with {one}, {other.name} with {two}: no changed base is both's"
+        raise InputError(said, culprit=moved[0].name)
+
+
+def _starts(adapter: Adapter) -> dict[str, str]:
+    """Component, empty where there is but one, -> the initialization that changed its base."""
+    found = dict(adapter.config.starts) or {"": changes_base(adapter.config) or ""}
+    return {part: start.lower() for part, start in found.items()}
+
+
+def _check_names(one: Adapter, two: Adapter) -> None:
+    """Refuse two adapters that name their modules otherwise: a runtime would find but one's.
+
+    Either a training loop's wrapper stands in some paths, or a prefix before all of them.
+    """
+    plain = {unwrapped(module): module for module in one.updates}
+    for module in two.updates:
+        other = plain.get(unwrapped(module), module)
+        if other != module:
+            raise InputError(f"of {two.name} is {other} in {one.name}: one was saved with wrappers", culprit=module)
+    paths = [{module for module, update in adapter.updates.items() if update.rank} for adapter in (one, two)]
+    if not all(paths) or paths[0] & paths[1] or one.flattened:
+        return
+    for (short, name), (long, other) in permutations(zip(paths, (one.name, two.name), strict=True)):
+        ends = {path.split(".", cut)[-1]: path for path in long for cut in range(1, path.count(".") + 1)}
+        if all(path in ends for path in short):
+            path = min(short)
+            raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
+
+
+def _problems(kept: Mapping[str, Group], loaded: Loaded) -> dict[str, str]:
+    """Why updates have no sum, by module."""
+    found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
+    kinds = {group[0].update.kind for group in kept.values()}
+    if loaded[0][0].format == "peft" and "experts" in kinds:
+        biases = [module for module, group in kept.items() if group[0].update.kind == "add"]
+        found |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
+    return {module: problem for module, problem in found.items() if problem}
+
+
+def _problem(module: str, group: Group, adapters: int) -> str | None:
+    """Why these updates have no sum, where an --exclude would help. Raises InputError where they contradict."""
+    first, *others = group
+    for other in others:
+        if other.update.kind != first.update.kind:
+            return f"is {first.update.kind} in {first.adapter.name}, {other.update.kind} in {other.adapter.name}"
+        skip = 1 if first.update.kind == "rows" else 0
+        shapes = [member.update.shape[skip:] for member in (first, other)]
+        if shapes[0] != shapes[1] or other.update.transposed != first.update.transposed:
+            one, two = (f"{_layout(member)} in {member.adapter.name}" for member in (first, other))
+            raise InputError(f"is {one}, {two}: they are not of one base", culprit=module)
+    bases = [Source(member.adapter.file, member.update.base) for member in group if member.update.base]
+    if any(not equal_rows(bases[0], base) for base in bases[1:]):
+        return "lies on another weight in each adapter"
+    if first.update.kind == "dora" and (adapters > 1 or first.weight != 1):
+        return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
+    if first.update.kind in ("replace", "rows"):
+        return _whole_problem(group)
+    return None
+
+
+def _layout(member: Member) -> str:
+    shape = "x".join(map(str, member.update.shape)) or "a scalar"
+    return f"{shape}{' of an embedding' if member.update.transposed and member.update.rank else ''}"
+
+
+def _whole_problem(group: Group) -> str | None:
+    total = math.fsum(member.weight for member in group)
+    if abs(total - 1) > ROUNDING:
+        names = " and ".join(member.adapter.name for member in group)
+        return f"was trained whole in {names}, whose weights sum to {total:g}, not 1: only the base would tell the rest"
+    if any(member.update.indices != group[0].update.indices for member in group):
+        return "has other rows in each adapter"
+    return None
+
+
+def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool) -> LoratoolError:
+    module, reason = next(iter(problems.items()))
+    reason += f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    if combinable:
+        return NeedsFlag(reason, culprit=module, remedy=f"add {exclude_options(list(problems), kept)}")
+    return InputError(reason, culprit=module)
+
+
+def _carried(group: Group) -> dict[str, Carried]:
+    """The tensors beside the factors, by the name that the first adapter has for them."""
+    first, found = group[0], {}
+    kind = first.update.kind
+    if kind == "add":
+        terms = [(member.source("value"), member.weight * member.update.scale) for member in group]
+        found[first.update.tensors["value"]] = Carried(tuple(terms))
+    if kind in ("replace", "rows"):
+        sources = [member.source("value") for member in group]
+        equal = all(equal_rows(sources[0], source) for source in sources[1:])
+        terms = [(sources[0], 1.0)] if equal else [(m.source("value"), m.weight) for m in group]
+        found[first.update.tensors["value"]] = Carried(tuple(terms))
+    if kind == "dora":
+        found[first.update.tensors["magnitude"]] = Carried(((first.source("magnitude"), 1.0),))
+    based = next((member for member in group if member.update.base), None)
+    if based and based.update.base:
+        found[based.update.base] = Carried(((Source(based.adapter.file, based.update.base), 1.0),))
+    return found
+
+
+def _with_nesting(groups: Mapping[str, Group]) -> dict[str, UpdateSpec]:
+    """The first adapter's updates, stacks of experts under the names that PEFT gives them where just these are targets
+    of their module.
+    """
+    found = {module: group[0].update for module, group in groups.items()}
+    owners: dict[str, list[str]] = {}
+    for module, update in found.items():
+        if update.kind == "experts":
+            owner, _, parameter = module.rpartition(".")
+            owners.setdefault(owner, []).append(parameter)
+    for owner, parameters in owners.items():
+        unknown = [parameter for parameter in parameters if parameter not in DECLARED]
+        if unknown and len(parameters) > 1:
+            raise InputError("stands beside others whose order is not known", culprit=f"{owner}.{unknown[0]}")
+        paths = {parameters[0]: owner} if unknown else nested(owner, parameters, DECLARED)
+        for parameter, path in paths.items():
+            update = found[f"{owner}.{parameter}"]
+            depth = path.removeprefix(owner)
+            tensors = {
+                role: re.sub(r"(\.base_layer)*(\.lora_[AB]\b)", rf"{depth}\2", key)
+                for role, key in update.tensors.items()
+            }
+            found[f"{owner}.{parameter}"] = replace(update, tensors=tensors)
+    return found
+
+
+def _fields(loaded: Loaded, kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
+    """What the config must say of all adapters together. Targets are whole paths, so no layer numbers limit them."""
+    configs = [adapter.config.extra for adapter, _ in loaded]
+    fields: dict[str, object] = {
+        name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
+    }
+    whole = [module for module, update in kept.items() if update.kind == "replace"]
+    gone = [m for adapter, _ in loaded for m, u in adapter.updates.items() if u.kind == "replace" and m not in kept]
+    entries = [entry for config in configs for entry in _strings(config.get("modules_to_save"))]
+    saved = [
+        entry
+        for entry in dict.fromkeys(entries)
+        if any(stands_in(entry, module) for module in whole) or not any(stands_in(entry, module) for module in gone)
+    ]
+    fields["modules_to_save"] = saved or None
+    biases = [each for each in (config.get("bias") for config in configs) if each in ("all", "lora_only")]
+    there = any(module.endswith(".bias") for module in whole)
+    fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
+    fields["lora_bias"] = any(update.kind == "add" for update in kept.values())
+    if fields["lora_bias"] and not changes_base(
+        loaded[0][0].config
+    ):  # PEFT takes no other beside it; the factors are trained anyway
+        fields["init_lora_weights"] = True
+    if any(update.kind == "experts" for update in kept.values()):  # nor a dropout beside them
+        fields["lora_dropout"] = 0.0
+    fields["trainable_token_indices"] = _token_indices(loaded, kept)
+    # an absent field says what a null or false one says
+    return {name: value for name, value in fields.items() if value not in (None, False) or configs[0].get(name)}
+
+
+def _strings(value: object) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
+def _token_indices(loaded: Loaded, kept: Mapping[str, UpdateSpec]) -> object:
+    """The first adapter's own where it says it all, else by path."""
+    rows = {module: update for module, update in kept.items() if update.kind == "rows"}
+    first = loaded[0][0]
+    own = [module for module, update in first.updates.items() if update.kind == "rows"]
+    if set(own) == set(rows):
+        return first.config.extra.get("trainable_token_indices") if rows else None
+    return {module: list(update.indices) for module, update in rows.items()}
+
+
+def _warnings(loaded: Loaded) -> tuple[str, ...]:
+    lines = [f"{adapter.name}: {line}" for adapter, _ in loaded for line in adapter.lacks]
+    first = loaded[0][0]
+    for adapter, _ in loaded[1:]:
+        one, two = first.config.base_model, adapter.config.base_model
+        if one and two and one != two:
+            lines.append(f"{adapter.name} was trained on {two}, {first.name} on {one}")
+    if changes_base(first.config):
+        lines.append(
+            f"{first.name} was initialized with {changes_base(first.config)}, which changed the base under it: what "
+            "comes out belongs on that base, and only if it was the same for all"
+        )
+    return tuple(dict.fromkeys(lines))

@@ -1,0 +1,354 @@
+"""`combine`: several adapters as one, exactly (`cat`) or by the methods of the literature (`combining.METHODS`).
+
+Plan from headers; then one module at a time: its factors side by side, or, where a method's result has no low rank, one
+dense matrix and the best of the rank asked for. What that leaves out is measured on what is written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import UpdateSpec
+from ...adapters.edited import Draft, default_name, require_same_start, require_shape, require_written, write_draft
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.stacked import cost, rounded, stacked
+from ...errors import InputError, UsageError
+from ...files.output import check_name, check_path, named
+from ...files.tensor_ref import is_finite
+from ...numerics.factored_svd import distance, singular_values, svd
+from ...numerics.seeded_random import Draw
+from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...streaming.workers import Progress, choose_device
+from ..choices import COMBINE_ALLOW
+from ..convert.in_memory import bring_together, check_target, loralib_notes, warnings_of
+from ..denormals import keep_denormals
+from ..diff.related import require_related, require_same_names
+from ..inputs import Adapters, Loaded, open_adapters, read_given
+from ..rank_rules import BUDGETS, Spectrum, choose_ranks, read_rule
+from .align import Joined, join
+from .methods import METHODS, REFUSED, Part
+
+DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
+
+
+ROWS = 1024  # of a dense result compared with its factors at a time
+
+
+@dataclass(frozen=True)
+class ModuleCombine:
+    """ranks: of the adapters, 0 where one lacks the module; rank: of what is written. norm: ||D|| of the method's
+    result D; kept: the share of ||D||^2 that the rank holds; error: ||D' - D|| / ||D|| of what is written.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    norm: float
+    kept: float
+    error: float
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
+    were; left_out: modules that were excluded; parameters, nbytes: of the output.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: str
+    density: float | None
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleCombine, ...]
+    kept: float
+    error: float
+    parameters: int
+    nbytes: int
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@keep_denormals
+def combine(
+    adapters: Adapters,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "cat",
+    density: float | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    energy: float | None = None,
+    params: int | None = None,
+    size: int | None = None,
+    rank_rule: tuple[str, float] | None = None,
+    max_rank: int | None = None,
+    exclude: Sequence[str] = (),
+    to: str | None = None,
+    dtype: str = "fp32",
+    alpha: float | None = None,
+    allow: Sequence[str] = (),
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CombineReport:
+    """Write one adapter that does what several do with their weights.
+
+    adapters: paths, (path, weight) pairs, or {path: weight}. method: a key of METHODS; density: the share of entries
+    that it keeps. seed: of what is random, which otherwise follows from the module's name and the adapter's content.
+    rank, energy, params, size, rank_rule, max_rank: as in `resize`; without one of them a module's rank is the sum of
+    the adapters'. exclude: modules to leave out. to: a key of converting.TARGETS; by default the first adapter's
+    format, to which the others are converted where they differ. alpha: for files that do not say their own. allow:
+    keys of COMBINE_ALLOW. Raises UsageError, InputError for adapters that do not belong together, NeedsFlag for tensors
+    that have no sum and for adapters of two models; nothing is written then.
+    """
+    rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
+    given = read_given(adapters)
+    for each in given:
+        if each.parts:
+            raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
+    check_target(to)
+    for word in allow:
+        if word not in COMBINE_ALLOW:
+            raise UsageError(f"allow {word!r} is none of {', '.join(COMBINE_ALLOW)}")
+    density = _check(method, density, dtype, rule, [each.weight for each in given])
+    with ExitStack() as opened:
+        loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
+        path, is_file = check_name(out if out is not None else default_name(loaded[0][0], to, "combined"))
+        check_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
+        if to is None:
+            require_written(loaded[0][0])
+        loaded, patterns, made = bring_together(loaded, to, tuple(exclude), path.absolute().parent, opened)
+        require_shape(loaded[0][0], path, is_file)
+        joined = join(loaded, patterns)
+        joined = replace(
+            joined,
+            left_out=(*(module for each in made for module in each.dropped), *joined.left_out),
+            warnings=(*joined.warnings, *warnings_of(made)),
+        )
+        work = _Work(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
+        require_same_start(loaded[0][0], work.choose(rule, max_rank))
+        require_same_names(loaded)
+        if "unrelated" not in allow:
+            require_related(loaded)
+        if dry_run:
+            work.try_all()
+        else:
+            opened.enter_context(named(path))
+            write_draft(work.draft(), path, is_file, [adapter.file for adapter, _ in loaded])
+        return work.report(str(path), dry_run)
+
+
+def _check(
+    method: str, density: float | None, dtype: str, rule: tuple[str, float] | None, weights: Sequence[float]
+) -> float | None:
+    """The density, None for a method that has none."""
+    if method in REFUSED:
+        raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    row = METHODS[method]
+    if density is not None and not row.prunes:
+        raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"--density {density:g} is not between 0 and 1")
+    if row.dense and rule and rule[0] == "sv_cumulative":
+        raise UsageError(f"sv_cumulative needs all singular values of a dense matrix, which {method} does not compute")
+    for weight in weights:
+        if abs(weight) > torch.finfo(torch.float32).max:
+            raise UsageError(f"the weight {weight:g} is too large")
+    if not row.negative and min(weights) < 0:
+        raise UsageError(f"{method} divides by sums of weights, so none can be negative", remedy="use --method ties")
+    return (DENSITY if density is None else density) if row.prunes else None
+
+
+class _Work:
+    """The draft, and what came of each module."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        joined: Joined,
+        method: str,
+        density: float | None,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None,
+    ) -> None:
+        self._loaded, self._joined, self._method, self._density = loaded, joined, method, density
+        self._seed, self._device, self._dtype, self._progress = seed, device, dtype, progress
+        self._ranks = {module: self._natural(module) for module in joined.groups}
+        self._found: dict[str, tuple[float, float, float]] = {}
+        self._done, self._steps = 0, len(joined.groups)
+
+    def _natural(self, module: str) -> int:
+        """The sum of the ranks; where it is no concatenation, at most the matrix's own."""
+        total = sum(member.update.rank for member in self._joined.groups[module])
+        return total if self._method == "cat" else max(1, min(total, *_sides(self._joined.updates[module])))
+
+    def _parts(self, module: str) -> list[list[Part]]:
+        """Of each matrix of the module, one or a stack of experts, the adapters' changes."""
+        factors = []
+        for member in self._joined.groups[module]:
+            weight, scale = member.weight, member.update.scale
+            if not math.isfinite(weight * scale):
+                raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
+            factors.append(tuple(side.to(self._device) for side in stacked(member.adapter.load(member.update))))
+        members = self._joined.groups[module]
+        draws = [member.adapter.sha256 if METHODS[self._method].random else "" for member in members]
+        return [
+            [
+                Part(B[e], A[e], member.weight, f"{self._seed} {module} {e} {drawn}")
+                for (B, A), member, drawn in zip(factors, members, draws, strict=True)
+            ]
+            for e in range(len(factors[0][0]))
+        ]
+
+    def choose(self, rule: tuple[str, float] | None, most: int | None) -> Mapping[str, int]:
+        """The ranks of what is made."""
+        if rule is None:
+            self._ranks = {module: min(rank, most or rank) for module, rank in self._ranks.items()}
+            return self._ranks
+        name, value = rule
+        spectra = {module: Spectrum((), 0.0, 0, True) for module in self._ranks}
+        if name != "rank":
+            self._steps *= 2
+            spectra = {module: self._spectrum(module, most) for module in self._ranks}
+        if name in BUDGETS:
+            value = self.draft().budget(name, value)
+        self._ranks = choose_ranks(name, value, spectra, most)
+        return self._ranks
+
+    def _spectrum(self, module: str, most: int | None) -> Spectrum:
+        """Squares sum over a stack; of a dense result those that the natural rank or --max-rank allows."""
+        with _factored(module):
+            if METHODS[self._method].dense:
+                squares, total = torch.zeros(max(most or 0, self._ranks[module]), dtype=torch.float64), 0.0
+                for _, top in self._tops(module, len(squares)):
+                    squares[: len(top.S)] += top.S.square().cpu()
+                    total += top.total
+            else:
+                squares = singular_values(*self._side_by_side(module)).square().sum(0).cpu()
+                total = float(squares.sum())
+        self._step()
+        return Spectrum(tuple(squares.tolist()), total, cost(self._joined.updates[module]), True)
+
+    def _step(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._steps)
+
+    def _side_by_side(self, module: str) -> tuple[Tensor, Tensor]:
+        """(B (E, out, r), A (E, r, in)) of a method whose result comes in factors."""
+        found = [METHODS[self._method].run(parts, self._density or 1.0) for parts in self._parts(module)]
+        return torch.stack([B for B, _ in found]), torch.stack([A for _, A in found])
+
+    def _tops(self, module: str, rank: int) -> Iterator[tuple[Tensor, TruncatedSVD]]:
+        """Of each matrix of the module the dense result and the best of a rank."""
+        for e, parts in enumerate(self._parts(module)):
+            D = METHODS[self._method].run(parts, self._density or 1.0)
+            assert isinstance(D, Tensor)
+            if not is_finite(D):
+                raise InputError("the combined change overflows float32", culprit=module)
+            yield D, truncated_svd(D, rank, Draw(self._seed, f"{module} {e}").generator(self._device))
+
+    def _factors(self, module: str) -> tuple[Tensor, Tensor]:
+        with _factored(module):
+            found = self._best(module) if METHODS[self._method].dense else self._exact(module)
+        self._step()
+        return found
+
+    def _exact(self, module: str) -> tuple[Tensor, Tensor]:
+        B, A = self._side_by_side(module)
+        rank, whole = self._ranks[module], svd(B, A)
+        if B.shape[-1] != rank:
+            B, A = whole.truncated(rank)
+        B, A = rounded(module, (B, A), self._dtype)
+        wrong = float(distance(whole, svd(B, A)).square().sum())
+        self._note(module, float(whole.S.square().sum()), float(whole.S[..., :rank].square().sum()), wrong)
+        return B, A
+
+    def _best(self, module: str) -> tuple[Tensor, Tensor]:
+        rank, total, kept, wrong = self._ranks[module], 0.0, 0.0, 0.0
+        pairs = []
+        for D, top in self._tops(module, rank):
+            missing = rank - len(top.S)
+            U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
+            sides = (torch.nn.functional.pad(side, (0, missing)) for side in (U, V))
+            B, V = rounded(module, (next(sides), next(sides)), self._dtype)
+            pairs.append((B, V.mT))
+            total, kept = total + top.total, kept + top.energy
+            for start in range(0, len(D), ROWS):
+                block = slice(start, start + ROWS)
+                wrong += float((B[block].double() @ V.mT.double() - D[block]).square().sum())
+        self._note(module, total, kept, wrong)
+        return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
+
+    def _note(self, module: str, total: float, kept: float, wrong: float) -> None:
+        """total: ||D||^2 of the result; kept: of the rank's; wrong: ||D' - D||^2."""
+        share = (min(1.0, kept / total), math.sqrt(wrong / total)) if total else (1.0, 0.0)
+        self._found[module] = (math.sqrt(total), *share)
+
+    def draft(self) -> Draft:
+        joined, ranks = self._joined, self._ranks
+        return Draft(
+            self._loaded[0][0], joined.updates, ranks, self._factors, joined.carried, self._dtype, joined.fields
+        )
+
+    def try_all(self) -> None:
+        """Compute everything and keep nothing of it but the figures."""
+        for module in self._ranks:
+            self._factors(module)
+        for each in self._joined.carried.values():
+            each.load()
+
+    def report(self, out: str, dry_run: bool) -> CombineReport:
+        specs, joined = self.draft().specs(), self._joined
+        rows = tuple(self._row(module) for module in self._ranks)
+        total = math.fsum(row.norm**2 for row in rows)
+        return CombineReport(
+            adapters=tuple(adapter.name for adapter, _ in self._loaded),
+            weights=tuple(weight for _, weight in self._loaded),
+            method=self._method,
+            density=self._density,
+            out=out,
+            dry_run=dry_run,
+            modules=rows,
+            kept=math.fsum(row.kept * row.norm**2 for row in rows) / total if total else 1.0,
+            error=math.sqrt(math.fsum((row.error * row.norm) ** 2 for row in rows) / total) if total else 0.0,
+            parameters=sum(spec.size for spec in specs.values()),
+            nbytes=sum(spec.nbytes for spec in specs.values()),
+            carried=tuple(joined.carried),
+            left_out=joined.left_out,
+            warnings=(*joined.warnings, *loralib_notes(self._loaded[0][0], self._ranks)),
+        )
+
+    def _row(self, module: str) -> ModuleCombine:
+        own = {id(member.adapter): member.update.rank for member in self._joined.groups[module]}
+        ranks = tuple(own.get(id(adapter), 0) for adapter, _ in self._loaded)
+        return ModuleCombine(module, ranks, self._ranks[module], *self._found[module])
+
+
+@contextmanager
+def _factored(module: str) -> Iterator[None]:
+    """What LAPACK does not converge on are numbers near the end of float64."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise InputError("the combined change is too large to be factored", culprit=module) from error
+
+
+def _sides(update: UpdateSpec) -> tuple[int, int]:
+    return update.specs["B"].shape[0], math.prod(update.specs["A"].shape[1:])

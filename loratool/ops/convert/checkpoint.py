@@ -1,0 +1,215 @@
+"""`convert` of a checkpoint: torch and safetensors, one file and shards, another type, streamed like a merge.
+
+What has no need to change keeps its bytes. Each number that a cast loses is counted and named; one that would become
+infinite stops it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.dtypes import FLOAT8, MERGE_DTYPES
+from ...files.output import CONTAINERS, Edits, Output, check_name, check_path, check_undo_files
+from ...files.output_plan import plan_output
+from ...files.quantized import CODED_METADATA
+from ...files.side_files import provenance
+from ...files.tensor_ref import Source
+from ...files.torch_reader import TorchFile
+from ...numerics.exact import Change, Workspace, cast_rounded
+from ...streaming.rewrite import CAST_BLOCK, Changed, RowRange, refuse_overflow, rewrite
+from ...streaming.workers import Progress, worker_count
+from .shared_tensors import find_shared, left_out
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """A tensor that has another type now. flushed: numbers that became 0, None in a dry run."""
+
+    name: str
+    shape: tuple[int, ...]
+    source_dtype: str
+    dtype: str
+    flushed: int | None
+
+
+@dataclass(frozen=True)
+class CheckpointConvertReport:
+    """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
+
+    shared: tensors that are another one -> that one: in a torch file its storage has both names; in a safetensors file
+    it is written once, and its metadata says so.
+    """
+
+    checkpoint: str
+    source_format: str
+    out: str
+    to: str
+    dry_run: bool
+    nbytes: int
+    cast: tuple[CastTensor, ...]
+    copied: int
+    shared: Mapping[str, str]
+    files: tuple[str, ...]
+    not_copied: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str | None = None,
+    dtype: str = "keep",
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> CheckpointConvertReport:
+    """Write a checkpoint in another container, type or number of shards.
+
+    to: a key of CONTAINERS; without it as `out` is named, else safetensors. dtype: a key of `merge.MERGE_DTYPES`, taken
+    by all tensors of 16-bit floats or wider. max_shard_bytes cuts the output anew. Raises UsageError, InputError and
+    NeedsFlag before anything is written, and where a number would become infinite; nothing stays then.
+    """
+    spelling = dtype.lower().removeprefix("torch.")
+    if spelling not in MERGE_DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+    chosen = MERGE_DTYPES[spelling]
+    with closing(open_checkpoint(checkpoint)) as base:
+        to, path, is_file = _place(base, out, to)
+        _refuse_quantized(base, chosen, to, checkpoint)
+        inputs = [shard.path for shard in base.shards]
+        check_path(path, is_file, inputs, force, is_model=True)
+        shared = find_shared(base)
+        edits = Edits(shared=shared, left_out=left_out(base, shared))
+        origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))
+        output = plan_output(base, path, is_file, origin, (), chosen, max_shard_bytes, edits, container=to)
+        check_undo_files(output, inputs, force)
+        output.require_space()
+        flushed = None if dry_run else _execute(base, output, progress, workers or worker_count())
+        return _report(os.fspath(checkpoint), base, output, edits, to, chosen, flushed)
+
+
+def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | os.PathLike[str]) -> None:
+    lost = [key for key in CODED_METADATA if to == "torch" and any(key in (s.metadata or {}) for s in base.shards)]
+    if lost:
+        raise InputError(
+            f"says by its metadata {lost[0]} how it is quantized, for which a torch file has no place",
+            culprit=os.fspath(name),
+            remedy="keep it in safetensors",
+        )
+    if base.quantized and dtype:
+        raise InputError(
+            f"is quantized ({base.quantized}), and its scales must keep their types",
+            culprit=os.fspath(name),
+            remedy="leave out --dtype",
+        )
+
+
+def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None) -> tuple[str, Path, bool]:
+    """The container, the output's path, and whether it is a single file."""
+    suffix = "" if out is None else Path(out).suffix
+    to = to or next((key for key, suffixes in CONTAINERS.items() if suffix in suffixes), "safetensors")
+    if to not in CONTAINERS:
+        raise UsageError(f"a checkpoint is converted to {' or '.join(CONTAINERS)}, not to {to!r}")
+    if out is None:
+        return to, Path(f"converted{CONTAINERS[to][0]}" if base.given_as_file else "converted"), base.given_as_file
+    return to, *check_name(out, to)
+
+
+def _execute(base: Checkpoint, output: Output, progress: Progress | None, workers: int) -> dict[str, int]:
+    """Write it; of each tensor that is cast, how many numbers became 0."""
+    sources = {name: Source(base.shard_of[name], name) for name in output.specs}
+    cast = {
+        name: Changed(spec.size, partial(_all_numbers, spec.size))
+        for name, spec in output.specs.items()
+        if spec.size and spec.dtype != base.specs[name].dtype
+    }
+    flushed: dict[str, int] = defaultdict(int)
+    with closing(rewrite(output, sources, cast, torch.device("cpu"), workers, progress)) as runs:
+        for item, blocks in runs:
+            refuse_overflow(item.tensor, [change for change, _ in blocks], sources, output)
+            flushed[item.tensor] += sum(zeros for _, zeros in blocks)
+    return flushed
+
+
+def _all_numbers(size: int) -> list[RowRange]:
+    return [RowRange(0, size, lambda start, stop: _cast, block_rows=CAST_BLOCK)]
+
+
+def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[Change, int]:
+    """What is too large, and how many numbers are too small."""
+    change = cast_rounded(base, out, work)
+    least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
+    return change, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
+
+
+def _count_nonzero(x: Tensor) -> int:
+    """By the bits less the sign: numpy counts integers in a quarter of torch's time."""
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
+    return int(np.count_nonzero(bits << 1))
+
+
+def _report(
+    name: str,
+    base: Checkpoint,
+    output: Output,
+    edits: Edits,
+    to: str,
+    dtype: str | None,
+    flushed: dict[str, int] | None,
+) -> CheckpointConvertReport:
+    """flushed: None in a dry run."""
+    cast = tuple(
+        CastTensor(each, spec.shape, base.specs[each].dtype, spec.dtype, None if flushed is None else flushed[each])
+        for each, spec in output.specs.items()
+        if spec.dtype != base.specs[each].dtype
+    )
+    apart = [name for name in edits.shared if to == "safetensors" and name not in edits.left_out]
+    return CheckpointConvertReport(
+        name,
+        "torch" if any(isinstance(shard, TorchFile) for shard in base.shards) else "safetensors",
+        str(output.path),
+        to,
+        flushed is None,
+        output.nbytes,
+        cast,
+        len(output.specs) - len(cast),
+        {each: kept for each, kept in edits.shared.items() if each not in apart},
+        tuple(file.name for file in output.files),
+        output.not_copied,
+        tuple(_warnings(base, output, edits, to, apart, dtype)),
+    )
+
+
+def _warnings(
+    base: Checkpoint, output: Output, edits: Edits, to: str, apart: list[str], dtype: str | None
+) -> Iterator[str]:
+    for shard in base.shards:
+        if shard.ignored:
+            yield f"{shard.place} also holds {', '.join(shard.ignored)}, which is not read"
+    for name in apart:
+        kept = edits.shared[name]
+        yield f"{name} is one storage with {kept}, but not one that loaders are known to tie: both are written"
+    coarse = [name for name, spec in output.specs.items() if spec.dtype in FLOAT8]
+    if coarse and dtype:
+        yield f"--dtype is for floats of 16 bits or more: {len(coarse)} tensors of 8 keep theirs, {coarse[0]} the first"
+    if to == "torch":
+        said = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}
+        said |= {"loratool"} if any(name.endswith(".index.json") for name in output.extras) else set()
+        lost = sorted({key for shard in base.shards for key in shard.metadata or {}} - said)
+        if lost:
+            yield f"a torch file has no metadata; what stays behind: {', '.join(lost)}"

@@ -1,0 +1,242 @@
+"""`convert`: an adapter in another convention, each tensor carried exactly, or named as what cannot be carried.
+
+`convert_image` and `convert_language` plan what is written, and tensors come one by one; `convert_checkpoint` is the
+verb for whole models. What is in the files decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS, holds_adapter, open_adapter
+from ...adapters.formats.peft_config import start_of
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...binding.selection import Selection
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.output import CONTAINERS, check_name, check_path, named
+from ...streaming.workers import Progress
+from ..choices import LAYOUTS, TARGETS
+from ..denormals import keep_denormals
+from .checkpoint import CheckpointConvertReport, convert_checkpoint
+from .dora_to_lora import without_dora
+from .image import Image, plan_image, write_output
+from .language import plan_language
+from .plain import plan_plain
+from .request import WITHOUT_START, ModuleConvert, Output, Wish, low_rank, select
+from .source_modules import FAMILIES, SINGLE_COMPONENT, family_of, read_sources, require_known
+from .subtract_initial import without_start
+
+CONVERT_DTYPES = {"keep": None, **DTYPES}
+
+
+SAYS_START = ("peft", "diffusers")  # the conventions that say how an adapter was initialized,
+
+
+KEPT_STARTS = ("pissa", "olora")  # where a name says it all; others have a config of their own
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules
+    left out; notes: what the output cannot say.
+    """
+
+    adapter: str
+    source_format: str
+    out: str
+    to: str
+    family: str | None
+    dry_run: bool
+    modules: tuple[ModuleConvert, ...]
+    dropped: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    notes: tuple[str, ...] = ()
+
+
+@keep_denormals
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str | None = None,
+    dtype: str = "keep",
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    **of_adapters: Any,
+) -> ConvertReport | CheckpointConvertReport:
+    """`convert_adapter` or `convert_checkpoint`, by what is in the files of `source`.
+
+    of_adapters: the other options of `convert_adapter`. Raises UsageError for an option of the other verb.
+    """
+    given = {name: value for name, value in of_adapters.items() if not (value is None or value is False or value == ())}
+    is_one = bool(given.get("from_format")) or holds_adapter(source)
+    if is_one or to in TARGETS:
+        if max_shard_bytes is not None:
+            raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
+        if to not in TARGETS:
+            what = "needs --to, one" if to is None else f"{to!r} is none"
+            raise UsageError(f"is an adapter, and {what} of {', '.join(TARGETS)}", culprit=os.fspath(source))
+        try:
+            return convert_adapter(source, out, to=to, dtype=dtype, force=force, dry_run=dry_run, **of_adapters)
+        except InputError as error:
+            if not is_one:
+                error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
+            raise
+    if given:
+        first = next(iter(given))
+        option = {"layout": "--for"}.get(first, f"--{first.replace('_', '-')}")
+        raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
+    return convert_checkpoint(
+        source,
+        out,
+        to=to,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
+        workers=workers,
+    )
+
+
+def convert_adapter(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str,
+    from_format: str | None = None,
+    drop: Sequence[str] = (),
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] = (),
+    plain: bool = False,
+    initial: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    layout: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    force: bool = False,
+    dry_run: bool = False,
+) -> ConvertReport:
+    """Write an adapter in another convention, a key of TARGETS. `peft` is a folder, or a file where `out` ends in
+    .safetensors; the others are files.
+
+    from_format: a key of FORMATS, where the tensors' names do not tell. drop: patterns of modules that may be left out
+    where they cannot be carried. alpha: for a file that does not say its own; enable_lora: which slices loralib's
+    MergedLinear has. plain: as standard LoRA, alpha being the rank everywhere; of an adapter whose start changed its
+    base, `initial` is subtracted, exactly, at twice the rank, and what DoRA changes of `base` is truncated to its own
+    rank; `rank`: truncated to it. layout: of a language model's fused modules, a key of LAYOUTS, whose sizes `base` or
+    its config.json says. dtype: of the factors, a key of CONVERT_DTYPES. Raises NeedsFlag for what can only be
+    dropped, and InputError for what nothing could load: nothing is written then.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"format {to!r} is none of {', '.join(TARGETS)}")
+    if dtype not in CONVERT_DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
+    if from_format is not None and from_format not in FORMATS:
+        raise UsageError(f"format {from_format!r} is none of {', '.join(FORMATS)}")
+    if (initial is not None or rank is not None) and not plain:
+        raise UsageError("--initial and --rank are for --plain")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank} is out of range")
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    if layout is not None and plain:
+        raise UsageError("--for and --plain are two conversions: one after the other")
+    if layout is None and not plain and base is not None:
+        raise UsageError("--base is for --for, and with --plain for DoRA")
+    with ExitStack() as opened:
+        source = open_adapter(adapter, alpha, format=from_format, enabled=tuple(enable_lora))
+        opened.callback(source.file.close)
+        path, is_file = check_name(
+            out if out is not None else ("converted" if to == "peft" else "converted.safetensors")
+        )
+        if to != "peft" and not is_file:
+            raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
+        check_path(path, is_file, [source.file.path], force)
+        Selection(tuple(drop)).require_used(source.updates, source.name, "--drop")
+        wish = Wish(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
+        made = plan_convert(source, wish, path.absolute().parent, opened)
+        if not dry_run:
+            opened.enter_context(named(path))
+            write_output(made, to, path, is_file, [source.file])
+        size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
+        names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
+        return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
+
+
+def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, family: str | None = None) -> Output:
+    """folder: where there is place for what must wait; family: where more than the adapter tells it.
+
+    Raises NeedsFlag and InputError as `convert` does."""
+    sources, _ = read_sources(source)
+    selection = Selection(wish.drop or ("",))
+    wanted = [each for each in sources if not selection.selects(each.module)]
+    family = family or family_of(sources) or family_of(wanted)
+    single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
+    if single and not any(each.component == "unet" for each in sources):
+        family = None  # a text encoder by itself goes as a language model does
+    if family is not None:
+        require_known(source, sources, family)
+        source = _at_its_start(source, [each.module for each in wanted], wish, opened)
+    source, lost = _plain_enough(source, wish, folder, opened)
+    if family is not None:
+        if wish.layout:
+            raise UsageError("--for is for adapters of language models")
+        load, start = functools.partial(low_rank, source), functools.partial(start_of, source.config)
+        image = Image(source.name, source.file.metadata or {}, family, load, lost, start)
+        return plan_image(image, wish, *read_sources(source))
+    if single:
+        kept, dropped = select(source, wish)
+        if wish.plain:
+            return plan_plain(source, wish, kept, dropped, lost, opened)
+        return plan_language(source, wish, kept, dropped)
+    raise InputError(
+        f"is no adapter of an image model that is known ({', '.join(FAMILIES.values())}), with modules like "
+        + min(source.updates, default="none")
+        + ("" if wish.to == "peft" else f": nothing could load it as {wish.to}"),
+        culprit=source.name,
+    )
+
+
+def _at_its_start(source: Adapter, modules: Sequence[str], wish: Wish, opened: ExitStack) -> Adapter:
+    """An image model's adapter, with what its start was taken away where that is asked. Raises NeedsFlag where it
+    changed the base, and the output cannot say so.
+    """
+    if wish.initial is not None:
+        return without_start(source, wish.initial, opened)
+    start = next(filter(None, (start_of(source.config, module) for module in modules)), None)
+    keeps = not wish.plain and wish.to in SAYS_START and start and start.lower().startswith(KEPT_STARTS)
+    if start and not keeps:
+        said = f"was initialized with {start}, which changed the base under it, and what is written could not say so"
+        raise NeedsFlag(said, culprit=source.name, remedy=WITHOUT_START)
+    return source
+
+
+def _plain_enough(
+    source: Adapter, wish: Wish, folder: Path, opened: ExitStack
+) -> tuple[Adapter, dict[str, tuple[float, float]]]:
+    """Without DoRA where the output has no place for it, and what that lost."""
+    selection = Selection(wish.drop or ("",))
+    dora = [m for m, update in source.updates.items() if update.kind == "dora" and not selection.selects(m)]
+    if not wish.plain and (wish.to != "loralib" or not dora):
+        return source, {}
+    if wish.base is None and dora:
+        said = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+        option = "--base BASE" if wish.plain else "--plain --base BASE"
+        raise NeedsFlag(said, culprit=dora[0], remedy=f"add {option} with the model")
+    if wish.base is None:
+        return source, {}
+    if not dora:
+        raise UsageError("--base is for --for, and with --plain for DoRA, of which the adapter has none")
+    return without_dora(source, wish.base, wish.rank, folder, opened)

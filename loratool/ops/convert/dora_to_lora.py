@@ -1,0 +1,120 @@
+"""DoRA as plain LoRA, which only a base makes of it: the best of a rank for what each module changes of its weight.
+
+W' - W = (g - 1) W + g s B A, row by row, with g = m / ||W + s B A||: of no low rank, as a fine-tune's change is none.
+One matrix at a time; the factors wait in a spool (`extract` has the same one).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.updates import DoRA
+from ...binding.placement import Placement, place
+from ...binding.resolve import resolve_modules
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import TensorSpec
+from ...files.tensor_ref import Source
+from ...files.virtual import UnwrittenFile
+from ...streaming.nonadditive import ratio
+from ..factor_spool import Factored, FactorSpool
+from ..inputs import open_model
+
+ROWS = 512  # of a weight at a time
+
+
+def without_dora(
+    source: Adapter, base: str | os.PathLike[str], rank: int | None, folder: Path, opened: ExitStack
+) -> tuple[Adapter, dict[str, tuple[float, float]]]:
+    """The adapter with its DoRA modules as LoRA of `rank`, or of their own; and of each module (||D' - D||^2, ||D||^2).
+
+    folder: where the spool has place. Raises InputError for modules that the base does not have.
+    """
+    checkpoint = open_model(base, "--base is the model under it", opened)
+    dora = {module: update for module, update in source.updates.items() if update.kind == "dora"}
+    alone = replace(source, updates=dora)
+    spots, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
+    if missing:
+        raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
+    spool = FactorSpool(folder, 0, False)
+    opened.callback(spool.close)
+    factored, errors = {}, {}
+    for module, update in dora.items():
+        places = [
+            (spot.name, placement)
+            for spot in spots[module]
+            for placement in place(alone, module, 1.0, spot, checkpoint.specs, checkpoint.model_types, spots)
+        ]
+        own = places[0][1].update if update.inputs else update
+        loaded = source.load(own)
+        assert isinstance(loaded, DoRA)
+        D = _change(loaded, _read(source, own, checkpoint, places), module)
+        D = D.T.contiguous() if own.turned else D
+        found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
+        errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
+    return _view(source, dora, factored, spool), errors
+
+
+def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
+    """The weight that the module changes, (out, in), float32, from all tensors that have rows of it."""
+    out, width = update.shape[0], update.specs["A"].size // update.rank
+    W = torch.empty(out, width, dtype=torch.float32)
+    for name, placement in places:
+        own = Source(source.file, update.base) if update.base else Source(base.shard_of[name], name)
+        if placement.transposed:
+            W.copy_(torch.cat([block.float() for block in own.blocks(ROWS * out)]).T)
+            continue
+        for start in range(placement.start, placement.stop, ROWS):
+            stop, at = min(start + ROWS, placement.stop), placement.skip + start - placement.start
+            W[at : at + stop - start] = own.matrix_rows(placement.rows, start, stop).float()
+    return W
+
+
+def _change(update: DoRA, W: Tensor, module: str) -> Tensor:
+    """W' - W in place of W, by rows: small numbers, so that none cancels."""
+    A, magnitude = update.A.flatten(1).float(), update.magnitude.flatten().double()
+    for start in range(0, len(W), ROWS):
+        rows = slice(start, start + ROWS)
+        added = (update.B.flatten(1)[rows].double() * update.scale).float() @ A
+        g = ratio(magnitude[rows], torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1), module)
+        W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
+    return W
+
+
+def _view(
+    source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, Factored], spool: FactorSpool
+) -> Adapter:
+    specs = dict(source.file.specs)
+    updates, pairs = dict(source.updates), dict[str, tuple[str, str]]()
+    for module, update in dora.items():
+        found = factored[module]
+        rank, names = max(1, found.known), {role: update.tensors[role] for role in ("A", "B")}
+        A, B = update.specs["A"].shape, update.specs["B"].shape
+        own = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
+        del specs[update.tensors["magnitude"]]
+        specs |= {names[role]: own[role] for role in names}
+        pairs |= {names[role]: (module, role) for role in names}
+        updates[module] = replace(update, kind="lora", tensors=names, specs=own, scale=1.0, inputs=False)
+
+    def load(name: str) -> Tensor:
+        if name not in pairs:
+            return source.file.tensor(name)
+        module, role = pairs[name]
+        if not factored[module].known:
+            return torch.zeros(specs[name].shape, dtype=torch.float32)
+        A, B = spool.tensors(factored[module], factored[module].known, torch.float32)
+        return (A if role == "A" else B).reshape(specs[name].shape)
+
+    config = replace(
+        source.config, extra={**source.config.extra, **({"use_dora": False} if source.config.extra else {})}
+    )
+    file = UnwrittenFile(source.file, specs, load, source.file.metadata or {})
+    return replace(source, file=file, updates=updates, config=config)

@@ -1,0 +1,189 @@
+"""The factors of a target module, made of its sources': the very tensors where that is possible, and else how far off.
+
+A scale stands in alpha, or is folded into B: exact where B's type, or float32, holds every product, as it does for
+powers of two. Any other fold, and a type that holds less, are rounded, and the error is that of the change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.updates import DoRA, LowRank
+from ...numerics.factored_svd import core, svd
+from .module_map import Part, Target
+
+EPSILON = 2.0**-53  # what float64, in which errors are measured, rounds by itself
+
+
+DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of a significand
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A: (r, in, *kernel), B: (out, r, 1s), the scale that stands before B A, and DoRA's magnitude (out,). exact:
+    whether the change is the sources' to the bit.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+    exact: bool = True
+
+
+def make_factors(target: Target, updates: Sequence[LowRank]) -> Factors:
+    """updates: of the target's parts. The very tensors where one module stays one; else of a type that holds all."""
+    made = _low_rank(target, updates)
+    if not isinstance(updates[0], DoRA):
+        return made
+    if target.parts[0].source.update.inputs:
+        return replace(made, magnitude=updates[0].magnitude.flatten())
+    pieces = [
+        update.magnitude.flatten()[part.start : part.stop]
+        for update, part in zip(updates, target.parts, strict=True)
+        if isinstance(update, DoRA)
+    ]
+    return replace(made, magnitude=torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone())
+
+
+def _low_rank(target: Target, updates: Sequence[LowRank]) -> Factors:
+    first = updates[0]
+    if target.how == "exact":
+        return Factors(first.A, first.B, first.scale)
+    if target.how == "swapped":
+        return Factors(first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale)
+    if target.how == "split":
+        (part,) = target.parts
+        kept = _ranks_of(first.B, part)
+        return Factors(first.A[kept], first.B[part.start : part.stop, kept], first.scale)
+    scale = common_scale([update.scale for update in updates])
+    folded = [_scaled(update.B, update.scale / scale) for update in updates]
+    exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
+    dtype = sides[0].dtype
+    for each in (*sides, *(update.A for update in updates)):
+        dtype = torch.promote_types(dtype, each.dtype)
+    A, places = _joined_rows([update.A.to(dtype) for update in updates])
+    B = torch.zeros(target.rows, len(A), dtype=dtype)
+    for part, side, own in zip(target.parts, sides, places, strict=True):
+        B[part.at : part.at + len(side), own] = side.to(dtype)
+    return Factors(A, B, scale, exact=exact)
+
+
+def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
+    """One A (r, in) of several, a row that several have once, and where in it each one's rows are."""
+    found: dict[tuple[bytes, int], int] = {}
+    rows: list[Tensor] = []
+    places: list[list[int]] = []
+    for A in sides:
+        seen, own = Counter[bytes](), list[int]()
+        for row in A.contiguous():
+            key = row.view(torch.uint8).numpy().tobytes()
+            place = found.setdefault((key, seen[key]), len(found))
+            rows += [row] if place == len(rows) else []
+            own.append(place)
+            seen[key] += 1
+        places.append(own)
+    return torch.stack(rows), places
+
+
+def common_scale(scales: Sequence[float]) -> float:
+    """The first one where the others are powers of two of it, else 1."""
+    ratios = [scale / scales[0] if scales[0] else 0.0 for scale in scales]
+    return scales[0] if all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios) else 1.0
+
+
+def _scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
+    """scale * B in its own type, or in float32 where that cannot hold it; and whether this is exact."""
+    product = B.double() * scale
+    found = product.to(B.dtype)
+    if not torch.equal(found.double(), product):
+        found = product.float()
+    return found, is_exact_product(B.dtype, scale) and torch.equal(found.double(), product)
+
+
+def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
+    """Whether float64 holds this scale times any number of a type: by the bits of both."""
+    significand = int(math.ldexp(abs(math.frexp(scale)[0]), 53))
+    digits = 53 - ((significand & -significand).bit_length() - 1) if scale else 0
+    return digits <= 1 or DIGITS[dtype] + digits <= 53
+
+
+def _ranks_of(B: Tensor, part: Part) -> Tensor:
+    """Which ranks a part needs. Where none of those that reach its rows reaches others too, as in what was fused of
+    parts, it is those, and the ones that reach none at all, as in an adapter that only starts; else it is all.
+    """
+    reached = B.reshape(B.shape[:2]) != 0  # (out, r)
+    inside = reached[part.start : part.stop].any(0)
+    outside = reached[: part.start].any(0) | reached[part.stop :].any(0)
+    apart = not bool((inside & outside).any()) and not bool(outside.all())
+    return ~outside if apart else torch.ones_like(outside)
+
+
+def is_filler(target: Target, updates: Sequence[LowRank], made: Factors) -> bool:
+    """Whether a part of a fused module is all zero and the others are not: it had no adapter before it was fused."""
+    return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
+
+
+def fold(factors: Factors) -> Factors:
+    """With the scale in B."""
+    B, exact = _scaled(factors.B, factors.scale)
+    dtype = torch.promote_types(factors.A.dtype, B.dtype)
+    return replace(factors, A=factors.A.to(dtype), B=B.to(dtype), scale=1.0, exact=factors.exact and exact)
+
+
+def cast(factors: Factors, dtype: torch.dtype) -> Factors:
+    B, A = factors.B.to(dtype), factors.A.to(dtype)
+    same = torch.equal(B.double(), factors.B.double()) and torch.equal(A.double(), factors.A.double())
+    return replace(factors, A=A, B=B, exact=factors.exact and same)
+
+
+def holds(dtype: torch.dtype, *others: torch.dtype) -> bool:
+    """Whether every number of these types is one of this."""
+    return all(torch.promote_types(dtype, other) == dtype for other in others)
+
+
+def truncated(factors: Factors, rank: int) -> Factors:
+    """The best of a rank, in float32, with the scale in it; zeros where there is less."""
+    shape, ones = factors.A.shape[1:], factors.B.shape[2:]
+    whole = svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
+    B, A = (side.float() for side in whole.truncated(rank))
+    return replace(
+        factors, A=A.reshape(rank, *shape), B=B.reshape(len(B), rank, *ones), scale=1.0, exact=not whole.S.any()
+    )
+
+
+def alpha_of(scale: float, rank: int) -> float:
+    """What divided by the rank is the scale: of float32's numbers if one does it, else the nearest of float64's."""
+    product = scale * rank
+    short = float(torch.tensor(product, dtype=torch.float32))
+    near = (short, product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
+    return next((alpha for alpha in near if alpha / rank == scale), product)
+
+
+def change_error(target: Target, updates: Sequence[LowRank], made: Factors, scale: float) -> float:
+    """||D' - D|| / ||D|| of `made` with this scale against the sources: 0 only where it is exact. Of DoRA the
+    direction's.
+    """
+    if made.exact:
+        return abs(scale / made.scale - 1.0) if made.scale else 0.0
+    ranks = [len(update.A) for update in updates]
+    B = torch.zeros(target.rows, sum(ranks), dtype=torch.float64)
+    for i, (part, update) in enumerate(zip(target.parts, updates, strict=True)):
+        rows, start = update.B.flatten(1)[part.start : part.stop].double() * update.scale, sum(ranks[:i])
+        B[part.at : part.at + len(rows), start : start + ranks[i]] = rows
+    true = (B, torch.cat([update.A.flatten(1).double() for update in updates]))
+    return max(EPSILON, relative_error(true, (made.B.flatten(1).double() * scale, made.A.flatten(1).double())))
+
+
+def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
+    """||B' A' - B A|| / ||B A|| of factors with their scales in them, stacks or single; 0 of a change of 0."""
+    (B, A), (made_B, made_A) = true, made
+    norm = float(torch.linalg.vector_norm(core(B, A)))
+    wrong = core(torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2))
+    return float(torch.linalg.vector_norm(wrong)) / norm if norm else 0.0

@@ -1,0 +1,152 @@
+"""Language models that differ in whether q, k, v and gate, up are one matrix each: adapters of one for the other.
+
+A part of a fused module has its rows of B, and the ranks that reach them; a whole has the ranks of its parts one after
+the other, or their one A (`carrying.make_factors`): exact both ways. How many rows are whose, GQA being what it is,
+a config.json says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import open_checkpoint, read_json_file
+from .module_map import Part, Target, join
+from .source_modules import Source
+
+# A fused module, by the end of its path -> its parts in the order of its rows
+FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "attn.c_attn": ("q_proj", "k_proj", "v_proj"),
+}
+
+
+C_ATTN = "attn.c_attn"  # GPT-2's, whose parts are square
+
+
+Sizes = Mapping[str, int]
+
+
+def read_sizes(base: str | os.PathLike[str] | None) -> Sizes:
+    """The rows of q_proj, k_proj and v_proj by a base's config: a folder, a file in one, or the config.json itself.
+
+    Empty without a base. Raises InputError where its config does not say them.
+    """
+    if base is None:
+        return {}
+    if Path(base).suffix == ".json" and Path(base).name == "config.json":
+        config = read_json_file(Path(base))
+    else:
+        checkpoint = open_checkpoint(base)
+        checkpoint.close()
+        config = checkpoint.config
+    config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    heads = _count(config, "num_attention_heads")
+    groups = _count(config, "num_key_value_heads") or heads
+    width = _count(config, "head_dim") or (_count(config, "hidden_size") // heads if heads else 0)
+    if not heads or not width:
+        raise InputError("its config.json does not say its attention heads and their size", culprit=os.fspath(base))
+    return {"q_proj": heads * width, "k_proj": groups * width, "v_proj": groups * width}
+
+
+def _count(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    return value if type(value) is int and 0 < value < 1 << 31 else 0
+
+
+def plan_layout(sources: list[Source], layout: str, sizes: Sizes) -> list[Target]:
+    """All modules, those that the layout has otherwise split or fused. Raises NeedsFlag where only a base can tell the
+    rows, and InputError where it contradicts the adapter.
+    """
+    if layout == "split":
+        return [target for source in sources for target in _split(source, sizes)]
+    whole: list[Target] = []
+    pieces: dict[str, dict[str, Source]] = {}
+    for source in sources:
+        path = next((fused for end in FUSED if (fused := _owner(source.path, end))), None)
+        if path is None:
+            whole.append(_alone(source))
+        else:
+            pieces.setdefault(path, {})[source.path.rpartition(".")[2]] = source
+    return whole + [_fuse(path, parts, sizes) for path, parts in pieces.items()]
+
+
+def _owner(path: str, end: str) -> str | None:
+    """The fused module that a module is a part of, where it is one of this end."""
+    block, _, name = f".{path}".rpartition(".")
+    middle, _, fused = end.partition(".")
+    return f"{block}.{fused}"[1:] if name in FUSED[end] and block.endswith(f".{middle}") else None
+
+
+def _end(path: str) -> str | None:
+    """The key of FUSED that a fused module's path ends in."""
+    return next((end for end in FUSED if f".{path}".endswith(f".{end}")), None)
+
+
+def _alone(source: Source) -> Target:
+    rows = source.update.shape[0]
+    return Target("", source.path, rows, (Part(source, 0, rows),), "exact")
+
+
+def _split(source: Source, sizes: Sizes) -> list[Target]:
+    rows, width = source.update.shape[:2]
+    end = _end(source.path)
+    if end is None:
+        return [_alone(source)]
+    names = FUSED[end]
+    if len(names) == 2:
+        parts = [rows // 2] * 2
+    else:
+        parts = [width if end == C_ATTN else _size(source.path, name, sizes) for name in names]
+    if sum(parts) != rows:
+        said = " + ".join(map(str, parts))
+        raise InputError(f"has {rows} rows, which are not {said}: it is of another model", culprit=source.path)
+    stem, start, targets = source.path.rpartition(".")[0], 0, []
+    for name, size in zip(names, parts, strict=True):
+        targets.append(Target("", f"{stem}.{name}".lstrip("."), size, (Part(source, start, start + size),), "split"))
+        start += size
+    return targets
+
+
+def _fuse(path: str, parts: Mapping[str, Source], sizes: Sizes) -> Target:
+    end = _end(path)
+    assert end is not None
+    names = FUSED[end]
+    if end == C_ATTN:
+        sizes = dict.fromkeys(names, next(iter(parts.values())).update.shape[1])
+    rows = {name: source.update.shape[0] for name, source in parts.items()}
+    alike = [rows[name] for name in names[-2:] if name in rows]  # key and value, gate and up
+    if len(set(alike)) > 1:
+        raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
+    if len(rows) < len(names):
+        rows = _with_missing(path, names, rows, sizes)
+    wrong = next((n for n in rows if n in sizes and rows[n] != sizes[n]), None)
+    if wrong:
+        whose = "GPT-2's matrices" if end == C_ATTN else "the base"
+        raise InputError(f"has {rows[wrong]} rows of {wrong}, and {whose} {sizes[wrong]}", culprit=path)
+    at = {name: sum(rows[each] for each in names[:i]) for i, name in enumerate(names)}
+    placed = [Part(source, 0, rows[name], at[name]) for name, source in parts.items()]
+    return join("", path, placed, sum(rows.values()))
+
+
+def _with_missing(path: str, names: tuple[str, ...], rows: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
+    """Gate has as many rows as up, and key as value; all else a base must say."""
+    found = {}
+    for name in names:
+        like = {"gate_proj": "up_proj", "up_proj": "gate_proj", "k_proj": "v_proj", "v_proj": "k_proj"}.get(name, name)
+        found[name] = rows.get(name) or rows.get(like) or _size(path, name, sizes)
+    return found
+
+
+def _size(path: str, name: str, sizes: Sizes) -> int:
+    if name not in sizes:
+        raise NeedsFlag(
+            f"the adapter alone does not say how many of its rows are {name}'s",
+            culprit=path,
+            remedy="add --base with the model or its config.json",
+        )
+    return sizes[name]

@@ -1,0 +1,217 @@
+"""From one adapter convention to another: what each target module is made of, and what it is called there.
+
+Where a convention fuses what the other splits, a part has its rows of B and the ranks that reach them, and a whole has
+its parts' ranks one after the other (`carrying` makes the factors).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...architectures.image import DITS, FLUX_ATTENTION, OPENCLIP, SD3_LAST, Dit, diffusers_to_sgm, sgm_to_diffusers
+from ...errors import InputError, NeedsFlag
+from .source_modules import FIRST, MLP_RATIO, SINGLE_COMPONENT, Source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows start:stop of a source module's B, at rows `at` on of the target's."""
+
+    source: Source
+    start: int
+    stop: int
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to be: `rows` in all, of its parts. how: `exact` (the very factors), `split`, `fused` or `swapped`."""
+
+    component: str
+    path: str
+    rows: int
+    parts: tuple[Part, ...]
+    how: str
+
+
+def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
+    """own: the model's own names (sgm's, Black Forest Labs'); else diffusers'. Raises InputError where two modules
+    would become one.
+    """
+    whole: list[Target] = []
+    pieces: dict[tuple[str, str], list[Part]] = {}
+    for source in sources:
+        if source.component != "unet":
+            whole += _text(source)
+        elif family not in DITS:
+            path = sgm_to_diffusers(source.path)
+            attends = family not in FIRST or not path.startswith(
+                "up_blocks.0."
+            )  # else its upsampler is second, not third
+            whole.append(_as_it_is(source, diffusers_to_sgm(path, attends) if own else path))
+        elif own:
+            _fuse(DITS[family], source, whole, pieces)
+        else:
+            whole += _split(DITS[family], source)
+    whole += [_joined(key, parts) for key, parts in pieces.items()]
+    seen: set[tuple[str, str]] = set()
+    for target in whole:
+        columns = [part.source.module for part in target.parts if part.source.update.inputs]
+        if columns and target.how in ("split", "fused"):
+            raise NeedsFlag(
+                f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
+                culprit=columns[0],
+                remedy=f"add --drop {','.join(columns)} to leave them out",
+            )
+        if (target.component, target.path) in seen:
+            raise InputError("two modules of the adapter would become this one", culprit=target.path)
+        seen.add((target.component, target.path))
+    return whole
+
+
+def _as_it_is(source: Source, path: str) -> Target:
+    rows = source.update.shape[0]
+    return Target(source.component, path, rows, (Part(source, 0, rows),), "exact")
+
+
+def _text(source: Source) -> list[Target]:
+    """A text encoder's module in Hugging Face's names: of an OpenCLIP's fused q, k, v three."""
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", source.path)
+    names = OPENCLIP.get(layer[2], ()) if layer else ()
+    if not layer or not names:
+        return [_as_it_is(source, source.path)]
+    return _parts(source, [f"text_model.encoder.layers.{layer[1]}.{name}" for name in names])
+
+
+def _parts(source: Source, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[Target]:
+    """The modules that a fused one becomes, of equal sizes unless they are given. Raises InputError for other rows."""
+    rows = source.update.shape[0]
+    if len(paths) == 1:
+        return [_as_it_is(source, paths[0])]
+    sizes = sizes or [rows // len(paths)] * len(paths)
+    if sum(sizes) != rows or min(sizes) < 1:
+        raise InputError(f"has {rows} rows, which are not those of {len(paths)} parts", culprit=source.module)
+    targets, start = [], 0
+    for path, size in zip(paths, sizes, strict=True):
+        targets.append(Target(source.component, path, size, (Part(source, start, start + size),), "split"))
+        start += size
+    return targets
+
+
+def _swapped(source: Source, path: str) -> Target:
+    rows = source.update.shape[0]
+    half = rows // 2
+    return Target(source.component, path, rows, (Part(source, half, rows), Part(source, 0, half, half)), "swapped")
+
+
+def _split(dit: Dit, source: Source) -> list[Target]:
+    """A module of a transformer in diffusers' names."""
+    rows, width = source.update.shape[:2]
+    if source.path in dit.outside:
+        return [_as_it_is(source, dit.outside[source.path])]
+    if source.path in dit.swapped:
+        return [_swapped(source, dit.swapped[source.path])]
+    for stem, other, table in dit.blocks:
+        found = re.fullmatch(rf"{stem}\.(\d+)\.(.+)", source.path)
+        if not found or found[2] not in (*table, FLUX_ATTENTION):
+            continue
+        attention = found[2] == FLUX_ATTENTION
+        names = [f"{other}.{found[1]}.{name}" for name in table["linear1" if attention else found[2]]]
+        if found[2] == SD3_LAST and rows == 2 * width:
+            return [_swapped(source, names[0])]
+        if attention:
+            return _parts(source, names[:3], [width] * 3)
+        return _parts(source, names, [width] * 3 + [rows - 3 * width] if len(names) == 4 else ())
+    return [_as_it_is(source, source.path)]
+
+
+def _fuse(dit: Dit, source: Source, whole: list[Target], pieces: dict[tuple[str, str], list[Part]]) -> None:
+    """A module of a transformer in its own names; those that are parts of one wait in `pieces` for the others."""
+    rows, width = source.update.shape[:2]
+    outside = {other: own for own, other in dit.outside.items()}
+    swapped = {other: own for own, other in dit.swapped.items()}
+    if source.path in outside:
+        whole.append(_as_it_is(source, outside[source.path]))
+        return
+    if source.path in swapped:
+        whole.append(_swapped(source, swapped[source.path]))
+        return
+    if source.path.endswith(f".{FLUX_ATTENTION}"):
+        path = source.path.replace(FLUX_ATTENTION, "linear1")
+        pieces.setdefault(("unet", path), []).append(Part(source, 0, rows))
+        return
+    for stem, other, table in dit.blocks:
+        found = re.fullmatch(rf"{other}\.(\d+)\.(.+)", source.path)
+        fused, names = next(((k, v) for k, v in table.items() if found and found[2] in v), ("", ()))
+        if not found or not fused:
+            continue
+        path = f"{stem}.{found[1]}.{fused}"
+        if len(names) == 1:
+            last = fused == SD3_LAST and rows == 2 * width
+            whole.append(_swapped(source, path) if last else _as_it_is(source, path))
+        else:
+            at = names.index(found[2]) * (width if len(names) == 4 else rows)
+            pieces.setdefault(("unet", path), []).append(Part(source, 0, rows, at))
+        return
+    whole.append(_as_it_is(source, source.path))
+
+
+def _joined(key: tuple[str, str], parts: list[Part]) -> Target:
+    width, rows = parts[0].source.update.shape[1], parts[0].stop
+    return join(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
+
+
+def join(component: str, path: str, parts: list[Part], rows: int) -> Target:
+    """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none, and
+    InputError for parts of different inputs.
+    """
+    other = next((p.source for p in parts if p.source.update.shape[1:] != parts[0].source.update.shape[1:]), None)
+    if other:
+        first = parts[0].source
+        raise InputError(
+            f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
+        )
+    ordered = sorted(parts, key=lambda part: part.at)
+    ends = [part.at + part.stop for part in ordered]
+    starts = [part.at for part in ordered[1:]] + [rows]
+    wrong = next((p for p, end, start in zip(ordered, ends, starts, strict=True) if end > start), None)
+    if wrong:
+        raise InputError(f"has {wrong.stop} rows, too many for its part of {path}", culprit=wrong.source.module)
+    magnitudes = sum(part.source.update.kind == "dora" for part in parts)
+    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
+        raise NeedsFlag(
+            "is fused there, of parts of which some are DoRA: the others have no magnitude",
+            culprit=path,
+            remedy=f"add --drop {','.join(part.source.module for part in parts)} to leave them out",
+        )
+    return Target(component, path, rows, tuple(ordered), "fused")
+
+
+def spell(target: Target, to: str, family: str, texts: int) -> str:
+    """A target module's name. texts: how many text encoders the adapter has modules of."""
+    component, path = target.component, target.path
+    number = component.removeprefix("text_encoder").lstrip("_") or "1"
+    if component != "unet" and to in ("kohya", "comfy") and path.startswith("encoder.layers."):
+        path = f"text_model.{path}"  # as transformers had it before 5, and all of their readers have it
+    if to == "kohya":
+        single = family in FIRST and texts < 2
+        prefix = "lora_unet" if component == "unet" else "lora_te" if single else f"lora_te{number}"
+        return f"{prefix}_{path.replace('.', '_')}"
+    if to == "comfy":
+        encoders = {"1": "clip_h" if family == "sd2" else "clip_l", "2": "clip_g", "3": "t5xxl"}
+        head = "diffusion_model" if component == "unet" else f"text_encoders.{encoders[number]}.transformer"
+        return f"{head}.{path}"
+    if to in SINGLE_COMPONENT:
+        return path
+    if component == "unet":
+        return f"{'transformer' if family in DITS else 'unet'}.{path}"
+    if component == "text_encoder_3" and family == "flux":
+        component = "text_encoder_2"  # a Flux pipeline has no other second one
+    return f"{component}.{path}"
+
+
+def uses_own_names(to: str, family: str) -> bool:
+    """Whether a convention calls a model's modules by its own names."""
+    return to == "comfy" or (to == "kohya" and family not in FIRST)

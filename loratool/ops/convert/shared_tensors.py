@@ -1,0 +1,87 @@
+"""Tensors that are one: in a torch file one storage under several names, in safetensors one name and a note.
+
+A safetensors file has no shared storage. Its official library (`safetensors.torch.save_model`) keeps one name and
+writes the others into the metadata, `{left out: kept}`; that is done and read here. Which name is kept is the model's
+to say: loaders tie what config.json ties, and would make up what they do not find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ...architectures.ties import INPUT_EMBEDDINGS, SHARED_BY_BOTH, TIED_ANYHOW
+from ...binding.tied_weights import Tie, find_tie
+from ...files.checkpoint import Checkpoint
+from ...files.tensor_compare import same_bytes
+from ...files.tensor_ref import Source
+from ...files.torch_reader import TorchFile
+from ...files.weights_file import WeightsFile
+
+
+def find_shared(base: Checkpoint) -> dict[str, str]:
+    """Each tensor that has another one's bytes -> that one, which none else stands for."""
+    return {
+        name: kept
+        for part in base.models
+        for shard in part.shards
+        for name, kept in (_one_storage(part, shard) if isinstance(shard, TorchFile) else _noted(part, shard)).items()
+    }
+
+
+def _one_storage(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
+    places: dict[tuple[int, int, str], list[str]] = {}
+    for name, spec in shard.specs.items():
+        if spec.nbytes:
+            places.setdefault((shard.begin[name], spec.nbytes, spec.dtype), []).append(name)
+    tie, found = find_tie(base), {}
+    for names in places.values():
+        kept = min(names, key=lambda name: (tie is None or name != tie.embedding, _last_word(name), name))
+        found.update(dict.fromkeys((name for name in names if name != kept), kept))
+    return found
+
+
+def _last_word(name: str) -> int:
+    """Its module's place among the names of embeddings, behind them all where it is none."""
+    word = name.removesuffix(".weight").split(".")[-1]
+    return INPUT_EMBEDDINGS.index(word) if word in INPUT_EMBEDDINGS else len(INPUT_EMBEDDINGS)
+
+
+def _noted(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
+    """What the metadata says; of a tensor that is there as well, if that is still true."""
+    found = {}
+    for key, value in (shard.metadata or {}).items():
+        name, kept = shard.prefix + key, shard.prefix + value
+        if kept not in shard.specs or key in ("format", value):
+            continue
+        if name not in base.specs or same_bytes(Source(base.shard_of[name], name), Source(shard, kept)):
+            found[name] = kept
+    return {name: kept for name, kept in found.items() if kept not in found}
+
+
+def left_out(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
+    """Of the shared tensors those that a safetensors file does not have: what the model's loader ties by itself.
+
+    Where there is no config to say so that is all of the same shape, as the official library has it.
+    """
+    found = set()
+    for part in base.models:
+        tie = find_tie(part)
+        for name, kept in shared.items():
+            alike = name not in base.specs or base.specs[name] == base.specs[kept]
+            if alike and name.startswith(part.prefix) and (not part.config or name in _other_names(part, tie, kept)):
+                found.add(name)
+    return found | (shared.keys() - base.specs.keys())
+
+
+def _other_names(base: Checkpoint, tie: Tie | None, name: str) -> set[str]:
+    """What a loader calls a tensor besides."""
+    found = set()
+    if tie and name == tie.embedding:
+        found |= set(tie.sides)
+    if tie and name == f"{tie.head.removesuffix('.weight').rpartition('.')[0]}.bias":  # of a masked language model
+        found.add(f"{tie.head.removesuffix('.weight')}.bias")
+    before, mark, _ = name.rpartition("shared.weight")
+    family, flag = base.model_type, base.config.get("tie_word_embeddings")
+    if mark and (family in TIED_ANYHOW or (family in SHARED_BY_BOTH and flag is not False)):
+        found |= {f"{before}{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
+    return found

@@ -1,0 +1,178 @@
+"""An image adapter's modules by component and path, and the model family they belong to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...adapters.adapter import Adapter, UpdateSpec
+from ...architectures.image import DITS, component_of, sgm_to_diffusers
+from ...architectures.image_names import DOUBLE_BLOCKS, dit_paths, flattened, unet_paths
+from ...errors import InputError
+
+SINGLE_COMPONENT = ("peft", "loralib")
+
+
+FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
+
+
+# Of these kohya's files have diffusers' names, and the UNet has four levels, of which the innermost has no attention.
+FIRST = ("sd1", "sd2")
+
+
+UNETS = (*FIRST, "sdxl")
+
+
+FIRST_ALONE = re.compile(r"(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|up)|3))")
+
+
+SDXL_ALONE = re.compile(r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding")
+
+
+SD2_WIDTH = 1024  # of its text encoder, where that of SD 1 has 768
+
+
+MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width
+
+
+FLUX_ROWS = {
+    ".linear1": 3 + MLP_RATIO,
+    "_mlp.0": MLP_RATIO,
+    ".ff.net.0.proj": MLP_RATIO,
+    ".ff_context.net.0.proj": MLP_RATIO,
+    ".proj_mlp": MLP_RATIO,
+}  # to a column
+
+
+BIGG_WIDTH = 1280  # of SDXL's second text encoder
+
+
+SD3_WIDTHS = (1536, 2432)  # of SD 3 and 3.5, medium and large; Flux has 3072
+
+
+T5 = re.compile(r"encoder\.block\.\d+\.")
+
+
+DIT_BLOCK = re.compile(r"(double|single|joint|transformer)_blocks[._]\d+[._]")
+
+
+CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.|transformer\.resblocks\.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module of the adapter: component and path, dotted, as it is spelled there."""
+
+    module: str
+    update: UpdateSpec
+    component: str
+    path: str
+
+
+def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
+    """The modules with low-rank factors, and those that no image convention can carry."""
+    sources, impossible = [], []
+    for module, update in adapter.updates.items():
+        component, path = component_of(module)
+        dotted = flattened().get(path) if adapter.flattened else path
+        if update.kind not in ("lora", "dora") or dotted is None:
+            impossible.append(module)
+            continue
+        default = _encoder_of(update, dotted) if dotted.startswith("text_model.") else "unet"
+        sources.append(as_source(module, update, component or default, dotted))
+    return sources, impossible
+
+
+def _encoder_of(update: UpdateSpec, path: str) -> str:
+    """Of an adapter for one model, which says no component: SDXL's second CLIP is wider than all others."""
+    width = update.shape[0 if path.endswith("fc2") else 1]
+    return "text_encoder_2" if width == BIGG_WIDTH else "text_encoder"
+
+
+def as_source(module: str, update: UpdateSpec, component: str, path: str) -> Source:
+    """A T5 is the third text encoder, whatever number it has there."""
+    return Source(module, update, "text_encoder_3" if component != "unet" and T5.match(path) else component, path)
+
+
+def family_of(sources: list[Source]) -> str | None:
+    """A key of FAMILIES, or None for what is no image model of these."""
+    paths = [sgm_to_diffusers(s.path) for s in sources if s.component == "unet"]
+    texts = [s.path for s in sources if s.component != "unet"]
+    if not paths:
+        return _of_texts(sources) if any(T5.match(path) or CLIP.match(path) for path in texts) else None
+    if any(path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_")) for path in paths):
+        return _unet_of(sources)
+    fitting = [family for family in DITS if dit_paths(family).issuperset(paths) and _has_shapes(family, sources)]
+    if len(fitting) == 2:
+        return "sd3" if _is_sd3(sources) else "flux"
+    return fitting[0] if fitting else None
+
+
+def _of_texts(sources: list[Source]) -> str:
+    """Of text encoders alone, by which there are, and by kohya's `lora_te1_`, which only those of several have."""
+    components = {s.component for s in sources}
+    if "text_encoder_3" in components:
+        return "sd3"
+    if "text_encoder_2" in components:
+        return "sdxl"
+    return "sdxl" if any(s.module.startswith("lora_te1_") for s in sources) else _first_of(sources)
+
+
+def _has_shapes(family: str, sources: list[Source]) -> bool:
+    """Flux 2 has names of Flux's, and other rows to each of its inputs."""
+    if family != "flux":
+        return True
+    rows = [(ratio, s.update.shape) for s in sources for end, ratio in FLUX_ROWS.items() if s.path.endswith(end)]
+    return all(shape[0] == ratio * shape[1] for ratio, shape in rows)
+
+
+def require_known(adapter: Adapter, sources: Sequence[Source], family: str) -> None:
+    """Raise InputError for a transformer's block that no known one has, dropped or not: it is another model's."""
+    if family not in DITS:
+        return
+    known = {source.module for source in sources if sgm_to_diffusers(source.path) in dit_paths(family)}
+    for module, update in adapter.updates.items():
+        if update.kind in ("lora", "dora") and DIT_BLOCK.search(module) and module not in known:
+            said = f"is in no image model that is known ({', '.join(FAMILIES.values())})"
+            raise InputError(said, culprit=module, remedy=f"{adapter.name} is for another model")
+
+
+def tells_unet(sources: Sequence[Source]) -> str | None:
+    """Which UNet has these modules, by what only one of them has; None where nothing tells."""
+    own = [s for s in sources if s.component == "unet"]
+    paths = [sgm_to_diffusers(s.path) for s in own]
+    widths = {s.update.shape[1] for s in own if s.path.endswith("attn2.to_k")}
+    if any(s.component == "text_encoder_2" for s in sources) or 2048 in widths or any(map(SDXL_ALONE.search, paths)):
+        return "sdxl"
+    return _first_of(sources) if widths or any(map(FIRST_ALONE.match, paths)) else None
+
+
+def _unet_of(sources: Sequence[Source]) -> str:
+    """Where nothing tells, by whose names the modules have in kohya's files."""
+    own = any("put_blocks." in s.path for s in sources if s.component == "unet")
+    return tells_unet(sources) or ("sdxl" if own else _first_of(sources))
+
+
+def _first_of(sources: Sequence[Source]) -> str:
+    texts = [s for s in sources if s.component == "text_encoder" or s.path.endswith(("attn2.to_k", "attn2.to_v"))]
+    return "sd2" if any(s.update.shape[1] == SD2_WIDTH for s in texts) else "sd1"
+
+
+def _is_sd3(sources: list[Source]) -> bool:
+    """Of names that both have: by the width, the number of a block that Flux lacks, or a second CLIP, where Flux has
+    a T5.
+    """
+    blocks = [found for s in sources if s.component == "unet" if (found := re.match(r"\D+\.(\d+)\.", s.path))]
+    return (
+        any(s.component == "text_encoder_2" for s in sources)
+        or any(int(found[1]) >= DOUBLE_BLOCKS for found in blocks)
+        or any(s.update.shape[1] in SD3_WIDTHS for s in sources if s.component == "unet")
+    )
+
+
+def find_unknown(sources: list[Source], family: str) -> list[str]:
+    """Modules of a UNet that no known one has."""
+    if family in DITS:
+        return []
+    return [s.module for s in sources if s.component == "unet" and sgm_to_diffusers(s.path) not in unet_paths()]

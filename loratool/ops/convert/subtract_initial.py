@@ -1,0 +1,49 @@
+"""An adapter whose start changed the base, as a plain one: what the start was is taken away from it.
+
+[A; A0] and [B | -B0] at the adapter's own scale, peft's `subtract_mutated_init`: exact, at twice the rank.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...files.dtypes import TensorSpec
+from ...files.virtual import UnwrittenFile
+from ..inputs import subtract_initial
+
+RANKS = {"A": 0, "B": 1}  # role -> the dimension of the ranks
+
+
+def without_start(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
+    """Raises UsageError and InputError for a start that is not this adapter's, NeedsFlag for DoRA."""
+    (_, (start, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
+    specs, updates, pairs = dict(source.file.specs), dict(source.updates), dict[str, tuple[str, str]]()
+    for module, former in start.updates.items():
+        update = updates[module]
+        for role, ranks in RANKS.items():
+            own, other = update.specs[role], former.specs[role]
+            shape = tuple(n + other.shape[i] if i == ranks else n for i, n in enumerate(own.shape))
+            name = update.tensors[role]
+            specs[name] = TensorSpec(own.dtype if own.dtype == other.dtype else "F32", shape)
+            pairs[name] = module, role
+        updates[module] = replace(update, specs={role: specs[update.tensors[role]] for role in RANKS})
+
+    def load(name: str) -> Tensor:
+        if name not in pairs:
+            return source.file.tensor(name)
+        module, role = pairs[name]
+        former = start.file.tensor(start.updates[module].tensors[role])
+        sides = [source.file.tensor(name), former if role == "A" else -former]
+        if specs[name].dtype == "F32":
+            sides = [side.float() for side in sides]
+        return torch.cat(sides, RANKS[role])
+
+    config = replace(source.config, extra={**source.config.extra, "init_lora_weights": True}, starts={})
+    file = UnwrittenFile(source.file, specs, load, source.file.metadata or {})
+    return replace(source, file=file, updates=updates, config=config)

@@ -1,0 +1,279 @@
+"""`count`: what each method of the LoRA paper would train of a model, and add at inference; from headers or a config.
+
+Nothing here may import torch or numpy: shapes are all that is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...adapters.formats import is_adapter
+from ...architectures.config_tensors import (
+    FAMILIES,
+    config_field,
+    declared_class,
+    model_class,
+    tensor_shapes,
+    tied_head,
+)
+from ...architectures.numbered_names import grouped
+from ...architectures.ties import COPIES
+from ...binding.selection import Selection, parse_layers
+from ...binding.tied_weights import find_tie
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, is_torch_weights, open_checkpoint, read_json_file, require_one_model
+from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
+from ...files.fileio import reading
+from ...files.hub_cache import resolve
+from ...files.quantized import declared_method, find_declared
+from ..denormals import keep_denormals
+from .formulas import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
+from .outline import Matrix, find_blocks, find_matrices, find_targets, names_one, outline, parameters_of
+
+RANK = 8
+
+
+TARGET = ("q_proj", "v_proj")  # the paper's choice, section 7.1
+
+
+SHOWN = 20  # names in an error
+
+
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True)
+class MethodCount:
+    """One method. size: its rank, bottleneck, prefix length or number of layers (`measure` says which), None where
+    there is no choice. parameters: trainable, 0 where the model has nothing of the kind, which `adds` then says.
+    share: of the model's. adds: what it adds at inference; depth: layers more in sequence; positions: of the context
+    that it takes. fits: whether it is within `params`, None without; the size is the largest that is, else the least.
+    """
+
+    method: str
+    title: str
+    measure: str
+    size: int | None
+    parameters: int
+    nbytes: int
+    share: float
+    adds: str
+    depth: int
+    positions: int
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class CountReport:
+    """The result of `count`. source: `config` or `checkpoint`; dtype: the model's, of all bytes here; layers and width:
+    of the largest stack of blocks, 0 without one; targets: what LoRA changes, names that differ in numbers as one.
+    """
+
+    path: str
+    source: str
+    model_type: str | None
+    parameters: int
+    nbytes: int
+    dtype: str
+    layers: int
+    width: int
+    tied: bool
+    rank: int | None
+    params: int | None
+    matrices: int
+    targets: tuple[str, ...]
+    methods: tuple[MethodCount, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """Names and shapes of what is trained, each tied matrix once, and what is said about them.
+
+    tied: the name of the embedding, and of the head that is the same matrix where it has one that can be its own.
+    """
+
+    source: str
+    model_type: str | None
+    specs: Mapping[str, TensorSpec]
+    dtype: str
+    tied: tuple[str, str] | None
+    context: int | None
+    notes: tuple[str, ...]
+
+
+@keep_denormals
+def count(
+    path: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    params: int | None = None,
+) -> CountReport:
+    """What every method of `counting.METHODS` trains of a model and adds at inference.
+
+    path: a checkpoint, by its headers, or a config.json (or a folder with only that) of a family in
+    `architectures.families.FAMILIES`. rank: LoRA's, and the adapters' bottleneck and the prefixes' length; 8 where
+    there is none. params: instead, the largest of each that fits. target, exclude: LoRA's matrices, by patterns or by
+    the names in `architectures.projections.ROLES`; layers: those that LoRA, adapters, prefixes and BitFit touch.
+    Raises UsageError for a rank that no matrix has, InputError for what cannot be read or has nothing to change.
+    """
+    if rank is not None and params is not None:
+        raise UsageError("--rank and --params exclude each other")
+    for option, value in (("--rank", rank), ("--params", params)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} {value} is not a positive number")
+    selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
+    model = _open_model(path)
+    blocks = find_blocks(model.specs)
+    matrices = find_matrices(model.specs, blocks, model.tied)
+    targets = find_targets(matrices, selection)
+    _check_targets(targets, matrices, selection, None if params is not None else rank or RANK)
+    shape = outline(model.specs, blocks, targets, selection.layers, model.context)
+    notes = [f"--target {p} names nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
+    if params is None and model.context and (rank or RANK) >= model.context:
+        notes.append(f"a prefix of {rank or RANK} leaves nothing of a context of {model.context}")
+    return CountReport(
+        os.fspath(path),
+        model.source,
+        model.model_type,
+        shape.total,
+        _nbytes(shape.total, model.dtype),
+        model.dtype,
+        len(shape.layers),
+        shape.width,
+        model.tied is not None,
+        None if params is not None else rank or RANK,
+        params,
+        sum(each.copies for each in targets),
+        tuple(grouped(each.name for each in targets)),
+        tuple(_count_method(name, each, shape, rank or RANK, params, model.dtype) for name, each in METHODS.items()),
+        (*model.notes, *notes),
+    )
+
+
+def _open_model(path: str | os.PathLike[str]) -> Model:
+    found = resolve(path)
+    with reading(found):
+        config = _lone_config(found)
+    if config is not None:
+        return _from_config(config)
+    with closing(open_checkpoint(path)) as checkpoint:
+        require_one_model(checkpoint)
+        if is_adapter(checkpoint.specs):
+            raise InputError("is an adapter; count takes the model", culprit=os.fspath(path))
+        if not checkpoint.coded:
+            return _from_checkpoint(checkpoint)
+        method = checkpoint.quantized
+        if checkpoint.model_type not in FAMILIES:
+            raise InputError(
+                f"is quantized ({method}), so that its shapes are not those of its matrices",
+                culprit=os.fspath(path),
+                remedy="name the checkpoint that it was made from",
+            )
+        return _from_config(checkpoint.config)
+
+
+def _lone_config(path: Path) -> dict[str, Any] | None:
+    """The config.json that stands for a model: named itself, or in a folder without weights. None for a checkpoint."""
+    if path.is_dir():
+        there = any(p.suffix == ".safetensors" or is_torch_weights(p) for p in path.iterdir())
+        config = path / "config.json"
+        return read_json_file(config) if config.is_file() and not there else None
+    if path.suffix != ".json":
+        return None
+    value = read_json_file(path)
+    return None if "weight_map" in value else value
+
+
+def _from_config(config: Mapping[str, Any]) -> Model:
+    shapes = tensor_shapes(config)
+    family = FAMILIES[config["model_type"]]
+    named, counted = declared_class(config), model_class(config)
+    notes = []
+    if counted == family.bare and named not in ("", counted):
+        notes.append(f"config.json names {named}: what it has above {counted} is not counted")
+    if method := declared_method(find_declared(config)):
+        notes.append(f"quantized ({method}): counted as it was before")
+    dtype = CONFIG_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), "F32")
+    tied = tied_head(config)
+    context = config_field(config, family, "max_position_embeddings")
+    specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
+    return Model("config", config["model_type"], specs, dtype, tied, context, tuple(notes))
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> Model:
+    specs = parameters_of(checkpoint.specs)
+    tie, tied = find_tie(checkpoint), None
+    if tie is not None and tie.embedding in specs:
+        tied = tie.embedding, tie.head if tie.separable else tie.embedding
+        one = specs[tie.embedding].shape
+        copies = [n for n, s in specs.items() if n.removesuffix(".weight").split(".")[-1] in COPIES and s.shape == one]
+        specs = {name: spec for name, spec in specs.items() if name == tie.embedding or name not in copies}
+    if not any(spec.size for spec in specs.values()):
+        raise InputError("holds no floating-point weights", culprit=str(checkpoint.path))
+    dtypes: Counter[str] = Counter()
+    for spec in specs.values():
+        dtypes[spec.dtype] += spec.size
+    found = [dtype for dtype, _ in dtypes.most_common()]
+    notes = (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",) if len(found) > 1 else ()
+    parts = (checkpoint.config, checkpoint.config.get("text_config"))
+    fields = [part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXT_FIELDS]
+    context = next((value for value in fields if type(value) is int and value > 0), None)
+    return Model("checkpoint", checkpoint.model_type, specs, found[0], tied, context, notes)
+
+
+def _check_targets(
+    targets: Sequence[Target], matrices: Sequence[Matrix], selection: Selection, rank: int | None
+) -> None:
+    """Raises InputError where nothing is selected, and UsageError for a rank above that of a matrix."""
+    if not targets:
+        narrowed = " after --exclude and --layers" if selection.exclude or selection.layers is not None else ""
+        names = sorted({m.path.rpartition(".")[2] for m in matrices if m.kind != "embedding"})
+        raise InputError(
+            f"no matrix is selected by --target {','.join(selection.target)}{narrowed}",
+            remedy=f"name some of {', '.join(names[:SHOWN])}, or all-linear" if names else None,
+        )
+    low = min(targets, key=lambda each: min(each.inp, each.out))
+    most = min(low.inp, low.out)
+    if rank is not None and rank > most:
+        raise UsageError(
+            f"is {low.out} x {low.inp}, so that no rank is above {most}; --rank is {rank}", culprit=low.name
+        )
+
+
+def _count_method(name: str, method: Method, shape: Outline, rank: int, params: int | None, dtype: str) -> MethodCount:
+    n: int | None = None
+    if method.size:
+        n = min(TOP_LAYERS, len(shape.layers)) if method.size == "layers" else rank
+        if params is not None:
+            n = max(1, largest_size(method, shape, params))
+    trained = method.count(shape, n or 0) if n != 0 else 0
+    depth = method.depth(shape)
+    of = f" of {shape.context:,}" if shape.context else ""
+    adds = method.adds.format(n=f"{n:,}" if n else "", depth=depth, of=of) if trained else method.needs
+    return MethodCount(
+        name,
+        method.title,
+        method.size,
+        n if trained else None,
+        trained,
+        _nbytes(trained, dtype),
+        trained / shape.total,
+        adds,
+        depth,
+        n if n and method.positions and trained else 0,
+        None if params is None or not trained else trained <= params,
+    )
+
+
+def _nbytes(parameters: int, dtype: str) -> int:
+    return parameters * DTYPES[dtype] // 8

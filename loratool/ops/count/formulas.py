@@ -1,0 +1,177 @@
+"""What each way of adapting a model trains, and what it adds at inference: METHODS, the methods of the LoRA paper.
+
+The counts are the formulas of section 5.1 of Hu et al. 2021 (arXiv 2106.09685), with d the width of a block, L the
+blocks and n the size that is chosen: LoRA's rank, an adapter's bottleneck, the length of a prefix, a number of layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix that LoRA changes, or some rows of a fused one; `copies`: how many it stacks, experts for one."""
+
+    name: str
+    inp: int
+    out: int
+    copies: int = 1
+
+    @property
+    def cost(self) -> int:
+        """Parameters a rank."""
+        return self.copies * (self.inp + self.out)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the formulas need of a model.
+
+    total: parameters. biases: numbers in bias vectors, a head's not among them. width: of the token embedding's vectors
+    as the blocks see them, 0 where there are no blocks. widths: of each block that an adapter or prefix goes into.
+    layers: the parameters of each block of the largest stack, from the first. context: positions, where it is known.
+    """
+
+    total: int
+    biases: int
+    width: int
+    widths: tuple[int, ...]
+    layers: tuple[int, ...]
+    context: int | None
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS. size: what is chosen, empty where nothing is. count: (model, n) -> trainable parameters.
+
+    largest: the size beyond which there is no more, if there is such. depth: layers more that a token passes one after
+    another at inference. positions: whether n positions are taken. adds: what it adds at inference, in words.
+    """
+
+    title: str
+    size: str
+    count: Callable[[Outline, int], int]
+    adds: str
+    needs: str = "no numbered blocks of one width were found"
+    largest: Callable[[Outline], int] = lambda model: sys.maxsize
+    depth: Callable[[Outline], int] = lambda model: 0
+    positions: bool = False
+
+
+def _adapters(model: Outline, n: int) -> int:
+    """One bottleneck a block: d x n, n x d and their biases."""
+    return sum(2 * d * n + n + d for d in model.widths)
+
+
+def _shared_adapter(model: Outline, n: int) -> int:
+    """One bottleneck for all blocks of a width."""
+    return sum(2 * d * n + n + d for d in set(model.widths))
+
+
+def _blocks(model: Outline) -> int:
+    return len(model.widths)
+
+
+def _longest_prefix(model: Outline) -> int:
+    return model.context - 1 if model.context else sys.maxsize
+
+
+def _lowest_rank(model: Outline) -> int:
+    return min((min(target.inp, target.out) for target in model.targets), default=0)
+
+
+# name -> what it trains and adds
+METHODS: dict[str, Method] = {
+    "full": Method(
+        "full fine-tuning",
+        "",
+        lambda model, n: model.total,
+        "nothing, but each task is a whole model",
+    ),
+    "top-layers": Method(
+        "top layers",
+        "layers",
+        lambda model, n: sum(model.layers[-n:]),
+        "nothing, but each task has its own last layers",
+        largest=lambda model: len(model.layers),
+    ),
+    "bitfit": Method(
+        "BitFit",
+        "",
+        lambda model, n: model.biases,
+        "nothing, but each task has its own biases",
+        needs="the model has no biases",
+    ),
+    "prefix-embedding": Method(
+        "prefix-embedding",
+        "prefix",
+        lambda model, n: model.width * n,
+        "{n} positions of the context{of}",
+        largest=_longest_prefix,
+        positions=True,
+    ),
+    "prefix-layer": Method(
+        "prefix-layer",
+        "prefix",
+        lambda model, n: sum(model.widths) * n,
+        "{n} positions of the context{of}, in every layer",
+        largest=_longest_prefix,
+        positions=True,
+    ),
+    "adapter-houlsby": Method(
+        "adapters, Houlsby",
+        "bottleneck",
+        lambda model, n: 2 * _adapters(model, n),
+        "{depth} adapter layers in sequence: two a block",
+        depth=lambda model: 2 * _blocks(model),
+    ),
+    "adapter-lin": Method(
+        "adapters, Lin",
+        "bottleneck",
+        lambda model, n: _adapters(model, n) + 2 * sum(model.widths),
+        "{depth} adapter layers in sequence, each with a LayerNorm",
+        depth=_blocks,
+    ),
+    "adapter-pfeiffer": Method(
+        "adapters, Pfeiffer",
+        "bottleneck",
+        _adapters,
+        "{depth} adapter layers in sequence: one a block",
+        depth=_blocks,
+    ),
+    "adapterdrop": Method(
+        "AdapterDrop",
+        "bottleneck",
+        _adapters,
+        "up to {depth} adapter layers in sequence: lower blocks can drop theirs",
+        depth=_blocks,
+    ),
+    "adapterdrop-shared": Method(
+        "AdapterDrop, shared",
+        "bottleneck",
+        _shared_adapter,
+        "up to {depth} passes of the one adapter in sequence",
+        depth=_blocks,
+    ),
+    "lora": Method(
+        "LoRA",
+        "rank",
+        lambda model, n: n * sum(target.cost for target in model.targets),
+        "nothing once merged",
+        largest=_lowest_rank,
+    ),
+}
+
+
+TOP_LAYERS = 2  # FT^Top2 of the paper's Table 3
+
+
+def largest_size(method: Method, model: Outline, budget: int) -> int:
+    """The largest size whose count is within `budget` parameters; 0 where not even the smallest is."""
+    most = min(budget, method.largest(model))
+    return bisect_right(range(1, most + 1), budget, key=lambda n: method.count(model, n))

@@ -1,0 +1,211 @@
+"""A model's outline from names and shapes alone: its blocks, their width, its biases, and the matrices LoRA can change.
+
+Nothing here knows a family but by the tables in `architectures`: the shapes say what is a block and how wide it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...architectures.prefixes import module_of
+from ...architectures.projections import projections
+from ...architectures.roles import HEADS, role
+from ...binding.selection import Selection, matches
+from ...errors import InputError
+from ...files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
+from .formulas import Outline, Target
+
+# Stored beside the weights by some versions of some models, and nothing that is trained.
+BUFFERS = re.compile(r"((^|\.)(attn|attention)\.(masked_)?bias|inv_freq|running_(mean|var)|e_score_correction_bias)$")
+
+
+MASKED_HEADS = ("cls.", "lm_predictions.", "generator_lm_head.")
+
+
+_BLOCK = re.compile(r"^(.*?)(?<![^.])(\d{1,5})\.(?=.)")
+
+
+_NORM = re.compile(r"(norm|ln_)\w*\.(weight|gamma)$", re.IGNORECASE)
+
+
+LEAST_MATRICES = 4  # of a block: a fused attention, its output, up and down
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a stack of blocks of one width; `stack` is the path before its number."""
+
+    stack: str
+    number: int
+    width: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor seen as `copies` matrices of rows x columns, in a block of some width, 0 outside of blocks."""
+
+    path: str
+    kind: str  # of architectures.roles
+    copies: int
+    rows: int
+    columns: int
+    width: int
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return projections(self.path)
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def inp(self) -> int:
+        """Of a fused matrix, which reads the block's stream: Conv1D and some experts store (in, out)."""
+        return self.rows if self.rows == self.width else self.columns
+
+    @property
+    def other(self) -> int:
+        """The side that is not the block's stream."""
+        return self.rows if self.columns == self.width else self.columns
+
+
+def parameters_of(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """What is trained of a file: floats that are no buffers, a bias that is there twice once."""
+    twins = {
+        name for name in specs if name.endswith(".decoder.bias") and name.replace(".decoder.bias", ".bias") in specs
+    }
+    return {
+        name: spec
+        for name, spec in specs.items()
+        if (spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8) and name not in twins and not BUFFERS.search(name)
+    }
+
+
+def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[Block, ...]:
+    """The blocks of every stack whose blocks each have at least LEAST_MATRICES matrices, and all one width."""
+    stacks: dict[str, dict[int, dict[str, TensorSpec]]] = {}
+    for name, spec in specs.items():
+        found = _BLOCK.match(name)
+        if found:
+            stacks.setdefault(found[1], {}).setdefault(int(found[2]), {})[name] = spec
+    blocks: list[Block] = []
+    for stack, members in stacks.items():
+        widths = {_width(each) for each in members.values()}
+        if len(widths) == 1 and (width := widths.pop()):
+            blocks += [Block(stack, n, width, sum(s.size for s in members[n].values())) for n in sorted(members)]
+    return tuple(blocks)
+
+
+def _width(specs: Mapping[str, TensorSpec]) -> int:
+    """The dimension that most of a block's matrices have, of those that a norm of it has; 0 of too few matrices."""
+    matrices = [spec.shape[-2:] for spec in specs.values() if len(spec.shape) in (2, 3) and spec.size]
+    norms = {spec.size for name, spec in specs.items() if len(spec.shape) == 1 and _NORM.search(name)}
+    counts = Counter(size for shape in matrices for size in set(shape) if not norms or size in norms)
+    return counts.most_common(1)[0][0] if counts and len(matrices) >= LEAST_MATRICES else 0
+
+
+def main_stack(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The stack with the most parameters."""
+    sizes: Counter[str] = Counter()
+    for block in blocks:
+        sizes[block.stack] += block.parameters
+    largest = sizes.most_common(1)[0][0] if sizes else ""
+    return tuple(block for block in blocks if block.stack == largest)
+
+
+def outline(
+    specs: Mapping[str, TensorSpec],
+    blocks: Sequence[Block],
+    targets: Sequence[Target],
+    layers: frozenset[int] | None,
+    context: int | None,
+) -> Outline:
+    """What the formulas of `counting` need. layers: those whose biases and blocks a method may touch, None for all."""
+    main = main_stack(blocks)
+    within = Selection(layers=layers)
+    return Outline(
+        total=sum(spec.size for spec in specs.values()),
+        biases=sum(spec.size for name, spec in specs.items() if _is_bias(name, spec) and within.selects(name)),
+        width=main[0].width if main else 0,
+        widths=tuple(block.width for block in blocks if layers is None or block.number in layers),
+        layers=tuple(block.parameters for block in main),
+        context=context,
+        targets=tuple(targets),
+    )
+
+
+def _is_bias(name: str, spec: TensorSpec) -> bool:
+    last = name.rpartition(".")[2]
+    is_head = name.split(".")[0] in HEADS or name.startswith(MASKED_HEADS)
+    return (last.endswith("bias") or last == "beta") and len(spec.shape) <= 2 and not is_head
+
+
+def find_matrices(
+    specs: Mapping[str, TensorSpec], blocks: Sequence[Block], tied: tuple[str, str] | None = None
+) -> tuple[Matrix, ...]:
+    """Every tensor that LoRA could change: matrices, convolutions with their kernels flattened, stacks of experts.
+
+    tied: the names of an embedding and of a head that is the same tensor; LoRA can change what the head alone computes.
+    """
+    width_of = {(b.stack, b.number): b.width for b in blocks}
+    found = []
+    for name, spec in specs.items():
+        path, block = module_of(name), _BLOCK.match(name)
+        kind = role(path, len(spec.shape), True)
+        if spec.size and kind and (path != name or kind == "experts"):
+            copies, rows = (spec.shape[0], spec.shape[1]) if kind == "experts" else (1, spec.shape[0])
+            width = width_of.get((block[1], int(block[2])), 0) if block else 0
+            found.append(Matrix(path, kind, copies, rows, spec.size // (copies * rows), width))
+    if tied is not None and tied[1] not in specs:
+        rows, columns = specs[tied[0]].shape
+        found.append(Matrix(module_of(tied[1]), "head", 1, rows, columns, 0))
+    return tuple(found)
+
+
+def names_one(pattern: str, matrix: Matrix) -> bool:
+    """Whether a pattern of --target means a matrix or a part of it: by its path, or by a role."""
+    if pattern == "all-linear":
+        return matrix.kind in ("linear", "experts")
+    return pattern in matrix.roles or matches(pattern, matrix.path)
+
+
+def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Target, ...]:
+    """The selected matrices. A fused one that is named itself is one; where its parts are named, each of them is.
+
+    The patterns of `selection` may also be roles, as in `architectures.projections.ROLES`. Raises InputError where the
+    rows of a part cannot be told from the shapes.
+    """
+    within = Selection(layers=selection.layers)
+    query_rows = {m.parent: m.other for m in matrices if m.roles == ("o_proj",)}
+    found: list[Target] = []
+    for m in matrices:
+        by_path = any(names_one(p, m) for p in selection.target if p not in m.roles)
+        excluded = any(names_one(p, m) for p in selection.exclude if p not in m.roles)
+        if excluded or not within.selects(m.path):
+            continue
+        kept = [r for r in m.roles if r not in selection.exclude and (by_path or r in selection.target)]
+        if len(kept) == len(m.roles) and (by_path or len(kept) == 1):
+            found.append(Target(m.path, m.columns, m.rows, m.copies))
+        elif kept:
+            rows = _part_rows(m, query_rows.get(m.parent))
+            found += [Target(f"{m.path}[{part}]", m.inp, rows[part], m.copies) for part in kept]
+    return tuple(found)
+
+
+def _part_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:
+    """How many outputs each part of a fused matrix has: equal ones, but for keys and values that share heads."""
+    out, count = matrix.rows * matrix.columns // matrix.inp, len(matrix.roles)
+    first = out // count if query_rows is None or count < 3 else query_rows
+    rest = out - first
+    if first < 1 or rest < count - 1 or rest % (count - 1):
+        raise InputError(
+            f"is {matrix.rows} x {matrix.columns}: which of it is {', '.join(matrix.roles)} is not known",
+            culprit=matrix.path,
+            remedy="name the whole in --target",
+        )
+    return dict(zip(matrix.roles, [first] + [rest // (count - 1)] * (count - 1), strict=True))

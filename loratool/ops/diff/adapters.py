@@ -1,0 +1,342 @@
+"""Two adapters module by module, in factor space: sizes, distances, angles, and the paper's phi, from QR cores.
+
+Modules of equal shapes go through together. Everything is of the changes and not of their factors, so that the same
+change in other factors is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.stacked import load_stacked
+from ...architectures.image import component_of
+from ...architectures.prefixes import CONTAINERS, KOHYA_COMPONENTS
+from ...architectures.renames import RENAMES, canonical
+from ...binding.model_pairs import missing_prefix
+from ...binding.resolve import unwrapped
+from ...errors import InputError
+from ...files.tensor_compare import Comparison, compare
+from ...files.tensor_ref import Source, norm, require_finite
+from ...numerics.factored_svd import (
+    FactoredSVD,
+    cosine,
+    distance,
+    inner,
+    principal_angles,
+    random_similarity,
+    subspace_similarity,
+    svd,
+)
+from ...streaming.workers import Progress
+
+SAME = 1e-6  # relative distance up to which two changes are one: float32 factors of the same product differ so much
+
+
+BATCH = 1 << 24  # numbers of factors held at a time
+
+
+# A name, and the update that each adapter has there.
+Entry = tuple[str, UpdateSpec | None, UpdateSpec | None]
+
+
+@dataclass(frozen=True)
+class Phi:
+    """phi(i, j) of the first i singular directions of A's change and the first j of B's (Hu et al., equation 4).
+
+    i, j: powers of 2 and the ranks. left: of the output side, right: of the input side, i rows and j columns each;
+    random_left, random_right: the mean of random subspaces.
+    """
+
+    i: tuple[int, ...]
+    j: tuple[int, ...]
+    left: tuple[tuple[float, ...], ...]
+    right: tuple[tuple[float, ...], ...]
+    random_left: tuple[tuple[float, ...], ...]
+    random_right: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class ModuleDiff:
+    """One module of A and B; D its change (of DoRA before the norm). On one side only, the other has rank and norm 0.
+
+    relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); same: whether that is 0 but for float32's rounding, whatever the
+    factors. angles: between the spans of the changes on either side, in radians, rising; None for stacks of experts and
+    where one is 0. With a base W: size_a, size_b ||D|| / ||W||; amplification ||D|| / ||U^T W V|| (section 7.3).
+    """
+
+    name: str
+    kind: str
+    rank_a: int
+    rank_b: int
+    norm_a: float
+    norm_b: float
+    distance: float
+    relative: float
+    cosine: float
+    same: bool
+    angles_left: tuple[float, ...] | None = None
+    angles_right: tuple[float, ...] | None = None
+    phi: Phi | None = None
+    size_a: float | None = None
+    size_b: float | None = None
+    amplification_a: float | None = None
+    amplification_b: float | None = None
+
+
+@dataclass(frozen=True)
+class ValueDiff:
+    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes. relative: as of
+    modules; 1 where it is on one side only or of another shape.
+    """
+
+    name: str
+    kind: str
+    norm_a: float | None
+    norm_b: float | None
+    relative: float
+
+
+def align(a: Adapter, b: Adapter) -> list[Entry]:
+    """The updates of both by one name, in A's order: paths without wrappers, of today's transformers; flattened where
+    either side is, kohya's prefixes being the components that they mean. Where few meet, renames of a model type and
+    a prefix that one side lacks are tried.
+    """
+    flat = a.flattened or b.flattened
+    one, two = (_by_key(adapter, flat, ()) for adapter in (a, b))
+    if len(one.keys() & two.keys()) * 2 < min(len(one), len(two)):
+        tried = [[_by_key(adapter, flat, types) for adapter in (a, b)] for types in ((), *((t,) for t in RENAMES))]
+        one, two = max(tried, key=_meeting)
+    heads = KOHYA_COMPONENTS.values() if flat else {path.split(".")[0] + "." for path in {*one, *two}}
+    prefix = missing_prefix(set(one), set(two), heads)
+    if prefix is not None and _is_one_part(*prefix):
+        longer, shorter = prefix
+        two = {longer + path.removeprefix(shorter): spec for path, spec in two.items()}
+    return [(name, one.get(name), two.get(name)) for name in [*one, *(name for name in two if name not in one)]]
+
+
+def _meeting(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
+    """How many updates have a name in common; none where the shapes say that it is an accident."""
+    met = [(sides[0][name], sides[1][name]) for name in sides[0].keys() & sides[1].keys()]
+    return len(met) if all(one.shape == two.shape for one, two in met) else 0
+
+
+def _is_one_part(one: str, two: str) -> bool:
+    """Whether two prefixes can mean the same part of a model: no encoder is a decoder, no text encoder the second."""
+    if not (one and two):
+        return True
+    parts = [component_of(f"{head[:-1]}.")[0] for head in (one, two)]
+    known = all(part or head[:-1] in CONTAINERS for part, head in zip(parts, (one, two), strict=True))
+    return known and len({*parts} - {None}) < 2
+
+
+def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
+    found = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
+    if len(found) < len(adapter.updates):
+        raise InputError("has two modules of one name, but for their wrappers", culprit=adapter.name)
+    return found
+
+
+def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> str:
+    if adapter.flattened:
+        prefix = next((p for p in KOHYA_COMPONENTS if module.startswith(p)), "")
+        return KOHYA_COMPONENTS.get(prefix, "") + module.removeprefix(prefix)
+    path = canonical(unwrapped(module), types)
+    return path.replace(".", "_") if flat else path
+
+
+def compare_modules(
+    a: Adapter,
+    b: Adapter,
+    aligned: Sequence[Entry],
+    device: torch.device,
+    progress: Progress | None,
+) -> Iterator[tuple[ModuleDiff, FactoredSVD | None, FactoredSVD | None]]:
+    """Every module that has factors on either side, and the SVDs of its changes, each a stack (E, ...).
+
+    Raises InputError where the shapes of two changes differ, and for nan and inf.
+    """
+    found = [(name, one, two) for name, one, two in aligned if (one and one.rank) or (two and two.rank)]
+    for name, one, two in found:
+        if one and two and one.rank and two.rank and one.shape != two.shape:
+            raise InputError(
+                f"is {one.shape} in {a.name} and {two.shape} in {b.name}: these are of different models", culprit=name
+            )
+    done, total = 0, sum(map(_nbytes, found))
+    for batch in _batches(found):
+        svd_a, svd_b = _svds(a, [one for _, one, _ in batch], device), _svds(b, [two for _, _, two in batch], device)
+        for i, ((name, one, two), numbers) in enumerate(zip(batch, _numbers(svd_a, svd_b), strict=True)):
+            mine, theirs = _member(svd_a, i), _member(svd_b, i)
+            yield _module(name, one, two, numbers, mine, theirs), mine, theirs
+        done += sum(map(_nbytes, batch))
+        if progress:
+            progress(done, total)
+
+
+def _nbytes(entry: Entry) -> int:
+    _, one, two = entry
+    return sum(spec.nbytes for update in (one, two) if update for spec in update.specs.values())
+
+
+def _batches(found: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries whose factors have equal shapes, as many as memory should hold."""
+    groups: dict[object, list[Entry]] = {}
+    for entry in found:
+        groups.setdefault(tuple(_shapes(spec) for spec in entry[1:]), []).append(entry)
+    for group in groups.values():
+        numbers = sum(math.prod(shape) for spec in group[0][1:] if spec for shape in _shapes(spec))
+        count = max(1, BATCH // max(1, numbers))
+        for start in range(0, len(group), count):
+            yield group[start : start + count]
+
+
+def _shapes(spec: UpdateSpec | None) -> tuple[tuple[int, ...], ...]:
+    return (spec.specs["A"].shape, spec.specs["B"].shape, (spec.experts,)) if spec and spec.rank else ()
+
+
+def _svds(adapter: Adapter, specs: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
+    """(N, E, ...) of N modules; None where this side has none of them."""
+    pairs = [load_stacked(adapter, spec) for spec in specs if spec and spec.rank]
+    if not pairs:
+        return None
+    return svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))
+
+
+def _member(side: FactoredSVD | None, i: int) -> FactoredSVD | None:
+    return None if side is None else FactoredSVD(side.U[i], side.S[i], side.V[i])
+
+
+def _numbers(one: FactoredSVD | None, two: FactoredSVD | None) -> list[tuple[float, float, float, float]]:
+    """(||D_A||, ||D_B||, ||D_B - D_A||, cosine) of each module of a batch, over its stack."""
+    there = one or two
+    assert there is not None
+    zero = there.S.new_zeros(there.S.shape[:2])
+    norms = [_over_stack(side.norm) if side else zero[:, 0] for side in (one, two)]
+    if one and two:
+        between = _over_stack(distance(one, two))
+        product = inner(one, two).sum(1)
+        both = norms[0] * norms[1]
+        angle = torch.where(both == 0, 0.0, product / torch.where(both == 0, 1.0, both)).clamp(-1.0, 1.0)
+        if there.S.shape[1] == 1:
+            angle = cosine(one, two)[:, 0]
+    else:
+        between, angle = norms[0] + norms[1], zero[:, 0]
+    return list(zip(*(column.tolist() for column in (*norms, between, angle)), strict=True))
+
+
+def _over_stack(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norm
+
+
+def _module(
+    name: str,
+    one: UpdateSpec | None,
+    two: UpdateSpec | None,
+    numbers: tuple[float, float, float, float],
+    mine: FactoredSVD | None,
+    theirs: FactoredSVD | None,
+) -> ModuleDiff:
+    norm_a, norm_b, between, angle = numbers
+    largest = max(norm_a, norm_b)
+    missing = not (one and one.rank and two and two.rank)
+    relative = 1.0 if missing else between / largest if largest else 0.0
+    kind = next(spec.kind for spec in (one, two) if spec and spec.rank)
+    rank_a, rank_b = (spec.rank if spec else 0 for spec in (one, two))
+    found = ModuleDiff(
+        name, kind, rank_a, rank_b, norm_a, norm_b, between, relative, angle, not missing and relative <= SAME
+    )
+    if not (mine and theirs and len(mine.S) == 1 and norm_a and norm_b):
+        return found
+    i, j = int(mine.rank()[0]), int(theirs.rank()[0])
+    left, right = ((getattr(mine, side)[0, :, :i], getattr(theirs, side)[0, :, :j]) for side in ("U", "V"))
+    angles_left, angles_right = (tuple(principal_angles(*side).tolist()) for side in (left, right))
+    return replace(found, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right))
+
+
+def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
+    i, j = (_steps(side.shape[1]) for side in left)
+
+    def grid(sides: tuple[Tensor, Tensor]) -> tuple[tuple[float, ...], ...]:
+        whole = subspace_similarity(*sides)
+        return tuple(tuple(float(whole[a - 1, b - 1]) for b in j) for a in i)
+
+    def random(side: Tensor) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(random_similarity(a, b, len(side)) for b in j) for a in i)
+
+    return Phi(i, j, grid(left), grid(right), random(left[0]), random(right[0]))
+
+
+def _steps(rank: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and the rank itself."""
+    return (*(1 << n for n in range(rank.bit_length()) if 1 << n < rank), rank)
+
+
+def compare_values(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> list[ValueDiff]:
+    """Whatever is no factor."""
+    found = []
+    for name, one, two in aligned:
+        roles = [{r: k for r, k in spec.tensors.items() if r not in ("A", "B")} if spec else {} for spec in (one, two)]
+        for role in dict.fromkeys([*roles[0], *roles[1]]):
+            sides = [
+                Source(adapter.file, own[role]) if role in own else None
+                for adapter, own in zip((a, b), roles, strict=True)
+            ]
+            scales = [spec.scale if spec and spec.kind == "add" else 1.0 for spec in (one, two)]
+            rows = [spec.indices if spec else () for spec in (one, two)]
+            label = f"{name} {role}" if role != "value" else name
+            kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
+            found.append(_value(label, kind, sides, scales, rows[0] == rows[1]))
+    return found
+
+
+def _value(name: str, kind: str, sides: Sequence[Source | None], scales: Sequence[float], same_rows: bool) -> ValueDiff:
+    """Raises InputError for nan and inf."""
+    for side in sides:
+        if side:
+            require_finite(side)
+    own = [None if side is None else compare(side, side).norms[0] for side in sides]
+    norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(own, scales, strict=True))
+    one, two = sides
+    if not (one and two and one.spec.shape == two.spec.shape and same_rows):
+        return ValueDiff(name, kind, norm_a, norm_b, 1.0)
+    found = compare(one, two) if scales[0] == scales[1] else _scaled(one, two, scales)
+    largest = max(found.norms[:2])
+    relative = found.norms[2] / largest if largest else float(found.changed > 0)
+    return ValueDiff(name, kind, norm_a, norm_b, relative)
+
+
+def _scaled(one: Source, two: Source, scales: Sequence[float]) -> Comparison:
+    """Of biases, each times its scale."""
+    x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
+    return Comparison(False, (norm(x), norm(y), norm(y - x)))
+
+
+def in_all(modules: Sequence[ModuleDiff]) -> tuple[float, float, float, float]:
+    """(||D_A||, ||D_B||, ||D_B - D_A||, cosine) of all modules together."""
+    norm_a, norm_b, between = (
+        math.hypot(*(getattr(m, name) for m in modules)) for name in ("norm_a", "norm_b", "distance")
+    )
+    product = math.fsum(m.cosine * m.norm_a * m.norm_b for m in modules)
+    return norm_a, norm_b, between, product / (norm_a * norm_b) if norm_a and norm_b else 0.0
+
+
+def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:
+    """The mean over the modules whose ranks are the commonest."""
+    grids = [m.phi for m in modules if m.phi]
+    if not grids:
+        return None
+    ((common, _),) = Counter((p.i, p.j) for p in grids).most_common(1)
+    members = [p for p in grids if (p.i, p.j) == common]
+
+    def mean(name: str) -> tuple[tuple[float, ...], ...]:
+        values = torch.tensor([getattr(p, name) for p in members], dtype=torch.float64).mean(0)
+        return tuple(tuple(row) for row in values.tolist())
+
+    return Phi(*common, mean("left"), mean("right"), mean("random_left"), mean("random_right"))

@@ -1,0 +1,350 @@
+"""`diff`: two adapters in factor space, or two checkpoints tensor by tensor; told apart by what is in the files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.formats import holds_adapter
+from ...binding.model_pairs import pair_tensors
+from ...binding.placement import Placement
+from ...binding.resolve import bind
+from ...binding.selection import Selection, parse_layers
+from ...binding.tied_weights import bindable, find_tie
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.tensor_compare import Comparison, compare
+from ...files.tensor_ref import Source, require_finite, squared_norm
+from ...numerics.factored_svd import FactoredSVD, amplification
+from ...streaming.workers import Progress, choose_device
+from ..convert.in_memory import by_meaning
+from ..denormals import keep_denormals
+from ..inputs import open_adapters, open_model, read_given
+from .adapters import (
+    SAME,
+    ModuleDiff,
+    Phi,
+    ValueDiff,
+    align,
+    compare_modules,
+    compare_values,
+    in_all,
+    mean_phi,
+)
+from .related import require_known_names, require_one_model
+
+READ = 1 << 22  # numbers of a base read at a time
+
+
+# Fields of adapter_config.json that say nothing of the change.
+NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class AdapterDiff:
+    """Two adapters. Of all factors together: norm_a, norm_b, distance, cosine, and relative, which is the distance over
+    the larger norm. worst: the largest relative distance of any module or tensor, 1 where one side lacks it. fields: of
+    the configs, name -> the two values. ranks: how many modules have which. phi: the mean over modules.
+    """
+
+    a: str
+    b: str
+    base: str | None
+    modules: tuple[ModuleDiff, ...]
+    values: tuple[ValueDiff, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    ranks_a: Mapping[int, int]
+    ranks_b: Mapping[int, int]
+    fields: Mapping[str, tuple[Any, Any]]
+    norm_a: float
+    norm_b: float
+    distance: float
+    relative: float
+    cosine: float
+    phi: Phi | None
+    worst: float
+    same: bool
+    kind: str = "adapters"
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """relative: ||B - A|| / max(||A||, ||B||), 1 where the shapes differ or nan or inf came or went; the others are
+    those of `pairing.Comparison`, largest None where the shapes differ.
+    """
+
+    name: str
+    dtype_a: str
+    dtype_b: str
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+    relative: float
+    largest: float | None
+    steps: int | None
+    changed: int
+    odd: int
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """Two checkpoints; tensors: those that differ, equal: how many do not. relative: over all tensors of both sides;
+    worst: the largest of any tensor, 1 where one side lacks it or its shape differs.
+    """
+
+    a: str
+    b: str
+    tensors: tuple[TensorDiff, ...]
+    equal: int
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    relative: float
+    worst: float
+    same: bool
+    kind: str = "checkpoints"
+
+
+@keep_denormals
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    alpha: float | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> AdapterDiff | CheckpointDiff:
+    """Compare two adapters of any readable formats, ranks and targets, or two checkpoints.
+
+    base: the model under two adapters, for the size of their changes and the paper's amplification factor. target,
+    exclude, layers: of module paths, of which only those are compared. alpha: for adapter files that do not say theirs.
+    Raises InputError where one is an adapter and the other is not, or their shapes are of different models.
+    """
+    selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+    with ExitStack() as opened:
+        kinds = [holds_adapter(path) for path in (a, b)]
+        if kinds[0] != kinds[1]:
+            which = (b, a) if kinds[0] else (a, b)
+            large, small = (os.fspath(path) for path in which)
+            raise InputError(
+                f"is a model, and {small} is an adapter; diff compares two of a kind",
+                culprit=large,
+                remedy=f"to hold the adapter against the model: loratool inspect {small} --base {large}",
+            )
+        if not kinds[0]:
+            if base is not None or alpha is not None:
+                raise UsageError("--base and --alpha are for two adapters, and these are two models")
+            sides = [open_checkpoint(path) for path in (a, b)]
+            for side in sides:
+                opened.callback(side.close)
+            return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
+        adapters = open_adapters(read_given([a, b]), alpha, opened)
+        modules = [module for adapter in adapters for module in adapter.updates]
+        met, aliases = by_meaning(adapters, selection)
+        require_one_model(*met)
+        selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
+        one, two = (_selected(adapter, selection, aliases) for adapter in met)
+        if not one.updates and not two.updates:
+            raise InputError("neither adapter has a module that is selected")
+        model = None if base is None else open_model(base, "--base is the model under the two", opened)
+        return _diff_adapters(one, two, model, os.fspath(base) if base else None, choose_device(device), progress)
+
+
+def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:
+    own = {m: update for m, update in adapter.updates.items() if selection.selects(m, *aliases.get(m, ()))}
+    return replace(adapter, updates=own)
+
+
+def _diff_adapters(
+    a: Adapter,
+    b: Adapter,
+    base: Checkpoint | None,
+    base_name: str | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> AdapterDiff:
+    aligned = align(a, b)
+    require_known_names(a, b, aligned)
+    weights = [_weights(base, adapter) if base else {} for adapter in (a, b)]
+    modules: list[ModuleDiff] = []
+    by_name = {name: (one, two) for name, one, two in aligned}
+    for found, svd_a, svd_b in compare_modules(a, b, aligned, device, progress):
+        spec_a, spec_b = by_name[found.name]
+        size_a, factor_a = _against(weights[0], spec_a, svd_a)
+        size_b, factor_b = _against(weights[1], spec_b, svd_b)
+        modules.append(replace(found, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b))
+    order = {name: i for i, (name, _, _) in enumerate(aligned)}
+    modules.sort(key=lambda m: order[m.name])
+    values = compare_values(a, b, aligned)
+    norm_a, norm_b, between, cosine = in_all(modules)
+    largest = max(norm_a, norm_b)
+    worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
+    return AdapterDiff(
+        a.name,
+        b.name,
+        base_name,
+        tuple(modules),
+        tuple(values),
+        tuple(name for name, one, two in aligned if two is None),
+        tuple(name for name, one, two in aligned if one is None),
+        _ranks(a),
+        _ranks(b),
+        _fields(a, b),
+        norm_a,
+        norm_b,
+        between,
+        between / largest if largest else 0.0,
+        cosine,
+        mean_phi(modules),
+        worst,
+        all(m.same for m in modules) and all(v.relative <= (SAME if v.kind == "add" else 0) for v in values),
+    )
+
+
+def _ranks(adapter: Adapter) -> dict[int, int]:
+    ranks = [update.rank for update in adapter.updates.values() if update.rank]
+    return {rank: ranks.count(rank) for rank in sorted(set(ranks))}
+
+
+def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
+    """Fields of the configs that differ, but for ranks and targets, which the modules tell."""
+    one, two = a.config.extra, b.config.extra
+    found: dict[str, tuple[Any, Any]] = {"format": (a.format, b.format)} if a.format != b.format else {}
+    found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
+    if one and two:
+        keys = [key for key in dict.fromkeys([*one, *two]) if key not in NO_DIFFERENCE]
+        found |= {key: (one.get(key), two.get(key)) for key in keys if _said(one.get(key)) != _said(two.get(key))}
+    return {key: (_said(x), _said(y)) for key, (x, y) in found.items()}
+
+
+def _said(value: Any) -> Any:
+    """A field's value, nothing and false being one; as text where it holds NaN or Infinity, which are no JSON."""
+    text = json.dumps(value)
+    return text if re.search(r"NaN|Infinity", text) else value or None
+
+
+def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[Source, Placement]]]:
+    """The base's tensors under each module. Raises what `bind` raises where the two do not belong together."""
+    tie = find_tie(base)
+    specs, coded = bindable(base, tie)
+    binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(), coded)
+    found: dict[str, list[tuple[Source, Placement]]] = {}
+    for name, placements in binding.placements.items():
+        stored = tie.stored_as(name) if tie and name not in base.specs else name
+        for placement in placements:
+            found.setdefault(placement.update.module, []).append((Source(base.shard_of[stored], stored), placement))
+    return found
+
+
+def _against(
+    weights: Mapping[str, list[tuple[Source, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD | None
+) -> tuple[float | None, float | None]:
+    """||D|| / ||W||, and the amplification factor where W is one whole matrix; None without a base."""
+    if spec is None or svd is None or spec.module not in weights:
+        return None, None
+    found = weights[spec.module]
+    sources = {source.name: source for source, _ in found}
+    for source in sources.values():
+        require_finite(source)
+    norm = math.sqrt(math.fsum(map(squared_norm, sources.values())))
+    size = float(torch.linalg.vector_norm(svd.S)) / norm if norm else None
+    source, placement = found[0]
+    if len(found) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
+        return size, None
+    U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
+    change = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
+    factor = amplification(change, source.blocks(READ), spec.rank)
+    return size, factor if math.isfinite(factor) else None
+
+
+def _diff_checkpoints(
+    names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None
+) -> CheckpointDiff:
+    pairs = pair_tensors(a, b)
+    modules = [*map(_module, (*pairs.both, *pairs.only_base, *pairs.only_tuned))]
+    selection.require_used(modules, " or ".join(names))
+    both = {name: sides for name, sides in pairs.both.items() if selection.selects(_module(name))}
+    only_a, only_b = (
+        tuple(n for n in side if selection.selects(_module(n))) for side in (pairs.only_base, pairs.only_tuned)
+    )
+    if not (both or only_a or only_b):
+        raise InputError("neither model has a tensor that is selected")
+    codes = {**a.formats, **b.formats}
+    _refuse_codes(names, codes, (*only_a, *only_b))
+    rows, equal, norms, done = [], 0, [], 0
+    total = sum(one.spec.nbytes for one, _ in both.values())
+    with ThreadPoolExecutor(2) as pool:
+        compared = pool.map(_compare, both.values())
+        for (name, (one, two)), found in zip(both.items(), compared, strict=True):
+            done += one.spec.nbytes
+            if progress:
+                progress(done, total)
+            if found is not None and name not in codes:
+                norms.append(found.norms)
+            if found is not None and found.equal:
+                equal += 1
+            else:
+                _refuse_codes(names, codes, (name,))
+                rows.append(_tensor(name, one, two, found))
+    totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
+    worst = max((row.relative for row in rows), default=0.0)
+    return CheckpointDiff(
+        *names,
+        tuple(rows),
+        equal,
+        only_a,
+        only_b,
+        _relative(*totals),
+        max(worst, 1.0) if only_a or only_b else worst,
+        not (rows or only_a or only_b),
+    )
+
+
+def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: Iterable[str]) -> None:
+    """Raise InputError where what differs is stored as codes: their distance is not that of the weights."""
+    for name in differing:
+        if name in codes:
+            raise InputError(
+                f"differs and is quantized ({codes[name]}) in {' or '.join(models)}, and its codes are no weights",
+                culprit=name,
+                remedy="pass the models in 16 or 32 bits, or leave the quantized weights out with --exclude",
+            )
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _compare(sides: tuple[Source, Source]) -> Comparison | None:
+    """None where the shapes differ."""
+    one, two = sides
+    return compare(one, two) if one.spec.shape == two.spec.shape else None
+
+
+def _tensor(name: str, one: Source, two: Source, found: Comparison | None) -> TensorDiff:
+    dtypes, shapes = (one.spec.dtype, two.spec.dtype), (one.spec.shape, two.spec.shape)
+    if found is None:
+        return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0)
+    relative = _relative(*found.norms)
+    if found.odd or (found.changed and not relative):
+        relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
+    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, found.steps, found.changed, found.odd)
+
+
+def _relative(one: float, two: float, between: float) -> float:
+    """Of norms. The difference of opposites is twice as large as either."""
+    largest = max(one, two)
+    return between / largest if largest else 0.0

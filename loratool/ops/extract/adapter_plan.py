@@ -1,0 +1,118 @@
+"""The PEFT adapter to write once the ranks are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...adapters.formats.peft_write import lora_config
+from ...adapters.weight_kinds import KINDS, factor_shapes, lay_out
+from ...architectures.conv1d import stores_transposed
+from ...architectures.prefixes import module_of
+from ...binding.peft_names import role_in_model
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import SAFETENSORS, TensorSpec
+from ..factor_spool import Factored, FactorSpool
+from .changes import Sorted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adapter whose ranks are known: the specs of its tensors, what loads one, and its config."""
+
+    specs: Mapping[str, TensorSpec]
+    load: Callable[[str], torch.Tensor]
+    config: Mapping[str, Any]
+    ranks: Mapping[str, int]
+    effective_rank: Callable[[str], float]
+    stored: Callable[[str], float]
+
+
+def plan_adapter(
+    found: Sorted,
+    factored: Mapping[str, Factored],
+    ranks: Mapping[str, int],
+    spool: FactorSpool,
+    dtype: torch.dtype,
+    base: Checkpoint,
+    base_name: str,
+) -> Plan:
+    in_model = found.in_model or str
+    own = {in_model(name): name for name in factored}
+    heads = {in_model(name): in_model(change.also) for name, change in found.low_rank.items() if change.also}
+    layout = lay_out(
+        {path: factored[name].kind for path, name in own.items()},
+        {path: ranks[name] for path, name in own.items() if name in ranks},
+        heads,
+    )
+    modules = layout.modules
+    tensors: dict[str, Callable[[], torch.Tensor]] = {}
+    specs: dict[str, TensorSpec] = {}
+    letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
+
+    def factors(name: str, turned: bool, side: int) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            pair = spool.tensors(factored[name], ranks[name], dtype)
+            return pair[1 - side].T.contiguous() if turned else pair[side]
+
+        return load
+
+    for wrapper, (path, turned) in layout.wrappers.items():
+        name = own[path]
+        kind = KINDS["head" if turned else factored[name].kind]
+        shapes = factor_shapes(factored[name].kind, factored[name].shape, ranks[name])
+        for side, key in enumerate(kind.keys):
+            tensors[f"{wrapper}.{key}"] = factors(name, turned, side)
+            specs[f"{wrapper}.{key}"] = TensorSpec(letters, shapes[1 - side][::-1] if turned else shapes[side])
+    for name, source in found.exact.items():
+        path = in_model(name)
+        owner = path.rpartition(".")[0]
+        key = f"{owner}.base_layer.bias" if path.endswith(".bias") and owner in modules else path
+        tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
+        specs[key] = source.spec
+    if not layout.wrappers:
+        _stand_in(base, in_model, tensors, specs, modules, letters, dtype)
+    config = lora_config(
+        modules,
+        layout.parameters,
+        bias="all" if found.biased else "none",
+        base_model_name_or_path=base_name,
+        modules_to_save=sorted(found.saved) or None,
+    )
+    return Plan(
+        specs,
+        lambda key: tensors[key](),
+        config,
+        ranks,
+        lambda name: spool.effective_rank(factored[name], ranks[name]),
+        lambda name: spool.stored(factored[name], ranks[name], dtype),
+    )
+
+
+def _stand_in(
+    base: Checkpoint,
+    in_model: Callable[[str], str],
+    tensors: dict[str, Callable[[], torch.Tensor]],
+    specs: dict[str, TensorSpec],
+    modules: dict[str, int],
+    letters: str,
+    dtype: torch.dtype,
+) -> None:
+    """One pair of zeros: PEFT loads no adapter that targets nothing, not even one of biases alone."""
+    for name, spec in base.specs.items():
+        module = module_of(in_model(name))
+        if role_in_model(base, name, in_model(name), spec) == "linear":
+            turned = stores_transposed(base.model_types, module)
+            out, inp = spec.shape[::-1] if turned else spec.shape
+            for key, shape in (("lora_A.weight", (1, inp)), ("lora_B.weight", (out, 1))):
+                specs[f"{module}.{key}"] = TensorSpec(letters, shape)
+                tensors[f"{module}.{key}"] = lambda shape=shape: torch.zeros(shape, dtype=dtype)  # type: ignore[misc]
+            modules[module] = 1
+            bias = f"{module}.bias"
+            if bias in specs:
+                specs[f"{module}.base_layer.bias"] = specs.pop(bias)
+                tensors[f"{module}.base_layer.bias"] = tensors.pop(bias)
+            return

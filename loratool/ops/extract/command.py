@@ -1,0 +1,403 @@
+"""`extract`: a full fine-tune's change as an adapter: the best of its rank for every matrix, biases and norms exact.
+
+One matrix at a time: D = TUNED - BASE in float32, its truncated SVD into a spool; when all ranks are known, the
+adapter is written from there. Everything that changed is in the adapter or named with its norm.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...adapters.formats.peft_write import write_adapter
+from ...adapters.formats.single_file import write_single
+from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...architectures.prefixes import module_of
+from ...architectures.renames import expert_part
+from ...binding.candidates import check_parted
+from ...binding.model_pairs import Pairs, pair_tensors
+from ...binding.peft_names import exclude_all, namer, refuse_unsaid
+from ...binding.selection import Selection, parse_layers
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import Checkpoint
+from ...files.output import check_name, check_path, named
+from ...files.tensor_compare import Difference, difference
+from ...streaming.workers import Progress, choose_device
+from ..choices import EMBED, EXTRACT_TO
+from ..convert.image_base import choose_form, left_out
+from ..denormals import keep_denormals
+from ..factor_spool import Factored, FactorSpool, noise_edge
+from ..inputs import open_model
+from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
+from .adapter_plan import Plan, plan_adapter
+from .changes import Change, Sorted, sort_changes
+from .image import plan_image_adapter
+
+UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
+
+
+RANK = 8
+
+
+FIRST_RANK = 32  # computed of each matrix where the rule may ask for any rank
+
+
+HEADROOM = 4  # times the uniform rank of a budget that is computed at first
+
+
+LOW = 0.5  # of the energy, below which the report says what rank would bring more
+
+
+@dataclass(frozen=True)
+class ModuleExtract:
+    """One weight of the adapter. relative: ||D|| / ||W||, None where W = 0; kept: the share of ||D||^2 that the factors
+    hold, exactly; residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative,
+    and `how` it is known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular
+    value that rounding the tuned model to its type can have made, and above_noise how many of the computed ones are
+    larger. stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much,
+    about, where it is known or kept is low.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    relative: float | None
+    kept: float
+    residual: float
+    gap: float
+    how: str
+    effective_rank: float
+    noise: float
+    above_noise: int
+    stored: float
+    rank_50: int | None
+    rank_90: int | None
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """The result of `extract`. kept: of the energy of all matrices in the adapter; exact: tensors that are kept as they
+    are; left_out: what changed and is not in the adapter, with its norm (None: not a number to compare); unchanged:
+    tensors that are equal on both sides; only_base, only_tuned: tensors of one side. parameters: of the adapter,
+    nbytes its bytes.
+    """
+
+    base: str
+    tuned: str
+    out: str
+    dry_run: bool
+    modules: tuple[ModuleExtract, ...]
+    kept: float | None
+    relative: float | None
+    parameters: int
+    nbytes: int
+    exact: tuple[str, ...]
+    left_out: Mapping[str, float | None]
+    unchanged: int
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@keep_denormals
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    params: int | None = None,
+    size: int | None = None,
+    max_rank: int | None = None,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    embed: str = "lora",
+    bias: bool = True,
+    to: str | None = None,
+    dtype: str = "fp32",
+    certify: bool = False,
+    seed: int = 0,
+    allow: Sequence[str] = (),
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """The change TUNED - BASE as an adapter: PEFT's, a folder, or one file with its config where `out` ends in
+    .safetensors; of an image model in one file kohya's, of a pipeline diffusers', one file for all components.
+
+    One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
+    size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
+    embeddings and heads, a key of EMBED. bias: keep changed biases and norms, exactly. to: a key of
+    EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the factors, a key of DTYPES. certify: prove how
+    far each matrix is from the best, where else it is estimated. allow: "unrelated" takes two models that are no
+    fine-tune of each other. Raises InputError where the sides do not belong together, are quantized or equal, or hold
+    nan; nothing is written then.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if to is not None and to not in EXTRACT_TO:
+        raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_TO)}")
+    if embed not in EMBED:
+        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED)}")
+    given = {"rank": rank, "energy": energy, "params": params, "size": size}
+    rule = read_rule(given) or ("rank", float(RANK))
+    with ExitStack() as opened:
+        sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
+        form = choose_form(sides[0], to)
+        path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
+        if form != "peft" and not is_file:
+            raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
+        read = [shard for side in sides for shard in side.shards]
+        check_path(path, is_file, [shard.path for shard in read], force)
+        pairs = pair_tensors(*sides)
+        asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        asked.require_used([*map(module_of, pairs.both)], os.fspath(base))
+        excluded = (*exclude, *(left_out(sides[0]) if form != "peft" else ()))
+        selection, in_model = replace(asked, exclude=excluded), namer(sides[0]) if form == "peft" else None
+        found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
+        found.alphas = form in ("kohya", "comfy")
+        if in_model:
+            factored, whole = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
+            heads = {n: in_model(change.also) for n, change in found.low_rank.items() if change.also}
+            refuse_unsaid(sides[0], factored, whole, heads)
+        opened.enter_context(named(path))
+        spool = FactorSpool(path.absolute().parent, seed, certify)
+        opened.callback(spool.close)
+        work = _Work(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
+        work.factor_all()
+        _refuse(work, found, tuple(allow))
+        ranks = work.ranks()
+        if in_model:
+            _check_experts(sides[0], ranks)
+        plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
+        if form != "peft":
+            budget = rule[0] not in RANK_RULES
+            plan = plan_image_adapter(plan, form, work.factored, spool, DTYPES[dtype], sides[0], budget)
+        _check_budget(rule, plan)
+        if not dry_run and form == "peft":
+            write_adapter(path, is_file, plan.specs, plan.load, plan.config, read)
+        elif not dry_run:
+            write_single(path, plan.specs, plan.load, plan.config, read)
+        return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+
+
+def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
+    """Raise for experts that did not all change, or not at one rank: PEFT makes stacks of them as they are."""
+    used = {name: rank for name, rank in ranks.items() if rank}
+    try:
+        check_parted(base, used, rslora=False)
+    except UsageError as error:
+        experts = [name for name in used if expert_part(name, base.model_types)]
+        if len(experts) == len(used):
+            raise InputError(error.message, culprit=error.culprit, remedy="use --rank") from error
+        options = exclude_all([module_of(n) for n in experts], [module_of(n) for n in used if n not in experts])
+        raise NeedsFlag(error.message, culprit=error.culprit, remedy=f"add {options}") from error
+
+
+def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
+    """Raise where what is kept exactly is more than the whole adapter may be."""
+    name, value = rule
+    spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.specs.values())
+    if name not in RANK_RULES and spent > value:
+        unit = "bytes" if name == "size" else "parameters"
+        raise UsageError(
+            f"--{name} {value:.0f} is less than what is kept exactly, {spent} {unit}",
+            remedy=f"raise --{name}, or leave biases and norms out with --no-bias, embeddings with --embed skip",
+        )
+
+
+class _Work:
+    """The factors of each matrix as the rule asks for them, and what was seen on the way."""
+
+    def __init__(
+        self,
+        found: Sorted,
+        spool: FactorSpool,
+        rule: tuple[str, float],
+        itemsize: int,
+        max_rank: int | None,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self._found, self._spool, self._device, self._progress = found, spool, device, progress
+        self._rule, self._value = rule
+        budget = int(self._value) - found.exact_cost(self._rule == "size")
+        self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
+        self._most = max_rank or 1 << 30
+        self.factored: dict[str, Factored] = {}
+        self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
+
+    def factor_all(self) -> None:
+        changes = self._found.low_rank
+        first = self._first_rank()
+        for done, (change, D) in enumerate(self._differences(list(changes.values())), 1):
+            self.factored[change.name] = self._factor(change, D, first)
+            if self._progress:
+                self._progress(done, len(changes))
+        if self._rule not in RANK_RULES:
+            self._grow()
+
+    def _first_rank(self) -> int:
+        if self._rule == "rank":
+            return min(int(self._value), self._most)
+        if self._rule == "energy":
+            return min(FIRST_RANK, self._most)
+        cost = sum(change.cost for change in self._found.low_rank.values())
+        return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._most)
+
+    def _differences(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Difference]]:
+        """On a GPU the next one is read while one is computed; on a CPU that would only hold two."""
+        if self._device.type == "cpu":
+            yield from ((change, difference(change.base, change.tuned, self._device)) for change in changes)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            waiting = [reader.submit(difference, c.base, c.tuned, self._device) for c in changes[:1]]
+            for change, following in zip(changes, [*changes[1:], None], strict=True):
+                D = waiting.pop().result()
+                if following:
+                    waiting.append(reader.submit(difference, following.base, following.tuned, self._device))
+                yield change, D
+
+    def _factor(self, change: Change, found: Difference, rank: int) -> Factored:
+        D = found.D
+        factored = self._spool.add(change.name, change.kind, D, rank, change.cost)
+        while self._rule == "energy" and rank < min(self._most, factored.full):
+            if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
+                break
+            rank *= 2
+            factored = self._spool.add(change.name, change.kind, D, min(rank, self._most), change.cost)
+        self.seen[change.name] = (found.base_squared, factored.spectrum.total, found.noise)
+        return factored
+
+    def _grow(self) -> None:
+        """Compute more of a matrix while the budget still chooses the last triplet known of it."""
+        while True:
+            ranks = self.ranks()
+            short = [
+                name
+                for name, f in self.factored.items()
+                if ranks[name] == f.known < min(f.full, self._most) and not f.spectrum.whole
+            ]
+            if not short:
+                return
+            for change, found in self._differences([self._found.low_rank[name] for name in short]):
+                rank = min(2 * self.factored[change.name].known, self._most)
+                self.factored[change.name] = self._factor(change, found, rank)
+
+    def ranks(self) -> dict[str, int]:
+        spectra = {name: factored.spectrum for name, factored in self.factored.items()}
+        if self._rule not in RANK_RULES:
+            return budget_ranks(spectra, self._budget)
+        rule = RANK_RULES[self._rule]
+        found = {name: rule(spectrum, self._value) for name, spectrum in spectra.items()}
+        return {name: min(self.factored[name].known if k is None else k, self._most) for name, k in found.items()}
+
+
+def _refuse(work: _Work, found: Sorted, allow: tuple[str, ...]) -> None:
+    """Raise where there is nothing to extract, or the two are no fine-tune of each other."""
+    if not (work.factored or found.exact or found.left_out):
+        raise InputError("the two models are equal: there is nothing to extract")
+    if not (work.factored or found.exact):
+        some = ", ".join(list(found.left_out)[:3])
+        raise InputError(f"nothing of what changed is selected or could be in an adapter: {some}, ...")
+    relative = _relative(work, found)
+    if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
+        size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
+        raise NeedsFlag(
+            f"the change is {size}: these are no fine-tune of each other",
+            remedy="add --allow unrelated to extract it all the same",
+        )
+
+
+def _relative(work: _Work, found: Sorted) -> float | None:
+    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0. None if they did."""
+    both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
+    base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
+    return math.sqrt(change / base) if base else None if change else 0.0
+
+
+def _report(
+    work: _Work,
+    found: Sorted,
+    pairs: Pairs,
+    plan: Plan,
+    names: tuple[str, str, str],
+    dry_run: bool,
+) -> ExtractReport:
+    modules = tuple(_module(work, name, plan) for name in plan.ranks if plan.ranks[name])
+    without = {n: math.sqrt(f.spectrum.total) for n, f in work.factored.items() if not plan.ranks[n] and f.known}
+    total = math.fsum(work.factored[n].spectrum.total for n in plan.ranks)
+    kept = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
+    still = sum(not f.known for f in work.factored.values())
+    return ExtractReport(
+        *names,
+        dry_run,
+        modules,
+        kept / total if total else None,
+        _relative(work, found),
+        sum(spec.size for spec in plan.specs.values()),
+        sum(spec.nbytes for spec in plan.specs.values()),
+        tuple(found.exact),
+        {**found.left_out, **without},
+        found.unchanged + still,
+        pairs.only_base,
+        tuple(name for name in pairs.only_tuned if name not in found.taken),
+        (*_warnings(modules, kept / total if total else 1.0), *_tied(found, plan)),
+    )
+
+
+def _module(work: _Work, name: str, plan: Plan) -> ModuleExtract:
+    factored, rank = work.factored[name], plan.ranks[name]
+    spectrum, (base, change, variance) = factored.spectrum, work.seen[name]
+    kept, noise = math.fsum(spectrum.squares[:rank]), noise_edge(variance, factored.sizes)
+    low = kept < 0.9 * change
+    count = factored.sizes[0]
+    return ModuleExtract(
+        name,
+        factored.kind,
+        factored.shape,
+        rank,
+        math.sqrt(change / base) if base else None,
+        kept / change,
+        math.sqrt(max(0.0, change - kept)),
+        factored.gap,
+        factored.how,
+        plan.effective_rank(name),
+        noise,
+        sum(square > noise**2 * count for square in spectrum.squares),
+        plan.stored(name),
+        rank_for(spectrum, 0.5, factored.full) if kept < LOW * change else None,
+        rank_for(spectrum, 0.9, factored.full) if low else None,
+    )
+
+
+def _warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str, ...]:
+    if kept >= LOW or not modules:
+        return ()
+    ranks = sorted(m.rank_50 for m in modules if m.rank_50)
+    more = sorted(m.rank_90 for m in modules if m.rank_90)
+    half = f"about rank {ranks[len(ranks) // 2]} would keep half" if ranks else ""
+    most = f"rank {more[len(more) // 2]} nine tenths" if more else ""
+    said = " and ".join(part for part in (half, most) if part)
+    return (f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {said} of a middling matrix's",)
+
+
+def _tied(found: Sorted, plan: Plan) -> tuple[str, ...]:
+    heads = {name: each.also for name, each in found.low_rank.items() if each.also and plan.ranks.get(name)}
+    if not heads or not found.in_model:
+        return ()
+    name, head = next(iter(heads.items()))
+    return (
+        f"{head} is the same matrix as {name}, and each has the factors: PEFT's merge_and_unload adds both to the one "
+        "matrix; loratool merge does not, and --embed full leaves it nothing to add",
+    )

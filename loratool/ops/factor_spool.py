@@ -1,0 +1,112 @@
+"""Factors in a temporary file, so that memory does not grow with the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapters.weight_kinds import KINDS, Shape
+from ..files.fileio import open_scratch, read_into, write_at
+from ..numerics.factored_svd import effective_rank
+from ..numerics.svd import truncated_svds
+from .rank_rules import Spectrum
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What is known of a change's factors. at: where they lie in the spool; sizes: (E, out, in); known: triplets there.
+
+    gap: of the computed rank, `exact`, `certified` or an estimate, as `how` says.
+    """
+
+    kind: str
+    shape: Shape
+    sizes: tuple[int, int, int]
+    known: int
+    at: int
+    spectrum: Spectrum
+    gap: float
+    how: str
+
+    @property
+    def full(self) -> int:
+        return min(self.sizes[1:])
+
+
+class FactorSpool:
+    """Factors in a temporary file without a name, float32, each side with the root of its singular values."""
+
+    def __init__(self, folder: Path, seed: int, certify: bool) -> None:
+        self._file = open_scratch(folder)
+        self._end, self._seed, self._certify = 0, seed, certify
+
+    def close(self) -> None:
+        self._file.close()
+
+    def add(self, name: str, kind: str, D: Tensor, rank: int, cost: int) -> Factored:
+        """The first `rank` triplets of a change D, of the weight's shape, and float32. cost: parameters a rank."""
+        stack = KINDS[kind].stack(D)
+        E, out, inp = stack.shape
+        generators = [self._generator(f"{name} {e}", D) for e in range(E)]
+        found = truncated_svds(stack, rank, generators, self._certify)
+        known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
+        A, B = torch.zeros(known, E, inp, dtype=torch.float32), torch.zeros(known, E, out, dtype=torch.float32)
+        squares = torch.zeros(known, dtype=torch.float64)
+        for e, svd in enumerate(found):
+            k, root = len(svd.S), svd.S.sqrt()
+            A[:k, e], B[:k, e] = (svd.V.double() * root).T.float().cpu(), (svd.U.double() * root).T.float().cpu()
+            squares[:k] += svd.S.square().cpu()
+        at = self._end
+        for side in (A, B) if known else ():
+            write_at(self._file, side.view(torch.uint8).numpy().data.cast("B"), self._end)
+            self._end += side.nbytes
+        whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
+        spectrum = Spectrum(tuple(squares.tolist()), total, cost, whole)
+        gap = max((svd.gap for svd in found), default=0.0)
+        how = "exact" if gap == 0 else "certified" if self._certify else "estimate"
+        return Factored(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how)
+
+    def _generator(self, name: str, like: Tensor) -> torch.Generator:
+        """From the seed and the name alone, so that neither order nor selection shows."""
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:7], "little")
+        return torch.Generator(like.device).manual_seed(seed)
+
+    def triplets(self, factored: Factored, rank: int) -> tuple[Tensor, Tensor]:
+        """(A (rank, E, in), B (rank, E, out)) in float32."""
+        E, out, inp = factored.sizes
+        A, B = torch.empty(rank, E, inp, dtype=torch.float32), torch.empty(rank, E, out, dtype=torch.float32)
+        for side, at in ((A, factored.at), (B, factored.at + 4 * factored.known * E * inp)):
+            read_into(self._file, side.view(torch.uint8).numpy().data.cast("B"), at)
+        return A, B
+
+    def tensors(self, factored: Factored, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B as the adapter holds them."""
+        A, B = KINDS[factored.kind].lay(*self.triplets(factored, rank), factored.shape)
+        return A.to(dtype).contiguous(), B.to(dtype).contiguous()
+
+    def stored(self, factored: Factored, rank: int, dtype: torch.dtype) -> float:
+        """||B A - B' A'|| / ||B A||, what rounding the factors to `dtype` adds."""
+        if dtype == torch.float32 or not rank:
+            return 0.0
+        A, B = (side.double() for side in self.triplets(factored, rank))
+        small_A, small_B = A.to(dtype).double(), B.to(dtype).double()
+        # from the cores of [B, -B'] and [A; A'] of each matrix of the stack
+        left = torch.cat([B, -small_B]).permute(1, 2, 0)  # (E, out, 2r)
+        right = torch.cat([A, small_A]).permute(1, 2, 0)  # (E, in, 2r)
+        R = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right, mode="r").R.mT
+        energy = math.fsum(factored.spectrum.squares[:rank])
+        return float(torch.linalg.vector_norm(R)) / math.sqrt(energy) if energy else 0.0
+
+    def effective_rank(self, factored: Factored, rank: int) -> float:
+        """exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
+        return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
+
+
+def noise_edge(variance: float, sizes: tuple[int, int, int]) -> float:
+    """The largest singular value of noise alone: sigma (sqrt(m) + sqrt(n)), the edge of Marchenko and Pastur (1967)."""
+    return math.sqrt(variance) * (math.sqrt(sizes[1]) + math.sqrt(sizes[2]))

@@ -1,0 +1,378 @@
+"""`init`: an adapter's start from a base's files alone, by every method of the literature that needs no data.
+
+Plan from headers; then each weight's factors in turn. Methods that take their factors out of the base write that
+residual too: it is the merge of the start with weight -1, so it streams, is rounded once, and can be undone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...adapters.formats import open_adapter
+from ...adapters.formats.peft import WEIGHTS_NAMES
+from ...adapters.formats.peft_config import CONFIG_NAME
+from ...adapters.formats.peft_write import write_adapter
+from ...architectures.prefixes import PEFT_PREFIX, module_of
+from ...architectures.renames import expert_part
+from ...binding.candidates import Candidate, check_parted, find_candidates
+from ...binding.merge_plan import plan_merge
+from ...binding.peft_names import refuse_unsaid
+from ...binding.selection import Selection, parse_layers
+from ...binding.tied_weights import find_tie
+from ...errors import NeedsFlag, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, with_dtype
+from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
+from ...files.output import check_name, check_path, named
+from ...files.safetensors_file import TensorFile
+from ...files.side_files import INITIAL, provenance
+from ...numerics.exact import ARITHMETIC_VERSION
+from ...streaming.workers import Progress, choose_device, map_ahead, worker_count
+from ..convert.image import write_output
+from ..convert.image_base import choose_form, weights_for
+from ..convert.in_memory import check_target
+from ..denormals import keep_denormals
+from ..inputs import open_model
+from ..merge.command import write_merged
+from .image import plan_start
+from .methods import INITS, REFUSED
+from .starter import Site, Starter, adapter_config, choose_ranks, make_sites, residual_errors
+
+RANK = 8
+
+
+TARGET = ("all-linear",)
+
+
+MOST_ALPHA = 1e30  # beyond it or its inverse the factors leave float32's range
+
+
+COARSE = 1e-5  # relative distance of residual + adapter from the base, from which the report says how to avoid it
+
+
+@dataclass(frozen=True)
+class ModuleInit:
+    """One weight with factors. gap: how far the energy of B A may be below the best of its rank, relative (pissa).
+    error: ||residual + s B A - W|| / ||W||, where a residual was written.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    scale: float
+    parameters: int
+    gap: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class ResidualReport:
+    """The changed base. error: ||residual + s B A - W|| / ||W|| over all weights that were changed; None in a dry run.
+    dtypes: of those.
+    """
+
+    out: str
+    nbytes: int
+    error: float | None
+    dtypes: tuple[str, ...]
+    undo: str | None
+    undo_bytes: int | None
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The result of `init`. parameters, nbytes: of the adapter."""
+
+    base: str
+    out: str
+    method: str
+    dora: bool
+    rslora: bool
+    dry_run: bool
+    modules: tuple[ModuleInit, ...]
+    parameters: int
+    nbytes: int
+    residual: ResidualReport | None
+    warnings: tuple[str, ...] = ()
+
+
+@keep_denormals
+def init(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "lora",
+    rank: int | None = None,
+    params: int | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha: float | None = None,
+    target: Sequence[str] = TARGET,
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    dora: bool = False,
+    rslora: bool = False,
+    residual: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    undo: bool = True,
+    to: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> InitReport:
+    """Start an adapter for chosen weights of a base: PEFT's, a folder, or one file where `out` ends in .safetensors; of
+    an image model in one file kohya's, of a pipeline diffusers'.
+
+    method: a key of INITS. rank (8 where there is none) of every weight, or params: the largest one for which the
+    adapter has at most so many parameters; rank_pattern: pattern -> rank, before either. alpha: each weight's rank
+    where there is none. dora: with the base's norms as magnitudes; rslora: s = alpha / sqrt(r). residual: a folder for
+    the base without the factors, which pissa, milora and olora need; dtype: of that, a key of MERGE_DTYPES; undo: with
+    an undo file. to: a key of converting.TARGETS, another format. Raises UsageError, InputError and NeedsFlag before
+    anything is written.
+    """
+    dtype = str(dtype).lower().removeprefix("torch.")
+    check_target(to)
+    _check_numbers(rank, params, rank_pattern or {}, alpha)
+    with ExitStack() as opened:
+        checkpoint = open_model(base, "init starts one for a model", opened)
+        form = choose_form(checkpoint, to)
+        _check_method(method, residual, dtype, form)
+        if dora and form == "loralib":
+            raise UsageError("loralib's files hold no DoRA")
+        path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
+        if form != "peft" and not is_file:
+            raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
+        inputs = [shard.path for shard in checkpoint.shards]
+        check_path(path, is_file, inputs, force)
+        selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
+        candidates = find_candidates(checkpoint, selection, weights_for(checkpoint, form))
+        if form == "peft":
+            refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
+        _check_kinds(candidates, checkpoint.model_types, method, dora)
+        ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
+        check_parted(checkpoint, ranks, rslora)
+        sites, layout = make_sites(candidates, ranks, alpha, rslora)
+        starter = opened.enter_context(closing(Starter(sites, method, seed, dora, choose_device(device))))
+        belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
+        config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
+        made = plan_start(checkpoint, form, sites, starter, config)
+        size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
+        if params is not None and form != "peft" and size[0] > params:
+            raise UsageError(f"--params {params} cannot be kept: {form}'s alphas and split modules make it {size[0]}")
+        changed = None
+        if residual is not None:
+            place = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
+            changed = work.write_residual(place, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run)
+        elif not dry_run:
+            opened.enter_context(named(path))
+            write_output(made, form, path, is_file, checkpoint.shards)
+        flags = (method, dora, rslora, dry_run)
+        warnings = (*work.warnings(), *made.notes)
+        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, changed, warnings)
+
+
+def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, form: str) -> None:
+    if method in REFUSED:
+        raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
+    if method not in INITS:
+        raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
+    if dtype not in MERGE_DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+    if form != "peft" and (INITS[method].changes_base or INITS[method].field is not True):
+        raise UsageError(f"{method} is for PEFT's adapters, and {form}'s files cannot say how it starts")
+    if INITS[method].changes_base and residual is None:
+        raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
+    if residual is None and dtype != "keep":
+        raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
+    if residual is not None and not INITS[method].changes_base:
+        raise UsageError(f"--residual: {method} leaves the base as it is")
+
+
+def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[str, int], alpha: float | None) -> None:
+    for name, value in {"rank": rank, "params": params, **rank_pattern}.items():
+        if value is not None and not (type(value) is int and value > 0):
+            raise UsageError(f"{value!r} must be a whole number above 0", culprit=name)
+    if alpha is not None and not (type(alpha) in (int, float) and 1 / MOST_ALPHA <= alpha <= MOST_ALPHA):
+        raise UsageError(f"the alpha must be above 0, and from {1 / MOST_ALPHA:.0e} to {MOST_ALPHA:.0e}")
+    if rank is not None and params is not None:
+        raise UsageError("rank and params exclude each other")
+
+
+def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], method: str, dora: bool) -> None:
+    """Refuse what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`). Experts that lie one
+    by one in the file are a stack in transformers 5.
+    """
+    if method == "mica" and dora:
+        raise UsageError("PEFT has no DoRA with mica")
+    for each in candidates:
+        stacked = each.kind.startswith("experts") or expert_part(each.name, model_types)
+        if stacked and (dora or method == "mica"):
+            what = "DoRA" if dora else method
+            raise UsageError(f"PEFT has no {what} of experts", culprit=each.name, remedy="add --exclude 're:experts'")
+        if each.kind == "conv" and method == "mica":
+            module = module_of(each.name)
+            raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
+
+
+def _check_residual(
+    base: Checkpoint, residual: str | os.PathLike[str], adapter: Path, dtype: str | None, undo: bool, force: bool
+) -> Path:
+    """Its path; all that can be refused before the factors are computed is refused here."""
+    path, is_file = check_name(residual)
+    if is_file:
+        raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
+    check_path(path, False, [shard.path for shard in base.shards], force)
+    for shard in base.shards:
+        if scratch_path(path).resolve() in shard.path.resolve().parents:
+            raise UsageError("is in the way of the residual's scratch folder", culprit=str(scratch_path(path)))
+    one, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
+    if any(one == other or one in other.parents or other in one.parents for other in others):
+        raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
+    cast = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
+    if dtype and undo and cast:
+        raise NeedsFlag(
+            f"is {base.specs[cast[0]].dtype} in the base, and a change of type cannot be undone",
+            culprit=cast[0],
+            remedy="add --no-undo",
+        )
+    return path
+
+
+class _Work:
+    """What the start of each weight told, and the residual that it leaves."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        base_name: str,
+        sites: Sequence[Site],
+        starter: Starter,
+        config: Mapping[str, object],
+        method: str,
+        progress: Progress | None,
+    ) -> None:
+        self._base, self._name, self._sites, self._starter = base, base_name, sites, starter
+        self._config, self._method, self._progress = config, method, progress
+        self._errors: dict[str, tuple[float, float]] = {}
+        self._residual: ResidualReport | None = None
+        self._bytes, self._total = 0, sum(site.weight.source.spec.nbytes for site in sites)
+        starter.done = self._advance
+
+    def _advance(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        if self._progress:
+            self._progress(self._bytes, self._total)
+
+    def write_residual(
+        self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
+    ) -> ResidualReport:
+        """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
+        size = sum(with_dtype(spec, dtype).nbytes for spec in self._base.specs.values())
+        factors = sum(spec.nbytes for spec in self._starter.specs.values())
+        require_free_space(place.absolute().parent, size + 2 * factors)
+        require_free_space(adapter[0].absolute().parent, factors)
+        if dry_run:
+            return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
+        with named(place), scratch_folder(place) as scratch:
+            start = scratch / INITIAL
+            config = {**self._config, "use_dora": False}
+            write_adapter(start, False, self._starter.specs, self._starter.load, config, self._base.shards)
+            self._residual = self._subtract(start, place, dtype, undo, force)
+        with named(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
+            own = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
+
+            def load(key: str) -> torch.Tensor:
+                return file.tensor(own[key]) if key in own else self._starter.load(key)
+
+            specs = {**self._starter.specs, **self._starter.magnitude_specs}
+            write_adapter(*adapter, specs, load, self._config, self._base.shards)
+        return self._residual
+
+    def _subtract(self, start: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
+        adapter = open_adapter(start)
+        with ExitStack() as opened:
+            opened.callback(adapter.file.close)
+            plan = plan_merge(self._base, ((adapter, -1.0),), Selection(), "untie")
+            report = write_merged(
+                plan,
+                self._name,
+                (place, False),
+                self._provenance(adapter.sha256, adapter.scales_sha256),
+                dtype=dtype,
+                device=torch.device("cpu"),
+                undo=undo,
+                force=force,
+                progress=None,
+                beside={f"{INITIAL}/{name}": start / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
+            )
+            result = open_checkpoint(place)
+            opened.callback(result.close)
+            self._errors = residual_errors(plan, result)
+        error, base = (math.fsum(side) for side in zip(*self._errors.values(), strict=True))
+        return ResidualReport(
+            str(place),
+            report.nbytes,
+            math.sqrt(error / base) if base else 0.0,
+            self._dtypes(dtype),
+            report.undo,
+            report.undo_bytes,
+        )
+
+    def _dtypes(self, dtype: str | None) -> tuple[str, ...]:
+        return tuple(sorted({dtype or site.weight.source.spec.dtype for site in self._sites}))
+
+    def _provenance(self, sha256: str, scales_sha256: str) -> str:
+        """What the residual is, and of what: the hashes of the base's files."""
+        paths = [shard.path for shard in self._base.shards]
+        with closing(map_ahead(sha256_file, paths, worker_count())) as hashes:
+            of = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
+        facts = {
+            "adapters": [{"scales_sha256": scales_sha256, "sha256": sha256, "weight": -1.0}],
+            "arithmetic": ARITHMETIC_VERSION,
+            "residual": {"method": self._method, "of": of},
+        }
+        return provenance("init", facts, self._base.metadata.get("loratool"))
+
+    def modules(self) -> tuple[ModuleInit, ...]:
+        rows = []
+        for site in self._sites:
+            name, shape = site.weight.name, site.weight.source.spec.shape
+            error, base = self._errors.get(name, (0.0, 0.0))
+            rows.append(
+                ModuleInit(
+                    name,
+                    site.weight.kind,
+                    shape,
+                    site.rank,
+                    site.scale,
+                    site.weight.cost * site.rank + (site.magnitude.size if self._starter.magnitude_specs else 0),
+                    self._starter.gaps.get(name) if self._method == "pissa" else None,
+                    (math.sqrt(error / base) if base else 0.0) if name in self._errors else None,
+                )
+            )
+        return tuple(rows)
+
+    def warnings(self) -> tuple[str, ...]:
+        found = []
+        tie = find_tie(self._base)
+        if tie and not tie.is_stored(self._base) and any(s.weight.name == tie.embedding for s in self._sites):
+            found.append(
+                f"the head {tie.head} is the same matrix as {tie.embedding}; the adapter is on the latter alone"
+            )
+        residual = self._residual
+        if residual and residual.error and residual.error > COARSE:
+            found.append(
+                f"rounded to {', '.join(residual.dtypes)}, residual + adapter is {residual.error:.1e} of its norm away "
+                "from the base; --dtype fp32 --no-undo keeps it to 1e-7"
+            )
+        return tuple(found)

@@ -1,0 +1,358 @@
+"""`inspect` of an adapter, in depth: what its change is, from the factors, and what is wrong with it.
+
+The factors are read, one module at a time; with a base also the weights that they change. Whatever would make a
+merge fail, or do something else than its author meant, is a line in `problems`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.formats.peft_config import changes_base
+from ...adapters.patterns import Patterns, endings
+from ...adapters.updates import DoRA, Experts, LowRank, Update
+from ...architectures.numbered_names import split_numbers, with_ranges
+from ...binding.resolve import Binding, bind, missing_tensors, nearest, resolve_modules
+from ...binding.selection import Selection
+from ...binding.tied_weights import bindable, find_tie
+from ...errors import InputError, LoratoolError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.dtypes import FLOATS
+from ...files.quantized import with_coded
+from ...files.tensor_ref import BLOCK, Source, require_finite, squared_norm
+from ...numerics.factored_svd import effective_rank, singular_values
+from ..inputs import refuse_adapter
+
+NEAREST_SHOWN = 8  # unbound modules for which a nearest name is searched: a search costs milliseconds
+
+
+NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One update: D is its change (of DoRA: the direction's, before it is normed).
+
+    norm is ||D||, effective_rank that of its singular values (of a stack: the experts' mean); None where there are no
+    factors, and the norm of new values without a base. relative is ||D|| / ||W||, None without a base.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    norm: float | None
+    effective_rank: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class AdapterGroup:
+    """Updates of one kind (a key of UPDATES, or UNPAIRED) whose names differ only in numbers; shape is that of what
+    they change, of a factor without its partner its own. scale is 1 where the alpha is not known.
+
+    norm is that of all changes together, effective_rank and relative are means.
+    """
+
+    name: str
+    kind: str
+    modules: int
+    rank: int
+    alpha: float | None
+    scale: float
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    norm: float | None
+    effective_rank: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How an adapter meets a base: modules that bind, and those that do not with the base's nearest names."""
+
+    base: str
+    bound: int
+    unbound: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """`problems` are what is wrong; `notes` what one should know."""
+
+    path: str
+    format: str
+    groups: tuple[AdapterGroup, ...]
+    details: tuple[ModuleReport, ...]
+    modules: int
+    parameters: int
+    nbytes: int
+    rank: int | None
+    alpha: float | None
+    use_rslora: bool
+    base_model: str | None
+    coverage: Coverage | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    kind: str = "adapter"
+
+
+def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
+    """What is wrong with an adapter that could be opened is in the report; a base that cannot be read is InputError."""
+    checkpoint = None if base is None else open_checkpoint(base)
+    try:
+        if checkpoint is not None:
+            refuse_adapter(checkpoint, base or "", "--base is the model under it")
+        problems: list[str] = []
+        coverage = binding = None
+        problems += _faults(adapter)
+        if checkpoint is not None:
+            coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
+        problems += adapter.lacks
+        weights = _weights(checkpoint, binding)
+        details = {m: _measure(adapter, m, weights.get(m), problems) for m in adapter.updates}
+    finally:
+        if checkpoint is not None:
+            checkpoint.close()
+    problems += _zeros(details) + _config_problems(adapter)
+    init = changes_base(adapter.config)
+    notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []
+    ranks = {update.rank for update in adapter.updates.values() if update.rank}
+    return AdapterInspection(
+        adapter.name,
+        adapter.format,
+        tuple(_groups(adapter, details)),
+        tuple(details.values()),
+        len(adapter.updates),
+        sum(spec.size for update in adapter.updates.values() for spec in update.specs.values()),
+        sum(spec.nbytes for spec in adapter.file.specs.values()),
+        ranks.pop() if len(ranks) == 1 else None,
+        adapter.config.alpha,
+        adapter.config.use_rslora,
+        adapter.config.base_model,
+        coverage,
+        tuple(problems),
+        (*notes, *adapter.notes),
+    )
+
+
+def _hold_against(
+    adapter: Adapter, base: Checkpoint, name: str, problems: list[str]
+) -> tuple[Coverage, Binding | None]:
+    """Coverage from the names alone, and the binding if the shapes fit too."""
+    tie = find_tie(base)
+    specs, coded = bindable(base, tie)
+    spots, missing = resolve_modules(with_coded(specs, coded), adapter, base.model_types)
+    missing = [module for module in missing if not adapter.brings(module)]
+    near = {m: tuple(nearest(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
+    coverage = Coverage(name, len(adapter.updates) - len(missing), near)
+    if missing:
+        problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_some(missing)}")
+    try:
+        faulty = [module for module, update in adapter.updates.items() if update.fault]
+        selection = Selection(exclude=_exactly([*missing, *faulty]))
+        binding = bind(specs, base.model_types, [(adapter, 1.0)], selection, coded)
+    except LoratoolError as error:
+        problems += [f"{error.culprit}: {error.message}"] if spots and len(faulty) < len(spots) else []
+        return coverage, None
+    if binding.quantized:
+        formats = ", ".join(dict.fromkeys(form for _, _, form in binding.quantized.values()))
+        what = f"modules are quantized in the base ({formats}), and a merge cannot add to codes"
+        problems.append(f"{len(binding.quantized)} {what}: {_some([*binding.quantized])}")
+    problems += [line for line in missing_tensors(base.specs, adapter, binding.placements) if line not in adapter.lacks]
+    flag = adapter.config.fan_in_fan_out
+    placed = (p for found in binding.placements.values() for p in found)
+    linear = [p for p in placed if p.update.transposed is None and p.update.rank]
+    if flag is not None and linear and all(p.transposed is not flag for p in linear):
+        layout = "(in, out)" if not flag else "(out, in)"
+        problems.append(f"fan_in_fan_out is {str(flag).lower()}, but the base stores its weights as {layout}")
+    return coverage, binding
+
+
+def _exactly(modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"re:^{re.escape(module)}$" for module in modules)
+
+
+def _faults(adapter: Adapter) -> list[str]:
+    """What a merge refuses, a line for all modules of which it holds."""
+    modules: dict[str, list[str]] = {}
+    for module, update in adapter.updates.items():
+        if update.fault:
+            modules.setdefault(update.fault.replace(module, "it"), []).append(module)
+    return [f"{_some(found)}: {fault}" for fault, found in modules.items()]
+
+
+def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[Source]]:
+    """The base's tensors that each module changes; of what the file has under another name, that one."""
+    found: dict[str, list[Source]] = {}
+    if base is None or binding is None:
+        return found
+    tie = find_tie(base)
+    for name, placements in binding.placements.items():
+        stored = name if name in base.specs or tie is None else tie.stored_as(name)
+        for module in dict.fromkeys(placement.update.module for placement in placements):
+            found.setdefault(module, []).append(Source(base.shard_of[stored], stored))
+    return found
+
+
+def _measure(adapter: Adapter, module: str, weights: Sequence[Source] | None, problems: list[str]) -> ModuleReport:
+    spec = adapter.updates[module]
+    norm = rank = relative = None
+    try:
+        if spec.kind in ("lora", "dora", "experts"):
+            norm, rank = _size(adapter.load(spec))
+        for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
+            require_finite(Source(adapter.file, name))
+        if spec.fault:  # its scale may be anything
+            norm = None
+        elif norm is None:
+            norm = _size_of_values(adapter, spec, weights or ())
+    except InputError as error:
+        problems.append(f"{error.culprit}: {error.message}")
+    if norm is not None and weights:
+        squared = math.fsum(map(squared_norm, weights))
+        if math.isfinite(squared):
+            relative = norm / math.sqrt(squared) if squared else None
+        else:
+            problems.append(f"{weights[0].name}: the base's weight has no finite norm")
+    return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
+
+
+def _size_of_values(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Source]) -> float | None:
+    """||D|| of new values, by how far they are from the base's; None where that cannot be said."""
+    value = Source(adapter.file, spec.tensors["value"])
+    if spec.kind == "add":
+        return math.sqrt(squared_norm(value)) * abs(spec.scale)
+    if len(weights) != 1 or not value.spec.shape or not {value.spec.dtype, weights[0].spec.dtype} <= set(FLOATS):
+        return None
+    (weight,) = weights
+    rows = spec.indices or (range(value.spec.shape[0]) if value.spec.shape == weight.spec.shape else ())
+    if not rows or value.spec.shape[1:] != weight.spec.shape[1:] or max(rows) >= weight.spec.shape[0]:
+        return None
+    step = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
+    parts = []
+    for start in range(0, len(rows), step):
+        there = rows[start : start + step]
+        new = value.file.rows(value.name, start, start + len(there)).double()
+        if spec.indices:
+            old = torch.cat([weight.file.rows(weight.name, row, row + 1) for row in there])
+        else:
+            old = weight.file.rows(weight.name, start, start + len(there))
+        parts.append(float((new - old.double()).square().sum()))
+    return math.sqrt(math.fsum(parts))
+
+
+def _size(update: Update) -> tuple[float, float]:
+    """||scale * B @ A|| and the effective rank of the product."""
+    if isinstance(update, Experts):
+        each = [update.expert(number) for number in range(update.experts)]
+        A, B, scale = torch.stack([one.A for one in each]), torch.stack([one.B for one in each]), update.scale
+    else:
+        assert isinstance(update, LowRank | DoRA)
+        A, B, scale = update.A.flatten(1), update.B.flatten(1), update.scale
+    S = singular_values(B, A)
+    norm = float(S.norm()) * abs(scale)
+    return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
+
+
+def _zeros(details: Mapping[str, ModuleReport]) -> list[str]:
+    """A change of 0 is an adapter that was never trained, or was saved before it was."""
+    zero = [name for name, each in details.items() if each.norm == 0 and each.kind in ("lora", "dora", "experts")]
+    if not zero:
+        return []
+    if len(zero) == len(details):
+        dora = any(each.kind == "dora" for each in details.values())  # whose magnitudes may say something else
+        return [f"it {'was never trained' if dora else 'changes nothing'}: B @ A is 0 in every module"]
+    return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_some(zero)}"]
+
+
+def _config_problems(adapter: Adapter) -> list[str]:
+    """The modules that the config names against those that are there."""
+    problems = _unused_patterns(adapter)
+    targets = adapter.config.extra.get("target_modules")
+    if not targets or targets == "all-linear":
+        return problems
+    modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
+    # an attention's out_proj comes along with the attention
+    strangers = [m for m in modules if not any(map(adapter.config.targets.has, (m, m.rpartition(".")[0])))]
+    if adapter.config.extra.get("target_parameters"):
+        strangers = []  # a parameter's factors stand at its module, which need be no target
+    if strangers:
+        problems.append(f"target_modules does not match {len(strangers)} modules: {_some(strangers)}")
+    listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
+    there = {end for module in adapter.updates for end in endings(module)}
+    unused = [target for target in listed if target not in there]
+    if unused and not adapter.config.extra.get("target_parameters"):
+        problems.append(f"target_modules names {_some(unused)}, which no module of the file is")
+    return problems
+
+
+def _unused_patterns(adapter: Adapter) -> list[str]:
+    """Entries of rank_pattern and alpha_pattern that are for no module, so that it has the default instead."""
+    paths = [path for m, u in adapter.updates.items() if u.rank or u.fault for path in (m, f"{m}.weight")]
+    problems = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(adapter.config, field)
+        asked = Patterns(patterns)
+        used = {pattern for path in paths for pattern in asked.matching(path)}
+        problems += [
+            f"{field} has {each}, which matches no module of the file" for each in patterns if each not in used
+        ]
+    return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[AdapterGroup]:
+    """In the order in which a group's first module comes."""
+    members: dict[tuple[object, ...], list[tuple[UpdateSpec, tuple[int, ...]]]] = {}
+    for module, update in adapter.updates.items():
+        parts, numbers = split_numbers(module, underscores=adapter.flattened)
+        specs = tuple(update.specs.values())
+        key = (parts, update.kind, update.rank, update.scale, update.shape, specs)
+        members.setdefault(key, []).append((update, numbers))
+    groups = []
+    for found in members.values():
+        update, _ = found[0]
+        parts, _ = split_numbers(update.module, underscores=adapter.flattened)
+        measured = [details[each.module] for each, _ in found]
+        norms = [each.norm for each in measured if each.norm is not None]
+        groups.append(
+            AdapterGroup(
+                with_ranges(parts, [numbers for _, numbers in found]),
+                update.kind,
+                len(found),
+                update.rank,
+                _alpha(adapter, update),
+                update.scale,
+                update.shape,
+                next(iter(update.specs.values())).dtype,
+                len(found) * sum(spec.size for spec in update.specs.values()),
+                min(math.hypot(*norms), sys.float_info.max) if norms else None,
+                _mean([each.effective_rank for each in measured]),
+                _mean([each.relative for each in measured]),
+            )
+        )
+    return groups
+
+
+def _alpha(adapter: Adapter, update: UpdateSpec) -> float | None:
+    if not update.rank or update.fault:
+        return None
+    return update.scale * (math.sqrt(update.rank) if adapter.config.use_rslora else update.rank)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

@@ -1,0 +1,207 @@
+"""`inspect`: what is in a checkpoint, from headers alone; an adapter is for `inspect_adapter`.
+
+Names that differ only in numbers are one group, so that a model of 90,000 tensors reads like its config.
+Nothing here may import torch or numpy: the command answers before they would have loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...adapters.formats import holds_adapter, open_adapter, open_other
+from ...adapters.formats.other_methods import METHODS, OUTCOMES, Method, describe_bottlenecks, find_marks
+from ...architectures.numbered_names import split_numbers, with_ranges
+from ...architectures.roles import role
+from ...binding.tied_weights import head_is_missing
+from ...errors import UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.dtypes import TORCH_FLOATS, TensorSpec
+from ...files.weights_file import WeightsFile
+from ..denormals import keep_denormals
+
+if TYPE_CHECKING:
+    from .adapter import AdapterInspection
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one dtype and shape whose names differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    role: str
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """`tied`: the head that the file lacks because it is the embedding; `quantization`: the method's name.
+
+    parameters are weights, however they are stored: of a quantized one its codes stand for all that there are, scales
+    for none. uncounted: quantized weights of which headers do not tell how many numbers they are.
+    """
+
+    path: str
+    model_type: str | None
+    files: tuple[str, ...]
+    groups: tuple[Group, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    tied: bool
+    quantization: str | None
+    uncounted: int
+    metadata: Mapping[str, str]
+    kind: str = "checkpoint"
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """What another method than LoRA left: `method` is a key of METHODS (or what the config says), or BIASES.
+
+    outcome: a key of OUTCOMES; verdict: the same as a sentence with the reason, and how it is reached.
+    """
+
+    path: str
+    method: str
+    title: str
+    outcome: str
+    verdict: str
+    groups: tuple[Group, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    base_model: str | None
+    notes: tuple[str, ...]
+    kind: str = "method"
+
+
+@keep_denormals
+def inspect(
+    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
+) -> CheckpointReport | AdapterInspection | MethodReport:
+    """Describe a checkpoint, an adapter, or what another method left; which it is, its tensors' names tell.
+
+    base: the model whose names an adapter is held against. alpha: for an adapter file that does not say its own.
+    Raises InputError for what cannot be read, and UsageError for `base` and `alpha` with what is no LoRA.
+    """
+    if holds_adapter(path):
+        if other := open_other(path):
+            file, fields, key, method = other
+            file.close()
+            _refuse_options(path, f"holds {method.title}", base, alpha)
+            return _inspect_method(os.fspath(path), file, fields, key, method)
+        adapter = open_adapter(path, alpha, lenient=True)
+        try:
+            from .adapter import inspect_adapter
+
+            return inspect_adapter(adapter, base)
+        finally:
+            adapter.file.close()
+    checkpoint = open_checkpoint(path)
+    try:
+        _refuse_options(path, "is a checkpoint", base, None)
+        return _inspect_checkpoint(checkpoint, os.fspath(path))
+    finally:
+        checkpoint.close()
+
+
+def _refuse_options(path: str | os.PathLike[str], what: str, base: object, alpha: object) -> None:
+    for option, value in (("--base", base), ("--alpha", alpha)):
+        if value is not None:
+            raise UsageError(f"{what}; {option} is for adapters", culprit=os.fspath(path))
+
+
+def _inspect_method(path: str, file: WeightsFile, fields: Mapping[str, Any], key: str, method: Method) -> MethodReport:
+    base = fields.get("base_model_name_or_path") or fields.get("model_name")
+    places = {(file.begin[name], spec): name for name, spec in reversed(file.specs.items())}
+    specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.begin[n], spec] == n}
+    notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
+    if len(specs) < len(file.specs):  # a torch file's names can share their bytes
+        notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")
+    _, *more = [*find_marks(file.specs)] or [key]  # the first told the method
+    notes += [f"it holds tensors of {METHODS[kind].title} too" for kind in more]
+    verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
+    return MethodReport(
+        path,
+        key,
+        method.title,
+        method.outcome,
+        f"{verdict}; {method.remedy}" if method.remedy else verdict,
+        tuple(_groups(specs)),
+        len(specs),
+        sum(spec.size for spec in specs.values()),
+        sum(spec.nbytes for spec in specs.values()),
+        base if isinstance(base, str) and base else None,
+        tuple(note for note in notes if note),
+    )
+
+
+def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
+    sizes = {name: spec.size for name, spec in checkpoint.specs.items()}
+    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()}
+    for coded in checkpoint.coded.values():
+        sizes |= dict.fromkeys(coded.tensors, 0) | {coded.tensors[0]: coded.size or 0}
+    dtypes: Counter[str] = Counter()
+    for name, spec in checkpoint.specs.items():
+        dtypes[spec.dtype] += sizes[name]
+    return CheckpointReport(
+        path,
+        checkpoint.model_type,
+        tuple(shard.place for shard in checkpoint.shards),
+        tuple(_groups(checkpoint.specs, sizes, {name: codes.get(name, "") for name in checkpoint.formats})),
+        len(checkpoint.specs),
+        sum(sizes.values()),
+        sum(spec.nbytes for spec in checkpoint.specs.values()),
+        {dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
+        head_is_missing(checkpoint),
+        checkpoint.quantized,
+        sum(coded.size is None for coded in checkpoint.coded.values()),
+        {str(key): str(value) for key, value in checkpoint.metadata.items()},
+    )
+
+
+def _groups(
+    specs: Mapping[str, TensorSpec], sizes: Mapping[str, int] | None = None, weights: Mapping[str, str] | None = None
+) -> Iterable[Group]:
+    """Group tensors whose names differ only in numbers, in the order in which a group's first one comes.
+
+    sizes: how many weights each stands for, where that is not its own size. weights: of tensors that are parts of a
+    quantized weight, its name for the codes and nothing for what is beside them.
+    """
+    members: dict[tuple[tuple[str, ...], TensorSpec, int, str | None], list[tuple[int, ...]]] = {}
+    for name, spec in specs.items():
+        parts, numbers = split_numbers(name)
+        weight = weights.get(name) if weights else None
+        weight = weight and "0".join(split_numbers(weight)[0])
+        members.setdefault((parts, spec, sizes[name] if sizes else spec.size, weight), []).append(numbers)
+    for (parts, spec, size, weight), found in members.items():
+        count = len(found)
+        yield Group(
+            with_ranges(parts, found),
+            spec.dtype,
+            spec.shape,
+            count,
+            count * size,
+            count * spec.nbytes,
+            _target("0".join(parts), spec) if weight is None else _coded_target(weight, spec),
+        )
+
+
+def _target(name: str, spec: TensorSpec) -> str:
+    if not name.endswith(".weight") and ("expert" not in name or name.endswith("bias")):
+        return ""
+    return role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in TORCH_FLOATS)
+
+
+def _coded_target(weight: str, spec: TensorSpec) -> str:
+    """What the weight is for, whose codes may have dimensions of their own."""
+    return role(weight.removesuffix(".weight"), min(max(len(spec.shape), 2), 3), True) if weight else ""

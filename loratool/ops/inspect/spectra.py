@@ -1,0 +1,140 @@
+"""`inspect --spectra`: the singular values of a model's matrices, or of an adapter's changes.
+
+A change's come from its factors; a weight's from the eigenvalues of the smaller of W^T W and W W^T in float64, which
+tell them down to 1e-8 of the largest. One matrix at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...adapters.formats import holds_adapter, open_adapter
+from ...adapters.stacked import load_stacked
+from ...adapters.weight_kinds import KINDS
+from ...binding.candidates import find_candidates
+from ...binding.selection import Selection, parse_layers
+from ...errors import InputError
+from ...files.tensor_ref import read_float32
+from ...numerics.factored_svd import effective_rank, energy_rank, singular_values, stable_rank
+from ...numerics.svd import all_singular_values
+from ...streaming.workers import Progress, choose_device
+from ..denormals import keep_denormals
+from ..inputs import open_model
+
+TOP = 8
+
+
+TARGET = ("all-linear",)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of one matrix; of a stack of them the norm of all, and the root mean squares over the stack. top: the largest
+    singular values; full: how many there can be; rank_50, ...: how many hold that share of the energy.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    full: int
+    norm: float
+    top: tuple[float, ...]
+    effective_rank: float
+    stable_rank: float
+    rank_50: int
+    rank_90: int
+    rank_99: int
+
+
+@dataclass(frozen=True)
+class SpectraReport:
+    """what: `adapter` or `checkpoint`."""
+
+    path: str
+    what: str
+    modules: tuple[Spectrum, ...]
+    kind: str = "spectra"
+
+
+@keep_denormals
+def spectra(
+    path: str | os.PathLike[str],
+    *,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    alpha: float | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> SpectraReport:
+    """Of every selected module: of a model all linear layers where no target is named, of an adapter all changes.
+
+    alpha: for an adapter file that does not say its own. Raises InputError where nothing is selected, for quantized
+    models, and for nan and inf.
+    """
+    where, numbers = choose_device(device), parse_layers(layers)
+    with ExitStack() as opened:
+        if holds_adapter(path):
+            selection = Selection(tuple(target), tuple(exclude), numbers)
+            found = _of_adapter(path, selection, alpha, where, opened)
+        else:
+            selection = Selection(tuple(target) or TARGET, tuple(exclude), numbers)
+            found = _of_model(path, selection, where, opened)
+        modules = []
+        for row, done, total in found:
+            modules.append(row)
+            if progress:
+                progress(done, total)
+    if not modules:
+        raise InputError("has no module that is selected", culprit=os.fspath(path))
+    return SpectraReport(os.fspath(path), "adapter" if holds_adapter(path) else "checkpoint", tuple(modules))
+
+
+Rows = Iterator[tuple[Spectrum, int, int]]
+
+
+def _of_adapter(
+    path: str | os.PathLike[str], selection: Selection, alpha: float | None, device: torch.device, opened: ExitStack
+) -> Rows:
+    adapter = open_adapter(path, alpha)
+    opened.callback(adapter.file.close)
+    selection.require_used(adapter.updates, adapter.name)
+    found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
+    for done, (module, update) in enumerate(found, 1):
+        B, A = load_stacked(adapter, update)
+        S = singular_values(B.to(device), A.to(device))
+        yield _row(module, update.kind, update.shape, S, min(B.shape[1], A.shape[2])), done, len(found)
+
+
+def _of_model(path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack) -> Rows:
+    model = open_model(path, "the spectra of an adapter are its changes'", opened)
+    found = find_candidates(model, selection)
+    for done, each in enumerate(found, 1):
+        stack = KINDS[each.kind].stack(read_float32(each.source, device))
+        S = torch.stack([all_singular_values(W) for W in stack])
+        yield _row(each.name, each.kind, each.source.spec.shape, S, each.most), done, len(found)
+
+
+def _row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:
+    """S: (E, k), falling."""
+    norm = float(torch.linalg.vector_norm(S))
+    S = S.square().mean(0).sqrt().cpu()
+    return Spectrum(
+        name,
+        kind,
+        shape,
+        full,
+        norm,
+        tuple(S[:TOP].tolist()),
+        float(effective_rank(S)),
+        float(stable_rank(S)),
+        energy_rank(S, 0.5),
+        energy_rank(S, 0.9),
+        energy_rank(S, 0.99),
+    )

@@ -1,0 +1,179 @@
+"""What a merge says of itself: a row for each tensor that it changed, and what the user should know.
+
+Every number that rounding lost is here; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ...binding.merge_plan import MergePlan
+from ...files.output import Output
+from ...numerics.exact import Change
+from ..collector import uncollected
+
+KEPT_ENOUGH = 0.95  # below this share of the change that survives rounding, merge warns
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor; W is where its rows came from, D the change asked for, W' the result.
+
+    `update` is what changed it: kinds of `updates.UPDATES`, `untied` or `added`. `relative` is ||D|| / ||W||; `changed`
+    the share of weights that differ; `kept` is <W' - W, D> / <D, D>, what rounding left of the change (1 is all of it).
+    Each is None where its denominator is 0, and in a dry run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    update: str
+    rank: int
+    scales: tuple[float, ...]
+    relative: float | None = None
+    changed: float | None = None
+    kept: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """`components`: of an image model's, those with another weight than the adapter's."""
+
+    name: str
+    format: str
+    weight: float
+    modules: int
+    sha256: str
+    components: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of `merge`. `kept` is over all adapted tensors; `copied` counts the untouched ones.
+
+    changed: how many of `tensors` have another value than in the base, or are new; None in a dry run.
+    undo_bytes: of the undo file; in a dry run the most that it can have."""
+
+    base: str
+    out: str
+    dry_run: bool
+    nbytes: int
+    adapters: tuple[AdapterReport, ...]
+    tensors: tuple[TensorReport, ...]
+    changed: int | None
+    kept: float | None
+    copied: int
+    undo: str | None
+    undo_bytes: int | None
+    left_out: tuple[str, ...]
+    files: tuple[str, ...]
+    not_copied: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@uncollected
+def build_report(
+    plan: MergePlan,
+    output: Output,
+    base: str,
+    changes: Mapping[str, list[Change]],
+    undo_bytes: int | None,
+    dry_run: bool,
+) -> MergeReport:
+    """`changes`: what the steps returned for each tensor; empty in a dry run."""
+    names = [name for name in output.specs if name in plan.bound or name in plan.added or name in plan.untied]
+    rows = [_row(plan, output, name, changes.get(name, [])) for name in names]
+    kept = _sum(block.kept for blocks in changes.values() for block in blocks)
+    total = _ratio(kept, _sum(block.change_squared for blocks in changes.values() for block in blocks))
+    warnings = [*plan.warnings, *_warnings(plan, output, rows, total)]
+    for name, blocks in changes.items():
+        not_finite = sum(block.not_finite for block in blocks)
+        if not_finite:
+            warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
+    return MergeReport(
+        base,
+        str(output.path),
+        dry_run,
+        output.nbytes,
+        tuple(AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, a.components) for a, w in plan.adapters),
+        tuple(rows),
+        None if dry_run else sum(_is_changed(plan, row) for row in rows),
+        total,
+        len(output.specs) - len(rows),
+        str(output.undo) if output.undo else None,
+        undo_bytes,
+        plan.left_out,
+        tuple(file.name for file in output.files),
+        output.not_copied,
+        tuple(warnings),
+    )
+
+
+def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
+    """What the base lacks is new; where no numbers are counted the value was replaced."""
+    return 0 not in row.shape and (row.name not in plan.base.specs or row.changed != 0)
+
+
+def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -> TensorReport:
+    spec = output.specs[name]
+    updates = {id(p.update): (p.weight, p.update) for p in plan.bound.get(name, ())}.values()
+    kinds = (
+        [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
+    )
+    return TensorReport(
+        name,
+        spec.shape,
+        spec.dtype,
+        "+".join(dict.fromkeys(kinds)),
+        sum(update.rank for _, update in updates),
+        tuple(weight * update.scale for weight, update in updates),
+        *(_measured(spec.size, blocks) if blocks else ()),
+    )
+
+
+def _measured(size: int, blocks: Sequence[Change]) -> tuple[float | None, float, float | None]:
+    """`relative`, `changed` and `kept`."""
+    change = _sum(block.change_squared for block in blocks)
+    relative = _ratio(change, _sum(block.base_squared for block in blocks))
+    return (
+        None if relative is None else math.sqrt(relative),
+        sum(block.changed for block in blocks) / size,
+        _ratio(_sum(block.kept for block in blocks), change),
+    )
+
+
+def _sum(values: Iterable[float]) -> float:
+    """Exactly rounded, so that it does not depend on the order in which the blocks finished; inf where it overflows."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
+
+
+def _ratio(x: float, y: float) -> float | None:
+    """x / y where it says something: y is not 0, and neither sum left float64's range."""
+    return x / y if y and math.isfinite(x) and math.isfinite(y) else None
+
+
+def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kept: float | None) -> list[str]:
+    warnings = []
+    weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
+    if weak:
+        worst = min(weak, key=lambda row: row.kept or 0.0)
+        wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
+        warnings.append(
+            f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
+            f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
+            f"{wider.get(worst.dtype, '')}keep the adapter apart"
+        )
+    still = [row.name for row in rows if row.changed == 0]
+    if still:
+        warnings.append(
+            f"{len(still)} tensors stay as they are, since their change is zero or rounds away: {still[0]}, ..."
+        )
+    odd = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
+    if odd and output.specs != plan.base.specs:
+        warnings.append(f"{len(odd)} tensors of {output.specs[odd[0]].dtype} keep their type: {odd[0]}, ...")
+    return warnings

@@ -1,0 +1,174 @@
+"""How many singular values of each matrix are kept: RANK_RULES.
+
+A rule sees what was computed of a matrix's spectrum, and says how many to keep, or None where it must see more. The
+budget is the one rule that looks at all matrices at once: each next triplet of a matrix brings sigma^2 for m + n
+parameters, less and less, so taking the best offers first is the best choice (a knapsack whose items of one matrix
+fall in value).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of a matrix, or of a stack of them whose ranks are one: squares falls, sum over a stack; cost: parameters a rank.
+
+    total: ||D||^2; whole: whether nothing is left beyond `squares`.
+    """
+
+    squares: tuple[float, ...]
+    total: float
+    cost: int
+    whole: bool
+
+
+def fixed_rank(spectrum: Spectrum, value: float) -> int | None:
+    """The same for all, or the matrix's own rank where that is lower."""
+    found = len(spectrum.squares)
+    return min(int(value), found) if spectrum.whole or found >= value else None
+
+
+def energy_rank(spectrum: Spectrum, value: float) -> int | None:
+    """The least k whose squares sum to `value` of ||D||^2 (peft/tuners/lora/conversion.py: a float rank)."""
+    kept, wanted = 0.0, value * spectrum.total * (1 - 1e-12)
+    for k, square in enumerate(spectrum.squares, 1):
+        kept += square
+        if kept >= wanted:
+            return k
+    return len(spectrum.squares) if spectrum.whole else None
+
+
+def ratio_rank(spectrum: Spectrum, value: float) -> int | None:
+    """Those above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio; theirs are one more)."""
+    kept = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
+    return kept if spectrum.whole or kept < len(spectrum.squares) else None
+
+
+def cumulative_rank(spectrum: Spectrum, value: float) -> int | None:
+    """The least k whose sigmas sum to `value` of all of them (index_sv_cumulative; theirs was one more)."""
+    if not spectrum.whole:
+        return None
+    sigmas = [math.sqrt(square) for square in spectrum.squares]
+    kept, wanted = 0.0, value * math.fsum(sigmas) * (1 - 1e-12)
+    for k, sigma in enumerate(sigmas, 1):
+        kept += sigma
+        if kept >= wanted:
+            return k
+    return len(sigmas)
+
+
+def norm_rank(spectrum: Spectrum, value: float) -> int | None:
+    """The least k that keeps `value` of ||D||, not of its square (index_sv_fro; theirs was one more)."""
+    return energy_rank(spectrum, value * value)
+
+
+# name -> how many of one matrix
+RANK_RULES: dict[str, Callable[[Spectrum, float], int | None]] = {
+    "rank": fixed_rank,
+    "energy": energy_rank,
+    "sv_ratio": ratio_rank,
+    "sv_cumulative": cumulative_rank,
+    "sv_fro": norm_rank,
+}
+
+
+SHARES = ("energy", "sv_cumulative", "sv_fro")  # rules whose value is a share of something
+
+
+MOST = 1 << 62  # beyond every disk
+
+
+MOST_RANK = 1 << 16  # beyond every matrix
+
+
+BUDGETS = ("params", "size")  # for all matrices together
+
+
+def read_rule(
+    given: Mapping[str, float | None], rank_rule: tuple[str, float] | None = None, most: int | None = None
+) -> tuple[str, float] | None:
+    """The one rule that was asked for, and its value. most: the rank of --max-rank.
+
+    Raises UsageError for two, and for a value out of range.
+    """
+    if most is not None and most < 1:
+        raise UsageError(f"max_rank {most} is out of range")
+    chosen = [(name, float(min(value, MOST))) for name, value in given.items() if value is not None]
+    chosen += [rank_rule] if rank_rule else []
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
+    for name, value in chosen:
+        if name not in (*RANK_RULES, *BUDGETS):
+            raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
+        if name == "rank" and not (value <= MOST_RANK and value.is_integer()):
+            raise UsageError(f"rank {value:g} is no whole number up to {MOST_RANK}")
+        if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
+            raise UsageError(f"{name} {value:g} is out of range")
+    return chosen[0] if chosen else None
+
+
+def choose_ranks(rule: str, value: float, spectra: Mapping[str, Spectrum], most: int | None = None) -> dict[str, int]:
+    """Of each matrix, 1 at least: a module without factors would be no target any more.
+
+    value: of one of BUDGETS the parameters that all factors may have. most: of any matrix. Raises UsageError for a
+    budget that rank 1 exceeds.
+    """
+    if rule == "rank":
+        found = dict.fromkeys(spectra, int(value))
+    elif rule in RANK_RULES:
+        found = {name: RANK_RULES[rule](spectrum, value) or 1 for name, spectrum in spectra.items()}
+    else:
+        budget, least = int(value), sum(spectrum.cost for spectrum in spectra.values())
+        if budget < least:
+            raise UsageError(
+                f"--{rule} is too little: rank 1 everywhere takes {least} parameters, and {max(0, budget)} fit in"
+            )
+        rest = {name: replace(spectrum, squares=spectrum.squares[1:most]) for name, spectrum in spectra.items()}
+        found = {name: 1 + more for name, more in budget_ranks(rest, budget - least).items()}
+    return {name: min(max(1, rank), most or rank) for name, rank in found.items()}
+
+
+def budget_ranks(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
+    """The ranks that keep the most energy for `budget` parameters in all; a matrix may get 0."""
+    ranks = dict.fromkeys(spectra, 0)
+    left = budget
+    offers = [(-s.squares[0] / s.cost, name) for name, s in spectra.items() if s.squares and s.cost]
+    heapq.heapify(offers)
+    while offers:
+        _, name = heapq.heappop(offers)
+        spectrum = spectra[name]
+        if spectrum.cost > left:
+            continue
+        left -= spectrum.cost
+        ranks[name] += 1
+        if ranks[name] < len(spectrum.squares):
+            heapq.heappush(offers, (-spectrum.squares[ranks[name]] / spectrum.cost, name))
+    return ranks
+
+
+def rank_for(spectrum: Spectrum, share: float, full: int) -> int:
+    """About how many would keep `share` of ||D||^2: read off what was computed, beyond it from a power law.
+
+    The law k^-p starts at the last square known and holds as much as is missing, spread to the rank `full`.
+    """
+    k = energy_rank(spectrum, share)
+    if k is not None:
+        return k
+    known, last = len(spectrum.squares), spectrum.squares[-1]
+    missing = spectrum.total - math.fsum(spectrum.squares)
+    import numpy as np
+
+    beyond = np.arange(known + 1, full + 1) / known
+    low, high = 0.0, 8.0
+    for _ in range(40):
+        p = (low + high) / 2
+        low, high = (p, high) if last * float((beyond**-p).sum()) > missing else (low, p)
+    wanted = share * spectrum.total - math.fsum(spectrum.squares)
+    return min(full, known + 1 + int(np.searchsorted(last * (beyond**-low).cumsum(), wanted)))

@@ -1,0 +1,369 @@
+"""`verify`: whether a model is this base merged with these adapters, tensor by tensor, and if not, what is wrong.
+
+All three are streamed. A tensor is exact if it has the bits of our own replay; it is right with another rounding if
+one way of `hypotheses.ROUNDINGS` explains all of its weights; else it is wrong, and `FAULTS` say how.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from ...architectures.config_tensors import declared_class
+from ...architectures.optional_tensors import is_optional
+from ...architectures.ties import COPIES
+from ...binding.merge_plan import MergePlan, plan_merge
+from ...binding.placement import Placement
+from ...binding.selection import Selection, parse_layers
+from ...binding.tied_weights import TIED, find_tie, stored_copies
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
+from ...files.tensor_compare import equal_rows
+from ...files.tensor_ref import Source
+from ...files.weights_file import require_unchanged
+from ...numerics.exact import Workspace, apply_rounded, cast_rounded, round_once
+from ...streaming.apply import Loader
+from ...streaming.workers import Progress, worker_count
+from ..denormals import keep_denormals
+from ..inputs import Adapters, open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
+from .explanations import FAULTS, OTHERS, Evidence, diagnose, how_far
+from .replay import Block, Replay
+from .rounding_bounds import Outcome, Trial, beyond, same_codes
+
+ALLOWED = ("inconclusive",)
+
+
+NOTHING_ASKED = "the change is zero everywhere: the base itself is the base with these adapters"
+
+
+@dataclass(frozen=True)
+class TensorVerdict:
+    """`verdict`: exact, rounding or wrong; `detail`: which rounding, or what is wrong."""
+
+    name: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`status`: proven, wrong or inconclusive. `tensors` are those that the adapters change, and all that are wrong.
+
+    untouched counts the tensors that are the base's and shall be. rounding: the ways that were found.
+    not_compared: buffers and heads of the pretraining that one of the two models lacks, and may lack.
+    """
+
+    base: str
+    merged: str
+    status: str
+    tensors: tuple[TensorVerdict, ...]
+    exact: int
+    rounded: int
+    wrong: int
+    untouched: int
+    rounding: tuple[str, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    not_compared: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@keep_denormals
+def verify(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    merged: str | os.PathLike[str],
+    *,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+    alpha: float | None = None,
+    tied: str = "untie",
+    initial: str | os.PathLike[str] | None = None,
+    residual_base: bool = False,
+    allow: Sequence[str] = (),
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> VerifyReport:
+    """Prove that `merged` is `base` with `adapters` added; the arguments are those of `merge`.
+
+    target, exclude, layers: as the merge was told; what they leave out must be the base's. allow: "inconclusive" counts
+    a change that is below half a step everywhere as proven. Raises InputError for what does not belong together at all.
+    """
+    for each in allow:
+        if each not in ALLOWED:
+            raise UsageError(f"allow {each!r} is none of {', '.join(ALLOWED)}")
+    if tied not in TIED:
+        raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
+    with ExitStack() as opened:
+        checkpoint, loaded = open_inputs(base, read_given(adapters), alpha, opened)
+        if initial is None:
+            require_residual(checkpoint, loaded)
+        loaded = subtract_initial(loaded, initial, residual_base, opened)
+        found = open_checkpoint(merged)
+        opened.callback(found.close)
+        refuse_adapter(found, merged, "the last argument is the merged model")
+        _refuse_quantized(checkpoint, found)
+        plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
+        judge = _Judge(plan, found)
+        names = [name for name in plan.sources if name in found.specs]
+        verdicts = dict(zip(names, _each(judge, names, workers or worker_count(), progress), strict=True))
+        require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in loaded), *found.shards])
+        return _report(plan, found, verdicts, judge, os.fspath(base), os.fspath(merged), tuple(allow))
+
+
+def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
+    """Raise InputError for a merged model that was quantized since: its codes are no weights to compare."""
+    for name in sorted(merged.formats.keys() - base.formats.keys()):
+        raise InputError(
+            f"is quantized ({merged.formats[name]}) and was not in {base.path}",
+            culprit=name,
+            remedy="verify the merged model as it was before it was quantized",
+        )
+
+
+def _each(
+    judge: Callable[[str], TensorVerdict | None], names: Sequence[str], workers: int, progress: Progress | None
+) -> Iterator[TensorVerdict | None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers are the parallelism
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for done, verdict in enumerate(pool.map(judge, names), 1):
+                if progress:
+                    progress(done, len(names))
+                yield verdict
+    finally:
+        torch.set_num_threads(before)
+
+
+def _report(
+    plan: MergePlan,
+    found: Checkpoint,
+    verdicts: dict[str, TensorVerdict | None],
+    judge: _Judge,
+    base: str,
+    merged: str,
+    allow: tuple[str, ...],
+) -> VerifyReport:
+    missing = tuple(n for n in plan.sources if n not in found.specs and not _is_left_to_tie(plan, found, n))
+    extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
+    idle = {n for n in missing if n not in plan.changed and _may_lack(found, n, plan.sources[n].spec)}
+    idle |= {n for n in extra if _may_lack(plan.base, n, found.specs[n])}
+    not_compared = tuple(name for name in (*missing, *extra) if name in idle)
+    missing, extra = (tuple(name for name in names if name not in idle) for names in (missing, extra))
+    tensors = tuple(verdict for verdict in verdicts.values() if verdict)
+    count = {kind: sum(t.verdict == kind for t in tensors) for kind in ("exact", "rounding", "wrong")}
+    status = "proven"
+    if count["wrong"] or missing or extra:
+        status = "wrong"
+    elif judge.asked and not judge.moved and "inconclusive" not in allow:
+        status = "inconclusive"
+    return VerifyReport(
+        base,
+        merged,
+        status,
+        tensors,
+        count["exact"],
+        count["rounding"],
+        count["wrong"],
+        len(verdicts) - len(tensors),
+        tuple(dict.fromkeys(t.detail for t in tensors if t.verdict == "rounding")),
+        missing,
+        extra,
+        not_compared,
+        plan.warnings if judge.asked else (*plan.warnings, NOTHING_ASKED),
+    )
+
+
+def _may_lack(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
+    return is_optional(name, spec.shape, declared_class(model.config))
+
+
+def _is_left_to_tie(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+    """What stays equal to the embedding need not be stored again in a model whose config goes on to tie the two."""
+    tie = find_tie(plan.base)
+    if tie is None or find_tie(found) is None:
+        return False
+    first = tie.stored_as(name)
+    if first not in found.specs or plan.placements.get(name) != plan.placements.get(first):
+        return False
+    one, two = plan.sources[first], plan.sources[name]
+    return one == two or (name in stored_copies(plan.base, tie) and equal_rows(one, two))
+
+
+def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+    """A tied matrix, or its bias, that a saver wrote out again under another of its names is no other tensor."""
+    tie = find_tie(plan.base)
+    module, _, role = name.rpartition(".")
+    if tie is None or module.split(".")[-1] not in COPIES:
+        return False
+    first = tie.embedding if role == "weight" else f"{module.rpartition('.')[0]}.{role}"
+    if first not in plan.sources or first not in found.specs or found.specs[first] != found.specs[name]:
+        return False
+    return equal_rows(Source(found.shard_of[name], name), Source(found.shard_of[first], first))
+
+
+class _Judge:
+    """One tensor after the other; None for one that the adapters leave alone and that is the base's."""
+
+    def __init__(self, plan: MergePlan, found: Checkpoint) -> None:
+        self._plan, self._found = plan, found
+        self._load = Loader(torch.device("cpu"))
+        self._kinds = _stored_types(plan, found)
+        # Whether a change is asked for that is not zero, and whether some replayed weight is not the base's then
+        self.asked = self.moved = False
+
+    def __call__(self, name: str) -> TensorVerdict | None:
+        source, found = self._plan.sources[name], Source(self._found.shard_of[name], name)
+        changed = name in self._plan.changed
+        if changed and name not in self._plan.placements:
+            self.asked = self.moved = True  # a value of the adapter's is there or is not
+        if source.spec.shape != found.spec.shape:
+            return TensorVerdict(name, "wrong", f"its shape is {found.spec.shape} and should be {source.spec.shape}")
+        floats = source.spec.dtype in FLOATS and found.spec.dtype in FLOATS
+        if not floats or not source.spec.shape or not source.spec.size:
+            same = source.spec == found.spec and source.file.read(source.name) == found.file.read(name)
+            if same:
+                return TensorVerdict(name, "exact", "") if changed else None
+            return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
+        wrong, apart, lost = self._compare(name, found)
+        if not wrong:
+            return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
+        if name not in self._plan.placements:
+            what = "the adapter's value" if changed else "an untouched tensor"
+            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {how_far(apart)}")
+        outcome = Trial(self._replay(name), found, self._load, self._stored(name, source)).run()
+        if outcome.title is not None:
+            return TensorVerdict(name, "rounding", outcome.title)
+        if outcome.outside == wrong:
+            outcome = Outcome(None, wrong, apart)
+        return TensorVerdict(name, "wrong", diagnose(self._evidence(name, source, found, outcome)))
+
+    def _stored(self, name: str, source: Source) -> list[torch.dtype]:
+        """The other types that the weights under the change have: in the base, and in adapters that brought them."""
+        base = self._plan.base.specs.get(name)
+        kinds = [base.dtype] if base else []
+        for placement in self._plan.bound.get(name, ()):
+            if placement.update.base:
+                kinds.append(placement.adapter.file.specs[placement.update.base].dtype)
+        others = dict.fromkeys(kind for kind in kinds if kind != source.spec.dtype and kind in TORCH_FLOATS)
+        return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
+
+    def _as_stored(self, name: str, source: Source, found: Source, lost: int) -> TensorVerdict | None:
+        """An untouched tensor has the base's values; whether it has its type too."""
+        one, two = source.spec.dtype, found.spec.dtype
+        if one == two:
+            return None
+        if self._kinds[one] == {two}:
+            return TensorVerdict(name, "rounding", f"stored as {two} where the base has {one}")
+        if lost:
+            return TensorVerdict(name, "wrong", f"an untouched tensor was rounded to {two} and should be {one}")
+        return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
+
+    def _replay(self, name: str, placements: Sequence[Placement] | None = None, source: str = "") -> Replay:
+        """placements: others than its own; source: another tensor's name."""
+        asked = self._plan.placements.get(name, ())
+        rows = asked[0].rows if asked else self._plan.sources[name].spec.shape[0]
+        load = self._load if placements is None else Loader(torch.device("cpu"))
+        return Replay(self._plan.sources[source or name], asked if placements is None else placements, rows, load)
+
+    def _compare(self, name: str, found: Source) -> tuple[int, float, int]:
+        """How many weights are not those of the replay, by how many steps the farthest is off, and how many weights
+        of the base the type of the merged tensor does not hold.
+        """
+        work = Workspace(torch.device("cpu"))
+        wrong, apart, lost = 0, 0.0, 0
+        for block in self._replay(name).blocks(found):
+            out = torch.empty_like(block.merged)
+            asked, moved = _apply(block, out, work)
+            self.asked |= asked
+            self.moved |= moved
+            if block.piece is None and out.dtype != block.base.dtype:
+                lost += int((out.double() != block.base.double()).sum())
+            same = same_codes(out, block.merged)
+            if not bool(same.all()):
+                wrong += int((~same).sum())
+                apart = max(apart, beyond(out.double(), block.merged, ~same))
+        return wrong, apart, lost
+
+    def _evidence(self, name: str, source: Source, found: Source, outcome: Outcome) -> Evidence:
+        placements = self._plan.placements[name]
+        E2 = D2 = ED = 0.0
+        for block in self._replay(name).blocks(found):
+            wide = block.base.double()
+            E, D = (block.merged.double() - wide).nan_to_num(0, 0, 0), (block.replay[0] - wide).nan_to_num(0, 0, 0)
+            E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
+        misses = self._misses(self._replay(name), found)
+        faults: dict[str, float] = {}
+        square = len(source.spec.shape) == 2 and source.spec.shape[0] == source.spec.shape[1]
+        for title, fault in FAULTS.items():
+            merged = tuple(instead for instead in map(fault, placements) if instead is not None)
+            turned = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
+            if merged != placements and (square or not turned):
+                faults[title] = self._misses(self._replay(name, merged), found)
+        best = min(faults, key=lambda title: faults[title], default="")
+        if misses and (not best or faults[best] > 0.01 * misses):
+            other, of = self._other(name, source, found)
+            if other and (not best or of < faults[best]):
+                faults[other], best = of, other
+        return Evidence(
+            E2, D2, ED, found.spec.size, outcome.outside, outcome.beyond, misses, best, faults.get(best, float("inf"))
+        )
+
+    def _other(self, name: str, source: Source, found: Source) -> tuple[str, float]:
+        """Which tensor of the same shape it was taken for: the likeliest by a few rows, then by all."""
+        tried: dict[tuple[str, str], float] = {}
+        for other, spec in ((n, s.spec) for n, s in self._plan.sources.items() if n != name):
+            theirs = self._plan.placements.get(other, ())
+            if spec != source.spec or (theirs and theirs[0].rows != self._plan.placements[name][0].rows):
+                continue
+            for title, whole in OTHERS.items():
+                if theirs or whole:
+                    replay = self._replay(name, theirs, other if whole else "")
+                    tried[title, other] = self._misses(replay, found, sample=True)
+        if not tried:
+            return "", float("inf")
+        title, other = min(tried, key=lambda key: tried[key])
+        replay = self._replay(name, self._plan.placements.get(other, ()), other if OTHERS[title] else "")
+        return title.format(other=other), self._misses(replay, found)
+
+    @staticmethod
+    def _misses(replay: Replay, found: Source, sample: bool = False) -> float:
+        """The sum of the squares of what is between a tensor and a replay, rounded."""
+        work, total = Workspace(torch.device("cpu")), 0.0
+        for block in replay.blocks(found, sample):
+            out = torch.empty_like(block.merged)
+            _apply(block, out, work)
+            total += float((out.double() - block.merged.double()).nan_to_num(0, 0, 0).square().sum())
+        return total
+
+
+def _apply(block: Block, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
+    """Write what merge does into `out`; whether a change is asked for, and whether it moves a weight."""
+    wide = torch.empty_like(out, dtype=torch.float64) if out.itemsize == 1 else out  # merge writes no 8 bits
+    if block.piece is None:
+        change = cast_rounded(block.base, wide, work)
+    else:
+        change = apply_rounded(block.base, block.piece.seen(block.base, block.first, work), wide, work)
+    moved = change.changed > 0
+    if wide is not out:
+        round_once(wide, out, work)
+        moved = moved and bool((out.double() != block.base.double()).any())
+    return change.change_squared > 0, moved
+
+
+def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:
+    """Type in the base -> the types that such tensors have in the merged model."""
+    kinds: dict[str, set[str]] = {}
+    for name in plan.sources:
+        if name in found.specs:
+            like = plan.base.specs.get(name) or plan.sources[name].spec
+            kinds.setdefault(like.dtype, set()).add(found.specs[name].dtype)
+    return kinds

@@ -1,0 +1,377 @@
+"""Whether one way of rounding explains every weight of a merged tensor: an interval for each, and how many may differ.
+
+The intervals are worst cases, so wide in float32 that an altered weight can hide in one. So what differs from our
+replay must also be as much as float32 arithmetic makes of it: `Errors` does some and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from ...adapters.updates import ADDITIVE
+from ...binding.placement import Placement
+from ...files.tensor_ref import Source
+from ...numerics.exact import Workspace, round_once
+from ...streaming.apply import Loader
+from .explanations import DORA_ROUNDINGS, ROUNDINGS, Rounding
+from .replay import F32, Block, Changes, Part, Replay, has_norm
+
+KINDS = 3  # of float32 arithmetic in Part.errors
+
+
+_CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+TIE = 1e-6  # of float32's errors: what float64 leaves, so that weights this near to a tie can go either way
+
+
+def same_codes(one: Tensor, two: Tensor) -> Tensor:
+    """Bit for bit, (rows, n)."""
+    kind = _CODES[one.element_size()]
+    return one.view(kind) == two.view(kind)
+
+
+def next_toward(x: Tensor, goal: Tensor) -> Tensor:
+    """The next number of its type on the way to the goal (float64), in float64; torch has that not for 8 bits."""
+    if x.element_size() > 1:
+        return torch.nextafter(x, goal.to(x.dtype)).double()
+    sizes = torch.arange(128, dtype=torch.uint8).view(x.dtype).double()
+    sizes = sizes[sizes.isfinite()]
+    numbers = torch.cat([-sizes[1:].flip(0), sizes])
+    at = torch.searchsorted(numbers, x.double()) + (goal - x.double()).nan_to_num(0.0).sign().long()
+    return numbers[at.clamp(0, len(numbers) - 1)]
+
+
+def step_of(x: Tensor) -> Tensor:
+    """From each number to the next larger in absolute value, in float64."""
+    size = x.abs()
+    return next_toward(size, torch.full_like(size, torch.inf, dtype=torch.float64)) - size.double()
+
+
+def beyond(expected: Tensor, actual: Tensor, where: Tensor) -> float:
+    """By how many steps of its type the farthest of some weights is off; inf for inf and nan. expected: float64."""
+    wanted, found = expected[where], actual[where]
+    steps = ((found.double() - wanted).abs() / step_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(steps.max()) if steps.numel() else 0.0
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).double()
+
+
+def base_of(block: Block, way: Rounding) -> Tensor:
+    return block.base.double() if way.base is None else cast(block.base, way.base)
+
+
+def wide_type(block: Block, way: Rounding) -> torch.dtype:
+    return way.total or (torch.float64 if block.base.dtype == torch.float64 else torch.float32)
+
+
+def rounded_change(part: Part, way: Rounding, block: Block, slack: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The least and the largest change."""
+    low, high = part.change - part.slack * slack, part.change + part.slack * slack
+    if way.product and way.change is not None and part.scale:
+        low, high = low / part.scale, high / part.scale
+        low, high = torch.minimum(low, high), torch.maximum(low, high)
+        low, high = cast(low, way.change) * part.scale, cast(high, way.change) * part.scale
+        low, high = torch.minimum(low, high), torch.maximum(low, high)
+    for kind in (way.change, block.base.dtype if way.cast else None):
+        if kind is not None:
+            low, high = cast(low, kind), cast(high, kind)
+    return low, high
+
+
+def added(
+    block: Block, start: tuple[Tensor, Tensor], groups: Sequence[Sequence[Part]], way: Rounding, slack: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The interval of each weight, (rows, n) in float64, where the parts of a group are added before one rounding."""
+    dtype, wide = block.merged.dtype, wide_type(block, way)
+    low, high = start if wide == torch.float64 else (cast(start[0], wide), cast(start[1], wide))
+    zero = torch.zeros_like(low)
+    for group in groups:
+        changes = [rounded_change(part, way, block, slack) for part in group]
+        least, most = sum((c[0] for c in changes), zero), sum((c[1] for c in changes), zero)
+        loose = torch.maximum(low.abs() + least.abs(), high.abs() + most.abs()) * slack
+        if wide == torch.float64:
+            loose = loose * 2.0**-51
+        elif len(group) == 1 and (way.change or way.cast or dtype.itemsize > 2):
+            loose = torch.zeros_like(loose)  # the sum of two float32 numbers is rounded right by everyone
+        else:
+            loose = loose * (F32 * 2)
+        low, high = cast(cast(low + least - loose, wide), dtype), cast(cast(high + most + loose, wide), dtype)
+    return cast(low, dtype), cast(high, dtype)
+
+
+def renormed(
+    sums: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], magnitude: Tensor, way: Rounding, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The interval of m / n * V, from those of V (rows, n) and of its norms (rows, 1) or (1, n)."""
+    m = magnitude if way.magnitude is None else cast(magnitude, way.magnitude)
+    kind = way.ratio or (torch.float32 if wide != torch.float64 else wide)
+    ends = [cast((m / n).nan_to_num(nan=0.0, posinf=1e300, neginf=-1e300), kind) for n in norms]
+    corners = [factor * v for factor in ends for v in sums]
+    low, high = torch.stack(corners).amin(0), torch.stack(corners).amax(0)
+    return cast(low, kind), cast(high, kind)
+
+
+def squares(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    least = torch.where(low * high <= 0, 0.0, torch.minimum(low.abs(), high.abs()))
+    return least.square(), torch.maximum(low.abs(), high.abs()).square()
+
+
+def norm_bounds(least: Tensor, most: Tensor, count: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """From sums of squares of `count` numbers; random errors of a float32 sum grow with the root of it."""
+    unit = 2.0**-50 if wide == torch.float64 else F32
+    loose = unit * (count**0.5 + 8)
+    return cast(least.sqrt() * (1 - loose), wide), cast(most.sqrt() * (1 + loose), wide)
+
+
+class Errors:
+    """Whether the weights that differ from our replay are so many, and so near to a tie, as float32 leaves them.
+
+    differ: how many do, ties apart. need: by how much the arithmetic was off at least, in units of F32 times the sizes
+    that were summed, at the worst of them. expected, largest: of each float32 arithmetic how many weights it changes,
+    and its largest error in that unit.
+    """
+
+    def __init__(self) -> None:
+        self.differ, self.need = 0, 0.0
+        self.expected, self.largest = [0.0] * KINDS, [0.0] * KINDS
+
+    def add(self, block: Block, parts: Sequence[Part], own: Sequence[Part], same: Tensor) -> None:
+        exact, a = block.replay
+        actual = block.merged
+        known = exact.isfinite() & actual.double().isfinite()
+        zero = torch.zeros_like(exact)
+        factor = block.most
+        sizes = sum((p.sizes for p in parts), zero) + sum((p.sizes for p in own), zero) * factor
+        extra = least = zero
+        if a is not None or len(parts) > 1:
+            grown = 1 + (max(exact.shape) ** 0.5 / 8 if a is not None else 0.0)
+            whole = exact.abs() + block.base.double().abs()
+            extra, least, sizes = whole * (F32 * 0.25 * grown), whole * (F32 * 0.05), sizes + whole
+        unit, step = (sizes * F32).clamp_min(1e-300), step_of(actual)
+        for kind in range(KINDS):
+            error = sum((p.errors[kind] for p in parts), zero) + sum((p.errors[kind] for p in own), zero) * factor
+            if actual.element_size() > 2:  # in 16 bits the few that differ lie at ties, and `need` tells
+                self.expected[kind] += float(((error + least) / step).clamp(max=1.0)[known].sum())
+            error = (error + extra) / unit
+            self.largest[kind] = max(self.largest[kind], float(error[known].max()) if known.any() else 0.0)
+        off = ~same & known
+        if bool(off.any()):
+            toward = next_toward(actual, exact)
+            rounded = cast(exact, actual.dtype)
+            limit = torch.where(rounded == actual.double(), exact, (actual.double() + toward) / 2)
+            need = (exact - limit).abs()
+            if actual.element_size() <= 2:
+                need = (need - exact.abs() * (F32 * 1.5)).clamp_min(0.0)
+            needed = (need / unit)[off]
+            self.differ += int((needed > TIE).sum())
+            self.need = max(self.need, float(needed.max()))
+
+    @property
+    def plausible(self) -> bool:
+        return self.differ == 0 or any(
+            self.differ * 8 + 8 >= expected and self.need <= 8 * largest + TIE
+            for expected, largest in zip(self.expected, self.largest, strict=True)
+        )
+
+
+@dataclass
+class Candidate:
+    """A way of rounding, with the order in which adapters are added; what it leaves unexplained."""
+
+    title: str
+    way: Rounding
+    order: tuple[int, ...]
+    outside: int = 0
+    beyond: float = 0.0
+    moved: int = 0  # weights that it moves from our replay, its float32 errors apart
+    distinct: bool = False  # whether it predicts something else than the first way does
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """title: the way that explains every weight, None for none. outside: weights that the first way does not explain,
+    or that were altered in an otherwise exact tensor.
+    """
+
+    title: str | None
+    outside: int
+    beyond: float
+
+
+class Trial:
+    """All ways of rounding against one tensor."""
+
+    def __init__(self, replay: Replay, found: Source, load: Loader, stored: Sequence[torch.dtype] = ()) -> None:
+        """stored: types that others may have rounded the base to first: where it and an adapter that brought its own
+        weights have two, loaders give the one the other's.
+        """
+        self._replay, self._found, self._load, self._stored = replay, found, load, stored
+        self._work = Workspace(torch.device("cpu"))
+        self._changes: dict[torch.dtype | None, Changes] = {}
+        self._columns: dict[tuple[int, Rounding], tuple[Tensor, Tensor]] = {}
+        self._errors = Errors()
+        self._stray = 0  # untouched rows that differ, and inf and nan that come or go
+        self._farthest = 0.0
+
+    def run(self) -> Outcome:
+        candidates = list(self._candidates())
+        for block in self._replay.blocks(self._found):
+            known = self._stray_of(block)
+            if block.piece is not None:
+                self._test(block, candidates, known)
+        first = candidates[0]
+        if not self._stray:
+            for each in candidates:
+                if each.outside == 0 and self._likely(each):
+                    return Outcome(each.title, 0, 0.0)
+        outside = first.outside + self._stray
+        return Outcome(None, outside or self._errors.differ, max(first.beyond, self._farthest))
+
+    def _candidates(self) -> list[Candidate]:
+        placements = self._replay.placements
+        adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.kind in ADDITIVE))
+        steps = len(adapters) + any(p.update.kind not in ADDITIVE for p in placements)
+        orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
+        table = DORA_ROUNDINGS if any(has_norm(p) for p in placements) else ROUNDINGS
+        kind = self._replay.source.spec.dtype
+        ways = {title: way for title, way in table.items() if steps > 1 or not way.apart}
+        if kind in ("F32", "F64"):  # float32 changes are of that type already
+            ways = {title: way for title, way in ways.items() if way.change or not way.cast}
+        if kind == "F64":
+            narrow = {t: replace(w, total=torch.float32) for t, w in ways.items() if w.total is None}
+            ways |= {f"{title}, all in float32": way for title, way in narrow.items()}
+        for each in self._stored:
+            first = {f"{title}, from weights in {each}": replace(way, base=each) for title, way in ways.items()}
+            ways = {**ways, **first}
+        return [
+            Candidate(title, way, order)
+            for title, way in ways.items()
+            for order in (orders if way.apart else [adapters])
+        ]
+
+    def _stray_of(self, block: Block) -> Tensor:
+        """Counts what no rounding explains; returns the weights that one may."""
+        exact, _ = block.replay
+        base, actual = block.base.double(), block.merged.double()
+        if block.piece is None:
+            out = torch.empty_like(block.merged)
+            round_once(base, out, self._work)
+            bad = ~(same_codes(out, block.merged) | (out.isnan() & actual.isnan()))
+        else:
+            kept = (base.isnan() & actual.isnan()) | (actual == base) | (actual == exact)
+            bad = ~exact.isfinite() & ~kept
+        if bool(bad.any()):
+            self._stray += int(bad.sum())
+            self._farthest = max(self._farthest, beyond(exact, block.merged, bad))
+        return exact.isfinite()
+
+    def _test(self, block: Block, candidates: Sequence[Candidate], known: Tensor) -> None:
+        out = torch.empty_like(block.merged)
+        round_once(block.replay[0], out, self._work)
+        same = same_codes(out, block.merged) | (out == block.merged) | ~known
+        actual = block.merged.double()
+        self._parts: dict[torch.dtype | None, tuple[list[Part], list[Part]]] = {}
+        self._errors.add(block, *self._parts_of(block, None), same)
+        for each in candidates:
+            if each.outside and each is not candidates[0]:
+                continue
+            low, high = self._interval(block, each)
+            if each is candidates[0]:
+                plain = low, high
+            each.distinct |= not (torch.equal(low, plain[0]) and torch.equal(high, plain[1]))
+            off = ~((actual >= low) & (actual <= high)) & known
+            if bool(off.any()):
+                each.outside += int(off.sum())
+                near = torch.minimum(high, torch.maximum(low, actual.nan_to_num()))
+                each.beyond = max(each.beyond, beyond(near, block.merged, off))
+            elif each.way.apart and each.way.change is None and not any(map(has_norm, block.inside)):
+                middle, _ = self._interval(block, each, 0.0)
+                each.moved += int(((middle != out.double()) & known).sum())
+
+    def _likely(self, candidate: Candidate) -> bool:
+        if not candidate.distinct:
+            return self._errors.plausible
+        return self._errors.differ * 4 + 16 >= candidate.moved
+
+    def _parts_of(self, block: Block, factors: torch.dtype | None) -> tuple[list[Part], list[Part]]:
+        """The additive parts, and the product of a DoRA."""
+        if factors not in self._changes:
+            self._changes[factors] = Changes(self._load, factors)
+        if factors not in self._parts:
+            changes = self._changes[factors]
+            self._parts[factors] = changes.of(block), changes.of(block, additive=False)
+        return self._parts[factors]
+
+    def _interval(self, block: Block, candidate: Candidate, slack: float = 1.0) -> tuple[Tensor, Tensor]:
+        way = candidate.way
+        parts, own = self._parts_of(block, way.factors)
+        start, more = self._start(block, way, parts, own)
+        if way.apart:
+            dtype = block.merged.dtype
+            start = cast(start[0], dtype), cast(start[1], dtype)
+            named = [[part for part in parts if part.adapter == adapter] for adapter in candidate.order]
+            groups = [more, *named]
+        else:
+            groups = [more + parts]
+        return added(block, start, [group for group in groups if group], way, slack)
+
+    def _start(
+        self, block: Block, way: Rounding, parts: list[Part], own: list[Part]
+    ) -> tuple[tuple[Tensor, Tensor], list[Part]]:
+        """What the parts are added to, and the part of an update that goes only some of the way to its value."""
+        wide = base_of(block, way)
+        exact, a = block.replay
+        if any(map(has_norm, block.inside)):
+            placement = next(p for p in block.inside if has_norm(p))
+            sums = self._sums(block, way, own[0])
+            kind = wide_type(block, way)
+            norms = self._norms(block, placement, way, sums)
+            magnitude = self._changes[way.factors].magnitude(placement, block)
+            return renormed(sums, norms, magnitude, way, kind), []
+        if a is None:
+            return (wide, wide), []
+        value = exact - sum((part.change for part in parts), torch.zeros_like(exact))
+        start = torch.where(a == 0, value if way.factors is None else cast(value, way.factors), wide)
+        if bool(((a == 0) | (a == 1)).all()):
+            return (start, start), []
+        weight = next(p.weight for p in block.inside if p.update.kind not in ADDITIVE)
+        moving = (a != 0) & (a != 1)
+        change = torch.where(moving, value - wide, 0.0)
+        sizes = torch.where(moving, value.abs() + (2 + abs(weight)) * wide.abs(), 0.0)
+        slack = sizes * (F32 * (max(exact.shape) ** 0.5 + 16))
+        slack = sum((part.slack * block.most for part in own), slack)
+        zero = torch.zeros_like(exact)
+        return (start, start), [Part(0, change, slack, weight, sizes, (zero,) * KINDS)]
+
+    def _sums(self, block: Block, way: Rounding, part: Part) -> tuple[Tensor, Tensor]:
+        """The interval of V = W + D."""
+        wide, kind = base_of(block, way), wide_type(block, way)
+        if kind == torch.float32:
+            wide = cast(wide, kind)
+        low, high = rounded_change(part, way, block)
+        return cast(wide + low, kind), cast(wide + high, kind)
+
+    def _norms(
+        self, block: Block, placement: Placement, way: Rounding, sums: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        kind = wide_type(block, way)
+        if not placement.transposed:
+            least, most = squares(*sums)
+            return norm_bounds(least.sum(1, True), most.sum(1, True), least.shape[1], kind)
+        if (id(placement), way) not in self._columns:
+            changes = Changes(self._load, way.factors)
+            least = most = torch.zeros(1, block.base.shape[1], dtype=torch.float64)
+            for each in self._replay.blocks(self._found):
+                if placement in each.inside:
+                    one, two = squares(*self._sums(each, way, changes.of(each, additive=False)[0]))
+                    least, most = least + one.sum(0, True), most + two.sum(0, True)
+            self._columns[id(placement), way] = norm_bounds(least, most, self._replay.rows, kind)
+        return self._columns[id(placement), way]

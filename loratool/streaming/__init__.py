@@ -1,0 +1,1 @@
+"""Rows read, changed and written, in any order, by threads or processes."""

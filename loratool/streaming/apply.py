@@ -1,0 +1,361 @@
+"""What placements make of a tensor's rows: updates turned into the steps that a rewrite runs.
+
+The rows of a tensor fall into pieces, each under the same placements: one piece for a plain weight, one an expert
+for a stack. Additive updates of a piece are one exact product. At most one other update stands beside it: it knows
+a and c of `W' = a * W + c`, as `numerics.exact.Fill` wants them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters.updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
+from ..binding.merge_plan import MergePlan
+from ..binding.placement import Placement
+from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.tensor_ref import Source
+from ..files.undo_file import Record, UndoFile
+from ..numerics.exact import (
+    Change,
+    ExactProduct,
+    Factors,
+    Fill,
+    Workspace,
+    apply_rounded,
+    cast_rounded,
+    replaced_change,
+)
+from ..numerics.filtered import FORMS, FilteredProduct, FilteredRows
+from ..undo.records import CELL_COLUMNS, Doubted, Doubter, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
+from .nonadditive import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
+from .rewrite import Changed, CopiedRows, RowRange
+from .workers import Step
+
+KEPT_STACKS = 2
+
+
+FILTERED_BLOCK = 1 << 20  # weights: what the filter does once a block then costs a tenth of the whole
+
+
+class Loader:
+    """Reads updates and keeps a few: one holds the factors of all experts of a layer."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._kept: dict[int, Update] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, placement: Placement) -> Update:
+        if placement.expert is None:
+            return self._load(placement)
+        key = id(placement.update)
+        with self._lock:
+            if key not in self._kept:
+                if len(self._kept) >= KEPT_STACKS:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = self._load(placement)
+            return self._kept[key]
+
+    def _load(self, placement: Placement) -> Update:
+        return placement.adapter.load(placement.update).to(self.device)
+
+
+def plan_changes(plan: MergePlan, load: Loader, record: bool) -> dict[str, Changed]:
+    """Every tensor that is not copied or cast as it is."""
+    found = {}
+    for name in plan.sources:
+        base = Source(plan.base.shard_of[name], name) if name in plan.base.specs else None
+        placements = plan.placements.get(name, ())
+        moved = base is not None and base != plan.sources[name]
+        if not plan.sources[name].spec.size:
+            continue
+        if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in TORCH_FLOATS):
+            found[name] = changed(base, plan.sources[name], placements, load, record)
+    return found
+
+
+def changed(
+    base: Source | None, source: Source, placements: Sequence[Placement], load: Loader, record: bool
+) -> Changed:
+    """A tensor under its placements, which agree on its rows.
+
+    base: the tensor as it was; source: what its rows come from now, the same or another (None: the base has none).
+    record: the steps return `Recorded` blocks instead of `Change` ones, but for rows that the base does not have.
+    """
+    rows = placements[0].rows if placements else source.spec.shape[0]
+    columns = source.spec.size // max(1, rows)
+    cells = (record_rows(columns), cell_rows(columns)) if record else (0, 0)
+    moved = base is not None and base != source
+    shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
+
+    def ranges() -> Iterator[RowRange]:
+        ends = {0, rows} if moved else set()
+        edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
+        for start, stop in pairwise(edges):
+            inside = [p for p in placements if p.start <= start and stop <= p.stop]
+            piece = Piece(source, start, stop, inside, load, record and base == source)
+            sizes = (cells[0], _filtered_rows(columns, cells[1])) if piece.is_filtered else cells
+            if moved and base is not None and start < shared:
+                both = _Replacing(base, piece if inside else None, record).prepare
+                yield RowRange(start, min(stop, shared), both, *cells)
+            if inside and stop > (shared if moved else 0):
+                yield RowRange(max(start, shared), stop, piece.prepare, *((0, 0) if moved else sizes))
+
+    return Changed(rows, ranges)
+
+
+def _filtered_rows(columns: int, cell: int) -> int:
+    """Rows of a block for the filter, whole cells: as many as make what is done once a block cheap."""
+    rows = max(1, FILTERED_BLOCK // max(1, columns))
+    return max(1, rows // cell) * cell if cell else rows
+
+
+def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: Loader) -> Changed:
+    """A merged tensor on its way back to what the base had. spec: the base's."""
+    entry, records = undo.index["tensors"][name], undo.records(name)
+    rows = placements[0].rows if placements else (spec.shape or (1,))[0]
+    columns = spec.size // rows if rows else 0
+    dtype = getattr(torch, TORCH_FLOATS.get(spec.dtype, "uint8"))
+
+    def ranges() -> Iterator[RowRange | CopiedRows]:
+        edges = sorted({edge for p in placements for edge in (p.start, p.stop)}) or [0, rows]
+        for start, stop in pairwise(edges):
+            inside = [p for p in placements if p.start <= start and stop <= p.stop]
+            piece = Piece(None, start, stop, inside, load, False) if inside else None
+            for record in (r for r in records if start <= r.start and r.stop <= stop):
+                if piece and record.start == start:
+                    piece.told = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
+                prepare = _Restoring(undo, record, name, dtype, piece).prepare
+                yield RowRange(record.start, record.stop, prepare, record.stop - record.start, cell_rows(columns))
+        if "copied" in entry:
+            first, at = entry["copied"]
+            yield CopiedRows(first, rows, undo.file, at)
+
+    return Changed(rows, ranges)
+
+
+def subtracted(source: Source, placements: Sequence[Placement], load: Loader) -> Changed:
+    """A merged tensor from which additive placements, of negative weight, are taken; its steps return `Doubted`."""
+    dtype = getattr(torch, TORCH_FLOATS[source.spec.dtype])
+
+    def prepare(piece: Piece, start: int, stop: int) -> Step:
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
+            doubt = Doubter(dtype)
+            change = apply_rounded(base, piece.seen(base, start + row, work), out, work, doubt.witness)
+            return Doubted(change, doubt.doubtful, doubt.farthest)
+
+        return step
+
+    def ranges() -> Iterator[RowRange]:
+        edges = sorted({edge for p in placements for edge in (p.start, p.stop)})
+        for start, stop in pairwise(edges):
+            inside = [p for p in placements if p.start <= start and stop <= p.stop]
+            if inside:
+                yield RowRange(start, stop, partial(prepare, Piece(source, start, stop, inside, load, False)))
+
+    return Changed(placements[0].rows, ranges)
+
+
+class _Restoring:
+    """One record's rows. Without a piece the rows were replaced, and the record holds the difference."""
+
+    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: Piece | None) -> None:
+        self._undo, self._record, self._name, self._dtype, self._piece = undo, record, name, dtype, piece
+
+    def prepare(self, start: int, stop: int) -> Step:
+        record, piece = self._record, self._piece
+        restorer = Restorer(self._name, self._dtype, self._undo.bytes(record.at, record.length), record.sha256)
+        with restorer.damage():
+            left = piece.left(start, stop) if piece else None
+            if piece and start == piece.start:
+                restorer.skip(piece.head)
+
+        def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
+            with restorer.damage():
+                if piece:
+                    state = restorer.numbers(len(merged)) if piece.has_state else None
+                    told = None if state is None else torch.from_numpy(state.copy()).to(merged.device)
+                    restorer.block(merged, piece.fill(left, row, len(merged), start + row, told, work), out, work)
+                else:
+                    restorer.replaced(merged, out)
+            restorer.check(out, merged, start + row + len(merged) == stop)
+
+        return step
+
+
+class _Replacing:
+    """Rows whose values come from elsewhere: the base's are read beside them, to say what became of them."""
+
+    def __init__(self, base: Source, piece: Piece | None, record: bool) -> None:
+        self._base, self._piece, self._record = base, piece, record
+
+    def prepare(self, start: int, stop: int) -> Step:
+        inner = self._piece.prepare(start, stop) if self._piece else None
+        recorder = Recorder(getattr(torch, TORCH_FLOATS[self._base.spec.dtype])) if self._record else None
+
+        def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+            done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
+            first = start + row
+            weight = self._base.file.rows(self._base.name, first, first + len(value)).to(out.device)
+            change = replaced_change(weight, value, out, work, done)
+            if recorder is None:
+                return change
+            recorder.difference(codes(weight), codes(out))
+            return recorder.take(change, weight, out)
+
+        return step
+
+
+class Piece:
+    """Rows start:stop of a tensor; made ready by the first worker that needs it and dropped with its last item."""
+
+    def __init__(
+        self, source: Source | None, start: int, stop: int, placements: Sequence[Placement], load: Loader, record: bool
+    ) -> None:
+        self.start, self.stop, self._record = start, stop, record
+        self.told: Callable[[], np.ndarray[Any, Any]] | None = None  # m / n of each column, where there is no W
+        self._source, self._placements, self._load, self._device = source, placements, load, load.device
+        self._lock = threading.Lock()
+        self._ready: tuple[ExactProduct | None, Special | None] | None = None
+        self._filtered: FilteredProduct | None = None
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        name = TORCH_FLOATS.get(self._source.spec.dtype) if self._source else None
+        return getattr(torch, name) if name else None
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether float32 can tell most of the sums, where the type stays."""
+        additive = bool(self._placements) and all(p.update.kind in ADDITIVE for p in self._placements)
+        return additive and self._dtype in FORMS and self._device.type == "cpu"
+
+    def prepare(self, start: int, stop: int) -> Step:
+        """The step for rows start:stop of the tensor."""
+        _, special = self._get()
+        left, rows = cache(partial(self.left, start, stop)), None
+        if self.is_filtered:
+            product = self._filter()
+            rows = FilteredRows(product, product.exact.balanced(start - self.start, stop - self.start))
+        recorder = Recorder(self._dtype) if self._record and self._dtype else None
+        if recorder and special and start == self.start:
+            recorder.head(special.head)
+
+        def exactly(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
+            state = special.state(base, start + row, work) if special else None
+            if recorder is None:
+                return apply_rounded(base, self.fill(left(), row, len(base), start + row, state, work), out, work)
+            if state is not None:
+                recorder.head(state.cpu().numpy().tobytes())
+            change, height = Change(), cell_rows(base.shape[1])
+            for first in range(0, len(base), height):  # one, where there is a state
+                part = slice(first, min(first + height, len(base)))
+                fill = self.fill(left(), row + first, part.stop - first, start + row + first, state, work)
+                change += apply_rounded(base[part], fill, out[part], work, recorder.witness, CELL_COLUMNS)
+            return change
+
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+            change = rows.apply(base, row, out, work, recorder) if rows and base.dtype == out.dtype else None
+            if change is None:
+                change = exactly(base, row, out, work)
+            return change if recorder is None else recorder.take(change, base, out)
+
+        return step
+
+    def seen(self, base: Tensor, start: int, work: Workspace) -> Fill:
+        """What happens to the rows of `base`, whose first is the tensor's row `start`."""
+        _, special = self._get()
+        state = special.state(base, start, work) if special else None
+        return self.fill(self.left(start, start + len(base)), 0, len(base), start, state, work)
+
+    def left(self, start: int, stop: int) -> Tensor | None:
+        """The left side of the additive updates for rows start:stop of the tensor."""
+        product, _ = self._get()
+        return None if product is None else product.left(start - self.start, stop - self.start)
+
+    @property
+    def head(self) -> bytes:
+        _, special = self._get()
+        return special.head if special else b""
+
+    @property
+    def has_state(self) -> bool:
+        _, special = self._get()
+        return special is not None and special.has_state
+
+    def fill(self, left: Tensor | None, row: int, rows: int, first: int, state: Tensor | None, work: Workspace) -> Fill:
+        """What happens to some rows, of which the first is row `first` of the tensor, `row` of `left`."""
+        product, special = self._get()
+        fill = product.fill(left[row : row + rows]) if product is not None and left is not None else None
+        if special is not None:
+            fill = special.fill(state, first, rows, fill, work)
+        assert fill is not None
+        return fill
+
+    def _get(self) -> tuple[ExactProduct | None, Special | None]:
+        with self._lock:
+            if self._ready is None:
+                terms = [t for p in self._placements if p.update.kind in ADDITIVE for t in self._terms(p, p.weight)]
+                others = [p for p in self._placements if p.update.kind not in ADDITIVE]
+                assert len(others) <= 1, "targets.refuse_two lets no second one through"
+                special = self._special(others[0]) if others else None
+                self._ready = ExactProduct(terms) if terms else None, special
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()  # the other workers' streams read it
+            return self._ready
+
+    def _filter(self) -> FilteredProduct:
+        product, _ = self._get()
+        assert product is not None
+        with self._lock:
+            # in bfloat16 what float32 rounds counts for more than what it multiplies, and is the same in all columns
+            even = self._record or self._dtype == torch.bfloat16
+            self._filtered = self._filtered or FilteredProduct(product, even)
+            return self._filtered
+
+    def _terms(self, placement: Placement, weight: float) -> list[Factors]:
+        """The factors for the piece's rows alone."""
+        update = self._load(placement)
+        if isinstance(update, Experts):
+            assert placement.expert is not None
+            update = update.expert(placement.expert)
+        assert isinstance(update, LowRank | Add)
+        first = placement.skip + self.start - placement.start
+        rows = slice(first, first + self.stop - self.start)
+        terms = update.terms(weight, placement.transposed)
+        return [Factors(term.left[rows], term.multiplier, term.right) for term in terms]
+
+    def _special(self, placement: Placement) -> Special:
+        weight, file = placement.weight, placement.adapter.file
+        if placement.update.kind == "replace":
+            return Replaced(Source(file, placement.update.tensors["value"]), weight, self._device)
+        update = self._load(placement)
+        if isinstance(update, Rows):
+            return ReplacedRows(update, weight)
+        assert isinstance(update, DoRA)
+        product = ExactProduct(self._terms(placement, 1.0))
+        magnitude = update.magnitude.double().flatten()
+        if placement.transposed:
+            if self.told:
+                found = torch.from_numpy(self.told().copy()).to(self._device)
+            else:
+                assert self._source is not None
+                norms = column_norms(self._source, product, self._device)
+                found = ratio(magnitude, norms, self._source.name)
+            return DoRAColumns(product, found, weight, self.start)
+        first = placement.skip + self.start - placement.start
+        return DoRARows(
+            product,
+            magnitude[first : first + self.stop - self.start],
+            weight,
+            self.start,
+            self._source.name if self._source else "",
+        )

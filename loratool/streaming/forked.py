@@ -1,0 +1,124 @@
+"""The items of `runtime.run` over forked processes, which do not wait for each other's interpreter lock.
+
+A block of a merge is fifty calls of torch and numpy, each of which takes the lock; two threads so lose a third of their
+time to each other. A forked worker has the plan, the open files and the imports of its parent for nothing, draws the
+same items from the same iterator, and is told their numbers; it sends back what the steps returned. Linux only: macOS
+forks no process that has used its frameworks, Windows none at all.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
+
+import torch
+
+from ..errors import MachineError
+
+AHEAD = 2  # items a worker has been told of, so that it never waits for the next
+
+
+CAN_FORK = sys.platform == "linux"
+
+
+def run_forked(
+    items: Iterator[Any], make_worker: Callable[[], Callable[[Any], list[Any]]], workers: int
+) -> Generator[tuple[Any, list[Any]], None, None]:
+    """Each item with its results, as they come; steps must return all that they find out. The first error is raised."""
+    links: list[Connection] = []
+    children: list[BaseProcess] = []
+    numbered = enumerate(items)
+    pending: dict[int, Any] = {}
+
+    def tell(link: Connection) -> None:
+        for number, item in islice(numbered, 1):
+            pending[number] = item
+            with suppress(BrokenPipeError, ConnectionResetError):  # one that is gone says so when it is listened to
+                link.send(number)
+
+    try:
+        for _ in range(workers):
+            _start(links, children, items, make_worker)
+        for link in links * AHEAD:
+            tell(link)
+        while pending:
+            for link in cast("list[Connection]", wait(links)):
+                number, results, error = _receive(link)
+                if error is not None:
+                    raise error
+                tell(link)
+                yield pending.pop(number), results
+        for link in links:
+            link.close()  # their end: they leave
+        links.clear()
+    finally:
+        for child in children if links else ():
+            child.kill()
+        for child in children:
+            child.join()
+        for link in links:
+            link.close()
+
+
+def _start(links: list[Connection], children: list[BaseProcess], items: Iterator[Any], make_worker: Any) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    links.append(ours)
+    child = multiprocessing.get_context("fork").Process(
+        target=_serve, args=(theirs, tuple(links), items, make_worker), daemon=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads beside the fork: idle ones of BLAS, a clock
+        child.start()
+    theirs.close()
+    children.append(child)
+
+
+def _receive(link: Connection) -> tuple[int, list[Any], BaseException | None]:
+    try:
+        found: tuple[int, list[Any], BaseException | None] = link.recv()
+    except (EOFError, OSError) as error:
+        raise MachineError(
+            "a worker process was killed", remedy="did the system run out of memory? its log would say so"
+        ) from error
+    return found
+
+
+def _serve(
+    link: Connection, parents: tuple[Connection, ...], items: Iterator[Any], make_worker: Callable[[], Any]
+) -> None:
+    """A child's life: until its parent closes the link, or is gone."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a signal to the group is the parent's to answer
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for other in parents:
+        other.close()
+    torch.set_num_threads(1)  # the workers are the parallelism
+    worker, drawn = make_worker(), 0
+    try:
+        while True:
+            number = link.recv()
+            item = next(islice(items, number - drawn, None))
+            drawn = number + 1
+            try:
+                link.send((number, worker(item), None))
+            except (EOFError, BrokenPipeError):
+                return
+            except BaseException as error:
+                _send_error(link, number, error)
+    except (EOFError, OSError):
+        return
+
+
+def _send_error(link: Connection, number: int, error: BaseException) -> None:
+    try:
+        link.send((number, [], error))
+    except (AttributeError, TypeError, pickle.PicklingError):
+        link.send((number, [], RuntimeError(f"{type(error).__name__}: {error}")))

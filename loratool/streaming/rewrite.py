@@ -1,0 +1,238 @@
+"""A checkpoint written anew: chosen tensors pass through a step by blocks of rows, all else is copied or cast.
+
+This is the streaming that every verb with a model as output shares. It turns an output's layout into
+independent items for `runtime.run`, and keeps nothing but the blocks under way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, BinaryIO, TypeGuard
+
+import torch
+
+from ..errors import InputError, NeedsFlag
+from ..files.dtypes import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
+from ..files.fileio import write_at, written_back
+from ..files.output import Output, OutputFile, open_output
+from ..files.tensor_ref import Source
+from ..files.undo_file import HASH_PART
+from ..numerics.exact import Change, cast_rounded
+from .workers import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
+
+CAST_BLOCK = 1 << 17  # numbers cast at a time
+
+
+COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
+
+
+ROWS_ITEM = 1 << 22  # weights of a matrix an item
+
+
+MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a few rows
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows start:stop of a tensor seen as a matrix, and what to do with them.
+
+    item_rows, block_rows: how many make an item and a block, where that is not left to what suits the machine.
+    """
+
+    start: int
+    stop: int
+    prepare: Prepare
+    item_rows: int = 0
+    block_rows: int = 0
+
+
+@dataclass(frozen=True)
+class CopiedRows:
+    """Rows start:stop that lie in another file as they shall be, from `offset` on."""
+
+    start: int
+    stop: int
+    file: BinaryIO
+    offset: int
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A tensor that changes, seen as a matrix of `rows` rows; `ranges` makes its parts, in rising order."""
+
+    rows: int
+    ranges: Callable[[], Iterable[RowRange | CopiedRows]]
+
+
+def rewrite(
+    output: Output,
+    sources: Mapping[str, Source],
+    changed: Mapping[str, Changed],
+    device: torch.device,
+    workers: int,
+    progress: Progress | None = None,
+    finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
+    hashed: Collection[str] = (),
+) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
+    """Write `output`, whose layout is planned; yield each run of a changed tensor's rows with what its steps return.
+
+    sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast. The runs of
+    one tensor come in any order. finish: called with the open files when all rows are written. hashed: tensors that are
+    copied and whose sources are hashed on the way; each part is yielded with its sha256. Raises NeedsFlag or
+    InputError where a cast overflows; then, and when the caller closes it early, nothing stays.
+    """
+    output.require_space()
+    done = 0
+    written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
+    with open_output(output) as targets, ExitStack() as writing:
+        items = _items(output, sources, changed, targets, hashed)
+        runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
+        writing.enter_context(written_back(targets.values()))
+        for item, results in runs:
+            if not isinstance(item, HashBytes) and item.checked:
+                written[item.target].append((item.target_offset, item.nbytes, results.pop(0)))
+            if isinstance(item, HashBytes) or _is_changed(item, changed):
+                yield item, results
+            elif isinstance(item, MapRows):
+                refuse_overflow(item.tensor, results, sources, output)
+            done += item.nbytes
+            if progress:
+                progress(done, output.nbytes)
+        writing.close()
+        for file in output.files:
+            target = targets[file.name]
+            for offset, data in file.archive.rest(written[target]) if file.archive else ():
+                write_at(target, memoryview(data), offset)
+        if finish:
+            finish(targets)
+
+
+def refuse_overflow(tensor: str, blocks: Collection[Change], sources: Mapping[str, Source], output: Output) -> None:
+    """Raise for weights that became infinite: NeedsFlag where --dtype fp32 would hold them, else InputError."""
+    count, largest = sum(block.overflowed for block in blocks), max((block.largest for block in blocks), default=0.0)
+    if not count:
+        return
+    old, new = sources[tensor].spec.dtype, output.specs[tensor].dtype
+    message = f"{count} weights become infinite in {new}"
+    if largest < torch.finfo(torch.float32).max and new in ("F16", "BF16"):
+        flags = "--dtype fp32 --no-undo" if output.undo else "--dtype fp32"
+        raise NeedsFlag(message, culprit=tensor, remedy=f"add {flags}, which holds them")
+    remedy = (
+        f"leave out --dtype: {old} holds them" if old != new else "is this the adapter's base, and its alpha right?"
+    )
+    raise InputError(message, culprit=tensor, remedy=remedy)
+
+
+def _items(
+    output: Output,
+    sources: Mapping[str, Source],
+    changed: Mapping[str, Changed],
+    targets: Mapping[str, BinaryIO],
+    hashed: Collection[str],
+) -> Iterator[Item]:
+    """The work of the whole output, a piece of each file in turn: two threads that write one file wait for its lock."""
+    waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
+    waiting += [_file_items(output, file, targets[file.name], sources, changed) for file in output.files]
+    while waiting:
+        for source in list(waiting):
+            item = next(source, None)
+            if item is None:
+                waiting.remove(source)
+            else:
+                yield item
+
+
+def _is_changed(item: Item, changed: Mapping[str, Changed]) -> TypeGuard[MapRows]:
+    return isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast
+
+
+def _hash_items(sources: Mapping[str, Source], names: Collection[str]) -> Iterator[HashBytes]:
+    for name in names:
+        source = sources[name]
+        begin, size = source.file.begin[source.name], source.spec.nbytes
+        for part, start in enumerate(range(0, size, HASH_PART)):
+            yield HashBytes(name, part, source.file.file, begin + start, min(HASH_PART, size - start))
+
+
+def _file_items(
+    output: Output,
+    file: OutputFile,
+    target: BinaryIO,
+    sources: Mapping[str, Source],
+    changed: Mapping[str, Changed],
+) -> Iterator[Item]:
+    """The work of one file in the order of its bytes; neighbours that are copied from neighbours are one item."""
+    span: CopyBytes | None = None
+    checked = file.archive is not None
+    for name, offset in file.begin.items():
+        source, new = sources[name], output.specs[name]
+        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes, checked)
+        if name in changed and new.size:
+            yield from _changed_items(source, new, copy, name, changed[name])
+        elif source.spec.dtype != new.dtype and new.size:
+            yield from _row_items(
+                source, new, copy, name, 1, RowRange(0, new.size, _prepare_cast, block_rows=CAST_BLOCK)
+            )
+        elif span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
+            span = replace(span, nbytes=span.nbytes + copy.nbytes)
+        else:
+            yield from _copy_items(span)
+            span = copy
+    yield from _copy_items(span)
+
+
+def _changed_items(source: Source, new: TensorSpec, place: CopyBytes, name: str, changed: Changed) -> Iterator[Item]:
+    """The rows of one tensor: through the steps of its ranges, and as they are in between."""
+    columns = new.size // changed.rows
+    end = RowRange(changed.rows, changed.rows, _prepare_cast)
+    done = 0
+    for part in chain(changed.ranges(), (end,)):
+        yield from _row_items(source, new, place, name, columns, RowRange(done, part.start, _prepare_cast))
+        if isinstance(part, CopiedRows):
+            width = columns * DTYPES[new.dtype] // 8
+            at, size = place.target_offset + part.start * width, (part.stop - part.start) * width
+            yield from _copy_items(CopyBytes(part.file, part.offset, place.target, at, size, place.checked))
+        else:
+            yield from _row_items(source, new, place, name, columns, part)
+        done = part.stop
+
+
+def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
+    if span is None:
+        return
+    for start in range(0, span.nbytes, COPY_ITEM):
+        size = min(COPY_ITEM, span.nbytes - start)
+        source_offset, target_offset = span.source_offset + start, span.target_offset + start
+        yield replace(span, source_offset=source_offset, target_offset=target_offset, nbytes=size)
+
+
+def _row_items(
+    source: Source, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
+) -> Iterator[MapRows]:
+    old, new = (getattr(torch, {**TORCH_FLOATS, **FLOAT8}[each.dtype]) for each in (source.spec, spec))
+    step = rows.item_rows or max(MIN_ROWS, ROWS_ITEM // columns)
+    for start in range(rows.start, rows.stop, step):
+        before = start * columns
+        yield MapRows(
+            name,
+            place.source,
+            place.source_offset + before * old.itemsize,
+            old,
+            place.target,
+            place.target_offset + before * new.itemsize,
+            new,
+            columns,
+            start,
+            min(start + step, rows.stop),
+            rows.prepare,
+            rows.block_rows,
+            place.checked,
+        )
+
+
+def _prepare_cast(start: int, stop: int) -> Step:
+    return lambda base, row, out, work: cast_rounded(base, out, work)

@@ -1,0 +1,263 @@
+"""Where and how work runs: the device, and a bounded pool of workers over independent items.
+
+An item is one piece of an output: a range of bytes to copy, or a range of a tensor's rows to compute. It
+knows its sources and its place in the output, so that any worker can run any item in any order, and no
+result can depend on that order. A worker reads, computes and writes block by block in buffers of its own;
+while one waits for the disk, another computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import MachineError, UsageError
+from ..files.fileio import copy_checked, copy_range, read_into, sha256_range, write_at
+from ..numerics.exact import Workspace
+from .forked import CAN_FORK, run_forked
+
+BLOCK_ROWS = 64  # read, computed and written at a time: enough to make a product of matrices efficient,
+
+
+BLOCK = 1 << 20  # but at most so many weights, where rows are long
+
+
+CUDA_BLOCK = 1 << 24
+
+
+WORTH_A_FORK = 1 << 26  # bytes of output from which a fork, 20 ms a worker, is soon earned
+
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+MAX_WORKERS = 8  # beyond that memory bandwidth is the limit, and each worker holds its buffers
+
+
+# Called with the bytes of output done so far and in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CopyBytes:
+    """`nbytes` of one file to a place in another, unchanged. checked: their CRC-32 is the result."""
+
+    source: BinaryIO
+    source_offset: int
+    target: BinaryIO
+    target_offset: int
+    nbytes: int
+    checked: bool = False
+
+    @property
+    def end(self) -> tuple[int, int]:
+        return self.source_offset + self.nbytes, self.target_offset + self.nbytes
+
+
+@dataclass(frozen=True)
+class HashBytes:
+    """`nbytes` of a file, part number `part` of a tensor, for their sha256 alone."""
+
+    tensor: str
+    part: int
+    source: BinaryIO
+    offset: int
+    length: int
+
+    nbytes = 0  # of the output
+
+
+# One block of rows: (base, its first row counted from the item's, out, work) -> what came of it.
+Step = Callable[[Tensor, int, Tensor, Workspace], Any]
+
+
+# (start, stop) of an item's rows -> the step for its blocks, from whatever those rows have in common.
+Prepare = Callable[[int, int], Step]
+
+
+@dataclass(frozen=True)
+class MapRows:
+    """Rows `start:stop` of a matrix from one file, through a step, to a place in another.
+
+    The offsets are those of row `start`. checked: the results begin with the CRC-32 of what was written.
+    """
+
+    tensor: str
+    source: BinaryIO
+    source_offset: int
+    source_dtype: torch.dtype
+    target: BinaryIO
+    target_offset: int
+    target_dtype: torch.dtype
+    columns: int
+    start: int
+    stop: int
+    prepare: Prepare
+    block_rows: int = 0  # read, computed and written at a time, where the step wants to say so
+    checked: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.columns * self.target_dtype.itemsize
+
+
+Item = CopyBytes | MapRows | HashBytes
+
+
+class Worker:
+    """One thread's buffers and, on a GPU, its stream, so that the workers' copies and kernels overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.work = Workspace(device)
+        self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
+        self._crc = 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, item: Item) -> list[Any]:
+        """Run one item; returns its steps' results in the order of the rows."""
+        if isinstance(item, CopyBytes):
+            place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
+            if item.checked:
+                return [copy_checked(*place)]
+            copy_range(*place)
+            return []
+        if isinstance(item, HashBytes):
+            return [sha256_range(item.source, item.offset, item.length)]
+        with torch.cuda.stream(self.stream):
+            step = item.prepare(item.start, item.stop)
+            most = BLOCK if self.stream is None else CUDA_BLOCK
+            rows = max(1, min(max(BLOCK_ROWS, BLOCK // 2 // item.columns), most // item.columns))
+            rows = rows if self.stream is None else max(1, most // item.columns)
+            rows = item.block_rows or rows
+            count = item.stop - item.start
+            self._crc = 0
+            results = [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
+            return [self._crc, *results] if item.checked else results
+
+    def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
+        shape = (end - row, item.columns)
+        base = self.host.take("base", item.source_dtype, *shape)
+        out = self.host.take("out", item.target_dtype, *shape)
+        read_into(item.source, _bytes(base), item.source_offset + row * item.columns * base.itemsize)
+        if base.itemsize == 1:  # torch has few operations on 8-bit floats
+            base = base.float()
+        if self.stream is None:
+            result = step(base, row, out, self.work)
+        else:
+            on_device = self.work.take("out", item.target_dtype, *shape)
+            moved = self.work.take("base", base.dtype, *shape).copy_(base, non_blocking=True)
+            result = step(moved, row, on_device, self.work)
+            out.copy_(on_device, non_blocking=True)
+            self.stream.synchronize()
+        if item.checked:
+            self._crc = zlib.crc32(_bytes(out), self._crc)
+        write_at(item.target, _bytes(out), item.target_offset + row * item.columns * out.itemsize)
+        return result
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.view(torch.uint8).numpy().data.cast("B")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises MachineError for a device that is absent or has no float64, which exact arithmetic needs.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"there is no device {name}", remedy="use --device cpu")
+    return torch.device("cuda", device.index or 0)
+
+
+def worker_count() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
+
+
+def run(
+    items: Iterable[Item], device: torch.device, workers: int, nbytes: int
+) -> Generator[tuple[Item, list[Any]], None, None]:
+    """Run the items by `workers` and yield each with its results, as they come. nbytes: of all, about.
+
+    In forked processes on a CPU where the work is worth the fork, else in threads.
+    """
+    offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # else the position in a file, which forks share, counts
+    if CAN_FORK and offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
+        return run_forked(iter(items), lambda: Worker(device), workers)
+    return _run_threads(items, lambda: Worker(device), workers)
+
+
+def _run_threads(
+    items: Iterable[Item], make_worker: Callable[[], Worker], workers: int
+) -> Generator[tuple[Item, list[Any]], None, None]:
+    """The items in threads.
+
+    Items are drawn lazily, so a plan of any length holds little. The first error, or an interrupt, stops the
+    drawing, waits for the few items under way, and is raised here.
+    """
+    local = threading.local()
+    threads_before = torch.get_num_threads()
+
+    def one(item: Item) -> tuple[Item, list[Any]]:
+        if not hasattr(local, "worker"):
+            torch.set_num_threads(1)  # the workers are the parallelism
+            local.worker = make_worker()
+        return item, local.worker(item)
+
+    source = iter(items)
+    pending: set[Future[tuple[Item, list[Any]]]] = set()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while True:
+                pending |= {pool.submit(one, item) for item in islice(source, 2 * workers - len(pending))}
+                if not pending:
+                    return
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+            torch.set_num_threads(threads_before)
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
+    """`function` of each item, in their order, on `workers` threads of a core each; at most so many results wait.
+
+    Close it when no more are wanted: only then torch has its own threads again.
+    """
+    threads_before, source = torch.get_num_threads(), iter(items)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque(pool.submit(function, item) for item in islice(source, workers))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+            torch.set_num_threads(threads_before)

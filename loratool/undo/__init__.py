@@ -1,0 +1,1 @@
+"""Everything that `unmerge` needs to restore a base bit for bit."""

@@ -1,0 +1,214 @@
+"""The undo file: what a merge must remember so that the base comes back bit for bit.
+
+    bytes 0..15   `loratool undo 1\n`: what this is, and the version of its layout
+    records       one after the other, tensor by tensor in the output's order, rows rising (`undo_records`); a tensor's
+                  rows that nothing could give back follow them as they were (`copied` in the index: first row, place)
+    index         a deflated JSON object, as `index_of` makes it
+    last 24       the index's first byte and length, little-endian u64, then `loraundo`
+
+Each record has the sha256 of its rows before and after the merge; `untouched` in the index has those of the tensors
+that were copied, one for each 64 MiB, and `written` of a changed tensor those of its rows that lie in no record, as the
+merge wrote them (files before November 2026 lack it). The index has the recipe: every placement by the
+number of its adapter, so that nothing has to be found out again; the adapters' own hashes and weights; the base's
+headers, index and config as they were.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..adapters.adapter import Adapter, UpdateSpec
+from ..binding.merge_plan import MergePlan
+from ..binding.placement import Placement
+from ..binding.resolve import refuse_two
+from ..errors import InputError
+from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
+from ..files.output import Output
+from ..files.safetensors_file import TensorFile
+from ..files.tensor_ref import Source
+from ..files.undo_file import END, MAGIC, VERSION, Part, unrecorded
+
+
+def pack_bytes(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+class UndoWriter:
+    """Takes records in any order and writes them in one: they wait in a temporary file that has no name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._spool = open_scratch(folder)
+        self._end = 0
+        self._records: dict[str, list[tuple[int, int, int, int, tuple[str, str]]]] = {}
+        self._untouched: dict[str, dict[int, str]] = {}
+        self._written: dict[str, list[str]] = {}
+
+    def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
+        data = b"".join(payloads)
+        write_at(self._spool, memoryview(data), self._end)
+        self._records.setdefault(tensor, []).append((start, stop, self._end, len(data), sha256))
+        self._end += len(data)
+
+    def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
+        """The hash of a part of a tensor that is copied as it is."""
+        self._untouched.setdefault(tensor, {})[part] = sha256
+
+    def unrecorded(self, plan: MergePlan, output: Output) -> list[Part]:
+        """What else of the changed tensors is to have a hash, once all is written."""
+        return [
+            part
+            for name, entry in index_of(plan, output)["tensors"].items()
+            for part in unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
+        ]
+
+    def add_written(self, part: Part, sha256: str) -> None:
+        """The hash of one of these, in their order."""
+        self._written.setdefault(part.tensor, []).append(sha256)
+
+    def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
+        """Write the file; returns its size."""
+        write_at(target, memoryview(MAGIC), 0)
+        at = len(MAGIC)
+        index = index_of(plan, output)
+        index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
+        for name, entry in index["tensors"].items():
+            for start, stop, offset, length, sha256 in sorted(self._records.get(name, [])):
+                copy_range(self._spool, offset, target, at, length)
+                entry["records"].append([start, stop, at, length, *sha256])
+                at += length
+            if name in self._written:
+                entry["written"] = self._written[name]
+            if "copied" in entry:
+                source, spec = plan.base.shard_of[name], plan.base.specs[name]
+                first = entry["copied"] * (spec.nbytes // spec.shape[0]) if entry["copied"] else 0
+                copy_range(source.file, source.begin[name] + first, target, at, spec.nbytes - first)
+                entry["copied"] = [entry["copied"], at]
+                at += spec.nbytes - first
+        data = zlib.compress(json.dumps(index, sort_keys=True, separators=(",", ":")).encode(), 9)
+        write_at(target, memoryview(data + struct.pack("<QQ", at, len(data)) + END), at)
+        return at + len(data) + 16 + len(END)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def in_order(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """Adapters with their weights in an order that does not depend on how they were given."""
+    return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].components.items())))
+
+
+def entry_of(adapter: Adapter, weight: float) -> dict[str, Any]:
+    """What a record says of an adapter; of its components only where one has a weight of its own."""
+    entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
+    return {**entry, "components": dict(adapter.components)} if adapter.components else entry
+
+
+def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
+    """All that is known before the records are: the base as it was, the adapters, and each tensor's recipe."""
+    base = plan.base
+    adapters = in_order(plan.adapters)
+    numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
+    names = {*output.extras, *plan.edits.files}
+    for part in () if base.given_as_file else base.models:
+        names |= {part.prefix + name for name in ("config.json", *([part.index[0]] if part.index else []))}
+    side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
+    return {
+        "version": VERSION,
+        "arithmetic": json.loads(output.provenance)["arithmetic"],
+        "adapters": [{"name": Path(a.name).name, **entry_of(a, w)} for a, w in adapters],
+        "file": base.given_as_file,
+        "shards": [
+            {
+                "name": shard.place,
+                "header": pack_bytes(shard.header) if isinstance(shard, TensorFile) else None,
+                "specs": None
+                if isinstance(shard, TensorFile)
+                else {n: [spec.dtype, list(spec.shape)] for n, spec in shard.specs.items()},
+            }
+            for shard in base.shards
+        ],
+        "side": {name: pack_bytes(data) for name, data in side.items()},
+        "new_side": sorted(names - set(side)),
+        "tensors": {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed},
+    }
+
+
+def _read(path: Path) -> bytes:
+    with open_for_reading(path) as file:
+        return file.read()
+
+
+def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int]) -> dict[str, Any]:
+    spec = output.specs[name]
+    source = plan.sources[name]
+    entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
+    if name not in plan.base.specs:
+        return entry
+    was = plan.base.specs[name]
+    entry["replaced"] = source != Source(plan.base.shard_of[name], name)
+    if entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
+        entry["copied"] = 0
+    elif entry["replaced"] and was.shape[0] > spec.shape[0]:
+        entry["copied"] = spec.shape[0]
+    if not entry["replaced"]:
+        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(name, ())), key=repr)
+    return entry
+
+
+def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
+    value = p.update.tensors["value"] if p.update.kind == "replace" else None
+    place = [p.transposed, p.rows, p.start, p.stop, p.skip, p.expert]
+    return [numbers[id(p.adapter)], p.update.module, value, p.weight, *place]
+
+
+def placements_of(
+    index: Mapping[str, Any], tensor: str, spec: TensorSpec, adapters: Sequence[Adapter]
+) -> list[Placement]:
+    """The recipe of a tensor, the adapters in the order of the index. Raises InputError for one of another model."""
+    found = []
+    for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
+        adapter = adapters[number]
+        if module not in adapter.updates or (value is not None and value not in adapter.file.specs):
+            raise InputError(f"has no {value or module}, which the undo file names", culprit=adapter.name)
+        if value is None:
+            own = adapter.updates[module]
+            update = own.transpose() if own.inputs else own
+        else:
+            update = UpdateSpec("replace", module, {"value": value}, {"value": adapter.file.specs[value]})
+        found.append(Placement(adapter, update, weight, *place))
+        if spec.size and not _fits(found[-1], spec):
+            raise InputError(f"{module} of {adapter.name} is not of the shape that the undo file says", culprit=tensor)
+    refuse_two(tensor, found)
+    return found
+
+
+def _fits(placement: Placement, spec: TensorSpec) -> bool:
+    """Whether an update has the rows and columns that a placement takes."""
+    update, shape = placement.update, placement.update.shape
+    if (update.kind == "experts") is not (placement.expert is not None):
+        return False
+    if "A" not in update.specs:
+        whole = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
+        if not whole or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
+            return False
+        if update.kind == "rows":
+            return (
+                len(spec.shape) == 2 and shape[1:] == spec.shape[1:] and max(update.indices, default=0) < spec.shape[0]
+            )
+        return shape == spec.shape
+    if placement.expert is not None:
+        if placement.expert >= shape[0]:
+            return False
+        shape = shape[1:]
+    sides = shape[0], math.prod(shape[1:])
+    rows, columns = sides[::-1] if placement.transposed else sides
+    covered = placement.stop - placement.start
+    return columns == spec.size // placement.rows and 0 < covered <= rows - placement.skip

@@ -1,0 +1,356 @@
+"""formats/methods.py: what the LoRA paper's rivals leave on disk, what inspect says of it, and that this is so."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, load_model, weights, write_peft
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import loratool
+from loratool.adapters.formats import open_adapter
+from loratool.adapters.formats.other_methods import METHODS, OUTCOMES
+from loratool.errors import InputError, LoratoolError, UsageError
+from loratool.ops.inspect.command import MethodReport
+
+BASE = FIXTURES / "llama" / "base"
+# peft_type -> the class of its config and the arguments
+PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "PREFIX_TUNING": ("PrefixTuningConfig", {"num_virtual_tokens": 5, "num_layers": 3}),
+    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
+    "P_TUNING": ("PromptEncoderConfig", {"num_virtual_tokens": 5, "encoder_hidden_size": 8}),
+    "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 5, "num_tasks": 2}),
+    "ADAPTION_PROMPT": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}),
+    "CPT": ("CPTConfig", {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}),
+}
+TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "IA3": ("IA3Config", {**TARGETS, "feedforward_modules": ["down_proj"]}),
+    "LN_TUNING": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+    "ADALORA": ("AdaLoraConfig", {**TARGETS, "total_step": 10}),
+    "VERA": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "LOHA": ("LoHaConfig", {**TARGETS, "r": 4}),
+    "LOKR": ("LoKrConfig", {**TARGETS, "r": 4}),
+    "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
+    "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
+}
+
+
+def report_of(path: Path) -> MethodReport:
+    report = loratool.inspect(path)
+    assert isinstance(report, MethodReport)
+    return report
+
+
+def saved_by_peft(kind: str, folder: Path) -> Any:
+    """The live model, its adapter trained to something and saved."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    name, fields = {**PROMPTS, **LAYERS}[kind]
+    if not hasattr(peft, name):
+        pytest.skip(f"peft {peft.__version__} has no {name}")
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    live = peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **fields))
+    g = torch.Generator().manual_seed(0)
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=g)
+    live.save_pretrained(folder)
+    return live
+
+
+def counted(folder: Path) -> tuple[int, int, int]:
+    tensors = load_model(folder).values()
+    return len(tensors), sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_what_peft_leaves_of_prompts(tmp_path: Path, kind: str) -> None:
+    saved_by_peft(kind, tmp_path / "a")
+    report = report_of(tmp_path / "a")
+    assert (report.method, report.outcome, report.base_model) == (kind, "neither", str(BASE)) and not report.notes
+    assert (report.tensors, report.parameters, report.nbytes) == counted(tmp_path / "a")
+    with pytest.raises(InputError, match=METHODS[kind].reason):
+        loratool.merge(BASE, tmp_path / "a", tmp_path / "out")
+
+
+def test_every_method_that_peft_can_merge_is_tried_below() -> None:
+    assert {kind for kind, method in METHODS.items() if method.outcome == "extracted"} == {*LAYERS, "LORAS", "MLX"}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_can_be_extracted_is_extracted_as_it_is_said(tmp_path: Path, kind: str) -> None:
+    """merge_and_unload, save, extract: our merge of that is peft's merged model."""
+    live = saved_by_peft(kind, tmp_path / "a")
+    report = report_of(tmp_path / "a")
+    assert (report.method, report.outcome) == (kind, "extracted") and "merge_and_unload" in report.verdict
+    assert (report.tensors, report.parameters, report.nbytes) == counted(tmp_path / "a")
+    live.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    loratool.extract(BASE, tmp_path / "tuned", tmp_path / "extracted", rank=64)
+    loratool.merge(BASE, tmp_path / "extracted", tmp_path / "out", dtype="fp32", undo=False)
+    merged, tuned, base = (load_model(p) for p in (tmp_path / "out", tmp_path / "tuned", BASE))
+    change, error = (math.hypot(*(float((a[n] - tuned[n]).norm()) for n in tuned)) for a in (base, merged))
+    assert change > 0.01 and error < 1e-3 * change
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, d: int, r: int) -> None:
+        super().__init__()
+        self.adapter_down = nn.Sequential(nn.Linear(d, r), nn.ReLU())
+        self.adapter_up = nn.Linear(r, d)
+
+
+def bottlenecks(*places: str, d: int = 8, r: int = 2) -> dict[str, Tensor]:
+    return {f"{place}.{name}": t for place in places for name, t in Bottleneck(d, r).state_dict().items()}
+
+
+def adapterhub(folder: Path, tensors: dict[str, Tensor], safe: bool = False, **config: Any) -> Path:
+    """As adapters 1.3.0 saves: the head's weights lie in a file of their own."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"config": config, "model_name": "org/m", "name": "sst-2"}))
+    head = {"heads.sst-2.1.weight": weights(2, 8)}
+    if safe:
+        save_file(tensors, folder / "adapter.safetensors")
+        save_file(head, folder / "model_head.safetensors")
+    else:
+        torch.save(tensors, folder / "pytorch_adapter.bin")
+        torch.save(head, folder / "pytorch_model_head.bin")
+    return folder
+
+
+BERT = [f"bert.encoder.layer.{i}.{side}output.adapters.sst-2" for i in range(3) for side in ("attention.", "")]
+GPT2 = [f"transformer.h.{i}.output_adapters.adapters.sst-2" for i in range(3)]
+T5 = [f"{side}.block.{i}.layer.{j}.adapters.1" for side in ("encoder", "decoder") for i in range(2) for j in (0, 1)]
+FORK = [f"base_model.model.model.layers.{i}.mlp.{side}_proj" for i in range(2) for side in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(
+    ("places", "note"),
+    [
+        (BERT, "2 bottlenecks in each of 3 layers, as Houlsby's have"),
+        (T5, "2 bottlenecks in each of 4 layers, as Houlsby's have"),
+        (GPT2, "1 bottleneck in each of 3 layers, as Lin's and Pfeiffer's have"),
+        (
+            GPT2[2:],
+            "1 bottleneck in each of 1 layers, as Lin's and Pfeiffer's have; none in layers 0 to 1, as in AdapterDrop",
+        ),
+        (
+            ["x.999999999.adapters.a"],
+            "1 bottleneck in each of 1 layers, as Lin's and Pfeiffer's have; none in layers 0 to 999999998, as in "
+            "AdapterDrop",
+        ),
+        (FORK, "3 bottlenecks in each of 2 layers"),
+        (BERT[1:], None),
+    ],
+)
+def test_bottleneck_adapters(tmp_path: Path, places: list[str], note: str | None, safe: bool) -> None:
+    tensors = bottlenecks(*places)
+    report = report_of(adapterhub(tmp_path / "a", tensors, safe))
+    assert (report.method, report.outcome, report.base_model) == ("BOTTLENECK", "neither", "org/m")
+    # the paper's 2 d r + r + d for each
+    assert (report.tensors, report.parameters) == (len(tensors), len(places) * (2 * 8 * 2 + 2 + 8))
+    assert report.notes == ((note,) if note else ())
+    with pytest.raises(InputError, match="Houlsby, Lin, Pfeiffer, Rücklé.*, which adds layers") as caught:
+        loratool.merge(BASE, tmp_path / "a", tmp_path / "out")
+    assert str(tmp_path / "a") in str(caught.value)
+
+
+def test_lins_own_files(tmp_path: Path) -> None:
+    """zlinao/VGLM: `MixAdapter` holds one `Adapter` a task."""
+    tensors = {
+        f"transformer.h.{i}.adapter_block.mixadapter.0.{name}": weights(*shape)
+        for i in range(2)
+        for name, shape in (("ln.weight", [8]), ("project_down.weight", [2, 8]), ("project_up.weight", [8, 2]))
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    report = report_of(tmp_path / "x.safetensors")
+    assert (report.method, report.parameters) == ("BOTTLENECK", 2 * (8 + 16 + 16))
+    assert report.notes == ("1 bottleneck in each of 2 layers, as Lin's and Pfeiffer's have",)
+
+
+def test_one_adapter_for_all_layers_counts_once(tmp_path: Path) -> None:
+    """AdapterDrop's shared adapter, and a prefix: torch saves one storage under several names."""
+    shared = bottlenecks("x")
+    tensors = {name.replace("x.", f"{place}.", 1): t for place in GPT2 for name, t in shared.items()}
+    report = report_of(adapterhub(tmp_path / "a", tensors))
+    assert (report.tensors, report.parameters) == (4, 2 * 8 * 2 + 2 + 8)
+    assert report.notes[1] == "8 more names are of these tensors"
+
+
+def test_adapterhubs_other_methods(tmp_path: Path) -> None:
+    prefix = {"p.prefix_tuning.prefix_tunings.sst-2.self_prefix.control_trans": weights(32)}
+    cases: dict[str, dict[str, Tensor]] = {
+        "PREFIX_TUNING": prefix,
+        "PROMPT_TUNING": {"prompt_tuning.prompt_tunings.sst-2.prompt_embedding.weight": weights(5, 8)},
+        "REFT": {"encoder.layer.0.reft_layer.refts.sst-2.units.0.learned_source.weight": weights(1, 8)},
+        "LORAS": {f"transformer.h.0.attn.c_attn.loras.sst-2.lora_{x}": weights(8, 8) for x in "AB"},
+        "BOTTLENECK": {**bottlenecks(*GPT2), **prefix},
+    }
+    for kind, tensors in cases.items():
+        report = report_of(adapterhub(tmp_path / kind, tensors, architecture="union"))
+        assert (report.method, report.tensors) == (kind, len(tensors))
+    assert "it holds tensors of prefix tuning too" in report.notes
+    names = {"heads.x.weight": weights(2)}  # no mark, so the config says it
+    for architecture, kind in ((None, "BOTTLENECK"), ("reft", "REFT"), ("lora", "LORAS"), (["new"], "['NEW']")):
+        folder = adapterhub(tmp_path / str(architecture), names, architecture=architecture)
+        assert report_of(folder).method == kind
+
+
+@pytest.mark.parametrize(("kind", "mark"), [(kind, mark) for kind, method in METHODS.items() for mark in method.marks])
+def test_the_refusal_and_the_verdict_give_one_reason(tmp_path: Path, kind: str, mark: str) -> None:
+    for key in (f"base_model.model.x.{mark}y", f"{mark}y", f"base_model.model.{mark}y"):
+        folder = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(6, 2))})
+        save_file({key: weights(2, 2)}, folder / "adapter_model.safetensors")
+        report, method = report_of(folder), METHODS[kind]
+        assert report.method == kind and report.verdict.startswith(
+            f"{OUTCOMES[method.outcome]}: {method.title}, which "
+        )
+        with pytest.raises(InputError) as caught:
+            open_adapter(folder)
+        assert f"is a tensor of {method.title}, which {method.reason}" in caught.value.message
+        assert caught.value.culprit == key and caught.value.remedy == method.remedy
+
+
+def test_a_method_of_peft_that_the_table_lacks(tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(6, 2))}, peft_type="OF_TOMORROW")
+    report = report_of(folder)
+    assert (report.method, report.title, report.outcome) == ("OF_TOMORROW", "OF_TOMORROW", "neither")
+    with pytest.raises(InputError, match="is a OF_TOMORROW adapter, which is not supported"):
+        open_adapter(folder)
+
+
+# Adapters that no format of ours reads, by their files: method, config, tensors. Sources: mlx-lm's `tuner/lora.py`,
+# torchtune's `modules/peft/lora.py`, JamesQFreeman/Sam_LoRA's `lora.py`; the last is of nobody.
+OTHERS_LORA: dict[str, tuple[str, dict[str, Any] | None, list[str]]] = {
+    "adapters.safetensors": (
+        "MLX",
+        {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0}},
+        [f"model.layers.0.self_attn.q_proj.lora_{role}" for role in "ab"],
+    ),
+    "full/adapters.safetensors": (
+        "MLX",
+        {"fine_tune_type": "full", "num_layers": 1, "lora_parameters": {"rank": 2}},
+        ["model.layers.0.self_attn.q_proj.weight"],
+    ),
+    "alone/0000100_adapters.safetensors": ("MLX", None, ["model.layers.0.self_attn.q_proj.lora_a", "a.lora_b", "a.m"]),
+    "tune/adapter.safetensors": ("MLX", None, [f"layers.0.attn.q_proj.lora_{role}.weight" for role in "ab"]),
+    "lora_rank2.safetensors": ("SAM", None, ["w_a_000", "w_a_001", "w_b_000", "w_b_001"]),
+    "decoder/lora.safetensors": ("SAM", None, ["w_a_000", "w_b_000", "mask_decoder.iou_token.weight"]),
+    "state/sam.safetensors": ("SAM", None, [f"image_encoder.blocks.0.attn.qkv.linear_{r}_q.weight" for r in "ab"]),
+    "new.safetensors": ("UNKNOWN_LORA", None, ["blocks.0.attn.lora_first", "blocks.0.attn.lora_second"]),
+}
+
+
+@pytest.mark.parametrize("file", OTHERS_LORA)
+def test_lora_in_a_form_of_others_is_no_model(tmp_path: Path, run: Callable[..., Any], file: str) -> None:
+    kind, config, names = OTHERS_LORA[file]
+    path = tmp_path / "a" / file
+    path.parent.mkdir(parents=True)
+    save_file({name: weights(2, 2, seed=i) for i, name in enumerate(names)}, path)
+    if config is not None:
+        (path.parent / "adapter_config.json").write_text(json.dumps(config))
+    for given in (path.parent, path)[: 1 if "full" in file else 2]:  # a file of plain weights alone tells nothing
+        report = report_of(given)
+        assert report.method == kind
+        result = run("inspect", given, "--strict")
+        assert result.exit_code == 1 and report.title in result.stdout.splitlines()[-1]
+        assert run("inspect", given).exit_code == 0
+        merge = run("merge", BASE, given, "-o", tmp_path / "out")
+        assert merge.exit_code == 3 and not (tmp_path / "out").exists()
+        assert kind == "UNKNOWN_LORA" or report.title in merge.stderr
+
+
+class TestBiasesAlone:
+    """BitFit (Ben Zaken et al., 2022)."""
+
+    GPT2 = FIXTURES / "gpt2" / "base"
+
+    @pytest.fixture
+    def biases(self) -> dict[str, Tensor]:
+        return {name: t * 1.1 + 0.3 for name, t in load_model(self.GPT2).items() if name.endswith(".bias")}
+
+    @pytest.mark.parametrize("file", ["x.safetensors", "x.bin", "f/model.safetensors", "f/adapter_model.safetensors"])
+    def test_are_recognized_and_refused_with_the_way(
+        self, tmp_path: Path, biases: dict[str, Tensor], file: str
+    ) -> None:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        (torch.save if file.endswith("bin") else save_file)(biases, path)
+        for given in {path, tmp_path / file.split("/")[0]}:
+            report = report_of(given)
+            assert (report.method, report.outcome, report.tensors) == ("BIASES", "merged", len(biases))
+            assert report.parameters == sum(t.numel() for t in biases.values())
+            with pytest.raises(InputError, match="holds biases alone .BitFit., which need a config") as caught:
+                loratool.merge(self.GPT2, given, tmp_path / "out")
+            assert caught.value.remedy and caught.value.remedy in report.verdict
+
+    def test_whole_ones_are_merged_as_it_is_said(self, tmp_path: Path, biases: dict[str, Tensor]) -> None:
+        (tmp_path / "a").mkdir()
+        save_file(biases, tmp_path / "a" / "adapter_model.safetensors")
+        (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        loratool.merge(self.GPT2, tmp_path / "a", tmp_path / "out")
+        merged, expected = load_model(tmp_path / "out"), {**load_model(self.GPT2), **biases}
+        assert all(torch.equal(merged[name], W) for name, W in expected.items())
+
+    def test_changes_are_extracted_as_it_is_said(self, tmp_path: Path, biases: dict[str, Tensor]) -> None:
+        shutil.copytree(self.GPT2, tmp_path / "tuned")
+        expected = {n: W + biases[n] if n in biases else W for n, W in load_model(self.GPT2).items()}
+        save_file(expected, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+        loratool.extract(self.GPT2, tmp_path / "tuned", tmp_path / "a")
+        loratool.merge(self.GPT2, tmp_path / "a", tmp_path / "out")
+        assert all(torch.equal(load_model(tmp_path / "out")[name], W) for name, W in expected.items())
+
+    def test_one_weight_makes_it_a_checkpoint(self, tmp_path: Path, biases: dict[str, Tensor]) -> None:
+        save_file({**biases, "x.weight": weights(2)}, tmp_path / "x.safetensors")
+        assert loratool.inspect(tmp_path / "x.safetensors").kind == "checkpoint"
+        save_file({}, tmp_path / "none.safetensors")
+        assert loratool.inspect(tmp_path / "none.safetensors").kind == "checkpoint"
+
+
+class TestTheCommand:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return adapterhub(tmp_path / "a", bottlenecks(*BERT))
+
+    def test_says_it_in_a_line(self, run: Callable[..., Any], folder: Path) -> None:
+        result = run("inspect", folder)
+        *_, counts, note, verdict = result.stdout.splitlines()
+        assert result.exit_code == 0 and counts == "24 tensors, 252 parameters, 1.01 kB" and note.startswith("note: 2 ")
+        assert verdict == (
+            "can be neither merged nor extracted: a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé), which adds "
+            "layers, whose depth is its latency, and no weight could hold them"
+        )
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_says_it_in_json(self, run: Callable[..., Any], folder: Path, strict: bool) -> None:
+        result = run("inspect", folder, "--json", *(["--strict"] if strict else []))
+        value = json.loads(result.stdout)
+        assert result.exit_code == value["exit_code"] == int(strict) and value["ok"] is not strict
+        assert value.get("status") == ("other method" if strict else None)
+        found = tuple(value["report"][key] for key in ("kind", "method", "outcome", "tensors", "parameters", "nbytes"))
+        assert found == ("method", "BOTTLENECK", "neither", 24, 252, 1008)
+
+    def test_has_no_use_for_a_base_or_an_alpha(self, folder: Path) -> None:
+        for options in ({"base": BASE}, {"alpha": 8.0}):
+            with pytest.raises(UsageError, match="holds a bottleneck adapter .*; --(base|alpha) is for adapters"):
+                loratool.inspect(folder, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"config": []}', '{"peft_type": 5}', '{"peft_type": ["IA3"]}', "{}"])
+def test_odd_configs_are_one_line(tmp_path: Path, text: str) -> None:
+    adapterhub(tmp_path / "a", {"x.weight": weights(2)})
+    (tmp_path / "a" / "adapter_config.json").write_text(text)
+    try:
+        assert isinstance(loratool.inspect(tmp_path / "a"), MethodReport)
+    except LoratoolError as error:
+        assert error.exit_code == 3 and "\n" not in error.message

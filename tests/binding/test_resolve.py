@@ -1,0 +1,321 @@
+"""targets.py: patterns against peft's rule, binding by the base's own names, orientation of square matrices."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import factors, write_kohya, write_peft
+
+from loratool.adapters.formats import open_adapter
+from loratool.binding.resolve import Binding, bind
+from loratool.binding.selection import Selection, matches, parse_layers, parse_patterns
+from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.files.dtypes import TensorSpec
+
+EVERYTHING = Selection()
+
+
+def base_of(*modules: str, shape: tuple[int, int] = (6, 4), dtype: str = "F32") -> dict[str, TensorSpec]:
+    return {f"{module}.weight": TensorSpec(dtype, shape) for module in modules}
+
+
+def bound(
+    tmp_path: Path, base: dict[str, TensorSpec], modules: list[str], selection: Selection = EVERYTHING, **config: Any
+) -> Binding:
+    adapter = open_adapter(write_peft(tmp_path / "a", {m: factors(6, 4, 2) for m in modules}, **config))
+    return bind(base, (), [(adapter, 1.0)], selection)
+
+
+@pytest.mark.parametrize(
+    ("base", "module"),
+    [
+        ("model.layers.0.q", "model.layers.0.q"),
+        ("layers.0.q", "model.layers.0.q"),  # a backbone's file, an adapter of the task model
+        ("model.layers.0.q", "layers.0.q"),
+        ("h.0.c_attn", "transformer.h.0.c_attn"),  # gpt2 as it lies on the hub
+        ("model.layers.0.q", "module.model.layers.0.q"),  # DDP
+        ("model.layers.0.q", "_orig_mod.model.layers.0.q"),  # torch.compile
+        ("model.layers.0.q", "model.layers.0._orig_mod.q"),
+        ("_orig_mod.model.layers.0.q", "model.layers.0.q"),
+        ("module.model.layers.0.q", "model.layers.0.q"),
+        ("base_model.model.model.layers.0.q", "model.layers.0.q"),
+        ("model.diffusion_model.input.0.q", "input.0.q"),
+        ("bert.encoder.0.q", "encoder.0.q"),
+    ],
+)
+def test_prefixes_are_resolved_by_the_bases_names(tmp_path: Path, base: str, module: str) -> None:
+    """Trap 27."""
+    assert list(bound(tmp_path, base_of(base, "other.x"), [module]).placements) == [f"{base}.weight"]
+
+
+def test_one_prefix_counts_for_all_paths_that_need_it(tmp_path: Path) -> None:
+    base = base_of("layers.0.q", "layers.1.q", "lm_head")
+    placements = bound(tmp_path, base, ["model.layers.0.q", "model.layers.1.q", "lm_head"]).placements
+    assert list(placements) == list(base)
+
+
+def test_a_path_that_could_be_two_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"could be any of bert.x.weight, model.x.weight"):
+        bound(tmp_path, base_of("model.x", "bert.x"), ["x"])
+    with pytest.raises(InputError, match=r"could be any of _orig_mod.x.weight, x.weight"):
+        bound(tmp_path, base_of("x", "_orig_mod.x"), ["x"])
+    assert list(bound(tmp_path, base_of("model.x", "x"), ["x"]).placements) == ["x.weight"]
+
+
+def test_two_paths_on_one_tensor_are_refused(tmp_path: Path) -> None:
+    """Trap 29: duplicates after renaming."""
+    with pytest.raises(InputError, match="both bind to it"):
+        bound(tmp_path, base_of("model.x"), ["model.x", "module.model.x"])
+
+
+def test_what_does_not_bind_is_listed_with_the_exclude_that_lets_the_rest_pass(tmp_path: Path) -> None:
+    base = base_of("model.layers.0.q_proj", "model.layers.0.k_proj")
+    modules = ["model.layers.0.q_proj", "model.layers.0.score", "model.layers.9.q_proj"]
+    with pytest.raises(NeedsFlag) as caught:
+        bound(tmp_path, base, modules)
+    text = str(caught.value)
+    assert "2 of 3 modules" in text and "nearest in the base: model.layers.0.q_proj.weight" in text
+    patterns = re.search(r"--exclude '?([^']*)'?$", text)
+    assert patterns
+    binding = bound(tmp_path, base, modules, Selection(exclude=parse_patterns([patterns[1]])))
+    assert list(binding.placements) == ["model.layers.0.q_proj.weight"]
+    assert sorted(binding.left_out) == sorted(modules[1:])
+
+
+@pytest.mark.parametrize("odd", ["x.a,b", "x.*", "x.re:(", "a?", "it's", "x.k"])
+def test_the_exclude_that_is_advised_works_on_any_name(tmp_path: Path, odd: str) -> None:
+    """Two adapters, each with a module that the base lacks; the other's `m.k` must stay bound."""
+    import shlex
+
+    base = base_of("m.q", "m.k")
+    first = open_adapter(write_peft(tmp_path / "1", {"m.q": factors(6, 4, 2), odd: factors(6, 4, 2)}))
+    second = open_adapter(write_peft(tmp_path / "2", {"m.k": factors(6, 4, 2), "gone": factors(6, 4, 2)}))
+    with pytest.raises(NeedsFlag) as caught:
+        bind(base, (), [(first, 1.0), (second, 1.0)], EVERYTHING)
+    words = shlex.split(str(caught.value.remedy).partition(": ")[2])
+    exclude = parse_patterns([word for word in words if word != "--exclude"])
+    binding = bind(base, (), [(first, 1.0), (second, 1.0)], Selection(exclude=exclude))
+    assert list(binding.placements) == list(base) and set(binding.left_out) == {odd, "gone"}
+
+
+def test_a_wrong_adapter_is_refused_without_a_flag(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing binds"):
+        bound(tmp_path, base_of("encoder.q"), ["decoder.x", "decoder.y"])
+    with pytest.raises(InputError, match="nothing to do"):
+        bound(tmp_path, base_of("x"), ["x"], Selection(exclude=("x",)))
+
+
+def test_kohya_names_are_looked_up_and_never_split(tmp_path: Path) -> None:
+    """Trap 23: `to_q` and `to.q` flatten to one name."""
+    base = base_of("down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "mid_block.x_y")
+    for prefix in ("lora_unet", "lora_transformer"):
+        adapter = open_adapter(
+            write_kohya(
+                tmp_path / "k.safetensors", {n.removesuffix(".weight"): factors(6, 4, 2) for n in base}, prefix=prefix
+            )
+        )
+        assert list(bind(base, (), [(adapter, 1.0)], EVERYTHING).placements) == list(base)
+    clash = base_of("a.to_q", "a.to.q")
+    adapter = open_adapter(write_kohya(tmp_path / "k.safetensors", {"a.to_q": factors(6, 4, 2)}))
+    with pytest.raises(InputError, match=r"could be any of a.to.q.weight, a.to_q.weight"):
+        bind(clash, (), [(adapter, 1.0)], EVERYTHING)
+    nested = base_of("model.layers.0.q_proj")
+    adapter = open_adapter(write_kohya(tmp_path / "k.safetensors", {"layers.0.q_proj": factors(6, 4, 2)}))
+    assert list(bind(nested, (), [(adapter, 1.0)], EVERYTHING).placements) == list(nested)
+
+
+def test_a_kohya_text_encoder_part_is_left_out_by_one_pattern(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    unet = load_file(write_kohya(tmp_path / "u.safetensors", {"a.q": factors(6, 4, 2)}))
+    text = load_file(
+        write_kohya(tmp_path / "t.safetensors", {f"enc.{i}.q": factors(6, 4, 2) for i in range(20)}, prefix="lora_te")
+    )
+    save_file({**unet, **text}, tmp_path / "k.safetensors")
+    adapter = open_adapter(tmp_path / "k.safetensors")
+    with pytest.raises(NeedsFlag, match=r"--exclude 'lora_te_\*'"):
+        bind(base_of("a.q"), (), [(adapter, 1.0)], EVERYTHING)
+    binding = bind(base_of("a.q"), (), [(adapter, 1.0)], Selection(exclude=("lora_te_*",)))
+    assert list(binding.placements) == ["a.q.weight"] and len(binding.left_out) == 20
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (6, 5), (24,), (6, 4, 2)])
+def test_shapes_that_do_not_fit_are_refused_with_both(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    base = {"x.weight": TensorSpec("F32", shape)}
+    with pytest.raises(
+        InputError,
+        match=re.escape(f"x.weight: A is (2, 4) and B is (6, 2) in {tmp_path / 'a'}, but the base weight is {shape}"),
+    ):
+        bound(tmp_path, base, ["x"])
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E8M0", "I32", "BOOL"])
+def test_codes_are_never_added_to(tmp_path: Path, dtype: str) -> None:
+    """Trap 47."""
+    with pytest.raises(InputError, match=f"is {dtype}, which cannot be added to"):
+        bound(tmp_path, base_of("x", dtype=dtype), ["x"])
+
+
+class TestOrientation:
+    """Trap 11: by shape; square: model_type, then siblings, then the flag if none contradicts it, else refused."""
+
+    def orient(
+        self, tmp_path: Path, shapes: dict[str, tuple[int, int]], model_type: str | None = None, **config: Any
+    ) -> dict[str, bool]:
+        """Each base shape -> transposed; the factors fit the plain layout unless the module's name says `conv`."""
+        specs = {f"{m}.weight": TensorSpec("F32", shape) for m, shape in shapes.items()}
+        made = {m: factors(*(shape[::-1] if "conv" in m else shape), 2) for m, shape in shapes.items()}
+        adapter = open_adapter(write_peft(tmp_path / "a", made, **config))
+        binding = bind(specs, (model_type,), [(adapter, 1.0)], EVERYTHING)
+        return {name.removesuffix(".weight"): p[0].transposed for name, p in binding.placements.items()}
+
+    def test_shapes_decide(self, tmp_path: Path) -> None:
+        """The config's flag is one value for all layers, so it never overrules a shape."""
+        for flag in (True, False):
+            found = self.orient(tmp_path, {"l": (6, 4), "conv": (6, 4)}, fan_in_fan_out=flag)
+            assert found == {"l": False, "conv": True}
+
+    @pytest.mark.parametrize(
+        ("model_type", "module", "expected"),
+        [
+            ("gpt2", "h.0.attn.c_proj", True),
+            ("gpt2", "score", False),
+            ("llama", "o_proj", False),
+            ("imagegpt", "h.0.attn.c_proj", True),
+        ],
+    )
+    def test_model_type_decides_squares_first(
+        self, tmp_path: Path, model_type: str, module: str, expected: bool
+    ) -> None:
+        found = self.orient(tmp_path, {module: (4, 4), "plain": (6, 4)}, model_type, fan_in_fan_out=not expected)
+        assert found[module] is expected
+
+    @pytest.mark.parametrize(
+        ("model_type", "module"), [("llama", "conv"), ("gpt2", "h.0.mlp.c_fc"), ("gpt2", "conv_head")]
+    )
+    def test_a_known_family_refuses_factors_of_the_other_layout(
+        self, tmp_path: Path, model_type: str, module: str
+    ) -> None:
+        """A wrong adapter whose shapes happen to fit the other way round."""
+        with pytest.raises(InputError, match=r"but the base weight is \(6, 4\) as \((out, in|in, out)\)"):
+            self.orient(tmp_path, {module: (6, 4)}, model_type)
+        kohya = open_adapter(write_kohya(tmp_path / "k.safetensors", {"x": factors(4, 6, 2)}))
+        with pytest.raises(InputError, match=r"as \(out, in\)"):
+            bind(base_of("x"), (), [(kohya, 1.0)], EVERYTHING)
+
+    def test_siblings_decide_next(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is square"):  # another module's Conv1D tells nothing of this one
+            self.orient(tmp_path, {"a.sq": (4, 4), "conv": (6, 4)}, "unheard_of")
+        assert self.orient(tmp_path, {"a.sq": (4, 4), "b": (6, 4)}, fan_in_fan_out=True)["a.sq"] is False
+        # siblings of the same last name speak before the others
+        assert (
+            self.orient(tmp_path, {"attn.c_conv": (4, 4), "mlp.c_conv": (6, 4), "head": (6, 4)})["attn.c_conv"] is True
+        )
+
+    def test_the_flag_decides_where_nothing_contradicts_it(self, tmp_path: Path) -> None:
+        for flag in (True, False):
+            assert self.orient(tmp_path, {"sq": (4, 4)}, fan_in_fan_out=flag)["sq"] is flag
+
+    def test_else_it_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is square, and nothing tells"):
+            self.orient(tmp_path, {"sq": (4, 4)})
+        with pytest.raises(InputError, match="is square, and nothing tells"):
+            self.orient(tmp_path, {"sq": (4, 4), "conv": (6, 4), "plain": (6, 4)}, fan_in_fan_out=True)
+
+    def test_kohya_targets_linear_layers_only(self, tmp_path: Path) -> None:
+        adapter = open_adapter(write_kohya(tmp_path / "k.safetensors", {"sq": factors(4, 4, 2)}))
+        binding = bind(base_of("sq", shape=(4, 4)), (), [(adapter, 1.0)], EVERYTHING)
+        assert binding.placements["sq.weight"][0].transposed is False
+
+    def test_the_table_is_transformers_own(self) -> None:
+        """Every Conv1D of a tiny live model is in the table, and nothing else of it is."""
+        from transformers import AutoConfig, AutoModel
+        from transformers.pytorch_utils import Conv1D
+
+        from loratool.architectures.conv1d import CONV1D_MODULES, stores_transposed
+
+        sizes = {
+            "n_embd": 8,
+            "n_head": 2,
+            "n_layer": 1,
+            "vocab_size": 16,
+            "hidden_size": 8,
+            "add_cross_attention": True,
+        }
+        for model_type in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"):
+            model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes))
+            conv = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Conv1D)}
+            assert conv and conv <= CONV1D_MODULES[model_type]
+            for name, module in model.named_modules():
+                if isinstance(module, Conv1D) or type(module).__name__ == "Linear":
+                    assert stores_transposed((model_type,), name) is isinstance(module, Conv1D)
+
+
+@pytest.mark.parametrize("path", ["a.q_proj", "q_proj", "a.aq_proj", "a.q_proj.x", "model.layers.1.q_proj"])
+@pytest.mark.parametrize("pattern", ["q_proj", "a.q_proj", "layers.1.q_proj", "proj"])
+def test_a_bare_name_matches_as_peft_matches_it(pattern: str, path: str) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    assert matches(pattern, path) == bool(check_target_module_exists(LoraConfig(target_modules=[pattern]), path))
+
+
+def test_other_patterns() -> None:
+    assert matches("model.*.q", "model.a.b.q") and not matches("*.q", "q") and matches("?.q", "a.q")
+    assert matches(r"re:layers\.[02]\.", "model.layers.2.q") and not matches("re:^q", "a.q")
+    for expression in ("re:(", "re:a{99999999999999}", "re:" + "(" * 5000):
+        with pytest.raises(UsageError, match="not a regular expression"):
+            matches(expression, "q")
+    for nothing in ("", ",", " , "):
+        with pytest.raises(UsageError, match="names nothing"):
+            parse_patterns([nothing])
+    assert parse_patterns(["a, b,", "re:x{1,2}|y", "c,re:d,e"]) == ("a", "b", "re:x{1,2}|y", "c", "re:d,e")
+
+
+def test_layers() -> None:
+    assert parse_layers("0-2,7") == {0, 1, 2, 7} and parse_layers(None) is None
+    for bad in ("", "a", "1-", "-1", "1,,2", "5-2", "9" * 5000, "0-99999999999"):
+        with pytest.raises(UsageError, match="--layers"):
+            parse_layers(bad)
+    chosen = Selection(layers=parse_layers("1,11"))
+    assert [
+        p for p in ("l.1.q", "l.11.q", "l.2.q", "lm_head", "lora_unet_x_1_q", "l.2.e.1.q") if chosen.selects(p)
+    ] == [
+        "l.1.q",
+        "l.11.q",
+        "lora_unet_x_1_q",
+    ]
+
+
+def test_selection_limits_what_is_bound(tmp_path: Path) -> None:
+    base = base_of("l.0.q", "l.0.k", "l.1.q", "l.1.k")
+    modules = [n.removesuffix(".weight") for n in base]
+    binding = bound(tmp_path, base, modules, Selection(target=("q",), layers=frozenset({1})))
+    assert list(binding.placements) == ["l.1.q.weight"] and sorted(binding.left_out) == ["l.0.k", "l.0.q", "l.1.k"]
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "split"),
+    [
+        ("model.layers.0.self_attn.qkv_proj", 12, ["q_proj", "k_proj", "v_proj"]),  # Phi-3, GQA: 8 + 2 + 2
+        ("transformer.h.0.attn.c_attn", 24, ["q_proj"]),  # GPT-2
+        ("gpt_neox.layers.0.attention.query_key_value", 24, ["query"]),  # a head after the other: q, k, v, q, k, v
+    ],
+)
+def test_factors_of_a_part_of_a_fused_projection_are_refused_by_name(
+    tmp_path: Path, base: str, rows: int, split: list[str]
+) -> None:
+    """Trap 22: of a split adapter on a fused base, and the reverse, nothing is placed by a guess."""
+    owner = base.rpartition(".")[0]
+    modules = {f"{owner}.{name}": factors(8, 4, 2) for name in split}
+    adapter = open_adapter(write_peft(tmp_path / "a", modules))
+    fused = {f"{base}.weight": TensorSpec("F32", (rows, 4))}
+    with pytest.raises(InputError, match=rf"(?s)({'|'.join(split)})\n.*nothing binds"):
+        bind(fused, (), [(adapter, 1.0)], EVERYTHING)
+    reverse = open_adapter(write_peft(tmp_path / "b", {base: factors(rows, 4, 2)}))
+    parts = {f"{module}.weight": TensorSpec("F32", (8, 4)) for module in modules}
+    with pytest.raises(InputError, match=rf"(?s){base}.*nothing binds"):
+        bind(parts, (), [(reverse, 1.0)], EVERYTHING)

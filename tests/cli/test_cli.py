@@ -1,0 +1,373 @@
+"""cli/ and render.py: the words, the exit codes, the JSON, and how fast the command starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FIXTURES, factors, weights, write_model, write_peft
+
+import loratool
+from loratool.cli import VERBS
+from loratool.cli.options import Size, WeightedPath
+from loratool.cli.render.text import SCHEMA_VERSION
+from loratool.files.dtypes import MERGE_DTYPES
+from loratool.files.fileio import open_scratch, size
+
+BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+OTHER = FIXTURES / "gpt2" / "adapter"
+COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
+Run = Callable[..., Any]
+
+
+def best_time(command: list[str], runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_help_starts_within_three_imports_of_click() -> None:
+    """The least of several runs of each: the machine's noise only ever adds."""
+    click_only = best_time([sys.executable, "-c", "import click"])
+    assert best_time([*COMMAND, "--help"]) < 3 * click_only
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["merge", "-h"],
+        ["inspect", str(BASE)],
+        ["--version"],
+        ["guide", "merging"],
+    ],
+)
+def test_no_torch_and_no_numpy_where_headers_suffice(arguments: list[str]) -> None:
+    code = (
+        "import sys; from loratool.cli import _run; assert _run(sys.argv[1:]) == 0; "
+        "sys.exit(bool({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], *([verb, "-h"] for verb in VERBS)])
+def test_help_tells_the_story(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code in (0, 2) and "Usage: loratool" in result.stdout + result.stderr
+    if len(arguments) == 1:
+        assert all(verb in result.stdout for verb in VERBS)
+    if arguments[:1] == ["merge"]:
+        assert all(name in result.stdout for name in ("keep", "fp32", "bf16", "fp16"))
+
+
+def test_version(run: Run) -> None:
+    from importlib.metadata import version
+
+    assert run("--version").stdout == f"loratool {version('loratool')}\n"
+
+
+def test_merge_prints_a_line_a_tensor(tmp_path: Path, run: Run) -> None:
+    result = run("merge", BASE, ADAPTER, "-o", tmp_path / "out")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and result.stderr == ""
+    assert lines[0].split() == ["tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept"]
+    assert sum(line.startswith("model.layers.") for line in lines) == 21
+    assert "21 tensors changed, 9 copied as they are" in result.stdout and f"wrote {tmp_path / 'out'}" in result.stdout
+    dry = run("merge", BASE, ADAPTER, "-o", tmp_path / "dry", "--dry-run")
+    assert dry.exit_code == 0 and "would write" in dry.stdout and not (tmp_path / "dry").exists()
+
+
+def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) -> None:
+    result = run("merge", BASE, f"{ADAPTER}:0.5", "-o", tmp_path / "out", "--json", "--dtype", "fp32", "--no-undo")
+    value = json.loads(result.stdout)
+    assert (value["schema"], value["verb"], value["ok"], value["exit_code"]) == (SCHEMA_VERSION, "merge", True, 0)
+    report = value["report"]
+    assert (
+        len(report["tensors"]) == 21
+        and report["tensors"][0]["scales"] == [1.0]
+        and report["adapters"][0]["weight"] == 0.5
+    )
+    assert " ".join(report) == (
+        "base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
+        "not_copied warnings"
+    )
+    value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
+    assert value["report"]["kind"] == "adapter" and value["report"]["coverage"]["bound"] == 21
+
+
+# name -> (arguments with {tmp}, exit code, kind, a piece of the message)
+FAILURES: dict[str, tuple[list[str], int, str, str]] = {
+    "no such verb": (["explode"], 2, "usage", "explode"),
+    "no such option": (["merge", "--fast", str(BASE), str(ADAPTER)], 2, "usage", "--fast"),
+    "missing argument": (["merge", str(BASE)], 2, "usage", "ADAPTER"),
+    "bad dtype": (["merge", str(BASE), str(ADAPTER), "--dtype", "int3", "-o", "{tmp}/o"], 2, "usage", "int3"),
+    "bad size": (["merge", str(BASE), str(ADAPTER), "--max-shard-size", "5 apples"], 2, "usage", "5 apples"),
+    "bad layers": (["merge", str(BASE), str(ADAPTER), "--layers", "a-b", "-o", "{tmp}/o"], 2, "usage", "a-b"),
+    "bad pattern": (["merge", str(BASE), str(ADAPTER), "--exclude", "re:(", "-o", "{tmp}/o"], 2, "usage", "re:("),
+    "no such base": (["merge", "absent.safetensors", str(ADAPTER)], 3, "input", "absent.safetensors"),
+    "not in the cache": (["merge", "org/absent", str(ADAPTER)], 3, "input", "hf download org/absent"),
+    "swapped": (["merge", str(ADAPTER), str(BASE)], 3, "input", "swap them"),
+    "wrong adapter": (["merge", str(BASE), str(OTHER), "-o", "{tmp}/o"], 3, "input", "nothing binds"),
+    "exists": (["merge", str(BASE), str(ADAPTER), "-o", "{tmp}/full"], 4, "needs-flag", "--force"),
+    "absent device": (["merge", str(BASE), str(ADAPTER), "--device", "mps", "-o", "{tmp}/o"], 5, "machine", "float64"),
+    "read-only": (["merge", str(BASE), str(ADAPTER), "-o", "/proc/out"], 5, "machine", "/proc"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_exit_codes_and_errors(tmp_path: Path, run: Run, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, code, kind, piece = FAILURES[case]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "full", {"x": weights(2)})
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    plain = run(*arguments)
+    assert (plain.exit_code, plain.stdout) == (code, "") and piece in plain.stderr and "Traceback" not in plain.stderr
+    result = run(*arguments, "--json")
+    value = json.loads(result.stdout)
+    assert (result.exit_code, value["exit_code"], value["ok"], value["error"]["kind"]) == (code, code, False, kind)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_exit_4_names_the_flag_that_makes_it_succeed(tmp_path: Path, run: Run) -> None:
+    base = write_model(tmp_path / "base", {"a.x.weight": weights(6, 4)})
+    adapter = write_peft(tmp_path / "adapter", {"a.x": factors(6, 4, 2), "b.y": factors(6, 4, 2)})
+    result = run("merge", base, adapter, "-o", tmp_path / "out")
+    assert result.exit_code == 4 and "--exclude y\n" in result.stderr
+    result = run("merge", base, adapter, "-o", tmp_path / "out", "--exclude", "y")
+    assert result.exit_code == 0 and "left out: b.y" in result.stdout
+
+
+def test_warnings_go_to_stderr(tmp_path: Path, run: Run) -> None:
+    import torch
+
+    base = write_model(tmp_path / "base", {"x.weight": weights(60, 40, dtype=torch.bfloat16)})
+    adapter = write_peft(tmp_path / "adapter", {"x": factors(60, 40, 2)}, lora_alpha=1e-3)
+    result = run("merge", base, adapter, "-o", tmp_path / "out")
+    assert (
+        result.exit_code == 0
+        and result.stderr.startswith("warning: rounding to BF16 loses")
+        and "warning:" not in result.stdout
+    )
+
+
+def test_options_come_from_the_environment(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATOOL_MERGE_OUT", str(tmp_path / "env"))
+    monkeypatch.setenv("LORATOOL_MERGE_DTYPE", "fp32")
+    monkeypatch.setenv("LORATOOL_MERGE_NO_UNDO", "1")
+    assert run("merge", BASE, ADAPTER).exit_code == 0
+    report = loratool.inspect(tmp_path / "env")
+    assert report.dtypes == {"F32": 171_456}  # type: ignore[union-attr]
+
+
+def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATOOL_DEBUG", "1")
+    assert "Traceback" in run("inspect", "absent.safetensors").stderr
+
+
+def test_an_internal_error_is_70_and_short(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.ops.inspect.command.inspect", lambda *a, **k: 1 / 0)
+    result = run("inspect", BASE)
+    assert result.exit_code == 70 and "ZeroDivisionError" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    shell = f"{' '.join(repr(c) for c in COMMAND)} inspect {BASE} | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "" and result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [
+        ("{L} inspect absent --json | true; exit ${{PIPESTATUS[0]}}", 3),
+        ("{L} merge --json | true; exit ${{PIPESTATUS[0]}}", 2),
+        ("{L} inspect absent 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}", 3),
+        ("{L} inspect absent --json >/dev/full", 3),
+        ("{L} inspect {base} --json >/dev/full", 5),
+        ("{L} inspect {base} --json >&-", 0),
+        ("{L} merge {base} {adapter} -o {tmp}/o >&-", 0),
+        ("{L} merge {base} {adapter} -o {tmp}/o --json 2>&-", 0),
+        ("PYTHONIOENCODING=ascii {L} merge {tmp}/b\u00e9 {adapter} -o {tmp}/o\u00e9", 0),
+        ("PYTHONIOENCODING=ascii {L} inspect absent\u00e9 --json", 3),
+        ("{L} inspect $'absent\\xff' --json", 3),
+        ("LORATOOL_INSPECT_JSON=1 {L} inspect absent | grep -q '\"ok\": false'; exit ${{PIPESTATUS[1]}}", 0),
+    ],
+)
+def test_difficult_outputs_change_no_code_and_show_no_traceback(tmp_path: Path, shell: str, code: int) -> None:
+    import shutil
+
+    shutil.copytree(BASE, tmp_path / "b\u00e9")
+    line = shell.format(L=" ".join(repr(c) for c in COMMAND), base=BASE, adapter=ADAPTER, tmp=tmp_path)
+    result = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert result.returncode == code and b"Traceback" not in result.stderr and b"Exception" not in result.stderr
+    if result.stdout:
+        json.loads(result.stdout) if "--json" in shell else result.stdout.decode("ascii")
+
+
+def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
+    hostile = "\x1b]0;owned\x07[red]x[/red]\n"
+    model = write_model(tmp_path / "m", {f"{hostile}.weight": weights(4, 4)})
+    result = run("inspect", model)
+    assert result.exit_code == 0 and "\x1b" not in result.stdout and "[red]x[/red]" in result.stdout
+    adapter = write_peft(tmp_path / "a", {"\x1b[2J": factors(6, 4, 2)}, base_model_name_or_path="\x1b[2J")
+    result = run("merge", model, adapter, "-o", tmp_path / "o")
+    assert result.exit_code == 3 and "\x1b" not in result.stderr
+    assert "\x1b" not in run("inspect", adapter, "--base", model).stdout
+    write_model(tmp_path / "m", {"x": weights(2)}, {"model_type": "\x1b[2J"})
+    assert "\x1b" not in run("inspect", tmp_path / "m").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.7", ("a.safetensors", 0.7)),
+        ("a:-1e-3", ("a", -1e-3)),
+        (r"C:\x.safetensors", (r"C:\x.safetensors", 1.0)),
+        (r"C:\x.safetensors:0.7", (r"C:\x.safetensors", 0.7)),
+        (r"C:\x.safetensors:0.7,te=0.4", (r"C:\x.safetensors", 0.7, {"te": 0.4})),
+        ("a/:te1=-1,unet=2", ("a/", 1.0, {"te1": -1.0, "unet": 2.0})),
+        ("a:0.7,te", ("a:0.7,te", 1.0)),
+        ("org/name:2", ("org/name", 2.0)),
+    ],
+)
+def test_weighted_paths(text: str, expected: tuple[object, ...]) -> None:
+    assert WeightedPath().convert(text, None, None) == expected
+
+
+def test_a_path_that_exists_is_never_split(tmp_path: Path) -> None:
+    (tmp_path / "a:2").write_text("")
+    assert WeightedPath().convert(str(tmp_path / "a:2"), None, None) == (str(tmp_path / "a:2"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("7", 7), ("9kb", 9000)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert Size().convert(text, None, None) == expected
+
+
+def test_size_is_printed_in_decimal_units() -> None:
+    assert [size(n) for n in (0, 999, 1000, 614_510_000, 6e9, 7e12)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "614.51 MB",
+        "6.00 GB",
+        "7000.00 GB",
+    ]
+
+
+def test_every_dtype_of_the_table_is_accepted(tmp_path: Path, run: Run) -> None:
+    for dtype in MERGE_DTYPES:
+        assert (
+            run("merge", BASE, ADAPTER, "-o", tmp_path / dtype, "--dtype", dtype, "--dry-run", "--no-undo").exit_code
+            == 0
+        )
+
+
+def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loratool.cli.render import text as render
+
+    now = 0.0
+    monkeypatch.setattr(render.time, "monotonic", lambda: now)
+    bar = render.ProgressBar("merge", quiet=False)
+    for second in range(0, 31, 3):
+        now = float(second)
+        bar(second * 10**8, 3 * 10**9)
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "merge: 1.20 GB of 3.00 GB, 100.00 MB/s, 18 s left",
+        "merge: 2.40 GB of 3.00 GB, 100.00 MB/s, 6 s left",
+    ]
+
+
+def test_progress_before_the_first_byte(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read and hashed first is no byte of the output."""
+    from loratool.cli.render import text as render
+
+    now = 0.0
+    monkeypatch.setattr(render.time, "monotonic", lambda: now)
+    bar = render.ProgressBar("merge", quiet=False)
+    now = 11.0
+    bar(0, 3 * 10**9)
+    assert capsys.readouterr().err == "merge: 0 B of 3.00 GB\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_table_that_fits_and_a_bar(tmp_path: Path) -> None:
+    import pty
+
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.environ["COLUMNS"] = "70"
+        os.execv(COMMAND[0], [*COMMAND, "merge", str(BASE), str(ADAPTER), "-o", str(tmp_path / "out")])
+    output = b""
+    while True:
+        try:
+            output += os.read(fd, 4096)
+        except OSError:
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert b"wrote" in output and b"merge" in output
+
+
+def test_the_module_runs_too() -> None:
+    result = subprocess.run([sys.executable, "-m", "loratool", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("loratool ")
+
+
+def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Path, run: Run) -> None:
+    """On stderr, in whichever form the result comes."""
+    adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    out = tmp_path / "out"
+    for command in (
+        ["merge", BASE, adapter, "-o", out],
+        ["verify", BASE, adapter, out],
+        ["unmerge", out, adapter, "-o", tmp_path / "back", "--approximate"],
+    ):
+        for more in ([], ["--json"]):
+            result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
+            assert result.exit_code == 0
+            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing\n", result.stderr)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+def test_what_is_no_file_to_be_read(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    result = run("inspect", tmp_path / "link")
+    assert result.exit_code == 3 and result.stderr.endswith("link: is a link to nowhere, which is not there\n")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    result = run("inspect", tmp_path / "pipe.safetensors")
+    assert result.exit_code == 3 and "is a pipe or a device" in result.stderr
+
+
+def test_a_device_for_what_computes_nothing(run: Run) -> None:
+    result = run("inspect", BASE, "--device", "cuda")
+    assert result.exit_code == 2 and "--device is for --spectra" in result.stderr
+
+
+def test_a_folder_that_is_not_there_any_more(tmp_path: Path) -> None:
+    """The scratch file's random name would say nothing."""
+    with pytest.raises(OSError, match="No such file") as raised:
+        open_scratch(tmp_path / "gone")
+    assert raised.value.filename == str(tmp_path / "gone")

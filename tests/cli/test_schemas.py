@@ -1,0 +1,257 @@
+"""schemas/: what `--json` prints, held by jsonschema against the files that the package ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
+from jsonschema import Draft202012Validator
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.cli import VERBS, Terminated, schemas
+from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
+
+FILES = {file.name: json.loads(file.read_text()) for file in resources.files(schemas).iterdir() if "json" in file.name}
+VALIDATORS = {name: Draft202012Validator(schema) for name, schema in FILES.items()}
+Run = Callable[..., Any]
+
+LLAMA, GPT2, SDXL = FIXTURES / "llama", FIXTURES / "gpt2", FIXTURES / "sdxl"
+# (arguments with {tmp}, the report's class, exit code); they run in this order in one folder
+CALLS = """
+merge {llama}/base {llama}/adapter -o {tmp}/merged                                            MergeReport 0
+merge {llama}/base {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/two --no-undo --dtype fp32 MergeReport 0
+merge {sdxl}/base.safetensors {sdxl}/adapter.safetensors:0.8,te=0.4 -o {tmp}/x.safetensors    MergeReport 0
+merge {llama}/base {llama}/adapter -o {tmp}/dry --dry-run                                     MergeReport 0
+merge {tmp}/odd {tmp}/kinds -o {tmp}/odd-merged                                               MergeReport 0
+unmerge {tmp}/merged {llama}/adapter -o {tmp}/unmerged                                        UnmergeReport 0
+unmerge {tmp}/two {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/near --approximate          UnmergeReport 0
+verify {llama}/base {llama}/adapter {tmp}/merged                                              VerifyReport 0
+verify {llama}/base {llama}/adapter {llama}/base                                              VerifyReport 1
+extract {llama}/base {llama}/tuned -o {tmp}/extracted                                         ExtractReport 0
+extract {gpt2}/base {gpt2}/tuned --params 30K --certify --dtype bf16 -o {tmp}/budget          ExtractReport 0
+extract {tmp}/zero {tmp}/odd --allow unrelated -o {tmp}/from-zero                             ExtractReport 0
+init {llama}/base -o {tmp}/started                                                            InitReport 0
+init {llama}/base --method pissa --residual {tmp}/residual --dora -o {tmp}/pissa              InitReport 0
+resize {llama}/adapter --rank 4 -o {tmp}/small                                                ResizeReport 0
+combine {llama}/adapter:0.7 {llama}/adapter:-0.2 -o {tmp}/sum                                 CombineReport 0
+combine {llama}/adapter {llama}/adapter --method ties --rank 4 -o {tmp}/ties                  CombineReport 0
+combine {llama}/adapter {gpt2}/adapter --allow unrelated -o {tmp}/unrelated                   CombineReport 0
+convert {sdxl}/adapter.safetensors --to diffusers -o {tmp}/diffusers.safetensors              ConvertReport 0
+convert {llama}/adapter --to peft --plain -o {tmp}/plain                                      ConvertReport 0
+convert {llama}/adapter --to peft --for fused --base {llama}/base -o {tmp}/fused              ConvertReport 0
+convert {llama}/adapter --to loralib -o {tmp}/loralib.safetensors                             ConvertReport 0
+convert {llama}/base --to torch -o {tmp}/torch                                                CheckpointConvertReport 0
+convert {tmp}/torch --dtype fp16 --max-shard-size 100KB -o {tmp}/shards                       CheckpointConvertReport 0
+count {llama}/base                                                                            CountReport 0
+count {gpt2}/base/config.json --params 4K --target c_attn                                     CountReport 0
+diff {tmp}/kinds {tmp}/kinds --base {tmp}/odd                                                 AdapterDiff 0
+diff {tmp}/kinds {tmp}/other --fail-above 0.1                                                 AdapterDiff 1
+diff {llama}/base {llama}/base                                                                CheckpointDiff 0
+diff {tmp}/odd {tmp}/nan --fail-above 0.1                                                     CheckpointDiff 1
+guide                                                                                         GuideReport 0
+guide merging                                                                                 GuideReport 0
+inspect {llama}/base                                                                          CheckpointReport 0
+inspect {tmp}/odd                                                                             CheckpointReport 0
+inspect {sdxl}/base.safetensors                                                               CheckpointReport 0
+inspect {llama}/adapter --base {llama}/base --strict                                          AdapterInspection 0
+inspect {tmp}/kinds --base {tmp}/nan --strict                                                 AdapterInspection 1
+inspect {tmp}/ia3                                                                             MethodReport 0
+inspect {tmp}/ia3 --strict                                                                    MethodReport 1
+inspect {llama}/base --spectra                                                                SpectraReport 0
+inspect {tmp}/kinds --spectra                                                                 SpectraReport 0
+"""
+# Keys that come from the inputs, which the schemas cannot list
+OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "dtypes"}
+
+
+def parse(text: str) -> Any:
+    """Strictly: JSON has no NaN and no Infinity, which Python's own parser lets pass."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def faults(verb: str, value: Any) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in VALIDATORS[f"{verb}.json"].iter_errors(value)]
+
+
+def make_inputs(tmp: Path) -> None:
+    """Zeros, nan, integers, scalars, and an adapter of every kind of update."""
+    odd = {
+        "model.layers.0.self_attn.q_proj.weight": weights(8, 6),
+        "model.layers.0.mlp.down_proj.weight": weights(6, 8),
+        "model.layers.0.norm.weight": weights(6),
+        "model.layers.0.norm.bias": weights(6),
+        "model.embed_tokens.weight": weights(10, 6),
+        "ids": torch.arange(5),
+        "scale": torch.tensor(2.0),
+    }
+    write_model(tmp / "odd", odd, {"model_type": "llama"})
+    write_model(tmp / "zero", {name: torch.zeros_like(x) for name, x in odd.items()}, {"model_type": "llama"})
+    holed = {name: x.clone() for name, x in odd.items()}
+    holed["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    write_model(tmp / "nan", holed, {"model_type": "llama"})
+    modules = {"model.layers.0.self_attn.q_proj": factors(8, 6, 2), "model.layers.0.mlp.down_proj": factors(6, 8, 3)}
+    write_peft(tmp / "kinds", modules, rank_pattern={"down_proj": 3}, modules_to_save=["norm"])
+    file = tmp / "kinds" / "adapter_model.safetensors"
+    saved = {f"base_model.model.model.layers.0.norm.{part}": weights(6, seed=5) for part in ("weight", "bias")}
+    save_file({**load_file(file), **saved}, file)
+    write_peft(tmp / "other", {"model.layers.0.self_attn.q_proj": factors(8, 6, 4, 1)}, use_rslora=True)
+    (tmp / "ia3").mkdir()
+    save_file({"base_model.model.x.ia3_l": weights(4, 1)}, tmp / "ia3" / "adapter_model.safetensors")
+    (tmp / "ia3" / "adapter_config.json").write_text('{"peft_type": "IA3", "target_modules": ["x"]}')
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, int, Any]]:
+    """(verb, the expected class, the expected exit code, the object printed) of every line of CALLS."""
+    tmp, found = tmp_path_factory.mktemp("schemas"), []
+    make_inputs(tmp)
+    for line in CALLS.strip().splitlines():
+        *argv, kind, code = line.format(tmp=tmp, llama=LLAMA, gpt2=GPT2, sdxl=SDXL).split()
+        result = run_command(*argv, "--json")
+        value = parse(result.stdout)
+        assert result.exit_code == value["exit_code"] == int(code), (line, result.stdout[:300], result.stderr)
+        found.append((argv[0], kind, int(code), value))
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_a_schema_and_what_the_reports_make(name: str) -> None:
+    Draft202012Validator.check_schema(FILES[name])
+    assert FILES[name]["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    assert dict(schemas.files())[name] == FILES[name], "run python -m loratool.cli.schemas"
+
+
+def test_there_is_a_file_for_every_verb() -> None:
+    assert set(FILES) == {f"{verb}.json" for verb in VERBS} | {"error.json"}
+
+
+def test_every_report_of_every_verb_is_printed_here(printed: list[tuple[str, str, int, Any]]) -> None:
+    assert {(verb, kind) for verb, kind, _, _ in printed} == {
+        (verb, kind.__name__) for verb, kinds in schemas.REPORTS.items() for kind in kinds
+    }
+    assert {(verb, value["status"]) for verb, _, code, value in printed if code} | {("verify", "inconclusive")} == {
+        (verb, status) for verb, statuses in schemas.STATUSES.items() for status in statuses
+    }
+
+
+def test_what_is_printed_fits_its_schema(printed: list[tuple[str, str, int, Any]]) -> None:
+    for verb, kind, _, value in printed:
+        assert faults(verb, value) == [], verb
+        report = Draft202012Validator({**FILES[f"{verb}.json"], "oneOf": [{"$ref": f"#/$defs/{kind}"}]})
+        assert report.is_valid(value["report"]), f"{verb}: this is no {kind}"
+
+
+WRONG: dict[type, list[Any]] = {
+    str: [7, []],
+    bool: ["x", 7],
+    int: ["x", -1, 0.5],
+    float: ["x", True],
+    dict: ["x", []],
+    list: ["x", {}],
+    type(None): [{}],
+}
+
+
+def damaged(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The object with one thing wrong, in every way: a key less, a key more, another type. Of a list its first item."""
+    if isinstance(value, dict) and key != "fields":  # whose values are anything
+        for name in value:
+            if key not in OPEN:
+                yield f"without {key}.{name}", {k: v for k, v in value.items() if k != name}
+            for what, other in damaged(value[name], name):
+                yield what, {**value, name: other}
+        if key not in OPEN:
+            yield f"more in {key}", {**value, "more": 1}
+    elif isinstance(value, list) and value:
+        for what, other in damaged(value[0], key):
+            yield what, [other, *value[1:]]
+    for other in WRONG[float if key == "alpha" else type(value)]:  # which may be whole, as in its config
+        yield f"{key} as {other!r}", other
+
+
+def short(value: Any) -> Any:
+    """The object with two items of each list."""
+    if isinstance(value, dict):
+        return {key: short(each) for key, each in value.items()}
+    return [short(each) for each in value[:2]] if isinstance(value, list) else value
+
+
+def test_nothing_that_is_wrong_fits(printed: list[tuple[str, str, int, Any]]) -> None:
+    first = {(kind, code): (verb, short(value)) for verb, kind, code, value in reversed(printed)}
+    for (kind, _), (verb, value) in first.items():
+        fits = VALIDATORS[f"{verb}.json"].is_valid
+        assert fits(value) and [what for what, other in damaged(value) if fits(other)] == [], kind
+
+
+# what the library raises -> its kind and exit code
+RAISED: list[tuple[BaseException, str, int]] = [
+    (UsageError("x"), "usage", 2),
+    (InputError("x", culprit="y"), "input", 3),
+    (NeedsFlag("x", remedy="add --force"), "needs-flag", 4),
+    (MachineError("x"), "machine", 5),
+    (OSError(28, "No space left on device", "y"), "machine", 5),
+    (MemoryError(), "machine", 5),
+    (LoratoolError("x"), "internal", 70),
+    (ZeroDivisionError("x"), "internal", 70),
+    (Terminated(1), "interrupted", 129),
+    (KeyboardInterrupt(), "interrupted", 130),
+    (Terminated(15), "interrupted", 143),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = dict.fromkeys(("diff", "extract", "merge", "unmerge"), "a b")
+    inputs = {**two, "verify": "a b c", "convert": "a --to peft", "resize": "a --rank 4"}
+    argv = [verb, *inputs.get(verb, "a").split(), "--json"]
+    for error, kind, code in RAISED:
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(f"loratool.ops.{loratool._HOMES.get(verb, verb)}.{verb}", fail)
+        check_error(run(*argv), verb, kind, code)
+    monkeypatch.undo()
+    check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))
+    check_error(run(*argv, "--absent"), verb, "usage", 2)
+
+
+def check_error(result: Any, verb: str | None, kind: str, code: int) -> None:
+    value = parse(result.stdout)
+    assert (result.exit_code, value["exit_code"], value["error"]["kind"], value["verb"]) == (code, code, kind, verb)
+    assert VALIDATORS["error.json"].is_valid(value)
+    assert verb is None or faults(verb, value) == []
+
+
+@pytest.mark.parametrize("argv", [["explode", "--json"], ["--json"], ["--absent", "merge", "--json"]])
+def test_a_call_without_a_verb(run: Run, argv: list[str]) -> None:
+    check_error(run(*argv), None, "usage", 2)
+
+
+def test_an_error_that_is_wrong_does_not_fit(run: Run) -> None:
+    value = parse(run("inspect", "absent", "--json").stdout)
+    fits = VALIDATORS["inspect.json"].is_valid
+    assert fits(value) and [what for what, other in damaged(value) if fits(other)] == []
+    for changed in ({"exit_code": 5}, {"exit_code": 4}, {"verb": "merge"}, {"schema": 2}, {"ok": True}):
+        assert not fits({**value, **changed})
+    flag = {**value, "exit_code": 4, "error": {**value["error"], "kind": "needs-flag", "remedy": None}}
+    assert not fits(flag) and fits({**flag, "error": {**flag["error"], "remedy": "add --force"}})
+
+
+def test_every_word_is_of_a_field() -> None:
+    def names(kind: dict[str, Any]) -> set[str]:
+        return {f"{cls}.{name}" for cls, schema in kind["$defs"].items() for name in schema["properties"]}
+
+    every = {name for verb in VERBS for name in names(FILES[f"{verb}.json"])}
+    assert {word for word in schemas.WORDS if word not in every | {name.split(".")[1] for name in every}} == set()

@@ -1,0 +1,248 @@
+"""The command line among other programs: completion in shells, the environment, colours, pipes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.core import ParameterSource
+from conftest import FIXTURES
+
+from loratool.binding.selection import PRESETS
+from loratool.binding.tied_weights import TIED
+from loratool.cli import VERBS, cli
+from loratool.cli.options import SELECTIONS
+from loratool.files.dtypes import FACTOR_DTYPES
+from loratool.files.output import CONTAINERS
+from loratool.ops import choices
+from loratool.ops.combine import methods as combining
+from loratool.ops.init import methods as inits
+
+Run = Callable[..., Any]
+BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
+MAIN = "from loratool.cli import main; main()"
+COMMANDS = {verb: cli.get_command(click.Context(cli), verb) for verb in VERBS}
+OPTIONS = [
+    (verb, option)
+    for verb, command in COMMANDS.items()
+    if command
+    for option in command.params
+    if isinstance(option, click.Option)
+]
+
+
+def complete(run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, shell: str = "bash") -> list[str]:
+    """What comes for the last word of `typed`, by the protocol of click's scripts."""
+    words = typed.split(" ")
+    monkeypatch.setenv("_LORATOOL_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", words[-1] if shell == "fish" else str(len(words) - 1))
+    result = run()
+    assert result.exit_code == 0 and result.stderr == ""
+    return list(result.stdout.splitlines())
+
+
+class TestCompletion:
+    @pytest.mark.parametrize(
+        ("typed", "wanted"),
+        [
+            ("loratool ", list(VERBS)),
+            ("loratool in", ["init", "inspect"]),
+            ("loratool --v", ["--version"]),
+            ("loratool merge base/ adapter/ --ti", ["--tied"]),
+            ("loratool merge base/ adapter/ --tied ", list(TIED)),
+            ("loratool merge base/ adapter/ --dtype ", ["keep", *FACTOR_DTYPES]),
+            ("loratool merge base/ adapter/ --device c", ["cpu", "cuda"]),
+            ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
+            ("loratool convert a.safetensors --to ", [*choices.TARGETS, *CONTAINERS]),
+            ("loratool convert a.safetensors --for ", list(choices.LAYOUTS)),
+            ("loratool init base/ --method ", list(choices.INITS)),
+            ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
+            ("loratool extract base/ tuned/ --embed s", ["skip"]),
+            ("loratool verify base/ adapter/ merged/ --allow ", ["inconclusive"]),
+            ("loratool guide image", ["image-models"]),
+        ],
+    )
+    def test_verbs_options_and_words(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, wanted: list[str]
+    ) -> None:
+        assert complete(run, monkeypatch, typed) == [f"plain,{word}" for word in wanted]
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_every_option_of_every_verb(self, run: Run, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+        found = complete(run, monkeypatch, f"loratool {verb} --")
+        assert set(found) >= {f"plain,{option.opts[-1]}" for owner, option in OPTIONS if owner == verb}
+
+    @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"guide"}))
+    def test_inputs_and_outputs_are_files(self, run: Run, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+        """The shell's own completion takes over where a path is wanted."""
+        assert complete(run, monkeypatch, f"loratool {verb} mod") == ["file,mod"]
+        if any(owner == verb and option.name == "out" for owner, option in OPTIONS):
+            assert complete(run, monkeypatch, f"loratool {verb} -o mer") == ["file,mer"]
+
+    def test_zsh_and_fish_show_what_a_verb_does(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert complete(run, monkeypatch, "loratool x", "zsh") == [""]
+        assert complete(run, monkeypatch, "loratool unm", "zsh") == ["plain", "unmerge", VERBS["unmerge"]]
+        assert complete(run, monkeypatch, "loratool unm", "fish") == [f"plain,unmerge\t{VERBS['unmerge']}"]
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_the_script_of_each_shell(self, run: Run, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+        monkeypatch.setenv("_LORATOOL_COMPLETE", f"{shell}_source")
+        result = run()
+        assert result.exit_code == 0 and f"_LORATOOL_COMPLETE={shell}_complete" in result.stdout
+        if shutil.which(shell):
+            assert subprocess.run([shell, "-n"], input=result.stdout, text=True).returncode == 0
+
+    @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+    def test_bash_really_completes(self, tmp_path: Path) -> None:
+        command = tmp_path / "loratool"
+        command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{MAIN}' \"$@\"\n")
+        command.chmod(0o755)
+        script = f"""
+            PATH='{tmp_path}':$PATH
+            eval "$(_LORATOOL_COMPLETE=bash_source loratool)"
+            COMP_WORDS=(loratool merge base/ adapter/ --tied sh); COMP_CWORD=5
+            _loratool_completion loratool sh --tied
+            echo "${{COMPREPLY[@]}}"
+            complete -p loratool
+        """
+        result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert result.stdout.split("\n")[0] == "share" and "-F _loratool_completion loratool" in result.stdout
+
+    def test_it_needs_no_torch(self) -> None:
+        """Nor does the help of any verb: a TAB must not wait for a second of imports."""
+        code = (
+            "import os, sys; from loratool.cli import VERBS, _run\n"
+            "assert all(_run([verb, '-h']) == 0 for verb in VERBS)\n"
+            "os.environ.update(_LORATOOL_COMPLETE='bash_complete', COMP_WORDS='loratool init -', COMP_CWORD='2')\n"
+            "assert _run([]) == 0\n"
+            "sys.exit(bool({'torch', 'numpy', 'safetensors', 'rich'} & set(sys.modules)))"
+        )
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+    def test_the_words_are_rows_of_the_tables(self) -> None:
+        assert set(SELECTIONS) == {"all-linear", *PRESETS}
+        assert list(choices.INITS) == list(inits.INITS) and list(choices.METHODS) == list(combining.METHODS)
+
+
+# An option's value by its type, where it is no switch and no choice
+SAMPLES = {
+    "PATH": "x",
+    "INTEGER": "3",
+    "INTEGER RANGE": "3",
+    "FLOAT": "0.5",
+    "FLOAT RANGE": "0.5",
+    "TEXT": "fp16",
+    "COUNT": "4M",
+    "SIZE": "5MB",
+    "NAME=VALUE": "sv_fro=0.9",
+    "PATTERN=RANK": "down_proj=16",
+    "SLICES": "1,0,1",
+}
+
+
+class TestEnvironment:
+    @pytest.mark.parametrize(("verb", "option"), OPTIONS, ids=lambda x: x if isinstance(x, str) else x.name)
+    def test_every_option(self, monkeypatch: pytest.MonkeyPatch, verb: str, option: click.Option) -> None:
+        """The same value as on the command line."""
+        assert option.name
+        kind = option.type
+        text = (
+            "1"
+            if option.is_flag
+            else kind.choices[-1]
+            if isinstance(kind, click.Choice)
+            else SAMPLES[kind.name.upper()]
+        )
+        given = [option.opts[-1]] if option.is_flag else [option.opts[-1], text]
+        arguments = ["a", "b", "c"][: 1 if verb in ("count", "guide", "inspect", "init", "resize", "convert") else 3]
+        arguments = arguments[:2] if verb in ("diff", "extract") else arguments
+        if verb == "convert" and option.name != "to":
+            arguments += ["--to", "peft"]
+        command = COMMANDS[verb]
+        assert command
+        wanted = command.make_context(verb, [*arguments, *given]).params[option.name]
+        spelled = option.opts[-1].removeprefix("--").replace("-", "_")
+        monkeypatch.setenv(f"LORATOOL_{verb}_{spelled}".upper(), text)
+        top = click.Context(cli, info_name="loratool", auto_envvar_prefix="LORATOOL")
+        found = command.make_context(verb, arguments, parent=top)
+        assert found.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT
+        assert found.params[option.name] == wanted
+
+    def test_several_patterns_stand_apart(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("LORATOOL_MERGE_EXCLUDE", "mlp,o_proj q_proj")
+        out = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run").stdout
+        assert set(re.findall(r"left out: .*\.(\w+)$", out, re.MULTILINE)) == {
+            "down_proj", "gate_proj", "up_proj", "o_proj", "q_proj",
+        }  # fmt: skip
+
+    def test_the_command_line_goes_before_it(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("LORATOOL_MERGE_OUT", str(tmp_path / "env"))
+        assert run("merge", BASE, ADAPTER, "-o", tmp_path / "given").exit_code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+    def test_what_is_no_value(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORATOOL_MERGE_TIED", "perhaps")
+        result = run("merge", BASE, ADAPTER)
+        assert result.exit_code == 2 and "'perhaps' is not one of 'untie', 'share', 'refuse'" in result.stderr
+
+
+def in_a_terminal(arguments: list[object], **environment: str) -> str:
+    """All that a command writes to a terminal 100 columns wide."""
+    import pty
+
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.environ.pop("NO_COLOR", None)
+        os.environ |= {"COLUMNS": "100", "TERM": "xterm-256color", **environment}
+        os.execv(sys.executable, [sys.executable, "-c", MAIN, *map(str, arguments)])
+    output = b""
+    while True:
+        try:
+            output += os.read(fd, 4096)
+        except OSError:
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return output.decode()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+class TestColours:
+    COLOUR = re.compile(r"\x1b\[(?:3[0-9]|4[0-9]|9[0-7])[;m]")
+
+    @pytest.mark.parametrize(("environment", "colours"), [({}, True), ({"NO_COLOR": "1"}, False)])
+    def test_a_terminal_has_them_unless_it_says_no(self, environment: dict[str, str], colours: bool) -> None:
+        text = in_a_terminal(["diff", BASE, TUNED, "--target", "q_proj"], **environment)
+        assert bool(self.COLOUR.search(text)) is colours and "relative change" in text
+
+    def test_a_dumb_terminal_gets_text(self) -> None:
+        assert "\x1b[1m" in in_a_terminal(["inspect", BASE])
+        assert "\x1b" not in in_a_terminal(["inspect", BASE], TERM="dumb")
+
+    def test_a_terminal_gets_a_guide_laid_out(self) -> None:
+        text = in_a_terminal(["guide", "combine"], COLUMNS="200")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        assert (
+            "\x1b[1m" in text
+            and "loratool combine fixtures/llama/adapter" in plain
+            and "(image-models.md)" not in plain
+        )
+        assert "```" not in plain and max(map(len, plain.splitlines())) <= 120
+
+    def test_a_file_has_none_and_whole_lines(self) -> None:
+        """Whatever the environment says of widths; colours alone can be forced, as CI systems do."""
+        argv = [sys.executable, "-c", MAIN, "inspect", BASE]
+        plain, forced = (
+            subprocess.run(argv, env={**os.environ, "COLUMNS": "30", **more}, capture_output=True, text=True).stdout
+            for more in ({}, {"FORCE_COLOR": "1"})
+        )
+        assert "\x1b" not in plain and re.sub(r"\x1b\[[0-9;]*m", "", forced) == plain
+        assert max(map(len, plain.splitlines())) > 60

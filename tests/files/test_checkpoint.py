@@ -1,0 +1,189 @@
+"""checkpoint.py and hub.py: folders, indexes held against their shards, names in the local cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import factors, load_model, weights, write_model, write_peft
+
+from loratool.errors import InputError
+from loratool.files.checkpoint import open_checkpoint, split_into_shards
+from loratool.files.dtypes import TensorSpec
+
+TENSORS = {f"layers.{i}.weight": weights(4, 3, seed=i) for i in range(5)}
+INDEX = "model.safetensors.index.json"
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    for name, file in changes.items():
+        if file is None:
+            del index["weight_map"][name.replace("__", ".")]
+        else:
+            index["weight_map"][name.replace("__", ".")] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_a_folder_is_a_mapping_of_its_tensors(tmp_path: Path, shards: int) -> None:
+    folder = write_model(tmp_path / "m", TENSORS, {"model_type": "llama"}, shards)
+    for path in (folder, folder / (INDEX if shards > 1 else "model.safetensors")):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.model_type == "llama" and set(checkpoint) == set(TENSORS) and len(checkpoint) == 5
+        assert all(torch.equal(checkpoint[name], tensor) for name, tensor in load_model(folder).items())
+    with pytest.raises(KeyError):
+        checkpoint["absent"]
+
+
+BROKEN = {
+    "missing shard": ({"layers__0__weight": "gone.safetensors"}, "gone.safetensors, which is missing"),
+    "stale name": ({"layers__9__weight": "model-00001-of-00002.safetensors"}, "no shard has it"),
+    "wrong shard": ({"layers__0__weight": "model-00002-of-00002.safetensors"}, "it is in model-00001"),
+    "unlisted tensor": ({"layers__2__weight": None}, "does not list layers.2.weight"),
+    "leaves the folder": ({"layers__0__weight": "../x.safetensors"}, "not a file beside it"),
+    "absolute path": ({"layers__0__weight": "/etc/passwd"}, "not a file beside it"),
+    "windows path": ({"layers__0__weight": "..\\x.safetensors"}, "not a file beside it"),
+    "empty name": ({"layers__0__weight": ""}, "not a file beside it"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_index_that_contradicts_its_shards_is_refused(tmp_path: Path, case: str) -> None:
+    """Trap 38."""
+    changes, message = BROKEN[case]
+    folder = write_model(tmp_path / "m", TENSORS, shards=2)
+    edit_index(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", TENSORS, shards=2)
+    write_model(
+        tmp_path / "x",
+        {"layers.0.weight": weights(4, 3), "layers.1.weight": weights(4, 3), "layers.3.weight": weights(4, 3)},
+    )
+    (tmp_path / "x" / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(InputError, match="layers.0.weight stands in both"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}', '{"weight_map": {"x": "a", "x": "b"}}'],
+)
+def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(InputError, match=INDEX):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ['{"text_config":[1]}', '{"quantization_config": "x"}', '{"model_type": 3}', '{"tie_word_embeddings": []}'],
+)
+def test_odd_configs_and_indexes_do_not_matter(tmp_path: Path, config: str) -> None:
+    import loratool
+
+    folder = write_model(tmp_path / "m", TENSORS, shards=2)
+    (folder / "config.json").write_text(config)
+    index = json.loads((folder / INDEX).read_text()) | {"metadata": [1]}
+    (folder / INDEX).write_text(json.dumps(index))
+    adapter = write_peft(tmp_path / "a", {"layers.0": factors(4, 3, 2)})
+    loratool.inspect(folder)
+    loratool.merge(folder, adapter, tmp_path / "out")
+    (folder / "config.json").write_text('{"a": "\\ud800"}')
+    with pytest.raises(InputError, match="not Unicode text"):
+        open_checkpoint(folder)
+
+
+def test_names_that_no_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x" * 300, "a/" + "x" * 300):
+        with pytest.raises(InputError):
+            open_checkpoint(name)
+    with pytest.raises(InputError, match="a path is empty"):
+        open_checkpoint("")
+    folder = write_model(tmp_path / "m", TENSORS, shards=2)
+    edit_index(folder, layers__0__weight="x" * 300)
+    with pytest.raises(InputError, match="too long"):
+        open_checkpoint(folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--a--b" / "refs").mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs" / "main").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="hf download"):
+        open_checkpoint("a/b")
+
+
+def test_which_file_a_folder_means(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \*.safetensors"):
+        open_checkpoint(tmp_path)
+    torch.save({"zero": weights(2)}, tmp_path / "pytorch_model.bin")
+    assert list(open_checkpoint(tmp_path)) == ["zero"]
+    write_model(tmp_path, {"one": weights(2)})
+    (tmp_path / "model.safetensors").rename(tmp_path / "own.safetensors")
+    assert list(open_checkpoint(tmp_path)) == ["one"]
+    write_model(tmp_path / "b", {"two": weights(2)})
+    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="several checkpoints"):
+        open_checkpoint(tmp_path)
+    write_model(tmp_path, {"three": weights(2)})
+    assert list(open_checkpoint(tmp_path)) == ["three"]
+    write_model(tmp_path, TENSORS, shards=2)
+    assert set(open_checkpoint(tmp_path)) == set(TENSORS)
+
+
+def test_names_resolve_in_the_local_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is laid out as huggingface_hub does it: refs, snapshots of links into blobs."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--tiny"
+    blob = write_model(repo / "blobs", TENSORS) / "model.safetensors"
+    blob = blob.rename(repo / "blobs" / "abc")
+    snapshot = repo / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abcd")
+    for name in ("org/tiny", "org/tiny@main", "org/tiny@0123abcd"):
+        assert set(open_checkpoint(name)) == set(TENSORS)
+    for name, command in (
+        ("org/absent", "hf download org/absent"),
+        ("org/tiny@v2", "hf download org/tiny --revision v2"),
+    ):
+        with pytest.raises(InputError, match=command):
+            open_checkpoint(name)
+    for name in ("./org/tiny", "absent.safetensors", "a/b/c"):
+        with pytest.raises(InputError) as caught:
+            open_checkpoint(name)
+        assert caught.value.remedy is None
+
+
+def test_hub_cache_agrees_with_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    from loratool.files.hub_cache import cache_folder
+
+    for env in (
+        {"HF_HOME": str(tmp_path / "a")},
+        {"XDG_CACHE_HOME": str(tmp_path / "b")},
+        {"HF_HUB_CACHE": str(tmp_path / "c")},
+    ):
+        for key in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+        code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+        theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        assert str(cache_folder()) == theirs
+
+
+def test_split_into_shards_is_a_function_of_sizes() -> None:
+    specs = {name: TensorSpec("U8", (size,)) for name, size in (("a", 4), ("b", 6), ("c", 11), ("d", 1), ("e", 9))}
+    assert split_into_shards(specs, None) == [["a", "b", "c", "d", "e"]]
+    assert split_into_shards(specs, 10) == [["a", "b"], ["c"], ["d", "e"]]
+    assert split_into_shards(specs, 1) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert split_into_shards({}, 10) == [[]]

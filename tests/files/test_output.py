@@ -1,0 +1,693 @@
+"""output.py, sidefiles.py, fileio.py: layouts, names, what travels, and outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, bits, factors, load_model, weights, write_model, write_peft
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.errors import MachineError, NeedsFlag, UsageError
+from loratool.files import fileio
+
+BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Three shards of four; the adapter of `adapter` touches only `a.weight` and `b.weight`."""
+    tensors = {f"{n}.weight": weights(6, 4, seed=i, dtype=torch.bfloat16) for i, n in enumerate("abcdefgh")}
+    tensors |= {
+        "ids": torch.arange(5),
+        "mask": torch.tensor([True, False]),
+        "scalar": torch.tensor(1.5),
+        "none": torch.zeros(0, 3),
+    }
+    return write_model(tmp_path / "base", tensors, {"model_type": "llama", "dtype": "bfloat16"}, shards=4)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_peft(tmp_path / "adapter", {"a": factors(6, 4, 2), "b": factors(6, 4, 2, seed=1)})
+
+
+def test_the_bases_shards_and_headers_are_kept(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """Trap 64: shards that the adapter does not touch have the same hash; the others the same header."""
+    loratool.merge(model, adapter, tmp_path / "out")
+    touched = {
+        name
+        for name in os.listdir(model)
+        if name.endswith("safetensors") and {"a.weight", "b.weight"} & set(load_file(model / name))
+    }
+    assert len(touched) == 2
+    for file in model.glob("*.safetensors"):
+        out = tmp_path / "out" / file.name
+        assert (digest(out) == digest(file)) is (file.name not in touched)
+        n = int.from_bytes(file.read_bytes()[:8], "little")
+        assert out.read_bytes()[: 8 + n] == file.read_bytes()[: 8 + n]
+    before, after = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (model, tmp_path / "out"))
+    assert (
+        after["weight_map"] == before["weight_map"]
+        and after["metadata"]["total_size"] == before["metadata"]["total_size"]
+    )
+
+
+def test_provenance_names_inputs_and_nothing_of_this_machine(tmp_path: Path, model: Path, adapter: Path) -> None:
+    loratool.merge(model, (adapter, 0.5), tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["loratool"]
+    value = json.loads(text)
+    assert value["verb"] == "merge" and value["arithmetic"] == 1 and value["left_out"] == []
+    (entry,) = value["adapters"]
+    assert entry["sha256"] == digest(adapter / "adapter_model.safetensors") and entry["weight"] == 0.5
+    assert str(tmp_path) not in text
+    loratool.merge(tmp_path / "out", adapter, tmp_path / "again")
+    stacked = json.loads(
+        json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())["metadata"]["loratool"]
+    )
+    assert stacked["former"] == value
+
+
+def test_a_single_file_keeps_its_metadata_and_drops_stale_hashes(tmp_path: Path, adapter: Path) -> None:
+    """Trap 66, and 64's other side: a hash of the old data must not survive."""
+    metadata = {
+        "format": "pt",
+        "ss_tag": "x",
+        "modelspec.title": "t",
+        "sshs_model_hash": "0",
+        "modelspec.hash_sha256": "0x1",
+    }
+    base = tmp_path / "one.safetensors"
+    save_file({"a.weight": weights(6, 4), "b.weight": weights(6, 4)}, base, metadata=metadata)
+    loratool.merge(base, adapter, tmp_path / "m.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        found = file.metadata()
+    assert {k: v for k, v in found.items() if k != "loratool"} == {
+        "format": "pt",
+        "ss_tag": "x",
+        "modelspec.title": "t",
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "out", "expected"),
+    [
+        ("folder", None, "merged/model-00001-of-00004.safetensors"),
+        ("file", None, "merged.safetensors"),
+        ("file", "x", "x/model.safetensors"),
+        ("folder", "x.safetensors", "x.safetensors"),
+        ("single", "x", "x/model.safetensors"),
+        ("single", "x.safetensors", "x.safetensors"),
+    ],
+)
+def test_where_the_output_goes(
+    tmp_path: Path,
+    model: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    out: str | None,
+    expected: str,
+) -> None:
+    one = write_model(tmp_path / "single", load_model(model), {"model_type": "llama"})
+    source = {"folder": model, "single": one, "file": one / "model.safetensors"}[base]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    report = loratool.merge(source, adapter, out)
+    assert report.out == expected.partition("/")[0] and Path(expected).is_file()
+    merged, before = load_model(Path(report.out)), load_model(source)
+    assert {k for k in before if not torch.equal(bits(merged[k].flatten()), bits(before[k].flatten()))} == {
+        "a.weight",
+        "b.weight",
+    }
+    assert (Path(report.out) / "config.json").is_file() is not expected.endswith(report.out)
+
+
+def test_an_output_equal_to_an_input_is_refused(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """Trap 63."""
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "model.safetensors").symlink_to(
+        write_model(tmp_path / "one", load_model(model)) / "model.safetensors"
+    )
+    for base, out in (
+        (tmp_path / "links", tmp_path / "one"),  # a base of links into the output
+        (tmp_path / "one" / "model.safetensors", tmp_path / "one"),  # a file in the output folder
+    ):
+        with pytest.raises(UsageError, match="would overwrite an input"):
+            loratool.merge(base, adapter, out, force=True)
+    for name in ("y.safetensors.loratool-partial", "y.safetensors.loratool-former"):
+        shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / name)
+        with pytest.raises(UsageError, match="would overwrite an input"):
+            loratool.merge(tmp_path / name, adapter, tmp_path / "y.safetensors")
+    shard = model / "model-00001-of-00004.safetensors"
+    for out in (model, adapter, tmp_path / "link", shard, tmp_path / "base" / ".." / "base"):
+        before = {p: digest(p) for p in [*model.iterdir(), *adapter.iterdir()]}
+        with pytest.raises(UsageError):
+            loratool.merge(model, adapter, out, force=True)
+        assert {p: digest(p) for p in [*model.iterdir(), *adapter.iterdir()]} == before
+
+
+def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
+    tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    loratool.merge(model, adapter, out)  # an empty folder counts as absent
+    with pytest.raises(NeedsFlag, match="--force"):
+        loratool.merge(model, adapter, out)
+    (out / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    loratool.merge(model, adapter, out, force=True)
+    assert not (out / "model-00009-of-00009.safetensors").exists()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds thesis.tex"):
+        loratool.merge(model, adapter, out, force=True)
+    assert (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").unlink()
+    for name in ("LICENSES/thesis.txt", "chat_template_src/a.txt", "empty/"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"holds {name}"):
+            loratool.merge(model, adapter, out, force=True)
+        shutil.rmtree(out / name.partition("/")[0])
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds train.py"):
+        loratool.merge(model, adapter, tmp_path / "scripts", force=True)
+    file = tmp_path / "x.safetensors"
+    loratool.merge(model, adapter, file)
+    with pytest.raises(NeedsFlag, match="--force"):
+        loratool.merge(model, adapter, file)
+    loratool.merge(model, adapter, file, force=True)
+    with pytest.raises(UsageError, match="another kind"):
+        loratool.merge(model, adapter, write_model(tmp_path / "d.safetensors", {}), force=True)
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match="is a mount point"):
+        patched.setattr(os.path, "ismount", lambda p: p == tmp_path / "mounted")
+        (tmp_path / "mounted").mkdir()
+        loratool.merge(model, adapter, tmp_path / "mounted")
+    with pytest.raises(UsageError, match="no such folder"):
+        loratool.merge(model, adapter, tmp_path / "absent" / "out")
+    with pytest.raises(UsageError, match="no name for"):
+        loratool.merge(model, adapter, tmp_path / "x.gguf")
+
+
+def test_side_files_travel_by_allow_list(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """Trap 39."""
+    travels = [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "modeling_x.py",
+        "LICENSE",
+    ]
+    stays = [
+        "pytorch_model.bin",
+        "consolidated.00.pth",
+        "model.gguf",
+        "optimizer.pt",
+        "notes.md",
+        "adapter_config.json",
+        "other.safetensors",
+    ]
+    for name in travels + stays:
+        (model / name).write_text(name)
+    (model / "original").mkdir()
+    (model / "original" / "params.json").write_text("{}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool.jinja").write_text("t")
+    report = loratool.merge(model, adapter, tmp_path / "out")
+    out = tmp_path / "out"
+    for name in [*travels, "config.json", "additional_chat_templates/tool.jinja"]:
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert sorted(report.not_copied) == sorted([*stays, "original/"])
+    assert not {*stays, "original"} & {p.name for p in out.iterdir()}
+
+
+def test_templates_and_pooling_folders_can_be_written_twice(tmp_path: Path, model: Path, adapter: Path) -> None:
+    for name in ("additional_chat_templates/x.jinja", "1_Pooling/config.json", "1_Pooling/weights.bin"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("x")
+    for _ in range(2):
+        report = loratool.merge(model, adapter, tmp_path / "out", force=True)
+    assert report.not_copied == ("1_Pooling/weights.bin",)
+
+
+def test_a_shard_is_never_a_side_file(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """An index may name its shards as it likes, a tokenizer's suffix included."""
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    for file in set(index["weight_map"].values()):
+        (model / file).rename(model / f"{file}.model")
+    index["weight_map"] = {name: f"{file}.model" for name, file in index["weight_map"].items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    loratool.merge(model, adapter, tmp_path / "out")
+    before, after = (
+        load_file(f / f"{index['weight_map']['a.weight'].removesuffix('.model')}.model")
+        for f in (model, tmp_path / "out")
+    )
+    assert not torch.equal(before["a.weight"], after["a.weight"])
+
+
+@pytest.mark.parametrize("kind", ["dangling", "fifo"])
+def test_a_side_file_that_cannot_be_read_is_found_first(tmp_path: Path, model: Path, adapter: Path, kind: str) -> None:
+    if kind == "fifo":
+        os.mkfifo(model / "tokenizer.json")
+    else:
+        (model / "tokenizer.json").symlink_to("absent")
+    with pytest.raises(loratool.InputError, match=r"tokenizer.json: travels with the model"):
+        loratool.merge(model, adapter, tmp_path / "out")
+
+
+def test_stacked_merges_grow_by_a_constant(tmp_path: Path, adapter: Path) -> None:
+    source = tmp_path / "0.safetensors"
+    save_file({"a.weight": weights(6, 4), "b.weight": weights(6, 4)}, source)
+    sizes = []
+    for i in range(1, 8):
+        loratool.merge(source, (adapter, 0.01), tmp_path / f"{i}.safetensors")
+        source = tmp_path / f"{i}.safetensors"
+        sizes.append(source.stat().st_size)
+    assert sizes[-1] - sizes[-2] < 1.2 * (sizes[2] - sizes[1])
+
+
+def test_new_shards_do_not_carry_the_former_provenance(tmp_path: Path, adapter: Path) -> None:
+    base = write_model(tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4)})
+    loratool.merge(base, adapter, tmp_path / "one")
+    loratool.merge(tmp_path / "one", (adapter, 0.5), tmp_path / "many", max_shard_bytes=1)
+    from safetensors import safe_open
+
+    for file in (tmp_path / "many").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "./"])
+def test_an_output_needs_a_name(model: Path, adapter: Path, out: str) -> None:
+    with pytest.raises(UsageError, match="names no file or folder"):
+        loratool.merge(model, adapter, out)
+
+
+def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model: Path, adapter: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("mine")
+    (tmp_path / "out.loratool-partial").symlink_to("mine")
+    (tmp_path / "x.safetensors.loratool-partial").symlink_to("mine/x")
+    for out in ("out", "x.safetensors"):
+        with pytest.raises(UsageError, match="is in the way"):
+            loratool.merge(model, adapter, tmp_path / out)
+    assert (tmp_path / "mine" / "x").read_text() == "mine"
+    for other in ("z.partial", "z.former"):
+        (tmp_path / other).mkdir()
+    loratool.merge(model, adapter, tmp_path / "z")
+    assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
+
+
+class TestDtype:
+    @pytest.mark.parametrize(
+        ("option", "dtype"), [("fp32", torch.float32), ("float16", torch.float16), ("bf16", torch.bfloat16)]
+    )
+    def test_every_float_tensor_takes_it_and_no_other(
+        self, tmp_path: Path, model: Path, adapter: Path, option: str, dtype: torch.dtype
+    ) -> None:
+        report = loratool.merge(model, adapter, tmp_path / "out", undo=False, dtype=option)
+        before, after = load_model(model), load_model(tmp_path / "out")
+        for name, tensor in before.items():
+            assert after[name].dtype == (dtype if tensor.is_floating_point() else tensor.dtype)
+            if name not in ("a.weight", "b.weight"):
+                assert torch.equal(after[name], tensor.to(after[name].dtype))
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+            "model_type": "llama",
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        assert report.tensors[0].dtype == {"fp32": "F32", "float16": "F16", "bf16": "BF16"}[option]
+
+    def test_nested_configs_follow(self) -> None:
+        from loratool.files.side_files import edited_config
+
+        config = {
+            "torch_dtype": "float16",
+            "text_config": {"dtype": "bfloat16", "rope": {"dtype": None}},
+            "dtype": {"a": 1},
+        }
+        expected = {
+            "torch_dtype": "float32",
+            "text_config": {"dtype": "float32", "rope": {"dtype": None}},
+            "dtype": {"a": 1},
+        }
+        assert edited_config(config, {}, "float32") == expected
+
+    def test_an_untouched_tensor_that_overflows_is_refused(self, tmp_path: Path, adapter: Path) -> None:
+        base = write_model(
+            tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4), "big": torch.tensor([1e6])}
+        )
+        with pytest.raises(NeedsFlag, match="big: 1 weights become infinite in F16"):
+            loratool.merge(base, adapter, tmp_path / "out", undo=False, dtype="fp16")
+
+
+class TestResharding:
+    @pytest.mark.parametrize("limit", [1, 60, 100, 10**6])
+    def test_any_size_holds_the_same_tensors(self, tmp_path: Path, model: Path, adapter: Path, limit: int) -> None:
+        loratool.merge(model, adapter, tmp_path / "kept")
+        loratool.merge(model, adapter, tmp_path / "out", max_shard_bytes=limit)
+        kept, out = load_model(tmp_path / "kept"), load_model(tmp_path / "out")
+        assert kept.keys() == out.keys() and all(torch.equal(kept[k], out[k]) for k in kept)
+        files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+        for file in files:
+            content = load_file(tmp_path / "out" / file)
+            assert sum(t.nbytes for t in content.values()) <= limit or sum(t.numel() > 0 for t in content.values()) == 1
+        if limit == 10**6:
+            assert files == ["model.safetensors"] and not (tmp_path / "out" / "model.safetensors.index.json").exists()
+        else:
+            assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        from loratool.files.checkpoint import open_checkpoint
+
+        assert set(open_checkpoint(tmp_path / "out")) == set(kept)
+
+    def test_new_files_are_as_the_official_library_writes_them(self, tmp_path: Path, adapter: Path) -> None:
+        base = write_model(
+            tmp_path / "base", {"a.weight": weights(6, 4), "b.weight": weights(6, 4), "c": torch.arange(3)}, shards=3
+        )
+        loratool.merge(base, adapter, tmp_path / "out", max_shard_bytes=150)
+        for file in (tmp_path / "out").glob("*.safetensors"):
+            save_file(load_file(file), tmp_path / "official.safetensors", metadata={"format": "pt"})
+            assert (tmp_path / "official.safetensors").read_bytes() == file.read_bytes()
+
+    def test_transformers_loads_them(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        loratool.merge(BASE, ADAPTER, tmp_path / "out", max_shard_bytes=50_000)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        merged = load_model(tmp_path / "out")
+        assert all(torch.equal(merged[k], v) for k, v in model.state_dict().items())
+
+    def test_shards_need_a_folder(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        with pytest.raises(UsageError, match="needs a folder"):
+            loratool.merge(model, adapter, tmp_path / "x.safetensors", max_shard_bytes=100)
+
+
+class TestFallbacks:
+    """What Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
+
+    @pytest.mark.parametrize(
+        "missing", [("preadv",), ("pwrite",), ("copy_file_range",), ("preadv", "pwrite", "copy_file_range")]
+    )
+    def test_without(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+    ) -> None:
+        loratool.merge(model, adapter, tmp_path / "expected")
+        for name in missing:
+            monkeypatch.delattr(os, name, raising=False)
+        loratool.merge(model, adapter, tmp_path / "out", workers=3)
+        for file in (tmp_path / "expected").iterdir():
+            assert digest(tmp_path / "out" / file.name) == digest(file)
+
+    def test_without_folder_sync_and_locks(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fileio, "POSIX", False)
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        loratool.merge(model, adapter, tmp_path / "out")
+        loratool.merge(model, adapter, tmp_path / "out", force=True)
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors", "x.undo"]
+
+    def test_copy_range_across_a_refusal_of_the_kernel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any) -> int:
+            raise OSError(18, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+        monkeypatch.setattr(fileio, "COPY_CHUNK", 7)
+        data = os.urandom(100)
+        (tmp_path / "a").write_bytes(data)
+        with open(tmp_path / "a", "rb", buffering=0) as a, open(tmp_path / "b", "w+b", buffering=0) as b:
+            fileio.copy_range(a, 10, b, 3, 80)
+            assert (tmp_path / "b").read_bytes() == bytes(3) + data[10:90]
+            with pytest.raises(loratool.InputError, match="ends at byte 100"):
+                fileio.copy_range(a, 90, b, 3, 80)
+
+
+class TestUndoBesideAFile:
+    """`x.undo` belongs to `x.safetensors`: it comes, stays and goes with it."""
+
+    def test_it_stays_where_a_new_merge_fails(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        out = tmp_path / "x.safetensors"
+        loratool.merge(model, adapter, out)
+        before = digest(out), digest(tmp_path / "x.undo")
+        with pytest.raises(loratool.LoratoolError, match="infinite"):
+            loratool.merge(model, (adapter, 1e42), out, force=True)
+        assert (digest(out), digest(tmp_path / "x.undo")) == before
+
+    def test_a_strangers_file_is_never_replaced(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        (tmp_path / "x.undo").write_text("mine")
+        with pytest.raises(UsageError, match=r"x.undo: is no undo file"):
+            loratool.merge(model, adapter, tmp_path / "x.safetensors", force=True)
+        loratool.merge(model, adapter, tmp_path / "x.safetensors", undo=False)
+        assert (tmp_path / "x.undo").read_text() == "mine"
+
+    @pytest.mark.parametrize("undo", [True, False])
+    def test_those_of_a_model_that_is_replaced_go(self, tmp_path: Path, model: Path, adapter: Path, undo: bool) -> None:
+        """Else the next merge would carry them on, and unmerge give back a model with a wrong one beside it."""
+        first, second = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+        loratool.merge(model, adapter, first)
+        loratool.merge(first, (adapter, 0.5), second)
+        assert (tmp_path / "y.undo.1").exists()
+        second.unlink()
+        with pytest.raises(NeedsFlag, match=r"y.undo: exists already"):
+            loratool.merge(model, adapter, second, undo=undo)
+        loratool.merge(model, adapter, second, undo=undo, force=True)
+        assert (tmp_path / "y.undo").exists() is undo and not (tmp_path / "y.undo.1").exists()
+
+    def test_an_input_is_not_replaced(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        merged, other = tmp_path / "x.safetensors", tmp_path / "y.undo"
+        save_file({f"{n}.weight": weights(6, 4) for n in "ab"}, tmp_path / "base.safetensors")
+        loratool.merge(tmp_path / "base.safetensors", adapter, merged)
+        (tmp_path / "x.undo").rename(other)
+        with pytest.raises(UsageError, match=r"y.undo: the output would replace this input"):
+            loratool.unmerge(merged, adapter, other.with_suffix(".safetensors"), undo=other, force=True)
+        assert other.exists()
+
+    @pytest.mark.parametrize("failing", [1, 2])
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+    def test_the_former_pair_stays_whichever_rename_fails(
+        self,
+        tmp_path: Path,
+        model: Path,
+        adapter: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        failing: int,
+    ) -> None:
+        out = tmp_path / "x.safetensors"
+        loratool.merge(model, adapter, out)
+        before, calls, replace = (digest(out), digest(tmp_path / "x.undo")), iter(range(1, 100)), os.replace
+
+        def fail(*arguments: Any) -> None:
+            if next(calls) == failing:
+                raise error
+            replace(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", fail)
+            with pytest.raises(type(error)):
+                loratool.merge(model, (adapter, 0.5), out, force=True)
+        assert (digest(out), digest(tmp_path / "x.undo")) == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name, "x.undo"]
+        (tmp_path / "x.undo.loratool-former").write_text("of a run that was killed")
+        loratool.merge(model, (adapter, 0.5), out, force=True, undo=failing == 1)
+        left = [out.name, "x.undo"] if failing == 1 else [out.name]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", *left]
+
+    def test_a_torch_file_of_the_same_name_has_none(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        before = digest(tmp_path / "x.undo")
+        for force in (False, True):
+            loratool.convert(tmp_path / "x.safetensors", tmp_path / "x.bin", to="torch", force=force)
+            assert digest(tmp_path / "x.undo") == before
+        loratool.merge(tmp_path / "x.bin", adapter, tmp_path / "y.safetensors")
+        assert not (tmp_path / "y.undo.1").exists()  # as a base, too
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda base, adapter, out: loratool.resize(adapter, out, rank=1, force=True),
+            lambda base, adapter, out: loratool.combine([adapter], out, force=True),
+            lambda base, adapter, out: loratool.convert(adapter, out, to="peft", force=True),
+            lambda base, adapter, out: loratool.init(base, out, rank=1, force=True),
+            lambda base, adapter, out: loratool.extract(base, base, out, force=True),
+        ],
+        ids=["resize", "combine", "convert", "init", "extract"],
+    )
+    def test_no_adapter_takes_a_models_place(
+        self, tmp_path: Path, model: Path, adapter: Path, use: Callable[[Path, Path, Path], object]
+    ) -> None:
+        out = tmp_path / "x.safetensors"
+        loratool.merge(model, adapter, out)
+        before = digest(out), digest(tmp_path / "x.undo")
+        with pytest.raises(UsageError, match=r"is a merged model, and its undo file x.undo"):
+            use(model, adapter, out)
+        assert (digest(out), digest(tmp_path / "x.undo")) == before
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs links")
+    def test_what_only_looks_like_one_is_let_be(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        (tmp_path / "y.undo").symlink_to("x.undo")
+        loratool.merge(model, adapter, tmp_path / "y.safetensors", undo=False)
+        assert (tmp_path / "y.undo").is_symlink()
+        (tmp_path / "x.undo.1").write_text("mine")
+        loratool.merge(tmp_path / "x.safetensors", adapter, tmp_path / "z.safetensors")
+        assert not (tmp_path / "z.undo.2").exists()
+        shutil.copy(tmp_path / "x.undo", tmp_path / "w.undo.1")
+        with pytest.raises(NeedsFlag, match=r"w.undo.1: exists already"):
+            loratool.merge(model, adapter, tmp_path / "w.safetensors")
+
+    @pytest.mark.skipif(not hasattr(os, "pwrite"), reason="needs pwrite")
+    def test_a_system_that_writes_less_than_it_is_given(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one does whose disk has a little room left."""
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        pwrite = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 3 + 1], at))
+        loratool.merge(model, adapter, tmp_path / "y.safetensors")
+        assert digest(tmp_path / "x.undo") == digest(tmp_path / "y.undo")
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the name of an open file")
+    def test_a_disk_that_is_full_when_the_undo_file_comes(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pwrite = os.pwrite
+
+        def full(fd: int, data: Any, at: int) -> int:
+            room = 100 - at if ".undo" in os.readlink(f"/proc/self/fd/{fd}") else len(data)
+            if room <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return pwrite(fd, data[:room], at)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+class TestFailure:
+    def test_no_space_is_refused_before_the_first_byte(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
+        with pytest.raises(MachineError, match="kB are needed and 10 B are free"):
+            loratool.merge(model, adapter, tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+    @pytest.mark.parametrize("kind", ["folder", "file"])
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+    def test_whatever_fails_nothing_stays(
+        self,
+        tmp_path: Path,
+        model: Path,
+        adapter: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        kind: str,
+    ) -> None:
+        """Trap 62: at the first write, in the middle, and at the last one; what was there before stays."""
+        out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
+        loratool.merge(model, adapter, out)
+        before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}
+        for failing in (1, 3, 6) if kind == "folder" else (1, 2, 3):
+            calls = iter(range(1, 1000))
+            real = fileio.write_at
+
+            def write_at(*arguments: Any, calls: Any = calls, failing: int = failing, real: Any = real) -> None:
+                if next(calls) == failing:
+                    raise error
+                real(*arguments)
+
+            with monkeypatch.context() as patched:
+                patched.setattr("loratool.files.output.write_at", write_at)
+                patched.setattr("loratool.streaming.workers.write_at", write_at)
+                with pytest.raises(type(error)):
+                    loratool.merge(model, (adapter, 2.0), out, force=True)
+            there = [out.name] if kind == "folder" else [out.name, "out.undo"]
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", *there]
+            assert {p: digest(p) for p in before} == before
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
+    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
+    def test_a_write_that_the_system_refuses(self, tmp_path: Path, out: str) -> None:
+        """A real refusal in the middle of the weights: no file may grow past 100 kB."""
+        (tmp_path / "work").mkdir()
+        shell = f"ulimit -f 100; {' '.join(repr(c) for c in COMMAND)} merge {BASE} {ADAPTER} -o {out}"
+        result = subprocess.run(["bash", "-c", shell], cwd=tmp_path / "work", capture_output=True, text=True)
+        assert result.returncode == 5 and result.stderr == f"error: {out}: File too large\n"
+        assert list((tmp_path / "work").iterdir()) == []
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    @pytest.mark.parametrize(
+        ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+    )
+    def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
+        """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
+        base = write_model(
+            tmp_path / "base",
+            {f"{n}.weight": weights(4096, 4096, dtype=torch.bfloat16) for n in "ab"},
+            {"model_type": "llama"},
+        )
+        big = write_peft(tmp_path / "big", {n: factors(4096, 4096, 256) for n in "ab"})
+        process = subprocess.Popen(
+            [*COMMAND, "merge", str(base), str(big), "-o", str(tmp_path / "out"), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        partial, deadline = tmp_path / "out.loratool-partial", time.monotonic() + 20
+        while not (partial / "model.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.03)  # some blocks are written by then, and on no machine all of them
+        process.send_signal(sent)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == code and errors == b""
+        assert sent == signal.SIGKILL or json.loads(said)["exit_code"] == code
+        assert not (tmp_path / "out").exists()
+        assert partial.exists() is (sent == signal.SIGKILL)
+        if sent == signal.SIGKILL:
+            loratool.merge(base, big, tmp_path / "out")
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs flock")
+    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
+    def test_two_commands_never_write_one_output(self, tmp_path: Path, model: Path, adapter: Path, out: str) -> None:
+        opener = fileio.partial_folder if out == "out" else fileio.partial_file
+        with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
+            with pytest.raises(UsageError, match="another loratool is writing"):
+                loratool.merge(model, adapter, tmp_path / out)
+            assert (tmp_path / f"{out}.loratool-partial").exists()
+            raise RuntimeError("stop")
+        assert not (tmp_path / f"{out}.loratool-partial").exists()
+
+    def test_a_truncated_shard_is_refused(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        shard = model / "model-00003-of-00004.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-3])
+        with pytest.raises(loratool.InputError, match="model-00003-of-00004.safetensors: is cut off"):
+            loratool.merge(model, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

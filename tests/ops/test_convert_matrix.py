@@ -1,0 +1,59 @@
+"""The matrix in the guide `formats` is what the code does, and where it says exact the deltas are the same, by rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from matrix import COLUMNS, READABLE, cell, matrix
+from torch import Tensor
+
+from loratool.adapters.formats import FORMATS, open_adapter
+from loratool.errors import NeedsFlag
+from loratool.ops.choices import TARGETS
+
+GUIDE = (ROOT / "loratool" / "guides" / "formats.md").read_text()
+
+
+def test_the_guide_has_it(tmp_path: Path) -> None:
+    assert matrix(tmp_path) in GUIDE, "python tests/matrix.py writes it anew"
+
+
+def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:
+    found = set()
+    for i, make in enumerate(READABLE.values()):
+        adapter = make(tmp_path / f"{i}")
+        found.add(opened(adapter).format)
+    assert found == set(FORMATS) and {column.split()[0] for column in COLUMNS} == set(TARGETS)
+
+
+def opened(path: Path, alpha: float = 2.0) -> Any:
+    """With the flags of matrix.cell, where the file needs them."""
+    try:
+        return open_adapter(path, enabled=() if path.suffix == ".bin" else None)
+    except NeedsFlag as error:
+        return open_adapter(path, alpha, enabled=(True, False, True) if "MergedLinear" in error.message else None)
+
+
+def rows(adapter: Any) -> dict[int, Tensor]:
+    """By the width of the modules, sum D^T D over them: which modules the rows are in makes no difference to it."""
+    total: dict[int, Tensor] = {}
+    for update in adapter.updates.values():
+        each = adapter.load(update)
+        D = each.scale * each.B.double().flatten(1) @ each.A.double().flatten(1)
+        total[D.shape[1]] = total.get(D.shape[1], 0) + D.T @ D
+    return total
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_exact_is_exact(name: str, tmp_path: Path) -> None:
+    adapter, out = READABLE[name](tmp_path / "in"), tmp_path / "out.safetensors"
+    for column in COLUMNS:
+        said, report = cell(adapter, column, out)
+        if report and said.startswith(("exact", "folded")) and "one component" not in said:
+            one, two = rows(opened(adapter)), rows(opened(out, report.modules[0].alpha))
+            assert one.keys() == two.keys()
+            assert all(torch.allclose(one[n], two[n], rtol=1e-12, atol=1e-18) for n in one), (column, said)

@@ -1,0 +1,148 @@
+"""What a caller's process has set for itself changes no byte of ours, and is as it was afterwards."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import factors, weights, write_model, write_peft
+
+import loratool
+from loratool.ops.denormals import flushes, keep_denormals
+
+MODULES = {"model.layers.0.self_attn.q_proj": (96, 64), "model.layers.0.mlp.up_proj": (160, 64)}
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """Also in those of torch's threads that start now."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a tuned model and adapters of which half the rows are denormal."""
+    folder = tmp_path_factory.mktemp("models")
+    small = torch.tensor([1.0, 2.0**-126])
+    base = {
+        f"{name}.weight": weights(*shape, seed=n) * small.repeat(shape[0] // 2)[:, None]
+        for n, (name, shape) in enumerate(MODULES.items())
+    }
+    pairs = {name: factors(*shape, 4, seed=n) for n, (name, shape) in enumerate(MODULES.items())}
+    rows = {name: (A, B * small.repeat(len(B) // 2)[:, None]) for name, (A, B) in pairs.items()}
+    tuned = {f"{name}.weight": base[f"{name}.weight"] + B @ A for name, (A, B) in rows.items()}
+    write_model(folder / "base", base, CONFIG)
+    write_model(folder / "tuned", tuned, CONFIG)
+    write_peft(folder / "one", rows)
+    write_peft(folder / "two", {name: (-A.flip(0), B.flip(1)) for name, (A, B) in rows.items()})
+    write_peft(folder / "begun", pairs)
+    loratool.merge(folder / "base", folder / "one", folder / "merged")
+    return folder
+
+
+# A verb and what it is called for -> the call; `m` has the inputs, and what is written goes to `out`.
+CALLS: dict[str, Callable[[Path, Path], Any]] = {
+    "merge": lambda m, out: loratool.merge(m / "base", [m / "one", (m / "two", 0.5)], out, workers=2),
+    "merge narrower": lambda m, out: loratool.merge(m / "base", m / "one", out, dtype="bf16", undo=False),
+    "unmerge": lambda m, out: loratool.unmerge(m / "merged", m / "one", out),
+    "unmerge approximate": lambda m, out: loratool.unmerge(m / "merged", m / "one", out, approximate=True),
+    "verify": lambda m, out: loratool.verify(m / "base", m / "one", m / "merged"),
+    "extract": lambda m, out: loratool.extract(m / "base", m / "tuned", out, rank=4),
+    "extract by energy": lambda m, out: loratool.extract(m / "base", m / "tuned", out, energy=0.9, certify=True),
+    "diff": lambda m, out: loratool.diff(m / "one", m / "two"),
+    "diff models": lambda m, out: loratool.diff(m / "base", m / "tuned"),
+    "spectra": lambda m, out: loratool.spectra(m / "one"),
+    "inspect": lambda m, out: loratool.inspect(m / "one", base=m / "base"),
+    "resize": lambda m, out: loratool.resize(m / "one", out, rank=2),
+    "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
+    "convert model": lambda m, out: loratool.convert(m / "base", out, dtype="bf16"),
+    **{
+        f"combine {method}": lambda m, out, method=method: loratool.combine(  # type: ignore[misc]
+            [m / "one", (m / "two", 0.5)], out, method=method, **({} if method == "cat" else {"density": 0.5})
+        )
+        for method in ("cat", "ties", "dare-ties")
+    },
+    **{
+        f"init {method}": lambda m, out, method=method: loratool.init(  # type: ignore[misc]
+            m / "base", out, method=method, rank=4, residual=out.with_name("rest") if method in STARTED else None
+        )
+        for method in ("lora", "pissa", "olora", "mica")
+    },
+}
+STARTED = ("pissa", "olora")
+
+
+def outcome(call: Callable[[Path, Path], Any], models: Path, folder: Path) -> tuple[str, dict[str, bytes]]:
+    folder.mkdir()
+    report = call(models, folder / "out")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder)
+    return repr(report), files
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_byte_depends_on_what_the_caller_set(name: str, models: Path, tmp_path: Path) -> None:
+    plain = outcome(CALLS[name], models, tmp_path / "here")
+    with flushing():
+        assert outcome(CALLS[name], models, tmp_path / "here") == plain
+        assert flushes()
+    with in_float64():
+        assert outcome(CALLS[name], models, tmp_path / "here") == plain
+        assert torch.get_default_dtype() is torch.float64
+
+
+def test_every_verb_keeps_denormals() -> None:
+    verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
+    assert len(verbs) == 12
+    assert [verb.__name__ for verb in verbs if not hasattr(verb, "__wrapped__")] == []
+
+
+def test_an_error_is_the_callers_and_so_is_an_interrupt() -> None:
+    left: list[str] = []
+
+    @keep_denormals
+    def fail() -> None:
+        raise KeyError(float(torch.tensor(2.0**-140) * 1))
+
+    @keep_denormals
+    def wait() -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            left.append(threading.current_thread().name)
+            raise
+
+    with flushing():
+        with pytest.raises(KeyError) as error:
+            fail()
+        threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    assert error.value.args == (2.0**-140,)
+    assert len(left) == 1 and left[0] != threading.main_thread().name
+    assert sys.float_info.min / 2 > 0
