@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
-from loratool.cli import GUIDES, VERBS, cli, schemas
+from loratool.cli import COMMANDS, GUIDES, cli, schemas
 
 FOLDER = ROOT / "loratool" / "guides"
 TOPICS = sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -149,11 +149,11 @@ class TestPages:
 
     def test_every_verb_is_run_on_some_page(self) -> None:
         lines = [command for name in DOCS for kind, command, _ in commands(name) if kind != "python"]
-        assert {line.split()[1] for line in lines if line.startswith("loratool ")} == set(VERBS) - {"guide"}
+        assert {line.split()[1] for line in lines if line.startswith("loratool ")} == set(COMMANDS) - {"guide"}
 
     def test_the_readme_is_short_and_has_every_verb_with_its_guide(self) -> None:
         links = {verb: f"[{name}](loratool/guides/{name}.md)" for verb, name in GUIDES.items()}
-        rows = [f"| `{verb}` | {line} | {links.get(verb, '')} |\n" for verb, line in VERBS.items()]
+        rows = [f"| `{verb}` | {line} | {links.get(verb, '')} |\n" for verb, line in COMMANDS.items()]
         assert "".join(["| command | | guide |\n", "|---|---|---|\n", *rows]) in TEXTS["README"]
         assert len(TEXTS["README"].splitlines()) <= 150
 
@@ -203,7 +203,7 @@ class TestGuide:
         assert (result.exit_code, result.stdout) == (2, "") and "exract" in result.stderr
         assert all(name in result.stderr for name in TOPICS)
 
-    @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"guide"}))
+    @pytest.mark.parametrize("verb", sorted(set(COMMANDS) - {"guide"}))
     def test_the_help_of_a_verb_names_a_guide_that_has_it(self, verb: str, run: Run) -> None:
         assert run(verb, "-h").stdout.rstrip().endswith(f"loratool guide {GUIDES[verb]}")
         assert f"loratool {verb} " in TEXTS[GUIDES[verb]]

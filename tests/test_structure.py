@@ -7,6 +7,7 @@ break it. The import rule is in the guide `architecture`.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -210,6 +211,87 @@ def silent_modules(package: Path) -> list[str]:
         for name, tree in modules(package).items()
         if not ast.get_docstring(tree)
     ]
+
+
+# How no docstring begins: with these it says neither what a function does nor what a class is.
+BANNED_OPENINGS = {"of", "what", "where", "whether", "by", "in", "as", "the same"}
+# References to what is not in the repository.
+OUTSIDE = re.compile(r"\bTrap \d+|formats\.md|design\.md|shared/")
+# Backquoted `a.b` whose a is none of these is dead: what is not ours is one of EXTERNAL, of ours a module or a class.
+REFERENCE = re.compile(r"`([A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)+)(?:\(\))?`")
+EXTERNAL = set(
+    """torch numpy safetensors peft transformers diffusers click rich os json zipfile pickle loralib lycoris np self gc
+    huggingface_hub nn pytorch_utils product mlp""".split()
+)
+FILE_ENDINGS = (
+    ".py",
+    ".json",
+    ".safetensors",
+    ".bin",
+    ".md",
+    ".pt",
+    ".ckpt",
+    ".undo",
+    ".rs",
+    ".cpp",
+    ".weight",
+    ".bias",
+)
+
+
+def documented(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
+    """Every docstring with the name of what it is of, empty for the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "name", ""), node, text
+
+
+def bad_openings(package: Path) -> list[str]:
+    found = []
+    for name, tree in modules(package).items():
+        for what, _, text in documented(tree):
+            start = text.lower().lstrip("`(")
+            if any(start.startswith(f"{word} ") for word in BANNED_OPENINGS):
+                found.append(f"{name}.{what}: {text[:50]}")
+    return found
+
+
+def dead_references(package: Path) -> list[str]:
+    """Names in docstrings and comments of what is in no module, or of files that are not in the repository."""
+    known: set[str] = set(EXTERNAL)
+    for name, tree in modules(package).items():
+        parts = name.split(".")
+        known |= {".".join(parts[i:]) for i in range(len(parts))} | set(parts)
+        known |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    defined = {name: names_in(tree) for name, tree in modules(package).items()}
+    found = []
+    for name in modules(package):
+        path = package / (name.replace(".", "/") + ".py")
+        text = (path if path.is_file() else package / name.replace(".", "/") / "__init__.py").read_text()
+        found += [f"{name}: {match[0]}" for match in OUTSIDE.finditer(text)]
+        for match in REFERENCE.finditer(text):
+            head, _, last = match[1].rpartition(".")
+            homes = [names for each, names in defined.items() if each == head or each.endswith(f".{head}")]
+            if match[1] in known or match[1].endswith(FILE_ENDINGS) or head.split(".")[0] in EXTERNAL:
+                continue
+            if (homes and not any(last in names for names in homes)) or (not homes and head not in known):
+                found.append(f"{name}: `{match[1]}` is nowhere")
+    return found
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    """What a module defines or imports at its top, as names."""
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {alias.asname or alias.name for alias in node.names}
+        else:
+            found |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return found
 
 
 # rule -> files that break it, and what of the message tells that

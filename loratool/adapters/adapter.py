@@ -42,7 +42,7 @@ class AdapterConfig:
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    starts: Mapping[str, str] = field(default_factory=dict)
+    base_mutating_inits: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _ranks(self) -> Patterns:
@@ -69,7 +69,7 @@ class AdapterConfig:
         rank: int | None = self._ranks.value(module, self.rank)
         return rank
 
-    def at(self, parameter: str) -> AdapterConfig:
+    def for_module(self, parameter: str) -> AdapterConfig:
         """The config of one parameter, whose patterns are held against its own path and not its module's."""
         alpha = self._alphas.value(parameter, self.alpha)
         return replace(self, rank=self.rank_of(parameter), alpha=alpha, rank_pattern={}, alpha_pattern={})
@@ -86,7 +86,7 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def stands_in(entry: str, module: str) -> bool:
+def is_in_listed_module(entry: str, module: str) -> bool:
     """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
     parts = module.split(".")
     return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
@@ -117,9 +117,9 @@ class UpdateSpec:
     experts: int = 1
     indices: tuple[int, ...] = ()
     base: str | None = None
-    enabled: tuple[bool, ...] = ()
-    inputs: bool = False
-    turned: bool = False
+    enabled_slices: tuple[bool, ...] = ()
+    norm_over_inputs: bool = False
+    is_transposed_dora: bool = False
     fault: str | None = None
 
     @property
@@ -144,7 +144,9 @@ class UpdateSpec:
         """DoRA along the inputs as DoRA of the transposed weight: A^T B^T, each factor in the other's place."""
         tensors = {**self.tensors, "A": self.tensors["B"], "B": self.tensors["A"]}
         A, B = (TensorSpec(self.specs[role].dtype, self.specs[role].shape[::-1]) for role in "BA")
-        return replace(self, tensors=tensors, specs={**self.specs, "A": A, "B": B}, inputs=False, turned=True)
+        return replace(
+            self, tensors=tensors, specs={**self.specs, "A": A, "B": B}, norm_over_inputs=False, is_transposed_dora=True
+        )
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,11 @@ class Adapter:
     updates: Mapping[str, UpdateSpec]
     flattened: bool = False
     notes: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    components: Mapping[str, float] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    component_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def trained_on(self) -> str:
+    def base_hint(self) -> str:
         """What it says of its base, as a sentence for a remedy; nothing where it does not say."""
         told = self.config.base_model
         if not isinstance(told, str) or not told or not told.isprintable():
@@ -175,8 +177,8 @@ class Adapter:
 
     def weight_of(self, module: str, weight: float) -> float:
         """The weight of one module, where the adapter's is `weight`."""
-        component = weighed_component(module) if self.components else None
-        return self.components.get(component, weight) if component else weight
+        component = weighed_component(module) if self.component_weights else None
+        return self.component_weights.get(component, weight) if component else weight
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read one update. Raises InputError naming the tensor that holds a nan or an infinity."""
@@ -185,9 +187,9 @@ class Adapter:
         for role, tensor in tensors.items():
             if not is_finite(tensor):
                 raise InputError(f"holds nan or inf; {self.name} is damaged", culprit=spec.tensors[role])
-        if spec.enabled:
-            tensors["B"] = _spread(tensors["B"], spec.enabled)
-        if spec.turned:
+        if spec.enabled_slices:
+            tensors["B"] = _expand_merged_linear(tensors["B"], spec.enabled_slices)
+        if spec.is_transposed_dora:
             tensors |= {role: tensors[role].T.contiguous() for role in "AB"}
         rest: dict[str, Any] = {"scale": spec.scale, "experts": spec.experts}
         names = {field.name for field in fields(cls)}
@@ -197,14 +199,14 @@ class Adapter:
             rest["indices"] = torch.tensor(spec.indices, dtype=torch.int64)
         return cls(**tensors, **{name: value for name, value in rest.items() if name in names})
 
-    def brings(self, module: str) -> bool:
+    def in_modules_to_save(self, module: str) -> bool:
         """Whether `module` is a whole one that the adapter announces, or lies in one."""
         listed = self.config.extra.get("modules_to_save")
         if not isinstance(listed, list) or self.updates[module].kind != "replace":
             return False
-        return any(isinstance(entry, str) and stands_in(entry, module) for entry in listed)
+        return any(isinstance(entry, str) and is_in_listed_module(entry, module) for entry in listed)
 
-    def repeats(self, module: str, others: Container[str]) -> bool:
+    def is_duplicate_bias(self, module: str, others: Container[str]) -> bool:
         """Whether `module` is one of `others` again: the bias of a head under its owner's name and its decoder's.
 
         `cls.predictions.decoder.bias` is `cls.predictions.bias` in transformers, and PEFT saves both.
@@ -231,7 +233,7 @@ class Adapter:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _spread(B: Tensor, enabled: Sequence[bool]) -> Tensor:
+def _expand_merged_linear(B: Tensor, enabled: Sequence[bool]) -> Tensor:
     """A MergedLinear's B (rows of the enabled slices, r) as a low-rank change's: (out, r * n), block-sparse.
 
     Slice g of the enabled ones has the ranks g * r on of A (loralib's grouped convolution of A by B).

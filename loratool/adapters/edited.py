@@ -17,21 +17,21 @@ from torch import Tensor
 from ..architectures.prefixes import PEFT_PREFIX
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.dtypes import SAFETENSORS, TensorSpec
-from ..files.tensor_ref import Source, is_finite
+from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
 from .adapter import Adapter, UpdateSpec
 from .formats.diffusers import metadata_of, split_component
 from .formats.peft import adapter_names, saved_name
-from .formats.peft_config import changes_base, start_of
+from .formats.peft_config import base_mutating_init, base_mutating_init_of
 from .formats.peft_write import lora_config, write_adapter
-from .formats.single_file import STALE, write_single
+from .formats.single_file import STALE_KEYS, write_single_file
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedTensor:
     """A tensor that goes along: the sum of tensors of one shape, each times its factor; one of factor 1 as it is."""
 
-    terms: tuple[tuple[Source, float], ...]
+    terms: tuple[tuple[TensorRef, float], ...]
 
     @property
     def is_copy(self) -> bool:
@@ -58,17 +58,17 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Draft:
+class EditedAdapter:
     """like: whose format and config the output has. updates: path -> the update whose names and shapes it has there;
     ranks: of those; factors: path -> (B (E, out, r), A (E, r, in)) with the scale in them. carried: the other tensors,
     by their names. fields: of PEFT's config, where they are other than those of `like`.
     """
 
-    like: Adapter
+    template: Adapter
     updates: Mapping[str, UpdateSpec]
     ranks: Mapping[str, int]
     factors: Callable[[str], tuple[Tensor, Tensor]]
-    carried: Mapping[str, Carried]
+    carried: Mapping[str, CarriedTensor]
     dtype: torch.dtype = torch.float32
     fields: Mapping[str, object] = field(default_factory=dict)
 
@@ -78,12 +78,12 @@ class Draft:
         return one, two
 
     def _saved(self, name: str) -> str:
-        return saved_name(name, self._named) if self.like.format == "peft" else name
+        return saved_name(name, self._named) if self.template.format == "peft" else name
 
     @cached_property
     def _named(self) -> set[str]:
         """Names of adapters that keys may have in them; PEFT would not find them under these."""
-        files = [self.like.file, *(each.terms[0][0].file for each in self.carried.values())]
+        files = [self.template.file, *(each.terms[0][0].file for each in self.carried.values())]
         return set().union(*(adapter_names(file.specs) for file in {id(file): file for file in files}.values()))
 
     def specs_of(self, module: str) -> dict[str, TensorSpec]:
@@ -98,7 +98,7 @@ class Draft:
         found = {}
         for module in self.updates:
             found.update(self.specs_of(module))
-            if self.like.format == "kohya":
+            if self.template.format == "kohya":
                 found[f"{module}.alpha"] = TensorSpec("F32", ())
         for name, each in self.carried.items():
             found[self._saved(name)] = each.spec
@@ -137,12 +137,12 @@ class Draft:
         return {names[0]: A.reshape(A_spec.shape), names[1]: B.permute(1, 2, 0).reshape(B_spec.shape)}
 
 
-WRITTEN = ("peft", "kohya", "diffusers")
+WRITABLE_FORMATS = ("peft", "kohya", "diffusers")
 
 
-def require_written(like: Adapter) -> None:
+def require_writable(like: Adapter) -> None:
     """Refuse a format whose files cannot say the new ranks and scales."""
-    if like.format not in WRITTEN:
+    if like.format not in WRITABLE_FORMATS:
         raise NeedsFlag(
             f"is in {like.format}'s format, whose files cannot say the new ranks and scales",
             culprit=like.name,
@@ -150,7 +150,7 @@ def require_written(like: Adapter) -> None:
         )
 
 
-def default_name(like: Adapter, to: str | None, verb: str) -> str:
+def default_output_name(like: Adapter, to: str | None, verb: str) -> str:
     """Of an output that was given none: a folder where PEFT is asked for, or the input was a folder's file; else a
     file.
     """
@@ -158,10 +158,10 @@ def default_name(like: Adapter, to: str | None, verb: str) -> str:
     return verb if (in_folder if to is None else to == "peft") else f"{verb}.safetensors"
 
 
-def require_same_start(like: Adapter, ranks: Mapping[str, int]) -> None:
+def require_same_init(like: Adapter, ranks: Mapping[str, int]) -> None:
     """Refuse what PEFT would not take out of the base as it was when training began: it does so at each load."""
     for module, rank in ranks.items():
-        start, update, said = start_of(like.config, module), like.updates.get(module), None
+        start, update, said = base_mutating_init_of(like.config, module), like.updates.get(module), None
         if start and update and update.rank != rank:
             said = "takes as many directions out of the base as the adapter has rank: of another rank"
         elif start and update and start.lower().startswith("olora") and update.scale != 1:
@@ -175,39 +175,41 @@ def require_same_start(like: Adapter, ranks: Mapping[str, int]) -> None:
             )
 
 
-def require_shape(like: Adapter, path: Path, is_file: bool) -> None:
+def require_folder_or_file(like: Adapter, path: Path, is_file: bool) -> None:
     """Raises UsageError for a folder where the format is a file."""
     if like.format != "peft" and not is_file:
         raise UsageError(f"{like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
 
 
-def write_draft(draft: Draft, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
+def write_edited(draft: EditedAdapter, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
     specs, load = draft.specs(), draft.loader()
-    if draft.like.format == "peft":
-        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.like.file.specs)
-        write_adapter(path, is_file, specs, load, draft_config(draft), inputs, prefix="" if bare else PEFT_PREFIX)
+    if draft.template.format == "peft":
+        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.template.file.specs)
+        write_adapter(
+            path, is_file, specs, load, edited_adapter_config(draft), inputs, prefix="" if bare else PEFT_PREFIX
+        )
         return
-    metadata = {key: value for key, value in (draft.like.file.metadata or {}).items() if key not in STALE}
-    write_single(path, specs, load, {**metadata, **_said_of_the_start(draft)}, inputs)
+    metadata = {key: value for key, value in (draft.template.file.metadata or {}).items() if key not in STALE_KEYS}
+    write_single_file(path, specs, load, {**metadata, **_init_metadata(draft)}, inputs)
 
 
-def _said_of_the_start(draft: Draft) -> dict[str, str]:
+def _init_metadata(draft: EditedAdapter) -> dict[str, str]:
     """diffusers' metadata, where a loader has to know that the base was changed; else the tensors say it all."""
-    if draft.like.format != "diffusers" or not changes_base(draft.like.config):
+    if draft.template.format != "diffusers" or not base_mutating_init(draft.template.config):
         return {}
     parts: dict[str, dict[str, int]] = {}
     for module, rank in draft.ranks.items():
         component, path = split_component(module)
         parts.setdefault(component, {})[path] = rank
-    starts = {part: start_of(draft.like.config, part) or True for part in parts}
+    starts = {part: base_mutating_init_of(draft.template.config, part) or True for part in parts}
     return metadata_of({part: lora_config(own, {}, init_lora_weights=starts[part]) for part, own in parts.items()})
 
 
-def draft_config(draft: Draft) -> dict[str, object]:
+def edited_adapter_config(draft: EditedAdapter) -> dict[str, object]:
     """The fields of the one it is like, but for what rank and scale are now."""
     stacks = {module for module, update in draft.updates.items() if update.kind == "experts"}
     modules = {module: draft.ranks[module] for module in draft.updates if module not in stacks}
     ours = lora_config(modules, {module: draft.ranks[module] for module in sorted(stacks)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
-    rest = {key: value for key, value in draft.like.config.extra.items() if key not in keys}
+    rest = {key: value for key, value in draft.template.config.extra.items() if key not in keys}
     return {**{k: v for k, v in ours.items() if k not in rest}, **rest, **draft.fields, "peft_type": "LORA"}

@@ -19,7 +19,7 @@ FACTOR_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for na
 LARGEST = 1e150  # of a change's norm
 
 
-def stacked(update: Update) -> tuple[Tensor, Tensor]:
+def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
     """(B (E, out, r), A (E, r, in)) in float64, the scale in B; E is 1 but for a stack of experts."""
     if isinstance(update, Experts):
         each = [update.expert(number) for number in range(update.experts)]
@@ -30,11 +30,11 @@ def stacked(update: Update) -> tuple[Tensor, Tensor]:
     return B.double() * update.scale, A.double()
 
 
-def load_stacked(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
+def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
     """The factors of one update as `stacked` lays them. Raises InputError for nan and inf, for a change of nothing, and
     for one whose squares float64 does not hold.
     """
-    B, A = stacked(adapter.load(spec))
+    B, A = stack_factors(adapter.load(spec))
     if not B.numel() or not A.numel():
         raise InputError(f"its factors are empty in {adapter.name}", culprit=spec.module)
     largest = float(B.abs().max()) * float(A.abs().max())
@@ -43,7 +43,7 @@ def load_stacked(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def rounded(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """In the output's type. Raises an error naming a module whose factors that type cannot hold."""
     B, A = (side.to(dtype) for side in factors)
     if not (is_finite(B) and is_finite(A)):
@@ -53,6 +53,6 @@ def rounded(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
     return B, A
 
 
-def cost(update: UpdateSpec) -> int:
+def parameters_per_rank(update: UpdateSpec) -> int:
     """The parameters that one more of rank takes."""
     return update.experts * (math.prod(update.specs["A"].shape[1:]) + update.specs["B"].shape[0])

@@ -80,7 +80,7 @@ class DoRA(LowRank):
 
 
 @dataclass(frozen=True)
-class Add(Update):
+class AddDelta(Update):
     """A difference with a scale: PEFT's `lora_B.bias`. It is a product of rank 1 too, and so summed as exactly."""
 
     value: Tensor
@@ -94,14 +94,14 @@ class Add(Update):
 
 
 @dataclass(frozen=True)
-class Replace(Update):
+class ReplaceTensor(Update):
     """Another value for the whole tensor: modules_to_save, trained biases, a resized vocabulary."""
 
     value: Tensor
 
 
 @dataclass(frozen=True)
-class Rows(Update):
+class ReplaceRows(Update):
     """Other values for some rows: PEFT's trainable tokens. value: (n, dimension), indices: (n,), in any order."""
 
     value: Tensor
@@ -113,9 +113,9 @@ UPDATES: dict[str, tuple[type[Update], tuple[str, ...]]] = {
     "lora": (LowRank, ("A", "B")),
     "experts": (Experts, ("A", "B")),
     "dora": (DoRA, ("A", "B", "magnitude")),
-    "add": (Add, ("value",)),
-    "replace": (Replace, ("value",)),
-    "rows": (Rows, ("value",)),
+    "add": (AddDelta, ("value",)),
+    "replace": (ReplaceTensor, ("value",)),
+    "rows": (ReplaceRows, ("value",)),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.conv1d import stores_transposed
-from ..architectures.prefixes import module_of
+from ..architectures.prefixes import module_path
 from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from .formats.peft import DECLARED
 from .formats.peft_write import nested
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Kind:
+class WeightKind:
     """stack: the weight as (E, out, in); keys: the ends of the names of A and B; lay: (A (r, E, in), B (r, E, out), the
     weight's shape) -> the tensors under these names.
     """
@@ -49,18 +49,18 @@ def _experts(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 _WEIGHTS = ("lora_A.weight", "lora_B.weight")
 
 
-KINDS: dict[str, Kind] = {
-    "linear": Kind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
-    "conv1d": Kind(lambda D: D.T.unsqueeze(0), _WEIGHTS, _linear),  # transformers' Conv1D: (in, out)
-    "conv": Kind(lambda D: D.flatten(1).unsqueeze(0), _WEIGHTS, _convolution),
-    "embedding": Kind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
-    "head": Kind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
-    "experts": Kind(lambda D: D, _WEIGHTS, _experts),
-    "experts-turned": Kind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), and PEFT knows
+WEIGHT_KINDS: dict[str, WeightKind] = {
+    "linear": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
+    "conv1d": WeightKind(lambda D: D.T.unsqueeze(0), _WEIGHTS, _linear),  # transformers' Conv1D: (in, out)
+    "conv": WeightKind(lambda D: D.flatten(1).unsqueeze(0), _WEIGHTS, _convolution),
+    "embedding": WeightKind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
+    "head": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
+    "experts": WeightKind(lambda D: D, _WEIGHTS, _experts),
+    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), and PEFT knows
 }
 
 
-def kind_of(model_types: Collection[str], module: str, role: str) -> str:
+def weight_kind(model_types: Collection[str], module: str, role: str) -> str:
     """A key of KINDS for a weight of this role (`architectures.roles`)."""
     if role == "experts":
         turned = TRANSPOSED_EXPERTS.intersection(model_types) and not PEFT_TAKES_AS_PLAIN.intersection(model_types)
@@ -68,22 +68,22 @@ def kind_of(model_types: Collection[str], module: str, role: str) -> str:
     return "conv1d" if role == "linear" and stores_transposed(model_types, module) else role
 
 
-def stack_sizes(kind: str, shape: Shape) -> tuple[int, int, int]:
+def stack_shape(kind: str, shape: Shape) -> tuple[int, int, int]:
     """(E, out, in) of a weight's stack."""
-    E, out, inp = KINDS[kind].stack(torch.empty(shape, dtype=torch.float32, device="meta")).shape
+    E, out, inp = WEIGHT_KINDS[kind].stack(torch.empty(shape, dtype=torch.float32, device="meta")).shape
     return E, out, inp
 
 
 def factor_shapes(kind: str, shape: Shape, rank: int) -> tuple[Shape, Shape]:
     """Of the adapter's A and B for a weight of this shape."""
-    E, out, inp = stack_sizes(kind, shape)
+    E, out, inp = stack_shape(kind, shape)
     A, B = (torch.empty(rank, E, size, dtype=torch.float32, device="meta") for size in (inp, out))
-    laid = KINDS[kind].lay(A, B, shape)
+    laid = WEIGHT_KINDS[kind].lay(A, B, shape)
     return tuple(laid[0].shape), tuple(laid[1].shape)
 
 
 @dataclass(frozen=True)
-class Layout:
+class FactorLayout:
     """Where an adapter has the factors: the ranks of modules and of bare parameters (experts); wrapper -> (the weight
     whose factors it has, whether turned: an embedding's, for the head that is the same matrix).
     """
@@ -93,9 +93,9 @@ class Layout:
     wrappers: dict[str, tuple[str, bool]]
 
 
-def lay_out(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str]) -> Layout:
+def locate_factors(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str]) -> FactorLayout:
     """kinds, ranks: of each weight; of rank 0 it has none. heads: embedding -> the head that is the same matrix."""
-    layout = Layout({}, {}, {})
+    layout = FactorLayout({}, {}, {})
     stacks: dict[str, list[str]] = {}
     for name, rank in ranks.items():
         if not rank:
@@ -105,8 +105,8 @@ def lay_out(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[s
             stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
             continue
         for each, turned in ((name, False), *([(heads[name], True)] if name in heads else [])):
-            layout.modules[module_of(each)] = rank
-            layout.wrappers[module_of(each)] = (name, turned)
+            layout.modules[module_path(each)] = rank
+            layout.wrappers[module_path(each)] = (name, turned)
     for module, names in stacks.items():
         declared = (*DECLARED, *sorted(set(names) - set(DECLARED)))
         for parameter, wrapper in nested(module, names, declared).items():

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import InputError
 
 # (name, dimensions as `_sizes` calls them, and the flags of `_flags` without which the tensor is not there)
-Rows = tuple[tuple[str, ...], ...]
+ShapeRows = tuple[tuple[str, ...], ...]
 
 
 MAX_LAYERS = 10_000  # a config that says more is damaged
@@ -39,20 +39,20 @@ class Family:
     lm: str
     prefix: str
     defaults: Mapping[str, Any]
-    tensors: Rows
+    tensors: ShapeRows
     block: str
-    blocks: Rows
-    lm_only: Rows
-    bare_only: Rows = ()
+    blocks: ShapeRows
+    lm_only: ShapeRows
+    bare_only: ShapeRows = ()
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     headless: bool = False
 
 
-def _layer_norm(name: str, flag: str = "") -> Rows:
+def _layer_norm(name: str, flag: str = "") -> ShapeRows:
     return tuple((f"{name}.{last}", "d", *flag.split()) for last in ("weight", "bias"))
 
 
-def _linear(name: str, out: str, inp: str, *flags: str) -> Rows:
+def _linear(name: str, out: str, inp: str, *flags: str) -> ShapeRows:
     return ((f"{name}.weight", f"{out} {inp}", *flags), (f"{name}.bias", out, *flags))
 
 
@@ -112,7 +112,7 @@ _BERT_DEFAULTS = {
 }
 
 
-_BERT_TENSORS: Rows = (
+_BERT_TENSORS: ShapeRows = (
     ("embeddings.word_embeddings.weight", "v d"),
     ("embeddings.position_embeddings.weight", "n d"),
     ("embeddings.token_type_embeddings.weight", "t d"),
@@ -120,14 +120,14 @@ _BERT_TENSORS: Rows = (
 )
 
 
-_BERT_MLP: Rows = (
+_BERT_MLP: ShapeRows = (
     *_linear("intermediate.dense", "i", "d"),
     *_linear("output.dense", "d", "i"),
     *_layer_norm("output.LayerNorm"),
 )
 
 
-_BERT_BLOCK: Rows = (
+_BERT_BLOCK: ShapeRows = (
     *_linear("attention.self.query", "d", "d"),
     *_linear("attention.self.key", "d", "d"),
     *_linear("attention.self.value", "d", "d"),
@@ -235,16 +235,16 @@ _DEBERTA = Family(
 )
 
 
-_LLAMA_TENSORS: Rows = (("embed_tokens.weight", "v d"), ("norm.weight", "d"))
+_LLAMA_TENSORS: ShapeRows = (("embed_tokens.weight", "v d"), ("norm.weight", "d"))
 
 
-_LLAMA_HEAD: Rows = (("lm_head.weight", "v d", "untied"),)
+_LLAMA_HEAD: ShapeRows = (("lm_head.weight", "v d", "untied"),)
 
 
-_NORMS: Rows = (("input_layernorm.weight", "d"), ("post_attention_layernorm.weight", "d"))
+_NORMS: ShapeRows = (("input_layernorm.weight", "d"), ("post_attention_layernorm.weight", "d"))
 
 
-_ATTENTION: Rows = (
+_ATTENTION: ShapeRows = (
     ("self_attn.q_proj.weight", "q d"),
     ("self_attn.k_proj.weight", "kv d"),
     ("self_attn.v_proj.weight", "kv d"),
@@ -255,26 +255,26 @@ _ATTENTION: Rows = (
 _QKV_BIASES = (("self_attn.q_proj.bias", "q"), ("self_attn.k_proj.bias", "kv"), ("self_attn.v_proj.bias", "kv"))
 
 
-_ATTENTION_BIASES: Rows = tuple((*row, "attention_bias") for row in (*_QKV_BIASES, ("self_attn.o_proj.bias", "d")))
+_ATTENTION_BIASES: ShapeRows = tuple((*row, "attention_bias") for row in (*_QKV_BIASES, ("self_attn.o_proj.bias", "d")))
 
 
-_HEAD_NORMS: Rows = (("self_attn.q_norm.weight", "h"), ("self_attn.k_norm.weight", "h"))
+_HEAD_NORMS: ShapeRows = (("self_attn.q_norm.weight", "h"), ("self_attn.k_norm.weight", "h"))
 
 
-_MLP: Rows = (("mlp.gate_proj.weight", "i d"), ("mlp.up_proj.weight", "i d"), ("mlp.down_proj.weight", "d i"))
+_MLP: ShapeRows = (("mlp.gate_proj.weight", "i d"), ("mlp.up_proj.weight", "i d"), ("mlp.down_proj.weight", "d i"))
 
 
-_MLP_BIASES: Rows = (
+_MLP_BIASES: ShapeRows = (
     ("mlp.gate_proj.bias", "i", "mlp_bias"),
     ("mlp.up_proj.bias", "i", "mlp_bias"),
     ("mlp.down_proj.bias", "d", "mlp_bias"),
 )
 
 
-_GEMMA_NORMS: Rows = (("pre_feedforward_layernorm.weight", "d"), ("post_feedforward_layernorm.weight", "d"))
+_GEMMA_NORMS: ShapeRows = (("pre_feedforward_layernorm.weight", "d"), ("post_feedforward_layernorm.weight", "d"))
 
 
-def _decoder(name: str, blocks: Rows, **defaults: Any) -> Family:
+def _decoder(name: str, blocks: ShapeRows, **defaults: Any) -> Family:
     """A family of Llama's build; the defaults are Llama's but for those given."""
     return Family(
         bare=f"{name}Model",
@@ -314,7 +314,7 @@ _GEMMA2 = {
 
 
 # model_type in config.json -> its tensors
-FAMILIES: dict[str, Family] = {
+CONFIG_FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
     "bert": _BERT,
     "roberta": _ROBERTA,
@@ -391,17 +391,17 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise InputError(
             "names no model_type", culprit="config.json", remedy="name a model's config.json or checkpoint"
         )
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = CONFIG_FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(
             f"the family {str(model_type)[:40]!r} is not among those known by config.json alone "
-            f"({', '.join(FAMILIES)})",
+            f"({', '.join(CONFIG_FAMILIES)})",
             remedy="name the checkpoint: its shapes say all, whatever the family",
         )
     sizes, layers = _sizes(config, family)
     flags = _flags(config, family, sizes)
 
-    def there(rows: Rows, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    def there(rows: ShapeRows, prefix: str = "") -> dict[str, tuple[int, ...]]:
         found = [(name, dims) for name, dims, *needs in rows if flags.issuperset(needs)]
         return {prefix + name: tuple(sizes[d] for d in dims.split()) for name, dims in found}
 
@@ -415,7 +415,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def model_class(config: Mapping[str, Any]) -> str:
     """The class whose tensors are counted: the family's bare one, or the one with the language model's head."""
-    family, named = FAMILIES[config["model_type"]], declared_class(config)
+    family, named = CONFIG_FAMILIES[config["model_type"]], declared_class(config)
     if not named:
         return family.bare if family.headless else family.lm
     return family.lm if named.endswith(LANGUAGE_MODELS) else family.bare
@@ -423,7 +423,7 @@ def model_class(config: Mapping[str, Any]) -> str:
 
 def tied_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """The names of the embedding and of the head that is the same matrix, where the class has such a head."""
-    family = FAMILIES[config["model_type"]]
+    family = CONFIG_FAMILIES[config["model_type"]]
     flags = _flags(config, family, _sizes(config, family)[0])
     heads = [
         name for name, _, *needs in family.lm_only if "untied" in needs and flags.issuperset({*needs} - {"untied"})

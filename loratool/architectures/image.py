@@ -246,7 +246,7 @@ DITS = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class ModuleRows:
     """Rows start:stop of a tensor are the rows of a module from `skip` on, of which it has `whole`."""
 
     tensor: str
@@ -256,7 +256,7 @@ class Rows:
     whole: int
 
 
-Modules = dict[tuple[str, str], tuple[Rows, ...]]
+Modules = dict[tuple[str, str], tuple[ModuleRows, ...]]
 
 
 def image_modules(shapes: Mapping[str, Shape]) -> Modules:
@@ -268,11 +268,11 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
     folders = tuple(f"{folder}/" for folder in FOLDERS)
     if not any(name.startswith(folders) or any(mark in name for mark in MARKS) for name in shapes):
         return found
-    aliases: list[tuple[tuple[str, str], tuple[Rows, ...]]] = []
+    aliases: list[tuple[tuple[str, str], tuple[ModuleRows, ...]]] = []
     parts = list(_split(shapes))
     for component, kind, path, name in parts:
         rows = shapes[name][0]
-        found[component, path] = (Rows(name, 0, rows, 0, rows),)
+        found[component, path] = (ModuleRows(name, 0, rows, 0, rows),)
         aliases += [((component, other), where) for other, where in _aliases(kind, path, name, shapes[name])]
         if kind == "t5":  # kohya counts it third, a Flux pipeline second
             aliases += [((other, path), found[component, path]) for other in ("text_encoder_2", "text_encoder_3")]
@@ -341,9 +341,9 @@ def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
             yield ("text_encoder" if denoiser == "clip" else "unet"), denoiser, path, name
 
 
-def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[Rows, ...]]]:
+def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[ModuleRows, ...]]]:
     rows = shape[0]
-    all_rows = (Rows(name, 0, rows, 0, rows),)
+    all_rows = (ModuleRows(name, 0, rows, 0, rows),)
     if kind == "sgm":
         yield sgm_to_diffusers(path), all_rows
     elif kind == "clip":
@@ -355,7 +355,7 @@ def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[st
         names = OPENCLIP.get(layer[2], ()) if layer else ()
         for i, own in enumerate(names):
             size = rows // len(names)
-            where = (Rows(name, i * size, (i + 1) * size, 0, size),)
+            where = (ModuleRows(name, i * size, (i + 1) * size, 0, size),)
             yield f"text_model.encoder.layers.{layer[1] if layer else ''}.{own}", where
             yield f"encoder.layers.{layer[1] if layer else ''}.{own}", where
     elif kind in DITS:
@@ -365,10 +365,10 @@ def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[st
         yield diffusers_to_sgm(path, False), all_rows
 
 
-def _dit_aliases(dit: Dit, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[Rows, ...]]]:
+def _dit_aliases(dit: Dit, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[ModuleRows, ...]]]:
     rows, width = shape[0], shape[1]
     if path in dit.outside:
-        yield dit.outside[path], (Rows(name, 0, rows, 0, rows),)
+        yield dit.outside[path], (ModuleRows(name, 0, rows, 0, rows),)
     if path in dit.swapped:
         yield dit.swapped[path], _swapped(name, rows)
     for stem, other, table in dit.blocks:
@@ -382,21 +382,21 @@ def _dit_aliases(dit: Dit, path: str, name: str, shape: Shape) -> Iterable[tuple
         sizes = [width] * 3 + [rows - 3 * width] if len(names) == 4 else [rows // len(names)] * len(names)
         start = 0
         for own, size in zip(names, sizes, strict=True):
-            yield f"{other}.{block[1]}.{own}", (Rows(name, start, start + size, 0, size),)
+            yield f"{other}.{block[1]}.{own}", (ModuleRows(name, start, start + size, 0, size),)
             start += size
         if block[2] == "linear1":
-            yield path.replace("linear1", FLUX_ATTENTION), (Rows(name, 0, 3 * width, 0, 3 * width),)
+            yield path.replace("linear1", FLUX_ATTENTION), (ModuleRows(name, 0, 3 * width, 0, 3 * width),)
 
 
-def _swapped(name: str, rows: int) -> tuple[Rows, ...]:
+def _swapped(name: str, rows: int) -> tuple[ModuleRows, ...]:
     """All rows of a tensor, whose halves have changed places."""
     half = rows // 2
-    return Rows(name, 0, half, half, rows), Rows(name, half, rows, 0, rows)
+    return ModuleRows(name, 0, half, half, rows), ModuleRows(name, half, rows, 0, rows)
 
 
 def _fused(
     found: Modules, kinds: set[str], shapes: Mapping[str, Shape]
-) -> Iterable[tuple[tuple[str, str], tuple[Rows, ...]]]:
+) -> Iterable[tuple[tuple[str, str], tuple[ModuleRows, ...]]]:
     """The names of a model's own fused modules, where the base has diffusers' split ones."""
     paths = [path for component, path in found if component == "unet"]
     for dit in (dit for kind, dit in DITS.items() if f"{kind}-diffusers" in kinds):
@@ -417,13 +417,13 @@ def _fused(
                 yield ("unet", own), _swapped(each.tensor, each.stop)
 
 
-def _joined(parts: Iterable[tuple[Rows, ...] | None]) -> tuple[Rows, ...]:
+def _joined(parts: Iterable[tuple[ModuleRows, ...] | None]) -> tuple[ModuleRows, ...]:
     """One module of the rows of several, one after the other."""
     every = [rows for part in parts for rows in part or ()]
     whole = sum(rows.stop - rows.start for rows in every)
     made, skip = [], 0
     for rows in every:
-        made.append(Rows(rows.tensor, rows.start, rows.stop, skip, whole))
+        made.append(ModuleRows(rows.tensor, rows.start, rows.stop, skip, whole))
         skip += rows.stop - rows.start
     return tuple(made)
 

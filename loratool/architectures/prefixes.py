@@ -15,7 +15,7 @@ MAIN_PARAMETERS = (".weight", ".in_proj_weight")
 
 # What one side may have before every path and the other not: the attribute under which a task model holds
 # its backbone (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
-CONTAINERS = (
+CONTAINER_PREFIXES = (
     "model",
     "transformer",
     "bert",
@@ -52,7 +52,7 @@ KOHYA_COMPONENTS = {
 KOHYA_PREFIXES = tuple(KOHYA_COMPONENTS)
 
 
-def module_of(tensor: str) -> str:
+def module_path(tensor: str) -> str:
     """The path of a module from the name of its one matrix; another tensor's name as it is."""
     for end in MAIN_PARAMETERS:
         if tensor.endswith(end):

@@ -5,7 +5,7 @@ The roles have Llama's names. A fused matrix has several, in the order in which 
 
 from __future__ import annotations
 
-ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")

@@ -17,11 +17,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
-Rows = tuple[tuple[str, str], ...]  # (regular expression, replacement), applied in order
+RenameRules = tuple[tuple[str, str], ...]  # (regular expression, replacement), applied in order
 
 
 # Every type: TensorFlow's names of LayerNorm, and weight norm before torch 2.
-LEGACY: Rows = (
+LEGACY: RenameRules = (
     (r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
     (r"\bLayerNorm\.beta$", "LayerNorm.bias"),
     (r"\.weight_g$", ".parametrizations.weight.original0"),
@@ -30,63 +30,63 @@ LEGACY: Rows = (
 
 
 # An adapter of the language model alone (`...ForCausalLM`) on a file of the whole.
-_TEXT: Rows = ((r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "model.language_model."),)
+_TEXT: RenameRules = ((r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "model.language_model."),)
 
 
 # Until 4.51 the language model was a causal LM with its head inside, beside the tower: both had no `model.`.
-_LANGUAGE: Rows = (
+_LANGUAGE: RenameRules = (
     (r"^(?:model\.)?language_model\.lm_head(?=\.|$)", "lm_head"),
     (r"^(?:model\.)?language_model(?:\.model)?(?=\.|$)", "model.language_model"),
     *_TEXT,
 )
 
 
-_LLAVA: Rows = (
+_LLAVA: RenameRules = (
     *_LANGUAGE,
     (r"^(?=(?:vision_tower|multi_modal_projector|image_newline)(?:\.|$))", "model."),
 )
 
 
-_QWEN_VL: Rows = (
+_QWEN_VL: RenameRules = (
     (r"^(?=(?:visual|language_model)(?:\.|$))", "model."),
     *_TEXT,
 )
 
 
-_AUDIO: Rows = (
+_AUDIO: RenameRules = (
     *_LANGUAGE,
     (r"^(?=(?:audio_tower|multi_modal_projector)(?:\.|$))", "model."),
 )
 
 
-_GRANITE_SPEECH: Rows = (
+_GRANITE_SPEECH: RenameRules = (
     *_LANGUAGE,
     (r"^(?=(?:encoder|projector)(?:\.|$))", "model."),
 )
 
 
 # The files hold thinker and talker; an adapter of the thinker's class has no `thinker.`
-_OMNI: Rows = (
+_OMNI: RenameRules = (
     (r"^(?=(?:model|visual|audio_tower|lm_head)(?:\.|$))", "thinker."),
     (r"^thinker\.(?=(?:visual|audio_tower)(?:\.|$))", "thinker.model."),
     (r"^thinker\.model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "thinker.model.language_model."),
 )
 
 
-_THINKER: Rows = (
+_THINKER: RenameRules = (
     (r"^(?=(?:visual|audio_tower|language_model)(?:\.|$))", "model."),
     *_TEXT,
 )
 
 
 # A CLIP-like tower inside another model: its class had the transformer as a child of its own name.
-_TOWER: Rows = ((r"\b((?:vision|image|video)_tower|vision_model)\.vision_model(?=\.|$)", r"\1"),)
+_TOWER: RenameRules = ((r"\b((?:vision|image|video)_tower|vision_model)\.vision_model(?=\.|$)", r"\1"),)
 
 
-_TOWER_TEXT: Rows = ((r"\btext_model\.text_model(?=\.|$)", "text_model"),)
+_TOWER_TEXT: RenameRules = ((r"\btext_model\.text_model(?=\.|$)", "text_model"),)
 
 
-_VIT: Rows = (
+_VIT: RenameRules = (
     (r"\bencoder\.layer(?=\.|$)", "layers"),
     (r"\battention\.attention\.query(?=\.|$)", "attention.q_proj"),
     (r"\battention\.attention\.key(?=\.|$)", "attention.k_proj"),
@@ -97,7 +97,7 @@ _VIT: Rows = (
 )
 
 
-_DINOV2: Rows = (
+_DINOV2: RenameRules = (
     (r"\battention\.attention\.query(?=\.|$)", "attention.q_proj"),
     (r"\battention\.attention\.key(?=\.|$)", "attention.k_proj"),
     (r"\battention\.attention\.value(?=\.|$)", "attention.v_proj"),
@@ -106,28 +106,28 @@ _DINOV2: Rows = (
 )
 
 
-_MIXTRAL: Rows = ((r"\bblock_sparse_moe(?=\.|$)", "mlp"),)
+_MIXTRAL: RenameRules = ((r"\bblock_sparse_moe(?=\.|$)", "mlp"),)
 
 
-_GRANITE_MOE: Rows = (
+_GRANITE_MOE: RenameRules = (
     (r"\bblock_sparse_moe\.input_linear(?:\.weight)?(?=\.|$)", "block_sparse_moe.experts.gate_up_proj"),
     (r"\bblock_sparse_moe\.output_linear(?:\.weight)?(?=\.|$)", "block_sparse_moe.experts.down_proj"),
     (r"\bblock_sparse_moe\.router\.layer(?=\.|$)", "block_sparse_moe.router"),
 )
 
 
-_FORGET_GATE: Rows = (
+_FORGET_GATE: RenameRules = (
     (r"\bself_attn\.(?=(?:f_proj|f_a_proj|f_b_proj|dt_bias|A_log)(?:\.|$))", "self_attn.forget_gate."),
 )
 
 
-_HYPER_CONNECTIONS: Rows = (
+_HYPER_CONNECTIONS: RenameRules = (
     (r"\bhc_attn_(?=(?:fn|base|scale)(?:\.|$))", "attn_hc."),
     (r"\bhc_ffn_(?=(?:fn|base|scale)(?:\.|$))", "ffn_hc."),
 )
 
 
-_HY_V4: Rows = (
+_HY_V4: RenameRules = (
     (r"\bhc_pre\.(?=hc_)", ""),
     (r"\blearnable_sink_param$", "sinks"),
     (r"\blinear_gate(?=\.|$)", "gate_proj"),
@@ -137,13 +137,13 @@ _HY_V4: Rows = (
 )
 
 
-_TO_QKVO: Rows = (
+_TO_QKVO: RenameRules = (
     (r"\bself_attn\.to_([qkv])(?=\.|$)", r"self_attn.\1_proj"),
     (r"\bself_attn\.to_out(?=\.|$)", "self_attn.o_proj"),
 )
 
 
-_HUNYUAN_VISION: Rows = (
+_HUNYUAN_VISION: RenameRules = (
     (r"\bmlp\.dense_h_to_4h(?=\.|$)", "mlp.fc1"),
     (r"\bmlp\.dense_4h_to_h(?=\.|$)", "mlp.fc2"),
     (r"\bvit\.layers\.(\d+)\.input_layernorm(?=\.|$)", r"vit.layers.\1.layer_norm1"),
@@ -157,7 +157,7 @@ _HUNYUAN_VISION: Rows = (
 
 
 # Rows of a type wherever it stands: as the checkpoint's own or as a nested config's.
-RENAMES: dict[str, Rows] = {
+RENAMES: dict[str, RenameRules] = {
     # language models
     "aria_text": (
         (r"\bmlp\.experts\.fc1(?:\.weight)?(?=\.|$)", "mlp.experts.gate_up_proj"),
@@ -569,7 +569,7 @@ RENAMES: dict[str, Rows] = {
 
 
 # Rows of a type that is the whole checkpoint: as a part of another one these names are the other's.
-ALONE: dict[str, Rows] = {
+ALONE: dict[str, RenameRules] = {
     **dict.fromkeys(
         """chinese_clip_vision_model clip_vision_model clipseg_vision_model metaclip_2_vision_model mlcd
         mlcd_vision_model siglip2_vision_model siglip_vision_model xclip_vision_model""".split(),

@@ -15,7 +15,7 @@ EMBEDDINGS = frozenset(
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
 
-def role(module: str, dimensions: int, is_float: bool) -> str:
+def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     """`linear` (peft's `all-linear` would take it), `embedding`, `head`, `experts` (3-D), or an empty string."""
     last = module.rpartition(".")[2]
     if not is_float or dimensions < 2:

@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from ..adapters.weight_kinds import kind_of, stack_sizes
+from ..adapters.weight_kinds import stack_shape, weight_kind
 from ..architectures.peft import MAMBA_REFUSED, MAMBAS
-from ..architectures.prefixes import module_of
+from ..architectures.prefixes import module_path
 from ..architectures.renames import expert_part
-from ..architectures.roles import role
+from ..architectures.roles import weight_role
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TORCH_FLOATS
-from ..files.tensor_ref import Source
+from ..files.tensor_ref import TensorRef
 from .peft_names import namer, role_in_model
-from .selection import Selection, matches
+from .selection import Selection, matches_pattern
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Candidate:
     name: str
     in_model: str
     kind: str
-    source: Source
+    source: TensorRef
     sizes: tuple[int, int, int]
 
     @property
-    def cost(self) -> int:
+    def parameters_per_rank(self) -> int:
         """Parameters a rank."""
         E, out, inp = self.sizes
         return E * (out + inp)
 
     @property
-    def most(self) -> int:
+    def max_rank(self) -> int:
         """The rank that no change of it exceeds."""
         return min(self.sizes[1:])
 
@@ -48,25 +48,30 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
     """The weights that the selection's targets name; InputError for a pattern that names none. among: those that can
     have factors, where it is not for PEFT to say.
     """
-    roles = {n: role(module_of(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS) for n in among or ()}
+    roles = {
+        n: weight_role(module_path(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS)
+        for n in among or ()
+    }
     in_model = namer(base) if among is None else str
     eligible = _find_eligible(base, in_model) if among is None else {name: what for name, what in roles.items() if what}
     routers = _find_routers(eligible)
     for pattern in selection.target:
-        if not any(_takes(pattern, name, what, routers) for name, what in eligible.items()):
-            ends = {module_of(name).rpartition(".")[2] for name in eligible}
+        if not any(_is_default_target(pattern, name, what, routers) for name, what in eligible.items()):
+            ends = {module_path(name).rpartition(".")[2] for name in eligible}
             near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
                 "names no weight of the base that could have an adapter",
                 culprit=f"--target {pattern}",
                 remedy=f"there are {', '.join(near)}" if near else None,
             )
-    replace(selection, target=()).require_used([*map(module_of, base.specs)], str(base.path))
+    replace(selection, target=()).require_used([*map(module_path, base.specs)], str(base.path))
     found = []
     for name, what in eligible.items():
-        if selection.selects(module_of(name)) and any(_takes(each, name, what, routers) for each in selection.target):
-            kind, source = kind_of(base.model_types, module_of(name), what), Source(base.shard_of[name], name)
-            found.append(Candidate(name, in_model(name), kind, source, stack_sizes(kind, source.spec.shape)))
+        if selection.selects(module_path(name)) and any(
+            _is_default_target(each, name, what, routers) for each in selection.target
+        ):
+            kind, source = weight_kind(base.model_types, module_path(name), what), TensorRef(base.shard_of[name], name)
+            found.append(Candidate(name, in_model(name), kind, source, stack_shape(kind, source.spec.shape)))
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found
@@ -78,7 +83,7 @@ def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str
     """
     found = {name: role_in_model(base, name, in_model(name), spec) for name, spec in base.specs.items()}
     refused = MAMBA_REFUSED if base.model_type in MAMBAS else ()
-    return {n: what for n, what in found.items() if what and module_of(n).rpartition(".")[2] not in refused}
+    return {n: what for n, what in found.items() if what and module_path(n).rpartition(".")[2] not in refused}
 
 
 def _find_routers(names: Collection[str]) -> frozenset[str]:
@@ -87,12 +92,14 @@ def _find_routers(names: Collection[str]) -> frozenset[str]:
     return frozenset(f"{block}.{router}.weight" for block in blocks for router in ("gate", "router"))
 
 
-def _takes(pattern: str, name: str, what: str, routers: Collection[str]) -> bool:
+def _is_default_target(pattern: str, name: str, what: str, routers: Collection[str]) -> bool:
     """`all-linear` as PEFT means it: convolutions, stacks of experts and their routers have to be named."""
-    return matches(pattern, module_of(name)) and (pattern != "all-linear" or (what == "linear" and name not in routers))
+    return matches_pattern(pattern, module_path(name)) and (
+        pattern != "all-linear" or (what == "linear" and name not in routers)
+    )
 
 
-def check_parted(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:
+def refuse_split_experts(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:
     """Refuse what PEFT cannot make a stack of: it takes all experts of one, at the rank of the most targets, and joins
     gate and up at twice that rank and alpha, which is another scale under rsLoRA
     (`peft/utils/transformers_weight_conversion.py`).

@@ -12,11 +12,11 @@ from ..adapters.adapter import Adapter
 from ..architectures.classifiers import HEADS, TASKS, classifier_class
 from ..architectures.config_tensors import declared_class
 from ..files.checkpoint import Checkpoint
-from ..files.tensor_ref import Source
+from ..files.tensor_ref import TensorRef
 
 
 def classifier_edits(
-    base: Checkpoint, adapters: Sequence[Adapter], sources: Mapping[str, Source]
+    base: Checkpoint, adapters: Sequence[Adapter], sources: Mapping[str, TensorRef]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The class and the labels in the config, where adapters bring a head; and a warning where that is not known."""
     head = next((name for name in HEADS if name in sources), None)

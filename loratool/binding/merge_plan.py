@@ -9,19 +9,19 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter, UpdateSpec
 from ..adapters.updates import ADDITIVE
-from ..architectures.prefixes import module_of
+from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import FLOAT8, TensorSpec
-from ..files.output import Edits
+from ..files.output import OutputEdits
 from ..files.side_files import tokenizer_files
-from ..files.tensor_compare import equal_rows
-from ..files.tensor_ref import Source
+from ..files.tensor_compare import same_values
+from ..files.tensor_ref import TensorRef
 from .classifier_heads import classifier_edits
 from .placement import Placement
-from .resolve import Binding, bind, missing_tensors, refuse_two
+from .resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
 from .selection import Selection
-from .tied_weights import Settled, Tie, bindable, find_tie, settle_tie, vocabulary_edits, vocabulary_names
+from .tied_weights import ResolvedTie, Tie, bindable, find_tie, resolve_tie, vocabulary_edits, vocabulary_names
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class MergePlan:
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]
-    bound: Mapping[str, tuple[Placement, ...]]
-    sources: Mapping[str, Source]
+    requested: Mapping[str, tuple[Placement, ...]]
+    sources: Mapping[str, TensorRef]
     placements: Mapping[str, tuple[Placement, ...]]
     left_out: tuple[str, ...]
     added: tuple[str, ...]
     untied: tuple[str, ...]
     warnings: tuple[str, ...]
-    edits: Edits
+    edits: OutputEdits
 
     @cached_property
     def changed(self) -> set[str]:
@@ -56,18 +56,18 @@ def plan_merge(
     specs, coded = bindable(base, tie)
     names = " and ".join(adapter.name for adapter, _ in adapters)
     modules = [module for adapter, _ in adapters for module in adapter.updates]
-    selection.require_used([*modules, *map(module_of, base.specs)], f"{names} or the base")
+    selection.require_used([*modules, *map(module_path, base.specs)], f"{names} or the base")
     binding = bind(specs, base.model_types, adapters, selection, coded)
     _refuse_quantized(base, binding)
-    settled = settle_tie(base, tie, binding.placements, tied)
-    sources, placements = _settle_sources(base, tie, settled)
+    settled = resolve_tie(base, tie, binding.placements, tied)
+    sources, placements = _resolve_row_sources(base, tie, settled)
     for name, (adapter, update) in binding.added.items():
-        sources[name] = Source(adapter.file, update.tensors["value"])
+        sources[name] = TensorRef(adapter.file, update.tensors["value"])
     edits, notes = _plan_edits(base, [adapter for adapter, _ in adapters], tie, settled, sources)
     warnings = (*settled.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
     for adapter, _ in adapters:
         changed = [name for name, found in binding.placements.items() if any(p.adapter is adapter for p in found)]
-        warnings += tuple(f"{adapter.name}: {line}" for line in missing_tensors(base.specs, adapter, changed))
+        warnings += tuple(f"{adapter.name}: {line}" for line in absent_from_adapter(base.specs, adapter, changed))
     for shard in base.shards:
         if shard.ignored:
             warnings += (f"{shard.place} also holds {', '.join(shard.ignored)}, which is not read",)
@@ -96,28 +96,28 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
         raise InputError(
             f"is quantized ({form}), and its codes are no weights{others}",
             culprit=name,
-            remedy="pass the original model in 16 or 32 bits" + ("" if own else f"; {adapter.trained_on}"),
+            remedy="pass the original model in 16 or 32 bits" + ("" if own else f"; {adapter.base_hint}"),
         )
 
 
-def _settle_sources(
-    base: Checkpoint, tie: Tie | None, settled: Settled
-) -> tuple[dict[str, Source], dict[str, tuple[Placement, ...]]]:
-    sources = {name: Source(shard, name) for name, shard in base.shard_of.items()}
+def _resolve_row_sources(
+    base: Checkpoint, tie: Tie | None, settled: ResolvedTie
+) -> tuple[dict[str, TensorRef], dict[str, tuple[Placement, ...]]]:
+    sources = {name: TensorRef(shard, name) for name, shard in base.shard_of.items()}
     placements = {}
     if tie and settled.untied:
-        _share_what_was_brought(tie, settled, sources)
+        _share_replacement(tie, settled, sources)
     for name, found in settled.placements.items():
-        refuse_two(name, found)
-        sources[name], rest = settle_source(sources[name], found)
+        refuse_second_nonadditive(name, found)
+        sources[name], rest = resolve_row_source(sources[name], found)
         if rest:
             _require_rows(sources[name], rest)
-            refuse_two(name, rest)
+            refuse_second_nonadditive(name, rest)
             placements[name] = rest
     return sources, placements
 
 
-def _share_what_was_brought(tie: Tie, settled: Settled, sources: dict[str, Source]) -> None:
+def _share_replacement(tie: Tie, settled: ResolvedTie, sources: dict[str, TensorRef]) -> None:
     """Sides that part were one matrix under the adapter: what it brought along for one side lies under all."""
     under = sources[tie.embedding]
     for name in settled.untied:
@@ -126,10 +126,10 @@ def _share_what_was_brought(tie: Tie, settled: Settled, sources: dict[str, Sourc
     brought = [settled.placements[n] for n in names if any(p.update.base for p in settled.placements.get(n, ()))]
     for name in names:
         if brought and name not in settled.placements:
-            sources[name], _ = settle_source(under, brought[0])
+            sources[name], _ = resolve_row_source(under, brought[0])
 
 
-def _require_rows(source: Source, placements: Sequence[Placement]) -> None:
+def _require_rows(source: TensorRef, placements: Sequence[Placement]) -> None:
     """All placements are for the rows that there are: two adapters may have been made for two vocabularies."""
     shape = source.spec.shape or (1,)
     whole = {shape[0], shape[0] * shape[1]} if len(shape) > 2 else {shape[0]}
@@ -140,14 +140,14 @@ def _require_rows(source: Source, placements: Sequence[Placement]) -> None:
             )
 
 
-def settle_source(base: Source, placements: Sequence[Placement]) -> tuple[Source, tuple[Placement, ...]]:
+def resolve_row_source(base: TensorRef, placements: Sequence[Placement]) -> tuple[TensorRef, tuple[Placement, ...]]:
     """Where a tensor's rows come from, and the placements that are left to apply to them.
 
     A replacement of full weight is a source of its own, and so is the weight that an adapter brought along for its
     LoRA, unless the base's own has the same values. Raises InputError where that cannot be had.
     """
     source, rest = base, []
-    brought = [_brought(base, placement) for placement in placements]
+    brought = [_replacement_value(base, placement) for placement in placements]
     if len({id(p.adapter) for p, own in zip(placements, brought, strict=True) if own}) > 1:
         raise InputError("two adapters bring their own values for it", culprit=base.name, remedy="merge one of them")
     for placement, own in zip(placements, brought, strict=True):
@@ -166,19 +166,23 @@ def settle_source(base: Source, placements: Sequence[Placement]) -> tuple[Source
     return source, tuple(rest)
 
 
-def _brought(base: Source, placement: Placement) -> Source | None:
+def _replacement_value(base: TensorRef, placement: Placement) -> TensorRef | None:
     """The values that an update puts in the place of the base's, before it adds anything."""
     update, file = placement.update, placement.adapter.file
     if update.kind == "replace":
-        return Source(file, update.tensors["value"])
-    if update.base is None or equal_rows(base, Source(file, update.base)):
+        return TensorRef(file, update.tensors["value"])
+    if update.base is None or same_values(base, TensorRef(file, update.base)):
         return None
-    return Source(file, update.base)
+    return TensorRef(file, update.base)
 
 
 def _plan_edits(
-    base: Checkpoint, adapters: Sequence[Adapter], tie: Tie | None, settled: Settled, sources: Mapping[str, Source]
-) -> tuple[Edits, tuple[str, ...]]:
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    tie: Tie | None,
+    settled: ResolvedTie,
+    sources: Mapping[str, TensorRef],
+) -> tuple[OutputEdits, tuple[str, ...]]:
     """What the output has otherwise than the base, and what to say of it."""
     specs = {}
     for name, source in sources.items():
@@ -198,14 +202,14 @@ def _plan_edits(
     others = [name for name in specs if name in base.specs and name not in words]
     sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in classifier]
     touched = [p for name in words for p in settled.placements.get(name, ())]
-    files, notes = _tokenizer(touched)
+    files, notes = _find_tokenizer(touched)
     notes += unknown + tuple(
         f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized
     )
-    return Edits(specs, config, files), notes
+    return OutputEdits(specs, config, files), notes
 
 
-def widen_float8(plan: MergePlan, dtype: str | None) -> Edits:
+def widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
     """The edits with the type of changed 8-bit tensors, in which no change would survive: NeedsFlag without one."""
     specs = dict(plan.edits.specs)
     for name in plan.changed:
@@ -219,7 +223,7 @@ def widen_float8(plan: MergePlan, dtype: str | None) -> Edits:
     return replace(plan.edits, specs=specs)
 
 
-def _tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:
+def _find_tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:
     """The tokenizer that an adapter has beside it, if it changed the vocabulary's rows; of two adapters, neither."""
     folders = {p.adapter.file.path.parent: tokenizer_files(p.adapter.file.path.parent) for p in placements}
     found = {folder: files for folder, files in folders.items() if files}

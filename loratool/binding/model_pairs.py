@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from ..architectures.renames import canonical
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.tensor_ref import Source
-from .resolve import unwrapped
+from ..files.tensor_ref import TensorRef
+from .resolve import strip_wrappers
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ModelPairs:
     """both: a base's name -> the tensor on either side; the others have no partner."""
 
-    both: dict[str, tuple[Source, Source]]
+    both: dict[str, tuple[TensorRef, TensorRef]]
     only_base: tuple[str, ...]
-    only_tuned: dict[str, Source]
+    only_tuned: dict[str, TensorRef]
 
 
-def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairs:
+def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> ModelPairs:
     """The tensors of both sides by the base's name, whatever their shards, wrappers, containers and transformers'
     version.
 
@@ -34,22 +34,22 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairs:
         longer, shorter = prefix
         theirs = {longer + path.removeprefix(shorter): name for path, name in theirs.items()}
     both = {
-        name: (Source(base.shard_of[name], name), Source(tuned.shard_of[theirs[path]], theirs[path]))
+        name: (TensorRef(base.shard_of[name], name), TensorRef(tuned.shard_of[theirs[path]], theirs[path]))
         for path, name in mine.items()
         if path in theirs
     }
     if not both:
         raise InputError("no tensor of one side has a name of the other", remedy="are these two of one family?")
-    return Pairs(
+    return ModelPairs(
         both,
         tuple(name for path, name in mine.items() if path not in theirs),
-        {name: Source(tuned.shard_of[name], name) for path, name in theirs.items() if path not in mine},
+        {name: TensorRef(tuned.shard_of[name], name) for path, name in theirs.items() if path not in mine},
     )
 
 
 def _by_path(names: Iterable[str], types: Collection[str]) -> dict[str, str]:
     """Names by their paths in transformers 5; of two with one path one stands under its own name."""
-    paths = {name: canonical(unwrapped(name), types) for name in names}
+    paths = {name: canonical(strip_wrappers(name), types) for name in names}
     owner = {path: path if path in paths else name for name, path in paths.items()}
     return {path if owner[path] == name else name: name for name, path in paths.items()}
 

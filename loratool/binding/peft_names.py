@@ -23,14 +23,14 @@ from ..architectures.peft import (
     RESHAPED,
     STACKED_BY_PEFT,
 )
-from ..architectures.prefixes import module_of
+from ..architectures.prefixes import module_path
 from ..architectures.renames import canonical, expert_part
-from ..architectures.roles import role
+from ..architectures.roles import weight_role
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
-from .resolve import unwrapped
-from .selection import matches
+from .resolve import strip_wrappers
+from .selection import matches_pattern
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 
@@ -42,10 +42,10 @@ def namer(base: Checkpoint) -> Callable[[str], str]:
     if base.model_type in ENCODER_DECODERS:
         sides = {side: _types_of(base.config.get(side)) for side in ("encoder", "decoder")}
     prefix = BACKBONES.get(base.model_type or "")
-    whole = any(unwrapped(name).startswith(f"{prefix}.") for name in base.specs)
+    whole = any(strip_wrappers(name).startswith(f"{prefix}.") for name in base.specs)
 
     def in_model(name: str) -> str:
-        name = unwrapped(name)
+        name = strip_wrappers(name)
         side, _, rest = name.partition(".")
         if side in sides:
             return f"{side}.{canonical(rest, sides[side])}"
@@ -67,8 +67,8 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     for a convolution of each channel by itself, of which PEFT merges none (one of a single channel looks the same), and
     for nn.MultiheadAttention, of which it wraps both matrices or neither.
     """
-    module = module_of(in_model)
-    what = role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+    module = module_path(in_model)
+    what = weight_role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
     inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
     if what == "experts":
         return what
@@ -112,12 +112,12 @@ def refuse_unsaid(
     problems = _unsaid(base, factored, whole) | _without_head(base, heads or {})
     if not problems:
         return
-    kept = [module_of(name) for name in (*factored, *whole) if name not in problems]
+    kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
     first, reason = next(iter(problems.items()))
     others = f", and {len(problems) - 1} more that PEFT cannot be told of" if problems.keys() - {first} else ""
     if not any(name not in problems for name in factored):
         raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
-    options = exclude_all([module_of(name) for name in problems], kept)
+    options = exclude_all([module_path(name) for name in problems], kept)
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
 
 
@@ -128,7 +128,7 @@ def _unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, s
     doubtful = _named_twice(base, both.values()) | _of_unknown_order(base, factored)
     found = {}
     for name, in_model in both.items():
-        module = module_of(in_model).removesuffix(".bias")
+        module = module_path(in_model).removesuffix(".bias")
         last = module.rpartition(".")[2]
         if any(re.search(pattern, module) for pattern in reshaped):
             found[name] = f"PEFT finds no module of a {family} for it"
@@ -154,7 +154,7 @@ def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
     owners = {in_model(name).rpartition(".")[0] for name in base.specs} if heads else set()
     found = {}
     for name, head in heads.items():
-        module = module_of(head)
+        module = module_path(head)
         if any(owner.startswith(f"{module}.") for owner in owners):
             found[name] = f"it is its head as well, which is no module {module}"
     return found
@@ -170,7 +170,7 @@ def _named_twice(base: Checkpoint, names: Collection[str]) -> set[str]:
         return set()
     parts = [path.split(".") for path in paths]
     ends = {".".join(each[i:j]) for each in parts for j in range(2, len(each) + 1) for i in range(1, j)}
-    return {name for name in suspects if module_of(name) in ends}
+    return {name for name in suspects if module_path(name) in ends}
 
 
 def _of_unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]:
@@ -191,7 +191,7 @@ def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
     for module in general.values():
         last = module.rpartition(".")[2]
         number = "re:^" + r"\d+".join(map(re.escape, NUMBER.split(module))) + "$"
-        free = [p for p in (last, number) if not any(matches(p, path) for path in kept)]
-        group = [each for each in modules if matches(number, each)]
+        free = [p for p in (last, number) if not any(matches_pattern(p, path) for path in kept)]
+        group = [each for each in modules if matches_pattern(number, each)]
         options.update(dict.fromkeys(free[:1] or group))
     return " ".join(f"--exclude {quote(pattern)}" for pattern in options)

@@ -23,7 +23,7 @@ SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 
 
 @dataclass(frozen=True)
-class Spot:
+class Match:
     """A base tensor for an update, or for a part of one where one side stacks its experts and the other does not.
 
     expert, part, parts: whose matrix it is, and which of the equal parts of its rows (gate and up are two). rows: of an
@@ -56,14 +56,14 @@ class Placement:
     expert: int | None = None
 
 
-def place(
+def place_update(
     adapter: Adapter,
     module: str,
     weight: float,
-    spot: Spot,
+    spot: Match,
     specs: Mapping[str, TensorSpec],
     model_types: Sequence[str],
-    bound: Mapping[str, Sequence[Spot]],
+    bound: Mapping[str, Sequence[Match]],
 ) -> list[Placement]:
     """The placements of one update on one tensor. Raises InputError where their shapes contradict each other."""
     update, spec = adapter.updates[module], specs[spot.name]
@@ -81,18 +81,18 @@ def place(
     if update.kind == "replace" and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
         raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=spot.name)
     if update.kind == "replace":
-        rows = _replaced_rows(adapter, update, spec, spot.name)
+        rows = _place_replaced_rows(adapter, update, spec, spot.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.kind in ("add", "rows"):
         _check_value(adapter, update, own, spot.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
-    if update.inputs:
+    if update.norm_over_inputs:
         return [_place_columns(adapter, update, weight, spot, own)]
     if spot.rows:
         return _place_rows(adapter, update, weight, spot.name, spot.rows, own)
     if spot.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
         return _place_experts(adapter, update, weight, spot, own, model_types)
-    transposed = _orientation(adapter, update, spot.name, own, specs, model_types, bound)
+    transposed = _orient(adapter, update, spot.name, own, specs, model_types, bound)
     expert = 0 if update.kind == "experts" else None
     return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
 
@@ -104,11 +104,13 @@ def _place_rows(
     start, stop, skip, whole = where
     fits = [tuple(shape[:2]) if set(shape[2:]) == {1} else shape for shape in ((whole, *spec.shape[1:]), update.shape)]
     if fits[0] != fits[1]:
-        raise _fail(adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else "")
+        raise _shape_error(
+            adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else ""
+        )
     return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
 
 
-def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Spot, spec: TensorSpec) -> Placement:
+def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Match, spec: TensorSpec) -> Placement:
     """DoRA along the inputs is DoRA of the transpose, of which the base stores (in, out): of whole matrices alone."""
     rows = spec.shape[0] if spec.shape else 1
     if spot.rows not in (None, (0, rows, 0, rows)):
@@ -120,16 +122,16 @@ def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Sp
         remedy = f"pass a base that has it as a tensor of its own, {remedy}"
         raise InputError(said, culprit=spot.name, remedy=remedy)
     if spec.shape != update.shape:
-        raise _fail(adapter, update, spec, spot.name)
+        raise _shape_error(adapter, update, spec, spot.name)
     return Placement(adapter, update.transpose(), weight, True, rows, 0, rows)
 
 
-def _fail(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
+def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
     roles = " and ".join(f"{role} is {each.shape}" for role, each in update.specs.items())
     return InputError(
         f"{roles} in {adapter.name}, but the base weight is {spec.shape}{layout}",
         culprit=base,
-        remedy=f"is this the adapter's base? {adapter.trained_on}".rstrip(),
+        remedy=f"is this the adapter's base? {adapter.base_hint}".rstrip(),
     )
 
 
@@ -141,7 +143,7 @@ def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec
         raise InputError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
 
 
-def _replaced_rows(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> int:
+def _place_replaced_rows(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> int:
     value = update.specs["value"]
     if value.shape != spec.shape:
         _check_rows_alone_differ(adapter, value, spec, base)
@@ -163,17 +165,17 @@ def _check_value(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: s
 
 
 def _place_experts(
-    adapter: Adapter, update: UpdateSpec, weight: float, spot: Spot, spec: TensorSpec, model_types: Sequence[str]
+    adapter: Adapter, update: UpdateSpec, weight: float, spot: Match, spec: TensorSpec, model_types: Sequence[str]
 ) -> list[Placement]:
     """Where at least one side stacks its experts: one placement an expert and part."""
     if update.kind == "experts" and spot.expert is not None:  # stacked factors on a matrix an expert
         out, width = update.shape[1:]
         if spec.shape != (out // spot.parts, width) or out % spot.parts:
-            raise _fail(adapter, update, spec, spot.name)
+            raise _shape_error(adapter, update, spec, spot.name)
         rows = spec.shape[0]
         return [Placement(adapter, update, weight, False, rows, 0, rows, spot.part * rows, spot.expert)]
     if update.kind == "experts":  # stacked factors on a stack
-        transposed = _stack_orientation(adapter, update, spot.name, spec, model_types)
+        transposed = _orient_stack(adapter, update, spot.name, spec, model_types)
         each, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
         return [
             Placement(adapter, update, weight, transposed, rows, e * each, (e + 1) * each, 0, e)
@@ -182,10 +184,10 @@ def _place_experts(
     # the factors of one expert on a stack
     assert spot.expert is not None
     if len(spec.shape) != 3 or len(update.shape) != 2 or spot.expert >= spec.shape[0]:
-        raise _fail(adapter, update, spec, spot.name)
+        raise _shape_error(adapter, update, spec, spot.name)
     out, width = update.shape
     if (out * spot.parts, width) != spec.shape[1:] or _is_transposed_family(model_types):
-        raise _fail(adapter, update, spec, spot.name, " as (experts, out, in)")
+        raise _shape_error(adapter, update, spec, spot.name, " as (experts, out, in)")
     start = (spot.expert * spot.parts + spot.part) * out
     rows = spec.shape[0] * spec.shape[1]
     return [Placement(adapter, update, weight, False, rows, start, start + out)]
@@ -195,7 +197,7 @@ def _is_transposed_family(model_types: Sequence[str]) -> bool:
     return any(model_type in TRANSPOSED_EXPERTS for model_type in model_types)
 
 
-def _stack_orientation(
+def _orient_stack(
     adapter: Adapter, update: UpdateSpec, base: str, spec: TensorSpec, model_types: Sequence[str]
 ) -> bool:
     """By shape; for square matrices by the version of PEFT that wrote the adapter, and by the model's family.
@@ -205,7 +207,7 @@ def _stack_orientation(
     experts, out, width = update.shape
     fitting = [t for t in (False, True) if spec.shape == ((experts, width, out) if t else (experts, out, width))]
     if not fitting:
-        raise _fail(adapter, update, spec, base)
+        raise _shape_error(adapter, update, spec, base)
     if len(fitting) == 1:
         return fitting[0]
     version = re.match(r"(\d+)\.(\d+)", str(adapter.config.extra.get("peft_version")))
@@ -222,38 +224,38 @@ def _stack_orientation(
     )
 
 
-def _orientation(
+def _orient(
     adapter: Adapter,
     update: UpdateSpec,
     base: str,
     spec: TensorSpec,
     specs: Mapping[str, TensorSpec],
     model_types: Sequence[str],
-    bound: Mapping[str, Sequence[Spot]],
+    bound: Mapping[str, Sequence[Match]],
 ) -> bool:
     """Whether the base stores this weight as (in, out): by shape, and where it is square by evidence."""
     shape, plain = spec.shape, update.shape[1:] if update.kind == "experts" else update.shape
     if update.kind == "experts" and update.experts != 1:
-        raise _fail(adapter, update, spec, base)
+        raise _shape_error(adapter, update, spec, base)
     if len(shape) > 2 and len(plain) == 2 and set(shape[2:]) == {1}:
         shape = shape[:2]  # a 1x1 convolution, whose LoRA may be written as that of a linear layer
     if len(plain) > 2 and shape != plain:
         grouped = len(shape) == len(plain) and shape[2:] == plain[2:] and plain[1] % max(1, shape[1]) == 0
-        raise _fail(adapter, update, spec, base, ": a grouped convolution cannot be merged" if grouped else "")
+        raise _shape_error(adapter, update, spec, base, ": a grouped convolution cannot be merged" if grouped else "")
     known = update.transposed
     if known is None:
         known = False if len(spec.shape) > 2 else stores_transposed(model_types, base.removesuffix(".weight"))
     fitting = [transposed for transposed in (False, True) if shape == (plain[::-1] if transposed else plain)]
     if not fitting or (known is not None and known not in fitting):
         layout = {None: "", False: " as (out, in)", True: " as (in, out)"}[known]
-        raise _fail(adapter, update, spec, base, layout)
+        raise _shape_error(adapter, update, spec, base, layout)
     if known is not None:
         return known
     return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, bound)
 
 
 def _square_orientation(
-    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], bound: Mapping[str, Sequence[Spot]]
+    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], bound: Mapping[str, Sequence[Match]]
 ) -> bool:
     """Of a square matrix of an unknown family: as the adapter's other matrices, else as the config's flag says."""
     siblings: dict[str, bool] = {}

@@ -16,13 +16,13 @@ from shlex import quote
 from ..adapters.adapter import Adapter, UpdateSpec
 from ..adapters.updates import ADDITIVE
 from ..architectures.image import component_of, image_modules
-from ..architectures.prefixes import CONTAINERS, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_of
+from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical, expert_part
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
-from .placement import Placement, Spot, place
-from .selection import SHOWN, Selection, matches
+from .placement import Match, Placement, place_update
+from .selection import NAMES_SHOWN, Selection, matches_pattern
 
 IMAGE_FORMATS = ("cloneofsimo", "diffusers", "kohya")
 
@@ -57,24 +57,24 @@ def bind(
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
     resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
-    chosen = [_select(selection, spots) for _, _, spots, _ in resolved]
+    chosen = [_select_matches(selection, spots) for _, _, spots, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
     added: dict[str, tuple[Adapter, UpdateSpec]] = {}
     for (adapter, weight), absent in zip(adapters, missing, strict=True):
-        for module in [m for m in absent if adapter.brings(m)]:
+        for module in [m for m in absent if adapter.in_modules_to_save(m)]:
             absent.remove(module)
             update = adapter.updates[module]
             key = update.tensors["value"]
-            name = module + key.removeprefix(module_of(key))
+            name = module + key.removeprefix(module_path(key))
             if name in added or adapter.weight_of(module, weight) != 1:
                 raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
             added[name] = adapter, update
     if any(missing):
-        raise _unbound([adapter for adapter, _ in adapters], missing, chosen, specs, added)
+        raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added)
     placements: dict[str, list[Placement]] = {}
     quantized: dict[str, tuple[Adapter, str, str]] = {}
     for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
-        holders: dict[Spot, str] = {}
+        holders: dict[Match, str] = {}
         for module, spots in bound.items():
             for spot in spots:
                 if spot in holders:
@@ -86,7 +86,7 @@ def bind(
                     quantized[module] = (adapter, spot.name, formats[spot.name])
                     continue
                 own = adapter.weight_of(module, weight)
-                found = place(adapter, module, own, spot, specs, model_types, bound)
+                found = place_update(adapter, module, own, spot, specs, model_types, bound)
                 placements.setdefault(spot.name, []).extend(found)
     if not placements and not added and not quantized:
         raise InputError(
@@ -101,13 +101,13 @@ def bind(
     return Binding(placed, tuple(left_out), added, quantized)
 
 
-def _select(selection: Selection, spots: Mapping[str, Sequence[Spot]]) -> dict[str, tuple[Spot, ...]]:
+def _select_matches(selection: Selection, spots: Mapping[str, Sequence[Match]]) -> dict[str, tuple[Match, ...]]:
     """Of each module the spots that are selected, by its own path or the base's."""
-    found = {m: tuple(s for s in each if selection.selects(m, module_of(s.name))) for m, each in spots.items()}
+    found = {m: tuple(s for s in each if selection.selects(m, module_path(s.name))) for m, each in spots.items()}
     return {module: kept for module, kept in found.items() if kept}
 
 
-def refuse_two(name: str, placements: Sequence[Placement]) -> None:
+def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> None:
     """Updates that are not additive exclude each other: each would start from what the other leaves."""
     if len(placements) < 2:
         return
@@ -122,7 +122,7 @@ def refuse_two(name: str, placements: Sequence[Placement]) -> None:
 
 def resolve_modules(
     specs: Mapping[str, TensorSpec], adapter: Adapter, model_types: Sequence[str]
-) -> tuple[dict[str, tuple[Spot, ...]], list[str]]:
+) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
     """Where in the base each module path is, and the paths that are nowhere.
 
     Both sides' names are brought to those of today's transformers. Then the plain paths are tried, and every way
@@ -136,13 +136,13 @@ def resolve_modules(
 
 def _resolve_image(
     specs: Mapping[str, TensorSpec], adapter: Adapter
-) -> tuple[dict[str, tuple[Spot, ...]], list[str], list[str]]:
+) -> tuple[dict[str, tuple[Match, ...]], list[str], list[str]]:
     """The modules that are an image model's, however spelled; those that may be others; those that are nowhere."""
     modules = image_modules({name: spec.shape for name, spec in specs.items()})
     if not modules:
         return {}, list(adapter.updates), []
     flat = {(component, path.replace(".", "_")): where for (component, path), where in modules.items()}
-    spots: dict[str, tuple[Spot, ...]] = {}
+    spots: dict[str, tuple[Match, ...]] = {}
     rest: list[str] = []
     absent: list[str] = []
     for module, update in adapter.updates.items():
@@ -151,7 +151,7 @@ def _resolve_image(
         components = [component] if component else ["unet", "text_encoder"]
         where = next((index[each, path] for each in components if (each, path) in index), None)
         if where and update.rank:
-            spots[module] = tuple(Spot(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
+            spots[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
         else:
             (absent if component and update.rank else rest).append(module)
     return spots, rest, absent
@@ -159,11 +159,11 @@ def _resolve_image(
 
 def _resolve_names(
     specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], model_types: Sequence[str]
-) -> tuple[dict[str, tuple[Spot, ...]], list[str]]:
+) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
     """By the base's own names."""
     separator = "_" if adapter.flattened else "."
     index, stacks = _index(specs, model_types, separator)
-    plain = {module: _normalized(module, adapter.flattened, model_types) for module in modules}
+    plain = {module: _canonical_path(module, adapter.flattened, model_types) for module in modules}
     rest = [m for m, path in plain.items() if path not in index and path not in stacks and not adapter.flattened]
     parts = {m: part for m in rest if (part := expert_part(m, model_types))}
 
@@ -171,7 +171,7 @@ def _resolve_names(
         return path in index or path in stacks or (module in parts and parts[module].fused in index)
 
     ways = [plain]
-    for container in CONTAINERS if not all(known(m, path) for m, path in plain.items()) else ():
+    for container in CONTAINER_PREFIXES if not all(known(m, path) for m, path in plain.items()) else ():
         prefix = container.replace(".", separator) + separator
         ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
         ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
@@ -180,29 +180,29 @@ def _resolve_names(
     best = [way for way in resolved if len(way) == most]
     if len(best[0]) == len(resolved[0]):
         best = best[:1]
-    spots: dict[str, tuple[Spot, ...]] = {}
+    spots: dict[str, tuple[Match, ...]] = {}
     for module in best[0]:
         names = sorted({name for way in best if module in way for name in index.get(way[module], [])})
         if len(names) > 1:
             raise InputError(f"of {adapter.name} could be any of {', '.join(names)}", culprit=module)
         if names:
-            spots[module] = (Spot(names[0]),)
+            spots[module] = (Match(names[0]),)
         elif best[0][module] in stacks:
             spots[module] = stacks[best[0][module]]
-            _require_whole(adapter, module, spots[module])
+            _require_complete_stack(adapter, module, spots[module])
         else:
             part = parts[module]
-            spots[module] = (Spot(index[part.fused][0], part.expert, part.part, part.parts),)
-    return spots, [m for m in plain if m not in spots and not adapter.repeats(m, spots)]
+            spots[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
+    return spots, [m for m in plain if m not in spots and not adapter.is_duplicate_bias(m, spots)]
 
 
-def missing_tensors(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
+def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
     """What the config announces, the base has and the adapter has not, a line each.
 
     names: the base's tensors; changed: those of them that the adapter changes.
     """
     names, trained, saved = list(names), adapter.config.extra.get("bias"), adapter.config.extra.get("modules_to_save")
-    lines = list(adapter.lacks)
+    lines = list(adapter.missing)
     for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
         line = f"the config's modules_to_save names {entry}, of which the file has nothing"
         # PEFT goes by the end of a name, so that `norm` is a layernorm's too: the one of that very name counts here
@@ -212,12 +212,12 @@ def missing_tensors(names: Iterable[str], adapter: Adapter, changed: Iterable[st
     if trained in ("all", "lora_only") and not any(m.endswith(".bias") for m in adapter.updates):
         biases = {name for name in names if name.endswith(".bias")}
         if trained == "lora_only":
-            biases &= {f"{module_of(name)}.bias" for name in changed}
+            biases &= {f"{module_path(name)}.bias" for name in changed}
         lines += [f"the config sets bias to {trained}, but the file has no bias"] if biases else []
     return lines
 
 
-def _require_whole(adapter: Adapter, module: str, spots: Sequence[Spot]) -> None:
+def _require_complete_stack(adapter: Adapter, module: str, spots: Sequence[Match]) -> None:
     """A stack of factors meets every part of every expert, or some of its factors would be dropped."""
     experts = adapter.updates[module].experts
     expected = {(expert, part) for expert in range(experts) for part in range(spots[0].parts)}
@@ -230,36 +230,36 @@ def _require_whole(adapter: Adapter, module: str, spots: Sequence[Spot]) -> None
 
 def _index(
     specs: Mapping[str, TensorSpec], model_types: Sequence[str], separator: str
-) -> tuple[dict[str, list[str]], dict[str, tuple[Spot, ...]]]:
+) -> tuple[dict[str, list[str]], dict[str, tuple[Match, ...]]]:
     """The base's tensors by module path, and those of single experts by the path of the stack that they make up."""
     index: dict[str, list[str]] = {}
-    stacks: dict[str, list[Spot]] = {}
+    stacks: dict[str, list[Match]] = {}
     for name in specs:
-        path = canonical(unwrapped(module_of(name)).removeprefix(PEFT_PREFIX), model_types)
+        path = canonical(strip_wrappers(module_path(name)).removeprefix(PEFT_PREFIX), model_types)
         index.setdefault(path.replace(".", separator), []).append(name)
-        part = expert_part(unwrapped(name), model_types)
+        part = expert_part(strip_wrappers(name), model_types)
         if part:
             fused = part.fused.replace(".", separator)
-            stacks.setdefault(fused, []).append(Spot(name, part.expert, part.part, part.parts))
+            stacks.setdefault(fused, []).append(Match(name, part.expert, part.part, part.parts))
     return index, {fused: tuple(spots) for fused, spots in stacks.items()}
 
 
-def unwrapped(path: str) -> str:
+def strip_wrappers(path: str) -> str:
     """A path without the wrappers of training loops."""
     parts = path.split(".")
     return path if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
 
-def _normalized(module: str, flattened: bool, model_types: Sequence[str]) -> str:
+def _canonical_path(module: str, flattened: bool, model_types: Sequence[str]) -> str:
     if not flattened:
-        return canonical(unwrapped(module), model_types)
+        return canonical(strip_wrappers(module), model_types)
     return next((module.removeprefix(p) for p in KOHYA_PREFIXES if module.startswith(p)), module)
 
 
-def _unbound(
+def _missing_modules_error(
     adapters: Sequence[Adapter],
     missing: Sequence[Sequence[str]],
-    chosen: Sequence[Mapping[str, Sequence[Spot]]],
+    chosen: Sequence[Mapping[str, Sequence[Match]]],
     specs: Mapping[str, TensorSpec],
     added: Iterable[str],
 ) -> NeedsFlag | InputError:
@@ -268,15 +268,15 @@ def _unbound(
     if not any(chosen):
         return _nothing_binds(absent, specs)
     lines = []
-    for adapter, module in absent[:SHOWN]:
-        near = nearest(module, specs)
+    for adapter, module in absent[:NAMES_SHOWN]:
+        near = nearest_names(module, specs)
         lines.append(f"  {module} ({adapter.name})" + (f"   nearest in the base: {', '.join(near)}" if near else ""))
-    if len(absent) > SHOWN:
-        lines.append(f"  and {len(absent) - SHOWN} more")
+    if len(absent) > NAMES_SHOWN:
+        lines.append(f"  and {len(absent) - NAMES_SHOWN} more")
     total = sum(len(adapter.updates) for adapter in adapters)
     message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
-    kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_of(spots[0].name))]
-    kept += [module_of(name) for name in added]
+    kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_path(spots[0].name))]
+    kept += [module_path(name) for name in added]
     return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
 
 
@@ -288,12 +288,12 @@ def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, Te
             culprit=adapter.name,
             remedy="pass the image model that it was trained on",
         )
-    near = [name for name in nearest(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
+    near = [name for name in nearest_names(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
     names = " and ".join(dict.fromkeys(each.name for each, _ in absent))
     there = f"; nearest there: {near[0]}" if near else ""
     return InputError(
         f"none of the {len(absent)} modules of {names} is in the base, like {module}{there}",
-        remedy=f"nothing binds: is this the adapter's base? {adapter.trained_on}".rstrip(),
+        remedy=f"nothing binds: is this the adapter's base? {adapter.base_hint}".rstrip(),
     )
 
 
@@ -301,18 +301,18 @@ def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
     """--exclude options for all of `modules` and nothing of `kept`: kohya's prefixes or last names where they can."""
     patterns: list[str] = []
     for module in modules:
-        if any(matches(pattern, module) for pattern in patterns):
+        if any(matches_pattern(pattern, module) for pattern in patterns):
             continue
         candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
         candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
         candidates.append(f"re:^{re.escape(module)}$")
-        free = (p for p in candidates if not any(matches(p, path) for path in kept))
+        free = (p for p in candidates if not any(matches_pattern(p, path) for path in kept))
         patterns.append(next(free, candidates[-1]))
     lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
     return " ".join(f"--exclude {quote(each)}" for each in lists if each)
 
 
-def nearest(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
+def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
     """Up to two names of the base that look like `module`: of those with the same last part, if there are any."""
     last = re.split(r"[._]", module)[-1]
     names = [name for name in specs if name.endswith(".weight")]

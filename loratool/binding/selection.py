@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..architectures.roles import role
+from ..architectures.roles import weight_role
 from ..errors import InputError, UsageError
 
 # Names for the parts of a block, whatever a family calls them; `all-linear` is peft's: every linear layer but the head.
@@ -24,7 +24,7 @@ PRESETS = {
 }
 
 
-SHOWN = 8  # names listed in an error before "and N more"
+NAMES_SHOWN = 8  # names listed in an error before "and N more"
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Selection:
         """Whether a module known under all of `paths` (the adapter's and the base's) is selected."""
         if self.layers is not None and not any(_layer(path) in self.layers for path in paths):
             return False
-        if any(matches(pattern, path) for pattern in self.exclude for path in paths):
+        if any(matches_pattern(pattern, path) for pattern in self.exclude for path in paths):
             return False
-        return not self.target or any(matches(pattern, path) for pattern in self.target for path in paths)
+        return not self.target or any(matches_pattern(pattern, path) for pattern in self.target for path in paths)
 
     def require_used(self, paths: Collection[str], where: str, target: str = "--target") -> None:
         """Raise InputError for a pattern that names none of `paths`, or layers that none is of: a typo would else leave
         out nothing, or all. where: whose paths they are; target: the option whose patterns those of `target` are."""
         for option, pattern in [*((target, p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
-            if not any(matches(pattern, path) for path in paths):
+            if not any(matches_pattern(pattern, path) for path in paths):
                 ends = sorted({path.rpartition(".")[2] for path in paths})
-                near = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:SHOWN]
+                near = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:NAMES_SHOWN]
                 raise InputError(
                     f"names no module of {where}", culprit=f"{option} {pattern}", remedy=f"there are {', '.join(near)}"
                 )
@@ -63,9 +63,9 @@ class Selection:
             )
 
 
-def matches(pattern: str, path: str) -> bool:
+def matches_pattern(pattern: str, path: str) -> bool:
     if pattern == "all-linear":
-        return role(path, 2, True) == "linear"
+        return weight_role(path, 2, True) == "linear"
     if pattern in PRESETS:
         return path.rpartition(".")[2] in PRESETS[pattern]
     if pattern.startswith("re:"):

@@ -35,10 +35,10 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded
-from ..files.tensor_compare import equal_rows
-from ..files.tensor_ref import Source
+from ..files.tensor_compare import same_values
+from ..files.tensor_ref import TensorRef
 from .placement import Placement
-from .resolve import refuse_two
+from .resolve import refuse_second_nonadditive
 
 # What to do where one side changes -> its meaning.
 TIED = {
@@ -93,7 +93,7 @@ def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], 
 def find_tie(base: Checkpoint) -> Tie | None:
     """Which matrix a base uses more than once, by its names and its config."""
     embedding, config, family = _embedding(base), base.config, base.model_type or ""
-    flag = _flag(config)
+    flag = _tie_flag(config)
     if family in TIED_ANYHOW:
         flag = True
     elif flag is None and family in UNTIED_BY_DEFAULT:
@@ -144,11 +144,11 @@ def head_is_missing(base: Checkpoint) -> bool:
     return tie is not None and not tie.is_stored(base) and declared_class(base.config).endswith(GENERATIVE)
 
 
-def _source(base: Checkpoint, name: str) -> Source:
-    return Source(base.shard_of[name], name)
+def _embedding_source(base: Checkpoint, name: str) -> TensorRef:
+    return TensorRef(base.shard_of[name], name)
 
 
-def _flag(config: Mapping[str, Any]) -> bool | None:
+def _tie_flag(config: Mapping[str, Any]) -> bool | None:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         if isinstance(part.get("tie_word_embeddings"), bool):
@@ -187,11 +187,13 @@ def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
     spec = base.specs[tie.embedding]
     lasts = {name: name.removesuffix(".weight").split(".")[-1] for name in base.specs}
     named = [n for n, s in base.specs.items() if n != tie.embedding and s == spec and lasts[n] in COPIES]
-    return [name for name in named if equal_rows(_source(base, tie.embedding), _source(base, name))]
+    return [
+        name for name in named if same_values(_embedding_source(base, tie.embedding), _embedding_source(base, name))
+    ]
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedTie:
     """The placements after a tie was settled; `untied` are the tensors that become ones of their own."""
 
     placements: Mapping[str, tuple[Placement, ...]]
@@ -199,44 +201,46 @@ class Settled:
     warnings: tuple[str, ...] = ()
 
 
-def settle_tie(
+def resolve_tie(
     base: Checkpoint, tie: Tie | None, placements: Mapping[str, tuple[Placement, ...]], mode: str
-) -> Settled:
+) -> ResolvedTie:
     """Decide whether the sides of a tie and its embedding stay one matrix, and what changes then.
 
     mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, or where they cannot and `share`
     could; InputError where nothing can.
     """
     if tie is None:
-        return Settled(placements)
+        return ResolvedTie(placements)
     placements = _join_biases(tie, placements)
     if not any(name in placements for name in (tie.embedding, *tie.sides, *_named_copies(base, tie))):
-        return Settled(placements)
+        return ResolvedTie(placements)
     copies = stored_copies(base, tie)
     one = placements.get(tie.embedding, ())
     apart = tie.is_stored(base) and tie.head not in copies
     others = list(dict.fromkeys([*copies, *(side for side in tie.sides if side not in base.specs)]))
     if not one and not any(name in placements for name in others):
-        return Settled(placements)
+        return ResolvedTie(placements)
     if apart and not tie.inputs:
-        return Settled(placements)  # whatever the config says, these are two matrices
+        return ResolvedTie(placements)  # whatever the config says, these are two matrices
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     asked = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
-    one = (*one, *_mirrored_rows(rows, one))
-    sides = {name: (*found, *_mirrored_rows(rows, found)) for name, found in asked.items()}
+    one = (*one, *_mirror_token_rows(rows, one))
+    sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in asked.items()}
     followed = [found for name, found in sides.items() if found or name not in tie.inputs]
     if followed and all(_equal(one, found) for found in followed):
-        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), one)}, (), _forgotten_bias(base, tie, rows))
+        return ResolvedTie(
+            {**rest, **dict.fromkeys((tie.embedding, *copies), one)}, (), _forgotten_bias(base, tie, rows)
+        )
     both = one + tuple(p for found in asked.values() for p in found)
     parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
     idle = bool(one and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
-    ways = _ways(tie, parted, both, idle)
+    ways = _working_options(tie, parted, both, idle)
     if mode == "refuse" or (mode == "untie" and (idle or not tie.separable)) or (mode == "share" and mode not in ways):
         raise _refusal(tie, next(iter(parted)), mode, ways, idle)
     if mode == "share":
         warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
-        return Settled({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
+        return ResolvedTie({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
     settled = _untie(base, tie, one, sides, {**rest, **parted})
     return replace(settled, warnings=(*settled.warnings, *_forgotten_bias(base, tie, rows)))
 
@@ -247,7 +251,7 @@ def _untie(
     one: tuple[Placement, ...],
     sides: Mapping[str, tuple[Placement, ...]],
     placements: Mapping[str, tuple[Placement, ...]],
-) -> Settled:
+) -> ResolvedTie:
     """Every side as a matrix of its own; where the flag goes on to tie them, those that differ."""
     untied = [name for name, found in sides.items() if not (tie.keeps_flag and _equal(one, found))]
     placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
@@ -261,7 +265,7 @@ def _untie(
         warning += " (transformers before 5, since the flag in config.json says how the head is scaled, and stays)"
     elif base.model_type in ONE_MODULE_BEFORE_5 and any(sides.get(name) for name in tie.inputs):
         warning += " (transformers before 5, which give encoder and decoder the shared embedding)"
-    return Settled(placements, tuple(untied), (warning,))
+    return ResolvedTie(placements, tuple(untied), (warning,))
 
 
 def _forgotten_bias(base: Checkpoint, tie: Tie, rows: tuple[Placement, ...]) -> tuple[str, ...]:
@@ -290,23 +294,23 @@ def _join_biases(tie: Tie, placements: Mapping[str, tuple[Placement, ...]]) -> M
     return joined
 
 
-def _ways(
+def _working_options(
     tie: Tie, parted: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...], idle: bool
 ) -> dict[str, str]:
     """The values of --tied with which such a merge succeeds, and what each does."""
     ways = {}
-    if tie.separable and not idle and all(_add_up(name, found) for name, found in parted.items()):
+    if tie.separable and not idle and all(_add_placements(name, found) for name, found in parted.items()):
         ways["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
-    if _add_up(tie.embedding, both):
+    if _add_placements(tie.embedding, both):
         ways["share"] = (
             "--tied share changes both" if ways and not tie.inputs else "use --tied share to change every side"
         )
     return ways
 
 
-def _add_up(name: str, placements: tuple[Placement, ...]) -> bool:
+def _add_placements(name: str, placements: tuple[Placement, ...]) -> bool:
     try:
-        refuse_two(name, placements)
+        refuse_second_nonadditive(name, placements)
     except InputError:
         return False
     return True
@@ -332,7 +336,7 @@ def _named_copies(base: Checkpoint, tie: Tie) -> list[str]:
     return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
 
 
-def _mirrored_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
+def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
     """Trained tokens of a tied embedding are the head's too, without being stored again (PEFT since 0.15)."""
     there = {id(p.adapter) for p in head if p.update.kind == "rows"}
     return [p for p in embedding if p.update.kind == "rows" and id(p.adapter) not in there]
@@ -350,12 +354,12 @@ def _equal_updates(one: Placement, two: Placement) -> bool:
     file = one.adapter.file
     if (a.base is None) != (b.base is None):
         return False
-    if a.base and b.base and not equal_rows(Source(file, a.base), Source(file, b.base)):
+    if a.base and b.base and not same_values(TensorRef(file, a.base), TensorRef(file, b.base)):
         return False
     if a.tensors == b.tensors:
         return True
     if a.kind in ("replace", "rows"):
-        return equal_rows(Source(file, a.tensors["value"]), Source(file, b.tensors["value"]))
+        return same_values(TensorRef(file, a.tensors["value"]), TensorRef(file, b.tensors["value"]))
     if a.kind != "lora" or a.scale != b.scale or one.transposed is two.transposed:
         return False
     return _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")

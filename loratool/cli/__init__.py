@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..errors import LoratoolError
 
 # verb -> its line in `loratool -h`
-VERBS = {
+COMMANDS = {
     "combine": "Make one adapter of several with weights, exactly or by TIES, DARE, KnOTS.",
     "convert": "Write a checkpoint in another container, type or shards; an adapter in another convention.",
     "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
@@ -58,14 +58,14 @@ COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by c
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Verbs(click.Group):
-    """The verbs of VERBS, loaded on demand."""
+class Commands(click.Group):
+    """The verbs of COMMANDS, loaded on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
+        if name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(f".{name}", __name__), name)
         if name in GUIDES:
@@ -75,23 +75,23 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in VERBS and not args[0].startswith("-"):
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
             from difflib import get_close_matches
 
-            near = get_close_matches(args[0], VERBS, 1)
+            near = get_close_matches(args[0], COMMANDS, 1)
             ctx.fail(
                 f"there is no verb {args[0]!r}; "
-                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
             )
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        verbs = [CompletionItem(name, help=line) for name, line in VERBS.items() if name.startswith(incomplete)]
+        verbs = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
         return verbs + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -102,7 +102,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Verbs, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="VERB ...")
+@click.group(cls=Commands, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="VERB ...")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
@@ -154,7 +154,7 @@ def _run(argv: list[str]) -> int:
     try:
         return _call(argv)
     except BrokenPipeError:
-        return _hush(0)
+        return _silence_stdout(0)
 
 
 def _call(argv: list[str]) -> int:
@@ -174,37 +174,37 @@ def _call(argv: list[str]) -> int:
         if not _wants_json(argv):
             error.show()
             return error.exit_code
-        return _fail(UsageError(error.format_message()), argv)
+        return _report_error(UsageError(error.format_message()), argv)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(Interrupted(signal.SIGINT), argv)
+        return _report_error(Interrupted(signal.SIGINT), argv)
     except Terminated as error:
-        return _fail(Interrupted(error.args[0]), argv)
+        return _report_error(Interrupted(error.args[0]), argv)
     except BrokenPipeError:
         raise
     except LoratoolError as error:
-        return _fail(error, argv)
+        return _report_error(error, argv)
     except OSError as error:
-        return _fail(MachineError(error.strerror or str(error), culprit=error.filename), argv)
+        return _report_error(MachineError(error.strerror or str(error), culprit=error.filename), argv)
     except MemoryError:
-        return _fail(MachineError("out of memory"), argv)
+        return _report_error(MachineError("out of memory"), argv)
     except Exception as error:
-        return _fail(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
+        return _report_error(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
 
 
 def _wants_json(argv: list[str]) -> bool:
     """Also of a call that click could not read."""
-    verb = _verb(argv)
+    verb = _command_name(argv)
     said = os.environ.get(f"LORATOOL_{verb.upper()}_JSON", "") if verb else ""
     return "--json" in argv or said.lower() in ("1", "true", "t", "yes", "y", "on")
 
 
-def _verb(argv: list[str]) -> str | None:
-    return argv[0] if argv and argv[0] in VERBS else None
+def _command_name(argv: list[str]) -> str | None:
+    return argv[0] if argv and argv[0] in COMMANDS else None
 
 
-def _fail(error: LoratoolError, argv: list[str]) -> int:
+def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Say what went wrong; the code stands even where nobody can hear it."""
-    from .render import say, to_json
+    from .render import print_lines, to_json
 
     try:
         if os.environ.get("LORATOOL_DEBUG") == "1":
@@ -212,16 +212,16 @@ def _fail(error: LoratoolError, argv: list[str]) -> int:
 
             traceback.print_exc()
         if _wants_json(argv):
-            print(to_json(_verb(argv), error=error))
+            print(to_json(_command_name(argv), error=error))
         else:
-            say(f"error: {error}", sys.stderr)
+            print_lines(f"error: {error}", sys.stderr)
         sys.stdout.flush()
     except OSError:
-        return _hush(error.exit_code)
+        return _silence_stdout(error.exit_code)
     return error.exit_code
 
 
-def _hush(code: int) -> int:
+def _silence_stdout(code: int) -> int:
     """Let the interpreter's own flush at exit go to nowhere, which would else change the code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.choices import COMBINE_ALLOW, METHODS
+from ..ops.choices import COMBINE_ALLOW, COMBINE_METHODS
 from ..ops.rank_rules import RANK_RULES
 from .options import (
     Count,
@@ -14,12 +14,12 @@ from .options import (
     Weighted,
     WeightedPath,
     alpha_option,
+    complete_from,
     device_option,
     dry_run_option,
     exclude_option,
     force_option,
     json_option,
-    offer,
     out_option,
     quiet_option,
     to_option,
@@ -33,9 +33,9 @@ from .options import (
     "--method",
     default="cat",
     show_default=True,
-    metavar="|".join(METHODS),
-    shell_complete=offer(*METHODS),
-    help="; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items()) + ".",
+    metavar="|".join(COMBINE_METHODS),
+    shell_complete=complete_from(*COMBINE_METHODS),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in COMBINE_METHODS.items()) + ".",
 )
 @click.option(
     "--density", type=float, metavar="0.5", help="The share of each change's entries that is kept.  [default: 0.5]"

@@ -6,7 +6,7 @@ import click
 
 from ..adapters.formats import FORMATS
 from ..files.output import CONTAINERS
-from ..ops.choices import LAYOUTS, TARGETS
+from ..ops.choices import FORMAT_CHOICES, QKV_LAYOUTS
 from .options import (
     PATH,
     Size,
@@ -31,8 +31,10 @@ from .options import (
 )
 @click.option(
     "--to",
-    type=click.Choice([*TARGETS, *CONTAINERS]),
-    help="Of an adapter: " + "; ".join(TARGETS.values()) + ". Of a checkpoint: safetensors (the default) or torch.",
+    type=click.Choice([*FORMAT_CHOICES, *CONTAINERS]),
+    help="Of an adapter: "
+    + "; ".join(FORMAT_CHOICES.values())
+    + ". Of a checkpoint: safetensors (the default) or torch.",
 )
 @click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut a checkpoint anew.  [default: its own shards]")
 @click.option(
@@ -56,9 +58,9 @@ from .options import (
 @click.option(
     "--for",
     "layout",
-    type=click.Choice(list(LAYOUTS)),
+    type=click.Choice(list(QKV_LAYOUTS)),
     envvar="LORATOOL_CONVERT_FOR",
-    help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items()) + ".",
+    help="A language model with " + "; ".join(f"{name}: {meaning}" for name, meaning in QKV_LAYOUTS.items()) + ".",
 )
 @click.option(
     "--base",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.choices import EMBED, EXTRACT_TO
+from ..ops.choices import EMBED_CHOICES, EXTRACT_FORMATS
 from .options import (
     PATH,
     Count,
@@ -38,17 +38,19 @@ from .options import (
 @click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any matrix.")
 @click.option(
     "--embed",
-    type=click.Choice(list(EMBED)),
+    type=click.Choice(list(EMBED_CHOICES)),
     default="lora",
     show_default=True,
-    help="Changed embeddings and heads: " + "; ".join(f"{name}: {meaning}" for name, meaning in EMBED.items()) + ".",
+    help="Changed embeddings and heads: "
+    + "; ".join(f"{name}: {meaning}" for name, meaning in EMBED_CHOICES.items())
+    + ".",
 )
 @click.option("--certify", is_flag=True, help="Prove how far each matrix is from the best, where else it is estimated.")
 @click.option("--no-bias", is_flag=True, help="Leave changed biases and norms out.")
 @click.option(
     "--to",
-    type=click.Choice(list(EXTRACT_TO)),
-    help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_TO.items()) + ".  [default: by BASE]",
+    type=click.Choice(list(EXTRACT_FORMATS)),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_FORMATS.items()) + ".  [default: by BASE]",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the start of the iteration.")

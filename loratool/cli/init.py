@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ..ops.choices import INITS
+from ..ops.choices import INIT_CHOICES
 from .options import (
     PATH,
     Count,
     PatternRank,
+    complete_from,
     device_option,
     dry_run_option,
     dtype_option,
@@ -16,7 +17,6 @@ from .options import (
     force_option,
     json_option,
     layers_option,
-    offer,
     out_option,
     quiet_option,
     target_option,
@@ -31,9 +31,9 @@ from .options import (
     "--method",
     default="lora",
     show_default=True,
-    metavar="|".join(INITS),
-    shell_complete=offer(*INITS),
-    help="; ".join(f"{name}: {meaning}" for name, meaning in INITS.items()) + ".",
+    metavar="|".join(INIT_CHOICES),
+    shell_complete=complete_from(*INIT_CHOICES),
+    help="; ".join(f"{name}: {meaning}" for name, meaning in INIT_CHOICES.items()) + ".",
 )
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every weight.  [default: 8]")
 @click.option("--params", type=Count(), metavar="4M", help="The largest rank for which the adapter has no more.")

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.choices import TARGETS
+from ..ops.choices import FORMAT_CHOICES
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
@@ -25,7 +25,7 @@ SELECTIONS = ("all-linear", "attention", "mlp")  # the patterns with names
 PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
 
 
-def offer(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """What shells complete where the library says what can be: one of these words, or some after commas."""
 
     def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
@@ -61,7 +61,7 @@ device_option = click.option(
     show_default=True,
     metavar="auto|cpu|cuda[:N]",
     help="Where to compute.",
-    shell_complete=offer("auto", "cpu", "cuda"),
+    shell_complete=complete_from("auto", "cpu", "cuda"),
 )
 
 
@@ -69,7 +69,7 @@ target_option = click.option(
     "--target",
     multiple=True,
     metavar="PATTERNS",
-    shell_complete=offer(*SELECTIONS),
+    shell_complete=complete_from(*SELECTIONS),
     help=f"Only these modules: {PATTERNS}.",
 )
 
@@ -78,13 +78,15 @@ exclude_option = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERNS",
-    shell_complete=offer(*SELECTIONS),
+    shell_complete=complete_from(*SELECTIONS),
     help=f"Leave these modules out: {PATTERNS}.",
 )
 
 
 to_option = click.option(
-    "--to", type=click.Choice(list(TARGETS)), help="; ".join(TARGETS.values()) + ".  [default: by the input]"
+    "--to",
+    type=click.Choice(list(FORMAT_CHOICES)),
+    help="; ".join(FORMAT_CHOICES.values()) + ".  [default: by the input]",
 )
 
 
@@ -104,7 +106,7 @@ def dtype_option(says: str) -> Callable[[Any], Any]:
         default="keep",
         show_default=True,
         metavar="keep|fp32|bf16|fp16",
-        shell_complete=offer("keep", *DTYPES),
+        shell_complete=complete_from("keep", *DTYPES),
         help=says,
     )
 

@@ -106,7 +106,7 @@ def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_
 
 
 @contextmanager
-def written_back(files: Collection[BinaryIO]) -> Iterator[None]:
+def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
     """Have the disk write while the block still fills the files, so that little is left to sync at its end.
 
     The system would start late, with gigabytes in memory. What it says of a failure it says once: that is raised here.

@@ -24,7 +24,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser() / "hub"
 
 
-def _near(path: Path) -> str | None:
+def _similar_names(path: Path) -> str | None:
     """What is there under a name like it, as a remedy."""
     try:
         there = sorted(entry.name for entry in path.parent.iterdir())
@@ -52,7 +52,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     if path.is_symlink():
         raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
     if not _NAME.fullmatch(text) or path.parent.is_dir():
-        raise InputError("no such file or folder", culprit=text, remedy=_near(path))
+        raise InputError("no such file or folder", culprit=text, remedy=_similar_names(path))
     repo, _, revision = text.partition("@")
     folder = cache_folder() / f"models--{repo.replace('/', '--')}"
     ref = folder / "refs" / (revision or "main")

@@ -26,7 +26,7 @@ from .fileio import (
     write_at,
     write_file,
 )
-from .side_files import foreign_file, is_undo_file, undo_path
+from .side_files import find_foreign_file, is_undo_file, undo_path
 from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files
 from .weights_file import WeightsFile, require_unchanged
@@ -83,7 +83,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Edits:
+class OutputEdits:
     """What an output has otherwise than its base: tensors reshaped or new, fields of config.json, side files.
 
     shared: tensors that have another one's bytes -> that one; left_out: those of them that are no
@@ -101,10 +101,10 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str)
     """The output's path and whether it is a single file: by its suffix, else as the base was given."""
     if out is None:
         return Path(f"{verb}.safetensors" if base.given_as_file else verb), base.given_as_file
-    return check_name(out)
+    return check_output_name(out)
 
 
-def check_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
+def check_output_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
     """A given output's path and whether it is a single file. Raises UsageError for a file of no such container."""
     path, suffixes = Path(out), CONTAINERS[container]
     if path.name in ("", ".."):
@@ -118,7 +118,7 @@ def check_name(out: str | os.PathLike[str], container: str = "safetensors") -> t
     return path, path.suffix in suffixes
 
 
-def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_model: bool = False) -> None:
+def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_model: bool = False) -> None:
     """Refuse an output that is or holds an input, that exists without --force, or that --force must not replace: of
     another kind, of strangers' files; a merged model with its undo file, unless it `is_model` (`check_undo_files`).
     """
@@ -130,7 +130,7 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_mo
             remedy="make it first, or name another output with -o",
         )
     for place in (path, partial_path(path), former_path(path)):
-        if any(_holds(place, source) for source in inputs):
+        if any(_contains(place, source) for source in inputs):
             raise UsageError(
                 "the output would overwrite an input", culprit=str(path), remedy="name another output with -o"
             )
@@ -151,7 +151,7 @@ def check_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_mo
             )
         if not any(path.iterdir()):
             return
-        foreign = foreign_file(path)
+        foreign = find_foreign_file(path)
         if foreign:
             raise UsageError(
                 f"holds {foreign}; --force replaces a model's files and nothing else",
@@ -176,7 +176,7 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
     for place in dict.fromkeys((*mine, *numbered_undo_files(first), *formers_of(first).values())):
         if not os.path.lexists(place):
             continue
-        if any(_holds(place, source) for source in (*inputs, *output.carried.values())):
+        if any(_contains(place, source) for source in (*inputs, *output.carried.values())):
             raise UsageError(
                 "the output would replace this input", culprit=str(place), remedy="name another output with -o"
             )
@@ -196,7 +196,7 @@ def _undo_places(output: Output) -> list[Path]:
     return [*([output.undo] if output.undo else []), *output.carried]
 
 
-def _holds(place: Path, source: Path) -> bool:
+def _contains(place: Path, source: Path) -> bool:
     """Whether `source`, by name or through links, is `place` or lies in it."""
     places = {Path(os.path.abspath(place)), Path(os.path.realpath(place))}
     sources = {Path(os.path.abspath(source)), Path(os.path.realpath(source))}
@@ -212,7 +212,7 @@ def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
     When the block ends well all is synced, the side files and the index follow, and the output gets its name;
     when it does not, nothing stays. An error of the machine names the output.
     """
-    with named(output.path), ExitStack() as stack:
+    with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
             kept = stack.enter_context(KeptUndo(output.path, _undo_places(output))) if _has_undo(output) else None
@@ -252,7 +252,7 @@ def _copy_into(target: BinaryIO, origin: Path) -> None:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def naming_output(path: Path) -> Iterator[None]:
     """An error of the machine that names no file names this output."""
     try:
         yield

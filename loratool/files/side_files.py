@@ -66,7 +66,7 @@ WEIGHTS = (
 )
 
 
-def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
+def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
     """The relative paths in `folder` that travel, and those that do not; `read` are the weights already dealt with.
 
     Raises InputError for one that travels and cannot be read, before there is anything to undo.
@@ -86,14 +86,14 @@ def survey(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
     return travels, stays
 
 
-def survey_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
+def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
     """`survey` of all folders of a checkpoint: a pipeline's own, and each of its components'."""
     if not base.parts:
-        return survey(base.folder, base.weight_files)
-    travels, stays = survey(base.folder, set())
+        return classify_side_files(base.folder, base.weight_files)
+    travels, stays = classify_side_files(base.folder, set())
     stays = [name for name in stays if name not in {part.prefix for part in base.parts}]
     for part in base.parts:
-        names, rest = survey(part.folder, part.weight_files)
+        names, rest = classify_side_files(part.folder, part.weight_files)
         travels += [part.prefix + name for name in names]
         stays += [part.prefix + name for name in rest]
     return travels, stays
@@ -127,7 +127,7 @@ def is_undo_file(path: Path) -> bool:
         return file.read(len(UNDO_MARK)) == UNDO_MARK
 
 
-def foreign_file(folder: Path) -> str | None:
+def find_foreign_file(folder: Path) -> str | None:
     """Something in an output folder that --force must not remove: it is of no kind that we write."""
     prefixes = tuple(f"{name}/" for name in component_names(folder)) if is_pipeline(folder) else ()
     names, weights = [], False

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .dtypes import FLOATS, TORCH_FLOATS
 from .fileio import read_into
-from .tensor_ref import BLOCK, Source, _blocks, norm
+from .tensor_ref import BLOCK, TensorRef, _blocks, norm
 
 if TYPE_CHECKING:
     import torch
 
 
-def equal_rows(one: Source, two: Source) -> bool:
+def same_values(one: TensorRef, two: TensorRef) -> bool:
     """Whether two tensors have the same values, the first rounded to the type of the second."""
     import torch
 
@@ -30,7 +30,7 @@ def equal_rows(one: Source, two: Source) -> bool:
     return True
 
 
-def same_bytes(one: Source, two: Source) -> bool:
+def same_bytes(one: TensorRef, two: TensorRef) -> bool:
     """Whether two tensors are stored alike, whatever their shapes."""
     if (one.spec.dtype, one.spec.nbytes) != (two.spec.dtype, two.spec.nbytes):
         return False
@@ -66,7 +66,7 @@ class Difference:
     noise: float
 
 
-def difference(base: Source, tuned: Source, device: torch.device) -> Difference:
+def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Difference:
     """Both are read by blocks. Raises InputError for nan and inf, and for shapes that differ."""
     import torch
 
@@ -122,19 +122,19 @@ class Comparison:
     equal: bool
     norms: tuple[float, float, float] = (0.0, 0.0, 0.0)
     largest: float = 0.0
-    steps: int | None = 0
+    max_ulps: int | None = 0
     changed: int = 0
-    odd: int = 0
+    not_finite: int = 0
 
 
-def compare(one: Source, two: Source) -> Comparison:
+def compare(one: TensorRef, two: TensorRef) -> Comparison:
     """By blocks of rows; of types that are no float whether they are equal, and how many values are not."""
     import torch
 
     same_type = one.spec.dtype == two.spec.dtype
     if not one.spec.size or not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
         changed = _count_codes(one, two) if same_type else one.spec.size
-        return Comparison(same_type and not changed, steps=None, changed=changed)
+        return Comparison(same_type and not changed, max_ulps=None, changed=changed)
     counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, steps, changed, odd = [], 0.0, 0, 0, 0
     for a, b in zip(one.blocks(READ), two.blocks(READ), strict=True):
@@ -150,13 +150,13 @@ def compare(one: Source, two: Source) -> Comparison:
         largest = max(largest, float(D.abs().max()))
         changed += int(different.sum())
         if counted and bool((D != 0).any()):
-            steps = max(steps, int((_ordinals(b) - _ordinals(a))[D != 0].abs().max()))
+            steps = max(steps, int((_float_ordinals(b) - _float_ordinals(a))[D != 0].abs().max()))
     totals = tuple(math.hypot(*side) for side in zip(*norms, strict=True))
     # bits may differ where values do not: a zero's sign, a nan's payload
     return Comparison(same_type and not changed, totals, largest, steps if counted else None, changed, odd)  # type: ignore[arg-type]
 
 
-def _count_codes(one: Source, two: Source) -> int:
+def _count_codes(one: TensorRef, two: TensorRef) -> int:
     """How many values of one type differ in their bits; of types below a byte all, if any."""
     import torch
 
@@ -170,7 +170,7 @@ def _count_codes(one: Source, two: Source) -> int:
     return int((x != y).any(1).sum())
 
 
-def _ordinals(x: torch.Tensor) -> torch.Tensor:
+def _float_ordinals(x: torch.Tensor) -> torch.Tensor:
     """Numbers that count the values of a float type of at most 32 bits in order."""
     import torch
 

@@ -22,7 +22,7 @@ SHORT = 1 << 20  # numbers whose squares are summed in float64 for nothing
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorRef:
     """Where a tensor's rows come from: a file of weights and the name there."""
 
     file: WeightsFile
@@ -63,7 +63,7 @@ def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def squared_norm(source: Source) -> float:
+def squared_norm(source: TensorRef) -> float:
     """||W||^2 in float64; of a tensor of no float type 0."""
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
@@ -90,7 +90,7 @@ def is_finite(x: torch.Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def require_finite(source: Source) -> None:
+def require_finite(source: TensorRef) -> None:
     """Raises InputError naming a tensor that holds a nan or an infinity."""
     spec = source.spec
     if spec.dtype not in FLOATS or not spec.size or not spec.shape:
@@ -133,16 +133,16 @@ def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[tuple[str, int, i
         yield dtype, begin, end, run
 
 
-READ = 1 << 22  # numbers read at a time
+READ_NUMBERS = 1 << 22  # numbers read at a time
 
 
-def read_float32(source: Source, device: torch.device) -> torch.Tensor:
+def read_float32(source: TensorRef, device: torch.device) -> torch.Tensor:
     """A whole tensor; InputError where it holds nan or inf."""
     import torch
 
     shape, size = source.spec.shape, source.spec.size
     out = torch.empty(shape, dtype=torch.float32, device=device)
-    step = max(1, READ // (size // shape[0]))
+    step = max(1, READ_NUMBERS // (size // shape[0]))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         block = out[start:stop]

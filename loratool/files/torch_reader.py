@@ -23,7 +23,7 @@ from .weights_file import WeightsFile
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
-CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "params", "params_ema", "ema")
+STATE_DICT_KEYS = ("state_dict", "model", "module", "model_state_dict", "params", "params_ema", "ema")
 
 
 class _Bounded(io.BufferedReader):
@@ -144,12 +144,14 @@ class TorchFile(WeightsFile):
 
         if type(top) is not dict:
             raise self._refuse(f"holds a {type(top).__name__.strip('_').lower()}, not a dict of tensors", REMEDY)
-        inner = next((key for key in CONTAINERS if tensors(top.get(key))), None)
+        inner = next((key for key in STATE_DICT_KEYS if tensors(top.get(key))), None)
         found = tensors(top[inner] if inner else top)
         if inner and tensors(top):
             raise self._refuse(f"holds tensors both at its top and in {inner}: which are the weights?", REMEDY)
         if not found:
-            raise self._refuse(f"holds no tensors, neither at its top nor in one of {', '.join(CONTAINERS)}", REMEDY)
+            raise self._refuse(
+                f"holds no tensors, neither at its top nor in one of {', '.join(STATE_DICT_KEYS)}", REMEDY
+            )
         for name in found:
             if type(name) is not str or name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
                 raise self._refuse("has a tensor whose name is no text, or is reserved", REMEDY)

@@ -72,7 +72,7 @@ _APPROXIMATE = "take the one that the merge wrote, or subtract and round with --
 
 
 @dataclass(frozen=True)
-class Part:
+class UnrecordedBytes:
     """Bytes of a merged tensor."""
 
     tensor: str
@@ -91,13 +91,13 @@ class Record:
     sha256: tuple[str, str]
 
 
-def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[Part]:
+def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[UnrecordedBytes]:
     """What of a changed tensor lies in no record. records: the rows of each, first and behind the last."""
     spec, rows = spec_of(entry["spec"]), _rows(entry)
     done = 0
     for start, stop in [*sorted(records), (rows, rows)]:
         first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
-        yield from (Part(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
+        yield from (UnrecordedBytes(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
         done = stop
 
 
@@ -277,7 +277,7 @@ class UndoFile:
         entries = self.index["tensors"][tensor]["records"]
         return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
 
-    def written(self) -> list[tuple[Part, str]]:
+    def written(self) -> list[tuple[UnrecordedBytes, str]]:
         """What of the changed tensors lies in no record, each with its hash."""
         return [
             found
@@ -299,11 +299,14 @@ class UndoFile:
         for name, spec in changed.items():
             width = spec.nbytes // max(1, _rows(self.index["tensors"][name]))
             for record in self.records(name):
-                part = Part(name, record.start * width, (record.stop - record.start) * width)
+                part = UnrecordedBytes(name, record.start * width, (record.stop - record.start) * width)
                 hashes.append((part, record.sha256[1]))
         for name, parts in self.index["untouched"].items():
             size, starts = self.specs[name].nbytes, range(0, self.specs[name].nbytes, HASH_PART)
-            hashes += [(Part(name, at, min(HASH_PART, size - at)), one) for at, one in zip(starts, parts, strict=True)]
+            hashes += [
+                (UnrecordedBytes(name, at, min(HASH_PART, size - at)), one)
+                for at, one in zip(starts, parts, strict=True)
+            ]
         return all(
             sha256_range(model.file, model.begin[part.tensor] + part.start, part.length) == expected
             for part, expected in hashes

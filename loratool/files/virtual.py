@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class UnwrittenFile(WeightsFile):
+class VirtualFile(WeightsFile):
     """like: the file that it is made of, whose path and hash it has and which its owner closes."""
 
     def __init__(

@@ -200,7 +200,7 @@ def _where_low_bits(x: Tensor, mask: int, half: int, work: Workspace) -> np.ndar
 
 
 @dataclass(frozen=True)
-class Change:
+class RoundingStats:
     """What rounding made of some weights, as sums (W is the base, D the change, W' the result)."""
 
     base_squared: float = 0.0  # <W, W>
@@ -211,8 +211,8 @@ class Change:
     overflowed: int = 0  # finite base weights that became inf
     largest: float = 0.0  # of those, the largest absolute value before rounding
 
-    def __add__(self, other: Change) -> Change:
-        return Change(
+    def __add__(self, other: RoundingStats) -> RoundingStats:
+        return RoundingStats(
             self.base_squared + other.base_squared,
             self.change_squared + other.change_squared,
             self.kept + other.kept,
@@ -234,13 +234,13 @@ Witness = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None
 
 def apply_rounded(
     base: Tensor, fill: Fill, out: Tensor, work: Workspace, witness: Witness | None = None, width: int | None = None
-) -> Change:
+) -> RoundingStats:
     """`out = round_once(a * base + c)` for the rows that `fill` belongs to; returns what came of it.
 
     base, out: (rows, n), of any two float dtypes. An element whose change is 0 keeps its value, the sign of
     zero and the payload of a nan included; inf and nan stay what they are. width: columns a tile, else what suits.
     """
-    change = Change()
+    change = RoundingStats()
     for columns in tiles(base, work, width):
         change += _apply_tile(base[:, columns], fill, columns, out[:, columns], work, witness)
     return change
@@ -290,7 +290,7 @@ def total_of_lanes(lanes: Tensor) -> Tensor:
 
 def _apply_tile(
     base: Tensor, fill: Fill, columns: slice, out: Tensor, work: Workspace, witness: Witness | None
-) -> Change:
+) -> RoundingStats:
     change, wide, total = (work.take(name, torch.float64, *base.shape) for name in ("change", "wide", "total"))
     rounded = work.take("rounded", out.dtype, *base.shape)
     factor = fill(columns, change, total)
@@ -331,7 +331,7 @@ def _apply_tile(
         kept, base_squared = _dot(total, change), _dot(wide, wide)
     out.copy_(rounded)
     changed = count_different(rounded, base, total, work)
-    return Change(base_squared, _dot(change, change), kept, changed, not_finite, overflowed, largest)
+    return RoundingStats(base_squared, _dot(change, change), kept, changed, not_finite, overflowed, largest)
 
 
 def _keep_not_finite(base: Tensor, wide: Tensor, factor: Tensor | None, rounded: Tensor) -> Tensor:
@@ -348,7 +348,7 @@ def _keep(base: Tensor, where: Tensor, rounded: Tensor) -> None:
     rounded.copy_(torch.where(where, base.to(rounded.dtype), rounded))
 
 
-def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: Change) -> Change:
+def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: RoundingStats) -> RoundingStats:
     """What became of rows whose values were replaced; `cast` is what their rounding told. All are (rows, n)."""
     wide, new, total = (work.take(name, torch.float64, *base.shape) for name in ("wide", "change", "total"))
     wide.copy_(base)
@@ -358,10 +358,10 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     kept, change, squared = _dot(total, new), _dot(new, new), _dot(wide, wide)
     if not math.isfinite(squared):
         kept = change = squared = 0.0  # of what was not finite no size can be told
-    return Change(squared, change, kept, different, 0, cast.overflowed, cast.largest)
+    return RoundingStats(squared, change, kept, different, 0, cast.overflowed, cast.largest)
 
 
-def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:
+def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
     """`out = round_once(base)`, any two float dtypes; of the result only the overflow is counted."""
     if base.dtype == torch.float64:
         round_once(base, out, work)
@@ -370,10 +370,10 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> Change:
     else:
         out.copy_(base)  # by way of float32, which holds all of it: one rounding
     if math.isfinite(float(out.abs().max())):
-        return Change()
+        return RoundingStats()
     lost = out.isfinite().logical_not_().logical_and_(base.isfinite())
     count = int(lost.sum())
-    return Change(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
+    return RoundingStats(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
 
 
 def _has_negative_zero(x: Tensor) -> bool:

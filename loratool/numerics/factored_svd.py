@@ -66,7 +66,7 @@ class FactoredSVD:
         return torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
 
 
-def svd(B: Tensor, A: Tensor) -> FactoredSVD:
+def factored_svd(B: Tensor, A: Tensor) -> FactoredSVD:
     """B: (..., out, r), A: (..., r, in)."""
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
@@ -112,7 +112,7 @@ def stable_rank(S: Tensor) -> Tensor:
     return scaled.square().sum(-1)
 
 
-def energy_rank(S: Tensor, share: float) -> int:
+def rank_of_energy(S: Tensor, share: float) -> int:
     """The least k whose squares sum to `share` of all. S: (k,), falling."""
     total = S.square().sum()
     if total == 0:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .exact import Change, ExactProduct, Workspace, slices
+from .exact import ExactProduct, RoundingStats, Workspace, slices
 
 MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
 
@@ -68,7 +68,7 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class Filtered:
+class FilteredTile:
     """A tile, some whole rows, as its observer is shown it, in arrays that the next tile takes over.
 
     before, after: the codes of W and W', (rows, n), the second not yet right at the flat positions `at`, which float32
@@ -99,7 +99,7 @@ class Observer(Protocol):
     too many, which is None, or where float32 tells too little, it is asked to `forget` them.
     """
 
-    def filtered(self, tile: Filtered) -> None: ...
+    def filtered(self, tile: FilteredTile) -> None: ...
 
     def wanted(self) -> tuple[Positions, Positions] | None: ...
 
@@ -212,7 +212,7 @@ class FilteredRows:
 
     def apply(
         self, base: Tensor, row: int, out: Tensor, work: Workspace, observer: Observer | None = None
-    ) -> Change | None:
+    ) -> RoundingStats | None:
         """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
 
         base, out: (rows, n) of one dtype of FORMS, contiguous. None where float32 tells too little of them.
@@ -252,7 +252,7 @@ class FilteredRows:
         most = size * self._error + float(shift.max()) * self._error
         return _Block(base, out, row, most, size, shift.float(), span.float(), curve, limit, slight)
 
-    def _apply_tiles(self, block: _Block, work: Workspace, observer: Observer | None) -> Change | None:
+    def _apply_tiles(self, block: _Block, work: Workspace, observer: Observer | None) -> RoundingStats | None:
         """None where float32 can tell too little, or where something is not finite."""
         rows, columns = block.base.shape
         height, found = max(1, TILE // columns), []
@@ -276,7 +276,7 @@ class FilteredRows:
         if not block.slight:  # <W' - total, D + shift> was summed up, where total is W + D + shift, or what that became
             moved = shift if block.curve else shift - block.span.double()
             kept += own + float(moved @ (self._sums[here] + shift * self._product.bounds_squared))
-        return Change(block.squared, own, kept if block.changed else 0.0, block.changed)
+        return RoundingStats(block.squared, own, kept if block.changed else 0.0, block.changed)
 
     def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
         """The flat positions of the weights that float32 cannot tell. part: rows of the block."""
@@ -308,7 +308,7 @@ class FilteredRows:
         np.not_equal(before, after, out=tile.hit)
         block.changed += int(np.count_nonzero(tile.hit))
         if observer:
-            observer.filtered(Filtered(before, after, change.numpy(), block.shift[0].item(), block.error, at))
+            observer.filtered(FilteredTile(before, after, change.numpy(), block.shift[0].item(), block.error, at))
         return at
 
     def _mend(self, block: _Block, at: Positions) -> Positions | None:

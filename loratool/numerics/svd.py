@@ -108,7 +108,7 @@ def truncated_svds(
     return found if m >= n else [_turned(each) for each in found]
 
 
-def all_singular_values(D: Tensor) -> Tensor:
+def singular_values_of(D: Tensor) -> Tensor:
     """All of D (m, n), falling, in float64: (min(m, n),), right to 1e-8 of the largest."""
     squares = torch.linalg.eigvalsh(_gram(D if len(D) >= D.shape[1] else D.T))
     S: Tensor = squares.clamp(min=0).sqrt().flip(0)

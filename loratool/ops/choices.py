@@ -7,7 +7,7 @@ name in the module that does it.
 from __future__ import annotations
 
 # --method of init, which `inits.INITS` starts
-INITS = {
+INIT_CHOICES = {
     "lora": "A uniform, B = 0",
     "gaussian": "A normal, B = 0",
     "orthogonal": "A and B normal with B A = 0, of an even rank",
@@ -20,7 +20,7 @@ INITS = {
 
 # --method of combine, which `combining.METHODS` runs: what it does, and in brackets the paper, and which variant it is
 # where there are several
-METHODS = {
+COMBINE_METHODS = {
     "cat": "the exact weighted sum, the factors side by side; with a rank, the best of that rank "
     "(peft's cat, and with --rank its svd)",
     "ties": "the largest entries of each, by majority sign "
@@ -42,7 +42,7 @@ COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
 
 
 # --to of convert. The denoiser's names: comfy's are the model's own, those of diffusers and PEFT diffusers'.
-TARGETS = {
+FORMAT_CHOICES = {
     "peft": "PEFT: a folder or a file of one component, in diffusers' names",
     "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
     "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
@@ -52,14 +52,14 @@ TARGETS = {
 
 
 # --for of convert
-LAYOUTS = {
+QKV_LAYOUTS = {
     "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
     "fused": "qkv_proj and gate_up_proj, as Phi-3 and vLLM have them, and GPT-2's c_attn",
 }
 
 
 # --embed of extract: what becomes of changed embeddings and heads
-EMBED = {
+EMBED_CHOICES = {
     "lora": "factors, as for every other matrix",
     "full": "kept whole, exactly",
     "skip": "left out, and named",
@@ -67,7 +67,7 @@ EMBED = {
 
 
 # --to of extract; the default is by the base
-EXTRACT_TO = {
+EXTRACT_FORMATS = {
     "peft": "PEFT, for a model or a component in a folder",
     "kohya": "kohya, for an image model in one file",
     "diffusers": "diffusers, by component, for its pipelines",

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.weight_kinds import KINDS, Shape
+from ..adapters.weight_kinds import WEIGHT_KINDS, Shape
 from ..files.fileio import open_scratch, read_into, write_at
 from ..numerics.factored_svd import effective_rank
 from ..numerics.svd import truncated_svds
-from .rank_rules import Spectrum
+from .rank_rules import SingularValues
 
 
 @dataclass(frozen=True)
-class Factored:
+class SpooledFactors:
     """What is known of a change's factors. at: where they lie in the spool; sizes: (E, out, in); known: triplets there.
 
     gap: of the computed rank, `exact`, `certified` or an estimate, as `how` says.
@@ -29,7 +29,7 @@ class Factored:
     sizes: tuple[int, int, int]
     known: int
     at: int
-    spectrum: Spectrum
+    spectrum: SingularValues
     gap: float
     how: str
 
@@ -48,9 +48,9 @@ class FactorSpool:
     def close(self) -> None:
         self._file.close()
 
-    def add(self, name: str, kind: str, D: Tensor, rank: int, cost: int) -> Factored:
+    def add(self, name: str, kind: str, D: Tensor, rank: int, cost: int) -> SpooledFactors:
         """The first `rank` triplets of a change D, of the weight's shape, and float32. cost: parameters a rank."""
-        stack = KINDS[kind].stack(D)
+        stack = WEIGHT_KINDS[kind].stack(D)
         E, out, inp = stack.shape
         generators = [self._generator(f"{name} {e}", D) for e in range(E)]
         found = truncated_svds(stack, rank, generators, self._certify)
@@ -66,17 +66,17 @@ class FactorSpool:
             write_at(self._file, side.view(torch.uint8).numpy().data.cast("B"), self._end)
             self._end += side.nbytes
         whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
-        spectrum = Spectrum(tuple(squares.tolist()), total, cost, whole)
+        spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
         gap = max((svd.gap for svd in found), default=0.0)
         how = "exact" if gap == 0 else "certified" if self._certify else "estimate"
-        return Factored(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how)
+        return SpooledFactors(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how)
 
     def _generator(self, name: str, like: Tensor) -> torch.Generator:
         """From the seed and the name alone, so that neither order nor selection shows."""
         seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:7], "little")
         return torch.Generator(like.device).manual_seed(seed)
 
-    def triplets(self, factored: Factored, rank: int) -> tuple[Tensor, Tensor]:
+    def triplets(self, factored: SpooledFactors, rank: int) -> tuple[Tensor, Tensor]:
         """(A (rank, E, in), B (rank, E, out)) in float32."""
         E, out, inp = factored.sizes
         A, B = torch.empty(rank, E, inp, dtype=torch.float32), torch.empty(rank, E, out, dtype=torch.float32)
@@ -84,12 +84,12 @@ class FactorSpool:
             read_into(self._file, side.view(torch.uint8).numpy().data.cast("B"), at)
         return A, B
 
-    def tensors(self, factored: Factored, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tensors(self, factored: SpooledFactors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B as the adapter holds them."""
-        A, B = KINDS[factored.kind].lay(*self.triplets(factored, rank), factored.shape)
+        A, B = WEIGHT_KINDS[factored.kind].lay(*self.triplets(factored, rank), factored.shape)
         return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 
-    def stored(self, factored: Factored, rank: int, dtype: torch.dtype) -> float:
+    def stored(self, factored: SpooledFactors, rank: int, dtype: torch.dtype) -> float:
         """||B A - B' A'|| / ||B A||, what rounding the factors to `dtype` adds."""
         if dtype == torch.float32 or not rank:
             return 0.0
@@ -102,7 +102,7 @@ class FactorSpool:
         energy = math.fsum(factored.spectrum.squares[:rank])
         return float(torch.linalg.vector_norm(R)) / math.sqrt(energy) if energy else 0.0
 
-    def effective_rank(self, factored: Factored, rank: int) -> float:
+    def effective_rank(self, factored: SpooledFactors, rank: int) -> float:
         """exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
         return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
 

@@ -15,7 +15,7 @@ from typing import TypeGuard
 from ..adapters.adapter import Adapter
 from ..adapters.formats import is_adapter, open_adapter
 from ..adapters.formats.peft import WEIGHTS_NAMES
-from ..adapters.formats.peft_config import changes_base
+from ..adapters.formats.peft_config import base_mutating_init
 from ..architectures.image import WEIGHED, weighed_component
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
@@ -23,7 +23,7 @@ from ..files.fileio import sha256_file
 from ..files.side_files import INITIAL
 from .collector import uncollected
 
-Loaded = tuple[tuple[Adapter, float], ...]
+WeightedAdapter = tuple[tuple[Adapter, float], ...]
 
 
 AdapterPath = str | os.PathLike[str]
@@ -39,15 +39,15 @@ TAKEN = "a path, (path, weight), (path, weight, {component: weight}), several of
 
 
 @dataclass(frozen=True)
-class Given:
+class AdapterRequest:
     """An adapter as the user names it; `parts` are weights of its components, by the names in `WEIGHED`."""
 
     path: str
     weight: float = 1.0
-    parts: Mapping[str, float] = field(default_factory=dict)
+    component_weights: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_given(adapters: Adapters) -> list[Given]:
+def parse_adapters(adapters: Adapters) -> list[AdapterRequest]:
     """Raises UsageError for what is none of TAKEN."""
     each: list[object]
     if isinstance(adapters, Mapping):
@@ -69,7 +69,7 @@ def _is_weighted(given: object) -> TypeGuard[tuple[object, ...]]:
     return isinstance(given, tuple) and len(given) in (2, 3)
 
 
-def _read_one(given: object) -> Given:
+def _read_one(given: object) -> AdapterRequest:
     path, weight, parts = (*given, {})[:3] if _is_weighted(given) else (given, 1.0, {})
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str) or not isinstance(parts, Mapping):
@@ -77,7 +77,7 @@ def _read_one(given: object) -> Given:
     for part in parts:
         if part not in WEIGHED:
             raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}", culprit=name)
-    return Given(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
+    return AdapterRequest(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
 
 
 def _weight(value: object, path: str) -> float:
@@ -98,8 +98,8 @@ def _not_taken(given: object) -> UsageError:
 
 @uncollected
 def open_inputs(
-    base: str | os.PathLike[str], given: Sequence[Given], alpha: float | None, opened: ExitStack
-) -> tuple[Checkpoint, Loaded]:
+    base: str | os.PathLike[str], given: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
+) -> tuple[Checkpoint, WeightedAdapter]:
     checkpoint = open_base(base, "the first argument is the base model", opened, given)
     loaded = []
     for adapter, each in zip(open_adapters(given, alpha, opened), given, strict=True):
@@ -126,7 +126,9 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
     return model
 
 
-def open_base(name: str | os.PathLike[str], what: str, opened: ExitStack, given: Sequence[Given] = ()) -> Checkpoint:
+def open_base(
+    name: str | os.PathLike[str], what: str, opened: ExitStack, given: Sequence[AdapterRequest] = ()
+) -> Checkpoint:
     """Open a model, of which some weights may be quantized. what: what this argument is; given: the adapters' place.
 
     Raises InputError for an adapter and for the dump of a model with adapters inside.
@@ -143,7 +145,9 @@ def open_base(name: str | os.PathLike[str], what: str, opened: ExitStack, given:
     return model
 
 
-def refuse_adapter(model: Checkpoint, name: str | os.PathLike[str], what: str, given: Sequence[Given] = ()) -> None:
+def refuse_adapter(
+    model: Checkpoint, name: str | os.PathLike[str], what: str, given: Sequence[AdapterRequest] = ()
+) -> None:
     """Raise InputError for an adapter in a model's place. given: what is in the adapters', and may be the model."""
     if not is_adapter(model.specs):
         return
@@ -162,7 +166,7 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
-def open_adapters(given: Sequence[Given], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+def open_adapters(given: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack) -> list[Adapter]:
     """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
     adapters, used = [], len(given) == 1
     for each in given:
@@ -173,7 +177,7 @@ def open_adapters(given: Sequence[Given], alpha: float | None, opened: ExitStack
                 raise
             adapter, used = open_adapter(each.path, alpha), True
         opened.callback(adapter.file.close)
-        adapters.append(_with_components(adapter, each.parts))
+        adapters.append(_with_components(adapter, each.component_weights))
     if alpha is not None and not used:
         raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
     return adapters
@@ -190,17 +194,19 @@ def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
         if not own:
             raise UsageError(f"has no module that {name}={parts[name]:g} could weigh", culprit=adapter.name)
         components |= dict.fromkeys(own, parts[name])
-    return replace(adapter, components=components) if components else adapter
+    return replace(adapter, component_weights=components) if components else adapter
 
 
-def negated(loaded: Loaded) -> Loaded:
+def negate_weights(loaded: WeightedAdapter) -> WeightedAdapter:
     """What takes the adapters' changes away again."""
-    return tuple((replace(a, components={c: -w for c, w in a.components.items()}), -weight) for a, weight in loaded)
+    return tuple(
+        (replace(a, component_weights={c: -w for c, w in a.component_weights.items()}), -weight) for a, weight in loaded
+    )
 
 
 def subtract_initial(
-    loaded: Loaded, initial: str | os.PathLike[str] | None, residual_base: bool, opened: ExitStack
-) -> Loaded:
+    loaded: WeightedAdapter, initial: str | os.PathLike[str] | None, residual_base: bool, opened: ExitStack
+) -> WeightedAdapter:
     """Make adapters whose initialization changed the base right on the base that is given.
 
     PiSSA, OLoRA and CorDA train on W - s * B0 @ A0 (LoftQ on about that, up to its quantization): on W itself the
@@ -210,7 +216,7 @@ def subtract_initial(
     """
     if initial is not None and residual_base:
         raise UsageError("--initial and --residual-base exclude each other")
-    moved = [(adapter, weight, init) for adapter, weight in loaded if (init := changes_base(adapter.config))]
+    moved = [(adapter, weight, init) for adapter, weight in loaded if (init := base_mutating_init(adapter.config))]
     if not moved and initial is not None and len(loaded) == 1:
         moved = [(*loaded[0], "factors of the base")]
     if not moved:
@@ -243,10 +249,10 @@ def subtract_initial(
     own = {m: u for m, u in start.updates.items() if u.kind in ("lora", "experts") and m in adapter.updates}
     start = replace(start, updates=own)  # what else it has was not subtracted when the adapter was trained
     _check_initial(adapter, start)
-    return (*loaded, *negated(((replace(start, components=adapter.components), moved[0][1]),)))
+    return (*loaded, *negate_weights(((replace(start, component_weights=adapter.component_weights), moved[0][1]),)))
 
 
-def require_residual(base: Checkpoint, loaded: Loaded) -> None:
+def require_residual_base(base: Checkpoint, loaded: WeightedAdapter) -> None:
     """Refuse an adapter that `init` started on a residual base, where another base is given."""
     for adapter, _ in loaded:
         named = adapter.config.base_model

@@ -17,7 +17,7 @@ from ..errors import UsageError
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SingularValues:
     """Of a matrix, or of a stack of them whose ranks are one: squares falls, sum over a stack; cost: parameters a rank.
 
     total: ||D||^2; whole: whether nothing is left beyond `squares`.
@@ -29,13 +29,13 @@ class Spectrum:
     whole: bool
 
 
-def fixed_rank(spectrum: Spectrum, value: float) -> int | None:
+def fixed_rank(spectrum: SingularValues, value: float) -> int | None:
     """The same for all, or the matrix's own rank where that is lower."""
     found = len(spectrum.squares)
     return min(int(value), found) if spectrum.whole or found >= value else None
 
 
-def energy_rank(spectrum: Spectrum, value: float) -> int | None:
+def energy_rank(spectrum: SingularValues, value: float) -> int | None:
     """The least k whose squares sum to `value` of ||D||^2 (peft/tuners/lora/conversion.py: a float rank)."""
     kept, wanted = 0.0, value * spectrum.total * (1 - 1e-12)
     for k, square in enumerate(spectrum.squares, 1):
@@ -45,13 +45,13 @@ def energy_rank(spectrum: Spectrum, value: float) -> int | None:
     return len(spectrum.squares) if spectrum.whole else None
 
 
-def ratio_rank(spectrum: Spectrum, value: float) -> int | None:
+def ratio_rank(spectrum: SingularValues, value: float) -> int | None:
     """Those above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio; theirs are one more)."""
     kept = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
     return kept if spectrum.whole or kept < len(spectrum.squares) else None
 
 
-def cumulative_rank(spectrum: Spectrum, value: float) -> int | None:
+def cumulative_rank(spectrum: SingularValues, value: float) -> int | None:
     """The least k whose sigmas sum to `value` of all of them (index_sv_cumulative; theirs was one more)."""
     if not spectrum.whole:
         return None
@@ -64,13 +64,13 @@ def cumulative_rank(spectrum: Spectrum, value: float) -> int | None:
     return len(sigmas)
 
 
-def norm_rank(spectrum: Spectrum, value: float) -> int | None:
+def norm_rank(spectrum: SingularValues, value: float) -> int | None:
     """The least k that keeps `value` of ||D||, not of its square (index_sv_fro; theirs was one more)."""
     return energy_rank(spectrum, value * value)
 
 
 # name -> how many of one matrix
-RANK_RULES: dict[str, Callable[[Spectrum, float], int | None]] = {
+RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
     "rank": fixed_rank,
     "energy": energy_rank,
     "sv_ratio": ratio_rank,
@@ -114,7 +114,9 @@ def read_rule(
     return chosen[0] if chosen else None
 
 
-def choose_ranks(rule: str, value: float, spectra: Mapping[str, Spectrum], most: int | None = None) -> dict[str, int]:
+def choose_ranks(
+    rule: str, value: float, spectra: Mapping[str, SingularValues], most: int | None = None
+) -> dict[str, int]:
     """Of each matrix, 1 at least: a module without factors would be no target any more.
 
     value: of one of BUDGETS the parameters that all factors may have. most: of any matrix. Raises UsageError for a
@@ -135,7 +137,7 @@ def choose_ranks(rule: str, value: float, spectra: Mapping[str, Spectrum], most:
     return {name: min(max(1, rank), most or rank) for name, rank in found.items()}
 
 
-def budget_ranks(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
+def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str, int]:
     """The ranks that keep the most energy for `budget` parameters in all; a matrix may get 0."""
     ranks = dict.fromkeys(spectra, 0)
     left = budget
@@ -153,7 +155,7 @@ def budget_ranks(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]
     return ranks
 
 
-def rank_for(spectrum: Spectrum, share: float, full: int) -> int:
+def rank_for(spectrum: SingularValues, share: float, full: int) -> int:
     """About how many would keep `share` of ||D||^2: read off what was computed, beyond it from a power law.
 
     The law k^-p starts at the last square known and holds as much as is missing, spread to the rank `full`.

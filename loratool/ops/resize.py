@@ -18,26 +18,26 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.edited import (
-    Carried,
-    Draft,
-    default_name,
-    require_same_start,
-    require_shape,
-    require_written,
-    write_draft,
+    CarriedTensor,
+    EditedAdapter,
+    default_output_name,
+    require_folder_or_file,
+    require_same_init,
+    require_writable,
+    write_edited,
 )
 from ..adapters.formats import open_adapter
 from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ..adapters.stacked import cost, load_stacked, rounded
+from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ..errors import InputError, NeedsFlag, UsageError
-from ..files.output import check_name, check_path, named
-from ..files.tensor_ref import Source
-from ..numerics.factored_svd import distance, effective_rank, singular_values, svd
+from ..files.output import check_output_name, check_output_path, naming_output
+from ..files.tensor_ref import TensorRef
+from ..numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
 from ..streaming.workers import Progress, choose_device
-from .convert.in_memory import as_converted, check_target, loralib_notes, warnings_of
-from .convert.request import Wish
+from .convert.in_memory import check_target, conversion_warnings, loralib_notes, open_converted
+from .convert.request import ConvertRequest
 from .denormals import keep_denormals
-from .rank_rules import BUDGETS, Spectrum, choose_ranks, read_rule
+from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
 
 @dataclass(frozen=True)
@@ -108,27 +108,27 @@ def resize(
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha)
         opened.callback(source.file.close)
-        path, is_file = check_name(out if out is not None else default_name(source, to, "resized"))
-        check_path(path, is_file, [source.file.path], force)
+        path, is_file = check_output_name(out if out is not None else default_output_name(source, to, "resized"))
+        check_output_path(path, is_file, [source.file.path], force)
         warnings: tuple[str, ...] = ()
         if to is None:
-            require_written(source)
+            require_writable(source)
         else:
-            source, made = as_converted(source, Wish(to), "resize", path.absolute().parent, opened)
-            warnings = warnings_of([made])
-        require_shape(source, path, is_file)
-        work = _Work(source, choose_device(device), DTYPES[dtype], progress)
+            source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
+            warnings = conversion_warnings([made])
+        require_folder_or_file(source, path, is_file)
+        work = _Resizing(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
-        require_same_start(source, ranks)
+        require_same_init(source, ranks)
         if dry_run:
             work.measure(ranks)
         else:
-            opened.enter_context(named(path))
+            opened.enter_context(naming_output(path))
             work.write(ranks, path, is_file)
         return work.report(os.fspath(adapter), str(path), ranks, dry_run, warnings)
 
 
-class _Work:
+class _Resizing:
     """The spectra, the draft and what came of each module."""
 
     def __init__(self, source: Adapter, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
@@ -141,12 +141,12 @@ class _Work:
             own = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
             own |= {"base": update.base} if update.base else {}
             factor = update.scale if update.kind == "add" else 1.0  # its scale was the factors' alpha / r
-            self._carried.update({key: Carried(((Source(source.file, key), factor),)) for key in own.values()})
+            self._carried.update({key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in own.values()})
         self._spectra: dict[str, Tensor] = {}
         self._errors: dict[str, float] = {}
 
     def _load(self, module: str) -> tuple[Tensor, Tensor]:
-        B, A = load_stacked(self._source, self._updates[module])
+        B, A = load_stacked_factors(self._source, self._updates[module])
         return B.to(self._device), A.to(self._device)
 
     def ranks(self, rule: str, value: float, most: int | None) -> dict[str, int]:
@@ -159,20 +159,22 @@ class _Work:
             value = self._draft(dict.fromkeys(self._updates, 1)).budget(rule, value)
         return choose_ranks(rule, value, spectra, most)
 
-    def _spectrum(self, module: str) -> Spectrum:
+    def _spectrum(self, module: str) -> SingularValues:
         squares = self._spectra[module]
-        return Spectrum(tuple(squares.tolist()), float(squares.sum()), cost(self._updates[module]), True)
+        return SingularValues(
+            tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True
+        )
 
-    def _draft(self, ranks: Mapping[str, int]) -> Draft:
+    def _draft(self, ranks: Mapping[str, int]) -> EditedAdapter:
         def factors(module: str) -> tuple[Tensor, Tensor]:
-            whole = svd(*self._load(module))
-            B, A = rounded(module, whole.truncated(ranks[module]), self._dtype)
+            whole = factored_svd(*self._load(module))
+            B, A = round_factors(module, whole.truncated(ranks[module]), self._dtype)
             norm = float(torch.linalg.vector_norm(whole.S))
-            wrong = float(torch.linalg.vector_norm(distance(whole, svd(B, A))))
+            wrong = float(torch.linalg.vector_norm(distance(whole, factored_svd(B, A))))
             self._errors[module] = wrong / norm if norm else 0.0
             return B, A
 
-        return Draft(self._source, self._updates, ranks, factors, self._carried, self._dtype)
+        return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
 
     def measure(self, ranks: Mapping[str, int]) -> None:
         """All that `write` computes, one module at a time."""
@@ -181,7 +183,7 @@ class _Work:
             draft.factors(module)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
-        write_draft(self._draft(ranks), path, is_file, [self._source.file])
+        write_edited(self._draft(ranks), path, is_file, [self._source.file])
 
     def report(
         self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool, warnings: tuple[str, ...]

@@ -23,22 +23,22 @@ from ..errors import InputError, UsageError
 from ..files.checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.fileio import sha256_range
-from ..files.output import Output, OutputFile, check_path, check_undo_files, output_path
+from ..files.output import Output, OutputFile, check_output_path, check_undo_files, output_path
 from ..files.output_plan import plan_output
 from ..files.safetensors_file import build_header, read_layout, with_length
-from ..files.side_files import TRAVELS, encode_json, matches, provenance, survey_checkpoint, undo_files, undo_path
-from ..files.tensor_ref import Source
+from ..files.side_files import TRAVELS, classify_checkpoint, encode_json, matches, provenance, undo_files, undo_path
+from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
-from ..files.undo_file import Part, UndoFile
+from ..files.undo_file import UndoFile, UnrecordedBytes
 from ..files.undo_places import undo_chain
 from ..numerics.exact import ARITHMETIC_VERSION
-from ..streaming.apply import Loader, restored, subtracted
-from ..streaming.rewrite import Changed, refuse_overflow, rewrite
-from ..streaming.workers import HashBytes, Progress, choose_device, map_ahead, worker_count
+from ..streaming.apply import UpdateLoader, restore_tensor, subtract_tensor
+from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
+from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ..undo.records import Doubted
-from ..undo.writer import placements_of
+from ..undo.writer import read_placements
 from .denormals import keep_denormals
-from .inputs import Adapters, Given, negated, open_adapters, read_given, refuse_adapter
+from .inputs import AdapterRequest, Adapters, negate_weights, open_adapters, parse_adapters, refuse_adapter
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
@@ -94,7 +94,7 @@ def unmerge(
     """
     if approximate and undo is not None:
         raise UsageError("--approximate takes no undo file")
-    given = read_given(adapters)
+    given = parse_adapters(adapters)
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
@@ -110,12 +110,12 @@ def unmerge(
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
         inputs = [shard.path for shard in checkpoint.shards] + [a.file.path for a in used] + [record.path]
-        check_path(path, is_file, inputs, force, is_model=True)
+        check_output_path(path, is_file, inputs, force, is_model=True)
         _check_names(checkpoint, record)
         output = _plan_output(checkpoint, record, chain, base, path, is_file)
         output = replace(output, inputs=(*checkpoint.shards, *(adapter.file for adapter in used)))
         check_undo_files(output, inputs, force)
-        sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, Loader(choose_device(device)))
+        sources, tensors = _plan_tensors(checkpoint, record, output.specs, used, UpdateLoader(choose_device(device)))
         _check_the_rest(checkpoint, record, workers or worker_count())
         output.require_space()
         if not dry_run:
@@ -142,7 +142,9 @@ def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> list[
     return found or [path]
 
 
-def match_adapters(undo: UndoFile, given: Sequence[Given], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+def match_adapters(
+    undo: UndoFile, given: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
+) -> list[Adapter]:
     """The adapters in the order of the undo file. Raises InputError naming the one that is missing or another."""
     if undo.index["arithmetic"] != ARITHMETIC_VERSION:
         raise InputError(
@@ -156,7 +158,7 @@ def match_adapters(undo: UndoFile, given: Sequence[Given], alpha: float | None, 
         same = [pair for pair in left if pair[0].sha256 == wanted["sha256"]]
         scaled = [pair for pair in same if pair[0].scales_sha256 == wanted["scales_sha256"]]
         weighed = wanted["weight"], wanted.get("components", {})
-        match = next((pair for pair in scaled if (pair[1], pair[0].components) == weighed), None)
+        match = next((pair for pair in scaled if (pair[1], pair[0].component_weights) == weighed), None)
         if match is None:
             raise _missing(undo, wanted, left, same, scaled)
         left.remove(match)
@@ -177,7 +179,7 @@ def _missing(
     if scaled:
         other, its = scaled[0]
         return InputError(
-            f"was merged with weight {weight}, not {spell_weight(its, other.components)}", culprit=other.name
+            f"was merged with weight {weight}, not {spell_weight(its, other.component_weights)}", culprit=other.name
         )
     if same:
         return InputError("has another rank, alpha or config than when it was merged", culprit=same[0][0].name)
@@ -233,7 +235,7 @@ def _plan_output(
     travels: dict[str, Path] = {}
     not_copied: list[str] = []
     if not is_file and (not merged.given_as_file or merged.config):
-        names, rest = survey_checkpoint(merged)
+        names, rest = classify_checkpoint(merged)
         travels = {n: merged.folder / n for n in names if n not in undo.index["new_side"] and n not in extras}
         not_copied = [name for name in rest if merged.folder / name not in chain]
     shards = zip(undo.index["shards"], undo.headers, strict=True)
@@ -263,8 +265,8 @@ def _index_anew(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
 
 
 def _plan_tensors(
-    merged: Checkpoint, undo: UndoFile, specs: Mapping[str, TensorSpec], adapters: Sequence[Adapter], load: Loader
-) -> tuple[dict[str, Source], dict[str, Changed]]:
+    merged: Checkpoint, undo: UndoFile, specs: Mapping[str, TensorSpec], adapters: Sequence[Adapter], load: UpdateLoader
+) -> tuple[dict[str, TensorRef], dict[str, ChangedTensor]]:
     """Where each tensor of the base comes from, and which have to go back."""
     sources, tensors = {}, {}
     for name in merged.specs:
@@ -276,21 +278,21 @@ def _plan_tensors(
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
     for name, spec in specs.items():
         entry = undo.index["tensors"].get(name)
-        sources[name] = Source(merged.shard_of[name], name)
+        sources[name] = TensorRef(merged.shard_of[name], name)
         if entry:
-            tensors[name] = restored(spec, undo, name, placements_of(undo.index, name, spec, adapters), load)
+            tensors[name] = restore_tensor(spec, undo, name, read_placements(undo.index, name, spec, adapters), load)
     return sources, tensors
 
 
 def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
     """Raise InputError for an edit of what lies in no record."""
 
-    def sha256(part: Part) -> str:
+    def sha256(part: UnrecordedBytes) -> str:
         file = merged.shard_of[part.tensor]
         return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
 
     written = undo.written()
-    with closing(map_ahead(sha256, [part for part, _ in written], workers)) as hashes:
+    with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
         for (part, expected), found in zip(written, hashes, strict=True):
             if found != expected:
                 raise InputError(EDITED, culprit=part.tensor)
@@ -316,7 +318,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 
 def _subtract(
     merged: Checkpoint,
-    given: Sequence[Given],
+    given: Sequence[AdapterRequest],
     alpha: float | None,
     out: str | os.PathLike[str] | None,
     device: str,
@@ -328,24 +330,26 @@ def _subtract(
 ) -> UnmergeReport:
     """W' - D, rounded once: right but for the weights whose rounding two or more would have survived."""
     adapters = open_adapters(given, alpha, opened)
-    loaded = negated(tuple(zip(adapters, (each.weight for each in given), strict=True)))
+    loaded = negate_weights(tuple(zip(adapters, (each.weight for each in given), strict=True)))
     plan = plan_merge(merged, loaded, Selection(), "share")
     for name in plan.changed:
-        if name in plan.added or any(p.update.kind not in ADDITIVE or p.update.base for p in plan.bound.get(name, ())):
+        if name in plan.added or any(
+            p.update.kind not in ADDITIVE or p.update.base for p in plan.requested.get(name, ())
+        ):
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]
-    check_path(path, is_file, inputs, force, is_model=True)
+    check_output_path(path, is_file, inputs, force, is_model=True)
     facts = {"adapters": sorted(a.sha256 for a in adapters), "approximate": True, "arithmetic": ARITHMETIC_VERSION}
     origin = provenance("unmerge", facts, merged.metadata.get("loratool"))
     output = plan_output(merged, path, is_file, origin, plan.changed)
     output = replace(output, inputs=(*merged.shards, *(adapter.file for adapter in adapters)))
     check_undo_files(output, inputs, force)
     output.require_space()
-    load = Loader(choose_device(device))
+    load = UpdateLoader(choose_device(device))
     doubts: list[Doubted] = []
     if not dry_run:
-        tensors = {n: subtracted(plan.sources[n], p, load) for n, p in plan.placements.items()}
+        tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         runs = rewrite(output, plan.sources, tensors, load.device, workers or worker_count(), progress)
         with closing(runs) as items:
             for item, blocks in items:

@@ -17,26 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.updates import ADDITIVE, Add, DoRA, Experts, LowRank, Rows, Update
+from ..adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank, ReplaceRows, Update
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
-from ..files.tensor_ref import Source
+from ..files.tensor_ref import TensorRef
 from ..files.undo_file import Record, UndoFile
 from ..numerics.exact import (
-    Change,
     ExactProduct,
     Factors,
     Fill,
+    RoundingStats,
     Workspace,
     apply_rounded,
     cast_rounded,
     replaced_change,
 )
 from ..numerics.filtered import FORMS, FilteredProduct, FilteredRows
-from ..undo.records import CELL_COLUMNS, Doubted, Doubter, Recorded, Recorder, Restorer, cell_rows, codes, record_rows
-from .nonadditive import DoRAColumns, DoRARows, Replaced, ReplacedRows, Special, column_norms, ratio
-from .rewrite import Changed, CopiedRows, RowRange
+from ..undo.records import (
+    CELL_COLUMNS,
+    Doubted,
+    Doubter,
+    RecordedBlock,
+    Recorder,
+    Restorer,
+    bit_patterns,
+    cell_rows,
+    record_rows,
+)
+from .nonadditive import DoRAColumns, DoRARows, NonAdditive, ReplacedRows, ReplacedTensor, column_norms, magnitude_ratio
+from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .workers import Step
 
 KEPT_STACKS = 2
@@ -45,7 +55,7 @@ KEPT_STACKS = 2
 FILTERED_BLOCK = 1 << 20  # weights: what the filter does once a block then costs a tenth of the whole
 
 
-class Loader:
+class UpdateLoader:
     """Reads updates and keeps a few: one holds the factors of all experts of a layer."""
 
     def __init__(self, device: torch.device) -> None:
@@ -68,23 +78,23 @@ class Loader:
         return placement.adapter.load(placement.update).to(self.device)
 
 
-def plan_changes(plan: MergePlan, load: Loader, record: bool) -> dict[str, Changed]:
+def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
     """Every tensor that is not copied or cast as it is."""
     found = {}
     for name in plan.sources:
-        base = Source(plan.base.shard_of[name], name) if name in plan.base.specs else None
+        base = TensorRef(plan.base.shard_of[name], name) if name in plan.base.specs else None
         placements = plan.placements.get(name, ())
         moved = base is not None and base != plan.sources[name]
         if not plan.sources[name].spec.size:
             continue
         if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in TORCH_FLOATS):
-            found[name] = changed(base, plan.sources[name], placements, load, record)
+            found[name] = merge_tensor(base, plan.sources[name], placements, load, record)
     return found
 
 
-def changed(
-    base: Source | None, source: Source, placements: Sequence[Placement], load: Loader, record: bool
-) -> Changed:
+def merge_tensor(
+    base: TensorRef | None, source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, record: bool
+) -> ChangedTensor:
     """A tensor under its placements, which agree on its rows.
 
     base: the tensor as it was; source: what its rows come from now, the same or another (None: the base has none).
@@ -101,15 +111,15 @@ def changed(
         edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            piece = Piece(source, start, stop, inside, load, record and base == source)
+            piece = RowSegment(source, start, stop, inside, load, record and base == source)
             sizes = (cells[0], _filtered_rows(columns, cells[1])) if piece.is_filtered else cells
             if moved and base is not None and start < shared:
-                both = _Replacing(base, piece if inside else None, record).prepare
+                both = _ReplaceRows(base, piece if inside else None, record).prepare
                 yield RowRange(start, min(stop, shared), both, *cells)
             if inside and stop > (shared if moved else 0):
                 yield RowRange(max(start, shared), stop, piece.prepare, *((0, 0) if moved else sizes))
 
-    return Changed(rows, ranges)
+    return ChangedTensor(rows, ranges)
 
 
 def _filtered_rows(columns: int, cell: int) -> int:
@@ -118,7 +128,9 @@ def _filtered_rows(columns: int, cell: int) -> int:
     return max(1, rows // cell) * cell if cell else rows
 
 
-def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: Loader) -> Changed:
+def restore_tensor(
+    spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
+) -> ChangedTensor:
     """A merged tensor on its way back to what the base had. spec: the base's."""
     entry, records = undo.index["tensors"][name], undo.records(name)
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
@@ -129,27 +141,27 @@ def restored(spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[P
         edges = sorted({edge for p in placements for edge in (p.start, p.stop)}) or [0, rows]
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            piece = Piece(None, start, stop, inside, load, False) if inside else None
+            piece = RowSegment(None, start, stop, inside, load, False) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if piece and record.start == start:
                     piece.told = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
-                prepare = _Restoring(undo, record, name, dtype, piece).prepare
+                prepare = _RestoreRows(undo, record, name, dtype, piece).prepare
                 yield RowRange(record.start, record.stop, prepare, record.stop - record.start, cell_rows(columns))
         if "copied" in entry:
             first, at = entry["copied"]
             yield CopiedRows(first, rows, undo.file, at)
 
-    return Changed(rows, ranges)
+    return ChangedTensor(rows, ranges)
 
 
-def subtracted(source: Source, placements: Sequence[Placement], load: Loader) -> Changed:
+def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> ChangedTensor:
     """A merged tensor from which additive placements, of negative weight, are taken; its steps return `Doubted`."""
     dtype = getattr(torch, TORCH_FLOATS[source.spec.dtype])
 
-    def prepare(piece: Piece, start: int, stop: int) -> Step:
+    def prepare(piece: RowSegment, start: int, stop: int) -> Step:
         def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
             doubt = Doubter(dtype)
-            change = apply_rounded(base, piece.seen(base, start + row, work), out, work, doubt.witness)
+            change = apply_rounded(base, piece.fill_for(base, start + row, work), out, work, doubt.witness)
             return Doubted(change, doubt.doubtful, doubt.farthest)
 
         return step
@@ -159,24 +171,24 @@ def subtracted(source: Source, placements: Sequence[Placement], load: Loader) ->
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
             if inside:
-                yield RowRange(start, stop, partial(prepare, Piece(source, start, stop, inside, load, False)))
+                yield RowRange(start, stop, partial(prepare, RowSegment(source, start, stop, inside, load, False)))
 
-    return Changed(placements[0].rows, ranges)
+    return ChangedTensor(placements[0].rows, ranges)
 
 
-class _Restoring:
+class _RestoreRows:
     """One record's rows. Without a piece the rows were replaced, and the record holds the difference."""
 
-    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: Piece | None) -> None:
+    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: RowSegment | None) -> None:
         self._undo, self._record, self._name, self._dtype, self._piece = undo, record, name, dtype, piece
 
     def prepare(self, start: int, stop: int) -> Step:
         record, piece = self._record, self._piece
         restorer = Restorer(self._name, self._dtype, self._undo.bytes(record.at, record.length), record.sha256)
         with restorer.damage():
-            left = piece.left(start, stop) if piece else None
+            left = piece.left_factor(start, stop) if piece else None
             if piece and start == piece.start:
-                restorer.skip(piece.head)
+                restorer.skip(piece.undo_head)
 
         def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
             with restorer.damage():
@@ -191,40 +203,46 @@ class _Restoring:
         return step
 
 
-class _Replacing:
+class _ReplaceRows:
     """Rows whose values come from elsewhere: the base's are read beside them, to say what became of them."""
 
-    def __init__(self, base: Source, piece: Piece | None, record: bool) -> None:
+    def __init__(self, base: TensorRef, piece: RowSegment | None, record: bool) -> None:
         self._base, self._piece, self._record = base, piece, record
 
     def prepare(self, start: int, stop: int) -> Step:
         inner = self._piece.prepare(start, stop) if self._piece else None
         recorder = Recorder(getattr(torch, TORCH_FLOATS[self._base.spec.dtype])) if self._record else None
 
-        def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+        def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
             done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
             first = start + row
             weight = self._base.file.rows(self._base.name, first, first + len(value)).to(out.device)
             change = replaced_change(weight, value, out, work, done)
             if recorder is None:
                 return change
-            recorder.difference(codes(weight), codes(out))
+            recorder.difference(bit_patterns(weight), bit_patterns(out))
             return recorder.take(change, weight, out)
 
         return step
 
 
-class Piece:
+class RowSegment:
     """Rows start:stop of a tensor; made ready by the first worker that needs it and dropped with its last item."""
 
     def __init__(
-        self, source: Source | None, start: int, stop: int, placements: Sequence[Placement], load: Loader, record: bool
+        self,
+        source: TensorRef | None,
+        start: int,
+        stop: int,
+        placements: Sequence[Placement],
+        load: UpdateLoader,
+        record: bool,
     ) -> None:
         self.start, self.stop, self._record = start, stop, record
         self.told: Callable[[], np.ndarray[Any, Any]] | None = None  # m / n of each column, where there is no W
         self._source, self._placements, self._load, self._device = source, placements, load, load.device
         self._lock = threading.Lock()
-        self._ready: tuple[ExactProduct | None, Special | None] | None = None
+        self._ready: tuple[ExactProduct | None, NonAdditive | None] | None = None
         self._filtered: FilteredProduct | None = None
 
     @property
@@ -241,7 +259,7 @@ class Piece:
     def prepare(self, start: int, stop: int) -> Step:
         """The step for rows start:stop of the tensor."""
         _, special = self._get()
-        left, rows = cache(partial(self.left, start, stop)), None
+        left, rows = cache(partial(self.left_factor, start, stop)), None
         if self.is_filtered:
             product = self._filter()
             rows = FilteredRows(product, product.exact.balanced(start - self.start, stop - self.start))
@@ -249,20 +267,20 @@ class Piece:
         if recorder and special and start == self.start:
             recorder.head(special.head)
 
-        def exactly(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change:
+        def exactly(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
             state = special.state(base, start + row, work) if special else None
             if recorder is None:
                 return apply_rounded(base, self.fill(left(), row, len(base), start + row, state, work), out, work)
             if state is not None:
                 recorder.head(state.cpu().numpy().tobytes())
-            change, height = Change(), cell_rows(base.shape[1])
+            change, height = RoundingStats(), cell_rows(base.shape[1])
             for first in range(0, len(base), height):  # one, where there is a state
                 part = slice(first, min(first + height, len(base)))
                 fill = self.fill(left(), row + first, part.stop - first, start + row + first, state, work)
                 change += apply_rounded(base[part], fill, out[part], work, recorder.witness, CELL_COLUMNS)
             return change
 
-        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Change | Recorded:
+        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
             change = rows.apply(base, row, out, work, recorder) if rows and base.dtype == out.dtype else None
             if change is None:
                 change = exactly(base, row, out, work)
@@ -270,19 +288,19 @@ class Piece:
 
         return step
 
-    def seen(self, base: Tensor, start: int, work: Workspace) -> Fill:
+    def fill_for(self, base: Tensor, start: int, work: Workspace) -> Fill:
         """What happens to the rows of `base`, whose first is the tensor's row `start`."""
         _, special = self._get()
         state = special.state(base, start, work) if special else None
-        return self.fill(self.left(start, start + len(base)), 0, len(base), start, state, work)
+        return self.fill(self.left_factor(start, start + len(base)), 0, len(base), start, state, work)
 
-    def left(self, start: int, stop: int) -> Tensor | None:
+    def left_factor(self, start: int, stop: int) -> Tensor | None:
         """The left side of the additive updates for rows start:stop of the tensor."""
         product, _ = self._get()
         return None if product is None else product.left(start - self.start, stop - self.start)
 
     @property
-    def head(self) -> bytes:
+    def undo_head(self) -> bytes:
         _, special = self._get()
         return special.head if special else b""
 
@@ -300,7 +318,7 @@ class Piece:
         assert fill is not None
         return fill
 
-    def _get(self) -> tuple[ExactProduct | None, Special | None]:
+    def _get(self) -> tuple[ExactProduct | None, NonAdditive | None]:
         with self._lock:
             if self._ready is None:
                 terms = [t for p in self._placements if p.update.kind in ADDITIVE for t in self._terms(p, p.weight)]
@@ -327,18 +345,18 @@ class Piece:
         if isinstance(update, Experts):
             assert placement.expert is not None
             update = update.expert(placement.expert)
-        assert isinstance(update, LowRank | Add)
+        assert isinstance(update, LowRank | AddDelta)
         first = placement.skip + self.start - placement.start
         rows = slice(first, first + self.stop - self.start)
         terms = update.terms(weight, placement.transposed)
         return [Factors(term.left[rows], term.multiplier, term.right) for term in terms]
 
-    def _special(self, placement: Placement) -> Special:
+    def _special(self, placement: Placement) -> NonAdditive:
         weight, file = placement.weight, placement.adapter.file
         if placement.update.kind == "replace":
-            return Replaced(Source(file, placement.update.tensors["value"]), weight, self._device)
+            return ReplacedTensor(TensorRef(file, placement.update.tensors["value"]), weight, self._device)
         update = self._load(placement)
-        if isinstance(update, Rows):
+        if isinstance(update, ReplaceRows):
             return ReplacedRows(update, weight)
         assert isinstance(update, DoRA)
         product = ExactProduct(self._terms(placement, 1.0))
@@ -349,7 +367,7 @@ class Piece:
             else:
                 assert self._source is not None
                 norms = column_norms(self._source, product, self._device)
-                found = ratio(magnitude, norms, self._source.name)
+                found = magnitude_ratio(magnitude, norms, self._source.name)
             return DoRAColumns(product, found, weight, self.start)
         first = placement.skip + self.start - placement.start
         return DoRARows(

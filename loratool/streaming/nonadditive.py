@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.updates import Rows
+from ..adapters.updates import ReplaceRows
 from ..errors import InputError
-from ..files.tensor_ref import Source, is_finite
+from ..files.tensor_ref import TensorRef, is_finite
 from ..numerics.exact import LANES, ExactProduct, Fill, Workspace, add_squares, row_norms, sum_tile, total_of_lanes
 
 NORM_ROWS = 256  # rows read at a time for the norms of columns; a multiple of LANES
 
 
-class Special(ABC):
+class NonAdditive(ABC):
     """An update that is not additive.
 
     head: bytes that a reader without W needs for all rows of the piece. state: numbers that it needs for some rows.
@@ -37,7 +37,7 @@ class Special(ABC):
         """For `rows` rows of the tensor from `first` on; `inner` is what is added besides."""
 
 
-def _sum(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:
+def _add_fills(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:
     if inner is None:
         return outer
 
@@ -52,7 +52,7 @@ def _sum(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:
 
 
 @dataclass(frozen=True)
-class DoRARows(Special):
+class DoRARows(NonAdditive):
     """DoRA on a weight stored as (out, in): a row has its norm in itself. magnitude: (rows of the piece,)."""
 
     product: ExactProduct
@@ -66,7 +66,7 @@ class DoRARows(Special):
         """m / n of each row."""
         rows = slice(first - self.start, first - self.start + len(base))
         own = self.product.fill(self.product.left(rows.start, rows.stop))
-        return ratio(self.magnitude[rows], row_norms(base, own, work), self.name)
+        return magnitude_ratio(self.magnitude[rows], row_norms(base, own, work), self.name)
 
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
         assert state is not None
@@ -79,11 +79,11 @@ class DoRARows(Special):
             out.mul_(scale)
             return factor
 
-        return _sum(fill, inner, work)
+        return _add_fills(fill, inner, work)
 
 
 @dataclass(frozen=True)
-class DoRAColumns(Special):
+class DoRAColumns(NonAdditive):
     """DoRA on a weight stored as (in, out), an embedding for one. ratio: m / n, (columns,)."""
 
     product: ExactProduct
@@ -106,14 +106,14 @@ class DoRAColumns(Special):
             out.mul_(scale[:, columns])
             return factor[:, columns]
 
-        return _sum(fill, inner, work)
+        return _add_fills(fill, inner, work)
 
 
 @dataclass(frozen=True)
-class Replaced(Special):
+class ReplacedTensor(NonAdditive):
     """A part of another value: (1 - w) * W + w * V. (All of it is no update but another source.)"""
 
-    value: Source
+    value: TensorRef
     weight: float
     device: torch.device
 
@@ -125,12 +125,12 @@ class Replaced(Special):
             torch.mul(value[:, columns], self.weight, out=out)
             return factor
 
-        return _sum(fill, inner, work)
+        return _add_fills(fill, inner, work)
 
 
 @dataclass(frozen=True)
-class ReplacedRows(Special):
-    rows: Rows
+class ReplacedRows(NonAdditive):
+    rows: ReplaceRows
     weight: float
 
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
@@ -145,10 +145,10 @@ class ReplacedRows(Special):
             out[at] = value[:, columns]
             return factor
 
-        return _sum(fill, inner, work)
+        return _add_fills(fill, inner, work)
 
 
-def column_norms(source: Source, product: ExactProduct, device: torch.device) -> Tensor:
+def column_norms(source: TensorRef, product: ExactProduct, device: torch.device) -> Tensor:
     """||W + D|| of each column of a whole tensor in float64, read once by blocks of rows."""
     rows, columns = product.shape
     work = Workspace(device)
@@ -164,7 +164,7 @@ def column_norms(source: Source, product: ExactProduct, device: torch.device) ->
     return total_of_lanes(lanes).sqrt_()
 
 
-def ratio(magnitude: Tensor, norms: Tensor, name: str) -> Tensor:
+def magnitude_ratio(magnitude: Tensor, norms: Tensor, name: str) -> Tensor:
     """m / n, and 0 where n is 0: whatever stands before a row of zeros, it is a row of zeros."""
     if not is_finite(norms):
         raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=name)

@@ -17,11 +17,11 @@ import torch
 
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
-from ..files.fileio import write_at, written_back
+from ..files.fileio import write_at, write_back_early
 from ..files.output import Output, OutputFile, open_output
-from ..files.tensor_ref import Source
+from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
-from ..numerics.exact import Change, cast_rounded
+from ..numerics.exact import RoundingStats, cast_rounded
 from .workers import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time
@@ -61,7 +61,7 @@ class CopiedRows:
 
 
 @dataclass(frozen=True)
-class Changed:
+class ChangedTensor:
     """A tensor that changes, seen as a matrix of `rows` rows; `ranges` makes its parts, in rising order."""
 
     rows: int
@@ -70,8 +70,8 @@ class Changed:
 
 def rewrite(
     output: Output,
-    sources: Mapping[str, Source],
-    changed: Mapping[str, Changed],
+    sources: Mapping[str, TensorRef],
+    changed: Mapping[str, ChangedTensor],
     device: torch.device,
     workers: int,
     progress: Progress | None = None,
@@ -91,7 +91,7 @@ def rewrite(
     with open_output(output) as targets, ExitStack() as writing:
         items = _items(output, sources, changed, targets, hashed)
         runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
-        writing.enter_context(written_back(targets.values()))
+        writing.enter_context(write_back_early(targets.values()))
         for item, results in runs:
             if not isinstance(item, HashBytes) and item.checked:
                 written[item.target].append((item.target_offset, item.nbytes, results.pop(0)))
@@ -111,7 +111,9 @@ def rewrite(
             finish(targets)
 
 
-def refuse_overflow(tensor: str, blocks: Collection[Change], sources: Mapping[str, Source], output: Output) -> None:
+def refuse_overflow(
+    tensor: str, blocks: Collection[RoundingStats], sources: Mapping[str, TensorRef], output: Output
+) -> None:
     """Raise for weights that became infinite: NeedsFlag where --dtype fp32 would hold them, else InputError."""
     count, largest = sum(block.overflowed for block in blocks), max((block.largest for block in blocks), default=0.0)
     if not count:
@@ -129,8 +131,8 @@ def refuse_overflow(tensor: str, blocks: Collection[Change], sources: Mapping[st
 
 def _items(
     output: Output,
-    sources: Mapping[str, Source],
-    changed: Mapping[str, Changed],
+    sources: Mapping[str, TensorRef],
+    changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
 ) -> Iterator[Item]:
@@ -146,11 +148,11 @@ def _items(
                 yield item
 
 
-def _is_changed(item: Item, changed: Mapping[str, Changed]) -> TypeGuard[MapRows]:
+def _is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[MapRows]:
     return isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast
 
 
-def _hash_items(sources: Mapping[str, Source], names: Collection[str]) -> Iterator[HashBytes]:
+def _hash_items(sources: Mapping[str, TensorRef], names: Collection[str]) -> Iterator[HashBytes]:
     for name in names:
         source = sources[name]
         begin, size = source.file.begin[source.name], source.spec.nbytes
@@ -162,8 +164,8 @@ def _file_items(
     output: Output,
     file: OutputFile,
     target: BinaryIO,
-    sources: Mapping[str, Source],
-    changed: Mapping[str, Changed],
+    sources: Mapping[str, TensorRef],
+    changed: Mapping[str, ChangedTensor],
 ) -> Iterator[Item]:
     """The work of one file in the order of its bytes; neighbours that are copied from neighbours are one item."""
     span: CopyBytes | None = None
@@ -185,7 +187,9 @@ def _file_items(
     yield from _copy_items(span)
 
 
-def _changed_items(source: Source, new: TensorSpec, place: CopyBytes, name: str, changed: Changed) -> Iterator[Item]:
+def _changed_items(
+    source: TensorRef, new: TensorSpec, place: CopyBytes, name: str, changed: ChangedTensor
+) -> Iterator[Item]:
     """The rows of one tensor: through the steps of its ranges, and as they are in between."""
     columns = new.size // changed.rows
     end = RowRange(changed.rows, changed.rows, _prepare_cast)
@@ -211,7 +215,7 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
 
 
 def _row_items(
-    source: Source, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
+    source: TensorRef, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
 ) -> Iterator[MapRows]:
     old, new = (getattr(torch, {**TORCH_FLOATS, **FLOAT8}[each.dtype]) for each in (source.spec, spec))
     step = rows.item_rows or max(MIN_ROWS, ROWS_ITEM // columns)

@@ -244,7 +244,7 @@ def _run_threads(
             torch.set_num_threads(threads_before)
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
+def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
     """`function` of each item, in their order, on `workers` threads of a core each; at most so many results wait.
 
     Close it when no more are wanted: only then torch has its own threads again.

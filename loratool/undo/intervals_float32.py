@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..numerics.filtered import MOST, Filtered, Positions, Told
+from ..numerics.filtered import MOST, FilteredTile, Positions, Told
 from .intervals import Array, FloatFormat, ambiguous, candidates, pack, widths
 
 CHUNK = 1 << 14  # weights at a time, which stay in a core's cache
@@ -34,7 +34,7 @@ class Estimates:
         self._cells: dict[tuple[int, int], list[tuple[Positions, Array, Array, Floats]]] = {}  # of some tiles each
         self._rows = self._size = 0
 
-    def add(self, tile: Filtered) -> None:
+    def add(self, tile: FilteredTile) -> None:
         form, (rows, columns) = self._form, tile.before.shape
         magnitude, code = tile.before.view(form.code) & form.magnitude, tile.after.view(form.code)
         exponent = code & form.exponent

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..numerics.exact import Change, Fill, Workspace, round_once, tiles
-from ..numerics.filtered import Filtered, Positions, Told
+from ..numerics.exact import Fill, RoundingStats, Workspace, round_once, tiles
+from ..numerics.filtered import FilteredTile, Positions, Told
 from .intervals import (
     FLOAT_FORMATS,
     Array,
@@ -61,17 +61,17 @@ def record_rows(columns: int) -> int:
     return max(2 * CELL_ROWS, RECORD // max(1, columns)) // rows * rows or rows
 
 
-def codes(x: Tensor) -> Array:
+def bit_patterns(x: Tensor) -> Array:
     """The bit patterns of a tensor as a flat array of integers."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(kind).flatten().cpu().numpy()
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedBlock:
     """What a step returns of a block: the merge's own sums, the record's next bytes, and the hashes up to here."""
 
-    change: Change
+    change: RoundingStats
     payload: bytes
     sha256: tuple[str, str]  # of W and of W'
 
@@ -92,7 +92,7 @@ class Recorder:
         self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
     ) -> None:
         """One cell, as `numerics.exact.apply_rounded` shows it."""
-        weight, result = codes(base), codes(out)
+        weight, result = bit_patterns(base), bit_patterns(out)
         back = c.flatten().cpu().numpy()
         factor = None if a is None else a.expand(base.shape).flatten().cpu().numpy()
         if self._form is None:
@@ -102,7 +102,7 @@ class Recorder:
         index, width, raw = encode(weight, candidates(result, factor, back, at, self._form), self._form)
         self._add(pack(index, width, [len(index)])[0], raw)
 
-    def filtered(self, tile: Filtered) -> None:
+    def filtered(self, tile: FilteredTile) -> None:
         assert self._form
         rows = cell_rows(tile.before.shape[1])
         self._estimates = self._estimates or Estimates(self._form, rows, CELL_COLUMNS)
@@ -128,14 +128,14 @@ class Recorder:
         """A block of a tensor whose values were replaced."""
         self._parts.append(_difference(weight, result))
 
-    def take(self, change: Change, base: Tensor, out: Tensor) -> Recorded:
+    def take(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
         """The block's bytes; `base` and `out` are the whole of it."""
         for digest, block in zip(self._hashes, (base, out), strict=True):
             digest.update(block.contiguous().view(torch.uint8).cpu().numpy().data)
         payload = b"".join(self._parts)
         self._parts.clear()
         first, second = self._hashes
-        return Recorded(change, payload, (first.hexdigest(), second.hexdigest()))
+        return RecordedBlock(change, payload, (first.hexdigest(), second.hexdigest()))
 
 
 def _perhaps(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
@@ -173,7 +173,7 @@ def _difference(weight: Array, guess: Array) -> bytes:
 class Doubted:
     """What came of a block from which a change was subtracted: how many weights can be wrong, and by how many steps."""
 
-    change: Change
+    change: RoundingStats
     doubtful: int
     farthest: int
 
@@ -194,8 +194,8 @@ class Doubter:
             self.doubtful += int((change != 0).sum())
             self.farthest = max(self.farthest, int(bool(self.doubtful)))
             return
-        result = codes(base)
-        at = ambiguous(result, codes(out), _perhaps(total, ties, self._form), change, self._form)
+        result = bit_patterns(base)
+        at = ambiguous(result, bit_patterns(out), _perhaps(total, ties, self._form), change, self._form)
         found = candidates(result, None, change, at, self._form)
         self.doubtful += int((found.most > 0).sum() + found.raw.sum())
         self.farthest = max(self.farthest, int(found.most.max(initial=0)))
@@ -249,7 +249,7 @@ class Restorer:
 
     def replaced(self, merged: Tensor, out: Tensor) -> None:
         """out: W of a block whose values were replaced."""
-        restored = torch.from_numpy(self.difference(codes(merged)))
+        restored = torch.from_numpy(self.difference(bit_patterns(merged)))
         out.copy_(restored.view(self._dtype).view(out.shape))
 
     def block(self, merged: Tensor, fill: Fill, out: Tensor, work: Workspace) -> None:
@@ -258,7 +258,7 @@ class Restorer:
             tile = merged[:, columns]
             change, total = (work.take(name, torch.float64, *tile.shape) for name in ("change", "total"))
             factor = fill(columns, change, total)
-            result, c = codes(tile), change.flatten().cpu().numpy()
+            result, c = bit_patterns(tile), change.flatten().cpu().numpy()
             a = None if factor is None else factor.expand(tile.shape).flatten().cpu().numpy()
             out[:, columns] = (
                 torch.from_numpy(self._cell(tile, total, result, c, a, factor, change, work))
@@ -284,7 +284,7 @@ class Restorer:
             total.div_(factor)
         rounded = work.take("rounded", tile.dtype, *tile.shape)
         ties = round_once(total, rounded, work)
-        guess = codes(rounded).copy()
+        guess = bit_patterns(rounded).copy()
         guess[~finite(guess, self._form)] &= ~(1 << self._form.mantissa)  # a sum just above the largest number
         same = ~finite(result, self._form)
         if a is None:

@@ -27,14 +27,14 @@ from typing import Any, BinaryIO
 from ..adapters.adapter import Adapter, UpdateSpec
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
-from ..binding.resolve import refuse_two
+from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
 from ..files.output import Output
 from ..files.safetensors_file import TensorFile
-from ..files.tensor_ref import Source
-from ..files.undo_file import END, MAGIC, VERSION, Part, unrecorded
+from ..files.tensor_ref import TensorRef
+from ..files.undo_file import END, MAGIC, VERSION, UnrecordedBytes, unrecorded
 
 
 def pack_bytes(data: bytes) -> str:
@@ -61,15 +61,15 @@ class UndoWriter:
         """The hash of a part of a tensor that is copied as it is."""
         self._untouched.setdefault(tensor, {})[part] = sha256
 
-    def unrecorded(self, plan: MergePlan, output: Output) -> list[Part]:
+    def unrecorded(self, plan: MergePlan, output: Output) -> list[UnrecordedBytes]:
         """What else of the changed tensors is to have a hash, once all is written."""
         return [
             part
-            for name, entry in index_of(plan, output)["tensors"].items()
+            for name, entry in make_index(plan, output)["tensors"].items()
             for part in unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
         ]
 
-    def add_written(self, part: Part, sha256: str) -> None:
+    def add_written(self, part: UnrecordedBytes, sha256: str) -> None:
         """The hash of one of these, in their order."""
         self._written.setdefault(part.tensor, []).append(sha256)
 
@@ -77,7 +77,7 @@ class UndoWriter:
         """Write the file; returns its size."""
         write_at(target, memoryview(MAGIC), 0)
         at = len(MAGIC)
-        index = index_of(plan, output)
+        index = make_index(plan, output)
         index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
         for name, entry in index["tensors"].items():
             for start, stop, offset, length, sha256 in sorted(self._records.get(name, [])):
@@ -100,21 +100,23 @@ class UndoWriter:
         self._spool.close()
 
 
-def in_order(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+def sort_adapters(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
     """Adapters with their weights in an order that does not depend on how they were given."""
-    return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].components.items())))
+    return sorted(
+        adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].component_weights.items()))
+    )
 
 
-def entry_of(adapter: Adapter, weight: float) -> dict[str, Any]:
+def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
     """What a record says of an adapter; of its components only where one has a weight of its own."""
     entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
-    return {**entry, "components": dict(adapter.components)} if adapter.components else entry
+    return {**entry, "components": dict(adapter.component_weights)} if adapter.component_weights else entry
 
 
-def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
+def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     """All that is known before the records are: the base as it was, the adapters, and each tensor's recipe."""
     base = plan.base
-    adapters = in_order(plan.adapters)
+    adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
     names = {*output.extras, *plan.edits.files}
     for part in () if base.given_as_file else base.models:
@@ -123,7 +125,7 @@ def index_of(plan: MergePlan, output: Output) -> dict[str, Any]:
     return {
         "version": VERSION,
         "arithmetic": json.loads(output.provenance)["arithmetic"],
-        "adapters": [{"name": Path(a.name).name, **entry_of(a, w)} for a, w in adapters],
+        "adapters": [{"name": Path(a.name).name, **adapter_entry(a, w)} for a, w in adapters],
         "file": base.given_as_file,
         "shards": [
             {
@@ -153,7 +155,7 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     if name not in plan.base.specs:
         return entry
     was = plan.base.specs[name]
-    entry["replaced"] = source != Source(plan.base.shard_of[name], name)
+    entry["replaced"] = source != TensorRef(plan.base.shard_of[name], name)
     if entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:
@@ -169,7 +171,7 @@ def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
     return [numbers[id(p.adapter)], p.update.module, value, p.weight, *place]
 
 
-def placements_of(
+def read_placements(
     index: Mapping[str, Any], tensor: str, spec: TensorSpec, adapters: Sequence[Adapter]
 ) -> list[Placement]:
     """The recipe of a tensor, the adapters in the order of the index. Raises InputError for one of another model."""
@@ -180,13 +182,13 @@ def placements_of(
             raise InputError(f"has no {value or module}, which the undo file names", culprit=adapter.name)
         if value is None:
             own = adapter.updates[module]
-            update = own.transpose() if own.inputs else own
+            update = own.transpose() if own.norm_over_inputs else own
         else:
             update = UpdateSpec("replace", module, {"value": value}, {"value": adapter.file.specs[value]})
         found.append(Placement(adapter, update, weight, *place))
         if spec.size and not _fits(found[-1], spec):
             raise InputError(f"{module} of {adapter.name} is not of the shape that the undo file says", culprit=tensor)
-    refuse_two(tensor, found)
+    refuse_second_nonadditive(tensor, found)
     return found
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from loratool.adapters.adapter import AdapterConfig
 from loratool.adapters.formats import FORMATS, is_adapter, open_adapter
-from loratool.adapters.formats.peft_config import BASE_CHANGING_INITS, REFUSED, changes_base
+from loratool.adapters.formats.peft_config import BASE_MUTATING_INITS, REFUSED_FIELDS, base_mutating_init
 from loratool.adapters.patterns import Patterns
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
 
@@ -160,7 +160,7 @@ class TestBareFile:
             open_adapter(kohya, alpha=1)
 
 
-@pytest.mark.parametrize("field", REFUSED)
+@pytest.mark.parametrize("field", REFUSED_FIELDS)
 def test_what_plain_lora_cannot_express_is_refused_by_its_field(tmp_path: Path, field: str) -> None:
     """Trap 60, and every switch of LoraConfig that changes the arithmetic."""
     with pytest.raises(InputError, match=f"sets {field}: "):
@@ -177,13 +177,15 @@ def test_a_default_config_of_peft_is_not_refused(tmp_path: Path) -> None:
     assert adapter.config.extra["a_field_of_tomorrow"] == [1]
 
 
-@pytest.mark.parametrize("init", [*BASE_CHANGING_INITS, "pissa_niter_16"])
+@pytest.mark.parametrize("init", [*BASE_MUTATING_INITS, "pissa_niter_16"])
 def test_inits_that_changed_the_base_are_told(tmp_path: Path, init: str) -> None:
     """Trap 58."""
-    assert changes_base(open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, init_lora_weights=init)).config)
+    assert base_mutating_init(
+        open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, init_lora_weights=init)).config
+    )
     for harmless in (True, False, "gaussian", "orthogonal", "eva"):
         adapter = open_adapter(write_peft(tmp_path / "b", {Q: factors(6, 4, 2)}, init_lora_weights=harmless))
-        assert changes_base(adapter.config) is None
+        assert base_mutating_init(adapter.config) is None
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR", "ADALORA", "IA3", "PREFIX_TUNING", "VERA", "BOTTLENECK"])

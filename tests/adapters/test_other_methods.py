@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import loratool
 from loratool.adapters.formats import open_adapter
-from loratool.adapters.formats.other_methods import METHODS, OUTCOMES
+from loratool.adapters.formats.other_methods import OTHER_METHODS, OUTCOMES
 from loratool.errors import InputError, LoratoolError, UsageError
 from loratool.ops.inspect.command import MethodReport
 
@@ -79,12 +79,16 @@ def test_what_peft_leaves_of_prompts(tmp_path: Path, kind: str) -> None:
     report = report_of(tmp_path / "a")
     assert (report.method, report.outcome, report.base_model) == (kind, "neither", str(BASE)) and not report.notes
     assert (report.tensors, report.parameters, report.nbytes) == counted(tmp_path / "a")
-    with pytest.raises(InputError, match=METHODS[kind].reason):
+    with pytest.raises(InputError, match=OTHER_METHODS[kind].reason):
         loratool.merge(BASE, tmp_path / "a", tmp_path / "out")
 
 
 def test_every_method_that_peft_can_merge_is_tried_below() -> None:
-    assert {kind for kind, method in METHODS.items() if method.outcome == "extracted"} == {*LAYERS, "LORAS", "MLX"}
+    assert {kind for kind, method in OTHER_METHODS.items() if method.outcome == "extracted"} == {
+        *LAYERS,
+        "LORAS",
+        "MLX",
+    }
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -206,12 +210,14 @@ def test_adapterhubs_other_methods(tmp_path: Path) -> None:
         assert report_of(folder).method == kind
 
 
-@pytest.mark.parametrize(("kind", "mark"), [(kind, mark) for kind, method in METHODS.items() for mark in method.marks])
+@pytest.mark.parametrize(
+    ("kind", "mark"), [(kind, mark) for kind, method in OTHER_METHODS.items() for mark in method.marks]
+)
 def test_the_refusal_and_the_verdict_give_one_reason(tmp_path: Path, kind: str, mark: str) -> None:
     for key in (f"base_model.model.x.{mark}y", f"{mark}y", f"base_model.model.{mark}y"):
         folder = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(6, 2))})
         save_file({key: weights(2, 2)}, folder / "adapter_model.safetensors")
-        report, method = report_of(folder), METHODS[kind]
+        report, method = report_of(folder), OTHER_METHODS[kind]
         assert report.method == kind and report.verdict.startswith(
             f"{OUTCOMES[method.outcome]}: {method.title}, which "
         )

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from loratool.architectures.config_tensors import FAMILIES, tensor_shapes
-from loratool.architectures.projections import PROJECTIONS, ROLES, projections
+from loratool.architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
+from loratool.architectures.projections import PROJECTION_NAMES, PROJECTIONS, projections
 from loratool.errors import InputError
 
 SMALL = {
@@ -144,7 +144,7 @@ def small(model_type: str) -> dict[str, Any]:
 def theirs(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """`named_parameters` of the class that the config names, or of the family's usual one."""
     fields = {key: value for key, value in config.items() if key not in ("model_type", "n_ctx")}
-    family = FAMILIES[config["model_type"]]
+    family = CONFIG_FAMILIES[config["model_type"]]
     usual = family.bare if config["model_type"] in ENCODERS else family.lm
     made = transformers.AutoConfig.for_model(config["model_type"], **fields)
     with torch.device("meta"):
@@ -153,16 +153,16 @@ def theirs(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIG_FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["bare", "lm"])
 def test_each_class_of_each_family(model_type: str, kind: str, tied: bool) -> None:
-    named = getattr(FAMILIES[model_type], kind)
+    named = getattr(CONFIG_FAMILIES[model_type], kind)
     config = {**small(model_type), "architectures": [named], "tie_word_embeddings": tied}
     assert tensor_shapes(config) == theirs(config)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIG_FAMILIES)
 @pytest.mark.parametrize(
     "more",
     [
@@ -199,7 +199,7 @@ def test_fields_of_one_family(config: dict[str, Any]) -> None:
     assert tensor_shapes(config) == theirs(config)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIG_FAMILIES)
 def test_defaults_of_fields_left_out(model_type: str) -> None:
     """One layer of whatever size the family's config class starts with."""
     config = {"model_type": model_type, "n_layer" if model_type == "gpt2" else "num_hidden_layers": 1}
@@ -231,11 +231,11 @@ def test_a_config_that_is_none(change: dict[str, Any], match: str) -> None:
         tensor_shapes({**small("llama"), **change})
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIG_FAMILIES)
 def test_every_linear_layer_of_a_known_family_has_its_role(model_type: str) -> None:
     paths = {name.removesuffix(".weight") for name, shape in tensor_shapes(small(model_type)).items() if len(shape) > 1}
     inside = [path for path in paths if ".0." in path and not path.endswith("mlp.gate")]
     found = [role for path in inside for role in projections(path)]
     gated = [] if model_type in (*ENCODERS, "gpt2") else ["gate_proj"]
-    assert sorted(found) == sorted([role for role in ROLES if role != "gate_proj"] + gated)
-    assert all(set(roles) <= set(ROLES) for roles in PROJECTIONS.values())
+    assert sorted(found) == sorted([role for role in PROJECTION_NAMES if role != "gate_proj"] + gated)
+    assert all(set(roles) <= set(PROJECTION_NAMES) for roles in PROJECTIONS.values())

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_init_speed import LLAMA_7B
 from test_merge_speed import COMMAND, fresh, measure, peak
 
-from loratool.numerics.factored_svd import svd
+from loratool.numerics.factored_svd import factored_svd
 
 LAYERS = 32
 
@@ -58,7 +58,7 @@ def test_resize_against_the_dense_svd(folder: Path) -> None:
         B, A = torch.randn(out, 64, generator=g), torch.randn(64, inp, generator=g)
         begin = time.perf_counter()
         for _ in range(4):
-            svd(B, A).truncated(16)
+            factored_svd(B, A).truncated(16)
         ours += (time.perf_counter() - begin) / 4 * count
         begin = time.perf_counter()
         torch.linalg.svd(B @ A, full_matrices=False)

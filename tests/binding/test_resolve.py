@@ -11,7 +11,7 @@ from conftest import factors, write_kohya, write_peft
 
 from loratool.adapters.formats import open_adapter
 from loratool.binding.resolve import Binding, bind
-from loratool.binding.selection import Selection, matches, parse_layers, parse_patterns
+from loratool.binding.selection import Selection, matches_pattern, parse_layers, parse_patterns
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.dtypes import TensorSpec
 
@@ -260,15 +260,21 @@ def test_a_bare_name_matches_as_peft_matches_it(pattern: str, path: str) -> None
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    assert matches(pattern, path) == bool(check_target_module_exists(LoraConfig(target_modules=[pattern]), path))
+    assert matches_pattern(pattern, path) == bool(
+        check_target_module_exists(LoraConfig(target_modules=[pattern]), path)
+    )
 
 
 def test_other_patterns() -> None:
-    assert matches("model.*.q", "model.a.b.q") and not matches("*.q", "q") and matches("?.q", "a.q")
-    assert matches(r"re:layers\.[02]\.", "model.layers.2.q") and not matches("re:^q", "a.q")
+    assert (
+        matches_pattern("model.*.q", "model.a.b.q")
+        and not matches_pattern("*.q", "q")
+        and matches_pattern("?.q", "a.q")
+    )
+    assert matches_pattern(r"re:layers\.[02]\.", "model.layers.2.q") and not matches_pattern("re:^q", "a.q")
     for expression in ("re:(", "re:a{99999999999999}", "re:" + "(" * 5000):
         with pytest.raises(UsageError, match="not a regular expression"):
-            matches(expression, "q")
+            matches_pattern(expression, "q")
     for nothing in ("", ",", " , "):
         with pytest.raises(UsageError, match="names nothing"):
             parse_patterns([nothing])

@@ -17,7 +17,7 @@ import pytest
 from conftest import FIXTURES, factors, weights, write_model, write_peft
 
 import loratool
-from loratool.cli import VERBS
+from loratool.cli import COMMANDS
 from loratool.cli.options import Size, WeightedPath
 from loratool.cli.render.text import SCHEMA_VERSION
 from loratool.files.dtypes import MERGE_DTYPES
@@ -62,12 +62,12 @@ def test_no_torch_and_no_numpy_where_headers_suffice(arguments: list[str]) -> No
     assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], *([verb, "-h"] for verb in VERBS)])
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], *([verb, "-h"] for verb in COMMANDS)])
 def test_help_tells_the_story(run: Run, arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code in (0, 2) and "Usage: loratool" in result.stdout + result.stderr
     if len(arguments) == 1:
-        assert all(verb in result.stdout for verb in VERBS)
+        assert all(verb in result.stdout for verb in COMMANDS)
     if arguments[:1] == ["merge"]:
         assert all(name in result.stdout for name in ("keep", "fp32", "bf16", "fp16"))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from stage import set_stage
 
-from loratool.cli import VERBS
+from loratool.cli import COMMANDS
 
 Run = Callable[..., Any]
 
@@ -42,7 +42,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_the_examples_of_each_verb(verb: str, stage: Path, run: Run) -> None:
     for line in BEFORE.get(verb, []):
         assert run(*line.split()).exit_code == 0
@@ -64,7 +64,7 @@ def test_those_of_all_verbs(stage: Path, run: Run) -> None:
         assert run(*argv).exit_code == 0
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_option_says_what_it_does(verb: str, run: Run) -> None:
     """And no line is wider than a terminal, but for an example."""
     text = run(verb, "-h").stdout

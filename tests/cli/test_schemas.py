@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.cli import VERBS, Terminated, schemas
+from loratool.cli import COMMANDS, Terminated, schemas
 from loratool.errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 FILES = {file.name: json.loads(file.read_text()) for file in resources.files(schemas).iterdir() if "json" in file.name}
@@ -133,7 +133,7 @@ def test_a_file_is_a_schema_and_what_the_reports_make(name: str) -> None:
 
 
 def test_there_is_a_file_for_every_verb() -> None:
-    assert set(FILES) == {f"{verb}.json" for verb in VERBS} | {"error.json"}
+    assert set(FILES) == {f"{verb}.json" for verb in COMMANDS} | {"error.json"}
 
 
 def test_every_report_of_every_verb_is_printed_here(printed: list[tuple[str, str, int, Any]]) -> None:
@@ -210,7 +210,7 @@ RAISED: list[tuple[BaseException, str, int]] = [
 ]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     two = dict.fromkeys(("diff", "extract", "merge", "unmerge"), "a b")
     inputs = {**two, "verify": "a b c", "convert": "a --to peft", "resize": "a --rank 4"}
@@ -253,5 +253,5 @@ def test_every_word_is_of_a_field() -> None:
     def names(kind: dict[str, Any]) -> set[str]:
         return {f"{cls}.{name}" for cls, schema in kind["$defs"].items() for name in schema["properties"]}
 
-    every = {name for verb in VERBS for name in names(FILES[f"{verb}.json"])}
+    every = {name for verb in COMMANDS for name in names(FILES[f"{verb}.json"])}
     assert {word for word in schemas.WORDS if word not in every | {name.split(".")[1] for name in every}} == set()

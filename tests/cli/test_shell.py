@@ -18,7 +18,7 @@ from conftest import FIXTURES
 
 from loratool.binding.selection import PRESETS
 from loratool.binding.tied_weights import TIED
-from loratool.cli import VERBS, cli
+from loratool.cli import COMMANDS, cli
 from loratool.cli.options import SELECTIONS
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output import CONTAINERS
@@ -29,7 +29,7 @@ from loratool.ops.init import methods as inits
 Run = Callable[..., Any]
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
 MAIN = "from loratool.cli import main; main()"
-COMMANDS = {verb: cli.get_command(click.Context(cli), verb) for verb in VERBS}
+COMMANDS = {verb: cli.get_command(click.Context(cli), verb) for verb in COMMANDS}
 OPTIONS = [
     (verb, option)
     for verb, command in COMMANDS.items()
@@ -54,7 +54,7 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("typed", "wanted"),
         [
-            ("loratool ", list(VERBS)),
+            ("loratool ", list(COMMANDS)),
             ("loratool in", ["init", "inspect"]),
             ("loratool --v", ["--version"]),
             ("loratool merge base/ adapter/ --ti", ["--tied"]),
@@ -62,9 +62,9 @@ class TestCompletion:
             ("loratool merge base/ adapter/ --dtype ", ["keep", *FACTOR_DTYPES]),
             ("loratool merge base/ adapter/ --device c", ["cpu", "cuda"]),
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
-            ("loratool convert a.safetensors --to ", [*choices.TARGETS, *CONTAINERS]),
-            ("loratool convert a.safetensors --for ", list(choices.LAYOUTS)),
-            ("loratool init base/ --method ", list(choices.INITS)),
+            ("loratool convert a.safetensors --to ", [*choices.FORMAT_CHOICES, *CONTAINERS]),
+            ("loratool convert a.safetensors --for ", list(choices.QKV_LAYOUTS)),
+            ("loratool init base/ --method ", list(choices.INIT_CHOICES)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
             ("loratool extract base/ tuned/ --embed s", ["skip"]),
             ("loratool verify base/ adapter/ merged/ --allow ", ["inconclusive"]),
@@ -76,12 +76,12 @@ class TestCompletion:
     ) -> None:
         assert complete(run, monkeypatch, typed) == [f"plain,{word}" for word in wanted]
 
-    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("verb", COMMANDS)
     def test_every_option_of_every_verb(self, run: Run, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
         found = complete(run, monkeypatch, f"loratool {verb} --")
         assert set(found) >= {f"plain,{option.opts[-1]}" for owner, option in OPTIONS if owner == verb}
 
-    @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"guide"}))
+    @pytest.mark.parametrize("verb", sorted(set(COMMANDS) - {"guide"}))
     def test_inputs_and_outputs_are_files(self, run: Run, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
         """The shell's own completion takes over where a path is wanted."""
         assert complete(run, monkeypatch, f"loratool {verb} mod") == ["file,mod"]
@@ -90,8 +90,8 @@ class TestCompletion:
 
     def test_zsh_and_fish_show_what_a_verb_does(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert complete(run, monkeypatch, "loratool x", "zsh") == [""]
-        assert complete(run, monkeypatch, "loratool unm", "zsh") == ["plain", "unmerge", VERBS["unmerge"]]
-        assert complete(run, monkeypatch, "loratool unm", "fish") == [f"plain,unmerge\t{VERBS['unmerge']}"]
+        assert complete(run, monkeypatch, "loratool unm", "zsh") == ["plain", "unmerge", COMMANDS["unmerge"]]
+        assert complete(run, monkeypatch, "loratool unm", "fish") == [f"plain,unmerge\t{COMMANDS['unmerge']}"]
 
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
     def test_the_script_of_each_shell(self, run: Run, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
@@ -120,8 +120,8 @@ class TestCompletion:
     def test_it_needs_no_torch(self) -> None:
         """Nor does the help of any verb: a TAB must not wait for a second of imports."""
         code = (
-            "import os, sys; from loratool.cli import VERBS, _run\n"
-            "assert all(_run([verb, '-h']) == 0 for verb in VERBS)\n"
+            "import os, sys; from loratool.cli import COMMANDS, _run\n"
+            "assert all(_run([verb, '-h']) == 0 for verb in COMMANDS)\n"
             "os.environ.update(_LORATOOL_COMPLETE='bash_complete', COMP_WORDS='loratool init -', COMP_CWORD='2')\n"
             "assert _run([]) == 0\n"
             "sys.exit(bool({'torch', 'numpy', 'safetensors', 'rich'} & set(sys.modules)))"
@@ -130,7 +130,9 @@ class TestCompletion:
 
     def test_the_words_are_rows_of_the_tables(self) -> None:
         assert set(SELECTIONS) == {"all-linear", *PRESETS}
-        assert list(choices.INITS) == list(inits.INITS) and list(choices.METHODS) == list(combining.METHODS)
+        assert list(choices.INIT_CHOICES) == list(inits.INITS) and list(choices.COMBINE_METHODS) == list(
+            combining.METHODS
+        )
 
 
 # An option's value by its type, where it is no switch and no choice

@@ -26,7 +26,7 @@ from loratool.errors import InputError
 from loratool.files import torch_pickle as torchpickle
 from loratool.files.dtypes import DTYPES
 from loratool.files.safetensors_file import TensorFile
-from loratool.files.torch_reader import CONTAINERS, TorchFile
+from loratool.files.torch_reader import STATE_DICT_KEYS, TorchFile
 
 # Torch warns of each odd thing that these tests save.
 pytestmark = [
@@ -153,7 +153,7 @@ def test_reads_the_same_tensors_as_from_safetensors(save: Callable[..., Path], t
         assert file.file.closed
 
 
-@pytest.mark.parametrize("key", CONTAINERS)
+@pytest.mark.parametrize("key", STATE_DICT_KEYS)
 def test_weights_in_a_container(save: Callable[..., Path], key: str) -> None:
     weights = {"w": torch.ones(2, 3), "steps": 3, "extra": {"x": torch.ones(1)}}
     file = compare(save({"epoch": 3, key: weights, "optimizer": {0: {"m": torch.ones(4)}}, 7: None}), key)

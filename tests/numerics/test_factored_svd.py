@@ -65,7 +65,7 @@ def pairs(request: pytest.FixtureRequest) -> tuple[Pair, Pair]:
 
 def test_norms_inner_products_and_distances(pairs: tuple[Pair, Pair]) -> None:
     D1, D2 = (B @ A for B, A in pairs)
-    one, two = (f.svd(B, A) for B, A in pairs)
+    one, two = (f.factored_svd(B, A) for B, A in pairs)
     largest = max(float(D1.norm()), float(D2.norm()), 1e-300)
     assert abs(float(one.norm) - float(D1.norm())) <= 1e-9 * largest
     assert abs(float(f.inner(one, two)) - float((D1 * D2).sum())) <= 1e-9 * largest**2
@@ -79,7 +79,7 @@ def test_norms_inner_products_and_distances(pairs: tuple[Pair, Pair]) -> None:
 
 def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
     for B, A in pairs:
-        D, found = B @ A, f.svd(B, A)
+        D, found = B @ A, f.factored_svd(B, A)
         U, S, Vh = torch.linalg.svd(D)
         k = len(found.S)
         scale = max(float(S[0]), 1e-300)
@@ -109,10 +109,10 @@ def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
 def test_energy_rank(share: float) -> None:
     S = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
-    k = f.energy_rank(S, share)
+    k = f.rank_of_energy(S, share)
     assert float(S[:k].square().sum()) >= share * 14.25 * (1 - 1e-9)
     assert float(S[: k - 1].square().sum()) < share * 14.25
-    assert f.energy_rank(torch.zeros(3), 0.5) == 0
+    assert f.rank_of_energy(torch.zeros(3), 0.5) == 0
 
 
 def rotated(Q: Tensor, angles: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def test_principal_angles_are_those_that_were_made(angles: list[float]) -> None:
 
 
 def test_phi_is_the_papers_by_brute_force() -> None:
-    one, two = f.svd(*random(40, 30, 5)), f.svd(*random(40, 30, 8, 1))
+    one, two = f.factored_svd(*random(40, 30, 5)), f.factored_svd(*random(40, 30, 8, 1))
     phi = f.subspace_similarity(one.V, two.V)
     full = [torch.linalg.svd(B @ A).Vh.T for B, A in (random(40, 30, 5), random(40, 30, 8, 1))]
     for i in range(1, 6):
@@ -165,8 +165,8 @@ def test_amplification_by_brute_force() -> None:
     U, _, Vh = torch.linalg.svd(B @ A)
     for rank in (2, 5):
         expected = (B @ A).norm() / (U[:, :rank].T @ W @ Vh[:rank].T).norm()
-        assert math.isclose(f.amplification(f.svd(B, A), W.split(7), rank), float(expected), rel_tol=1e-9)
-    assert f.amplification(f.svd(B, A), [torch.zeros(40, 30)], 5) == math.inf
+        assert math.isclose(f.amplification(f.factored_svd(B, A), W.split(7), rank), float(expected), rel_tol=1e-9)
+    assert f.amplification(f.factored_svd(B, A), [torch.zeros(40, 30)], 5) == math.inf
 
 
 Reduce = Callable[[f.FactoredSVD], Tensor]
@@ -176,18 +176,18 @@ Reduce = Callable[[f.FactoredSVD], Tensor]
 def test_a_batch_is_its_members(reduce: Reduce) -> None:
     each = [random(40, 30, 5, seed) for seed in range(6)]
     B, A = torch.stack([b for b, _ in each]).view(2, 3, 40, 5), torch.stack([a for _, a in each]).view(2, 3, 5, 30)
-    alone = torch.stack([reduce(f.svd(*pair)) for pair in each])
-    assert torch.allclose(reduce(f.svd(B, A)).flatten(), alone, rtol=1e-12)
-    both = f.svd(B, A), f.svd(B.flip(1), A.flip(1))
+    alone = torch.stack([reduce(f.factored_svd(*pair)) for pair in each])
+    assert torch.allclose(reduce(f.factored_svd(B, A)).flatten(), alone, rtol=1e-12)
+    both = f.factored_svd(B, A), f.factored_svd(B.flip(1), A.flip(1))
     for function in (f.inner, f.distance, f.cosine):
         found = function(*both)
         assert found.shape == (2, 3)
-        assert torch.allclose(found[1, 0], function(f.svd(*each[3]), f.svd(*each[5])), rtol=1e-9)
+        assert torch.allclose(found[1, 0], function(f.factored_svd(*each[3]), f.factored_svd(*each[5])), rtol=1e-9)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_numbers_are_the_same() -> None:
-    one, two = (f.svd(*random(40, 30, 5, seed)) for seed in (0, 1))
-    there = [f.svd(*(t.cuda() for t in random(40, 30, 5, seed))) for seed in (0, 1)]
+    one, two = (f.factored_svd(*random(40, 30, 5, seed)) for seed in (0, 1))
+    there = [f.factored_svd(*(t.cuda() for t in random(40, 30, 5, seed))) for seed in (0, 1)]
     assert math.isclose(float(f.distance(*there)), float(f.distance(one, two)), rel_tol=1e-9)

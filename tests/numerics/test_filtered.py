@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loratool.adapters.updates import LowRank
 from loratool.numerics import filtered
-from loratool.numerics.exact import Change, ExactProduct, Factors, Workspace, apply_rounded
+from loratool.numerics.exact import ExactProduct, Factors, RoundingStats, Workspace, apply_rounded
 from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
 
 CPU = torch.device("cpu")
@@ -25,7 +25,9 @@ def rows_of(product: ExactProduct, count: int, even: bool = False) -> FilteredRo
     return FilteredRows(FilteredProduct(product, even), product.balanced(0, count))
 
 
-def both(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[tuple[Tensor, Change], tuple[Tensor, Change]]:
+def both(
+    W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0
+) -> tuple[tuple[Tensor, RoundingStats], tuple[Tensor, RoundingStats]]:
     product = ExactProduct(LowRank(A, B, scale).terms(1.0, False))
     left = product.left(0, len(W))
     found, expected = torch.empty_like(W), torch.empty_like(W)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import loratool
 from loratool import NeedsFlag
-from loratool.numerics.factored_svd import svd
-from loratool.ops.combine.methods import METHODS, Part, dare_linear
+from loratool.numerics.factored_svd import factored_svd
+from loratool.ops.combine.methods import METHODS, WeightedDelta, dare_linear
 
 Run = Callable[..., Any]
 
@@ -332,7 +332,7 @@ class TestMethods:
 
     def test_knots_of_changes_that_share_directions_has_their_rank(self) -> None:
         B, A = (torch.randn(*shape, dtype=torch.float64) for shape in ((9, 2), (2, 7)))
-        parts = [Part(B, A, 1.0, ""), Part(-2 * B @ torch.eye(2).double(), A, 1.0, "")]
+        parts = [WeightedDelta(B, A, 1.0, ""), WeightedDelta(-2 * B @ torch.eye(2).double(), A, 1.0, "")]
         U, X = METHODS["knots"].run(parts, 1.0)
         assert U.shape == (9, 4) and X.shape == (4, 7) and not X[2:].any()
         assert torch.allclose(U[:, :2].T @ U[:, :2], torch.eye(2).double(), atol=1e-12)
@@ -349,7 +349,7 @@ class TestMethods:
 class TestDare:
     def test_entries_are_dropped_at_the_density_and_the_rest_rescaled(self) -> None:
         B, A = torch.randn(300, 8, dtype=torch.float64), torch.randn(8, 400, dtype=torch.float64)
-        found = dare_linear([Part(B, A, 1.0, "key")], 0.3)
+        found = dare_linear([WeightedDelta(B, A, 1.0, "key")], 0.3)
         D = (B @ A).float()
         kept = found != 0
         assert torch.allclose(found[kept], D[kept] / 0.3, rtol=1e-6)
@@ -812,4 +812,4 @@ def test_the_change_that_is_written_is_of_the_rank_that_is_said(three: list[Path
     for method in METHODS:
         loratool.combine(three, tmp_path / method, method=method, rank=4)
         B = written(tmp_path / method, "x")
-        assert int(svd(B, torch.eye(B.shape[1])).S.gt(1e-6 * B.norm()).sum()) == 4
+        assert int(factored_svd(B, torch.eye(B.shape[1])).S.gt(1e-6 * B.norm()).sum()) == 4

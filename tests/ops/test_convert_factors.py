@@ -20,30 +20,30 @@ from loratool.adapters.formats import open_adapter
 from loratool.adapters.updates import LowRank
 from loratool.files.dtypes import TensorSpec
 from loratool.ops.convert.factors import (
-    Factors,
-    alpha_of,
-    cast,
-    change_error,
+    ModuleFactors,
+    alpha_for_scale,
+    cast_factors,
     common_scale,
-    fold,
+    delta_error,
+    fold_scale,
     is_exact_product,
     make_factors,
 )
-from loratool.ops.convert.module_map import Part, Target
-from loratool.ops.convert.source_modules import Source
+from loratool.ops.convert.module_map import RowSlice, TargetModule
+from loratool.ops.convert.source_modules import SourceModule
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAME = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"
 
 
-def source(rows: int, columns: int, rank: int) -> Source:
+def source(rows: int, columns: int, rank: int) -> SourceModule:
     specs = {"A": TensorSpec("F32", (rank, columns)), "B": TensorSpec("F32", (rows, rank))}
-    return Source("m", UpdateSpec("lora", "m", {}, specs), "unet", "m")
+    return SourceModule("m", UpdateSpec("lora", "m", {}, specs), "unet", "m")
 
 
-def whole(update: LowRank) -> Target:
+def whole(update: LowRank) -> TargetModule:
     own = source(len(update.B), update.A.shape[1], len(update.A))
-    return Target("unet", "m", len(update.B), (Part(own, 0, len(update.B)),), "exact")
+    return TargetModule("unet", "m", len(update.B), (RowSlice(own, 0, len(update.B)),), "exact")
 
 
 def dense_error(true: Tensor, made: Tensor) -> float:
@@ -55,13 +55,13 @@ def dense_error(true: Tensor, made: Tensor) -> float:
 def test_a_fold_is_exact_just_where_fractions_say_so(dtype: torch.dtype, scale: float) -> None:
     A, B = (side / 7 for side in factors(5, 4, 3, dtype=dtype))  # with all the bits of their type
     update = LowRank(A, B, scale)
-    made = fold(make_factors(whole(update), [update]))
+    made = fold_scale(make_factors(whole(update), [update]))
     same = all(
         Fraction(float(new)) == Fraction(float(old)) * Fraction(scale)
         for new, old in zip(made.B.flatten(), B.flatten(), strict=True)
     )
     assert made.exact is same and made.scale == 1.0
-    error = change_error(whole(update), [update], made, 1.0)
+    error = delta_error(whole(update), [update], made, 1.0)
     assert (error == 0.0) is same and error < 2e-7
     true = scale * B.double() @ A.double()
     if error > 1e-12:
@@ -70,8 +70,8 @@ def test_a_fold_is_exact_just_where_fractions_say_so(dtype: torch.dtype, scale: 
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 256))
 def test_an_alpha_gives_its_scale_again(alpha: float, rank: int) -> None:
-    assert alpha_of(alpha / rank, rank) / rank == alpha / rank
-    assert alpha_of(3.0 / rank, rank) == 3.0
+    assert alpha_for_scale(alpha / rank, rank) / rank == alpha / rank
+    assert alpha_for_scale(3.0 / rank, rank) == 3.0
 
 
 @given(st.floats(-1e3, 1e3, allow_subnormal=False), st.floats(-1e3, 1e3, width=16, allow_subnormal=False))
@@ -86,12 +86,12 @@ def test_scales_that_are_powers_of_two_apart_stay_in_alpha() -> None:
     assert common_scale([0.0, 0.5]) == 1.0
 
 
-def fused(updates: list[LowRank]) -> Target:
+def fused(updates: list[LowRank]) -> TargetModule:
     parts, at = [], 0
     for update in updates:
-        parts.append(Part(source(len(update.B), update.A.shape[1], len(update.A)), 0, len(update.B), at))
+        parts.append(RowSlice(source(len(update.B), update.A.shape[1], len(update.A)), 0, len(update.B), at))
         at += len(update.B)
-    return Target("unet", "m", at, tuple(parts), "fused")
+    return TargetModule("unet", "m", at, tuple(parts), "fused")
 
 
 def test_parts_of_several_types_lose_nothing() -> None:
@@ -102,14 +102,14 @@ def test_parts_of_several_types_lose_nothing() -> None:
         made = make_factors(fused(updates), updates)
         true = torch.cat([u.scale * u.B.double() @ u.A.double() for u in updates])
         assert made.exact and torch.equal(made.scale * made.B.double() @ made.A.double(), true)
-        assert change_error(fused(updates), updates, made, made.scale) == 0.0
+        assert delta_error(fused(updates), updates, made, made.scale) == 0.0
 
 
 def test_a_start_keeps_its_ranks_where_it_is_split() -> None:
     """B = 0 reaches no rows, and is every part's; a rank of other rows is not."""
     A = weights(4, 6)
     B = torch.zeros(9, 4)
-    part = Target("unet", "q", 3, (Part(source(9, 6, 4), 0, 3),), "split")
+    part = TargetModule("unet", "q", 3, (RowSlice(source(9, 6, 4), 0, 3),), "split")
     assert make_factors(part, [LowRank(A, B, 1.0)]).A.shape == (4, 6)
     B[3:, 1], B[:3, 2] = 1.0, 1.0
     made = make_factors(part, [LowRank(A, B, 1.0)])
@@ -119,11 +119,11 @@ def test_a_start_keeps_its_ranks_where_it_is_split() -> None:
 def test_a_narrower_type_says_what_it_loses() -> None:
     A, B = factors(5, 4, 3)
     update = LowRank(A, B, 0.7)
-    made = cast(Factors(A, B, 0.7), torch.bfloat16)
-    error = change_error(whole(update), [update], made, 0.7)
+    made = cast_factors(ModuleFactors(A, B, 0.7), torch.bfloat16)
+    error = delta_error(whole(update), [update], made, 0.7)
     true, less = (0.7 * b.double() @ a.double() for a, b in ((A, B), (made.A, made.B)))
     assert not made.exact and math.isclose(error, dense_error(true, less), rel_tol=1e-9)
-    assert cast(Factors(A.half(), B.half(), 0.7), torch.float32).exact
+    assert cast_factors(ModuleFactors(A.half(), B.half(), 0.7), torch.float32).exact
 
 
 class TestInFiles:

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from test_config_tensors import DEBERTA, GROUPED, REAL, SMALL, small
 
 import loratool
-from loratool.architectures.config_tensors import FAMILIES
+from loratool.architectures.config_tensors import CONFIG_FAMILIES
 from loratool.binding.selection import Selection
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import TensorSpec
 from loratool.ops.count.command import MethodCount
-from loratool.ops.count.formulas import METHODS
+from loratool.ops.count.formulas import FORMULAS
 from loratool.ops.count.outline import find_blocks, find_matrices, find_targets, parameters_of
 
 ROBERTA = {**REAL["roberta-base"], "architectures": ["RobertaModel"]}
@@ -202,13 +202,13 @@ def test_a_prefix_of_the_embedding_is_pefts_prompt() -> None:
     assert (found.positions, found.adds) == (9, "9 positions of the context of 128")
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIG_FAMILIES)
 def test_a_saved_model_counts_as_its_config(tmp_path: Path, model_type: str) -> None:
     """transformers writes the file: its names on disk, Mixtral's experts one by one, must lead to the same numbers."""
-    config = {**small(model_type), "architectures": [FAMILIES[model_type].lm]}
+    config = {**small(model_type), "architectures": [CONFIG_FAMILIES[model_type].lm]}
     fields = {key: value for key, value in config.items() if key != "model_type"}
     made = transformers.AutoConfig.for_model(model_type, **fields)
-    getattr(transformers, FAMILIES[model_type].lm)(made).save_pretrained(tmp_path / "model")
+    getattr(transformers, CONFIG_FAMILIES[model_type].lm)(made).save_pretrained(tmp_path / "model")
     for target in (QV, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
         file = loratool.count(tmp_path / "model", rank=2, target=target)
         alone = loratool.count(config_file(tmp_path / "alone", config), rank=2, target=target)
@@ -445,7 +445,7 @@ def test_the_command(run: Callable[..., Any], tmp_path: Path) -> None:
     assert lora[:8] == ["LoRA", "rank", "8", "37,748,736", "75.50", "MB", "0.0216", "%"]
     value = json.loads(run("count", path, "--rank", 4, "--target", "q_proj,k_proj,v_proj,o_proj", "--json").stdout)
     assert value["ok"] and value["report"]["methods"][-1]["parameters"] == 37_748_736
-    assert [m["method"] for m in value["report"]["methods"]] == list(METHODS)
+    assert [m["method"] for m in value["report"]["methods"]] == list(FORMULAS)
     assert run("count", path, "--rank", 0).exit_code == 2
     assert run("count", path, "--rank", 4, "--params", "1M").exit_code == 2
     assert run("count", path, "--target", "x").exit_code == 3

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
-from loratool.ops.rank_rules import Spectrum, budget_ranks, energy_rank, rank_for
+from loratool.ops.rank_rules import SingularValues, budget_ranks, energy_rank, rank_for
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 
@@ -172,10 +172,10 @@ class TestRanks:
             for i in range(3):
                 squares = torch.rand(4, generator=g).sort(descending=True).values.tolist()
                 cost = 2 if round < 10 else int(torch.randint(1, 5, (1,), generator=g))
-                spectra[str(i)] = Spectrum(tuple(squares), sum(squares), cost, True)
+                spectra[str(i)] = SingularValues(tuple(squares), sum(squares), cost, True)
             budget = int(torch.randint(0, 20, (1,), generator=g))
 
-            def value(ranks: Mapping[str, int], spectra: Mapping[str, Spectrum] = spectra) -> tuple[float, int]:
+            def value(ranks: Mapping[str, int], spectra: Mapping[str, SingularValues] = spectra) -> tuple[float, int]:
                 kept = math.fsum(sum(spectra[n].squares[:k]) for n, k in ranks.items())
                 return kept, sum(spectra[n].cost * k for n, k in ranks.items())
 
@@ -241,8 +241,8 @@ class TestRanks:
         for exponent in (0.5, 1.0, 1.5):
             squares = (torch.arange(1, 501, dtype=torch.float64) ** -exponent).tolist()
             total = sum(squares)
-            whole = Spectrum(tuple(squares), total, 1, True)
-            seen = Spectrum(tuple(squares[:20]), total, 1, False)
+            whole = SingularValues(tuple(squares), total, 1, True)
+            seen = SingularValues(tuple(squares[:20]), total, 1, False)
             for share in (0.5, 0.9):
                 assert rank_for(seen, share, 500) == pytest.approx(energy_rank(whole, share), rel=0.1, abs=1)
 

@@ -30,7 +30,7 @@ from loratool.numerics.svd import least_triplets
 from loratool.ops.init.methods import INITS
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-CHANGING = [name for name, row in INITS.items() if row.changes_base]
+CHANGING = [name for name, row in INITS.items() if row.mutates_base]
 # a weight of each kind that an adapter can have factors for
 KINDS = {
     "model.layers.0.self_attn.q_proj.weight": weights(24, 20, seed=1),
@@ -56,7 +56,7 @@ def change(tensors: dict[str, Tensor], module: str) -> Tensor:
 
 def start(folder: Path, base: Path, method: str, **options: Any) -> Any:
     """An adapter at folder/adapter, with the residual at folder/residual where the method leaves one."""
-    if INITS[method].changes_base:
+    if INITS[method].mutates_base:
         options = {"residual": folder / "residual", **options}
     if method == "mica" and options.get("target") == EVERY:  # PEFT has none for these
         options = {"exclude": ["patch", "re:experts"], **options}
@@ -136,7 +136,7 @@ class TestAgainstPeft:
                     assert distance(result[f"{path}.weight"], residual) < 1e-5
 
     def wide(self, method: str) -> dict[str, Any]:
-        return {"dtype": "fp32", "undo": False} if INITS[method].changes_base else {}
+        return {"dtype": "fp32", "undo": False} if INITS[method].mutates_base else {}
 
     def test_conv1d_pissa(self, tmp_path: Path) -> None:
         base = FIXTURES / "gpt2" / "base"
@@ -278,7 +278,7 @@ class TestTraining:
         from transformers import AutoModelForCausalLM
 
         base = FIXTURES / model / "base"
-        if INITS[method].changes_base:
+        if INITS[method].mutates_base:
             options = {**options, "dtype": "fp32", "undo": False}
         start(tmp_path, base, method, rank=4, **options)
         foundation = base_of(tmp_path, base)
@@ -306,7 +306,7 @@ class TestTraining:
             expected = trained(ids).logits
             assert distance(plain(ids).logits, expected) > 1e-4
             assert distance(merged(ids).logits, expected) < 2e-5
-        if INITS[method].changes_base and not options.get("dora"):
+        if INITS[method].mutates_base and not options.get("dora"):
             initial = tmp_path / "residual" / "initial_adapter"
             loratool.merge(base, tmp_path / "trained", tmp_path / "whole", initial=initial, dtype="fp32", undo=False)
             whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)

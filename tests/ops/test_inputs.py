@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool import UsageError
-from loratool.ops.inputs import Given, read_given
+from loratool.ops.inputs import AdapterRequest, parse_adapters
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 
@@ -39,13 +39,13 @@ BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
     ids=lambda value: repr(value)[:18],
 )
 def test_what_is_taken(given: Any, meant: list[tuple[str, float]]) -> None:
-    found = read_given(given)
+    found = parse_adapters(given)
     assert [(each.path, each.weight) for each in found] == meant
     assert all(type(each.weight) is float for each in found)
 
 
 def test_weights_of_components() -> None:
-    assert read_given(("a", 0.5, {"te": np.float32(0.25)})) == [Given("a", 0.5, {"te": 0.25})]
+    assert parse_adapters(("a", 0.5, {"te": np.float32(0.25)})) == [AdapterRequest("a", 0.5, {"te": 0.25})]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_weights_of_components() -> None:
 )
 def test_anything_else_is_refused_saying_what_is_taken(given: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says) as refused:
-        read_given(given)
+        parse_adapters(given)
     if "names no" in says or "not a number" in says:
         assert "{path: weight}" in str(refused.value)
 

@@ -19,9 +19,19 @@ import loratool
 from loratool import InputError
 from loratool.architectures.numbered_names import last_part
 from loratool.cli.render import print_adapter_diff
-from loratool.cli.render.pictures import ASCII_RAMP, RAMP, WIDTH, Line, bars, beside, grid, is_plain, strips
-from loratool.cli.render.text import draw, print_table
-from loratool.numerics.svd import all_singular_values
+from loratool.cli.render.pictures import (
+    ASCII_RAMP,
+    RAMP,
+    WIDTH,
+    Line,
+    bars,
+    grid,
+    is_ascii_terminal,
+    side_by_side,
+    strips,
+)
+from loratool.cli.render.text import print_picture, print_table
+from loratool.numerics.svd import singular_values_of
 from loratool.ops.diff.command import AdapterDiff
 
 
@@ -29,7 +39,7 @@ from loratool.ops.diff.command import AdapterDiff
 def test_all_singular_values(shape: tuple[int, int]) -> None:
     W = weights(*shape)
     expected = torch.linalg.svdvals(W.double())
-    assert torch.allclose(all_singular_values(W), expected, atol=1e-8 * float(expected[0]))
+    assert torch.allclose(singular_values_of(W), expected, atol=1e-8 * float(expected[0]))
 
 
 def check(row: Any, S: torch.Tensor) -> None:
@@ -146,14 +156,14 @@ class TestPictures:
         lines = self.text(one)
         assert lines[2].split() == ["1", "▁.00", "▁.08", "▂.17", "▃.25", "▃.33", "▄.42", "▅.50"]
         assert lines[-1].endswith("█1.0")
-        assert all(len(line) <= WIDTH for line in self.text(beside(one, one)))
-        assert len(beside(one, grid("x" * 70, steps, steps, values))) == 2 * len(one)
+        assert all(len(line) <= WIDTH for line in self.text(side_by_side(one, one)))
+        assert len(side_by_side(one, grid("x" * 70, steps, steps, values))) == 2 * len(one)
 
     def test_plain_terminals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TERM", "xterm")
-        assert not is_plain("utf-8") and is_plain("ascii") and is_plain(None)
+        assert not is_ascii_terminal("utf-8") and is_ascii_terminal("ascii") and is_ascii_terminal(None)
         monkeypatch.setenv("TERM", "dumb")
-        assert is_plain("utf-8")
+        assert is_ascii_terminal("utf-8")
 
 
 class Terminal(io.StringIO):
@@ -195,9 +205,9 @@ class TestOnATerminal:
 
     def test_blocks_are_drawn_in_the_colour_and_not_over_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A full block hides what is behind it: the largest bar was black."""
-        found = self.shown(monkeypatch, lambda: draw(bars({"q": 1.0, "v": 4.0}, "x")))
+        found = self.shown(monkeypatch, lambda: print_picture(bars({"q": 1.0, "v": 4.0}, "x")))
         assert "\x1b[38;5;220m█" in found and "\x1b[30" not in found
-        found = self.shown(monkeypatch, lambda: draw(grid("phi", [1], [1], [[1.0]])))
+        found = self.shown(monkeypatch, lambda: print_picture(grid("phi", [1], [1], [[1.0]])))
         assert "\x1b[30;48;5;220m █1.0" in found
 
     def test_a_cosine_below_that_of_all_has_its_place(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
-from loratool.ops.rank_rules import RANK_RULES, Spectrum
+from loratool.ops.rank_rules import RANK_RULES, SingularValues
 
 MODULES = {"model.a.q_proj": (24, 20), "model.a.down_proj": (16, 40), "model.b.q_proj": (24, 20)}
 ZERO_BASE = {f"{module}.weight": torch.zeros(*shape) for module, shape in MODULES.items()}
@@ -231,7 +231,7 @@ class TestRules:
         ],
     )
     def test_exact_boundaries(self, rule: str, value: float, squares: tuple[float, ...], expected: int) -> None:
-        assert RANK_RULES[rule](Spectrum(squares, math.fsum(squares), 1, True), value) == expected
+        assert RANK_RULES[rule](SingularValues(squares, math.fsum(squares), 1, True), value) == expected
 
     @pytest.mark.parametrize("option", [{"params": 700}, {"size": 3000}, {"params": 10**9}])
     def test_a_budget_is_kept_and_spent(self, option: dict[str, int], tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ class TestRules:
         source = write_peft(tmp_path / "a", {"strong": (strong[0] * 100, strong[1]), "weak": weak})
         report = loratool.resize(source, tmp_path / "out", params=44 * 6, max_rank=3)
         assert [m.new_rank for m in report.modules] == [3, 3]
-        assert RANK_RULES["sv_ratio"](Spectrum((16.0, 9.0), 25.0, 1, True), 1e300) == 2
+        assert RANK_RULES["sv_ratio"](SingularValues((16.0, 9.0), 25.0, 1, True), 1e300) == 2
 
     def test_a_change_of_zero(self, tmp_path: Path) -> None:
         A, B = factors(24, 20, 6)

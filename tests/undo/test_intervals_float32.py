@@ -16,10 +16,10 @@ from torch import Tensor
 
 import loratool
 from loratool.numerics import filtered
-from loratool.numerics.exact import Change, ExactProduct, Factors, Workspace, apply_rounded
+from loratool.numerics.exact import ExactProduct, Factors, RoundingStats, Workspace, apply_rounded
 from loratool.numerics.filtered import FORMS
 from loratool.undo.intervals_float32 import Flags
-from loratool.undo.records import CELL_COLUMNS, Recorded, Recorder, Restorer, cell_rows
+from loratool.undo.records import CELL_COLUMNS, RecordedBlock, Recorder, Restorer, cell_rows
 
 CPU = torch.device("cpu")
 
@@ -34,9 +34,9 @@ class Settling(Recorder):
         super().settle(told)
 
 
-def exactly(W: Tensor, product: ExactProduct, out: Tensor, recorder: Recorder) -> Change:
+def exactly(W: Tensor, product: ExactProduct, out: Tensor, recorder: Recorder) -> RoundingStats:
     """Row by row of cells."""
-    change = Change()
+    change = RoundingStats()
     for start in range(0, len(W), cell_rows(W.shape[1])):
         rows = slice(start, min(start + cell_rows(W.shape[1]), len(W)))
         fill = product.fill(product.left(rows.start, rows.stop))
@@ -44,7 +44,7 @@ def exactly(W: Tensor, product: ExactProduct, out: Tensor, recorder: Recorder) -
     return change
 
 
-def both(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Recorded, Recorded, int]:
+def both(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[RecordedBlock, RecordedBlock, int]:
     """What the filter records, what the exact way does, and how many blocks the filter could tell."""
     product, work = ExactProduct([Factors(B, scale, A.double())]), Workspace(CPU)
     found, expected = torch.empty_like(W), torch.empty_like(W)

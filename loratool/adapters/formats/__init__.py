@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...architectures.prefixes import module_of
-from ...architectures.roles import role
+from ...architectures.prefixes import module_path
+from ...architectures.roles import weight_role
 from ...errors import InputError, LoratoolError, UsageError
 from ...files.checkpoint import INDEX_NAMES, find_weights, is_pipeline, open_weights
 from ...files.fileio import reading
@@ -23,7 +23,7 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from . import cloneofsimo, diffusers, kohya, loralib, peft
 from .find import find_adapter_file
-from .other_methods import BIASES, UNKNOWN_LORA, Method, is_all_lora, is_biases, other_method
+from .other_methods import BIASES, UNKNOWN_LORA, OtherMethod, is_all_lora, is_biases, other_method
 from .peft_config import CONFIG_NAME, find_config
 
 
@@ -70,7 +70,7 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
     return is_adapter(file.specs) or is_biases(file.specs) or is_all_lora(file.specs)
 
 
-def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, Method] | None:
+def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, OtherMethod] | None:
     """The weights of another method than LoRA, its config, its key and itself; None where `open_adapter` is to say.
 
     The caller closes the file.
@@ -142,7 +142,8 @@ def open_adapter(
                 f"holds {method.title}, which {method.reason}", culprit=os.fspath(name), remedy=method.remedy
             )
         if any(
-            role(module_of(key), len(spec.shape), True) in ("embedding", "head") for key, spec in file.specs.items()
+            weight_role(module_path(key), len(spec.shape), True) in ("embedding", "head")
+            for key, spec in file.specs.items()
         ):
             raise _model_for_adapter(name)
         first = next(iter(file.specs), "no tensor at all")

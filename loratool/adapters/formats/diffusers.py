@@ -20,7 +20,7 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter, AdapterConfig
 from .kohya import pair_magnitude
 from .other_methods import refused_tensor
-from .peft_config import changes_base, parse_config
+from .peft_config import base_mutating_init, parse_config
 
 # The end of a tensor's name -> its role
 ENDS = {
@@ -99,8 +99,10 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         updates[module] = replace(spec, module=module)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     alone = alphas.pop() if len(alphas) == 1 else None
-    starts = {part: start for part, own in configs.items() if (start := changes_base(own))}  # which diffusers heeds
-    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alone, starts=starts), updates)
+    starts = {
+        part: start for part, own in configs.items() if (start := base_mutating_init(own))
+    }  # which diffusers heeds
+    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alone, base_mutating_inits=starts), updates)
 
 
 def split_component(module: str) -> tuple[str, str]:

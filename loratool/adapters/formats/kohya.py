@@ -77,7 +77,9 @@ def pair_magnitude(
         if plain.kind != "lora" or said:
             return replace(plain, fault=f"{key} {said}" if said else plain.fault)
         own = {**plain.specs, "magnitude": file.specs[key]}
-        return replace(plain, kind="dora", tensors={**plain.tensors, "magnitude": key}, specs=own, inputs=True)
+        return replace(
+            plain, kind="dora", tensors={**plain.tensors, "magnitude": key}, specs=own, norm_over_inputs=True
+        )
     if shape and not lenient and shape.count(1) < len(shape) - 1:
         raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
     return pair_factors(module, roles, file, config, transposed=False, lenient=lenient)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ...architectures.prefixes import module_of
+from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.weights_file import WeightsFile
@@ -45,7 +45,9 @@ def read(
         if end:
             found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
         else:
-            updates[module_of(tensor)] = UpdateSpec("replace", module_of(tensor), {"value": tensor}, {"value": spec})
+            updates[module_path(tensor)] = UpdateSpec(
+                "replace", module_path(tensor), {"value": tensor}, {"value": spec}
+            )
     config = AdapterConfig(alpha=alpha)
     for module, roles in found.items():
         if module in updates:
@@ -104,4 +106,4 @@ def _merged(
         said = f"{error.message}; {error.remedy}" if error.remedy else error.message
         return UpdateSpec(UNPAIRED, module, {"value": roles["B"]}, {"value": specs["B"]}, fault=said)
     whole = replace(specs["B"], shape=(rows // n * len(enabled), r * n))
-    return UpdateSpec("lora", module, roles, {**specs, "B": whole}, scale, enabled=tuple(enabled))
+    return UpdateSpec("lora", module, roles, {**specs, "B": whole}, scale, enabled_slices=tuple(enabled))

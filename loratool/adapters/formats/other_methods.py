@@ -28,7 +28,7 @@ OUTCOMES = {
 
 
 @dataclass(frozen=True)
-class Method:
+class OtherMethod:
     """`outcome` is a key of OUTCOMES, `reason` follows "which", and `remedy` says how the outcome is reached."""
 
     title: str
@@ -66,36 +66,40 @@ _BY_ITS_OWN = f"merge it with its own library (mlx_lm.fuse, torchtune's recipe),
 
 
 # peft_type, where PEFT has the method -> the method. Of several marks in a file the first row decides.
-METHODS = {
-    "BOTTLENECK": Method(
+OTHER_METHODS = {
+    "BOTTLENECK": OtherMethod(
         "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé)",
         "neither",
         "adds layers, whose depth is its latency, and no weight could hold them",
         ("adapter_down", "adapter_up", "mixadapter.", "invertible_adapters."),
     ),
-    "PREFIX_TUNING": Method("prefix tuning", "neither", _KEYS, ("prefix_tunings.", "prefix_gates.")),
-    "CARTRIDGE": Method("Cartridge", "neither", _KEYS),
-    "PROMPT_TUNING": Method("prompt tuning", "neither", _INPUTS, ("prompt_tunings.",)),
-    "MULTITASK_PROMPT_TUNING": Method("multitask prompt tuning", "neither", _INPUTS),
-    "P_TUNING": Method("P-tuning", "neither", _INPUTS),
-    "CPT": Method("context-aware prompt tuning", "neither", _INPUTS),
-    "ADAPTION_PROMPT": Method("LLaMA-Adapter", "neither", "adds inputs to its layers, and no weight could hold them"),
-    "PROMPT": Method("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
-    "REFT": Method("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
-    "IA3": Method("IA3", "extracted", _UNSUPPORTED, ("ia3_l",), _BY_PEFT),
-    "LN_TUNING": Method("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
-    "ADALORA": Method("AdaLoRA", "extracted", "has a formula of its own", ("lora_E",), _BY_PEFT),
-    "VERA": Method("VeRA", "extracted", "shares random matrices", ("vera_",), _BY_PEFT),
-    "LOHA": Method("LoHa", "extracted", _UNSUPPORTED, ("hada_",), _BY_PEFT),
-    "LOKR": Method("LoKr", "extracted", _UNSUPPORTED, ("lokr_",), _BY_PEFT),
-    "OFT": Method("OFT", "extracted", _UNSUPPORTED, ("oft_",), _BY_PEFT),
-    "BOFT": Method("BOFT", "extracted", _UNSUPPORTED, ("boft_",), _BY_PEFT),
-    "LORAS": Method("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
-    "KASA": Method("KaSA", "neither", "truncates the base", ("lora_diag",)),
-    "VELORA": Method("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
-    "MONTECLORA": Method("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
-    "MLX": Method("LoRA in MLX's or torchtune's format", "extracted", _UNSUPPORTED, ("lora_a", "lora_b"), _BY_ITS_OWN),
-    "SAM": Method(
+    "PREFIX_TUNING": OtherMethod("prefix tuning", "neither", _KEYS, ("prefix_tunings.", "prefix_gates.")),
+    "CARTRIDGE": OtherMethod("Cartridge", "neither", _KEYS),
+    "PROMPT_TUNING": OtherMethod("prompt tuning", "neither", _INPUTS, ("prompt_tunings.",)),
+    "MULTITASK_PROMPT_TUNING": OtherMethod("multitask prompt tuning", "neither", _INPUTS),
+    "P_TUNING": OtherMethod("P-tuning", "neither", _INPUTS),
+    "CPT": OtherMethod("context-aware prompt tuning", "neither", _INPUTS),
+    "ADAPTION_PROMPT": OtherMethod(
+        "LLaMA-Adapter", "neither", "adds inputs to its layers, and no weight could hold them"
+    ),
+    "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
+    "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
+    "IA3": OtherMethod("IA3", "extracted", _UNSUPPORTED, ("ia3_l",), _BY_PEFT),
+    "LN_TUNING": OtherMethod("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
+    "ADALORA": OtherMethod("AdaLoRA", "extracted", "has a formula of its own", ("lora_E",), _BY_PEFT),
+    "VERA": OtherMethod("VeRA", "extracted", "shares random matrices", ("vera_",), _BY_PEFT),
+    "LOHA": OtherMethod("LoHa", "extracted", _UNSUPPORTED, ("hada_",), _BY_PEFT),
+    "LOKR": OtherMethod("LoKr", "extracted", _UNSUPPORTED, ("lokr_",), _BY_PEFT),
+    "OFT": OtherMethod("OFT", "extracted", _UNSUPPORTED, ("oft_",), _BY_PEFT),
+    "BOFT": OtherMethod("BOFT", "extracted", _UNSUPPORTED, ("boft_",), _BY_PEFT),
+    "LORAS": OtherMethod("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
+    "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
+    "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
+    "MONTECLORA": OtherMethod("MonteCLoRA", "neither", _VARIANT, ("lora_monteclora",)),
+    "MLX": OtherMethod(
+        "LoRA in MLX's or torchtune's format", "extracted", _UNSUPPORTED, ("lora_a", "lora_b"), _BY_ITS_OWN
+    ),
+    "SAM": OtherMethod(
         "LoRA for Segment Anything",
         "neither",
         _UNSUPPORTED,
@@ -105,16 +109,16 @@ METHODS = {
 
 
 # A file of nothing but LoRA that no format claims.
-UNKNOWN_LORA = Method("LoRA in a form that is not known", "neither", _UNSUPPORTED)
+UNKNOWN_LORA = OtherMethod("LoRA in a form that is not known", "neither", _UNSUPPORTED)
 
 
-_UNKNOWN = Method(
+_UNKNOWN = OtherMethod(
     "", "neither", "is not supported", (), "if its own library can merge it into a model, `loratool extract` reads that"
 )
 
 
 # A state dict of trained biases, as BitFit leaves it.
-BIASES = Method(
+BIASES = OtherMethod(
     "biases alone (BitFit)",
     "merged",
     "need a config that says what they are",
@@ -129,9 +133,9 @@ BIASES = Method(
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "reft": "REFT"}
 
 
-def method_of(kind: str) -> Method:
+def method_of_peft_type(kind: str) -> OtherMethod:
     """The row of a `peft_type`; of one that the table lacks, a row in its own name."""
-    return METHODS.get(kind) or replace(_UNKNOWN, title=kind)
+    return OTHER_METHODS.get(kind) or replace(_UNKNOWN, title=kind)
 
 
 def find_marks(names: Iterable[str]) -> dict[str, str]:
@@ -140,7 +144,7 @@ def find_marks(names: Iterable[str]) -> dict[str, str]:
     text = "\n".join(f".{name}" for name in names)  # one search in place of one a name
     return {
         kind: next(name for name in names if f".{mark}" in f".{name}")
-        for kind, method in METHODS.items()
+        for kind, method in OTHER_METHODS.items()
         for mark in reversed(method.marks)
         if f".{mark}" in text
     }
@@ -151,7 +155,7 @@ def refused_tensor(tensor: str, name: str) -> InputError:
     kind = next(iter(find_marks([tensor])), None)
     remedy = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
     if kind:
-        method = METHODS[kind]
+        method = OTHER_METHODS[kind]
         return InputError(f"is a tensor of {method.title}, which {method.reason}", culprit=tensor, remedy=remedy)
     return InputError(
         f"is no tensor of LoRA; {name} does more, which is not supported yet", culprit=tensor, remedy=remedy
@@ -169,7 +173,7 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
     return "LORA" if kind is None and "r" in fields else kind
 
 
-def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, Method] | None:
+def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, OtherMethod] | None:
     """The key of the method of a file that is not LoRA, and the method; None for LoRA, and for what says nothing.
 
     A mark decides before the config, but for prompts, of which only the config tells one sort from the other.
@@ -177,7 +181,7 @@ def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, 
     kind, told = next(iter(find_marks(names)), None), peft_type(fields)
     if told not in (None, "LORA") and kind in (None, "PROMPT"):
         kind = str(told)
-    return None if kind is None else (kind, method_of(kind))
+    return None if kind is None else (kind, method_of_peft_type(kind))
 
 
 def is_all_lora(names: Iterable[str]) -> bool:

@@ -13,13 +13,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_of
+from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
 from ...files.weights_file import WeightsFile
 from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
 from ..updates import ADDITIVE
 from .other_methods import find_marks, other_method
-from .peft_config import CONFIG_NAME, find_config, missing_tensors, parse_config, target_parameter
+from .peft_config import CONFIG_NAME, announced_but_absent, find_config, parse_config, target_parameter
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -117,7 +117,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         else:
             updates[module] = _single("replace", module, key, file)
     return Adapter(
-        name, "peft", file, config, updates, notes=_notes(updates, found), lacks=missing_tensors(config, updates)
+        name, "peft", file, config, updates, notes=_notes(updates, found), missing=announced_but_absent(config, updates)
     )
 
 
@@ -160,7 +160,7 @@ def _sort_in(
         if ".lora_" in path or ".token_adapter." in path:
             raise InputError("is a tensor of no LoRA that is known", culprit=key)
         module = _without_wrapper(path, named).replace(".base_layer.", ".")
-        _put(replaced, module_of(module), key, file)
+        _put(replaced, module_path(module), key, file)
         return
     module = path[: match.start()]
     depth = 0
@@ -226,7 +226,7 @@ def _updates(
         if parameter is None:
             yield _checked_dora(pair_factors(path, factors, file, config, lenient=lenient), extra)
         else:
-            own = config.at(f"{path}.{parameter}")
+            own = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
             yield pair_factors(target, factors, file, own, stacked=parameter != "weight", lenient=lenient)
     elif "base" in roles:

@@ -13,15 +13,15 @@ from typing import Any
 from ...errors import InputError, UsageError
 from ...files.checkpoint import read_json_file
 from ...files.weights_file import WeightsFile
-from ..adapter import AdapterConfig, UpdateSpec, stands_in
+from ..adapter import AdapterConfig, UpdateSpec, is_in_listed_module
 from ..patterns import endings
-from .other_methods import method_of, peft_type
+from .other_methods import method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"
 
 
 # Fields that make the arithmetic another one. A field counts where it is neither null, false nor empty.
-REFUSED = {
+REFUSED_FIELDS = {
     "layer_replication": "its layers are replicas that share the base's weights",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
     "use_qalora": "QA-LoRA's A sees an averaged input",
@@ -38,7 +38,7 @@ CLASSIFIERS = ("classifier", "score", "qa_outputs")
 
 
 # Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
@@ -75,9 +75,9 @@ def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
 def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
     kind = peft_type(fields)
     if kind != "LORA":
-        method = method_of(str(kind))
+        method = method_of_peft_type(str(kind))
         raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
-    for field, reason in REFUSED.items():
+    for field, reason in REFUSED_FIELDS.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)
     stored = _number(name, fields, "lora_alpha", (int, float))
@@ -127,15 +127,19 @@ def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]
     return value
 
 
-def changes_base(config: AdapterConfig) -> str | None:
+def base_mutating_init(config: AdapterConfig) -> str | None:
     """The initialization that changed the base under the adapter, or under a component of it, if one did."""
-    init = next(iter(config.starts.values()), config.extra.get("init_lora_weights"))
-    return init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None
+    init = next(iter(config.base_mutating_inits.values()), config.extra.get("init_lora_weights"))
+    return init if isinstance(init, str) and init.lower().startswith(BASE_MUTATING_INITS) else None
 
 
-def start_of(config: AdapterConfig, module: str) -> str | None:
+def base_mutating_init_of(config: AdapterConfig, module: str) -> str | None:
     """The same of the model that `module` is in."""
-    return config.starts.get(module.partition(".")[0]) if config.starts else changes_base(config)
+    return (
+        config.base_mutating_inits.get(module.partition(".")[0])
+        if config.base_mutating_inits
+        else base_mutating_init(config)
+    )
 
 
 def target_parameter(
@@ -179,13 +183,13 @@ def target_parameter(
     return sorted(names, key=declared.index)[place]
 
 
-def missing_tensors(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) -> tuple[str, ...]:
+def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) -> tuple[str, ...]:
     """What the config announces and the file does not have, a line each; of biases only the base can tell."""
     kinds = {kind: [m for m, u in updates.items() if u.kind == kind] for kind in ("replace", "rows", "add")}
     lines = []
     saved = config.extra.get("modules_to_save")
     entries = [each for each in saved if isinstance(each, str)] if isinstance(saved, list) else []
-    absent = [each for each in entries if not any(stands_in(each, m) for m in kinds["replace"])]
+    absent = [each for each in entries if not any(is_in_listed_module(each, m) for m in kinds["replace"])]
     if len(absent) < len(entries):
         absent = [each for each in absent if each not in CLASSIFIERS]
     lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]

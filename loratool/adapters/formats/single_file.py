@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # what metadata says of former tensors, their ranks and scales
-STALE = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
+STALE_KEYS = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 
 
-def write_single(
+def write_single_file(
     path: Path,
     specs: Mapping[str, TensorSpec],
     load: Callable[[str], Tensor],

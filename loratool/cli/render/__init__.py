@@ -14,7 +14,7 @@ from .models import (
     print_unmerge,
     print_verify,
 )
-from .text import ProgressBar, say, to_json, warn
+from .text import ProgressBar, print_lines, to_json, warn
 
 __all__ = [
     "ProgressBar",
@@ -30,13 +30,13 @@ __all__ = [
     "print_guide",
     "print_guides",
     "print_init",
+    "print_lines",
     "print_merge",
     "print_method",
     "print_resize",
     "print_spectra",
     "print_unmerge",
     "print_verify",
-    "say",
     "to_json",
     "warn",
 ]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ...architectures.numbered_names import grouped
 from ...files.fileio import size
-from .pictures import is_plain, strips
-from .text import count, draw, print_table, say
+from .pictures import is_ascii_terminal, strips
+from .text import grouped_digits, print_lines, print_picture, print_table
 
 if TYPE_CHECKING:
     from ...ops.combine.command import CombineReport
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def print_extract(report: ExtractReport) -> None:
-    say(f"change = {report.tuned} - {report.base}")
+    print_lines(f"change = {report.tuned} - {report.base}")
     stored = any(m.stored for m in report.modules)
     titles = ["tensor", "shape", "rank", "|D|/|W|", "energy", "residual", "gap", "eff. rank", "over noise"]
     rows = [
@@ -39,29 +39,31 @@ def print_extract(report: ExtractReport) -> None:
         for m in report.modules
     ]
     print_table([(title, title != "tensor") for title in titles + ["stored"] * stored], rows)
-    plain = is_plain(sys.stdout.encoding)
+    plain = is_ascii_terminal(sys.stdout.encoding)
     sizes = {m.name: m.relative for m in report.modules if m.relative is not None}
-    draw(strips(sizes, "relative change", "{:.1e}".format, plain=plain))
-    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain))
+    print_picture(strips(sizes, "relative change", "{:.1e}".format, plain=plain))
+    print_picture(
+        strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain)
+    )
     kept = "" if report.kept is None else f"; {report.kept:.2%} of their change's energy is kept"
     relative = "" if report.relative is None else f"; |D|/|W| is {report.relative:.2e} in all"
-    say(f"\n{len(rows)} matrices{kept}{relative}")
+    print_lines(f"\n{len(rows)} matrices{kept}{relative}")
     if report.exact:
-        say(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
-    say(f"unchanged: {report.unchanged} tensors")
+        print_lines(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
+    print_lines(f"unchanged: {report.unchanged} tensors")
     for name, norm in report.left_out.items():
-        say(f"left out: {name}" + ("" if norm is None else f" (|D| = {norm:.3g})"))
+        print_lines(f"left out: {name}" + ("" if norm is None else f" (|D| = {norm:.3g})"))
     for name in report.only_base:
-        say(f"only in the base: {name}")
+        print_lines(f"only in the base: {name}")
     for name in report.only_tuned:
-        say(f"only in the tuned model: {name}")
+        print_lines(f"only in the tuned model: {name}")
     verb = "would write" if report.dry_run else "wrote"
-    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_init(report: InitReport) -> None:
     marks = [report.method, *["DoRA"] * report.dora, *["rsLoRA"] * report.rslora]
-    say(f"an adapter for {report.base}, by {' + '.join(marks)}")
+    print_lines(f"an adapter for {report.base}, by {' + '.join(marks)}")
     gaps = any(m.gap is not None for m in report.modules)
     errors = any(m.error is not None for m in report.modules)
     rows = [
@@ -71,7 +73,7 @@ def print_init(report: InitReport) -> None:
             m.kind,
             str(m.rank),
             f"{m.scale:g}",
-            count(m.parameters),
+            grouped_digits(m.parameters),
             *(["0" if m.gap == 0 else f"~{m.gap or 0:.0e}"] if gaps else []),
             *([f"{m.error or 0:.1e}"] if errors else []),
         ]
@@ -84,8 +86,8 @@ def print_init(report: InitReport) -> None:
     if residual:
         undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
         error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
-        say(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
-    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+        print_lines(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
+    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_resize(report: ResizeReport) -> None:
@@ -103,21 +105,25 @@ def print_resize(report: ResizeReport) -> None:
         for m in report.modules
     ]
     print_table([(title, title != "module") for title in titles], rows)
-    plain = is_plain(sys.stdout.encoding)
+    plain = is_ascii_terminal(sys.stdout.encoding)
     if len({m.new_rank for m in report.modules}) > 1:
-        draw(strips({m.name: float(m.new_rank) for m in report.modules}, "rank", "{:.0f}".format, plain=plain))
-    draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain))
-    say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
+        print_picture(strips({m.name: float(m.new_rank) for m in report.modules}, "rank", "{:.0f}".format, plain=plain))
+    print_picture(
+        strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, low=None, plain=plain)
+    )
+    print_lines(
+        f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}"
+    )
     if report.carried:
-        say(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
+        print_lines(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
     verb = "would write" if report.dry_run else "wrote"
-    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_combine(report: CombineReport) -> None:
     density = "" if report.density is None else f", density {report.density:g}"
     terms = (f"{weight:g} {name}" for weight, name in zip(report.weights, report.adapters, strict=True))
-    say(f"{report.method}{density} of {' + '.join(terms)}")
+    print_lines(f"{report.method}{density} of {' + '.join(terms)}")
     rows = [
         [m.name, " + ".join(map(str, m.ranks)), str(m.rank), f"{m.norm:.3g}", f"{m.kept:.2%}", f"{m.error:.1e}"]
         for m in report.modules
@@ -125,20 +131,22 @@ def print_combine(report: CombineReport) -> None:
     titles = ["module", "ranks", "rank", "|D|", "energy", "error"]
     print_table([(title, title != "module") for title in titles], rows)
     if report.kept < 0.9999:
-        plain = is_plain(sys.stdout.encoding)
-        draw(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
-    say(f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}")
+        plain = is_ascii_terminal(sys.stdout.encoding)
+        print_picture(strips({m.name: m.kept for m in report.modules}, "energy kept", "{:.0%}".format, plain=plain))
+    print_lines(
+        f"\n{len(rows)} modules; {report.kept:.2%} of the change's energy is kept; the error is {report.error:.1e}"
+    )
     if report.carried:
-        say(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
+        print_lines(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
     for modules in grouped(report.left_out):
-        say(f"left out: {modules}")
+        print_lines(f"left out: {modules}")
     verb = "would write" if report.dry_run else "wrote"
-    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_convert(report: ConvertReport) -> None:
     what = ", ".join(filter(None, (report.source_format, report.family)))
-    say(f"{report.adapter}: {what}, to {report.to}")
+    print_lines(f"{report.adapter}: {what}, to {report.to}")
     errors = [m.error for m in report.modules if m.error]
     rows = [
         [
@@ -154,20 +162,20 @@ def print_convert(report: ConvertReport) -> None:
     titles = ["module", "from", "how", "rank", "alpha", *["error"] * bool(errors)]
     print_table([(title, title in ("rank", "alpha", "error")) for title in titles], rows)
     for modules in grouped(report.dropped):
-        say(f"dropped: {modules}")
+        print_lines(f"dropped: {modules}")
     for note in report.notes:
-        say(f"note: {note}")
+        print_lines(f"note: {note}")
     verb = "would write" if report.dry_run else "wrote"
     lost = f"{len(errors)} of them not to the bit; the largest error is {max(errors):.1e}" if errors else ""
-    say(f"\n{len(rows)} modules, {lost or 'their changes the same to the bit'}")
-    say(f"{verb} {report.out}: {count(report.parameters)} parameters, {size(report.nbytes)}")
+    print_lines(f"\n{len(rows)} modules, {lost or 'their changes the same to the bit'}")
+    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_adapter(report: AdapterInspection) -> None:
     rank = "mixed ranks" if report.rank is None else f"rank {report.rank}"
     alpha = "mixed alphas" if report.alpha is None else f"alpha {report.alpha:g}"
     marks = [f"{report.format} adapter", rank, alpha + (", rsLoRA" if report.use_rslora else "")]
-    say(f"{report.path}: {', '.join(marks)}" + (f", for {report.base_model}" if report.base_model else ""))
+    print_lines(f"{report.path}: {', '.join(marks)}" + (f", for {report.base_model}" if report.base_model else ""))
     rows = [
         [
             g.name,
@@ -181,7 +189,7 @@ def print_adapter(report: AdapterInspection) -> None:
             "-" if g.effective_rank is None else f"{g.effective_rank:.1f}",
             *(["-" if g.relative is None else f"{g.relative:.2e}"] if report.coverage else []),
             str(g.modules),
-            count(g.parameters),
+            grouped_digits(g.parameters),
         ]
         for g in report.groups
     ]
@@ -189,18 +197,18 @@ def print_adapter(report: AdapterInspection) -> None:
     titles = ["module", "update", "out x in", "dtype", "rank", "alpha", "scale", "|D|", "eff. rank", *relative]
     titles += ["count", "parameters"]
     print_table([(title, title not in ("module", "update", "dtype")) for title in titles], rows)
-    plain = is_plain(sys.stdout.encoding)
+    plain = is_ascii_terminal(sys.stdout.encoding)
     sizes = {m.name: m.norm for m in report.details if m.norm is not None and m.rank}
     shares = {m.name: m.relative for m in report.details if m.relative is not None and m.rank}
-    draw(strips(shares or sizes, "|D|/|W|" if shares else "|D|", "{:.2g}".format, plain=plain))
+    print_picture(strips(shares or sizes, "|D|/|W|" if shares else "|D|", "{:.2g}".format, plain=plain))
     effective = {m.name: m.effective_rank for m in report.details if m.effective_rank is not None}
-    draw(strips(effective, "effective rank", "{:.1f}".format, plain=plain))
-    say(f"\n{report.modules} modules, {count(report.parameters)} parameters, {size(report.nbytes)}")
+    print_picture(strips(effective, "effective rank", "{:.1f}".format, plain=plain))
+    print_lines(f"\n{report.modules} modules, {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
     if report.coverage:
-        say(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
+        print_lines(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
         for module, near in report.coverage.unbound.items():
-            say(f"not in the base: {module}" + (f" (nearest: {', '.join(near)})" if near else ""))
+            print_lines(f"not in the base: {module}" + (f" (nearest: {', '.join(near)})" if near else ""))
     for note in report.notes:
-        say(f"note: {note}")
+        print_lines(f"note: {note}")
     for problem in report.problems:
-        say(f"problem: {problem}")
+        print_lines(f"problem: {problem}")

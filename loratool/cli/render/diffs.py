@@ -8,8 +8,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from ...architectures.numbered_names import last_part
-from .pictures import bars, beside, grid, is_plain, strips
-from .text import draw, print_table, say
+from .pictures import bars, grid, is_ascii_terminal, side_by_side, strips
+from .text import print_lines, print_picture, print_table
 
 if TYPE_CHECKING:
     from ...ops.diff.adapters import ModuleDiff, Phi
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def print_adapter_diff(report: AdapterDiff) -> None:
-    say(f"A = {report.a}\nB = {report.b}")
+    print_lines(f"A = {report.a}\nB = {report.b}")
     with_base = report.base is not None
     sizes = ["A/|W|", "B/|W|", "amplified"] if with_base else ["|A|", "|B|", "|B-A|"]  # both are too wide
     titles = ["module", "rank", *sizes, "relative", "cosine", "angle", "phi"]
     if report.modules:
         print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
     if report.values:
-        say("")
+        print_lines("")
         rows = [[v.name, v.kind, _number(v.norm_a), _number(v.norm_b), f"{v.relative:.2e}"] for v in report.values]
         print_table(
             [(title, title in ("|A|", "|B|", "relative")) for title in ("tensor", "kind", "|A|", "|B|", "relative")],
@@ -36,17 +36,17 @@ def print_adapter_diff(report: AdapterDiff) -> None:
         ", ".join(f"{n} of rank {rank}" for rank, n in side.items()) or "no factors"
         for side in (report.ranks_a, report.ranks_b)
     ]
-    say(f"\nA: {ranks[0]}; |A| = {report.norm_a:.4g}\nB: {ranks[1]}; |B| = {report.norm_b:.4g}")
+    print_lines(f"\nA: {ranks[0]}; |A| = {report.norm_a:.4g}\nB: {ranks[1]}; |B| = {report.norm_b:.4g}")
     for name, values in report.fields.items():
         one, two = ("nothing" if value is None else shorten(str(value), 40, placeholder=" ...") for value in values)
-        say(f"{name}: {one} in A, {two} in B")
+        print_lines(f"{name}: {one} in A, {two} in B")
     for letter, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
-            say(f"only in {letter}: {len(names)} modules: {', '.join(names[:4])}{', ...' * (len(names) > 4)}")
+            print_lines(f"only in {letter}: {len(names)} modules: {', '.join(names[:4])}{', ...' * (len(names) > 4)}")
     if report.same:
-        say("the same change")
+        print_lines("the same change")
         return
-    say(
+    print_lines(
         f"|B-A| = {report.distance:.4g}, {report.relative:.2e} of the larger; cosine {report.cosine:.4f}; "
         f"worst {report.worst:.2e}"
     )
@@ -78,12 +78,12 @@ def _number(value: float | None, form: str = ".3g") -> str:
 
 
 def _draw(report: AdapterDiff) -> None:
-    plain = is_plain(sys.stdout.encoding)
+    plain = is_ascii_terminal(sys.stdout.encoding)
     both = [m for m in report.modules if m.rank_a and m.rank_b]
-    draw(strips({m.name: m.relative for m in both}, "relative distance", "{:.1e}".format, plain=plain))
+    print_picture(strips({m.name: m.relative for m in both}, "relative distance", "{:.1e}".format, plain=plain))
     if not report.same:
         cosines = {m.name: m.cosine for m in both}
-        draw(strips(cosines, "cosine", "{:.2f}".format, low=min([0.0, *cosines.values()]), plain=plain))
+        print_picture(strips(cosines, "cosine", "{:.2f}".format, low=min([0.0, *cosines.values()]), plain=plain))
     if report.phi:
         _draw_phi(report.phi, plain)
 
@@ -94,11 +94,11 @@ def _draw_phi(phi: Phi, plain: bool) -> None:
         grid(f"phi(i, j), {side} (random {random[-1][-1]:.3f})", phi.i, phi.j, values, plain)
         for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left))
     ]
-    draw(beside(*pictures))
+    print_picture(side_by_side(*pictures))
 
 
 def print_checkpoint_diff(report: CheckpointDiff) -> None:
-    say(f"A = {report.a}\nB = {report.b}")
+    print_lines(f"A = {report.a}\nB = {report.b}")
     if report.tensors:
         titles = ["tensor", "dtype", "shape", "relative", "largest", "steps", "changed"]
         rows = [
@@ -114,17 +114,19 @@ def print_checkpoint_diff(report: CheckpointDiff) -> None:
             for t in report.tensors
         ]
         print_table([(title, title not in ("tensor", "dtype", "shape")) for title in titles], rows)
-        plain = is_plain(sys.stdout.encoding)
+        plain = is_ascii_terminal(sys.stdout.encoding)
         matrices = {t.name: t.relative for t in report.tensors if len(t.shape_a) > 1}
-        draw(strips(matrices, "relative change", "{:.1e}".format, plain=plain))
-    say(f"\n{report.equal} tensors are equal, {len(report.tensors)} are not; {report.relative:.2e} apart in all")
+        print_picture(strips(matrices, "relative change", "{:.1e}".format, plain=plain))
+    print_lines(
+        f"\n{report.equal} tensors are equal, {len(report.tensors)} are not; {report.relative:.2e} apart in all"
+    )
     for letter, names in (("A", report.only_a), ("B", report.only_b)):
         for name in names:
-            say(f"only in {letter}: {name}")
+            print_lines(f"only in {letter}: {name}")
 
 
 def print_spectra(report: SpectraReport) -> None:
-    say(f"{report.path}: singular values of {'the changes' if report.what == 'adapter' else 'the weights'}")
+    print_lines(f"{report.path}: singular values of {'the changes' if report.what == 'adapter' else 'the weights'}")
     titles = ["module", "shape", "norm", "eff. rank", "stable", "50 %", "90 %", "99 %", "of", "largest"]
     rows = [
         [
@@ -140,11 +142,15 @@ def print_spectra(report: SpectraReport) -> None:
         for m in report.modules
     ]
     print_table([(title, title not in ("module", "largest")) for title in titles], rows)
-    plain = is_plain(sys.stdout.encoding)
-    draw(strips({m.name: m.effective_rank for m in report.modules}, "effective rank", "{:.1f}".format, plain=plain))
-    draw(strips({m.name: float(m.rank_90) for m in report.modules}, "rank at 90 %", "{:.0f}".format, plain=plain))
+    plain = is_ascii_terminal(sys.stdout.encoding)
+    print_picture(
+        strips({m.name: m.effective_rank for m in report.modules}, "effective rank", "{:.1f}".format, plain=plain)
+    )
+    print_picture(
+        strips({m.name: float(m.rank_90) for m in report.modules}, "rank at 90 %", "{:.0f}".format, plain=plain)
+    )
     kinds: dict[str, list[float]] = {}
     for m in report.modules:
         kinds.setdefault(last_part(m.name), []).append(m.effective_rank)
     means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
-    draw(bars(means, "effective rank by kind, mean", "{:.1f}".format, plain=plain))
+    print_picture(bars(means, "effective rank by kind, mean", "{:.1f}".format, plain=plain))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...architectures.numbered_names import grouped
 from ...files.fileio import size
-from .text import count, print_table, say, share
+from .text import grouped_digits, percent, print_lines, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,8 +29,8 @@ def print_merge(report: MergeReport) -> None:
             str(row.rank) if row.rank else "-",
             ", ".join(f"{scale:g}" for scale in row.scales),
             "-" if row.relative is None else f"{row.relative:.2e}",
-            share(row.changed),
-            share(row.kept),
+            percent(row.changed),
+            percent(row.kept),
         ]
         for row in report.tensors
     ]
@@ -39,17 +39,17 @@ def print_merge(report: MergeReport) -> None:
     changed, verb = str(len(rows)), "would be changed" if report.dry_run else "changed"
     if report.changed is not None and report.changed < len(rows):
         changed = f"{report.changed} of {len(rows)}"
-    kept = "" if report.kept is None else f"; kept {share(report.kept)} of the change"
+    kept = "" if report.kept is None else f"; kept {percent(report.kept)} of the change"
     nothing = "; the merge changes nothing" if report.changed == 0 else ""
-    say(f"\n{changed} tensors {verb}, {report.copied} copied as they are{nothing}{kept}")
+    print_lines(f"\n{changed} tensors {verb}, {report.copied} copied as they are{nothing}{kept}")
     for modules in grouped(report.left_out):
-        say(f"left out: {modules}")
+        print_lines(f"left out: {modules}")
     if report.not_copied:
-        say(f"not copied: {', '.join(report.not_copied)}")
-    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+        print_lines(f"not copied: {', '.join(report.not_copied)}")
+    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
     if report.undo and report.undo_bytes is not None:
         bound = "at most " if report.dry_run else ""
-        say(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
+        print_lines(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
 
 
 def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
@@ -63,60 +63,64 @@ def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
         ]
         titles = ("tensor", "shape", "from", "to", "became 0")
         print_table([(title, title in ("shape", "became 0")) for title in titles], rows)
-        say("")
+        print_lines("")
     for (old, new), flushed in kinds.items():
         verb = "would be cast" if report.dry_run else "cast"
         zeros = "" if report.dry_run else f"; {sum(flushed):,} numbers became 0"
-        say(f"{len(flushed)} tensors {verb} from {old} to {new}{zeros}")
-    say(f"{report.copied} tensors {'would keep' if report.dry_run else 'keep'} their bytes")
+        print_lines(f"{len(flushed)} tensors {verb} from {old} to {new}{zeros}")
+    print_lines(f"{report.copied} tensors {'would keep' if report.dry_run else 'keep'} their bytes")
     for name, kept in report.shared.items():
-        say(f"one with {kept}: {name}")
+        print_lines(f"one with {kept}: {name}")
     if report.not_copied:
-        say(f"not copied: {', '.join(report.not_copied)}")
+        print_lines(f"not copied: {', '.join(report.not_copied)}")
     files = f", {len(report.files)} files" if len(report.files) > 1 else ""
-    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({report.to}{files}, {size(report.nbytes)})")
+    print_lines(
+        f"{'would write' if report.dry_run else 'wrote'} {report.out} ({report.to}{files}, {size(report.nbytes)})"
+    )
 
 
 def print_unmerge(report: UnmergeReport) -> None:
     verb = "would be restored" if report.dry_run else "restored bit for bit"
     if report.approximate:
         verb = "subtracted and rounded"
-        say(
+        print_lines(
             f"approximate: {report.doubtful:,} weights can be wrong, by up to {report.farthest} steps or more near zero"
         )
-    say(f"{report.restored} tensors {verb}, {report.copied} copied as they are")
+    print_lines(f"{report.restored} tensors {verb}, {report.copied} copied as they are")
     for name in report.removed:
-        say(f"removed: {name}")
+        print_lines(f"removed: {name}")
     if not report.exact_files and not report.approximate:
-        say("the base was a torch file: its tensors are the same, in a safetensors file")
+        print_lines("the base was a torch file: its tensors are the same, in a safetensors file")
     if report.not_copied:
-        say(f"not copied: {', '.join(report.not_copied)}")
-    say(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+        print_lines(f"not copied: {', '.join(report.not_copied)}")
+    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
 
 
 def print_verify(report: VerifyReport) -> None:
     """The verdict first, which no count contradicts: that nothing is wrong is said of what is proven alone."""
     if report.status == "inconclusive":
-        say("not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)")
+        print_lines(
+            "not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)"
+        )
     else:
-        say(f"{report.status}: {report.merged}")
+        print_lines(f"{report.status}: {report.merged}")
     counts = [f"{report.exact} tensors exact", f"{report.rounded} right with another rounding"]
     counts += [f"{report.wrong} wrong"] if report.wrong or report.status == "proven" else []
     counts += [f"{len(report.missing)} missing"] if report.missing else []
     counts += [f"{len(report.extra)} extra"] if report.extra else []
     counts += [f"{len(report.not_compared)} not compared"] if report.not_compared else []
-    say(f"{', '.join(counts)}; {report.untouched} are the base's")
+    print_lines(f"{', '.join(counts)}; {report.untouched} are the base's")
     for tensor in report.tensors:
         if tensor.verdict == "wrong":
-            say(f"wrong: {tensor.name}: {tensor.detail}")
+            print_lines(f"wrong: {tensor.name}: {tensor.detail}")
     for name in report.missing:
-        say(f"missing: {name}")
+        print_lines(f"missing: {name}")
     for name in report.extra:
-        say(f"extra: {name}")
+        print_lines(f"extra: {name}")
     for way in report.rounding:
-        say(f"rounding: {way}")
+        print_lines(f"rounding: {way}")
     for names in grouped(report.not_compared):
-        say(f"not compared: {names}")
+        print_lines(f"not compared: {names}")
 
 
 def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
@@ -127,7 +131,7 @@ def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
             "x".join(map(str, g.shape)) or "scalar",
             g.dtype,
             str(g.tensors),
-            count(g.parameters),
+            grouped_digits(g.parameters),
             size(g.nbytes),
             *([g.role] if last else []),
         ]
@@ -138,31 +142,33 @@ def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
 
 
 def print_method(report: MethodReport) -> None:
-    say(f"{report.path}: {report.title}" + (f", for {report.base_model}" if report.base_model else ""))
+    print_lines(f"{report.path}: {report.title}" + (f", for {report.base_model}" if report.base_model else ""))
     _print_groups(report.groups)
-    say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters, {size(report.nbytes)}")
+    print_lines(f"\n{report.tensors} tensors, {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
     for note in report.notes:
-        say(f"note: {note}")
-    say(report.verdict)
+        print_lines(f"note: {note}")
+    print_lines(report.verdict)
 
 
 def print_checkpoint(report: CheckpointReport) -> None:
     marks = [report.model_type or "unknown family", f"{len(report.files)} file{'s' * (len(report.files) != 1)}"]
     marks += ["tied head"] if report.tied else []
     marks += [f"quantized: {report.quantization}"] if report.quantization else []
-    say(f"{report.path}: {', '.join(marks)}")
+    print_lines(f"{report.path}: {', '.join(marks)}")
     _print_groups(report.groups, "LoRA target")
     if report.uncounted:
-        say(f"\nnot counted: {report.uncounted} quantized weights, whose sizes the headers do not tell")
-    dtypes = ", ".join(f"{dtype} {count(n)}" for dtype, n in report.dtypes.items())
-    say(f"\n{report.tensors} tensors, {count(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}")
+        print_lines(f"\nnot counted: {report.uncounted} quantized weights, whose sizes the headers do not tell")
+    dtypes = ", ".join(f"{dtype} {grouped_digits(n)}" for dtype, n in report.dtypes.items())
+    print_lines(
+        f"\n{report.tensors} tensors, {grouped_digits(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}"
+    )
 
 
 def print_count(report: CountReport) -> None:
     marks = [report.model_type or "unknown family", f"from its {'config' if report.source == 'config' else 'headers'}"]
     marks += [f"{report.layers} layers of width {report.width}"] if report.layers else []
-    marks += [f"{count(report.parameters)} parameters", *(["tied head"] if report.tied else [])]
-    say(f"{report.path}: {', '.join(marks)}")
+    marks += [f"{grouped_digits(report.parameters)} parameters", *(["tied head"] if report.tied else [])]
+    print_lines(f"{report.path}: {', '.join(marks)}")
     limit = report.params is not None
     rows = [
         [
@@ -178,6 +184,6 @@ def print_count(report: CountReport) -> None:
     ]
     titles = ["method", "size", "trainable", f"bytes ({report.dtype})", "of the model", *(["fits"] if limit else [])]
     print_table([(title, i in (2, 3, 4)) for i, title in enumerate([*titles, "adds at inference"])], rows)
-    say(f"\nLoRA on {report.matrices} matrices: {', '.join(report.targets)}")
+    print_lines(f"\nLoRA on {report.matrices} matrices: {', '.join(report.targets)}")
     for note in report.notes:
-        say(f"note: {note}")
+        print_lines(f"note: {note}")

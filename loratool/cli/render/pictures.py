@@ -96,7 +96,7 @@ def grid(
     return lines
 
 
-def beside(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
+def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
     """Two pictures of equally many lines side by side, or one below the other where 80 columns do not hold both."""
     width = max(_length(line) for line in left)
     if width + 2 + max(_length(line) for line in right) > WIDTH:
@@ -104,7 +104,7 @@ def beside(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
     return [[*one, Cell(" " * (width + 2 - _length(one))), *two] for one, two in zip(left, right, strict=True)]
 
 
-def is_plain(encoding: str | None) -> bool:
+def is_ascii_terminal(encoding: str | None) -> bool:
     """Whether the terminal cannot show blocks."""
     return "utf" not in (encoding or "").lower() or os.environ.get("TERM") == "dumb"
 

@@ -65,11 +65,11 @@ def to_json(verb: str | None, report: Any = None, error: LoratoolError | None = 
     return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
 
 
-def count(n: int) -> str:
+def grouped_digits(n: int) -> str:
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
 
 
-def share(value: float | None) -> str:
+def percent(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1%}" if value >= 0.001 or value <= 0 else f"{value:.1e}"
@@ -129,7 +129,7 @@ def escape(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def print_lines(text: str, file: TextIO | None = None) -> None:
     """One or more lines for a person."""
     print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
 
@@ -137,10 +137,10 @@ def say(text: str, file: TextIO | None = None) -> None:
 def warn(warnings: Iterable[str]) -> None:
     """On stderr, with --json too: who reads the one may not look into the other."""
     for warning in warnings:
-        say(f"warning: {warning}", sys.stderr)
+        print_lines(f"warning: {warning}", sys.stderr)
 
 
-def draw(lines: Sequence[Line]) -> None:
+def print_picture(lines: Sequence[Line]) -> None:
     """A picture, in colour where stdout is a terminal that has it, and a blank line before it."""
     from rich.console import Console
     from rich.text import Text

@@ -18,7 +18,7 @@ from ...adapters.adapter import UNPAIRED
 from ...adapters.formats import FORMATS
 from ...adapters.formats.other_methods import OUTCOMES
 from ...adapters.updates import UPDATES
-from ...adapters.weight_kinds import KINDS
+from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...files.dtypes import DTYPES
 from ...files.output import CONTAINERS
 from ...ops import choices, guide, resize, unmerge
@@ -76,20 +76,20 @@ WORDS: dict[str, Sequence[str]] = {
     "source_format": tuple(FORMATS),
     "outcome": tuple(OUTCOMES),
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
-    "to": tuple(choices.TARGETS),
+    "to": tuple(choices.FORMAT_CHOICES),
     "CheckpointConvertReport.to": tuple(CONTAINERS),
     "CheckpointConvertReport.source_format": tuple(CONTAINERS),
-    "CombineReport.method": tuple(choices.METHODS),
-    "InitReport.method": tuple(choices.INITS),
-    "MethodCount.method": tuple(counting.METHODS),
-    "MethodCount.measure": tuple(dict.fromkeys(method.size for method in counting.METHODS.values())),
+    "CombineReport.method": tuple(choices.COMBINE_METHODS),
+    "InitReport.method": tuple(choices.INIT_CHOICES),
+    "MethodCount.method": tuple(counting.FORMULAS),
+    "MethodCount.measure": tuple(dict.fromkeys(method.size for method in counting.FORMULAS.values())),
     "CountReport.source": ("config", "checkpoint"),
     "SpectraReport.what": ("adapter", "checkpoint"),
     "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "rounded", "truncated"),
     "ModuleExtract.how": ("exact", "certified", "estimate"),
-    "ModuleExtract.kind": tuple(KINDS),
-    "ModuleInit.kind": tuple(KINDS),
-    "Spectrum.kind": (*KINDS, *UPDATES),
+    "ModuleExtract.kind": tuple(WEIGHT_KINDS),
+    "ModuleInit.kind": tuple(WEIGHT_KINDS),
+    "Spectrum.kind": (*WEIGHT_KINDS, *UPDATES),
     "ModuleDiff.kind": tuple(UPDATES),
     "ValueDiff.kind": tuple(UPDATES),
     "ModuleReport.kind": (*UPDATES, UNPAIRED),

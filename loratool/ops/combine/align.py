@@ -13,59 +13,59 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from ...adapters.adapter import Adapter, UpdateSpec, stands_in
-from ...adapters.edited import Carried
+from ...adapters.adapter import Adapter, UpdateSpec, is_in_listed_module
+from ...adapters.edited import CarriedTensor
 from ...adapters.formats.peft import DECLARED
-from ...adapters.formats.peft_config import changes_base
+from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.formats.peft_write import nested
-from ...binding.resolve import exclude_options, unwrapped
+from ...binding.resolve import exclude_options, strip_wrappers
 from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
-from ...files.tensor_compare import equal_rows
-from ...files.tensor_ref import Source
-from ..inputs import Loaded
+from ...files.tensor_compare import same_values
+from ...files.tensor_ref import TensorRef
+from ..inputs import WeightedAdapter
 
 ROUNDING = 1e-9  # by which decimal weights may miss a sum of 1
 
 
 @dataclass(frozen=True)
-class Member:
+class WeightedUpdate:
     """One adapter's update of a module."""
 
     adapter: Adapter
     weight: float
     update: UpdateSpec
 
-    def source(self, role: str) -> Source:
-        return Source(self.adapter.file, self.update.tensors[role])
+    def source(self, role: str) -> TensorRef:
+        return TensorRef(self.adapter.file, self.update.tensors[role])
 
 
-Group = tuple[Member, ...]
+UpdateGroup = tuple[WeightedUpdate, ...]
 
 
 @dataclass(frozen=True)
-class Joined:
+class AlignedAdapters:
     """groups: path -> the low-rank updates there; updates: path -> the one whose names and shapes the output has.
     carried: all other tensors by name; fields: of PEFT's config, other than the first adapter's.
     """
 
-    groups: Mapping[str, Group]
+    groups: Mapping[str, UpdateGroup]
     updates: Mapping[str, UpdateSpec]
-    carried: Mapping[str, Carried]
+    carried: Mapping[str, CarriedTensor]
     fields: Mapping[str, object]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
-def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
+def align_adapters(loaded: WeightedAdapter, exclude: tuple[str, ...] = ()) -> AlignedAdapters:
     """loaded: of one format and spelling.
 
     Raises InputError for adapters that do not belong together, NeedsFlag for tensors of which there is no sum."""
     _check_together(loaded)
-    found: dict[str, list[Member]] = {}
+    found: dict[str, list[WeightedUpdate]] = {}
     for adapter, weight in loaded:
         for module, update in adapter.updates.items():
-            found.setdefault(module, []).append(Member(adapter, weight, update))
+            found.setdefault(module, []).append(WeightedUpdate(adapter, weight, update))
     selection = Selection(exclude=exclude)
     selection.require_used(found, " and ".join(adapter.name for adapter, _ in loaded))
     kept = {module: tuple(group) for module, group in found.items() if selection.selects(module)}
@@ -75,37 +75,37 @@ def join(loaded: Loaded, exclude: tuple[str, ...] = ()) -> Joined:
         raise _refusal(problems, [module for module in found if module not in problems], bool(groups))
     if not groups:
         raise InputError("have no low-rank factors to combine", culprit=", ".join(a.name for a, _ in loaded))
-    carried: dict[str, Carried] = {}
+    carried: dict[str, CarriedTensor] = {}
     for group in kept.values():
-        carried |= _carried(group)
-    fields = _fields(loaded, {m: g[0].update for m, g in kept.items()}) if loaded[0][0].format == "peft" else {}
+        carried |= _sum_other_tensors(group)
+    fields = _config_fields(loaded, {m: g[0].update for m, g in kept.items()}) if loaded[0][0].format == "peft" else {}
     left_out = tuple(module for module in found if module not in kept)
-    return Joined(groups, _with_nesting(groups), carried, fields, left_out, _warnings(loaded))
+    return AlignedAdapters(groups, _with_nesting(groups), carried, fields, left_out, _warnings(loaded))
 
 
-def _check_together(loaded: Loaded) -> None:
+def _check_together(loaded: WeightedAdapter) -> None:
     first = loaded[0][0]
     for adapter, _ in loaded[1:]:
         _check_names(first, adapter)
-    plain = [adapter.name for adapter, _ in loaded if not changes_base(adapter.config)]
-    moved = [adapter for adapter, _ in loaded if changes_base(adapter.config)]
+    plain = [adapter.name for adapter, _ in loaded if not base_mutating_init(adapter.config)]
+    moved = [adapter for adapter, _ in loaded if base_mutating_init(adapter.config)]
     if moved and plain:
-        init = changes_base(moved[0].config)
+        init = base_mutating_init(moved[0].config)
         raise InputError(
             f"was initialized with {init}, which changed the base under it, and {plain[0]} was not: no base is both's",
             culprit=moved[0].name,
         )
-    other = next((each for each in moved if _starts(each) != _starts(moved[0])), None)
+    other = next((each for each in moved if _base_mutating_inits(each) != _base_mutating_inits(moved[0])), None)
     if other:
-        one, two = (" and ".join(f"{part} {start}".strip() for part, start in _starts(each).items())
+        one, two = (" and ".join(f"{part} {start}".strip() for part, start in _base_mutating_inits(each).items())
                     for each in (moved[0], other))  # fmt: skip
         said = f"was initialized with {one}, {other.name} with {two}: no changed base is both's"
         raise InputError(said, culprit=moved[0].name)
 
 
-def _starts(adapter: Adapter) -> dict[str, str]:
+def _base_mutating_inits(adapter: Adapter) -> dict[str, str]:
     """Component, empty where there is but one, -> the initialization that changed its base."""
-    found = dict(adapter.config.starts) or {"": changes_base(adapter.config) or ""}
+    found = dict(adapter.config.base_mutating_inits) or {"": base_mutating_init(adapter.config) or ""}
     return {part: start.lower() for part, start in found.items()}
 
 
@@ -114,9 +114,9 @@ def _check_names(one: Adapter, two: Adapter) -> None:
 
     Either a training loop's wrapper stands in some paths, or a prefix before all of them.
     """
-    plain = {unwrapped(module): module for module in one.updates}
+    plain = {strip_wrappers(module): module for module in one.updates}
     for module in two.updates:
-        other = plain.get(unwrapped(module), module)
+        other = plain.get(strip_wrappers(module), module)
         if other != module:
             raise InputError(f"of {two.name} is {other} in {one.name}: one was saved with wrappers", culprit=module)
     paths = [{module for module, update in adapter.updates.items() if update.rank} for adapter in (one, two)]
@@ -129,7 +129,7 @@ def _check_names(one: Adapter, two: Adapter) -> None:
             raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
 
 
-def _problems(kept: Mapping[str, Group], loaded: Loaded) -> dict[str, str]:
+def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[str, str]:
     """Why updates have no sum, by module."""
     found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
     kinds = {group[0].update.kind for group in kept.values()}
@@ -139,7 +139,7 @@ def _problems(kept: Mapping[str, Group], loaded: Loaded) -> dict[str, str]:
     return {module: problem for module, problem in found.items() if problem}
 
 
-def _problem(module: str, group: Group, adapters: int) -> str | None:
+def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
     """Why these updates have no sum, where an --exclude would help. Raises InputError where they contradict."""
     first, *others = group
     for other in others:
@@ -150,8 +150,8 @@ def _problem(module: str, group: Group, adapters: int) -> str | None:
         if shapes[0] != shapes[1] or other.update.transposed != first.update.transposed:
             one, two = (f"{_layout(member)} in {member.adapter.name}" for member in (first, other))
             raise InputError(f"is {one}, {two}: they are not of one base", culprit=module)
-    bases = [Source(member.adapter.file, member.update.base) for member in group if member.update.base]
-    if any(not equal_rows(bases[0], base) for base in bases[1:]):
+    bases = [TensorRef(member.adapter.file, member.update.base) for member in group if member.update.base]
+    if any(not same_values(bases[0], base) for base in bases[1:]):
         return "lies on another weight in each adapter"
     if first.update.kind == "dora" and (adapters > 1 or first.weight != 1):
         return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
@@ -160,12 +160,12 @@ def _problem(module: str, group: Group, adapters: int) -> str | None:
     return None
 
 
-def _layout(member: Member) -> str:
+def _layout(member: WeightedUpdate) -> str:
     shape = "x".join(map(str, member.update.shape)) or "a scalar"
     return f"{shape}{' of an embedding' if member.update.transposed and member.update.rank else ''}"
 
 
-def _whole_problem(group: Group) -> str | None:
+def _whole_problem(group: UpdateGroup) -> str | None:
     total = math.fsum(member.weight for member in group)
     if abs(total - 1) > ROUNDING:
         names = " and ".join(member.adapter.name for member in group)
@@ -183,27 +183,27 @@ def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool)
     return InputError(reason, culprit=module)
 
 
-def _carried(group: Group) -> dict[str, Carried]:
+def _sum_other_tensors(group: UpdateGroup) -> dict[str, CarriedTensor]:
     """The tensors beside the factors, by the name that the first adapter has for them."""
     first, found = group[0], {}
     kind = first.update.kind
     if kind == "add":
         terms = [(member.source("value"), member.weight * member.update.scale) for member in group]
-        found[first.update.tensors["value"]] = Carried(tuple(terms))
+        found[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
     if kind in ("replace", "rows"):
         sources = [member.source("value") for member in group]
-        equal = all(equal_rows(sources[0], source) for source in sources[1:])
+        equal = all(same_values(sources[0], source) for source in sources[1:])
         terms = [(sources[0], 1.0)] if equal else [(m.source("value"), m.weight) for m in group]
-        found[first.update.tensors["value"]] = Carried(tuple(terms))
+        found[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
     if kind == "dora":
-        found[first.update.tensors["magnitude"]] = Carried(((first.source("magnitude"), 1.0),))
+        found[first.update.tensors["magnitude"]] = CarriedTensor(((first.source("magnitude"), 1.0),))
     based = next((member for member in group if member.update.base), None)
     if based and based.update.base:
-        found[based.update.base] = Carried(((Source(based.adapter.file, based.update.base), 1.0),))
+        found[based.update.base] = CarriedTensor(((TensorRef(based.adapter.file, based.update.base), 1.0),))
     return found
 
 
-def _with_nesting(groups: Mapping[str, Group]) -> dict[str, UpdateSpec]:
+def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
     """The first adapter's updates, stacks of experts under the names that PEFT gives them where just these are targets
     of their module.
     """
@@ -229,7 +229,7 @@ def _with_nesting(groups: Mapping[str, Group]) -> dict[str, UpdateSpec]:
     return found
 
 
-def _fields(loaded: Loaded, kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
+def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
     """What the config must say of all adapters together. Targets are whole paths, so no layer numbers limit them."""
     configs = [adapter.config.extra for adapter, _ in loaded]
     fields: dict[str, object] = {
@@ -241,14 +241,15 @@ def _fields(loaded: Loaded, kept: Mapping[str, UpdateSpec]) -> dict[str, object]
     saved = [
         entry
         for entry in dict.fromkeys(entries)
-        if any(stands_in(entry, module) for module in whole) or not any(stands_in(entry, module) for module in gone)
+        if any(is_in_listed_module(entry, module) for module in whole)
+        or not any(is_in_listed_module(entry, module) for module in gone)
     ]
     fields["modules_to_save"] = saved or None
     biases = [each for each in (config.get("bias") for config in configs) if each in ("all", "lora_only")]
     there = any(module.endswith(".bias") for module in whole)
     fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
     fields["lora_bias"] = any(update.kind == "add" for update in kept.values())
-    if fields["lora_bias"] and not changes_base(
+    if fields["lora_bias"] and not base_mutating_init(
         loaded[0][0].config
     ):  # PEFT takes no other beside it; the factors are trained anyway
         fields["init_lora_weights"] = True
@@ -263,7 +264,7 @@ def _strings(value: object) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-def _token_indices(loaded: Loaded, kept: Mapping[str, UpdateSpec]) -> object:
+def _token_indices(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> object:
     """The first adapter's own where it says it all, else by path."""
     rows = {module: update for module, update in kept.items() if update.kind == "rows"}
     first = loaded[0][0]
@@ -273,16 +274,17 @@ def _token_indices(loaded: Loaded, kept: Mapping[str, UpdateSpec]) -> object:
     return {module: list(update.indices) for module, update in rows.items()}
 
 
-def _warnings(loaded: Loaded) -> tuple[str, ...]:
-    lines = [f"{adapter.name}: {line}" for adapter, _ in loaded for line in adapter.lacks]
+def _warnings(loaded: WeightedAdapter) -> tuple[str, ...]:
+    lines = [f"{adapter.name}: {line}" for adapter, _ in loaded for line in adapter.missing]
     first = loaded[0][0]
     for adapter, _ in loaded[1:]:
         one, two = first.config.base_model, adapter.config.base_model
         if one and two and one != two:
             lines.append(f"{adapter.name} was trained on {two}, {first.name} on {one}")
-    if changes_base(first.config):
+    if base_mutating_init(first.config):
         lines.append(
-            f"{first.name} was initialized with {changes_base(first.config)}, which changed the base under it: what "
+            f"{first.name} was initialized with {base_mutating_init(first.config)}, "
+            "which changed the base under it: what "
             "comes out belongs on that base, and only if it was the same for all"
         )
     return tuple(dict.fromkeys(lines))

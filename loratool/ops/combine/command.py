@@ -16,24 +16,31 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import UpdateSpec
-from ...adapters.edited import Draft, default_name, require_same_start, require_shape, require_written, write_draft
+from ...adapters.edited import (
+    EditedAdapter,
+    default_output_name,
+    require_folder_or_file,
+    require_same_init,
+    require_writable,
+    write_edited,
+)
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...adapters.stacked import cost, rounded, stacked
+from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...errors import InputError, UsageError
-from ...files.output import check_name, check_path, named
+from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.tensor_ref import is_finite
-from ...numerics.factored_svd import distance, singular_values, svd
+from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress, choose_device
 from ..choices import COMBINE_ALLOW
-from ..convert.in_memory import bring_together, check_target, loralib_notes, warnings_of
+from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, loralib_notes
 from ..denormals import keep_denormals
 from ..diff.related import require_related, require_same_names
-from ..inputs import Adapters, Loaded, open_adapters, read_given
-from ..rank_rules import BUDGETS, Spectrum, choose_ranks, read_rule
-from .align import Joined, join
-from .methods import METHODS, REFUSED, Part
+from ..inputs import Adapters, WeightedAdapter, open_adapters, parse_adapters
+from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
+from .align import AlignedAdapters, align_adapters
+from .methods import METHODS, REFUSED, WeightedDelta
 
 DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 
@@ -112,9 +119,9 @@ def combine(
     that have no sum and for adapters of two models; nothing is written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
-    given = read_given(adapters)
+    given = parse_adapters(adapters)
     for each in given:
-        if each.parts:
+        if each.component_weights:
             raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
     check_target(to)
     for word in allow:
@@ -123,28 +130,28 @@ def combine(
     density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
-        path, is_file = check_name(out if out is not None else default_name(loaded[0][0], to, "combined"))
-        check_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
+        path, is_file = check_output_name(out if out is not None else default_output_name(loaded[0][0], to, "combined"))
+        check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
         if to is None:
-            require_written(loaded[0][0])
-        loaded, patterns, made = bring_together(loaded, to, tuple(exclude), path.absolute().parent, opened)
-        require_shape(loaded[0][0], path, is_file)
-        joined = join(loaded, patterns)
+            require_writable(loaded[0][0])
+        loaded, patterns, made = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
+        require_folder_or_file(loaded[0][0], path, is_file)
+        joined = align_adapters(loaded, patterns)
         joined = replace(
             joined,
             left_out=(*(module for each in made for module in each.dropped), *joined.left_out),
-            warnings=(*joined.warnings, *warnings_of(made)),
+            warnings=(*joined.warnings, *conversion_warnings(made)),
         )
-        work = _Work(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
-        require_same_start(loaded[0][0], work.choose(rule, max_rank))
+        work = _Combination(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
+        require_same_init(loaded[0][0], work.choose(rule, max_rank))
         require_same_names(loaded)
         if "unrelated" not in allow:
             require_related(loaded)
         if dry_run:
             work.try_all()
         else:
-            opened.enter_context(named(path))
-            write_draft(work.draft(), path, is_file, [adapter.file for adapter, _ in loaded])
+            opened.enter_context(naming_output(path))
+            write_edited(work.draft(), path, is_file, [adapter.file for adapter, _ in loaded])
         return work.report(str(path), dry_run)
 
 
@@ -173,13 +180,13 @@ def _check(
     return (DENSITY if density is None else density) if row.prunes else None
 
 
-class _Work:
+class _Combination:
     """The draft, and what came of each module."""
 
     def __init__(
         self,
-        loaded: Loaded,
-        joined: Joined,
+        loaded: WeightedAdapter,
+        joined: AlignedAdapters,
         method: str,
         density: float | None,
         seed: int,
@@ -198,19 +205,19 @@ class _Work:
         total = sum(member.update.rank for member in self._joined.groups[module])
         return total if self._method == "cat" else max(1, min(total, *_sides(self._joined.updates[module])))
 
-    def _parts(self, module: str) -> list[list[Part]]:
+    def _parts(self, module: str) -> list[list[WeightedDelta]]:
         """Of each matrix of the module, one or a stack of experts, the adapters' changes."""
         factors = []
         for member in self._joined.groups[module]:
             weight, scale = member.weight, member.update.scale
             if not math.isfinite(weight * scale):
                 raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
-            factors.append(tuple(side.to(self._device) for side in stacked(member.adapter.load(member.update))))
+            factors.append(tuple(side.to(self._device) for side in stack_factors(member.adapter.load(member.update))))
         members = self._joined.groups[module]
         draws = [member.adapter.sha256 if METHODS[self._method].random else "" for member in members]
         return [
             [
-                Part(B[e], A[e], member.weight, f"{self._seed} {module} {e} {drawn}")
+                WeightedDelta(B[e], A[e], member.weight, f"{self._seed} {module} {e} {drawn}")
                 for (B, A), member, drawn in zip(factors, members, draws, strict=True)
             ]
             for e in range(len(factors[0][0]))
@@ -222,7 +229,7 @@ class _Work:
             self._ranks = {module: min(rank, most or rank) for module, rank in self._ranks.items()}
             return self._ranks
         name, value = rule
-        spectra = {module: Spectrum((), 0.0, 0, True) for module in self._ranks}
+        spectra = {module: SingularValues((), 0.0, 0, True) for module in self._ranks}
         if name != "rank":
             self._steps *= 2
             spectra = {module: self._spectrum(module, most) for module in self._ranks}
@@ -231,7 +238,7 @@ class _Work:
         self._ranks = choose_ranks(name, value, spectra, most)
         return self._ranks
 
-    def _spectrum(self, module: str, most: int | None) -> Spectrum:
+    def _spectrum(self, module: str, most: int | None) -> SingularValues:
         """Squares sum over a stack; of a dense result those that the natural rank or --max-rank allows."""
         with _factored(module):
             if METHODS[self._method].dense:
@@ -243,7 +250,7 @@ class _Work:
                 squares = singular_values(*self._side_by_side(module)).square().sum(0).cpu()
                 total = float(squares.sum())
         self._step()
-        return Spectrum(tuple(squares.tolist()), total, cost(self._joined.updates[module]), True)
+        return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self._joined.updates[module]), True)
 
     def _step(self) -> None:
         self._done += 1
@@ -272,11 +279,11 @@ class _Work:
 
     def _exact(self, module: str) -> tuple[Tensor, Tensor]:
         B, A = self._side_by_side(module)
-        rank, whole = self._ranks[module], svd(B, A)
+        rank, whole = self._ranks[module], factored_svd(B, A)
         if B.shape[-1] != rank:
             B, A = whole.truncated(rank)
-        B, A = rounded(module, (B, A), self._dtype)
-        wrong = float(distance(whole, svd(B, A)).square().sum())
+        B, A = round_factors(module, (B, A), self._dtype)
+        wrong = float(distance(whole, factored_svd(B, A)).square().sum())
         self._note(module, float(whole.S.square().sum()), float(whole.S[..., :rank].square().sum()), wrong)
         return B, A
 
@@ -287,7 +294,7 @@ class _Work:
             missing = rank - len(top.S)
             U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
             sides = (torch.nn.functional.pad(side, (0, missing)) for side in (U, V))
-            B, V = rounded(module, (next(sides), next(sides)), self._dtype)
+            B, V = round_factors(module, (next(sides), next(sides)), self._dtype)
             pairs.append((B, V.mT))
             total, kept = total + top.total, kept + top.energy
             for start in range(0, len(D), ROWS):
@@ -301,9 +308,9 @@ class _Work:
         share = (min(1.0, kept / total), math.sqrt(wrong / total)) if total else (1.0, 0.0)
         self._found[module] = (math.sqrt(total), *share)
 
-    def draft(self) -> Draft:
+    def draft(self) -> EditedAdapter:
         joined, ranks = self._joined, self._ranks
-        return Draft(
+        return EditedAdapter(
             self._loaded[0][0], joined.updates, ranks, self._factors, joined.carried, self._dtype, joined.fields
         )
 

@@ -23,7 +23,7 @@ ROWS = 1024  # of a dense change made at a time in float64
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedDelta:
     """One adapter's share: weight * B @ A. B: (out, r), A: (r, in), float64, the scale in B.
 
     key: what its random numbers follow from.
@@ -43,10 +43,10 @@ class Part:
 
 
 # Makes the parts' changes with some entries 0, each time it is called and one at a time: only one need be there.
-Changes = Callable[[], Iterator[Tensor]]
+Deltas = Callable[[], Iterator[Tensor]]
 
 
-def _largest(parts: Sequence[Part], density: float) -> Changes:
+def _keep_largest(parts: Sequence[WeightedDelta], density: float) -> Deltas:
     """Of each D the share `density` of its entries, the largest; equal ones stay together."""
     cuts: dict[int, float] = {}
 
@@ -54,13 +54,13 @@ def _largest(parts: Sequence[Part], density: float) -> Changes:
         for i, part in enumerate(parts):
             D = part.dense()
             if i not in cuts:
-                cuts[i] = _cut(D, density)
+                cuts[i] = _threshold(D, density)
             yield D.mul_(D.abs() >= cuts[i])
 
     return changes
 
 
-def _cut(D: Tensor, density: float) -> float:
+def _threshold(D: Tensor, density: float) -> float:
     """The least of the largest magnitudes. numpy's selection, since torch's brings as many indices along."""
     dropped = D.numel() - max(1, int(density * D.numel()))
     if dropped <= 0:
@@ -70,7 +70,7 @@ def _cut(D: Tensor, density: float) -> float:
     return float(sizes[dropped])
 
 
-def _random(parts: Sequence[Part], density: float) -> Changes:
+def _keep_random(parts: Sequence[WeightedDelta], density: float) -> Deltas:
     """DARE: each entry stays with the probability `density`, and is divided by it."""
 
     def changes() -> Iterator[Tensor]:
@@ -86,11 +86,11 @@ def _random(parts: Sequence[Part], density: float) -> Changes:
     return changes
 
 
-def _weights(parts: Sequence[Part]) -> list[float]:
+def _weights(parts: Sequence[WeightedDelta]) -> list[float]:
     return [part.weight for part in parts]
 
 
-def _sum(changes: Changes, weights: Sequence[float]) -> Tensor:
+def _sum(changes: Deltas, weights: Sequence[float]) -> Tensor:
     pairs = zip(weights, changes(), strict=True)
     weight, D = next(pairs)
     total = D.mul_(weight)
@@ -99,7 +99,7 @@ def _sum(changes: Changes, weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _elected(changes: Changes, weights: Sequence[float], votes: Sequence[float]) -> Tensor:
+def _elect_signs(changes: Deltas, weights: Sequence[float], votes: Sequence[float]) -> Tensor:
     """TIES after trimming: an entry's sign is that of sum v_i D_i, its value sum w_i D_i / sum v_i of those that agree.
 
     v: the votes.
@@ -113,32 +113,32 @@ def _elected(changes: Changes, weights: Sequence[float], votes: Sequence[float])
     return total.div_(count.masked_fill_(count == 0, 1.0))
 
 
-def cat(parts: Sequence[Part], density: float) -> tuple[Tensor, Tensor]:
+def cat(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
     """sum w_i D_i, exactly: (B (out, sum r_i), A (sum r_i, in)); scales and weights are in B."""
     return torch.cat([part.B * part.weight for part in parts], 1), torch.cat([part.A for part in parts])
 
 
-def ties(parts: Sequence[Part], density: float) -> Tensor:
-    return _elected(_largest(parts, density), _weights(parts), [1.0] * len(parts))
+def ties(parts: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _elect_signs(_keep_largest(parts, density), _weights(parts), [1.0] * len(parts))
 
 
-def ties_mergekit(parts: Sequence[Part], density: float) -> Tensor:
-    return _elected(_largest(parts, density), _weights(parts), _weights(parts))
+def ties_mergekit(parts: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _elect_signs(_keep_largest(parts, density), _weights(parts), _weights(parts))
 
 
-def dare_linear(parts: Sequence[Part], density: float) -> Tensor:
-    return _sum(_random(parts, density), _weights(parts))
+def dare_linear(parts: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _sum(_keep_random(parts, density), _weights(parts))
 
 
-def dare_ties(parts: Sequence[Part], density: float) -> Tensor:
-    return _elected(_random(parts, density), _weights(parts), [1.0] * len(parts))
+def dare_ties(parts: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _elect_signs(_keep_random(parts, density), _weights(parts), [1.0] * len(parts))
 
 
-def magnitude(parts: Sequence[Part], density: float) -> Tensor:
-    return _sum(_largest(parts, density), _weights(parts))
+def magnitude(parts: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _sum(_keep_largest(parts, density), _weights(parts))
 
 
-def knots(parts: Sequence[Part], density: float) -> tuple[Tensor, Tensor]:
+def knots(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
     """TIES of the S V_i^T in [D_1 ... D_N] = U S [V_1^T ... V_N^T]: (U (out, k), the result (k, in)).
 
     With [B_1 ... B_N] = Q R and A_i^T = Q_i L_i^T the SVD is that of the small R blockdiag(L_i), so U S V^T is never
@@ -151,7 +151,9 @@ def knots(parts: Sequence[Part], density: float) -> tuple[Tensor, Tensor]:
     U, S, _ = torch.linalg.svd(small, full_matrices=False)
     k = int((RANK_TOLERANCE * S[:1] < S).sum())  # beyond it are directions of none of the changes
     U = U[:, :k]
-    turned = [Part(U.mT @ piece, part.A, part.weight, part.key) for piece, part in zip(pieces, parts, strict=True)]
+    turned = [
+        WeightedDelta(U.mT @ piece, part.A, part.weight, part.key) for piece, part in zip(pieces, parts, strict=True)
+    ]
     result = parts[0].A.new_zeros(len(R), parts[0].A.shape[1])
     if k:
         result[:k] = ties(turned, density)
@@ -159,24 +161,24 @@ def knots(parts: Sequence[Part], density: float) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Method:
+class CombineMethod:
     """run: of the parts of one matrix and the density, to factors, or to a dense result that has no low rank."""
 
-    run: Callable[[Sequence[Part], float], tuple[Tensor, Tensor] | Tensor]
+    run: Callable[[Sequence[WeightedDelta], float], tuple[Tensor, Tensor] | Tensor]
     dense: bool = True
     prunes: bool = True
     random: bool = False
     negative: bool = True  # whether weights may be below 0
 
 
-METHODS: dict[str, Method] = {
-    "cat": Method(cat, dense=False, prunes=False),
-    "ties": Method(ties),
-    "ties-mergekit": Method(ties_mergekit, negative=False),
-    "dare-linear": Method(dare_linear, random=True),
-    "dare-ties": Method(dare_ties, random=True),
-    "magnitude": Method(magnitude),
-    "knots": Method(knots, dense=False),
+METHODS: dict[str, CombineMethod] = {
+    "cat": CombineMethod(cat, dense=False, prunes=False),
+    "ties": CombineMethod(ties),
+    "ties-mergekit": CombineMethod(ties_mergekit, negative=False),
+    "dare-linear": CombineMethod(dare_linear, random=True),
+    "dare-ties": CombineMethod(dare_ties, random=True),
+    "magnitude": CombineMethod(magnitude),
+    "knots": CombineMethod(knots, dense=False),
 }
 
 

@@ -21,16 +21,16 @@ from torch import Tensor
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
-from ...files.output import CONTAINERS, Edits, Output, check_name, check_path, check_undo_files
+from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA
 from ...files.side_files import provenance
-from ...files.tensor_ref import Source
+from ...files.tensor_ref import TensorRef
 from ...files.torch_reader import TorchFile
-from ...numerics.exact import Change, Workspace, cast_rounded
-from ...streaming.rewrite import CAST_BLOCK, Changed, RowRange, refuse_overflow, rewrite
+from ...numerics.exact import RoundingStats, Workspace, cast_rounded
+from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
-from .shared_tensors import find_shared, left_out
+from .shared_tensors import dropped_names, find_shared_storage
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def convert_checkpoint(
         to, path, is_file = _place(base, out, to)
         _refuse_quantized(base, chosen, to, checkpoint)
         inputs = [shard.path for shard in base.shards]
-        check_path(path, is_file, inputs, force, is_model=True)
-        shared = find_shared(base)
-        edits = Edits(shared=shared, left_out=left_out(base, shared))
+        check_output_path(path, is_file, inputs, force, is_model=True)
+        shared = find_shared_storage(base)
+        edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared))
         origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))
         output = plan_output(base, path, is_file, origin, (), chosen, max_shard_bytes, edits, container=to)
         check_undo_files(output, inputs, force)
@@ -127,14 +127,14 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
         raise UsageError(f"a checkpoint is converted to {' or '.join(CONTAINERS)}, not to {to!r}")
     if out is None:
         return to, Path(f"converted{CONTAINERS[to][0]}" if base.given_as_file else "converted"), base.given_as_file
-    return to, *check_name(out, to)
+    return to, *check_output_name(out, to)
 
 
 def _execute(base: Checkpoint, output: Output, progress: Progress | None, workers: int) -> dict[str, int]:
     """Write it; of each tensor that is cast, how many numbers became 0."""
-    sources = {name: Source(base.shard_of[name], name) for name in output.specs}
+    sources = {name: TensorRef(base.shard_of[name], name) for name in output.specs}
     cast = {
-        name: Changed(spec.size, partial(_all_numbers, spec.size))
+        name: ChangedTensor(spec.size, partial(_all_numbers, spec.size))
         for name, spec in output.specs.items()
         if spec.size and spec.dtype != base.specs[name].dtype
     }
@@ -150,7 +150,7 @@ def _all_numbers(size: int) -> list[RowRange]:
     return [RowRange(0, size, lambda start, stop: _cast, block_rows=CAST_BLOCK)]
 
 
-def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[Change, int]:
+def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:
     """What is too large, and how many numbers are too small."""
     change = cast_rounded(base, out, work)
     least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
@@ -167,7 +167,7 @@ def _report(
     name: str,
     base: Checkpoint,
     output: Output,
-    edits: Edits,
+    edits: OutputEdits,
     to: str,
     dtype: str | None,
     flushed: dict[str, int] | None,
@@ -196,7 +196,7 @@ def _report(
 
 
 def _warnings(
-    base: Checkpoint, output: Output, edits: Edits, to: str, apart: list[str], dtype: str | None
+    base: Checkpoint, output: Output, edits: OutputEdits, to: str, apart: list[str], dtype: str | None
 ) -> Iterator[str]:
     for shard in base.shards:
         if shard.ignored:

@@ -16,22 +16,22 @@ from typing import Any
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter, open_adapter
-from ...adapters.formats.peft_config import start_of
+from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.output import CONTAINERS, check_name, check_path, named
+from ...files.output import CONTAINERS, check_output_name, check_output_path, naming_output
 from ...streaming.workers import Progress
-from ..choices import LAYOUTS, TARGETS
+from ..choices import FORMAT_CHOICES, QKV_LAYOUTS
 from ..denormals import keep_denormals
 from .checkpoint import CheckpointConvertReport, convert_checkpoint
-from .dora_to_lora import without_dora
-from .image import Image, plan_image, write_output
+from .dora_to_lora import dora_to_lora
+from .image import ImageAdapter, plan_image, write_output
 from .language import plan_language
 from .plain import plan_plain
-from .request import WITHOUT_START, ModuleConvert, Output, Wish, low_rank, select
-from .source_modules import FAMILIES, SINGLE_COMPONENT, family_of, read_sources, require_known
-from .subtract_initial import without_start
+from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
+from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, read_source_modules, refuse_unknown_blocks
+from .subtract_initial import subtract_init
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 
@@ -81,12 +81,12 @@ def convert(
     """
     given = {name: value for name, value in of_adapters.items() if not (value is None or value is False or value == ())}
     is_one = bool(given.get("from_format")) or holds_adapter(source)
-    if is_one or to in TARGETS:
+    if is_one or to in FORMAT_CHOICES:
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
-        if to not in TARGETS:
+        if to not in FORMAT_CHOICES:
             what = "needs --to, one" if to is None else f"{to!r} is none"
-            raise UsageError(f"is an adapter, and {what} of {', '.join(TARGETS)}", culprit=os.fspath(source))
+            raise UsageError(f"is an adapter, and {what} of {', '.join(FORMAT_CHOICES)}", culprit=os.fspath(source))
         try:
             return convert_adapter(source, out, to=to, dtype=dtype, force=force, dry_run=dry_run, **of_adapters)
         except InputError as error:
@@ -139,8 +139,8 @@ def convert_adapter(
     its config.json says. dtype: of the factors, a key of CONVERT_DTYPES. Raises NeedsFlag for what can only be
     dropped, and InputError for what nothing could load: nothing is written then.
     """
-    if to not in TARGETS:
-        raise UsageError(f"format {to!r} is none of {', '.join(TARGETS)}")
+    if to not in FORMAT_CHOICES:
+        raise UsageError(f"format {to!r} is none of {', '.join(FORMAT_CHOICES)}")
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
     if from_format is not None and from_format not in FORMATS:
@@ -149,8 +149,8 @@ def convert_adapter(
         raise UsageError("--initial and --rank are for --plain")
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank} is out of range")
-    if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    if layout is not None and layout not in QKV_LAYOUTS:
+        raise UsageError(f"layout {layout!r} is none of {', '.join(QKV_LAYOUTS)}")
     if layout is not None and plain:
         raise UsageError("--for and --plain are two conversions: one after the other")
     if layout is None and not plain and base is not None:
@@ -158,73 +158,78 @@ def convert_adapter(
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha, format=from_format, enabled=tuple(enable_lora))
         opened.callback(source.file.close)
-        path, is_file = check_name(
+        path, is_file = check_output_name(
             out if out is not None else ("converted" if to == "peft" else "converted.safetensors")
         )
         if to != "peft" and not is_file:
             raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
-        check_path(path, is_file, [source.file.path], force)
+        check_output_path(path, is_file, [source.file.path], force)
         Selection(tuple(drop)).require_used(source.updates, source.name, "--drop")
-        wish = Wish(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
+        wish = ConvertRequest(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
         made = plan_convert(source, wish, path.absolute().parent, opened)
         if not dry_run:
-            opened.enter_context(named(path))
+            opened.enter_context(naming_output(path))
             write_output(made, to, path, is_file, [source.file])
         size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
 
 
-def plan_convert(source: Adapter, wish: Wish, folder: Path, opened: ExitStack, family: str | None = None) -> Output:
+def plan_convert(
+    source: Adapter, wish: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
+) -> AdapterOutput:
     """folder: where there is place for what must wait; family: where more than the adapter tells it.
 
     Raises NeedsFlag and InputError as `convert` does."""
-    sources, _ = read_sources(source)
+    sources, _ = read_source_modules(source)
     selection = Selection(wish.drop or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
-    family = family or family_of(sources) or family_of(wanted)
+    family = family or detect_family(sources) or detect_family(wanted)
     single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
     if single and not any(each.component == "unet" for each in sources):
         family = None  # a text encoder by itself goes as a language model does
     if family is not None:
-        require_known(source, sources, family)
+        refuse_unknown_blocks(source, sources, family)
         source = _at_its_start(source, [each.module for each in wanted], wish, opened)
     source, lost = _plain_enough(source, wish, folder, opened)
     if family is not None:
         if wish.layout:
             raise UsageError("--for is for adapters of language models")
-        load, start = functools.partial(low_rank, source), functools.partial(start_of, source.config)
-        image = Image(source.name, source.file.metadata or {}, family, load, lost, start)
-        return plan_image(image, wish, *read_sources(source))
+        load, start = (
+            functools.partial(low_rank_modules, source),
+            functools.partial(base_mutating_init_of, source.config),
+        )
+        image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, start)
+        return plan_image(image, wish, *read_source_modules(source))
     if single:
-        kept, dropped = select(source, wish)
+        kept, dropped = select_updates(source, wish)
         if wish.plain:
             return plan_plain(source, wish, kept, dropped, lost, opened)
         return plan_language(source, wish, kept, dropped)
     raise InputError(
-        f"is no adapter of an image model that is known ({', '.join(FAMILIES.values())}), with modules like "
+        f"is no adapter of an image model that is known ({', '.join(IMAGE_FAMILIES.values())}), with modules like "
         + min(source.updates, default="none")
         + ("" if wish.to == "peft" else f": nothing could load it as {wish.to}"),
         culprit=source.name,
     )
 
 
-def _at_its_start(source: Adapter, modules: Sequence[str], wish: Wish, opened: ExitStack) -> Adapter:
+def _at_its_start(source: Adapter, modules: Sequence[str], wish: ConvertRequest, opened: ExitStack) -> Adapter:
     """An image model's adapter, with what its start was taken away where that is asked. Raises NeedsFlag where it
     changed the base, and the output cannot say so.
     """
     if wish.initial is not None:
-        return without_start(source, wish.initial, opened)
-    start = next(filter(None, (start_of(source.config, module) for module in modules)), None)
+        return subtract_init(source, wish.initial, opened)
+    start = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
     keeps = not wish.plain and wish.to in SAYS_START and start and start.lower().startswith(KEPT_STARTS)
     if start and not keeps:
         said = f"was initialized with {start}, which changed the base under it, and what is written could not say so"
-        raise NeedsFlag(said, culprit=source.name, remedy=WITHOUT_START)
+        raise NeedsFlag(said, culprit=source.name, remedy=ADD_INITIAL)
     return source
 
 
 def _plain_enough(
-    source: Adapter, wish: Wish, folder: Path, opened: ExitStack
+    source: Adapter, wish: ConvertRequest, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
     """Without DoRA where the output has no place for it, and what that lost."""
     selection = Selection(wish.drop or ("",))
@@ -239,4 +244,4 @@ def _plain_enough(
         return source, {}
     if not dora:
         raise UsageError("--base is for --for, and with --plain for DoRA, of which the adapter has none")
-    return without_dora(source, wish.base, wish.rank, folder, opened)
+    return dora_to_lora(source, wish.base, wish.rank, folder, opened)

@@ -17,21 +17,21 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter, UpdateSpec
 from ...adapters.updates import DoRA
-from ...binding.placement import Placement, place
+from ...binding.placement import Placement, place_update
 from ...binding.resolve import resolve_modules
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
-from ...files.tensor_ref import Source
-from ...files.virtual import UnwrittenFile
-from ...streaming.nonadditive import ratio
-from ..factor_spool import Factored, FactorSpool
+from ...files.tensor_ref import TensorRef
+from ...files.virtual import VirtualFile
+from ...streaming.nonadditive import magnitude_ratio
+from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model
 
 ROWS = 512  # of a weight at a time
 
 
-def without_dora(
+def dora_to_lora(
     source: Adapter, base: str | os.PathLike[str], rank: int | None, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
     """The adapter with its DoRA modules as LoRA of `rank`, or of their own; and of each module (||D' - D||^2, ||D||^2).
@@ -51,13 +51,13 @@ def without_dora(
         places = [
             (spot.name, placement)
             for spot in spots[module]
-            for placement in place(alone, module, 1.0, spot, checkpoint.specs, checkpoint.model_types, spots)
+            for placement in place_update(alone, module, 1.0, spot, checkpoint.specs, checkpoint.model_types, spots)
         ]
-        own = places[0][1].update if update.inputs else update
+        own = places[0][1].update if update.norm_over_inputs else update
         loaded = source.load(own)
         assert isinstance(loaded, DoRA)
-        D = _change(loaded, _read(source, own, checkpoint, places), module)
-        D = D.T.contiguous() if own.turned else D
+        D = _dora_delta(loaded, _read(source, own, checkpoint, places), module)
+        D = D.T.contiguous() if own.is_transposed_dora else D
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
         errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
     return _view(source, dora, factored, spool), errors
@@ -68,7 +68,7 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
     out, width = update.shape[0], update.specs["A"].size // update.rank
     W = torch.empty(out, width, dtype=torch.float32)
     for name, placement in places:
-        own = Source(source.file, update.base) if update.base else Source(base.shard_of[name], name)
+        own = TensorRef(source.file, update.base) if update.base else TensorRef(base.shard_of[name], name)
         if placement.transposed:
             W.copy_(torch.cat([block.float() for block in own.blocks(ROWS * out)]).T)
             continue
@@ -78,19 +78,19 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
     return W
 
 
-def _change(update: DoRA, W: Tensor, module: str) -> Tensor:
+def _dora_delta(update: DoRA, W: Tensor, module: str) -> Tensor:
     """W' - W in place of W, by rows: small numbers, so that none cancels."""
     A, magnitude = update.A.flatten(1).float(), update.magnitude.flatten().double()
     for start in range(0, len(W), ROWS):
         rows = slice(start, start + ROWS)
         added = (update.B.flatten(1)[rows].double() * update.scale).float() @ A
-        g = ratio(magnitude[rows], torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1), module)
+        g = magnitude_ratio(magnitude[rows], torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1), module)
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
     return W
 
 
 def _view(
-    source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, Factored], spool: FactorSpool
+    source: Adapter, dora: Mapping[str, UpdateSpec], factored: Mapping[str, SpooledFactors], spool: FactorSpool
 ) -> Adapter:
     specs = dict(source.file.specs)
     updates, pairs = dict(source.updates), dict[str, tuple[str, str]]()
@@ -102,7 +102,7 @@ def _view(
         del specs[update.tensors["magnitude"]]
         specs |= {names[role]: own[role] for role in names}
         pairs |= {names[role]: (module, role) for role in names}
-        updates[module] = replace(update, kind="lora", tensors=names, specs=own, scale=1.0, inputs=False)
+        updates[module] = replace(update, kind="lora", tensors=names, specs=own, scale=1.0, norm_over_inputs=False)
 
     def load(name: str) -> Tensor:
         if name not in pairs:
@@ -116,5 +116,5 @@ def _view(
     config = replace(
         source.config, extra={**source.config.extra, **({"use_dora": False} if source.config.extra else {})}
     )
-    file = UnwrittenFile(source.file, specs, load, source.file.metadata or {})
+    file = VirtualFile(source.file, specs, load, source.file.metadata or {})
     return replace(source, file=file, updates=updates, config=config)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...adapters.updates import DoRA, LowRank
-from ...numerics.factored_svd import core, svd
-from .module_map import Part, Target
+from ...numerics.factored_svd import core, factored_svd
+from .module_map import RowSlice, TargetModule
 
 EPSILON = 2.0**-53  # what float64, in which errors are measured, rounds by itself
 
@@ -25,7 +25,7 @@ DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64
 
 
 @dataclass(frozen=True)
-class Factors:
+class ModuleFactors:
     """A: (r, in, *kernel), B: (out, r, 1s), the scale that stands before B A, and DoRA's magnitude (out,). exact:
     whether the change is the sources' to the bit.
     """
@@ -37,12 +37,12 @@ class Factors:
     exact: bool = True
 
 
-def make_factors(target: Target, updates: Sequence[LowRank]) -> Factors:
+def make_factors(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors:
     """updates: of the target's parts. The very tensors where one module stays one; else of a type that holds all."""
     made = _low_rank(target, updates)
     if not isinstance(updates[0], DoRA):
         return made
-    if target.parts[0].source.update.inputs:
+    if target.parts[0].source.update.norm_over_inputs:
         return replace(made, magnitude=updates[0].magnitude.flatten())
     pieces = [
         update.magnitude.flatten()[part.start : part.stop]
@@ -52,16 +52,18 @@ def make_factors(target: Target, updates: Sequence[LowRank]) -> Factors:
     return replace(made, magnitude=torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone())
 
 
-def _low_rank(target: Target, updates: Sequence[LowRank]) -> Factors:
+def _low_rank(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors:
     first = updates[0]
     if target.how == "exact":
-        return Factors(first.A, first.B, first.scale)
+        return ModuleFactors(first.A, first.B, first.scale)
     if target.how == "swapped":
-        return Factors(first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale)
+        return ModuleFactors(
+            first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale
+        )
     if target.how == "split":
         (part,) = target.parts
         kept = _ranks_of(first.B, part)
-        return Factors(first.A[kept], first.B[part.start : part.stop, kept], first.scale)
+        return ModuleFactors(first.A[kept], first.B[part.start : part.stop, kept], first.scale)
     scale = common_scale([update.scale for update in updates])
     folded = [_scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
@@ -72,7 +74,7 @@ def _low_rank(target: Target, updates: Sequence[LowRank]) -> Factors:
     B = torch.zeros(target.rows, len(A), dtype=dtype)
     for part, side, own in zip(target.parts, sides, places, strict=True):
         B[part.at : part.at + len(side), own] = side.to(dtype)
-    return Factors(A, B, scale, exact=exact)
+    return ModuleFactors(A, B, scale, exact=exact)
 
 
 def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
@@ -114,7 +116,7 @@ def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
     return digits <= 1 or DIGITS[dtype] + digits <= 53
 
 
-def _ranks_of(B: Tensor, part: Part) -> Tensor:
+def _ranks_of(B: Tensor, part: RowSlice) -> Tensor:
     """Which ranks a part needs. Where none of those that reach its rows reaches others too, as in what was fused of
     parts, it is those, and the ones that reach none at all, as in an adapter that only starts; else it is all.
     """
@@ -125,40 +127,40 @@ def _ranks_of(B: Tensor, part: Part) -> Tensor:
     return ~outside if apart else torch.ones_like(outside)
 
 
-def is_filler(target: Target, updates: Sequence[LowRank], made: Factors) -> bool:
+def is_zero_filler(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors) -> bool:
     """Whether a part of a fused module is all zero and the others are not: it had no adapter before it was fused."""
     return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
 
 
-def fold(factors: Factors) -> Factors:
+def fold_scale(factors: ModuleFactors) -> ModuleFactors:
     """With the scale in B."""
     B, exact = _scaled(factors.B, factors.scale)
     dtype = torch.promote_types(factors.A.dtype, B.dtype)
     return replace(factors, A=factors.A.to(dtype), B=B.to(dtype), scale=1.0, exact=factors.exact and exact)
 
 
-def cast(factors: Factors, dtype: torch.dtype) -> Factors:
+def cast_factors(factors: ModuleFactors, dtype: torch.dtype) -> ModuleFactors:
     B, A = factors.B.to(dtype), factors.A.to(dtype)
     same = torch.equal(B.double(), factors.B.double()) and torch.equal(A.double(), factors.A.double())
     return replace(factors, A=A, B=B, exact=factors.exact and same)
 
 
-def holds(dtype: torch.dtype, *others: torch.dtype) -> bool:
+def dtype_holds(dtype: torch.dtype, *others: torch.dtype) -> bool:
     """Whether every number of these types is one of this."""
     return all(torch.promote_types(dtype, other) == dtype for other in others)
 
 
-def truncated(factors: Factors, rank: int) -> Factors:
+def truncate_factors(factors: ModuleFactors, rank: int) -> ModuleFactors:
     """The best of a rank, in float32, with the scale in it; zeros where there is less."""
     shape, ones = factors.A.shape[1:], factors.B.shape[2:]
-    whole = svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
+    whole = factored_svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
     B, A = (side.float() for side in whole.truncated(rank))
     return replace(
         factors, A=A.reshape(rank, *shape), B=B.reshape(len(B), rank, *ones), scale=1.0, exact=not whole.S.any()
     )
 
 
-def alpha_of(scale: float, rank: int) -> float:
+def alpha_for_scale(scale: float, rank: int) -> float:
     """What divided by the rank is the scale: of float32's numbers if one does it, else the nearest of float64's."""
     product = scale * rank
     short = float(torch.tensor(product, dtype=torch.float32))
@@ -166,7 +168,7 @@ def alpha_of(scale: float, rank: int) -> float:
     return next((alpha for alpha in near if alpha / rank == scale), product)
 
 
-def change_error(target: Target, updates: Sequence[LowRank], made: Factors, scale: float) -> float:
+def delta_error(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors, scale: float) -> float:
     """||D' - D|| / ||D|| of `made` with this scale against the sources: 0 only where it is exact. Of DoRA the
     direction's.
     """

@@ -14,8 +14,8 @@ from typing import Any
 
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import open_checkpoint, read_json_file
-from .module_map import Part, Target, join
-from .source_modules import Source
+from .module_map import RowSlice, TargetModule, fuse_modules
+from .source_modules import SourceModule
 
 # A fused module, by the end of its path -> its parts in the order of its rows
 FUSED = {
@@ -31,7 +31,7 @@ C_ATTN = "attn.c_attn"  # GPT-2's, whose parts are square
 Sizes = Mapping[str, int]
 
 
-def read_sizes(base: str | os.PathLike[str] | None) -> Sizes:
+def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
     """The rows of q_proj, k_proj and v_proj by a base's config: a folder, a file in one, or the config.json itself.
 
     Empty without a base. Raises InputError where its config does not say them.
@@ -58,45 +58,45 @@ def _count(config: Mapping[str, Any], field: str) -> int:
     return value if type(value) is int and 0 < value < 1 << 31 else 0
 
 
-def plan_layout(sources: list[Source], layout: str, sizes: Sizes) -> list[Target]:
+def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[TargetModule]:
     """All modules, those that the layout has otherwise split or fused. Raises NeedsFlag where only a base can tell the
     rows, and InputError where it contradicts the adapter.
     """
     if layout == "split":
         return [target for source in sources for target in _split(source, sizes)]
-    whole: list[Target] = []
-    pieces: dict[str, dict[str, Source]] = {}
+    whole: list[TargetModule] = []
+    pieces: dict[str, dict[str, SourceModule]] = {}
     for source in sources:
-        path = next((fused for end in FUSED if (fused := _owner(source.path, end))), None)
+        path = next((fused for end in FUSED if (fused := _fused_path(source.path, end))), None)
         if path is None:
-            whole.append(_alone(source))
+            whole.append(_unchanged(source))
         else:
             pieces.setdefault(path, {})[source.path.rpartition(".")[2]] = source
     return whole + [_fuse(path, parts, sizes) for path, parts in pieces.items()]
 
 
-def _owner(path: str, end: str) -> str | None:
+def _fused_path(path: str, end: str) -> str | None:
     """The fused module that a module is a part of, where it is one of this end."""
     block, _, name = f".{path}".rpartition(".")
     middle, _, fused = end.partition(".")
     return f"{block}.{fused}"[1:] if name in FUSED[end] and block.endswith(f".{middle}") else None
 
 
-def _end(path: str) -> str | None:
+def _fused_suffix(path: str) -> str | None:
     """The key of FUSED that a fused module's path ends in."""
     return next((end for end in FUSED if f".{path}".endswith(f".{end}")), None)
 
 
-def _alone(source: Source) -> Target:
+def _unchanged(source: SourceModule) -> TargetModule:
     rows = source.update.shape[0]
-    return Target("", source.path, rows, (Part(source, 0, rows),), "exact")
+    return TargetModule("", source.path, rows, (RowSlice(source, 0, rows),), "exact")
 
 
-def _split(source: Source, sizes: Sizes) -> list[Target]:
+def _split(source: SourceModule, sizes: Sizes) -> list[TargetModule]:
     rows, width = source.update.shape[:2]
-    end = _end(source.path)
+    end = _fused_suffix(source.path)
     if end is None:
-        return [_alone(source)]
+        return [_unchanged(source)]
     names = FUSED[end]
     if len(names) == 2:
         parts = [rows // 2] * 2
@@ -107,13 +107,15 @@ def _split(source: Source, sizes: Sizes) -> list[Target]:
         raise InputError(f"has {rows} rows, which are not {said}: it is of another model", culprit=source.path)
     stem, start, targets = source.path.rpartition(".")[0], 0, []
     for name, size in zip(names, parts, strict=True):
-        targets.append(Target("", f"{stem}.{name}".lstrip("."), size, (Part(source, start, start + size),), "split"))
+        targets.append(
+            TargetModule("", f"{stem}.{name}".lstrip("."), size, (RowSlice(source, start, start + size),), "split")
+        )
         start += size
     return targets
 
 
-def _fuse(path: str, parts: Mapping[str, Source], sizes: Sizes) -> Target:
-    end = _end(path)
+def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetModule:
+    end = _fused_suffix(path)
     assert end is not None
     names = FUSED[end]
     if end == C_ATTN:
@@ -123,17 +125,17 @@ def _fuse(path: str, parts: Mapping[str, Source], sizes: Sizes) -> Target:
     if len(set(alike)) > 1:
         raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
     if len(rows) < len(names):
-        rows = _with_missing(path, names, rows, sizes)
+        rows = _infer_missing_rows(path, names, rows, sizes)
     wrong = next((n for n in rows if n in sizes and rows[n] != sizes[n]), None)
     if wrong:
         whose = "GPT-2's matrices" if end == C_ATTN else "the base"
         raise InputError(f"has {rows[wrong]} rows of {wrong}, and {whose} {sizes[wrong]}", culprit=path)
     at = {name: sum(rows[each] for each in names[:i]) for i, name in enumerate(names)}
-    placed = [Part(source, 0, rows[name], at[name]) for name, source in parts.items()]
-    return join("", path, placed, sum(rows.values()))
+    placed = [RowSlice(source, 0, rows[name], at[name]) for name, source in parts.items()]
+    return fuse_modules("", path, placed, sum(rows.values()))
 
 
-def _with_missing(path: str, names: tuple[str, ...], rows: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
+def _infer_missing_rows(path: str, names: tuple[str, ...], rows: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
     """Gate has as many rows as up, and key as value; all else a base must say."""
     found = {}
     for name in names:

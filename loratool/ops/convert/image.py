@@ -17,28 +17,28 @@ from torch import Tensor
 
 from ...adapters.formats.diffusers import metadata_of, split_component
 from ...adapters.formats.peft_write import write_adapter
-from ...adapters.formats.single_file import STALE, write_single
-from ...adapters.stacked import rounded
+from ...adapters.formats.single_file import STALE_KEYS, write_single_file
+from ...adapters.stacked import round_factors
 from ...adapters.updates import LowRank
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from ...files.weights_file import WeightsFile
 from .factors import (
-    Factors,
-    alpha_of,
-    cast,
-    change_error,
-    fold,
-    holds,
-    is_filler,
+    ModuleFactors,
+    alpha_for_scale,
+    cast_factors,
+    delta_error,
+    dtype_holds,
+    fold_scale,
+    is_zero_filler,
     make_factors,
-    truncated,
+    truncate_factors,
 )
 from .language import config_of
-from .module_map import Target, plan_targets, spell, uses_own_names
-from .request import WITHOUT_START, ModuleConvert, Output, Wish, cannot_carry, name_alphas
-from .source_modules import SINGLE_COMPONENT, Source, find_unknown
+from .module_map import TargetModule, plan_target_modules, target_name, uses_maker_names
+from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, cannot_convert
+from .source_modules import SINGLE_COMPONENT, SourceModule, find_unknown_modules
 
 # kohya's name of a family's base; of SD 3 it depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
@@ -48,7 +48,7 @@ NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}  # sd-scri
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageAdapter:
     """Where the factors come from: its name and metadata, the model's family, and what reads a module's. lost: of
     modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2). start: the
     initialization that changed the base of a module's model.
@@ -57,28 +57,30 @@ class Image:
     name: str
     metadata: Mapping[str, str]
     family: str
-    load: Callable[[Source], LowRank]
+    load: Callable[[SourceModule], LowRank]
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     start: Callable[[str], str | None] = lambda module: None
 
 
-def plan_image(image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> Output:
+def plan_image(
+    image: ImageAdapter, wish: ConvertRequest, sources: list[SourceModule], impossible: list[str]
+) -> AdapterOutput:
     """impossible: modules that no convention can carry. Raises NeedsFlag where something is to be dropped first."""
-    return _Planned(image, wish, sources, impossible).output()
+    return _ImagePlan(image, wish, sources, impossible).output()
 
 
-def write_output(made: Output, to: str, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
+def write_output(made: AdapterOutput, to: str, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
     if to == "peft":
         write_adapter(path, is_file, made.specs, made.load, made.config, inputs)
     else:
-        write_single(path, made.specs, made.load, made.metadata, inputs)
+        write_single_file(path, made.specs, made.load, made.metadata, inputs)
 
 
 @dataclass(frozen=True)
-class _Made:
+class _ConvertedModule:
     """One module of the output: rank, alpha and the specs of its tensors, by their ends."""
 
-    target: Target
+    target: TargetModule
     how: str
     rank: int
     alpha: float
@@ -86,23 +88,25 @@ class _Made:
     specs: Mapping[str, TensorSpec]
 
 
-class _Planned:
+class _ImagePlan:
     """The modules of the output, and what makes their tensors."""
 
-    def __init__(self, image: Image, wish: Wish, sources: list[Source], impossible: list[str]) -> None:
+    def __init__(
+        self, image: ImageAdapter, wish: ConvertRequest, sources: list[SourceModule], impossible: list[str]
+    ) -> None:
         self._image, self._wish, family = image, wish, image.family
-        wanted = self._wanted(sources, impossible + find_unknown(sources, family))
-        targets = plan_targets(wanted, family, uses_own_names(wish.to, family))
+        wanted = self._wanted(sources, impossible + find_unknown_modules(sources, family))
+        targets = plan_target_modules(wanted, family, uses_maker_names(wish.to, family))
         for target in targets:
             module = target.parts[0].source.module
             if (start := image.start(module)) and target.how != "exact":
                 said = f"would be {target.how}, and was initialized with {start} from the whole matrix of its base"
-                raise NeedsFlag(said, culprit=module, remedy=WITHOUT_START)
+                raise NeedsFlag(said, culprit=module, remedy=ADD_INITIAL)
         texts = len({each.component for each in wanted if each.component != "unet"})
-        self._made: dict[str, _Made] = {}
-        self._loaded: tuple[Source, LowRank] | None = None
+        self._made: dict[str, _ConvertedModule] = {}
+        self._loaded: tuple[SourceModule, LowRank] | None = None
         for target in targets:
-            name = spell(target, wish.to, family, texts)
+            name = target_name(target, wish.to, family, texts)
             if name in self._made:
                 raise InputError("two modules of the adapter would become this one", culprit=name)
             made = self._make(target)
@@ -112,13 +116,13 @@ class _Planned:
         every = (*(each.module for each in sources), *impossible)
         self._dropped = tuple(module for module in every if module not in carried)
 
-    def _wanted(self, sources: list[Source], impossible: list[str]) -> list[Source]:
+    def _wanted(self, sources: list[SourceModule], impossible: list[str]) -> list[SourceModule]:
         to, selection = self._wish.to, Selection(self._wish.drop or ("",))
         wanted = [each for each in sources if each.module not in impossible and not selection.selects(each.module)]
         if to in SINGLE_COMPONENT:
             wanted, more = _one_component(wanted)
             impossible = impossible + more
-        columns = next((s.module for s in wanted if s.update.inputs and not self._has_alphas), None)
+        columns = next((s.module for s in wanted if s.update.norm_over_inputs and not self._has_alphas), None)
         if columns:
             said = f"is DoRA along the inputs, which {to}'s files cannot say"
             raise NeedsFlag(said, culprit=columns, remedy="add --plain --base BASE with the model")
@@ -127,28 +131,32 @@ class _Planned:
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:
             what = f"cannot be carried to {to}{' as plain LoRA' if self._wish.plain else ''}"
-            raise cannot_carry(self._image.name, what, lost, "" if len(lost) < 4 else _prefixes(lost))
+            raise cannot_convert(self._image.name, what, lost, "" if len(lost) < 4 else _prefixes(lost))
         if not wanted:
             raise InputError("nothing is left to convert", culprit=self._image.name)
         return wanted
 
-    def _make(self, target: Target) -> _Made | None:
+    def _make(self, target: TargetModule) -> _ConvertedModule | None:
         """From headers alone, where the very factors are carried; None for what need not be there."""
         first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
         stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
-        if how == "exact" and not self._folds(first.scale, first.rank) and (dtype is None or holds(dtype, *stored)):
+        if (
+            how == "exact"
+            and not self._folds(first.scale, first.rank)
+            and (dtype is None or dtype_holds(dtype, *stored))
+        ):
             specs = {role: first.specs[role] for role in ("A", "B")}
             if dtype is not None:
                 letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
                 specs = {role: TensorSpec(letters, spec.shape) for role, spec in specs.items()}
             if "magnitude" in first.specs:
                 specs["magnitude"] = first.specs["magnitude"]
-            alpha = alpha_of(first.scale, first.rank)
+            alpha = alpha_for_scale(first.scale, first.rank)
             error = abs(self._scale(alpha, first.rank) / first.scale - 1.0) if first.scale else 0.0
             how, rank = "rounded" if error else "exact", first.rank
         else:
             factors, updates = self._factors(target)
-            if is_filler(target, updates, factors):
+            if is_zero_filler(target, updates, factors):
                 return None
             tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
             specs = {
@@ -157,8 +165,8 @@ class _Planned:
                 if t is not None
             }
             rank = len(factors.A)
-            alpha = alpha_of(factors.scale, rank)
-            error = change_error(target, updates, factors, self._scale(alpha, rank))
+            alpha = alpha_for_scale(factors.scale, rank)
+            error = delta_error(target, updates, factors, self._scale(alpha, rank))
             if how == "exact" and self._folds(first.scale, first.rank) and first.scale != 1.0:
                 how = "folded"
             former = [pair for part in target.parts if (pair := self._image.lost.get(part.source.module))]
@@ -166,17 +174,17 @@ class _Planned:
             error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
             how = how if not error else "truncated" if self._wish.rank or total else "rounded"
         ends = {
-            end: self._laid(role, spec, specs["B"], first.inputs)
+            end: self._laid(role, spec, specs["B"], first.norm_over_inputs)
             for role, end in self._ends().items()
             if (spec := specs.get(role))
         }
-        return _Made(target, how, rank, alpha, error, ends)
+        return _ConvertedModule(target, how, rank, alpha, error, ends)
 
     def _folds(self, scale: float, rank: int) -> bool:
         """Whether a scale goes into the factors: of an alpha that is 0 in float32 kohya's files mean the rank, and one
         that is infinite is none.
         """
-        alpha = abs(float(torch.tensor(alpha_of(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
+        alpha = abs(float(torch.tensor(alpha_for_scale(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
         lost = alpha == math.inf or (alpha == 0 and (self._wish.to == "kohya" or scale != 0))
         return self._wish.plain or lost
 
@@ -188,19 +196,19 @@ class _Planned:
     def _has_alphas(self) -> bool:
         return self._wish.to in ("kohya", "comfy")
 
-    def _factors(self, target: Target) -> tuple[Factors, list[LowRank]]:
+    def _factors(self, target: TargetModule) -> tuple[ModuleFactors, list[LowRank]]:
         updates = [self._update(part.source) for part in target.parts]
         factors = make_factors(target, updates)
         if self._wish.rank is not None:
-            factors = truncated(factors, self._wish.rank)
+            factors = truncate_factors(factors, self._wish.rank)
         elif self._folds(factors.scale, len(factors.A)):
-            factors = fold(factors)
+            factors = fold_scale(factors)
         dtype = self._wish.dtype or factors.B.dtype
         if self._wish.plain or self._wish.dtype or target.how == "fused":  # else they are the source's own numbers
-            rounded(target.path, (factors.B, factors.A), dtype)
-        return cast(factors, dtype) if self._wish.dtype else factors, updates
+            round_factors(target.path, (factors.B, factors.A), dtype)
+        return cast_factors(factors, dtype) if self._wish.dtype else factors, updates
 
-    def _update(self, source: Source) -> LowRank:
+    def _update(self, source: SourceModule) -> LowRank:
         """Read once for all the parts that a fused module becomes, which come one after the other."""
         if self._loaded is None or self._loaded[0] is not source:
             self._loaded = source, self._image.load(source)
@@ -224,7 +232,7 @@ class _Planned:
             return replace(spec, shape=(*rows, 1, *ones))
         return replace(spec, shape=(1, *rows, *ones) if ones else rows)
 
-    def output(self) -> Output:
+    def output(self) -> AdapterOutput:
         specs = {f"{name}.{end}": spec for name, made in self._made.items() for end, spec in made.specs.items()}
         if self._has_alphas:
             specs |= {f"{name}.alpha": TensorSpec("F32", ()) for name in self._made}
@@ -235,8 +243,8 @@ class _Planned:
             for name, m in self._made.items()
         ]
         config = self._config(self._made) if self._wish.to == "peft" else {}
-        notes = name_alphas(rows) if self._wish.to == "loralib" else self._unread()
-        return Output(
+        notes = alpha_notes(rows) if self._wish.to == "loralib" else self._unread()
+        return AdapterOutput(
             specs, self._load, config, self._metadata(), tuple(rows), self._dropped, notes, self._image.family
         )
 
@@ -261,7 +269,7 @@ class _Planned:
         return self._last[name][end].reshape(made.specs[end].shape)
 
     def _metadata(self) -> dict[str, str]:
-        former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE, "loratool")}
+        former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
         if not self._has_alphas:
             return {**former, "format": "pt", **(self._by_component() if self._wish.to == "diffusers" else {})}
         version = former.get("ss_base_model_version", BASE_VERSIONS.get(self._image.family))
@@ -276,13 +284,13 @@ class _Planned:
         }
 
     def _by_component(self) -> dict[str, str]:
-        parts: dict[str, dict[str, _Made]] = {}
+        parts: dict[str, dict[str, _ConvertedModule]] = {}
         for name, made in self._made.items():
             component, path = split_component(name)
             parts.setdefault(component, {})[path] = made
         return metadata_of({component: self._config(modules) for component, modules in parts.items()})
 
-    def _config(self, modules: Mapping[str, _Made]) -> dict[str, Any]:
+    def _config(self, modules: Mapping[str, _ConvertedModule]) -> dict[str, Any]:
         """PEFT's, of the modules of one model. Raises InputError for DoRA beside plain LoRA, which it cannot say."""
         both = {name: (made.rank, made.alpha) for name, made in modules.items()}
         dora = [name for name, made in modules.items() if made.target.parts[0].source.update.kind == "dora"]
@@ -295,11 +303,11 @@ class _Planned:
         return {**config_of(both), "use_dora": bool(dora), "init_lora_weights": start}
 
 
-def _has_kernel(source: Source) -> bool:
+def _has_kernel(source: SourceModule) -> bool:
     return math.prod(source.update.specs["A"].shape[2:]) != 1
 
 
-def _one_component(sources: list[Source]) -> tuple[list[Source], list[str]]:
+def _one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], list[str]]:
     """A PEFT adapter is for one model: the denoiser, or else the first text encoder."""
     first = "unet" if any(s.component == "unet" for s in sources) else sources[0].component if sources else ""
     return [s for s in sources if s.component == first], [s.module for s in sources if s.component != first]

@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping
 
 from ...adapters.adapter import UpdateSpec
 from ...architectures.image import MAKERS, MARKS, SINGLE_PREFIXES, image_parts
-from ...architectures.prefixes import module_of
-from ...architectures.roles import role
+from ...architectures.prefixes import module_path
+from ...architectures.roles import weight_role
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
-from .source_modules import FAMILIES, SINGLE_COMPONENT, as_source, family_of
+from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, make_source_module
 
 DENOISER = "model.diffusion_model."  # how the names of its weights begin in a single file of all components
 
@@ -27,10 +27,12 @@ def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
     """Linear layers and convolutions -> (component, path); empty for what is no image model."""
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     found = image_parts(shapes)
-    return {n: part for n, part in found.items() if role(module_of(n), len(shapes[n]), True) in ("linear", "conv")}
+    return {
+        n: part for n, part in found.items() if weight_role(module_path(n), len(shapes[n]), True) in ("linear", "conv")
+    }
 
 
-def choose_form(base: Checkpoint, to: str | None) -> str:
+def choose_format(base: Checkpoint, to: str | None) -> str:
     """`to`, or what the base's users load: diffusers' for a pipeline, kohya's for a file with its makers' names, else
     PEFT's. Raises InputError for what nothing could load.
     """
@@ -72,15 +74,17 @@ def _refuse_makers_names(base: Checkpoint) -> None:
         )
 
 
-def weights_for(base: Checkpoint, form: str) -> Collection[str] | None:
+def weights_for_format(base: Checkpoint, form: str) -> Collection[str] | None:
     """Those that an adapter of this form can change, where it is an image model's; else None."""
     return image_weights(base) if form not in SINGLE_COMPONENT else None
 
 
-def left_out(base: Checkpoint) -> tuple[str, ...]:
+def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:
     """Patterns of the matrices that no image adapter can change."""
     weights = image_weights(base)
-    rest = {module_of(name) for name in base.specs if name not in weights and not name.startswith("first_stage_model.")}
+    rest = {
+        module_path(name) for name in base.specs if name not in weights and not name.startswith("first_stage_model.")
+    }
     return ("first_stage_model.*", *sorted(rest))
 
 
@@ -90,8 +94,10 @@ def _family(base: Checkpoint, weights: Mapping[str, tuple[str, str]]) -> str:
     for name, (component, path) in weights.items():
         shape = base.specs[name].shape
         specs = {**one, "A": TensorSpec("F32", (1, *shape[1:])), "B": TensorSpec("F32", (shape[0], 1))}
-        sources.append(as_source(name, UpdateSpec("lora", name, {}, specs), component, path))
-    family = family_of(sources)
+        sources.append(make_source_module(name, UpdateSpec("lora", name, {}, specs), component, path))
+    family = detect_family(sources)
     if family is None:
-        raise InputError(f"is no image model that is known ({', '.join(FAMILIES.values())})", culprit=str(base.path))
+        raise InputError(
+            f"is no image model that is known ({', '.join(IMAGE_FAMILIES.values())})", culprit=str(base.path)
+        )
     return family

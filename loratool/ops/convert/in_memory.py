@@ -21,24 +21,24 @@ from ...adapters.formats.diffusers import ENDS
 from ...adapters.updates import LowRank
 from ...architectures.prefixes import PEFT_PREFIX
 from ...binding.resolve import exclude_options
-from ...binding.selection import Selection, matches
+from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TensorSpec
-from ...files.virtual import UnwrittenFile
-from ..choices import TARGETS
-from ..inputs import Loaded
+from ...files.virtual import VirtualFile
+from ..choices import FORMAT_CHOICES
+from ..inputs import WeightedAdapter
 from .command import plan_convert
-from .factors import Factors, is_filler, make_factors
-from .module_map import Target, plan_targets, spell
-from .request import ModuleConvert, Output, Wish, asked_by, low_rank, name_alphas
+from .factors import ModuleFactors, is_zero_filler, make_factors
+from .module_map import TargetModule, plan_target_modules, target_name
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules, request_for
 from .source_modules import (
-    FAMILIES,
+    IMAGE_FAMILIES,
     SINGLE_COMPONENT,
     UNETS,
-    family_of,
-    find_unknown,
-    read_sources,
-    require_known,
+    detect_family,
+    find_unknown_modules,
+    read_source_modules,
+    refuse_unknown_blocks,
     tells_unet,
 )
 
@@ -46,24 +46,24 @@ COMFY = ("diffusion_model.", "text_encoders.")  # how its names begin
 
 
 def check_target(to: str | None) -> None:
-    if to is not None and to not in TARGETS:
-        raise UsageError(f"format {to!r} is none of {', '.join(TARGETS)}")
+    if to is not None and to not in FORMAT_CHOICES:
+        raise UsageError(f"format {to!r} is none of {', '.join(FORMAT_CHOICES)}")
 
 
-def as_converted(
-    source: Adapter, wish: Wish, verb: str, folder: Path, opened: ExitStack, family: str | None = None
-) -> tuple[Adapter, Output]:
+def open_converted(
+    source: Adapter, wish: ConvertRequest, verb: str, folder: Path, opened: ExitStack, family: str | None = None
+) -> tuple[Adapter, AdapterOutput]:
     """What would be opened, were `source` converted and written. verb: that asks; family: where others than the
     adapter itself tell it.
     """
-    with asked_by(verb):
+    with request_for(verb):
         made = plan_convert(source, wish, folder, opened, family)
     prefix = PEFT_PREFIX if wish.to == "peft" else ""
     metadata = dict(made.metadata)
     if wish.to == "peft":
         metadata["loratool"] = json.dumps({"adapter_config": made.config})
     specs = {prefix + name: spec for name, spec in made.specs.items()}
-    file = UnwrittenFile(source.file, specs, lambda name: made.load(name.removeprefix(prefix)), metadata)
+    file = VirtualFile(source.file, specs, lambda name: made.load(name.removeprefix(prefix)), metadata)
     form = "diffusers" if wish.to == "comfy" else wish.to
     adapter = FORMATS[form].read(source.name, file, 1.0 if wish.to == "loralib" else None, False)
     scales = {row.name: row.alpha / row.rank for row in made.modules}  # of which loralib's files say nothing
@@ -71,7 +71,7 @@ def as_converted(
     return replace(adapter, updates=updates), made
 
 
-def warnings_of(made: Sequence[Output]) -> tuple[str, ...]:
+def conversion_warnings(made: Sequence[AdapterOutput]) -> tuple[str, ...]:
     """What the conversion of the inputs lost."""
     errors = [row.error for each in made for row in each.modules if row.error]
     if not errors:
@@ -86,12 +86,12 @@ def loralib_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
     """The alphas, which are the ranks, where the format has no place for them."""
     if like.format != "loralib":
         return ()
-    return name_alphas([ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
+    return alpha_notes([ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
 
 
-def bring_together(
-    loaded: Loaded, to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
-) -> tuple[Loaded, tuple[str, ...], list[Output]]:
+def convert_to_common_format(
+    loaded: WeightedAdapter, to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
+) -> tuple[WeightedAdapter, tuple[str, ...], list[AdapterOutput]]:
     """Adapters in one convention: `to`, or the first one's where they are not spelled alike. And the patterns of
     `exclude` that are still to be heeded, since the others named modules by their former names.
     """
@@ -100,11 +100,17 @@ def bring_together(
         return loaded, exclude, []
     family = common_family(adapters)
     _require_known(adapters, family)
-    to = to or convention(adapters[0])
-    found = [as_converted(adapter, Wish(to, exclude), "combine", folder, opened, family) for adapter in adapters]
+    to = to or format_name(adapters[0])
+    found = [
+        open_converted(adapter, ConvertRequest(to, exclude), "combine", folder, opened, family) for adapter in adapters
+    ]
     former = [module for adapter in adapters for module in adapter.updates]
     there = [module for adapter, _ in found for module in adapter.updates]
-    rest = [p for p in exclude if any(matches(p, m) for m in there) or not any(matches(p, module) for module in former)]
+    rest = [
+        p
+        for p in exclude
+        if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in former)
+    ]
     return (
         tuple((adapter, w) for (adapter, _), (_, w) in zip(found, loaded, strict=True)),
         tuple(rest),
@@ -114,16 +120,16 @@ def bring_together(
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
     """Only a language model's two formats and an image model's are each other's."""
-    first, known = adapters[0], ", ".join(FAMILIES.values())
+    first, known = adapters[0], ", ".join(IMAGE_FAMILIES.values())
     for adapter in adapters if family is None else ():
-        own, others = convention(adapter), convention(first)
+        own, others = format_name(adapter), format_name(first)
         if own != others and {own, others} != {*SINGLE_COMPONENT}:
             raise InputError(
                 f"is in the {own} format, {first.name} in {others}'s, and of no image model that is "
                 f"known ({known}): combine adapters of one format",
                 culprit=adapter.name,
             )
-        if (one := _endings(first)) != (two := _endings(adapter)):
+        if (one := _factor_suffixes(first)) != (two := _factor_suffixes(adapter)):
             raise InputError(
                 f"spells its factors {' '.join(two)}, {first.name} {' '.join(one)}, and is of no image model that is "
                 f"known ({known}): no loader takes both in one file",
@@ -131,7 +137,7 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
             )
 
 
-def convention(adapter: Adapter) -> str:
+def format_name(adapter: Adapter) -> str:
     comfy = adapter.format == "diffusers" and any(module.startswith(COMFY) for module in adapter.updates)
     return "comfy" if comfy else adapter.format
 
@@ -142,17 +148,19 @@ def are_alike(adapters: Sequence[Adapter]) -> bool:
         return False
     names: dict[tuple[str, str], str] = {}
     return all(
-        names.setdefault(meaning, module) == module for each in adapters for meaning, module in _meanings(each).items()
+        names.setdefault(meaning, module) == module
+        for each in adapters
+        for meaning, module in _modules_by_meaning(each).items()
     )
 
 
 def _spelling(adapter: Adapter) -> tuple[object, ...]:
     """The convention, the ends of the names, and whether a denoiser's modules have other names than diffusers'."""
     own = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
-    return convention(adapter), _endings(adapter), own
+    return format_name(adapter), _factor_suffixes(adapter), own
 
 
-def _endings(adapter: Adapter) -> tuple[str, ...]:
+def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
     """How the names of an image adapter's factors end, where that differs."""
     if adapter.format not in ("diffusers", "kohya"):
         return ()
@@ -160,7 +168,7 @@ def _endings(adapter: Adapter) -> tuple[str, ...]:
     return tuple(sorted({max((end for end in ENDS if key.endswith(end)), key=len, default=key) for key in keys}))
 
 
-def _meanings(adapter: Adapter) -> dict[tuple[str, str], str]:
+def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
     """(component, path in diffusers' names) -> the module that is it, or that it is a part of."""
     return {
         (target.component, target.path.removeprefix("text_model.")): part.source.module
@@ -169,35 +177,35 @@ def _meanings(adapter: Adapter) -> dict[tuple[str, str], str]:
     }
 
 
-def _targets(adapter: Adapter) -> list[Target]:
+def _targets(adapter: Adapter) -> list[TargetModule]:
     """An image model's modules in diffusers' names, for what they are called: be they such as cannot be split."""
-    sources, _ = read_sources(adapter)
-    family = family_of(sources)
-    plain = [replace(each, update=replace(each.update, inputs=False)) for each in sources]
-    return plan_targets(plain, family, False) if family else []
+    sources, _ = read_source_modules(adapter)
+    family = detect_family(sources)
+    plain = [replace(each, update=replace(each.update, norm_over_inputs=False)) for each in sources]
+    return plan_target_modules(plain, family, False) if family else []
 
 
 def common_family(adapters: Sequence[Adapter]) -> str | None:
     """Of image models: the denoisers' where there are any; a UNet's modules that could be of several go by the others.
 
     Raises InputError where they are of two."""
-    sources = {id(adapter): read_sources(adapter)[0] for adapter in adapters}
+    sources = {id(adapter): read_source_modules(adapter)[0] for adapter in adapters}
     told: dict[str | None, Adapter] = {}
     untold: list[Adapter] = []
     for adapter in adapters:
         own = sources[id(adapter)]
-        family, denoises = family_of(own), any(each.component == "unet" for each in own)
+        family, denoises = detect_family(own), any(each.component == "unet" for each in own)
         if family in UNETS and denoises and tells_unet(own) is None:
             untold.append(adapter)
         elif family is None or denoises:
             told.setdefault(family, adapter)
     if untold and told.keys().isdisjoint(UNETS):
-        told[family_of([each for adapter in untold for each in sources[id(adapter)]])] = untold[0]
+        told[detect_family([each for adapter in untold for each in sources[id(adapter)]])] = untold[0]
     if len(told) > 1:
         (one, first), (two, second) = list(told.items())[:2]
-        names = [FAMILIES.get(family or "", "no image model that is known") for family in (one, two)]
+        names = [IMAGE_FAMILIES.get(family or "", "no image model that is known") for family in (one, two)]
         raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
-    return next(iter(told)) if told else family_of([each for own in sources.values() for each in own])
+    return next(iter(told)) if told else detect_family([each for own in sources.values() for each in own])
 
 
 def by_meaning(
@@ -207,15 +215,15 @@ def by_meaning(
     modules are called in the files. As they are, where they are spelled alike, or of no model that is known.
 
     Raises NeedsFlag for selected modules whose meaning is not known, and InputError for adapters of two models."""
-    read = [read_sources(adapter) for adapter in adapters]
-    if are_alike(adapters) or not all(family_of(sources) for sources, _ in read):
+    read = [read_source_modules(adapter) for adapter in adapters]
+    if are_alike(adapters) or not all(detect_family(sources) for sources, _ in read):
         return adapters, {}
     family = common_family(adapters)
     assert family is not None
     found, aliases = [], dict[str, tuple[str, ...]]()
     for adapter, (sources, impossible) in zip(adapters, read, strict=True):
-        require_known(adapter, sources, family)
-        unknown = {*impossible, *find_unknown(sources, family)}
+        refuse_unknown_blocks(adapter, sources, family)
+        unknown = {*impossible, *find_unknown_modules(sources, family)}
         kept = [source for source in sources if source.module not in unknown]
         if lost := [module for module in adapter.updates if module in unknown and selection.selects(module)]:
             others = [module for each in adapters for module in each.updates if module not in unknown]
@@ -224,25 +232,25 @@ def by_meaning(
                 culprit=lost[0],
                 remedy=f"add {exclude_options(lost, others)}",
             )
-        with asked_by("diff"):
-            targets = {_name(target, family): target for target in plan_targets(kept, family, False)}
+        with request_for("diff"):
+            targets = {_name(target, family): target for target in plan_target_modules(kept, family, False)}
         found.append(_split(adapter, targets))
         for name, target in targets.items():
             aliases[name] = (*aliases.get(name, ()), *(part.source.module for part in target.parts))
     return found, aliases
 
 
-def _name(target: Target, family: str) -> str:
+def _name(target: TargetModule, family: str) -> str:
     path = f"text_model.{target.path}" if target.path.startswith("encoder.layers.") else target.path
-    return spell(replace(target, path=path), "diffusers", family, 0)
+    return target_name(replace(target, path=path), "diffusers", family, 0)
 
 
-def _split(adapter: Adapter, targets: Mapping[str, Target]) -> Adapter:
+def _split(adapter: Adapter, targets: Mapping[str, TargetModule]) -> Adapter:
     """With the targets as its modules, each made when it is read."""
 
     @lru_cache(maxsize=1)
-    def make(name: str) -> tuple[list[LowRank], Factors]:
-        parts = [low_rank(adapter, part.source) for part in targets[name].parts]
+    def make(name: str) -> tuple[list[LowRank], ModuleFactors]:
+        parts = [low_rank_modules(adapter, part.source) for part in targets[name].parts]
         return parts, make_factors(targets[name], parts)
 
     def load(key: str) -> Tensor:
@@ -256,16 +264,18 @@ def _split(adapter: Adapter, targets: Mapping[str, Target]) -> Adapter:
         specs, scale = dict(first.specs), first.scale
         if target.how != "exact":
             parts, made = make(name)
-            if is_filler(target, parts, made):
+            if is_zero_filler(target, parts, made):
                 continue
             scale = made.scale
             for role, side in (("A", made.A), ("B", made.B)):
                 specs[role] = TensorSpec(SAFETENSORS[str(side.dtype).removeprefix("torch.")], tuple(side.shape))
         if "magnitude" in specs:
-            size = specs["magnitude"].size if first.inputs else target.rows
+            size = specs["magnitude"].size if first.norm_over_inputs else target.rows
             specs["magnitude"] = replace(specs["magnitude"], shape=(size,))
         tensors = {role: f"{name}.{role}" for role in specs}
-        updates[name] = UpdateSpec(first.kind, name, tensors, specs, scale, first.transposed, inputs=first.inputs)
+        updates[name] = UpdateSpec(
+            first.kind, name, tensors, specs, scale, first.transposed, norm_over_inputs=first.norm_over_inputs
+        )
     specs = {update.tensors[role]: spec for update in updates.values() for role, spec in update.specs.items()}
-    file = UnwrittenFile(adapter.file, specs, load, adapter.file.metadata or {})
+    file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
     return replace(adapter, file=file, updates=updates, flattened=False)

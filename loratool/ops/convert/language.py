@@ -16,43 +16,56 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter, UpdateSpec
 from ...adapters.formats.peft import adapter_names, saved_name
-from ...adapters.formats.peft_config import changes_base
+from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.formats.peft_write import lora_config
-from ...adapters.stacked import rounded, stacked
+from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates import Experts, LowRank
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
-from .factors import EPSILON, alpha_of, cast, change_error, holds, is_filler, make_factors, relative_error
-from .fused_qkv import C_ATTN, plan_layout, read_sizes
-from .request import WITHOUT_START, ModuleConvert, Output, Wish, low_rank, name_alphas
-from .source_modules import Source
+from .factors import (
+    EPSILON,
+    alpha_for_scale,
+    cast_factors,
+    delta_error,
+    dtype_holds,
+    is_zero_filler,
+    make_factors,
+    relative_error,
+)
+from .fused_qkv import C_ATTN, plan_qkv, read_qkv_rows
+from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
+from .source_modules import SourceModule
 
 PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
-def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
+def plan_language(
+    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
+) -> AdapterOutput:
     """Raises NeedsFlag for what the target cannot say."""
-    if wish.to == "loralib" and changes_base(source.config):
+    if wish.to == "loralib" and base_mutating_init(source.config):
         raise NeedsFlag(
-            f"was initialized with {changes_base(source.config)}, which changed the base under it, and loralib's files "
+            f"was initialized with {base_mutating_init(source.config)}, "
+            "which changed the base under it, and loralib's files "
             "cannot say so",
             culprit=source.name,
-            remedy=WITHOUT_START,
+            remedy=ADD_INITIAL,
         )
-    if wish.layout and changes_base(source.config):
+    if wish.layout and base_mutating_init(source.config):
         raise NeedsFlag(
-            f"was initialized with {changes_base(source.config)} from whole matrices of its base, not from their parts",
+            f"was initialized with {base_mutating_init(source.config)} "
+            "from whole matrices of its base, not from their parts",
             culprit=source.name,
             remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
         )
     if wish.layout:
-        return _relaid(source, wish, kept, dropped)
+        return _convert_qkv(source, wish, kept, dropped)
     if source.format == wish.to == "peft" and wish.dtype is None and not dropped:
         names = adapter_names(source.file.specs)
         keys = {saved_name(key, names): key for key in source.file.specs}
         specs = {name: source.file.specs[key] for name, key in keys.items()}
-        rows = tuple(_rows(source, wish, kept))
-        return Output(
+        rows = tuple(_module_rows(source, wish, kept))
+        return AdapterOutput(
             specs,
             lambda name: source.file.tensor(keys[name]),
             config_from(source, kept),
@@ -61,14 +74,14 @@ def plan_language(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], d
             (),
             (),
         )
-    specs, load = _copied(source, wish, kept)
-    rows = tuple(_rows(source, wish, kept))
-    notes = name_alphas(rows) if wish.to == "loralib" else ()
-    return Output(specs, load, config_from(source, kept), {"format": "pt"}, rows, dropped, notes)
+    specs, load = _copy_tensors(source, wish, kept)
+    rows = tuple(_module_rows(source, wish, kept))
+    notes = alpha_notes(rows) if wish.to == "loralib" else ()
+    return AdapterOutput(specs, load, config_from(source, kept), {"format": "pt"}, rows, dropped, notes)
 
 
-def _copied(
-    source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec]
+def _copy_tensors(
+    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
     """The tensors of these updates, under the output's names, factors in its type."""
     pieces, specs = output_names(source, kept, wish.to), {}
@@ -77,7 +90,7 @@ def _copied(
     def load(name: str) -> Tensor:
         module, role = pieces[name]
         tensor: Tensor = getattr(source.load(kept[module]), role)
-        return rounded(module, (tensor, tensor), wish.dtype)[0] if wish.dtype and role in "AB" else tensor
+        return round_factors(module, (tensor, tensor), wish.dtype)[0] if wish.dtype and role in "AB" else tensor
 
     for name, (module, role) in pieces.items():
         spec = kept[module].specs[role]
@@ -85,11 +98,13 @@ def _copied(
     return specs, load
 
 
-def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]) -> Output:
+def _convert_qkv(
+    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
+) -> AdapterOutput:
     """With the modules that the layout has otherwise split or fused, each when it is written."""
     assert wish.layout is not None
-    pairs = [Source(m, u, "", m) for m, u in kept.items() if u.kind in ("lora", "dora") and len(u.shape) == 2]
-    targets = plan_layout(pairs, wish.layout, read_sizes(wish.base))
+    pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.kind in ("lora", "dora") and len(u.shape) == 2]
+    targets = plan_qkv(pairs, wish.layout, read_qkv_rows(wish.base))
     changed = {target.path: target for target in targets if target.how != "exact"}
     if not changed:
         raise UsageError(f"--for {wish.layout} changes nothing: the adapter has no such modules", culprit=source.name)
@@ -98,21 +113,21 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
     bare = next((m for m in others if m.rpartition(".")[0] in taken or m in changed), None)
     if bare:
         raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
-    specs, copy = _copied(source, wish, others)
+    specs, copy = _copy_tensors(source, wish, others)
     ends = {"A": ".lora_A", "B": ".lora_B"} if wish.to == "loralib" else PEFT_ENDS
-    rows, made, last = _rows(source, wish, others, restated=True), {}, dict[str, dict[str, Tensor]]()
+    rows, made, last = _module_rows(source, wish, others, restated=True), {}, dict[str, dict[str, Tensor]]()
 
     def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert | None]:
         target = changed[path]
-        updates = [low_rank(source, part.source) for part in target.parts]
+        updates = [low_rank_modules(source, part.source) for part in target.parts]
         factors = make_factors(target, updates)
-        if is_filler(target, updates, factors):
+        if is_zero_filler(target, updates, factors):
             return {}, None
-        rounded(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
-        factors = cast(factors, wish.dtype or factors.B.dtype)
+        round_factors(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
+        factors = cast_factors(factors, wish.dtype or factors.B.dtype)
         tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
-        alpha = alpha_of(factors.scale, rank := len(factors.A))
-        error = change_error(target, updates, factors, alpha / rank)
+        alpha = alpha_for_scale(factors.scale, rank := len(factors.A))
+        error = delta_error(target, updates, factors, alpha / rank)
         sources = tuple(part.source.module for part in target.parts)
         row = ModuleConvert(path, sources, "rounded" if error else target.how, rank, alpha, error)
         return {path + ends[role]: t for role, t in tensors.items() if t is not None}, row
@@ -132,11 +147,11 @@ def _relaid(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], dropped
             last[made[name]] = make(made[name])[0]
         return last[made[name]][name]
 
-    notes = name_alphas(rows) if wish.to == "loralib" else ()
+    notes = alpha_notes(rows) if wish.to == "loralib" else ()
     config = _relaid_config(source, kept, rows)
     if any(path.endswith(C_ATTN) for path in (*changed, *taken)):
         config["fan_in_fan_out"] = wish.layout == "fused"  # transformers' Conv1D, of which only the fused one is
-    return Output(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
+    return AdapterOutput(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
 
 
 def _relaid_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     """PEFT's own fields, and those that a file without a config lacks."""
     if "r" in source.config.extra:
         return {"lora_alpha": source.config.alpha, **source.config.extra}
-    both = {module: (u.rank, alpha_of(u.scale, u.rank)) for module, u in kept.items() if u.rank}
+    both = {module: (u.rank, alpha_for_scale(u.scale, u.rank)) for module, u in kept.items() if u.rank}
     replaced = {module for module, update in kept.items() if update.kind == "replace"}
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
@@ -186,21 +201,25 @@ def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] 
     return {**config, "lora_alpha": common, "alpha_pattern": patterns}
 
 
-def _rows(source: Adapter, wish: Wish, kept: Mapping[str, UpdateSpec], restated: bool = False) -> list[ModuleConvert]:
+def _module_rows(
+    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], restated: bool = False
+) -> list[ModuleConvert]:
     """Of modules that are copied, but for a type that holds less. restated: their scales stand in another alpha."""
     rows = []
     for module, update in kept.items():
         if not update.rank:
             continue
-        alpha = alpha_of(update.scale, update.rank)
+        alpha = alpha_for_scale(update.scale, update.rank)
         error = abs(alpha / update.rank / update.scale - 1.0) if restated and update.scale else 0.0
         stored = [getattr(torch, TORCH_FLOATS.get(update.specs[role].dtype, "float64")) for role in "AB"]
-        if wish.dtype and not holds(wish.dtype, *stored):
+        if wish.dtype and not dtype_holds(wish.dtype, *stored):
             loaded = source.load(update)
             assert isinstance(loaded, LowRank | Experts)
             A, B = loaded.A.to(wish.dtype), loaded.B.to(wish.dtype)
-            rounded(module, (loaded.B, loaded.A), wish.dtype)
+            round_factors(module, (loaded.B, loaded.A), wish.dtype)
             if not (torch.equal(A.double(), loaded.A.double()) and torch.equal(B.double(), loaded.B.double())):
-                error = max(EPSILON, error, relative_error(stacked(loaded), stacked(replace(loaded, A=A, B=B))))
+                error = max(
+                    EPSILON, error, relative_error(stack_factors(loaded), stack_factors(replace(loaded, A=A, B=B)))
+                )
         rows.append(ModuleConvert(module, (module,), "rounded" if error else "exact", update.rank, alpha, error))
     return rows

@@ -12,53 +12,53 @@ from dataclasses import dataclass
 
 from ...architectures.image import DITS, FLUX_ATTENTION, OPENCLIP, SD3_LAST, Dit, diffusers_to_sgm, sgm_to_diffusers
 from ...errors import InputError, NeedsFlag
-from .source_modules import FIRST, MLP_RATIO, SINGLE_COMPONENT, Source
+from .source_modules import FIRST, MLP_RATIO, SINGLE_COMPONENT, SourceModule
 
 
 @dataclass(frozen=True)
-class Part:
+class RowSlice:
     """Rows start:stop of a source module's B, at rows `at` on of the target's."""
 
-    source: Source
+    source: SourceModule
     start: int
     stop: int
     at: int = 0
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetModule:
     """A module to be: `rows` in all, of its parts. how: `exact` (the very factors), `split`, `fused` or `swapped`."""
 
     component: str
     path: str
     rows: int
-    parts: tuple[Part, ...]
+    parts: tuple[RowSlice, ...]
     how: str
 
 
-def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
+def plan_target_modules(sources: list[SourceModule], family: str, own: bool) -> list[TargetModule]:
     """own: the model's own names (sgm's, Black Forest Labs'); else diffusers'. Raises InputError where two modules
     would become one.
     """
-    whole: list[Target] = []
-    pieces: dict[tuple[str, str], list[Part]] = {}
+    whole: list[TargetModule] = []
+    pieces: dict[tuple[str, str], list[RowSlice]] = {}
     for source in sources:
         if source.component != "unet":
-            whole += _text(source)
+            whole += _text_encoder_targets(source)
         elif family not in DITS:
             path = sgm_to_diffusers(source.path)
             attends = family not in FIRST or not path.startswith(
                 "up_blocks.0."
             )  # else its upsampler is second, not third
-            whole.append(_as_it_is(source, diffusers_to_sgm(path, attends) if own else path))
+            whole.append(_unchanged(source, diffusers_to_sgm(path, attends) if own else path))
         elif own:
-            _fuse(DITS[family], source, whole, pieces)
+            _fuse_block(DITS[family], source, whole, pieces)
         else:
-            whole += _split(DITS[family], source)
-    whole += [_joined(key, parts) for key, parts in pieces.items()]
+            whole += _split_block(DITS[family], source)
+    whole += [_fuse_parts(key, parts) for key, parts in pieces.items()]
     seen: set[tuple[str, str]] = set()
     for target in whole:
-        columns = [part.source.module for part in target.parts if part.source.update.inputs]
+        columns = [part.source.module for part in target.parts if part.source.update.norm_over_inputs]
         if columns and target.how in ("split", "fused"):
             raise NeedsFlag(
                 f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
@@ -71,48 +71,50 @@ def plan_targets(sources: list[Source], family: str, own: bool) -> list[Target]:
     return whole
 
 
-def _as_it_is(source: Source, path: str) -> Target:
+def _unchanged(source: SourceModule, path: str) -> TargetModule:
     rows = source.update.shape[0]
-    return Target(source.component, path, rows, (Part(source, 0, rows),), "exact")
+    return TargetModule(source.component, path, rows, (RowSlice(source, 0, rows),), "exact")
 
 
-def _text(source: Source) -> list[Target]:
+def _text_encoder_targets(source: SourceModule) -> list[TargetModule]:
     """A text encoder's module in Hugging Face's names: of an OpenCLIP's fused q, k, v three."""
     layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", source.path)
     names = OPENCLIP.get(layer[2], ()) if layer else ()
     if not layer or not names:
-        return [_as_it_is(source, source.path)]
-    return _parts(source, [f"text_model.encoder.layers.{layer[1]}.{name}" for name in names])
+        return [_unchanged(source, source.path)]
+    return _equal_parts(source, [f"text_model.encoder.layers.{layer[1]}.{name}" for name in names])
 
 
-def _parts(source: Source, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[Target]:
+def _equal_parts(source: SourceModule, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[TargetModule]:
     """The modules that a fused one becomes, of equal sizes unless they are given. Raises InputError for other rows."""
     rows = source.update.shape[0]
     if len(paths) == 1:
-        return [_as_it_is(source, paths[0])]
+        return [_unchanged(source, paths[0])]
     sizes = sizes or [rows // len(paths)] * len(paths)
     if sum(sizes) != rows or min(sizes) < 1:
         raise InputError(f"has {rows} rows, which are not those of {len(paths)} parts", culprit=source.module)
     targets, start = [], 0
     for path, size in zip(paths, sizes, strict=True):
-        targets.append(Target(source.component, path, size, (Part(source, start, start + size),), "split"))
+        targets.append(TargetModule(source.component, path, size, (RowSlice(source, start, start + size),), "split"))
         start += size
     return targets
 
 
-def _swapped(source: Source, path: str) -> Target:
+def _swap_halves(source: SourceModule, path: str) -> TargetModule:
     rows = source.update.shape[0]
     half = rows // 2
-    return Target(source.component, path, rows, (Part(source, half, rows), Part(source, 0, half, half)), "swapped")
+    return TargetModule(
+        source.component, path, rows, (RowSlice(source, half, rows), RowSlice(source, 0, half, half)), "swapped"
+    )
 
 
-def _split(dit: Dit, source: Source) -> list[Target]:
+def _split_block(dit: Dit, source: SourceModule) -> list[TargetModule]:
     """A module of a transformer in diffusers' names."""
     rows, width = source.update.shape[:2]
     if source.path in dit.outside:
-        return [_as_it_is(source, dit.outside[source.path])]
+        return [_unchanged(source, dit.outside[source.path])]
     if source.path in dit.swapped:
-        return [_swapped(source, dit.swapped[source.path])]
+        return [_swap_halves(source, dit.swapped[source.path])]
     for stem, other, table in dit.blocks:
         found = re.fullmatch(rf"{stem}\.(\d+)\.(.+)", source.path)
         if not found or found[2] not in (*table, FLUX_ATTENTION):
@@ -120,27 +122,29 @@ def _split(dit: Dit, source: Source) -> list[Target]:
         attention = found[2] == FLUX_ATTENTION
         names = [f"{other}.{found[1]}.{name}" for name in table["linear1" if attention else found[2]]]
         if found[2] == SD3_LAST and rows == 2 * width:
-            return [_swapped(source, names[0])]
+            return [_swap_halves(source, names[0])]
         if attention:
-            return _parts(source, names[:3], [width] * 3)
-        return _parts(source, names, [width] * 3 + [rows - 3 * width] if len(names) == 4 else ())
-    return [_as_it_is(source, source.path)]
+            return _equal_parts(source, names[:3], [width] * 3)
+        return _equal_parts(source, names, [width] * 3 + [rows - 3 * width] if len(names) == 4 else ())
+    return [_unchanged(source, source.path)]
 
 
-def _fuse(dit: Dit, source: Source, whole: list[Target], pieces: dict[tuple[str, str], list[Part]]) -> None:
+def _fuse_block(
+    dit: Dit, source: SourceModule, whole: list[TargetModule], pieces: dict[tuple[str, str], list[RowSlice]]
+) -> None:
     """A module of a transformer in its own names; those that are parts of one wait in `pieces` for the others."""
     rows, width = source.update.shape[:2]
     outside = {other: own for own, other in dit.outside.items()}
     swapped = {other: own for own, other in dit.swapped.items()}
     if source.path in outside:
-        whole.append(_as_it_is(source, outside[source.path]))
+        whole.append(_unchanged(source, outside[source.path]))
         return
     if source.path in swapped:
-        whole.append(_swapped(source, swapped[source.path]))
+        whole.append(_swap_halves(source, swapped[source.path]))
         return
     if source.path.endswith(f".{FLUX_ATTENTION}"):
         path = source.path.replace(FLUX_ATTENTION, "linear1")
-        pieces.setdefault(("unet", path), []).append(Part(source, 0, rows))
+        pieces.setdefault(("unet", path), []).append(RowSlice(source, 0, rows))
         return
     for stem, other, table in dit.blocks:
         found = re.fullmatch(rf"{other}\.(\d+)\.(.+)", source.path)
@@ -150,20 +154,20 @@ def _fuse(dit: Dit, source: Source, whole: list[Target], pieces: dict[tuple[str,
         path = f"{stem}.{found[1]}.{fused}"
         if len(names) == 1:
             last = fused == SD3_LAST and rows == 2 * width
-            whole.append(_swapped(source, path) if last else _as_it_is(source, path))
+            whole.append(_swap_halves(source, path) if last else _unchanged(source, path))
         else:
             at = names.index(found[2]) * (width if len(names) == 4 else rows)
-            pieces.setdefault(("unet", path), []).append(Part(source, 0, rows, at))
+            pieces.setdefault(("unet", path), []).append(RowSlice(source, 0, rows, at))
         return
-    whole.append(_as_it_is(source, source.path))
+    whole.append(_unchanged(source, source.path))
 
 
-def _joined(key: tuple[str, str], parts: list[Part]) -> Target:
+def _fuse_parts(key: tuple[str, str], parts: list[RowSlice]) -> TargetModule:
     width, rows = parts[0].source.update.shape[1], parts[0].stop
-    return join(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
+    return fuse_modules(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
 
 
-def join(component: str, path: str, parts: list[Part], rows: int) -> Target:
+def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) -> TargetModule:
     """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none, and
     InputError for parts of different inputs.
     """
@@ -186,10 +190,10 @@ def join(component: str, path: str, parts: list[Part], rows: int) -> Target:
             culprit=path,
             remedy=f"add --drop {','.join(part.source.module for part in parts)} to leave them out",
         )
-    return Target(component, path, rows, tuple(ordered), "fused")
+    return TargetModule(component, path, rows, tuple(ordered), "fused")
 
 
-def spell(target: Target, to: str, family: str, texts: int) -> str:
+def target_name(target: TargetModule, to: str, family: str, texts: int) -> str:
     """A target module's name. texts: how many text encoders the adapter has modules of."""
     component, path = target.component, target.path
     number = component.removeprefix("text_encoder").lstrip("_") or "1"
@@ -212,6 +216,6 @@ def spell(target: Target, to: str, family: str, texts: int) -> str:
     return f"{component}.{path}"
 
 
-def uses_own_names(to: str, family: str) -> bool:
+def uses_maker_names(to: str, family: str) -> bool:
     """Whether a convention calls a model's modules by its own names."""
     return to == "comfy" or (to == "kohya" and family not in FIRST)

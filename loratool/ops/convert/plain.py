@@ -15,38 +15,38 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter, UpdateSpec
-from ...adapters.edited import Carried, Draft, draft_config
-from ...adapters.formats.peft_config import changes_base
-from ...adapters.stacked import rounded, stacked
+from ...adapters.edited import CarriedTensor, EditedAdapter, edited_adapter_config
+from ...adapters.formats.peft_config import base_mutating_init
+from ...adapters.stacked import round_factors, stack_factors
 from ...errors import NeedsFlag
 from ...files.dtypes import TORCH_FLOATS
-from ...files.tensor_ref import Source as Stored
-from ...numerics.factored_svd import svd
-from ..inputs import Loaded, subtract_initial
+from ...files.tensor_ref import TensorRef as Stored
+from ...numerics.factored_svd import factored_svd
+from ..inputs import WeightedAdapter, subtract_initial
 from .factors import EPSILON, is_exact_product, relative_error
 from .language import config_from, output_names
-from .request import ModuleConvert, Output, Wish, name_alphas
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes
 
-Pair = tuple[Tensor, Tensor]
+FactorPair = tuple[Tensor, Tensor]
 
 
 def plan_plain(
     source: Adapter,
-    wish: Wish,
+    wish: ConvertRequest,
     kept: Mapping[str, UpdateSpec],
     dropped: tuple[str, ...],
     lost: Mapping[str, tuple[float, float]],
     opened: ExitStack,
-) -> Output:
+) -> AdapterOutput:
     """lost: of modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2)."""
-    init = changes_base(source.config)
+    init = base_mutating_init(source.config)
     if init and wish.initial is None:
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it",
             culprit=source.name,
             remedy="add --initial ADAPTER with the adapter as it was before training",
         )
-    loaded: Loaded = ((source, 1.0),)
+    loaded: WeightedAdapter = ((source, 1.0),)
     if wish.initial is not None:
         loaded = subtract_initial(loaded, wish.initial, False, opened)
     names = {
@@ -56,8 +56,8 @@ def plan_plain(
     dtype = wish.dtype or torch.float32
     ranks = {m: wish.rank or u.rank * len(loaded) for m, u in updates.items()}
 
-    def factors(module: str) -> Pair:
-        return _made(module, _true(module, loaded), wish.rank, dtype)
+    def factors(module: str) -> FactorPair:
+        return _plain_factors(module, _exact_factors(module, loaded), wish.rank, dtype)
 
     fields: dict[str, object] = {"init_lora_weights": True} if len(loaded) > 1 else {}
     like = replace(source, format="peft")
@@ -66,27 +66,29 @@ def plan_plain(
         if source.format == "peft"
         else replace(like, config=replace(source.config, extra=config_from(source, kept)))
     )
-    draft = Draft(like, updates, ranks, factors, _carried(source, kept, names), dtype, fields)
+    draft = EditedAdapter(like, updates, ranks, factors, _carried(source, kept, names), dtype, fields)
     rows = []
     for module, update in updates.items():
-        true = _true(module, loaded)
-        error = _error(true, _made(module, true, wish.rank, dtype), _is_exact(module, loaded))
+        true = _exact_factors(module, loaded)
+        error = _error(true, _plain_factors(module, true, wish.rank, dtype), _is_exact(module, loaded))
         former, total = lost.get(module, (0.0, 1.0))
         error = math.hypot(error, math.sqrt(former / total) if total else 0.0)
         less = wish.rank is not None or module in lost
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
-    notes = name_alphas(rows) if wish.to == "loralib" else ()
-    return Output(draft.specs(), draft.loader(), draft_config(draft), {"format": "pt"}, tuple(rows), dropped, notes)
+    notes = alpha_notes(rows) if wish.to == "loralib" else ()
+    return AdapterOutput(
+        draft.specs(), draft.loader(), edited_adapter_config(draft), {"format": "pt"}, tuple(rows), dropped, notes
+    )
 
 
-def _true(module: str, loaded: Loaded) -> Pair:
+def _exact_factors(module: str, loaded: WeightedAdapter) -> FactorPair:
     """The factors of all adapters together, in float64."""
-    terms = [(w, *stacked(each.load(each.updates[module]))) for each, w in loaded if module in each.updates]
+    terms = [(w, *stack_factors(each.load(each.updates[module]))) for each, w in loaded if module in each.updates]
     return torch.cat([weight * B for weight, B, _ in terms], -1), torch.cat([A for *_, A in terms], -2)
 
 
-def _is_exact(module: str, loaded: Loaded) -> bool:
+def _is_exact(module: str, loaded: WeightedAdapter) -> bool:
     """Whether float64 holds them."""
     found = [each.updates[module] for each, _ in loaded if module in each.updates]
     return all(
@@ -94,11 +96,11 @@ def _is_exact(module: str, loaded: Loaded) -> bool:
     )
 
 
-def _made(module: str, true: Pair, rank: int | None, dtype: torch.dtype) -> Pair:
-    return rounded(module, true if rank is None else svd(*true).truncated(rank), dtype)
+def _plain_factors(module: str, true: FactorPair, rank: int | None, dtype: torch.dtype) -> FactorPair:
+    return round_factors(module, true if rank is None else factored_svd(*true).truncated(rank), dtype)
 
 
-def _error(true: Pair, made: Pair, is_exact: bool) -> float:
+def _error(true: FactorPair, made: FactorPair, is_exact: bool) -> float:
     if is_exact and all(torch.equal(one, two.double()) for one, two in zip(true, made, strict=True)):
         return 0.0
     return max(EPSILON, relative_error(true, made))
@@ -106,14 +108,14 @@ def _error(true: Pair, made: Pair, is_exact: bool) -> float:
 
 def _carried(
     source: Adapter, kept: Mapping[str, UpdateSpec], names: Mapping[str, Mapping[str, str]]
-) -> dict[str, Carried]:
+) -> dict[str, CarriedTensor]:
     """All but the factors; an added bias had their alpha / r for its scale."""
     found = {}
     for module, update in kept.items():
         for role, key in update.tensors.items():
             if role not in "AB":
                 factor = update.scale if update.kind == "add" else 1.0
-                found[names[module][role]] = Carried(((Stored(source.file, key), factor),))
+                found[names[module][role]] = CarriedTensor(((Stored(source.file, key), factor),))
         if update.base:
-            found[update.base] = Carried(((Stored(source.file, update.base), 1.0),))
+            found[update.base] = CarriedTensor(((Stored(source.file, update.base), 1.0),))
     return found

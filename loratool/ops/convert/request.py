@@ -16,9 +16,9 @@ from ...adapters.updates import LowRank
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
-from .source_modules import Source
+from .source_modules import SourceModule
 
-WITHOUT_START = "add --plain --initial ADAPTER with the adapter as it was before training"
+ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 
 
 DROP_OPTIONS = {"combine": "--exclude", "init": "--exclude"}  # what --drop is called in another verb that has it
@@ -40,7 +40,7 @@ class ModuleConvert:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ConvertRequest:
     """What is asked of `convert`. dtype: of the factors, None to keep theirs; layout: a key of LAYOUTS, None for its
     own; base: what says the sizes of a layout's parts, or what DoRA changes.
     """
@@ -56,7 +56,7 @@ class Wish:
 
 
 @contextmanager
-def asked_by(verb: str) -> Iterator[None]:
+def request_for(verb: str) -> Iterator[None]:
     """What `convert` would ask for, as another verb can say it: an option of its own, or a conversion first."""
     try:
         yield
@@ -69,14 +69,14 @@ def asked_by(verb: str) -> Iterator[None]:
         raise InputError(error.message, culprit=error.culprit, remedy=first) from error
 
 
-def cannot_carry(name: str, what: str, modules: Sequence[str], patterns: str = "") -> NeedsFlag:
+def cannot_convert(name: str, what: str, modules: Sequence[str], patterns: str = "") -> NeedsFlag:
     """patterns: what names all of the modules, where they are too many to list."""
     said = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     return NeedsFlag(said, remedy=f"add --drop {patterns or ','.join(modules)} to leave them out")
 
 
 @dataclass(frozen=True)
-class Output:
+class AdapterOutput:
     """Everything of an output but its bytes. config: PEFT's; metadata: of the other formats."""
 
     specs: Mapping[str, TensorSpec]
@@ -89,7 +89,7 @@ class Output:
     family: str | None = None
 
 
-def select(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
+def select_updates(source: Adapter, wish: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
     """The updates that are carried, and the modules dropped. Raises NeedsFlag for what the target cannot hold."""
     selection = Selection(wish.drop or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
@@ -102,19 +102,19 @@ def select(source: Adapter, wish: Wish) -> tuple[dict[str, UpdateSpec], tuple[st
     ]
     if lost:
         what = "loralib's files" if wish.to == "loralib" else "plain LoRA"
-        raise cannot_carry(source.name, f"are more than {what} can hold", lost)
+        raise cannot_convert(source.name, f"are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)
 
 
-def low_rank(adapter: Adapter, source: Source) -> LowRank:
+def low_rank_modules(adapter: Adapter, source: SourceModule) -> LowRank:
     update = adapter.load(source.update)
     assert isinstance(update, LowRank)
     return update
 
 
-def name_alphas(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
+def alpha_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
     """The alphas that its files have no place for."""
     both = sorted({(row.rank, row.alpha) for row in rows})
     said = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")

@@ -13,12 +13,12 @@ from ...architectures.ties import INPUT_EMBEDDINGS, SHARED_BY_BOTH, TIED_ANYHOW
 from ...binding.tied_weights import Tie, find_tie
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import same_bytes
-from ...files.tensor_ref import Source
+from ...files.tensor_ref import TensorRef
 from ...files.torch_reader import TorchFile
 from ...files.weights_file import WeightsFile
 
 
-def find_shared(base: Checkpoint) -> dict[str, str]:
+def find_shared_storage(base: Checkpoint) -> dict[str, str]:
     """Each tensor that has another one's bytes -> that one, which none else stands for."""
     return {
         name: kept
@@ -53,12 +53,12 @@ def _noted(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
         name, kept = shard.prefix + key, shard.prefix + value
         if kept not in shard.specs or key in ("format", value):
             continue
-        if name not in base.specs or same_bytes(Source(base.shard_of[name], name), Source(shard, kept)):
+        if name not in base.specs or same_bytes(TensorRef(base.shard_of[name], name), TensorRef(shard, kept)):
             found[name] = kept
     return {name: kept for name, kept in found.items() if kept not in found}
 
 
-def left_out(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
+def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
     """Of the shared tensors those that a safetensors file does not have: what the model's loader ties by itself.
 
     Where there is no config to say so that is all of the same shape, as the official library has it.

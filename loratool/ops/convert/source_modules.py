@@ -14,7 +14,7 @@ from ...errors import InputError
 SINGLE_COMPONENT = ("peft", "loralib")
 
 
-FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
+IMAGE_FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
 
 
 # Of these kohya's files have diffusers' names, and the UNet has four levels, of which the innermost has no attention.
@@ -61,7 +61,7 @@ CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.|transformer\.resblocks
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModule:
     """A module of the adapter: component and path, dotted, as it is spelled there."""
 
     module: str
@@ -70,7 +70,7 @@ class Source:
     path: str
 
 
-def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
+def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]]:
     """The modules with low-rank factors, and those that no image convention can carry."""
     sources, impossible = [], []
     for module, update in adapter.updates.items():
@@ -79,47 +79,47 @@ def read_sources(adapter: Adapter) -> tuple[list[Source], list[str]]:
         if update.kind not in ("lora", "dora") or dotted is None:
             impossible.append(module)
             continue
-        default = _encoder_of(update, dotted) if dotted.startswith("text_model.") else "unet"
-        sources.append(as_source(module, update, component or default, dotted))
+        default = _which_clip(update, dotted) if dotted.startswith("text_model.") else "unet"
+        sources.append(make_source_module(module, update, component or default, dotted))
     return sources, impossible
 
 
-def _encoder_of(update: UpdateSpec, path: str) -> str:
+def _which_clip(update: UpdateSpec, path: str) -> str:
     """Of an adapter for one model, which says no component: SDXL's second CLIP is wider than all others."""
     width = update.shape[0 if path.endswith("fc2") else 1]
     return "text_encoder_2" if width == BIGG_WIDTH else "text_encoder"
 
 
-def as_source(module: str, update: UpdateSpec, component: str, path: str) -> Source:
+def make_source_module(module: str, update: UpdateSpec, component: str, path: str) -> SourceModule:
     """A T5 is the third text encoder, whatever number it has there."""
-    return Source(module, update, "text_encoder_3" if component != "unet" and T5.match(path) else component, path)
+    return SourceModule(module, update, "text_encoder_3" if component != "unet" and T5.match(path) else component, path)
 
 
-def family_of(sources: list[Source]) -> str | None:
+def detect_family(sources: list[SourceModule]) -> str | None:
     """A key of FAMILIES, or None for what is no image model of these."""
     paths = [sgm_to_diffusers(s.path) for s in sources if s.component == "unet"]
     texts = [s.path for s in sources if s.component != "unet"]
     if not paths:
-        return _of_texts(sources) if any(T5.match(path) or CLIP.match(path) for path in texts) else None
+        return _family_of_encoders(sources) if any(T5.match(path) or CLIP.match(path) for path in texts) else None
     if any(path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_")) for path in paths):
-        return _unet_of(sources)
+        return _family_of_unet(sources)
     fitting = [family for family in DITS if dit_paths(family).issuperset(paths) and _has_shapes(family, sources)]
     if len(fitting) == 2:
         return "sd3" if _is_sd3(sources) else "flux"
     return fitting[0] if fitting else None
 
 
-def _of_texts(sources: list[Source]) -> str:
+def _family_of_encoders(sources: list[SourceModule]) -> str:
     """Of text encoders alone, by which there are, and by kohya's `lora_te1_`, which only those of several have."""
     components = {s.component for s in sources}
     if "text_encoder_3" in components:
         return "sd3"
     if "text_encoder_2" in components:
         return "sdxl"
-    return "sdxl" if any(s.module.startswith("lora_te1_") for s in sources) else _first_of(sources)
+    return "sdxl" if any(s.module.startswith("lora_te1_") for s in sources) else _sd1_or_sd2(sources)
 
 
-def _has_shapes(family: str, sources: list[Source]) -> bool:
+def _has_shapes(family: str, sources: list[SourceModule]) -> bool:
     """Flux 2 has names of Flux's, and other rows to each of its inputs."""
     if family != "flux":
         return True
@@ -127,39 +127,39 @@ def _has_shapes(family: str, sources: list[Source]) -> bool:
     return all(shape[0] == ratio * shape[1] for ratio, shape in rows)
 
 
-def require_known(adapter: Adapter, sources: Sequence[Source], family: str) -> None:
+def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], family: str) -> None:
     """Raise InputError for a transformer's block that no known one has, dropped or not: it is another model's."""
     if family not in DITS:
         return
     known = {source.module for source in sources if sgm_to_diffusers(source.path) in dit_paths(family)}
     for module, update in adapter.updates.items():
         if update.kind in ("lora", "dora") and DIT_BLOCK.search(module) and module not in known:
-            said = f"is in no image model that is known ({', '.join(FAMILIES.values())})"
+            said = f"is in no image model that is known ({', '.join(IMAGE_FAMILIES.values())})"
             raise InputError(said, culprit=module, remedy=f"{adapter.name} is for another model")
 
 
-def tells_unet(sources: Sequence[Source]) -> str | None:
+def tells_unet(sources: Sequence[SourceModule]) -> str | None:
     """Which UNet has these modules, by what only one of them has; None where nothing tells."""
     own = [s for s in sources if s.component == "unet"]
     paths = [sgm_to_diffusers(s.path) for s in own]
     widths = {s.update.shape[1] for s in own if s.path.endswith("attn2.to_k")}
     if any(s.component == "text_encoder_2" for s in sources) or 2048 in widths or any(map(SDXL_ALONE.search, paths)):
         return "sdxl"
-    return _first_of(sources) if widths or any(map(FIRST_ALONE.match, paths)) else None
+    return _sd1_or_sd2(sources) if widths or any(map(FIRST_ALONE.match, paths)) else None
 
 
-def _unet_of(sources: Sequence[Source]) -> str:
+def _family_of_unet(sources: Sequence[SourceModule]) -> str:
     """Where nothing tells, by whose names the modules have in kohya's files."""
     own = any("put_blocks." in s.path for s in sources if s.component == "unet")
-    return tells_unet(sources) or ("sdxl" if own else _first_of(sources))
+    return tells_unet(sources) or ("sdxl" if own else _sd1_or_sd2(sources))
 
 
-def _first_of(sources: Sequence[Source]) -> str:
+def _sd1_or_sd2(sources: Sequence[SourceModule]) -> str:
     texts = [s for s in sources if s.component == "text_encoder" or s.path.endswith(("attn2.to_k", "attn2.to_v"))]
     return "sd2" if any(s.update.shape[1] == SD2_WIDTH for s in texts) else "sd1"
 
 
-def _is_sd3(sources: list[Source]) -> bool:
+def _is_sd3(sources: list[SourceModule]) -> bool:
     """Of names that both have: by the width, the number of a block that Flux lacks, or a second CLIP, where Flux has
     a T5.
     """
@@ -171,7 +171,7 @@ def _is_sd3(sources: list[Source]) -> bool:
     )
 
 
-def find_unknown(sources: list[Source], family: str) -> list[str]:
+def find_unknown_modules(sources: list[SourceModule], family: str) -> list[str]:
     """Modules of a UNet that no known one has."""
     if family in DITS:
         return []

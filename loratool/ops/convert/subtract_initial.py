@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...files.dtypes import TensorSpec
-from ...files.virtual import UnwrittenFile
+from ...files.virtual import VirtualFile
 from ..inputs import subtract_initial
 
 RANKS = {"A": 0, "B": 1}  # role -> the dimension of the ranks
 
 
-def without_start(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
+def subtract_init(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
     """Raises UsageError and InputError for a start that is not this adapter's, NeedsFlag for DoRA."""
     (_, (start, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
     specs, updates, pairs = dict(source.file.specs), dict(source.updates), dict[str, tuple[str, str]]()
@@ -44,6 +44,6 @@ def without_start(source: Adapter, initial: str | os.PathLike[str], opened: Exit
             sides = [side.float() for side in sides]
         return torch.cat(sides, RANKS[role])
 
-    config = replace(source.config, extra={**source.config.extra, "init_lora_weights": True}, starts={})
-    file = UnwrittenFile(source.file, specs, load, source.file.metadata or {})
+    config = replace(source.config, extra={**source.config.extra, "init_lora_weights": True}, base_mutating_inits={})
+    file = VirtualFile(source.file, specs, load, source.file.metadata or {})
     return replace(source, file=file, updates=updates, config=config)

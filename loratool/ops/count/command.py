@@ -15,7 +15,7 @@ from typing import Any
 
 from ...adapters.formats import is_adapter
 from ...architectures.config_tensors import (
-    FAMILIES,
+    CONFIG_FAMILIES,
     config_field,
     declared_class,
     model_class,
@@ -33,8 +33,8 @@ from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
 from ..denormals import keep_denormals
-from .formulas import METHODS, TOP_LAYERS, Method, Outline, Target, largest_size
-from .outline import Matrix, find_blocks, find_matrices, find_targets, names_one, outline, parameters_of
+from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
+from .outline import Matrix, find_blocks, find_matrices, find_targets, make_outline, names_one, parameters_of
 
 RANK = 8
 
@@ -137,7 +137,7 @@ def count(
     matrices = find_matrices(model.specs, blocks, model.tied)
     targets = find_targets(matrices, selection)
     _check_targets(targets, matrices, selection, None if params is not None else rank or RANK)
-    shape = outline(model.specs, blocks, targets, selection.layers, model.context)
+    shape = make_outline(model.specs, blocks, targets, selection.layers, model.context)
     notes = [f"--target {p} names nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
     if params is None and model.context and (rank or RANK) >= model.context:
         notes.append(f"a prefix of {rank or RANK} leaves nothing of a context of {model.context}")
@@ -155,7 +155,7 @@ def count(
         params,
         sum(each.copies for each in targets),
         tuple(grouped(each.name for each in targets)),
-        tuple(_count_method(name, each, shape, rank or RANK, params, model.dtype) for name, each in METHODS.items()),
+        tuple(_count_method(name, each, shape, rank or RANK, params, model.dtype) for name, each in FORMULAS.items()),
         (*model.notes, *notes),
     )
 
@@ -173,7 +173,7 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
         if not checkpoint.coded:
             return _from_checkpoint(checkpoint)
         method = checkpoint.quantized
-        if checkpoint.model_type not in FAMILIES:
+        if checkpoint.model_type not in CONFIG_FAMILIES:
             raise InputError(
                 f"is quantized ({method}), so that its shapes are not those of its matrices",
                 culprit=os.fspath(path),
@@ -196,7 +196,7 @@ def _lone_config(path: Path) -> dict[str, Any] | None:
 
 def _from_config(config: Mapping[str, Any]) -> Model:
     shapes = tensor_shapes(config)
-    family = FAMILIES[config["model_type"]]
+    family = CONFIG_FAMILIES[config["model_type"]]
     named, counted = declared_class(config), model_class(config)
     notes = []
     if counted == family.bare and named not in ("", counted):
@@ -232,7 +232,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
 
 
 def _check_targets(
-    targets: Sequence[Target], matrices: Sequence[Matrix], selection: Selection, rank: int | None
+    targets: Sequence[CountedMatrix], matrices: Sequence[Matrix], selection: Selection, rank: int | None
 ) -> None:
     """Raises InputError where nothing is selected, and UsageError for a rank above that of a matrix."""
     if not targets:
@@ -250,7 +250,7 @@ def _check_targets(
         )
 
 
-def _count_method(name: str, method: Method, shape: Outline, rank: int, params: int | None, dtype: str) -> MethodCount:
+def _count_method(name: str, method: Formula, shape: Outline, rank: int, params: int | None, dtype: str) -> MethodCount:
     n: int | None = None
     if method.size:
         n = min(TOP_LAYERS, len(shape.layers)) if method.size == "layers" else rank

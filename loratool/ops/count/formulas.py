@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Target:
+class CountedMatrix:
     """A matrix that LoRA changes, or some rows of a fused one; `copies`: how many it stacks, experts for one."""
 
     name: str
@@ -42,11 +42,11 @@ class Outline:
     widths: tuple[int, ...]
     layers: tuple[int, ...]
     context: int | None
-    targets: tuple[Target, ...]
+    targets: tuple[CountedMatrix, ...]
 
 
 @dataclass(frozen=True)
-class Method:
+class Formula:
     """A row of METHODS. size: what is chosen, empty where nothing is. count: (model, n) -> trainable parameters.
 
     largest: the size beyond which there is no more, if there is such. depth: layers more that a token passes one after
@@ -86,28 +86,28 @@ def _lowest_rank(model: Outline) -> int:
 
 
 # name -> what it trains and adds
-METHODS: dict[str, Method] = {
-    "full": Method(
+FORMULAS: dict[str, Formula] = {
+    "full": Formula(
         "full fine-tuning",
         "",
         lambda model, n: model.total,
         "nothing, but each task is a whole model",
     ),
-    "top-layers": Method(
+    "top-layers": Formula(
         "top layers",
         "layers",
         lambda model, n: sum(model.layers[-n:]),
         "nothing, but each task has its own last layers",
         largest=lambda model: len(model.layers),
     ),
-    "bitfit": Method(
+    "bitfit": Formula(
         "BitFit",
         "",
         lambda model, n: model.biases,
         "nothing, but each task has its own biases",
         needs="the model has no biases",
     ),
-    "prefix-embedding": Method(
+    "prefix-embedding": Formula(
         "prefix-embedding",
         "prefix",
         lambda model, n: model.width * n,
@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
         largest=_longest_prefix,
         positions=True,
     ),
-    "prefix-layer": Method(
+    "prefix-layer": Formula(
         "prefix-layer",
         "prefix",
         lambda model, n: sum(model.widths) * n,
@@ -123,42 +123,42 @@ METHODS: dict[str, Method] = {
         largest=_longest_prefix,
         positions=True,
     ),
-    "adapter-houlsby": Method(
+    "adapter-houlsby": Formula(
         "adapters, Houlsby",
         "bottleneck",
         lambda model, n: 2 * _adapters(model, n),
         "{depth} adapter layers in sequence: two a block",
         depth=lambda model: 2 * _blocks(model),
     ),
-    "adapter-lin": Method(
+    "adapter-lin": Formula(
         "adapters, Lin",
         "bottleneck",
         lambda model, n: _adapters(model, n) + 2 * sum(model.widths),
         "{depth} adapter layers in sequence, each with a LayerNorm",
         depth=_blocks,
     ),
-    "adapter-pfeiffer": Method(
+    "adapter-pfeiffer": Formula(
         "adapters, Pfeiffer",
         "bottleneck",
         _adapters,
         "{depth} adapter layers in sequence: one a block",
         depth=_blocks,
     ),
-    "adapterdrop": Method(
+    "adapterdrop": Formula(
         "AdapterDrop",
         "bottleneck",
         _adapters,
         "up to {depth} adapter layers in sequence: lower blocks can drop theirs",
         depth=_blocks,
     ),
-    "adapterdrop-shared": Method(
+    "adapterdrop-shared": Formula(
         "AdapterDrop, shared",
         "bottleneck",
         _shared_adapter,
         "up to {depth} passes of the one adapter in sequence",
         depth=_blocks,
     ),
-    "lora": Method(
+    "lora": Formula(
         "LoRA",
         "rank",
         lambda model, n: n * sum(target.cost for target in model.targets),
@@ -171,7 +171,7 @@ METHODS: dict[str, Method] = {
 TOP_LAYERS = 2  # FT^Top2 of the paper's Table 3
 
 
-def largest_size(method: Method, model: Outline, budget: int) -> int:
+def largest_size(method: Formula, model: Outline, budget: int) -> int:
     """The largest size whose count is within `budget` parameters; 0 where not even the smallest is."""
     most = min(budget, method.largest(model))
     return bisect_right(range(1, most + 1), budget, key=lambda n: method.count(model, n))

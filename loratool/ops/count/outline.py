@@ -10,19 +10,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...architectures.prefixes import module_of
+from ...architectures.prefixes import module_path
 from ...architectures.projections import projections
-from ...architectures.roles import HEADS, role
-from ...binding.selection import Selection, matches
+from ...architectures.roles import HEADS, weight_role
+from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError
 from ...files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
-from .formulas import Outline, Target
+from .formulas import CountedMatrix, Outline
 
 # Stored beside the weights by some versions of some models, and nothing that is trained.
 BUFFERS = re.compile(r"((^|\.)(attn|attention)\.(masked_)?bias|inv_freq|running_(mean|var)|e_score_correction_bias)$")
 
 
-MASKED_HEADS = ("cls.", "lm_predictions.", "generator_lm_head.")
+MASKED_HEAD_MODULES = ("cls.", "lm_predictions.", "generator_lm_head.")
 
 
 _BLOCK = re.compile(r"^(.*?)(?<![^.])(\d{1,5})\.(?=.)")
@@ -35,7 +35,7 @@ LEAST_MATRICES = 4  # of a block: a fused attention, its output, up and down
 
 
 @dataclass(frozen=True)
-class Block:
+class ModelBlock:
     """One of a stack of blocks of one width; `stack` is the path before its number."""
 
     stack: str
@@ -86,18 +86,18 @@ def parameters_of(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     }
 
 
-def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[Block, ...]:
+def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
     """The blocks of every stack whose blocks each have at least LEAST_MATRICES matrices, and all one width."""
     stacks: dict[str, dict[int, dict[str, TensorSpec]]] = {}
     for name, spec in specs.items():
         found = _BLOCK.match(name)
         if found:
             stacks.setdefault(found[1], {}).setdefault(int(found[2]), {})[name] = spec
-    blocks: list[Block] = []
+    blocks: list[ModelBlock] = []
     for stack, members in stacks.items():
         widths = {_width(each) for each in members.values()}
         if len(widths) == 1 and (width := widths.pop()):
-            blocks += [Block(stack, n, width, sum(s.size for s in members[n].values())) for n in sorted(members)]
+            blocks += [ModelBlock(stack, n, width, sum(s.size for s in members[n].values())) for n in sorted(members)]
     return tuple(blocks)
 
 
@@ -109,7 +109,7 @@ def _width(specs: Mapping[str, TensorSpec]) -> int:
     return counts.most_common(1)[0][0] if counts and len(matrices) >= LEAST_MATRICES else 0
 
 
-def main_stack(blocks: Sequence[Block]) -> tuple[Block, ...]:
+def main_stack(blocks: Sequence[ModelBlock]) -> tuple[ModelBlock, ...]:
     """The stack with the most parameters."""
     sizes: Counter[str] = Counter()
     for block in blocks:
@@ -118,10 +118,10 @@ def main_stack(blocks: Sequence[Block]) -> tuple[Block, ...]:
     return tuple(block for block in blocks if block.stack == largest)
 
 
-def outline(
+def make_outline(
     specs: Mapping[str, TensorSpec],
-    blocks: Sequence[Block],
-    targets: Sequence[Target],
+    blocks: Sequence[ModelBlock],
+    targets: Sequence[CountedMatrix],
     layers: frozenset[int] | None,
     context: int | None,
 ) -> Outline:
@@ -141,12 +141,12 @@ def outline(
 
 def _is_bias(name: str, spec: TensorSpec) -> bool:
     last = name.rpartition(".")[2]
-    is_head = name.split(".")[0] in HEADS or name.startswith(MASKED_HEADS)
+    is_head = name.split(".")[0] in HEADS or name.startswith(MASKED_HEAD_MODULES)
     return (last.endswith("bias") or last == "beta") and len(spec.shape) <= 2 and not is_head
 
 
 def find_matrices(
-    specs: Mapping[str, TensorSpec], blocks: Sequence[Block], tied: tuple[str, str] | None = None
+    specs: Mapping[str, TensorSpec], blocks: Sequence[ModelBlock], tied: tuple[str, str] | None = None
 ) -> tuple[Matrix, ...]:
     """Every tensor that LoRA could change: matrices, convolutions with their kernels flattened, stacks of experts.
 
@@ -155,15 +155,15 @@ def find_matrices(
     width_of = {(b.stack, b.number): b.width for b in blocks}
     found = []
     for name, spec in specs.items():
-        path, block = module_of(name), _BLOCK.match(name)
-        kind = role(path, len(spec.shape), True)
+        path, block = module_path(name), _BLOCK.match(name)
+        kind = weight_role(path, len(spec.shape), True)
         if spec.size and kind and (path != name or kind == "experts"):
             copies, rows = (spec.shape[0], spec.shape[1]) if kind == "experts" else (1, spec.shape[0])
             width = width_of.get((block[1], int(block[2])), 0) if block else 0
             found.append(Matrix(path, kind, copies, rows, spec.size // (copies * rows), width))
     if tied is not None and tied[1] not in specs:
         rows, columns = specs[tied[0]].shape
-        found.append(Matrix(module_of(tied[1]), "head", 1, rows, columns, 0))
+        found.append(Matrix(module_path(tied[1]), "head", 1, rows, columns, 0))
     return tuple(found)
 
 
@@ -171,10 +171,10 @@ def names_one(pattern: str, matrix: Matrix) -> bool:
     """Whether a pattern of --target means a matrix or a part of it: by its path, or by a role."""
     if pattern == "all-linear":
         return matrix.kind in ("linear", "experts")
-    return pattern in matrix.roles or matches(pattern, matrix.path)
+    return pattern in matrix.roles or matches_pattern(pattern, matrix.path)
 
 
-def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Target, ...]:
+def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[CountedMatrix, ...]:
     """The selected matrices. A fused one that is named itself is one; where its parts are named, each of them is.
 
     The patterns of `selection` may also be roles, as in `architectures.projections.ROLES`. Raises InputError where the
@@ -182,7 +182,7 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Targ
     """
     within = Selection(layers=selection.layers)
     query_rows = {m.parent: m.other for m in matrices if m.roles == ("o_proj",)}
-    found: list[Target] = []
+    found: list[CountedMatrix] = []
     for m in matrices:
         by_path = any(names_one(p, m) for p in selection.target if p not in m.roles)
         excluded = any(names_one(p, m) for p in selection.exclude if p not in m.roles)
@@ -190,10 +190,10 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Targ
             continue
         kept = [r for r in m.roles if r not in selection.exclude and (by_path or r in selection.target)]
         if len(kept) == len(m.roles) and (by_path or len(kept) == 1):
-            found.append(Target(m.path, m.columns, m.rows, m.copies))
+            found.append(CountedMatrix(m.path, m.columns, m.rows, m.copies))
         elif kept:
             rows = _part_rows(m, query_rows.get(m.parent))
-            found += [Target(f"{m.path}[{part}]", m.inp, rows[part], m.copies) for part in kept]
+            found += [CountedMatrix(f"{m.path}[{part}]", m.inp, rows[part], m.copies) for part in kept]
     return tuple(found)
 
 

@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter, UpdateSpec
-from ...adapters.stacked import load_stacked
+from ...adapters.stacked import load_stacked_factors
 from ...architectures.image import component_of
-from ...architectures.prefixes import CONTAINERS, KOHYA_COMPONENTS
+from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_COMPONENTS
 from ...architectures.renames import RENAMES, canonical
 from ...binding.model_pairs import missing_prefix
-from ...binding.resolve import unwrapped
+from ...binding.resolve import strip_wrappers
 from ...errors import InputError
 from ...files.tensor_compare import Comparison, compare
-from ...files.tensor_ref import Source, norm, require_finite
+from ...files.tensor_ref import TensorRef, norm, require_finite
 from ...numerics.factored_svd import (
     FactoredSVD,
     cosine,
     distance,
+    factored_svd,
     inner,
     principal_angles,
     random_similarity,
     subspace_similarity,
-    svd,
 )
 from ...streaming.workers import Progress
 
@@ -43,7 +43,7 @@ BATCH = 1 << 24  # numbers of factors held at a time
 
 
 # A name, and the update that each adapter has there.
-Entry = tuple[str, UpdateSpec | None, UpdateSpec | None]
+ModulePair = tuple[str, UpdateSpec | None, UpdateSpec | None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ValueDiff:
     relative: float
 
 
-def align(a: Adapter, b: Adapter) -> list[Entry]:
+def pair_modules(a: Adapter, b: Adapter) -> list[ModulePair]:
     """The updates of both by one name, in A's order: paths without wrappers, of today's transformers; flattened where
     either side is, kohya's prefixes being the components that they mean. Where few meet, renames of a model type and
     a prefix that one side lacks are tried.
@@ -132,7 +132,7 @@ def _is_one_part(one: str, two: str) -> bool:
     if not (one and two):
         return True
     parts = [component_of(f"{head[:-1]}.")[0] for head in (one, two)]
-    known = all(part or head[:-1] in CONTAINERS for part, head in zip(parts, (one, two), strict=True))
+    known = all(part or head[:-1] in CONTAINER_PREFIXES for part, head in zip(parts, (one, two), strict=True))
     return known and len({*parts} - {None}) < 2
 
 
@@ -147,14 +147,14 @@ def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> s
     if adapter.flattened:
         prefix = next((p for p in KOHYA_COMPONENTS if module.startswith(p)), "")
         return KOHYA_COMPONENTS.get(prefix, "") + module.removeprefix(prefix)
-    path = canonical(unwrapped(module), types)
+    path = canonical(strip_wrappers(module), types)
     return path.replace(".", "_") if flat else path
 
 
 def compare_modules(
     a: Adapter,
     b: Adapter,
-    aligned: Sequence[Entry],
+    aligned: Sequence[ModulePair],
     device: torch.device,
     progress: Progress | None,
 ) -> Iterator[tuple[ModuleDiff, FactoredSVD | None, FactoredSVD | None]]:
@@ -179,14 +179,14 @@ def compare_modules(
             progress(done, total)
 
 
-def _nbytes(entry: Entry) -> int:
+def _nbytes(entry: ModulePair) -> int:
     _, one, two = entry
     return sum(spec.nbytes for update in (one, two) if update for spec in update.specs.values())
 
 
-def _batches(found: Sequence[Entry]) -> Iterator[list[Entry]]:
+def _batches(found: Sequence[ModulePair]) -> Iterator[list[ModulePair]]:
     """Entries whose factors have equal shapes, as many as memory should hold."""
-    groups: dict[object, list[Entry]] = {}
+    groups: dict[object, list[ModulePair]] = {}
     for entry in found:
         groups.setdefault(tuple(_shapes(spec) for spec in entry[1:]), []).append(entry)
     for group in groups.values():
@@ -202,10 +202,10 @@ def _shapes(spec: UpdateSpec | None) -> tuple[tuple[int, ...], ...]:
 
 def _svds(adapter: Adapter, specs: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
     """(N, E, ...) of N modules; None where this side has none of them."""
-    pairs = [load_stacked(adapter, spec) for spec in specs if spec and spec.rank]
+    pairs = [load_stacked_factors(adapter, spec) for spec in specs if spec and spec.rank]
     if not pairs:
         return None
-    return svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))
+    return factored_svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))
 
 
 def _member(side: FactoredSVD | None, i: int) -> FactoredSVD | None:
@@ -261,7 +261,7 @@ def _module(
 
 
 def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
-    i, j = (_steps(side.shape[1]) for side in left)
+    i, j = (_powers_of_two(side.shape[1]) for side in left)
 
     def grid(sides: tuple[Tensor, Tensor]) -> tuple[tuple[float, ...], ...]:
         whole = subspace_similarity(*sides)
@@ -273,19 +273,19 @@ def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
     return Phi(i, j, grid(left), grid(right), random(left[0]), random(right[0]))
 
 
-def _steps(rank: int) -> tuple[int, ...]:
+def _powers_of_two(rank: int) -> tuple[int, ...]:
     """1, 2, 4, ... and the rank itself."""
     return (*(1 << n for n in range(rank.bit_length()) if 1 << n < rank), rank)
 
 
-def compare_values(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> list[ValueDiff]:
+def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> list[ValueDiff]:
     """Whatever is no factor."""
     found = []
     for name, one, two in aligned:
         roles = [{r: k for r, k in spec.tensors.items() if r not in ("A", "B")} if spec else {} for spec in (one, two)]
         for role in dict.fromkeys([*roles[0], *roles[1]]):
             sides = [
-                Source(adapter.file, own[role]) if role in own else None
+                TensorRef(adapter.file, own[role]) if role in own else None
                 for adapter, own in zip((a, b), roles, strict=True)
             ]
             scales = [spec.scale if spec and spec.kind == "add" else 1.0 for spec in (one, two)]
@@ -296,7 +296,9 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> list[Val
     return found
 
 
-def _value(name: str, kind: str, sides: Sequence[Source | None], scales: Sequence[float], same_rows: bool) -> ValueDiff:
+def _value(
+    name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_rows: bool
+) -> ValueDiff:
     """Raises InputError for nan and inf."""
     for side in sides:
         if side:
@@ -312,13 +314,13 @@ def _value(name: str, kind: str, sides: Sequence[Source | None], scales: Sequenc
     return ValueDiff(name, kind, norm_a, norm_b, relative)
 
 
-def _scaled(one: Source, two: Source, scales: Sequence[float]) -> Comparison:
+def _scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> Comparison:
     """Of biases, each times its scale."""
     x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
     return Comparison(False, (norm(x), norm(y), norm(y - x)))
 
 
-def in_all(modules: Sequence[ModuleDiff]) -> tuple[float, float, float, float]:
+def total_distances(modules: Sequence[ModuleDiff]) -> tuple[float, float, float, float]:
     """(||D_A||, ||D_B||, ||D_B - D_A||, cosine) of all modules together."""
     norm_a, norm_b, between = (
         math.hypot(*(getattr(m, name) for m in modules)) for name in ("norm_a", "norm_b", "distance")

@@ -7,8 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,22 +23,22 @@ from ...binding.tied_weights import bindable, find_tie
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.tensor_compare import Comparison, compare
-from ...files.tensor_ref import Source, require_finite, squared_norm
+from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
-from ...streaming.workers import Progress, choose_device
+from ...streaming.workers import Progress, choose_device, map_in_order
 from ..convert.in_memory import by_meaning
 from ..denormals import keep_denormals
-from ..inputs import open_adapters, open_model, read_given
+from ..inputs import open_adapters, open_model, parse_adapters
 from .adapters import (
     SAME,
     ModuleDiff,
     Phi,
     ValueDiff,
-    align,
     compare_modules,
     compare_values,
-    in_all,
     mean_phi,
+    pair_modules,
+    total_distances,
 )
 from .related import require_known_names, require_one_model
 
@@ -151,7 +150,7 @@ def diff(
             for side in sides:
                 opened.callback(side.close)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
-        adapters = open_adapters(read_given([a, b]), alpha, opened)
+        adapters = open_adapters(parse_adapters([a, b]), alpha, opened)
         modules = [module for adapter in adapters for module in adapter.updates]
         met, aliases = by_meaning(adapters, selection)
         require_one_model(*met)
@@ -176,20 +175,20 @@ def _diff_adapters(
     device: torch.device,
     progress: Progress | None,
 ) -> AdapterDiff:
-    aligned = align(a, b)
+    aligned = pair_modules(a, b)
     require_known_names(a, b, aligned)
     weights = [_weights(base, adapter) if base else {} for adapter in (a, b)]
     modules: list[ModuleDiff] = []
     by_name = {name: (one, two) for name, one, two in aligned}
     for found, svd_a, svd_b in compare_modules(a, b, aligned, device, progress):
         spec_a, spec_b = by_name[found.name]
-        size_a, factor_a = _against(weights[0], spec_a, svd_a)
-        size_b, factor_b = _against(weights[1], spec_b, svd_b)
+        size_a, factor_a = _relative_to_base(weights[0], spec_a, svd_a)
+        size_b, factor_b = _relative_to_base(weights[1], spec_b, svd_b)
         modules.append(replace(found, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b))
     order = {name: i for i, (name, _, _) in enumerate(aligned)}
     modules.sort(key=lambda m: order[m.name])
     values = compare_values(a, b, aligned)
-    norm_a, norm_b, between, cosine = in_all(modules)
+    norm_a, norm_b, between, cosine = total_distances(modules)
     largest = max(norm_a, norm_b)
     worst = max([m.relative for m in modules] + [v.relative for v in values], default=0.0)
     return AdapterDiff(
@@ -226,31 +225,33 @@ def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
     found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
     if one and two:
         keys = [key for key in dict.fromkeys([*one, *two]) if key not in NO_DIFFERENCE]
-        found |= {key: (one.get(key), two.get(key)) for key in keys if _said(one.get(key)) != _said(two.get(key))}
-    return {key: (_said(x), _said(y)) for key, (x, y) in found.items()}
+        found |= {
+            key: (one.get(key), two.get(key)) for key in keys if _printable(one.get(key)) != _printable(two.get(key))
+        }
+    return {key: (_printable(x), _printable(y)) for key, (x, y) in found.items()}
 
 
-def _said(value: Any) -> Any:
+def _printable(value: Any) -> Any:
     """A field's value, nothing and false being one; as text where it holds NaN or Infinity, which are no JSON."""
     text = json.dumps(value)
     return text if re.search(r"NaN|Infinity", text) else value or None
 
 
-def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[Source, Placement]]]:
+def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorRef, Placement]]]:
     """The base's tensors under each module. Raises what `bind` raises where the two do not belong together."""
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
     binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(), coded)
-    found: dict[str, list[tuple[Source, Placement]]] = {}
+    found: dict[str, list[tuple[TensorRef, Placement]]] = {}
     for name, placements in binding.placements.items():
         stored = tie.stored_as(name) if tie and name not in base.specs else name
         for placement in placements:
-            found.setdefault(placement.update.module, []).append((Source(base.shard_of[stored], stored), placement))
+            found.setdefault(placement.update.module, []).append((TensorRef(base.shard_of[stored], stored), placement))
     return found
 
 
-def _against(
-    weights: Mapping[str, list[tuple[Source, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD | None
+def _relative_to_base(
+    weights: Mapping[str, list[tuple[TensorRef, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD | None
 ) -> tuple[float | None, float | None]:
     """||D|| / ||W||, and the amplification factor where W is one whole matrix; None without a base."""
     if spec is None or svd is None or spec.module not in weights:
@@ -286,8 +287,7 @@ def _diff_checkpoints(
     _refuse_codes(names, codes, (*only_a, *only_b))
     rows, equal, norms, done = [], 0, [], 0
     total = sum(one.spec.nbytes for one, _ in both.values())
-    with ThreadPoolExecutor(2) as pool:
-        compared = pool.map(_compare, both.values())
+    with closing(map_in_order(_compare, both.values(), 2)) as compared:
         for (name, (one, two)), found in zip(both.items(), compared, strict=True):
             done += one.spec.nbytes
             if progress:
@@ -328,20 +328,20 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _compare(sides: tuple[Source, Source]) -> Comparison | None:
+def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
     """None where the shapes differ."""
     one, two = sides
     return compare(one, two) if one.spec.shape == two.spec.shape else None
 
 
-def _tensor(name: str, one: Source, two: Source, found: Comparison | None) -> TensorDiff:
+def _tensor(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
     dtypes, shapes = (one.spec.dtype, two.spec.dtype), (one.spec.shape, two.spec.shape)
     if found is None:
         return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0)
     relative = _relative(*found.norms)
-    if found.odd or (found.changed and not relative):
+    if found.not_finite or (found.changed and not relative):
         relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
-    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, found.steps, found.changed, found.odd)
+    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, found.max_ulps, found.changed, found.not_finite)
 
 
 def _relative(one: float, two: float, between: float) -> float:

@@ -15,15 +15,15 @@ from ...adapters.adapter import Adapter, UpdateSpec
 from ...architectures.image import component_of
 from ...binding.resolve import IMAGE_FORMATS
 from ...errors import InputError, NeedsFlag
-from ..convert.in_memory import common_family, convention
-from ..convert.source_modules import family_of, read_sources
-from ..inputs import Loaded
-from .adapters import Entry, align
+from ..convert.in_memory import common_family, format_name
+from ..convert.source_modules import detect_family, read_source_modules
+from ..inputs import WeightedAdapter
+from .adapters import ModulePair, pair_modules
 
 NUMBER = re.compile(r"(?:^|[._])\d+(?:[._]|$)")  # of a layer, behind what it is called
 
 
-def require_related(loaded: Loaded) -> None:
+def require_related(loaded: WeightedAdapter) -> None:
     """loaded: of one format and spelling. Raises NeedsFlag where some have nothing to do with the first."""
     related, rest = [loaded[0][0]], [adapter for adapter, _ in loaded[1:]]
     while rest:
@@ -35,13 +35,13 @@ def require_related(loaded: Loaded) -> None:
         related.append(rest.pop(near))
 
 
-def require_same_names(loaded: Loaded) -> None:
+def require_same_names(loaded: WeightedAdapter) -> None:
     """Refuse adapters that share no module, but all of one's would be the other's, were both saved by one version of
     transformers: a loader finds but one's.
     """
     for (one, _), (two, _) in combinations(loaded, 2):
         if one.updates.keys().isdisjoint(two.updates):
-            met = [(a, b) for _, a, b in align(one, two) if a and b]
+            met = [(a, b) for _, a, b in pair_modules(one, two) if a and b]
             if len(met) == min(len(one.updates), len(two.updates)) and all(a.shape == b.shape for a, b in met):
                 a, b = met[0]
                 said = f"of {two.name} is {a.module} in {one.name}: they are saved from two classes of a model"
@@ -50,7 +50,7 @@ def require_same_names(loaded: Loaded) -> None:
 
 def require_one_model(a: Adapter, b: Adapter) -> None:
     """Raise InputError for adapters of two models, whatever is selected of them."""
-    aligned = align(a, b)
+    aligned = pair_modules(a, b)
     if any(one and two for _, one, two in aligned):
         return
     sides = [{name: update for name, *both in aligned if (update := both[i])} for i in (0, 1)]
@@ -59,13 +59,13 @@ def require_one_model(a: Adapter, b: Adapter) -> None:
         raise InputError(f"{why}; there is nothing to compare", culprit=b.name)
 
 
-def require_known_names(a: Adapter, b: Adapter, aligned: Sequence[Entry]) -> None:
+def require_known_names(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> None:
     """Raise InputError where names of two conventions do not tell which modules are the same."""
-    conventions = [convention(each) for each in (a, b)]
+    conventions = [format_name(each) for each in (a, b)]
     if conventions[0] == conventions[1] or not {a.format, b.format} & {*IMAGE_FORMATS}:
         return
     alone = [two for _, one, two in aligned if two and not one]
-    known = all(family_of(read_sources(each)[0]) for each in (a, b))
+    known = all(detect_family(read_source_modules(each)[0]) for each in (a, b))
     if alone and any(one and not two for _, one, two in aligned) and not known:
         raise InputError(
             f"of {b.name} may be any of {a.name}'s modules: one has {conventions[1]}'s names, the other "

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from ...adapters.formats.peft_write import lora_config
-from ...adapters.weight_kinds import KINDS, factor_shapes, lay_out
+from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
 from ...architectures.conv1d import stores_transposed
-from ...architectures.prefixes import module_of
+from ...architectures.prefixes import module_path
 from ...binding.peft_names import role_in_model
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
-from ..factor_spool import Factored, FactorSpool
-from .changes import Sorted
+from ..factor_spool import FactorSpool, SpooledFactors
+from .changes import SortedDeltas
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """An adapter whose ranks are known: the specs of its tensors, what loads one, and its config."""
 
     specs: Mapping[str, TensorSpec]
@@ -32,18 +32,18 @@ class Plan:
 
 
 def plan_adapter(
-    found: Sorted,
-    factored: Mapping[str, Factored],
+    found: SortedDeltas,
+    factored: Mapping[str, SpooledFactors],
     ranks: Mapping[str, int],
     spool: FactorSpool,
     dtype: torch.dtype,
     base: Checkpoint,
     base_name: str,
-) -> Plan:
+) -> AdapterPlan:
     in_model = found.in_model or str
     own = {in_model(name): name for name in factored}
     heads = {in_model(name): in_model(change.also) for name, change in found.low_rank.items() if change.also}
-    layout = lay_out(
+    layout = locate_factors(
         {path: factored[name].kind for path, name in own.items()},
         {path: ranks[name] for path, name in own.items() if name in ranks},
         heads,
@@ -62,7 +62,7 @@ def plan_adapter(
 
     for wrapper, (path, turned) in layout.wrappers.items():
         name = own[path]
-        kind = KINDS["head" if turned else factored[name].kind]
+        kind = WEIGHT_KINDS["head" if turned else factored[name].kind]
         shapes = factor_shapes(factored[name].kind, factored[name].shape, ranks[name])
         for side, key in enumerate(kind.keys):
             tensors[f"{wrapper}.{key}"] = factors(name, turned, side)
@@ -74,7 +74,7 @@ def plan_adapter(
         tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
         specs[key] = source.spec
     if not layout.wrappers:
-        _stand_in(base, in_model, tensors, specs, modules, letters, dtype)
+        _zero_pair(base, in_model, tensors, specs, modules, letters, dtype)
     config = lora_config(
         modules,
         layout.parameters,
@@ -82,7 +82,7 @@ def plan_adapter(
         base_model_name_or_path=base_name,
         modules_to_save=sorted(found.saved) or None,
     )
-    return Plan(
+    return AdapterPlan(
         specs,
         lambda key: tensors[key](),
         config,
@@ -92,7 +92,7 @@ def plan_adapter(
     )
 
 
-def _stand_in(
+def _zero_pair(
     base: Checkpoint,
     in_model: Callable[[str], str],
     tensors: dict[str, Callable[[], torch.Tensor]],
@@ -103,7 +103,7 @@ def _stand_in(
 ) -> None:
     """One pair of zeros: PEFT loads no adapter that targets nothing, not even one of biases alone."""
     for name, spec in base.specs.items():
-        module = module_of(in_model(name))
+        module = module_path(in_model(name))
         if role_in_model(base, name, in_model(name), spec) == "linear":
             turned = stores_transposed(base.model_types, module)
             out, inp = spec.shape[::-1] if turned else spec.shape

@@ -16,27 +16,27 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...adapters.formats.peft_write import write_adapter
-from ...adapters.formats.single_file import write_single
+from ...adapters.formats.single_file import write_single_file
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
-from ...architectures.prefixes import module_of
+from ...architectures.prefixes import module_path
 from ...architectures.renames import expert_part
-from ...binding.candidates import check_parted
-from ...binding.model_pairs import Pairs, pair_tensors
+from ...binding.candidates import refuse_split_experts
+from ...binding.model_pairs import ModelPairs, pair_tensors
 from ...binding.peft_names import exclude_all, namer, refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.output import check_name, check_path, named
+from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.tensor_compare import Difference, difference
 from ...streaming.workers import Progress, choose_device
-from ..choices import EMBED, EXTRACT_TO
-from ..convert.image_base import choose_form, left_out
+from ..choices import EMBED_CHOICES, EXTRACT_FORMATS
+from ..convert.image_base import choose_format, unsupported_patterns
 from ..denormals import keep_denormals
-from ..factor_spool import Factored, FactorSpool, noise_edge
+from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
-from .adapter_plan import Plan, plan_adapter
-from .changes import Change, Sorted, sort_changes
+from .adapter_plan import AdapterPlan, plan_adapter
+from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
 
 UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
@@ -145,35 +145,37 @@ def extract(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if to is not None and to not in EXTRACT_TO:
-        raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_TO)}")
-    if embed not in EMBED:
-        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED)}")
+    if to is not None and to not in EXTRACT_FORMATS:
+        raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_FORMATS)}")
+    if embed not in EMBED_CHOICES:
+        raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
     given = {"rank": rank, "energy": energy, "params": params, "size": size}
     rule = read_rule(given) or ("rank", float(RANK))
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
-        form = choose_form(sides[0], to)
-        path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
+        form = choose_format(sides[0], to)
+        path, is_file = check_output_name(
+            out if out is not None else "adapter" if form == "peft" else "adapter.safetensors"
+        )
         if form != "peft" and not is_file:
             raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         read = [shard for side in sides for shard in side.shards]
-        check_path(path, is_file, [shard.path for shard in read], force)
+        check_output_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)
         asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        asked.require_used([*map(module_of, pairs.both)], os.fspath(base))
-        excluded = (*exclude, *(left_out(sides[0]) if form != "peft" else ()))
+        asked.require_used([*map(module_path, pairs.both)], os.fspath(base))
+        excluded = (*exclude, *(unsupported_patterns(sides[0]) if form != "peft" else ()))
         selection, in_model = replace(asked, exclude=excluded), namer(sides[0]) if form == "peft" else None
-        found = sort_changes(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
+        found = sort_deltas(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
         found.alphas = form in ("kohya", "comfy")
         if in_model:
             factored, whole = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
             heads = {n: in_model(change.also) for n, change in found.low_rank.items() if change.also}
             refuse_unsaid(sides[0], factored, whole, heads)
-        opened.enter_context(named(path))
+        opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
-        work = _Work(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
+        work = _Extraction(found, spool, rule, DTYPES[dtype].itemsize, max_rank, choose_device(device), progress)
         work.factor_all()
         _refuse(work, found, tuple(allow))
         ranks = work.ranks()
@@ -187,7 +189,7 @@ def extract(
         if not dry_run and form == "peft":
             write_adapter(path, is_file, plan.specs, plan.load, plan.config, read)
         elif not dry_run:
-            write_single(path, plan.specs, plan.load, plan.config, read)
+            write_single_file(path, plan.specs, plan.load, plan.config, read)
         return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
 
@@ -195,16 +197,16 @@ def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
     """Raise for experts that did not all change, or not at one rank: PEFT makes stacks of them as they are."""
     used = {name: rank for name, rank in ranks.items() if rank}
     try:
-        check_parted(base, used, rslora=False)
+        refuse_split_experts(base, used, rslora=False)
     except UsageError as error:
         experts = [name for name in used if expert_part(name, base.model_types)]
         if len(experts) == len(used):
             raise InputError(error.message, culprit=error.culprit, remedy="use --rank") from error
-        options = exclude_all([module_of(n) for n in experts], [module_of(n) for n in used if n not in experts])
+        options = exclude_all([module_path(n) for n in experts], [module_path(n) for n in used if n not in experts])
         raise NeedsFlag(error.message, culprit=error.culprit, remedy=f"add {options}") from error
 
 
-def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
+def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
     """Raise where what is kept exactly is more than the whole adapter may be."""
     name, value = rule
     spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.specs.values())
@@ -216,12 +218,12 @@ def _check_budget(rule: tuple[str, float], plan: Plan) -> None:
         )
 
 
-class _Work:
+class _Extraction:
     """The factors of each matrix as the rule asks for them, and what was seen on the way."""
 
     def __init__(
         self,
-        found: Sorted,
+        found: SortedDeltas,
         spool: FactorSpool,
         rule: tuple[str, float],
         itemsize: int,
@@ -234,7 +236,7 @@ class _Work:
         budget = int(self._value) - found.exact_cost(self._rule == "size")
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
         self._most = max_rank or 1 << 30
-        self.factored: dict[str, Factored] = {}
+        self.factored: dict[str, SpooledFactors] = {}
         self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
 
     def factor_all(self) -> None:
@@ -255,7 +257,7 @@ class _Work:
         cost = sum(change.cost for change in self._found.low_rank.values())
         return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._most)
 
-    def _differences(self, changes: Sequence[Change]) -> Iterator[tuple[Change, Difference]]:
+    def _differences(self, changes: Sequence[WeightDelta]) -> Iterator[tuple[WeightDelta, Difference]]:
         """On a GPU the next one is read while one is computed; on a CPU that would only hold two."""
         if self._device.type == "cpu":
             yield from ((change, difference(change.base, change.tuned, self._device)) for change in changes)
@@ -268,7 +270,7 @@ class _Work:
                     waiting.append(reader.submit(difference, following.base, following.tuned, self._device))
                 yield change, D
 
-    def _factor(self, change: Change, found: Difference, rank: int) -> Factored:
+    def _factor(self, change: WeightDelta, found: Difference, rank: int) -> SpooledFactors:
         D = found.D
         factored = self._spool.add(change.name, change.kind, D, rank, change.cost)
         while self._rule == "energy" and rank < min(self._most, factored.full):
@@ -303,7 +305,7 @@ class _Work:
         return {name: min(self.factored[name].known if k is None else k, self._most) for name, k in found.items()}
 
 
-def _refuse(work: _Work, found: Sorted, allow: tuple[str, ...]) -> None:
+def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> None:
     """Raise where there is nothing to extract, or the two are no fine-tune of each other."""
     if not (work.factored or found.exact or found.left_out):
         raise InputError("the two models are equal: there is nothing to extract")
@@ -319,7 +321,7 @@ def _refuse(work: _Work, found: Sorted, allow: tuple[str, ...]) -> None:
         )
 
 
-def _relative(work: _Work, found: Sorted) -> float | None:
+def _relative(work: _Extraction, found: SortedDeltas) -> float | None:
     """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0. None if they did."""
     both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
     base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
@@ -327,10 +329,10 @@ def _relative(work: _Work, found: Sorted) -> float | None:
 
 
 def _report(
-    work: _Work,
-    found: Sorted,
-    pairs: Pairs,
-    plan: Plan,
+    work: _Extraction,
+    found: SortedDeltas,
+    pairs: ModelPairs,
+    plan: AdapterPlan,
     names: tuple[str, str, str],
     dry_run: bool,
 ) -> ExtractReport:
@@ -356,7 +358,7 @@ def _report(
     )
 
 
-def _module(work: _Work, name: str, plan: Plan) -> ModuleExtract:
+def _module(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtract:
     factored, rank = work.factored[name], plan.ranks[name]
     spectrum, (base, change, variance) = factored.spectrum, work.seen[name]
     kept, noise = math.fsum(spectrum.squares[:rank]), noise_edge(variance, factored.sizes)
@@ -392,7 +394,7 @@ def _warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str, ...]:
     return (f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {said} of a middling matrix's",)
 
 
-def _tied(found: Sorted, plan: Plan) -> tuple[str, ...]:
+def _tied(found: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
     heads = {name: each.also for name, each in found.low_rank.items() if each.also and plan.ranks.get(name)}
     if not heads or not found.in_model:
         return ()

@@ -12,35 +12,35 @@ from ...adapters.weight_kinds import factor_shapes
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
-from ..convert.image import Image, plan_image
+from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import _family, image_weights
-from ..convert.request import Wish
-from ..convert.source_modules import Source, as_source
-from ..factor_spool import Factored, FactorSpool
-from .adapter_plan import Plan
+from ..convert.request import ConvertRequest
+from ..convert.source_modules import SourceModule, make_source_module
+from ..factor_spool import FactorSpool, SpooledFactors
+from .adapter_plan import AdapterPlan
 
 
 def plan_image_adapter(
-    plan: Plan,
+    plan: AdapterPlan,
     to: str,
-    factored: Mapping[str, Factored],
+    factored: Mapping[str, SpooledFactors],
     spool: FactorSpool,
     dtype: torch.dtype,
     base: Checkpoint,
     is_budget: bool,
-) -> Plan:
+) -> AdapterPlan:
     """What `extract` writes. plan: of PEFT's adapter, whose ranks these are. Raises InputError for a family that is not
     known.
     """
     weights, letters = image_weights(base), SAFETENSORS[str(dtype).removeprefix("torch.")]
 
-    def source(name: str, rank: int) -> Source:
+    def source(name: str, rank: int) -> SourceModule:
         shape = base.specs[name].shape
         A, B = factor_shapes("linear" if len(shape) == 2 else "conv", shape, rank)
         specs = {"A": TensorSpec(letters, A), "B": TensorSpec(letters, B)}
-        return as_source(name, UpdateSpec("lora", name, {"A": name, "B": name}, specs), *weights[name])
+        return make_source_module(name, UpdateSpec("lora", name, {"A": name, "B": name}, specs), *weights[name])
 
-    def load(each: Source) -> LowRank:
+    def load(each: SourceModule) -> LowRank:
         A, B = spool.tensors(factored[each.module], plan.ranks[each.module], dtype)
         return LowRank(A, B, 1.0)
 
@@ -48,10 +48,10 @@ def plan_image_adapter(
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
-    made = plan_image(Image(str(base.path), {}, family, load), Wish(to), sources, [])
+    made = plan_image(ImageAdapter(str(base.path), {}, family, load), ConvertRequest(to), sources, [])
     if is_budget and any(module.how == "split" for module in made.modules):
         raise UsageError(
             f"--params and --size cannot be kept where {to} splits a fused module of the base, whose A then stands in "
             "each part: use --rank or --energy"
         )
-    return Plan(made.specs, made.load, made.metadata, plan.ranks, plan.effective_rank, plan.stored)
+    return AdapterPlan(made.specs, made.load, made.metadata, plan.ranks, plan.effective_rank, plan.stored)

@@ -19,9 +19,9 @@ from ...adapters.formats import open_adapter
 from ...adapters.formats.peft import WEIGHTS_NAMES
 from ...adapters.formats.peft_config import CONFIG_NAME
 from ...adapters.formats.peft_write import write_adapter
-from ...architectures.prefixes import PEFT_PREFIX, module_of
+from ...architectures.prefixes import PEFT_PREFIX, module_path
 from ...architectures.renames import expert_part
-from ...binding.candidates import Candidate, check_parted, find_candidates
+from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
 from ...binding.merge_plan import plan_merge
 from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection, parse_layers
@@ -30,20 +30,27 @@ from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
-from ...files.output import check_name, check_path, named
+from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...numerics.exact import ARITHMETIC_VERSION
-from ...streaming.workers import Progress, choose_device, map_ahead, worker_count
+from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..convert.image import write_output
-from ..convert.image_base import choose_form, weights_for
+from ..convert.image_base import choose_format, weights_for_format
 from ..convert.in_memory import check_target
 from ..denormals import keep_denormals
 from ..inputs import open_model
 from ..merge.command import write_merged
 from .image import plan_start
 from .methods import INITS, REFUSED
-from .starter import Site, Starter, adapter_config, choose_ranks, make_sites, residual_errors
+from .starter import (
+    AdaptedWeight,
+    AdapterInitializer,
+    adapter_config,
+    assign_ranks,
+    make_adapted_weights,
+    residual_errors,
+)
 
 RANK = 8
 
@@ -144,27 +151,29 @@ def init(
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
-        form = choose_form(checkpoint, to)
+        form = choose_format(checkpoint, to)
         _check_method(method, residual, dtype, form)
         if dora and form == "loralib":
             raise UsageError("loralib's files hold no DoRA")
-        path, is_file = check_name(out if out is not None else "adapter" if form == "peft" else "adapter.safetensors")
+        path, is_file = check_output_name(
+            out if out is not None else "adapter" if form == "peft" else "adapter.safetensors"
+        )
         if form != "peft" and not is_file:
             raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         inputs = [shard.path for shard in checkpoint.shards]
-        check_path(path, is_file, inputs, force)
+        check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-        candidates = find_candidates(checkpoint, selection, weights_for(checkpoint, form))
+        candidates = find_candidates(checkpoint, selection, weights_for_format(checkpoint, form))
         if form == "peft":
             refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, checkpoint.model_types, method, dora)
-        ranks = choose_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
-        check_parted(checkpoint, ranks, rslora)
-        sites, layout = make_sites(candidates, ranks, alpha, rslora)
-        starter = opened.enter_context(closing(Starter(sites, method, seed, dora, choose_device(device))))
+        ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
+        refuse_split_experts(checkpoint, ranks, rslora)
+        sites, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
+        starter = opened.enter_context(closing(AdapterInitializer(sites, method, seed, dora, choose_device(device))))
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
-        work = _Work(checkpoint, os.fspath(base), sites, starter, config, method, progress)
+        work = _Initialization(checkpoint, os.fspath(base), sites, starter, config, method, progress)
         made = plan_start(checkpoint, form, sites, starter, config)
         size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
         if params is not None and form != "peft" and size[0] > params:
@@ -174,7 +183,7 @@ def init(
             place = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
             changed = work.write_residual(place, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run)
         elif not dry_run:
-            opened.enter_context(named(path))
+            opened.enter_context(naming_output(path))
             write_output(made, form, path, is_file, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
         warnings = (*work.warnings(), *made.notes)
@@ -188,13 +197,13 @@ def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: s
         raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if dtype not in MERGE_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
-    if form != "peft" and (INITS[method].changes_base or INITS[method].field is not True):
+    if form != "peft" and (INITS[method].mutates_base or INITS[method].field is not True):
         raise UsageError(f"{method} is for PEFT's adapters, and {form}'s files cannot say how it starts")
-    if INITS[method].changes_base and residual is None:
+    if INITS[method].mutates_base and residual is None:
         raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
     if residual is None and dtype != "keep":
         raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
-    if residual is not None and not INITS[method].changes_base:
+    if residual is not None and not INITS[method].mutates_base:
         raise UsageError(f"--residual: {method} leaves the base as it is")
 
 
@@ -220,7 +229,7 @@ def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], me
             what = "DoRA" if dora else method
             raise UsageError(f"PEFT has no {what} of experts", culprit=each.name, remedy="add --exclude 're:experts'")
         if each.kind == "conv" and method == "mica":
-            module = module_of(each.name)
+            module = module_path(each.name)
             raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
 
 
@@ -228,10 +237,10 @@ def _check_residual(
     base: Checkpoint, residual: str | os.PathLike[str], adapter: Path, dtype: str | None, undo: bool, force: bool
 ) -> Path:
     """Its path; all that can be refused before the factors are computed is refused here."""
-    path, is_file = check_name(residual)
+    path, is_file = check_output_name(residual)
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
-    check_path(path, False, [shard.path for shard in base.shards], force)
+    check_output_path(path, False, [shard.path for shard in base.shards], force)
     for shard in base.shards:
         if scratch_path(path).resolve() in shard.path.resolve().parents:
             raise UsageError("is in the way of the residual's scratch folder", culprit=str(scratch_path(path)))
@@ -248,15 +257,15 @@ def _check_residual(
     return path
 
 
-class _Work:
+class _Initialization:
     """What the start of each weight told, and the residual that it leaves."""
 
     def __init__(
         self,
         base: Checkpoint,
         base_name: str,
-        sites: Sequence[Site],
-        starter: Starter,
+        sites: Sequence[AdaptedWeight],
+        starter: AdapterInitializer,
         config: Mapping[str, object],
         method: str,
         progress: Progress | None,
@@ -283,12 +292,12 @@ class _Work:
         require_free_space(adapter[0].absolute().parent, factors)
         if dry_run:
             return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
-        with named(place), scratch_folder(place) as scratch:
+        with naming_output(place), scratch_folder(place) as scratch:
             start = scratch / INITIAL
             config = {**self._config, "use_dora": False}
             write_adapter(start, False, self._starter.specs, self._starter.load, config, self._base.shards)
             self._residual = self._subtract(start, place, dtype, undo, force)
-        with named(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
+        with naming_output(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
             own = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
 
             def load(key: str) -> torch.Tensor:
@@ -334,7 +343,7 @@ class _Work:
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
         """What the residual is, and of what: the hashes of the base's files."""
         paths = [shard.path for shard in self._base.shards]
-        with closing(map_ahead(sha256_file, paths, worker_count())) as hashes:
+        with closing(map_in_order(sha256_file, paths, worker_count())) as hashes:
             of = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
         facts = {
             "adapters": [{"scales_sha256": scales_sha256, "sha256": sha256, "weight": -1.0}],
@@ -355,7 +364,8 @@ class _Work:
                     shape,
                     site.rank,
                     site.scale,
-                    site.weight.cost * site.rank + (site.magnitude.size if self._starter.magnitude_specs else 0),
+                    site.weight.parameters_per_rank * site.rank
+                    + (site.magnitude.size if self._starter.magnitude_specs else 0),
                     self._starter.gaps.get(name) if self._method == "pissa" else None,
                     (math.sqrt(error / base) if base else 0.0) if name in self._errors else None,
                 )

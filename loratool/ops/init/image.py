@@ -9,32 +9,36 @@ from typing import Any
 from ...adapters.formats import FORMATS
 from ...architectures.prefixes import PEFT_PREFIX
 from ...files.checkpoint import Checkpoint
-from ...files.virtual import UnwrittenFile
-from ..convert.image import Image, plan_image
+from ...files.virtual import VirtualFile
+from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import _family, image_weights
 from ..convert.language import plan_language
-from ..convert.request import Output, Wish, asked_by, low_rank, select
-from ..convert.source_modules import as_source
-from .starter import Site, Starter
+from ..convert.request import AdapterOutput, ConvertRequest, low_rank_modules, request_for, select_updates
+from ..convert.source_modules import make_source_module
+from .starter import AdaptedWeight, AdapterInitializer
 
 
-def plan_start(base: Checkpoint, to: str, sites: Sequence[Site], starter: Starter, config: Mapping[str, Any]) -> Output:
+def plan_start(
+    base: Checkpoint, to: str, sites: Sequence[AdaptedWeight], starter: AdapterInitializer, config: Mapping[str, Any]
+) -> AdapterOutput:
     """What `init` writes. config: of PEFT's adapter."""
     specs = {**starter.specs, **starter.magnitude_specs}
     if to == "peft":
-        return Output(specs, starter.load, config, {}, (), (), ())
-    file = UnwrittenFile(
+        return AdapterOutput(specs, starter.load, config, {}, (), (), ())
+    file = VirtualFile(
         base.shards[0],
         {PEFT_PREFIX + name: spec for name, spec in specs.items()},
         lambda name: starter.load_any(name.removeprefix(PEFT_PREFIX)),
         {"loratool": json.dumps({"adapter_config": config})},
     )
     adapter = FORMATS["peft"].read(str(base.path), file, None, False)
-    wish = Wish(to)
+    wish = ConvertRequest(to)
     if to == "loralib":
-        with asked_by("init"):
-            return plan_language(adapter, wish, *select(adapter, wish))
+        with request_for("init"):
+            return plan_language(adapter, wish, *select_updates(adapter, wish))
     weights, weight_of = image_weights(base), {site.wrapper: site.weight.name for site in sites}
     family = _family(base, weights)
-    sources = [as_source(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
-    return plan_image(Image(adapter.name, {}, family, lambda each: low_rank(adapter, each)), wish, sources, [])
+    sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
+    return plan_image(
+        ImageAdapter(adapter.name, {}, family, lambda each: low_rank_modules(adapter, each)), wish, sources, []
+    )

@@ -20,7 +20,7 @@ from ...numerics.svd import least_triplets, truncated_svds
 
 
 @dataclass(frozen=True)
-class Weight:
+class InitWeight:
     """What an adapter is started for: a stack of E matrices, sizes (E, out, in); values only where the method reads
     them, in float32.
     """
@@ -36,7 +36,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialFactors:
     """A: (r, E, in), B: (r, E, out), float32. gap: how far the energy of B A may be below the best of its rank,
     relative, where the method is after the best.
     """
@@ -46,26 +46,26 @@ class Start:
     gap: float = 0.0
 
 
-def _random_a(weight: Weight, rank: int, draw: Draw, a: Callable[[int, int, int], Tensor]) -> Start:
+def _random_A(weight: InitWeight, rank: int, draw: Draw, a: Callable[[int, int, int], Tensor]) -> InitialFactors:
     """B = 0 and A as `a` draws it; of an embedding A = 0 and B normal, as for nn.Embedding itself."""
     E, out, inp = weight.sizes
     if weight.embedding:
-        return Start(torch.zeros(rank, E, inp, dtype=torch.float32), draw.normal("B", rank, E, out).float())
-    return Start(a(rank, E, inp).float(), torch.zeros(rank, E, out, dtype=torch.float32))
+        return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), draw.normal("B", rank, E, out).float())
+    return InitialFactors(a(rank, E, inp).float(), torch.zeros(rank, E, out, dtype=torch.float32))
 
 
-def _lora(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _lora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """A uniform within 1 / sqrt(in), which is Kaiming's with a = sqrt(5) (microsoft/LoRA, loralib/layers.py)."""
     bound = 1.0 / math.sqrt(weight.sizes[2])
-    return _random_a(weight, rank, draw, lambda *shape: draw.uniform("A", *shape) * bound)
+    return _random_A(weight, rank, draw, lambda *shape: draw.uniform("A", *shape) * bound)
 
 
-def _gaussian(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _gaussian(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """A normal with the deviation 1 / r (Hu et al., ICLR 2022, section 4.1; the deviation is PEFT's)."""
-    return _random_a(weight, rank, draw, lambda *shape: draw.normal("A", *shape) / rank)
+    return _random_A(weight, rank, draw, lambda *shape: draw.normal("A", *shape) / rank)
 
 
-def _orthogonal(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _orthogonal(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """A and B normal in complementary halves of an orthogonal basis of R^r, so that B A = 0 (`orthogonal_init`)."""
     E, out, inp = weight.sizes
     starts = []
@@ -75,72 +75,72 @@ def _orthogonal(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
         B = Q[1::2].T @ draw.normal(f"B{e}", rank // 2, out) / 10
         starts.append((A.float(), B.float()))
     A, B = (torch.stack(side, 1) for side in zip(*starts, strict=True))
-    return Start(A, B)
+    return InitialFactors(A, B)
 
 
-def _pissa(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _pissa(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """The top r triplets, their values shared between B and A (Meng et al., NeurIPS 2024, equations 2 and 3)."""
     stack = weight.stack
     generators = [Draw(draw.seed, f"{draw.name} {e}").generator(stack.device) for e in range(len(stack))]
     found = truncated_svds(stack, rank, generators)
     triplets = [(each.U, each.S, each.V) for each in found]
-    return _shared(weight, rank, scale, triplets, max(each.gap for each in found))
+    return _split_triplets(weight, rank, scale, triplets, max(each.gap for each in found))
 
 
-def _milora(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _milora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """As PiSSA, but of the last r triplets (Wang et al., NAACL 2025, MiLoRA)."""
-    return _shared(weight, rank, scale, [least_triplets(W, rank) for W in weight.stack], 0.0)
+    return _split_triplets(weight, rank, scale, [least_triplets(W, rank) for W in weight.stack], 0.0)
 
 
-def _shared(
-    weight: Weight, rank: int, scale: float, triplets: list[tuple[Tensor, Tensor, Tensor]], gap: float
-) -> Start:
+def _split_triplets(
+    weight: InitWeight, rank: int, scale: float, triplets: list[tuple[Tensor, Tensor, Tensor]], gap: float
+) -> InitialFactors:
     """B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix; zeros where it has fewer than r."""
     E, out, inp = weight.sizes
     A, B = torch.zeros(rank, E, inp, dtype=torch.float32), torch.zeros(rank, E, out, dtype=torch.float32)
     for e, (U, S, V) in enumerate(triplets):
         root = (S / scale).sqrt()
         A[: len(S), e], B[: len(S), e] = (V.double() * root).T.float().cpu(), (U.double() * root).T.float().cpu()
-    return Start(A, B, gap)
+    return InitialFactors(A, B, gap)
 
 
-def _mica(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _mica(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """B the last r left singular vectors, which training leaves as they are; A = 0 (`mica_init`, arXiv 2604.01694)."""
     E, _, inp = weight.sizes
     B = torch.stack([least_triplets(W, rank)[0].T.cpu() for W in weight.stack], 1)
-    return Start(torch.zeros(rank, E, inp, dtype=torch.float32), B)
+    return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), B)
 
 
-def _olora(weight: Weight, rank: int, scale: float, draw: Draw) -> Start:
+def _olora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
     """W = Q R: B the first r columns of Q, A the first r rows of R (Büyükakyüz, 2024; not divided by s, as in PEFT)."""
     starts = []
     for W in weight.stack:
         Q = torch.linalg.qr(W[:, :rank].double()).Q
         starts.append(((Q.T.float() @ W).cpu(), Q.T.float().cpu()))
     A, B = (torch.stack(side, 1) for side in zip(*starts, strict=True))
-    return Start(A, B)
+    return InitialFactors(A, B)
 
 
 @dataclass(frozen=True)
-class Init:
+class InitMethod:
     """reads: the weights' values; changes_base: the adapter belongs on W - s B A, the residual; field: what the
     config's init_lora_weights must say for PEFT to train it right and never start it anew.
     """
 
-    start: Callable[[Weight, int, float, Draw], Start]
+    make: Callable[[InitWeight, int, float, Draw], InitialFactors]
     reads: bool = False
-    changes_base: bool = False
+    mutates_base: bool = False
     field: bool | str = True
 
 
-INITS: dict[str, Init] = {
-    "lora": Init(_lora),
-    "gaussian": Init(_gaussian),
-    "orthogonal": Init(_orthogonal),
-    "pissa": Init(_pissa, True, True),
-    "milora": Init(_milora, True, True),
-    "mica": Init(_mica, True, field="mica"),
-    "olora": Init(_olora, True, True),
+INITS: dict[str, InitMethod] = {
+    "lora": InitMethod(_lora),
+    "gaussian": InitMethod(_gaussian),
+    "orthogonal": InitMethod(_orthogonal),
+    "pissa": InitMethod(_pissa, True, True),
+    "milora": InitMethod(_milora, True, True),
+    "mica": InitMethod(_mica, True, field="mica"),
+    "olora": InitMethod(_olora, True, True),
 }
 
 

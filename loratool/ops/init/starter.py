@@ -16,23 +16,23 @@ from torch import Tensor
 
 from ...adapters.formats.peft_write import lora_config
 from ...adapters.updates import Experts, LowRank
-from ...adapters.weight_kinds import KINDS, Layout, factor_shapes, lay_out
+from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
 from ...architectures.config_tensors import declared_class
-from ...architectures.prefixes import module_of
+from ...architectures.prefixes import module_path
 from ...binding.candidates import Candidate
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
-from ...binding.selection import matches
+from ...binding.selection import matches_pattern
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
 from ...files.safetensors_file import data_order
-from ...files.tensor_ref import READ, Source, read_float32
+from ...files.tensor_ref import READ_NUMBERS, TensorRef, read_float32
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import energy_of
-from ...streaming.apply import Loader
-from ...streaming.workers import map_ahead, worker_count
-from .methods import INITS, Start, Weight
+from ...streaming.apply import UpdateLoader
+from ...streaming.workers import map_in_order, worker_count
+from .methods import INITS, InitialFactors, InitWeight
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -55,7 +55,7 @@ def task_type(base: Checkpoint) -> str | None:
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
-def choose_ranks(
+def assign_ranks(
     candidates: Sequence[Candidate],
     rank: int,
     patterns: Mapping[str, int],
@@ -67,27 +67,28 @@ def choose_ranks(
     most `params` parameters.
     """
     for pattern in patterns:
-        if not any(matches(pattern, module_of(each.name)) for each in candidates):
+        if not any(matches_pattern(pattern, module_path(each.name)) for each in candidates):
             raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
     found = {
-        each.name: next((r for p, r in patterns.items() if matches(p, module_of(each.name))), 0) for each in candidates
+        each.name: next((r for p, r in patterns.items() if matches_pattern(p, module_path(each.name))), 0)
+        for each in candidates
     }
     rest = [each for each in candidates if not found[each.name]]
     step = 2 if method == "orthogonal" else 1
     if params is not None:
-        spent = sum(each.cost * found[each.name] + each.sizes[1] * dora for each in candidates)
-        cost = sum(each.cost for each in rest)
+        spent = sum(each.parameters_per_rank * found[each.name] + each.sizes[1] * dora for each in candidates)
+        cost = sum(each.parameters_per_rank for each in rest)
         if spent + step * cost > params:
             what = f"rank {step} of these targets" if rest else "what --rank-pattern says"
             raise UsageError(f"--params {params} is too few: {what} takes {spent + step * cost}")
         if rest:
-            most = min((params - spent) // cost, *(each.most for each in rest))
+            most = min((params - spent) // cost, *(each.max_rank for each in rest))
             rank = max(step, most - most % step)
     for each in candidates:
         chosen = found[each.name] = found[each.name] or rank
-        if chosen > each.most:
+        if chosen > each.max_rank:
             out, inp = each.sizes[1:]
-            most, module = each.most - each.most % step, module_of(each.name)
+            most, module = each.max_rank - each.max_rank % step, module_path(each.name)
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
@@ -99,7 +100,7 @@ def choose_ranks(
 
 
 @dataclass(frozen=True)
-class Site:
+class AdaptedWeight:
     """A weight that gets factors. wrapper: PEFT's name for where; scale: s."""
 
     weight: Candidate
@@ -109,7 +110,7 @@ class Site:
 
     @property
     def keys(self) -> tuple[str, str]:
-        A, B = KINDS[self.weight.kind].keys
+        A, B = WEIGHT_KINDS[self.weight.kind].keys
         return f"{self.wrapper}.{A}", f"{self.wrapper}.{B}"
 
     @property
@@ -120,30 +121,32 @@ class Site:
         return TensorSpec("F32", (1, out, *[1] * (dimensions - 2)) if self.weight.kind == "conv" else (out,))
 
 
-def make_sites(
+def make_adapted_weights(
     candidates: Sequence[Candidate], ranks: Mapping[str, int], alpha: float | None, rslora: bool
-) -> tuple[list[Site], Layout]:
+) -> tuple[list[AdaptedWeight], FactorLayout]:
     """alpha: None is each one's own rank."""
     by_name = {each.in_model: each for each in candidates}
     kinds = {name: each.kind for name, each in by_name.items()}
-    layout = lay_out(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {})
+    layout = locate_factors(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {})
     sites = []
     for wrapper, (name, _) in layout.wrappers.items():
         weight = by_name[name]
         rank = ranks[weight.name]
         divisor = math.sqrt(rank) if rslora else rank
-        sites.append(Site(weight, wrapper, rank, (rank if alpha is None else alpha) / divisor))
+        sites.append(AdaptedWeight(weight, wrapper, rank, (rank if alpha is None else alpha) / divisor))
     return sites, layout
 
 
-class Starter:
+class AdapterInitializer:
     """The adapter's tensors by name, computed a weight at a time, in the order in which they are written.
 
     On a CPU a core has a weight: products with a few columns wait for the memory, and two cores for each other.
     done: called with each weight's bytes.
     """
 
-    def __init__(self, sites: Sequence[Site], method: str, seed: int, dora: bool, device: torch.device) -> None:
+    def __init__(
+        self, sites: Sequence[AdaptedWeight], method: str, seed: int, dora: bool, device: torch.device
+    ) -> None:
         self._init, self._seed, self._dora, self._device = INITS[method], seed, dora, device
         self._site_of = {key: site for site in sites for key in site.keys}
         self.specs: dict[str, TensorSpec] = {}
@@ -157,7 +160,7 @@ class Starter:
         self._last: dict[str, Tensor] = {}
         order = dict.fromkeys(self._site_of[key] for key in data_order(self.specs))
         workers = worker_count() if device.type == "cpu" and (self._init.reads or dora) else 1
-        self._starts = map_ahead(self._start, order, workers)
+        self._starts = map_in_order(self._start, order, workers)
 
     def load(self, key: str) -> Tensor:
         """Factors in the order of their data, then the magnitudes."""
@@ -182,22 +185,22 @@ class Starter:
     def close(self) -> None:
         self._starts.close()
 
-    def _start(self, site: Site) -> tuple[Site, dict[str, Tensor]]:
+    def _start(self, site: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Tensor]]:
         weight, shape = site.weight, site.weight.source.spec.shape
         reads = self._init.reads or self._dora
-        values = KINDS[weight.kind].stack(read_float32(weight.source, self._device)) if reads else None
-        given = Weight(weight.sizes, weight.kind == "embedding", values)
-        start: Start = self._init.start(given, site.rank, site.scale, Draw(self._seed, weight.name))
+        values = WEIGHT_KINDS[weight.kind].stack(read_float32(weight.source, self._device)) if reads else None
+        given = InitWeight(weight.sizes, weight.kind == "embedding", values)
+        start: InitialFactors = self._init.make(given, site.rank, site.scale, Draw(self._seed, weight.name))
         if self._dora and values is not None:
             norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
             self.magnitudes[f"{site.wrapper}.{MAGNITUDE}"] = norms.view(site.magnitude.shape)
         self.gaps[weight.name] = start.gap
-        A, B = KINDS[weight.kind].lay(start.A, start.B, shape)
+        A, B = WEIGHT_KINDS[weight.kind].lay(start.A, start.B, shape)
         return site, dict(zip(site.keys, (A.contiguous(), B.contiguous()), strict=True))
 
 
 def adapter_config(
-    base: Checkpoint, name: str, layout: Layout, method: str, alpha: float | None, **flags: bool
+    base: Checkpoint, name: str, layout: FactorLayout, method: str, alpha: float | None, **flags: bool
 ) -> dict[str, Any]:
     """name: the base's, as the config shall say it; flags: use_dora, use_rslora."""
     fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
@@ -216,18 +219,20 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
     """How far the residual and the factors taken out of it are from the base: name -> (||W' + s B A - W||^2,
     ||W||^2). plan: of the merge that took them out; result: what it wrote.
     """
-    load = Loader(torch.device("cpu"))
+    load = UpdateLoader(torch.device("cpu"))
 
     def distance(name: str) -> tuple[float, float]:
-        sides = plan.sources[name], Source(result.shard_of[name], name)
+        sides = plan.sources[name], TensorRef(result.shard_of[name], name)
         both = [_residual_error(placement, load, *sides) for placement in plan.placements[name]]
         return math.fsum(error for error, _ in both), math.fsum(square for _, square in both)
 
-    with closing(map_ahead(distance, plan.placements, worker_count())) as found:
+    with closing(map_in_order(distance, plan.placements, worker_count())) as found:
         return dict(zip(plan.placements, found, strict=True))
 
 
-def _residual_error(placement: Placement, load: Loader, base: Source, residual: Source) -> tuple[float, float]:
+def _residual_error(
+    placement: Placement, load: UpdateLoader, base: TensorRef, residual: TensorRef
+) -> tuple[float, float]:
     update = load(placement)
     if isinstance(update, Experts):
         assert placement.expert is not None
@@ -237,7 +242,7 @@ def _residual_error(placement: Placement, load: Loader, base: Source, residual: 
     # a residual of 16 bits is 1e-3 off, which float32 tells to four digits and more in half the time
     wide = torch.float32 if residual.spec.dtype in ("BF16", "F16") else torch.float64
     left, right = (term.left.double() * term.multiplier).to(wide), term.right.to(wide)
-    step = max(1, READ // right.shape[1])
+    step = max(1, READ_NUMBERS // right.shape[1])
     errors, squares = [], []
     for start in range(placement.start, placement.stop, step):
         stop = min(start + step, placement.stop)

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 
 from ...adapters.adapter import Adapter, UpdateSpec
-from ...adapters.formats.peft_config import changes_base
+from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.patterns import Patterns, endings
 from ...adapters.updates import DoRA, Experts, LowRank, Update
 from ...architectures.numbered_names import split_numbers, with_ranges
-from ...binding.resolve import Binding, bind, missing_tensors, nearest, resolve_modules
+from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
 from ...binding.selection import Selection
 from ...binding.tied_weights import bindable, find_tie
 from ...errors import InputError, LoratoolError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS
 from ...files.quantized import with_coded
-from ...files.tensor_ref import BLOCK, Source, require_finite, squared_norm
+from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import effective_rank, singular_values
 from ..inputs import refuse_adapter
 
@@ -116,14 +116,14 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         problems += _faults(adapter)
         if checkpoint is not None:
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
-        problems += adapter.lacks
+        problems += adapter.missing
         weights = _weights(checkpoint, binding)
         details = {m: _measure(adapter, m, weights.get(m), problems) for m in adapter.updates}
     finally:
         if checkpoint is not None:
             checkpoint.close()
-    problems += _zeros(details) + _config_problems(adapter)
-    init = changes_base(adapter.config)
+    problems += _zero_updates(details) + _config_problems(adapter)
+    init = base_mutating_init(adapter.config)
     notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []
     ranks = {update.rank for update in adapter.updates.values() if update.rank}
     return AdapterInspection(
@@ -151,11 +151,11 @@ def _hold_against(
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
     spots, missing = resolve_modules(with_coded(specs, coded), adapter, base.model_types)
-    missing = [module for module in missing if not adapter.brings(module)]
-    near = {m: tuple(nearest(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
+    missing = [module for module in missing if not adapter.in_modules_to_save(module)]
+    near = {m: tuple(nearest_names(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
     coverage = Coverage(name, len(adapter.updates) - len(missing), near)
     if missing:
-        problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_some(missing)}")
+        problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_shortened(missing)}")
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
         selection = Selection(exclude=_exactly([*missing, *faulty]))
@@ -166,8 +166,10 @@ def _hold_against(
     if binding.quantized:
         formats = ", ".join(dict.fromkeys(form for _, _, form in binding.quantized.values()))
         what = f"modules are quantized in the base ({formats}), and a merge cannot add to codes"
-        problems.append(f"{len(binding.quantized)} {what}: {_some([*binding.quantized])}")
-    problems += [line for line in missing_tensors(base.specs, adapter, binding.placements) if line not in adapter.lacks]
+        problems.append(f"{len(binding.quantized)} {what}: {_shortened([*binding.quantized])}")
+    problems += [
+        line for line in absent_from_adapter(base.specs, adapter, binding.placements) if line not in adapter.missing
+    ]
     flag = adapter.config.fan_in_fan_out
     placed = (p for found in binding.placements.values() for p in found)
     linear = [p for p in placed if p.update.transposed is None and p.update.rank]
@@ -187,34 +189,34 @@ def _faults(adapter: Adapter) -> list[str]:
     for module, update in adapter.updates.items():
         if update.fault:
             modules.setdefault(update.fault.replace(module, "it"), []).append(module)
-    return [f"{_some(found)}: {fault}" for fault, found in modules.items()]
+    return [f"{_shortened(found)}: {fault}" for fault, found in modules.items()]
 
 
-def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[Source]]:
+def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[TensorRef]]:
     """The base's tensors that each module changes; of what the file has under another name, that one."""
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[TensorRef]] = {}
     if base is None or binding is None:
         return found
     tie = find_tie(base)
     for name, placements in binding.placements.items():
         stored = name if name in base.specs or tie is None else tie.stored_as(name)
         for module in dict.fromkeys(placement.update.module for placement in placements):
-            found.setdefault(module, []).append(Source(base.shard_of[stored], stored))
+            found.setdefault(module, []).append(TensorRef(base.shard_of[stored], stored))
     return found
 
 
-def _measure(adapter: Adapter, module: str, weights: Sequence[Source] | None, problems: list[str]) -> ModuleReport:
+def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None, problems: list[str]) -> ModuleReport:
     spec = adapter.updates[module]
     norm = rank = relative = None
     try:
         if spec.kind in ("lora", "dora", "experts"):
-            norm, rank = _size(adapter.load(spec))
+            norm, rank = _delta_norm(adapter.load(spec))
         for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
-            require_finite(Source(adapter.file, name))
+            require_finite(TensorRef(adapter.file, name))
         if spec.fault:  # its scale may be anything
             norm = None
         elif norm is None:
-            norm = _size_of_values(adapter, spec, weights or ())
+            norm = _replacement_norm(adapter, spec, weights or ())
     except InputError as error:
         problems.append(f"{error.culprit}: {error.message}")
     if norm is not None and weights:
@@ -226,9 +228,9 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[Source] | None, pr
     return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
 
 
-def _size_of_values(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Source]) -> float | None:
+def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[TensorRef]) -> float | None:
     """||D|| of new values, by how far they are from the base's; None where that cannot be said."""
-    value = Source(adapter.file, spec.tensors["value"])
+    value = TensorRef(adapter.file, spec.tensors["value"])
     if spec.kind == "add":
         return math.sqrt(squared_norm(value)) * abs(spec.scale)
     if len(weights) != 1 or not value.spec.shape or not {value.spec.dtype, weights[0].spec.dtype} <= set(FLOATS):
@@ -250,7 +252,7 @@ def _size_of_values(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Source
     return math.sqrt(math.fsum(parts))
 
 
-def _size(update: Update) -> tuple[float, float]:
+def _delta_norm(update: Update) -> tuple[float, float]:
     """||scale * B @ A|| and the effective rank of the product."""
     if isinstance(update, Experts):
         each = [update.expert(number) for number in range(update.experts)]
@@ -263,7 +265,7 @@ def _size(update: Update) -> tuple[float, float]:
     return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
 
 
-def _zeros(details: Mapping[str, ModuleReport]) -> list[str]:
+def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
     """A change of 0 is an adapter that was never trained, or was saved before it was."""
     zero = [name for name, each in details.items() if each.norm == 0 and each.kind in ("lora", "dora", "experts")]
     if not zero:
@@ -271,7 +273,7 @@ def _zeros(details: Mapping[str, ModuleReport]) -> list[str]:
     if len(zero) == len(details):
         dora = any(each.kind == "dora" for each in details.values())  # whose magnitudes may say something else
         return [f"it {'was never trained' if dora else 'changes nothing'}: B @ A is 0 in every module"]
-    return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_some(zero)}"]
+    return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_shortened(zero)}"]
 
 
 def _config_problems(adapter: Adapter) -> list[str]:
@@ -286,12 +288,12 @@ def _config_problems(adapter: Adapter) -> list[str]:
     if adapter.config.extra.get("target_parameters"):
         strangers = []  # a parameter's factors stand at its module, which need be no target
     if strangers:
-        problems.append(f"target_modules does not match {len(strangers)} modules: {_some(strangers)}")
+        problems.append(f"target_modules does not match {len(strangers)} modules: {_shortened(strangers)}")
     listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
     there = {end for module in adapter.updates for end in endings(module)}
     unused = [target for target in listed if target not in there]
     if unused and not adapter.config.extra.get("target_parameters"):
-        problems.append(f"target_modules names {_some(unused)}, which no module of the file is")
+        problems.append(f"target_modules names {_shortened(unused)}, which no module of the file is")
     return problems
 
 
@@ -309,7 +311,7 @@ def _unused_patterns(adapter: Adapter) -> list[str]:
     return problems
 
 
-def _some(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     rest = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.formats import holds_adapter, open_adapter, open_other
-from ...adapters.formats.other_methods import METHODS, OUTCOMES, Method, describe_bottlenecks, find_marks
+from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMethod, describe_bottlenecks, find_marks
 from ...architectures.numbered_names import split_numbers, with_ranges
-from ...architectures.roles import role
+from ...architectures.roles import weight_role
 from ...binding.tied_weights import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -120,7 +120,9 @@ def _refuse_options(path: str | os.PathLike[str], what: str, base: object, alpha
             raise UsageError(f"{what}; {option} is for adapters", culprit=os.fspath(path))
 
 
-def _inspect_method(path: str, file: WeightsFile, fields: Mapping[str, Any], key: str, method: Method) -> MethodReport:
+def _inspect_method(
+    path: str, file: WeightsFile, fields: Mapping[str, Any], key: str, method: OtherMethod
+) -> MethodReport:
     base = fields.get("base_model_name_or_path") or fields.get("model_name")
     places = {(file.begin[name], spec): name for name, spec in reversed(file.specs.items())}
     specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.begin[n], spec] == n}
@@ -128,7 +130,7 @@ def _inspect_method(path: str, file: WeightsFile, fields: Mapping[str, Any], key
     if len(specs) < len(file.specs):  # a torch file's names can share their bytes
         notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")
     _, *more = [*find_marks(file.specs)] or [key]  # the first told the method
-    notes += [f"it holds tensors of {METHODS[kind].title} too" for kind in more]
+    notes += [f"it holds tensors of {OTHER_METHODS[kind].title} too" for kind in more]
     verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
     return MethodReport(
         path,
@@ -199,9 +201,9 @@ def _groups(
 def _target(name: str, spec: TensorSpec) -> str:
     if not name.endswith(".weight") and ("expert" not in name or name.endswith("bias")):
         return ""
-    return role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in TORCH_FLOATS)
+    return weight_role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in TORCH_FLOATS)
 
 
 def _coded_target(weight: str, spec: TensorSpec) -> str:
     """What the weight is for, whose codes may have dimensions of their own."""
-    return role(weight.removesuffix(".weight"), min(max(len(spec.shape), 2), 3), True) if weight else ""
+    return weight_role(weight.removesuffix(".weight"), min(max(len(spec.shape), 2), 3), True) if weight else ""

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ...adapters.formats import holds_adapter, open_adapter
-from ...adapters.stacked import load_stacked
-from ...adapters.weight_kinds import KINDS
+from ...adapters.stacked import load_stacked_factors
+from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...binding.candidates import find_candidates
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError
 from ...files.tensor_ref import read_float32
-from ...numerics.factored_svd import effective_rank, energy_rank, singular_values, stable_rank
-from ...numerics.svd import all_singular_values
+from ...numerics.factored_svd import effective_rank, rank_of_energy, singular_values, stable_rank
+from ...numerics.svd import singular_values_of
 from ...streaming.workers import Progress, choose_device
 from ..denormals import keep_denormals
 from ..inputs import open_model
@@ -96,29 +96,31 @@ def spectra(
     return SpectraReport(os.fspath(path), "adapter" if holds_adapter(path) else "checkpoint", tuple(modules))
 
 
-Rows = Iterator[tuple[Spectrum, int, int]]
+SpectrumRows = Iterator[tuple[Spectrum, int, int]]
 
 
 def _of_adapter(
     path: str | os.PathLike[str], selection: Selection, alpha: float | None, device: torch.device, opened: ExitStack
-) -> Rows:
+) -> SpectrumRows:
     adapter = open_adapter(path, alpha)
     opened.callback(adapter.file.close)
     selection.require_used(adapter.updates, adapter.name)
     found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
     for done, (module, update) in enumerate(found, 1):
-        B, A = load_stacked(adapter, update)
+        B, A = load_stacked_factors(adapter, update)
         S = singular_values(B.to(device), A.to(device))
         yield _row(module, update.kind, update.shape, S, min(B.shape[1], A.shape[2])), done, len(found)
 
 
-def _of_model(path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack) -> Rows:
+def _of_model(
+    path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack
+) -> SpectrumRows:
     model = open_model(path, "the spectra of an adapter are its changes'", opened)
     found = find_candidates(model, selection)
     for done, each in enumerate(found, 1):
-        stack = KINDS[each.kind].stack(read_float32(each.source, device))
-        S = torch.stack([all_singular_values(W) for W in stack])
-        yield _row(each.name, each.kind, each.source.spec.shape, S, each.most), done, len(found)
+        stack = WEIGHT_KINDS[each.kind].stack(read_float32(each.source, device))
+        S = torch.stack([singular_values_of(W) for W in stack])
+        yield _row(each.name, each.kind, each.source.spec.shape, S, each.max_rank), done, len(found)
 
 
 def _row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:
@@ -134,7 +136,7 @@ def _row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> 
         tuple(S[:TOP].tolist()),
         float(effective_rank(S)),
         float(stable_rank(S)),
-        energy_rank(S, 0.5),
-        energy_rank(S, 0.9),
-        energy_rank(S, 0.99),
+        rank_of_energy(S, 0.5),
+        rank_of_energy(S, 0.9),
+        rank_of_energy(S, 0.99),
     )

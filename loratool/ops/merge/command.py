@@ -23,21 +23,21 @@ from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
 from ...files.dtypes import MERGE_DTYPES
 from ...files.fileio import sha256_range
-from ...files.output import Output, check_path, check_undo_files, output_path
+from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
 from ...files.side_files import provenance
-from ...files.tensor_ref import Source, known_finite, require_finite
-from ...files.undo_file import Part
+from ...files.tensor_ref import TensorRef, known_finite, require_finite
+from ...files.undo_file import UnrecordedBytes
 from ...files.weights_file import WeightsFile
-from ...numerics.exact import ARITHMETIC_VERSION, Change
-from ...streaming.apply import Loader, plan_changes
+from ...numerics.exact import ARITHMETIC_VERSION, RoundingStats
+from ...streaming.apply import UpdateLoader, plan_changed_tensors
 from ...streaming.rewrite import refuse_overflow, rewrite
-from ...streaming.workers import HashBytes, Progress, choose_device, map_ahead, worker_count
-from ...undo.records import Recorded
-from ...undo.writer import UndoWriter, entry_of, in_order
+from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
+from ...undo.records import RecordedBlock
+from ...undo.writer import UndoWriter, adapter_entry, sort_adapters
 from ..collector import uncollected
 from ..denormals import keep_denormals
-from ..inputs import Adapters, open_inputs, read_given, require_residual, subtract_initial
+from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from .report import MergeReport, build_report
 
 
@@ -79,9 +79,9 @@ def merge(
     when the machine fails. Whatever is raised, no unfinished output stays.
     """
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, read_given(adapters), alpha, opened)
+        checkpoint, loaded = open_inputs(base, parse_adapters(adapters), alpha, opened)
         if initial is None:
-            require_residual(checkpoint, loaded)
+            require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         chosen_dtype = dtype.lower().removeprefix("torch.")
         if chosen_dtype not in MERGE_DTYPES:
@@ -130,7 +130,7 @@ def write_merged(
     path, is_file = place
     edits = widen_float8(plan, dtype)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
-    check_path(path, is_file, inputs, force, is_model=True)
+    check_output_path(path, is_file, inputs, force, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
@@ -147,7 +147,7 @@ def write_merged(
 
 def _provenance(plan: MergePlan) -> str:
     facts = {
-        "adapters": [entry_of(adapter, weight) for adapter, weight in in_order(plan.adapters)],
+        "adapters": [adapter_entry(adapter, weight) for adapter, weight in sort_adapters(plan.adapters)],
         "arithmetic": ARITHMETIC_VERSION,
         "left_out": sorted(set(plan.left_out)),
     }
@@ -156,7 +156,7 @@ def _provenance(plan: MergePlan) -> str:
 
 def _check_factors(plan: MergePlan) -> None:
     """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
-    placements = {id(p.update): p for found in plan.bound.values() for p in found}.values()
+    placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
     stored: dict[WeightsFile, list[str]] = {}
     for placement in placements:
         stored.setdefault(placement.adapter.file, []).extend(placement.update.stored)
@@ -165,9 +165,9 @@ def _check_factors(plan: MergePlan) -> None:
         if finite[placement.adapter.file].issuperset(placement.update.stored):
             continue
         if placement.update.base:
-            require_finite(Source(placement.adapter.file, placement.update.base))
+            require_finite(TensorRef(placement.adapter.file, placement.update.base))
         if placement.update.kind == "replace":
-            require_finite(Source(placement.adapter.file, placement.update.tensors["value"]))
+            require_finite(TensorRef(placement.adapter.file, placement.update.tensors["value"]))
         else:
             placement.adapter.load(placement.update)
     for name in plan.added:
@@ -197,14 +197,14 @@ def _undo_bound(plan: MergePlan, output: Output) -> int | None:
 
 def _execute(
     plan: MergePlan, output: Output, device: torch.device, progress: Progress | None, workers: int
-) -> tuple[dict[str, list[Change]], int | None]:
+) -> tuple[dict[str, list[RoundingStats]], int | None]:
     """What became of each tensor, and the size of the undo file."""
-    changes: dict[str, list[Change]] = defaultdict(list)
+    changes: dict[str, list[RoundingStats]] = defaultdict(list)
     with ExitStack() as opened:
         undo = UndoWriter(output.path.absolute().parent) if output.undo else None
         if undo:
             opened.callback(undo.close)
-        tensors = plan_changes(plan, Loader(device), undo is not None)
+        tensors = plan_changed_tensors(plan, UpdateLoader(device), undo is not None)
         size = None
 
         def finish(targets: Mapping[str, BinaryIO]) -> None:
@@ -220,7 +220,7 @@ def _execute(
                 if undo:
                     undo.add_untouched(item.tensor, item.part, blocks[0])
                 continue
-            if undo and isinstance(blocks[0], Recorded):
+            if undo and isinstance(blocks[0], RecordedBlock):
                 undo.add(item.tensor, item.start, item.stop, [b.payload for b in blocks], blocks[-1].sha256)
                 blocks = [block.change for block in blocks]
             refuse_overflow(item.tensor, blocks, plan.sources, output)
@@ -234,11 +234,11 @@ def _hash_the_rest(
     """What of the changed tensors is in no record, as it was written: an edit of that too shall be seen."""
     places = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
 
-    def sha256(part: Part) -> str:
+    def sha256(part: UnrecordedBytes) -> str:
         file, at = places[part.tensor]
         return sha256_range(file, at + part.start, part.length)
 
     parts = undo.unrecorded(plan, output)
-    with closing(map_ahead(sha256, parts, workers)) as hashes:
+    with closing(map_in_order(sha256, parts, workers)) as hashes:
         for part, digest in zip(parts, hashes, strict=True):
             undo.add_written(part, digest)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...binding.merge_plan import MergePlan
 from ...files.output import Output
-from ...numerics.exact import Change
+from ...numerics.exact import RoundingStats
 from ..collector import uncollected
 
 KEPT_ENOUGH = 0.95  # below this share of the change that survives rounding, merge warns
@@ -78,12 +78,12 @@ def build_report(
     plan: MergePlan,
     output: Output,
     base: str,
-    changes: Mapping[str, list[Change]],
+    changes: Mapping[str, list[RoundingStats]],
     undo_bytes: int | None,
     dry_run: bool,
 ) -> MergeReport:
     """`changes`: what the steps returned for each tensor; empty in a dry run."""
-    names = [name for name in output.specs if name in plan.bound or name in plan.added or name in plan.untied]
+    names = [name for name in output.specs if name in plan.requested or name in plan.added or name in plan.untied]
     rows = [_row(plan, output, name, changes.get(name, [])) for name in names]
     kept = _sum(block.kept for blocks in changes.values() for block in blocks)
     total = _ratio(kept, _sum(block.change_squared for blocks in changes.values() for block in blocks))
@@ -97,7 +97,9 @@ def build_report(
         str(output.path),
         dry_run,
         output.nbytes,
-        tuple(AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, a.components) for a, w in plan.adapters),
+        tuple(
+            AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, a.component_weights) for a, w in plan.adapters
+        ),
         tuple(rows),
         None if dry_run else sum(_is_changed(plan, row) for row in rows),
         total,
@@ -116,9 +118,9 @@ def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
     return 0 not in row.shape and (row.name not in plan.base.specs or row.changed != 0)
 
 
-def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -> TensorReport:
+def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingStats]) -> TensorReport:
     spec = output.specs[name]
-    updates = {id(p.update): (p.weight, p.update) for p in plan.bound.get(name, ())}.values()
+    updates = {id(p.update): (p.weight, p.update) for p in plan.requested.get(name, ())}.values()
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
     )
@@ -133,7 +135,7 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[Change]) -
     )
 
 
-def _measured(size: int, blocks: Sequence[Change]) -> tuple[float | None, float, float | None]:
+def _measured(size: int, blocks: Sequence[RoundingStats]) -> tuple[float | None, float, float | None]:
     """`relative`, `changed` and `kept`."""
     change = _sum(block.change_squared for block in blocks)
     relative = _ratio(change, _sum(block.base_squared for block in blocks))

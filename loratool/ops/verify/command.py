@@ -24,17 +24,17 @@ from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
-from ...files.tensor_compare import equal_rows
-from ...files.tensor_ref import Source
+from ...files.tensor_compare import same_values
+from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
 from ...numerics.exact import Workspace, apply_rounded, cast_rounded, round_once
-from ...streaming.apply import Loader
+from ...streaming.apply import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..denormals import keep_denormals
-from ..inputs import Adapters, open_inputs, read_given, refuse_adapter, require_residual, subtract_initial
-from .explanations import FAULTS, OTHERS, Evidence, diagnose, how_far
-from .replay import Block, Replay
-from .rounding_bounds import Outcome, Trial, beyond, same_codes
+from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
+from .explanations import FAULTS, OTHERS, DeltaEvidence, describe_ulps, diagnose
+from .replay import Replay, ReplayBlock
+from .rounding_bounds import RoundingTrial, TrialOutcome, max_ulps_off, same_bits
 
 ALLOWED = ("inconclusive",)
 
@@ -102,16 +102,16 @@ def verify(
     if tied not in TIED:
         raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, read_given(adapters), alpha, opened)
+        checkpoint, loaded = open_inputs(base, parse_adapters(adapters), alpha, opened)
         if initial is None:
-            require_residual(checkpoint, loaded)
+            require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)
         found = open_checkpoint(merged)
         opened.callback(found.close)
         refuse_adapter(found, merged, "the last argument is the merged model")
         _refuse_quantized(checkpoint, found)
         plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
-        judge = _Judge(plan, found)
+        judge = _TensorVerifier(plan, found)
         names = [name for name in plan.sources if name in found.specs]
         verdicts = dict(zip(names, _each(judge, names, workers or worker_count(), progress), strict=True))
         require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in loaded), *found.shards])
@@ -147,12 +147,12 @@ def _report(
     plan: MergePlan,
     found: Checkpoint,
     verdicts: dict[str, TensorVerdict | None],
-    judge: _Judge,
+    judge: _TensorVerifier,
     base: str,
     merged: str,
     allow: tuple[str, ...],
 ) -> VerifyReport:
-    missing = tuple(n for n in plan.sources if n not in found.specs and not _is_left_to_tie(plan, found, n))
+    missing = tuple(n for n in plan.sources if n not in found.specs and not _is_tied_on_load(plan, found, n))
     extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
     idle = {n for n in missing if n not in plan.changed and _may_lack(found, n, plan.sources[n].spec)}
     idle |= {n for n in extra if _may_lack(plan.base, n, found.specs[n])}
@@ -186,7 +186,7 @@ def _may_lack(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
     return is_optional(name, spec.shape, declared_class(model.config))
 
 
-def _is_left_to_tie(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+def _is_tied_on_load(plan: MergePlan, found: Checkpoint, name: str) -> bool:
     """What stays equal to the embedding need not be stored again in a model whose config goes on to tie the two."""
     tie = find_tie(plan.base)
     if tie is None or find_tie(found) is None:
@@ -195,7 +195,7 @@ def _is_left_to_tie(plan: MergePlan, found: Checkpoint, name: str) -> bool:
     if first not in found.specs or plan.placements.get(name) != plan.placements.get(first):
         return False
     one, two = plan.sources[first], plan.sources[name]
-    return one == two or (name in stored_copies(plan.base, tie) and equal_rows(one, two))
+    return one == two or (name in stored_copies(plan.base, tie) and same_values(one, two))
 
 
 def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
@@ -207,21 +207,21 @@ def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
     first = tie.embedding if role == "weight" else f"{module.rpartition('.')[0]}.{role}"
     if first not in plan.sources or first not in found.specs or found.specs[first] != found.specs[name]:
         return False
-    return equal_rows(Source(found.shard_of[name], name), Source(found.shard_of[first], first))
+    return same_values(TensorRef(found.shard_of[name], name), TensorRef(found.shard_of[first], first))
 
 
-class _Judge:
+class _TensorVerifier:
     """One tensor after the other; None for one that the adapters leave alone and that is the base's."""
 
     def __init__(self, plan: MergePlan, found: Checkpoint) -> None:
         self._plan, self._found = plan, found
-        self._load = Loader(torch.device("cpu"))
+        self._load = UpdateLoader(torch.device("cpu"))
         self._kinds = _stored_types(plan, found)
         # Whether a change is asked for that is not zero, and whether some replayed weight is not the base's then
         self.asked = self.moved = False
 
     def __call__(self, name: str) -> TensorVerdict | None:
-        source, found = self._plan.sources[name], Source(self._found.shard_of[name], name)
+        source, found = self._plan.sources[name], TensorRef(self._found.shard_of[name], name)
         changed = name in self._plan.changed
         if changed and name not in self._plan.placements:
             self.asked = self.moved = True  # a value of the adapter's is there or is not
@@ -238,25 +238,25 @@ class _Judge:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
-            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {how_far(apart)}")
-        outcome = Trial(self._replay(name), found, self._load, self._stored(name, source)).run()
+            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(apart)}")
+        outcome = RoundingTrial(self._replay(name), found, self._load, self._stored(name, source)).run()
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
         if outcome.outside == wrong:
-            outcome = Outcome(None, wrong, apart)
+            outcome = TrialOutcome(None, wrong, apart)
         return TensorVerdict(name, "wrong", diagnose(self._evidence(name, source, found, outcome)))
 
-    def _stored(self, name: str, source: Source) -> list[torch.dtype]:
+    def _stored(self, name: str, source: TensorRef) -> list[torch.dtype]:
         """The other types that the weights under the change have: in the base, and in adapters that brought them."""
         base = self._plan.base.specs.get(name)
         kinds = [base.dtype] if base else []
-        for placement in self._plan.bound.get(name, ()):
+        for placement in self._plan.requested.get(name, ()):
             if placement.update.base:
                 kinds.append(placement.adapter.file.specs[placement.update.base].dtype)
         others = dict.fromkeys(kind for kind in kinds if kind != source.spec.dtype and kind in TORCH_FLOATS)
         return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
 
-    def _as_stored(self, name: str, source: Source, found: Source, lost: int) -> TensorVerdict | None:
+    def _as_stored(self, name: str, source: TensorRef, found: TensorRef, lost: int) -> TensorVerdict | None:
         """An untouched tensor has the base's values; whether it has its type too."""
         one, two = source.spec.dtype, found.spec.dtype
         if one == two:
@@ -271,10 +271,10 @@ class _Judge:
         """placements: others than its own; source: another tensor's name."""
         asked = self._plan.placements.get(name, ())
         rows = asked[0].rows if asked else self._plan.sources[name].spec.shape[0]
-        load = self._load if placements is None else Loader(torch.device("cpu"))
+        load = self._load if placements is None else UpdateLoader(torch.device("cpu"))
         return Replay(self._plan.sources[source or name], asked if placements is None else placements, rows, load)
 
-    def _compare(self, name: str, found: Source) -> tuple[int, float, int]:
+    def _compare(self, name: str, found: TensorRef) -> tuple[int, float, int]:
         """How many weights are not those of the replay, by how many steps the farthest is off, and how many weights
         of the base the type of the merged tensor does not hold.
         """
@@ -287,13 +287,13 @@ class _Judge:
             self.moved |= moved
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
-            same = same_codes(out, block.merged)
+            same = same_bits(out, block.merged)
             if not bool(same.all()):
                 wrong += int((~same).sum())
-                apart = max(apart, beyond(out.double(), block.merged, ~same))
+                apart = max(apart, max_ulps_off(out.double(), block.merged, ~same))
         return wrong, apart, lost
 
-    def _evidence(self, name: str, source: Source, found: Source, outcome: Outcome) -> Evidence:
+    def _evidence(self, name: str, source: TensorRef, found: TensorRef, outcome: TrialOutcome) -> DeltaEvidence:
         placements = self._plan.placements[name]
         E2 = D2 = ED = 0.0
         for block in self._replay(name).blocks(found):
@@ -313,11 +313,11 @@ class _Judge:
             other, of = self._other(name, source, found)
             if other and (not best or of < faults[best]):
                 faults[other], best = of, other
-        return Evidence(
+        return DeltaEvidence(
             E2, D2, ED, found.spec.size, outcome.outside, outcome.beyond, misses, best, faults.get(best, float("inf"))
         )
 
-    def _other(self, name: str, source: Source, found: Source) -> tuple[str, float]:
+    def _other(self, name: str, source: TensorRef, found: TensorRef) -> tuple[str, float]:
         """Which tensor of the same shape it was taken for: the likeliest by a few rows, then by all."""
         tried: dict[tuple[str, str], float] = {}
         for other, spec in ((n, s.spec) for n, s in self._plan.sources.items() if n != name):
@@ -335,7 +335,7 @@ class _Judge:
         return title.format(other=other), self._misses(replay, found)
 
     @staticmethod
-    def _misses(replay: Replay, found: Source, sample: bool = False) -> float:
+    def _misses(replay: Replay, found: TensorRef, sample: bool = False) -> float:
         """The sum of the squares of what is between a tensor and a replay, rounded."""
         work, total = Workspace(torch.device("cpu")), 0.0
         for block in replay.blocks(found, sample):
@@ -345,13 +345,13 @@ class _Judge:
         return total
 
 
-def _apply(block: Block, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
+def _apply(block: ReplayBlock, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
     """Write what merge does into `out`; whether a change is asked for, and whether it moves a weight."""
     wide = torch.empty_like(out, dtype=torch.float64) if out.itemsize == 1 else out  # merge writes no 8 bits
     if block.piece is None:
         change = cast_rounded(block.base, wide, work)
     else:
-        change = apply_rounded(block.base, block.piece.seen(block.base, block.first, work), wide, work)
+        change = apply_rounded(block.base, block.piece.fill_for(block.base, block.first, work), wide, work)
     moved = change.changed > 0
     if wide is not out:
         round_once(wide, out, work)

@@ -113,12 +113,12 @@ def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Place
     return fault
 
 
-def _turned(placement: Placement) -> Placement | None:
+def _transposed(placement: Placement) -> Placement | None:
     low_rank = placement.update.kind in ("lora", "experts")
     return replace(placement, transposed=not placement.transposed) if low_rank else placement
 
 
-def _unnormed(placement: Placement) -> Placement | None:
+def _without_norm(placement: Placement) -> Placement | None:
     dora = placement.update.kind == "dora"
     return replace(placement, update=replace(placement.update, kind="lora")) if dora else placement
 
@@ -133,8 +133,8 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the scale alpha / r is missing": _scaled(lambda p: 1 / p.update.scale if p.update.scale else 1.0),
     "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
     "the change is negated: subtracted, not added": _scaled(lambda p: -1.0),
-    "the change is transposed": _turned,
-    "the magnitudes of DoRA are ignored": _unnormed,
+    "the change is transposed": _transposed,
+    "the magnitudes of DoRA are ignored": _without_norm,
 }
 
 
@@ -146,7 +146,7 @@ OTHERS: dict[str, bool] = {
 
 
 @dataclass(frozen=True)
-class Evidence:
+class DeltaEvidence:
     """Of one tensor, as sums over its weights: E is the change found, D the one asked for.
 
     outside: weights that no rounding explains, of `weights`; beyond: how far the farthest is, in steps; misses: |E|^2
@@ -181,7 +181,7 @@ NEARER = 0.25  # of the misses of what was asked for: a fault with fewer names w
 
 
 # What is said -> whether the evidence says so, the first that does.
-DIAGNOSES: dict[str, Callable[[Evidence], bool]] = {
+DIAGNOSES: dict[str, Callable[[DeltaEvidence], bool]] = {
     "{fault}": lambda e: e.of < NEARER * e.misses,
     "{outside} weights were altered, {beyond}": lambda e: e.outside <= max(64, e.weights // 1000),
     "the scale alpha / r is another: the change is {scale:.3g} times what it should be": lambda e: (
@@ -192,14 +192,14 @@ DIAGNOSES: dict[str, Callable[[Evidence], bool]] = {
 }
 
 
-def how_far(steps: float) -> str:
+def describe_ulps(steps: float) -> str:
     """In words, by how many steps the farthest weight is off; inf is one that is, or should be, no finite number."""
     if not math.isfinite(steps):
         return "inf or nan among them"
     return f"by up to {steps:.0f} steps" if steps < 1e6 else f"by up to {steps:.1e} steps"
 
 
-def diagnose(evidence: Evidence) -> str:
+def diagnose(evidence: DeltaEvidence) -> str:
     said = next(said for said, holds in DIAGNOSES.items() if holds(evidence))
-    beyond = how_far(evidence.beyond)
+    beyond = describe_ulps(evidence.beyond)
     return said.format(outside=evidence.outside, beyond=beyond, scale=evidence.scale, fault=evidence.fault)

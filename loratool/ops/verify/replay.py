@@ -13,12 +13,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...adapters.updates import ADDITIVE, Add, DoRA, Experts, LowRank, Update
+from ...adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank, Update
 from ...binding.placement import Placement
 from ...files.dtypes import FLOAT8
-from ...files.tensor_ref import Source
+from ...files.tensor_ref import TensorRef
 from ...numerics.exact import ExactProduct, Factors, Workspace
-from ...streaming.apply import Loader, Piece
+from ...streaming.apply import RowSegment, UpdateLoader
 
 F32 = 2.0**-24  # half a float32 step, relative
 
@@ -27,7 +27,7 @@ ROWS = 128  # compared at a time
 
 
 @dataclass(frozen=True)
-class Block:
+class ReplayBlock:
     """Some rows of a tensor seen as a matrix, from row `first` on. inside: the placements on them; piece: all of them.
 
     base, merged: (rows, n), each in its own type.
@@ -35,7 +35,7 @@ class Block:
 
     first: int
     inside: tuple[Placement, ...]
-    piece: Piece | None
+    piece: RowSegment | None
     base: Tensor
     merged: Tensor
 
@@ -55,7 +55,7 @@ class Block:
         if self.piece is None:
             return wide, None
         c, scratch = torch.empty_like(wide), torch.empty_like(wide)
-        fill = self.piece.seen(self.base, self.first, Workspace(torch.device("cpu")))
+        fill = self.piece.fill_for(self.base, self.first, Workspace(torch.device("cpu")))
         a = fill(slice(0, wide.shape[1]), c, scratch)
         if a is None:
             return wide + c, None
@@ -65,29 +65,29 @@ class Block:
 class Replay:
     """A tensor under its placements, block by block."""
 
-    def __init__(self, source: Source, placements: Sequence[Placement], rows: int, load: Loader) -> None:
+    def __init__(self, source: TensorRef, placements: Sequence[Placement], rows: int, load: UpdateLoader) -> None:
         self.source, self.placements, self.rows = source, tuple(placements), rows
         self._load = load
 
-    def blocks(self, found: Source, sample: bool = False) -> Iterator[Block]:
+    def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """sample: a few rows from the middle alone."""
         edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
         for start, stop in pairwise(edges):
             inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
             if sample and not start <= self.rows // 2 < stop:
                 continue
-            piece = Piece(self.source, start, stop, inside, self._load, False) if inside else None
+            piece = RowSegment(self.source, start, stop, inside, self._load, False) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, ROWS):
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
                 base = self.source.matrix_rows(self.rows, first, last)
                 merged = found.matrix_rows(self.rows, first, last)
                 if found.spec.dtype in FLOAT8:  # which is read as float32, and was rounded to it
                     merged = merged.to(getattr(torch, FLOAT8[found.spec.dtype]))
-                yield Block(first, inside, piece, base, merged)
+                yield ReplayBlock(first, inside, piece, base, merged)
 
 
 @dataclass(frozen=True)
-class Part:
+class DeltaBounds:
     """One adapter's change to a block. change: in float64; sizes: the same of absolute values, which bounds rounding;
     slack: how far float32 arithmetic can be off; errors: by how much some float32 arithmetic is off. All (rows, n).
     """
@@ -101,28 +101,28 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Product:
     product: ExactProduct
     sizes: ExactProduct
     factors: tuple[Tensor, Tensor]  # left: (rows of the placement, r), right: (r, n), without the scale
     scale: float
 
 
-class Changes:
+class AdapterDeltas:
     """The updates of one tensor, each apart. factors: a type that they are rounded to before."""
 
-    def __init__(self, load: Loader, factors: torch.dtype | None) -> None:
+    def __init__(self, load: UpdateLoader, factors: torch.dtype | None) -> None:
         self._load, self._factors = load, factors
-        self._made: dict[int, _Made] = {}
+        self._made: dict[int, _Product] = {}
         self._magnitudes: dict[int, Tensor] = {}
 
-    def of(self, block: Block, additive: bool = True) -> list[Part]:
+    def of(self, block: ReplayBlock, additive: bool = True) -> list[DeltaBounds]:
         """The additive ones; without `additive` the product of a DoRA."""
         self._made = {key: made for key, made in self._made.items() if key in {id(p) for p in block.inside}}
         kinds = ADDITIVE if additive else ("dora",)
         return [self._part(p, block) for p in block.inside if p.update.kind in kinds]
 
-    def magnitude(self, placement: Placement, block: Block) -> Tensor:
+    def magnitude(self, placement: Placement, block: ReplayBlock) -> Tensor:
         """m of the rows, (rows, 1), or (1, n) where the base stores (in, out)."""
         if id(placement) not in self._magnitudes:
             update = self._load(placement)
@@ -134,7 +134,7 @@ class Changes:
         start = placement.skip + block.first - placement.start
         return found[start : start + len(block.base)].unsqueeze(1)
 
-    def _part(self, placement: Placement, block: Block) -> Part:
+    def _part(self, placement: Placement, block: ReplayBlock) -> DeltaBounds:
         made = self._made.get(id(placement)) or self._make(placement)
         self._made[id(placement)] = made
         start, rows = block.first - placement.start, len(block.base)
@@ -145,36 +145,36 @@ class Changes:
         others = (change.float(), (left @ right) * made.scale, (left * root) @ (right * (sign * root)))
         errors = tuple((other.double() - change).abs() for other in others)
         slack = sizes * (F32 * (right.shape[0] + 8))
-        return Part(id(placement.adapter), change, slack, made.scale, sizes, errors)
+        return DeltaBounds(id(placement.adapter), change, slack, made.scale, sizes, errors)
 
-    def _make(self, placement: Placement) -> _Made:
+    def _make(self, placement: Placement) -> _Product:
         update = self._rounded(self._load(placement), placement)
         weight = placement.weight
         first = placement.skip
         rows = slice(first, first + placement.stop - placement.start)
         terms = [Factors(t.left[rows], t.multiplier, t.right) for t in update.terms(weight, placement.transposed)]
         sizes = [Factors(t.left.abs(), abs(t.multiplier), t.right.abs()) for t in terms]
-        if isinstance(update, Add):
+        if isinstance(update, AddDelta):
             left, right = update.value.reshape(-1, 1)[rows], torch.ones(1, 1, dtype=torch.float32)
         else:
             A, B = update.A.flatten(1), update.B.flatten(1)
             left, right = (A.T[rows], B.T) if placement.transposed else (B[rows], A)
         scale = update.scale * weight
-        return _Made(ExactProduct(terms), ExactProduct(sizes), (left.float(), right.float()), scale)
+        return _Product(ExactProduct(terms), ExactProduct(sizes), (left.float(), right.float()), scale)
 
-    def _rounded(self, update: Update, placement: Placement) -> LowRank | Add:
+    def _rounded(self, update: Update, placement: Placement) -> LowRank | AddDelta:
         if isinstance(update, Experts):
             assert placement.expert is not None
             update = update.expert(placement.expert)
         if self._factors is not None and isinstance(update, LowRank):
             return LowRank(update.A.to(self._factors), update.B.to(self._factors), update.scale)
-        if self._factors is not None and isinstance(update, Add):
-            return Add(update.value.to(self._factors), update.scale)
-        assert isinstance(update, LowRank | Add)
+        if self._factors is not None and isinstance(update, AddDelta):
+            return AddDelta(update.value.to(self._factors), update.scale)
+        assert isinstance(update, LowRank | AddDelta)
         return update
 
 
-def has_norm(placement: Placement) -> bool:
+def normalizes_rows(placement: Placement) -> bool:
     """Whether the whole row is divided by its norm, rather than moved a part of the way there."""
     return placement.update.kind == "dora" and placement.weight == 1
 

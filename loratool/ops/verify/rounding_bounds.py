@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ...adapters.updates import ADDITIVE
 from ...binding.placement import Placement
-from ...files.tensor_ref import Source
+from ...files.tensor_ref import TensorRef
 from ...numerics.exact import Workspace, round_once
-from ...streaming.apply import Loader
+from ...streaming.apply import UpdateLoader
 from .explanations import DORA_ROUNDINGS, ROUNDINGS, Rounding
-from .replay import F32, Block, Changes, Part, Replay, has_norm
+from .replay import F32, AdapterDeltas, DeltaBounds, Replay, ReplayBlock, normalizes_rows
 
-KINDS = 3  # of float32 arithmetic in Part.errors
+ERROR_TERMS = 3  # of float32 arithmetic in Part.errors
 
 
 _CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,7 +30,7 @@ _CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TIE = 1e-6  # of float32's errors: what float64 leaves, so that weights this near to a tie can go either way
 
 
-def same_codes(one: Tensor, two: Tensor) -> Tensor:
+def same_bits(one: Tensor, two: Tensor) -> Tensor:
     """Bit for bit, (rows, n)."""
     kind = _CODES[one.element_size()]
     return one.view(kind) == two.view(kind)
@@ -47,16 +47,16 @@ def next_toward(x: Tensor, goal: Tensor) -> Tensor:
     return numbers[at.clamp(0, len(numbers) - 1)]
 
 
-def step_of(x: Tensor) -> Tensor:
+def ulp_of(x: Tensor) -> Tensor:
     """From each number to the next larger in absolute value, in float64."""
     size = x.abs()
     return next_toward(size, torch.full_like(size, torch.inf, dtype=torch.float64)) - size.double()
 
 
-def beyond(expected: Tensor, actual: Tensor, where: Tensor) -> float:
+def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
     """By how many steps of its type the farthest of some weights is off; inf for inf and nan. expected: float64."""
     wanted, found = expected[where], actual[where]
-    steps = ((found.double() - wanted).abs() / step_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    steps = ((found.double() - wanted).abs() / ulp_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(steps.max()) if steps.numel() else 0.0
 
 
@@ -64,15 +64,15 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).double()
 
 
-def base_of(block: Block, way: Rounding) -> Tensor:
+def base_of(block: ReplayBlock, way: Rounding) -> Tensor:
     return block.base.double() if way.base is None else cast(block.base, way.base)
 
 
-def wide_type(block: Block, way: Rounding) -> torch.dtype:
+def wide_type(block: ReplayBlock, way: Rounding) -> torch.dtype:
     return way.total or (torch.float64 if block.base.dtype == torch.float64 else torch.float32)
 
 
-def rounded_change(part: Part, way: Rounding, block: Block, slack: float = 1.0) -> tuple[Tensor, Tensor]:
+def delta_bounds(part: DeltaBounds, way: Rounding, block: ReplayBlock, slack: float = 1.0) -> tuple[Tensor, Tensor]:
     """The least and the largest change."""
     low, high = part.change - part.slack * slack, part.change + part.slack * slack
     if way.product and way.change is not None and part.scale:
@@ -86,15 +86,19 @@ def rounded_change(part: Part, way: Rounding, block: Block, slack: float = 1.0) 
     return low, high
 
 
-def added(
-    block: Block, start: tuple[Tensor, Tensor], groups: Sequence[Sequence[Part]], way: Rounding, slack: float = 1.0
+def sum_bounds(
+    block: ReplayBlock,
+    start: tuple[Tensor, Tensor],
+    groups: Sequence[Sequence[DeltaBounds]],
+    way: Rounding,
+    slack: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The interval of each weight, (rows, n) in float64, where the parts of a group are added before one rounding."""
     dtype, wide = block.merged.dtype, wide_type(block, way)
     low, high = start if wide == torch.float64 else (cast(start[0], wide), cast(start[1], wide))
     zero = torch.zeros_like(low)
     for group in groups:
-        changes = [rounded_change(part, way, block, slack) for part in group]
+        changes = [delta_bounds(part, way, block, slack) for part in group]
         least, most = sum((c[0] for c in changes), zero), sum((c[1] for c in changes), zero)
         loose = torch.maximum(low.abs() + least.abs(), high.abs() + most.abs()) * slack
         if wide == torch.float64:
@@ -107,7 +111,7 @@ def added(
     return cast(low, dtype), cast(high, dtype)
 
 
-def renormed(
+def dora_bounds(
     sums: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], magnitude: Tensor, way: Rounding, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The interval of m / n * V, from those of V (rows, n) and of its norms (rows, 1) or (1, n)."""
@@ -119,7 +123,7 @@ def renormed(
     return cast(low, kind), cast(high, kind)
 
 
-def squares(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def squared_norm_bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.where(low * high <= 0, 0.0, torch.minimum(low.abs(), high.abs()))
     return least.square(), torch.maximum(low.abs(), high.abs()).square()
 
@@ -131,7 +135,7 @@ def norm_bounds(least: Tensor, most: Tensor, count: int, wide: torch.dtype) -> t
     return cast(least.sqrt() * (1 - loose), wide), cast(most.sqrt() * (1 + loose), wide)
 
 
-class Errors:
+class ReplayErrors:
     """Whether the weights that differ from our replay are so many, and so near to a tie, as float32 leaves them.
 
     differ: how many do, ties apart. need: by how much the arithmetic was off at least, in units of F32 times the sizes
@@ -141,9 +145,9 @@ class Errors:
 
     def __init__(self) -> None:
         self.differ, self.need = 0, 0.0
-        self.expected, self.largest = [0.0] * KINDS, [0.0] * KINDS
+        self.expected, self.largest = [0.0] * ERROR_TERMS, [0.0] * ERROR_TERMS
 
-    def add(self, block: Block, parts: Sequence[Part], own: Sequence[Part], same: Tensor) -> None:
+    def add(self, block: ReplayBlock, parts: Sequence[DeltaBounds], own: Sequence[DeltaBounds], same: Tensor) -> None:
         exact, a = block.replay
         actual = block.merged
         known = exact.isfinite() & actual.double().isfinite()
@@ -155,8 +159,8 @@ class Errors:
             grown = 1 + (max(exact.shape) ** 0.5 / 8 if a is not None else 0.0)
             whole = exact.abs() + block.base.double().abs()
             extra, least, sizes = whole * (F32 * 0.25 * grown), whole * (F32 * 0.05), sizes + whole
-        unit, step = (sizes * F32).clamp_min(1e-300), step_of(actual)
-        for kind in range(KINDS):
+        unit, step = (sizes * F32).clamp_min(1e-300), ulp_of(actual)
+        for kind in range(ERROR_TERMS):
             error = sum((p.errors[kind] for p in parts), zero) + sum((p.errors[kind] for p in own), zero) * factor
             if actual.element_size() > 2:  # in 16 bits the few that differ lie at ties, and `need` tells
                 self.expected[kind] += float(((error + least) / step).clamp(max=1.0)[known].sum())
@@ -183,7 +187,7 @@ class Errors:
 
 
 @dataclass
-class Candidate:
+class RoundingCandidate:
     """A way of rounding, with the order in which adapters are added; what it leaves unexplained."""
 
     title: str
@@ -196,7 +200,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """title: the way that explains every weight, None for none. outside: weights that the first way does not explain,
     or that were altered in an otherwise exact tensor.
     """
@@ -206,22 +210,24 @@ class Outcome:
     beyond: float
 
 
-class Trial:
+class RoundingTrial:
     """All ways of rounding against one tensor."""
 
-    def __init__(self, replay: Replay, found: Source, load: Loader, stored: Sequence[torch.dtype] = ()) -> None:
+    def __init__(
+        self, replay: Replay, found: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
+    ) -> None:
         """stored: types that others may have rounded the base to first: where it and an adapter that brought its own
         weights have two, loaders give the one the other's.
         """
         self._replay, self._found, self._load, self._stored = replay, found, load, stored
         self._work = Workspace(torch.device("cpu"))
-        self._changes: dict[torch.dtype | None, Changes] = {}
+        self._changes: dict[torch.dtype | None, AdapterDeltas] = {}
         self._columns: dict[tuple[int, Rounding], tuple[Tensor, Tensor]] = {}
-        self._errors = Errors()
+        self._errors = ReplayErrors()
         self._stray = 0  # untouched rows that differ, and inf and nan that come or go
         self._farthest = 0.0
 
-    def run(self) -> Outcome:
+    def run(self) -> TrialOutcome:
         candidates = list(self._candidates())
         for block in self._replay.blocks(self._found):
             known = self._stray_of(block)
@@ -231,16 +237,16 @@ class Trial:
         if not self._stray:
             for each in candidates:
                 if each.outside == 0 and self._likely(each):
-                    return Outcome(each.title, 0, 0.0)
+                    return TrialOutcome(each.title, 0, 0.0)
         outside = first.outside + self._stray
-        return Outcome(None, outside or self._errors.differ, max(first.beyond, self._farthest))
+        return TrialOutcome(None, outside or self._errors.differ, max(first.beyond, self._farthest))
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self) -> list[RoundingCandidate]:
         placements = self._replay.placements
         adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.kind in ADDITIVE))
         steps = len(adapters) + any(p.update.kind not in ADDITIVE for p in placements)
         orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
-        table = DORA_ROUNDINGS if any(has_norm(p) for p in placements) else ROUNDINGS
+        table = DORA_ROUNDINGS if any(normalizes_rows(p) for p in placements) else ROUNDINGS
         kind = self._replay.source.spec.dtype
         ways = {title: way for title, way in table.items() if steps > 1 or not way.apart}
         if kind in ("F32", "F64"):  # float32 changes are of that type already
@@ -252,33 +258,33 @@ class Trial:
             first = {f"{title}, from weights in {each}": replace(way, base=each) for title, way in ways.items()}
             ways = {**ways, **first}
         return [
-            Candidate(title, way, order)
+            RoundingCandidate(title, way, order)
             for title, way in ways.items()
             for order in (orders if way.apart else [adapters])
         ]
 
-    def _stray_of(self, block: Block) -> Tensor:
+    def _stray_of(self, block: ReplayBlock) -> Tensor:
         """Counts what no rounding explains; returns the weights that one may."""
         exact, _ = block.replay
         base, actual = block.base.double(), block.merged.double()
         if block.piece is None:
             out = torch.empty_like(block.merged)
             round_once(base, out, self._work)
-            bad = ~(same_codes(out, block.merged) | (out.isnan() & actual.isnan()))
+            bad = ~(same_bits(out, block.merged) | (out.isnan() & actual.isnan()))
         else:
             kept = (base.isnan() & actual.isnan()) | (actual == base) | (actual == exact)
             bad = ~exact.isfinite() & ~kept
         if bool(bad.any()):
             self._stray += int(bad.sum())
-            self._farthest = max(self._farthest, beyond(exact, block.merged, bad))
+            self._farthest = max(self._farthest, max_ulps_off(exact, block.merged, bad))
         return exact.isfinite()
 
-    def _test(self, block: Block, candidates: Sequence[Candidate], known: Tensor) -> None:
+    def _test(self, block: ReplayBlock, candidates: Sequence[RoundingCandidate], known: Tensor) -> None:
         out = torch.empty_like(block.merged)
         round_once(block.replay[0], out, self._work)
-        same = same_codes(out, block.merged) | (out == block.merged) | ~known
+        same = same_bits(out, block.merged) | (out == block.merged) | ~known
         actual = block.merged.double()
-        self._parts: dict[torch.dtype | None, tuple[list[Part], list[Part]]] = {}
+        self._parts: dict[torch.dtype | None, tuple[list[DeltaBounds], list[DeltaBounds]]] = {}
         self._errors.add(block, *self._parts_of(block, None), same)
         for each in candidates:
             if each.outside and each is not candidates[0]:
@@ -291,26 +297,26 @@ class Trial:
             if bool(off.any()):
                 each.outside += int(off.sum())
                 near = torch.minimum(high, torch.maximum(low, actual.nan_to_num()))
-                each.beyond = max(each.beyond, beyond(near, block.merged, off))
-            elif each.way.apart and each.way.change is None and not any(map(has_norm, block.inside)):
+                each.beyond = max(each.beyond, max_ulps_off(near, block.merged, off))
+            elif each.way.apart and each.way.change is None and not any(map(normalizes_rows, block.inside)):
                 middle, _ = self._interval(block, each, 0.0)
                 each.moved += int(((middle != out.double()) & known).sum())
 
-    def _likely(self, candidate: Candidate) -> bool:
+    def _likely(self, candidate: RoundingCandidate) -> bool:
         if not candidate.distinct:
             return self._errors.plausible
         return self._errors.differ * 4 + 16 >= candidate.moved
 
-    def _parts_of(self, block: Block, factors: torch.dtype | None) -> tuple[list[Part], list[Part]]:
+    def _parts_of(self, block: ReplayBlock, factors: torch.dtype | None) -> tuple[list[DeltaBounds], list[DeltaBounds]]:
         """The additive parts, and the product of a DoRA."""
         if factors not in self._changes:
-            self._changes[factors] = Changes(self._load, factors)
+            self._changes[factors] = AdapterDeltas(self._load, factors)
         if factors not in self._parts:
             changes = self._changes[factors]
             self._parts[factors] = changes.of(block), changes.of(block, additive=False)
         return self._parts[factors]
 
-    def _interval(self, block: Block, candidate: Candidate, slack: float = 1.0) -> tuple[Tensor, Tensor]:
+    def _interval(self, block: ReplayBlock, candidate: RoundingCandidate, slack: float = 1.0) -> tuple[Tensor, Tensor]:
         way = candidate.way
         parts, own = self._parts_of(block, way.factors)
         start, more = self._start(block, way, parts, own)
@@ -321,21 +327,21 @@ class Trial:
             groups = [more, *named]
         else:
             groups = [more + parts]
-        return added(block, start, [group for group in groups if group], way, slack)
+        return sum_bounds(block, start, [group for group in groups if group], way, slack)
 
     def _start(
-        self, block: Block, way: Rounding, parts: list[Part], own: list[Part]
-    ) -> tuple[tuple[Tensor, Tensor], list[Part]]:
+        self, block: ReplayBlock, way: Rounding, parts: list[DeltaBounds], own: list[DeltaBounds]
+    ) -> tuple[tuple[Tensor, Tensor], list[DeltaBounds]]:
         """What the parts are added to, and the part of an update that goes only some of the way to its value."""
         wide = base_of(block, way)
         exact, a = block.replay
-        if any(map(has_norm, block.inside)):
-            placement = next(p for p in block.inside if has_norm(p))
+        if any(map(normalizes_rows, block.inside)):
+            placement = next(p for p in block.inside if normalizes_rows(p))
             sums = self._sums(block, way, own[0])
             kind = wide_type(block, way)
             norms = self._norms(block, placement, way, sums)
             magnitude = self._changes[way.factors].magnitude(placement, block)
-            return renormed(sums, norms, magnitude, way, kind), []
+            return dora_bounds(sums, norms, magnitude, way, kind), []
         if a is None:
             return (wide, wide), []
         value = exact - sum((part.change for part in parts), torch.zeros_like(exact))
@@ -349,29 +355,29 @@ class Trial:
         slack = sizes * (F32 * (max(exact.shape) ** 0.5 + 16))
         slack = sum((part.slack * block.most for part in own), slack)
         zero = torch.zeros_like(exact)
-        return (start, start), [Part(0, change, slack, weight, sizes, (zero,) * KINDS)]
+        return (start, start), [DeltaBounds(0, change, slack, weight, sizes, (zero,) * ERROR_TERMS)]
 
-    def _sums(self, block: Block, way: Rounding, part: Part) -> tuple[Tensor, Tensor]:
+    def _sums(self, block: ReplayBlock, way: Rounding, part: DeltaBounds) -> tuple[Tensor, Tensor]:
         """The interval of V = W + D."""
         wide, kind = base_of(block, way), wide_type(block, way)
         if kind == torch.float32:
             wide = cast(wide, kind)
-        low, high = rounded_change(part, way, block)
+        low, high = delta_bounds(part, way, block)
         return cast(wide + low, kind), cast(wide + high, kind)
 
     def _norms(
-        self, block: Block, placement: Placement, way: Rounding, sums: tuple[Tensor, Tensor]
+        self, block: ReplayBlock, placement: Placement, way: Rounding, sums: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         kind = wide_type(block, way)
         if not placement.transposed:
-            least, most = squares(*sums)
+            least, most = squared_norm_bounds(*sums)
             return norm_bounds(least.sum(1, True), most.sum(1, True), least.shape[1], kind)
         if (id(placement), way) not in self._columns:
-            changes = Changes(self._load, way.factors)
+            changes = AdapterDeltas(self._load, way.factors)
             least = most = torch.zeros(1, block.base.shape[1], dtype=torch.float64)
             for each in self._replay.blocks(self._found):
                 if placement in each.inside:
-                    one, two = squares(*self._sums(each, way, changes.of(each, additive=False)[0]))
+                    one, two = squared_norm_bounds(*self._sums(each, way, changes.of(each, additive=False)[0]))
                     least, most = least + one.sum(0, True), most + two.sum(0, True)
             self._columns[id(placement), way] = norm_bounds(least, most, self._replay.rows, kind)
         return self._columns[id(placement), way]
