@@ -29,10 +29,10 @@ from loratool.ops.init import methods as inits
 Run = Callable[..., Any]
 BASE, ADAPTER, TUNED = (FIXTURES / "llama" / name for name in ("base", "adapter", "tuned"))
 MAIN = "from loratool.cli import main; main()"
-COMMANDS = {verb: cli.get_command(click.Context(cli), verb) for verb in COMMANDS}
+CLICK = {verb: cli.get_command(click.Context(cli), verb) for verb in COMMANDS}
 OPTIONS = [
     (verb, option)
-    for verb, command in COMMANDS.items()
+    for verb, command in CLICK.items()
     if command
     for option in command.params
     if isinstance(option, click.Option)
@@ -169,7 +169,7 @@ class TestEnvironment:
         arguments = arguments[:2] if verb in ("diff", "extract") else arguments
         if verb == "convert" and option.name != "to":
             arguments += ["--to", "peft"]
-        command = COMMANDS[verb]
+        command = CLICK[verb]
         assert command
         wanted = command.make_context(verb, [*arguments, *given]).params[option.name]
         spelled = option.opts[-1].removeprefix("--").replace("-", "_")

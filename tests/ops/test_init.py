@@ -534,8 +534,8 @@ class TestResidual:
         killed = f"""
             import os, signal
             from loratool.cli import main
-            from loratool.ops.init import _Work
-            _Work._subtract = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            from loratool.ops.init.command import _Initialization
+            _Initialization._subtract = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             main({command!r})
         """
         result = subprocess.run([sys.executable, "-c", textwrap.dedent(killed)])
