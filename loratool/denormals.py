@@ -37,11 +37,15 @@ def flushes() -> bool:
 
 def _apart(call: Callable[[], R]) -> R:
     """The result of a call in a new thread that keeps denormals; an interrupt of the caller's is one of the call."""
+    import torch
+
     result: Future[R] = Future()
+    threads = torch.get_num_threads()  # torch counts them anew in each thread
 
     def work() -> None:
         try:
             _keep()
+            torch.set_num_threads(threads)
             result.set_result(call())
         except BaseException as error:
             result.set_exception(error)
