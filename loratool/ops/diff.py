@@ -7,8 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +33,7 @@ from ..inputs import open_adapters, open_model, read_given
 from ..numerics.factors import FactoredSVD, amplification
 from ..pairing import Comparison, compare, pair_tensors
 from ..placing import Placement
-from ..runtime import Progress, choose_device
+from ..runtime import Progress, choose_device, map_ahead
 from ..source import Source, require_finite, squared_norm
 from ..targets import Selection, bind, parse_layers
 from ..tied import bindable, find_tie
@@ -282,8 +281,7 @@ def _diff_checkpoints(
     _refuse_codes(names, codes, (*only_a, *only_b))
     rows, equal, norms, done = [], 0, [], 0
     total = sum(one.spec.nbytes for one, _ in both.values())
-    with ThreadPoolExecutor(2) as pool:
-        compared = pool.map(_compare, both.values())
+    with closing(map_ahead(_compare, both.values(), 2)) as compared:
         for (name, (one, two)), found in zip(both.items(), compared, strict=True):
             done += one.spec.nbytes
             if progress:
