@@ -1,6 +1,6 @@
-"""`resize`: an adapter of another rank, from its factors alone: exact truncation, or zeros where the rank grows.
+"""`resize` gives an adapter another rank, from its factors alone: exact truncation, or zeros where the rank grows.
 
-The best of a lower rank is the top of the change's SVD, which a core of r x r gives; nobody need form B @ A. A rule
+The best of a lower rank is the top of the delta's SVD, which a core of r x r gives; nobody need form B @ A. A rule
 sees the singular values of all modules first; then each module's factors are made as they are written.
 """
 
@@ -42,8 +42,12 @@ from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
 @dataclass(frozen=True)
 class ModuleResize:
-    """norm: ||D|| of the module's change, of DoRA the direction's; error: ||D' - D|| / ||D|| of what is written, its
-    type's rounding included; kept: the share of ||D||^2 that this rank holds.
+    """One module and its delta D (of DoRA, the direction's).
+
+    Attributes:
+        norm: ||D||.
+        kept: the share of ||D||^2 that the new rank holds.
+        error: ||D' - D|| / ||D|| of what is written, its type's rounding included.
     """
 
     name: str
@@ -57,7 +61,13 @@ class ModuleResize:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """The result of `resize`. error, kept: over all modules; parameters, nbytes: of the output."""
+    """The result of `resize`.
+
+    Attributes:
+        kept, error: over all modules.
+        parameters, nbytes: of the output.
+        carried: tensors beside the factors, which are kept along.
+    """
 
     adapter: str
     out: str
@@ -129,7 +139,7 @@ def resize(
 
 
 class _Resizing:
-    """The spectra, the draft and what came of each module."""
+    """The spectra of an adapter's modules, the adapter with new ranks, and the error of each module."""
 
     def __init__(self, source: Adapter, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
         self._source, self._device, self._dtype, self._progress = source, device, dtype, progress
@@ -138,10 +148,12 @@ class _Resizing:
             raise InputError("has no low-rank factors to resize", culprit=source.name)
         self._carried = {}
         for update in source.updates.values():
-            own = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
-            own |= {"base": update.base} if update.base else {}
+            kept = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
+            kept |= {"base": update.base} if update.base else {}
             factor = update.scale if update.kind == "add" else 1.0  # its scale was the factors' alpha / r
-            self._carried.update({key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in own.values()})
+            self._carried.update(
+                {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in kept.values()}
+            )
         self._spectra: dict[str, Tensor] = {}
         self._errors: dict[str, float] = {}
 
@@ -149,15 +161,15 @@ class _Resizing:
         B, A = load_stacked_factors(self._source, self._updates[module])
         return B.to(self._device), A.to(self._device)
 
-    def ranks(self, rule: str, value: float, most: int | None) -> dict[str, int]:
+    def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         for done, module in enumerate(self._updates, 1):
             self._spectra[module] = singular_values(*self._load(module)).square().sum(0).cpu()  # over a stack
             if self._progress:
                 self._progress(done, len(self._updates))
         spectra = {module: self._spectrum(module) for module in self._updates}
         if rule in BUDGETS:
-            value = self._draft(dict.fromkeys(self._updates, 1)).budget(rule, value)
-        return choose_ranks(rule, value, spectra, most)
+            value = self._edited(dict.fromkeys(self._updates, 1)).budget(rule, value)
+        return choose_ranks(rule, value, spectra, max_rank)
 
     def _spectrum(self, module: str) -> SingularValues:
         squares = self._spectra[module]
@@ -165,30 +177,30 @@ class _Resizing:
             tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True
         )
 
-    def _draft(self, ranks: Mapping[str, int]) -> EditedAdapter:
+    def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
         def factors(module: str) -> tuple[Tensor, Tensor]:
-            whole = factored_svd(*self._load(module))
-            B, A = round_factors(module, whole.truncated(ranks[module]), self._dtype)
-            norm = float(torch.linalg.vector_norm(whole.S))
-            wrong = float(torch.linalg.vector_norm(distance(whole, factored_svd(B, A))))
-            self._errors[module] = wrong / norm if norm else 0.0
+            svd = factored_svd(*self._load(module))
+            B, A = round_factors(module, svd.truncated(ranks[module]), self._dtype)
+            norm = float(torch.linalg.vector_norm(svd.S))
+            error = float(torch.linalg.vector_norm(distance(svd, factored_svd(B, A))))
+            self._errors[module] = error / norm if norm else 0.0
             return B, A
 
         return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
 
     def measure(self, ranks: Mapping[str, int]) -> None:
-        """All that `write` computes, one module at a time."""
-        draft = self._draft(ranks)
+        """Compute all that `write` does, one module at a time, and write nothing."""
+        edited = self._edited(ranks)
         for module in self._updates:
-            draft.factors(module)
+            edited.factors(module)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool) -> None:
-        write_edited(self._draft(ranks), path, is_file, [self._source.file])
+        write_edited(self._edited(ranks), path, is_file, [self._source.file])
 
     def report(
         self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool, warnings: tuple[str, ...]
     ) -> ResizeReport:
-        specs = self._draft(ranks).specs()
+        specs = self._edited(ranks).specs()
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
         total = math.fsum(row.norm**2 for row in rows)
         kept = math.fsum(row.kept * row.norm**2 for row in rows)

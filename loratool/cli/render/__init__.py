@@ -1,4 +1,4 @@
-"""Reports as tables and pictures for a terminal and as JSON for a program. The only room that knows rich."""
+"""Show reports as tables and pictures on a terminal and as JSON to a program; no other module knows rich."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports on adapters: extract, init, resize, combine, convert, inspect."""
+"""Print reports on adapters: extract, init, resize, combine, convert, inspect."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def print_extract(report: ExtractReport) -> None:
         print_lines(f"only in the base: {name}")
     for name in report.only_tuned:
         print_lines(f"only in the tuned model: {name}")
-    verb = "would write" if report.dry_run else "wrote"
-    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+    wrote = "would write" if report.dry_run else "wrote"
+    print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_init(report: InitReport) -> None:
@@ -81,13 +81,13 @@ def print_init(report: InitReport) -> None:
     ]
     titles = ["tensor", "shape", "kind", "rank", "scale", "parameters", *["gap"] * gaps, *["error"] * errors]
     print_table([(title, title not in ("tensor", "kind")) for title in titles], rows)
-    verb = "would write" if report.dry_run else "wrote"
+    wrote = "would write" if report.dry_run else "wrote"
     residual = report.residual
     if residual:
         undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
         error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
-        print_lines(f"\n{verb} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
-    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+        print_lines(f"\n{wrote} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
+    print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_resize(report: ResizeReport) -> None:
@@ -116,8 +116,8 @@ def print_resize(report: ResizeReport) -> None:
     )
     if report.carried:
         print_lines(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
-    verb = "would write" if report.dry_run else "wrote"
-    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+    wrote = "would write" if report.dry_run else "wrote"
+    print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_combine(report: CombineReport) -> None:
@@ -140,8 +140,8 @@ def print_combine(report: CombineReport) -> None:
         print_lines(f"beside the factors: {len(report.carried)} tensors: {report.carried[0]}, ...")
     for modules in grouped(report.left_out):
         print_lines(f"left out: {modules}")
-    verb = "would write" if report.dry_run else "wrote"
-    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+    wrote = "would write" if report.dry_run else "wrote"
+    print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_convert(report: ConvertReport) -> None:
@@ -165,10 +165,10 @@ def print_convert(report: ConvertReport) -> None:
         print_lines(f"dropped: {modules}")
     for note in report.notes:
         print_lines(f"note: {note}")
-    verb = "would write" if report.dry_run else "wrote"
+    wrote = "would write" if report.dry_run else "wrote"
     lost = f"{len(errors)} of them not to the bit; the largest error is {max(errors):.1e}" if errors else ""
     print_lines(f"\n{len(rows)} modules, {lost or 'their changes the same to the bit'}")
-    print_lines(f"{verb} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+    print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 
 def print_adapter(report: AdapterInspection) -> None:
@@ -206,8 +206,8 @@ def print_adapter(report: AdapterInspection) -> None:
     print_lines(f"\n{report.modules} modules, {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
     if report.coverage:
         print_lines(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
-        for module, near in report.coverage.unbound.items():
-            print_lines(f"not in the base: {module}" + (f" (nearest: {', '.join(near)})" if near else ""))
+        for module, names in report.coverage.unbound.items():
+            print_lines(f"not in the base: {module}" + (f" (nearest: {', '.join(names)})" if names else ""))
     for note in report.notes:
         print_lines(f"note: {note}")
     for problem in report.problems:

@@ -1,4 +1,4 @@
-"""Reports of numbers over modules: diff of two adapters or two checkpoints, and spectra."""
+"""Print reports of numbers over modules: diff of two adapters or two checkpoints, and spectra."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def print_adapter_diff(report: AdapterDiff) -> None:
     sizes = ["A/|W|", "B/|W|", "amplified"] if with_base else ["|A|", "|B|", "|B-A|"]  # both are too wide
     titles = ["module", "rank", *sizes, "relative", "cosine", "angle", "phi"]
     if report.modules:
-        print_table([(title, title != "module") for title in titles], [_module(m, with_base) for m in report.modules])
+        print_table(
+            [(title, title != "module") for title in titles], [_module_cells(m, with_base) for m in report.modules]
+        )
     if report.values:
         print_lines("")
         rows = [[v.name, v.kind, _number(v.norm_a), _number(v.norm_b), f"{v.relative:.2e}"] for v in report.values]
@@ -52,7 +54,7 @@ def print_adapter_diff(report: AdapterDiff) -> None:
     )
 
 
-def _module(m: ModuleDiff, with_base: bool) -> list[str]:
+def _module_cells(m: ModuleDiff, with_base: bool) -> list[str]:
     angle = max(m.angles_right) if m.angles_right else None
     return [
         m.name,
@@ -73,8 +75,8 @@ def _module(m: ModuleDiff, with_base: bool) -> list[str]:
     ]
 
 
-def _number(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, spec: str = ".3g") -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _draw(report: AdapterDiff) -> None:
@@ -89,7 +91,7 @@ def _draw(report: AdapterDiff) -> None:
 
 
 def _draw_phi(phi: Phi, plain: bool) -> None:
-    """Both sides, with the random subspaces' mean at the end of the title."""
+    """Print phi of both sides, with the random subspaces' mean at the end of the title."""
     pictures = [
         grid(f"phi(i, j), {side} (random {random[-1][-1]:.3f})", phi.i, phi.j, values, plain)
         for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left))

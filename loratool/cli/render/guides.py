@@ -1,4 +1,4 @@
-"""The guides for a terminal, where their Markdown is laid out, and for a pipe, which gets it unchanged."""
+"""Print the guides: on a terminal their Markdown is laid out, and a pipe gets it unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports on models: merge, unmerge, verify, inspect, count."""
+"""Print reports on models: merge, unmerge, verify, inspect, count."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def print_merge(report: MergeReport) -> None:
     ]
     titles = ("tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept")
     print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
-    changed, verb = str(len(rows)), "would be changed" if report.dry_run else "changed"
+    changed, done = str(len(rows)), "would be changed" if report.dry_run else "changed"
     if report.changed is not None and report.changed < len(rows):
         changed = f"{report.changed} of {len(rows)}"
     kept = "" if report.kept is None else f"; kept {percent(report.kept)} of the change"
     nothing = "; the merge changes nothing" if report.changed == 0 else ""
-    print_lines(f"\n{changed} tensors {verb}, {report.copied} copied as they are{nothing}{kept}")
+    print_lines(f"\n{changed} tensors {done}, {report.copied} copied as they are{nothing}{kept}")
     for modules in grouped(report.left_out):
         print_lines(f"left out: {modules}")
     if report.not_copied:
@@ -65,9 +65,9 @@ def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
         print_table([(title, title in ("shape", "became 0")) for title in titles], rows)
         print_lines("")
     for (old, new), flushed in kinds.items():
-        verb = "would be cast" if report.dry_run else "cast"
+        done = "would be cast" if report.dry_run else "cast"
         zeros = "" if report.dry_run else f"; {sum(flushed):,} numbers became 0"
-        print_lines(f"{len(flushed)} tensors {verb} from {old} to {new}{zeros}")
+        print_lines(f"{len(flushed)} tensors {done} from {old} to {new}{zeros}")
     print_lines(f"{report.copied} tensors {'would keep' if report.dry_run else 'keep'} their bytes")
     for name, kept in report.shared.items():
         print_lines(f"one with {kept}: {name}")
@@ -80,13 +80,13 @@ def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
 
 
 def print_unmerge(report: UnmergeReport) -> None:
-    verb = "would be restored" if report.dry_run else "restored bit for bit"
+    done = "would be restored" if report.dry_run else "restored bit for bit"
     if report.approximate:
-        verb = "subtracted and rounded"
+        done = "subtracted and rounded"
         print_lines(
             f"approximate: {report.doubtful:,} weights can be wrong, by up to {report.farthest} steps or more near zero"
         )
-    print_lines(f"{report.restored} tensors {verb}, {report.copied} copied as they are")
+    print_lines(f"{report.restored} tensors {done}, {report.copied} copied as they are")
     for name in report.removed:
         print_lines(f"removed: {name}")
     if not report.exact_files and not report.approximate:
@@ -97,7 +97,7 @@ def print_unmerge(report: UnmergeReport) -> None:
 
 
 def print_verify(report: VerifyReport) -> None:
-    """The verdict first, which no count contradicts: that nothing is wrong is said of what is proven alone."""
+    """Print the verdict first, which no count contradicts: that nothing is wrong is said only if all is proven."""
     if report.status == "inconclusive":
         print_lines(
             "not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)"
@@ -124,7 +124,7 @@ def print_verify(report: VerifyReport) -> None:
 
 
 def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
-    """`last`: the title of a column for their roles."""
+    """Print a table of groups; `last` is the title of a column for their roles."""
     rows = [
         [
             g.name,

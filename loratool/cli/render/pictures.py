@@ -1,4 +1,4 @@
-"""Small pictures of numbers over modules, as lines of cells with a heat from 0 to 1; `render` gives them colour.
+"""Draw small pictures of numbers over modules, as lines of cells with a heat from 0 to 1, which `text` colours.
 
 Every cell is legible without colour: the height of a block, or the number itself. Nothing is wider than 80 columns.
 """
@@ -32,10 +32,10 @@ STRIP = 36
 
 @dataclass(frozen=True)
 class Cell:
-    """heat: None for plain text."""
+    """A run of text of one colour."""
 
     text: str
-    heat: float | None = None
+    heat: float | None = None  # from 0 to 1, None for plain text
 
 
 Line = list[Cell]
@@ -47,10 +47,14 @@ Form = Callable[[float], str]
 def strips(
     values: Mapping[str, float], title: str, form: Form = "{:.2g}".format, low: float | None = 0.0, plain: bool = False
 ) -> list[Line]:
-    """Of the numbers of modules, a row for each kind and a column for each layer: a heat strip, and the row's mean.
+    """Draw the numbers of modules as heat strips: a row for each kind with its mean, and a column for each layer.
 
-    values: by module path; modules whose paths differ only in numbers are one kind. low: what the lowest block stands
-    for, None for the least value. plain: in ASCII. Of fewer than three modules there is no picture.
+    Modules whose paths differ only in numbers are one kind. Fewer than three modules make no picture.
+
+    Args:
+        values: by module path.
+        low: what the lowest block stands for, None for the least value.
+        plain: draw in ASCII.
     """
     kinds = _kinds(values)
     if len(values) < 3:
@@ -69,7 +73,7 @@ def strips(
 
 
 def bars(values: Mapping[str, float], title: str, form: Form = "{:.3g}".format, plain: bool = False) -> list[Line]:
-    """A horizontal bar for each of a few numbers."""
+    """Draw a horizontal bar for each of a few numbers."""
     if not values:
         return []
     most = max(values.values()) or 1.0
@@ -87,7 +91,7 @@ def bars(values: Mapping[str, float], title: str, form: Form = "{:.3g}".format, 
 def grid(
     title: str, rows: Sequence[int], columns: Sequence[int], values: Sequence[Sequence[float]], plain: bool = False
 ) -> list[Line]:
-    """Numbers from 0 to 1 by row and column, each with its shade."""
+    """Draw numbers from 0 to 1 by row and column, each with its shade."""
     ramp = ASCII_RAMP if plain else RAMP
     lines = [[Cell(title)], [Cell("  i\\j" + "".join(f"{j:>5}" for j in columns))]]
     for i, row in zip(rows, values, strict=True):
@@ -97,7 +101,7 @@ def grid(
 
 
 def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
-    """Two pictures of equally many lines side by side, or one below the other where 80 columns do not hold both."""
+    """Put two pictures of equally many lines side by side, or one below the other if 80 columns do not hold both."""
     width = max(_length(line) for line in left)
     if width + 2 + max(_length(line) for line in right) > WIDTH:
         return [*left, *right]
@@ -105,7 +109,7 @@ def side_by_side(left: Sequence[Line], right: Sequence[Line]) -> list[Line]:
 
 
 def is_ascii_terminal(encoding: str | None) -> bool:
-    """Whether the terminal cannot show blocks."""
+    """Return whether the terminal cannot show blocks."""
     return "utf" not in (encoding or "").lower() or os.environ.get("TERM") == "dumb"
 
 
@@ -118,7 +122,7 @@ def _percent(value: float) -> str:
 
 
 def _kinds(values: Mapping[str, float]) -> dict[str, list[float]]:
-    """The values of each kind by rising numbers in their paths."""
+    """Return the values of each kind by rising numbers in their paths."""
     found: dict[str, list[tuple[tuple[int, ...], float]]] = {}
     for name, value in values.items():
         parts, numbers = split_numbers(name.removesuffix(".weight"), underscores="." not in name)
@@ -127,8 +131,9 @@ def _kinds(values: Mapping[str, float]) -> dict[str, list[float]]:
 
 
 def _short(kinds: Sequence[str], plain: bool) -> dict[str, str]:
-    """Labels: without the parts that all begin with; what is too long also without those that all have anywhere,
-    and without its middle.
+    """Return labels without the parts that all names begin with.
+
+    What is too long is also without those that all have anywhere, and without its middle.
     """
     dot = "." if any("." in kind for kind in kinds) else "_"  # kohya's names have no other
     parts = [kind.split(dot) for kind in kinds]
@@ -143,18 +148,18 @@ def _short(kinds: Sequence[str], plain: bool) -> dict[str, str]:
         fewer = {kind: dot.join(part for part in kind.split(dot) if part not in everywhere) for kind in kinds}
         labels = fewer if all(fewer.values()) and len(set(fewer.values())) == len(kinds) else labels
     gap = "..." if plain else "…"
-    head = LABEL // 3
+    length = LABEL // 3
     return {
-        kind: label if len(label) <= LABEL else label[:head] + gap + label[head + len(gap) - LABEL :]
+        kind: label if len(label) <= LABEL else label[:length] + gap + label[length + len(gap) - LABEL :]
         for kind, label in labels.items()
     }
 
 
-def _binned(row: Sequence[float], most: int) -> list[float]:
-    """Means of neighbours, where there are more than fit."""
-    if len(row) <= most:
+def _binned(row: Sequence[float], max_cells: int) -> list[float]:
+    """Return means of neighbours if there are more values than fit."""
+    if len(row) <= max_cells:
         return list(row)
-    edges = [i * len(row) // most for i in range(most + 1)]
+    edges = [i * len(row) // max_cells for i in range(max_cells + 1)]
     return [sum(row[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 

@@ -1,6 +1,6 @@
-"""What all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
+"""Print what all reports are made of: lines, tables, pictures, a progress bar, and the one JSON object.
 
-`to_json` keeps a schema that is versioned: the report's own field names under a header that every verb shares.
+`to_json` keeps a schema that is versioned: the report's own field names under a header that every command shares.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-GAP = 2  # columns between a table's
+GAP = 2  # columns of space between two of a table
 
 
 UNBOUNDED = 1 << 16  # columns: a pipe gets each row on one line
 
 
-# Of a heat from 0 to 1, viridis among xterm's 256 colours: numbers stand on them, and blocks are drawn in them, since a
+# A heat from 0 to 1 is viridis among xterm's 256 colours: numbers stand on them, and blocks are drawn in them, since a
 # block hides what is behind it. Legible on any theme.
 HEATS = (
     ("white on color(54)", "color(97)"),
@@ -43,12 +43,15 @@ HEATS = (
 )
 
 
-def to_json(verb: str | None, report: Any = None, error: LoratoolError | None = None, status: str | None = None) -> str:
-    """One object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`; `schemas/` has it in full.
+def to_json(
+    command: str | None, report: Any = None, error: LoratoolError | None = None, status: str | None = None
+) -> str:
+    """Return one object: `schema`, `verb`, `ok`, `exit_code`, and either `report` or `error`.
 
-    `status` is there where a check said no (exit code 1), and says what it found. The verb is None of a call without.
+    `cli/schemas/` has it in full. `status` is there if a check said no (exit code 1), and says what it found. `verb` is
+    null for a call that names no command.
     """
-    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": verb, "ok": error is None and status is None}
+    value: dict[str, Any] = {"schema": SCHEMA_VERSION, "verb": command, "ok": error is None and status is None}
     value["exit_code"] = 0 if status is None else 1
     if status is not None:
         value["status"] = status
@@ -76,9 +79,10 @@ def percent(value: float | None) -> str:
 
 
 def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
-    """Columns as (title, right-aligned); lines are never cut or wrapped where stdout is not a terminal.
+    """Print rows under columns, which are (title, right-aligned).
 
-    Where a terminal is too narrow for a row but not for what follows its name, that comes on a line below the name.
+    Lines are never cut or wrapped if stdout is not a terminal. If a terminal is too narrow for a row but not for what
+    follows its name, that comes on a line below the name.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -110,7 +114,7 @@ def print_table(columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
 
 
 def _drawn(console: Console, columns: list[tuple[str, bool]], rows: list[list[str]]) -> list[str]:
-    """A table's lines, with a terminal's bold."""
+    """Return a table's lines, with a terminal's bold."""
     from rich.table import Table
     from rich.text import Text
 
@@ -125,23 +129,23 @@ def _drawn(console: Console, columns: list[tuple[str, bool]], rows: list[list[st
 
 
 def escape(text: str) -> str:
-    """Names come from files: no control character in them reaches the terminal."""
+    """Escape control characters: names come from files, and none in them may reach the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def print_lines(text: str, file: TextIO | None = None) -> None:
-    """One or more lines for a person."""
+    """Print one or more lines for a person."""
     print("\n".join(escape(line) for line in text.split("\n")), file=file or sys.stdout)
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """On stderr, with --json too: who reads the one may not look into the other."""
+    """Print warnings on stderr, with --json too: who reads the one may not look into the other."""
     for warning in warnings:
         print_lines(f"warning: {warning}", sys.stderr)
 
 
 def print_picture(lines: Sequence[Line]) -> None:
-    """A picture, in colour where stdout is a terminal that has it, and a blank line before it."""
+    """Print a picture after a blank line, in colour if stdout is a terminal that has it."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,8 +1,9 @@
-"""The JSON of every verb as a JSON Schema: a file each beside this one, and error.json for calls that name no verb.
+"""Make the JSON Schemas of what `--json` prints: a file for each command beside this one, and error.json without one.
 
 They are made of the reports' own fields and of the tables that their words are rows of, so that a schema cannot say
 other than the report does; `python -m loratool.cli.schemas` writes the files. They are closed: a key more, a key less
-or another type does not fit, and a program can rely on all of it for as long as `schema` is the same number.
+or another type does not fit, and a program can rely on all of it for as long as `schema` is the same number. A report's
+docstring is its description, and so lists its fields.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ...ops.merge import report as merge_report
 from ...ops.verify import command as verifying
 from ..render.text import SCHEMA_VERSION
 
-# verb -> what its `report` can be
+# command -> what its `report` can be
 REPORTS: dict[str, tuple[type, ...]] = {
     "combine": (combine.CombineReport,),
     "convert": (convert.ConvertReport, convert_checkpoint.CheckpointConvertReport),
@@ -59,7 +60,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
 }
 
 
-# verb -> its `status` where the exit code is 1
+# command -> its `status` where the exit code is 1
 STATUSES = {"diff": ("different",), "inspect": ("problems", "other method"), "verify": ("wrong", "inconclusive")}
 
 
@@ -120,27 +121,27 @@ PLAIN: dict[object, dict[str, Any]] = {
 }
 
 
-def make(verb: str) -> dict[str, Any]:
-    """The schema of what `loratool VERB --json` prints, whatever its exit code."""
+def make(command: str) -> dict[str, Any]:
+    """Make the schema of what `loratool COMMAND --json` prints, whatever its exit code."""
     definitions: dict[str, Any] = {}
-    reports = [_refer(kind, definitions) for kind in REPORTS[verb]]
+    reports = [_refer(kind, definitions) for kind in REPORTS[command]]
     report = reports[0] if len(reports) == 1 else {"oneOf": reports}
-    ends = {"done": _object({**_head(verb, True), "exit_code": {"const": 0}, "report": report})}
-    if verb in STATUSES:
-        said = {"exit_code": {"const": 1}, "status": {"enum": list(STATUSES[verb])}}
-        ends["no"] = _object({**_head(verb, False), **said, "report": report})
-    ends["error"] = _error({"const": verb})
+    ends = {"done": _object({**_head(command, True), "exit_code": {"const": 0}, "report": report})}
+    if command in STATUSES:
+        no = {"exit_code": {"const": 1}, "status": {"enum": list(STATUSES[command])}}
+        ends["no"] = _object({**_head(command, False), **no, "report": report})
+    ends["error"] = _error({"const": command})
     return {
-        **_title(verb, f"What `loratool {verb} --json` prints."),
+        **_title(command, f"What `loratool {command} --json` prints."),
         "oneOf": [{"$ref": f"#/$defs/{end}"} for end in ends],
         "$defs": {**ends, **definitions},
     }
 
 
 def make_error() -> dict[str, Any]:
-    """The schema of an error of any verb, or of none (null), as a call that is wrong before its verb."""
-    verb = {"enum": [*REPORTS, None]}
-    return {**_title("error", "What `loratool --json` prints where it fails."), **_error(verb)}
+    """Make the schema of an error of any command, or of none (null), as a call that is wrong before its command."""
+    command = {"enum": [*REPORTS, None]}
+    return {**_title("error", "What `loratool --json` prints where it fails."), **_error(command)}
 
 
 def _title(name: str, text: str) -> dict[str, Any]:
@@ -152,23 +153,23 @@ def _title(name: str, text: str) -> dict[str, Any]:
     }
 
 
-def _head(verb: str, ok: bool) -> dict[str, Any]:
-    return {"schema": {"const": SCHEMA_VERSION}, "verb": {"const": verb}, "ok": {"const": ok}}
+def _head(command: str, ok: bool) -> dict[str, Any]:
+    return {"schema": {"const": SCHEMA_VERSION}, "verb": {"const": command}, "ok": {"const": ok}}
 
 
-def _error(verb: dict[str, Any]) -> dict[str, Any]:
-    """A kind of error has its exit code, and what needs a flag names it."""
-    text, perhaps = PLAIN[str], {"type": ["string", "null"]}
-    error = _object({"kind": {}, "message": text, "tensor": perhaps, "remedy": perhaps})
+def _error(command: dict[str, Any]) -> dict[str, Any]:
+    """Make the schema of an error: each kind has its exit code, and what needs a flag names it."""
+    text, nullable = PLAIN[str], {"type": ["string", "null"]}
+    error = _object({"kind": {}, "message": text, "tensor": nullable, "remedy": nullable})
     kinds = []
     for kind, codes in ERRORS.items():
-        said = {"kind": {"const": kind.kind}, **({"remedy": text} if kind is errors.NeedsFlag else {})}
-        kinds.append({"properties": {"exit_code": {"enum": codes}, "error": {"properties": said}}})
-    return {**_object({**_head("", False), "verb": verb, "exit_code": {}, "error": error}), "oneOf": kinds}
+        fixed = {"kind": {"const": kind.kind}, **({"remedy": text} if kind is errors.NeedsFlag else {})}
+        kinds.append({"properties": {"exit_code": {"enum": codes}, "error": {"properties": fixed}}})
+    return {**_object({**_head("", False), "verb": command, "exit_code": {}, "error": error}), "oneOf": kinds}
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """A closed one: all of these keys and no other."""
+    """Make the schema of a closed object: all of these keys and no other."""
     return {
         "type": "object",
         "properties": dict(properties),
@@ -178,9 +179,9 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """A reference to a report or a part of one, which is defined with it."""
+    """Return a reference to a dataclass of a report, which is defined with it."""
     if kind.__name__ not in definitions:
-        definitions[kind.__name__] = {}  # its place, before those of its parts
+        definitions[kind.__name__] = {}  # its place, before those of what it holds
         hints = get_type_hints(kind)
         properties = {field.name: _field(kind, field, hints[field.name], definitions) for field in fields(kind)}
         definitions[kind.__name__] = {"description": inspect.getdoc(kind), **_object(properties)}
@@ -192,13 +193,13 @@ def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any
     if owner is merge_report.TensorReport and field.name == "update":
         each = "|".join(CHANGED_BY)
         return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
-    if hint is str and field.default is not MISSING:  # what tells a verb's reports apart
+    if hint is str and field.default is not MISSING:  # what tells a command's reports apart
         return {"const": field.default}
     return _hinted(hint, words, definitions)
 
 
 def _hinted(hint: Any, words: Sequence[str] | None, definitions: dict[str, Any]) -> dict[str, Any]:
-    """words: of a str, a sequence of them, or a mapping's keys."""
+    """Make the schema of a type; `words` are those of a str, of a sequence of them, or of a mapping's keys."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is str and words:
         return {"enum": list(words)}
@@ -221,7 +222,7 @@ def _hinted(hint: Any, words: Sequence[str] | None, definitions: dict[str, Any])
 
 
 def files() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, schema) of each file beside this one."""
-    for verb in REPORTS:
-        yield f"{verb}.json", make(verb)
+    """Yield (name, schema) of each file beside this one."""
+    for command in REPORTS:
+        yield f"{command}.json", make(command)
     yield "error.json", make_error()

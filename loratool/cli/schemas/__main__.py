@@ -1,4 +1,4 @@
-"""Writes the schemas anew: `python -m loratool.cli.schemas`, after a change of a report, a table or SCHEMA_VERSION."""
+"""Write the schemas again: `python -m loratool.cli.schemas`, after a change of a report, a table or SCHEMA_VERSION."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`count`: what each method of the LoRA paper would train of a model, and add at inference; from headers or a config.
+"""`count` reports what each method of the LoRA paper would train of a model, and add at inference.
 
-Nothing here may import torch or numpy: shapes are all that is needed.
+It reads headers or a config. Nothing here may import torch or numpy: shapes are all that is needed.
 """
 
 from __future__ import annotations
@@ -50,10 +50,16 @@ CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_
 
 @dataclass(frozen=True)
 class MethodCount:
-    """One method. size: its rank, bottleneck, prefix length or number of layers (`measure` says which), None where
-    there is no choice. parameters: trainable, 0 where the model has nothing of the kind, which `adds` then says.
-    share: of the model's. adds: what it adds at inference; depth: layers more in sequence; positions: of the context
-    that it takes. fits: whether it is within `params`, None without; the size is the largest that is, else the least.
+    """One method of the paper, counted for a model.
+
+    Attributes:
+        size: its rank, bottleneck, prefix length or number of layers (`measure` says which), None if none is chosen.
+        parameters: trainable; 0 if the model has nothing of the kind, which `adds` then says.
+        share: of the model's parameters.
+        adds: what it adds at inference.
+        depth: layers more in sequence.
+        positions: of the context that it takes.
+        fits: whether it is within `params`, None without; the size is the largest that is, else the least.
     """
 
     method: str
@@ -71,8 +77,13 @@ class MethodCount:
 
 @dataclass(frozen=True)
 class CountReport:
-    """The result of `count`. source: `config` or `checkpoint`; dtype: the model's, of all bytes here; layers and width:
-    of the largest stack of blocks, 0 without one; targets: what LoRA changes, names that differ in numbers as one.
+    """The result of `count`.
+
+    Attributes:
+        source: `config` or `checkpoint`.
+        dtype: the model's, of all bytes here.
+        layers, width: of the largest stack of blocks, 0 without one.
+        targets: what LoRA changes, names that differ in numbers as one.
     """
 
     path: str
@@ -94,17 +105,14 @@ class CountReport:
 
 @dataclass(frozen=True)
 class Model:
-    """Names and shapes of what is trained, each tied matrix once, and what is said about them.
+    """Names and shapes of what is trained, each tied matrix once, and what is said about them."""
 
-    tied: the name of the embedding, and of the head that is the same matrix where it has one that can be its own.
-    """
-
-    source: str
+    source: str  # `config` or `checkpoint`
     model_type: str | None
     specs: Mapping[str, TensorSpec]
-    dtype: str
-    tied: tuple[str, str] | None
-    context: int | None
+    dtype: str  # the commonest
+    tied: tuple[str, str] | None  # (embedding, head), twice the embedding if the head cannot be its own
+    context: int | None  # in positions
     notes: tuple[str, ...]
 
 
@@ -183,7 +191,7 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
 
 
 def _lone_config(path: Path) -> dict[str, Any] | None:
-    """The config.json that stands for a model: named itself, or in a folder without weights. None for a checkpoint."""
+    """Read the config.json that stands for a model: the path itself, or in a folder without weights; else None."""
     if path.is_dir():
         there = any(p.suffix == ".safetensors" or is_torch_weights(p) for p in path.iterdir())
         config = path / "config.json"
@@ -225,8 +233,8 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
         dtypes[spec.dtype] += spec.size
     found = [dtype for dtype, _ in dtypes.most_common()]
     notes = (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",) if len(found) > 1 else ()
-    parts = (checkpoint.config, checkpoint.config.get("text_config"))
-    fields = [part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXT_FIELDS]
+    configs = (checkpoint.config, checkpoint.config.get("text_config"))
+    fields = [config.get(name) for config in configs if isinstance(config, dict) for name in CONTEXT_FIELDS]
     context = next((value for value in fields if type(value) is int and value > 0), None)
     return Model("checkpoint", checkpoint.model_type, specs, found[0], tied, context, notes)
 
@@ -234,7 +242,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
 def _check_targets(
     targets: Sequence[CountedMatrix], matrices: Sequence[Matrix], selection: Selection, rank: int | None
 ) -> None:
-    """Raises InputError where nothing is selected, and UsageError for a rank above that of a matrix."""
+    """Raise InputError if nothing is selected, and UsageError for a rank above that of a matrix."""
     if not targets:
         narrowed = " after --exclude and --layers" if selection.exclude or selection.layers is not None else ""
         names = sorted({m.path.rpartition(".")[2] for m in matrices if m.kind != "embedding"})
@@ -243,10 +251,10 @@ def _check_targets(
             remedy=f"name some of {', '.join(names[:SHOWN])}, or all-linear" if names else None,
         )
     low = min(targets, key=lambda each: min(each.inp, each.out))
-    most = min(low.inp, low.out)
-    if rank is not None and rank > most:
+    max_rank = min(low.inp, low.out)
+    if rank is not None and rank > max_rank:
         raise UsageError(
-            f"is {low.out} x {low.inp}, so that no rank is above {most}; --rank is {rank}", culprit=low.name
+            f"is {low.out} x {low.inp}, so that no rank is above {max_rank}; --rank is {rank}", culprit=low.name
         )
 
 
@@ -258,8 +266,8 @@ def _count_method(name: str, method: Formula, shape: Outline, rank: int, params:
             n = max(1, largest_size(method, shape, params))
     trained = method.count(shape, n or 0) if n != 0 else 0
     depth = method.depth(shape)
-    of = f" of {shape.context:,}" if shape.context else ""
-    adds = method.adds.format(n=f"{n:,}" if n else "", depth=depth, of=of) if trained else method.needs
+    of_context = f" of {shape.context:,}" if shape.context else ""
+    adds = method.adds.format(n=f"{n:,}" if n else "", depth=depth, of=of_context) if trained else method.needs
     return MethodCount(
         name,
         method.title,

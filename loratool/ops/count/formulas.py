@@ -1,4 +1,4 @@
-"""What each way of adapting a model trains, and what it adds at inference: METHODS, the methods of the LoRA paper.
+"""Count what each way of adapting a model trains, and say what it adds at inference: the LoRA paper's, in FORMULAS.
 
 The counts are the formulas of section 5.1 of Hu et al. 2021 (arXiv 2106.09685), with d the width of a block, L the
 blocks and n the size that is chosen: LoRA's rank, an adapter's bottleneck, the length of a prefix, a number of layers.
@@ -14,62 +14,53 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CountedMatrix:
-    """A matrix that LoRA changes, or some rows of a fused one; `copies`: how many it stacks, experts for one."""
+    """A matrix that LoRA changes, or some rows of a fused one."""
 
     name: str
     inp: int
     out: int
-    copies: int = 1
+    copies: int = 1  # how many it stacks, experts for one
 
     @property
     def cost(self) -> int:
-        """Parameters a rank."""
+        """The parameters that one rank takes."""
         return self.copies * (self.inp + self.out)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What the formulas need of a model.
+    """The numbers of a model that the formulas need."""
 
-    total: parameters. biases: numbers in bias vectors, a head's not among them. width: of the token embedding's vectors
-    as the blocks see them, 0 where there are no blocks. widths: of each block that an adapter or prefix goes into.
-    layers: the parameters of each block of the largest stack, from the first. context: positions, where it is known.
-    """
-
-    total: int
-    biases: int
-    width: int
-    widths: tuple[int, ...]
-    layers: tuple[int, ...]
-    context: int | None
+    total: int  # parameters
+    biases: int  # numbers in bias vectors, a head's not among them
+    width: int  # of the token embedding's vectors as the blocks see them, 0 without blocks
+    widths: tuple[int, ...]  # of each block that an adapter or prefix goes into
+    layers: tuple[int, ...]  # parameters of each block of the largest stack, from the first
+    context: int | None  # in positions, where it is known
     targets: tuple[CountedMatrix, ...]
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A row of METHODS. size: what is chosen, empty where nothing is. count: (model, n) -> trainable parameters.
-
-    largest: the size beyond which there is no more, if there is such. depth: layers more that a token passes one after
-    another at inference. positions: whether n positions are taken. adds: what it adds at inference, in words.
-    """
+    """A row of FORMULAS."""
 
     title: str
-    size: str
-    count: Callable[[Outline, int], int]
-    adds: str
-    needs: str = "no numbered blocks of one width were found"
-    largest: Callable[[Outline], int] = lambda model: sys.maxsize
-    depth: Callable[[Outline], int] = lambda model: 0
-    positions: bool = False
+    size: str  # what n is, empty if nothing is chosen
+    count: Callable[[Outline, int], int]  # (model, n) -> trainable parameters
+    adds: str  # what it adds at inference, in words
+    needs: str = "no numbered blocks of one width were found"  # said instead of `adds` if nothing is trained
+    largest: Callable[[Outline], int] = lambda model: sys.maxsize  # the size beyond which there is no more
+    depth: Callable[[Outline], int] = lambda model: 0  # layers more that a token passes in sequence at inference
+    positions: bool = False  # n positions of the context are taken
 
 
 def _adapters(model: Outline, n: int) -> int:
-    """One bottleneck a block: d x n, n x d and their biases."""
+    """Count one bottleneck a block: d x n, n x d and their biases."""
     return sum(2 * d * n + n + d for d in model.widths)
 
 
 def _shared_adapter(model: Outline, n: int) -> int:
-    """One bottleneck for all blocks of a width."""
+    """Count one bottleneck for all blocks of a width."""
     return sum(2 * d * n + n + d for d in set(model.widths))
 
 
@@ -172,6 +163,6 @@ TOP_LAYERS = 2  # FT^Top2 of the paper's Table 3
 
 
 def largest_size(method: Formula, model: Outline, budget: int) -> int:
-    """The largest size whose count is within `budget` parameters; 0 where not even the smallest is."""
-    most = min(budget, method.largest(model))
-    return bisect_right(range(1, most + 1), budget, key=lambda n: method.count(model, n))
+    """Return the largest size whose count is within `budget` parameters; 0 if not even the smallest is."""
+    at_most = min(budget, method.largest(model))
+    return bisect_right(range(1, at_most + 1), budget, key=lambda n: method.count(model, n))

@@ -1,4 +1,4 @@
-"""A model's outline from names and shapes alone: its blocks, their width, its biases, and the matrices LoRA can change.
+"""Outline a model from names and shapes alone: its blocks, their width, its biases, and the matrices LoRA can change.
 
 Nothing here knows a family but by the tables in `architectures`: the shapes say what is a block and how wide it is.
 """
@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
 from .formulas import CountedMatrix, Outline
 
-# Stored beside the weights by some versions of some models, and nothing that is trained.
+# Tensors that some versions of some models store beside the weights, and that are not trained.
 BUFFERS = re.compile(r"((^|\.)(attn|attention)\.(masked_)?bias|inv_freq|running_(mean|var)|e_score_correction_bias)$")
 
 
@@ -31,14 +31,14 @@ _BLOCK = re.compile(r"^(.*?)(?<![^.])(\d{1,5})\.(?=.)")
 _NORM = re.compile(r"(norm|ln_)\w*\.(weight|gamma)$", re.IGNORECASE)
 
 
-LEAST_MATRICES = 4  # of a block: a fused attention, its output, up and down
+LEAST_MATRICES = 4  # in a block: a fused attention, its output, up and down
 
 
 @dataclass(frozen=True)
 class ModelBlock:
-    """One of a stack of blocks of one width; `stack` is the path before its number."""
+    """One of a stack of blocks of one width."""
 
-    stack: str
+    stack: str  # the path before its number
     number: int
     width: int
     parameters: int
@@ -46,14 +46,14 @@ class ModelBlock:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor seen as `copies` matrices of rows x columns, in a block of some width, 0 outside of blocks."""
+    """A tensor seen as a number of matrices of rows x columns."""
 
     path: str
-    kind: str  # of architectures.roles
+    kind: str  # as in `architectures.roles`
     copies: int
     rows: int
     columns: int
-    width: int
+    width: int  # of the block that it is in, 0 outside of blocks
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class Matrix:
 
     @property
     def inp(self) -> int:
-        """Of a fused matrix, which reads the block's stream: Conv1D and some experts store (in, out)."""
+        """The side of a fused matrix that reads the block's stream: Conv1D and some experts store (in, out)."""
         return self.rows if self.rows == self.width else self.columns
 
     @property
@@ -75,7 +75,7 @@ class Matrix:
 
 
 def parameters_of(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """What is trained of a file: floats that are no buffers, a bias that is there twice once."""
+    """Return what is trained of a file: floats that are no buffers, a bias that is there twice once."""
     twins = {
         name for name in specs if name.endswith(".decoder.bias") and name.replace(".decoder.bias", ".bias") in specs
     }
@@ -87,7 +87,7 @@ def parameters_of(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 
 
 def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
-    """The blocks of every stack whose blocks each have at least LEAST_MATRICES matrices, and all one width."""
+    """Find the blocks of every stack whose blocks each have at least LEAST_MATRICES matrices, and all one width."""
     stacks: dict[str, dict[int, dict[str, TensorSpec]]] = {}
     for name, spec in specs.items():
         found = _BLOCK.match(name)
@@ -102,7 +102,7 @@ def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
 
 
 def _width(specs: Mapping[str, TensorSpec]) -> int:
-    """The dimension that most of a block's matrices have, of those that a norm of it has; 0 of too few matrices."""
+    """Return the dimension that most of a block's matrices, and a norm, have; 0 for too few matrices."""
     matrices = [spec.shape[-2:] for spec in specs.values() if len(spec.shape) in (2, 3) and spec.size]
     norms = {spec.size for name, spec in specs.items() if len(spec.shape) == 1 and _NORM.search(name)}
     counts = Counter(size for shape in matrices for size in set(shape) if not norms or size in norms)
@@ -110,7 +110,7 @@ def _width(specs: Mapping[str, TensorSpec]) -> int:
 
 
 def main_stack(blocks: Sequence[ModelBlock]) -> tuple[ModelBlock, ...]:
-    """The stack with the most parameters."""
+    """Return the stack with the most parameters."""
     sizes: Counter[str] = Counter()
     for block in blocks:
         sizes[block.stack] += block.parameters
@@ -125,7 +125,7 @@ def make_outline(
     layers: frozenset[int] | None,
     context: int | None,
 ) -> Outline:
-    """What the formulas of `counting` need. layers: those whose biases and blocks a method may touch, None for all."""
+    """Collect what the formulas need; `layers`: those whose biases and blocks a method may touch, None for all."""
     main = main_stack(blocks)
     within = Selection(layers=layers)
     return Outline(
@@ -148,7 +148,7 @@ def _is_bias(name: str, spec: TensorSpec) -> bool:
 def find_matrices(
     specs: Mapping[str, TensorSpec], blocks: Sequence[ModelBlock], tied: tuple[str, str] | None = None
 ) -> tuple[Matrix, ...]:
-    """Every tensor that LoRA could change: matrices, convolutions with their kernels flattened, stacks of experts.
+    """Find every tensor that LoRA could change: matrices, convolutions with flattened kernels, stacks of experts.
 
     tied: the names of an embedding and of a head that is the same tensor; LoRA can change what the head alone computes.
     """
@@ -168,17 +168,19 @@ def find_matrices(
 
 
 def names_one(pattern: str, matrix: Matrix) -> bool:
-    """Whether a pattern of --target means a matrix or a part of it: by its path, or by a role."""
+    """Return whether a pattern of --target means a matrix or some rows of it: by its path, or by a role."""
     if pattern == "all-linear":
         return matrix.kind in ("linear", "experts")
     return pattern in matrix.roles or matches_pattern(pattern, matrix.path)
 
 
 def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[CountedMatrix, ...]:
-    """The selected matrices. A fused one that is named itself is one; where its parts are named, each of them is.
+    """Return the selected matrices; a fused one that is named itself is one, else each of its roles that is named.
 
-    The patterns of `selection` may also be roles, as in `architectures.projections.ROLES`. Raises InputError where the
-    rows of a part cannot be told from the shapes.
+    The patterns of `selection` may also be roles, as `architectures.projections.projections` returns.
+
+    Raises:
+        InputError: the shapes do not tell which rows of a fused matrix a role has.
     """
     within = Selection(layers=selection.layers)
     query_rows = {m.parent: m.other for m in matrices if m.roles == ("o_proj",)}
@@ -192,13 +194,13 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Coun
         if len(kept) == len(m.roles) and (by_path or len(kept) == 1):
             found.append(CountedMatrix(m.path, m.columns, m.rows, m.copies))
         elif kept:
-            rows = _part_rows(m, query_rows.get(m.parent))
-            found += [CountedMatrix(f"{m.path}[{part}]", m.inp, rows[part], m.copies) for part in kept]
+            rows = _role_rows(m, query_rows.get(m.parent))
+            found += [CountedMatrix(f"{m.path}[{role}]", m.inp, rows[role], m.copies) for role in kept]
     return tuple(found)
 
 
-def _part_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:
-    """How many outputs each part of a fused matrix has: equal ones, but for keys and values that share heads."""
+def _role_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:
+    """Return how many outputs each role of a fused matrix has: equal ones, but for keys and values that share heads."""
     out, count = matrix.rows * matrix.columns // matrix.inp, len(matrix.roles)
     first = out // count if query_rows is None or count < 3 else query_rows
     rest = out - first

@@ -1,7 +1,7 @@
-"""Two adapters module by module, in factor space: sizes, distances, angles, and the paper's phi, from QR cores.
+"""Compare two adapters module by module in factor space: sizes, distances, angles, and the paper's phi, from QR cores.
 
-Modules of equal shapes go through together. Everything is of the changes and not of their factors, so that the same
-change in other factors is the same.
+Modules of equal shapes go through together. All numbers are those of the deltas and not of their factors, so that one
+delta in two factorizations is equal.
 """
 
 from __future__ import annotations
@@ -36,22 +36,24 @@ from ...numerics.factored_svd import (
 )
 from ...streaming.workers import Progress
 
-SAME = 1e-6  # relative distance up to which two changes are one: float32 factors of the same product differ so much
+SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors of the same product differ so much
 
 
 BATCH = 1 << 24  # numbers of factors held at a time
 
 
-# A name, and the update that each adapter has there.
+# (name, the update that A has there, the one that B has)
 ModulePair = tuple[str, UpdateSpec | None, UpdateSpec | None]
 
 
 @dataclass(frozen=True)
 class Phi:
-    """phi(i, j) of the first i singular directions of A's change and the first j of B's (Hu et al., equation 4).
+    """phi(i, j) of the first i singular directions of A's delta and the first j of B's (Hu et al., equation 4).
 
-    i, j: powers of 2 and the ranks. left: of the output side, right: of the input side, i rows and j columns each;
-    random_left, random_right: the mean of random subspaces.
+    Attributes:
+        i, j: powers of 2 and the ranks.
+        left, right: on the output and on the input side, i rows and j columns each.
+        random_left, random_right: the means of random subspaces.
     """
 
     i: tuple[int, ...]
@@ -64,11 +66,18 @@ class Phi:
 
 @dataclass(frozen=True)
 class ModuleDiff:
-    """One module of A and B; D its change (of DoRA before the norm). On one side only, the other has rank and norm 0.
+    """One module of A and B; D is its delta on a side (of DoRA before the norm).
 
-    relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); same: whether that is 0 but for float32's rounding, whatever the
-    factors. angles: between the spans of the changes on either side, in radians, rising; None for stacks of experts and
-    where one is 0. With a base W: size_a, size_b ||D|| / ||W||; amplification ||D|| / ||U^T W V|| (section 7.3).
+    Attributes:
+        rank_a, rank_b, norm_a, norm_b: the rank and ||D||, 0 on a side without the module.
+        distance: ||D_B - D_A||.
+        relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); 1 if it is on one side only.
+        same: whether that is 0 but for float32's rounding, whatever the factors.
+        angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising;
+            None for stacks of experts and where a delta is 0.
+        phi: None where the angles are.
+        size_a, size_b: ||D|| / ||W|| with a base W.
+        amplification_a, amplification_b: ||D|| / ||U^T W V|| (section 7.3) with a base W.
     """
 
     name: str
@@ -92,8 +101,11 @@ class ModuleDiff:
 
 @dataclass(frozen=True)
 class ValueDiff:
-    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes. relative: as of
-    modules; 1 where it is on one side only or of another shape.
+    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
+
+    Attributes:
+        norm_a, norm_b: None on a side without it.
+        relative: as of modules; 1 if it is on one side only or of another shape.
     """
 
     name: str
@@ -104,36 +116,40 @@ class ValueDiff:
 
 
 def pair_modules(a: Adapter, b: Adapter) -> list[ModulePair]:
-    """The updates of both by one name, in A's order: paths without wrappers, of today's transformers; flattened where
-    either side is, kohya's prefixes being the components that they mean. Where few meet, renames of a model type and
-    a prefix that one side lacks are tried.
+    """Pair the updates of both by one name, in A's order.
+
+    Names are paths without wrappers, of today's transformers. They are flattened if either side's are; kohya's prefixes
+    are then the components that they mean. If few names are on both sides, renames of one model type and a prefix that
+    one side does not have are tried.
     """
     flat = a.flattened or b.flattened
     one, two = (_by_key(adapter, flat, ()) for adapter in (a, b))
     if len(one.keys() & two.keys()) * 2 < min(len(one), len(two)):
         tried = [[_by_key(adapter, flat, types) for adapter in (a, b)] for types in ((), *((t,) for t in RENAMES))]
-        one, two = max(tried, key=_meeting)
+        one, two = max(tried, key=_count_matches)
     heads = KOHYA_COMPONENTS.values() if flat else {path.split(".")[0] + "." for path in {*one, *two}}
     prefix = missing_prefix(set(one), set(two), heads)
-    if prefix is not None and _is_one_part(*prefix):
+    if prefix is not None and _is_one_component(*prefix):
         longer, shorter = prefix
         two = {longer + path.removeprefix(shorter): spec for path, spec in two.items()}
     return [(name, one.get(name), two.get(name)) for name in [*one, *(name for name in two if name not in one)]]
 
 
-def _meeting(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
-    """How many updates have a name in common; none where the shapes say that it is an accident."""
-    met = [(sides[0][name], sides[1][name]) for name in sides[0].keys() & sides[1].keys()]
-    return len(met) if all(one.shape == two.shape for one, two in met) else 0
+def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
+    """Count the names that have an update on both sides; none if the shapes say that it is an accident."""
+    pairs = [(sides[0][name], sides[1][name]) for name in sides[0].keys() & sides[1].keys()]
+    return len(pairs) if all(one.shape == two.shape for one, two in pairs) else 0
 
 
-def _is_one_part(one: str, two: str) -> bool:
-    """Whether two prefixes can mean the same part of a model: no encoder is a decoder, no text encoder the second."""
+def _is_one_component(one: str, two: str) -> bool:
+    """Return whether two prefixes can mean one component: no encoder is a decoder, no text encoder the second."""
     if not (one and two):
         return True
-    parts = [component_of(f"{head[:-1]}.")[0] for head in (one, two)]
-    known = all(part or head[:-1] in CONTAINER_PREFIXES for part, head in zip(parts, (one, two), strict=True))
-    return known and len({*parts} - {None}) < 2
+    components = [component_of(f"{prefix[:-1]}.")[0] for prefix in (one, two)]
+    are_known = all(
+        component or prefix[:-1] in CONTAINER_PREFIXES for component, prefix in zip(components, (one, two), strict=True)
+    )
+    return are_known and len({*components} - {None}) < 2
 
 
 def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
@@ -158,9 +174,10 @@ def compare_modules(
     device: torch.device,
     progress: Progress | None,
 ) -> Iterator[tuple[ModuleDiff, FactoredSVD | None, FactoredSVD | None]]:
-    """Every module that has factors on either side, and the SVDs of its changes, each a stack (E, ...).
+    """Yield every module that has factors on either side, with the SVDs of its deltas, each a stack (E, ...).
 
-    Raises InputError where the shapes of two changes differ, and for nan and inf.
+    Raises:
+        InputError: the shapes of two deltas differ, or a factor has nan or inf.
     """
     found = [(name, one, two) for name, one, two in aligned if (one and one.rank) or (two and two.rank)]
     for name, one, two in found:
@@ -173,7 +190,7 @@ def compare_modules(
         svd_a, svd_b = _svds(a, [one for _, one, _ in batch], device), _svds(b, [two for _, _, two in batch], device)
         for i, ((name, one, two), numbers) in enumerate(zip(batch, _numbers(svd_a, svd_b), strict=True)):
             mine, theirs = _member(svd_a, i), _member(svd_b, i)
-            yield _module(name, one, two, numbers, mine, theirs), mine, theirs
+            yield _module_diff(name, one, two, numbers, mine, theirs), mine, theirs
         done += sum(map(_nbytes, batch))
         if progress:
             progress(done, total)
@@ -185,7 +202,7 @@ def _nbytes(entry: ModulePair) -> int:
 
 
 def _batches(found: Sequence[ModulePair]) -> Iterator[list[ModulePair]]:
-    """Entries whose factors have equal shapes, as many as memory should hold."""
+    """Group entries whose factors have equal shapes, as many as memory should hold."""
     groups: dict[object, list[ModulePair]] = {}
     for entry in found:
         groups.setdefault(tuple(_shapes(spec) for spec in entry[1:]), []).append(entry)
@@ -201,7 +218,7 @@ def _shapes(spec: UpdateSpec | None) -> tuple[tuple[int, ...], ...]:
 
 
 def _svds(adapter: Adapter, specs: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
-    """(N, E, ...) of N modules; None where this side has none of them."""
+    """Return the SVDs of N modules as (N, E, ...); None if this side has none of them."""
     pairs = [load_stacked_factors(adapter, spec) for spec in specs if spec and spec.rank]
     if not pairs:
         return None
@@ -213,7 +230,7 @@ def _member(side: FactoredSVD | None, i: int) -> FactoredSVD | None:
 
 
 def _numbers(one: FactoredSVD | None, two: FactoredSVD | None) -> list[tuple[float, float, float, float]]:
-    """(||D_A||, ||D_B||, ||D_B - D_A||, cosine) of each module of a batch, over its stack."""
+    """Return (||D_A||, ||D_B||, ||D_B - D_A||, cosine) of each module of a batch, over its stack."""
     there = one or two
     assert there is not None
     zero = there.S.new_zeros(there.S.shape[:2])
@@ -235,7 +252,7 @@ def _over_stack(x: Tensor) -> Tensor:
     return norm
 
 
-def _module(
+def _module_diff(
     name: str,
     one: UpdateSpec | None,
     two: UpdateSpec | None,
@@ -264,8 +281,8 @@ def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
     i, j = (_powers_of_two(side.shape[1]) for side in left)
 
     def grid(sides: tuple[Tensor, Tensor]) -> tuple[tuple[float, ...], ...]:
-        whole = subspace_similarity(*sides)
-        return tuple(tuple(float(whole[a - 1, b - 1]) for b in j) for a in i)
+        full = subspace_similarity(*sides)
+        return tuple(tuple(float(full[a - 1, b - 1]) for b in j) for a in i)
 
     def random(side: Tensor) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(random_similarity(a, b, len(side)) for b in j) for a in i)
@@ -274,12 +291,12 @@ def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
 
 
 def _powers_of_two(rank: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and the rank itself."""
+    """Return 1, 2, 4, ... and the rank itself."""
     return (*(1 << n for n in range(rank.bit_length()) if 1 << n < rank), rank)
 
 
 def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> list[ValueDiff]:
-    """Whatever is no factor."""
+    """Compare the tensors that are no factors."""
     found = []
     for name, one, two in aligned:
         roles = [{r: k for r, k in spec.tensors.items() if r not in ("A", "B")} if spec else {} for spec in (one, two)]
@@ -292,36 +309,36 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> lis
             rows = [spec.indices if spec else () for spec in (one, two)]
             label = f"{name} {role}" if role != "value" else name
             kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
-            found.append(_value(label, kind, sides, scales, rows[0] == rows[1]))
+            found.append(_value_diff(label, kind, sides, scales, rows[0] == rows[1]))
     return found
 
 
-def _value(
+def _value_diff(
     name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_rows: bool
 ) -> ValueDiff:
-    """Raises InputError for nan and inf."""
+    """Compare a tensor that is no factor; raise InputError for nan and inf."""
     for side in sides:
         if side:
             require_finite(side)
-    own = [None if side is None else compare(side, side).norms[0] for side in sides]
-    norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(own, scales, strict=True))
+    norms = [None if side is None else compare(side, side).norms[0] for side in sides]
+    norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(norms, scales, strict=True))
     one, two = sides
     if not (one and two and one.spec.shape == two.spec.shape and same_rows):
         return ValueDiff(name, kind, norm_a, norm_b, 1.0)
-    found = compare(one, two) if scales[0] == scales[1] else _scaled(one, two, scales)
+    found = compare(one, two) if scales[0] == scales[1] else _compare_scaled(one, two, scales)
     largest = max(found.norms[:2])
     relative = found.norms[2] / largest if largest else float(found.changed > 0)
     return ValueDiff(name, kind, norm_a, norm_b, relative)
 
 
-def _scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> Comparison:
-    """Of biases, each times its scale."""
+def _compare_scaled(one: TensorRef, two: TensorRef, scales: Sequence[float]) -> Comparison:
+    """Compare two biases, each times its scale."""
     x, y = (side.file.tensor(side.name).double() * s for side, s in zip((one, two), scales, strict=True))
     return Comparison(False, (norm(x), norm(y), norm(y - x)))
 
 
 def total_distances(modules: Sequence[ModuleDiff]) -> tuple[float, float, float, float]:
-    """(||D_A||, ||D_B||, ||D_B - D_A||, cosine) of all modules together."""
+    """Return (||D_A||, ||D_B||, ||D_B - D_A||, cosine) of all modules together."""
     norm_a, norm_b, between = (
         math.hypot(*(getattr(m, name) for m in modules)) for name in ("norm_a", "norm_b", "distance")
     )
@@ -330,7 +347,7 @@ def total_distances(modules: Sequence[ModuleDiff]) -> tuple[float, float, float,
 
 
 def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:
-    """The mean over the modules whose ranks are the commonest."""
+    """Return the mean of phi over the modules whose ranks are the commonest; None if no module has a phi."""
     grids = [m.phi for m in modules if m.phi]
     if not grids:
         return None

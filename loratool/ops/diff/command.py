@@ -1,4 +1,4 @@
-"""`diff`: two adapters in factor space, or two checkpoints tensor by tensor; told apart by what is in the files."""
+"""`diff` compares two adapters in factor space, or two checkpoints tensor by tensor; the files tell which they are."""
 
 from __future__ import annotations
 
@@ -45,15 +45,22 @@ from .related import require_known_names, require_one_model
 READ = 1 << 22  # numbers of a base read at a time
 
 
-# Fields of adapter_config.json that say nothing of the change.
+# Fields of adapter_config.json that say nothing of the deltas, or what the modules say.
 NO_DIFFERENCE = ("target_modules", "inference_mode", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class AdapterDiff:
-    """Two adapters. Of all factors together: norm_a, norm_b, distance, cosine, and relative, which is the distance over
-    the larger norm. worst: the largest relative distance of any module or tensor, 1 where one side lacks it. fields: of
-    the configs, name -> the two values. ranks: how many modules have which. phi: the mean over modules.
+    """Two adapters, module by module and as a whole.
+
+    Attributes:
+        only_a, only_b: modules of one side only.
+        ranks_a, ranks_b: rank -> how many modules have it.
+        fields: a field of the configs that differs -> the two values.
+        norm_a, norm_b, distance, cosine: of all factors together.
+        relative: the distance over the larger norm.
+        phi: the mean over the modules whose ranks are the commonest.
+        worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
     """
 
     a: str
@@ -79,8 +86,14 @@ class AdapterDiff:
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """relative: ||B - A|| / max(||A||, ||B||), 1 where the shapes differ or nan or inf came or went; the others are
-    those of `pairing.Comparison`, largest None where the shapes differ.
+    """A tensor that differs between two checkpoints.
+
+    Attributes:
+        relative: ||B - A|| / max(||A||, ||B||); 1 if the shapes differ or nan or inf came or went.
+        largest: the largest absolute difference; None if the shapes differ.
+        steps: the most numbers of the type between two values; None for float64 and if the types or the shapes differ.
+        changed: how many values differ.
+        odd: how many are nan or inf on one side and not so on the other.
     """
 
     name: str
@@ -97,8 +110,13 @@ class TensorDiff:
 
 @dataclass(frozen=True)
 class CheckpointDiff:
-    """Two checkpoints; tensors: those that differ, equal: how many do not. relative: over all tensors of both sides;
-    worst: the largest of any tensor, 1 where one side lacks it or its shape differs.
+    """Two checkpoints, tensor by tensor.
+
+    Attributes:
+        tensors: those that differ.
+        equal: how many do not.
+        relative: over all tensors of both sides.
+        worst: the largest of any tensor, 1 if it is on one side only or its shape differs.
     """
 
     a: str
@@ -152,10 +170,10 @@ def diff(
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
         adapters = open_adapters(parse_adapters([a, b]), alpha, opened)
         modules = [module for adapter in adapters for module in adapter.updates]
-        met, aliases = by_meaning(adapters, selection)
-        require_one_model(*met)
+        comparable, aliases = by_meaning(adapters, selection)
+        require_one_model(*comparable)
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
-        one, two = (_selected(adapter, selection, aliases) for adapter in met)
+        one, two = (_selected(adapter, selection, aliases) for adapter in comparable)
         if not one.updates and not two.updates:
             raise InputError("neither adapter has a module that is selected")
         model = None if base is None else open_model(base, "--base is the model under the two", opened)
@@ -163,8 +181,8 @@ def diff(
 
 
 def _selected(adapter: Adapter, selection: Selection, aliases: Mapping[str, tuple[str, ...]]) -> Adapter:
-    own = {m: update for m, update in adapter.updates.items() if selection.selects(m, *aliases.get(m, ()))}
-    return replace(adapter, updates=own)
+    updates = {m: update for m, update in adapter.updates.items() if selection.selects(m, *aliases.get(m, ()))}
+    return replace(adapter, updates=updates)
 
 
 def _diff_adapters(
@@ -219,7 +237,7 @@ def _ranks(adapter: Adapter) -> dict[int, int]:
 
 
 def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
-    """Fields of the configs that differ, but for ranks and targets, which the modules tell."""
+    """Return the fields of the configs that differ, but for ranks and targets, which the modules tell."""
     one, two = a.config.extra, b.config.extra
     found: dict[str, tuple[Any, Any]] = {"format": (a.format, b.format)} if a.format != b.format else {}
     found |= {"alpha": (a.config.alpha, b.config.alpha)} if a.config.alpha != b.config.alpha else {}
@@ -232,13 +250,13 @@ def _fields(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
 
 
 def _printable(value: Any) -> Any:
-    """A field's value, nothing and false being one; as text where it holds NaN or Infinity, which are no JSON."""
+    """Return a field's value, None for nothing and false; as text if it holds NaN or Infinity, which are no JSON."""
     text = json.dumps(value)
     return text if re.search(r"NaN|Infinity", text) else value or None
 
 
 def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorRef, Placement]]]:
-    """The base's tensors under each module. Raises what `bind` raises where the two do not belong together."""
+    """Return the base's tensors under each module; raise what `bind` raises if the two do not belong together."""
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
     binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(), coded)
@@ -253,7 +271,7 @@ def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorR
 def _relative_to_base(
     weights: Mapping[str, list[tuple[TensorRef, Placement]]], spec: UpdateSpec | None, svd: FactoredSVD | None
 ) -> tuple[float | None, float | None]:
-    """||D|| / ||W||, and the amplification factor where W is one whole matrix; None without a base."""
+    """Return ||D|| / ||W||, and the amplification factor if W is one whole matrix; None without a base."""
     if spec is None or svd is None or spec.module not in weights:
         return None, None
     found = weights[spec.module]
@@ -266,8 +284,8 @@ def _relative_to_base(
     if len(found) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
         return size, None
     U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
-    change = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
-    factor = amplification(change, source.blocks(READ), spec.rank)
+    delta = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
+    factor = amplification(delta, source.blocks(READ), spec.rank)
     return size, factor if math.isfinite(factor) else None
 
 
@@ -275,11 +293,11 @@ def _diff_checkpoints(
     names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None
 ) -> CheckpointDiff:
     pairs = pair_tensors(a, b)
-    modules = [*map(_module, (*pairs.both, *pairs.only_base, *pairs.only_tuned))]
+    modules = [*map(_module_of, (*pairs.both, *pairs.only_base, *pairs.only_tuned))]
     selection.require_used(modules, " or ".join(names))
-    both = {name: sides for name, sides in pairs.both.items() if selection.selects(_module(name))}
+    both = {name: sides for name, sides in pairs.both.items() if selection.selects(_module_of(name))}
     only_a, only_b = (
-        tuple(n for n in side if selection.selects(_module(n))) for side in (pairs.only_base, pairs.only_tuned)
+        tuple(n for n in side if selection.selects(_module_of(n))) for side in (pairs.only_base, pairs.only_tuned)
     )
     if not (both or only_a or only_b):
         raise InputError("neither model has a tensor that is selected")
@@ -298,7 +316,7 @@ def _diff_checkpoints(
                 equal += 1
             else:
                 _refuse_codes(names, codes, (name,))
-                rows.append(_tensor(name, one, two, found))
+                rows.append(_tensor_diff(name, one, two, found))
     totals = [math.hypot(*side) for side in zip(*norms, strict=True)] if norms else [0.0, 0.0, 0.0]
     worst = max((row.relative for row in rows), default=0.0)
     return CheckpointDiff(
@@ -314,7 +332,7 @@ def _diff_checkpoints(
 
 
 def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: Iterable[str]) -> None:
-    """Raise InputError where what differs is stored as codes: their distance is not that of the weights."""
+    """Raise InputError if what differs is stored as codes: their distance is not that of the weights."""
     for name in differing:
         if name in codes:
             raise InputError(
@@ -324,17 +342,17 @@ def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: 
             )
 
 
-def _module(name: str) -> str:
+def _module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
 def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
-    """None where the shapes differ."""
+    """Compare two tensors; None if their shapes differ."""
     one, two = sides
     return compare(one, two) if one.spec.shape == two.spec.shape else None
 
 
-def _tensor(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
+def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
     dtypes, shapes = (one.spec.dtype, two.spec.dtype), (one.spec.shape, two.spec.shape)
     if found is None:
         return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0)
@@ -345,6 +363,6 @@ def _tensor(name: str, one: TensorRef, two: TensorRef, found: Comparison | None)
 
 
 def _relative(one: float, two: float, between: float) -> float:
-    """Of norms. The difference of opposites is twice as large as either."""
+    """Return the distance over the larger norm: 2 for opposites, since their difference is twice as large as either."""
     largest = max(one, two)
     return between / largest if largest else 0.0

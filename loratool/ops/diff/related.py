@@ -1,7 +1,7 @@
-"""Whether adapters can be of one model, as far as their names and shapes tell.
+"""Tell whether adapters can be of one model, as far as their names and shapes say.
 
 Two that change other modules of one model are nothing unusual (one the attention, one the MLPs): they name its layers
-alike, and its width is in both. What has neither in common is of two models, and its sum is nobody's.
+alike, and its width is in both. Adapters with neither in common are of two models, and their sum is of no use.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from ..convert.source_modules import detect_family, read_source_modules
 from ..inputs import WeightedAdapter
 from .adapters import ModulePair, pair_modules
 
-NUMBER = re.compile(r"(?:^|[._])\d+(?:[._]|$)")  # of a layer, behind what it is called
+NUMBER = re.compile(r"(?:^|[._])\d+(?:[._]|$)")  # of a layer, after the name of its stack
 
 
 def require_related(loaded: WeightedAdapter) -> None:
-    """loaded: of one format and spelling. Raises NeedsFlag where some have nothing to do with the first."""
+    """Raise NeedsFlag if some adapters have nothing to do with the first; all are of one format and naming."""
     related, rest = [loaded[0][0]], [adapter for adapter, _ in loaded[1:]]
     while rest:
-        near = next((i for i, one in enumerate(rest) if any(not why_unrelated(each, one) for each in related)), None)
-        if near is None:
+        related_at = next(
+            (i for i, one in enumerate(rest) if any(not why_unrelated(each, one) for each in related)), None
+        )
+        if related_at is None:
             why = why_unrelated(related[0], rest[0])
             assert why
             raise NeedsFlag(why, culprit=rest[0].name, remedy="add --allow unrelated to combine them all the same")
-        related.append(rest.pop(near))
+        related.append(rest.pop(related_at))
 
 
 def require_same_names(loaded: WeightedAdapter) -> None:
-    """Refuse adapters that share no module, but all of one's would be the other's, were both saved by one version of
-    transformers: a loader finds but one's.
+    """Raise InputError for adapters that share no name, though one's modules are all the other's under another name.
+
+    They were saved by two versions of transformers, and a loader would find the modules of one alone.
     """
     for (one, _), (two, _) in combinations(loaded, 2):
         if one.updates.keys().isdisjoint(two.updates):
-            met = [(a, b) for _, a, b in pair_modules(one, two) if a and b]
-            if len(met) == min(len(one.updates), len(two.updates)) and all(a.shape == b.shape for a, b in met):
-                a, b = met[0]
-                said = f"of {two.name} is {a.module} in {one.name}: they are saved from two classes of a model"
-                raise InputError(said, culprit=b.module)
+            pairs = [(a, b) for _, a, b in pair_modules(one, two) if a and b]
+            if len(pairs) == min(len(one.updates), len(two.updates)) and all(a.shape == b.shape for a, b in pairs):
+                a, b = pairs[0]
+                message = f"of {two.name} is {a.module} in {one.name}: they are saved from two classes of a model"
+                raise InputError(message, culprit=b.module)
 
 
 def require_one_model(a: Adapter, b: Adapter) -> None:
@@ -54,28 +57,28 @@ def require_one_model(a: Adapter, b: Adapter) -> None:
     if any(one and two for _, one, two in aligned):
         return
     sides = [{name: update for name, *both in aligned if (update := both[i])} for i in (0, 1)]
-    why = why_unrelated(*(replace(each, updates=own) for each, own in zip((a, b), sides, strict=True)))
+    why = why_unrelated(*(replace(each, updates=updates) for each, updates in zip((a, b), sides, strict=True)))
     if why:
         raise InputError(f"{why}; there is nothing to compare", culprit=b.name)
 
 
 def require_known_names(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> None:
-    """Raise InputError where names of two conventions do not tell which modules are the same."""
-    conventions = [format_name(each) for each in (a, b)]
-    if conventions[0] == conventions[1] or not {a.format, b.format} & {*IMAGE_FORMATS}:
+    """Raise InputError if names of two formats do not tell which modules are the same."""
+    formats = [format_name(each) for each in (a, b)]
+    if formats[0] == formats[1] or not {a.format, b.format} & {*IMAGE_FORMATS}:
         return
     alone = [two for _, one, two in aligned if two and not one]
     known = all(detect_family(read_source_modules(each)[0]) for each in (a, b))
     if alone and any(one and not two for _, one, two in aligned) and not known:
         raise InputError(
-            f"of {b.name} may be any of {a.name}'s modules: one has {conventions[1]}'s names, the other "
-            f"{conventions[0]}'s, and they are of no image model that is known",
+            f"of {b.name} may be any of {a.name}'s modules: one has {formats[1]}'s names, the other "
+            f"{formats[0]}'s, and they are of no image model that is known",
             culprit=alone[0].module,
         )
 
 
 def why_unrelated(one: Adapter, two: Adapter) -> str | None:
-    """What tells that no model has the modules of both; None where one may."""
+    """Return what tells that no model has the modules of both; None if one may."""
     if one.updates.keys() & two.updates.keys():
         return None
     try:
@@ -88,21 +91,21 @@ def why_unrelated(one: Adapter, two: Adapter) -> str | None:
     components = [{component_of(module)[0] for module in each.updates} for each in (one, two)]
     if None not in components[0] | components[1] and components[0].isdisjoint(components[1]):
         return None
-    said = f"has no module in common with {one.name}, and"
+    opening = f"has no module in common with {one.name}, and"
     stems = [
         {module[: found.start()] for module in each.updates if (found := NUMBER.search(module))} for each in (one, two)
     ]
     if all(stems) and stems[0].isdisjoint(stems[1]):
-        return f"{said} its layers are {min(stems[1])}, not {min(stems[0])}"
+        return f"{opening} its layers are {min(stems[1])}, not {min(stems[0])}"
     sizes = [{size for update in each.updates.values() for size in _sizes(update)} for each in (one, two)]
     if all(sizes) and sizes[0].isdisjoint(sizes[1]):
         shapes = ["x".join(map(str, next(u.shape for u in each.updates.values() if u.rank))) for each in (two, one)]
-        return f"{said} no width: {shapes[0]} beside {shapes[1]}"
+        return f"{opening} no width: {shapes[0]} beside {shapes[1]}"
     return None
 
 
 def _sizes(update: UpdateSpec) -> tuple[int, ...]:
-    """Of its inputs and outputs."""
+    """Return the sizes of an update's inputs and outputs."""
     if not update.rank:
         return ()
     return update.shape[1:] if update.kind == "experts" else update.shape[:2]

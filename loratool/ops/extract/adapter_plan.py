@@ -1,4 +1,4 @@
-"""The PEFT adapter to write once the ranks are known."""
+"""Plan the PEFT adapter that `extract` writes, once the ranks are known."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .changes import SortedDeltas
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """An adapter whose ranks are known: the specs of its tensors, what loads one, and its config."""
+    """An adapter whose ranks are known, ready to be written."""
 
-    specs: Mapping[str, TensorSpec]
-    load: Callable[[str], torch.Tensor]
-    config: Mapping[str, Any]
-    ranks: Mapping[str, int]
-    effective_rank: Callable[[str], float]
-    stored: Callable[[str], float]
+    specs: Mapping[str, TensorSpec]  # by the tensor's name in the output
+    load: Callable[[str], torch.Tensor]  # takes a key of `specs`
+    config: Mapping[str, Any]  # adapter_config.json, or a single file's metadata
+    ranks: Mapping[str, int]  # by the base tensor's name
+    effective_rank: Callable[[str], float]  # that of the factors of a key of `ranks`
+    stored: Callable[[str], float]  # relative error that the factors' dtype adds, for a key of `ranks`
 
 
 def plan_adapter(
@@ -40,12 +40,16 @@ def plan_adapter(
     base: Checkpoint,
     base_name: str,
 ) -> AdapterPlan:
+    """Plan a PEFT adapter's tensors and config from factored deltas and from tensors that are kept exactly.
+
+    `factored` and `ranks` have the base's tensor names; `spool` must be open until the last tensor is loaded.
+    """
     in_model = found.in_model or str
-    own = {in_model(name): name for name in factored}
-    heads = {in_model(name): in_model(change.also) for name, change in found.low_rank.items() if change.also}
+    name_at = {in_model(name): name for name in factored}
+    heads = {in_model(name): in_model(delta.also) for name, delta in found.low_rank.items() if delta.also}
     layout = locate_factors(
-        {path: factored[name].kind for path, name in own.items()},
-        {path: ranks[name] for path, name in own.items() if name in ranks},
+        {path: factored[name].kind for path, name in name_at.items()},
+        {path: ranks[name] for path, name in name_at.items() if name in ranks},
         heads,
     )
     modules = layout.modules
@@ -53,20 +57,20 @@ def plan_adapter(
     specs: dict[str, TensorSpec] = {}
     letters = SAFETENSORS[str(dtype).removeprefix("torch.")]
 
-    def factors(name: str, turned: bool, side: int) -> Callable[[], torch.Tensor]:
+    def factors(name: str, transposed: bool, side: int) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
             pair = spool.tensors(factored[name], ranks[name], dtype)
-            return pair[1 - side].T.contiguous() if turned else pair[side]
+            return pair[1 - side].T.contiguous() if transposed else pair[side]
 
         return load
 
-    for wrapper, (path, turned) in layout.wrappers.items():
-        name = own[path]
-        kind = WEIGHT_KINDS["head" if turned else factored[name].kind]
+    for wrapper, (path, transposed) in layout.wrappers.items():
+        name = name_at[path]
+        kind = WEIGHT_KINDS["head" if transposed else factored[name].kind]
         shapes = factor_shapes(factored[name].kind, factored[name].shape, ranks[name])
         for side, key in enumerate(kind.keys):
-            tensors[f"{wrapper}.{key}"] = factors(name, turned, side)
-            specs[f"{wrapper}.{key}"] = TensorSpec(letters, shapes[1 - side][::-1] if turned else shapes[side])
+            tensors[f"{wrapper}.{key}"] = factors(name, transposed, side)
+            specs[f"{wrapper}.{key}"] = TensorSpec(letters, shapes[1 - side][::-1] if transposed else shapes[side])
     for name, source in found.exact.items():
         path = in_model(name)
         owner = path.rpartition(".")[0]
@@ -101,12 +105,12 @@ def _zero_pair(
     letters: str,
     dtype: torch.dtype,
 ) -> None:
-    """One pair of zeros: PEFT loads no adapter that targets nothing, not even one of biases alone."""
+    """Add one pair of zero factors: PEFT loads no adapter that targets nothing, not even one of biases alone."""
     for name, spec in base.specs.items():
         module = module_path(in_model(name))
         if role_in_model(base, name, in_model(name), spec) == "linear":
-            turned = stores_transposed(base.model_types, module)
-            out, inp = spec.shape[::-1] if turned else spec.shape
+            transposed = stores_transposed(base.model_types, module)
+            out, inp = spec.shape[::-1] if transposed else spec.shape
             for key, shape in (("lora_A.weight", (1, inp)), ("lora_B.weight", (out, 1))):
                 specs[f"{module}.{key}"] = TensorSpec(letters, shape)
                 tensors[f"{module}.{key}"] = lambda shape=shape: torch.zeros(shape, dtype=dtype)  # type: ignore[misc]

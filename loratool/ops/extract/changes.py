@@ -1,7 +1,7 @@
-"""What of a fine-tune goes where in an adapter: which change is factored, which is kept whole, which is left out.
+"""Sort what a fine-tune changed into deltas to factor, tensors to keep exactly, and tensors to leave out.
 
-A change is sorted by what its tensor is for; a tied model's one matrix is an embedding and a head at once, and so
-changes both.
+A tensor goes where its role says. The one matrix of a tied model is an embedding and a head at once, so its delta is
+for both.
 """
 
 from __future__ import annotations
@@ -28,19 +28,17 @@ from ...files.tensor_ref import TensorRef
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """A weight whose change is factored. also: the name of the head that is the same matrix, where the model ties
-    them.
-    """
+    """A weight whose delta is factored."""
 
     name: str
-    kind: str
+    kind: str  # a key of WEIGHT_KINDS
     base: TensorRef
     tuned: TensorRef
-    also: str | None = None
+    also: str | None = None  # the head that is the same matrix, where the model ties them
 
     @property
     def cost(self) -> int:
-        """Parameters a rank, counted twice where the factors are."""
+        """The parameters that one rank takes, twice as many if a tied head gets the factors too."""
         shape = self.base.spec.shape
         count = shape[0] * (shape[1] + shape[2]) if self.kind.startswith("experts") else shape[0] + math.prod(shape[1:])
         return count * (2 if self.also else 1)
@@ -48,29 +46,24 @@ class WeightDelta:
 
 @dataclass
 class SortedDeltas:
-    """All changes. low_rank: by the base's name; exact: name in the adapter -> the tuned tensor; norms: of what is not
-    factored, (||W||^2, ||D||^2), and matrices those with more than one dimension; taken: tensors of the tuned side
-    alone that found a use; alphas: whether the adapter has a float32 for each module; in_model: as in `sort_changes`;
-    routers: tensors of modules that PEFT takes whole or not at all -> all tensors of that module; aliases: a tensor ->
-    the name under which the files have it.
-    """
+    """Everything that differs between the two models, and where it goes."""
 
-    low_rank: dict[str, WeightDelta] = field(default_factory=dict)
-    exact: dict[str, TensorRef] = field(default_factory=dict)
-    left_out: dict[str, float | None] = field(default_factory=dict)
-    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
-    matrices: set[str] = field(default_factory=set)
-    saved: set[str] = field(default_factory=set)
-    biased: bool = False
-    unchanged: int = 0
-    taken: set[str] = field(default_factory=set)
-    alphas: bool = False
-    in_model: Callable[[str], str] | None = None
-    routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    low_rank: dict[str, WeightDelta] = field(default_factory=dict)  # by the base's name
+    exact: dict[str, TensorRef] = field(default_factory=dict)  # the base's name -> the tensor to store
+    left_out: dict[str, float | None] = field(default_factory=dict)  # name -> ||D||, None if it cannot be told
+    norms: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (||W||^2, ||D||^2), if not factored
+    matrices: set[str] = field(default_factory=set)  # the names in `norms` that have more than one dimension
+    saved: set[str] = field(default_factory=set)  # modules_to_save
+    biased: bool = False  # a bias is in `exact`
+    unchanged: int = 0  # how many tensors are equal
+    taken: set[str] = field(default_factory=set)  # tensors of the tuned side alone that found a use
+    alphas: bool = False  # the format stores a float32 alpha for each module
+    in_model: Callable[[str], str] | None = None  # as in `sort_deltas`
+    routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
+    aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
     def exact_cost(self, in_bytes: bool) -> int:
-        """Of what is kept exactly, and of the alphas: bytes, or parameters."""
+        """Return the size of the exact tensors and of the alphas, in bytes or in parameters."""
         alphas = len(self.low_rank) * (4 if in_bytes else 1) if self.alphas else 0
         return alphas + sum(source.spec.nbytes if in_bytes else source.spec.size for source in self.exact.values())
 
@@ -83,16 +76,22 @@ def sort_deltas(
     bias: bool,
     in_model: Callable[[str], str] | None = None,
 ) -> SortedDeltas:
-    """embed: a key of EMBED; bias: keep biases and norms; in_model: names in the model, where PEFT is to wrap it.
+    """Compare two models tensor by tensor, and sort what differs.
 
-    Raises InputError for shapes that differ beside vocabularies.
+    Args:
+        embed: a key of EMBED_CHOICES.
+        bias: keep changed biases and norms.
+        in_model: maps a tensor's name to the one in the model that PEFT wraps; None for an adapter that is not PEFT's.
+
+    Raises:
+        InputError: the shapes of a tensor differ otherwise than by the size of a vocabulary.
     """
     found = SortedDeltas(in_model=in_model, routers=bare_routers(base, in_model) if in_model else {})
     tie = find_tie(base)
     both = dict(pairs.both)
-    lacking = tie.lacking(base) if tie else {}
-    apart = [name for name in pairs.only_tuned if name in lacking]
-    for name in apart:
+    missing = tie.lacking(base) if tie else {}
+    untied = [name for name in pairs.only_tuned if name in missing]
+    for name in untied:
         assert tie is not None
         first = tie.stored_as(name)
         both[name] = (TensorRef(base.shard_of[first], first), pairs.only_tuned[name])
@@ -100,15 +99,17 @@ def sort_deltas(
     if tie and tie.bias:
         found.aliases = {tie.bias[1]: tie.bias[0]}
     for name, (one, two) in both.items():
-        also = tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in apart else None
-        _sort(base, name, one, two, also, selection, embed, bias, found)
+        also = (
+            tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied else None
+        )
+        _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
     return found
 
 
-def _sort(
+def _sort_tensor(
     base: Checkpoint,
     name: str,
     one: TensorRef,
@@ -119,7 +120,7 @@ def _sort(
     bias: bool,
     found: SortedDeltas,
 ) -> None:
-    """One tensor of both sides to its place."""
+    """Put one tensor of both sides where its role says."""
     floats = one.spec.dtype in TORCH_FLOATS and two.spec.dtype in TORCH_FLOATS
     if not floats or not one.spec.size or not one.spec.shape:
         if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
@@ -128,26 +129,26 @@ def _sort(
             found.left_out[name] = None
         return
     module = module_path(name)
-    what = weight_role(module, len(one.spec.shape), True)
+    role = weight_role(module, len(one.spec.shape), True)
     if found.in_model:
-        what = role_in_model(base, name, found.in_model(name), one.spec)
+        role = role_in_model(base, name, found.in_model(name), one.spec)
     grown = one.spec.shape != two.spec.shape
-    if grown and (what not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
+    if grown and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
     if not grown and same_values(one, two) and (one.spec == two.spec or same_values(two, one)):
         found.unchanged += 1
         return
     selected = selection.selects(module)
-    vocabulary = what in ("embedding", "head")
+    vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
-        _keep_whole(base, found, name, two, also)
+        _keep_vocabulary(base, found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
-    elif selected and what and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = WeightDelta(name, weight_kind(base.model_types, module, what), one, two, also)
+    elif selected and role and not (vocabulary and embed == "skip"):
+        found.low_rank[name] = WeightDelta(name, weight_kind(base.model_types, module, role), one, two, also)
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
-        _keep(base, found, name, two)
+        _keep_exactly(base, found, name, two)
     else:
         if not grown:
             _measure(found, name, one, two)
@@ -159,14 +160,15 @@ def _is_bias_or_norm(name: str, one: TensorRef) -> bool:
 
 
 def _measure(found: SortedDeltas, name: str, one: TensorRef, two: TensorRef) -> None:
+    """Record ||W||^2 and ||D||^2 of a tensor that is not factored."""
     between = difference(one, two, torch.device("cpu"))
     if len(one.spec.shape) > 1:
         found.matrices.add(name)
     found.norms[name] = (between.base_squared, float(between.D.double().square().sum()))
 
 
-def _keep_whole(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef, also: str | None) -> None:
-    """With its bias, which PEFT misses where a module that it saves has one."""
+def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef, also: str | None) -> None:
+    """Keep an embedding or a head exactly, with its bias, which PEFT expects of every module that it saves."""
     for each in (name, also):
         if each:
             module = module_path(each)
@@ -177,8 +179,8 @@ def _keep_whole(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef
                 found.exact.setdefault(f"{module}.bias", TensorRef(base.shard_of[stored], stored))
 
 
-def _keep(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
-    """A norm's or router's module whole, with what in it may not have changed; a bias by itself."""
+def _keep_exactly(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
+    """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
     found.exact[name] = two
     if name in found.routers:
         assert found.in_model

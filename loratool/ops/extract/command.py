@@ -1,7 +1,7 @@
-"""`extract`: a full fine-tune's change as an adapter: the best of its rank for every matrix, biases and norms exact.
+"""`extract` writes a full fine-tune's delta as an adapter: each matrix at the best of its rank, biases and norms exact.
 
-One matrix at a time: D = TUNED - BASE in float32, its truncated SVD into a spool; when all ranks are known, the
-adapter is written from there. Everything that changed is in the adapter or named with its norm.
+One matrix is in memory at a time: the truncated SVD of D = TUNED - BASE, in float32, goes into a spool. When all ranks
+are known, the adapter is written from there. Everything that changed is in the adapter or reported with its norm.
 """
 
 from __future__ import annotations
@@ -39,29 +39,36 @@ from .adapter_plan import AdapterPlan, plan_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
 
-UNRELATED = 0.9  # of the norm of the matrices that changed: a change beyond it is no fine-tune
+UNRELATED = 0.9  # |D|/|W| of the matrices that changed: above it, TUNED is no fine-tune of BASE
 
 
 RANK = 8
 
 
-FIRST_RANK = 32  # computed of each matrix where the rule may ask for any rank
+FIRST_RANK = 32  # computed of each matrix at first, if the rule may ask for any rank
 
 
-HEADROOM = 4  # times the uniform rank of a budget that is computed at first
+HEADROOM = 4  # the first rank, over the uniform one that the budget allows
 
 
-LOW = 0.5  # of the energy, below which the report says what rank would bring more
+LOW = 0.5  # share of the energy below which the report says what rank would keep more
 
 
 @dataclass(frozen=True)
 class ModuleExtract:
-    """One weight of the adapter. relative: ||D|| / ||W||, None where W = 0; kept: the share of ||D||^2 that the factors
-    hold, exactly; residual: the norm of what they lack; gap: how far `kept` is from the best of this rank, relative,
-    and `how` it is known: exact, certified or an estimate. effective_rank: of the factors. noise: the largest singular
-    value that rounding the tuned model to its type can have made, and above_noise how many of the computed ones are
-    larger. stored: the relative error that the factors' type adds. rank_50, rank_90: what rank would keep that much,
-    about, where it is known or kept is low.
+    """One factored weight of the adapter: W is the base's, D its delta.
+
+    Attributes:
+        relative: ||D|| / ||W||; None if W = 0.
+        kept: the share of ||D||^2 that the factors hold, exactly.
+        residual: the norm of what the factors do not hold.
+        gap: how far `kept` is from the best of this rank, relative.
+        how: how `gap` is known: exact, certified or an estimate.
+        effective_rank: that of the factors.
+        noise: the largest singular value that rounding the tuned model to its type can have made.
+        above_noise: how many of the computed singular values are larger than `noise`.
+        stored: the relative error that the factors' type adds.
+        rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
     """
 
     name: str
@@ -83,10 +90,16 @@ class ModuleExtract:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """The result of `extract`. kept: of the energy of all matrices in the adapter; exact: tensors that are kept as they
-    are; left_out: what changed and is not in the adapter, with its norm (None: not a number to compare); unchanged:
-    tensors that are equal on both sides; only_base, only_tuned: tensors of one side. parameters: of the adapter,
-    nbytes its bytes.
+    """The result of `extract`.
+
+    Attributes:
+        kept: the share of the energy of all factored deltas that the adapter holds; None if there are none.
+        relative: ||D|| / ||W|| over the matrices that changed; None if W = 0.
+        parameters, nbytes: of the adapter.
+        exact: tensors that are kept exactly.
+        left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
+        unchanged: how many tensors are equal on both sides.
+        only_base, only_tuned: tensors of one side alone.
     """
 
     base: str
@@ -149,28 +162,30 @@ def extract(
         raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_FORMATS)}")
     if embed not in EMBED_CHOICES:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
-    given = {"rank": rank, "energy": energy, "params": params, "size": size}
-    rule = read_rule(given) or ("rank", float(RANK))
+    options = {"rank": rank, "energy": energy, "params": params, "size": size}
+    rule = read_rule(options) or ("rank", float(RANK))
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
-        form = choose_format(sides[0], to)
+        output_format = choose_format(sides[0], to)
         path, is_file = check_output_name(
-            out if out is not None else "adapter" if form == "peft" else "adapter.safetensors"
+            out if out is not None else "adapter" if output_format == "peft" else "adapter.safetensors"
         )
-        if form != "peft" and not is_file:
-            raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
+        if output_format != "peft" and not is_file:
+            raise UsageError(
+                f"{output_format} adapters are single files", culprit=str(path), remedy="name it X.safetensors"
+            )
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)
-        asked = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        asked.require_used([*map(module_path, pairs.both)], os.fspath(base))
-        excluded = (*exclude, *(unsupported_patterns(sides[0]) if form != "peft" else ()))
-        selection, in_model = replace(asked, exclude=excluded), namer(sides[0]) if form == "peft" else None
-        found = sort_deltas(sides[0], pairs, selection, embed, bias and form == "peft", in_model)
-        found.alphas = form in ("kohya", "comfy")
+        requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
+        requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
+        excluded = (*exclude, *(unsupported_patterns(sides[0]) if output_format != "peft" else ()))
+        selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if output_format == "peft" else None
+        found = sort_deltas(sides[0], pairs, selection, embed, bias and output_format == "peft", in_model)
+        found.alphas = output_format in ("kohya", "comfy")
         if in_model:
             factored, whole = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
-            heads = {n: in_model(change.also) for n, change in found.low_rank.items() if change.also}
+            heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
             refuse_unsaid(sides[0], factored, whole, heads)
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
@@ -182,19 +197,19 @@ def extract(
         if in_model:
             _check_experts(sides[0], ranks)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
-        if form != "peft":
+        if output_format != "peft":
             budget = rule[0] not in RANK_RULES
-            plan = plan_image_adapter(plan, form, work.factored, spool, DTYPES[dtype], sides[0], budget)
+            plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
-        if not dry_run and form == "peft":
+        if not dry_run and output_format == "peft":
             write_adapter(path, is_file, plan.specs, plan.load, plan.config, read)
         elif not dry_run:
             write_single_file(path, plan.specs, plan.load, plan.config, read)
-        return _report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+        return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
 
 def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
-    """Raise for experts that did not all change, or not at one rank: PEFT makes stacks of them as they are."""
+    """Raise if not all experts of a stack changed, or not at one rank: the model that PEFT wraps has them stacked."""
     used = {name: rank for name, rank in ranks.items() if rank}
     try:
         refuse_split_experts(base, used, rslora=False)
@@ -207,7 +222,7 @@ def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
 
 
 def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
-    """Raise where what is kept exactly is more than the whole adapter may be."""
+    """Raise UsageError if what is kept exactly is more than the whole adapter may be."""
     name, value = rule
     spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.specs.values())
     if name not in RANK_RULES and spent > value:
@@ -219,7 +234,7 @@ def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
 
 
 class _Extraction:
-    """The factors of each matrix as the rule asks for them, and what was seen on the way."""
+    """The factors of each matrix at the rank that the rule asks for, and the norms measured on the way."""
 
     def __init__(
         self,
@@ -235,66 +250,69 @@ class _Extraction:
         self._rule, self._value = rule
         budget = int(self._value) - found.exact_cost(self._rule == "size")
         self._budget = max(0, budget // itemsize if self._rule == "size" else budget)  # parameters of factors
-        self._most = max_rank or 1 << 30
+        self._max_rank = max_rank or 1 << 30
         self.factored: dict[str, SpooledFactors] = {}
         self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
 
     def factor_all(self) -> None:
-        changes = self._found.low_rank
+        deltas = self._found.low_rank
         first = self._first_rank()
-        for done, (change, D) in enumerate(self._differences(list(changes.values())), 1):
-            self.factored[change.name] = self._factor(change, D, first)
+        for done, (delta, D) in enumerate(self._differences(list(deltas.values())), 1):
+            self.factored[delta.name] = self._factor(delta, D, first)
             if self._progress:
-                self._progress(done, len(changes))
+                self._progress(done, len(deltas))
         if self._rule not in RANK_RULES:
             self._grow()
 
     def _first_rank(self) -> int:
         if self._rule == "rank":
-            return min(int(self._value), self._most)
+            return min(int(self._value), self._max_rank)
         if self._rule == "energy":
-            return min(FIRST_RANK, self._most)
-        cost = sum(change.cost for change in self._found.low_rank.values())
-        return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._most)
+            return min(FIRST_RANK, self._max_rank)
+        cost = sum(delta.cost for delta in self._found.low_rank.values())
+        return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._max_rank)
 
-    def _differences(self, changes: Sequence[WeightDelta]) -> Iterator[tuple[WeightDelta, Difference]]:
-        """On a GPU the next one is read while one is computed; on a CPU that would only hold two."""
+    def _differences(self, deltas: Sequence[WeightDelta]) -> Iterator[tuple[WeightDelta, Difference]]:
+        """Yield each weight with its D.
+
+        On a GPU the next one is read while one is computed; on a CPU that would only hold two in memory.
+        """
         if self._device.type == "cpu":
-            yield from ((change, difference(change.base, change.tuned, self._device)) for change in changes)
+            yield from ((delta, difference(delta.base, delta.tuned, self._device)) for delta in deltas)
             return
         with ThreadPoolExecutor(1) as reader:
-            waiting = [reader.submit(difference, c.base, c.tuned, self._device) for c in changes[:1]]
-            for change, following in zip(changes, [*changes[1:], None], strict=True):
+            waiting = [reader.submit(difference, c.base, c.tuned, self._device) for c in deltas[:1]]
+            for delta, following in zip(deltas, [*deltas[1:], None], strict=True):
                 D = waiting.pop().result()
                 if following:
                     waiting.append(reader.submit(difference, following.base, following.tuned, self._device))
-                yield change, D
+                yield delta, D
 
-    def _factor(self, change: WeightDelta, found: Difference, rank: int) -> SpooledFactors:
+    def _factor(self, delta: WeightDelta, found: Difference, rank: int) -> SpooledFactors:
         D = found.D
-        factored = self._spool.add(change.name, change.kind, D, rank, change.cost)
-        while self._rule == "energy" and rank < min(self._most, factored.full):
+        factored = self._spool.add(delta.name, delta.kind, D, rank, delta.cost)
+        while self._rule == "energy" and rank < min(self._max_rank, factored.full):
             if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
                 break
             rank *= 2
-            factored = self._spool.add(change.name, change.kind, D, min(rank, self._most), change.cost)
-        self.seen[change.name] = (found.base_squared, factored.spectrum.total, found.noise)
+            factored = self._spool.add(delta.name, delta.kind, D, min(rank, self._max_rank), delta.cost)
+        self.seen[delta.name] = (found.base_squared, factored.spectrum.total, found.noise)
         return factored
 
     def _grow(self) -> None:
         """Compute more of a matrix while the budget still chooses the last triplet known of it."""
         while True:
             ranks = self.ranks()
-            short = [
+            exhausted = [
                 name
                 for name, f in self.factored.items()
-                if ranks[name] == f.known < min(f.full, self._most) and not f.spectrum.whole
+                if ranks[name] == f.known < min(f.full, self._max_rank) and not f.spectrum.whole
             ]
-            if not short:
+            if not exhausted:
                 return
-            for change, found in self._differences([self._found.low_rank[name] for name in short]):
-                rank = min(2 * self.factored[change.name].known, self._most)
-                self.factored[change.name] = self._factor(change, found, rank)
+            for delta, found in self._differences([self._found.low_rank[name] for name in exhausted]):
+                rank = min(2 * self.factored[delta.name].known, self._max_rank)
+                self.factored[delta.name] = self._factor(delta, found, rank)
 
     def ranks(self) -> dict[str, int]:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}
@@ -302,11 +320,11 @@ class _Extraction:
             return budget_ranks(spectra, self._budget)
         rule = RANK_RULES[self._rule]
         found = {name: rule(spectrum, self._value) for name, spectrum in spectra.items()}
-        return {name: min(self.factored[name].known if k is None else k, self._most) for name, k in found.items()}
+        return {name: min(self.factored[name].known if k is None else k, self._max_rank) for name, k in found.items()}
 
 
 def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> None:
-    """Raise where there is nothing to extract, or the two are no fine-tune of each other."""
+    """Raise if there is nothing to extract, or the two models are no fine-tune of each other."""
     if not (work.factored or found.exact or found.left_out):
         raise InputError("the two models are equal: there is nothing to extract")
     if not (work.factored or found.exact):
@@ -322,13 +340,16 @@ def _refuse(work: _Extraction, found: SortedDeltas, allow: tuple[str, ...]) -> N
 
 
 def _relative(work: _Extraction, found: SortedDeltas) -> float | None:
-    """||TUNED - BASE|| / ||BASE|| over the matrices that changed: a bias may well have begun at 0. None if they did."""
+    """Return ||TUNED - BASE|| / ||BASE|| over the matrices that changed; None if they are 0 in BASE.
+
+    Biases do not count, since one may well have begun at 0.
+    """
     both = [(w, d) for w, d, _ in work.seen.values()] + [found.norms[name] for name in found.matrices]
-    base, change = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
-    return math.sqrt(change / base) if base else None if change else 0.0
+    base, delta = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
+    return math.sqrt(delta / base) if base else None if delta else 0.0
 
 
-def _report(
+def _build_report(
     work: _Extraction,
     found: SortedDeltas,
     pairs: ModelPairs,
@@ -336,11 +357,11 @@ def _report(
     names: tuple[str, str, str],
     dry_run: bool,
 ) -> ExtractReport:
-    modules = tuple(_module(work, name, plan) for name in plan.ranks if plan.ranks[name])
+    modules = tuple(_module_row(work, name, plan) for name in plan.ranks if plan.ranks[name])
     without = {n: math.sqrt(f.spectrum.total) for n, f in work.factored.items() if not plan.ranks[n] and f.known}
     total = math.fsum(work.factored[n].spectrum.total for n in plan.ranks)
     kept = math.fsum(math.fsum(work.factored[n].spectrum.squares[:k]) for n, k in plan.ranks.items())
-    still = sum(not f.known for f in work.factored.values())
+    zero = sum(not f.known for f in work.factored.values())
     return ExtractReport(
         *names,
         dry_run,
@@ -351,50 +372,52 @@ def _report(
         sum(spec.nbytes for spec in plan.specs.values()),
         tuple(found.exact),
         {**found.left_out, **without},
-        found.unchanged + still,
+        found.unchanged + zero,
         pairs.only_base,
         tuple(name for name in pairs.only_tuned if name not in found.taken),
-        (*_warnings(modules, kept / total if total else 1.0), *_tied(found, plan)),
+        (*_energy_warnings(modules, kept / total if total else 1.0), *_tie_warnings(found, plan)),
     )
 
 
-def _module(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtract:
+def _module_row(work: _Extraction, name: str, plan: AdapterPlan) -> ModuleExtract:
     factored, rank = work.factored[name], plan.ranks[name]
-    spectrum, (base, change, variance) = factored.spectrum, work.seen[name]
+    spectrum, (base_squared, delta_squared, variance) = factored.spectrum, work.seen[name]
     kept, noise = math.fsum(spectrum.squares[:rank]), noise_edge(variance, factored.sizes)
-    low = kept < 0.9 * change
+    low = kept < 0.9 * delta_squared
     count = factored.sizes[0]
     return ModuleExtract(
         name,
         factored.kind,
         factored.shape,
         rank,
-        math.sqrt(change / base) if base else None,
-        kept / change,
-        math.sqrt(max(0.0, change - kept)),
+        math.sqrt(delta_squared / base_squared) if base_squared else None,
+        kept / delta_squared,
+        math.sqrt(max(0.0, delta_squared - kept)),
         factored.gap,
         factored.how,
         plan.effective_rank(name),
         noise,
         sum(square > noise**2 * count for square in spectrum.squares),
         plan.stored(name),
-        rank_for(spectrum, 0.5, factored.full) if kept < LOW * change else None,
+        rank_for(spectrum, 0.5, factored.full) if kept < LOW * delta_squared else None,
         rank_for(spectrum, 0.9, factored.full) if low else None,
     )
 
 
-def _warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str, ...]:
+def _energy_warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str, ...]:
     if kept >= LOW or not modules:
         return ()
-    ranks = sorted(m.rank_50 for m in modules if m.rank_50)
-    more = sorted(m.rank_90 for m in modules if m.rank_90)
-    half = f"about rank {ranks[len(ranks) // 2]} would keep half" if ranks else ""
-    most = f"rank {more[len(more) // 2]} nine tenths" if more else ""
-    said = " and ".join(part for part in (half, most) if part)
-    return (f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {said} of a middling matrix's",)
+    ranks_50 = sorted(m.rank_50 for m in modules if m.rank_50)
+    ranks_90 = sorted(m.rank_90 for m in modules if m.rank_90)
+    half = f"about rank {ranks_50[len(ranks_50) // 2]} would keep half" if ranks_50 else ""
+    nine_tenths = f"rank {ranks_90[len(ranks_90) // 2]} nine tenths" if ranks_90 else ""
+    ranks_text = " and ".join(part for part in (half, nine_tenths) if part)
+    return (
+        f"only {kept:.0%} of the change's energy is kept: it is of no low rank; {ranks_text} of a middling matrix's",
+    )
 
 
-def _tied(found: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
+def _tie_warnings(found: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
     heads = {name: each.also for name, each in found.low_rank.items() if each.also and plan.ranks.get(name)}
     if not heads or not found.in_model:
         return ()

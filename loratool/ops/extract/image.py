@@ -1,4 +1,4 @@
-"""The adapter to write in an image model's formats."""
+"""Plan the adapter that `extract` writes in an image model's formats."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def plan_image_adapter(
     base: Checkpoint,
     is_budget: bool,
 ) -> AdapterPlan:
-    """What `extract` writes. plan: of PEFT's adapter, whose ranks these are. Raises InputError for a family that is not
-    known.
+    """Plan an adapter of format `to` with the ranks of a plan that was made for PEFT.
+
+    Raises:
+        InputError: the model's family is not known, or no matrix gets a rank.
+        UsageError: the ranks follow from a budget, and the format needs more for modules that it splits.
     """
     weights, letters = image_weights(base), SAFETENSORS[str(dtype).removeprefix("torch.")]
 

@@ -1,7 +1,8 @@
-"""`init`: an adapter's start from a base's files alone, by every method of the literature that needs no data.
+"""`init` starts an adapter from a base's files alone, by every method of the literature that needs no data.
 
-Plan from headers; then each weight's factors in turn. Methods that take their factors out of the base write that
-residual too: it is the merge of the start with weight -1, so it streams, is rounded once, and can be undone.
+The adapter is planned from headers; then the factors of one weight after another are computed. Methods that take their
+factors out of the base write that residual too: it is the merge of the initial adapter with weight -1, so it streams,
+is rounded once, and can be undone.
 """
 
 from __future__ import annotations
@@ -58,16 +59,19 @@ RANK = 8
 TARGET = ("all-linear",)
 
 
-MOST_ALPHA = 1e30  # beyond it or its inverse the factors leave float32's range
+MOST_ALPHA = 1e30  # above it, or below its inverse, the factors leave float32's range
 
 
-COARSE = 1e-5  # relative distance of residual + adapter from the base, from which the report says how to avoid it
+COARSE = 1e-5  # relative distance of residual + adapter from the base, above which the report says how to avoid it
 
 
 @dataclass(frozen=True)
 class ModuleInit:
-    """One weight with factors. gap: how far the energy of B A may be below the best of its rank, relative (pissa).
-    error: ||residual + s B A - W|| / ||W||, where a residual was written.
+    """One weight with factors.
+
+    Attributes:
+        gap: how far the energy of B A may be below the best of its rank, relative; None but for pissa.
+        error: ||residual + s B A - W|| / ||W||; None if no residual was written.
     """
 
     name: str
@@ -82,8 +86,11 @@ class ModuleInit:
 
 @dataclass(frozen=True)
 class ResidualReport:
-    """The changed base. error: ||residual + s B A - W|| / ||W|| over all weights that were changed; None in a dry run.
-    dtypes: of those.
+    """The residual base, which has the initial factors taken out.
+
+    Attributes:
+        error: ||residual + s B A - W|| / ||W|| over all weights that were changed; None in a dry run.
+        dtypes: those of the weights that were changed.
     """
 
     out: str
@@ -96,7 +103,11 @@ class ResidualReport:
 
 @dataclass(frozen=True)
 class InitReport:
-    """The result of `init`. parameters, nbytes: of the adapter."""
+    """The result of `init`.
+
+    Attributes:
+        parameters, nbytes: of the adapter.
+    """
 
     base: str
     out: str
@@ -151,54 +162,62 @@ def init(
     _check_numbers(rank, params, rank_pattern or {}, alpha)
     with ExitStack() as opened:
         checkpoint = open_model(base, "init starts one for a model", opened)
-        form = choose_format(checkpoint, to)
-        _check_method(method, residual, dtype, form)
-        if dora and form == "loralib":
+        output_format = choose_format(checkpoint, to)
+        _check_method(method, residual, dtype, output_format)
+        if dora and output_format == "loralib":
             raise UsageError("loralib's files hold no DoRA")
         path, is_file = check_output_name(
-            out if out is not None else "adapter" if form == "peft" else "adapter.safetensors"
+            out if out is not None else "adapter" if output_format == "peft" else "adapter.safetensors"
         )
-        if form != "peft" and not is_file:
-            raise UsageError(f"{form} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
+        if output_format != "peft" and not is_file:
+            raise UsageError(
+                f"{output_format} adapters are single files", culprit=str(path), remedy="name it X.safetensors"
+            )
         inputs = [shard.path for shard in checkpoint.shards]
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-        candidates = find_candidates(checkpoint, selection, weights_for_format(checkpoint, form))
-        if form == "peft":
+        candidates = find_candidates(checkpoint, selection, weights_for_format(checkpoint, output_format))
+        if output_format == "peft":
             refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         refuse_split_experts(checkpoint, ranks, rslora)
-        sites, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
-        starter = opened.enter_context(closing(AdapterInitializer(sites, method, seed, dora, choose_device(device))))
+        adapted_weights, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
+        starter = opened.enter_context(
+            closing(AdapterInitializer(adapted_weights, method, seed, dora, choose_device(device)))
+        )
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
-        work = _Initialization(checkpoint, os.fspath(base), sites, starter, config, method, progress)
-        made = plan_start(checkpoint, form, sites, starter, config)
-        size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
-        if params is not None and form != "peft" and size[0] > params:
-            raise UsageError(f"--params {params} cannot be kept: {form}'s alphas and split modules make it {size[0]}")
-        changed = None
+        work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
+        output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
+        size = sum(spec.size for spec in output.specs.values()), sum(spec.nbytes for spec in output.specs.values())
+        if params is not None and output_format != "peft" and size[0] > params:
+            raise UsageError(
+                f"--params {params} cannot be kept: {output_format}'s alphas and split modules make it {size[0]}"
+            )
+        residual_report = None
         if residual is not None:
-            place = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
-            changed = work.write_residual(place, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run)
+            residual_path = _check_residual(checkpoint, residual, path, MERGE_DTYPES[dtype], undo, force)
+            residual_report = work.write_residual(
+                residual_path, (path, is_file), MERGE_DTYPES[dtype], undo, force, dry_run
+            )
         elif not dry_run:
             opened.enter_context(naming_output(path))
-            write_output(made, form, path, is_file, checkpoint.shards)
+            write_output(output, output_format, path, is_file, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
-        warnings = (*work.warnings(), *made.notes)
-        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, changed, warnings)
+        warnings = (*work.warnings(), *output.notes)
+        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, warnings)
 
 
-def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, form: str) -> None:
+def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, output_format: str) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if method not in INITS:
         raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if dtype not in MERGE_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
-    if form != "peft" and (INITS[method].mutates_base or INITS[method].field is not True):
-        raise UsageError(f"{method} is for PEFT's adapters, and {form}'s files cannot say how it starts")
+    if output_format != "peft" and (INITS[method].mutates_base or INITS[method].field is not True):
+        raise UsageError(f"{method} is for PEFT's adapters, and {output_format}'s files cannot say how it starts")
     if INITS[method].mutates_base and residual is None:
         raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
     if residual is None and dtype != "keep":
@@ -218,8 +237,9 @@ def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[s
 
 
 def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], method: str, dora: bool) -> None:
-    """Refuse what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`). Experts that lie one
-    by one in the file are a stack in transformers 5.
+    """Raise UsageError for what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`).
+
+    Experts that are stored one by one in the file are a stack in transformers 5.
     """
     if method == "mica" and dora:
         raise UsageError("PEFT has no DoRA with mica")
@@ -236,7 +256,7 @@ def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], me
 def _check_residual(
     base: Checkpoint, residual: str | os.PathLike[str], adapter: Path, dtype: str | None, undo: bool, force: bool
 ) -> Path:
-    """Its path; all that can be refused before the factors are computed is refused here."""
+    """Return the residual's path, after refusing all that can be refused before the factors are computed."""
     path, is_file = check_output_name(residual)
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
@@ -258,23 +278,23 @@ def _check_residual(
 
 
 class _Initialization:
-    """What the start of each weight told, and the residual that it leaves."""
+    """The initial factors of each weight, what is reported of them, and the residual that they leave."""
 
     def __init__(
         self,
         base: Checkpoint,
         base_name: str,
-        sites: Sequence[AdaptedWeight],
+        adapted_weights: Sequence[AdaptedWeight],
         starter: AdapterInitializer,
         config: Mapping[str, object],
         method: str,
         progress: Progress | None,
     ) -> None:
-        self._base, self._name, self._sites, self._starter = base, base_name, sites, starter
+        self._base, self._name, self._adapted_weights, self._starter = base, base_name, adapted_weights, starter
         self._config, self._method, self._progress = config, method, progress
         self._errors: dict[str, tuple[float, float]] = {}
         self._residual: ResidualReport | None = None
-        self._bytes, self._total = 0, sum(site.weight.source.spec.nbytes for site in sites)
+        self._bytes, self._total = 0, sum(adapted.weight.source.spec.nbytes for adapted in adapted_weights)
         starter.done = self._advance
 
     def _advance(self, nbytes: int) -> None:
@@ -285,7 +305,7 @@ class _Initialization:
     def write_residual(
         self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
     ) -> ResidualReport:
-        """The base without the factors, the start beside it, then the adapter, which has DoRA's magnitudes besides."""
+        """Write the residual base with the initial adapter in it, then the adapter, which has DoRA's magnitudes too."""
         size = sum(with_dtype(spec, dtype).nbytes for spec in self._base.specs.values())
         factors = sum(spec.nbytes for spec in self._starter.specs.values())
         require_free_space(place.absolute().parent, size + 2 * factors)
@@ -293,10 +313,10 @@ class _Initialization:
         if dry_run:
             return ResidualReport(str(place), size, None, self._dtypes(dtype), None, None)
         with naming_output(place), scratch_folder(place) as scratch:
-            start = scratch / INITIAL
+            initial = scratch / INITIAL
             config = {**self._config, "use_dora": False}
-            write_adapter(start, False, self._starter.specs, self._starter.load, config, self._base.shards)
-            self._residual = self._subtract(start, place, dtype, undo, force)
+            write_adapter(initial, False, self._starter.specs, self._starter.load, config, self._base.shards)
+            self._residual = self._subtract(initial, place, dtype, undo, force)
         with naming_output(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
             own = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
 
@@ -307,8 +327,8 @@ class _Initialization:
             write_adapter(*adapter, specs, load, self._config, self._base.shards)
         return self._residual
 
-    def _subtract(self, start: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
-        adapter = open_adapter(start)
+    def _subtract(self, initial: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
+        adapter = open_adapter(initial)
         with ExitStack() as opened:
             opened.callback(adapter.file.close)
             plan = plan_merge(self._base, ((adapter, -1.0),), Selection(), "untie")
@@ -322,7 +342,7 @@ class _Initialization:
                 undo=undo,
                 force=force,
                 progress=None,
-                beside={f"{INITIAL}/{name}": start / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
+                beside={f"{INITIAL}/{name}": initial / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
             )
             result = open_checkpoint(place)
             opened.callback(result.close)
@@ -338,10 +358,10 @@ class _Initialization:
         )
 
     def _dtypes(self, dtype: str | None) -> tuple[str, ...]:
-        return tuple(sorted({dtype or site.weight.source.spec.dtype for site in self._sites}))
+        return tuple(sorted({dtype or adapted.weight.source.spec.dtype for adapted in self._adapted_weights}))
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
-        """What the residual is, and of what: the hashes of the base's files."""
+        """Return what made the residual, with the hashes of the base's files."""
         paths = [shard.path for shard in self._base.shards]
         with closing(map_in_order(sha256_file, paths, worker_count())) as hashes:
             of = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
@@ -354,18 +374,18 @@ class _Initialization:
 
     def modules(self) -> tuple[ModuleInit, ...]:
         rows = []
-        for site in self._sites:
-            name, shape = site.weight.name, site.weight.source.spec.shape
+        for adapted in self._adapted_weights:
+            name, shape = adapted.weight.name, adapted.weight.source.spec.shape
             error, base = self._errors.get(name, (0.0, 0.0))
             rows.append(
                 ModuleInit(
                     name,
-                    site.weight.kind,
+                    adapted.weight.kind,
                     shape,
-                    site.rank,
-                    site.scale,
-                    site.weight.parameters_per_rank * site.rank
-                    + (site.magnitude.size if self._starter.magnitude_specs else 0),
+                    adapted.rank,
+                    adapted.scale,
+                    adapted.weight.parameters_per_rank * adapted.rank
+                    + (adapted.magnitude.size if self._starter.magnitude_specs else 0),
                     self._starter.gaps.get(name) if self._method == "pissa" else None,
                     (math.sqrt(error / base) if base else 0.0) if name in self._errors else None,
                 )
@@ -375,7 +395,11 @@ class _Initialization:
     def warnings(self) -> tuple[str, ...]:
         found = []
         tie = find_tie(self._base)
-        if tie and not tie.is_stored(self._base) and any(s.weight.name == tie.embedding for s in self._sites):
+        if (
+            tie
+            and not tie.is_stored(self._base)
+            and any(adapted.weight.name == tie.embedding for adapted in self._adapted_weights)
+        ):
             found.append(
                 f"the head {tie.head} is the same matrix as {tie.embedding}; the adapter is on the latter alone"
             )

@@ -1,4 +1,4 @@
-"""The new adapter in an image model's formats."""
+"""Plan the new adapter in the format that `init` was asked for."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from .starter import AdaptedWeight, AdapterInitializer
 
 
 def plan_start(
-    base: Checkpoint, to: str, sites: Sequence[AdaptedWeight], starter: AdapterInitializer, config: Mapping[str, Any]
+    base: Checkpoint,
+    to: str,
+    adapted_weights: Sequence[AdaptedWeight],
+    starter: AdapterInitializer,
+    config: Mapping[str, Any],
 ) -> AdapterOutput:
-    """What `init` writes. config: of PEFT's adapter."""
+    """Plan the tensors that `init` writes in format `to`; `config` is PEFT's adapter_config.json."""
     specs = {**starter.specs, **starter.magnitude_specs}
     if to == "peft":
         return AdapterOutput(specs, starter.load, config, {}, (), (), ())
@@ -32,13 +36,13 @@ def plan_start(
         {"loratool": json.dumps({"adapter_config": config})},
     )
     adapter = FORMATS["peft"].read(str(base.path), file, None, False)
-    wish = ConvertRequest(to)
+    request = ConvertRequest(to)
     if to == "loralib":
         with request_for("init"):
-            return plan_language(adapter, wish, *select_updates(adapter, wish))
-    weights, weight_of = image_weights(base), {site.wrapper: site.weight.name for site in sites}
+            return plan_language(adapter, request, *select_updates(adapter, request))
+    weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
     family = _family(base, weights)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
     return plan_image(
-        ImageAdapter(adapter.name, {}, family, lambda each: low_rank_modules(adapter, each)), wish, sources, []
+        ImageAdapter(adapter.name, {}, family, lambda each: low_rank_modules(adapter, each)), request, sources, []
     )

@@ -1,9 +1,8 @@
-"""How an adapter starts: INITS. A function a method, from a weight's shape or its values to the first B and A.
+"""Make an adapter's first B and A from a weight's shape or its values: a function for each method of INITS.
 
-Formulas as PEFT has them (`peft/tuners/lora/layer.py`, 0.21): a weight W is (out, in), its change s B A with
-s = alpha / r, or alpha / sqrt(r) under rsLoRA. Every kind of weight comes as a stack of such matrices
-(`factoring.KINDS`). What is random follows from the seed and the weight's name alone, so that neither the order nor the
-selection shows.
+Formulas are PEFT's (`peft/tuners/lora/layer.py`, 0.21): a weight W is (out, in), its delta s B A with s = alpha / r, or
+alpha / sqrt(r) under rsLoRA. Every kind of weight comes as a stack of E such matrices (`weight_kinds.WEIGHT_KINDS`).
+What is random follows from the seed and the weight's name alone, so that neither the order nor the selection shows.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ from ...numerics.svd import least_triplets, truncated_svds
 
 @dataclass(frozen=True)
 class InitWeight:
-    """What an adapter is started for: a stack of E matrices, sizes (E, out, in); values only where the method reads
-    them, in float32.
-    """
+    """A weight to make factors for, as a stack of E matrices."""
 
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int]  # (E, out, in)
     embedding: bool
-    values: Tensor | None = None
+    values: Tensor | None = None  # (E, out, in) in float32, if the method reads them
 
     @property
     def stack(self) -> Tensor:
@@ -37,17 +34,15 @@ class InitWeight:
 
 @dataclass(frozen=True)
 class InitialFactors:
-    """A: (r, E, in), B: (r, E, out), float32. gap: how far the energy of B A may be below the best of its rank,
-    relative, where the method is after the best.
-    """
+    """The first A and B of a weight, in float32."""
 
-    A: Tensor
-    B: Tensor
-    gap: float = 0.0
+    A: Tensor  # (r, E, in)
+    B: Tensor  # (r, E, out)
+    gap: float = 0.0  # how far the energy of B A may be below the best of this rank, relative
 
 
 def _random_A(weight: InitWeight, rank: int, draw: Draw, a: Callable[[int, int, int], Tensor]) -> InitialFactors:
-    """B = 0 and A as `a` draws it; of an embedding A = 0 and B normal, as for nn.Embedding itself."""
+    """Return B = 0 and A as `a` draws it; of an embedding A = 0 and B normal, as for nn.Embedding itself."""
     E, out, inp = weight.sizes
     if weight.embedding:
         return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), draw.normal("B", rank, E, out).float())
@@ -55,31 +50,37 @@ def _random_A(weight: InitWeight, rank: int, draw: Draw, a: Callable[[int, int, 
 
 
 def _lora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """A uniform within 1 / sqrt(in), which is Kaiming's with a = sqrt(5) (microsoft/LoRA, loralib/layers.py)."""
+    """Draw A uniform within 1 / sqrt(in), which is Kaiming's with a = sqrt(5) (microsoft/LoRA, loralib/layers.py)."""
     bound = 1.0 / math.sqrt(weight.sizes[2])
     return _random_A(weight, rank, draw, lambda *shape: draw.uniform("A", *shape) * bound)
 
 
 def _gaussian(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """A normal with the deviation 1 / r (Hu et al., ICLR 2022, section 4.1; the deviation is PEFT's)."""
+    """Draw A normal with the deviation 1 / r (Hu et al., ICLR 2022, section 4.1; the deviation is PEFT's)."""
     return _random_A(weight, rank, draw, lambda *shape: draw.normal("A", *shape) / rank)
 
 
 def _orthogonal(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """A and B normal in complementary halves of an orthogonal basis of R^r, so that B A = 0 (`orthogonal_init`)."""
+    """Draw A and B normal in complementary halves of an orthogonal basis of R^r, so that B A = 0.
+
+    As `orthogonal_init` of PEFT does.
+    """
     E, out, inp = weight.sizes
-    starts = []
+    factors = []
     for e in range(E):
         Q = torch.linalg.qr(draw.normal(f"Q{e}", rank, rank)).Q
         A = Q[0::2].T @ draw.normal(f"A{e}", rank // 2, inp) / 10
         B = Q[1::2].T @ draw.normal(f"B{e}", rank // 2, out) / 10
-        starts.append((A.float(), B.float()))
-    A, B = (torch.stack(side, 1) for side in zip(*starts, strict=True))
+        factors.append((A.float(), B.float()))
+    A, B = (torch.stack(side, 1) for side in zip(*factors, strict=True))
     return InitialFactors(A, B)
 
 
 def _pissa(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """The top r triplets, their values shared between B and A (Meng et al., NeurIPS 2024, equations 2 and 3)."""
+    """Return the top r triplets, their values shared between B and A.
+
+    Meng et al., NeurIPS 2024, equations 2 and 3.
+    """
     stack = weight.stack
     generators = [Draw(draw.seed, f"{draw.name} {e}").generator(stack.device) for e in range(len(stack))]
     found = truncated_svds(stack, rank, generators)
@@ -88,14 +89,14 @@ def _pissa(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFa
 
 
 def _milora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """As PiSSA, but of the last r triplets (Wang et al., NAACL 2025, MiLoRA)."""
+    """Return the last r triplets, shared as in PiSSA (Wang et al., NAACL 2025, MiLoRA)."""
     return _split_triplets(weight, rank, scale, [least_triplets(W, rank) for W in weight.stack], 0.0)
 
 
 def _split_triplets(
     weight: InitWeight, rank: int, scale: float, triplets: list[tuple[Tensor, Tensor, Tensor]], gap: float
 ) -> InitialFactors:
-    """B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix; zeros where it has fewer than r."""
+    """Return B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix; zeros where it has fewer than r."""
     E, out, inp = weight.sizes
     A, B = torch.zeros(rank, E, inp, dtype=torch.float32), torch.zeros(rank, E, out, dtype=torch.float32)
     for e, (U, S, V) in enumerate(triplets):
@@ -105,32 +106,36 @@ def _split_triplets(
 
 
 def _mica(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """B the last r left singular vectors, which training leaves as they are; A = 0 (`mica_init`, arXiv 2604.01694)."""
+    """Return A = 0 and the last r left singular vectors as B, which training leaves unchanged.
+
+    As `mica_init` of PEFT does (arXiv 2604.01694).
+    """
     E, _, inp = weight.sizes
     B = torch.stack([least_triplets(W, rank)[0].T.cpu() for W in weight.stack], 1)
     return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), B)
 
 
 def _olora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
-    """W = Q R: B the first r columns of Q, A the first r rows of R (Büyükakyüz, 2024; not divided by s, as in PEFT)."""
-    starts = []
+    """Return the first r columns of Q as B and the first r rows of R as A, with W = Q R.
+
+    Büyükakyüz, 2024; not divided by s, as in PEFT.
+    """
+    factors = []
     for W in weight.stack:
         Q = torch.linalg.qr(W[:, :rank].double()).Q
-        starts.append(((Q.T.float() @ W).cpu(), Q.T.float().cpu()))
-    A, B = (torch.stack(side, 1) for side in zip(*starts, strict=True))
+        factors.append(((Q.T.float() @ W).cpu(), Q.T.float().cpu()))
+    A, B = (torch.stack(side, 1) for side in zip(*factors, strict=True))
     return InitialFactors(A, B)
 
 
 @dataclass(frozen=True)
 class InitMethod:
-    """reads: the weights' values; changes_base: the adapter belongs on W - s B A, the residual; field: what the
-    config's init_lora_weights must say for PEFT to train it right and never start it anew.
-    """
+    """A way to make the first factors, and what it takes to train them."""
 
-    make: Callable[[InitWeight, int, float, Draw], InitialFactors]
-    reads: bool = False
-    mutates_base: bool = False
-    field: bool | str = True
+    make: Callable[[InitWeight, int, float, Draw], InitialFactors]  # (weight, r, s, draw) -> factors
+    reads: bool = False  # it needs the weights' values
+    mutates_base: bool = False  # the adapter belongs on the residual W - s B A
+    field: bool | str = True  # init_lora_weights with which PEFT trains it right and never initializes it again
 
 
 INITS: dict[str, InitMethod] = {
@@ -144,7 +149,7 @@ INITS: dict[str, InitMethod] = {
 }
 
 
-# What is asked for and cannot be had from the files of a base -> the reason.
+# A method that the files of a base are not enough for -> the reason.
 REFUSED = {
     "eva": "it needs activations: run a model on data (peft.initialize_lora_eva_weights)",
     "corda": "it needs activations: run a model on data (peft.tuners.lora.corda.preprocess_corda)",

@@ -1,4 +1,4 @@
-"""Which weights of a base get factors and of which rank, decided from headers; and the adapter that they make.
+"""Choose from headers which weights of a base get factors and of which rank, and make the adapter's tensors.
 
 The factors come one weight at a time, when the writer asks for them.
 """
@@ -37,11 +37,11 @@ from .methods import INITS, InitialFactors, InitWeight
 MAGNITUDE = "lora_magnitude_vector"
 
 
-# The classes of which PEFT's wrapper takes a task type without modules of its own -> the task type.
+# End of a model class's name -> the task type under which PEFT's wrapper adds no modules of its own to it.
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 
 
-# Types whose ...ForConditionalGeneration goes from text to text: PEFT's SEQ_2_SEQ_LM passes token ids alone.
+# Model types whose ...ForConditionalGeneration goes from text to text: PEFT's SEQ_2_SEQ_LM passes token ids alone.
 TEXT_TO_TEXT = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 mbart mt5 mvp nllb-moe pegasus pegasus_x
     plbart prophetnet switch_transformers t5 umt5""".split()
@@ -49,6 +49,7 @@ TEXT_TO_TEXT = frozenset(
 
 
 def task_type(base: Checkpoint) -> str | None:
+    """Return PEFT's task type for the class that the base declares; None if there is none for it."""
     name = declared_class(base.config)
     if name.endswith("ForConditionalGeneration") and base.model_type in TEXT_TO_TEXT:
         return "SEQ_2_SEQ_LM"
@@ -63,8 +64,12 @@ def assign_ranks(
     method: str,
     dora: bool,
 ) -> dict[str, int]:
-    """The rank of each: of the first pattern that matches, else `rank`, or the largest for which the adapter has at
-    most `params` parameters.
+    """Return each candidate's rank: that of the first pattern that matches, else `rank`.
+
+    With `params`, `rank` gives way to the largest rank for which the adapter has at most so many parameters.
+
+    Raises:
+        UsageError: a pattern matches no candidate, `params` is too few, or a rank cannot be a candidate's.
     """
     for pattern in patterns:
         if not any(matches_pattern(pattern, module_path(each.name)) for each in candidates):
@@ -74,21 +79,21 @@ def assign_ranks(
         for each in candidates
     }
     rest = [each for each in candidates if not found[each.name]]
-    step = 2 if method == "orthogonal" else 1
+    multiple = 2 if method == "orthogonal" else 1
     if params is not None:
         spent = sum(each.parameters_per_rank * found[each.name] + each.sizes[1] * dora for each in candidates)
-        cost = sum(each.parameters_per_rank for each in rest)
-        if spent + step * cost > params:
-            what = f"rank {step} of these targets" if rest else "what --rank-pattern says"
-            raise UsageError(f"--params {params} is too few: {what} takes {spent + step * cost}")
+        parameters_per_rank = sum(each.parameters_per_rank for each in rest)
+        if spent + multiple * parameters_per_rank > params:
+            what = f"rank {multiple} of these targets" if rest else "what --rank-pattern says"
+            raise UsageError(f"--params {params} is too few: {what} takes {spent + multiple * parameters_per_rank}")
         if rest:
-            most = min((params - spent) // cost, *(each.max_rank for each in rest))
-            rank = max(step, most - most % step)
+            most = min((params - spent) // parameters_per_rank, *(each.max_rank for each in rest))
+            rank = max(multiple, most - most % multiple)
     for each in candidates:
         chosen = found[each.name] = found[each.name] or rank
         if chosen > each.max_rank:
             out, inp = each.sizes[1:]
-            most, module = each.max_rank - each.max_rank % step, module_path(each.name)
+            most, module = each.max_rank - each.max_rank % multiple, module_path(each.name)
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
@@ -101,12 +106,12 @@ def assign_ranks(
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """A weight that gets factors. wrapper: PEFT's name for where; scale: s."""
+    """A weight that gets factors."""
 
     weight: Candidate
-    wrapper: str
+    wrapper: str  # the path of the PEFT layer that has them
     rank: int
-    scale: float
+    scale: float  # s
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -115,7 +120,7 @@ class AdaptedWeight:
 
     @property
     def magnitude(self) -> TensorSpec:
-        """DoRA's, as PEFT shapes it (`peft/tuners/lora/dora.py`)."""
+        """DoRA's magnitudes, shaped as PEFT shapes them (`peft/tuners/lora/dora.py`)."""
         out = self.weight.sizes[1]
         dimensions = len(self.weight.source.spec.shape)
         return TensorSpec("F32", (1, out, *[1] * (dimensions - 2)) if self.weight.kind == "conv" else (out,))
@@ -124,85 +129,90 @@ class AdaptedWeight:
 def make_adapted_weights(
     candidates: Sequence[Candidate], ranks: Mapping[str, int], alpha: float | None, rslora: bool
 ) -> tuple[list[AdaptedWeight], FactorLayout]:
-    """alpha: None is each one's own rank."""
+    """Give each candidate its wrapper, rank and scale; alpha None is each one's own rank."""
     by_name = {each.in_model: each for each in candidates}
     kinds = {name: each.kind for name, each in by_name.items()}
     layout = locate_factors(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {})
-    sites = []
+    adapted_weights = []
     for wrapper, (name, _) in layout.wrappers.items():
         weight = by_name[name]
         rank = ranks[weight.name]
         divisor = math.sqrt(rank) if rslora else rank
-        sites.append(AdaptedWeight(weight, wrapper, rank, (rank if alpha is None else alpha) / divisor))
-    return sites, layout
+        adapted_weights.append(AdaptedWeight(weight, wrapper, rank, (rank if alpha is None else alpha) / divisor))
+    return adapted_weights, layout
 
 
 class AdapterInitializer:
     """The adapter's tensors by name, computed a weight at a time, in the order in which they are written.
 
-    On a CPU a core has a weight: products with a few columns wait for the memory, and two cores for each other.
-    done: called with each weight's bytes.
+    On a CPU each core has a weight of its own: products with a few columns wait for the memory, and two cores on one
+    product for each other. `done` is called with each weight's bytes.
     """
 
     def __init__(
-        self, sites: Sequence[AdaptedWeight], method: str, seed: int, dora: bool, device: torch.device
+        self, adapted_weights: Sequence[AdaptedWeight], method: str, seed: int, dora: bool, device: torch.device
     ) -> None:
         self._init, self._seed, self._dora, self._device = INITS[method], seed, dora, device
-        self._site_of = {key: site for site in sites for key in site.keys}
+        self._weight_of = {key: adapted for adapted in adapted_weights for key in adapted.keys}
         self.specs: dict[str, TensorSpec] = {}
-        for site in sites:
-            shapes = factor_shapes(site.weight.kind, site.weight.source.spec.shape, site.rank)
-            self.specs.update((key, TensorSpec("F32", shape)) for key, shape in zip(site.keys, shapes, strict=True))
-        self.magnitude_specs = {f"{site.wrapper}.{MAGNITUDE}": site.magnitude for site in sites if dora}
+        for adapted in adapted_weights:
+            shapes = factor_shapes(adapted.weight.kind, adapted.weight.source.spec.shape, adapted.rank)
+            self.specs.update((key, TensorSpec("F32", shape)) for key, shape in zip(adapted.keys, shapes, strict=True))
+        self.magnitude_specs = {
+            f"{adapted.wrapper}.{MAGNITUDE}": adapted.magnitude for adapted in adapted_weights if dora
+        }
         self.magnitudes: dict[str, Tensor] = {}
         self.gaps: dict[str, float] = {}
         self.done: Callable[[int], None] = lambda nbytes: None
         self._last: dict[str, Tensor] = {}
-        order = dict.fromkeys(self._site_of[key] for key in data_order(self.specs))
+        order = dict.fromkeys(self._weight_of[key] for key in data_order(self.specs))
         workers = worker_count() if device.type == "cpu" and (self._init.reads or dora) else 1
-        self._starts = map_in_order(self._start, order, workers)
+        self._factors = map_in_order(self._make_factors, order, workers)
 
     def load(self, key: str) -> Tensor:
-        """Factors in the order of their data, then the magnitudes."""
+        """Return a tensor: factors in the order of their data, then the magnitudes."""
         if key in self.magnitudes:
             return self.magnitudes[key]
         if key not in self._last:
-            site, self._last = next(self._starts)
-            self.done(site.weight.source.spec.nbytes)
+            adapted, self._last = next(self._factors)
+            self.done(adapted.weight.source.spec.nbytes)
         return self._last[key]
 
     def load_any(self, key: str) -> Tensor:
-        """In any order, of a weight its magnitude last; another weight's are computed anew."""
+        """Return a tensor in any order, but of each weight its magnitude last.
+
+        The factors of a weight that is not the last one asked for are computed again.
+        """
         if key in self.magnitudes:
             return self.magnitudes[key]
         if key not in self._last:
-            site = self._site_of[key]
-            if site.weight.name not in self.gaps:
-                self.done(site.weight.source.spec.nbytes)
-            _, self._last = self._start(site)
+            adapted = self._weight_of[key]
+            if adapted.weight.name not in self.gaps:
+                self.done(adapted.weight.source.spec.nbytes)
+            _, self._last = self._make_factors(adapted)
         return self._last[key]
 
     def close(self) -> None:
-        self._starts.close()
+        self._factors.close()
 
-    def _start(self, site: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Tensor]]:
-        weight, shape = site.weight, site.weight.source.spec.shape
+    def _make_factors(self, adapted: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Tensor]]:
+        weight, shape = adapted.weight, adapted.weight.source.spec.shape
         reads = self._init.reads or self._dora
         values = WEIGHT_KINDS[weight.kind].stack(read_float32(weight.source, self._device)) if reads else None
         given = InitWeight(weight.sizes, weight.kind == "embedding", values)
-        start: InitialFactors = self._init.make(given, site.rank, site.scale, Draw(self._seed, weight.name))
+        factors: InitialFactors = self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, weight.name))
         if self._dora and values is not None:
             norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
-            self.magnitudes[f"{site.wrapper}.{MAGNITUDE}"] = norms.view(site.magnitude.shape)
-        self.gaps[weight.name] = start.gap
-        A, B = WEIGHT_KINDS[weight.kind].lay(start.A, start.B, shape)
-        return site, dict(zip(site.keys, (A.contiguous(), B.contiguous()), strict=True))
+            self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
+        self.gaps[weight.name] = factors.gap
+        A, B = WEIGHT_KINDS[weight.kind].lay(factors.A, factors.B, shape)
+        return adapted, dict(zip(adapted.keys, (A.contiguous(), B.contiguous()), strict=True))
 
 
 def adapter_config(
     base: Checkpoint, name: str, layout: FactorLayout, method: str, alpha: float | None, **flags: bool
 ) -> dict[str, Any]:
-    """name: the base's, as the config shall say it; flags: use_dora, use_rslora."""
+    """Return PEFT's adapter_config.json; `name` is the base's, `flags` are use_dora and use_rslora."""
     fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
     return lora_config(
         layout.modules,
@@ -216,8 +226,9 @@ def adapter_config(
 
 
 def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[float, float]]:
-    """How far the residual and the factors taken out of it are from the base: name -> (||W' + s B A - W||^2,
-    ||W||^2). plan: of the merge that took them out; result: what it wrote.
+    """Return name -> (||W' + s B A - W||^2, ||W||^2) for each weight W and its residual W'.
+
+    plan: of the merge that took the factors out; result: what it wrote.
     """
     load = UpdateLoader(torch.device("cpu"))
 
@@ -239,13 +250,13 @@ def _residual_error(
         update = update.expert(placement.expert)
     assert isinstance(update, LowRank)
     (term,) = update.terms(1.0, placement.transposed)
-    # a residual of 16 bits is 1e-3 off, which float32 tells to four digits and more in half the time
+    # a residual of 16 bits is 1e-3 off, which float32 resolves to four digits and more in half the time
     wide = torch.float32 if residual.spec.dtype in ("BF16", "F16") else torch.float64
     left, right = (term.left.double() * term.multiplier).to(wide), term.right.to(wide)
-    step = max(1, READ_NUMBERS // right.shape[1])
+    row_count = max(1, READ_NUMBERS // right.shape[1])
     errors, squares = [], []
-    for start in range(placement.start, placement.stop, step):
-        stop = min(start + step, placement.stop)
+    for start in range(placement.start, placement.stop, row_count):
+        stop = min(start + row_count, placement.stop)
         W, R = (side.matrix_rows(placement.rows, start, stop).to(wide).flatten(1) for side in (base, residual))
         rows = slice(placement.skip + start - placement.start, placement.skip + stop - placement.start)
         squares.append(energy_of(W))

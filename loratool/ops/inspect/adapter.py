@@ -1,7 +1,7 @@
-"""`inspect` of an adapter, in depth: what its change is, from the factors, and what is wrong with it.
+"""Inspect an adapter in depth: what its deltas are, from the factors, and what is wrong with it.
 
-The factors are read, one module at a time; with a base also the weights that they change. Whatever would make a
-merge fail, or do something else than its author meant, is a line in `problems`.
+The factors are read, one module at a time; with a base also the weights that they change. Whatever would make a merge
+fail, or do something else than its author meant, is a line in `problems`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import effective_rank, singular_values
 from ..inputs import refuse_adapter
 
-NEAREST_SHOWN = 8  # unbound modules for which a nearest name is searched: a search costs milliseconds
+NEAREST_SHOWN = 8  # missing modules for which similar names are searched: a search takes milliseconds
 
 
 NAMES_SHOWN = 4
@@ -39,10 +39,12 @@ NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One update: D is its change (of DoRA: the direction's, before it is normed).
+    """One update; D is its delta (of DoRA: the direction's, before it is normed).
 
-    norm is ||D||, effective_rank that of its singular values (of a stack: the experts' mean); None where there are no
-    factors, and the norm of new values without a base. relative is ||D|| / ||W||, None without a base.
+    Attributes:
+        norm: ||D||; None for new values without a base.
+        effective_rank: that of the singular values of D (of a stack: the experts' mean); None if there are no factors.
+        relative: ||D|| / ||W||; None without a base.
     """
 
     name: str
@@ -55,10 +57,15 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterGroup:
-    """Updates of one kind (a key of UPDATES, or UNPAIRED) whose names differ only in numbers; shape is that of what
-    they change, of a factor without its partner its own. scale is 1 where the alpha is not known.
+    """Updates of one kind whose names differ only in numbers.
 
-    norm is that of all changes together, effective_rank and relative are means.
+    Attributes:
+        kind: a key of UPDATES, or UNPAIRED.
+        modules: how many there are.
+        scale: 1 if the alpha is not known.
+        shape: that of what they change; of a factor without its partner its own.
+        norm: that of all deltas together.
+        effective_rank, relative: means over the modules.
     """
 
     name: str
@@ -77,7 +84,12 @@ class AdapterGroup:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How an adapter meets a base: modules that bind, and those that do not with the base's nearest names."""
+    """The modules of an adapter that are in a base, and those that are not.
+
+    Attributes:
+        bound: how many modules bind.
+        unbound: a module that does not -> the base's nearest names.
+    """
 
     base: str
     bound: int
@@ -86,7 +98,14 @@ class Coverage:
 
 @dataclass(frozen=True)
 class AdapterInspection:
-    """`problems` are what is wrong; `notes` what one should know."""
+    """The result of `inspect` of an adapter.
+
+    Attributes:
+        rank, alpha: None if the modules' differ.
+        coverage: None without a base.
+        problems: what is wrong.
+        notes: what one should know.
+    """
 
     path: str
     format: str
@@ -106,7 +125,11 @@ class AdapterInspection:
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
-    """What is wrong with an adapter that could be opened is in the report; a base that cannot be read is InputError."""
+    """Describe an adapter that could be opened; what is wrong with it is in the report.
+
+    Raises:
+        InputError: the base cannot be read.
+    """
     checkpoint = None if base is None else open_checkpoint(base)
     try:
         if checkpoint is not None:
@@ -147,13 +170,13 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
 def _hold_against(
     adapter: Adapter, base: Checkpoint, name: str, problems: list[str]
 ) -> tuple[Coverage, Binding | None]:
-    """Coverage from the names alone, and the binding if the shapes fit too."""
+    """Return the coverage from the names alone, and the binding if the shapes fit too."""
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
-    spots, missing = resolve_modules(with_coded(specs, coded), adapter, base.model_types)
+    matches, missing = resolve_modules(with_coded(specs, coded), adapter, base.model_types)
     missing = [module for module in missing if not adapter.in_modules_to_save(module)]
-    near = {m: tuple(nearest_names(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
-    coverage = Coverage(name, len(adapter.updates) - len(missing), near)
+    similar = {m: tuple(nearest_names(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
+    coverage = Coverage(name, len(adapter.updates) - len(missing), similar)
     if missing:
         problems.append(f"{len(missing)} of {len(adapter.updates)} modules are not in the base: {_shortened(missing)}")
     try:
@@ -161,10 +184,10 @@ def _hold_against(
         selection = Selection(exclude=_exactly([*missing, *faulty]))
         binding = bind(specs, base.model_types, [(adapter, 1.0)], selection, coded)
     except LoratoolError as error:
-        problems += [f"{error.culprit}: {error.message}"] if spots and len(faulty) < len(spots) else []
+        problems += [f"{error.culprit}: {error.message}"] if matches and len(faulty) < len(matches) else []
         return coverage, None
     if binding.quantized:
-        formats = ", ".join(dict.fromkeys(form for _, _, form in binding.quantized.values()))
+        formats = ", ".join(dict.fromkeys(each for _, _, each in binding.quantized.values()))
         what = f"modules are quantized in the base ({formats}), and a merge cannot add to codes"
         problems.append(f"{len(binding.quantized)} {what}: {_shortened([*binding.quantized])}")
     problems += [
@@ -184,7 +207,7 @@ def _exactly(modules: Sequence[str]) -> tuple[str, ...]:
 
 
 def _faults(adapter: Adapter) -> list[str]:
-    """What a merge refuses, a line for all modules of which it holds."""
+    """List what a merge refuses, a line for all modules with the same fault."""
     modules: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
         if update.fault:
@@ -193,7 +216,7 @@ def _faults(adapter: Adapter) -> list[str]:
 
 
 def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[TensorRef]]:
-    """The base's tensors that each module changes; of what the file has under another name, that one."""
+    """Return the base's tensors that each module changes, by the names that the base's files have."""
     found: dict[str, list[TensorRef]] = {}
     if base is None or binding is None:
         return found
@@ -229,7 +252,7 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None,
 
 
 def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[TensorRef]) -> float | None:
-    """||D|| of new values, by how far they are from the base's; None where that cannot be said."""
+    """Return ||D|| of new values, by how far they are from the base's; None if that cannot be told."""
     value = TensorRef(adapter.file, spec.tensors["value"])
     if spec.kind == "add":
         return math.sqrt(squared_norm(value)) * abs(spec.scale)
@@ -239,10 +262,10 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     rows = spec.indices or (range(value.spec.shape[0]) if value.spec.shape == weight.spec.shape else ())
     if not rows or value.spec.shape[1:] != weight.spec.shape[1:] or max(rows) >= weight.spec.shape[0]:
         return None
-    step = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
+    row_count = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
     parts = []
-    for start in range(0, len(rows), step):
-        there = rows[start : start + step]
+    for start in range(0, len(rows), row_count):
+        there = rows[start : start + row_count]
         new = value.file.rows(value.name, start, start + len(there)).double()
         if spec.indices:
             old = torch.cat([weight.file.rows(weight.name, row, row + 1) for row in there])
@@ -253,7 +276,7 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
 
 
 def _delta_norm(update: Update) -> tuple[float, float]:
-    """||scale * B @ A|| and the effective rank of the product."""
+    """Return ||scale * B @ A|| and the effective rank of the product."""
     if isinstance(update, Experts):
         each = [update.expert(number) for number in range(update.experts)]
         A, B, scale = torch.stack([one.A for one in each]), torch.stack([one.B for one in each]), update.scale
@@ -266,7 +289,7 @@ def _delta_norm(update: Update) -> tuple[float, float]:
 
 
 def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
-    """A change of 0 is an adapter that was never trained, or was saved before it was."""
+    """List updates of 0: such an adapter was never trained, or was saved before it was."""
     zero = [name for name, each in details.items() if each.norm == 0 and each.kind in ("lora", "dora", "experts")]
     if not zero:
         return []
@@ -277,18 +300,18 @@ def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
 
 
 def _config_problems(adapter: Adapter) -> list[str]:
-    """The modules that the config names against those that are there."""
+    """Compare the modules that the config names with those that are there."""
     problems = _unused_patterns(adapter)
     targets = adapter.config.extra.get("target_modules")
     if not targets or targets == "all-linear":
         return problems
     modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
     # an attention's out_proj comes along with the attention
-    strangers = [m for m in modules if not any(map(adapter.config.targets.has, (m, m.rpartition(".")[0])))]
+    unmatched = [m for m in modules if not any(map(adapter.config.targets.has, (m, m.rpartition(".")[0])))]
     if adapter.config.extra.get("target_parameters"):
-        strangers = []  # a parameter's factors stand at its module, which need be no target
-    if strangers:
-        problems.append(f"target_modules does not match {len(strangers)} modules: {_shortened(strangers)}")
+        unmatched = []  # a parameter's factors stand at its module, which need be no target
+    if unmatched:
+        problems.append(f"target_modules does not match {len(unmatched)} modules: {_shortened(unmatched)}")
     listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
     there = {end for module in adapter.updates for end in endings(module)}
     unused = [target for target in listed if target not in there]
@@ -298,13 +321,13 @@ def _config_problems(adapter: Adapter) -> list[str]:
 
 
 def _unused_patterns(adapter: Adapter) -> list[str]:
-    """Entries of rank_pattern and alpha_pattern that are for no module, so that it has the default instead."""
+    """List entries of rank_pattern and alpha_pattern that are for no module, so that it has the default instead."""
     paths = [path for m, u in adapter.updates.items() if u.rank or u.fault for path in (m, f"{m}.weight")]
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(adapter.config, field)
-        asked = Patterns(patterns)
-        used = {pattern for path in paths for pattern in asked.matching(path)}
+        compiled = Patterns(patterns)
+        used = {pattern for path in paths for pattern in compiled.matching(path)}
         problems += [
             f"{field} has {each}, which matches no module of the file" for each in patterns if each not in used
         ]
@@ -317,7 +340,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[AdapterGroup]:
-    """In the order in which a group's first module comes."""
+    """Group updates whose names differ only in numbers, in the order in which a group's first module comes."""
     members: dict[tuple[object, ...], list[tuple[UpdateSpec, tuple[int, ...]]]] = {}
     for module, update in adapter.updates.items():
         parts, numbers = split_numbers(module, underscores=adapter.flattened)

@@ -1,4 +1,4 @@
-"""`inspect`: what is in a checkpoint, from headers alone; an adapter is for `inspect_adapter`.
+"""`inspect` describes what is in a checkpoint, from headers alone; for an adapter it calls `inspect_adapter`.
 
 Names that differ only in numbers are one group, so that a model of 90,000 tensors reads like its config.
 Nothing here may import torch or numpy: the command answers before they would have loaded.
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one dtype and shape whose names differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`."""
+    """Tensors of one dtype and shape whose names differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`.
+
+    Attributes:
+        tensors: how many there are.
+        parameters, nbytes: of all of them.
+        role: what kind of LoRA target they are, empty for none.
+    """
 
     name: str
     dtype: str
@@ -42,10 +48,15 @@ class Group:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """`tied`: the head that the file lacks because it is the embedding; `quantization`: the method's name.
+    """The result of `inspect` of a checkpoint.
 
-    parameters are weights, however they are stored: of a quantized one its codes stand for all that there are, scales
-    for none. uncounted: quantized weights of which headers do not tell how many numbers they are.
+    Attributes:
+        parameters: weights, however they are stored: of a quantized one its codes stand for all that there are, scales
+            for none.
+        dtypes: dtype -> parameters.
+        tied: whether the file has no head because it is the embedding.
+        quantization: the method's name.
+        uncounted: quantized weights of which headers do not tell how many numbers they are.
     """
 
     path: str
@@ -65,9 +76,12 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """What another method than LoRA left: `method` is a key of METHODS (or what the config says), or BIASES.
+    """The result of `inspect` of what another method than LoRA left.
 
-    outcome: a key of OUTCOMES; verdict: the same as a sentence with the reason, and how it is reached.
+    Attributes:
+        method: a key of OTHER_METHODS, or what the config says.
+        outcome: a key of OUTCOMES.
+        verdict: the outcome as a sentence, with its reason and what to do.
     """
 
     path: str
@@ -176,8 +190,9 @@ def _groups(
 ) -> Iterable[Group]:
     """Group tensors whose names differ only in numbers, in the order in which a group's first one comes.
 
-    sizes: how many weights each stands for, where that is not its own size. weights: of tensors that are parts of a
-    quantized weight, its name for the codes and nothing for what is beside them.
+    Args:
+        sizes: how many weights each stands for, where that is not its own size.
+        weights: for a tensor that belongs to a quantized weight, the weight's name if it is the codes, else "".
     """
     members: dict[tuple[tuple[str, ...], TensorSpec, int, str | None], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
@@ -205,5 +220,5 @@ def _target(name: str, spec: TensorSpec) -> str:
 
 
 def _coded_target(weight: str, spec: TensorSpec) -> str:
-    """What the weight is for, whose codes may have dimensions of their own."""
+    """Return what a quantized weight is for; its codes may have other dimensions than it has."""
     return weight_role(weight.removesuffix(".weight"), min(max(len(spec.shape), 2), 3), True) if weight else ""

@@ -1,7 +1,7 @@
-"""`inspect --spectra`: the singular values of a model's matrices, or of an adapter's changes.
+"""`inspect --spectra` reports the singular values of a model's matrices, or of an adapter's deltas.
 
-A change's come from its factors; a weight's from the eigenvalues of the smaller of W^T W and W W^T in float64, which
-tell them down to 1e-8 of the largest. One matrix at a time.
+A delta's come from its factors; a weight's from the eigenvalues of the smaller of W^T W and W W^T in float64, which
+resolve them down to 1e-8 of the largest. One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ TARGET = ("all-linear",)
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one matrix; of a stack of them the norm of all, and the root mean squares over the stack. top: the largest
-    singular values; full: how many there can be; rank_50, ...: how many hold that share of the energy.
+    """The singular values of one matrix, or of a stack of matrices as root mean squares over the stack.
+
+    Attributes:
+        full: how many singular values there can be.
+        norm: of a stack that of all matrices.
+        top: the largest singular values.
+        rank_50, rank_90, rank_99: how many singular values hold that share of the energy.
     """
 
     name: str
@@ -54,7 +59,11 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SpectraReport:
-    """what: `adapter` or `checkpoint`."""
+    """The result of `inspect --spectra`.
+
+    Attributes:
+        what: `adapter` or `checkpoint`.
+    """
 
     path: str
     what: str
@@ -82,10 +91,10 @@ def spectra(
     with ExitStack() as opened:
         if holds_adapter(path):
             selection = Selection(tuple(target), tuple(exclude), numbers)
-            found = _of_adapter(path, selection, alpha, where, opened)
+            found = _adapter_rows(path, selection, alpha, where, opened)
         else:
             selection = Selection(tuple(target) or TARGET, tuple(exclude), numbers)
-            found = _of_model(path, selection, where, opened)
+            found = _model_rows(path, selection, where, opened)
         modules = []
         for row, done, total in found:
             modules.append(row)
@@ -99,7 +108,7 @@ def spectra(
 SpectrumRows = Iterator[tuple[Spectrum, int, int]]
 
 
-def _of_adapter(
+def _adapter_rows(
     path: str | os.PathLike[str], selection: Selection, alpha: float | None, device: torch.device, opened: ExitStack
 ) -> SpectrumRows:
     adapter = open_adapter(path, alpha)
@@ -109,10 +118,10 @@ def _of_adapter(
     for done, (module, update) in enumerate(found, 1):
         B, A = load_stacked_factors(adapter, update)
         S = singular_values(B.to(device), A.to(device))
-        yield _row(module, update.kind, update.shape, S, min(B.shape[1], A.shape[2])), done, len(found)
+        yield _spectrum_row(module, update.kind, update.shape, S, min(B.shape[1], A.shape[2])), done, len(found)
 
 
-def _of_model(
+def _model_rows(
     path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack
 ) -> SpectrumRows:
     model = open_model(path, "the spectra of an adapter are its changes'", opened)
@@ -120,11 +129,11 @@ def _of_model(
     for done, each in enumerate(found, 1):
         stack = WEIGHT_KINDS[each.kind].stack(read_float32(each.source, device))
         S = torch.stack([singular_values_of(W) for W in stack])
-        yield _row(each.name, each.kind, each.source.spec.shape, S, each.max_rank), done, len(found)
+        yield _spectrum_row(each.name, each.kind, each.source.spec.shape, S, each.max_rank), done, len(found)
 
 
-def _row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:
-    """S: (E, k), falling."""
+def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:
+    """Summarize the singular values S of a stack: (E, k), falling."""
     norm = float(torch.linalg.vector_norm(S))
     S = S.square().mean(0).sqrt().cpu()
     return Spectrum(
