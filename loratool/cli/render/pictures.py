@@ -41,11 +41,15 @@ class Cell:
 Line = list[Cell]
 
 
-Form = Callable[[float], str]
+Formatter = Callable[[float], str]
 
 
 def strips(
-    values: Mapping[str, float], title: str, form: Form = "{:.2g}".format, low: float | None = 0.0, plain: bool = False
+    values: Mapping[str, float],
+    title: str,
+    formatter: Formatter = "{:.2g}".format,
+    low: float | None = 0.0,
+    plain: bool = False,
 ) -> list[Line]:
     """Draw the numbers of modules as heat strips: a row for each kind with its mean, and a column for each layer.
 
@@ -59,32 +63,34 @@ def strips(
     kinds = _kinds(values)
     if len(values) < 3:
         return []
-    least, most = min(values.values()) if low is None else low, max(values.values())
+    lowest, highest = min(values.values()) if low is None else low, max(values.values())
     labels = _short(list(kinds), plain)
     width = max(len(label) for label in labels.values())
     ramp = ASCII_RAMP if plain else RAMP
-    lines = [[Cell(f"{title}  {ramp[0]} {form(least)} .. {ramp[-1]} {form(most)}")]]
+    lines = [[Cell(f"{title}  {ramp[0]} {formatter(lowest)} .. {ramp[-1]} {formatter(highest)}")]]
     for kind, row in kinds.items():
-        cells = [_cell(value, least, most, ramp) for value in _binned(row, STRIP)]
+        cells = [_cell(value, lowest, highest, ramp) for value in _binned(row, STRIP)]
         pad = " " * (min(STRIP, max(map(len, kinds.values()))) - len(cells))
         mean = sum(row) / len(row)
-        lines.append([Cell(labels[kind].ljust(width) + "  "), *cells, Cell(f"{pad}  {form(mean)}")])
+        lines.append([Cell(labels[kind].ljust(width) + "  "), *cells, Cell(f"{pad}  {formatter(mean)}")])
     return lines
 
 
-def bars(values: Mapping[str, float], title: str, form: Form = "{:.3g}".format, plain: bool = False) -> list[Line]:
+def bars(
+    values: Mapping[str, float], title: str, formatter: Formatter = "{:.3g}".format, plain: bool = False
+) -> list[Line]:
     """Draw a horizontal bar for each of a few numbers."""
     if not values:
         return []
-    most = max(values.values()) or 1.0
+    highest = max(values.values()) or 1.0
     labels = _short(list(values), plain)
     width = max(len(label) for label in labels.values())
     lines = [[Cell(title)]]
     for name, value in values.items():
-        length = max(0.0, value / most) * STRIP
-        whole = int(length)
-        bar = "#" * round(length) if plain else "█" * whole + EIGHTHS[int((length - whole) * 8)].strip()
-        lines.append([Cell(labels[name].ljust(width) + "  "), Cell(bar, value / most), Cell(f" {form(value)}")])
+        length = max(0.0, value / highest) * STRIP
+        full_cells = int(length)
+        bar = "#" * round(length) if plain else "█" * full_cells + EIGHTHS[int((length - full_cells) * 8)].strip()
+        lines.append([Cell(labels[name].ljust(width) + "  "), Cell(bar, value / highest), Cell(f" {formatter(value)}")])
     return lines
 
 
@@ -163,6 +169,6 @@ def _binned(row: Sequence[float], max_cells: int) -> list[float]:
     return [sum(row[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
-def _cell(value: float, least: float, most: float, ramp: str) -> Cell:
-    heat = min(max((value - least) / (most - least), 0.0), 1.0) if most > least else 0.0
+def _cell(value: float, lowest: float, highest: float, ramp: str) -> Cell:
+    heat = min(max((value - lowest) / (highest - lowest), 0.0), 1.0) if highest > lowest else 0.0
     return Cell(ramp[min(int(heat * len(ramp)), len(ramp) - 1)], heat)

@@ -91,7 +91,7 @@ class TensorDiff:
     Attributes:
         relative: ||B - A|| / max(||A||, ||B||); 1 if the shapes differ or nan or inf came or went.
         largest: the largest absolute difference; None if the shapes differ.
-        steps: the most numbers of the type between two values; None for float64 and if the types or the shapes differ.
+        steps: the most ulps between two values; None for float64 and if the types or the shapes differ.
         changed: how many values differ.
         odd: how many are nan or inf on one side and not so on the other.
     """

@@ -184,9 +184,9 @@ def extract(
         found = sort_deltas(sides[0], pairs, selection, embed, bias and output_format == "peft", in_model)
         found.alphas = output_format in ("kohya", "comfy")
         if in_model:
-            factored, whole = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
+            factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
             heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
-            refuse_unsaid(sides[0], factored, whole, heads)
+            refuse_unsaid(sides[0], factored, exact, heads)
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)

@@ -318,10 +318,10 @@ class _Initialization:
             write_adapter(initial, False, self._starter.specs, self._starter.load, config, self._base.shards)
             self._residual = self._subtract(initial, place, dtype, undo, force)
         with naming_output(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
-            own = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
+            stored_key = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
 
             def load(key: str) -> torch.Tensor:
-                return file.tensor(own[key]) if key in own else self._starter.load(key)
+                return file.tensor(stored_key[key]) if key in stored_key else self._starter.load(key)
 
             specs = {**self._starter.specs, **self._starter.magnitude_specs}
             write_adapter(*adapter, specs, load, self._config, self._base.shards)

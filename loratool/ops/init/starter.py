@@ -87,17 +87,19 @@ def assign_ranks(
             what = f"rank {multiple} of these targets" if rest else "what --rank-pattern says"
             raise UsageError(f"--params {params} is too few: {what} takes {spent + multiple * parameters_per_rank}")
         if rest:
-            most = min((params - spent) // parameters_per_rank, *(each.max_rank for each in rest))
-            rank = max(multiple, most - most % multiple)
+            largest = min((params - spent) // parameters_per_rank, *(each.max_rank for each in rest))
+            rank = max(multiple, largest - largest % multiple)
     for each in candidates:
         chosen = found[each.name] = found[each.name] or rank
         if chosen > each.max_rank:
             out, inp = each.sizes[1:]
-            most, module = each.max_rank - each.max_rank % multiple, module_path(each.name)
+            limit, module = each.max_rank - each.max_rank % multiple, module_path(each.name)
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
-                remedy=f"lower the rank, or add --rank-pattern {module}={most}" if most else f"add --exclude {module}",
+                remedy=f"lower the rank, or add --rank-pattern {module}={limit}"
+                if limit
+                else f"add --exclude {module}",
             )
         if method == "orthogonal" and chosen % 2:
             raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=each.name)

@@ -143,7 +143,7 @@ def _inspect_method(
     notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
     if len(specs) < len(file.specs):  # a torch file's names can share their bytes
         notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")
-    _, *more = [*find_marks(file.specs)] or [key]  # the first told the method
+    _, *more = [*find_marks(file.specs)] or [key]  # `method` is the first one's
     notes += [f"it holds tensors of {OTHER_METHODS[kind].title} too" for kind in more]
     verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
     return MethodReport(
