@@ -1,8 +1,8 @@
-"""A model's weights as one lazy mapping: a file of safetensors or torch, or a folder of shards with its index.
+"""Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
-Opening reads headers only, and checks the index against the shards: a name that the index lacks or
-misplaces is an error here, not a missing tensor in the output. Laziness lives here and nowhere else.
-A diffusers pipeline is a folder of such folders, its tensors named `unet/conv_in.weight`: component, slash, own name.
+Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
+is an error here, not a missing tensor in the output.
+A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .dtypes import TensorSpec
+from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, reading
 from .hub_cache import resolve
 from .quantized import (
     CONFIG_FILES,
     DUMMY_SCALE,
-    FLOATS,
     SCALED_FLOAT,
     Coded,
     coded_as,
@@ -38,7 +37,7 @@ from .weights_file import WeightsFile
 if TYPE_CHECKING:
     import torch
 
-# The file names that loaders look for in a folder, first match wins; an index decides before a single file.
+# The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.
 INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 
 
@@ -53,17 +52,16 @@ TORCH_NAMES = (
 )
 
 
-PIPELINE = "model_index.json"  # says of which components, in folders of their own, a diffusers pipeline is made
+PIPELINE = "model_index.json"  # names the components of a diffusers pipeline, each in its own folder
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-# Torch files that hold a training run's state or arguments and no weights; a number is that of a process.
+# Torch files with a training run's state or arguments, without weights; the number is a process's.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
 
 
-# What a training run leaves for itself, as patterns in its folder -> what writes it, and how to make weights of it.
 _DCP = (
     "a sharded state of torch.distributed (DCP, FSDP)",
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} pytorch_model.bin",
@@ -73,6 +71,7 @@ _DCP = (
 _ZERO = ("a DeepSpeed ZeRO state", "run python zero_to_fp32.py {folder} OUT and pass OUT")
 
 
+# Patterns of files that a training run saves to resume -> their name, and the remedy that makes weights of them
 TRAINING_STATES = {
     ".metadata": _DCP,
     "*/.metadata": _DCP,
@@ -85,29 +84,24 @@ TRAINING_STATES = {
 
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, "torch.Tensor"]):
-    """Weights by name. `specs` is in file order, shard by shard; `shard_of` says where a tensor lies.
+    """A model's weights by name, read when they are asked for."""
 
-    `index` is the index JSON's name and content, None for a checkpoint of one file. `folder` is where side
-    files lie; `given_as_file` remembers that the user named a file and not a folder. `parts` are a pipeline's
-    components, with weights or without, each a checkpoint whose tensors' names begin with its `prefix`.
-    """
-
-    path: Path
-    folder: Path
-    given_as_file: bool
+    path: Path  # as the user named it, or found in the cache
+    folder: Path  # of the weights and the side files
+    given_as_file: bool  # the user named a file, not a folder
     shards: tuple[WeightsFile, ...]
-    index: tuple[str, dict[str, Any]] | None
-    config: dict[str, Any]
-    prefix: str = ""
-    parts: tuple[Checkpoint, ...] = ()
+    index: tuple[str, dict[str, Any]] | None  # the index JSON's name and content; None without an index
+    config: dict[str, Any]  # config.json; empty without one
+    prefix: str = ""  # of a pipeline's component: its folder and a slash, before its tensors' names
+    parts: tuple[Checkpoint, ...] = ()  # a pipeline's components, with weights or without
 
     def __post_init__(self) -> None:
         shard_of = {name: shard for shard in self.shards for name in shard.specs}
         object.__setattr__(self, "shard_of", shard_of)
         object.__setattr__(self, "specs", {name: shard.specs[name] for name, shard in shard_of.items()})
 
-    shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]
-    specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]
+    shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]  # tensor -> the file that has it
+    specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # in file order, shard by shard
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.shard_of[name].tensor(name)
@@ -120,10 +114,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the index, or else the single file, says of itself; of a pipeline our own record alone.
+        """Return the metadata of the index or else of the single file; of a pipeline, only our provenance.
 
-        A component has the record of the last edit that changed it. Each has those before in it, so the longest is
-        the pipeline's last.
+        A component has the record of the last edit that changed it. Each record contains the former ones, so the
+        longest is the pipeline's last.
         """
         if self.parts:
             records = [str(part.metadata["loratool"]) for part in self.parts if "loratool" in part.metadata]
@@ -133,18 +127,18 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
-        """The components of a pipeline, else itself."""
+        """Return the components of a pipeline, or the checkpoint itself."""
         return self.parts or (self,)
 
     @property
     def quantized(self) -> str | None:
-        """The method by which it or a component is quantized, as its config says, else as its tensors do."""
+        """Return the quantization method of the model or a component: the config's name for it, else our format's."""
         methods = (declared_method(part.declared) for part in self.models)
         return next(filter(None, methods), None) or next((c.format for c in self.coded.values()), None)
 
     @cached_property
     def declared(self) -> Mapping[str, Any]:
-        """What its config, or a file beside it, says of its quantization; empty where nothing does."""
+        """Return the quantization config, from config.json or a file beside it; empty if there is none."""
         declared = find_declared(self.config)
         for name, method in CONFIG_FILES.items():
             if not declared and (self.folder / name).is_file():
@@ -154,7 +148,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def coded(self) -> Mapping[str, Coded]:
-        """Its coded weights, by the names that they have where they are not quantized."""
+        """Return the quantized weights, by the names that they have in a model that is not quantized."""
         if self.parts:
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
         layers = (listed_layers(shard.metadata or {}) for shard in self.shards)
@@ -162,7 +156,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         for name in (name for name in self.specs if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
             weight = self.specs.get(f"{path}.weight")
-            if weight and weight.dtype in FLOATS and not self._is_one(name):
+            if weight and weight.dtype in TORCH_FLOATS and not self._is_one(name):
                 found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", self.specs, self.declared)
         return found
 
@@ -171,12 +165,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def formats(self) -> Mapping[str, str]:
-        """The quantized format of each tensor that is stored for a coded weight, codes and all that is beside them."""
+        """Return the quantized format of each tensor that belongs to a quantized weight: codes, scales and others."""
         return {tensor: coded.format for coded in self.coded.values() for tensor in coded.tensors}
 
     @property
     def weight_files(self) -> set[str]:
-        """The files in its folder that were read: shards and index."""
+        """Return the names of the files in the folder that were read: shards and index."""
         return {shard.path.name for shard in self.shards} | ({self.index[0]} if self.index else set())
 
     @property
@@ -186,9 +180,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Of the whole and of its parts, which config.json nests."""
-        parts = (self.config, *self.config.values())
-        found = [part.get("model_type") for part in parts if isinstance(part, dict)]
+        """Return the model types of config.json and of the configs nested in it, without duplicates."""
+        configs = (self.config, *self.config.values())
+        found = [config.get("model_type") for config in configs if isinstance(config, dict)]
         return tuple(dict.fromkeys(value for value in found if isinstance(value, str)))
 
     def close(self) -> None:
@@ -202,7 +196,10 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def find_weights(path: Path) -> Path:
-    """The index or the single file that a checkpoint's path means."""
+    """Find the index or the single weights file of a path: itself if it is no folder.
+
+    Raises InputError for a folder with no weights or with several checkpoints.
+    """
     if not path.is_dir():
         return path
     for name in INDEX_NAMES + SINGLE_NAMES:
@@ -230,12 +227,12 @@ def find_weights(path: Path) -> Path:
 
 
 def is_torch_weights(path: Path) -> bool:
-    """Whether a file could be weights by its name."""
+    """Return whether a file's name is that of torch weights."""
     return path.suffix in PICKLES and not NO_WEIGHTS.fullmatch(path.name)
 
 
 def refuse_training_state(path: Path) -> None:
-    """Raises InputError for a folder of what a training run left for itself, naming how to make weights of it."""
+    """Raise InputError for a folder with a training run's state, whose remedy makes weights of it."""
     for pattern, (what, remedy) in TRAINING_STATES.items():
         found = next(path.glob(pattern), None)
         if found is not None:
@@ -245,17 +242,19 @@ def refuse_training_state(path: Path) -> None:
 
 
 def open_weights(path: Path) -> WeightsFile:
-    """A file of weights by what it holds, not by what it is called."""
+    """Open a weights file by its first bytes, whatever its name."""
     with open_for_reading(path) as file:
-        start = file.read(9)
-    torch = start.startswith((b"PK\x03\x04", b"\x80\x02")) and start[8:] != b"{"
-    return TorchFile(path) if torch else TensorFile(path)
+        first = file.read(9)
+    # a safetensors file may begin like a pickle by its header's length, but has the header's brace at byte 8
+    is_torch = first.startswith((b"PK\x03\x04", b"\x80\x02")) and first[8:] != b"{"
+    return TorchFile(path) if is_torch else TensorFile(path)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     """Open a file, a folder, an index JSON, or a name in the local Hugging Face cache.
 
-    Raises InputError for a file that breaks the format, and for an index that contradicts its shards.
+    Raises:
+        InputError: a file breaks its format, or an index contradicts its shards.
     """
     path = resolve(name)
     with reading(path):
@@ -270,7 +269,7 @@ def is_pipeline(path: Path) -> bool:
 
 
 def component_names(folder: Path) -> list[str]:
-    """The components that a pipeline has, by its model_index.json: `[library, class]`, with nulls for one it lacks."""
+    """Return the components that a pipeline's model_index.json names as `[library, class]`; missing ones have nulls."""
     index = read_json_file(folder / PIPELINE)
     names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
     for name in names:
@@ -280,7 +279,7 @@ def component_names(folder: Path) -> list[str]:
 
 
 def require_one_model(checkpoint: Checkpoint) -> None:
-    """Raises InputError for a pipeline, where a verb makes something for one model."""
+    """Raise InputError for a pipeline, which a command for one model cannot take."""
     if checkpoint.parts:
         first = next(part for part in checkpoint.parts if part.shards)
         raise InputError(
@@ -306,7 +305,7 @@ def _open_pipeline(path: Path) -> Checkpoint:
 
 
 def _open_component(pipeline: Path, name: str) -> Checkpoint:
-    """A scheduler or a tokenizer has no weights; what has a model's config.json must have them."""
+    """Open a pipeline's component, whose weights may be missing only if it has no model's config.json."""
     folder = pipeline / name
     if not folder.is_dir():
         raise InputError(
@@ -385,7 +384,7 @@ def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[Weights
 
 
 def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[list[str]]:
-    """Names in order, cut where the next tensor would pass `max_bytes`; one larger tensor is alone in its shard."""
+    """Split the names, in order, into shards of at most `max_bytes`; one larger tensor is alone in its shard."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():

@@ -1,15 +1,11 @@
-"""`TensorSpec(dtype, shape)` and every table of dtypes: safetensors, torch, pickle, options, config."""
+"""Keep every table of dtypes (safetensors, torch, pickle, options, config), and `TensorSpec(dtype, shape)`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# --dtype of factors -> torch's name
-FACTOR_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-# Torch's dtypes with their safetensors names; None where there is none.
+# torch's name -> safetensors' name, None where safetensors has none. The other tables are views of this one.
 TORCH_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32",
     "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
@@ -19,7 +15,9 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-# Bits an element, in the official enum's order: the reverse of it is the order of a file's data section.
+DTYPE_NAMES = {name: torch_name for torch_name, name in TORCH_DTYPES.items() if name}
+
+# Bits per element, in the order of `Dtype` in safetensors/src/tensor.rs: a file's data section has the reverse order.
 DTYPES = {
     "BOOL": 8,
     "F4": 4,
@@ -46,22 +44,38 @@ DTYPES = {
 }
 
 
-_RANK = {name: rank for rank, name in enumerate(reversed(DTYPES))}
+DATA_ORDER = {name: place for place, name in enumerate(reversed(DTYPES))}
 
+# The types that a merge can add to -> torch's name
+TORCH_FLOATS = {name: DTYPE_NAMES[name] for name in ("F16", "BF16", "F32", "F64")}
 
-# The types that a merge can add to, with their names in torch.
-TORCH_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# Read as numbers where no scale is beside them, never written by arithmetic -> torch's name
+FLOAT8 = {name: DTYPE_NAMES[name] for name in ("F8_E4M3", "F8_E5M2")}
 
+FLOATS = (*TORCH_FLOATS, *FLOAT8)
 
-# Read as the numbers that they are where no scales stand beside them, never written by arithmetic.
-FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+# torch's name -> safetensors' name, of `TORCH_FLOATS`
+SAFETENSORS = {torch_name: name for name, torch_name in TORCH_FLOATS.items()}
+
+CONFIG_DTYPES = SAFETENSORS  # `dtype` or `torch_dtype` of a config.json
+
+# --dtype of factors -> torch's name
+FACTOR_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# --dtype of weights -> safetensors' name, None to keep each tensor's dtype. An error message lists the keys in order.
+MERGE_DTYPES = {
+    "keep": None,
+    **dict.fromkeys(("fp32", "f32", "float32", "float"), "F32"),
+    **dict.fromkeys(("bf16", "bfloat16"), "BF16"),
+    **dict.fromkeys(("fp16", "f16", "float16", "half"), "F16"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a header says of a tensor: a safetensors dtype name and a shape."""
+    """A tensor's dtype and shape, as a file's header gives them."""
 
-    dtype: str
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
 
     @property
@@ -76,34 +90,6 @@ class TensorSpec:
         return f"{self.dtype} {self.shape}"
 
 
-FLOATS = (*TORCH_FLOATS, *FLOAT8)
-
-
-DTYPE_NAMES = {name: torch_name for torch_name, name in TORCH_DTYPES.items() if name}
-
-
-SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-
-
-CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-
-
 def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    """Floats of 16 bits or more take it."""
+    """Return the spec with `dtype`, if one is given and the tensor is a float of 16 bits or more."""
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
-
-
-# What --dtype may say -> the safetensors name, None to keep each tensor's own.
-MERGE_DTYPES = {
-    "keep": None,
-    "fp32": "F32",
-    "f32": "F32",
-    "float32": "F32",
-    "float": "F32",
-    "bf16": "BF16",
-    "bfloat16": "BF16",
-    "fp16": "F16",
-    "f16": "F16",
-    "float16": "F16",
-    "half": "F16",
-}

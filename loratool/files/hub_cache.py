@@ -1,7 +1,7 @@
-"""Names like `org/model` in the local Hugging Face cache. Nothing is ever downloaded.
+"""Resolve `org/model` in the local Hugging Face cache; nothing is ever downloaded.
 
-The layout is huggingface_hub's: `models--org--model/refs/<revision>` holds the commit, and
-`snapshots/<commit>/` the files as links into `blobs/`.
+The layout is huggingface_hub's: `models--org--model/refs/<revision>` has the commit, and `snapshots/<commit>/` the
+files as links into `blobs/`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ def cache_folder() -> Path:
 
 
 def _similar_names(path: Path) -> str | None:
-    """What is there under a name like it, as a remedy."""
+    """Return a remedy that names a file or folder beside it with a similar name, None if there is none."""
     try:
         there = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         return None
-    near = get_close_matches(path.name, [name for name in there if name != path.name], 1)
-    return f"did you mean {path.with_name(near[0])}?" if near else None
+    similar = get_close_matches(path.name, [name for name in there if name != path.name], 1)
+    return f"did you mean {path.with_name(similar[0])}?" if similar else None
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """The path that `name` means: itself if it exists, else the cached snapshot of `org/model[@revision]`.
+    """Return the path that `name` means: itself if it exists, else the cached snapshot of `org/model[@revision]`.
 
-    A folder that a killed run has set aside still has its name.
+    A folder that a killed run has set aside is found by its former name.
 
-    Raises InputError with the download command where the cache has no such snapshot.
+    Raises:
+        InputError: there is no such path and no such snapshot; the remedy is the download command.
     """
     path, text = Path(name), os.fspath(name)
     if not text:

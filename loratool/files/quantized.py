@@ -1,7 +1,7 @@
-"""Tell which tensors of a checkpoint are the codes of a quantized weight, by what stands beside each of them.
+"""Find the tensors of a checkpoint that are the codes of a quantized weight, by the tensors beside each of them.
 
-Quantization belongs to a tensor and not to a checkpoint: gpt-oss codes its experts alone, and what a config announces
-need not be in the file. A float8 weight with no scale beside it is a plain cast, whose code is its value.
+Quantization belongs to a tensor and not to a checkpoint: gpt-oss quantizes only its experts, and a config may announce
+what is not in the file. A float8 weight with no scale beside it is a plain cast: its codes are its values.
 """
 
 from __future__ import annotations
@@ -9,44 +9,35 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .dtypes import TensorSpec
+from .dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
 
-FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
-
-
-FLOAT8 = frozenset(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
-
+# The 8-bit floats that codes may be: those that are read as numbers, and AMD's.
+FP8_CODES = frozenset((*FLOAT8, "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
 
 INT8, BYTES, WORDS = frozenset(("I8",)), frozenset(("U8", "I8")), frozenset(("I32", "U32"))
 
 
-CODES = FLOAT8 | BYTES | WORDS
+CODES = FP8_CODES | BYTES | WORDS
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How a format stores a weight: the ends of its tensors' names, behind the weight's path without `.weight`.
-
-    codes: the codes' end. marks: one of these must be there, if any are named. others: these may be. dtypes: what the
-    codes may be. bits: of one weight; 0 where the config says how many, None where the headers cannot tell.
-    """
+    """The tensors in which a format stores a weight, by the ends of their names behind the path without `.weight`."""
 
     format: str
-    codes: str
-    marks: str
-    others: str
-    dtypes: frozenset[str]
-    bits: int | None
+    codes: str  # the end of the codes' name
+    marks: str  # ends, separated by blanks: one of them must be there, if any are named
+    others: str  # ends, separated by blanks, that may be there
+    dtypes: frozenset[str]  # the dtypes that the codes may have
+    bits: int | None  # per weight; 0: the config has the number; None: the headers cannot tell
 
     def weight(self, path: str) -> str:
-        """The name that the weight has in a model that is not quantized."""
+        """Return the weight's name in a model that is not quantized."""
         return f"{path}.weight" if self.codes.startswith(".") else path
 
 
-# The first row that fits counts.
 _NF4 = ".weight.nested_absmax .weight.nested_quant_map .weight.quant_state.bitsandbytes__nf4 "
 
 
@@ -56,15 +47,21 @@ _NF4 += ".weight.quant_state.bitsandbytes__fp4"
 _PACKED = ".weight_shape .weight_global_scale .input_global_scale .weight_zero_point .weight_g_idx .input_scale"
 
 
+# The first row that fits counts.
 CODINGS = (
     Coding("bitsandbytes 4-bit", ".weight", ".weight.absmax .weight.quant_map", _NF4, BYTES, 4),
     Coding("bitsandbytes int8", ".weight", ".SCB", ".weight_format", INT8, 8),
-    Coding("ComfyUI 8-bit", ".weight", ".comfy_quant", ".weight_scale .input_scale", FLOAT8 | INT8, 8),
+    Coding("ComfyUI 8-bit", ".weight", ".comfy_quant", ".weight_scale .input_scale", FP8_CODES | INT8, 8),
     Coding("ComfyUI 4-bit", ".weight", ".comfy_quant", ".weight_scale .weight_scale_2 .input_scale", BYTES, 4),
-    Coding("ComfyUI scaled fp8", ".weight", ".scale_weight", ".scale_input", FLOAT8 | INT8, 8),
+    Coding("ComfyUI scaled fp8", ".weight", ".scale_weight", ".scale_input", FP8_CODES | INT8, 8),
     Coding("modelopt nvfp4", ".weight", ".weight_scale_2", ".weight_scale .input_scale", BYTES, 4),
     Coding(
-        "fp8", ".weight", ".weight_scale_inv .weight_scale .qscale_weight .scale", ".input_scale .qscale_act", FLOAT8, 8
+        "fp8",
+        ".weight",
+        ".weight_scale_inv .weight_scale .qscale_weight .scale",
+        ".input_scale .qscale_act",
+        FP8_CODES,
+        8,
     ),
     Coding("int8", ".weight", ".weight_scale_inv .weight_scale", ".input_scale .weight_zero_point", INT8, 8),
     Coding("DeepSeek fp4", ".weight", ".scale", "", INT8, 4),
@@ -76,13 +73,13 @@ CODINGS = (
     Coding("AWQ or GPTQ", ".qweight", "", ".scales .qzeros", WORDS, 0),
     Coding("mxfp4", "_blocks", "_scales", "", BYTES, 4),
     Coding("quanto", ".weight._data", ".weight._scale", ".weight._shift .input_scale .output_scale", CODES, None),
-    Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point", FLOAT8 | INT8, 8),
+    Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point", FP8_CODES | INT8, 8),
     Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point ._weight_scale_and_zero", CODES, None),
     Coding("HQQ", ".W_q", ".scale .zero", ".nbits .group_size .shape .axis .packing", CODES, None),
     Coding("AQLM", ".codes", ".codebooks", ".scales", CODES | {"I16"}, None),
     Coding("VPTQ", ".indices", ".centroids", ".res_centroids .weight_scale .weight_bias .perm", CODES | {"I16"}, None),
     Coding("exl3", ".trellis", ".suh .svh .su .sv", ".mcg .mul1", CODES | {"I16"}, None),
-    Coding("fp8", "", "_scale_inv _scale", "_input_scale", FLOAT8, 8),
+    Coding("fp8", "", "_scale_inv _scale", "_input_scale", FP8_CODES, 8),
     Coding("int8", "", "_scale_inv _scale", "_input_scale", INT8, 8),
     Coding("4-bit", "", "_weight_scale _scale", "_weight_scale_2 _input_scale", BYTES, 4),
 )
@@ -91,56 +88,55 @@ CODINGS = (
 _OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16"}}
 
 
-# A float8 tensor for which no row is, beside a scale or in a list of coded layers: what the scale is for is not known.
-UNKNOWN = Coding("an fp8 format that is not known", ".weight", "", "", FLOAT8, 8)
+# A float8 tensor beside a scale, and one in a list of quantized layers, for which CODINGS has no row.
+UNKNOWN = Coding("an fp8 format that is not known", ".weight", "", "", FP8_CODES, 8)
 
 
 LISTED = Coding("ComfyUI", ".weight", "", "", CODES, None)
 
 
-# Scales that ComfyUI puts beside weights of 16 bits too; there they are 1, or the weight is no plain number.
+# ComfyUI's scale, also beside weights of 16 bits: there it is 1, or the weight is not a plain number.
 DUMMY_SCALE = ".scale_weight"
 
 
-SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_input", FLOATS, None)
+SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_input", frozenset(TORCH_FLOATS), None)
 
 
-# What a safetensors file's metadata alone may say of its codes: ComfyUI's layers, torchao's tensors.
+# Keys of a safetensors file's metadata that name its quantized tensors: ComfyUI's layers, torchao's tensors.
 LISTING = "_quantization_metadata"
 
 
 CODED_METADATA = (LISTING, "tensor_names")
 
 
-# The files in which tools write what they did, where config.json has nothing of it -> the method.
+# Files of tools that do not write their quantization into config.json -> the method
 CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
 
 
-DEPTH = 3  # of the configs within config.json, as thinker_config has a text_config
+DEPTH = 3  # levels of configs within config.json, like the text_config of a thinker_config
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A weight that is stored as codes. tensors: all that it is stored in, the codes first. spec: the codes'.
+    """A weight that is stored as codes."""
 
-    size: how many weights it is, None where the headers cannot tell.
-    """
-
-    format: str
-    tensors: tuple[str, ...]
-    spec: TensorSpec
-    size: int | None
+    format: str  # the `format` of a row of CODINGS
+    tensors: tuple[str, ...]  # names of all tensors that it is stored in, the codes first
+    spec: TensorSpec  # of the codes
+    size: int | None  # the weight's number of elements; None: the headers cannot tell
 
 
 def find_coded(
     specs: Mapping[str, TensorSpec], declared: Mapping[str, Any], listed: Collection[str] = ()
 ) -> dict[str, Coded]:
-    """Find the coded weights of a checkpoint, by the names that they have in a model that is not quantized.
+    """Find the quantized weights of a checkpoint, by the names that they have in a model that is not quantized.
 
-    declared: what `find_declared` gave. listed: the layers that a file's metadata names, from `listed_layers`.
+    Args:
+        declared: the quantization config, from `find_declared`.
+        listed: the layers that the files' metadata name, from `listed_layers`.
     """
     found: dict[str, Coded] = {}
     scales = {name.rpartition(".")[0]: name for name in specs if "scale" in name.rpartition(".")[2]}
@@ -150,7 +146,7 @@ def find_coded(
         module = name.removesuffix(".weight")
         if coding is None and name.endswith(".weight") and module in listed and spec.dtype in CODES:
             path, coding = module, LISTED
-        elif coding is None and spec.dtype in FLOAT8 and name.endswith(".weight") and module in scales:
+        elif coding is None and spec.dtype in FP8_CODES and name.endswith(".weight") and module in scales:
             path, coding = module, replace(UNKNOWN, marks=scales[module].removeprefix(module))
         if coding is not None:
             found[coding.weight(path)] = coded_as(coding, path, name, specs, declared)
@@ -158,23 +154,23 @@ def find_coded(
 
 
 def with_coded(specs: Mapping[str, TensorSpec], coded: Mapping[str, Coded]) -> dict[str, TensorSpec]:
-    """Add a base's quantized weights to its tensors, by the names that updates know them by."""
+    """Add a base's quantized weights to its tensors, under the names that updates have for them."""
     return {**specs, **{name: each.spec for name, each in coded.items()}}
 
 
 def coded_as(
     coding: Coding, path: str, name: str, specs: Mapping[str, TensorSpec], declared: Mapping[str, Any]
 ) -> Coded:
-    """Describe the weight of a path in a format; `name` is its codes'."""
+    """Describe the weight at `path`, stored in a format with its codes in the tensor `name`."""
     beside = [path + end for end in f"{coding.marks} {coding.others}".split()]
     bits = _declared_bits(declared, path) if coding.bits == 0 else coding.bits
     spec = specs[name]
-    size = spec.size if spec.dtype in FLOATS else spec.nbytes * 8 // bits if bits else None
+    size = spec.size if spec.dtype in TORCH_FLOATS else spec.nbytes * 8 // bits if bits else None
     return Coded(coding.format, (name, *(each for each in beside if each in specs)), spec, size)
 
 
 def _fit(coding: Coding, name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, Coding] | None:
-    """The path of the weight whose codes the tensor is in this format, and the format."""
+    """Return the weight's path and the format, if the tensor `name` is codes of this format; else None."""
     if not name.endswith(coding.codes):
         return None
     path = name.removesuffix(coding.codes)
@@ -192,7 +188,7 @@ def listed_layers(metadata: Mapping[str, str]) -> frozenset[str]:
 
 
 def find_declared(config: Mapping[str, Any], depth: int = DEPTH) -> Mapping[str, Any]:
-    """What a config says of its quantization, itself or in the configs within it; empty where it says nothing."""
+    """Find the quantization config in a config or in the configs within it; empty if there is none."""
     for field in CONFIG_FIELDS:
         value = config.get(field)
         if isinstance(value, Mapping) and value:
@@ -202,7 +198,7 @@ def find_declared(config: Mapping[str, Any], depth: int = DEPTH) -> Mapping[str,
 
 
 def declared_method(declared: Mapping[str, Any]) -> str | None:
-    """What a quantization config calls its method."""
+    """Return a quantization config's name for its method, None if the config is empty."""
     if not declared:
         return None
     for field in ("quant_method", "quant_algo", "quant_type"):
@@ -214,7 +210,10 @@ def declared_method(declared: Mapping[str, Any]) -> str | None:
 
 
 def _declared_bits(declared: Mapping[str, Any], path: str) -> int | None:
-    """The bits of a weight, as GPTQ, AWQ, MLX (there for a module of its own too) and compressed-tensors write it."""
+    """Read the bits per weight from the config of GPTQ, AWQ, MLX (which has them by module too) or compressed-tensors.
+
+    None if the config has none, or several that differ.
+    """
     groups = declared.get("config_groups")
     weights = (
         [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []

@@ -1,9 +1,8 @@
-"""One safetensors file: its header as `{name: TensorSpec}`, its tensors by offset.
+"""Read and write the safetensors header; tensors by offset.
 
-Our own reader and writer, for three things that the official library does not give: blocks of rows read
-into a buffer that we own, a header known before the first data byte, and bytes that do not depend on the
-order of a hash map. The format is the README of huggingface/safetensors and `safetensors/src/tensor.rs`;
-this reader is stricter in one point: a duplicate name is an error.
+The official library does not give three things: blocks of rows read into our own buffer, a header known before the
+first data byte, and bytes that do not depend on the order of a hash map. The format is in huggingface/safetensors,
+README.md and safetensors/src/tensor.rs; this reader is stricter in one point: a duplicate name is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InputError
-from .dtypes import _RANK, DTYPES, SAFETENSORS, TensorSpec
+from .dtypes import DATA_ORDER, DTYPES, SAFETENSORS, TensorSpec
 from .fileio import read_into
 from .weights_file import WeightsFile
 
@@ -28,7 +27,11 @@ MAX_HEADER = 100_000_000  # bytes, the official reader's limit
 
 
 class TensorFile(WeightsFile):
-    """A safetensors file, opened by its header alone. Raises InputError where the file breaks the format."""
+    """A safetensors file, of which opening reads only the header.
+
+    Raises:
+        InputError: the file breaks the format.
+    """
 
     def __init__(self, path: Path) -> None:
         self._open(path)
@@ -43,7 +46,10 @@ class TensorFile(WeightsFile):
 
 
 def read_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int]:
-    """The specs, first bytes and length of the file that such a header (without its length) begins."""
+    """Return the specs, each tensor's first byte, and the length of the file that begins with this header.
+
+    `header` is the JSON without its eight length bytes; `path` names the culprit of an error.
+    """
     entries, _ = _parse_header(header, path)
     start = 8 + len(header)
     end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -76,14 +82,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object with unique names; InputError names the file otherwise."""
+    """Parse a JSON object with unique keys; InputError names the file `path`."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
     if not isinstance(value, dict):
         raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))
-    if b"\\ud" in data.lower():  # half of a surrogate pair is legal in JSON, but no text that could be written again
+    if b"\\ud" in data.lower():  # JSON allows half of a surrogate pair, but UTF-8 cannot encode it
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -119,14 +125,14 @@ def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
 
 @lru_cache(maxsize=1024)
 def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    """One value for all tensors of a kind, of which a mixture of experts has tens of thousands."""
+    """Share equal specs, of which a mixture of experts has tens of thousands."""
     return TensorSpec(dtype, shape)
 
 
 def _locate(
     entries: dict[str, Any], path: Path, data_start: int, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-    """Check that the tensors tile the data section without hole or overlap."""
+    """Return the specs and first bytes in file order; InputError unless they tile the data section."""
     found = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=itemgetter(1, 2))
     specs, begin, end = {}, {}, 0
     for spec, start, stop, name in found:
@@ -139,25 +145,25 @@ def _locate(
             )
         specs[name], begin[name], end = spec, data_start + start, stop
     if data_start + end != file_size:
-        verb = "cut off" if data_start + end > file_size else "followed by foreign bytes"
+        problem = "cut off" if data_start + end > file_size else "followed by foreign bytes"
         raise InputError(
-            f"is {verb}: the header describes {data_start + end} bytes, the file has {file_size}", culprit=str(path)
+            f"is {problem}: the header describes {data_start + end} bytes, the file has {file_size}", culprit=str(path)
         )
     return specs, begin
 
 
 def data_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The official writer's order: widest dtype first (reverse enum), then by name, so that all is aligned."""
-    return sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
+    """Sort the names as the official writer does, so that all is aligned: widest dtype first, then by name."""
+    return sorted(specs, key=lambda name: (DATA_ORDER[specs[name].dtype], name))
 
 
 def build_header(
     specs: Mapping[str, TensorSpec], names: Iterable[str], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int]]:
-    """The header of a file that holds `names` in this order, and each tensor's first byte in that file.
+    """Return the header of a file with `names` in this order, and each tensor's first byte in that file.
 
-    The length prefix is included. With at most one metadata key these are the official writer's bytes;
-    with more, ours are sorted where the official ones come in the order of a hash map.
+    The eight length bytes are included. With at most one metadata key these are the official writer's bytes; with
+    more, ours are sorted, and the official ones are in the order of a hash map.
     """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
     offset, offsets = 0, {}
@@ -174,9 +180,9 @@ def build_header(
 
 
 def edit_metadata(header: bytes, drop: Iterable[str], add: Mapping[str, str]) -> bytes:
-    """A header, given without its length prefix and returned with it, with metadata keys dropped and set.
+    """Drop and set metadata keys of a header, given without its length bytes and returned with them.
 
-    All else and its order are kept; where nothing changes, these are the same bytes.
+    All else and its order are kept; if nothing changes, the bytes are the same.
     """
     entries = json.loads(header)
     metadata = entries.pop("__metadata__", None) or {}
@@ -202,7 +208,7 @@ def with_length(header: bytes) -> bytes:
 
 
 def tensor_bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
-    """What a file holds of a tensor, which has just this type and shape."""
+    """Return a tensor's bytes as a file stores them; its dtype and shape must be those of `spec`."""
     import torch
 
     assert tuple(tensor.shape) == spec.shape
