@@ -1,8 +1,7 @@
-"""Bytes at offsets, and outputs that appear whole or not at all.
+"""Read and write bytes at offsets, and make outputs appear whole or not at all.
 
-Everything that touches the operating system's file calls is here, each with a plain fallback, because
-Windows has no `pread` and only Linux has `copy_file_range`. The rest of loratool knows `read_into`,
-`write_at`, `copy_range` and the two `partial_*` context managers.
+The operating system's file calls are here, each with a plain fallback, because Windows has no `pread` and only Linux
+has `copy_file_range`.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from typing import Any, BinaryIO
 
 from ..errors import InputError, MachineError, UsageError
 
-COPY_CHUNK = 1 << 23  # one fallback copy buffer: large enough to stream, small enough to hold one a worker
+COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
 
 
-CHECKED_CHUNK = 1 << 20  # of bytes that are looked at on the way
+CHECKED_CHUNK = 1 << 20  # bytes of a buffer whose CRC is computed while it is in the processor's cache
 
 
-WRITE_BACK = 0.3  # seconds between two calls upon the disk to write what it has been given
+WRITE_BACK = 0.3  # seconds between two syncs of files that are being filled
 
 
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
@@ -37,7 +36,7 @@ _seek_lock = threading.Lock()  # the fallbacks move the file position, which thr
 
 
 def size(nbytes: float) -> str:
-    """Decimal units: MB is 10**6."""
+    """Format a number of bytes in decimal units: MB is 10**6."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000 or unit == "GB":
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
@@ -46,7 +45,7 @@ def size(nbytes: float) -> str:
 
 
 def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from `file` at `offset`; a file that ends early is an InputError."""
+    """Fill `buffer` from `file` at `offset`; raise InputError if the file ends early."""
     done = 0
     while done < len(buffer):
         if hasattr(os, "preadv"):
@@ -74,7 +73,7 @@ def write_at(file: BinaryIO, data: memoryview, offset: int) -> None:
 
 
 def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> None:
-    """Copy `nbytes` inside the kernel where it can, else through a buffer. The bytes never change."""
+    """Copy `nbytes` unchanged, inside the kernel if it can, else through a buffer."""
     done = 0
     while done < nbytes and hasattr(os, "copy_file_range"):
         try:
@@ -95,7 +94,7 @@ def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_of
 
 
 def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> int:
-    """Copy `nbytes` and return their CRC-32, looking at them while they are in the cache."""
+    """Copy `nbytes` and return their CRC-32."""
     buffer, crc = memoryview(bytearray(min(CHECKED_CHUNK, nbytes))), 0
     for done in range(0, nbytes, CHECKED_CHUNK):
         part = buffer[: nbytes - done]
@@ -107,10 +106,10 @@ def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_
 
 @contextmanager
 def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
-    """Have the disk write while the block still fills the files, so that little is left to sync at its end.
+    """Sync the files again and again while the block fills them, so that little is left to sync at its end.
 
-    The system would start late, with gigabytes in memory. What it says of a failure it says once: that is raised here.
-    Pages that are written go back: a model's worth would push out what others have in the cache, and a page that was
+    The system would start late, with gigabytes in memory. It reports a failure only once, so that is raised here.
+    Written pages are released: a model's worth would push other programs' pages out of the cache, and a page that was
     just freed is cheaper to fill than one that a virtual machine must ask its host for.
     """
     leave = threading.Event()
@@ -146,7 +145,7 @@ def open_for_reading(path: Path) -> BinaryIO:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system refuses here is the input's fault, unless the machine has run out of something."""
+    """Turn an OSError into an InputError that names `path`, or a MachineError if the machine ran out of something."""
     try:
         yield
     except OSError as error:
@@ -155,7 +154,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_scratch(folder: Path) -> BinaryIO:
-    """A file in `folder` without a name, gone when it is closed. An error of the machine names the folder."""
+    """Open a nameless file in `folder` that is gone when it is closed; an OSError names the folder."""
     try:
         return tempfile.TemporaryFile(dir=folder, buffering=0)
     except OSError as error:
@@ -163,7 +162,7 @@ def open_scratch(folder: Path) -> BinaryIO:
 
 
 def require_free_space(folder: Path, nbytes: int) -> None:
-    """Refuse before the first byte what cannot fit."""
+    """Raise MachineError unless the disk of `folder` has `nbytes` free."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise MachineError(
@@ -184,7 +183,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _lock(file: Any, path: Path) -> None:
-    """Hold `path` for this process, so that two commands with one output cannot mix their bytes."""
+    """Lock `path` for this process, so that two commands with one output cannot mix their bytes."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -196,23 +195,23 @@ def _lock(file: Any, path: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Where an output is built. The name is ours alone: what is found there comes from a run that was killed."""
+    """Return the path at which an output is built. A file found there comes from a run that was killed."""
     return path.with_name(path.name + ".loratool-partial")
 
 
 def former_path(path: Path) -> Path:
-    """Where a folder or an undo file that is being replaced waits for its end."""
+    """Return the path at which a folder or an undo file is set aside while it is replaced."""
     return path.with_name(path.name + ".loratool-former")
 
 
 def scratch_path(path: Path) -> Path:
-    """Where a folder lies that an output needs until it is whole."""
+    """Return the path of the scratch folder that an output needs until it is whole."""
     return path.with_name(path.name + ".loratool-scratch")
 
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """A file at `partial_path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not."""
     partial = partial_path(path)
     if partial.is_symlink() or partial.is_dir():
         raise UsageError("is in the way", culprit=str(partial))
@@ -232,10 +231,10 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A folder at `partial_path` that takes the place of `path` when the block ends well.
+    """Make a folder at `partial_path` that takes the place of `path` if the block ends well.
 
-    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. What a kill left
-    set aside, and nothing in its place, goes back there first.
+    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
+    left a folder set aside and nothing in its place, it is put back first.
     """
     partial, former = partial_path(path), former_path(path)
     if former.is_symlink() or former.is_file():
@@ -262,7 +261,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Where the folder that was `path` is, if a kill between two renames has left it there and nothing in its place."""
+    """Return the path at which a kill between two renames left the folder `path`, None if there is none."""
     former = former_path(path)
     if not former.is_dir() or former.is_symlink() or not any(former.iterdir()):
         return None
@@ -272,7 +271,7 @@ def set_aside(path: Path) -> Path | None:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A folder beside the output `path`, which is gone when the block ends."""
+    """Make a folder beside the output `path` that is removed when the block ends."""
     scratch = scratch_path(path)
     with _locked_folder(scratch, path):
         try:
@@ -283,7 +282,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked_folder(place: Path, path: Path) -> Iterator[None]:
-    """An empty folder for what becomes `path`, this process's alone: what is found there, a killed one has left."""
+    """Make and lock an empty folder for what becomes `path`, and remove what a killed run has left in it."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
     place.mkdir(exist_ok=True)
@@ -299,7 +298,7 @@ def _locked_folder(place: Path, path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A small file, on the disk when this returns."""
+    """Write a small file and sync it to the disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()

@@ -1,6 +1,6 @@
-"""An output checkpoint: what it consists of, where it may go, and how it appears there whole or not at all.
+"""Check an output checkpoint's place, and make it appear there whole or not at all.
 
-`layout` decides what is in its files, before the first byte; `rewrite` fills them.
+`output_plan` decides the content of its files before the first byte; `streaming.rewrite` fills them.
 """
 
 from __future__ import annotations
@@ -31,52 +31,44 @@ from .torch_writer import Archive
 from .undo_places import KeptUndo, formers_of, numbered_undo_files
 from .weights_file import WeightsFile, require_unchanged
 
-# What a checkpoint's weights can lie in -> how a single file of it is named.
+# The formats of a checkpoint's weights files -> the suffixes of a single file
 CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES}
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file of weights to be: `header` is all before the first tensor, `begin` each one's first byte in file order.
+    """A weights file that will be written."""
 
-    archive: of a torch file, which says what is to be written besides once the tensors are there.
-    """
-
-    name: str
-    header: bytes
-    begin: Mapping[str, int]
+    name: str  # relative to the output's folder
+    header: bytes  # all bytes before the first tensor
+    begin: Mapping[str, int]  # tensor -> its first byte, in file order
     nbytes: int
-    archive: Archive | None = None
+    archive: Archive | None = None  # of a torch file, whose end is written after the tensors
 
 
 @dataclass(frozen=True)
 class Output:
-    """A checkpoint to be.
-
-    `extras` are small files by name with their content; `travels` are side files by name with their origin.
-    `undo` is where an undo file will be, and `carried` where the earlier ones go: target -> origin. inputs: the files
-    that it is made of, which must be the same until it is whole.
-    """
+    """A checkpoint that will be written."""
 
     path: Path
     is_file: bool
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, TensorSpec]  # of the tensors that its files store
     files: tuple[OutputFile, ...]
-    extras: Mapping[str, bytes]
-    travels: Mapping[str, Path]
-    not_copied: tuple[str, ...]
-    provenance: str = ""
-    undo: Path | None = None
-    carried: Mapping[Path, Path] = field(default_factory=dict)
-    inputs: tuple[WeightsFile, ...] = ()
+    extras: Mapping[str, bytes]  # name of a small file -> its content
+    travels: Mapping[str, Path]  # name of a side file -> the file to copy
+    not_copied: tuple[str, ...]  # names beside the base that do not travel
+    provenance: str = ""  # the value of the metadata key `loratool`
+    undo: Path | None = None  # the new undo file
+    carried: Mapping[Path, Path] = field(default_factory=dict)  # path of an earlier merge's undo file -> file to copy
+    inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is whole
 
     @property
     def nbytes(self) -> int:
-        """Of the weight files."""
+        """Return the size of the weights files, without side files and undo files."""
         return sum(file.nbytes for file in self.files)
 
     def require_space(self) -> None:
-        """Raises MachineError where the disk is too small for all that will be written."""
+        """Raise MachineError if the disk is too small for all that will be written."""
         beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         require_free_space(self.path.absolute().parent, self.nbytes + beside)
@@ -84,28 +76,31 @@ class Output:
 
 @dataclass(frozen=True)
 class OutputEdits:
-    """What an output has otherwise than its base: tensors reshaped or new, fields of config.json, side files.
+    """The differences of an output from its base, besides the tensors' values."""
 
-    shared: tensors that have another one's bytes -> that one; left_out: those of them that are no
-    tensors of their own in a safetensors file (in a torch file none is).
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped and new tensors
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json
+    files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
+    shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
+    left_out: Collection[str] = ()  # of `shared`, those that a safetensors file does not store (a torch file: none)
+
+
+def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: str) -> tuple[Path, bool]:
+    """Return the output's path and whether it is a single file.
+
+    Without `out` the path is the command's name, and a file if the base was given as a file.
     """
-
-    specs: Mapping[str, TensorSpec] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
-    shared: Mapping[str, str] = field(default_factory=dict)
-    left_out: Collection[str] = ()
-
-
-def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, verb: str) -> tuple[Path, bool]:
-    """The output's path and whether it is a single file: by its suffix, else as the base was given."""
     if out is None:
-        return Path(f"{verb}.safetensors" if base.given_as_file else verb), base.given_as_file
+        return Path(f"{command}.safetensors" if base.given_as_file else command), base.given_as_file
     return check_output_name(out)
 
 
 def check_output_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
-    """A given output's path and whether it is a single file. Raises UsageError for a file of no such container."""
+    """Return a given output's path and whether it is a single file, by its suffix.
+
+    Raises:
+        UsageError: the suffix is that of another container, a key of CONTAINERS.
+    """
     path, suffixes = Path(out), CONTAINERS[container]
     if path.name in ("", ".."):
         raise UsageError(f"{os.fspath(out)!r} names no file or folder of its own", remedy="name the output with -o")
@@ -119,8 +114,17 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
 
 
 def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool, is_model: bool = False) -> None:
-    """Refuse an output that is or holds an input, that exists without --force, or that --force must not replace: of
-    another kind, of strangers' files; a merged model with its undo file, unless it `is_model` (`check_undo_files`).
+    """Refuse an output path before anything is written.
+
+    Args:
+        inputs: the files that are read, which the output must not replace.
+        force: whether an existing output may be replaced. A folder with other files than a model's never is.
+        is_model: whether the output is a model and not an adapter. Only a model may replace a merged model that has
+            an undo file (see `check_undo_files`).
+
+    Raises:
+        UsageError: the path cannot be the output.
+        NeedsFlag: it can with --force.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -160,8 +164,8 @@ def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool
             )
     first = undo_path(path, True)
     if is_file and not is_model and (is_undo_file(first) or formers_of(first)):
-        said = f"is a merged model, and its undo file {first.name} would be left to an adapter"
-        raise UsageError(said, culprit=str(path), remedy="name another output with -o")
+        why = f"is a merged model, and its undo file {first.name} would be left to an adapter"
+        raise UsageError(why, culprit=str(path), remedy="name another output with -o")
     if not force:
         raise NeedsFlag(
             "exists already", culprit=str(path), remedy="add --force to replace it, or name another with -o"
@@ -169,7 +173,12 @@ def check_output_path(path: Path, is_file: bool, inputs: list[Path], force: bool
 
 
 def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
-    """The same for the undo files beside a single file, which are replaced with it."""
+    """Refuse an output whose undo files would replace an input, a foreign file, or without --force any file.
+
+    Raises:
+        UsageError: they would replace an input or a file that is no undo file.
+        NeedsFlag: there are undo files beside the output, and `force` is false.
+    """
     if not _has_undo(output):
         return
     mine, first = _undo_places(output), undo_path(output.path, True)
@@ -187,17 +196,17 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
 
 
 def _has_undo(output: Output) -> bool:
-    """Whether undo files beside it are its own: those beside a torch file are not."""
+    """Return whether undo files beside the output are its own: those beside a torch file are not."""
     return output.is_file and output.path.suffix == ".safetensors"
 
 
 def _undo_places(output: Output) -> list[Path]:
-    """Where undo files will be beside a single file."""
+    """Return the paths of the undo files that will be written beside a single file."""
     return [*([output.undo] if output.undo else []), *output.carried]
 
 
 def _contains(place: Path, source: Path) -> bool:
-    """Whether `source`, by name or through links, is `place` or lies in it."""
+    """Return whether `source`, by name or through links, is `place` or is in it."""
     places = {Path(os.path.abspath(place)), Path(os.path.realpath(place))}
     sources = {Path(os.path.abspath(source)), Path(os.path.realpath(source))}
     return any(there == here or here in there.parents for here in places for there in sources)
@@ -205,12 +214,10 @@ def _contains(place: Path, source: Path) -> bool:
 
 @contextmanager
 def open_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
-    """The output's weight files by name, sized and with their headers, to be filled by offset in any order.
+    """Open the output's files by name: weights files sized and with their headers, and the undo file, empty.
 
-    Where the output has an undo file, that is there under its own name, empty.
-
-    When the block ends well all is synced, the side files and the index follow, and the output gets its name;
-    when it does not, nothing stays. An error of the machine names the output.
+    The block fills them by offset in any order. If it ends well, all is synced, the side files and the index follow,
+    and the output gets its name; if not, nothing stays. An OSError names the output.
     """
     with naming_output(output.path), ExitStack() as stack:
         targets: dict[str, BinaryIO] = {}
@@ -253,7 +260,7 @@ def _copy_into(target: BinaryIO, origin: Path) -> None:
 
 @contextmanager
 def naming_output(path: Path) -> Iterator[None]:
-    """An error of the machine that names no file names this output."""
+    """Give `path` to an OSError of the block that names no file."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""How an output checkpoint is laid out: which file has which tensor at which byte, decided before the first byte.
+"""Plan an output's files: each tensor's file and first byte, before the first byte is written.
 
-By default the layout is the input's: its files, their tensors, and where nothing in them must change, their
-very header bytes.
+By default the layout is the input's: the same files with the same tensors and, if nothing in a file changes, the same
+header bytes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .torch_writer import plan_archive
 from .undo_places import undo_chain
 from .weights_file import WeightsFile
 
-# Hashes of the tensor data that image tools write into the metadata: wrong once a tensor changes.
+# Metadata keys of image tools with hashes of the tensor data, which are wrong once a tensor changes.
 STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 @dataclass(frozen=True)
 class _OutputRequest:
-    """What `plan_output` was asked for, for all files; shared: as in Edits, and who of them is no tensor of its own."""
+    """The arguments of `plan_output` that hold for every file of the output."""
 
     is_file: bool
-    container: str
-    provenance: str
-    changed: Collection[str]
-    max_shard_bytes: int | None
-    shared: Mapping[str, str]
-    absent: Collection[str]
+    container: str  # a key of CONTAINERS
+    provenance: str  # the value of the metadata key `loratool`
+    changed: Collection[str]  # tensors whose values change
+    max_shard_bytes: int | None  # None keeps the base's shards
+    shared: Mapping[str, str]  # tensor -> the tensor whose bytes it shares
+    absent: Collection[str]  # of `shared`, those that this container does not store by themselves
 
     @property
     def ending(self) -> str:
@@ -47,11 +47,11 @@ class _OutputRequest:
 
 @dataclass(frozen=True)
 class _ShardPlan:
-    """What one output file holds; `kept` is the shard whose layout it keeps, None where it is laid out anew."""
+    """The content of one output file."""
 
-    name: str
-    members: list[str]
-    kept: WeightsFile | None
+    name: str  # without the component's folder
+    members: list[str]  # names of its tensors
+    kept: WeightsFile | None  # the base's shard whose layout it keeps; None for a new shard
 
 
 def plan_output(
@@ -66,19 +66,24 @@ def plan_output(
     undo: bool = False,
     container: str = "safetensors",
 ) -> Output:
-    """Lay out `base` anew at `path`, with other values in the tensors `changed`.
+    """Plan the output at `path` that has the tensors of `base`, with other values in those of `changed`.
 
-    `dtype` (a safetensors name) is taken by every float tensor of 16 bits or more that is no part of a quantized
-    weight. undo: with an undo file, and those
-    of earlier merges under their next numbers. container: a key of CONTAINERS. Raises UsageError for shards or a
-    pipeline in a single file, InputError for what the container cannot hold.
+    Args:
+        dtype: the safetensors name of the dtype for every float tensor of 16 bits or more that is no part of a
+            quantized weight.
+        undo: whether an undo file is written; those of earlier merges get the next numbers.
+        container: a key of CONTAINERS.
+
+    Raises:
+        UsageError: shards or a pipeline in a single file.
+        InputError: the container cannot hold a tensor.
     """
     if is_file and (max_shard_bytes is not None or base.parts):
         what = "a pipeline" if base.parts else "--max-shard-size"
         raise UsageError(f"{what} needs a folder as output", remedy="name a folder with -o")
     edits = edits or OutputEdits()
     absent = edits.shared if container == "torch" else edits.left_out
-    wish = _OutputRequest(is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent)
+    request = _OutputRequest(is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent)
     stored = {**base.specs, **edits.specs}
     specs = {name: spec if name in base.formats else with_dtype(spec, dtype) for name, spec in stored.items()}
     files: tuple[OutputFile, ...] = ()
@@ -86,7 +91,7 @@ def plan_output(
     travels, not_copied = _side_files(base, is_file, edits)
     for part in base.models:
         own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
-        planned, index = _plan_files(part, wish, own)
+        planned, index = _plan_files(part, request, own)
         files, extras = (*files, *planned), {**extras, **index}
         config = edited_config(part.config, edits.config, TORCH_FLOATS[dtype] if dtype else None)
         if config != part.config and f"{part.prefix}config.json" in travels:
@@ -115,122 +120,137 @@ def plan_output(
 
 
 def _plan_files(
-    base: Checkpoint, wish: _OutputRequest, specs: Mapping[str, TensorSpec]
+    base: Checkpoint, request: _OutputRequest, specs: Mapping[str, TensorSpec]
 ) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
-    """The files with the tensors `specs`, and their index. A pipeline's component that stays keeps its very bytes."""
+    """Return the files of one model with the tensors `specs`, and its index by name, if it has one.
+
+    A pipeline's component that does not change keeps the bytes of its headers and index.
+    """
     if base.prefix and not base.shards:
         return (), {}
-    anew = wish.max_shard_bytes is not None or (wish.is_file and len(base.shards) > 1)
-    own = {name: spec for name, spec in specs.items() if name not in wish.absent}
-    cuts = _make_shards(base, own, wish) if anew else _keep_base_shards(base, own, wish)
-    if not anew:
-        cuts[-1].members.extend(name for name in own if name not in base.specs)
-    indexed = not wish.is_file and (len(cuts) > 1 or (base.index is not None and not anew))
-    stays = base.prefix and not anew and own == base.specs and not any(name in wish.changed for name in own)
-    stays = stays and not wish.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
-    provenance = {} if indexed or stays else {"loratool": wish.provenance}
-    if wish.is_torch:
-        files = tuple(_torch_file(base, cut, specs, wish.shared) for cut in cuts)
+    is_resharded = request.max_shard_bytes is not None or (request.is_file and len(base.shards) > 1)
+    own = {name: spec for name, spec in specs.items() if name not in request.absent}
+    shards = _make_shards(base, own, request) if is_resharded else _keep_base_shards(base, own, request)
+    if not is_resharded:
+        shards[-1].members.extend(name for name in own if name not in base.specs)
+    indexed = not request.is_file and (len(shards) > 1 or (base.index is not None and not is_resharded))
+    is_kept = (
+        base.prefix and not is_resharded and own == base.specs and not any(name in request.changed for name in own)
+    )
+    is_kept = is_kept and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
+    provenance = {} if indexed or is_kept else {"loratool": request.provenance}
+    if request.is_torch:
+        files = tuple(_torch_file(base, shard, specs, request.shared) for shard in shards)
     else:
-        files = tuple(_tensor_file(base, cut, own, wish, provenance) for cut in cuts)
+        files = tuple(_tensor_file(base, shard, own, request, provenance) for shard in shards)
     if not indexed:
         return files, {}
-    name, former = base.index or ("", {})
-    if not (name.endswith(".json") and f"{wish.ending}." in name):
-        name = f"{_file_stem(base, wish)}{wish.ending}.index.json"
-    content = (base.folder / name).read_bytes() if stays else _index(base, former, wish, cuts, own)
+    name, old_index = base.index or ("", {})
+    if not (name.endswith(".json") and f"{request.ending}." in name):
+        name = f"{_file_stem(base, request)}{request.ending}.index.json"
+    content = (base.folder / name).read_bytes() if is_kept else _index(base, old_index, request, shards, own)
     return files, {base.prefix + name: content}
 
 
 def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[dict[str, Path], list[str]]:
-    """What travels by name, and what does not: beside a lone file without a config nothing is its own."""
+    """Return the side files to copy by name, and the names that are not copied.
+
+    A file given without its folder, and with no config beside it, has no side files.
+    """
     if is_file or (base.given_as_file and not base.config):
         return {}, []
     names, not_copied = classify_checkpoint(base)
     return {**{name: base.folder / name for name in names}, **edits.files}, not_copied
 
 
-def _file_stem(base: Checkpoint, wish: _OutputRequest) -> str:
-    """The first part of loaders' file names: `model` or `pytorch_model`, or diffusers' `diffusion_pytorch_model`."""
+def _file_stem(base: Checkpoint, request: _OutputRequest) -> str:
+    """Return the first part of loaders' file names: `model`, `pytorch_model` or `diffusion_pytorch_model`."""
     model, diffusers = (name.removesuffix(".safetensors") for name in SINGLE_NAMES)
     if base.shards[0].path.name.startswith(diffusers):
         return diffusers
-    return "pytorch_model" if wish.is_torch else model
+    return "pytorch_model" if request.is_torch else model
 
 
 def _numbered(
-    base: Checkpoint, groups: list[list[str]], kept: Collection[WeightsFile | None], wish: _OutputRequest
+    base: Checkpoint, groups: list[list[str]], kept: Collection[WeightsFile | None], request: _OutputRequest
 ) -> list[_ShardPlan]:
-    """Under transformers' names."""
-    stem, count = _file_stem(base, wish), len(groups)
-    names = [f"{stem}-{i:05d}-of-{count:05d}{wish.ending}" for i in range(1, count + 1)]
-    names = names if count > 1 else [f"{stem}{wish.ending}"]
+    """Name the files as transformers does."""
+    stem, count = _file_stem(base, request), len(groups)
+    names = [f"{stem}-{i:05d}-of-{count:05d}{request.ending}" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}{request.ending}"]
     return [_ShardPlan(*each) for each in zip(names, groups, kept, strict=True)]
 
 
-def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], wish: _OutputRequest) -> list[_ShardPlan]:
-    """The base's files; of another container, or a lone one, under the names that loaders look for."""
+def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request: _OutputRequest) -> list[_ShardPlan]:
+    """Plan the base's files again, under loaders' names if the container changes or the base is a single file."""
     groups = [[name for name in shard.specs if name in specs] for shard in base.shards]
-    same = not base.given_as_file and not wish.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
+    same = (
+        not base.given_as_file and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
+    )
     if not same:
-        return _numbered(base, groups, base.shards, wish)
+        return _numbered(base, groups, base.shards, request)
     return [_ShardPlan(shard.path.name, group, shard) for shard, group in zip(base.shards, groups, strict=True)]
 
 
-def _make_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], wish: _OutputRequest) -> list[_ShardPlan]:
-    """Shards cut in the base's order."""
-    groups = split_into_shards(specs, wish.max_shard_bytes)
-    return _numbered(base, groups, [None] * len(groups), wish)
+def _make_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request: _OutputRequest) -> list[_ShardPlan]:
+    """Plan new shards, with the tensors in the base's order."""
+    groups = split_into_shards(specs, request.max_shard_bytes)
+    return _numbered(base, groups, [None] * len(groups), request)
 
 
 def _tensor_file(
     base: Checkpoint,
-    cut: _ShardPlan,
+    shard: _ShardPlan,
     specs: Mapping[str, TensorSpec],
-    wish: _OutputRequest,
+    request: _OutputRequest,
     provenance: Mapping[str, str],
 ) -> OutputFile:
-    members = {name: specs[name] for name in cut.members}
-    same = isinstance(cut.kept, TensorFile) and cut.kept.specs == members
-    stale = (*STALE_METADATA, "loratool") if not same or any(name in wish.changed for name in members) else ()
-    if same and isinstance(cut.kept, TensorFile):
-        header = edit_metadata(cut.kept.header, stale, provenance)
-        shift = len(header) - cut.kept.data_start
-        begin = {name: cut.kept.begin[name] + shift for name in members}
+    members = {name: specs[name] for name in shard.members}
+    same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
+    stale = (*STALE_METADATA, "loratool") if not same or any(name in request.changed for name in members) else ()
+    if same and isinstance(shard.kept, TensorFile):
+        header = edit_metadata(shard.kept.header, stale, provenance)
+        shift = len(header) - shard.kept.data_start
+        begin = {name: shard.kept.begin[name] + shift for name in members}
     else:
-        metadata = {key: value for key, value in _metadata(base, cut).items() if key not in stale}
+        metadata = {key: value for key, value in _metadata(base, shard).items() if key not in stale}
         shared = {
-            _component_name(base, name): _component_name(base, to) for name, to in wish.shared.items() if to in members
+            _component_name(base, name): _component_name(base, to)
+            for name, to in request.shared.items()
+            if to in members
         }
         own = {_component_name(base, name): spec for name, spec in members.items()}
         header, placed = build_header(own, data_order(own), {**metadata, **shared, **provenance})
         begin = {base.prefix + name: start for name, start in placed.items()}
     return OutputFile(
-        base.prefix + cut.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values())
+        base.prefix + shard.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values())
     )
 
 
 def _component_name(base: Checkpoint, name: str) -> str:
-    """A tensor's name in the files of its component."""
+    """Return a tensor's name in the files of its component."""
     return name.removeprefix(base.prefix)
 
 
-def _metadata(base: Checkpoint, cut: _ShardPlan) -> dict[str, str]:
-    """What the files of a cut said, without what `sharing` reads of tensors that are in another one now."""
-    shards = (cut.kept,) if cut.kept else base.shards
-    found = {key: value for shard in shards for key, value in (shard.metadata or {"format": "pt"}).items()}
-    elsewhere = {_component_name(base, name) for name in base.specs.keys() - set(cut.members)}
+def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
+    """Return the metadata of the shards that a file is made of, without aliases of tensors that it does not have.
+
+    safetensors.torch stores a shared tensor as a metadata key with the name of the stored one.
+    """
+    sources = (shard.kept,) if shard.kept else base.shards
+    found = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
+    elsewhere = {_component_name(base, name) for name in base.specs.keys() - set(shard.members)}
     return {key: value for key, value in found.items() if value not in elsewhere}
 
 
 def _torch_file(
-    base: Checkpoint, cut: _ShardPlan, specs: Mapping[str, TensorSpec], shared: Mapping[str, str]
+    base: Checkpoint, shard: _ShardPlan, specs: Mapping[str, TensorSpec], shared: Mapping[str, str]
 ) -> OutputFile:
-    """Each tensor with those that share its storage."""
-    sharing: dict[str, list[str]] = {}
+    """Plan a torch file in which tensors with shared bytes have one storage."""
+    sharing: dict[str, list[str]] = {}  # the tensor that is stored -> those that share its storage
     for name, to in shared.items():
         sharing.setdefault(to, []).append(name)
-    names = {name: to for to in cut.members for name in (to, *sharing.get(to, ()))}
+    names = {name: to for to in shard.members for name in (to, *sharing.get(to, ()))}
     archive = plan_archive(
         {
             _component_name(base, name): (_component_name(base, to), specs.get(name, specs[to]))
@@ -238,28 +258,28 @@ def _torch_file(
         }
     )
     begin = {base.prefix + name: start for name, start in archive.begin.items()}
-    return OutputFile(base.prefix + cut.name, archive.header, begin, archive.nbytes, archive)
+    return OutputFile(base.prefix + shard.name, archive.header, begin, archive.nbytes, archive)
 
 
 def _index(
     base: Checkpoint,
-    former: Mapping[str, object],
-    wish: _OutputRequest,
-    cuts: list[_ShardPlan],
+    old_index: Mapping[str, object],
+    request: _OutputRequest,
+    shards: list[_ShardPlan],
     specs: Mapping[str, TensorSpec],
 ) -> bytes:
-    """The index JSON: the former one's fields and order, with the output's map, size and provenance."""
-    metadata = former.get("metadata")
-    metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": wish.provenance}
+    """Encode the index JSON: the former one's fields and order, with the output's map, size and provenance."""
+    metadata = old_index.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": request.provenance}
     metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
-    holder = {_component_name(base, name): cut.name for cut in cuts for name in cut.members}
-    if wish.is_torch:
+    holder = {_component_name(base, name): shard.name for shard in shards for name in shard.members}
+    if request.is_torch:
         holder |= {
             _component_name(base, n): holder[_component_name(base, to)]
-            for n, to in wish.shared.items()
+            for n, to in request.shared.items()
             if _component_name(base, to) in holder
         }
-    order = former.get("weight_map", {})
+    order = old_index.get("weight_map", {})
     assert isinstance(order, dict)
     names = [*(name for name in order if name in holder), *sorted(holder.keys() - order.keys())]
-    return encode_json({**former, "metadata": metadata, "weight_map": {name: holder[name] for name in names}})
+    return encode_json({**old_index, "metadata": metadata, "weight_map": {name: holder[name] for name in names}})

@@ -1,7 +1,7 @@
-"""The files beside the weights: which travel with a model, and what in them must follow the output.
+"""Choose the files beside the weights that travel with a model, and edit those that must follow the output.
 
-An allow-list, because a stray weight file, an optimizer state or a `.git` beside a checkpoint must never
-end up in an output by accident. What does not travel is reported by name.
+The choice is an allow-list, because a stray weights file, an optimizer state or a `.git` beside a checkpoint must
+never end up in an output by accident. Files that do not travel are reported by name.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 
 
-INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were taken out of it
+INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were subtracted from it
 
 
-# what an output folder holds besides
+# The weights and undo files in the output folders that loratool writes
 WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index*.json",
@@ -67,9 +67,10 @@ WEIGHTS = (
 
 
 def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
-    """The relative paths in `folder` that travel, and those that do not; `read` are the weights already dealt with.
+    """Return the relative paths in `folder` that travel and those that do not, without the weights files `read`.
 
-    Raises InputError for one that travels and cannot be read, before there is anything to undo.
+    Raises:
+        InputError: one that travels cannot be read.
     """
     travels, stays = [], []
     with reading(folder):
@@ -87,7 +88,7 @@ def classify_side_files(folder: Path, read: set[str]) -> tuple[list[str], list[s
 
 
 def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
-    """`survey` of all folders of a checkpoint: a pipeline's own, and each of its components'."""
+    """Return the paths that travel and those that do not, of a model's folder or of a pipeline's folders."""
     if not base.parts:
         return classify_side_files(base.folder, base.weight_files)
     travels, stays = classify_side_files(base.folder, set())
@@ -100,19 +101,19 @@ def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """A tokenizer's files in an adapter's folder, {} where there is none."""
+    """Return a tokenizer's files in an adapter's folder by name; empty if there is none."""
     with reading(folder):
         names = [entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and matches(entry.name, TOKENIZER)]
     return {name: folder / name for name in names} if "tokenizer_config.json" in names else {}
 
 
 def undo_path(model: Path, is_file: bool) -> Path:
-    """Where a merged model has its undo file: in its folder, or beside the file."""
+    """Return the path of a merged model's undo file: in its folder, or beside the file."""
     return model.with_suffix(".undo") if is_file else model / "loratool.undo"
 
 
 def undo_files(path: Path) -> list[Path]:
-    """An undo file and those of the merges before: `x.undo`, `x.undo.1`, ..."""
+    """Return an undo file and those of earlier merges, the last merge's first: `x.undo`, `x.undo.1`, ..."""
     found = [path] if is_undo_file(path) else []
     while found and is_undo_file(following := path.with_name(f"{path.name}.{len(found)}")):
         found.append(following)
@@ -120,7 +121,7 @@ def undo_files(path: Path) -> list[Path]:
 
 
 def is_undo_file(path: Path) -> bool:
-    """Whether there is a file, and no link to one, that begins as one does."""
+    """Return whether `path` is a file, and no link, that begins with `UNDO_MARK`."""
     if path.is_symlink() or not path.is_file():
         return False
     with open_for_reading(path) as file:
@@ -128,7 +129,7 @@ def is_undo_file(path: Path) -> bool:
 
 
 def find_foreign_file(folder: Path) -> str | None:
-    """Something in an output folder that --force must not remove: it is of no kind that we write."""
+    """Return a name in an output folder that loratool does not write, and that --force must not remove."""
     prefixes = tuple(f"{name}/" for name in component_names(folder)) if is_pipeline(folder) else ()
     names, weights = [], False
     for name in _names_in(folder):
@@ -141,7 +142,7 @@ def find_foreign_file(folder: Path) -> str | None:
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    """Files and links, and empty folders with a slash: one by one, since a home has millions."""
+    """Yield files, links and, with a slash, empty folders: one by one, because a home directory has millions."""
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() or not entry.is_dir():
             yield entry.name
@@ -157,9 +158,9 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """A config with some fields set, in `text_config` too where there is one, and with another dtype everywhere.
+    """Return a config with `fields` set, in its `text_config` too, and with `dtype` in every config that has one.
 
-    Beside a `text_config` a field is set at the top only if it stands there, but for the flag that ties a head.
+    In a config with a `text_config`, a field is set at the top only if it is there already, or if it ties the head.
     """
     changed: dict[str, Any] = {}
     for key, value in config.items():
@@ -175,16 +176,16 @@ def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: s
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """As transformers writes its JSON files."""
+    """Encode JSON as transformers writes its files."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def provenance(verb: str, facts: Mapping[str, Any], former: object) -> str:
-    """The value of the metadata key `loratool`: what was done, never when, where or by which version.
+def provenance(command: str, facts: Mapping[str, Any], former: object) -> str:
+    """Return the value of the metadata key `loratool`: the edit, but neither its time nor place nor our version.
 
-    `former` is the value that the base has, kept so that stacked edits can be read back; InputError if it is broken.
+    `former` is the base's value, kept so that stacked edits can be read back; InputError if it is broken.
     """
-    value = {"verb": verb, **facts}
+    value = {"verb": command, **facts}
     if former is not None:
         try:
             value["former"] = json.loads(str(former))  # an object: strings in strings double their escapes

@@ -1,4 +1,4 @@
-"""Two stored tensors compared by blocks: equal, how far apart, their difference."""
+"""Compare two stored tensors by blocks: equal, how far apart, their difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def same_values(one: TensorRef, two: TensorRef) -> bool:
-    """Whether two tensors have the same values, the first rounded to the type of the second."""
+    """Return whether the values of two tensors are equal, the first rounded to the dtype of the second."""
     import torch
 
     if one.spec.shape != two.spec.shape:
@@ -31,7 +31,7 @@ def same_values(one: TensorRef, two: TensorRef) -> bool:
 
 
 def same_bytes(one: TensorRef, two: TensorRef) -> bool:
-    """Whether two tensors are stored alike, whatever their shapes."""
+    """Return whether two tensors have the same dtype and bytes, whatever their shapes."""
     if (one.spec.dtype, one.spec.nbytes) != (two.spec.dtype, two.spec.nbytes):
         return False
     size = one.spec.nbytes
@@ -49,25 +49,28 @@ def same_bytes(one: TensorRef, two: TensorRef) -> bool:
 READ = 1 << 22  # numbers read at a time
 
 
-SPARSE = 16  # one row in so many tells the noise
+SPARSE = 16  # the rounding noise is estimated from one row in so many
 
 
+# dtype -> (mantissa bits, least exponent of a normal number)
 _MANTISSA = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022)}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """D: tuned - base in float32, of the base's shape. base_squared: ||base||^2. noise: the variance of the rounding to
-    the tuned model's type, values spread evenly between their neighbours: the mean of ulp^2 / 12, over some rows.
-    """
+    """The delta of a weight between a base and a tuned model."""
 
-    D: torch.Tensor
-    base_squared: float
-    noise: float
+    D: torch.Tensor  # tuned - base in float32, with the base's shape
+    base_squared: float  # ||base||^2
+    noise: float  # variance of rounding to the tuned model's dtype: the mean of ulp^2 / 12, over some rows
 
 
 def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Difference:
-    """Both are read by blocks. Raises InputError for nan and inf, and for shapes that differ."""
+    """Compute the delta of a weight, reading both tensors by blocks of rows.
+
+    Raises:
+        InputError: one has nan or inf, or their shapes differ.
+    """
     import torch
 
     if base.spec.shape != tuned.spec.shape:
@@ -81,20 +84,20 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         one, two = (side.file.rows(side.name, start, stop).to(device) for side in (base, tuned))
-        steps = _ulp(two[::SPARSE], tuned.spec.dtype)
+        ulp = _ulp(two[::SPARSE], tuned.spec.dtype)
         wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
         one, two = one.to(wide), two.to(wide)
         out[start:stop] = two.sub_(one)
         squared.append(_sum_of_squares(one))
-        ulps.append(_sum_of_squares(steps) / steps.numel() * two.numel())
-    # a sum is finite where all is, but for what overflows on the way
+        ulps.append(_sum_of_squares(ulp) / ulp.numel() * two.numel())
+    # the sum is cheaper: it is finite only if all numbers are, but may also overflow
     if not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
     return Difference(out.view(base.spec.shape), math.fsum(squared), math.fsum(ulps) / size / 12)
 
 
 def _sum_of_squares(x: torch.Tensor) -> float:
-    """As exact as its type, and where that overflows as float64."""
+    """Return ||x||^2, computed in the dtype of x, or in float64 if that overflows."""
     import torch
 
     found = float(torch.dot(x.flatten(), x.flatten()))
@@ -102,7 +105,7 @@ def _sum_of_squares(x: torch.Tensor) -> float:
 
 
 def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The step of the type at each value."""
+    """Return the ulp of the dtype at each value."""
     import torch
 
     mantissa, least = _MANTISSA.get(dtype, (3, -6))
@@ -113,30 +116,29 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What lies between two tensors of one shape. norms: ||ONE||, ||TWO|| and ||TWO - ONE||, of what is finite;
-    largest: the largest absolute difference; steps: the most numbers of the type between two values, None for float64
-    and where the types differ; changed: how many values differ; odd: how many are nan or inf on one side and not so on
-    the other.
-    """
+    """The distance between two tensors of one shape."""
 
-    equal: bool
-    norms: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    largest: float = 0.0
-    max_ulps: int | None = 0
-    changed: int = 0
-    not_finite: int = 0
+    equal: bool  # same dtype and same values
+    norms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # ||ONE||, ||TWO||, ||TWO - ONE||, over finite numbers
+    largest: float = 0.0  # max|TWO - ONE|
+    max_ulps: int | None = 0  # None for float64, for what is no float, and if the dtypes differ
+    changed: int = 0  # number of values that differ
+    not_finite: int = 0  # number of values that are nan or inf on one side and not so on the other
 
 
 def compare(one: TensorRef, two: TensorRef) -> Comparison:
-    """By blocks of rows; of types that are no float whether they are equal, and how many values are not."""
+    """Compare two tensors of one shape by blocks of rows.
+
+    If a dtype is no float, only `equal` and `changed` are computed, from the bits.
+    """
     import torch
 
     same_type = one.spec.dtype == two.spec.dtype
     if not one.spec.size or not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
-        changed = _count_codes(one, two) if same_type else one.spec.size
+        changed = _count_different_bits(one, two) if same_type else one.spec.size
         return Comparison(same_type and not changed, max_ulps=None, changed=changed)
     counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
-    norms, largest, steps, changed, odd = [], 0.0, 0, 0, 0
+    norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
     for a, b in zip(one.blocks(READ), two.blocks(READ), strict=True):
         if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             norms.append((norm(a),) * 2 + (0.0,))
@@ -144,20 +146,20 @@ def compare(one: TensorRef, two: TensorRef) -> Comparison:
         x, y = a.double(), b.double()
         D = y - x
         different = ~((x == y) | (x.isnan() & y.isnan()))
-        odd += int((~D.isfinite() & different).sum())
+        not_finite += int((~D.isfinite() & different).sum())
         D = torch.where(D.isfinite(), D, 0.0)
         norms.append((norm(a), norm(b), norm(D)))
         largest = max(largest, float(D.abs().max()))
         changed += int(different.sum())
         if counted and bool((D != 0).any()):
-            steps = max(steps, int((_float_ordinals(b) - _float_ordinals(a))[D != 0].abs().max()))
+            ulps = max(ulps, int((_float_ordinals(b) - _float_ordinals(a))[D != 0].abs().max()))
     totals = tuple(math.hypot(*side) for side in zip(*norms, strict=True))
     # bits may differ where values do not: a zero's sign, a nan's payload
-    return Comparison(same_type and not changed, totals, largest, steps if counted else None, changed, odd)  # type: ignore[arg-type]
+    return Comparison(same_type and not changed, totals, largest, ulps if counted else None, changed, not_finite)  # type: ignore[arg-type]
 
 
-def _count_codes(one: TensorRef, two: TensorRef) -> int:
-    """How many values of one type differ in their bits; of types below a byte all, if any."""
+def _count_different_bits(one: TensorRef, two: TensorRef) -> int:
+    """Count the values of one dtype that differ in their bits; for a dtype below a byte, all if any."""
     import torch
 
     a, b = (side.file.read(side.name) for side in (one, two))
@@ -171,7 +173,7 @@ def _count_codes(one: TensorRef, two: TensorRef) -> int:
 
 
 def _float_ordinals(x: torch.Tensor) -> torch.Tensor:
-    """Numbers that count the values of a float type of at most 32 bits in order."""
+    """Return an int64 for each float of 16 or 32 bits such that adjacent floats have adjacent integers."""
     import torch
 
     kind = {2: torch.int16, 4: torch.int32}[x.element_size()]

@@ -1,4 +1,4 @@
-"""A tensor in a file of weights, wherever that is, and what can be asked of it by blocks of rows."""
+"""Read one stored tensor, `TensorRef(file, name)`, by blocks of rows: its norm, finiteness, float32 copy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20  # numbers read at a time
 
 
-SHORT = 1 << 20  # numbers whose squares are summed in float64 for nothing
+SHORT = 1 << 20  # up to so many, float64 costs nothing
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where a tensor's rows come from: a file of weights and the name there."""
+    """A tensor in a weights file, of which nothing is read until it is asked for."""
 
     file: WeightsFile
     name: str
@@ -33,7 +33,7 @@ class TensorRef:
         return self.file.specs[self.name]
 
     def blocks(self, most: int) -> Iterator[torch.Tensor]:
-        """All of it, (rows, columns), about `most` numbers at a time; of a float type, and not empty."""
+        """Yield the tensor, which must be of a float type and not empty, as (rows, columns) of about `most` numbers."""
         spec = self.spec
         if not spec.shape:
             yield self.file.tensor(self.name).view(1, 1)
@@ -44,7 +44,7 @@ class TensorRef:
             yield self.file.rows(self.name, start, min(start + step, rows))
 
     def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop of the tensor seen as a matrix of `rows` rows, a stack of matrices for one."""
+        """Return rows start:stop of the tensor viewed as (rows, columns), also if it is a stack of matrices."""
         import torch
 
         spec = self.spec
@@ -64,7 +64,7 @@ def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
 
 
 def squared_norm(source: TensorRef) -> float:
-    """||W||^2 in float64; of a tensor of no float type 0."""
+    """Return ||W||^2 in float64; 0 if the dtype is no float."""
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
     rows = (source.file.rows(source.name, start, stop).double() for start, stop in _blocks(source.spec))
@@ -72,7 +72,11 @@ def squared_norm(source: TensorRef) -> float:
 
 
 def norm(x: torch.Tensor) -> float:
-    """||x|| of what is finite in it: in float32 where that is long, scaled where squares leave their type's range."""
+    """Return ||x|| over the finite numbers of x.
+
+    A short x is summed in float64, a long one in float32 (float64 if it is); if the squares overflow or underflow,
+    x / max|x| is summed instead.
+    """
     wide = (x.double() if x.numel() < SHORT else x.float() if x.element_size() < 4 else x).flatten()
     squared = float(wide.dot(wide))
     if 1e-20 < squared < math.inf:
@@ -83,7 +87,10 @@ def norm(x: torch.Tensor) -> float:
 
 
 def is_finite(x: torch.Tensor) -> bool:
-    """Whether no number is a nan or an infinity, in a tenth of `isfinite`'s time: a nan is both extremes."""
+    """Return whether x has no nan and no infinity.
+
+    A nan is both the least and the largest number of `aminmax`, which takes a tenth of the time of `isfinite`.
+    """
     if not x.numel():
         return True
     low, high = map(float, (x.float() if x.element_size() == 1 else x).aminmax())
@@ -91,7 +98,7 @@ def is_finite(x: torch.Tensor) -> bool:
 
 
 def require_finite(source: TensorRef) -> None:
-    """Raises InputError naming a tensor that holds a nan or an infinity."""
+    """Raise InputError if the tensor has a nan or an infinity."""
     spec = source.spec
     if spec.dtype not in FLOATS or not spec.size or not spec.shape:
         return
@@ -101,7 +108,10 @@ def require_finite(source: TensorRef) -> None:
 
 
 def known_finite(file: WeightsFile, names: Iterable[str]) -> set[str]:
-    """Those of the tensors that are seen to hold no nan and no infinity where small neighbours are read at once."""
+    """Return the names of the small tensors that have no nan and no infinity, reading neighbours at once.
+
+    A name that is not in the result has to be checked by itself with `require_finite`.
+    """
     import torch
 
     found: set[str] = set()
@@ -114,7 +124,7 @@ def known_finite(file: WeightsFile, names: Iterable[str]) -> set[str]:
 
 
 def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[tuple[str, int, int, list[str]]]:
-    """Tensors of one type without a gap, with that type and their bytes in the file: about BLOCK of these at a time."""
+    """Yield (dtype, first byte, byte after the last, names) of adjoining small tensors, about BLOCK bytes at a time."""
     run: list[str] = []
     dtype, begin, end = "", 0, 0
     for start, name in sorted((file.begin[name], name) for name in names):
@@ -137,7 +147,7 @@ READ_NUMBERS = 1 << 22  # numbers read at a time
 
 
 def read_float32(source: TensorRef, device: torch.device) -> torch.Tensor:
-    """A whole tensor; InputError where it holds nan or inf."""
+    """Read a tensor as float32; InputError if it has nan, inf, or a number beyond float32."""
     import torch
 
     shape, size = source.spec.shape, source.spec.size
@@ -147,7 +157,7 @@ def read_float32(source: TensorRef, device: torch.device) -> torch.Tensor:
         stop = min(start + step, shape[0])
         block = out[start:stop]
         block.copy_(source.file.rows(source.name, start, stop).reshape(block.shape))
-        if not all(math.isfinite(end) for end in block.aminmax()):  # a nan is either
+        if not all(math.isfinite(end) for end in block.aminmax()):  # a nan is both ends
             raise InputError(
                 f"holds nan, inf or more than float32 can; {source.file.path} is damaged", culprit=source.name
             )

@@ -1,10 +1,9 @@
-"""What a torch pickle describes, read without running it: dicts of tensors, each a place in a storage.
+"""Read the tensors that a torch pickle describes, without running it: a pickle is a program.
 
-A pickle is a program. It is not run here: `pickletools` decodes its opcodes, and a small stack machine knows the
-few that build dicts, lists and tensors. It imports nothing, and calls only the functions in `_CALLS`, which return
-descriptions. Each step costs time and memory in proportion to its own bytes; `pickle.Unpickler` has no such bound
-even with `find_class` closed (the hash of a tuple of tuples, a large memo index). Formats: torch/serialization.py,
-and torch/_utils.py for the `_rebuild_*`.
+`pickletools` decodes its opcodes, and a small stack machine carries out the few that build dicts, lists and tensors.
+It imports nothing, and calls only the functions in `_CALLS`, which return descriptions. An opcode costs time and memory
+in proportion to its own bytes; `pickle.Unpickler` has no such bound even with `find_class` closed (the hash of a tuple
+of tuples, a large memo index). The formats are in torch/serialization.py, and in torch/_utils.py for `_rebuild_*`.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Any
 from ..errors import InputError
 from .dtypes import TORCH_DTYPES
 
-MAX_PICKLE = 1 << 25  # bytes, some 90,000 tensors; also the most that one read of a header may ask for
+MAX_PICKLE = 1 << 25  # bytes, some 90,000 tensors; also the limit of one read of a header
 
 
-MAX_RANK = 64  # torch's own limit
+MAX_RANK = 64  # dimensions of a tensor, torch's limit
 
 
 REMEDY = "load it where you trust it and save its state dict as safetensors"
 
 
-# A pickle's types of storage, with the bytes an element. All newer dtypes lie in untyped ones.
+# A pickle's storage types -> (torch's dtype, bytes per element). All newer dtypes are in untyped storages.
 STORAGES = {
     "torch.FloatStorage": ("float32", 4), "torch.HalfStorage": ("float16", 2), "torch.DoubleStorage": ("float64", 8),
     "torch.LongStorage": ("int64", 8), "torch.IntStorage": ("int32", 4), "torch.ShortStorage": ("int16", 2),
@@ -39,15 +38,17 @@ STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name that the pickle asked for: a mark on the stack, never the thing itself."""
+    """A name that the pickle imports: only the name is on the stack, never the object."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    key: str
-    type: str
+    """A run of elements in the file that one or more tensors view."""
+
+    key: str  # its entry's name in the zip, or an id in the legacy layout
+    type: str  # a key of STORAGES
     numel: int
 
     @property
@@ -57,20 +58,22 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
+    """A tensor as a view of a storage."""
+
     storage: Storage
-    offset: int  # in elements, as the strides
+    offset: int  # in elements
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    lazy: bool  # torch conjugates or negates what is stored
+    stride: tuple[int, ...]  # in elements
+    dtype: str  # a key of TORCH_DTYPES
+    lazy: bool  # the values are the conjugated or negated stored ones
 
     @property
     def contiguous(self) -> bool:
-        step = 1
+        expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != step:
+            if size != 1 and stride != expected:
                 return 0 in self.shape
-            step *= size
+            expected *= size
         return True
 
 
@@ -79,13 +82,16 @@ def _whole(*values: Any) -> bool:
 
 
 def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """Hash only text and small numbers: tuples in tuples, or numbers chosen to collide, can take for ever."""
+    """Set an item, hashing only text and small numbers: nested tuples, or numbers chosen to collide, take for ever."""
     plain = type(key) is str or (type(key) is int and key.bit_length() < 60)
     target[key if plain else object()] = value
 
 
 def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
-    """Python 2 gave the pairs as a list. It is emptied, since a copy of it at each call could fill the memory."""
+    """Build an OrderedDict's items from Python 2's list of pairs, if there is one.
+
+    The list is emptied: a pickle could pass it again and again, and each call's copy would fill the memory.
+    """
     made: dict[Any, Any] = {}
     if pairs is not None:
         for key, value in pairs:
@@ -95,7 +101,7 @@ def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str = "") -> SavedTensor:
-    """`_rebuild_tensor` and `_v2`: rest is requires_grad, hooks, and perhaps metadata."""
+    """Describe the tensor of `_rebuild_tensor` and `_v2`; `rest` is requires_grad, hooks, and maybe metadata."""
     ranks = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_RANK
     if not (type(storage) is Storage and ranks and _whole(offset, *shape, *stride)):
         raise ValueError("a tensor without a storage, a shape or strides")
@@ -103,7 +109,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dty
 
 
 def _rebuild_v3(*args: Any) -> SavedTensor:
-    """As `_v2` with a dtype before the metadata, for the dtypes that have no storage type."""
+    """Describe the tensor of `_rebuild_tensor_v3`: a dtype with no storage type is before the metadata of `_v2`."""
     dtype = args[6].name.removeprefix("torch.")
     if dtype not in TORCH_DTYPES:
         raise ValueError("a tensor without a dtype")
@@ -118,7 +124,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch.Size": lambda size=(): size,
-    # What may stand beside the weights of a training checkpoint: nothing of it is kept.
+    # objects beside the weights of a training checkpoint, which are dropped
     **dict.fromkeys(
         """torch.device torch.serialization._get_layout collections.Counter _codecs.encode
         builtins.set builtins.frozenset builtins.bytearray builtins.complex
@@ -132,14 +138,14 @@ _KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)}
 
 
 class Machine:
-    """Pickle's stack machine, with the opcodes of `_OPS` and no more. A mark sets the stack aside in `below`."""
+    """Pickle's stack machine, with the opcodes of `_OPS` and no more. A mark pushes the stack onto `below`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.storages: dict[str, Storage] = {}
 
     def run(self, stream: Any) -> Any:
-        """What the pickle at the stream's position describes; the stream then stands behind it."""
+        """Return the object that the pickle at the stream's position describes, and leave the stream behind it."""
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -193,7 +199,10 @@ class Machine:
         self.push(_CALLS[function.name](*args))
 
     def load(self, identity: Any) -> None:
-        """A storage by its persistent id. The legacy layout adds whose view it is; torch long makes none."""
+        """Push the storage of a persistent id: ("storage", type, key, location, numel).
+
+        The legacy layout adds a view of another storage, which torch has not written for years: only None is read.
+        """
         if type(identity) is not tuple or not (len(identity) == 5 or (len(identity) == 6 and identity[5] is None)):
             raise ValueError("a persistent id of unknown form, or a view of another storage")
         tag, kind, key, _, numel = identity[:5]

@@ -1,6 +1,6 @@
-"""One torch file (`.bin`, `.pt`, `.pth`, `.ckpt`): the face of a safetensors file, read without torch.
+"""Read a torch file (`.bin`, `.pt`, `.pth`, `.ckpt`) behind the interface of `WeightsFile`, without torch.
 
-`torchpickle` reads what the file's pickle describes; here are the two layouts around it. Formats:
+`torch_pickle` reads the file's pickle; the two layouts around it are read here. The formats are in
 torch/serialization.py, `_save` for the zip layout and `_legacy_save` for the one before torch 1.6.
 """
 
@@ -20,19 +20,19 @@ from .fileio import read_into, reading
 from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
 from .weights_file import WeightsFile
 
-MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001
+MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
 
-
+# Where training tools save the weights in a larger dict; the first that has tensors counts.
 STATE_DICT_KEYS = ("state_dict", "model", "module", "model_state_dict", "params", "params_ema", "ema")
 
 
 class _Bounded(io.BufferedReader):
-    """A stream of which no read can ask for more memory than a header takes, whatever length the file claims."""
+    """A stream whose reads never allocate more than a header needs, whatever length the file claims."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > MAX_PICKLE:
             raise ValueError(f"a header with one part of {size} bytes")
-        return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile means the archive's end
+        return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile reads the archive's end so
 
     def readline(self, size: int | None = -1) -> bytes:
         return super().readline(MAX_PICKLE)
@@ -43,7 +43,7 @@ _Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the 
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """What is damaged can fail in any way: each is the file's fault."""
+    """Turn every error of the block into an InputError that names the file: a damaged file can fail in any way."""
     try:
         yield
     except (LoratoolError, OSError):
@@ -54,10 +54,14 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 class TorchFile(WeightsFile):
-    """A torch file, opened by its pickle alone. Raises InputError for all that is not plain weights.
+    """A torch file, of which opening reads only the pickle.
 
-    The weights are the dict that was saved or, where it has no tensors itself, the first of `CONTAINERS` in it that
-    has. Tied weights stand under each of their names, with equal `begin` and spec. `ignored` names all else.
+    The weights are the dict that was saved or, if it has no tensors itself, the first value in it under one of
+    `STATE_DICT_KEYS` that has. Tied weights are under each of their names, with equal `begin` and spec. `ignored`
+    names all else.
+
+    Raises:
+        InputError: the file has something else than plain weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,7 +103,7 @@ class TorchFile(WeightsFile):
             raise self._refuse("is a TorchScript archive, which holds a program beside its weights", REMEDY)
 
         def locate(name: str) -> tuple[int, int]:
-            """An entry's first byte and length. The local header's name and extra field have lengths of their own."""
+            """Return an entry's first byte and length, from its local header, whose extra field may differ."""
             entry = entries[roots[0] + name]
             if entry.compress_type or entry.flag_bits & 1:
                 raise self._refuse(f"holds {name} compressed or encrypted, which torch.save never does", REMEDY)
@@ -120,7 +124,9 @@ class TorchFile(WeightsFile):
         return top, lambda storage: locate(f"data/{storage.key}")
 
     def _open_legacy(self, stream: io.BufferedReader) -> tuple[Any, _Locate]:
-        """Three pickles of preamble, the object, the list of its storages, then each one's count and bytes."""
+        """Read the legacy layout: three pickles of preamble, the object, the storages' keys, then each one's count and
+        bytes.
+        """
         machine = Machine(self.path)
         if machine.run(stream) != MAGIC_NUMBER or machine.run(stream) != PROTOCOL_VERSION:
             raise ValueError("another magic number or version")
@@ -137,7 +143,7 @@ class TorchFile(WeightsFile):
         return top, lambda storage: places[storage.key]
 
     def _choose(self, top: Any) -> tuple[dict[str, SavedTensor], tuple[str, ...]]:
-        """The weights among what was saved, and the names of all else."""
+        """Return the dict of weights in the saved object, and the names of all else."""
 
         def tensors(value: Any) -> dict[Any, SavedTensor]:
             return {k: v for k, v in value.items() if type(v) is SavedTensor} if type(value) is dict else {}

@@ -1,9 +1,9 @@
-"""A torch file to be: the zip that `torch.save` writes, planned to its last byte before the first is there.
+"""Plan the zip that `torch.save` writes to its last byte, before the first is written.
 
-The small entries come first, whole; then each storage, its place known; then the list of entries. What is missing
-until the storages are written is their CRC-32 alone, which `Archive.rest` is told at the end: torch.load does not look
-at it, every other reader of zip files does. Format: torch/serialization.py (`_save`) and PKWARE's APPNOTE.TXT; all
-lengths stand in zip64 fields, so that there is one layout and not two. The bytes depend on no version of torch.
+The small entries come first, complete; then each storage at a known byte; then the list of entries. Only the CRC-32 of
+the storages is missing until they are written, and is given to `Archive.rest`: torch.load does not check it, but every
+other reader of zip files does. The format is in torch/serialization.py (`_save`) and PKWARE's APPNOTE.TXT. All lengths
+are in zip64 fields, so that there is one layout and not two. The bytes do not depend on torch's version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import InputError
 from .dtypes import DTYPE_NAMES, TensorSpec
 from .torch_pickle import MAX_PICKLE, STORAGES
 
-ALIGNMENT = 64  # of a storage in its file, as torch.save has it, so that torch.load(mmap=True) can use it in place
+ALIGNMENT = 64  # bytes, of a storage, as torch.save has it, so that torch.load(mmap=True) can use it in place
 
 
 _STORAGE_OF = {dtype: storage for storage, (dtype, _) in STORAGES.items() if storage != "torch.storage.UntypedStorage"}
@@ -28,23 +28,23 @@ _STORAGE_OF = {dtype: storage for storage, (dtype, _) in STORAGES.items() if sto
 _ZIP64 = 0xFFFFFFFF  # "see the extra field"
 
 
-_VERSION, _DATE = 45, 0x21  # of the format, which has zip64; the first day that it can name
+_VERSION, _DATE = 45, 0x21  # the zip version that has zip64; 1980-01-01, zip's first day
 
 
-_POLYNOMIAL = 0xEDB88320
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, lowest power at the highest bit
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored file of the archive, its local header at byte `at`."""
+    """An uncompressed entry of the archive."""
 
     name: bytes
-    at: int
-    nbytes: int
+    at: int  # first byte of its local header
+    nbytes: int  # of its content
 
     @property
     def begin(self) -> int:
-        """Of its content."""
+        """Return the first byte of its content."""
         return -(-(self.at + 30 + len(self.name) + 20 + 4) // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -52,14 +52,14 @@ class Entry:
         return self.begin + self.nbytes
 
     def local(self, crc: int) -> bytes:
-        """What stands before the content, padded up to it by an extra field of torch's own name."""
+        """Encode the local header, padded up to the content by an extra field with torch's id, FB."""
         pad = self.begin - self.at - 30 - len(self.name) - 24
         extra = struct.pack("<2H2Q2sH", 1, 16, self.nbytes, self.nbytes, b"FB", pad) + b"Z" * pad
         sizes = _ZIP64, _ZIP64, len(self.name), len(extra)
         return struct.pack("<4s5H3I2H", b"PK\3\4", _VERSION, 0, 0, 0, _DATE, crc, *sizes) + self.name + extra
 
     def listed(self, crc: int) -> bytes:
-        """Its line in the list of entries."""
+        """Encode the entry's record in the central directory."""
         extra = struct.pack("<2H3Q", 1, 24, self.nbytes, self.nbytes, self.at)
         sizes = _ZIP64, _ZIP64, len(self.name), len(extra)
         fixed = struct.pack("<4s6H3I2H", b"PK\1\2", _VERSION, _VERSION, 0, 0, 0, _DATE, crc, *sizes)
@@ -68,11 +68,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Archive:
-    """`header` is all before the first storage, whose entries are `storages`; begin: each one's first byte."""
+    """A torch file that will be written."""
 
-    header: bytes
-    small: tuple[tuple[Entry, int], ...]  # with their CRC-32
-    storages: Mapping[str, Entry]
+    header: bytes  # all bytes before the first storage
+    small: tuple[tuple[Entry, int], ...]  # the entries in `header`, with their CRC-32
+    storages: Mapping[str, Entry]  # the tensor that owns a storage -> its entry
 
     @property
     def begin(self) -> dict[str, int]:
@@ -91,9 +91,10 @@ class Archive:
         return self._entries[-1].end
 
     def rest(self, parts: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, bytes]]:
-        """What is still to be written, by offset, once the storages are.
+        """Yield (offset, bytes) of all that is still to be written, once the storages are.
 
-        parts: (offset, length, CRC-32) of the ranges that were written, in any order.
+        Args:
+            parts: (offset, length, CRC-32) of the ranges that were written, in any order.
         """
         waiting = deque(sorted(parts))
         checked = list(self.small)
@@ -108,9 +109,13 @@ class Archive:
 
 
 def plan_archive(tensors: Mapping[str, tuple[str, TensorSpec]]) -> Archive:
-    """tensors: in their order, each with the tensor whose storage it has, itself or an earlier one.
+    """Plan the archive of the tensors, in their order.
 
-    Raises InputError for a type that torch does not have.
+    Args:
+        tensors: name -> (the tensor whose storage it has: itself or an earlier one, its spec).
+
+    Raises:
+        InputError: torch has no such dtype, or there are too many tensors for one file.
     """
     keys = {owner: str(i) for i, owner in enumerate(dict.fromkeys(owner for owner, _ in tensors.values()))}
     header, small = bytearray(), []
@@ -126,14 +131,14 @@ def plan_archive(tensors: Mapping[str, tuple[str, TensorSpec]]) -> Archive:
 
 
 def _end(count: int, length: int, at: int) -> bytes:
-    """The end of the list of entries: where it begins, in the fields of zip64."""
+    """Encode the end of the archive: the central directory's first byte and length, in zip64 fields."""
     wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, length, at)
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, at + length, 1)
     return wide + locator + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, _ZIP64, _ZIP64, 0)
 
 
 def _pickle(tensors: Mapping[str, tuple[str, TensorSpec]], keys: Mapping[str, str]) -> bytes:
-    """The dict of tensors in pickle's protocol 2, with the calls that torch.save makes of a tensor."""
+    """Encode the dict of tensors in pickle's protocol 2, with the calls that torch.save makes of a tensor."""
     memo: dict[str, bytes] = {}
 
     def known(name: str) -> bytes:
@@ -184,7 +189,7 @@ def _tuple(items: Iterable[bytes]) -> bytes:
 
 
 def _stride(spec: TensorSpec) -> list[int]:
-    """Of a tensor row by row, in elements; torch counts an empty dimension as one."""
+    """Return the strides of a contiguous tensor, in elements; torch counts an empty dimension as one."""
     strides = [1]
     for size in reversed(spec.shape[1:]):
         strides.insert(0, strides[0] * max(1, size))
@@ -192,7 +197,7 @@ def _stride(spec: TensorSpec) -> list[int]:
 
 
 def joined_crc(parts: Sequence[tuple[int, int]]) -> int:
-    """The CRC-32 of what (length, CRC-32) of its parts in order say: zlib's crc32_combine."""
+    """Combine the (length, CRC-32) of consecutive parts to the CRC-32 of all, as zlib's crc32_combine does."""
     crc = 0
     for length, following in parts:
         crc = _times(_shift(length), crc) ^ following
@@ -201,7 +206,7 @@ def joined_crc(parts: Sequence[tuple[int, int]]) -> int:
 
 @lru_cache
 def _shift(length: int) -> int:
-    """x^(8 length), by squares. The lowest power of a polynomial is its highest bit."""
+    """Return x^(8 length) modulo the CRC's polynomial, by squaring; the lowest power is the highest bit."""
     power, square = 1 << 31, 1 << 23  # 1 and x^8
     while length:
         if length & 1:
@@ -211,7 +216,7 @@ def _shift(length: int) -> int:
 
 
 def _times(a: int, b: int) -> int:
-    """The product of two polynomials over GF(2) modulo the CRC's."""
+    """Multiply two polynomials over GF(2) modulo the CRC's."""
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:

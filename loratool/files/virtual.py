@@ -1,6 +1,6 @@
-"""A file of weights that is not written: tensors made when they are asked for, under the names that it would have.
+"""Stand in for a weights file that is never written: its tensors are computed when asked for.
 
-What a verb makes of an adapter can so be opened as one, and be the next verb's input.
+A command's result can so be opened as an adapter, and be the input of another command.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class VirtualFile(WeightsFile):
-    """like: the file that it is made of, whose path and hash it has and which its owner closes."""
+    """A weights file whose tensors `load` computes.
+
+    Args:
+        like: the file that it is made of, which lends its path and stamp; its owner closes it.
+    """
 
     def __init__(
         self,

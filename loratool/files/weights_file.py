@@ -1,4 +1,4 @@
-"""`WeightsFile`: the interface that every container of tensors fills (specs, read, rows, scalar)."""
+"""Define `WeightsFile`, the interface of every container of tensors (specs, read, rows, scalar)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,17 @@ if TYPE_CHECKING:
 
 
 class WeightsFile:
-    """A file of weights behind its header; TensorFile and torchfile.TorchFile each fill these fields.
-
-    `specs` is in the order of the bytes; `begin[name]` is a tensor's first byte in the file. prefix: what stands before
-    the names that the file itself has, the folder of a pipeline's component. stamp: which file it was when it was
-    opened, and when that had been written to.
-    """
+    """An open weights file, of which only the header is read; a subclass's constructor sets the fields."""
 
     path: Path
     file: BinaryIO
-    stamp: tuple[int, ...]
-    nbytes: int
-    specs: dict[str, TensorSpec]
-    begin: dict[str, int]
-    metadata: dict[str, str] | None
-    ignored: tuple[str, ...] = ()  # what stands beside the weights
-    prefix: str = ""
+    stamp: tuple[int, ...]  # device, inode, mtime and size when it was opened
+    nbytes: int  # of the file
+    specs: dict[str, TensorSpec]  # in the order of the bytes
+    begin: dict[str, int]  # tensor -> its first byte in the file
+    metadata: dict[str, str] | None  # None if the file has none
+    ignored: tuple[str, ...] = ()  # names of all that a torch file has beside the weights
+    prefix: str = ""  # the folder of a pipeline's component and a slash, before the names in the file
 
     def _open(self, path: Path) -> None:
         self.path, self.file = path, open_for_reading(path)
@@ -42,11 +37,11 @@ class WeightsFile:
 
     @property
     def place(self) -> str:
-        """Its path in the checkpoint's folder."""
+        """Return its path in the checkpoint's folder."""
         return self.prefix + self.path.name
 
     def put_under(self, prefix: str) -> None:
-        """Name the tensors, which have their own names until then, by their component too."""
+        """Put a component's prefix before the tensors' names; call it once."""
         self.prefix = prefix
         self.specs = {prefix + name: spec for name, spec in self.specs.items()}
         self.begin = {prefix + name: begin for name, begin in self.begin.items()}
@@ -55,13 +50,13 @@ class WeightsFile:
         self.file.close()
 
     def read(self, name: str) -> memoryview:
-        """The bytes of one tensor."""
+        """Read the bytes of a tensor."""
         buffer = memoryview(bytearray(self.specs[name].nbytes))
         read_into(self.file, buffer, self.begin[name])
         return buffer
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of a type that torch computes with; InputError for the others."""
+        """Read a tensor of a dtype in `TORCH_FLOATS`; InputError for the others."""
         import torch
 
         spec = self.specs[name]
@@ -73,9 +68,9 @@ class WeightsFile:
         return torch.frombuffer(self.read(name), dtype=dtype).reshape(spec.shape)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop along the first dimension, the rest flattened: (at most stop - start, columns).
+        """Read rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).
 
-        An 8-bit float comes as float32. InputError for a type that torch does not compute with.
+        An 8-bit float is returned as float32. InputError for a dtype that is no float.
         """
         import torch
 
@@ -92,16 +87,16 @@ class WeightsFile:
         return out.float() if spec.dtype in FLOAT8 else out
 
     def scalar(self, name: str) -> float:
-        """The value of a tensor with one element, without torch (bf16 is the upper half of an fp32)."""
+        """Read the value of a tensor with one element, without torch; InputError for more elements."""
         spec = self.specs[name]
-        codes = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
-        if spec.size != 1 or (spec.dtype not in codes and spec.dtype != "BF16"):
+        formats = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+        if spec.size != 1 or (spec.dtype not in formats and spec.dtype != "BF16"):
             raise InputError(f"should be one number, but is {spec}", culprit=name)
-        data = bytes(self.read(name))
+        data = bytes(self.read(name))  # bf16 is the upper half of an fp32
         return float(
             struct.unpack("<f", b"\0\0" + data)[0]
             if spec.dtype == "BF16"
-            else struct.unpack(codes[spec.dtype], data)[0]
+            else struct.unpack(formats[spec.dtype], data)[0]
         )
 
 
@@ -110,9 +105,9 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
 
 
 def require_unchanged(files: Iterable[WeightsFile]) -> None:
-    """Raises InputError for a file that was written to since it was opened, or in whose place another one is now.
+    """Raise InputError for a file that was written to or replaced since it was opened.
 
-    One that was removed is still whole behind its descriptor, and what was read of it is of one file.
+    A file that was removed can still be read whole through its descriptor.
     """
     for each in files:
         found = [os.fstat(each.file.fileno())]
