@@ -1,1 +1,1 @@
-"""Weights and the files around them on disk; nothing here knows what an adapter is."""
+"""Read and write weights and the files around them on disk; nothing here knows what an adapter is."""

@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 # The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.
 INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 
-
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-
 
 TORCH_NAMES = (
     "pytorch_model.bin.index.json",
@@ -51,25 +49,19 @@ TORCH_NAMES = (
     "diffusion_pytorch_model.bin",
 )
 
-
 PIPELINE = "model_index.json"  # names the components of a diffusers pipeline, each in its own folder
-
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-
 # Torch files with a training run's state or arguments, without weights; the number is a process's.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
-
 
 _DCP = (
     "a sharded state of torch.distributed (DCP, FSDP)",
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} pytorch_model.bin",
 )
 
-
 _ZERO = ("a DeepSpeed ZeRO state", "run python zero_to_fp32.py {folder} OUT and pass OUT")
-
 
 # Patterns of files that a training run saves to resume -> their name, and the remedy that makes weights of them
 TRAINING_STATES = {

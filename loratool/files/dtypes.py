@@ -14,7 +14,6 @@ TORCH_DTYPES = {
     "complex32": None, "complex128": None, "float4_e2m1fn_x2": None,
 }  # fmt: skip
 
-
 DTYPE_NAMES = {name: torch_name for torch_name, name in TORCH_DTYPES.items() if name}
 
 # Bits per element, in the order of `Dtype` in safetensors/src/tensor.rs: a file's data section has the reverse order.
@@ -42,7 +41,6 @@ DTYPES = {
     "I64": 64,
     "U64": 64,
 }
-
 
 DATA_ORDER = {name: place for place, name in enumerate(reversed(DTYPES))}
 

@@ -22,15 +22,11 @@ from ..errors import InputError, MachineError, UsageError
 
 COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
 
-
 CHECKED_CHUNK = 1 << 20  # bytes of a buffer whose CRC is computed while it is in the processor's cache
-
 
 WRITE_BACK = 0.3  # seconds between two syncs of files that are being filled
 
-
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
-
 
 _seek_lock = threading.Lock()  # the fallbacks move the file position, which threads share
 

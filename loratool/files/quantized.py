@@ -18,7 +18,6 @@ FP8_CODES = frozenset((*FLOAT8, "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
 
 INT8, BYTES, WORDS = frozenset(("I8",)), frozenset(("U8", "I8")), frozenset(("I32", "U32"))
 
-
 CODES = FP8_CODES | BYTES | WORDS
 
 
@@ -40,12 +39,9 @@ class Coding:
 
 _NF4 = ".weight.nested_absmax .weight.nested_quant_map .weight.quant_state.bitsandbytes__nf4 "
 
-
 _NF4 += ".weight.quant_state.bitsandbytes__fp4"
 
-
 _PACKED = ".weight_shape .weight_global_scale .input_global_scale .weight_zero_point .weight_g_idx .input_scale"
-
 
 # The first row that fits counts.
 CODINGS = (
@@ -84,37 +80,27 @@ CODINGS = (
     Coding("4-bit", "", "_weight_scale _scale", "_weight_scale_2 _input_scale", BYTES, 4),
 )
 
-
 _OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16"}}
-
 
 # A float8 tensor beside a scale, and one in a list of quantized layers, for which CODINGS has no row.
 UNKNOWN = Coding("an fp8 format that is not known", ".weight", "", "", FP8_CODES, 8)
 
-
 LISTED = Coding("ComfyUI", ".weight", "", "", CODES, None)
-
 
 # ComfyUI's scale, also beside weights of 16 bits: there it is 1, or the weight is not a plain number.
 DUMMY_SCALE = ".scale_weight"
 
-
 SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_input", frozenset(TORCH_FLOATS), None)
-
 
 # Keys of a safetensors file's metadata that name its quantized tensors: ComfyUI's layers, torchao's tensors.
 LISTING = "_quantization_metadata"
 
-
 CODED_METADATA = (LISTING, "tensor_names")
-
 
 # Files of tools that do not write their quantization into config.json -> the method
 CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
-
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
-
 
 DEPTH = 3  # levels of configs within config.json, like the text_config of a thinker_config
 

@@ -41,18 +41,13 @@ TRAVELS = (
     "USE_POLICY*",
 )
 
-
 NEVER = ("adapter_config.json",)
-
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
-
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 
-
 INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were subtracted from it
-
 
 # The weights and undo files in the output folders that loratool writes
 WEIGHTS = (

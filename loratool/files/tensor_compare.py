@@ -48,9 +48,7 @@ def same_bytes(one: TensorRef, two: TensorRef) -> bool:
 
 READ = 1 << 22  # numbers read at a time
 
-
 SPARSE = 16  # the rounding noise is estimated from one row in so many
-
 
 # dtype -> (mantissa bits, least exponent of a normal number)
 _MANTISSA = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022)}

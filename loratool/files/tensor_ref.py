@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20  # numbers read at a time
 
-
 SHORT = 1 << 20  # up to so many, float64 costs nothing
 
 

@@ -19,12 +19,9 @@ from .dtypes import TORCH_DTYPES
 
 MAX_PICKLE = 1 << 25  # bytes, some 90,000 tensors; also the limit of one read of a header
 
-
 MAX_RANK = 64  # dimensions of a tensor, torch's limit
 
-
 REMEDY = "load it where you trust it and save its state dict as safetensors"
-
 
 # A pickle's storage types -> (torch's dtype, bytes per element). All newer dtypes are in untyped storages.
 STORAGES = {
@@ -133,7 +130,6 @@ _CALLS: dict[str, Callable[..., Any]] = {
     ),
 }
 
-
 _KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)}
 
 
@@ -219,7 +215,6 @@ _LITERALS = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES
     BINBYTES BINBYTES8 BYTEARRAY8""".split()
 )
-
 
 _OPS: dict[str, Callable[[Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, arg: None),

@@ -124,9 +124,7 @@ class TorchFile(WeightsFile):
         return top, lambda storage: locate(f"data/{storage.key}")
 
     def _open_legacy(self, stream: io.BufferedReader) -> tuple[Any, _Locate]:
-        """Read the legacy layout: three pickles of preamble, the object, the storages' keys, then each one's count and
-        bytes.
-        """
+        """Read the legacy layout: preamble of three pickles, object, storages' keys, each storage's count and bytes."""
         machine = Machine(self.path)
         if machine.run(stream) != MAGIC_NUMBER or machine.run(stream) != PROTOCOL_VERSION:
             raise ValueError("another magic number or version")

@@ -21,15 +21,11 @@ from .torch_pickle import MAX_PICKLE, STORAGES
 
 ALIGNMENT = 64  # bytes, of a storage, as torch.save has it, so that torch.load(mmap=True) can use it in place
 
-
 _STORAGE_OF = {dtype: storage for storage, (dtype, _) in STORAGES.items() if storage != "torch.storage.UntypedStorage"}
-
 
 _ZIP64 = 0xFFFFFFFF  # "see the extra field"
 
-
 _VERSION, _DATE = 45, 0x21  # the zip version that has zip64; 1980-01-01, zip's first day
-
 
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, lowest power at the highest bit
 

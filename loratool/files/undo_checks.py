@@ -1,4 +1,4 @@
-"""Says of a part of an undo file's index whether a merge can have written it; ValueError says what is wrong with it."""
+"""Check that a merge can have written each part of an undo file's index; a ValueError names the fault."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from .dtypes import DTYPES, TORCH_FLOATS, TensorSpec
 
-ROWS = 5  # the place of `rows` in a placement
+ROWS = 5  # the index of `rows` in a placement
 
 
 def spec_of(entry: Iterable[Any]) -> TensorSpec:
@@ -20,23 +20,23 @@ def spec_of(entry: Iterable[Any]) -> TensorSpec:
 
 
 def prefix_of(file: str) -> str:
-    """The folder of a pipeline's component, which its tensors' names begin with; empty for what is no pipeline."""
+    """Return the folder and slash that the names of a pipeline's component begin with; empty if it is no pipeline."""
     folder, slash, _ = file.rpartition("/")
     return folder + slash
 
 
-def inflate(data: bytes, most: int) -> bytes:
-    """Deflated bytes, of which there may be so many."""
+def inflate(data: bytes, max_bytes: int) -> bytes:
+    """Inflate bytes; ValueError if they become more than `max_bytes`."""
     stream = zlib.decompressobj()
-    found = stream.decompress(data, most + 1)
-    require(len(found) <= most, f"{len(data)} of its bytes become more than {most}")
+    found = stream.decompress(data, max_bytes + 1)
+    require(len(found) <= max_bytes, f"{len(data)} of its bytes become more than {max_bytes}")
     require(stream.eof and not stream.unused_data, "deflated bytes end too early, or too late")
     return found
 
 
-def require(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise ValueError(otherwise)
+def require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise ValueError(fault)
 
 
 def is_count(value: object) -> bool:
@@ -60,7 +60,7 @@ def strange(name: str) -> str:
 
 
 def require_plain(name: str) -> None:
-    """A file in the folder that is written, or in a component's folder there."""
+    """Require the name of a file in the output folder, or in a component's folder there."""
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
     plain = plain and len(name.encode()) <= 255
@@ -93,13 +93,20 @@ def check_placement(name: str, placement: Sequence[Any], adapters: int) -> None:
 def tiling(
     name: str, spec: TensorSpec, was: TensorSpec, placements: Sequence[Sequence[Any]]
 ) -> tuple[list[tuple[int, int]], int | None]:
-    """The runs of rows that records tile, none across an edge; the first of the rows that are copied, if any are."""
+    """Return the runs of rows that the records of a changed tensor must tile, and the first row that is copied.
+
+    No record may cross the edge of a run. The copied row is None if no rows are copied.
+
+    Args:
+        spec: the merged tensor's.
+        was: the base tensor's.
+    """
     is_float = was.dtype in TORCH_FLOATS
     if placements:
         rows = placements[0][ROWS]
-        whole = {was.shape[0], was.shape[0] * was.shape[1]} if len(was.shape) > 2 else {(*was.shape, 1)[0]}
+        possible = {was.shape[0], was.shape[0] * was.shape[1]} if len(was.shape) > 2 else {(*was.shape, 1)[0]}
         require(spec == was and is_float, f"{name} is {spec}, and was {was}")
-        require(rows in whole and all(placement[ROWS] == rows for placement in placements), f"{name}: its rows")
+        require(rows in possible and all(placement[ROWS] == rows for placement in placements), f"{name}: its rows")
         return _covered([(start, stop) for *_, start, stop, _, _ in placements]) if was.size else [], None
     same = spec.dtype == was.dtype and spec.shape[1:] == was.shape[1:] and bool(spec.shape) is bool(was.shape)
     require(same, f"{name} is {spec}, and was {was}")
@@ -110,7 +117,7 @@ def tiling(
 
 
 def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What runs of rows cover, cut at each of their ends."""
+    """Return the union of runs of rows, split at each of their ends."""
     rising = sorted(places)
     edges = sorted({edge for place in rising for edge in place})
     found, reach, at = [], 0, 0
@@ -132,7 +139,7 @@ def check_tiling(name: str, runs: Iterable[tuple[int, int]], records: Sequence[t
 
 
 def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> None:
-    """Records and copied rows, as (first byte, length), are all that lies between."""
+    """Require that records and copied rows, as (first byte, length), tile the bytes start:end."""
     done = start
     for at, length in sorted(extents):
         require(at == done, f"nothing, or two records, lie at byte {done}")

@@ -1,8 +1,8 @@
-"""Reads an undo file as what anybody can have written: all that is used of it later is looked at here, first.
+"""Read an undo file without trusting it: anybody can have written it, so all that is used later is checked first.
 
-What a merge cannot have written is refused: records that do not tile their tensor or the file, a tensor of which
-nothing is known, sizes beyond the file's own, names of files that no merge edits. What remains is held by the hashes.
-`undo` has the layout, and writes it.
+Refused is all that a merge cannot have written: records that do not tile their tensor or the file, a tensor without
+an entry, sizes beyond the file's own, names of files that no merge edits. The hashes protect the rest. The layout is
+described in `undo.writer`, which writes it.
 """
 
 from __future__ import annotations
@@ -47,52 +47,50 @@ from .weights_file import WeightsFile
 
 VERSION = 1
 
-
-HASH_PART = 1 << 26  # bytes that have one hash: a part of the layout
-
+HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 
-
-# What deflated bytes may become: of what merges write, the index at most 19 times its size (many experts), a shard's
-# header 10 and a model's index 33; a bomb comes to 1,000.
+# Limits of inflated sizes: SMALL bytes, or this ratio. Merges write an index of up to 19 times its deflated size (many
+# experts), a shard's header of 10 and a model's index of 33; a bomb has 1,000.
 SMALL, INDEX_RATIO, SIDE_RATIO = 1 << 22, 40, 80
 
-
-# The modules whose change makes a merge take the adapter's tokenizer, and so edit those files.
+# The modules whose change makes a merge take the adapter's tokenizer files.
 VOCABULARY = frozenset(
     (*EMBEDDINGS, *HEADS, *INPUT_EMBEDDINGS, *COPIES, *(part for head in MASKED_HEADS for part in head.split(".")))
 )
 
-
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, zlib.error, EOFError)
-
 
 _APPROXIMATE = "take the one that the merge wrote, or subtract and round with --approximate, which is not exact"
 
 
 @dataclass(frozen=True)
 class UnrecordedBytes:
-    """Bytes of a merged tensor."""
+    """Bytes of a merged tensor that are in no record."""
 
     tensor: str
-    start: int
-    length: int
+    start: int  # in the tensor, in bytes
+    length: int  # in bytes
 
 
 @dataclass(frozen=True)
 class Record:
-    """Rows start:stop of a tensor, its bytes in the undo file, and the hashes of W and of W'."""
+    """The record of rows start:stop of a tensor."""
 
     start: int
     stop: int
-    at: int
-    length: int
-    sha256: tuple[str, str]
+    at: int  # first byte in the undo file
+    length: int  # in bytes
+    sha256: tuple[str, str]  # of the rows of W and of W'
 
 
 def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[UnrecordedBytes]:
-    """What of a changed tensor lies in no record. records: the rows of each, first and behind the last."""
+    """Yield the bytes of a changed tensor that are in no record, at most HASH_PART at a time.
+
+    Args:
+        records: the rows of each record, as (start, stop).
+    """
     spec, rows = spec_of(entry["spec"]), _rows(entry)
     done = 0
     for start, stop in [*sorted(records), (rows, rows)]:
@@ -102,15 +100,21 @@ def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int,
 
 
 def _rows(entry: Mapping[str, Any]) -> int:
-    """Of a changed tensor as its records see it."""
+    """Return the number of rows that the records of a changed tensor count."""
     rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
     return rows
 
 
 class UndoFile:
-    """An undo file, opened by its index. Raises InputError for one that is damaged, forged or of another version.
+    """An undo file, of which opening reads and checks only the index.
 
-    specs: the base's tensors. headers: of each shard, None of a torch file. side: the base's side files.
+    Attributes:
+        specs: the base's tensors.
+        headers: the header of each of the base's shards; None for a torch file.
+        side: the content of the base's side files by name.
+
+    Raises:
+        InputError: the file is damaged, forged or of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +131,7 @@ class UndoFile:
             raise
 
     def _read_index(self) -> tuple[dict[str, Any], int]:
-        """The index and its first byte."""
+        """Read the index, and return it with its first byte in the file."""
         size = os.fstat(self.file.fileno()).st_size
         start = self.bytes(0, min(size, len(MAGIC)))
         if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + 24:
@@ -172,7 +176,7 @@ class UndoFile:
         self._check_side()
 
     def _unpack(self, text: str) -> bytes:
-        """What `pack_bytes` packed; all of them together have so much room."""
+        """Unpack what `pack_bytes` packed; all calls together may yield at most `_room` bytes."""
         data = inflate(base64.b64decode(text, validate=True), self._room)
         self._room -= len(data)
         return data
@@ -195,7 +199,7 @@ class UndoFile:
         self._holder |= dict.fromkeys(own, name)
 
     def _check_entry(self, name: str, entry: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Of a changed tensor; the bytes of the file that are its own: (first, length)."""
+        """Check the entry of a changed tensor, and return its (first byte, length) ranges in the file."""
         spec, was = checked_spec(entry["spec"]), self.specs.get(name)
         for record in entry["records"]:
             *counts, one, two = record
@@ -219,7 +223,7 @@ class UndoFile:
         return [*extents, (at, was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0))]
 
     def _check_written(self) -> None:
-        """Files of before November 2026 have no such hashes; no merge writes them of some tensors alone."""
+        """Check the hashes of unrecorded bytes, which all changed tensors have or, before November 2026, none."""
         tensors = self.index["tensors"].items()
         parts = {
             name: list(unrecorded(name, entry, [tuple(r[:2]) for r in entry["records"]])) for name, entry in tensors
@@ -233,7 +237,7 @@ class UndoFile:
                 require(are_hashes(entry["written"], len(parts[name])), f"{name}: its hashes")
 
     def _check_side(self) -> None:
-        """Names that a merge edits, and none besides: they are written into the output."""
+        """Check that a merge edits each of the side files, since they are written into the output."""
         index, new = self.index, self.index["new_side"]
         shards = [shard["name"] for shard in index["shards"]]
         require(isinstance(new, list) and all(isinstance(name, str) for name in new), "its new files")
@@ -260,7 +264,7 @@ class UndoFile:
         require(not index["file"] or self._beside == {"": 1}, "the base is one file, and several")
 
     def _is_index(self, name: str) -> bool:
-        """Whether this is the index of the shards that are named."""
+        """Return whether the side file is the index of the shards that the undo file names."""
         prefix = prefix_of(name)
         held = {key.removeprefix(prefix): file for key, file in self._holder.items() if prefix_of(file) == prefix}
         own = {key: file.rpartition("/")[2] for key, file in held.items()}
@@ -278,7 +282,7 @@ class UndoFile:
         return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
 
     def written(self) -> list[tuple[UnrecordedBytes, str]]:
-        """What of the changed tensors lies in no record, each with its hash."""
+        """Return the bytes of the changed tensors that are in no record, each with its hash."""
         return [
             found
             for name, entry in self.index["tensors"].items()
@@ -291,7 +295,7 @@ class UndoFile:
         ]
 
     def belongs_to(self, model: WeightsFile) -> bool:
-        """Whether these are the very weights that the merge wrote; reads them all."""
+        """Return whether the weights are those that the merge wrote, by the hashes of all their bytes."""
         changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
         if model.specs != {**self.specs, **changed}:
             return False

@@ -1,10 +1,9 @@
-"""Keeps beside every file of weights the undo files that are its own, whatever the moment of death.
+"""Keep beside every weights file its own undo files, whenever a run is killed.
 
 `x.undo`, `x.undo.1`, ... belong to `x.safetensors`, but several files cannot be replaced at once. So the former ones
-are set aside under `former_path` before the first new one comes, `x.undo` last, and dropped after the weights have
-come, `x.undo` first. While it is there all are; whether it is the weights' own, or the one in its place is, its hashes
-tell.
-A folder holds its undo files and is replaced whole.
+are set aside under `former_path` before the first new one is written, `x.undo` last, and dropped after the weights are
+replaced, `x.undo` first: while `x.undo` is set aside, all are. Its hashes tell whether it belongs to the weights, or
+the one in its place does. A folder contains its undo files and is replaced at once.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from .undo_file import UndoFile
 
 
 def undo_chain(model: Path, is_file: bool) -> list[Path]:
-    """The undo files of a merged model, the last merge's first: after a kill perhaps those that were set aside."""
+    """Return the undo files of a merged model, the last merge's first; after a kill they may be those set aside."""
     place = undo_path(model, is_file)
     formers = formers_of(place) if is_file else {}
     return list(formers.values()) if formers and _belongs(formers[place], model) else undo_files(place)
 
 
 def formers_of(first: Path) -> dict[Path, Path]:
-    """Where the former undo files shall be -> where they wait; none without the first."""
+    """Return the undo files that were set aside, place -> former path; empty if the first is not among them."""
     waiting = takewhile(lambda place: is_undo_file(former_path(place)), (_numbered(first, n) for n in count()))
     return {place: former_path(place) for place in waiting}
 
 
 def numbered_undo_files(first: Path) -> list[Path]:
-    """Those that are in their places, whether the first is or not."""
+    """Return the undo files that are in their places, whether the first is or not."""
     following = takewhile(is_undo_file, (_numbered(first, n) for n in count(1)))
     return [*([first] if is_undo_file(first) else []), *following]
 
@@ -49,7 +48,7 @@ def _numbered(first: Path, number: int) -> Path:
 
 
 def _belongs(undo: Path, model: Path) -> bool:
-    """Whether an undo file is that of the weights in a file, where both are what they should be."""
+    """Return whether an undo file belongs to the weights of a file; false if either cannot be read."""
     try:
         weights = open_weights(model)
     except InputError:
@@ -67,10 +66,13 @@ def _belongs(undo: Path, model: Path) -> bool:
 
 
 class KeptUndo:
-    """The undo files beside a file of weights while that is replaced: they stay if it does, else they go with it.
+    """The undo files beside a weights file while that is replaced: they stay if it stays, else they are removed.
 
-    mine: where the new ones will be. To be entered before the weights' partial file, whose end so comes before its own;
-    `set_aside` is for the time when that is locked, `clear` for when the new undo files are there.
+    Enter it before the weights' `partial_file`, which so ends first. Call `set_aside` when that is locked, and `clear`
+    when the new undo files are there.
+
+    Args:
+        mine: the places of the new undo files.
     """
 
     def __init__(self, weights: Path, mine: Collection[Path]) -> None:
@@ -82,6 +84,7 @@ class KeptUndo:
         return self
 
     def set_aside(self) -> None:
+        """Give every undo file its former path too, after mending what a killed run has left."""
         first = undo_path(self._weights, True)
         formers = formers_of(first)
         if formers and _belongs(formers[first], self._weights):
@@ -95,7 +98,7 @@ class KeptUndo:
         sync_folder(first.parent)
 
     def clear(self, kind: Any, *_: Any) -> None:
-        """Remove the former ones that no new one has replaced, just before the weights are."""
+        """Remove the undo files that no new one replaces, just before the weights are replaced."""
         for place in (self._saved or {}) if kind is None else ():
             if place not in self._mine:
                 place.unlink(missing_ok=True)
@@ -110,13 +113,13 @@ class KeptUndo:
 
 
 def _left(first: Path) -> list[Path]:
-    """What runs that were killed have set aside, whatever it is by now."""
+    """Return the files that killed runs have set aside, whatever their content."""
     ours = re.escape(first.name) + r"(\.\d+)?" + re.escape(former_path(first).name.removeprefix(first.name))
     return [path for path in first.parent.iterdir() if re.fullmatch(ours, path.name)]
 
 
 def _put_back(formers: Mapping[Path, Path], besides: Collection[Path]) -> None:
-    """Every former undo file to its place, and out of it what is `besides`."""
+    """Put every former undo file back in its place, and remove the files `besides`."""
     for place, former in formers.items():
         if _identity(place) != _identity(former):
             partial = partial_path(place)
@@ -133,7 +136,7 @@ def _drop(formers: Collection[Path]) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A second name for a file; on file systems without links a second file."""
+    """Link a file to a second name, or copy it if the file system has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
