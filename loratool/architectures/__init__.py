@@ -1,1 +1,1 @@
-"""What is known of model families, as literal tables: which names hide what, never how to compute."""
+"""Literal tables of facts on model families: which names and layouts they use, never how to compute."""

@@ -1,6 +1,7 @@
-"""Under which name a task model has its backbone: `base_model_prefix` of transformers 5.24.
+"""List the attribute under which each family's task models hold their backbone.
 
-Files of a bare backbone (`h.0.attn` of the hub's gpt2) are loaded into the task model by putting it before their names.
+Files of a bare backbone (`h.0.attn` of the hub's gpt2) are loaded into a task model with this prefix before their
+names. Source: `base_model_prefix` of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TYPES = {
 BACKBONES = {model_type: prefix for prefix, types in _TYPES.items() for model_type in types.split()}
 
 
-# Parts of a task model beside its backbone.
+# The children of a task model beside its backbone.
 BESIDE = frozenset("lm_head embed_out score classifier qa_outputs cls".split())
 
 
@@ -30,7 +31,10 @@ def is_backbone(class_name: str) -> bool:
 
 
 def in_task_model(module: str, model_type: str | None, class_name: str) -> str:
-    """A backbone's path as the class has it; as it is where the class is the backbone's or of no known family."""
+    """Return a backbone's module path as a task model of class `class_name` has it.
+
+    The path is unchanged if the class is the backbone's own, or the family is not known.
+    """
     prefix = BACKBONES.get(model_type or "", "")
     if not prefix or not class_name or is_backbone(class_name) or module.partition(".")[0] in {prefix, *BESIDE}:
         return module

@@ -1,19 +1,20 @@
-"""The classes of a family that classify: a base becomes one with the head that an adapter brings along.
+"""List the classification classes of each family.
 
-Source: `models/auto/modeling_auto.py` of transformers 5.24, without the families whose config nests the text model's.
+A base becomes one when the head in an adapter's modules_to_save is merged into it. Source:
+`models/auto/modeling_auto.py` of transformers 5.24, without the families whose config nests the text model's.
 """
 
 from __future__ import annotations
 
-# PEFT's task_type -> how the names of transformers' classes for it end.
+# PEFT's task_type -> the suffix of transformers' class names for it.
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
-# Where the last layer of such a head is, with a row a label.
+# The names that the last layer of such a head can have; it has one row per label.
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
 
-# How the names of a family's classes begin.
+# family:the stem of its class names, for both tasks, for sequences only, and for tokens only
 _BOTH = """albert:Albert arcee:Arcee bert:Bert big_bird:BigBird biogpt:BioGpt bloom:Bloom camembert:Camembert
     canine:Canine convbert:ConvBert data2vec-text:Data2VecText deberta:Deberta deberta-v2:DebertaV2
     deepseek_v3:DeepseekV3 diffllama:DiffLlama distilbert:DistilBert electra:Electra ernie:Ernie esm:Esm
@@ -46,7 +47,10 @@ STEMS = {"SEQ_CLS": _stems(f"{_BOTH} {_SEQUENCES}"), "TOKEN_CLS": _stems(f"{_BOT
 
 
 def classifier_class(model_type: str | None, declared: str, task: str) -> str | None:
-    """The class for a task of a family of which `declared`, if not empty, is another; None where that is not known."""
+    """Return the name of a family's class for `task`, a key of TASKS; None if it is not known.
+
+    declared: the class that config.json names, or an empty string. None too if it is of another family.
+    """
     stem = STEMS[task].get(model_type or "")
     if declared.endswith(TASKS[task]):
         return declared

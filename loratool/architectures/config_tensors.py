@@ -1,7 +1,7 @@
-"""The tensors of a model from its config.json alone: literal tables of names and shapes, a family a row of FAMILIES.
+"""List a model's tensors and their shapes from its config.json alone, by a literal table for each family.
 
-Names and shapes are those of `named_parameters()` of the family's classes in transformers 5.24, and so are the
-defaults of fields that a config leaves out. A matrix that is tied to another is there once, under the embedding's name.
+Names, shapes and the defaults of fields that a config leaves out are those of transformers 5.24
+(`named_parameters()` and the config classes). A tied matrix is listed once, under the embedding's name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 
-# (name, dimensions as `_sizes` calls them, and the flags of `_flags` without which the tensor is not there)
+# (name, dimensions as keys of `_sizes`, flags of `_flags` that must all be set for the tensor to exist)
 ShapeRows = tuple[tuple[str, ...], ...]
 
 
@@ -22,30 +22,25 @@ MAX_LAYERS = 10_000  # a config that says more is damaged
 MAX_SIZE = 1 << 40
 
 
-# Classes with the head of a language model, which is of one build within a family.
+# Suffixes of classes with a language model's head, which is built alike within a family.
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 
 
 @dataclass(frozen=True)
 class Family:
-    """bare, lm: the classes without and with the language model's head; prefix: where `lm` holds what `bare` is.
+    """The tensors of a model family, with and without the head of a language model."""
 
-    defaults: of config.json's fields. names: how this family spells a field, the first that is there counts. tensors:
-    outside the blocks, `block` the path of each and `blocks` what is in it; bare_only, lm_only: what one class has and
-    the other lacks. headless: a config that names no class means the bare one.
-    """
-
-    bare: str
-    lm: str
-    prefix: str
-    defaults: Mapping[str, Any]
-    tensors: ShapeRows
-    block: str
-    blocks: ShapeRows
-    lm_only: ShapeRows
-    bare_only: ShapeRows = ()
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    headless: bool = False
+    bare: str  # the class without the head
+    lm: str  # the class with it
+    prefix: str  # before the names of the bare class's tensors in `lm`
+    defaults: Mapping[str, Any]  # of config.json's fields, by their common names
+    tensors: ShapeRows  # outside the blocks
+    block: str  # the path of the blocks, without their number
+    blocks: ShapeRows  # in each block
+    lm_only: ShapeRows  # only in `lm`
+    bare_only: ShapeRows = ()  # only in `bare`
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # common name -> this family's; the first set
+    headless: bool = False  # a config that names no class means `bare`
 
 
 def _layer_norm(name: str, flag: str = "") -> ShapeRows:
@@ -275,7 +270,7 @@ _GEMMA_NORMS: ShapeRows = (("pre_feedforward_layernorm.weight", "d"), ("post_fee
 
 
 def _decoder(name: str, blocks: ShapeRows, **defaults: Any) -> Family:
-    """A family of Llama's build; the defaults are Llama's but for those given."""
+    """Return a family built like Llama; `defaults` replace Llama's."""
     return Family(
         bare=f"{name}Model",
         lm=f"{name.removesuffix('Text')}ForCausalLM",
@@ -381,10 +376,12 @@ CONFIG_FAMILIES: dict[str, Family] = {
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of the class that `architectures` names, or of the family's usual one.
+    """Return name -> shape of every parameter of the class that `model_class` names.
 
-    A class with another head counts as the bare one: what it puts on top is not in these tables. Raises InputError for
-    a family without a table, and for a field that is no size.
+    A class with another head counts as the bare one, because these tables do not have its head.
+
+    Raises:
+        InputError: the family has no table, or a field of the config is not a size.
     """
     model_type = config.get("model_type")
     if model_type is None:
@@ -401,20 +398,20 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     sizes, layers = _sizes(config, family)
     flags = _flags(config, family, sizes)
 
-    def there(rows: ShapeRows, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    def shapes_of(rows: ShapeRows, prefix: str = "") -> dict[str, tuple[int, ...]]:
         found = [(name, dims) for name, dims, *needs in rows if flags.issuperset(needs)]
         return {prefix + name: tuple(sizes[d] for d in dims.split()) for name, dims in found}
 
     is_lm = model_class(config) == family.lm
     prefix = family.prefix if is_lm else ""
-    shapes = there(family.tensors, prefix)
+    shapes = shapes_of(family.tensors, prefix)
     for i in range(layers):
-        shapes |= there(family.blocks, f"{prefix}{family.block}.{i}.")
-    return shapes | there(family.lm_only if is_lm else family.bare_only)
+        shapes |= shapes_of(family.blocks, f"{prefix}{family.block}.{i}.")
+    return shapes | shapes_of(family.lm_only if is_lm else family.bare_only)
 
 
 def model_class(config: Mapping[str, Any]) -> str:
-    """The class whose tensors are counted: the family's bare one, or the one with the language model's head."""
+    """Return the class whose tensors are listed: `Family.bare` or `Family.lm` of the config's family."""
     family, named = CONFIG_FAMILIES[config["model_type"]], declared_class(config)
     if not named:
         return family.bare if family.headless else family.lm
@@ -422,7 +419,7 @@ def model_class(config: Mapping[str, Any]) -> str:
 
 
 def tied_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The names of the embedding and of the head that is the same matrix, where the class has such a head."""
+    """Return the names of the embedding and of the head tied to it; None if the class has no tied head."""
     family = CONFIG_FAMILIES[config["model_type"]]
     flags = _flags(config, family, _sizes(config, family)[0])
     heads = [
@@ -434,31 +431,31 @@ def tied_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def declared_class(config: Mapping[str, Any]) -> str:
-    """The first of `architectures`, or an empty string."""
+    """Return the first of the config's `architectures`, or an empty string."""
     listed = config.get("architectures")
     return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
 
 
 def config_field(config: Mapping[str, Any], family: Family, name: str) -> Any:
-    """A field's value by its common name; null means the default, as in transformers."""
+    """Return a field's value by its common name; null means the default, as in transformers."""
     spellings = family.names.get(name, (name,))
     value = next((config[each] for each in spellings if config.get(each) is not None), None)
     return family.defaults.get(name) if value is None else value
 
 
-def _size(config: Mapping[str, Any], family: Family, name: str, otherwise: int | None = None, least: int = 1) -> int:
+def _size(config: Mapping[str, Any], family: Family, name: str, default: int | None = None, minimum: int = 1) -> int:
     value = config_field(config, family, name)
-    value = otherwise if value is None else value
-    if type(value) is not int or not least <= value <= MAX_SIZE:
+    value = default if value is None else value
+    if type(value) is not int or not minimum <= value <= MAX_SIZE:
         raise InputError(f"config.json says {value!r}, which is no size", culprit=family.names.get(name, (name,))[0])
     return value
 
 
 def _sizes(config: Mapping[str, Any], family: Family) -> tuple[dict[str, int], int]:
-    """The dimensions that the tables name, and the number of layers."""
+    """Return the dimensions by the names that the tables use, and the number of layers."""
 
-    def size(name: str, otherwise: int | None = None, least: int = 1) -> int:
-        return _size(config, family, name, otherwise, least)
+    def size(name: str, default: int | None = None, minimum: int = 1) -> int:
+        return _size(config, family, name, default, minimum)
 
     layers, d, heads = size("num_hidden_layers"), size("hidden_size"), size("num_attention_heads")
     if layers > MAX_LAYERS:
@@ -466,22 +463,22 @@ def _sizes(config: Mapping[str, Any], family: Family) -> tuple[dict[str, int], i
     no_groups = config.get("num_key_value_heads", heads) is None  # null is not the family's default here
     kv_heads = heads if no_groups else size("num_key_value_heads", heads)
     h = size("head_dim", max(1, d // heads))
-    inner, n = size("intermediate_size", 4 * d), size("max_position_embeddings")
+    i, n = size("intermediate_size", 4 * d), size("max_position_embeddings")
     buckets, farthest = config.get("position_buckets"), config.get("max_relative_positions")
     span = next((v for v in (buckets, farthest) if type(v) is int and v > 0), n)
-    sizes = {"d": d, "2d": 2 * d, "3d": 3 * d, "v": size("vocab_size"), "n": n, "i": inner, "2i": 2 * inner}
+    sizes = {"d": d, "2d": 2 * d, "3d": 3 * d, "v": size("vocab_size"), "n": n, "i": i, "2i": 2 * i}
     sizes |= {"h": h, "q": heads * h, "kv": kv_heads * h, "qkv": (heads + 2 * kv_heads) * h, "rel": 2 * span}
-    sizes |= {"t": size("type_vocab_size", 0, least=0), "e": size("num_local_experts", 1)}
-    sizes |= {"emb": size("embedding_size", d), "k": size("conv_kernel_size", 0, least=0)}
+    sizes |= {"t": size("type_vocab_size", 0, minimum=0), "e": size("num_local_experts", 1)}
+    sizes |= {"emb": size("embedding_size", d), "k": size("conv_kernel_size", 0, minimum=0)}
     return sizes | {"group": d // size("conv_groups", 1)}, layers
 
 
 def _flags(config: Mapping[str, Any], family: Family, sizes: Mapping[str, int]) -> frozenset[str]:
-    """Which of the tensors that are not always there are."""
+    """Return the flags that this config sets, by which the tables tell optional tensors."""
     kinds = config.get("pos_att_type") or ()
     kinds = kinds if isinstance(kinds, (str, list)) else ()
     norms = config.get("norm_rel_ebd")
-    own_key = not config.get("share_att_key")
+    separate_keys = not config.get("share_att_key")
     flags = {
         "untied": not config_field(config, family, "tie_word_embeddings"),
         "attention_bias": config.get("attention_bias"),
@@ -492,10 +489,10 @@ def _flags(config: Mapping[str, Any], family: Family, sizes: Mapping[str, int]) 
         "embed_proj": sizes["emb"] != sizes["d"],
         "relative_attention": config.get("relative_attention"),
         "norm_rel_ebd": isinstance(norms, str) and "layer_norm" in [part.strip() for part in norms.lower().split("|")],
-        "pos_key_proj": own_key and "c2p" in kinds,
-        "pos_query_proj": own_key and "p2c" in kinds,
+        "pos_key_proj": separate_keys and "c2p" in kinds,
+        "pos_query_proj": separate_keys and "p2c" in kinds,
         "conv": sizes["k"],
         "legacy": config.get("legacy", True),
         "new_head": not config.get("legacy", True),
     }
-    return frozenset(name for name, there in flags.items() if there)
+    return frozenset(name for name, value in flags.items() if value)

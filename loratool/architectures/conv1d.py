@@ -1,7 +1,7 @@
-"""Families whose linear layers are transformers' `Conv1D`: the weight is stored as (in, out).
+"""List the families whose linear layers are transformers' `Conv1D`, which stores a weight as (in, out).
 
-Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24. Everything else in these models, the
-head for one, is an `nn.Linear`, so the table goes by the last part of the module's name.
+The other layers of these models, such as the head, are `nn.Linear`, so the table goes by the last part of a module's
+name. Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONV1D_MODULES = {
 }
 
 
-# Families of `nn.Linear` alone, for which a square matrix needs no further evidence.
+# Families that have no `Conv1D`: a square matrix, whose shape does not tell its layout, is (out, in) there.
 LINEAR_MODEL_TYPES = frozenset(
     """albert bart bert bloom cohere cohere2 deepseek_v2 deepseek_v3 distilbert electra falcon gemma gemma2 gemma3
     gemma3_text gemma4 gemma4_text glm glm4 glm4_moe gpt_bigcode gpt_neo gpt_neox gptj gpt_oss granite internlm2 jamba
@@ -29,7 +29,10 @@ LINEAR_MODEL_TYPES = frozenset(
 
 
 def stores_transposed(model_types: Collection[str], module: str) -> bool | None:
-    """Whether `module` keeps its weight as (in, out); None where a part of the model is of no known family."""
+    """Return whether `module` stores its weight as (in, out); None if a component of the model is of no known family.
+
+    model_types: those of config.json, nested configs included.
+    """
     for model_type in model_types:
         if model_type in CONV1D_MODULES:
             return module.rpartition(".")[2] in CONV1D_MODULES[model_type]

@@ -1,8 +1,8 @@
-"""Image models: what their parts are called in each convention, and which rows of which tensor a name means.
+"""Map every name of an image model's module to rows of the base's tensors.
 
-A module has a component (`unet` for whatever denoises, `text_encoder`, `text_encoder_2`, ...) and a path in it, and a
-base answers to every spelling of that: sgm's and diffusers' of a UNet, their makers' and diffusers' of Flux and SD 3,
-Hugging Face's of an OpenCLIP. Where one side fuses what the other splits, a name means rows of a tensor, or of several.
+A module has a component (`unet` for any denoiser, `text_encoder`, `text_encoder_2`, ...) and a path in it. The path is
+accepted in every naming: sgm's and diffusers' of a UNet, the maker's and diffusers' of Flux and SD 3, Hugging Face's
+of an OpenCLIP. If one naming fuses what the other splits, a name means rows of one tensor or of several.
 Sources: diffusers `loaders/lora_conversion_utils.py`, kohya-ss/sd-scripts `library/sdxl_model_util.py`, ComfyUI
 `comfy/utils.py` (unet_to_diffusers).
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 Shape = tuple[int, ...]
 
 
-# The start of a tensor's name in a single file -> its component and how the rest is spelled, longest first.
+# Prefix of a tensor's name in a single file -> its component and the naming of the rest; longest first.
 PREFIXES = {
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
@@ -30,7 +30,7 @@ PREFIXES = {
 }
 
 
-# The folders of a diffusers pipeline, before a slash in its tensors' names -> the component; no VAE is a target.
+# Folder of a diffusers pipeline, before the slash in a tensor's name -> component; no adapter targets the VAE.
 FOLDERS = {
     "unet": "unet",
     "transformer": "unet",
@@ -40,7 +40,7 @@ FOLDERS = {
 }
 
 
-# What a name has in it that is found in the denoiser of a kind, whatever stands before.
+# A string that tensor names of a model contain -> the kind of that model, whatever prefix is before it.
 MARKS = {
     "input_blocks.": "sgm",
     "double_blocks.": "flux",
@@ -49,12 +49,12 @@ MARKS = {
     "single_transformer_blocks.": "flux-diffusers",
     "norm1_context.": "sd3-diffusers",
     "text_model.encoder.layers.": "clip",
-    "embeddings.token_embedding.": "clip",  # all that transformers 5 leaves of it without a `text_model.`
+    "embeddings.token_embedding.": "clip",  # transformers 5 has no `text_model.` before it
 }
 
 
-# What the single files of other transformers have in their names, where these are their makers': nothing loads an
-# adapter under them by itself, and no format of ours is told apart by them.
+# A name in the single files of other transformers, in the maker's naming -> the model. Without a conversion no loader
+# applies an adapter under these names.
 MAKERS = {
     "blocks.0.cross_attn.q_linear.weight": "Sana",
     "blocks.0.cross_attn.kv_linear.weight": "PixArt",
@@ -75,21 +75,21 @@ MAKERS = {
 }
 
 
-# What single files of all kinds put before a denoiser's names.
+# Prefixes that single files of all kinds put before a denoiser's names.
 SINGLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
 
 
-# The same for the text encoder in a folder.
+# As MARKS, for a text encoder in a folder of a pipeline.
 TEXT_MARKS = {"encoder.layers.": "clip", "encoder.block.": "t5"}
 
 
-CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # how the names of a CLIP by itself begin
+CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
 
 
-# Prefixes of an adapter's modules -> their component. kohya's paths behind it are flattened.
+# Prefix of an adapter's module -> its component. After kohya's prefixes the path is flattened.
 ADAPTER_PREFIXES = {
     "lora_unet_": "unet",
-    "lora_unet_unet_": "unet",  # of published files that were converted wrong: no module's path begins with unet
+    "lora_unet_unet_": "unet",  # in published files that were converted wrong: no module's path begins with unet
     "lora_transformer_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -111,7 +111,7 @@ ADAPTER_PREFIXES = {
 _LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
 
 
-# What a component is called where it has a weight of its own, from the whole to its parts -> the components.
+# A name in `ADAPTER:0.8,te=0.4` -> the components that it weighs; the later, narrower name wins.
 WEIGHED = {
     "unet": ("unet",),
     "te": ("text_encoder", "text_encoder_2", "text_encoder_3"),
@@ -143,7 +143,7 @@ SGM_OUTSIDE = {
 }
 
 
-# A name in an OpenCLIP layer -> Hugging Face's, one for each equal part of its rows
+# A name in an OpenCLIP layer -> Hugging Face's, one for each equal slice of its rows
 OPENCLIP = {
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.out_proj": ("self_attn.out_proj",),
@@ -152,7 +152,7 @@ OPENCLIP = {
 }
 
 
-# Flux's own names in a block -> diffusers', one for each part of its rows
+# The maker's names in a block of Flux -> diffusers', one for each slice of its rows
 DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -174,7 +174,7 @@ SINGLE = {
 }
 
 
-FLUX_ATTENTION = "linear1_qkv"  # what XLabs and ComfyUI call the attention in linear1, its first rows
+FLUX_ATTENTION = "linear1_qkv"  # the name that XLabs and ComfyUI give the q, k and v rows of linear1, its first
 
 
 FLUX_OUTSIDE = {
@@ -190,11 +190,11 @@ FLUX_OUTSIDE = {
 }
 
 
-# Here shift and scale have changed places: the halves of the rows are swapped.
+# diffusers stores scale before shift and the maker shift before scale: the halves of the rows are swapped.
 FLUX_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
 
 
-# Stability's own names in a block of SD 3 and 3.5 -> diffusers'
+# The maker's names in a block of SD 3 and 3.5 -> diffusers'
 JOINT = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
@@ -222,17 +222,17 @@ SD3_OUTSIDE = {
 }
 
 
-# In the last block this has a shift and a scale alone, with the halves swapped.
+# In the last block this has only a shift and a scale, with the halves swapped.
 SD3_LAST = "context_block.adaLN_modulation.1"
 
 
 @dataclass(frozen=True)
 class Dit:
-    """A transformer's own names beside diffusers'. blocks: own stem, diffusers' stem, the names in a block."""
+    """The maker's names of a diffusion transformer beside diffusers'."""
 
-    blocks: tuple[tuple[str, str, Mapping[str, tuple[str, ...]]], ...]
-    outside: Mapping[str, str]
-    swapped: Mapping[str, str]
+    blocks: tuple[tuple[str, str, Mapping[str, tuple[str, ...]]], ...]  # maker's stem, diffusers' stem, names in it
+    outside: Mapping[str, str]  # maker's name -> diffusers', outside the blocks
+    swapped: Mapping[str, str]  # as outside, with the halves of the rows swapped
 
 
 DITS = {
@@ -247,44 +247,48 @@ DITS = {
 
 @dataclass(frozen=True)
 class ModuleRows:
-    """Rows start:stop of a tensor are the rows of a module from `skip` on, of which it has `whole`."""
+    """Rows of a tensor that are rows of a module."""
 
     tensor: str
-    start: int
+    start: int  # rows [start, stop) of the tensor
     stop: int
-    skip: int
-    whole: int
+    skip: int  # the module's row that `start` is
+    whole: int  # how many rows the module has
 
 
 Modules = dict[tuple[str, str], tuple[ModuleRows, ...]]
 
 
 def image_modules(shapes: Mapping[str, Shape]) -> Modules:
-    """(component, path) -> the rows that it means, by every spelling; empty for what is no image model.
+    """Return (component, path) -> rows for every module under every name; empty if the base is not an image model.
 
-    shapes: of the base's tensors. A name that two conventions use for different modules means its own convention's.
+    A name that two namings use for different modules means the module that the base itself calls so.
+
+    Args:
+        shapes: tensor -> shape of the base.
     """
     found: Modules = {}
     folders = tuple(f"{folder}/" for folder in FOLDERS)
     if not any(name.startswith(folders) or any(mark in name for mark in MARKS) for name in shapes):
         return found
     aliases: list[tuple[tuple[str, str], tuple[ModuleRows, ...]]] = []
-    parts = list(_split(shapes))
-    for component, kind, path, name in parts:
+    weights = list(_split(shapes))
+    for component, kind, path, name in weights:
         rows = shapes[name][0]
         found[component, path] = (ModuleRows(name, 0, rows, 0, rows),)
-        aliases += [((component, other), where) for other, where in _aliases(kind, path, name, shapes[name])]
+        aliases += [((component, alias), where) for alias, where in _aliases(kind, path, name, shapes[name])]
         if kind == "t5":  # kohya counts it third, a Flux pipeline second
             aliases += [((other, path), found[component, path]) for other in ("text_encoder_2", "text_encoder_3")]
-    aliases += _fused(found, {kind for _, kind, _, _ in parts}, shapes)
+    aliases += _fused(found, {kind for _, kind, _, _ in weights}, shapes)
     for key, where in aliases:
         found.setdefault(key, where)
     return found
 
 
 def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
-    """Tensor -> (component, path) of every weight that adapters of an image model can change, by the base's own names;
-    empty for what is no image model.
+    """Return tensor -> (component, path), in the base's naming, for every weight that an adapter can change.
+
+    Empty if the base is not an image model.
     """
     if not any(mark in name for name in shapes for mark in MARKS):
         return {}
@@ -292,7 +296,7 @@ def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
 
 
 def component_of(module: str) -> tuple[str | None, str]:
-    """The component that an adapter's module says it is in, None where it does not, and its path there."""
+    """Split an adapter's module into the component that its prefix names, None without one, and its path there."""
     for prefix in _LONGEST_FIRST:
         if module.startswith(prefix):
             return ADAPTER_PREFIXES[prefix], module.removeprefix(prefix)
@@ -300,20 +304,20 @@ def component_of(module: str) -> tuple[str | None, str]:
 
 
 def weighed_component(module: str) -> str | None:
-    """The component by whose weight a module goes: the one that it names, or that its path alone tells."""
+    """Return the component whose weight applies to a module; None if neither prefix nor path tells it."""
     component, path = component_of(module)
     kind = next((kind for mark, kind in MARKS.items() if mark in path), None)
     return component or ("text_encoder" if kind == "clip" else "unet" if kind else None)
 
 
 def spell_weight(weight: float, components: Mapping[str, float]) -> str:
-    """A weight as the command line takes it: `0.8`, `0.8,te1=0.4`."""
-    names = {own[0]: name for name, own in WEIGHED.items() if len(own) == 1}
+    """Format a weight as the command line takes it: `0.8`, `0.8,te1=0.4`."""
+    names = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) == 1}
     return ",".join([f"{weight:g}", *(f"{names[each]}={value:g}" for each, value in sorted(components.items()))])
 
 
 def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
-    """(component, kind, path, tensor) of every weight of a module that can have an adapter."""
+    """Yield (component, kind, path, tensor) for every weight whose module can have an adapter."""
     modules = {
         name: name.removesuffix(".weight").removesuffix("_weight")
         for name, shape in shapes.items()
@@ -321,15 +325,15 @@ def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
     }
     if any("/" in name for name in modules):
         for folder, component in FOLDERS.items():
-            own = [name for name in modules if name.startswith(f"{folder}/")]
+            in_folder = [name for name in modules if name.startswith(f"{folder}/")]
             marks = MARKS if component == "unet" else TEXT_MARKS
-            kind = next((kind for mark, kind in marks.items() if any(mark in name for name in own)), "")
-            for name in own:
+            kind = next((kind for mark, kind in marks.items() if any(mark in name for name in in_folder)), "")
+            for name in in_folder:
                 yield component, kind, modules[name].removeprefix(f"{folder}/"), name
         return
-    whole = any(name.startswith(tuple(PREFIXES)) for name in shapes)
+    has_prefixes = any(name.startswith(tuple(PREFIXES)) for name in shapes)
     kinds = {kind for mark, kind in MARKS.items() if any(mark in name for name in shapes)}
-    if not kinds or (not whole and kinds == {"clip"} and not any(n.startswith(CLIP_STARTS) for n in shapes)):
+    if not kinds or (not has_prefixes and kinds == {"clip"} and not any(n.startswith(CLIP_STARTS) for n in shapes)):
         return
     denoiser = next((kind for kind in MARKS.values() if kind in kinds and kind != "clip"), "clip")
     for name, path in modules.items():
@@ -337,11 +341,12 @@ def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, str, str, str]]:
         if prefix:
             component, kind = PREFIXES[prefix]
             yield component, kind or denoiser, path.removeprefix(prefix), name
-        elif not whole:
+        elif not has_prefixes:
             yield ("text_encoder" if denoiser == "clip" else "unet"), denoiser, path, name
 
 
 def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[str, tuple[ModuleRows, ...]]]:
+    """Yield the other names of a module, each with the rows of tensor `name` that it means."""
     rows = shape[0]
     all_rows = (ModuleRows(name, 0, rows, 0, rows),)
     if kind == "sgm":
@@ -353,11 +358,11 @@ def _aliases(kind: str, path: str, name: str, shape: Shape) -> Iterable[tuple[st
     elif kind == "openclip":
         layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", path)
         names = OPENCLIP.get(layer[2], ()) if layer else ()
-        for i, own in enumerate(names):
+        for i, alias in enumerate(names):
             size = rows // len(names)
             where = (ModuleRows(name, i * size, (i + 1) * size, 0, size),)
-            yield f"text_model.encoder.layers.{layer[1] if layer else ''}.{own}", where
-            yield f"encoder.layers.{layer[1] if layer else ''}.{own}", where
+            yield f"text_model.encoder.layers.{layer[1] if layer else ''}.{alias}", where
+            yield f"encoder.layers.{layer[1] if layer else ''}.{alias}", where
     elif kind in DITS:
         yield from _dit_aliases(DITS[kind], path, name, shape)
     elif kind == "unet":
@@ -371,25 +376,25 @@ def _dit_aliases(dit: Dit, path: str, name: str, shape: Shape) -> Iterable[tuple
         yield dit.outside[path], (ModuleRows(name, 0, rows, 0, rows),)
     if path in dit.swapped:
         yield dit.swapped[path], _swapped(name, rows)
-    for stem, other, table in dit.blocks:
-        block = re.fullmatch(rf"{stem}\.(\d+)\.(.+)", path)
+    for maker_stem, stem, table in dit.blocks:
+        block = re.fullmatch(rf"{maker_stem}\.(\d+)\.(.+)", path)
         names = table.get(block[2], ()) if block else ()
         if not block or not names:
             continue
         if block[2] == SD3_LAST and rows == 2 * width:
-            yield f"{other}.{block[1]}.{names[0]}", _swapped(name, rows)
+            yield f"{stem}.{block[1]}.{names[0]}", _swapped(name, rows)
             continue
         sizes = [width] * 3 + [rows - 3 * width] if len(names) == 4 else [rows // len(names)] * len(names)
         start = 0
-        for own, size in zip(names, sizes, strict=True):
-            yield f"{other}.{block[1]}.{own}", (ModuleRows(name, start, start + size, 0, size),)
+        for alias, size in zip(names, sizes, strict=True):
+            yield f"{stem}.{block[1]}.{alias}", (ModuleRows(name, start, start + size, 0, size),)
             start += size
         if block[2] == "linear1":
             yield path.replace("linear1", FLUX_ATTENTION), (ModuleRows(name, 0, 3 * width, 0, 3 * width),)
 
 
 def _swapped(name: str, rows: int) -> tuple[ModuleRows, ...]:
-    """All rows of a tensor, whose halves have changed places."""
+    """Return all rows of a tensor with its halves swapped."""
     half = rows // 2
     return ModuleRows(name, 0, half, half, rows), ModuleRows(name, half, rows, 0, rows)
 
@@ -397,42 +402,45 @@ def _swapped(name: str, rows: int) -> tuple[ModuleRows, ...]:
 def _fused(
     found: Modules, kinds: set[str], shapes: Mapping[str, Shape]
 ) -> Iterable[tuple[tuple[str, str], tuple[ModuleRows, ...]]]:
-    """The names of a model's own fused modules, where the base has diffusers' split ones."""
+    """Yield the maker's names with their rows, for a base that has diffusers' split modules."""
     paths = [path for component, path in found if component == "unet"]
     for dit in (dit for kind, dit in DITS.items() if f"{kind}-diffusers" in kinds):
-        for own, other, table in dit.blocks:
-            for number in sorted({int(m[1]) for path in paths if (m := re.match(rf"{other}\.(\d+)\.", path))}):
-                for fused, names in table.items():
-                    there = [found.get(("unet", f"{other}.{number}.{name}")) for name in names]
-                    rows = _joined(there) if all(there) else ()
-                    if rows and fused == SD3_LAST and rows[0].whole == 2 * shapes[rows[0].tensor][1]:
+        for maker_stem, stem, table in dit.blocks:
+            for number in sorted({int(m[1]) for path in paths if (m := re.match(rf"{stem}\.(\d+)\.", path))}):
+                for maker_name, names in table.items():
+                    split = [found.get(("unet", f"{stem}.{number}.{name}")) for name in names]
+                    rows = _joined(split) if all(split) else ()
+                    if rows and maker_name == SD3_LAST and rows[0].whole == 2 * shapes[rows[0].tensor][1]:
                         rows = _swapped(rows[0].tensor, rows[0].whole)
                     if rows:
-                        yield ("unet", f"{own}.{number}.{fused}"), rows
-        for own, other in dit.outside.items():
-            if ("unet", other) in found:
-                yield ("unet", own), found["unet", other]
-        for own, other in dit.swapped.items():
-            for each in found.get(("unet", other), ()):
-                yield ("unet", own), _swapped(each.tensor, each.stop)
+                        yield ("unet", f"{maker_stem}.{number}.{maker_name}"), rows
+        for maker_name, name in dit.outside.items():
+            if ("unet", name) in found:
+                yield ("unet", maker_name), found["unet", name]
+        for maker_name, name in dit.swapped.items():
+            for each in found.get(("unet", name), ()):
+                yield ("unet", maker_name), _swapped(each.tensor, each.stop)
 
 
-def _joined(parts: Iterable[tuple[ModuleRows, ...] | None]) -> tuple[ModuleRows, ...]:
-    """One module of the rows of several, one after the other."""
-    every = [rows for part in parts for rows in part or ()]
-    whole = sum(rows.stop - rows.start for rows in every)
-    made, skip = [], 0
+def _joined(modules: Iterable[tuple[ModuleRows, ...] | None]) -> tuple[ModuleRows, ...]:
+    """Return the rows of the module that `modules` are split from, in their order."""
+    every = [rows for module in modules for rows in module or ()]
+    total = sum(rows.stop - rows.start for rows in every)
+    fused, skip = [], 0
     for rows in every:
-        made.append(ModuleRows(rows.tensor, rows.start, rows.stop, skip, whole))
+        fused.append(ModuleRows(rows.tensor, rows.start, rows.stop, skip, total))
         skip += rows.stop - rows.start
-    return tuple(made)
+    return tuple(fused)
 
 
 def sgm_to_diffusers(path: str) -> str:
-    """A UNet's module in diffusers' names; two layers a block, as in SD 1, SD 2 and SDXL."""
-    for own, other in SGM_OUTSIDE.items():
-        if path == own:
-            return other
+    """Return diffusers' path of a UNet's module from sgm's; an unknown path is returned unchanged.
+
+    The UNet has two layers per block, as in SD 1, SD 2 and SDXL.
+    """
+    for sgm, diffusers in SGM_OUTSIDE.items():
+        if path == sgm:
+            return diffusers
     block = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
     middle = re.fullmatch(r"middle_block\.([012])\.(.+)", path)
     if middle:
@@ -454,11 +462,14 @@ def sgm_to_diffusers(path: str) -> str:
 
 
 def diffusers_to_sgm(path: str, attends: bool = True) -> str:
-    """The other way. attends: whether an upsampler stands behind an attention, which its number tells."""
-    for own, other in SGM_OUTSIDE.items():
-        if path == other:
-            return own
-    resnet = {other: own for own, other in RESNET.items()}
+    """Return sgm's path of a UNet's module from diffusers'; an unknown path is returned unchanged.
+
+    attends: whether the blocks of an upsampler have attention, on which sgm's number of the upsampler depends.
+    """
+    for sgm, diffusers in SGM_OUTSIDE.items():
+        if path == diffusers:
+            return sgm
+    resnet = {diffusers: sgm for sgm, diffusers in RESNET.items()}
     middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.([01])\.(.+)", path)
     if middle:
         number = 1 if middle[1] == "attentions" else 2 * int(middle[2])

@@ -1,7 +1,7 @@
-"""All module paths that adapters of known image models can have, so that flattened names can be read without a base.
+"""List the module paths of known image models, so that kohya's flattened names can be read without a base.
 
-A flattened name cannot be split by rule; it is looked up among those of SD 1, 2, 3, SDXL, Flux and their text encoders,
-of which no two flatten to the same (formats.md 2.2 of our references).
+A name whose dots became `_` cannot be split again by rule, because module names have `_` of their own. It is looked up
+among the flattened paths of SD 1, 2, 3, SDXL, Flux and their text encoders, of which no two are alike.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ T5 = [f"layer.0.SelfAttention.{x}" for x in "qkvo"] + [f"layer.1.DenseReluDense.
 DEPTH, CLIP_LAYERS, T5_BLOCKS, DOUBLE_BLOCKS = 10, 32, 24, 19
 
 
-# How many blocks of each stem the largest has.
+# stem -> how many such blocks the largest model has
 BLOCKS = {"double_blocks": DOUBLE_BLOCKS, "single_blocks": 38, "joint_blocks": 38}
 
 
 def _unet() -> Iterator[str]:
-    """In diffusers' names."""
     stems = [f"down_blocks.{i}" for i in range(4)] + [f"up_blocks.{i}" for i in range(4)] + ["mid_block"]
     for stem in stems:
         for j in range(3):
@@ -44,26 +43,26 @@ def _unet() -> Iterator[str]:
 
 @cache
 def unet_paths() -> frozenset[str]:
-    """Of SD 1, SD 2 and SDXL, in diffusers' names."""
+    """Return the module paths of the UNets of SD 1, SD 2 and SDXL, in diffusers' names."""
     return frozenset(_unet())
 
 
 @cache
 def dit_paths(family: str) -> frozenset[str]:
-    """Of a key of DITS, both in its own and in diffusers' names."""
+    """Return the module paths of a transformer, a key of DITS, in its maker's names and in diffusers'."""
     dit = DITS[family]
     paths = [*dit.outside, *dit.outside.values(), *dit.swapped, *dit.swapped.values()]
-    for own, other, table in dit.blocks:
-        for i in range(BLOCKS[own]):
-            paths += [f"{own}.{i}.{name}" for name in table]
-            paths += [f"{own}.{i}.{FLUX_ATTENTION}"] if "linear1" in table else []
-            paths += [f"{other}.{i}.{name}" for names in table.values() for name in names]
+    for maker_stem, stem, table in dit.blocks:
+        for i in range(BLOCKS[maker_stem]):
+            paths += [f"{maker_stem}.{i}.{name}" for name in table]
+            paths += [f"{maker_stem}.{i}.{FLUX_ATTENTION}"] if "linear1" in table else []
+            paths += [f"{stem}.{i}.{name}" for names in table.values() for name in names]
     return frozenset(paths)
 
 
 @cache
 def flattened() -> dict[str, str]:
-    """Flattened path -> path, of denoisers and text encoders."""
+    """Return flattened path -> path for the modules of denoisers and text encoders."""
     paths = [*unet_paths(), *(path for family in DITS for path in dit_paths(family))]
     paths += [path for each in unet_paths() for path in (diffusers_to_sgm(each), diffusers_to_sgm(each, False))]
     layers = [f"encoder.layers.{i}.{name}" for i in range(CLIP_LAYERS) for name in CLIP]

@@ -1,4 +1,4 @@
-"""Names that differ only in numbers, as one: `model.layers.{0..31}.mlp.up_proj`."""
+"""Write names that differ only in numbers as one name with ranges: `model.layers.{0..31}.mlp.up_proj`."""
 
 from __future__ import annotations
 
@@ -14,33 +14,43 @@ _FLAT_NUMBER = re.compile(r"(?<![^._])\d{1,9}(?![^._])")
 
 
 def split_numbers(name: str, underscores: bool = False) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The parts between a name's numbers, and the numbers."""
+    """Split a name into the texts between its numbers, and the numbers.
+
+    A number is a whole part of the name, between dots or colons; with `underscores`, for kohya's flattened names, also
+    between underscores.
+    """
     number = _FLAT_NUMBER if underscores else _NUMBER
     return tuple(number.split(name)), tuple(int(part) for part in number.findall(name))
 
 
 def last_part(name: str) -> str:
-    """The end of a name that tells its kind: `to_q`; of a flattened one, what stands behind its last number."""
+    """Return the end of a module's or weight's name that tells its kind: `to_q`.
+
+    For a flattened name, which has no dots, it is the text after the last number.
+    """
     flat = "." not in name
     parts = [part.strip("._") for part in split_numbers(name.removesuffix(".weight"), underscores=flat)[0]]
     return next((part for part in reversed(parts) if part), name).rpartition(".")[2]
 
 
 def with_ranges(parts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
-    """Between the parts of a name its only number, or `{0..31}` and the like."""
+    """Return the name with `parts` and, between them, each column of `numbers` as its one value or as `{0..31}`."""
     texts = [_ranges(sorted(set(column))) for column in zip(*numbers, strict=True)]
     return parts[0] + "".join(text + part for text, part in zip(texts, parts[1:], strict=True))
 
 
 def grouped(names: Iterable[str]) -> Iterator[str]:
-    """Those that differ only in numbers as one, where all that the ranges say are there."""
+    """Yield names with ranges for those that differ only in numbers.
+
+    Where a name that the ranges would claim is missing, each of the names is yielded alone.
+    """
     members: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
         parts, numbers = split_numbers(name)
         members.setdefault(parts, []).append(numbers)
     for parts, found in members.items():
-        whole = prod(len(set(column)) for column in zip(*found, strict=True)) == len(found)
-        yield from [with_ranges(parts, found)] if whole else [with_ranges(parts, [each]) for each in found]
+        is_complete = prod(len(set(column)) for column in zip(*found, strict=True)) == len(found)
+        yield from [with_ranges(parts, found)] if is_complete else [with_ranges(parts, [each]) for each in found]
 
 
 def _ranges(values: list[int]) -> str:

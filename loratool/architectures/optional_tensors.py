@@ -1,8 +1,8 @@
-"""What a model's file can have or lack and be the same model: buffers that are computed, heads of the pretraining.
+"""List the tensors that two files of the same model may differ in: computed buffers, and heads of pretraining.
 
-Some versions of transformers store a buffer that others compute; and a class for one task loads and saves a base
-without the heads of another. Both as literal tables. Sources: `_keys_to_ignore_on_load_unexpected` and the classes of
-transformers 5.24, and its `register_buffer` before 4.31, where `position_ids` and `inv_freq` were stored.
+Some versions of transformers store a buffer that others compute, and a class for one task loads and saves a base
+without the heads of another task. Sources: `_keys_to_ignore_on_load_unexpected` and the classes of transformers 5.24,
+and its `register_buffer` before 4.31, when `position_ids` and `inv_freq` were stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BUFFERS = re.compile(
 MASKS = re.compile(r"(^|[./])(attn|attention|crossattention)\.bias$")  # of shape (1, 1, n, n)
 
 
-# A head's names -> the classes that have it. Of a pooler these are all but the ones that were seen without it.
+# Classes that have the heads of masked and causal language models.
 _MASKED = "(ForPreTraining|ForMaskedLM|ForCausalLM|LMHeadModel)$"
 
 
@@ -32,6 +32,7 @@ _BERTS = "Albert|Bert|Ernie|MegatronBert|MobileBert|RemBert|RoCBert"
 _OTHERS = "(ForMaskedLM|ForCausalLM|LMHeadModel|ForTokenClassification|ForQuestionAnswering)$"
 
 
+# Names of a head's tensors -> the classes that have it; a pooler is in all classes but those seen without one.
 HEADS = {
     r"cls\.seq_relationship\.": "(ForPreTraining|ForNextSentencePrediction)$",
     r"sop_classifier\.|discriminator_predictions\.": "ForPreTraining$",
@@ -43,7 +44,10 @@ HEADS = {
 
 
 def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
-    """Whether a model of this class (`""`: not known) is whole without a tensor of this name and shape."""
+    """Return whether a model of class `architecture` is complete without a tensor of this name and shape.
+
+    architecture: the name of a class of transformers; empty if it is not known.
+    """
     if BUFFERS.search(name) or (MASKS.search(name) and len(shape) == 4):
         return True
     classes = next((classes for names, classes in HEADS.items() if re.match(names, name)), None)

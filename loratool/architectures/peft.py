@@ -1,4 +1,4 @@
-"""What of a model PEFT 0.21 cannot be told by a module's name, or takes for something else, in transformers 5.24.
+"""List the models and modules of transformers 5.24 that PEFT 0.21 refuses or mistakes.
 
 Seen by loading an adapter of every weight of each type, or read in the file that a table names.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .renames import EXPERTS
 
-# Types whose out_proj and conv1d PEFT refuses: their kernels pass LoRA by (`_check_lora_target_modules_mamba`).
+# Types whose out_proj and conv1d PEFT refuses: their kernels bypass LoRA (`_check_lora_target_modules_mamba`).
 MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
 
 
@@ -20,8 +20,8 @@ _GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
 _NUMBERED = frozenset({"w1", "w2", "w3"})
 
 
-# Types for which PEFT makes stacks of single experts' factors -> last names that it takes for experts wherever they
-# stand, so that nothing else of these names gets factors (`utils/transformers_weight_conversion.py`).
+# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts wherever they
+# are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
 STACKED_BY_PEFT = {
     **dict.fromkeys("minimax minimax_m2 mixtral".split(), _NUMBERED),
     **dict.fromkeys(
@@ -33,7 +33,7 @@ STACKED_BY_PEFT = {
 }
 
 
-# Types whose routers, beside the experts, are bare parameters of modules that are no linear layers.
+# Types whose routers, like their experts, are bare parameters of modules that are not linear layers.
 BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
     """aria aria_text dots3_note dots3_note_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
     hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini minimax_m3_vl_text mistral4 muse_spark qwen3_5_moe
@@ -41,15 +41,15 @@ BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
 )
 
 
-# Type -> last names of its modules that look like linear layers or convolutions and hold a bare parameter.
+# Type -> last names of its modules that look like linear layers or convolutions but hold a bare parameter.
 BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 
-# Types whose class splits, joins or moves weights of the file while it loads them, so that no module is called so, or
-# is another layer than it seems, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
-# paths, by `renames.canonical`.
+# Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
+# it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
+# canonical paths (`renames.canonical`).
 RESHAPED = {
-    "ctrl": r"^transformer\.w$",  # an embedding, which it alone calls so
+    "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
     "jina_embeddings_v3": r"\bWqkv$",
@@ -69,7 +69,7 @@ RESHAPED = {
 }
 
 
-# Types for which no adapter would load -> why.
+# Types for which no adapter would load -> the reason.
 REFUSED = {
     **dict.fromkeys(
         """cohere_asr colqwen2 d_fine deepseek_ocr2 deformable_detr dory dots3_note dots3_note_text ernie4_5_vl_moe
@@ -82,5 +82,5 @@ REFUSED = {
 }
 
 
-# Types of two models side by side, whose files have the names of either under `encoder.` and `decoder.`.
+# Types made of two models, whose names they have under `encoder.` and `decoder.`.
 ENCODER_DECODERS = frozenset("encoder-decoder speech-encoder-decoder vision-encoder-decoder".split())

@@ -1,19 +1,20 @@
-"""Prefixes that containers put before a module's path, in adapters and in bases alike."""
+"""List the prefixes that containers put before a module's path, in adapters and in bases."""
 
 from __future__ import annotations
 
-# Wrappers of training loops: they can stand anywhere in a path and never mean anything.
+# Wrappers of training loops: they can be anywhere in a path, and loaders drop them.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 PEFT_PREFIX = "base_model.model."
 
 
-# A module's one matrix has no need of its name: `mlp.up_proj` means its weight, an attention its fused projection.
+# The suffixes of a module's main matrix, which the module's path alone stands for: its weight, or the fused
+# projection of an nn.MultiheadAttention.
 MAIN_PARAMETERS = (".weight", ".in_proj_weight")
 
 
-# What one side may have before every path and the other not: the attribute under which a task model holds
+# Prefixes that either adapter or base may have before every path: the attribute under which a task model holds
 # its backbone (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
 CONTAINER_PREFIXES = (
     "model",
@@ -35,8 +36,8 @@ CONTAINER_PREFIXES = (
 )
 
 
-# kohya's prefixes, longest first (formats.md 2.1), and the pipeline component that each means: what follows is a
-# module path with its dots flattened to `_`.
+# kohya's prefixes, longest first, and the flattened pipeline component that each means. The rest of a name is a
+# module path with its dots flattened to `_` (kohya-ss/sd-scripts: networks/lora.py).
 KOHYA_COMPONENTS = {
     "lora_prior_unet_": "prior_unet_",
     "lora_prior_te_": "prior_text_encoder_",
@@ -53,7 +54,7 @@ KOHYA_PREFIXES = tuple(KOHYA_COMPONENTS)
 
 
 def module_path(tensor: str) -> str:
-    """The path of a module from the name of its one matrix; another tensor's name as it is."""
+    """Return the path of the module whose main matrix `tensor` is; any other tensor's name unchanged."""
     for end in MAIN_PARAMETERS:
         if tensor.endswith(end):
             return tensor.removesuffix(end)

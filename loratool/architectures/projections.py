@@ -1,6 +1,6 @@
-"""What a linear layer computes within its block, whatever a family calls it: query, key, value, output, gate, up, down.
+"""Tell which projections of its block a linear layer computes, whatever its family calls it.
 
-The roles have Llama's names. A fused matrix has several, in the order in which they share its output.
+The projections have Llama's names. A fused matrix has several, in the order of their rows in its output.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
-# the end of a module's path -> its roles; the longest end counts
+# the end of a module's path -> its projections; the longest end counts
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("q_proj query query_proj to_q q_lin wq q_attn q".split(), ("q_proj",)),
     **dict.fromkeys("k_proj key key_proj to_k k_lin wk k".split(), ("k_proj",)),
@@ -35,7 +35,7 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
 
 
 def projections(path: str) -> tuple[str, ...]:
-    """The roles of a module, none where its name says nothing."""
+    """Return the projections that a module computes; empty if its name does not tell."""
     parts = path.split(".")
     for length in (3, 2, 1):
         found = PROJECTIONS.get(".".join(parts[-length:]))

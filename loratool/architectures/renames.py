@@ -1,9 +1,9 @@
-"""Names of transformers 4, transformers 5 and the files they both read, brought to the one that version 5 uses.
+"""Map the names that transformers 4, transformers 5 and model files use to the one that version 5 uses.
 
 Version 5 renames and fuses weights while it loads and reverses that in `save_pretrained`: files keep their
-historical names, an adapter has the module names of the version it was trained with. `canonical` maps all
-three to the module name of version 5 and leaves a name that has it already as it is, so that an adapter and a
-file can be joined on it. The tables only say that two names are one weight of one layout. A weight that is
+historical names, and an adapter has the module names of the version it was trained with. `canonical` maps all
+three to the module name of version 5 and leaves a name that is canonical already unchanged, so that an adapter
+can be matched with a file. The tables only say that two names are one weight of one layout. A weight that is
 stacked, split or permuted while loading has no row, except experts, whose stacking `expert_part` describes.
 
 Source: `transformers.conversion_mapping` of 5.24, its rows rewritten to be idempotent and to match a module's
@@ -20,7 +20,7 @@ from functools import lru_cache
 RenameRules = tuple[tuple[str, str], ...]  # (regular expression, replacement), applied in order
 
 
-# Every type: TensorFlow's names of LayerNorm, and weight norm before torch 2.
+# For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2.
 LEGACY: RenameRules = (
     (r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
     (r"\bLayerNorm\.beta$", "LayerNorm.bias"),
@@ -29,11 +29,11 @@ LEGACY: RenameRules = (
 )
 
 
-# An adapter of the language model alone (`...ForCausalLM`) on a file of the whole.
+# An adapter of the language model alone (`...ForCausalLM`) on a file of the multimodal model.
 _TEXT: RenameRules = ((r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "model.language_model."),)
 
 
-# Until 4.51 the language model was a causal LM with its head inside, beside the tower: both had no `model.`.
+# Until 4.51 the language model was a causal LM with its head inside, beside the tower: neither had `model.`.
 _LANGUAGE: RenameRules = (
     (r"^(?:model\.)?language_model\.lm_head(?=\.|$)", "lm_head"),
     (r"^(?:model\.)?language_model(?:\.model)?(?=\.|$)", "model.language_model"),
@@ -156,7 +156,7 @@ _HUNYUAN_VISION: RenameRules = (
 )
 
 
-# Rows of a type wherever it stands: as the checkpoint's own or as a nested config's.
+# model_type, of config.json or of a config nested in it -> its rules
 RENAMES: dict[str, RenameRules] = {
     # language models
     "aria_text": (
@@ -534,7 +534,7 @@ RENAMES: dict[str, RenameRules] = {
     "qwen3_omni_moe": _OMNI,
     "qwen3_omni_moe_thinker": _THINKER,
     "qwen4_exp": _TEXT,
-    "shieldgemma2": (  # the whole of gemma3 is a child of the classifier
+    "shieldgemma2": (  # gemma3 is a child of the classifier
         (r"^(?:model\.){0,2}language_model\.lm_head(?=\.|$)", "model.lm_head"),
         (r"^(?:model\.){0,2}language_model(?:\.model)?(?=\.|$)", "model.model.language_model"),
         (r"^(?:model\.){0,2}(vision_tower|multi_modal_projector)(?=\.|$)", r"model.model.\1"),
@@ -568,7 +568,7 @@ RENAMES: dict[str, RenameRules] = {
 }
 
 
-# Rows of a type that is the whole checkpoint: as a part of another one these names are the other's.
+# model_type -> rules for a checkpoint that has no other type: nested in another model, these names are the other's.
 ALONE: dict[str, RenameRules] = {
     **dict.fromkeys(
         """chinese_clip_vision_model clip_vision_model clipseg_vision_model metaclip_2_vision_model mlcd
@@ -587,7 +587,7 @@ ALONE: dict[str, RenameRules] = {
 }
 
 
-# The last part of one expert's path -> (parameter of all experts, which part of its rows, of how many)
+# The last part of one expert's path -> (parameter of all experts, which equal slice of its rows, of how many)
 ExpertRows = dict[str, tuple[str, int, int]]
 
 
@@ -605,7 +605,7 @@ _W1_W3_W2: ExpertRows = {
 }
 
 
-# Types that keep one matrix for each expert in files (`...experts.3.w1.weight`) and one 3-D parameter in the model.
+# Types whose files have one matrix for each expert (`...experts.3.w1.weight`) and whose models have one 3-D parameter.
 EXPERTS: dict[str, ExpertRows] = {
     **dict.fromkeys(
         """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1
@@ -628,27 +628,30 @@ EXPERTS: dict[str, ExpertRows] = {
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 
 
-# Of these the ones whose class does not say so to PEFT, which takes them the other way round.
+# Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """Where one expert's matrix lies: `fused[expert]`, rows [part * n, (part + 1) * n) of its parts * n rows."""
+    """The rows of a fused parameter that are the matrix of one expert.
 
-    fused: str
+    They are rows [part * n, (part + 1) * n) of `fused[expert]`, which has parts * n rows.
+    """
+
+    fused: str  # name of the 3-D parameter
     expert: int
     part: int
     parts: int
 
 
 def canonical(path: str, model_types: Collection[str]) -> str:
-    """The name in transformers 5 of a tensor or module, from any of its names; unknown names stay as they are.
+    """Return the name that transformers 5 has for a tensor or module; an unknown name is returned unchanged.
 
-    `model_types` are those of config.json, of the nested configs too.
+    model_types: those of config.json, nested configs included.
     """
     for pattern, replacement in _rows(frozenset(model_types)):
-        if pattern.search(path):  # nearly none does, and `sub` takes longer to find that out
+        if pattern.search(path):  # hardly any matches, and `search` is faster than `sub` at finding that out
             path = pattern.sub(replacement, path, count=1)
     return path
 
@@ -661,7 +664,7 @@ def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str], ...
 
 
 def expert_part(name: str, model_types: Collection[str]) -> ExpertPart | None:
-    """Which part of which fused parameter the matrix of one expert is; None for all else, scales and biases too."""
+    """Locate the matrix of one expert in the fused parameter; None for any other tensor, scales and biases included."""
     path = canonical(name, model_types)
     found = re.fullmatch(r"(.*\bexperts)\.(\d+)\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
     if found is None:

@@ -1,4 +1,4 @@
-"""What a weight is for, by the last parts of its module's name: the names that model families use."""
+"""Tell embeddings, heads, experts and linear layers apart by the names that model families give them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ HEADS = frozenset("lm_head embed_out output score classifier".split())
 
 
 def weight_role(module: str, dimensions: int, is_float: bool) -> str:
-    """`linear` (peft's `all-linear` would take it), `embedding`, `head`, `experts` (3-D), or an empty string."""
+    """Return `linear` (peft's `all-linear` targets it), `embedding`, `head`, `experts` (3-D) or `conv`.
+
+    Empty for a vector and for a weight that is not of a float type.
+    """
     last = module.rpartition(".")[2]
     if not is_float or dimensions < 2:
         return ""

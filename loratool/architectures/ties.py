@@ -1,7 +1,7 @@
-"""Which matrices a model family ties, and what they are called: as literal tables, a family a word.
+"""List the matrices that each model family ties, and their names.
 
-Sources: `_tied_weights_keys`, `tie_word_embeddings` and the heads' modules of transformers 5.24. That a side written as
-a matrix of its own loads as one was seen there and in 4.57, but where a table says otherwise.
+Sources: `_tied_weights_keys`, `tie_word_embeddings` and the heads' modules of transformers 5.24. That a side which is
+stored separately also loads separately was seen there and in 4.57, unless a table says otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INPUT_EMBEDDINGS = (
 OUTPUT_HEADS = ("lm_head", "embed_out")
 
 
-# The heads of families of decoders that call it otherwise.
+# Decoder families whose head has another name than OUTPUT_HEADS.
 DECODER_HEADS = {
     "gpt_neox": "embed_out",
     "modernbert-decoder": "decoder",
@@ -31,8 +31,8 @@ DECODER_HEADS = {
 }
 
 
-# The heads of masked language models -> the families that have it. Where the bias is a level up (`lm_head.bias`) it is
-# the bias of the head's linear layer too, and where the two are not tied loaders want both.
+# The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
+# of the head's linear layer too; if the head is not tied, loaders want both.
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie megatron-bert mobilebert nystromformer rembert
     roc_bert roformer""",
@@ -50,35 +50,35 @@ MASKED_HEADS = {
 MASKED_HEAD_OF = {family: head for head, families in MASKED_HEADS.items() for family in families.split()}
 
 
-# Those that compute with the head's matrix past its module, so that what PEFT adds to the module has no effect.
+# Those that use the head's matrix without calling its module, so that what PEFT adds to the module has no effect.
 PAST_ITS_MODULE = frozenset({"mobilebert"})
 
 
-# Encoder-decoders with one embedding, `shared`, for both sides and the head.
+# Encoder-decoders with one embedding, `shared`, for encoder, decoder and head.
 SHARED_BY_BOTH = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart switch_transformers t5 umt5""".split()
 )
 
 
-# Those whose encoder and decoder take `shared` itself before transformers 5, whatever is stored for them.
+# Those whose encoder and decoder use the module `shared` itself before transformers 5, whatever is stored for them.
 ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
 
 
-# Those whose embedding is, to PEFT, the encoder's (`get_input_embeddings`).
+# Those whose `get_input_embeddings`, which PEFT asks, returns the encoder's embedding.
 EMBEDS_BY_ENCODER = frozenset({"marian"})
 
 
-# Those whose flag says besides that the decoder's output is scaled by d_model ** -0.5, so that it cannot be changed:
-# transformers 5 keeps apart what is stored and differs all the same, 4 does not.
+# Those where tie_word_embeddings also scales the decoder's output by d_model ** -0.5, so that it cannot be changed:
+# transformers 5 keeps stored matrices apart if they differ, 4 does not.
 FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
 
 
-# Encoder-decoders whose encoder has no embedding of tokens: to a tie they are decoders.
+# Encoder-decoders whose encoder has no token embedding: they tie as decoders do.
 TIED_AS_DECODERS = frozenset("speech_to_text whisper".split())
 
 
-# What else can be the embedding once more: the sides of an encoder-decoder, the decoder of a masked language model.
+# Last names of other copies of the embedding: the sides of an encoder-decoder, the decoder of a masked language model.
 COPIES = (
     *OUTPUT_HEADS,
     "embed_tokens",
@@ -104,7 +104,7 @@ HEADLESS = (
 )
 
 
-# Families that untie where config.json does not say (`tie_word_embeddings` of the config classes of transformers 5.24).
+# Families that do not tie by default (`tie_word_embeddings` of the config classes of transformers 5.24).
 UNTIED_BY_DEFAULT = frozenset(
     """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 flex_olmo fuyu
     glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
@@ -114,5 +114,5 @@ UNTIED_BY_DEFAULT = frozenset(
 )
 
 
-# Families whose config classes set the flag, whatever config.json says; a head that is stored and differs stays apart.
+# Families whose config classes tie, whatever config.json says; a head that is stored and differs stays separate.
 TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())
