@@ -1,1 +1,1 @@
-"""Adapters: their updates, their file formats, the layout of their factors."""
+"""Read, represent and write adapters: their updates, their file formats, the layout of their factors."""

@@ -1,7 +1,7 @@
-"""An adapter as a lazy mapping from module path to update, whatever its format.
+"""Represent an adapter of any format as a lazy mapping from module path to update.
 
 All of it comes from headers, the config and scalar alphas, so that plans, binding and `inspect` need no
-torch; `Adapter.load` reads one update's tensors.
+torch; `Adapter.load` reads the tensors of one update.
 """
 
 from __future__ import annotations
@@ -28,21 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What PEFT's `adapter_config.json` says of rank and scale; `extra` keeps every other field.
+    """The fields of PEFT's `adapter_config.json` that decide rank and scale, or their equivalent in another format."""
 
-    `rank` and `alpha` are None where the file does not say. starts: of diffusers' files, component -> the
-    initialization that changed the base under it.
-    """
-
-    rank: int | None = None
-    alpha: float | None = None
+    rank: int | None = None  # None if the file does not say
+    alpha: float | None = None  # None if the file does not say
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # pattern -> rank
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # pattern -> alpha
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    base_mutating_inits: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # all fields as they are in the file
+    base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
 
     @cached_property
     def _ranks(self) -> Patterns:
@@ -54,7 +50,7 @@ class AdapterConfig:
 
     @cached_property
     def parameters(self) -> Mapping[str, Sequence[tuple[int, str]]]:
-        """Of `target_parameters` by the module named ("" for none): each one's place in the list, and its name."""
+        """Return `target_parameters` by module ("" for bare names): (index in the list, parameter's name)."""
         found: dict[str, list[tuple[int, str]]] = {}
         for number, listed in enumerate(self.extra["target_parameters"]):
             owner, _, parameter = listed.rpartition(".")
@@ -70,12 +66,16 @@ class AdapterConfig:
         return rank
 
     def for_module(self, parameter: str) -> AdapterConfig:
-        """The config of one parameter, whose patterns are held against its own path and not its module's."""
+        """Return the config of one bare parameter: patterns are matched with its own path, not with its module's."""
         alpha = self._alphas.value(parameter, self.alpha)
         return replace(self, rank=self.rank_of(parameter), alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def scale_of(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023); never a guess where alpha is missing."""
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023).
+
+        Raises:
+            NeedsFlag: the adapter does not say its alpha.
+        """
         alpha: float | None = self._alphas.value(module, self.alpha)
         if alpha is None:
             raise NeedsFlag(
@@ -87,7 +87,7 @@ class AdapterConfig:
 
 
 def is_in_listed_module(entry: str, module: str) -> bool:
-    """Whether `module` is, or lies in, one whose path ends in `entry`: PEFT's rule for modules_to_save."""
+    """Return whether `module` is, or is inside, a module whose path ends in `entry`, as PEFT matches modules_to_save."""
     parts = module.split(".")
     return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
 
@@ -97,30 +97,21 @@ UNPAIRED = "unpaired"
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """One update before its tensors are read: `tensors` maps a role (A, B, ...) to a name in the adapter's file.
+    """One update before its tensors are read."""
 
-    module: the path of the module whose `weight` it changes; for another parameter the path of that one.
-    transposed: whether the base stores (in, out), where the format itself knows it.
-    base: the tensor of the adapter's file that holds the weight under the update, if the adapter brought its own.
-    enabled: of a MergedLinear's rows in equal slices, those that the stored B has; `specs` describe B with all rows.
-    inputs: DoRA's magnitudes are of the inputs, V's columns, and not of its rows. turned: of such a one that is placed,
-    as DoRA of the transposed weight: `specs` and roles are those of the transpose, the stored tensors are not.
-    fault: why it cannot be merged, in a view of a damaged file (kind UNPAIRED where it has no pair of factors).
-    """
-
-    kind: str
-    module: str
-    tensors: Mapping[str, str]
-    specs: Mapping[str, TensorSpec]
+    kind: str  # a key of UPDATES, or UNPAIRED
+    module: str  # path of the module whose `weight` it changes, or of another parameter
+    tensors: Mapping[str, str]  # role (A, B, ...) -> tensor in the adapter's file
+    specs: Mapping[str, TensorSpec]  # role -> type and shape, of B with all rows, transposed if is_transposed_dora
     scale: float = 1.0
-    transposed: bool | None = None
-    experts: int = 1
-    indices: tuple[int, ...] = ()
-    base: str | None = None
-    enabled_slices: tuple[bool, ...] = ()
-    norm_over_inputs: bool = False
-    is_transposed_dora: bool = False
-    fault: str | None = None
+    transposed: bool | None = None  # the base stores (in, out); None if the format does not say
+    experts: int = 1  # how many the factors are stacked of
+    indices: tuple[int, ...] = ()  # of the rows that it replaces
+    base: str | None = None  # tensor in the adapter's file that replaces the weight under the update
+    enabled_slices: tuple[bool, ...] = ()  # which of a MergedLinear's equal slices of rows the stored B has
+    norm_over_inputs: bool = False  # DoRA's magnitudes are of V's columns (the inputs), not of its rows
+    is_transposed_dora: bool = False  # DoRA of the transposed weight; the stored tensors are not transposed
+    fault: str | None = None  # why it cannot be merged, if a damaged file is read leniently
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -129,19 +120,19 @@ class UpdateSpec:
 
     @property
     def rank(self) -> int:
-        """Of the change to one matrix; 0 where the change has no factors."""
+        """The rank of the update of one matrix; 0 if the update has no factors."""
         return self.specs["A"].shape[0] // self.experts if "A" in self.specs else 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor it changes, a linear layer being (out, in) and a stack of experts (experts, out, in)."""
+        """The shape of the tensor that it changes: (out, in) for a linear layer, (experts, out, in) for a stack."""
         if "A" not in self.specs:
             return self.specs["value"].shape
         stack = (self.experts,) if self.kind == "experts" else ()
         return (*stack, self.specs["B"].shape[0], *self.specs["A"].shape[1:])
 
     def transpose(self) -> UpdateSpec:
-        """DoRA along the inputs as DoRA of the transposed weight: A^T B^T, each factor in the other's place."""
+        """Return DoRA normed over the inputs as DoRA of the transposed weight, (B A)^T = A^T B^T."""
         tensors = {**self.tensors, "A": self.tensors["B"], "B": self.tensors["A"]}
         A, B = (TensorSpec(self.specs[role].dtype, self.specs[role].shape[::-1]) for role in "BA")
         return replace(
@@ -151,37 +142,37 @@ class UpdateSpec:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Updates by module path.
+    """An open adapter: its updates by module path, and the file that holds their tensors."""
 
-    flattened: the paths are kohya's, with `_` where the module path has dots. lacks: what the config announces and
-    the file does not have. components: of an image model's, those with another weight than the adapter's own.
-    """
-
-    name: str
-    format: str
+    name: str  # as the user gave it
+    format: str  # a key of `adapters.formats.FORMATS`
     file: WeightsFile
     config: AdapterConfig
-    updates: Mapping[str, UpdateSpec]
-    flattened: bool = False
-    notes: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    component_weights: Mapping[str, float] = field(default_factory=dict)
+    updates: Mapping[str, UpdateSpec]  # module path -> update
+    flattened: bool = False  # the paths are kohya's, with `_` for dots
+    notes: tuple[str, ...] = ()  # sentences for the user
+    missing: tuple[str, ...] = ()  # sentences on what the config announces and the file does not have
+    component_weights: Mapping[str, float] = field(default_factory=dict)  # component -> weight, if not the adapter's
 
     @property
     def base_hint(self) -> str:
-        """What it says of its base, as a sentence for a remedy; nothing where it does not say."""
-        told = self.config.base_model
-        if not isinstance(told, str) or not told or not told.isprintable():
+        """A sentence on the base that it was trained on, for a remedy; empty if the config does not name one."""
+        base = self.config.base_model
+        if not isinstance(base, str) or not base or not base.isprintable():
             return ""
-        return f"{self.name} says it was trained on {told}"
+        return f"{self.name} says it was trained on {base}"
 
     def weight_of(self, module: str, weight: float) -> float:
-        """The weight of one module, where the adapter's is `weight`."""
+        """Return the weight of one module of an adapter whose weight is `weight`."""
         component = weighed_component(module) if self.component_weights else None
         return self.component_weights.get(component, weight) if component else weight
 
     def load(self, spec: UpdateSpec) -> Update:
-        """Read one update. Raises InputError naming the tensor that holds a nan or an infinity."""
+        """Read the tensors of one update.
+
+        Raises:
+            InputError: a tensor holds nan or inf.
+        """
         cls, roles = UPDATES[spec.kind]
         tensors = {role: self.file.tensor(spec.tensors[role]) for role in roles}
         for role, tensor in tensors.items():
@@ -191,23 +182,23 @@ class Adapter:
             tensors["B"] = _expand_merged_linear(tensors["B"], spec.enabled_slices)
         if spec.is_transposed_dora:
             tensors |= {role: tensors[role].T.contiguous() for role in "AB"}
-        rest: dict[str, Any] = {"scale": spec.scale, "experts": spec.experts}
+        values: dict[str, Any] = {"scale": spec.scale, "experts": spec.experts}
         names = {field.name for field in fields(cls)}
         if "indices" in names:
             import torch
 
-            rest["indices"] = torch.tensor(spec.indices, dtype=torch.int64)
-        return cls(**tensors, **{name: value for name, value in rest.items() if name in names})
+            values["indices"] = torch.tensor(spec.indices, dtype=torch.int64)
+        return cls(**tensors, **{name: value for name, value in values.items() if name in names})
 
     def in_modules_to_save(self, module: str) -> bool:
-        """Whether `module` is a whole one that the adapter announces, or lies in one."""
+        """Return whether `module` is, or is inside, a module that the config lists in modules_to_save."""
         listed = self.config.extra.get("modules_to_save")
         if not isinstance(listed, list) or self.updates[module].kind != "replace":
             return False
         return any(isinstance(entry, str) and is_in_listed_module(entry, module) for entry in listed)
 
     def is_duplicate_bias(self, module: str, others: Container[str]) -> bool:
-        """Whether `module` is one of `others` again: the bias of a head under its owner's name and its decoder's.
+        """Return whether `module` is a head's bias that is in `others` under the owner's name, with the same values.
 
         `cls.predictions.decoder.bias` is `cls.predictions.bias` in transformers, and PEFT saves both.
         """
@@ -220,12 +211,12 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights file, as `sha256sum` prints it."""
+        """The hash of the weights file, as `sha256sum` prints it."""
         return sha256_file(self.file.path)
 
     @cached_property
     def scales_sha256(self) -> str:
-        """Of what the weights file alone does not determine: every module's scale, and rows that are replaced."""
+        """The hash of what the weights file does not determine: each module's scale and the indices of its rows."""
         lines = "".join(
             f"{module} {spec.scale.hex()}" + "".join(f" {index}" for index in spec.indices) + "\n"
             for module, spec in sorted(self.updates.items())
@@ -234,16 +225,17 @@ class Adapter:
 
 
 def _expand_merged_linear(B: Tensor, enabled: Sequence[bool]) -> Tensor:
-    """A MergedLinear's B (rows of the enabled slices, r) as a low-rank change's: (out, r * n), block-sparse.
+    """Expand a MergedLinear's B (rows of the n enabled slices, r) to the B (out, r * n) of LoRA, which is block-sparse.
 
-    Slice g of the enabled ones has the ranks g * r on of A (loralib's grouped convolution of A by B).
+    The g-th enabled slice uses rows g * r to (g + 1) * r of A: loralib convolves A with B in n groups
+    (microsoft/LoRA: loralib/layers.py).
     """
     n, (rows, r) = sum(enabled), B.shape
     size = rows // n
-    whole = B.new_zeros(size * len(enabled), r * n)
+    expanded = B.new_zeros(size * len(enabled), r * n)
     for g, slot in enumerate(i for i, on in enumerate(enabled) if on):
-        whole[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = B[g * size : (g + 1) * size]
-    return whole
+        expanded[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = B[g * size : (g + 1) * size]
+    return expanded
 
 
 def pair_factors(
@@ -255,11 +247,17 @@ def pair_factors(
     stacked: bool = False,
     lenient: bool = False,
 ) -> UpdateSpec:
-    """The LoRA or DoRA of a module from the tensors found for it, its pair complete and of one rank.
+    """Make the LoRA or DoRA update of a module from the tensors found for it.
 
-    stacked: the factors of several experts lie in one tensor, and the config's rank is that of one.
-    Raises InputError for a missing side, a rank that differs between the sides or from the config's, and NeedsFlag
-    for a missing alpha; with `lenient` these are the update's fault.
+    Args:
+        roles: role (A, B, magnitude, base) -> tensor in the file.
+        transposed: as `UpdateSpec.transposed`.
+        stacked: a tensor has the factors of several experts; the config's rank is that of one.
+        lenient: record errors in `UpdateSpec.fault` instead of raising them.
+
+    Raises:
+        InputError: a factor is missing, or the ranks of A, B and the config differ.
+        NeedsFlag: the file does not say its alpha.
     """
     specs = {role: file.specs[name] for role, name in roles.items() if role != "base"}
     factors = {role: roles[role] for role in specs}

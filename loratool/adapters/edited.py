@@ -1,7 +1,7 @@
-"""An adapter to be, in the form of one that exists: other factors under the same names, and the rest carried along.
+"""Write an edited adapter: new factors under the names of an existing one, with its other tensors kept along.
 
-All scales end up in the factors, alpha being each module's rank, so that every runtime agrees on them (some know no
-rsLoRA, some no patterns). Factors are asked for one module at a time.
+Scales are folded into the factors and alpha is each module's rank, so that every runtime agrees on them (some do not
+know rsLoRA, some no patterns). Factors are computed for one module at a time, to bound memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .formats.single_file import STALE_KEYS, write_single_file
 
 @dataclass(frozen=True)
 class CarriedTensor:
-    """A tensor that goes along: the sum of tensors of one shape, each times its factor; one of factor 1 as it is."""
+    """A tensor beside the factors: the sum of tensors of one shape, or a copy of one."""
 
-    terms: tuple[tuple[TensorRef, float], ...]
+    terms: tuple[tuple[TensorRef, float], ...]  # (tensor, its factor)
 
     @property
     def is_copy(self) -> bool:
@@ -39,18 +39,22 @@ class CarriedTensor:
 
     @property
     def spec(self) -> TensorSpec:
-        own = self.terms[0][0].spec
-        return own if self.is_copy else TensorSpec("F32", own.shape)
+        stored = self.terms[0][0].spec
+        return stored if self.is_copy else TensorSpec("F32", stored.shape)
 
     def load(self) -> Tensor:
-        """Raises InputError naming a tensor that holds a nan or an infinity, or is of no float type."""
+        """Read a copy in its stored type, or compute a sum in float64 and round it to float32.
+
+        Raises:
+            InputError: a tensor holds nan or inf, or is not of a float type.
+        """
         first, _ = self.terms[0]
         if self.is_copy:
             total = first.file.tensor(first.name)
         else:
             total = torch.zeros(first.spec.shape, dtype=torch.float64)
-            for source, factor in self.terms:
-                total.add_(source.file.tensor(source.name).double(), alpha=factor)
+            for ref, factor in self.terms:
+                total.add_(ref.file.tensor(ref.name).double(), alpha=factor)
             total = total.float()
         if not is_finite(total):
             raise InputError("holds nan or inf", culprit=first.name)
@@ -59,42 +63,40 @@ class CarriedTensor:
 
 @dataclass(frozen=True)
 class EditedAdapter:
-    """like: whose format and config the output has. updates: path -> the update whose names and shapes it has there;
-    ranks: of those; factors: path -> (B (E, out, r), A (E, r, in)) with the scale in them. carried: the other tensors,
-    by their names. fields: of PEFT's config, where they are other than those of `like`.
-    """
+    """An adapter to be written, with the format, names and config of an existing one."""
 
-    template: Adapter
-    updates: Mapping[str, UpdateSpec]
-    ranks: Mapping[str, int]
-    factors: Callable[[str], tuple[Tensor, Tensor]]
-    carried: Mapping[str, CarriedTensor]
-    dtype: torch.dtype = torch.float32
-    fields: Mapping[str, object] = field(default_factory=dict)
+    template: Adapter  # the adapter whose format and config the output has
+    updates: Mapping[str, UpdateSpec]  # module -> the update whose names and shapes (but for the rank) it has
+    ranks: Mapping[str, int]  # module -> rank
+    factors: Callable[[str], tuple[Tensor, Tensor]]  # module -> (B (E, out, r), A (E, r, in)), with the scale in them
+    carried: Mapping[str, CarriedTensor]  # name -> a tensor beside the factors
+    dtype: torch.dtype = torch.float32  # of the factors
+    fields: Mapping[str, object] = field(default_factory=dict)  # of PEFT's config, that replace the template's
 
     def names(self, module: str) -> tuple[str, str]:
-        """Of A and B in the output."""
-        one, two = (self._saved(self.updates[module].tensors[role]) for role in ("A", "B"))
-        return one, two
+        """Return the names of A and B in the output."""
+        A, B = (self._saved(self.updates[module].tensors[role]) for role in ("A", "B"))
+        return A, B
 
     def _saved(self, name: str) -> str:
         return saved_name(name, self._named) if self.template.format == "peft" else name
 
     @cached_property
     def _named(self) -> set[str]:
-        """Names of adapters that keys may have in them; PEFT would not find them under these."""
+        """Adapter names that keys can contain; they are removed, because PEFT would not find such keys."""
         files = [self.template.file, *(each.terms[0][0].file for each in self.carried.values())]
         return set().union(*(adapter_names(file.specs) for file in {id(file): file for file in files}.values()))
 
     def specs_of(self, module: str) -> dict[str, TensorSpec]:
-        """Of A and B."""
-        letters = SAFETENSORS[str(self.dtype).removeprefix("torch.")]
+        """Return name -> type and shape of A and B in the output."""
+        dtype = SAFETENSORS[str(self.dtype).removeprefix("torch.")]
         update, rank = self.updates[module], self.ranks[module]
         A, B, E = update.specs["A"].shape, update.specs["B"].shape, update.experts
         key_A, key_B = self.names(module)
-        return {key_A: TensorSpec(letters, (E * rank, *A[1:])), key_B: TensorSpec(letters, (B[0], rank * E, *B[2:]))}
+        return {key_A: TensorSpec(dtype, (E * rank, *A[1:])), key_B: TensorSpec(dtype, (B[0], rank * E, *B[2:]))}
 
     def specs(self) -> dict[str, TensorSpec]:
+        """Return name -> type and shape of every tensor of the output."""
         found = {}
         for module in self.updates:
             found.update(self.specs_of(module))
@@ -105,7 +107,7 @@ class EditedAdapter:
         return found
 
     def budget(self, rule: str, value: float) -> int:
-        """The parameters that a rule of ranks.BUDGETS leaves for the factors."""
+        """Return how many parameters the factors may have under `rule`, a key of `rank_rules.BUDGETS`."""
         factors = {key for module in self.updates for key in self.names(module)}
         rest = [spec for key, spec in self.specs().items() if key not in factors]
         if rule == "size":
@@ -113,7 +115,10 @@ class EditedAdapter:
         return int(value) - sum(spec.size for spec in rest)
 
     def loader(self) -> Callable[[str], Tensor]:
-        """name -> tensor; the two of a module, asked for one after the other, are computed once."""
+        """Return a function from an output tensor's name to the tensor.
+
+        A module's factors are computed once if they are asked for one after the other.
+        """
         module_of = {key: module for module in self.updates for key in self.names(module)}
         carried = {self._saved(name): each for name, each in self.carried.items()}
         last: dict[str, Tensor] = {}
@@ -125,12 +130,12 @@ class EditedAdapter:
                 return torch.tensor(float(self.ranks[key.removesuffix(".alpha")]), dtype=torch.float32)
             if key not in last:
                 last.clear()
-                last.update(self._lay(module_of[key]))
+                last.update(self._stored_factors(module_of[key]))
             return last[key]
 
         return load
 
-    def _lay(self, module: str) -> dict[str, Tensor]:
+    def _stored_factors(self, module: str) -> dict[str, Tensor]:
         B, A = (side.to(self.dtype) for side in self.factors(module))
         specs, names = self.specs_of(module), self.names(module)
         A_spec, B_spec = (specs[name] for name in names)
@@ -140,76 +145,85 @@ class EditedAdapter:
 WRITABLE_FORMATS = ("peft", "kohya", "diffusers")
 
 
-def require_writable(like: Adapter) -> None:
-    """Refuse a format whose files cannot say the new ranks and scales."""
-    if like.format not in WRITABLE_FORMATS:
+def require_writable(template: Adapter) -> None:
+    """Raise NeedsFlag for a format whose files cannot say the new ranks and scales."""
+    if template.format not in WRITABLE_FORMATS:
         raise NeedsFlag(
-            f"is in {like.format}'s format, whose files cannot say the new ranks and scales",
-            culprit=like.name,
-            remedy=f"add --to {'kohya' if like.format == 'cloneofsimo' else 'peft'}",
+            f"is in {template.format}'s format, whose files cannot say the new ranks and scales",
+            culprit=template.name,
+            remedy=f"add --to {'kohya' if template.format == 'cloneofsimo' else 'peft'}",
         )
 
 
-def default_output_name(like: Adapter, to: str | None, verb: str) -> str:
-    """Of an output that was given none: a folder where PEFT is asked for, or the input was a folder's file; else a
-    file.
+def default_output_name(template: Adapter, to: str | None, command: str) -> str:
+    """Choose the output's name when -o was not given.
+
+    Returns:
+        `command` (a folder) if `to` is peft, or if `to` is None and `template` is a PEFT adapter in a folder;
+        otherwise `command`.safetensors.
     """
-    in_folder = like.format == "peft" and like.file.path.name.startswith("adapter_model")
-    return verb if (in_folder if to is None else to == "peft") else f"{verb}.safetensors"
+    in_folder = template.format == "peft" and template.file.path.name.startswith("adapter_model")
+    return command if (in_folder if to is None else to == "peft") else f"{command}.safetensors"
 
 
-def require_same_init(like: Adapter, ranks: Mapping[str, int]) -> None:
-    """Refuse what PEFT would not take out of the base as it was when training began: it does so at each load."""
+def require_same_init(template: Adapter, ranks: Mapping[str, int]) -> None:
+    """Raise InputError if PEFT would not subtract the same init from the base as when training began.
+
+    PEFT repeats a base-mutating init at each load; what it subtracts depends on the rank, with OLoRA on the scale too.
+    """
     for module, rank in ranks.items():
-        start, update, said = base_mutating_init_of(like.config, module), like.updates.get(module), None
-        if start and update and update.rank != rank:
-            said = "takes as many directions out of the base as the adapter has rank: of another rank"
-        elif start and update and start.lower().startswith("olora") and update.scale != 1:
-            said = "takes alpha / rank times its factors out of the base: at alpha = rank, as it would be written,"
-        if said:
+        init, update, reason = base_mutating_init_of(template.config, module), template.updates.get(module), None
+        if init and update and update.rank != rank:
+            reason = "takes as many directions out of the base as the adapter has rank: of another rank"
+        elif init and update and init.lower().startswith("olora") and update.scale != 1:
+            reason = "takes alpha / rank times its factors out of the base: at alpha = rank, as it would be written,"
+        if reason:
             raise InputError(
-                f"was initialized with {start}, which {said} it would be wrong on any base",
-                culprit=like.name,
+                f"was initialized with {init}, which {reason} it would be wrong on any base",
+                culprit=template.name,
                 remedy="save it with peft's path_initial_model_for_weight_conversion first; if its base is the "
                 "changed one, set init_lora_weights to true in its config",
             )
 
 
-def require_folder_or_file(like: Adapter, path: Path, is_file: bool) -> None:
-    """Raises UsageError for a folder where the format is a file."""
-    if like.format != "peft" and not is_file:
-        raise UsageError(f"{like.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
+def require_folder_or_file(template: Adapter, path: Path, is_file: bool) -> None:
+    """Raise UsageError for a folder as the output in a format of single files."""
+    if template.format != "peft" and not is_file:
+        raise UsageError(f"{template.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
 
 
-def write_edited(draft: EditedAdapter, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
-    specs, load = draft.specs(), draft.loader()
-    if draft.template.format == "peft":
-        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in draft.template.file.specs)
+def write_edited(edited: EditedAdapter, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
+    """Write the adapter; `inputs` are the files that it is made of, which must not change meanwhile."""
+    specs, load = edited.specs(), edited.loader()
+    if edited.template.format == "peft":
+        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in edited.template.file.specs)
         write_adapter(
-            path, is_file, specs, load, edited_adapter_config(draft), inputs, prefix="" if bare else PEFT_PREFIX
+            path, is_file, specs, load, edited_adapter_config(edited), inputs, prefix="" if bare else PEFT_PREFIX
         )
         return
-    metadata = {key: value for key, value in (draft.template.file.metadata or {}).items() if key not in STALE_KEYS}
-    write_single_file(path, specs, load, {**metadata, **_init_metadata(draft)}, inputs)
+    metadata = {key: value for key, value in (edited.template.file.metadata or {}).items() if key not in STALE_KEYS}
+    write_single_file(path, specs, load, {**metadata, **_init_metadata(edited)}, inputs)
 
 
-def _init_metadata(draft: EditedAdapter) -> dict[str, str]:
-    """diffusers' metadata, where a loader has to know that the base was changed; else the tensors say it all."""
-    if draft.template.format != "diffusers" or not base_mutating_init(draft.template.config):
+def _init_metadata(edited: EditedAdapter) -> dict[str, str]:
+    """Return diffusers' metadata if a loader must know of a base-mutating init; else the tensors suffice."""
+    if edited.template.format != "diffusers" or not base_mutating_init(edited.template.config):
         return {}
-    parts: dict[str, dict[str, int]] = {}
-    for module, rank in draft.ranks.items():
+    components: dict[str, dict[str, int]] = {}
+    for module, rank in edited.ranks.items():
         component, path = split_component(module)
-        parts.setdefault(component, {})[path] = rank
-    starts = {part: base_mutating_init_of(draft.template.config, part) or True for part in parts}
-    return metadata_of({part: lora_config(own, {}, init_lora_weights=starts[part]) for part, own in parts.items()})
+        components.setdefault(component, {})[path] = rank
+    inits = {component: base_mutating_init_of(edited.template.config, component) or True for component in components}
+    return metadata_of(
+        {name: lora_config(ranks, {}, init_lora_weights=inits[name]) for name, ranks in components.items()}
+    )
 
 
-def edited_adapter_config(draft: EditedAdapter) -> dict[str, object]:
-    """The fields of the one it is like, but for what rank and scale are now."""
-    stacks = {module for module, update in draft.updates.items() if update.kind == "experts"}
-    modules = {module: draft.ranks[module] for module in draft.updates if module not in stacks}
-    ours = lora_config(modules, {module: draft.ranks[module] for module in sorted(stacks)})
+def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
+    """Return the template's config fields with the new ranks and scales."""
+    stacks = {module for module, update in edited.updates.items() if update.kind == "experts"}
+    modules = {module: edited.ranks[module] for module in edited.updates if module not in stacks}
+    new = lora_config(modules, {module: edited.ranks[module] for module in sorted(stacks)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
-    rest = {key: value for key, value in draft.template.config.extra.items() if key not in keys}
-    return {**{k: v for k, v in ours.items() if k not in rest}, **rest, **draft.fields, "peft_type": "LORA"}
+    rest = {key: value for key, value in edited.template.config.extra.items() if key not in keys}
+    return {**{k: v for k, v in new.items() if k not in rest}, **rest, **edited.fields, "peft_type": "LORA"}

@@ -1,8 +1,8 @@
-"""Hold a config's patterns against module paths, as PEFT does, in a time that grows with their lengths alone.
+"""Match a config's patterns with module paths, as PEFT does, in a time that is bounded by their lengths.
 
-PEFT's rule is `re.match(rf"(.*\\.)?({pattern})$", module)` (`peft/utils/other.py:get_pattern_key`), and nearly all
-patterns are paths or the ends of paths: these are looked up, a dot in one being any character, as it is in PEFT. What
-is more than that is an expression.
+PEFT's rule is `re.match(rf"(.*\\.)?({pattern})$", module)` (`peft/utils/other.py:get_pattern_key`). Nearly all patterns
+are paths or suffixes of paths: these are looked up, with a dot matching any character, as in PEFT. Any other pattern is
+matched as an expression.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ _PATH = re.compile(r"(\^?)((?:[\w/.-]|\\[.-])*)\$?")
 _DOT = re.compile(r"(?<!\\)\.")
 
 
-Spans = tuple[tuple[int, int], ...]  # of a path's parts between the dots that are any character
+Spans = tuple[tuple[int, int], ...]  # where a pattern's literal texts are, between the dots that match any character
 
 
-Cut = Callable[[str], Any]  # a path to those parts
+Cut = Callable[[str], Any]  # a path -> its texts at some spans
 
 
-Paths = dict[int, dict[Spans, tuple[Cut, dict[Any, list[str]]]]]  # length -> the parts' places -> parts -> patterns
+Paths = dict[int, dict[Spans, tuple[Cut, dict[Any, list[str]]]]]  # length -> spans -> literal texts -> patterns
 
 
 class Patterns:
-    """Patterns with a value each. Raises InputError, here or when asked, for one that is no expression or cannot be
-    matched, and for a module whose path is none.
+    """Patterns that map module paths to values.
+
+    Raises:
+        InputError: a pattern is not an expression or cannot be matched, or a module's path is not one. It can be
+            raised as late as the first match.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values, self._order = values, {pattern: number for number, pattern in enumerate(values)}
-        self._whole: Paths = {}
-        self._ends: Paths = {}
+        self._full_paths: Paths = {}
+        self._suffixes: Paths = {}
         self._others: list[str] = []
         for pattern in values:
             path = _PATH.fullmatch(pattern)
@@ -54,19 +57,19 @@ class Patterns:
             for part in _DOT.split(path[2]):
                 text += "." * bool(spans) + part.replace("\\", "")
                 spans.append((end + 1, end := len(text)))
-            of_length = (self._whole if path[1] else self._ends).setdefault(end, {})
+            of_length = (self._full_paths if path[1] else self._suffixes).setdefault(end, {})
             cut, paths = of_length.setdefault(tuple(spans), (itemgetter(*(slice(*span) for span in spans)), {}))
             paths.setdefault(cut(text), []).append(pattern)
 
     def value(self, module: str, default: Any) -> Any:
-        """That of the first pattern that matches."""
+        """Return the value of the first pattern that matches, or `default`."""
         if not self._values:
             return default
         first = min(self.matching(module), key=self._order.__getitem__, default=None)
         return default if first is None else self._values[first]
 
     def matching(self, module: str) -> Iterator[str]:
-        """All patterns that match."""
+        """Yield all patterns that match, in no order."""
         if not self._values:
             return
         if len(module) > MAX_MODULE or "\n" in module:
@@ -76,9 +79,9 @@ class Patterns:
                 remedy="rename its tensors",
             )
         for end in endings(module):
-            for cut, paths in self._ends.get(len(end), {}).values():
+            for cut, paths in self._suffixes.get(len(end), {}).values():
                 yield from paths.get(cut(end), ())
-        for cut, paths in self._whole.get(len(module), {}).values():
+        for cut, paths in self._full_paths.get(len(module), {}).values():
             yield from paths.get(cut(module), ())
         if self._others:
             yield from (self._others[number] for number in self._expressions.matching(module))
@@ -86,23 +89,24 @@ class Patterns:
     @cached_property
     def _expressions(self) -> Expressions:
         for each in self._others:
-            parse(each, each)  # by itself, so that the brackets around it are its own
+            parse(each, each)  # first alone, because the brackets below could balance one of its own
         return Expressions([parse(f"()({each})$", each) for each in self._others], self._others, before=r"(.*\.)?")
 
 
 class Targets:
     """PEFT's `target_modules` (`peft/tuners/tuners_utils.py:check_target_module_exists`), without its layer numbers.
 
-    They are ends of paths, or one expression for all of a path. Raises InputError as Patterns does.
+    They are suffixes of paths, or one expression for a full path. Raises InputError as Patterns does.
     """
 
     def __init__(self, targets: Any) -> None:
-        self._ends = frozenset(each for each in targets if isinstance(each, str)) if isinstance(targets, list) else ()
+        listed = targets if isinstance(targets, list) else []
+        self._suffixes = frozenset(each for each in listed if isinstance(each, str))
         self._expression = targets if isinstance(targets, str) and targets != "all-linear" else None
 
     def has(self, module: str) -> bool:
         if self._expression is None:
-            return any(end in self._ends for end in endings(module))
+            return any(end in self._suffixes for end in endings(module))
         return bool(self._matcher.matching(module))
 
     @cached_property
@@ -112,7 +116,7 @@ class Targets:
 
 
 def endings(module: str) -> Iterator[str]:
-    """A path, and what of it is left behind each dot."""
+    """Yield a path and its suffix after each dot, longest first."""
     yield module
     start = 0
     while start := module.find(".", start) + 1:

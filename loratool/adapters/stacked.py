@@ -1,4 +1,4 @@
-"""Factors of any low-rank update as one stack (E, out, r), (E, r, in) in float64, and rounded to the output's dtype."""
+"""Load the factors of any low-rank update as one float64 stack, (E, out, r) and (E, r, in), and round them back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .updates import Experts, LowRank, Update
 FACTOR_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in FACTOR_DTYPES.items()}
 
 
-LARGEST = 1e150  # of a change's norm
+LARGEST = 1e150  # bound on a delta's norm, whose square float64 must hold
 
 
 def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
-    """(B (E, out, r), A (E, r, in)) in float64, the scale in B; E is 1 but for a stack of experts."""
+    """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; E is 1 unless `update` is of experts."""
     if isinstance(update, Experts):
-        each = [update.expert(number) for number in range(update.experts)]
-        B, A = torch.stack([one.B for one in each]), torch.stack([one.A for one in each])
+        experts = [update.expert(number) for number in range(update.experts)]
+        B, A = torch.stack([expert.B for expert in experts]), torch.stack([expert.A for expert in experts])
     else:
         assert isinstance(update, LowRank)
         B, A = update.B.flatten(1).unsqueeze(0), update.A.flatten(1).unsqueeze(0)
@@ -31,8 +31,10 @@ def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:
-    """The factors of one update as `stacked` lays them. Raises InputError for nan and inf, for a change of nothing, and
-    for one whose squares float64 does not hold.
+    """Load the factors of one update as `stack_factors` returns them.
+
+    Raises:
+        InputError: a factor is empty, holds nan or inf, or the squares of the delta could overflow float64.
     """
     B, A = stack_factors(adapter.load(spec))
     if not B.numel() or not A.numel():
@@ -44,7 +46,12 @@ def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Te
 
 
 def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In the output's type. Raises an error naming a module whose factors that type cannot hold."""
+    """Round both factors to the output's dtype.
+
+    Raises:
+        NeedsFlag: a factor overflows fp16.
+        InputError: a factor overflows another dtype.
+    """
     B, A = (side.to(dtype) for side in factors)
     if not (is_finite(B) and is_finite(A)):
         if dtype == torch.float16:
@@ -54,5 +61,5 @@ def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtyp
 
 
 def parameters_per_rank(update: UpdateSpec) -> int:
-    """The parameters that one more of rank takes."""
+    """Return how many parameters one more rank adds to the factors."""
     return update.experts * (math.prod(update.specs["A"].shape[1:]) + update.specs["B"].shape[0])

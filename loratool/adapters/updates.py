@@ -1,7 +1,7 @@
-"""The closed family of weight updates: what an adapter can do to one tensor.
+"""Define the kinds of updates that an adapter can apply to one tensor, each a class and a row of `UPDATES`.
 
-A class an update, a row in `UPDATES` a class. Additive ones answer `terms`, and any number of them is summed
-before the one rounding; of the others a tensor takes one.
+Any number of additive updates of a tensor is summed before a single rounding, so they give their factors as `terms`.
+Of the other kinds a tensor takes at most one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Update:
-    """All fields that are tensors have any float dtype; `scale` is the format's alpha over rank where there is one."""
+    """An update with its tensors loaded, in any float dtype."""
 
     def to(self, device: torch.device) -> Update:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -27,20 +27,19 @@ class Update:
 
 @dataclass(frozen=True)
 class LowRank(Update):
-    """LoRA: the change is `scale * B @ A` (Hu et al., ICLR 2022, section 4.1).
+    """LoRA: the delta is `scale * B @ A` (Hu et al., ICLR 2022, section 4.1).
 
-    A: (r, in), B: (out, r). A convolution's kernel is flattened behind its first dimension: A is (r, in, *kernel).
-    An embedding is a linear layer stored transposed: A is (r, vocabulary), B is (dimension, r).
+    An embedding counts as a linear layer stored transposed: A is (r, vocabulary), B is (dimension, r).
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
+    A: Tensor  # (r, in), of a convolution (r, in, *kernel)
+    B: Tensor  # (out, r), of a convolution (out, r, 1, ...)
+    scale: float  # alpha / r, with rsLoRA alpha / sqrt(r)
 
     def terms(self, weight: float, transposed: bool) -> list[Factors]:
-        """The factors of `weight * scale * B @ A` in the base's layout: (out, in), or (in, out) if `transposed`.
+        """Return the factors of `weight * scale * B @ A` as (out, in), or as (in, out) if `transposed`.
 
-        The scale goes into B in float64 in both layouts, so that a layout does not change a bit.
+        The scale is multiplied into B in float64 in both cases, so that both give the same bits.
         """
         from ..numerics.exact import Factors
 
@@ -53,15 +52,12 @@ class LowRank(Update):
 
 @dataclass(frozen=True)
 class Experts(Update):
-    """LoRA on a stack of E matrices (PEFT's target_parameters, `peft/tuners/lora/layer.py:ParamWrapper`).
+    """LoRA on a stack of E matrices (PEFT's target_parameters, `peft/tuners/lora/layer.py:ParamWrapper`)."""
 
-    A: (E * r, in), an expert's rows together; B: (out, r * E), the expert's number running fastest.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    experts: int
+    A: Tensor  # (E * r, in), expert by expert
+    B: Tensor  # (out, r * E), for each rank the E experts
+    scale: float  # as LowRank.scale
+    experts: int  # E
 
     def expert(self, number: int) -> LowRank:
         rank = len(self.A) // self.experts
@@ -71,20 +67,17 @@ class Experts(Update):
 
 @dataclass(frozen=True)
 class DoRA(LowRank):
-    """`W' = m / ||V|| * V` row by row, where V = W + scale * B @ A (Liu et al., ICML 2024, equation 5).
+    """DoRA: W' = m * V / ||V|| row by row, with V = W + scale * B @ A (Liu et al., ICML 2024, equation 5)."""
 
-    magnitude: m, as many numbers as V in (out, in) layout has rows.
-    """
-
-    magnitude: Tensor
+    magnitude: Tensor  # m, one number for each row of V (out, in)
 
 
 @dataclass(frozen=True)
 class AddDelta(Update):
-    """A difference with a scale: PEFT's `lora_B.bias`. It is a product of rank 1 too, and so summed as exactly."""
+    """A scaled difference of a vector: PEFT's `lora_B.bias`. It is a product of rank 1, so it is summed exactly too."""
 
     value: Tensor
-    scale: float
+    scale: float  # as LowRank.scale
 
     def terms(self, weight: float, transposed: bool) -> list[Factors]:
         from ..numerics.exact import Factors
@@ -95,20 +88,20 @@ class AddDelta(Update):
 
 @dataclass(frozen=True)
 class ReplaceTensor(Update):
-    """Another value for the whole tensor: modules_to_save, trained biases, a resized vocabulary."""
+    """A new value for a tensor: modules_to_save, trained biases, a resized vocabulary."""
 
-    value: Tensor
+    value: Tensor  # of the tensor's new shape
 
 
 @dataclass(frozen=True)
 class ReplaceRows(Update):
-    """Other values for some rows: PEFT's trainable tokens. value: (n, dimension), indices: (n,), in any order."""
+    """New values for some rows: PEFT's trainable tokens."""
 
-    value: Tensor
-    indices: Tensor
+    value: Tensor  # (n, dimension)
+    indices: Tensor  # (n,), in any order
 
 
-# kind -> (class, the roles that its tensors have)
+# kind -> (class, the roles of its tensors)
 UPDATES: dict[str, tuple[type[Update], tuple[str, ...]]] = {
     "lora": (LowRank, ("A", "B")),
     "experts": (Experts, ("A", "B")),

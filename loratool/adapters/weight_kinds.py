@@ -1,8 +1,7 @@
-"""A change of a weight as the factors of an adapter, for every kind of weight that PEFT has factors for.
+"""Map each kind of weight that PEFT can adapt to the names and shapes of its factors in an adapter.
 
-What differs between the kinds stands in the table KINDS: how the weight is a stack of matrices (out, in), and what the
-adapter's tensors are called and how they lie (formats.md 1.3 and 1.5 of our references; peft/tuners/lora/layer.py). The
-factors of all kinds wait in one spool, triplet by triplet, so that the first k of them are the best of rank k.
+WEIGHT_KINDS says how a weight is a stack of matrices (out, in), and how the adapter's tensors are named and shaped
+(huggingface/peft: peft/tuners/lora/layer.py). Callers handle every kind as a stack.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class WeightKind:
-    """stack: the weight as (E, out, in); keys: the ends of the names of A and B; lay: (A (r, E, in), B (r, E, out), the
-    weight's shape) -> the tensors under these names.
-    """
+    """The shapes and names of one kind of weight and of its factors."""
 
-    stack: Callable[[Tensor], Tensor]
-    keys: tuple[str, str]
-    lay: Callable[[Tensor, Tensor, Shape], tuple[Tensor, Tensor]]
+    stack: Callable[[Tensor], Tensor]  # the weight -> the same as (E, out, in)
+    keys: tuple[str, str]  # the suffixes of the names of A and B
+    lay: Callable[[Tensor, Tensor, Shape], tuple[Tensor, Tensor]]  # A (r, E, in), B (r, E, out), shape -> as saved
 
 
 def _linear(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -42,7 +39,7 @@ def _convolution(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _experts(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """An expert's rows of A together; in B's columns the expert's number runs fastest."""
+    """Return A as (E * r, in), expert by expert, and B as (out, r * E), for each rank the E experts."""
     return A.permute(1, 0, 2).reshape(-1, A.shape[2]), B.permute(2, 0, 1).reshape(B.shape[2], -1)
 
 
@@ -56,45 +53,49 @@ WEIGHT_KINDS: dict[str, WeightKind] = {
     "embedding": WeightKind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
     "head": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
     "experts": WeightKind(lambda D: D, _WEIGHTS, _experts),
-    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), and PEFT knows
+    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), which PEFT is told
 }
 
 
 def weight_kind(model_types: Collection[str], module: str, role: str) -> str:
-    """A key of KINDS for a weight of this role (`architectures.roles`)."""
+    """Return the key of WEIGHT_KINDS for a weight of this role (`roles.weight_role`)."""
     if role == "experts":
-        turned = TRANSPOSED_EXPERTS.intersection(model_types) and not PEFT_TAKES_AS_PLAIN.intersection(model_types)
-        return "experts-turned" if turned else "experts"
+        transposed = TRANSPOSED_EXPERTS.intersection(model_types) and not PEFT_TAKES_AS_PLAIN.intersection(model_types)
+        return "experts-turned" if transposed else "experts"
     return "conv1d" if role == "linear" and stores_transposed(model_types, module) else role
 
 
 def stack_shape(kind: str, shape: Shape) -> tuple[int, int, int]:
-    """(E, out, in) of a weight's stack."""
+    """Return (E, out, in) for a weight of this kind and shape."""
     E, out, inp = WEIGHT_KINDS[kind].stack(torch.empty(shape, dtype=torch.float32, device="meta")).shape
     return E, out, inp
 
 
 def factor_shapes(kind: str, shape: Shape, rank: int) -> tuple[Shape, Shape]:
-    """Of the adapter's A and B for a weight of this shape."""
+    """Return the shapes of the adapter's A and B for a weight of this kind and shape."""
     E, out, inp = stack_shape(kind, shape)
     A, B = (torch.empty(rank, E, size, dtype=torch.float32, device="meta") for size in (inp, out))
-    laid = WEIGHT_KINDS[kind].lay(A, B, shape)
-    return tuple(laid[0].shape), tuple(laid[1].shape)
+    saved_A, saved_B = WEIGHT_KINDS[kind].lay(A, B, shape)
+    return tuple(saved_A.shape), tuple(saved_B.shape)
 
 
 @dataclass(frozen=True)
 class FactorLayout:
-    """Where an adapter has the factors: the ranks of modules and of bare parameters (experts); wrapper -> (the weight
-    whose factors it has, whether turned: an embedding's, for the head that is the same matrix).
-    """
+    """The modules of an adapter that hold the factors."""
 
-    modules: dict[str, int]
-    parameters: dict[str, int]
-    wrappers: dict[str, tuple[str, bool]]
+    modules: dict[str, int]  # module -> rank
+    parameters: dict[str, int]  # bare parameter (experts) -> rank
+    wrappers: dict[str, tuple[str, bool]]  # PEFT's wrapper -> (weight, transposed: a head tied to that embedding)
 
 
 def locate_factors(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str]) -> FactorLayout:
-    """kinds, ranks: of each weight; of rank 0 it has none. heads: embedding -> the head that is the same matrix."""
+    """List the modules and parameters that an adapter wraps.
+
+    Args:
+        kinds: weight -> key of WEIGHT_KINDS.
+        ranks: weight -> rank; a weight of rank 0 gets no factors.
+        heads: embedding -> the head tied to it, which gets the same factors transposed.
+    """
     layout = FactorLayout({}, {}, {})
     stacks: dict[str, list[str]] = {}
     for name, rank in ranks.items():
@@ -104,9 +105,9 @@ def locate_factors(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Ma
             layout.parameters[name] = rank
             stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
             continue
-        for each, turned in ((name, False), *([(heads[name], True)] if name in heads else [])):
-            layout.modules[module_path(each)] = rank
-            layout.wrappers[module_path(each)] = (name, turned)
+        for weight, transposed in ((name, False), *([(heads[name], True)] if name in heads else [])):
+            layout.modules[module_path(weight)] = rank
+            layout.wrappers[module_path(weight)] = (name, transposed)
     for module, names in stacks.items():
         declared = (*DECLARED, *sorted(set(names) - set(DECLARED)))
         for parameter, wrapper in nested(module, names, declared).items():
