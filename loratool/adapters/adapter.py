@@ -87,7 +87,10 @@ class AdapterConfig:
 
 
 def is_in_listed_module(entry: str, module: str) -> bool:
-    """Return whether `module` is, or is inside, a module whose path ends in `entry`, as PEFT matches modules_to_save."""
+    """Return whether `module` is, or is inside, a module whose path ends in `entry`: PEFT's rule.
+
+    `entry` is one of modules_to_save.
+    """
     parts = module.split(".")
     return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))
 

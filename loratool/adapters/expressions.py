@@ -1,10 +1,9 @@
-"""Match regular expressions that a stranger wrote, in a time that is bounded by their length and the text's.
+"""Match untrusted regular expressions in a time that is bounded by the lengths of expression and text.
 
-`re` tries one way through an expression after the other, and there can be more ways than anybody has time for:
-`(?:[a-z]+)+!`. Here all ways are walked at once (Thompson 1968), and each set of places is remembered with where a
-character leads from it, as it is met. `re` itself parses the expression and decides every single character and
-anchor, so that the meaning is Python's; what depends on the way that was taken (back-references, atomic groups)
-is refused.
+`re` backtracks, which takes exponential time for an expression like `(?:[a-z]+)+!`. Here a nondeterministic automaton
+is simulated on all its paths at once (Thompson 1968), with the transitions between sets of states cached. `re` itself
+parses the expression and decides each single character and anchor, so that the meaning is Python's. Back-references
+and atomic groups, which depend on the path taken, are refused.
 """
 
 from __future__ import annotations
@@ -27,29 +26,35 @@ _parser: Any = import_module(f"{_WITHIN}parse{'r' if sys.version_info >= (3, 11)
 _compiler: Any = import_module(f"{_WITHIN}compile{'r' if sys.version_info >= (3, 11) else ''}")
 
 
-MAX_LENGTH = 2000  # characters of an expression; of one of unsloth's 400
+MAX_LENGTH = 2000  # characters of an expression; unsloth's have 400
 
 
-MAX_PARTS, MAX_PLACES = 5000, 100_000  # of one expression, its repeats written out, and of all of a set
+MAX_PARTS, MAX_STATES = 5000, 100_000  # of one expression with its repeats written out, and states of one automaton
 
 
-MAX_WORK, WORK_A_TEXT = 20_000_000, 5000  # places looked at: at the most, and besides for each text
+MAX_WORK, WORK_A_TEXT = 20_000_000, 5000  # states visited: in total, and what each text adds to that
 
 
-MAX_KNOWN = 50_000  # steps remembered
+MAX_KNOWN = 50_000  # transitions cached
 
 
 REMEDY = "write the modules' names, or a simpler expression, into adapter_config.json"
 
 
-Parsed = Any  # what `re` makes of an expression: a list of (operation, argument)
+Parsed = Any  # an expression as `re` parses it: a list of (operation, argument)
 
 
-Way = tuple[str, Any, tuple[int, ...]]  # what a place asks for, by what it is decided, and where it leads
+# A state: its kind, its argument, and the states that it leads to. Kinds: `take` consumes a character that the pattern
+# matches, `ask` goes on if the predicate holds, `split` always goes on, `end` accepts the expression of this number.
+State = tuple[str, Any, tuple[int, ...]]
 
 
 def parse(pattern: str, name: str) -> Parsed:
-    """name: what it is called in an error. Raises InputError for what is no regular expression, or too long a one."""
+    """Parse a regular expression, which errors call `name`.
+
+    Raises:
+        InputError: it is not a regular expression, or it is too long.
+    """
     if len(pattern) > MAX_LENGTH:
         raise InputError(f"is an expression of {len(pattern)} characters", culprit=f"{name[:80]}...", remedy=REMEDY)
     try:
@@ -59,18 +64,23 @@ def parse(pattern: str, name: str) -> Parsed:
 
 
 class Expressions:
-    """Several expressions that are matched from a text's start on as one. whole: they must reach its end. before: an
-    expression that stands before each.
+    """Several expressions, matched from a text's start on by one automaton.
 
-    names: what the expressions are called in an error. Raises InputError for one that cannot be matched so.
+    Args:
+        names: the expressions' names in errors.
+        whole: a match must reach the text's end.
+        before: an expression to be matched before each of them.
+
+    Raises:
+        InputError: an expression cannot be matched in bounded time.
     """
 
     def __init__(self, parsed: Iterable[Parsed], names: Sequence[str], whole: bool = False, before: str = "") -> None:
-        self._ways: list[Way] = []
+        self._states: list[State] = []
         self._whole, self._left = whole, MAX_WORK
         self._closed: dict[tuple[frozenset[int], tuple[bool, ...]], tuple[frozenset[int], frozenset[int]]] = {}
         self._asks: dict[frozenset[int], tuple[int, ...]] = {}
-        self._steps: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+        self._transitions: dict[tuple[frozenset[int], str], frozenset[int]] = {}
         starts = []
         for number, (expression, name) in enumerate(zip(parsed, names, strict=True)):
             self._name, self._parts = name, 0
@@ -82,22 +92,22 @@ class Expressions:
         self._start = frozenset([self._sequence(prefix, prefix.state.flags, self._add("split", None, *starts))])
 
     def matching(self, text: str) -> frozenset[int]:
-        """The numbers of the expressions that match."""
+        """Return the numbers of the expressions that match."""
         answers: dict[tuple[int, int], bool] = {}
         self._left += WORK_A_TEXT
         return self._run(self._start, text, 0, answers, self._whole)
 
     def _run(
-        self, places: frozenset[int], text: str, at: int, answers: dict[tuple[int, int], bool], whole: bool
+        self, states: frozenset[int], text: str, at: int, answers: dict[tuple[int, int], bool], whole: bool
     ) -> frozenset[int]:
         found: frozenset[int] = frozenset()
         for position in range(at, len(text) + 1):
-            open_, ended = self._close(places, text, position, answers)
+            open_, ended = self._close(states, text, position, answers)
             if ended and (position == len(text) or not whole):
                 found |= ended
             if position == len(text) or not open_:
                 break
-            places = self._step(open_, text[position])
+            states = self._next_states(open_, text[position])
         return found
 
     def _spend(self, work: int) -> None:
@@ -106,64 +116,70 @@ class Expressions:
             raise InputError("takes too long to match against these modules", culprit=self._name, remedy=REMEDY)
 
     def _close(
-        self, places: frozenset[int], text: str, at: int, answers: dict[tuple[int, int], bool]
+        self, states: frozenset[int], text: str, at: int, answers: dict[tuple[int, int], bool]
     ) -> tuple[frozenset[int], frozenset[int]]:
-        """The places that wait for a character, and the expressions that end here."""
-        if places not in self._asks:
-            everything = self._reach(places, lambda _: True)
-            self._asks[places] = tuple(sorted(place for place in everything if self._ways[place][0] == "ask"))
-        asks = self._asks[places]
+        """Follow all transitions that consume nothing.
+
+        Returns:
+            The states that wait for a character, and the expressions that end here.
+        """
+        if states not in self._asks:
+            everything = self._reach(states, lambda _: True)
+            self._asks[states] = tuple(sorted(state for state in everything if self._states[state][0] == "ask"))
+        asks = self._asks[states]
         self._spend(1 + len(asks))
-        truth = tuple(self._answer(place, text, at, answers) for place in asks)
-        key = places, truth
+        truth = tuple(self._answer(state, text, at, answers) for state in asks)
+        key = states, truth
         if key not in self._closed:
-            reached = self._reach(places, dict(zip(asks, truth, strict=True)).__getitem__)
-            waiting = frozenset(place for place in reached if self._ways[place][0] == "take")
-            ended = frozenset(self._ways[place][1] for place in reached if self._ways[place][0] == "end")
+            reached = self._reach(states, dict(zip(asks, truth, strict=True)).__getitem__)
+            waiting = frozenset(state for state in reached if self._states[state][0] == "take")
+            ended = frozenset(self._states[state][1] for state in reached if self._states[state][0] == "end")
             self._closed[key] = waiting, ended
         return self._closed[key]
 
-    def _reach(self, places: Iterable[int], holds: Callable[[int], bool]) -> set[int]:
-        """All places that can be reached without a character. holds: whether a question is answered with yes."""
+    def _reach(self, states: Iterable[int], holds: Callable[[int], bool]) -> set[int]:
+        """Return all states that can be reached without a character; `holds` decides those of kind `ask`."""
         reached: set[int] = set()
-        waiting = list(places)
+        waiting = list(states)
         while waiting:
-            place = waiting.pop()
-            if place not in reached:
-                reached.add(place)
-                kind, _, further = self._ways[place]
-                if kind == "split" or (kind == "ask" and holds(place)):
+            state = waiting.pop()
+            if state not in reached:
+                reached.add(state)
+                kind, _, further = self._states[state]
+                if kind == "split" or (kind == "ask" and holds(state)):
                     waiting += further
         self._spend(len(reached))
         return reached
 
-    def _answer(self, place: int, text: str, at: int, answers: dict[tuple[int, int], bool]) -> bool:
-        if (place, at) not in answers:
-            answers[place, at] = self._ways[place][1](text, at, answers)
-        return answers[place, at]
+    def _answer(self, state: int, text: str, at: int, answers: dict[tuple[int, int], bool]) -> bool:
+        if (state, at) not in answers:
+            answers[state, at] = self._states[state][1](text, at, answers)
+        return answers[state, at]
 
-    def _step(self, places: frozenset[int], character: str) -> frozenset[int]:
-        key = places, character
-        if key not in self._steps:
-            if len(self._steps) + len(self._closed) > MAX_KNOWN:
-                for known in (self._steps, self._closed, self._asks):
+    def _next_states(self, states: frozenset[int], character: str) -> frozenset[int]:
+        key = states, character
+        if key not in self._transitions:
+            if len(self._transitions) + len(self._closed) > MAX_KNOWN:
+                for known in (self._transitions, self._closed, self._asks):
                     known.clear()
-            self._spend(len(places))
-            ways = (self._ways[place] for place in places)
-            self._steps[key] = frozenset(further[0] for _, takes, further in ways if takes.fullmatch(character))
-        return self._steps[key]
+            self._spend(len(states))
+            waiting = (self._states[state] for state in states)
+            self._transitions[key] = frozenset(
+                further[0] for _, takes, further in waiting if takes.fullmatch(character)
+            )
+        return self._transitions[key]
 
     def _add(self, kind: str, by: Any, *further: int) -> int:
-        if len(self._ways) == MAX_PLACES:
+        if len(self._states) == MAX_STATES:
             raise self._refuse("is one expression too many")
-        self._ways.append((kind, by, further))
-        return len(self._ways) - 1
+        self._states.append((kind, by, further))
+        return len(self._states) - 1
 
     def _refuse(self, why: str) -> InputError:
         return InputError(why, culprit=self._name, remedy=REMEDY)
 
     def _sequence(self, parsed: Parsed, flags: int, after: int) -> int:
-        """The place from which `parsed` leads to `after`."""
+        """Add the states of `parsed`, and return the one from which it leads to `after`."""
         for operation, argument in reversed(list(parsed)):
             self._parts += 1
             if self._parts > MAX_PARTS:
@@ -196,7 +212,7 @@ class Expressions:
     def _repeat(self, least: int, most: int, inner: Parsed, flags: int, after: int) -> int:
         if most == _parser.MAXREPEAT:
             loop = self._add("split", None)
-            self._ways[loop] = ("split", None, (self._sequence(inner, flags, loop), after))
+            self._states[loop] = ("split", None, (self._sequence(inner, flags, loop), after))
             end = loop
         else:
             end = after
@@ -213,7 +229,7 @@ class Expressions:
         return self._sequence(inner, flags, after)
 
     def _look(self, direction: int, inner: Parsed, wanted: bool, flags: int, after: int) -> int:
-        """A look at what comes, or at what came before, which is of one length."""
+        """Add a look-ahead, or a look-behind (direction < 0), whose expression must have one width."""
         least, most = inner.getwidth() if direction < 0 else (0, 0)
         if least != most:
             raise re.error("look-behind requires fixed-width pattern")
@@ -233,7 +249,7 @@ def _hashable(argument: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def _alone(operation: Any, argument: Any, flags: int) -> re.Pattern[str]:
-    """One character class or anchor, as `re` decides it."""
+    """Compile one character class or anchor with `re`, so that `re` decides it."""
     state = _parser.State()
     state.flags = flags
     compiled: re.Pattern[str] = _compiler.compile(_parser.SubPattern(state, [(operation, argument)]))

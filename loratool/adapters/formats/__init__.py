@@ -1,6 +1,6 @@
-"""Every adapter convention on disk: one file each, one row each in `FORMATS`.
+"""Recognize and open adapters in every known format on disk, each a module and a row of `FORMATS`.
 
-A format answers two questions: whether a file's tensor names are its own (`claims`), and what adapter the
+A format answers two questions: whether a file's tensor names are of this format (`claims`), and which adapter the
 file holds (`read`). `open_adapter` asks them in the table's order.
 """
 
@@ -29,10 +29,10 @@ from .peft_config import CONFIG_NAME, find_config
 
 @dataclass(frozen=True)
 class Format:
-    """`claims(names)` recognizes the tensor names; `read(name, file, alpha, lenient)` makes the adapter."""
+    """A format of adapters on disk."""
 
-    claims: Callable[[Iterable[str]], bool]
-    read: Callable[[str, WeightsFile, float | None, bool], Adapter]
+    claims: Callable[[Iterable[str]], bool]  # tensor names -> whether they are of this format
+    read: Callable[[str, WeightsFile, float | None, bool], Adapter]  # (name, file, alpha, lenient) -> adapter
 
 
 FORMATS = {
@@ -45,13 +45,17 @@ FORMATS = {
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether a format claims the names. (Biases alone, which none does, can be a shard of a model.)"""
+    """Return whether a format claims the names. None claims biases alone, which can be a shard of a model."""
     names = list(names)
     return any(format.claims(names) for format in FORMATS.values())
 
 
 def holds_adapter(name: str | os.PathLike[str]) -> bool:
-    """Whether a path means an adapter and no model, by what is in its files. Raises InputError for what is neither."""
+    """Return whether the files at a path are an adapter rather than a model.
+
+    Raises:
+        InputError: they are neither.
+    """
     found = resolve(name)
     if found.is_dir() and (found / CONFIG_NAME).is_file():
         return True
@@ -61,7 +65,7 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
         weights = find_weights(found)
     except InputError:
         if found.is_dir():
-            find_adapter_file(found)  # which says what is wrong with the folder as an adapter
+            find_adapter_file(found)  # its error says what is wrong with the folder as an adapter
         return True
     if weights.suffix == ".json":
         return False
@@ -71,16 +75,18 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
 
 
 def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, OtherMethod] | None:
-    """The weights of another method than LoRA, its config, its key and itself; None where `open_adapter` is to say.
+    """Open a file of another method than LoRA.
 
-    The caller closes the file.
+    Returns:
+        The weights, which the caller closes, the config's fields, the method's key and the method. None for any other
+        file, which `open_adapter` opens or refuses.
     """
     path = resolve(name)
     with reading(path):
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
-        image = kohya.claims(file.specs) or diffusers.claims(file.specs)  # whose files have no config of PEFT's
+        image = kohya.claims(file.specs) or diffusers.claims(file.specs)  # these formats have no config beside them
         fields = {} if image else find_config(file)[0]
         if other := other_method(file.specs, fields):
             return file, fields, *other
@@ -96,7 +102,7 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
 
 
 def _is_complete(weights: Path) -> bool:
-    """Whether a file is PEFT's by its name and its config, so that its tensors' names need not tell."""
+    """Return whether a file has PEFT's name and config, so that its tensors' names need not tell."""
     return weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file()
 
 
@@ -109,10 +115,18 @@ def open_adapter(
 ) -> Adapter:
     """Open an adapter in any known format: a folder, a file, or a name in the local Hugging Face cache.
 
-    `alpha` is for files that have none; it must not contradict one that has it. lenient: a module's missing partner,
-    rank or alpha is a fault of its update, which cannot be merged then, and no error. format: a key of FORMATS, instead
-    of the one that claims the names. enabled: of loralib's MergedLinear (`loralib.read`).
-    Raises InputError for what no format claims, and for what a format cannot read.
+    The caller closes the adapter's file.
+
+    Args:
+        alpha: for files that do not say it; it must not contradict one that does.
+        lenient: record a module's missing factor, rank or alpha in `UpdateSpec.fault` instead of raising an error.
+        format: a key of FORMATS, instead of the first that claims the names.
+        enabled: which slices loralib's MergedLinear adapts (`loralib.read`).
+
+    Raises:
+        InputError: no format claims the file, or its format cannot read it.
+        NeedsFlag: the file does not say what an option could.
+        UsageError: `alpha` contradicts the file, or `enabled` is not for this format.
     """
     if alpha is not None and not math.isfinite(alpha):
         raise UsageError(f"--alpha {alpha} is not a finite number")

@@ -1,8 +1,8 @@
-"""The first LoRA files of image models, of SD 1 and SD 2: modules by number, `unet:0:up`, `text_encoder:3:down`.
+"""Read cloneofsimo's format, the first of image models (SD 1, SD 2), which numbers modules: `text_encoder:3:down`.
 
-up (out, r), down (r, in), and the change is up @ down, without alpha. The number counts the linear layers of the
-classes that the metadata lists, in the order in which the model registered them: the down blocks, the up blocks and
-the middle one. Defined by cloneofsimo/lora: `lora_diffusion/lora.py` (save_safeloras, _find_modules_v2).
+up is (out, r), down (r, in), and the delta is up @ down, without alpha. The number counts the linear layers in the
+classes that the metadata lists, in the order in which the model registered them: down blocks, up blocks, middle block.
+Defined by cloneofsimo/lora: `lora_diffusion/lora.py` (save_safeloras, _find_modules_v2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ROLES = {"down": "A", "up": "B"}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-# Of a transformer block as diffusers had it then: the feed-forward is registered between the two attentions.
+# class -> its linear layers in a transformer block of that time's diffusers, where the feed-forward was registered
+# between the two attentions
 PARTS = {"Attention": [f"attn1.{x}" for x in ATTENTION], "GEGLU": ["ff.net.0.proj"]}
 
 
@@ -43,7 +44,12 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Raises InputError for classes and counts of which the order is not known, and for learned tokens."""
+    """Read the adapter in `file`.
+
+    Raises:
+        InputError: the order of the modules is not known for these classes and counts, or there are learned tokens.
+        UsageError: an alpha was given.
+    """
     if alpha is not None:
         raise UsageError("--alpha is not for this format: its change is up @ down as it is", culprit=name)
     found: dict[str, dict[int, dict[str, str]]] = {}
@@ -70,7 +76,10 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
 
 
 def _modules(name: str, component: str, file: WeightsFile, count: int) -> list[str]:
-    """The paths in their order. A text encoder has as many layers as there are modules for."""
+    """Return the paths of a component's modules in the order of their numbers.
+
+    The number of layers of a text encoder follows from `count`, the number of its modules in the file.
+    """
     try:
         classes = json.loads((file.metadata or {}).get(component, "null"))
     except ValueError:
@@ -85,5 +94,5 @@ def _modules(name: str, component: str, file: WeightsFile, count: int) -> list[s
         return [f"text_model.encoder.layers.{i}.self_attn.{x}" for i in layers for x in CLIP]
     attends, gates = bool({"CrossAttention", "Attention"} & set(classes)), "GEGLU" in classes
     first, gate = PARTS["Attention"] if attends else [], PARTS["GEGLU"] if gates else []
-    parts = [*first, *gate, *(part.replace("attn1", "attn2") for part in first)]
-    return [f"{block}.transformer_blocks.0.{part}" for block in BLOCKS for part in parts]
+    layers_of_block = [*first, *gate, *(layer.replace("attn1", "attn2") for layer in first)]
+    return [f"{block}.transformer_blocks.0.{layer}" for block in BLOCKS for layer in layers_of_block]

@@ -1,7 +1,7 @@
-"""Image adapters with dotted names: diffusers' old and current spelling, ComfyUI's, ai-toolkit's, XLabs'.
+"""Read image adapters with dotted names: diffusers' old and current ones, ComfyUI's, ai-toolkit's, XLabs'.
 
-`<component>.<module path>` and one of the ends below; spellings that differ in these alone are rows of one table. The
-scale is alpha / r where the file has an alpha, as a tensor or in the metadata's `lora_adapter_metadata`, else 1.
+A name is `<component>.<module path>` and a suffix of the table ENDS; formats that differ only there are one. The scale
+is alpha / r if the file has an alpha, as a tensor or in the metadata's `lora_adapter_metadata`, otherwise 1.
 Defined by diffusers: `loaders/lora_base.py`, `loaders/lora_conversion_utils.py`; ComfyUI: `comfy/lora.py`.
 """
 
@@ -22,7 +22,7 @@ from .kohya import pair_magnitude
 from .other_methods import refused_tensor
 from .peft_config import base_mutating_init, parse_config
 
-# The end of a tensor's name -> its role
+# The suffix of a tensor's name -> its role
 ENDS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -48,11 +48,11 @@ ENDS = {
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
 
 
-# Of PEFT's config, what a file says in its metadata
+# The fields of PEFT's config that a file's metadata has
 FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 
 
-# What a path of the old attention processors means; XLabs' are Flux's.
+# A path of the old attention processors -> the module's path; XLabs' are of Flux.
 PROCESSORS = (
     (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora1$"), r"\1.img_attn.qkv"),
     (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora2$"), r"\1.txt_attn.qkv"),
@@ -68,7 +68,7 @@ PROCESSORS = (
 
 
 def claims(names: Iterable[str]) -> bool:
-    """Factors under a component's name, or of a processor."""
+    """Return whether a name is a factor's and has a component's prefix or a processor in it."""
     factors = tuple(end for end, role in ENDS.items() if role in "AB") + (".down.weight", ".up.weight")
     return any(
         name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
@@ -78,7 +78,12 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Raises InputError for a tensor that is no part of LoRA or DoRA."""
+    """Read the adapter in `file`.
+
+    Raises:
+        InputError: a tensor is not one of LoRA or DoRA, or the metadata is damaged.
+        UsageError: `alpha` contradicts the file.
+    """
     found: dict[str, dict[str, str]] = {}
     for tensor in file.specs:
         module, role = _parse(tensor)
@@ -98,41 +103,42 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
             raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
         updates[module] = replace(spec, module=module)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
-    alone = alphas.pop() if len(alphas) == 1 else None
-    starts = {
-        part: start for part, own in configs.items() if (start := base_mutating_init(own))
-    }  # which diffusers heeds
-    return Adapter(name, "diffusers", file, AdapterConfig(alpha=alone, base_mutating_inits=starts), updates)
+    common_alpha = alphas.pop() if len(alphas) == 1 else None
+    # diffusers repeats these on the base when it loads the file
+    inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
+    return Adapter(name, "diffusers", file, AdapterConfig(alpha=common_alpha, base_mutating_inits=inits), updates)
 
 
 def split_component(module: str) -> tuple[str, str]:
-    """A module's component, and its path as metadata has it: transformers 5 has no `text_model` in a CLIPTextModel,
-    transformers 4 has, and PEFT finds the modules of both by the rest.
+    """Split a module into its component and its path for the metadata.
+
+    The path has no `text_model`, which a CLIPTextModel has in transformers 4 but not in 5; PEFT finds the modules of
+    both by the rest.
     """
     component, _, path = module.partition(".")
     return component, path.removeprefix("text_model.")
 
 
 def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What the file's metadata says of components with these configs of PEFT's, made of such paths."""
-    said: dict[str, Any] = {}
+    """Return a file's metadata for PEFT configs by component, whose paths are those of `split_component`."""
+    entries: dict[str, Any] = {}
     for component, config in configs.items():
-        start = config.get("init_lora_weights")
+        init = config.get("init_lora_weights")
         fields = [
             *FIELDS,
             *(["use_dora"] if config["use_dora"] else []),
-            *(["init_lora_weights"] * (start is not True)),
+            *(["init_lora_weights"] * (init is not True)),
         ]
-        own = {key: config[key] for key in fields}
-        if component.startswith("text_encoder"):  # what comes before a path there is not known
+        values = {key: config[key] for key in fields}
+        if component.startswith("text_encoder"):  # with or without `text_model.` before a path: no anchor
             for key in ("rank_pattern", "alpha_pattern"):
-                own[key] = {pattern.removeprefix("^"): value for pattern, value in own[key].items()}
-        said |= {f"{component}.{key}": value for key, value in own.items()}
-    return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
+                values[key] = {pattern.removeprefix("^"): value for pattern, value in values[key].items()}
+        entries |= {f"{component}.{key}": value for key, value in values.items()}
+    return {"lora_adapter_metadata": json.dumps(entries, sort_keys=True)}
 
 
 def _parse(tensor: str) -> tuple[str, str | None]:
-    """A tensor's module, by today's names of old processors, and its role."""
+    """Split a tensor's name into its module, with old processors mapped to today's paths, and its role, if known."""
     end = next((end for end in sorted(ENDS, key=len, reverse=True) if tensor.endswith(end)), None)
     if end is None:
         # XLabs' names end in .down.weight alone
@@ -150,7 +156,7 @@ def _parse(tensor: str) -> tuple[str, str | None]:
 
 
 def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
-    """By component, from the metadata: {} where there is none."""
+    """Return the configs in the metadata by component; empty without this metadata."""
     text = (file.metadata or {}).get("lora_adapter_metadata")
     if text is None:
         return {}
@@ -160,11 +166,13 @@ def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
         raise InputError(f"its metadata lora_adapter_metadata is not JSON: {error}", culprit=name) from error
     if not isinstance(flat, dict):
         raise InputError("its metadata lora_adapter_metadata is not a JSON object", culprit=name)
-    parts: dict[str, dict[str, object]] = {}
+    fields_of: dict[str, dict[str, object]] = {}
     for key, value in flat.items():
         component, _, field = key.partition(".")
-        parts.setdefault(component, {})[field] = value
-    return {component: parse_config(name, {**part, "peft_type": "LORA"}, None) for component, part in parts.items()}
+        fields_of.setdefault(component, {})[field] = value
+    return {
+        component: parse_config(name, {**fields, "peft_type": "LORA"}, None) for component, fields in fields_of.items()
+    }
 
 
 def _config_of(
@@ -175,7 +183,10 @@ def _config_of(
     name: str,
     alpha: float | None,
 ) -> tuple[AdapterConfig, str]:
-    """What decides a module's rank and scale, and the path by which it does."""
+    """Return the config that decides a module's rank and scale, and the path to look up in it.
+
+    A stored alpha comes before the metadata's, and that before --alpha; without any, alpha is the rank.
+    """
     stored = file.scalar(roles["alpha"]) if "alpha" in roles else None
     if stored is not None and not math.isfinite(stored):
         raise InputError(f"is {stored}", culprit=roles["alpha"])
@@ -188,5 +199,5 @@ def _config_of(
     if stored is not None and alpha is not None and stored != alpha:
         raise UsageError(f"--alpha {alpha:g} contradicts the file's {roles['alpha']} = {stored:g}", culprit=name)
     rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-    own = alpha if stored is None else stored
-    return AdapterConfig(alpha=float(rank) if own is None else own), module
+    value = alpha if stored is None else stored
+    return AdapterConfig(alpha=float(rank) if value is None else value), module

@@ -1,4 +1,4 @@
-"""The weights file that an adapter's path means."""
+"""Find the weights file of an adapter that is given by the path of a file or a folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from ...files.checkpoint import is_torch_weights, refuse_training_state
 from . import peft
 from .peft_config import CONFIG_NAME
 
-# AdapterHub's, beside which the head's weights lie in a file of their own, and MLX's, beside its earlier steps
+# AdapterHub's names, beside which the head's weights are in a separate file, and MLX's, beside earlier checkpoints
 OTHERS_NAMES = ("adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
 
 
 def find_adapter_file(path: Path) -> Path:
-    """The weights file that an adapter's path means: a file, or the one in a folder or in its only named adapter."""
+    """Return `path` unless it is a folder, else the weights file in the folder or in its only subfolder with a config.
+
+    Raises:
+        InputError: the folder holds no weights, several files of weights, or several adapters.
+    """
     if not path.is_dir():
         return path
     found = _in_folder(path)
@@ -37,7 +41,7 @@ def find_adapter_file(path: Path) -> Path:
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """PEFT's file names first, then any safetensors, then any torch file."""
+    """Return the file with a known name, else all safetensors files, else all torch files."""
     for name in (*peft.WEIGHTS_NAMES, *OTHERS_NAMES):
         if (path / name).is_file():
             return [path / name]

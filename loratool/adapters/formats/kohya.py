@@ -1,10 +1,10 @@
-"""kohya's adapters, the image world's common form: one safetensors file, flattened names.
+"""Read kohya's format, the most common one for image models: one safetensors file with flattened names.
 
-`<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` (a number).
+Tensors are `<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` ().
 The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-scripts: `networks/lora.py`.
-ComfyUI reads PEFT's `.lora_A.weight` and `.lora_B.weight` under these names too (`comfy/lora.py`).
-OneTrainer and LyCORIS add `.dora_scale` (out, 1[, 1, 1]), DoRA's magnitude, or once (1, in), of V's columns.
-A flattened name cannot be split by rule, so it is bound against the flattened names of the base.
+ComfyUI reads PEFT's `.lora_A.weight` and `.lora_B.weight` with these modules too (`comfy/lora.py`).
+OneTrainer and LyCORIS add `.dora_scale`, DoRA's magnitude: (out, 1[, 1, 1]), or of V's columns (1, in).
+A flattened name cannot be split by rule, so it is matched with the flattened names of the base.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Raises InputError for every tensor that is no part of LoRA or DoRA."""
+    """Read the adapter in `file`.
+
+    Raises:
+        InputError: a tensor is not one of LoRA or DoRA.
+        UsageError: `alpha` contradicts the file.
+    """
     found: dict[str, dict[str, str]] = {}
     for tensor in file.specs:
         module, _, end = tensor.partition(".")
@@ -54,8 +59,8 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
             raise UsageError(f"--alpha {alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
         value = alpha if value is None else value
         rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-        own = AdapterConfig(alpha=value or float(rank))
-        updates[module] = pair_magnitude(module, roles, file, own, lenient)
+        module_config = AdapterConfig(alpha=value or float(rank))
+        updates[module] = pair_magnitude(module, roles, file, module_config, lenient)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
     return Adapter(name, "kohya", file, config, updates, flattened=True)
@@ -64,21 +69,25 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
 def pair_magnitude(
     module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
 ) -> UpdateSpec:
-    """The module's update. Raises InputError for a `dora_scale` that is neither of the outputs nor of the inputs."""
+    """Make a module's update, with DoRA over outputs or inputs as the shape of its `dora_scale` tells.
+
+    Raises:
+        InputError: `dora_scale` has neither shape, or is over the inputs of a convolution; and as `pair_factors` does.
+    """
     key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
     shape = file.specs[key].shape if key.endswith(".dora_scale") else ()
     if A and B and len(shape) > 1 and shape[:1] != file.specs[B].shape[:1] and shape[1:2] == file.specs[A].shape[1:2]:
         rest = {role: name for role, name in roles.items() if role != "magnitude"}
-        plain, said = pair_factors(module, rest, file, config, False, lenient=lenient), None
+        plain, reason = pair_factors(module, rest, file, config, False, lenient=lenient), None
         if len(plain.shape) > 2:
-            said = f"is {shape}: DoRA along the inputs of a convolution, which is not supported"
-        if said and not lenient:
-            raise InputError(said, culprit=key)
-        if plain.kind != "lora" or said:
-            return replace(plain, fault=f"{key} {said}" if said else plain.fault)
-        own = {**plain.specs, "magnitude": file.specs[key]}
+            reason = f"is {shape}: DoRA along the inputs of a convolution, which is not supported"
+        if reason and not lenient:
+            raise InputError(reason, culprit=key)
+        if plain.kind != "lora" or reason:
+            return replace(plain, fault=f"{key} {reason}" if reason else plain.fault)
+        specs = {**plain.specs, "magnitude": file.specs[key]}
         return replace(
-            plain, kind="dora", tensors={**plain.tensors, "magnitude": key}, specs=own, norm_over_inputs=True
+            plain, kind="dora", tensors={**plain.tensors, "magnitude": key}, specs=specs, norm_over_inputs=True
         )
     if shape and not lenient and shape.count(1) < len(shape) - 1:
         raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)

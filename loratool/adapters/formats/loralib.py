@@ -1,9 +1,9 @@
-"""loralib's adapters: what `loralib.lora_state_dict` leaves, in any container.
+"""Read loralib's format: the state dict of `loralib.lora_state_dict`, in any container.
 
-`<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored. Of an Embedding, which
-only the path tells, they are (r, rows) and (width, r), and the change is transposed. A MergedLinear has n of
-the equal slices of its rows, A (r * n, in) and B (out / slices * n, r): which ones is not stored either.
-Defined by microsoft/LoRA: `loralib/layers.py`, `loralib/utils.py`. Any other tensor is a trained one of the base's.
+Tensors are `<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored. For an
+Embedding, which only the path tells, they are (r, rows) and (width, r), and the delta is transposed. A MergedLinear
+adapts n of the equal slices of its rows, with A (r * n, in) and B (out / slices * n, r); which ones is not stored.
+Any other tensor replaces the base's. Defined by microsoft/LoRA: `loralib/layers.py`, `loralib/utils.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROLES = {".lora_A": "A", ".lora_B": "B"}
 
 
 def claims(names: Iterable[str]) -> bool:
-    """Bare factors, which AdaLoRA has too, with its own mark beside them."""
+    """Return whether there are bare factors. AdaLoRA has them too, with its own mark beside them."""
     names = list(names)
     return any(name.endswith(tuple(ROLES)) for name in names) and not find_marks(names)
 
@@ -34,9 +34,16 @@ def read(
     lenient: bool = False,
     enabled: Sequence[bool] | None = None,
 ) -> Adapter:
-    """enabled: which slices MergedLinear's modules have; empty where nobody said so yet, None where none can.
+    """Read the adapter in `file`.
 
-    Raises InputError or, where it can be said, NeedsFlag for a MergedLinear without it.
+    Args:
+        enabled: which slices of its rows a MergedLinear adapts. Empty if --enable-lora was not given, None if the
+            command has no such option.
+
+    Raises:
+        InputError: a MergedLinear has other slices than `enabled`, or `enabled` is None; or a weight is there beside
+            its factors.
+        NeedsFlag: `enabled` is empty and there is a MergedLinear, or alpha is missing.
     """
     found: dict[str, dict[str, str]] = {}
     updates: dict[str, UpdateSpec] = {}
@@ -59,13 +66,13 @@ def read(
         if _slices(roles, file):
             updates[module] = _merged(name, module, roles, file, config, enabled, lenient)
         else:
-            looked_up = module.rpartition(".")[2] in EMBEDDINGS or None
-            updates[module] = pair_factors(module, roles, file, config, looked_up, lenient=lenient)
+            is_embedding = module.rpartition(".")[2] in EMBEDDINGS or None
+            updates[module] = pair_factors(module, roles, file, config, is_embedding, lenient=lenient)
     return Adapter(name, "loralib", file, config, updates)
 
 
 def _slices(roles: Mapping[str, str], file: WeightsFile) -> int:
-    """How many slices a MergedLinear has factors of; 0 for a plain linear layer and for what is no pair."""
+    """Return how many slices a MergedLinear has factors of; 0 for a plain linear layer and if there is no pair."""
     if set(roles) != {"A", "B"}:
         return 0
     A, B = (file.specs[roles[role]].shape for role in "AB")
@@ -83,27 +90,27 @@ def _merged(
     enabled: Sequence[bool] | None,
     lenient: bool,
 ) -> UpdateSpec:
-    """One low-rank change of all rows: alpha / r is that of one slice, the rank that of all together."""
+    """Return a MergedLinear's factors as one update of all rows: its scale is that of a slice, its rank their sum."""
     specs, n = {role: file.specs[key] for role, key in roles.items()}, _slices(roles, file)
-    (rows, r), several = specs["B"].shape, f"holds factors of {n} slices of a MergedLinear"
+    (rows, r), finding = specs["B"].shape, f"holds factors of {n} slices of a MergedLinear"
     try:
         if enabled is None:
             raise InputError(
-                f"{several}, and the file does not say which",
+                f"{finding}, and the file does not say which",
                 culprit=module,
                 remedy=f"first loratool convert {name} --to peft --enable-lora 1,0,1 (the model's own) --alpha ALPHA",
             )
         if not enabled:
             raise NeedsFlag(
-                f"{several}, and the file does not say which", culprit=module, remedy="add --enable-lora, like 1,0,1"
+                f"{finding}, and the file does not say which", culprit=module, remedy="add --enable-lora, like 1,0,1"
             )
         if sum(enabled) != n:
-            raise InputError(f"{several}, but --enable-lora names {sum(enabled)}", culprit=module)
+            raise InputError(f"{finding}, but --enable-lora names {sum(enabled)}", culprit=module)
         scale = config.scale_of(module, r)
     except LoratoolError as error:
         if not lenient:
             raise
-        said = f"{error.message}; {error.remedy}" if error.remedy else error.message
-        return UpdateSpec(UNPAIRED, module, {"value": roles["B"]}, {"value": specs["B"]}, fault=said)
-    whole = replace(specs["B"], shape=(rows // n * len(enabled), r * n))
-    return UpdateSpec("lora", module, roles, {**specs, "B": whole}, scale, enabled_slices=tuple(enabled))
+        fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
+        return UpdateSpec(UNPAIRED, module, {"value": roles["B"]}, {"value": specs["B"]}, fault=fault)
+    expanded = replace(specs["B"], shape=(rows // n * len(enabled), r * n))
+    return UpdateSpec("lora", module, roles, {**specs, "B": expanded}, scale, enabled_slices=tuple(enabled))

@@ -1,7 +1,7 @@
-"""What other methods than LoRA leave on disk: how each is told, and what can be done with it.
+"""Recognize files of other methods than LoRA, and tell what can be done with them.
 
-One table for both who must know: a merge, which refuses such a file with the reason, and `inspect`, which describes
-it. A method is told by PEFT's `peft_type`, or by a mark in the names of its tensors. The names are those of peft
+A merge refuses such a file with the reason, and `inspect` describes it; both use one table. A method is recognized by
+PEFT's `peft_type`, or by a mark in the names of its tensors. The names are those of peft
 (`peft/utils/save_and_load.py`), of AdapterHub's adapters (`adapters/loading.py`: `M.adapters.NAME.adapter_down.0`),
 of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), of mlx-lm (`tuner/lora.py`) and
 torchtune (`modules/peft/lora.py`), and of the LoRA for Segment Anything of Wang, SAMed and those after them
@@ -19,7 +19,7 @@ from typing import Any
 from ...architectures.numbered_names import split_numbers
 from ...errors import InputError
 
-# What can be done with a file -> the same in words.
+# outcome -> its words in a report
 OUTCOMES = {
     "merged": "can be merged",
     "extracted": "can be extracted, not merged",
@@ -29,13 +29,13 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class OtherMethod:
-    """`outcome` is a key of OUTCOMES, `reason` follows "which", and `remedy` says how the outcome is reached."""
+    """A method that is not LoRA, or a file of LoRA that no format claims."""
 
     title: str
-    outcome: str
-    reason: str
-    marks: tuple[str, ...] = ()
-    remedy: str | None = None
+    outcome: str  # a key of OUTCOMES
+    reason: str  # follows "which" in a message
+    marks: tuple[str, ...] = ()  # how a part of a tensor's name begins, after a dot
+    remedy: str | None = None  # how the outcome is reached
 
 
 _INPUTS = "adds inputs, and no weight could hold them"
@@ -65,7 +65,7 @@ _BY_ADAPTERS = (
 _BY_ITS_OWN = f"merge it with its own library (mlx_lm.fuse, torchtune's recipe), and {_EXTRACT}"
 
 
-# peft_type, where PEFT has the method -> the method. Of several marks in a file the first row decides.
+# peft_type, or a key like it for a method that PEFT does not have -> the method. Of several marks the first row wins.
 OTHER_METHODS = {
     "BOTTLENECK": OtherMethod(
         "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé)",
@@ -108,7 +108,7 @@ OTHER_METHODS = {
 }
 
 
-# A file of nothing but LoRA that no format claims.
+# A file with only tensors of LoRA that no format claims.
 UNKNOWN_LORA = OtherMethod("LoRA in a form that is not known", "neither", _UNSUPPORTED)
 
 
@@ -129,19 +129,19 @@ BIASES = OtherMethod(
 )
 
 
-# AdapterHub's `architecture` -> our key, where the names of the tensors do not tell it first.
+# AdapterHub's `architecture` -> a key of OTHER_METHODS, for a config whose tensors have no mark.
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "reft": "REFT"}
 
 
 def method_of_peft_type(kind: str) -> OtherMethod:
-    """The row of a `peft_type`; of one that the table lacks, a row in its own name."""
+    """Return the method of a `peft_type`; for one that is not in the table, a method with that title."""
     return OTHER_METHODS.get(kind) or replace(_UNKNOWN, title=kind)
 
 
 def find_marks(names: Iterable[str]) -> dict[str, str]:
-    """The keys of the methods whose marks are there, in the table's order, each with the first name that has one."""
+    """Return key of OTHER_METHODS -> the first name with one of its marks, in the table's order."""
     names = list(names)
-    text = "\n".join(f".{name}" for name in names)  # one search in place of one a name
+    text = "\n".join(f".{name}" for name in names)  # one search instead of one per name is faster
     return {
         kind: next(name for name in names if f".{mark}" in f".{name}")
         for kind, method in OTHER_METHODS.items()
@@ -151,7 +151,7 @@ def find_marks(names: Iterable[str]) -> dict[str, str]:
 
 
 def refused_tensor(tensor: str, name: str) -> InputError:
-    """What stands beside plain LoRA in the adapter `name`: by the method whose mark it has, where it has one."""
+    """Return the error for a tensor of adapter `name` that is not of LoRA, with the method if a mark tells it."""
     kind = next(iter(find_marks([tensor])), None)
     remedy = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
     if kind:
@@ -163,7 +163,7 @@ def refused_tensor(tensor: str, name: str) -> InputError:
 
 
 def peft_type(fields: Mapping[str, Any]) -> Any:
-    """What a config says that the adapter is; None where it does not say."""
+    """Return the method that a config names, as a `peft_type` or a key of OTHER_METHODS; None if it names none."""
     kind = fields.get("peft_type")
     if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub's has one inside
         architecture = str(own.get("architecture") or "")
@@ -174,18 +174,18 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
 
 
 def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, OtherMethod] | None:
-    """The key of the method of a file that is not LoRA, and the method; None for LoRA, and for what says nothing.
+    """Return the key and the method of a file that is not LoRA; None for LoRA, and if neither names nor config tell.
 
-    A mark decides before the config, but for prompts, of which only the config tells one sort from the other.
+    A mark wins over the config, except for prompts, which only the config distinguishes.
     """
-    kind, told = next(iter(find_marks(names)), None), peft_type(fields)
-    if told not in (None, "LORA") and kind in (None, "PROMPT"):
-        kind = str(told)
+    kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
+    if configured not in (None, "LORA") and kind in (None, "PROMPT"):
+        kind = str(configured)
     return None if kind is None else (kind, method_of_peft_type(kind))
 
 
 def is_all_lora(names: Iterable[str]) -> bool:
-    """Whether a file of no format of ours holds nothing but LoRA by all of its names."""
+    """Return whether every name in a file that no format claims contains `lora`."""
     names = list(names)
     return bool(names) and all("lora" in name.lower() for name in names)
 
@@ -196,7 +196,10 @@ def is_biases(names: Iterable[str]) -> bool:
 
 
 def describe_bottlenecks(names: Iterable[str]) -> str | None:
-    """How many bottlenecks a layer has, which tells Houlsby's from the others, and which layers have none."""
+    """Describe how many bottlenecks each layer has, which distinguishes Houlsby's method, and the layers without.
+
+    None if the layers differ in number, or none are found.
+    """
     ends = (".adapter_down.", ".project_down.")
     modules = {name.partition(end)[0] for name in names for end in ends if end in name}
     layers = Counter((parts[0], numbers[0]) for parts, numbers in map(split_numbers, modules) if numbers)
@@ -204,8 +207,8 @@ def describe_bottlenecks(names: Iterable[str]) -> str | None:
         return None
     each = next(iter(layers.values()))
     whose = {1: ", as Lin's and Pfeiffer's have", 2: ", as Houlsby's have"}.get(each, "")
-    there = [-1, *sorted({number for _, number in layers})]
-    gaps = [(a + 1, b - 1) for a, b in pairwise(there) if b > a + 1]
+    adapted = [-1, *sorted({number for _, number in layers})]
+    gaps = [(a + 1, b - 1) for a, b in pairwise(adapted) if b > a + 1]
     dropped = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in gaps)
     without = f"; none in layers {dropped}, as in AdapterDrop" if dropped else ""
     return f"{each} bottleneck{'s' * (each > 1)} in each of {len(layers)} layers{whose}{without}"

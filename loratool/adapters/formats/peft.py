@@ -1,9 +1,8 @@
-"""PEFT's adapters: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
+"""Read PEFT's format: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
 
-Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), and what formats.md 1.3,
-1.6 and 1.7 of our references list beside them; rank, alpha and all that changes the arithmetic stand in the config.
-Defined by peft: `peft/utils/save_and_load.py`, `peft/tuners/lora/layer.py`. A key without any mark of PEFT's is
-a tensor that replaces the base's.
+Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), and those of the table _ENDS.
+A key without any mark of PEFT's is a tensor that replaces the base's. Rank, alpha and all else that the arithmetic
+depends on are in the config. Defined by huggingface/peft: `peft/utils/save_and_load.py`, `peft/tuners/lora/layer.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
 
 
-# `NAME` is an adapter's name, which PEFT drops when it saves and other savers leave in.
+# An adapter's name, which PEFT drops when it saves and other tools leave in.
 _NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
 
 
-# the end of a key -> the role of its tensor; (module, parameter) is what stands before
+# (the end of a key, the role of its tensor); a module's path is before it
 _ENDS = tuple(
     (re.compile(rf"\.{end}\Z"), role)
     for end, role in (
@@ -59,7 +58,10 @@ DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_p
 
 
 def claims(names: Iterable[str]) -> bool:
-    """Keys of LoRA, and of other methods: a base saved under PEFT's prefix has plain weights and biases only."""
+    """Return whether there are keys of LoRA or of another method of PEFT's.
+
+    PEFT's prefix alone is no evidence: a base that was saved with it has only plain weights and biases.
+    """
     names = list(names)
     return bool(find_marks(names)) or any(
         ".lora_A." in name
@@ -72,14 +74,20 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Raises InputError for a method or a variant that no row of UPDATES describes, naming the field or the tensor."""
+    """Read the adapter in `file`.
+
+    Raises:
+        InputError: the config or a tensor is of a method or variant that no row of UPDATES describes.
+        NeedsFlag: the file does not say its alpha.
+        UsageError: `alpha` contradicts the config.
+    """
     fields, component = find_config(file)
     marked = find_marks(file.specs)
-    other = other_method(marked.values(), fields)  # in which all of the file's marks are
+    other = other_method(marked.values(), fields)  # these few names have all of the file's marks
     if marked and other:
         _, method = other
-        said = f"of {name} is a tensor of {method.title}, which {method.reason}"
-        raise InputError(said, culprit=next(iter(marked.values())), remedy=method.remedy)
+        reason = f"of {name} is a tensor of {method.title}, which {method.reason}"
+        raise InputError(reason, culprit=next(iter(marked.values())), remedy=method.remedy)
     if len(fields) == 1 and _is_dump(file.specs):
         raise InputError(
             "is a dump of a whole PeftModel, its weights under names that no loader knows",
@@ -110,7 +118,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
                 raise InputError(f"{name} has two updates for it", culprit=update.module)
             updates[update.module] = update
     for module, key in replaced.items():
-        if module in updates:  # both a trained bias and lora_B's: the one lies under the other
+        if module in updates:  # a trained bias and lora_B's: the second is added to the first
             if updates[module].base or updates[module].kind not in ADDITIVE:
                 raise InputError(f"{name} has two updates for {module}", culprit=key)
             updates[module] = dataclasses.replace(updates[module], base=key)
@@ -122,12 +130,12 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
 
 
 def adapter_names(keys: Iterable[str]) -> set[str]:
-    """The names that adapters may have in these keys."""
+    """Return the adapter names that these keys can contain."""
     return {match[1] for key in keys if (match := _ADAPTER.search(key))} | {"default"}
 
 
 def saved_name(key: str, named: Collection[str]) -> str:
-    """The key under which PEFT saves a tensor and finds it again, but for its prefix: no wrapper, no adapter's name."""
+    """Return the key, without PEFT_PREFIX, that PEFT saves a tensor under: no wrapper, no adapter's name in it."""
     path = _without_wrapper(WRAPPED.sub("", key), named)
     path = re.sub(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$", r"\1\2", path)
     path = re.sub(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$", r"\1", path)
@@ -135,7 +143,7 @@ def saved_name(key: str, named: Collection[str]) -> str:
 
 
 def _is_dump(names: Collection[str]) -> bool:
-    """Whether the weights under all of the factors are there: an adapter brings those of its embeddings at most."""
+    """Return whether the base's weight is there for every pair of factors; an adapter has at most its embeddings'."""
     modules = {name[: match.start()] for name in names if (match := _ADAPTER.search(name))}
     return bool(modules) and all(f"{m}.base_layer.weight" in names or f"{m}.weight" in names for m in modules)
 
@@ -148,7 +156,7 @@ def _sort_in(
     file: WeightsFile,
     named: Collection[str],
 ) -> None:
-    """File a tensor under its module and the depth of PEFT's wrappers there, or under what it replaces."""
+    """Add a key to `found`, by module and depth of PEFT's wrappers there, or to `replaced`, by what it replaces."""
     path = WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
     if _ORIGINAL.search(path):  # a module's untrained copy, which peft saves beside the trained one at times
         trained = _ORIGINAL.sub("", key)
@@ -174,7 +182,7 @@ def _sort_in(
 
 
 def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
-    """The first end that a key has behind a module's path, and its tensor's role."""
+    """Return the match of the first of _ENDS that a key has after a module's path, and its tensor's role."""
     for pattern, role in _ENDS:
         if match := pattern.search(path, 1):
             return match, role
@@ -182,14 +190,14 @@ def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
 
 
 def _without_wrapper(path: str, named: Collection[str]) -> str:
-    """A path without `modules_to_save`, and without the adapter's name behind it where there is one."""
+    """Return a path without `modules_to_save` and an adapter's name after it."""
     before, mark, after = path.partition(".modules_to_save.")
     first, dot, rest = after.partition(".")
     return f"{before}.{rest if dot and first in named else after}" if mark else path
 
 
 def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:
-    """Two names for one tensor are no harm if they are equal: PEFT saves an MHA's out_proj under two."""
+    """Record a key for a role; two are allowed if they are equal, because PEFT saves an MHA's out_proj twice."""
     former = place.setdefault(role, key)
     if former != key and (file.specs[former] != file.specs[key] or file.read(former) != file.read(key)):
         raise InputError(f"is the same as {former}, but its values differ", culprit=key)
@@ -204,11 +212,11 @@ def _updates(
     places: int,
     lenient: bool,
 ) -> Iterable[UpdateSpec]:
-    """All that one wrapper of a module does; `place` counts the wrappers from the innermost."""
+    """Yield the updates of one of PEFT's wrappers of a module; `place` is its number, from the innermost."""
     extra = config.extra
-    sorts = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
-    if len({role.rpartition("_")[0] or role.replace("B", "A") for role in sorts}) > 1:
-        raise InputError(f"{path} has updates of two sorts", culprit=roles[sorts[0]])
+    found = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
+    if len({role.rpartition("_")[0] or role.replace("B", "A") for role in found}) > 1:
+        raise InputError(f"{path} has updates of two sorts", culprit=roles[found[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
         if not extra.get("lora_bias"):
@@ -226,9 +234,9 @@ def _updates(
         if parameter is None:
             yield _checked_dora(pair_factors(path, factors, file, config, lenient=lenient), extra)
         else:
-            own = config.for_module(f"{path}.{parameter}")
+            of_parameter = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
-            yield pair_factors(target, factors, file, own, stacked=parameter != "weight", lenient=lenient)
+            yield pair_factors(target, factors, file, of_parameter, stacked=parameter != "weight", lenient=lenient)
     elif "base" in roles:
         yield _single("replace", path, roles["base"], file)
 
@@ -238,7 +246,7 @@ def _single(kind: str, module: str, key: str, file: WeightsFile, scale: float = 
 
 
 def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
-    """The flag and the magnitudes go together: with one of them alone, somebody would compute something else."""
+    """Return `update` if flag and magnitudes agree; with only one of them, loaders would compute different things."""
     if update.kind == UNPAIRED:
         return update
     if extra.get("use_dora") and update.kind != "dora":
@@ -249,17 +257,20 @@ def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
 
 
 def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, extra: Mapping[str, Any]) -> UpdateSpec:
-    """Despite its name `trainable_tokens_delta` holds the rows' new values (`peft/tuners/trainable_tokens`)."""
-    given = extra.get("trainable_token_indices")
-    if isinstance(given, dict):
-        given = next((v for k, v in given.items() if path == k or path.endswith(f".{k}")), None)
-    if not isinstance(given, list) or not all(type(index) is int and index >= 0 for index in given):
+    """Return the update by trainable tokens.
+
+    `trainable_tokens_delta` holds the rows' new values, despite its name (`peft/tuners/trainable_tokens`).
+    """
+    indices = extra.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((v for k, v in indices.items() if path == k or path.endswith(f".{k}")), None)
+    if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
         raise InputError("has rows, but the config's trainable_token_indices do not say which", culprit=roles["tokens"])
     spec = file.specs[roles["tokens"]]
-    if len(spec.shape) != 2 or spec.shape[0] != len(given) or len(set(given)) != len(given):
-        raise InputError(f"is {spec}, but the config lists {len(given)} different rows", culprit=roles["tokens"])
+    if len(spec.shape) != 2 or spec.shape[0] != len(indices) or len(set(indices)) != len(indices):
+        raise InputError(f"is {spec}, but the config lists {len(indices)} different rows", culprit=roles["tokens"])
     return UpdateSpec(
-        "rows", path, {"value": roles["tokens"]}, {"value": spec}, indices=tuple(given), base=roles.get("base")
+        "rows", path, {"value": roles["tokens"]}, {"value": spec}, indices=tuple(indices), base=roles.get("base")
     )
 
 

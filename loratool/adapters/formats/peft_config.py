@@ -1,7 +1,7 @@
-"""What PEFT's `adapter_config.json` says, and what in it makes an adapter something else than LoRA.
+"""Read PEFT's `adapter_config.json`, and refuse fields that make an adapter something other than LoRA.
 
-A bare file may carry its config in its metadata: ours under `loratool`, or diffusers' `lora_adapter_metadata`, whose
-fields start with the component's name. Defined by peft: `peft/tuners/lora/config.py`.
+A file without a folder can have its config in its metadata: ours as `loratool`, diffusers' as `lora_adapter_metadata`,
+whose fields have the component's name before them. Defined by huggingface/peft: `peft/tuners/lora/config.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .other_methods import method_of_peft_type, peft_type
 CONFIG_NAME = "adapter_config.json"
 
 
-# Fields that make the arithmetic another one. A field counts where it is neither null, false nor empty.
+# Field -> how it changes the arithmetic. A field that is null, false or empty does not count.
 REFUSED_FIELDS = {
     "layer_replication": "its layers are replicas that share the base's weights",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
@@ -33,7 +33,7 @@ REFUSED_FIELDS = {
 }
 
 
-# Which of these names a classifier has depends on its class, and PEFT lists them all.
+# PEFT lists all of these; which of them a classifier has depends on its class.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
 
 
@@ -42,12 +42,15 @@ BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
-    """The config's fields and the component that prefixes the keys: from the metadata, else from the file beside."""
+    """Return the config's fields and the component that prefixes the keys, which is empty outside diffusers' files.
+
+    The metadata comes before the file beside; without either, the fields are {"peft_type": "LORA"}.
+    """
     metadata = file.metadata or {}
     if "loratool" in metadata:
-        ours = _parse_metadata(file, "loratool").get("adapter_config")
-        if isinstance(ours, dict):
-            return ours, ""
+        stored = _parse_metadata(file, "loratool").get("adapter_config")
+        if isinstance(stored, dict):
+            return stored, ""
     if "lora_adapter_metadata" in metadata:
         flat = _parse_metadata(file, "lora_adapter_metadata")
         components = sorted({key.partition(".")[0] for key in flat})
@@ -73,6 +76,12 @@ def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
 
 
 def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
+    """Check a config's fields, and return those that decide rank and scale.
+
+    Raises:
+        InputError: it is not of LoRA, sets one of REFUSED_FIELDS, or a field has a wrong type.
+        UsageError: `alpha` contradicts it.
+    """
     kind = peft_type(fields)
     if kind != "LORA":
         method = method_of_peft_type(str(kind))
@@ -116,7 +125,7 @@ def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type,
 
 
 def _is_number(value: Any, types: tuple[type, ...] = (int, float)) -> bool:
-    """Finite and of a size that float64 holds; JSON knows NaN, Infinity and whole numbers of any length."""
+    """Return whether float64 can hold the value; Python's JSON has NaN, Infinity and integers of any length."""
     return type(value) in types and -1e300 < value < 1e300
 
 
@@ -128,13 +137,13 @@ def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]
 
 
 def base_mutating_init(config: AdapterConfig) -> str | None:
-    """The initialization that changed the base under the adapter, or under a component of it, if one did."""
+    """Return the init that changed the base under the adapter, or under one of its components; None if none did."""
     init = next(iter(config.base_mutating_inits.values()), config.extra.get("init_lora_weights"))
     return init if isinstance(init, str) and init.lower().startswith(BASE_MUTATING_INITS) else None
 
 
 def base_mutating_init_of(config: AdapterConfig, module: str) -> str | None:
-    """The same of the model that `module` is in."""
+    """Return the init that changed the base in the component that `module` is in; None if none did."""
     return (
         config.base_mutating_inits.get(module.partition(".")[0])
         if config.base_mutating_inits
@@ -145,11 +154,18 @@ def base_mutating_init_of(config: AdapterConfig, module: str) -> str | None:
 def target_parameter(
     config: AdapterConfig, module: str, place: int, places: int, declared: Sequence[str]
 ) -> str | None:
-    """The bare parameter that the factors found at `module` belong to; None for the module's own weight.
+    """Return the bare parameter that factors at `module` belong to; None for the module's weight.
 
     PEFT wraps a module once for each parameter, in the order in which its class declares them, so that the keys
-    of the first have the most `base_layer` in them (`peft/tuners/lora/model.py:_inject_parameters`). `place` counts
-    from there. Raises InputError where the config names another number of parameters than the file has.
+    of the first have the most `base_layer` in them (`peft/tuners/lora/model.py:_inject_parameters`).
+
+    Args:
+        place: number of the wrapper, from the first.
+        places: how many wrappers the module has in the file.
+        declared: parameters in the order in which classes declare them.
+
+    Raises:
+        InputError: the config names another number of parameters than the file has, or their order is not known.
     """
     listed = config.extra.get("target_parameters")
     if not listed:
@@ -160,7 +176,7 @@ def target_parameter(
     numbered = sorted(each for end in endings(module) if end for each in of_owners.get(end, ()))
     owned = list(dict.fromkeys(parameter for _, parameter in numbered))
     bare = [parameter for _, parameter in of_owners.get("", ())]
-    # a bare name is meant for whatever module has such a parameter: one that is named with its own need not
+    # a bare name targets every module that has such a parameter, but not one whose parameters are listed with its path
     names = owned if len(owned) == places else list(dict.fromkeys((*owned, *bare)))
     if not names or config.targets.has(module):
         return None
@@ -184,7 +200,10 @@ def target_parameter(
 
 
 def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) -> tuple[str, ...]:
-    """What the config announces and the file does not have, a line each; of biases only the base can tell."""
+    """Return a sentence for each thing that the config announces and the file does not have.
+
+    Missing biases are not among them, because only the base tells which modules have one.
+    """
     kinds = {kind: [m for m, u in updates.items() if u.kind == kind] for kind in ("replace", "rows", "add")}
     lines = []
     saved = config.extra.get("modules_to_save")
@@ -197,9 +216,9 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
     if tokens and not kinds["rows"]:
         lines.append("the config sets trainable_token_indices, but the file has no rows for them")
     elif isinstance(tokens, dict):
-        there = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds["rows"])}
-        equal = [tokens[k] for k in there]  # of tied modules PEFT saves one
-        rowless = [k for k, rows in tokens.items() if k not in there and rows not in equal]
+        found = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds["rows"])}
+        equal = [tokens[k] for k in found]  # PEFT saves only one of several tied modules
+        rowless = [k for k, rows in tokens.items() if k not in found and rows not in equal]
         lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
     if config.extra.get("lora_bias") and not kinds["add"]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")

@@ -1,7 +1,7 @@
-"""Write a PEFT adapter: a folder that appears whole, or one file with its config in the metadata.
+"""Write a PEFT adapter: a folder that appears complete or not at all, or one file with its config in the metadata.
 
-All is known before the first byte but the tensors, which are asked for one by one; so memory holds one at a time.
-Fields as `peft/tuners/lora/config.py` reads them; patterns are anchored full paths.
+Tensors are computed one by one while they are written, so that memory holds one at a time. Fields are those of
+huggingface/peft, `peft/tuners/lora/config.py`; patterns are anchored full paths.
 """
 
 from __future__ import annotations
@@ -34,12 +34,19 @@ def write_adapter(
     inputs: Collection[WeightsFile],
     prefix: str = PEFT_PREFIX,
 ) -> None:
-    """specs: of the tensors by their names without the prefix; load: one of them, of just that type and shape. inputs:
-    the files that they are made of. Raises InputError where one is another now.
+    """Write an adapter as a folder, or as one file if `is_file`.
+
+    Args:
+        specs: name without `prefix` -> type and shape of a tensor.
+        load: name without `prefix` -> a tensor of exactly that type and shape; called in the order of the data.
+        inputs: the files that the tensors are made of.
+
+    Raises:
+        InputError: one of `inputs` changed meanwhile.
     """
     named = {prefix + name: spec for name, spec in specs.items()}
-    ours = {"loratool": json.dumps({"adapter_config": config}, sort_keys=True)} if is_file else {}
-    header, begin = build_header(named, names := data_order(named), {"format": "pt", **ours})
+    metadata = {"loratool": json.dumps({"adapter_config": config}, sort_keys=True)} if is_file else {}
+    header, begin = build_header(named, names := data_order(named), {"format": "pt", **metadata})
     require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in named.values()))
 
     def fill(file: BinaryIO) -> None:
@@ -59,9 +66,10 @@ def write_adapter(
 
 
 def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fields: Any) -> dict[str, Any]:
-    """The config of modules and bare parameters (experts) with these ranks, at scale 1.
+    """Return the config of an adapter of modules and bare parameters (experts), given their ranks.
 
-    The commonest rank is `r`; the others are patterns. alpha is the rank everywhere.
+    The commonest rank is `r`, the others are patterns. alpha is the rank everywhere, so that the scale is 1. `fields`
+    replace or add others.
     """
     ranks = {**modules, **parameters}
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
@@ -84,13 +92,14 @@ def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fie
         "use_rslora": False,
         **fields,
     }
-    # before 0.19 PEFT laid the factors of experts out otherwise, which a square one would not show
+    # PEFT before 0.19 ordered the factors of experts differently, which the shapes of a square one do not show
     return {**config, "target_parameters": sorted(parameters), "peft_version": "0.19.0"} if parameters else config
 
 
 def nested(module: str, parameters: Sequence[str], declared: Sequence[str]) -> dict[str, str]:
-    """The wrapper of each of a module's bare parameters: PEFT wraps them one around the other as the class declares
-    them.
+    """Return bare parameter -> path of its wrapper.
+
+    PEFT nests the wrappers of a module in the order in which its class declares the parameters, the first innermost.
     """
     order = sorted(parameters, key=declared.index)
     return {parameter: module + ".base_layer" * (len(order) - 1 - place) for place, parameter in enumerate(order)}

@@ -1,4 +1,4 @@
-"""An adapter written as one safetensors file with metadata."""
+"""Write an adapter of kohya's or diffusers' format as one safetensors file with metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...files.weights_file import WeightsFile, require_unchanged
 if TYPE_CHECKING:
     from torch import Tensor
 
-# what metadata says of former tensors, their ranks and scales
+# metadata on tensors that the output no longer has, their ranks and scales
 STALE_KEYS = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 
 
@@ -26,9 +26,15 @@ def write_single_file(
     metadata: Mapping[str, str],
     inputs: Collection[WeightsFile],
 ) -> None:
-    """One safetensors file; `load` is asked for the tensors one by one, in the order of the data.
+    """Write the tensors as one safetensors file.
 
-    inputs: the files that they are made of. Raises InputError where one is another now.
+    Args:
+        specs: name -> type and shape.
+        load: name -> a tensor of exactly that type and shape; called in the order of the data.
+        inputs: the files that the tensors are made of.
+
+    Raises:
+        InputError: one of `inputs` changed meanwhile.
     """
     header, begin = build_header(specs, names := data_order(specs), metadata)
     require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
