@@ -1,1 +1,1 @@
-"""The command `combine`."""
+"""Run the command `combine`."""

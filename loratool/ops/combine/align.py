@@ -1,8 +1,8 @@
-"""Several adapters as one, from their headers: which updates meet in which module, and what goes along.
+"""Align several adapters from their headers: group their updates by module, and plan the sum of all other tensors.
 
-Low-rank changes and lora_B's biases add up. A tensor that was trained whole (modules_to_save, biases, rows of trained
-tokens) stands for the change V - W, and sum w_i (V_i - W) is that of sum w_i V_i only where the weights sum to 1: else
-only the base would tell, so it is refused by name. The same holds for all that has no sum: nothing is dropped.
+Low-rank updates and lora_B's biases add up. A replacement value V (modules_to_save, biases, rows of trained tokens)
+has the delta V - W, and sum w_i (V_i - W) is the delta of sum w_i V_i only if the weights sum to 1. Otherwise the base
+would be needed, so the module is refused by name, like all that has no sum: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ..inputs import WeightedAdapter
 
-ROUNDING = 1e-9  # by which decimal weights may miss a sum of 1
+ROUNDING = 1e-9  # tolerance for the sum 1 of decimal weights
 
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """One adapter's update of a module."""
+    """An adapter's update of a module, with the adapter's weight."""
 
     adapter: Adapter
     weight: float
@@ -45,22 +45,26 @@ UpdateGroup = tuple[WeightedUpdate, ...]
 
 @dataclass(frozen=True)
 class AlignedAdapters:
-    """groups: path -> the low-rank updates there; updates: path -> the one whose names and shapes the output has.
-    carried: all other tensors by name; fields: of PEFT's config, other than the first adapter's.
-    """
+    """Several adapters, aligned for their combination."""
 
-    groups: Mapping[str, UpdateGroup]
-    updates: Mapping[str, UpdateSpec]
-    carried: Mapping[str, CarriedTensor]
-    fields: Mapping[str, object]
-    left_out: tuple[str, ...]
+    groups: Mapping[str, UpdateGroup]  # module -> its low-rank updates
+    updates: Mapping[str, UpdateSpec]  # module -> the update with the output's tensor names and shapes
+    carried: Mapping[str, CarriedTensor]  # tensor of the output -> its sum, for tensors other than factors
+    fields: Mapping[str, object]  # of PEFT's config, that differ from the first adapter's
+    left_out: tuple[str, ...]  # modules that --exclude selects
     warnings: tuple[str, ...]
 
 
 def align_adapters(loaded: WeightedAdapter, exclude: tuple[str, ...] = ()) -> AlignedAdapters:
-    """loaded: of one format and spelling.
+    """Align adapters of one format and naming.
 
-    Raises InputError for adapters that do not belong together, NeedsFlag for tensors of which there is no sum."""
+    Args:
+        exclude: patterns of modules to leave out.
+
+    Raises:
+        InputError: the adapters are of different bases, or have no factors to combine.
+        NeedsFlag: some updates have no sum, and would have to be excluded.
+    """
     _check_together(loaded)
     found: dict[str, list[WeightedUpdate]] = {}
     for adapter, weight in loaded:
@@ -104,15 +108,15 @@ def _check_together(loaded: WeightedAdapter) -> None:
 
 
 def _base_mutating_inits(adapter: Adapter) -> dict[str, str]:
-    """Component, empty where there is but one, -> the initialization that changed its base."""
+    """Return the base-mutating init of each component, under the empty name if there is only one."""
     found = dict(adapter.config.base_mutating_inits) or {"": base_mutating_init(adapter.config) or ""}
     return {part: start.lower() for part, start in found.items()}
 
 
 def _check_names(one: Adapter, two: Adapter) -> None:
-    """Refuse two adapters that name their modules otherwise: a runtime would find but one's.
+    """Raise InputError for two adapters with different names for the same modules: a loader would find only one's.
 
-    Either a training loop's wrapper stands in some paths, or a prefix before all of them.
+    Either a training loop's wrapper is in some paths, or a prefix is before all of them.
     """
     plain = {strip_wrappers(module): module for module in one.updates}
     for module in two.updates:
@@ -130,7 +134,7 @@ def _check_names(one: Adapter, two: Adapter) -> None:
 
 
 def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[str, str]:
-    """Why updates have no sum, by module."""
+    """Return module -> the reason why its updates have no sum."""
     found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
     kinds = {group[0].update.kind for group in kept.values()}
     if loaded[0][0].format == "peft" and "experts" in kinds:
@@ -140,7 +144,11 @@ def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[
 
 
 def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
-    """Why these updates have no sum, where an --exclude would help. Raises InputError where they contradict."""
+    """Return the reason why these updates have no sum, or None.
+
+    Raises:
+        InputError: their shapes are of different bases, so that --exclude would not help.
+    """
     first, *others = group
     for other in others:
         if other.update.kind != first.update.kind:
@@ -184,7 +192,7 @@ def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool)
 
 
 def _sum_other_tensors(group: UpdateGroup) -> dict[str, CarriedTensor]:
-    """The tensors beside the factors, by the name that the first adapter has for them."""
+    """Return the sums of the tensors other than factors, under the first adapter's names."""
     first, found = group[0], {}
     kind = first.update.kind
     if kind == "add":
@@ -204,8 +212,9 @@ def _sum_other_tensors(group: UpdateGroup) -> dict[str, CarriedTensor]:
 
 
 def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
-    """The first adapter's updates, stacks of experts under the names that PEFT gives them where just these are targets
-    of their module.
+    """Return the first adapter's updates, with the names that PEFT gives to stacks of experts in this combination.
+
+    PEFT nests the parameters of one module, so their names depend on which of them are targets.
     """
     found = {module: group[0].update for module, group in groups.items()}
     owners: dict[str, list[str]] = {}
@@ -230,7 +239,10 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
 
 
 def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> dict[str, object]:
-    """What the config must say of all adapters together. Targets are whole paths, so no layer numbers limit them."""
+    """Return the fields of PEFT's config that must differ from the first adapter's.
+
+    Targets are full paths, so the fields that limit them by layer or pattern are removed.
+    """
     configs = [adapter.config.extra for adapter, _ in loaded]
     fields: dict[str, object] = {
         name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
@@ -249,14 +261,13 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
     there = any(module.endswith(".bias") for module in whole)
     fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
     fields["lora_bias"] = any(update.kind == "add" for update in kept.values())
-    if fields["lora_bias"] and not base_mutating_init(
-        loaded[0][0].config
-    ):  # PEFT takes no other beside it; the factors are trained anyway
+    if fields["lora_bias"] and not base_mutating_init(loaded[0][0].config):
+        # PEFT takes no other init beside lora_bias; the factors are trained anyway
         fields["init_lora_weights"] = True
-    if any(update.kind == "experts" for update in kept.values()):  # nor a dropout beside them
+    if any(update.kind == "experts" for update in kept.values()):  # PEFT takes no dropout beside target_parameters
         fields["lora_dropout"] = 0.0
     fields["trainable_token_indices"] = _token_indices(loaded, kept)
-    # an absent field says what a null or false one says
+    # an absent field means the same as null or false
     return {name: value for name, value in fields.items() if value not in (None, False) or configs[0].get(name)}
 
 
@@ -265,7 +276,7 @@ def _strings(value: object) -> list[str]:
 
 
 def _token_indices(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> object:
-    """The first adapter's own where it says it all, else by path."""
+    """Return the first adapter's field if it covers all trained rows, else the rows by module."""
     rows = {module: update for module, update in kept.items() if update.kind == "rows"}
     first = loaded[0][0]
     own = [module for module, update in first.updates.items() if update.kind == "rows"]

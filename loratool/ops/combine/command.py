@@ -1,7 +1,7 @@
-"""`combine`: several adapters as one, exactly (`cat`) or by the methods of the literature (`combining.METHODS`).
+"""Run `combine`: several adapters as one, exactly (`cat`) or by the methods of the literature (`methods.METHODS`).
 
-Plan from headers; then one module at a time: its factors side by side, or, where a method's result has no low rank, one
-dense matrix and the best of the rank asked for. What that leaves out is measured on what is written.
+It plans from headers, and then makes one module at a time: concatenated factors, or, if a method's result has no low
+rank, one dense matrix and its best factors of the requested rank. The error is that of the factors as written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .methods import METHODS, REFUSED, WeightedDelta
 DENSITY = 0.5  # peft's and the papers' range is 0.2 to 0.9
 
 
-ROWS = 1024  # of a dense result compared with its factors at a time
+ROWS = 1024  # of a dense result, compared with its factors at a time
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def combine(
 def _check(
     method: str, density: float | None, dtype: str, rule: tuple[str, float] | None, weights: Sequence[float]
 ) -> float | None:
-    """The density, None for a method that has none."""
+    """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
     if method in REFUSED:
         raise UsageError(f"--method {method} is not offered: {REFUSED[method]}")
     if method not in METHODS:
@@ -181,7 +181,7 @@ def _check(
 
 
 class _Combination:
-    """The draft, and what came of each module."""
+    """The computation of the combined adapter, with the figures for its report."""
 
     def __init__(
         self,
@@ -201,12 +201,12 @@ class _Combination:
         self._done, self._steps = 0, len(joined.groups)
 
     def _natural(self, module: str) -> int:
-        """The sum of the ranks; where it is no concatenation, at most the matrix's own."""
+        """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
         total = sum(member.update.rank for member in self._joined.groups[module])
         return total if self._method == "cat" else max(1, min(total, *_sides(self._joined.updates[module])))
 
     def _parts(self, module: str) -> list[list[WeightedDelta]]:
-        """Of each matrix of the module, one or a stack of experts, the adapters' changes."""
+        """Return the adapters' deltas for each matrix of the module, which is one, or a stack of experts."""
         factors = []
         for member in self._joined.groups[module]:
             weight, scale = member.weight, member.update.scale
@@ -224,7 +224,7 @@ class _Combination:
         ]
 
     def choose(self, rule: tuple[str, float] | None, most: int | None) -> Mapping[str, int]:
-        """The ranks of what is made."""
+        """Choose and return the output's rank for each module."""
         if rule is None:
             self._ranks = {module: min(rank, most or rank) for module, rank in self._ranks.items()}
             return self._ranks
@@ -239,7 +239,7 @@ class _Combination:
         return self._ranks
 
     def _spectrum(self, module: str, most: int | None) -> SingularValues:
-        """Squares sum over a stack; of a dense result those that the natural rank or --max-rank allows."""
+        """Return the result's singular values, those of a dense one only up to the natural rank or --max-rank."""
         with _factored(module):
             if METHODS[self._method].dense:
                 squares, total = torch.zeros(max(most or 0, self._ranks[module]), dtype=torch.float64), 0.0
@@ -258,12 +258,12 @@ class _Combination:
             self._progress(self._done, self._steps)
 
     def _side_by_side(self, module: str) -> tuple[Tensor, Tensor]:
-        """(B (E, out, r), A (E, r, in)) of a method whose result comes in factors."""
+        """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
         found = [METHODS[self._method].run(parts, self._density or 1.0) for parts in self._parts(module)]
         return torch.stack([B for B, _ in found]), torch.stack([A for _, A in found])
 
     def _tops(self, module: str, rank: int) -> Iterator[tuple[Tensor, TruncatedSVD]]:
-        """Of each matrix of the module the dense result and the best of a rank."""
+        """Yield the dense result of each matrix of the module, and its truncated SVD."""
         for e, parts in enumerate(self._parts(module)):
             D = METHODS[self._method].run(parts, self._density or 1.0)
             assert isinstance(D, Tensor)
@@ -304,7 +304,7 @@ class _Combination:
         return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
 
     def _note(self, module: str, total: float, kept: float, wrong: float) -> None:
-        """total: ||D||^2 of the result; kept: of the rank's; wrong: ||D' - D||^2."""
+        """Keep a module's figures for the report, from ||D||^2, its share in the rank, and ||D' - D||^2."""
         share = (min(1.0, kept / total), math.sqrt(wrong / total)) if total else (1.0, 0.0)
         self._found[module] = (math.sqrt(total), *share)
 
@@ -315,7 +315,7 @@ class _Combination:
         )
 
     def try_all(self) -> None:
-        """Compute everything and keep nothing of it but the figures."""
+        """Compute everything for the figures of a dry run, and keep no tensors."""
         for module in self._ranks:
             self._factors(module)
         for each in self._joined.carried.values():
@@ -350,7 +350,7 @@ class _Combination:
 
 @contextmanager
 def _factored(module: str) -> Iterator[None]:
-    """What LAPACK does not converge on are numbers near the end of float64."""
+    """Turn LAPACK's failure to converge into an InputError: it fails only on numbers near the limit of float64."""
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""How the changes of several adapters to one matrix become one: METHODS.
+"""Implement the methods that combine several adapters' deltas of one matrix into one (METHODS).
 
-The formulas are those of the papers, taken of the changes D_i = s_i B_i A_i. Taken of B and A apart, as some tools do,
-they depend on which factors happen to make up a change, and a weighted sum of factors has cross terms B_i A_j. Where
-what is published differs, or says nothing of weights, the row names the variant.
+The papers' formulas are applied to the deltas D_i = s_i B_i A_i. Applied to B and A separately, as in some tools, they
+would depend on the choice of factors, and a weighted sum of factors would have cross terms B_i A_j. `choices` gives the
+paper of each method, and the variant if publications differ or do not define weights.
 """
 
 from __future__ import annotations
@@ -16,64 +16,61 @@ from torch import Tensor
 from ...numerics.factored_svd import RANK_TOLERANCE
 from ...numerics.seeded_random import uniform
 
-DRAWN = 1 << 20  # random numbers at a time, each lot under a key of its own
+DRAWN = 1 << 20  # random numbers drawn at a time, each time with another key
 
 
-ROWS = 1024  # of a dense change made at a time in float64
+ROWS = 1024  # of a dense delta, computed at a time in float64
 
 
 @dataclass(frozen=True)
 class WeightedDelta:
-    """One adapter's share: weight * B @ A. B: (out, r), A: (r, in), float64, the scale in B.
+    """An adapter's weighted delta of one matrix, weight * B @ A."""
 
-    key: what its random numbers follow from.
-    """
-
-    B: Tensor
-    A: Tensor
+    B: Tensor  # (out, r), float64, with the scale folded in
+    A: Tensor  # (r, in), float64
     weight: float
-    key: str
+    key: str  # seeds its random numbers
 
     def dense(self) -> Tensor:
-        """D, (out, in), float32, without the weight."""
+        """Return D = B @ A, (out, in), float32, without the weight."""
         D = self.B.new_empty(len(self.B), self.A.shape[1], dtype=torch.float32)
         for start in range(0, len(D), ROWS):
             D[start : start + ROWS] = self.B[start : start + ROWS] @ self.A
         return D
 
 
-# Makes the parts' changes with some entries 0, each time it is called and one at a time: only one need be there.
+# Yields the pruned deltas one by one, so that only one is in memory; can be called again.
 Deltas = Callable[[], Iterator[Tensor]]
 
 
 def _keep_largest(parts: Sequence[WeightedDelta], density: float) -> Deltas:
-    """Of each D the share `density` of its entries, the largest; equal ones stay together."""
-    cuts: dict[int, float] = {}
+    """Keep the fraction `density` of the entries of each D, the largest, and all others equal to the smallest kept."""
+    thresholds: dict[int, float] = {}
 
-    def changes() -> Iterator[Tensor]:
+    def pruned() -> Iterator[Tensor]:
         for i, part in enumerate(parts):
             D = part.dense()
-            if i not in cuts:
-                cuts[i] = _threshold(D, density)
-            yield D.mul_(D.abs() >= cuts[i])
+            if i not in thresholds:
+                thresholds[i] = _threshold(D, density)
+            yield D.mul_(D.abs() >= thresholds[i])
 
-    return changes
+    return pruned
 
 
 def _threshold(D: Tensor, density: float) -> float:
-    """The least of the largest magnitudes. numpy's selection, since torch's brings as many indices along."""
+    """Return the smallest magnitude to keep, so that the fraction `density` of the entries is kept."""
     dropped = D.numel() - max(1, int(density * D.numel()))
     if dropped <= 0:
         return 0.0
-    sizes = D.abs().flatten().cpu().numpy()
-    sizes.partition(dropped)
-    return float(sizes[dropped])
+    magnitudes = D.abs().flatten().cpu().numpy()
+    magnitudes.partition(dropped)  # torch's selection would also make as many indices
+    return float(magnitudes[dropped])
 
 
 def _keep_random(parts: Sequence[WeightedDelta], density: float) -> Deltas:
-    """DARE: each entry stays with the probability `density`, and is divided by it."""
+    """Keep each entry with the probability `density`, divided by it (DARE)."""
 
-    def changes() -> Iterator[Tensor]:
+    def pruned() -> Iterator[Tensor]:
         for part in parts:
             D = part.dense()
             flat = D.view(-1)
@@ -83,7 +80,7 @@ def _keep_random(parts: Sequence[WeightedDelta], density: float) -> Deltas:
                 block.mul_((drawn < density) / density)
             yield D
 
-    return changes
+    return pruned
 
 
 def _weights(parts: Sequence[WeightedDelta]) -> list[float]:
@@ -100,9 +97,9 @@ def _sum(changes: Deltas, weights: Sequence[float]) -> Tensor:
 
 
 def _elect_signs(changes: Deltas, weights: Sequence[float], votes: Sequence[float]) -> Tensor:
-    """TIES after trimming: an entry's sign is that of sum v_i D_i, its value sum w_i D_i / sum v_i of those that agree.
+    """Elect signs and merge (TIES after trimming), with weights w_i and votes v_i.
 
-    v: the votes.
+    The sign of an entry is that of sum v_i D_i; its value is sum w_i D_i / sum v_i over those with this sign.
     """
     positive = _sum(changes, votes) >= 0
     total, count = (torch.zeros_like(positive, dtype=torch.float32) for _ in range(2))
@@ -114,7 +111,7 @@ def _elect_signs(changes: Deltas, weights: Sequence[float], votes: Sequence[floa
 
 
 def cat(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
-    """sum w_i D_i, exactly: (B (out, sum r_i), A (sum r_i, in)); scales and weights are in B."""
+    """Return factors of sum w_i D_i, exactly: B (out, sum r_i), with scales and weights, and A (sum r_i, in)."""
     return torch.cat([part.B * part.weight for part in parts], 1), torch.cat([part.A for part in parts])
 
 
@@ -139,36 +136,39 @@ def magnitude(parts: Sequence[WeightedDelta], density: float) -> Tensor:
 
 
 def knots(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
-    """TIES of the S V_i^T in [D_1 ... D_N] = U S [V_1^T ... V_N^T]: (U (out, k), the result (k, in)).
+    """Apply TIES to S V_i^T, where [D_1 ... D_N] = U S [V_1^T ... V_N^T] (KnOTS, Stoica et al., ICLR 2025).
 
-    With [B_1 ... B_N] = Q R and A_i^T = Q_i L_i^T the SVD is that of the small R blockdiag(L_i), so U S V^T is never
-    N * in wide; S V_i^T is U^T D_i.
+    With [B_1 ... B_N] = Q R and A_i^T = Q_i L_i^T the SVD is that of the small R blockdiag(L_i), so nothing N * in wide
+    is computed; S V_i^T is U^T D_i.
+
+    Returns:
+        U (out, sum r_i or less) and the result of TIES in its basis, padded by zeros to the same rank.
     """
     Q, R = torch.linalg.qr(torch.cat([part.B for part in parts], 1))
     pieces = R.split([part.B.shape[1] for part in parts], 1)
     L = [torch.linalg.qr(part.A.mT, mode="r").R.mT for part in parts]
     small = torch.cat([piece @ each for piece, each in zip(pieces, L, strict=True)], 1)
     U, S, _ = torch.linalg.svd(small, full_matrices=False)
-    k = int((RANK_TOLERANCE * S[:1] < S).sum())  # beyond it are directions of none of the changes
+    k = int((RANK_TOLERANCE * S[:1] < S).sum())  # the other directions are in no delta
     U = U[:, :k]
-    turned = [
+    rotated = [
         WeightedDelta(U.mT @ piece, part.A, part.weight, part.key) for piece, part in zip(pieces, parts, strict=True)
     ]
     result = parts[0].A.new_zeros(len(R), parts[0].A.shape[1])
     if k:
-        result[:k] = ties(turned, density)
+        result[:k] = ties(rotated, density)
     return torch.nn.functional.pad(Q @ U, (0, len(R) - k)), result
 
 
 @dataclass(frozen=True)
 class CombineMethod:
-    """run: of the parts of one matrix and the density, to factors, or to a dense result that has no low rank."""
+    """A method of `combine`."""
 
-    run: Callable[[Sequence[WeightedDelta], float], tuple[Tensor, Tensor] | Tensor]
-    dense: bool = True
-    prunes: bool = True
-    random: bool = False
-    negative: bool = True  # whether weights may be below 0
+    run: Callable[[Sequence[WeightedDelta], float], tuple[Tensor, Tensor] | Tensor]  # (deltas, density) -> (B, A) or D
+    dense: bool = True  # returns D, which has no low rank
+    prunes: bool = True  # has a density
+    random: bool = False  # draws random numbers
+    negative: bool = True  # takes negative weights
 
 
 METHODS: dict[str, CombineMethod] = {
@@ -182,7 +182,7 @@ METHODS: dict[str, CombineMethod] = {
 }
 
 
-# What others call it, or offer -> what to use instead, and why.
+# a method of other tools -> what to use instead, and why
 REFUSED = {
     "linear": "a sum of factors has the cross terms B_i A_j, which no adapter has; cat is the sum of the changes",
     "svd": "that is cat with --rank",

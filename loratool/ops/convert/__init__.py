@@ -1,1 +1,1 @@
-"""The command `convert`."""
+"""Run the command `convert`."""

@@ -1,7 +1,7 @@
-"""`convert` of a checkpoint: torch and safetensors, one file and shards, another type, streamed like a merge.
+"""Convert a checkpoint to another container, dtype or number of shards, streamed like a merge.
 
-What has no need to change keeps its bytes. Each number that a cast loses is counted and named; one that would become
-infinite stops it.
+Tensors that need no cast keep their bytes. Numbers that a cast makes 0 are counted for each tensor; a number that would
+become infinite stops the conversion.
 """
 
 from __future__ import annotations
@@ -80,9 +80,14 @@ def convert_checkpoint(
 ) -> CheckpointConvertReport:
     """Write a checkpoint in another container, type or number of shards.
 
-    to: a key of CONTAINERS; without it as `out` is named, else safetensors. dtype: a key of `merge.MERGE_DTYPES`, taken
-    by all tensors of 16-bit floats or wider. max_shard_bytes cuts the output anew. Raises UsageError, InputError and
-    NeedsFlag before anything is written, and where a number would become infinite; nothing stays then.
+    Args:
+        to: a key of CONTAINERS; by default the one that the suffix of `out` tells, else safetensors.
+        dtype: a key of `dtypes.MERGE_DTYPES`, for all tensors of floats of 16 bits or more.
+        max_shard_bytes: the size of the output's shards; by default those of the checkpoint.
+
+    Raises:
+        UsageError, InputError, NeedsFlag: before anything is written.
+        InputError: a number would become infinite. What was written is removed.
     """
     spelling = dtype.lower().removeprefix("torch.")
     if spelling not in MERGE_DTYPES:
@@ -120,7 +125,7 @@ def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | 
 
 
 def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None) -> tuple[str, Path, bool]:
-    """The container, the output's path, and whether it is a single file."""
+    """Return the container, the output's path, and whether it is a single file."""
     suffix = "" if out is None else Path(out).suffix
     to = to or next((key for key, suffixes in CONTAINERS.items() if suffix in suffixes), "safetensors")
     if to not in CONTAINERS:
@@ -131,7 +136,7 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
 
 
 def _execute(base: Checkpoint, output: Output, progress: Progress | None, workers: int) -> dict[str, int]:
-    """Write it; of each tensor that is cast, how many numbers became 0."""
+    """Write the output; return for each tensor that is cast how many numbers became 0."""
     sources = {name: TensorRef(base.shard_of[name], name) for name in output.specs}
     cast = {
         name: ChangedTensor(spec.size, partial(_all_numbers, spec.size))
@@ -151,16 +156,15 @@ def _all_numbers(size: int) -> list[RowRange]:
 
 
 def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:
-    """What is too large, and how many numbers are too small."""
+    """Cast a block into `out`; return its rounding statistics, and how many numbers became 0."""
     change = cast_rounded(base, out, work)
     least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
     return change, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
 
 
 def _count_nonzero(x: Tensor) -> int:
-    """By the bits less the sign: numpy counts integers in a quarter of torch's time."""
     bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
-    return int(np.count_nonzero(bits << 1))
+    return int(np.count_nonzero(bits << 1))  # less the sign; numpy counts integers in a quarter of torch's time
 
 
 def _report(
@@ -170,9 +174,8 @@ def _report(
     edits: OutputEdits,
     to: str,
     dtype: str | None,
-    flushed: dict[str, int] | None,
+    flushed: dict[str, int] | None,  # tensor -> numbers that became 0; None in a dry run
 ) -> CheckpointConvertReport:
-    """flushed: None in a dry run."""
     cast = tuple(
         CastTensor(each, spec.shape, base.specs[each].dtype, spec.dtype, None if flushed is None else flushed[each])
         for each, spec in output.specs.items()

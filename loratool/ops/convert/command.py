@@ -1,7 +1,7 @@
-"""`convert`: an adapter in another convention, each tensor carried exactly, or named as what cannot be carried.
+"""Run `convert`: an adapter in another format, or a checkpoint in another container, as the files tell.
 
-`convert_image` and `convert_language` plan what is written, and tensors come one by one; `convert_checkpoint` is the
-verb for whole models. What is in the files decides.
+Each tensor of an adapter is converted exactly, or its error is reported, or it is refused by name. `image`, `language`
+and `plain` plan the output, and its tensors are made one by one; `checkpoint` converts whole models.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .subtract_initial import subtract_init
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
-SAYS_START = ("peft", "diffusers")  # the conventions that say how an adapter was initialized,
+SAYS_START = ("peft", "diffusers")  # the formats that hold init_lora_weights
 
 
-KEPT_STARTS = ("pissa", "olora")  # where a name says it all; others have a config of their own
+KEPT_STARTS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,26 @@ def convert_adapter(
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertReport:
-    """Write an adapter in another convention, a key of TARGETS. `peft` is a folder, or a file where `out` ends in
-    .safetensors; the others are files.
+    """Write an adapter in another format; if an error is raised, nothing is written.
 
-    from_format: a key of FORMATS, where the tensors' names do not tell. drop: patterns of modules that may be left out
-    where they cannot be carried. alpha: for a file that does not say its own; enable_lora: which slices loralib's
-    MergedLinear has. plain: as standard LoRA, alpha being the rank everywhere; of an adapter whose start changed its
-    base, `initial` is subtracted, exactly, at twice the rank, and what DoRA changes of `base` is truncated to its own
-    rank; `rank`: truncated to it. layout: of a language model's fused modules, a key of LAYOUTS, whose sizes `base` or
-    its config.json says. dtype: of the factors, a key of CONVERT_DTYPES. Raises NeedsFlag for what can only be
-    dropped, and InputError for what nothing could load: nothing is written then.
+    Args:
+        out: for `peft` a folder, or a file if it ends in .safetensors; for the others a file.
+        to: a key of FORMAT_CHOICES.
+        from_format: a key of FORMATS, if the tensors' names do not tell it.
+        drop: patterns of modules to leave out.
+        alpha: for a file that does not hold its own.
+        enable_lora: which slices of loralib's MergedLinear have factors.
+        plain: write standard LoRA, with alpha equal to the rank. DoRA then needs `base`, and is truncated to its rank.
+        initial: with `plain`, the adapter before training: a base-mutating init is subtracted, at twice the rank.
+        rank: with `plain`, the rank to truncate to.
+        layout: a key of QKV_LAYOUTS, for a language model's fused modules.
+        base: the model, or its config.json, that tells the rows of q, k and v; or the model under DoRA.
+        dtype: the factors', a key of CONVERT_DTYPES.
+
+    Raises:
+        UsageError: the options contradict each other.
+        NeedsFlag: something can only be dropped, or needs another option.
+        InputError: nothing could load the output.
     """
     if to not in FORMAT_CHOICES:
         raise UsageError(f"format {to!r} is none of {', '.join(FORMAT_CHOICES)}")
@@ -178,16 +188,22 @@ def convert_adapter(
 def plan_convert(
     source: Adapter, wish: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
 ) -> AdapterOutput:
-    """folder: where there is place for what must wait; family: where more than the adapter tells it.
+    """Plan a conversion, from headers as far as possible.
 
-    Raises NeedsFlag and InputError as `convert` does."""
+    Args:
+        folder: where temporary files are put; `opened` closes them.
+        family: a key of IMAGE_FAMILIES, if other adapters tell it.
+
+    Raises:
+        NeedsFlag, InputError, UsageError: as `convert_adapter`.
+    """
     sources, _ = read_source_modules(source)
     selection = Selection(wish.drop or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
     family = family or detect_family(sources) or detect_family(wanted)
     single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
     if single and not any(each.component == "unet" for each in sources):
-        family = None  # a text encoder by itself goes as a language model does
+        family = None  # a text encoder alone is converted as a language model
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _at_its_start(source, [each.module for each in wanted], wish, opened)
@@ -215,8 +231,10 @@ def plan_convert(
 
 
 def _at_its_start(source: Adapter, modules: Sequence[str], wish: ConvertRequest, opened: ExitStack) -> Adapter:
-    """An image model's adapter, with what its start was taken away where that is asked. Raises NeedsFlag where it
-    changed the base, and the output cannot say so.
+    """Subtract the initial adapter of an image model's, if it was given.
+
+    Raises:
+        NeedsFlag: it was not given, the init altered the base, and the output could not tell.
     """
     if wish.initial is not None:
         return subtract_init(source, wish.initial, opened)
@@ -231,7 +249,7 @@ def _at_its_start(source: Adapter, modules: Sequence[str], wish: ConvertRequest,
 def _plain_enough(
     source: Adapter, wish: ConvertRequest, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
-    """Without DoRA where the output has no place for it, and what that lost."""
+    """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
     selection = Selection(wish.drop or ("",))
     dora = [m for m, update in source.updates.items() if update.kind == "dora" and not selection.selects(m)]
     if not wish.plain and (wish.to != "loralib" or not dora):

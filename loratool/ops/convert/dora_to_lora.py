@@ -1,7 +1,7 @@
-"""DoRA as plain LoRA, which only a base makes of it: the best of a rank for what each module changes of its weight.
+"""Convert DoRA to plain LoRA with the help of its base: the best factors of a rank for each module's delta.
 
-W' - W = (g - 1) W + g s B A, row by row, with g = m / ||W + s B A||: of no low rank, as a fine-tune's change is none.
-One matrix at a time; the factors wait in a spool (`extract` has the same one).
+W' - W = (g - 1) W + g s B A, row by row, with g = m / ||W + s B A||, has no low rank, so this is an approximation. One
+matrix is in memory at a time; the factors wait in a spool, as in `extract`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,21 @@ from ...streaming.nonadditive import magnitude_ratio
 from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model
 
-ROWS = 512  # of a weight at a time
+ROWS = 512  # of a weight, in memory at a time in float64
 
 
 def dora_to_lora(
     source: Adapter, base: str | os.PathLike[str], rank: int | None, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
-    """The adapter with its DoRA modules as LoRA of `rank`, or of their own; and of each module (||D' - D||^2, ||D||^2).
+    """Return the adapter with LoRA instead of DoRA, and for each such module (||D' - D||^2, ||D||^2).
 
-    folder: where the spool has place. Raises InputError for modules that the base does not have.
+    Args:
+        rank: of the new factors; None keeps each module's.
+        folder: where the spool is put.
+        opened: closes the base and the spool.
+
+    Raises:
+        InputError: the base does not have a module.
     """
     checkpoint = open_model(base, "--base is the model under it", opened)
     dora = {module: update for module, update in source.updates.items() if update.kind == "dora"}
@@ -64,7 +70,7 @@ def dora_to_lora(
 
 
 def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
-    """The weight that the module changes, (out, in), float32, from all tensors that have rows of it."""
+    """Read the module's weight W, (out, in), float32, from all tensors that hold rows of it."""
     out, width = update.shape[0], update.specs["A"].size // update.rank
     W = torch.empty(out, width, dtype=torch.float32)
     for name, placement in places:
@@ -79,7 +85,7 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
 
 
 def _dora_delta(update: DoRA, W: Tensor, module: str) -> Tensor:
-    """W' - W in place of W, by rows: small numbers, so that none cancels."""
+    """Replace W by W' - W and return it, computed from small terms, since subtracting W from W' would cancel."""
     A, magnitude = update.A.flatten(1).float(), update.magnitude.flatten().double()
     for start in range(0, len(W), ROWS):
         rows = slice(start, start + ROWS)

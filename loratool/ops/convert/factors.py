@@ -1,7 +1,7 @@
-"""The factors of a target module, made of its sources': the very tensors where that is possible, and else how far off.
+"""Make the factors of a target module from those of its source modules, and measure the error of what is not exact.
 
-A scale stands in alpha, or is folded into B: exact where B's type, or float32, holds every product, as it does for
-powers of two. Any other fold, and a type that holds less, are rounded, and the error is that of the change.
+The stored tensors are used unchanged if possible. A scale stays in alpha, or is folded into B. The fold is exact if
+B's dtype, or float32, holds every product, as it does for powers of two; any other fold, and a narrower dtype, round.
 """
 
 from __future__ import annotations
@@ -18,27 +18,32 @@ from ...adapters.updates import DoRA, LowRank
 from ...numerics.factored_svd import core, factored_svd
 from .module_map import RowSlice, TargetModule
 
-EPSILON = 2.0**-53  # what float64, in which errors are measured, rounds by itself
+EPSILON = 2.0**-53  # the rounding of float64, in which errors are measured
 
 
-DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of a significand
+DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
 
 
 @dataclass(frozen=True)
 class ModuleFactors:
-    """A: (r, in, *kernel), B: (out, r, 1s), the scale that stands before B A, and DoRA's magnitude (out,). exact:
-    whether the change is the sources' to the bit.
-    """
+    """The update scale * B A of a target module, with DoRA's magnitude."""
 
-    A: Tensor
-    B: Tensor
+    A: Tensor  # (r, in, *kernel)
+    B: Tensor  # (out, r), with a 1 for each dimension of the kernel
     scale: float
-    magnitude: Tensor | None = None
-    exact: bool = True
+    magnitude: Tensor | None = None  # (out,), or (in,) of DoRA along the inputs
+    exact: bool = True  # the update is the sources' to the bit
 
 
 def make_factors(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors:
-    """updates: of the target's parts. The very tensors where one module stays one; else of a type that holds all."""
+    """Return the factors of `target`.
+
+    A module that is neither split nor fused keeps its tensors. Fused factors have the dtype that holds those of all
+    slices.
+
+    Args:
+        updates: the updates of the target's slices, in their order.
+    """
     made = _low_rank(target, updates)
     if not isinstance(updates[0], DoRA):
         return made
@@ -78,7 +83,11 @@ def _low_rank(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors
 
 
 def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
-    """One A (r, in) of several, a row that several have once, and where in it each one's rows are."""
+    """Concatenate several A into one (r, in), in which rows of equal bytes from different A are stored once.
+
+    Returns:
+        That A, and for each of `sides` the indices of its rows in it.
+    """
     found: dict[tuple[bytes, int], int] = {}
     rows: list[Tensor] = []
     places: list[list[int]] = []
@@ -95,13 +104,13 @@ def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
 
 
 def common_scale(scales: Sequence[float]) -> float:
-    """The first one where the others are powers of two of it, else 1."""
+    """Return the first scale if its ratio to each other one is a power of two, so that no fold rounds; else 1."""
     ratios = [scale / scales[0] if scales[0] else 0.0 for scale in scales]
     return scales[0] if all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios) else 1.0
 
 
 def _scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
-    """scale * B in its own type, or in float32 where that cannot hold it; and whether this is exact."""
+    """Return scale * B in B's dtype, or in float32 if that is too narrow, and whether this is exact."""
     product = B.double() * scale
     found = product.to(B.dtype)
     if not torch.equal(found.double(), product):
@@ -110,15 +119,18 @@ def _scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
 
 
 def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
-    """Whether float64 holds this scale times any number of a type: by the bits of both."""
+    """Return whether float64 holds the product of `scale` and any number of `dtype`, by counting their bits."""
     significand = int(math.ldexp(abs(math.frexp(scale)[0]), 53))
     digits = 53 - ((significand & -significand).bit_length() - 1) if scale else 0
     return digits <= 1 or DIGITS[dtype] + digits <= 53
 
 
 def _ranks_of(B: Tensor, part: RowSlice) -> Tensor:
-    """Which ranks a part needs. Where none of those that reach its rows reaches others too, as in what was fused of
-    parts, it is those, and the ones that reach none at all, as in an adapter that only starts; else it is all.
+    """Return a mask (r,) of the ranks that a slice of a fused B needs.
+
+    If no rank reaches both the slice and other rows, as in factors that were fused from split ones, these are the
+    ranks that reach no other row. They include those that reach no row at all, as in an untrained adapter. Otherwise
+    every rank is needed.
     """
     reached = B.reshape(B.shape[:2]) != 0  # (out, r)
     inside = reached[part.start : part.stop].any(0)
@@ -128,12 +140,12 @@ def _ranks_of(B: Tensor, part: RowSlice) -> Tensor:
 
 
 def is_zero_filler(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors) -> bool:
-    """Whether a part of a fused module is all zero and the others are not: it had no adapter before it was fused."""
+    """Return whether a slice of a fused B is zero and other rows are not: it had no adapter before it was fused."""
     return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
 
 
 def fold_scale(factors: ModuleFactors) -> ModuleFactors:
-    """With the scale in B."""
+    """Return the factors with the scale in B."""
     B, exact = _scaled(factors.B, factors.scale)
     dtype = torch.promote_types(factors.A.dtype, B.dtype)
     return replace(factors, A=factors.A.to(dtype), B=B.to(dtype), scale=1.0, exact=factors.exact and exact)
@@ -146,12 +158,12 @@ def cast_factors(factors: ModuleFactors, dtype: torch.dtype) -> ModuleFactors:
 
 
 def dtype_holds(dtype: torch.dtype, *others: torch.dtype) -> bool:
-    """Whether every number of these types is one of this."""
+    """Return whether `dtype` holds every number of the other dtypes."""
     return all(torch.promote_types(dtype, other) == dtype for other in others)
 
 
 def truncate_factors(factors: ModuleFactors, rank: int) -> ModuleFactors:
-    """The best of a rank, in float32, with the scale in it; zeros where there is less."""
+    """Return the best factors of a rank, in float32, with the scale folded in, padded by zeros up to the rank."""
     shape, ones = factors.A.shape[1:], factors.B.shape[2:]
     whole = factored_svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
     B, A = (side.float() for side in whole.truncated(rank))
@@ -161,7 +173,11 @@ def truncate_factors(factors: ModuleFactors, rank: int) -> ModuleFactors:
 
 
 def alpha_for_scale(scale: float, rank: int) -> float:
-    """What divided by the rank is the scale: of float32's numbers if one does it, else the nearest of float64's."""
+    """Return an alpha with alpha / rank == scale, if there is one.
+
+    A float32 number is preferred, because files store alpha in float32; then the float64 neighbours of scale * rank are
+    tried. If none divides exactly, scale * rank is returned.
+    """
     product = scale * rank
     short = float(torch.tensor(product, dtype=torch.float32))
     near = (short, product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
@@ -169,8 +185,9 @@ def alpha_for_scale(scale: float, rank: int) -> float:
 
 
 def delta_error(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors, scale: float) -> float:
-    """||D' - D|| / ||D|| of `made` with this scale against the sources: 0 only where it is exact. Of DoRA the
-    direction's.
+    """Return ||D' - D|| / ||D||, where D' is scale * B A of `made`, and D the sources' update.
+
+    It is 0 only for what is exact. DoRA's magnitude is left out of both.
     """
     if made.exact:
         return abs(scale / made.scale - 1.0) if made.scale else 0.0
@@ -184,7 +201,7 @@ def delta_error(target: TargetModule, updates: Sequence[LowRank], made: ModuleFa
 
 
 def relative_error(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> float:
-    """||B' A' - B A|| / ||B A|| of factors with their scales in them, stacks or single; 0 of a change of 0."""
+    """Return ||B' A' - B A|| / ||B A|| for (B, A) with their scales folded in, single or stacked; 0 if B A is 0."""
     (B, A), (made_B, made_A) = true, made
     norm = float(torch.linalg.vector_norm(core(B, A)))
     wrong = core(torch.cat([made_B.double(), -B.double()], -1), torch.cat([made_A.double(), A.double()], -2))

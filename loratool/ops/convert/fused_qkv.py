@@ -1,8 +1,8 @@
-"""Language models that differ in whether q, k, v and gate, up are one matrix each: adapters of one for the other.
+"""Plan a language model's adapter for the other layout: q, k, v and gate, up as fused modules, or as split ones.
 
-A part of a fused module has its rows of B, and the ranks that reach them; a whole has the ranks of its parts one after
-the other, or their one A (`carrying.make_factors`): exact both ways. How many rows are whose, GQA being what it is,
-a config.json says.
+Both ways are exact. A split module gets its rows of B, and the ranks that reach them. A fused one gets the ranks of its
+slices one after the other, or their common A (`factors.make_factors`). With grouped-query attention only the base's
+config.json tells how many rows are q's, k's and v's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...files.checkpoint import open_checkpoint, read_json_file
 from .module_map import RowSlice, TargetModule, fuse_modules
 from .source_modules import SourceModule
 
-# A fused module, by the end of its path -> its parts in the order of its rows
+# suffix of a fused module's path -> its split modules, in the order of their rows
 FUSED = {
     "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "mlp.gate_up_proj": ("gate_proj", "up_proj"),
@@ -25,16 +25,20 @@ FUSED = {
 }
 
 
-C_ATTN = "attn.c_attn"  # GPT-2's, whose parts are square
+C_ATTN = "attn.c_attn"  # GPT-2's, whose slices are square
 
 
-Sizes = Mapping[str, int]
+Sizes = Mapping[str, int]  # split module -> its rows
 
 
 def read_qkv_rows(base: str | os.PathLike[str] | None) -> Sizes:
-    """The rows of q_proj, k_proj and v_proj by a base's config: a folder, a file in one, or the config.json itself.
+    """Read the rows of q_proj, k_proj and v_proj from the config of a base; empty without a base.
 
-    Empty without a base. Raises InputError where its config does not say them.
+    Args:
+        base: a checkpoint's folder, a file in one, or a config.json.
+
+    Raises:
+        InputError: the config does not tell its attention heads and their size.
     """
     if base is None:
         return {}
@@ -59,8 +63,14 @@ def _count(config: Mapping[str, Any], field: str) -> int:
 
 
 def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[TargetModule]:
-    """All modules, those that the layout has otherwise split or fused. Raises NeedsFlag where only a base can tell the
-    rows, and InputError where it contradicts the adapter.
+    """Return a target for every module, split or fused as the layout has it.
+
+    Args:
+        layout: a key of QKV_LAYOUTS.
+
+    Raises:
+        NeedsFlag: only a base can tell the rows of a module.
+        InputError: the rows are not those of the base, or of any model.
     """
     if layout == "split":
         return [target for source in sources for target in _split(source, sizes)]
@@ -76,14 +86,14 @@ def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[Tar
 
 
 def _fused_path(path: str, end: str) -> str | None:
-    """The fused module that a module is a part of, where it is one of this end."""
+    """Return the path of the fused module with the suffix `end` that holds this split module, or None."""
     block, _, name = f".{path}".rpartition(".")
     middle, _, fused = end.partition(".")
     return f"{block}.{fused}"[1:] if name in FUSED[end] and block.endswith(f".{middle}") else None
 
 
 def _fused_suffix(path: str) -> str | None:
-    """The key of FUSED that a fused module's path ends in."""
+    """Return the key of FUSED that a path ends in, or None."""
     return next((end for end in FUSED if f".{path}".endswith(f".{end}")), None)
 
 
@@ -136,7 +146,7 @@ def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetM
 
 
 def _infer_missing_rows(path: str, names: tuple[str, ...], rows: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
-    """Gate has as many rows as up, and key as value; all else a base must say."""
+    """Return the rows of all split modules: gate has as many as up, and k as v; others must be in `sizes`."""
     found = {}
     for name in names:
         like = {"gate_proj": "up_proj", "up_proj": "gate_proj", "k_proj": "v_proj", "v_proj": "k_proj"}.get(name, name)

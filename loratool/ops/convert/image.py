@@ -1,6 +1,6 @@
-"""An image model's adapter to be, module by module, in any of its conventions: what `convert` and `extract` write.
+"""Plan an image model's adapter in any format, for `convert`, `extract` and `init`.
 
-All is planned from headers where the very factors are carried; tensors are made when they are written, a module at a
+Modules that keep their factors are planned from headers. The tensors are made when they are written, one module at a
 time.
 """
 
@@ -40,32 +40,40 @@ from .module_map import TargetModule, plan_target_modules, target_name, uses_mak
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, cannot_convert
 from .source_modules import SINGLE_COMPONENT, SourceModule, find_unknown_modules
 
-# kohya's name of a family's base; of SD 3 it depends on the size
+# family -> kohya's name of its base; SD 3 has none, since its name depends on the size
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 
-NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}  # sd-scripts' module, where it is another
+NETWORKS = {
+    "flux": "networks.lora_flux",
+    "sd3": "networks.lora_sd3",
+}  # family -> sd-scripts' module, if not networks.lora
 
 
 @dataclass(frozen=True)
 class ImageAdapter:
-    """Where the factors come from: its name and metadata, the model's family, and what reads a module's. lost: of
-    modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2). start: the
-    initialization that changed the base of a module's model.
-    """
+    """An adapter or a model that the factors come from."""
 
-    name: str
+    name: str  # for messages
     metadata: Mapping[str, str]
-    family: str
+    family: str  # a key of IMAGE_FAMILIES
     load: Callable[[SourceModule], LowRank]
-    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    start: Callable[[str], str | None] = lambda module: None
+    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module -> (||D' - D||^2, ||D||^2) so far
+    start: Callable[[str], str | None] = lambda module: None  # module -> the init that altered its base, or None
 
 
 def plan_image(
     image: ImageAdapter, wish: ConvertRequest, sources: list[SourceModule], impossible: list[str]
 ) -> AdapterOutput:
-    """impossible: modules that no convention can carry. Raises NeedsFlag where something is to be dropped first."""
+    """Plan the output.
+
+    Args:
+        impossible: modules that no format of image adapters can hold.
+
+    Raises:
+        NeedsFlag: modules have to be dropped or made plain first.
+        InputError: nothing is left, or two modules would become one.
+    """
     return _ImagePlan(image, wish, sources, impossible).output()
 
 
@@ -78,18 +86,18 @@ def write_output(made: AdapterOutput, to: str, path: Path, is_file: bool, inputs
 
 @dataclass(frozen=True)
 class _ConvertedModule:
-    """One module of the output: rank, alpha and the specs of its tensors, by their ends."""
+    """A module of the output."""
 
     target: TargetModule
-    how: str
+    how: str  # as in ModuleConvert
     rank: int
     alpha: float
-    error: float
-    specs: Mapping[str, TensorSpec]
+    error: float  # ||D' - D|| / ||D||
+    specs: Mapping[str, TensorSpec]  # suffix of the tensor's name -> spec
 
 
 class _ImagePlan:
-    """The modules of the output, and what makes their tensors."""
+    """The modules of the output, with the loader of their tensors."""
 
     def __init__(
         self, image: ImageAdapter, wish: ConvertRequest, sources: list[SourceModule], impossible: list[str]
@@ -137,7 +145,7 @@ class _ImagePlan:
         return wanted
 
     def _make(self, target: TargetModule) -> _ConvertedModule | None:
-        """From headers alone, where the very factors are carried; None for what need not be there."""
+        """Plan a module, from headers alone if it keeps its factors; return None for zeros that fusing filled in."""
         first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
         stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
         if (
@@ -181,15 +189,16 @@ class _ImagePlan:
         return _ConvertedModule(target, how, rank, alpha, error, ends)
 
     def _folds(self, scale: float, rank: int) -> bool:
-        """Whether a scale goes into the factors: of an alpha that is 0 in float32 kohya's files mean the rank, and one
-        that is infinite is none.
+        """Return whether a scale has to be folded into the factors.
+
+        It has to if its alpha is infinite in float32, or is 0 there: in kohya's files 0 stands for the rank.
         """
         alpha = abs(float(torch.tensor(alpha_for_scale(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
         lost = alpha == math.inf or (alpha == 0 and (self._wish.to == "kohya" or scale != 0))
         return self._wish.plain or lost
 
     def _scale(self, alpha: float, rank: int) -> float:
-        """What a reader takes the scale to be."""
+        """Return the scale that a reader of the output computes from this alpha."""
         return (float(torch.tensor(alpha, dtype=torch.float32)) if self._has_alphas else alpha) / rank
 
     @property
@@ -204,12 +213,12 @@ class _ImagePlan:
         elif self._folds(factors.scale, len(factors.A)):
             factors = fold_scale(factors)
         dtype = self._wish.dtype or factors.B.dtype
-        if self._wish.plain or self._wish.dtype or target.how == "fused":  # else they are the source's own numbers
+        if self._wish.plain or self._wish.dtype or target.how == "fused":  # else nothing is rounded
             round_factors(target.path, (factors.B, factors.A), dtype)
         return cast_factors(factors, dtype) if self._wish.dtype else factors, updates
 
     def _update(self, source: SourceModule) -> LowRank:
-        """Read once for all the parts that a fused module becomes, which come one after the other."""
+        """Load an update, once for all targets that a fused module is split into, since they follow each other."""
         if self._loaded is None or self._loaded[0] is not source:
             self._loaded = source, self._image.load(source)
         return self._loaded[1]
@@ -222,7 +231,10 @@ class _ImagePlan:
         return {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
     def _laid(self, role: str, spec: TensorSpec, B: TensorSpec, inputs: bool) -> TensorSpec:
-        """In the shape that the convention has: a magnitude stands by the rows of the weight, or in PEFT by its own."""
+        """Return the spec with the format's shape.
+
+        kohya's magnitudes are (out, 1, ...), PEFT's (out,) or (1, out, ...), and (1, in) along the inputs in both.
+        """
         if role != "magnitude":
             return replace(spec, shape=spec.shape[:2]) if self._wish.to == "loralib" else spec
         if inputs:
@@ -249,14 +261,14 @@ class _ImagePlan:
         )
 
     def _unread(self) -> tuple[str, ...]:
-        """What diffusers' loaders pass over (`_lora_loadable_modules` of its pipelines)."""
+        """Return a note on modules that diffusers ignores, those outside its pipelines' `_lora_loadable_modules`."""
         t5 = [name for name, made in self._made.items() if made.target.component == "text_encoder_3"]
         if self._wish.to != "diffusers" or not t5:
             return ()
         return (f"diffusers loads no adapter of a T5: {len(t5)} modules will not be read, {t5[0]} the first",)
 
     def _load(self, key: str) -> Tensor:
-        """The tensors of a module, asked for one after the other, are computed once."""
+        """Make a tensor; those of one module are made together, and kept until another module's is loaded."""
         name = next(name for name in (key.rpartition(".")[0], key.rsplit(".", 2)[0]) if name in self._made)
         made, end = self._made[name], key.removeprefix(f"{name}.")
         if end == "alpha":
@@ -291,7 +303,11 @@ class _ImagePlan:
         return metadata_of({component: self._config(modules) for component, modules in parts.items()})
 
     def _config(self, modules: Mapping[str, _ConvertedModule]) -> dict[str, Any]:
-        """PEFT's, of the modules of one model. Raises InputError for DoRA beside plain LoRA, which it cannot say."""
+        """Return PEFT's config for the modules of one component.
+
+        Raises:
+            InputError: some are DoRA and others not, for which the config has only one flag.
+        """
         both = {name: (made.rank, made.alpha) for name, made in modules.items()}
         dora = [name for name, made in modules.items() if made.target.parts[0].source.update.kind == "dora"]
         other = next((name for name in modules if dora and name not in dora), None)
@@ -308,12 +324,15 @@ def _has_kernel(source: SourceModule) -> bool:
 
 
 def _one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], list[str]]:
-    """A PEFT adapter is for one model: the denoiser, or else the first text encoder."""
+    """Split off the modules of the denoiser, or else of the first text encoder, from the names of the others.
+
+    A PEFT adapter is for one model only.
+    """
     first = "unet" if any(s.component == "unet" for s in sources) else sources[0].component if sources else ""
     return [s for s in sources if s.component == first], [s.module for s in sources if s.component != first]
 
 
 def _prefixes(modules: Sequence[str]) -> str:
-    """One glob for each way in which they begin."""
+    """Return a comma-separated list of globs, one for each prefix of the names."""
     heads = dict.fromkeys(m[: m.index("_", 5) + 1] if m.startswith("lora_") else m.split(".")[0] + "." for m in modules)
     return ",".join(f"'{head}*'" for head in heads)

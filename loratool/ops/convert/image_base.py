@@ -1,7 +1,6 @@
-"""Image models as bases of new adapters: which weights can have factors, under which names, and what is left out.
+"""Find the weights of an image model that a new adapter of `extract` or `init` can have factors for.
 
-What `extract` and `init` make of such a base is laid out by `convert_image`. No image adapter can change the VAE,
-norms, biases and embeddings.
+No image adapter can change the VAE, norms, biases and embeddings. `image` plans what is written.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from ...files.checkpoint import Checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
 from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, make_source_module
 
-DENOISER = "model.diffusion_model."  # how the names of its weights begin in a single file of all components
+DENOISER = "model.diffusion_model."  # the denoiser's prefix in a single file of all components
 
 
-OWN_NAMES = ("sgm", "flux", "sd3")  # of MARKS, those of a model's makers
+OWN_NAMES = ("sgm", "flux", "sd3")  # the values of MARKS that are makers' names
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Linear layers and convolutions -> (component, path); empty for what is no image model."""
+    """Return the names of linear layers and convolutions, each with (component, path); empty for no image model."""
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     found = image_parts(shapes)
     return {
@@ -33,8 +32,12 @@ def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
 
 
 def choose_format(base: Checkpoint, to: str | None) -> str:
-    """`to`, or what the base's users load: diffusers' for a pipeline, kohya's for a file with its makers' names, else
-    PEFT's. Raises InputError for what nothing could load.
+    """Return the format of an adapter for this base: `to`, or the one that its users' tools load.
+
+    That is diffusers for a pipeline, kohya for a single file with its makers' names, and otherwise PEFT.
+
+    Raises:
+        InputError: nothing could load an adapter of this base in that format.
     """
     weights = image_weights(base)
     several = bool(base.parts) or any(name.startswith(DENOISER) for name in weights)
@@ -58,7 +61,7 @@ def choose_format(base: Checkpoint, to: str | None) -> str:
 
 
 def _refuse_makers_names(base: Checkpoint) -> None:
-    """Raise for the single file of a transformer whose names no class has: PEFT's adapters are diffusers' models'."""
+    """Raise InputError for a single file with its makers' names, since PEFT adapts diffusers' model classes only."""
     if "_class_name" in base.config or "architectures" in base.config:
         return
     own = {name: next((p for p in SINGLE_PREFIXES if name.startswith(p)), "") for name in base.specs}
@@ -75,12 +78,12 @@ def _refuse_makers_names(base: Checkpoint) -> None:
 
 
 def weights_for_format(base: Checkpoint, form: str) -> Collection[str] | None:
-    """Those that an adapter of this form can change, where it is an image model's; else None."""
+    """Return the weights that an adapter of an image format can change; None for `peft` and `loralib`."""
     return image_weights(base) if form not in SINGLE_COMPONENT else None
 
 
 def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:
-    """Patterns of the matrices that no image adapter can change."""
+    """Return patterns for everything that no image adapter can change."""
     weights = image_weights(base)
     rest = {
         module_path(name) for name in base.specs if name not in weights and not name.startswith("first_stage_model.")

@@ -1,7 +1,7 @@
-"""An adapter as it would be in another convention, opened: the input of verbs that write one and take `--to`.
+"""Open an adapter converted to another format without writing it, for commands that take --to or several adapters.
 
-`convert` plans it, its tensors are made when they are asked for, and nothing is written. So every verb sees the names,
-the fused modules and the ranks that its output has, and several adapters meet by what their modules mean.
+`convert` plans it, and its tensors are made when they are loaded. So a command sees the names, the fused modules and
+the ranks of its output, and the modules of several adapters are matched by what they mean, not by their names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .source_modules import (
     tells_unet,
 )
 
-COMFY = ("diffusion_model.", "text_encoders.")  # how its names begin
+COMFY = ("diffusion_model.", "text_encoders.")  # prefixes of its names
 
 
 def check_target(to: str | None) -> None:
@@ -53,8 +53,12 @@ def check_target(to: str | None) -> None:
 def open_converted(
     source: Adapter, wish: ConvertRequest, verb: str, folder: Path, opened: ExitStack, family: str | None = None
 ) -> tuple[Adapter, AdapterOutput]:
-    """What would be opened, were `source` converted and written. verb: that asks; family: where others than the
-    adapter itself tell it.
+    """Return the adapter that opening the converted `source` would give, and its plan.
+
+    Args:
+        verb: the command that converts, for the remedies of errors.
+        folder: where temporary files are put; `opened` closes them.
+        family: a key of IMAGE_FAMILIES, if other adapters tell it.
     """
     with request_for(verb):
         made = plan_convert(source, wish, folder, opened, family)
@@ -66,13 +70,13 @@ def open_converted(
     file = VirtualFile(source.file, specs, lambda name: made.load(name.removeprefix(prefix)), metadata)
     form = "diffusers" if wish.to == "comfy" else wish.to
     adapter = FORMATS[form].read(source.name, file, 1.0 if wish.to == "loralib" else None, False)
-    scales = {row.name: row.alpha / row.rank for row in made.modules}  # of which loralib's files say nothing
+    scales = {row.name: row.alpha / row.rank for row in made.modules}  # loralib's files hold no alpha
     updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
     return replace(adapter, updates=updates), made
 
 
 def conversion_warnings(made: Sequence[AdapterOutput]) -> tuple[str, ...]:
-    """What the conversion of the inputs lost."""
+    """Return a warning if the conversion of the inputs rounded."""
     errors = [row.error for each in made for row in each.modules if row.error]
     if not errors:
         return ()
@@ -83,7 +87,7 @@ def conversion_warnings(made: Sequence[AdapterOutput]) -> tuple[str, ...]:
 
 
 def loralib_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
-    """The alphas, which are the ranks, where the format has no place for them."""
+    """Return the note on the alphas, here the ranks, if the output is loralib, whose files do not hold them."""
     if like.format != "loralib":
         return ()
     return alpha_notes([ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
@@ -92,8 +96,14 @@ def loralib_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
 def convert_to_common_format(
     loaded: WeightedAdapter, to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
 ) -> tuple[WeightedAdapter, tuple[str, ...], list[AdapterOutput]]:
-    """Adapters in one convention: `to`, or the first one's where they are not spelled alike. And the patterns of
-    `exclude` that are still to be heeded, since the others named modules by their former names.
+    """Convert adapters to one format.
+
+    Args:
+        to: a key of FORMAT_CHOICES; if None, adapters that differ in format or naming get the first one's.
+        exclude: patterns of modules to leave out, by their names before or after.
+
+    Returns:
+        The weighted adapters, the patterns that apply to the new names, and the plans (empty if none was converted).
     """
     adapters = [adapter for adapter, _ in loaded]
     if to is None and are_alike(adapters):
@@ -119,7 +129,7 @@ def convert_to_common_format(
 
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
-    """Only a language model's two formats and an image model's are each other's."""
+    """Raise InputError for adapters of no known family whose formats or suffixes no loader takes together."""
     first, known = adapters[0], ", ".join(IMAGE_FAMILIES.values())
     for adapter in adapters if family is None else ():
         own, others = format_name(adapter), format_name(first)
@@ -143,7 +153,7 @@ def format_name(adapter: Adapter) -> str:
 
 
 def are_alike(adapters: Sequence[Adapter]) -> bool:
-    """Of one format and one spelling, and no two of their names mean one module."""
+    """Return whether adapters have one format and one naming, so that a module has the same name in all of them."""
     if len({_spelling(each) for each in adapters}) > 1:
         return False
     names: dict[tuple[str, str], str] = {}
@@ -155,13 +165,13 @@ def are_alike(adapters: Sequence[Adapter]) -> bool:
 
 
 def _spelling(adapter: Adapter) -> tuple[object, ...]:
-    """The convention, the ends of the names, and whether a denoiser's modules have other names than diffusers'."""
+    """Return the format, the suffixes, and whether the denoiser's names are other than diffusers'."""
     own = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
     return format_name(adapter), _factor_suffixes(adapter), own
 
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
-    """How the names of an image adapter's factors end, where that differs."""
+    """Return the suffixes of the factors' names; empty for formats that have only one pair."""
     if adapter.format not in ("diffusers", "kohya"):
         return ()
     keys = [update.tensors[role] for update in adapter.updates.values() for role in ("A", "B") if update.rank]
@@ -169,7 +179,7 @@ def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
-    """(component, path in diffusers' names) -> the module that is it, or that it is a part of."""
+    """Return (component, path in diffusers' names) -> the module that holds it, alone or fused with others."""
     return {
         (target.component, target.path.removeprefix("text_model.")): part.source.module
         for target in _targets(adapter)
@@ -178,7 +188,7 @@ def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
 
 
 def _targets(adapter: Adapter) -> list[TargetModule]:
-    """An image model's modules in diffusers' names, for what they are called: be they such as cannot be split."""
+    """Return an image adapter's targets in diffusers' names, for their names only: DoRA is not refused here."""
     sources, _ = read_source_modules(adapter)
     family = detect_family(sources)
     plain = [replace(each, update=replace(each.update, norm_over_inputs=False)) for each in sources]
@@ -186,9 +196,13 @@ def _targets(adapter: Adapter) -> list[TargetModule]:
 
 
 def common_family(adapters: Sequence[Adapter]) -> str | None:
-    """Of image models: the denoisers' where there are any; a UNet's modules that could be of several go by the others.
+    """Return the image family of several adapters, or None if they are of no known one.
 
-    Raises InputError where they are of two."""
+    Denoisers decide if there are any. UNet modules that fit several families take that of the other adapters.
+
+    Raises:
+        InputError: the adapters are of two families.
+    """
     sources = {id(adapter): read_source_modules(adapter)[0] for adapter in adapters}
     told: dict[str | None, Adapter] = {}
     untold: list[Adapter] = []
@@ -211,10 +225,14 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
 def by_meaning(
     adapters: Sequence[Adapter], selection: Selection
 ) -> tuple[Sequence[Adapter], dict[str, tuple[str, ...]]]:
-    """Adapters of an image model under diffusers' names, where what others fuse is split, and by these names what the
-    modules are called in the files. As they are, where they are spelled alike, or of no model that is known.
+    """Return image adapters under diffusers' names, fused modules split, and each name with the files' names for it.
 
-    Raises NeedsFlag for selected modules whose meaning is not known, and InputError for adapters of two models."""
+    Adapters with the same naming, or of no known family, are returned unchanged, with no names.
+
+    Raises:
+        NeedsFlag: a selected module is in no known model.
+        InputError: the adapters are of two models.
+    """
     read = [read_source_modules(adapter) for adapter in adapters]
     if are_alike(adapters) or not all(detect_family(sources) for sources, _ in read):
         return adapters, {}
@@ -246,7 +264,7 @@ def _name(target: TargetModule, family: str) -> str:
 
 
 def _split(adapter: Adapter, targets: Mapping[str, TargetModule]) -> Adapter:
-    """With the targets as its modules, each made when it is read."""
+    """Return the adapter with `targets` as its modules, whose tensors are made when they are loaded."""
 
     @lru_cache(maxsize=1)
     def make(name: str) -> tuple[list[LowRank], ModuleFactors]:

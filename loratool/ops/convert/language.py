@@ -1,6 +1,6 @@
-"""What `convert` makes of a language model's adapter: PEFT's or loralib's, tensors byte for byte, scales in the config.
+"""Convert a language model's adapter to PEFT or loralib: tensors keep their bytes, scales go into the config.
 
-`convert_plain` has what it makes of one as plain LoRA.
+Only --dtype and another layout of fused modules (`fused_qkv`) change tensors. `plain` plans plain LoRA.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_m
 def plan_language(
     source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
 ) -> AdapterOutput:
-    """Raises NeedsFlag for what the target cannot say."""
+    """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
     if wish.to == "loralib" and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)}, "
@@ -83,7 +83,7 @@ def plan_language(
 def _copy_tensors(
     source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
-    """The tensors of these updates, under the output's names, factors in its type."""
+    """Return specs and loader of the updates' tensors under the output's names, with factors in its dtype."""
     pieces, specs = output_names(source, kept, wish.to), {}
     letters = SAFETENSORS[str(wish.dtype).removeprefix("torch.")] if wish.dtype else None
 
@@ -101,7 +101,10 @@ def _copy_tensors(
 def _convert_qkv(
     source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
 ) -> AdapterOutput:
-    """With the modules that the layout has otherwise split or fused, each when it is written."""
+    """Plan the output with the modules of the other layout split or fused.
+
+    Each is made once for its specs and error, and again when it is written, so that only one is held at a time.
+    """
     assert wish.layout is not None
     pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.kind in ("lora", "dora") and len(u.shape) == 2]
     targets = plan_qkv(pairs, wish.layout, read_qkv_rows(wish.base))
@@ -150,7 +153,7 @@ def _convert_qkv(
     notes = alpha_notes(rows) if wish.to == "loralib" else ()
     config = _relaid_config(source, kept, rows)
     if any(path.endswith(C_ATTN) for path in (*changed, *taken)):
-        config["fan_in_fan_out"] = wish.layout == "fused"  # transformers' Conv1D, of which only the fused one is
+        config["fan_in_fan_out"] = wish.layout == "fused"  # only GPT-2's fused module is a Conv1D, which is transposed
     return AdapterOutput(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
 
 
@@ -163,14 +166,14 @@ def _relaid_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequen
 
 
 def output_names(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> dict[str, tuple[str, str]]:
-    """Name in the output -> module and role."""
+    """Return the output's tensor names, each with its module and role."""
     names, found = adapter_names(source.file.specs), {}
     for module, update in kept.items():
         for role, key in update.tensors.items():
             if to == "loralib" and role in "AB":
                 found[f"{module}.lora_{role}"] = module, role
             elif source.format == "loralib" and role in "AB":
-                embeds = update.transposed  # an embedding, which alone loralib transposes
+                embeds = update.transposed  # loralib transposes embeddings only
                 found[f"{module}.lora_embedding_{role}" if embeds else f"{module}.lora_{role}.weight"] = module, role
             elif source.format == "loralib" and to == "peft" and kept.get(module.rpartition(".")[0]) is not None:
                 owner, _, parameter = module.rpartition(".")
@@ -182,7 +185,7 @@ def output_names(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> di
 
 
 def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, Any]:
-    """PEFT's own fields, and those that a file without a config lacks."""
+    """Return the fields of PEFT's config: the source's, or if it has none those that its updates tell."""
     if "r" in source.config.extra:
         return {"lora_alpha": source.config.alpha, **source.config.extra}
     both = {module: (u.rank, alpha_for_scale(u.scale, u.rank)) for module, u in kept.items() if u.rank}
@@ -193,7 +196,11 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
 
 
 def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] = ()) -> dict[str, Any]:
-    """PEFT's of modules with these ranks and alphas, of which `stacks` are bare parameters."""
+    """Return PEFT's config for modules with these (rank, alpha).
+
+    Args:
+        stacks: those of them that are parameters (stacks of experts), not modules.
+    """
     ranks = {name: rank for name, (rank, _) in modules.items()}
     config = lora_config({n: r for n, r in ranks.items() if n not in stacks}, {n: ranks[n] for n in sorted(stacks)})
     common = Counter(alpha for _, alpha in modules.values()).most_common(1)[0][0]
@@ -204,7 +211,11 @@ def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] 
 def _module_rows(
     source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], restated: bool = False
 ) -> list[ModuleConvert]:
-    """Of modules that are copied, but for a type that holds less. restated: their scales stand in another alpha."""
+    """Report the modules with factors that are copied, with the error of a narrower dtype.
+
+    Args:
+        restated: their scales are written as another alpha / r, which may round.
+    """
     rows = []
     for module, update in kept.items():
         if not update.rank:

@@ -1,7 +1,7 @@
-"""From one adapter convention to another: what each target module is made of, and what it is called there.
+"""Map an image adapter's modules to those of another format: which rows each is made of, and its name there.
 
-Where a convention fuses what the other splits, a part has its rows of B and the ranks that reach them, and a whole has
-its parts' ranks one after the other (`carrying` makes the factors).
+If one format fuses what the other splits, a split module gets its rows of B and the ranks that reach them, and a fused
+one the ranks of its slices one after the other (`factors` makes them).
 """
 
 from __future__ import annotations
@@ -17,28 +17,35 @@ from .source_modules import FIRST, MLP_RATIO, SINGLE_COMPONENT, SourceModule
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Rows start:stop of a source module's B, at rows `at` on of the target's."""
+    """A run of rows of a source module's B, and its place in the target's."""
 
     source: SourceModule
-    start: int
-    stop: int
-    at: int = 0
+    start: int  # the first row in the source
+    stop: int  # the row after the last
+    at: int = 0  # the first row in the target
 
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A module to be: `rows` in all, of its parts. how: `exact` (the very factors), `split`, `fused` or `swapped`."""
+    """A module of the output, made of rows of source modules."""
 
-    component: str
+    component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...; empty for a language model
     path: str
-    rows: int
+    rows: int  # of B in all, some of which may be in no slice
     parts: tuple[RowSlice, ...]
-    how: str
+    how: str  # `exact` (the stored factors), `split`, `fused` or `swapped`
 
 
 def plan_target_modules(sources: list[SourceModule], family: str, own: bool) -> list[TargetModule]:
-    """own: the model's own names (sgm's, Black Forest Labs'); else diffusers'. Raises InputError where two modules
-    would become one.
+    """Return the targets that an image adapter's modules become, under diffusers' or the makers' names.
+
+    Args:
+        family: a key of IMAGE_FAMILIES.
+        own: whether to use the makers' names (sgm's, Black Forest Labs'), not diffusers'.
+
+    Raises:
+        InputError: two modules would become one, or rows do not fit.
+        NeedsFlag: DoRA could not be split or fused.
     """
     whole: list[TargetModule] = []
     pieces: dict[tuple[str, str], list[RowSlice]] = {}
@@ -47,9 +54,8 @@ def plan_target_modules(sources: list[SourceModule], family: str, own: bool) -> 
             whole += _text_encoder_targets(source)
         elif family not in DITS:
             path = sgm_to_diffusers(source.path)
-            attends = family not in FIRST or not path.startswith(
-                "up_blocks.0."
-            )  # else its upsampler is second, not third
+            # a block without attention has its upsampler as second module, not third
+            attends = family not in FIRST or not path.startswith("up_blocks.0.")
             whole.append(_unchanged(source, diffusers_to_sgm(path, attends) if own else path))
         elif own:
             _fuse_block(DITS[family], source, whole, pieces)
@@ -77,7 +83,7 @@ def _unchanged(source: SourceModule, path: str) -> TargetModule:
 
 
 def _text_encoder_targets(source: SourceModule) -> list[TargetModule]:
-    """A text encoder's module in Hugging Face's names: of an OpenCLIP's fused q, k, v three."""
+    """Return the targets of a text encoder's module under transformers' names; OpenCLIP's q, k, v are split."""
     layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", source.path)
     names = OPENCLIP.get(layer[2], ()) if layer else ()
     if not layer or not names:
@@ -86,7 +92,14 @@ def _text_encoder_targets(source: SourceModule) -> list[TargetModule]:
 
 
 def _equal_parts(source: SourceModule, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[TargetModule]:
-    """The modules that a fused one becomes, of equal sizes unless they are given. Raises InputError for other rows."""
+    """Return the targets that a fused module is split into, one for each path.
+
+    Args:
+        sizes: their rows; equal by default.
+
+    Raises:
+        InputError: the module has other rows.
+    """
     rows = source.update.shape[0]
     if len(paths) == 1:
         return [_unchanged(source, paths[0])]
@@ -109,7 +122,7 @@ def _swap_halves(source: SourceModule, path: str) -> TargetModule:
 
 
 def _split_block(dit: Dit, source: SourceModule) -> list[TargetModule]:
-    """A module of a transformer in diffusers' names."""
+    """Return the targets of a transformer's module under diffusers' names."""
     rows, width = source.update.shape[:2]
     if source.path in dit.outside:
         return [_unchanged(source, dit.outside[source.path])]
@@ -132,7 +145,7 @@ def _split_block(dit: Dit, source: SourceModule) -> list[TargetModule]:
 def _fuse_block(
     dit: Dit, source: SourceModule, whole: list[TargetModule], pieces: dict[tuple[str, str], list[RowSlice]]
 ) -> None:
-    """A module of a transformer in its own names; those that are parts of one wait in `pieces` for the others."""
+    """Add a transformer's module under its makers' names to `whole`, or if it is to be fused to `pieces`."""
     rows, width = source.update.shape[:2]
     outside = {other: own for own, other in dit.outside.items()}
     swapped = {other: own for own, other in dit.swapped.items()}
@@ -168,8 +181,11 @@ def _fuse_parts(key: tuple[str, str], parts: list[RowSlice]) -> TargetModule:
 
 
 def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) -> TargetModule:
-    """One module of several. Raises NeedsFlag where some of its rows would have a magnitude and others none, and
-    InputError for parts of different inputs.
+    """Return the target that fuses these slices into `rows` rows.
+
+    Raises:
+        NeedsFlag: some of its rows would have a magnitude and others none.
+        InputError: the slices have different inputs, or more rows than there is place for.
     """
     other = next((p.source for p in parts if p.source.update.shape[1:] != parts[0].source.update.shape[1:]), None)
     if other:
@@ -194,11 +210,16 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
 
 
 def target_name(target: TargetModule, to: str, family: str, texts: int) -> str:
-    """A target module's name. texts: how many text encoders the adapter has modules of."""
+    """Return a target module's name in a format.
+
+    Args:
+        to: a key of FORMAT_CHOICES.
+        texts: how many text encoders the adapter has modules of.
+    """
     component, path = target.component, target.path
     number = component.removeprefix("text_encoder").lstrip("_") or "1"
     if component != "unet" and to in ("kohya", "comfy") and path.startswith("encoder.layers."):
-        path = f"text_model.{path}"  # as transformers had it before 5, and all of their readers have it
+        path = f"text_model.{path}"  # transformers' name before 5, which all readers of these formats expect
     if to == "kohya":
         single = family in FIRST and texts < 2
         prefix = "lora_unet" if component == "unet" else "lora_te" if single else f"lora_te{number}"
@@ -212,10 +233,10 @@ def target_name(target: TargetModule, to: str, family: str, texts: int) -> str:
     if component == "unet":
         return f"{'transformer' if family in DITS else 'unet'}.{path}"
     if component == "text_encoder_3" and family == "flux":
-        component = "text_encoder_2"  # a Flux pipeline has no other second one
+        component = "text_encoder_2"  # a Flux pipeline's second encoder is its T5
     return f"{component}.{path}"
 
 
 def uses_maker_names(to: str, family: str) -> bool:
-    """Whether a convention calls a model's modules by its own names."""
+    """Return whether a format has the makers' names for a denoiser's modules, not diffusers'."""
     return to == "comfy" or (to == "kohya" and family not in FIRST)

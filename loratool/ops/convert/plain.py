@@ -1,7 +1,7 @@
-"""A language model's adapter as plain LoRA: all scales in the factors, alpha being the rank.
+"""Plan a language model's adapter as plain LoRA: the scales are folded into the factors, and alpha is the rank.
 
-The start of an adapter that changed its base is subtracted: [A; A0] and [s B | -s B0] (peft's `subtract_mutated_init`),
-so that it is right on the original base.
+A base-mutating init is subtracted, [A; A0] and [s B | -s B0] (peft's `subtract_mutated_init`), so that the adapter fits
+the original base.
 """
 
 from __future__ import annotations
@@ -38,7 +38,15 @@ def plan_plain(
     lost: Mapping[str, tuple[float, float]],
     opened: ExitStack,
 ) -> AdapterOutput:
-    """lost: of modules that are no longer what they were (`without_dora`), (||D' - D||^2, ||D||^2)."""
+    """Plan the output.
+
+    Args:
+        lost: module -> (||D' - D||^2, ||D||^2), for what `dora_to_lora` approximated.
+        opened: closes the initial adapter.
+
+    Raises:
+        NeedsFlag: the init altered the base, and the initial adapter was not given.
+    """
     init = base_mutating_init(source.config)
     if init and wish.initial is None:
         raise NeedsFlag(
@@ -83,13 +91,13 @@ def plan_plain(
 
 
 def _exact_factors(module: str, loaded: WeightedAdapter) -> FactorPair:
-    """The factors of all adapters together, in float64."""
+    """Return (B, A) of the weighted sum of all adapters, in float64, weights and scales in B."""
     terms = [(w, *stack_factors(each.load(each.updates[module]))) for each, w in loaded if module in each.updates]
     return torch.cat([weight * B for weight, B, _ in terms], -1), torch.cat([A for *_, A in terms], -2)
 
 
 def _is_exact(module: str, loaded: WeightedAdapter) -> bool:
-    """Whether float64 holds them."""
+    """Return whether float64 holds the module's factors with their scales folded in."""
     found = [each.updates[module] for each, _ in loaded if module in each.updates]
     return all(
         is_exact_product(getattr(torch, TORCH_FLOATS.get(u.specs["B"].dtype, "float64")), u.scale) for u in found
@@ -109,7 +117,7 @@ def _error(true: FactorPair, made: FactorPair, is_exact: bool) -> float:
 def _carried(
     source: Adapter, kept: Mapping[str, UpdateSpec], names: Mapping[str, Mapping[str, str]]
 ) -> dict[str, CarriedTensor]:
-    """All but the factors; an added bias had their alpha / r for its scale."""
+    """Return the tensors other than factors; a trained bias of lora_B is multiplied by the factors' alpha / r."""
     found = {}
     for module, update in kept.items():
         for role, key in update.tensors.items():

@@ -1,4 +1,4 @@
-"""The request (`ConvertRequest`) and the result (`AdapterOutput`, `ModuleConvert`) of a conversion."""
+"""Define what goes into a conversion (`ConvertRequest`) and what comes out (`AdapterOutput`, `ModuleConvert`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .source_modules import SourceModule
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 
 
-DROP_OPTIONS = {"combine": "--exclude", "init": "--exclude"}  # what --drop is called in another verb that has it
+DROP_OPTIONS = {"combine": "--exclude", "init": "--exclude"}  # command -> its name for --drop
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,26 @@ class ModuleConvert:
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What is asked of `convert`. dtype: of the factors, None to keep theirs; layout: a key of LAYOUTS, None for its
-    own; base: what says the sizes of a layout's parts, or what DoRA changes.
-    """
+    """The options of a conversion."""
 
-    to: str
-    drop: tuple[str, ...] = ()
-    dtype: torch.dtype | None = None
-    plain: bool = False
-    initial: str | os.PathLike[str] | None = None
-    rank: int | None = None
-    layout: str | None = None
-    base: str | os.PathLike[str] | None = None
+    to: str  # a key of FORMAT_CHOICES
+    drop: tuple[str, ...] = ()  # patterns of modules to leave out
+    dtype: torch.dtype | None = None  # of the factors; None keeps theirs
+    plain: bool = False  # plain LoRA, with alpha equal to the rank
+    initial: str | os.PathLike[str] | None = None  # the adapter before training, to subtract a base-mutating init
+    rank: int | None = None  # to truncate to; None keeps the ranks
+    layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
+    base: str | os.PathLike[str] | None = None  # the model that tells the rows of q, k and v, or the weights under DoRA
 
 
 @contextmanager
 def request_for(verb: str) -> Iterator[None]:
-    """What `convert` would ask for, as another verb can say it: an option of its own, or a conversion first."""
+    """Reword the remedies of `convert` for another command: its own option, or a run of `convert` before it.
+
+    Raises:
+        NeedsFlag: the command has an option for it.
+        InputError: only a run of `convert` helps.
+    """
     try:
         yield
     except NeedsFlag as error:
@@ -70,27 +73,36 @@ def request_for(verb: str) -> Iterator[None]:
 
 
 def cannot_convert(name: str, what: str, modules: Sequence[str], patterns: str = "") -> NeedsFlag:
-    """patterns: what names all of the modules, where they are too many to list."""
+    """Return the error for modules that only --drop can get rid of.
+
+    Args:
+        patterns: the value of --drop that selects them all, if they are too many to list.
+    """
     said = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     return NeedsFlag(said, remedy=f"add --drop {patterns or ','.join(modules)} to leave them out")
 
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """Everything of an output but its bytes. config: PEFT's; metadata: of the other formats."""
+    """A planned output: everything but its bytes, which `load` makes."""
 
     specs: Mapping[str, TensorSpec]
-    load: Callable[[str], Tensor]
-    config: Mapping[str, Any]
-    metadata: Mapping[str, str]
+    load: Callable[[str], Tensor]  # a key of `specs` -> its tensor
+    config: Mapping[str, Any]  # PEFT's adapter_config.json
+    metadata: Mapping[str, str]  # the safetensors header's, in formats other than PEFT
     modules: tuple[ModuleConvert, ...]
-    dropped: tuple[str, ...]
-    notes: tuple[str, ...]
-    family: str | None = None
+    dropped: tuple[str, ...]  # modules of the source that are left out
+    notes: tuple[str, ...]  # for the user, on what the output cannot hold
+    family: str | None = None  # a key of IMAGE_FAMILIES; None for a language model
 
 
 def select_updates(source: Adapter, wish: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
-    """The updates that are carried, and the modules dropped. Raises NeedsFlag for what the target cannot hold."""
+    """Return the updates to convert, and the modules that --drop leaves out.
+
+    Raises:
+        NeedsFlag: an update is more than the format can hold.
+        InputError: no update with factors is left.
+    """
     selection = Selection(wish.drop or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
     kinds = ("lora", "replace") if wish.to == "loralib" else ("lora", "experts", "add", "replace", "rows")
@@ -115,7 +127,7 @@ def low_rank_modules(adapter: Adapter, source: SourceModule) -> LowRank:
 
 
 def alpha_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
-    """The alphas that its files have no place for."""
+    """Return the note on the alphas, which loralib's files do not hold."""
     both = sorted({(row.rank, row.alpha) for row in rows})
     said = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")
     each = "" if len(both) == 1 else ", each module's own"

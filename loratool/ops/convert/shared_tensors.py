@@ -1,8 +1,8 @@
-"""Tensors that are one: in a torch file one storage under several names, in safetensors one name and a note.
+"""Find tensors that share storage, and choose the names that a safetensors file leaves out for them.
 
-A safetensors file has no shared storage. Its official library (`safetensors.torch.save_model`) keeps one name and
-writes the others into the metadata, `{left out: kept}`; that is done and read here. Which name is kept is the model's
-to say: loaders tie what config.json ties, and would make up what they do not find.
+A torch file can hold one storage under several names, a safetensors file cannot. Its official library
+(`safetensors.torch.save_model`) keeps one name and writes the others into the metadata, `{left out: kept}`, which is
+done and read here. Only names that the model's loader ties by itself may be left out: others it would initialize.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...files.weights_file import WeightsFile
 
 
 def find_shared_storage(base: Checkpoint) -> dict[str, str]:
-    """Each tensor that has another one's bytes -> that one, which none else stands for."""
+    """Return each tensor whose bytes are another one's, with the name that is kept for them."""
     return {
         name: kept
         for part in base.models
@@ -41,13 +41,13 @@ def _one_storage(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
 
 
 def _last_word(name: str) -> int:
-    """Its module's place among the names of embeddings, behind them all where it is none."""
+    """Return the index of the module's name in INPUT_EMBEDDINGS, or its length, so that other names sort last."""
     word = name.removesuffix(".weight").split(".")[-1]
     return INPUT_EMBEDDINGS.index(word) if word in INPUT_EMBEDDINGS else len(INPUT_EMBEDDINGS)
 
 
 def _noted(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
-    """What the metadata says; of a tensor that is there as well, if that is still true."""
+    """Read shared tensors from the metadata; a tensor that is stored as well counts only if its bytes are equal."""
     found = {}
     for key, value in (shard.metadata or {}).items():
         name, kept = shard.prefix + key, shard.prefix + value
@@ -59,9 +59,9 @@ def _noted(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
 
 
 def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
-    """Of the shared tensors those that a safetensors file does not have: what the model's loader ties by itself.
+    """Return the shared tensors that a safetensors file leaves out: those that the model's loader ties by itself.
 
-    Where there is no config to say so that is all of the same shape, as the official library has it.
+    Without a config these are all with the kept tensor's spec, as in the official library.
     """
     found = set()
     for part in base.models:
@@ -74,7 +74,7 @@ def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str
 
 
 def _other_names(base: Checkpoint, tie: Tie | None, name: str) -> set[str]:
-    """What a loader calls a tensor besides."""
+    """Return the other names to which a loader ties a tensor."""
     found = set()
     if tie and name == tie.embedding:
         found |= set(tie.sides)

@@ -1,4 +1,4 @@
-"""An image adapter's modules by component and path, and the model family they belong to."""
+"""Read an image adapter's modules by component and path, and detect the model family they belong to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SINGLE_COMPONENT = ("peft", "loralib")
 IMAGE_FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
 
 
-# Of these kohya's files have diffusers' names, and the UNet has four levels, of which the innermost has no attention.
+# Their files by kohya have diffusers' names, and their UNet has four levels, the innermost without attention.
 FIRST = ("sd1", "sd2")
 
 
@@ -30,19 +30,20 @@ FIRST_ALONE = re.compile(r"(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|
 SDXL_ALONE = re.compile(r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding")
 
 
-SD2_WIDTH = 1024  # of its text encoder, where that of SD 1 has 768
+SD2_WIDTH = 1024  # of SD 2's text encoder; SD 1's has 768
 
 
-MLP_RATIO = 4  # of Flux: what linear1's last part has beside the hidden width
+MLP_RATIO = 4  # Flux's MLP to its hidden width
 
 
+# suffix of Flux's modules -> rows / columns
 FLUX_ROWS = {
     ".linear1": 3 + MLP_RATIO,
     "_mlp.0": MLP_RATIO,
     ".ff.net.0.proj": MLP_RATIO,
     ".ff_context.net.0.proj": MLP_RATIO,
     ".proj_mlp": MLP_RATIO,
-}  # to a column
+}
 
 
 BIGG_WIDTH = 1280  # of SDXL's second text encoder
@@ -62,16 +63,16 @@ CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.|transformer\.resblocks
 
 @dataclass(frozen=True)
 class SourceModule:
-    """A module of the adapter: component and path, dotted, as it is spelled there."""
+    """A module of the adapter to convert."""
 
-    module: str
+    module: str  # its name in the adapter
     update: UpdateSpec
-    component: str
-    path: str
+    component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...; empty for a language model
+    path: str  # dotted, in the adapter's naming
 
 
 def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]]:
-    """The modules with low-rank factors, and those that no image convention can carry."""
+    """Return the modules with low-rank factors, and the names of those that no format of image adapters can hold."""
     sources, impossible = [], []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
@@ -85,18 +86,18 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
 
 
 def _which_clip(update: UpdateSpec, path: str) -> str:
-    """Of an adapter for one model, which says no component: SDXL's second CLIP is wider than all others."""
+    """Return the component of a CLIP module whose name has none: SDXL's second CLIP is wider than all others."""
     width = update.shape[0 if path.endswith("fc2") else 1]
     return "text_encoder_2" if width == BIGG_WIDTH else "text_encoder"
 
 
 def make_source_module(module: str, update: UpdateSpec, component: str, path: str) -> SourceModule:
-    """A T5 is the third text encoder, whatever number it has there."""
+    """Make a SourceModule; a T5 is the third text encoder, whatever number it has in the adapter."""
     return SourceModule(module, update, "text_encoder_3" if component != "unet" and T5.match(path) else component, path)
 
 
 def detect_family(sources: list[SourceModule]) -> str | None:
-    """A key of FAMILIES, or None for what is no image model of these."""
+    """Return the image family, a key of IMAGE_FAMILIES, or None if the modules are of no such model."""
     paths = [sgm_to_diffusers(s.path) for s in sources if s.component == "unet"]
     texts = [s.path for s in sources if s.component != "unet"]
     if not paths:
@@ -110,7 +111,11 @@ def detect_family(sources: list[SourceModule]) -> str | None:
 
 
 def _family_of_encoders(sources: list[SourceModule]) -> str:
-    """Of text encoders alone, by which there are, and by kohya's `lora_te1_`, which only those of several have."""
+    """Detect the image family of an adapter that has modules of text encoders only.
+
+    A third encoder means SD 3, a second one SDXL. kohya numbers its prefix (`lora_te1_`) only in families with several
+    encoders. Otherwise the width tells SD 1 from SD 2.
+    """
     components = {s.component for s in sources}
     if "text_encoder_3" in components:
         return "sd3"
@@ -120,7 +125,7 @@ def _family_of_encoders(sources: list[SourceModule]) -> str:
 
 
 def _has_shapes(family: str, sources: list[SourceModule]) -> bool:
-    """Flux 2 has names of Flux's, and other rows to each of its inputs."""
+    """Return whether the shapes are the family's; Flux 2 has names of Flux, with another ratio of rows to columns."""
     if family != "flux":
         return True
     rows = [(ratio, s.update.shape) for s in sources for end, ratio in FLUX_ROWS.items() if s.path.endswith(end)]
@@ -128,7 +133,7 @@ def _has_shapes(family: str, sources: list[SourceModule]) -> bool:
 
 
 def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], family: str) -> None:
-    """Raise InputError for a transformer's block that no known one has, dropped or not: it is another model's."""
+    """Raise InputError for a block that is in no known transformer, even if dropped: the model is another one."""
     if family not in DITS:
         return
     known = {source.module for source in sources if sgm_to_diffusers(source.path) in dit_paths(family)}
@@ -139,7 +144,7 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
 
 
 def tells_unet(sources: Sequence[SourceModule]) -> str | None:
-    """Which UNet has these modules, by what only one of them has; None where nothing tells."""
+    """Return the family of a UNet from modules or widths that only it has, or None if there are none."""
     own = [s for s in sources if s.component == "unet"]
     paths = [sgm_to_diffusers(s.path) for s in own]
     widths = {s.update.shape[1] for s in own if s.path.endswith("attn2.to_k")}
@@ -149,7 +154,7 @@ def tells_unet(sources: Sequence[SourceModule]) -> str | None:
 
 
 def _family_of_unet(sources: Sequence[SourceModule]) -> str:
-    """Where nothing tells, by whose names the modules have in kohya's files."""
+    """Return the family of a UNet; if no module tells, sgm's names mean SDXL, since kohya uses them only there."""
     own = any("put_blocks." in s.path for s in sources if s.component == "unet")
     return tells_unet(sources) or ("sdxl" if own else _sd1_or_sd2(sources))
 
@@ -160,8 +165,9 @@ def _sd1_or_sd2(sources: Sequence[SourceModule]) -> str:
 
 
 def _is_sd3(sources: list[SourceModule]) -> bool:
-    """Of names that both have: by the width, the number of a block that Flux lacks, or a second CLIP, where Flux has
-    a T5.
+    """Return whether modules whose names fit both SD 3 and Flux are SD 3's.
+
+    They are if there is a second CLIP, a block number beyond Flux's, or a width of SD 3's.
     """
     blocks = [found for s in sources if s.component == "unet" if (found := re.match(r"\D+\.(\d+)\.", s.path))]
     return (
@@ -172,7 +178,7 @@ def _is_sd3(sources: list[SourceModule]) -> bool:
 
 
 def find_unknown_modules(sources: list[SourceModule], family: str) -> list[str]:
-    """Modules of a UNet that no known one has."""
+    """Return the modules of a UNet that are in no known UNet."""
     if family in DITS:
         return []
     return [s.module for s in sources if s.component == "unet" and sgm_to_diffusers(s.path) not in unet_paths()]

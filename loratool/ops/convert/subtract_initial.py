@@ -1,6 +1,6 @@
-"""An adapter whose start changed the base, as a plain one: what the start was is taken away from it.
+"""Make an adapter with a base-mutating init fit the original base: subtract its initial factors.
 
-[A; A0] and [B | -B0] at the adapter's own scale, peft's `subtract_mutated_init`: exact, at twice the rank.
+The result [A; A0], [B | -B0] at the adapter's scale is peft's `subtract_mutated_init`: exact, at twice the rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ RANKS = {"A": 0, "B": 1}  # role -> the dimension of the ranks
 
 
 def subtract_init(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
-    """Raises UsageError and InputError for a start that is not this adapter's, NeedsFlag for DoRA."""
+    """Return the adapter less `initial`, its tensors made when they are loaded; `opened` closes the file of `initial`.
+
+    Raises:
+        UsageError, InputError: `initial` is not this adapter before training.
+        NeedsFlag: the adapter is DoRA.
+    """
     (_, (start, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
     specs, updates, pairs = dict(source.file.specs), dict(source.updates), dict[str, tuple[str, str]]()
     for module, former in start.updates.items():
