@@ -92,25 +92,25 @@ def _check_together(loaded: WeightedAdapter) -> None:
     for adapter, _ in loaded[1:]:
         _check_names(first, adapter)
     plain = [adapter.name for adapter, _ in loaded if not base_mutating_init(adapter.config)]
-    moved = [adapter for adapter, _ in loaded if base_mutating_init(adapter.config)]
-    if moved and plain:
-        init = base_mutating_init(moved[0].config)
+    mutating = [adapter for adapter, _ in loaded if base_mutating_init(adapter.config)]
+    if mutating and plain:
+        init = base_mutating_init(mutating[0].config)
         raise InputError(
             f"was initialized with {init}, which changed the base under it, and {plain[0]} was not: no base is both's",
-            culprit=moved[0].name,
+            culprit=mutating[0].name,
         )
-    other = next((each for each in moved if _base_mutating_inits(each) != _base_mutating_inits(moved[0])), None)
+    other = next((each for each in mutating if _base_mutating_inits(each) != _base_mutating_inits(mutating[0])), None)
     if other:
-        one, two = (" and ".join(f"{part} {start}".strip() for part, start in _base_mutating_inits(each).items())
-                    for each in (moved[0], other))  # fmt: skip
-        said = f"was initialized with {one}, {other.name} with {two}: no changed base is both's"
-        raise InputError(said, culprit=moved[0].name)
+        one, two = (" and ".join(f"{part} {init}".strip() for part, init in _base_mutating_inits(each).items())
+                    for each in (mutating[0], other))  # fmt: skip
+        message = f"was initialized with {one}, {other.name} with {two}: no changed base is both's"
+        raise InputError(message, culprit=mutating[0].name)
 
 
 def _base_mutating_inits(adapter: Adapter) -> dict[str, str]:
     """Return the base-mutating init of each component, under the empty name if there is only one."""
     found = dict(adapter.config.base_mutating_inits) or {"": base_mutating_init(adapter.config) or ""}
-    return {part: start.lower() for part, start in found.items()}
+    return {component: init.lower() for component, init in found.items()}
 
 
 def _check_names(one: Adapter, two: Adapter) -> None:
@@ -127,7 +127,7 @@ def _check_names(one: Adapter, two: Adapter) -> None:
     if not all(paths) or paths[0] & paths[1] or one.flattened:
         return
     for (short, name), (long, other) in permutations(zip(paths, (one.name, two.name), strict=True)):
-        ends = {path.split(".", cut)[-1]: path for path in long for cut in range(1, path.count(".") + 1)}
+        ends = {path.split(".", n)[-1]: path for path in long for n in range(1, path.count(".") + 1)}
         if all(path in ends for path in short):
             path = min(short)
             raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
@@ -156,7 +156,7 @@ def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
         skip = 1 if first.update.kind == "rows" else 0
         shapes = [member.update.shape[skip:] for member in (first, other)]
         if shapes[0] != shapes[1] or other.update.transposed != first.update.transposed:
-            one, two = (f"{_layout(member)} in {member.adapter.name}" for member in (first, other))
+            one, two = (f"{_describe_shape(member)} in {member.adapter.name}" for member in (first, other))
             raise InputError(f"is {one}, {two}: they are not of one base", culprit=module)
     bases = [TensorRef(member.adapter.file, member.update.base) for member in group if member.update.base]
     if any(not same_values(bases[0], base) for base in bases[1:]):
@@ -164,16 +164,16 @@ def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
     if first.update.kind == "dora" and (adapters > 1 or first.weight != 1):
         return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
     if first.update.kind in ("replace", "rows"):
-        return _whole_problem(group)
+        return _replacement_problem(group)
     return None
 
 
-def _layout(member: WeightedUpdate) -> str:
+def _describe_shape(member: WeightedUpdate) -> str:
     shape = "x".join(map(str, member.update.shape)) or "a scalar"
     return f"{shape}{' of an embedding' if member.update.transposed and member.update.rank else ''}"
 
 
-def _whole_problem(group: UpdateGroup) -> str | None:
+def _replacement_problem(group: UpdateGroup) -> str | None:
     total = math.fsum(member.weight for member in group)
     if abs(total - 1) > ROUNDING:
         names = " and ".join(member.adapter.name for member in group)
@@ -247,18 +247,18 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
     fields: dict[str, object] = {
         name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
     }
-    whole = [module for module, update in kept.items() if update.kind == "replace"]
+    replaced = [module for module, update in kept.items() if update.kind == "replace"]
     gone = [m for adapter, _ in loaded for m, u in adapter.updates.items() if u.kind == "replace" and m not in kept]
     entries = [entry for config in configs for entry in _strings(config.get("modules_to_save"))]
     saved = [
         entry
         for entry in dict.fromkeys(entries)
-        if any(is_in_listed_module(entry, module) for module in whole)
+        if any(is_in_listed_module(entry, module) for module in replaced)
         or not any(is_in_listed_module(entry, module) for module in gone)
     ]
     fields["modules_to_save"] = saved or None
     biases = [each for each in (config.get("bias") for config in configs) if each in ("all", "lora_only")]
-    there = any(module.endswith(".bias") for module in whole)
+    there = any(module.endswith(".bias") for module in replaced)
     fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
     fields["lora_bias"] = any(update.kind == "add" for update in kept.values())
     if fields["lora_bias"] and not base_mutating_init(loaded[0][0].config):
@@ -279,8 +279,8 @@ def _token_indices(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> o
     """Return the first adapter's field if it covers all trained rows, else the rows by module."""
     rows = {module: update for module, update in kept.items() if update.kind == "rows"}
     first = loaded[0][0]
-    own = [module for module, update in first.updates.items() if update.kind == "rows"]
-    if set(own) == set(rows):
+    first_rows = [module for module, update in first.updates.items() if update.kind == "rows"]
+    if set(first_rows) == set(rows):
         return first.config.extra.get("trainable_token_indices") if rows else None
     return {module: list(update.indices) for module, update in rows.items()}
 

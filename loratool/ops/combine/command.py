@@ -136,13 +136,13 @@ def combine(
             require_writable(loaded[0][0])
         loaded, patterns, made = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
         require_folder_or_file(loaded[0][0], path, is_file)
-        joined = align_adapters(loaded, patterns)
-        joined = replace(
-            joined,
-            left_out=(*(module for each in made for module in each.dropped), *joined.left_out),
-            warnings=(*joined.warnings, *conversion_warnings(made)),
+        aligned = align_adapters(loaded, patterns)
+        aligned = replace(
+            aligned,
+            left_out=(*(module for each in made for module in each.dropped), *aligned.left_out),
+            warnings=(*aligned.warnings, *conversion_warnings(made)),
         )
-        work = _Combination(loaded, joined, method, density, seed, choose_device(device), DTYPES[dtype], progress)
+        work = _Combination(loaded, aligned, method, density, seed, choose_device(device), DTYPES[dtype], progress)
         require_same_init(loaded[0][0], work.choose(rule, max_rank))
         require_same_names(loaded)
         if "unrelated" not in allow:
@@ -151,7 +151,7 @@ def combine(
             work.try_all()
         else:
             opened.enter_context(naming_output(path))
-            write_edited(work.draft(), path, is_file, [adapter.file for adapter, _ in loaded])
+            write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded])
         return work.report(str(path), dry_run)
 
 
@@ -186,7 +186,7 @@ class _Combination:
     def __init__(
         self,
         loaded: WeightedAdapter,
-        joined: AlignedAdapters,
+        aligned: AlignedAdapters,
         method: str,
         density: float | None,
         seed: int,
@@ -194,26 +194,26 @@ class _Combination:
         dtype: torch.dtype,
         progress: Progress | None,
     ) -> None:
-        self._loaded, self._joined, self._method, self._density = loaded, joined, method, density
+        self._loaded, self._aligned, self._method, self._density = loaded, aligned, method, density
         self._seed, self._device, self._dtype, self._progress = seed, device, dtype, progress
-        self._ranks = {module: self._natural(module) for module in joined.groups}
+        self._ranks = {module: self._natural(module) for module in aligned.groups}
         self._found: dict[str, tuple[float, float, float]] = {}
-        self._done, self._steps = 0, len(joined.groups)
+        self._done, self._steps = 0, len(aligned.groups)
 
     def _natural(self, module: str) -> int:
         """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
-        total = sum(member.update.rank for member in self._joined.groups[module])
-        return total if self._method == "cat" else max(1, min(total, *_sides(self._joined.updates[module])))
+        total = sum(member.update.rank for member in self._aligned.groups[module])
+        return total if self._method == "cat" else max(1, min(total, *_sides(self._aligned.updates[module])))
 
-    def _parts(self, module: str) -> list[list[WeightedDelta]]:
+    def _deltas(self, module: str) -> list[list[WeightedDelta]]:
         """Return the adapters' deltas for each matrix of the module, which is one, or a stack of experts."""
         factors = []
-        for member in self._joined.groups[module]:
+        for member in self._aligned.groups[module]:
             weight, scale = member.weight, member.update.scale
             if not math.isfinite(weight * scale):
                 raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
             factors.append(tuple(side.to(self._device) for side in stack_factors(member.adapter.load(member.update))))
-        members = self._joined.groups[module]
+        members = self._aligned.groups[module]
         draws = [member.adapter.sha256 if METHODS[self._method].random else "" for member in members]
         return [
             [
@@ -223,26 +223,26 @@ class _Combination:
             for e in range(len(factors[0][0]))
         ]
 
-    def choose(self, rule: tuple[str, float] | None, most: int | None) -> Mapping[str, int]:
+    def choose(self, rule: tuple[str, float] | None, max_rank: int | None) -> Mapping[str, int]:
         """Choose and return the output's rank for each module."""
         if rule is None:
-            self._ranks = {module: min(rank, most or rank) for module, rank in self._ranks.items()}
+            self._ranks = {module: min(rank, max_rank or rank) for module, rank in self._ranks.items()}
             return self._ranks
         name, value = rule
         spectra = {module: SingularValues((), 0.0, 0, True) for module in self._ranks}
         if name != "rank":
             self._steps *= 2
-            spectra = {module: self._spectrum(module, most) for module in self._ranks}
+            spectra = {module: self._spectrum(module, max_rank) for module in self._ranks}
         if name in BUDGETS:
-            value = self.draft().budget(name, value)
-        self._ranks = choose_ranks(name, value, spectra, most)
+            value = self.edited().budget(name, value)
+        self._ranks = choose_ranks(name, value, spectra, max_rank)
         return self._ranks
 
-    def _spectrum(self, module: str, most: int | None) -> SingularValues:
+    def _spectrum(self, module: str, max_rank: int | None) -> SingularValues:
         """Return the result's singular values, those of a dense one only up to the natural rank or --max-rank."""
         with _factored(module):
             if METHODS[self._method].dense:
-                squares, total = torch.zeros(max(most or 0, self._ranks[module]), dtype=torch.float64), 0.0
+                squares, total = torch.zeros(max(max_rank or 0, self._ranks[module]), dtype=torch.float64), 0.0
                 for _, top in self._tops(module, len(squares)):
                     squares[: len(top.S)] += top.S.square().cpu()
                     total += top.total
@@ -250,7 +250,7 @@ class _Combination:
                 squares = singular_values(*self._side_by_side(module)).square().sum(0).cpu()
                 total = float(squares.sum())
         self._step()
-        return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self._joined.updates[module]), True)
+        return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self._aligned.updates[module]), True)
 
     def _step(self) -> None:
         self._done += 1
@@ -259,13 +259,13 @@ class _Combination:
 
     def _side_by_side(self, module: str) -> tuple[Tensor, Tensor]:
         """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
-        found = [METHODS[self._method].run(parts, self._density or 1.0) for parts in self._parts(module)]
+        found = [METHODS[self._method].run(deltas, self._density or 1.0) for deltas in self._deltas(module)]
         return torch.stack([B for B, _ in found]), torch.stack([A for _, A in found])
 
     def _tops(self, module: str, rank: int) -> Iterator[tuple[Tensor, TruncatedSVD]]:
         """Yield the dense result of each matrix of the module, and its truncated SVD."""
-        for e, parts in enumerate(self._parts(module)):
-            D = METHODS[self._method].run(parts, self._density or 1.0)
+        for e, deltas in enumerate(self._deltas(module)):
+            D = METHODS[self._method].run(deltas, self._density or 1.0)
             assert isinstance(D, Tensor)
             if not is_finite(D):
                 raise InputError("the combined change overflows float32", culprit=module)
@@ -279,50 +279,50 @@ class _Combination:
 
     def _exact(self, module: str) -> tuple[Tensor, Tensor]:
         B, A = self._side_by_side(module)
-        rank, whole = self._ranks[module], factored_svd(B, A)
+        rank, svd = self._ranks[module], factored_svd(B, A)
         if B.shape[-1] != rank:
-            B, A = whole.truncated(rank)
+            B, A = svd.truncated(rank)
         B, A = round_factors(module, (B, A), self._dtype)
-        wrong = float(distance(whole, factored_svd(B, A)).square().sum())
-        self._note(module, float(whole.S.square().sum()), float(whole.S[..., :rank].square().sum()), wrong)
+        squared_error = float(distance(svd, factored_svd(B, A)).square().sum())
+        self._note(module, float(svd.S.square().sum()), float(svd.S[..., :rank].square().sum()), squared_error)
         return B, A
 
     def _best(self, module: str) -> tuple[Tensor, Tensor]:
-        rank, total, kept, wrong = self._ranks[module], 0.0, 0.0, 0.0
+        rank, total, kept, squared_error = self._ranks[module], 0.0, 0.0, 0.0
         pairs = []
         for D, top in self._tops(module, rank):
-            missing = rank - len(top.S)
+            padding = rank - len(top.S)
             U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
-            sides = (torch.nn.functional.pad(side, (0, missing)) for side in (U, V))
+            sides = (torch.nn.functional.pad(side, (0, padding)) for side in (U, V))
             B, V = round_factors(module, (next(sides), next(sides)), self._dtype)
             pairs.append((B, V.mT))
             total, kept = total + top.total, kept + top.energy
             for start in range(0, len(D), ROWS):
                 block = slice(start, start + ROWS)
-                wrong += float((B[block].double() @ V.mT.double() - D[block]).square().sum())
-        self._note(module, total, kept, wrong)
+                squared_error += float((B[block].double() @ V.mT.double() - D[block]).square().sum())
+        self._note(module, total, kept, squared_error)
         return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
 
-    def _note(self, module: str, total: float, kept: float, wrong: float) -> None:
+    def _note(self, module: str, total: float, kept: float, squared_error: float) -> None:
         """Keep a module's figures for the report, from ||D||^2, its share in the rank, and ||D' - D||^2."""
-        share = (min(1.0, kept / total), math.sqrt(wrong / total)) if total else (1.0, 0.0)
+        share = (min(1.0, kept / total), math.sqrt(squared_error / total)) if total else (1.0, 0.0)
         self._found[module] = (math.sqrt(total), *share)
 
-    def draft(self) -> EditedAdapter:
-        joined, ranks = self._joined, self._ranks
+    def edited(self) -> EditedAdapter:
+        aligned, ranks = self._aligned, self._ranks
         return EditedAdapter(
-            self._loaded[0][0], joined.updates, ranks, self._factors, joined.carried, self._dtype, joined.fields
+            self._loaded[0][0], aligned.updates, ranks, self._factors, aligned.carried, self._dtype, aligned.fields
         )
 
     def try_all(self) -> None:
         """Compute everything for the figures of a dry run, and keep no tensors."""
         for module in self._ranks:
             self._factors(module)
-        for each in self._joined.carried.values():
+        for each in self._aligned.carried.values():
             each.load()
 
     def report(self, out: str, dry_run: bool) -> CombineReport:
-        specs, joined = self.draft().specs(), self._joined
+        specs, aligned = self.edited().specs(), self._aligned
         rows = tuple(self._row(module) for module in self._ranks)
         total = math.fsum(row.norm**2 for row in rows)
         return CombineReport(
@@ -337,14 +337,14 @@ class _Combination:
             error=math.sqrt(math.fsum((row.error * row.norm) ** 2 for row in rows) / total) if total else 0.0,
             parameters=sum(spec.size for spec in specs.values()),
             nbytes=sum(spec.nbytes for spec in specs.values()),
-            carried=tuple(joined.carried),
-            left_out=joined.left_out,
-            warnings=(*joined.warnings, *loralib_notes(self._loaded[0][0], self._ranks)),
+            carried=tuple(aligned.carried),
+            left_out=aligned.left_out,
+            warnings=(*aligned.warnings, *loralib_notes(self._loaded[0][0], self._ranks)),
         )
 
     def _row(self, module: str) -> ModuleCombine:
-        own = {id(member.adapter): member.update.rank for member in self._joined.groups[module]}
-        ranks = tuple(own.get(id(adapter), 0) for adapter, _ in self._loaded)
+        ranks_of = {id(member.adapter): member.update.rank for member in self._aligned.groups[module]}
+        ranks = tuple(ranks_of.get(id(adapter), 0) for adapter, _ in self._loaded)
         return ModuleCombine(module, ranks, self._ranks[module], *self._found[module])
 
 

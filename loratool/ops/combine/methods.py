@@ -43,13 +43,13 @@ class WeightedDelta:
 Deltas = Callable[[], Iterator[Tensor]]
 
 
-def _keep_largest(parts: Sequence[WeightedDelta], density: float) -> Deltas:
+def _keep_largest(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
     """Keep the fraction `density` of the entries of each D, the largest, and all others equal to the smallest kept."""
     thresholds: dict[int, float] = {}
 
     def pruned() -> Iterator[Tensor]:
-        for i, part in enumerate(parts):
-            D = part.dense()
+        for i, delta in enumerate(deltas):
+            D = delta.dense()
             if i not in thresholds:
                 thresholds[i] = _threshold(D, density)
             yield D.mul_(D.abs() >= thresholds[i])
@@ -67,28 +67,28 @@ def _threshold(D: Tensor, density: float) -> float:
     return float(magnitudes[dropped])
 
 
-def _keep_random(parts: Sequence[WeightedDelta], density: float) -> Deltas:
+def _keep_random(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
     """Keep each entry with the probability `density`, divided by it (DARE)."""
 
     def pruned() -> Iterator[Tensor]:
-        for part in parts:
-            D = part.dense()
+        for delta in deltas:
+            D = delta.dense()
             flat = D.view(-1)
             for start in range(0, len(flat) if density < 1 else 0, DRAWN):
                 block = flat[start : start + DRAWN]
-                drawn = torch.from_numpy(uniform(f"{part.key} {start}", len(block))).to(flat.device)
+                drawn = torch.from_numpy(uniform(f"{delta.key} {start}", len(block))).to(flat.device)
                 block.mul_((drawn < density) / density)
             yield D
 
     return pruned
 
 
-def _weights(parts: Sequence[WeightedDelta]) -> list[float]:
-    return [part.weight for part in parts]
+def _weights(deltas: Sequence[WeightedDelta]) -> list[float]:
+    return [delta.weight for delta in deltas]
 
 
-def _sum(changes: Deltas, weights: Sequence[float]) -> Tensor:
-    pairs = zip(weights, changes(), strict=True)
+def _sum(pruned: Deltas, weights: Sequence[float]) -> Tensor:
+    pairs = zip(weights, pruned(), strict=True)
     weight, D = next(pairs)
     total = D.mul_(weight)
     for weight, D in pairs:
@@ -96,46 +96,46 @@ def _sum(changes: Deltas, weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _elect_signs(changes: Deltas, weights: Sequence[float], votes: Sequence[float]) -> Tensor:
+def _elect_signs(pruned: Deltas, weights: Sequence[float], votes: Sequence[float]) -> Tensor:
     """Elect signs and merge (TIES after trimming), with weights w_i and votes v_i.
 
     The sign of an entry is that of sum v_i D_i; its value is sum w_i D_i / sum v_i over those with this sign.
     """
-    positive = _sum(changes, votes) >= 0
+    positive = _sum(pruned, votes) >= 0
     total, count = (torch.zeros_like(positive, dtype=torch.float32) for _ in range(2))
-    for weight, vote, D in zip(weights, votes, changes(), strict=True):
+    for weight, vote, D in zip(weights, votes, pruned(), strict=True):
         agrees = torch.where(positive, D > 0, D < 0)
         total.add_(D.mul_(agrees), alpha=weight)
         count.add_(agrees, alpha=vote)
     return total.div_(count.masked_fill_(count == 0, 1.0))
 
 
-def cat(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
+def cat(deltas: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
     """Return factors of sum w_i D_i, exactly: B (out, sum r_i), with scales and weights, and A (sum r_i, in)."""
-    return torch.cat([part.B * part.weight for part in parts], 1), torch.cat([part.A for part in parts])
+    return torch.cat([delta.B * delta.weight for delta in deltas], 1), torch.cat([delta.A for delta in deltas])
 
 
-def ties(parts: Sequence[WeightedDelta], density: float) -> Tensor:
-    return _elect_signs(_keep_largest(parts, density), _weights(parts), [1.0] * len(parts))
+def ties(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _elect_signs(_keep_largest(deltas, density), _weights(deltas), [1.0] * len(deltas))
 
 
-def ties_mergekit(parts: Sequence[WeightedDelta], density: float) -> Tensor:
-    return _elect_signs(_keep_largest(parts, density), _weights(parts), _weights(parts))
+def ties_mergekit(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _elect_signs(_keep_largest(deltas, density), _weights(deltas), _weights(deltas))
 
 
-def dare_linear(parts: Sequence[WeightedDelta], density: float) -> Tensor:
-    return _sum(_keep_random(parts, density), _weights(parts))
+def dare_linear(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _sum(_keep_random(deltas, density), _weights(deltas))
 
 
-def dare_ties(parts: Sequence[WeightedDelta], density: float) -> Tensor:
-    return _elect_signs(_keep_random(parts, density), _weights(parts), [1.0] * len(parts))
+def dare_ties(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _elect_signs(_keep_random(deltas, density), _weights(deltas), [1.0] * len(deltas))
 
 
-def magnitude(parts: Sequence[WeightedDelta], density: float) -> Tensor:
-    return _sum(_keep_largest(parts, density), _weights(parts))
+def magnitude(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+    return _sum(_keep_largest(deltas, density), _weights(deltas))
 
 
-def knots(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
+def knots(deltas: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
     """Apply TIES to S V_i^T, where [D_1 ... D_N] = U S [V_1^T ... V_N^T] (KnOTS, Stoica et al., ICLR 2025).
 
     With [B_1 ... B_N] = Q R and A_i^T = Q_i L_i^T the SVD is that of the small R blockdiag(L_i), so nothing N * in wide
@@ -144,17 +144,18 @@ def knots(parts: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tenso
     Returns:
         U (out, sum r_i or less) and the result of TIES in its basis, padded by zeros to the same rank.
     """
-    Q, R = torch.linalg.qr(torch.cat([part.B for part in parts], 1))
-    pieces = R.split([part.B.shape[1] for part in parts], 1)
-    L = [torch.linalg.qr(part.A.mT, mode="r").R.mT for part in parts]
+    Q, R = torch.linalg.qr(torch.cat([delta.B for delta in deltas], 1))
+    pieces = R.split([delta.B.shape[1] for delta in deltas], 1)
+    L = [torch.linalg.qr(delta.A.mT, mode="r").R.mT for delta in deltas]
     small = torch.cat([piece @ each for piece, each in zip(pieces, L, strict=True)], 1)
     U, S, _ = torch.linalg.svd(small, full_matrices=False)
     k = int((RANK_TOLERANCE * S[:1] < S).sum())  # the other directions are in no delta
     U = U[:, :k]
     rotated = [
-        WeightedDelta(U.mT @ piece, part.A, part.weight, part.key) for piece, part in zip(pieces, parts, strict=True)
+        WeightedDelta(U.mT @ piece, delta.A, delta.weight, delta.key)
+        for piece, delta in zip(pieces, deltas, strict=True)
     ]
-    result = parts[0].A.new_zeros(len(R), parts[0].A.shape[1])
+    result = deltas[0].A.new_zeros(len(R), deltas[0].A.shape[1])
     if k:
         result[:k] = ties(rotated, density)
     return torch.nn.functional.pad(Q @ U, (0, len(R) - k)), result

@@ -146,7 +146,7 @@ def _execute(base: Checkpoint, output: Output, progress: Progress | None, worker
     flushed: dict[str, int] = defaultdict(int)
     with closing(rewrite(output, sources, cast, torch.device("cpu"), workers, progress)) as runs:
         for item, blocks in runs:
-            refuse_overflow(item.tensor, [change for change, _ in blocks], sources, output)
+            refuse_overflow(item.tensor, [stats for stats, _ in blocks], sources, output)
             flushed[item.tensor] += sum(zeros for _, zeros in blocks)
     return flushed
 
@@ -157,9 +157,9 @@ def _all_numbers(size: int) -> list[RowRange]:
 
 def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:
     """Cast a block into `out`; return its rounding statistics, and how many numbers became 0."""
-    change = cast_rounded(base, out, work)
+    stats = cast_rounded(base, out, work)
     least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
-    return change, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
+    return stats, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
 
 
 def _count_nonzero(x: Tensor) -> int:
@@ -211,8 +211,8 @@ def _warnings(
     if coarse and dtype:
         yield f"--dtype is for floats of 16 bits or more: {len(coarse)} tensors of 8 keep theirs, {coarse[0]} the first"
     if to == "torch":
-        said = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}
-        said |= {"loratool"} if any(name.endswith(".index.json") for name in output.extras) else set()
-        lost = sorted({key for shard in base.shards for key in shard.metadata or {}} - said)
+        not_lost = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}
+        not_lost |= {"loratool"} if any(name.endswith(".index.json") for name in output.extras) else set()
+        lost = sorted({key for shard in base.shards for key in shard.metadata or {}} - not_lost)
         if lost:
             yield f"a torch file has no metadata; what stays behind: {', '.join(lost)}"

@@ -36,10 +36,10 @@ from .subtract_initial import subtract_init
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
-SAYS_START = ("peft", "diffusers")  # the formats that hold init_lora_weights
+INIT_FORMATS = ("peft", "diffusers")  # the formats that hold init_lora_weights
 
 
-KEPT_STARTS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
+NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def convert_adapter(
             raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_output_path(path, is_file, [source.file.path], force)
         Selection(tuple(drop)).require_used(source.updates, source.name, "--drop")
-        wish = ConvertRequest(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
-        made = plan_convert(source, wish, path.absolute().parent, opened)
+        request = ConvertRequest(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
+        made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
             write_output(made, to, path, is_file, [source.file])
@@ -186,7 +186,7 @@ def convert_adapter(
 
 
 def plan_convert(
-    source: Adapter, wish: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
+    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None = None
 ) -> AdapterOutput:
     """Plan a conversion, from headers as far as possible.
 
@@ -198,68 +198,68 @@ def plan_convert(
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
     sources, _ = read_source_modules(source)
-    selection = Selection(wish.drop or ("",))
+    selection = Selection(request.drop or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
     family = family or detect_family(sources) or detect_family(wanted)
-    single = source.format in SINGLE_COMPONENT and wish.to in SINGLE_COMPONENT
+    single = source.format in SINGLE_COMPONENT and request.to in SINGLE_COMPONENT
     if single and not any(each.component == "unet" for each in sources):
         family = None  # a text encoder alone is converted as a language model
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
-        source = _at_its_start(source, [each.module for each in wanted], wish, opened)
-    source, lost = _plain_enough(source, wish, folder, opened)
+        source = _without_initial(source, [each.module for each in wanted], request, opened)
+    source, lost = _without_dora(source, request, folder, opened)
     if family is not None:
-        if wish.layout:
+        if request.layout:
             raise UsageError("--for is for adapters of language models")
-        load, start = (
+        load, init_of = (
             functools.partial(low_rank_modules, source),
             functools.partial(base_mutating_init_of, source.config),
         )
-        image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, start)
-        return plan_image(image, wish, *read_source_modules(source))
+        image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, init_of)
+        return plan_image(image, request, *read_source_modules(source))
     if single:
-        kept, dropped = select_updates(source, wish)
-        if wish.plain:
-            return plan_plain(source, wish, kept, dropped, lost, opened)
-        return plan_language(source, wish, kept, dropped)
+        kept, dropped = select_updates(source, request)
+        if request.plain:
+            return plan_plain(source, request, kept, dropped, lost, opened)
+        return plan_language(source, request, kept, dropped)
     raise InputError(
         f"is no adapter of an image model that is known ({', '.join(IMAGE_FAMILIES.values())}), with modules like "
         + min(source.updates, default="none")
-        + ("" if wish.to == "peft" else f": nothing could load it as {wish.to}"),
+        + ("" if request.to == "peft" else f": nothing could load it as {request.to}"),
         culprit=source.name,
     )
 
 
-def _at_its_start(source: Adapter, modules: Sequence[str], wish: ConvertRequest, opened: ExitStack) -> Adapter:
+def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRequest, opened: ExitStack) -> Adapter:
     """Subtract the initial adapter of an image model's, if it was given.
 
     Raises:
         NeedsFlag: it was not given, the init altered the base, and the output could not tell.
     """
-    if wish.initial is not None:
-        return subtract_init(source, wish.initial, opened)
-    start = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
-    keeps = not wish.plain and wish.to in SAYS_START and start and start.lower().startswith(KEPT_STARTS)
-    if start and not keeps:
-        said = f"was initialized with {start}, which changed the base under it, and what is written could not say so"
-        raise NeedsFlag(said, culprit=source.name, remedy=ADD_INITIAL)
+    if request.initial is not None:
+        return subtract_init(source, request.initial, opened)
+    init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
+    keeps = not request.plain and request.to in INIT_FORMATS and init and init.lower().startswith(NAMED_INITS)
+    if init and not keeps:
+        message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
+        raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
     return source
 
 
-def _plain_enough(
-    source: Adapter, wish: ConvertRequest, folder: Path, opened: ExitStack
+def _without_dora(
+    source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
-    selection = Selection(wish.drop or ("",))
+    selection = Selection(request.drop or ("",))
     dora = [m for m, update in source.updates.items() if update.kind == "dora" and not selection.selects(m)]
-    if not wish.plain and (wish.to != "loralib" or not dora):
+    if not request.plain and (request.to != "loralib" or not dora):
         return source, {}
-    if wish.base is None and dora:
-        said = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
-        option = "--base BASE" if wish.plain else "--plain --base BASE"
-        raise NeedsFlag(said, culprit=dora[0], remedy=f"add {option} with the model")
-    if wish.base is None:
+    if request.base is None and dora:
+        message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+        option = "--base BASE" if request.plain else "--plain --base BASE"
+        raise NeedsFlag(message, culprit=dora[0], remedy=f"add {option} with the model")
+    if request.base is None:
         return source, {}
     if not dora:
         raise UsageError("--base is for --for, and with --plain for DoRA, of which the adapter has none")
-    return dora_to_lora(source, wish.base, wish.rank, folder, opened)
+    return dora_to_lora(source, request.base, request.rank, folder, opened)

@@ -47,7 +47,7 @@ def dora_to_lora(
     checkpoint = open_model(base, "--base is the model under it", opened)
     dora = {module: update for module, update in source.updates.items() if update.kind == "dora"}
     alone = replace(source, updates=dora)
-    spots, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
+    matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
     if missing:
         raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
     spool = FactorSpool(folder, 0, False)
@@ -55,15 +55,15 @@ def dora_to_lora(
     factored, errors = {}, {}
     for module, update in dora.items():
         places = [
-            (spot.name, placement)
-            for spot in spots[module]
-            for placement in place_update(alone, module, 1.0, spot, checkpoint.specs, checkpoint.model_types, spots)
+            (match.name, placement)
+            for match in matches[module]
+            for placement in place_update(alone, module, 1.0, match, checkpoint.specs, checkpoint.model_types, matches)
         ]
-        own = places[0][1].update if update.norm_over_inputs else update
-        loaded = source.load(own)
+        placed = places[0][1].update if update.norm_over_inputs else update
+        loaded = source.load(placed)
         assert isinstance(loaded, DoRA)
-        D = _dora_delta(loaded, _read(source, own, checkpoint, places), module)
-        D = D.T.contiguous() if own.is_transposed_dora else D
+        D = _dora_delta(loaded, _read(source, placed, checkpoint, places), module)
+        D = D.T.contiguous() if placed.is_transposed_dora else D
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
         errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
     return _view(source, dora, factored, spool), errors
@@ -74,13 +74,13 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
     out, width = update.shape[0], update.specs["A"].size // update.rank
     W = torch.empty(out, width, dtype=torch.float32)
     for name, placement in places:
-        own = TensorRef(source.file, update.base) if update.base else TensorRef(base.shard_of[name], name)
+        ref = TensorRef(source.file, update.base) if update.base else TensorRef(base.shard_of[name], name)
         if placement.transposed:
-            W.copy_(torch.cat([block.float() for block in own.blocks(ROWS * out)]).T)
+            W.copy_(torch.cat([block.float() for block in ref.blocks(ROWS * out)]).T)
             continue
         for start in range(placement.start, placement.stop, ROWS):
             stop, at = min(start + ROWS, placement.stop), placement.skip + start - placement.start
-            W[at : at + stop - start] = own.matrix_rows(placement.rows, start, stop).float()
+            W[at : at + stop - start] = ref.matrix_rows(placement.rows, start, stop).float()
     return W
 
 
@@ -104,11 +104,11 @@ def _view(
         found = factored[module]
         rank, names = max(1, found.known), {role: update.tensors[role] for role in ("A", "B")}
         A, B = update.specs["A"].shape, update.specs["B"].shape
-        own = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
+        sides = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
         del specs[update.tensors["magnitude"]]
-        specs |= {names[role]: own[role] for role in names}
+        specs |= {names[role]: sides[role] for role in names}
         pairs |= {names[role]: (module, role) for role in names}
-        updates[module] = replace(update, kind="lora", tensors=names, specs=own, scale=1.0, norm_over_inputs=False)
+        updates[module] = replace(update, kind="lora", tensors=names, specs=sides, scale=1.0, norm_over_inputs=False)
 
     def load(name: str) -> Tensor:
         if name not in pairs:

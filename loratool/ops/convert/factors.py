@@ -49,12 +49,12 @@ def make_factors(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFact
         return made
     if target.parts[0].source.update.norm_over_inputs:
         return replace(made, magnitude=updates[0].magnitude.flatten())
-    pieces = [
+    magnitudes = [
         update.magnitude.flatten()[part.start : part.stop]
         for update, part in zip(updates, target.parts, strict=True)
         if isinstance(update, DoRA)
     ]
-    return replace(made, magnitude=torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone())
+    return replace(made, magnitude=torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0].clone())
 
 
 def _low_rank(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors:
@@ -75,14 +75,14 @@ def _low_rank(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors
     dtype = sides[0].dtype
     for each in (*sides, *(update.A for update in updates)):
         dtype = torch.promote_types(dtype, each.dtype)
-    A, places = _joined_rows([update.A.to(dtype) for update in updates])
+    A, indices_of = _concatenate_rows([update.A.to(dtype) for update in updates])
     B = torch.zeros(target.rows, len(A), dtype=dtype)
-    for part, side, own in zip(target.parts, sides, places, strict=True):
-        B[part.at : part.at + len(side), own] = side.to(dtype)
+    for part, side, indices in zip(target.parts, sides, indices_of, strict=True):
+        B[part.at : part.at + len(side), indices] = side.to(dtype)
     return ModuleFactors(A, B, scale, exact=exact)
 
 
-def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
+def _concatenate_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
     """Concatenate several A into one (r, in), in which rows of equal bytes from different A are stored once.
 
     Returns:
@@ -90,17 +90,17 @@ def _joined_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
     """
     found: dict[tuple[bytes, int], int] = {}
     rows: list[Tensor] = []
-    places: list[list[int]] = []
+    indices_of: list[list[int]] = []
     for A in sides:
-        seen, own = Counter[bytes](), list[int]()
+        seen, indices = Counter[bytes](), list[int]()
         for row in A.contiguous():
             key = row.view(torch.uint8).numpy().tobytes()
             place = found.setdefault((key, seen[key]), len(found))
             rows += [row] if place == len(rows) else []
-            own.append(place)
+            indices.append(place)
             seen[key] += 1
-        places.append(own)
-    return torch.stack(rows), places
+        indices_of.append(indices)
+    return torch.stack(rows), indices_of
 
 
 def common_scale(scales: Sequence[float]) -> float:
@@ -165,10 +165,10 @@ def dtype_holds(dtype: torch.dtype, *others: torch.dtype) -> bool:
 def truncate_factors(factors: ModuleFactors, rank: int) -> ModuleFactors:
     """Return the best factors of a rank, in float32, with the scale folded in, padded by zeros up to the rank."""
     shape, ones = factors.A.shape[1:], factors.B.shape[2:]
-    whole = factored_svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
-    B, A = (side.float() for side in whole.truncated(rank))
+    svd = factored_svd(factors.B.flatten(1).double() * factors.scale, factors.A.flatten(1))
+    B, A = (side.float() for side in svd.truncated(rank))
     return replace(
-        factors, A=A.reshape(rank, *shape), B=B.reshape(len(B), rank, *ones), scale=1.0, exact=not whole.S.any()
+        factors, A=A.reshape(rank, *shape), B=B.reshape(len(B), rank, *ones), scale=1.0, exact=not svd.S.any()
     )
 
 
@@ -179,9 +179,9 @@ def alpha_for_scale(scale: float, rank: int) -> float:
     tried. If none divides exactly, scale * rank is returned.
     """
     product = scale * rank
-    short = float(torch.tensor(product, dtype=torch.float32))
-    near = (short, product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
-    return next((alpha for alpha in near if alpha / rank == scale), product)
+    float32_alpha = float(torch.tensor(product, dtype=torch.float32))
+    candidates = (float32_alpha, product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
+    return next((alpha for alpha in candidates if alpha / rank == scale), product)
 
 
 def delta_error(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors, scale: float) -> float:

@@ -74,15 +74,15 @@ def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[Tar
     """
     if layout == "split":
         return [target for source in sources for target in _split(source, sizes)]
-    whole: list[TargetModule] = []
-    pieces: dict[str, dict[str, SourceModule]] = {}
+    targets: list[TargetModule] = []
+    to_fuse: dict[str, dict[str, SourceModule]] = {}
     for source in sources:
         path = next((fused for end in FUSED if (fused := _fused_path(source.path, end))), None)
         if path is None:
-            whole.append(_unchanged(source))
+            targets.append(_unchanged(source))
         else:
-            pieces.setdefault(path, {})[source.path.rpartition(".")[2]] = source
-    return whole + [_fuse(path, parts, sizes) for path, parts in pieces.items()]
+            to_fuse.setdefault(path, {})[source.path.rpartition(".")[2]] = source
+    return targets + [_fuse(path, parts, sizes) for path, parts in to_fuse.items()]
 
 
 def _fused_path(path: str, end: str) -> str | None:
@@ -113,8 +113,8 @@ def _split(source: SourceModule, sizes: Sizes) -> list[TargetModule]:
     else:
         parts = [width if end == C_ATTN else _size(source.path, name, sizes) for name in names]
     if sum(parts) != rows:
-        said = " + ".join(map(str, parts))
-        raise InputError(f"has {rows} rows, which are not {said}: it is of another model", culprit=source.path)
+        terms = " + ".join(map(str, parts))
+        raise InputError(f"has {rows} rows, which are not {terms}: it is of another model", culprit=source.path)
     stem, start, targets = source.path.rpartition(".")[0], 0, []
     for name, size in zip(names, parts, strict=True):
         targets.append(

@@ -63,7 +63,7 @@ class ImageAdapter:
 
 
 def plan_image(
-    image: ImageAdapter, wish: ConvertRequest, sources: list[SourceModule], impossible: list[str]
+    image: ImageAdapter, request: ConvertRequest, sources: list[SourceModule], impossible: list[str]
 ) -> AdapterOutput:
     """Plan the output.
 
@@ -74,7 +74,7 @@ def plan_image(
         NeedsFlag: modules have to be dropped or made plain first.
         InputError: nothing is left, or two modules would become one.
     """
-    return _ImagePlan(image, wish, sources, impossible).output()
+    return _ImagePlan(image, request, sources, impossible).output()
 
 
 def write_output(made: AdapterOutput, to: str, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
@@ -100,21 +100,21 @@ class _ImagePlan:
     """The modules of the output, with the loader of their tensors."""
 
     def __init__(
-        self, image: ImageAdapter, wish: ConvertRequest, sources: list[SourceModule], impossible: list[str]
+        self, image: ImageAdapter, request: ConvertRequest, sources: list[SourceModule], impossible: list[str]
     ) -> None:
-        self._image, self._wish, family = image, wish, image.family
+        self._image, self._request, family = image, request, image.family
         wanted = self._wanted(sources, impossible + find_unknown_modules(sources, family))
-        targets = plan_target_modules(wanted, family, uses_maker_names(wish.to, family))
+        targets = plan_target_modules(wanted, family, uses_maker_names(request.to, family))
         for target in targets:
             module = target.parts[0].source.module
-            if (start := image.start(module)) and target.how != "exact":
-                said = f"would be {target.how}, and was initialized with {start} from the whole matrix of its base"
-                raise NeedsFlag(said, culprit=module, remedy=ADD_INITIAL)
+            if (init := image.start(module)) and target.how != "exact":
+                message = f"would be {target.how}, and was initialized with {init} from the whole matrix of its base"
+                raise NeedsFlag(message, culprit=module, remedy=ADD_INITIAL)
         texts = len({each.component for each in wanted if each.component != "unet"})
         self._made: dict[str, _ConvertedModule] = {}
         self._loaded: tuple[SourceModule, LowRank] | None = None
         for target in targets:
-            name = target_name(target, wish.to, family, texts)
+            name = target_name(target, request.to, family, texts)
             if name in self._made:
                 raise InputError("two modules of the adapter would become this one", culprit=name)
             made = self._make(target)
@@ -125,20 +125,20 @@ class _ImagePlan:
         self._dropped = tuple(module for module in every if module not in carried)
 
     def _wanted(self, sources: list[SourceModule], impossible: list[str]) -> list[SourceModule]:
-        to, selection = self._wish.to, Selection(self._wish.drop or ("",))
+        to, selection = self._request.to, Selection(self._request.drop or ("",))
         wanted = [each for each in sources if each.module not in impossible and not selection.selects(each.module)]
         if to in SINGLE_COMPONENT:
             wanted, more = _one_component(wanted)
             impossible = impossible + more
         columns = next((s.module for s in wanted if s.update.norm_over_inputs and not self._has_alphas), None)
         if columns:
-            said = f"is DoRA along the inputs, which {to}'s files cannot say"
-            raise NeedsFlag(said, culprit=columns, remedy="add --plain --base BASE with the model")
+            message = f"is DoRA along the inputs, which {to}'s files cannot say"
+            raise NeedsFlag(message, culprit=columns, remedy="add --plain --base BASE with the model")
         lost = [s.module for s in wanted if to == "loralib" and _has_kernel(s)]
         wanted = [each for each in wanted if each.module not in lost]
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:
-            what = f"cannot be carried to {to}{' as plain LoRA' if self._wish.plain else ''}"
+            what = f"cannot be carried to {to}{' as plain LoRA' if self._request.plain else ''}"
             raise cannot_convert(self._image.name, what, lost, "" if len(lost) < 4 else _prefixes(lost))
         if not wanted:
             raise InputError("nothing is left to convert", culprit=self._image.name)
@@ -146,7 +146,7 @@ class _ImagePlan:
 
     def _make(self, target: TargetModule) -> _ConvertedModule | None:
         """Plan a module, from headers alone if it keeps its factors; return None for zeros that fusing filled in."""
-        first, dtype, how = target.parts[0].source.update, self._wish.dtype, target.how
+        first, dtype, how = target.parts[0].source.update, self._request.dtype, target.how
         stored = [getattr(torch, TORCH_FLOATS.get(first.specs[role].dtype, "float64")) for role in ("A", "B")]
         if (
             how == "exact"
@@ -180,13 +180,13 @@ class _ImagePlan:
             former = [pair for part in target.parts if (pair := self._image.lost.get(part.source.module))]
             total = math.fsum(norm for _, norm in former)
             error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
-            how = how if not error else "truncated" if self._wish.rank or total else "rounded"
-        ends = {
-            end: self._laid(role, spec, specs["B"], first.norm_over_inputs)
-            for role, end in self._ends().items()
+            how = how if not error else "truncated" if self._request.rank or total else "rounded"
+        suffixes = {
+            suffix: self._with_format_shape(role, spec, specs["B"], first.norm_over_inputs)
+            for role, suffix in self._suffixes().items()
             if (spec := specs.get(role))
         }
-        return _ConvertedModule(target, how, rank, alpha, error, ends)
+        return _ConvertedModule(target, how, rank, alpha, error, suffixes)
 
     def _folds(self, scale: float, rank: int) -> bool:
         """Return whether a scale has to be folded into the factors.
@@ -194,8 +194,8 @@ class _ImagePlan:
         It has to if its alpha is infinite in float32, or is 0 there: in kohya's files 0 stands for the rank.
         """
         alpha = abs(float(torch.tensor(alpha_for_scale(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
-        lost = alpha == math.inf or (alpha == 0 and (self._wish.to == "kohya" or scale != 0))
-        return self._wish.plain or lost
+        lost = alpha == math.inf or (alpha == 0 and (self._request.to == "kohya" or scale != 0))
+        return self._request.plain or lost
 
     def _scale(self, alpha: float, rank: int) -> float:
         """Return the scale that a reader of the output computes from this alpha."""
@@ -203,19 +203,19 @@ class _ImagePlan:
 
     @property
     def _has_alphas(self) -> bool:
-        return self._wish.to in ("kohya", "comfy")
+        return self._request.to in ("kohya", "comfy")
 
     def _factors(self, target: TargetModule) -> tuple[ModuleFactors, list[LowRank]]:
         updates = [self._update(part.source) for part in target.parts]
         factors = make_factors(target, updates)
-        if self._wish.rank is not None:
-            factors = truncate_factors(factors, self._wish.rank)
+        if self._request.rank is not None:
+            factors = truncate_factors(factors, self._request.rank)
         elif self._folds(factors.scale, len(factors.A)):
             factors = fold_scale(factors)
-        dtype = self._wish.dtype or factors.B.dtype
-        if self._wish.plain or self._wish.dtype or target.how == "fused":  # else nothing is rounded
+        dtype = self._request.dtype or factors.B.dtype
+        if self._request.plain or self._request.dtype or target.how == "fused":  # else nothing is rounded
             round_factors(target.path, (factors.B, factors.A), dtype)
-        return cast_factors(factors, dtype) if self._wish.dtype else factors, updates
+        return cast_factors(factors, dtype) if self._request.dtype else factors, updates
 
     def _update(self, source: SourceModule) -> LowRank:
         """Load an update, once for all targets that a fused module is split into, since they follow each other."""
@@ -223,20 +223,20 @@ class _ImagePlan:
             self._loaded = source, self._image.load(source)
         return self._loaded[1]
 
-    def _ends(self) -> dict[str, str]:
+    def _suffixes(self) -> dict[str, str]:
         if self._has_alphas:
             return {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
-        if self._wish.to == "loralib":
+        if self._request.to == "loralib":
             return {"A": "lora_A", "B": "lora_B"}
         return {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
-    def _laid(self, role: str, spec: TensorSpec, B: TensorSpec, inputs: bool) -> TensorSpec:
+    def _with_format_shape(self, role: str, spec: TensorSpec, B: TensorSpec, inputs: bool) -> TensorSpec:
         """Return the spec with the format's shape.
 
         kohya's magnitudes are (out, 1, ...), PEFT's (out,) or (1, out, ...), and (1, in) along the inputs in both.
         """
         if role != "magnitude":
-            return replace(spec, shape=spec.shape[:2]) if self._wish.to == "loralib" else spec
+            return replace(spec, shape=spec.shape[:2]) if self._request.to == "loralib" else spec
         if inputs:
             return replace(spec, shape=(1, spec.size))
         rows, ones = (B.shape[0],), (1,) * (len(B.shape) - 2)
@@ -245,7 +245,7 @@ class _ImagePlan:
         return replace(spec, shape=(1, *rows, *ones) if ones else rows)
 
     def output(self) -> AdapterOutput:
-        specs = {f"{name}.{end}": spec for name, made in self._made.items() for end, spec in made.specs.items()}
+        specs = {f"{name}.{suffix}": spec for name, made in self._made.items() for suffix, spec in made.specs.items()}
         if self._has_alphas:
             specs |= {f"{name}.alpha": TensorSpec("F32", ()) for name in self._made}
         rows = [
@@ -254,36 +254,38 @@ class _ImagePlan:
             )
             for name, m in self._made.items()
         ]
-        config = self._config(self._made) if self._wish.to == "peft" else {}
-        notes = alpha_notes(rows) if self._wish.to == "loralib" else self._unread()
+        config = self._config(self._made) if self._request.to == "peft" else {}
+        notes = alpha_notes(rows) if self._request.to == "loralib" else self._ignored_note()
         return AdapterOutput(
             specs, self._load, config, self._metadata(), tuple(rows), self._dropped, notes, self._image.family
         )
 
-    def _unread(self) -> tuple[str, ...]:
+    def _ignored_note(self) -> tuple[str, ...]:
         """Return a note on modules that diffusers ignores, those outside its pipelines' `_lora_loadable_modules`."""
         t5 = [name for name, made in self._made.items() if made.target.component == "text_encoder_3"]
-        if self._wish.to != "diffusers" or not t5:
+        if self._request.to != "diffusers" or not t5:
             return ()
         return (f"diffusers loads no adapter of a T5: {len(t5)} modules will not be read, {t5[0]} the first",)
 
     def _load(self, key: str) -> Tensor:
         """Make a tensor; those of one module are made together, and kept until another module's is loaded."""
         name = next(name for name in (key.rpartition(".")[0], key.rsplit(".", 2)[0]) if name in self._made)
-        made, end = self._made[name], key.removeprefix(f"{name}.")
-        if end == "alpha":
+        made, suffix = self._made[name], key.removeprefix(f"{name}.")
+        if suffix == "alpha":
             return torch.tensor(made.alpha, dtype=torch.float32)
         if name not in self._last:
             factors, _ = self._factors(made.target)
             tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
             self._last.clear()
-            self._last[name] = {e: t for role, e in self._ends().items() if (t := tensors[role]) is not None}
-        return self._last[name][end].reshape(made.specs[end].shape)
+            self._last[name] = {
+                suffix: t for role, suffix in self._suffixes().items() if (t := tensors[role]) is not None
+            }
+        return self._last[name][suffix].reshape(made.specs[suffix].shape)
 
     def _metadata(self) -> dict[str, str]:
         former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
         if not self._has_alphas:
-            return {**former, "format": "pt", **(self._by_component() if self._wish.to == "diffusers" else {})}
+            return {**former, "format": "pt", **(self._by_component() if self._request.to == "diffusers" else {})}
         version = former.get("ss_base_model_version", BASE_VERSIONS.get(self._image.family))
         ranks = {made.rank for made in self._made.values()}
         alphas = {made.alpha for made in self._made.values()}
@@ -312,11 +314,11 @@ class _ImagePlan:
         dora = [name for name, made in modules.items() if made.target.parts[0].source.update.kind == "dora"]
         other = next((name for name in modules if dora and name not in dora), None)
         if other:
-            said = f"is no DoRA, {dora[0]} is; {self._wish.to}'s loader wants all modules of a model of one kind"
+            message = f"is no DoRA, {dora[0]} is; {self._request.to}'s loader wants all modules of a model of one kind"
             remedy = "--to kohya and comfy say it of each module; or add --plain --base BASE with the model"
-            raise InputError(said, culprit=other, remedy=remedy)
-        start = next((s for m in modules.values() if (s := self._image.start(m.target.parts[0].source.module))), True)
-        return {**config_of(both), "use_dora": bool(dora), "init_lora_weights": start}
+            raise InputError(message, culprit=other, remedy=remedy)
+        init = next((i for m in modules.values() if (i := self._image.start(m.target.parts[0].source.module))), True)
+        return {**config_of(both), "use_dora": bool(dora), "init_lora_weights": init}
 
 
 def _has_kernel(source: SourceModule) -> bool:
@@ -334,5 +336,7 @@ def _one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], lis
 
 def _prefixes(modules: Sequence[str]) -> str:
     """Return a comma-separated list of globs, one for each prefix of the names."""
-    heads = dict.fromkeys(m[: m.index("_", 5) + 1] if m.startswith("lora_") else m.split(".")[0] + "." for m in modules)
-    return ",".join(f"'{head}*'" for head in heads)
+    prefixes = dict.fromkeys(
+        m[: m.index("_", 5) + 1] if m.startswith("lora_") else m.split(".")[0] + "." for m in modules
+    )
+    return ",".join(f"'{prefix}*'" for prefix in prefixes)

@@ -41,8 +41,8 @@ def choose_format(base: Checkpoint, to: str | None) -> str:
     """
     weights = image_weights(base)
     several = bool(base.parts) or any(name.startswith(DENOISER) for name in weights)
-    own = any(mark in name for name in weights for mark, kind in MARKS.items() if kind in OWN_NAMES)
-    if to is None and weights and (several or own):
+    maker_names = any(mark in name for name in weights for mark, kind in MARKS.items() if kind in OWN_NAMES)
+    if to is None and weights and (several or maker_names):
         return "diffusers" if base.parts else "kohya"
     if to in (None, *SINGLE_COMPONENT):
         require_one_model(base)
@@ -64,10 +64,10 @@ def _refuse_makers_names(base: Checkpoint) -> None:
     """Raise InputError for a single file with its makers' names, since PEFT adapts diffusers' model classes only."""
     if "_class_name" in base.config or "architectures" in base.config:
         return
-    own = {name: next((p for p in SINGLE_PREFIXES if name.startswith(p)), "") for name in base.specs}
-    marks = (MAKERS.get(name.removeprefix(prefix)) for name, prefix in own.items())
+    prefixes = {name: next((p for p in SINGLE_PREFIXES if name.startswith(p)), "") for name in base.specs}
+    marks = (MAKERS.get(name.removeprefix(prefix)) for name, prefix in prefixes.items())
     family = next(filter(None, marks), None)
-    alone = all(prefix in SINGLE_PREFIXES[:2] for prefix in own.values())
+    alone = all(prefix in SINGLE_PREFIXES[:2] for prefix in prefixes.values())
     if family or (alone and not image_weights(base)):
         raise InputError(
             f"is a single file of {family or 'an image model'} with its makers' names, under which nothing loads an "
@@ -77,9 +77,9 @@ def _refuse_makers_names(base: Checkpoint) -> None:
         )
 
 
-def weights_for_format(base: Checkpoint, form: str) -> Collection[str] | None:
+def weights_for_format(base: Checkpoint, to: str) -> Collection[str] | None:
     """Return the weights that an adapter of an image format can change; None for `peft` and `loralib`."""
-    return image_weights(base) if form not in SINGLE_COMPONENT else None
+    return image_weights(base) if to not in SINGLE_COMPONENT else None
 
 
 def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:

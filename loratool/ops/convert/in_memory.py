@@ -51,25 +51,25 @@ def check_target(to: str | None) -> None:
 
 
 def open_converted(
-    source: Adapter, wish: ConvertRequest, verb: str, folder: Path, opened: ExitStack, family: str | None = None
+    source: Adapter, request: ConvertRequest, command: str, folder: Path, opened: ExitStack, family: str | None = None
 ) -> tuple[Adapter, AdapterOutput]:
     """Return the adapter that opening the converted `source` would give, and its plan.
 
     Args:
-        verb: the command that converts, for the remedies of errors.
+        command: the one that converts, for the remedies of errors.
         folder: where temporary files are put; `opened` closes them.
         family: a key of IMAGE_FAMILIES, if other adapters tell it.
     """
-    with request_for(verb):
-        made = plan_convert(source, wish, folder, opened, family)
-    prefix = PEFT_PREFIX if wish.to == "peft" else ""
+    with request_for(command):
+        made = plan_convert(source, request, folder, opened, family)
+    prefix = PEFT_PREFIX if request.to == "peft" else ""
     metadata = dict(made.metadata)
-    if wish.to == "peft":
+    if request.to == "peft":
         metadata["loratool"] = json.dumps({"adapter_config": made.config})
     specs = {prefix + name: spec for name, spec in made.specs.items()}
     file = VirtualFile(source.file, specs, lambda name: made.load(name.removeprefix(prefix)), metadata)
-    form = "diffusers" if wish.to == "comfy" else wish.to
-    adapter = FORMATS[form].read(source.name, file, 1.0 if wish.to == "loralib" else None, False)
+    read_as = "diffusers" if request.to == "comfy" else request.to
+    adapter = FORMATS[read_as].read(source.name, file, 1.0 if request.to == "loralib" else None, False)
     scales = {row.name: row.alpha / row.rank for row in made.modules}  # loralib's files hold no alpha
     updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
     return replace(adapter, updates=updates), made
@@ -132,10 +132,10 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
     """Raise InputError for adapters of no known family whose formats or suffixes no loader takes together."""
     first, known = adapters[0], ", ".join(IMAGE_FAMILIES.values())
     for adapter in adapters if family is None else ():
-        own, others = format_name(adapter), format_name(first)
-        if own != others and {own, others} != {*SINGLE_COMPONENT}:
+        this, others = format_name(adapter), format_name(first)
+        if this != others and {this, others} != {*SINGLE_COMPONENT}:
             raise InputError(
-                f"is in the {own} format, {first.name} in {others}'s, and of no image model that is "
+                f"is in the {this} format, {first.name} in {others}'s, and of no image model that is "
                 f"known ({known}): combine adapters of one format",
                 culprit=adapter.name,
             )
@@ -154,7 +154,7 @@ def format_name(adapter: Adapter) -> str:
 
 def are_alike(adapters: Sequence[Adapter]) -> bool:
     """Return whether adapters have one format and one naming, so that a module has the same name in all of them."""
-    if len({_spelling(each) for each in adapters}) > 1:
+    if len({_naming(each) for each in adapters}) > 1:
         return False
     names: dict[tuple[str, str], str] = {}
     return all(
@@ -164,10 +164,10 @@ def are_alike(adapters: Sequence[Adapter]) -> bool:
     )
 
 
-def _spelling(adapter: Adapter) -> tuple[object, ...]:
+def _naming(adapter: Adapter) -> tuple[object, ...]:
     """Return the format, the suffixes, and whether the denoiser's names are other than diffusers'."""
-    own = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
-    return format_name(adapter), _factor_suffixes(adapter), own
+    renamed = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
+    return format_name(adapter), _factor_suffixes(adapter), renamed
 
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
@@ -204,22 +204,22 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
         InputError: the adapters are of two families.
     """
     sources = {id(adapter): read_source_modules(adapter)[0] for adapter in adapters}
-    told: dict[str | None, Adapter] = {}
-    untold: list[Adapter] = []
+    by_family: dict[str | None, Adapter] = {}
+    ambiguous: list[Adapter] = []
     for adapter in adapters:
-        own = sources[id(adapter)]
-        family, denoises = detect_family(own), any(each.component == "unet" for each in own)
-        if family in UNETS and denoises and tells_unet(own) is None:
-            untold.append(adapter)
+        modules = sources[id(adapter)]
+        family, denoises = detect_family(modules), any(each.component == "unet" for each in modules)
+        if family in UNETS and denoises and tells_unet(modules) is None:
+            ambiguous.append(adapter)
         elif family is None or denoises:
-            told.setdefault(family, adapter)
-    if untold and told.keys().isdisjoint(UNETS):
-        told[detect_family([each for adapter in untold for each in sources[id(adapter)]])] = untold[0]
-    if len(told) > 1:
-        (one, first), (two, second) = list(told.items())[:2]
+            by_family.setdefault(family, adapter)
+    if ambiguous and by_family.keys().isdisjoint(UNETS):
+        by_family[detect_family([each for adapter in ambiguous for each in sources[id(adapter)]])] = ambiguous[0]
+    if len(by_family) > 1:
+        (one, first), (two, second) = list(by_family.items())[:2]
         names = [IMAGE_FAMILIES.get(family or "", "no image model that is known") for family in (one, two)]
         raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
-    return next(iter(told)) if told else detect_family([each for own in sources.values() for each in own])
+    return next(iter(by_family)) if by_family else detect_family([each for ms in sources.values() for each in ms])
 
 
 def by_meaning(

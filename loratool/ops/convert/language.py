@@ -40,10 +40,10 @@ PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_m
 
 
 def plan_language(
-    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
+    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    if wish.to == "loralib" and base_mutating_init(source.config):
+    if request.to == "loralib" and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)}, "
             "which changed the base under it, and loralib's files "
@@ -51,20 +51,20 @@ def plan_language(
             culprit=source.name,
             remedy=ADD_INITIAL,
         )
-    if wish.layout and base_mutating_init(source.config):
+    if request.layout and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)} "
             "from whole matrices of its base, not from their parts",
             culprit=source.name,
             remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
         )
-    if wish.layout:
-        return _convert_qkv(source, wish, kept, dropped)
-    if source.format == wish.to == "peft" and wish.dtype is None and not dropped:
+    if request.layout:
+        return _convert_qkv(source, request, kept, dropped)
+    if source.format == request.to == "peft" and request.dtype is None and not dropped:
         names = adapter_names(source.file.specs)
         keys = {saved_name(key, names): key for key in source.file.specs}
         specs = {name: source.file.specs[key] for name, key in keys.items()}
-        rows = tuple(_module_rows(source, wish, kept))
+        rows = tuple(_module_rows(source, request, kept))
         return AdapterOutput(
             specs,
             lambda name: source.file.tensor(keys[name]),
@@ -74,23 +74,23 @@ def plan_language(
             (),
             (),
         )
-    specs, load = _copy_tensors(source, wish, kept)
-    rows = tuple(_module_rows(source, wish, kept))
-    notes = alpha_notes(rows) if wish.to == "loralib" else ()
+    specs, load = _copy_tensors(source, request, kept)
+    rows = tuple(_module_rows(source, request, kept))
+    notes = alpha_notes(rows) if request.to == "loralib" else ()
     return AdapterOutput(specs, load, config_from(source, kept), {"format": "pt"}, rows, dropped, notes)
 
 
 def _copy_tensors(
-    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec]
+    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
     """Return specs and loader of the updates' tensors under the output's names, with factors in its dtype."""
-    pieces, specs = output_names(source, kept, wish.to), {}
-    letters = SAFETENSORS[str(wish.dtype).removeprefix("torch.")] if wish.dtype else None
+    pieces, specs = output_names(source, kept, request.to), {}
+    letters = SAFETENSORS[str(request.dtype).removeprefix("torch.")] if request.dtype else None
 
     def load(name: str) -> Tensor:
         module, role = pieces[name]
         tensor: Tensor = getattr(source.load(kept[module]), role)
-        return round_factors(module, (tensor, tensor), wish.dtype)[0] if wish.dtype and role in "AB" else tensor
+        return round_factors(module, (tensor, tensor), request.dtype)[0] if request.dtype and role in "AB" else tensor
 
     for name, (module, role) in pieces.items():
         spec = kept[module].specs[role]
@@ -99,35 +99,37 @@ def _copy_tensors(
 
 
 def _convert_qkv(
-    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
+    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
 ) -> AdapterOutput:
     """Plan the output with the modules of the other layout split or fused.
 
     Each is made once for its specs and error, and again when it is written, so that only one is held at a time.
     """
-    assert wish.layout is not None
+    assert request.layout is not None
     pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.kind in ("lora", "dora") and len(u.shape) == 2]
-    targets = plan_qkv(pairs, wish.layout, read_qkv_rows(wish.base))
-    changed = {target.path: target for target in targets if target.how != "exact"}
-    if not changed:
-        raise UsageError(f"--for {wish.layout} changes nothing: the adapter has no such modules", culprit=source.name)
-    taken = {part.source.module for target in changed.values() for part in target.parts}
+    targets = plan_qkv(pairs, request.layout, read_qkv_rows(request.base))
+    regrouped = {target.path: target for target in targets if target.how != "exact"}
+    if not regrouped:
+        raise UsageError(
+            f"--for {request.layout} changes nothing: the adapter has no such modules", culprit=source.name
+        )
+    taken = {part.source.module for target in regrouped.values() for part in target.parts}
     others = {module: update for module, update in kept.items() if module not in taken}
-    bare = next((m for m in others if m.rpartition(".")[0] in taken or m in changed), None)
+    bare = next((m for m in others if m.rpartition(".")[0] in taken or m in regrouped), None)
     if bare:
         raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
-    specs, copy = _copy_tensors(source, wish, others)
-    ends = {"A": ".lora_A", "B": ".lora_B"} if wish.to == "loralib" else PEFT_ENDS
-    rows, made, last = _module_rows(source, wish, others, restated=True), {}, dict[str, dict[str, Tensor]]()
+    specs, copy = _copy_tensors(source, request, others)
+    ends = {"A": ".lora_A", "B": ".lora_B"} if request.to == "loralib" else PEFT_ENDS
+    rows, made, last = _module_rows(source, request, others, restated=True), {}, dict[str, dict[str, Tensor]]()
 
     def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert | None]:
-        target = changed[path]
+        target = regrouped[path]
         updates = [low_rank_modules(source, part.source) for part in target.parts]
         factors = make_factors(target, updates)
         if is_zero_filler(target, updates, factors):
             return {}, None
-        round_factors(path, (factors.B, factors.A), wish.dtype or factors.B.dtype)
-        factors = cast_factors(factors, wish.dtype or factors.B.dtype)
+        round_factors(path, (factors.B, factors.A), request.dtype or factors.B.dtype)
+        factors = cast_factors(factors, request.dtype or factors.B.dtype)
         tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
         alpha = alpha_for_scale(factors.scale, rank := len(factors.A))
         error = delta_error(target, updates, factors, alpha / rank)
@@ -135,7 +137,7 @@ def _convert_qkv(
         row = ModuleConvert(path, sources, "rounded" if error else target.how, rank, alpha, error)
         return {path + ends[role]: t for role, t in tensors.items() if t is not None}, row
 
-    for path in changed:
+    for path in regrouped:
         tensors, row = make(path)
         for name, tensor in tensors.items():
             specs[name] = TensorSpec(SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
@@ -150,14 +152,15 @@ def _convert_qkv(
             last[made[name]] = make(made[name])[0]
         return last[made[name]][name]
 
-    notes = alpha_notes(rows) if wish.to == "loralib" else ()
-    config = _relaid_config(source, kept, rows)
-    if any(path.endswith(C_ATTN) for path in (*changed, *taken)):
-        config["fan_in_fan_out"] = wish.layout == "fused"  # only GPT-2's fused module is a Conv1D, which is transposed
+    notes = alpha_notes(rows) if request.to == "loralib" else ()
+    config = _layout_config(source, kept, rows)
+    if any(path.endswith(C_ATTN) for path in (*regrouped, *taken)):
+        # only GPT-2's fused module is a Conv1D, which is transposed
+        config["fan_in_fan_out"] = request.layout == "fused"
     return AdapterOutput(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
 
 
-def _relaid_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
+def _layout_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
     stacks = {module for module, update in kept.items() if update.kind == "experts"}
     ours = config_of({row.name: (row.rank, row.alpha) for row in rows}, stacks)
     former = config_from(source, kept)
@@ -209,7 +212,7 @@ def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] 
 
 
 def _module_rows(
-    source: Adapter, wish: ConvertRequest, kept: Mapping[str, UpdateSpec], restated: bool = False
+    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], restated: bool = False
 ) -> list[ModuleConvert]:
     """Report the modules with factors that are copied, with the error of a narrower dtype.
 
@@ -223,11 +226,11 @@ def _module_rows(
         alpha = alpha_for_scale(update.scale, update.rank)
         error = abs(alpha / update.rank / update.scale - 1.0) if restated and update.scale else 0.0
         stored = [getattr(torch, TORCH_FLOATS.get(update.specs[role].dtype, "float64")) for role in "AB"]
-        if wish.dtype and not dtype_holds(wish.dtype, *stored):
+        if request.dtype and not dtype_holds(request.dtype, *stored):
             loaded = source.load(update)
             assert isinstance(loaded, LowRank | Experts)
-            A, B = loaded.A.to(wish.dtype), loaded.B.to(wish.dtype)
-            round_factors(module, (loaded.B, loaded.A), wish.dtype)
+            A, B = loaded.A.to(request.dtype), loaded.B.to(request.dtype)
+            round_factors(module, (loaded.B, loaded.A), request.dtype)
             if not (torch.equal(A.double(), loaded.A.double()) and torch.equal(B.double(), loaded.B.double())):
                 error = max(
                     EPSILON, error, relative_error(stack_factors(loaded), stack_factors(replace(loaded, A=A, B=B)))

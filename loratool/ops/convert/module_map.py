@@ -36,34 +36,34 @@ class TargetModule:
     how: str  # `exact` (the stored factors), `split`, `fused` or `swapped`
 
 
-def plan_target_modules(sources: list[SourceModule], family: str, own: bool) -> list[TargetModule]:
+def plan_target_modules(sources: list[SourceModule], family: str, maker_names: bool) -> list[TargetModule]:
     """Return the targets that an image adapter's modules become, under diffusers' or the makers' names.
 
     Args:
         family: a key of IMAGE_FAMILIES.
-        own: whether to use the makers' names (sgm's, Black Forest Labs'), not diffusers'.
+        maker_names: whether to use the makers' names (sgm's, Black Forest Labs'), not diffusers'.
 
     Raises:
         InputError: two modules would become one, or rows do not fit.
         NeedsFlag: DoRA could not be split or fused.
     """
-    whole: list[TargetModule] = []
-    pieces: dict[tuple[str, str], list[RowSlice]] = {}
+    targets: list[TargetModule] = []
+    to_fuse: dict[tuple[str, str], list[RowSlice]] = {}
     for source in sources:
         if source.component != "unet":
-            whole += _text_encoder_targets(source)
+            targets += _text_encoder_targets(source)
         elif family not in DITS:
             path = sgm_to_diffusers(source.path)
             # a block without attention has its upsampler as second module, not third
             attends = family not in FIRST or not path.startswith("up_blocks.0.")
-            whole.append(_unchanged(source, diffusers_to_sgm(path, attends) if own else path))
-        elif own:
-            _fuse_block(DITS[family], source, whole, pieces)
+            targets.append(_unchanged(source, diffusers_to_sgm(path, attends) if maker_names else path))
+        elif maker_names:
+            _fuse_block(DITS[family], source, targets, to_fuse)
         else:
-            whole += _split_block(DITS[family], source)
-    whole += [_fuse_parts(key, parts) for key, parts in pieces.items()]
+            targets += _split_block(DITS[family], source)
+    targets += [_fuse_slices(key, parts) for key, parts in to_fuse.items()]
     seen: set[tuple[str, str]] = set()
-    for target in whole:
+    for target in targets:
         columns = [part.source.module for part in target.parts if part.source.update.norm_over_inputs]
         if columns and target.how in ("split", "fused"):
             raise NeedsFlag(
@@ -74,7 +74,7 @@ def plan_target_modules(sources: list[SourceModule], family: str, own: bool) -> 
         if (target.component, target.path) in seen:
             raise InputError("two modules of the adapter would become this one", culprit=target.path)
         seen.add((target.component, target.path))
-    return whole
+    return targets
 
 
 def _unchanged(source: SourceModule, path: str) -> TargetModule:
@@ -88,10 +88,10 @@ def _text_encoder_targets(source: SourceModule) -> list[TargetModule]:
     names = OPENCLIP.get(layer[2], ()) if layer else ()
     if not layer or not names:
         return [_unchanged(source, source.path)]
-    return _equal_parts(source, [f"text_model.encoder.layers.{layer[1]}.{name}" for name in names])
+    return _split_rows(source, [f"text_model.encoder.layers.{layer[1]}.{name}" for name in names])
 
 
-def _equal_parts(source: SourceModule, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[TargetModule]:
+def _split_rows(source: SourceModule, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[TargetModule]:
     """Return the targets that a fused module is split into, one for each path.
 
     Args:
@@ -137,27 +137,27 @@ def _split_block(dit: Dit, source: SourceModule) -> list[TargetModule]:
         if found[2] == SD3_LAST and rows == 2 * width:
             return [_swap_halves(source, names[0])]
         if attention:
-            return _equal_parts(source, names[:3], [width] * 3)
-        return _equal_parts(source, names, [width] * 3 + [rows - 3 * width] if len(names) == 4 else ())
+            return _split_rows(source, names[:3], [width] * 3)
+        return _split_rows(source, names, [width] * 3 + [rows - 3 * width] if len(names) == 4 else ())
     return [_unchanged(source, source.path)]
 
 
 def _fuse_block(
-    dit: Dit, source: SourceModule, whole: list[TargetModule], pieces: dict[tuple[str, str], list[RowSlice]]
+    dit: Dit, source: SourceModule, targets: list[TargetModule], to_fuse: dict[tuple[str, str], list[RowSlice]]
 ) -> None:
-    """Add a transformer's module under its makers' names to `whole`, or if it is to be fused to `pieces`."""
+    """Add a transformer's module under its makers' names to `targets`, or if it is to be fused to `to_fuse`."""
     rows, width = source.update.shape[:2]
-    outside = {other: own for own, other in dit.outside.items()}
-    swapped = {other: own for own, other in dit.swapped.items()}
+    outside = {diffusers: maker for maker, diffusers in dit.outside.items()}
+    swapped = {diffusers: maker for maker, diffusers in dit.swapped.items()}
     if source.path in outside:
-        whole.append(_unchanged(source, outside[source.path]))
+        targets.append(_unchanged(source, outside[source.path]))
         return
     if source.path in swapped:
-        whole.append(_swap_halves(source, swapped[source.path]))
+        targets.append(_swap_halves(source, swapped[source.path]))
         return
     if source.path.endswith(f".{FLUX_ATTENTION}"):
         path = source.path.replace(FLUX_ATTENTION, "linear1")
-        pieces.setdefault(("unet", path), []).append(RowSlice(source, 0, rows))
+        to_fuse.setdefault(("unet", path), []).append(RowSlice(source, 0, rows))
         return
     for stem, other, table in dit.blocks:
         found = re.fullmatch(rf"{other}\.(\d+)\.(.+)", source.path)
@@ -167,15 +167,15 @@ def _fuse_block(
         path = f"{stem}.{found[1]}.{fused}"
         if len(names) == 1:
             last = fused == SD3_LAST and rows == 2 * width
-            whole.append(_swap_halves(source, path) if last else _unchanged(source, path))
+            targets.append(_swap_halves(source, path) if last else _unchanged(source, path))
         else:
             at = names.index(found[2]) * (width if len(names) == 4 else rows)
-            pieces.setdefault(("unet", path), []).append(RowSlice(source, 0, rows, at))
+            to_fuse.setdefault(("unet", path), []).append(RowSlice(source, 0, rows, at))
         return
-    whole.append(_unchanged(source, source.path))
+    targets.append(_unchanged(source, source.path))
 
 
-def _fuse_parts(key: tuple[str, str], parts: list[RowSlice]) -> TargetModule:
+def _fuse_slices(key: tuple[str, str], parts: list[RowSlice]) -> TargetModule:
     width, rows = parts[0].source.update.shape[1], parts[0].stop
     return fuse_modules(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
 
@@ -226,8 +226,8 @@ def target_name(target: TargetModule, to: str, family: str, texts: int) -> str:
         return f"{prefix}_{path.replace('.', '_')}"
     if to == "comfy":
         encoders = {"1": "clip_h" if family == "sd2" else "clip_l", "2": "clip_g", "3": "t5xxl"}
-        head = "diffusion_model" if component == "unet" else f"text_encoders.{encoders[number]}.transformer"
-        return f"{head}.{path}"
+        prefix = "diffusion_model" if component == "unet" else f"text_encoders.{encoders[number]}.transformer"
+        return f"{prefix}.{path}"
     if to in SINGLE_COMPONENT:
         return path
     if component == "unet":

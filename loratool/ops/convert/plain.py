@@ -32,7 +32,7 @@ FactorPair = tuple[Tensor, Tensor]
 
 def plan_plain(
     source: Adapter,
-    wish: ConvertRequest,
+    request: ConvertRequest,
     kept: Mapping[str, UpdateSpec],
     dropped: tuple[str, ...],
     lost: Mapping[str, tuple[float, float]],
@@ -48,24 +48,24 @@ def plan_plain(
         NeedsFlag: the init altered the base, and the initial adapter was not given.
     """
     init = base_mutating_init(source.config)
-    if init and wish.initial is None:
+    if init and request.initial is None:
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it",
             culprit=source.name,
             remedy="add --initial ADAPTER with the adapter as it was before training",
         )
     loaded: WeightedAdapter = ((source, 1.0),)
-    if wish.initial is not None:
-        loaded = subtract_initial(loaded, wish.initial, False, opened)
+    if request.initial is not None:
+        loaded = subtract_initial(loaded, request.initial, False, opened)
     names = {
-        m: {key: name for name, (own, key) in output_names(source, kept, wish.to).items() if own == m} for m in kept
+        m: {key: name for name, (own, key) in output_names(source, kept, request.to).items() if own == m} for m in kept
     }
     updates = {m: replace(u, tensors={**u.tensors, **names[m]}) for m, u in kept.items() if u.rank}
-    dtype = wish.dtype or torch.float32
-    ranks = {m: wish.rank or u.rank * len(loaded) for m, u in updates.items()}
+    dtype = request.dtype or torch.float32
+    ranks = {m: request.rank or u.rank * len(loaded) for m, u in updates.items()}
 
     def factors(module: str) -> FactorPair:
-        return _plain_factors(module, _exact_factors(module, loaded), wish.rank, dtype)
+        return _plain_factors(module, _exact_factors(module, loaded), request.rank, dtype)
 
     fields: dict[str, object] = {"init_lora_weights": True} if len(loaded) > 1 else {}
     like = replace(source, format="peft")
@@ -74,19 +74,19 @@ def plan_plain(
         if source.format == "peft"
         else replace(like, config=replace(source.config, extra=config_from(source, kept)))
     )
-    draft = EditedAdapter(like, updates, ranks, factors, _carried(source, kept, names), dtype, fields)
+    edited = EditedAdapter(like, updates, ranks, factors, _other_tensors(source, kept, names), dtype, fields)
     rows = []
     for module, update in updates.items():
         true = _exact_factors(module, loaded)
-        error = _error(true, _plain_factors(module, true, wish.rank, dtype), _is_exact(module, loaded))
+        error = _error(true, _plain_factors(module, true, request.rank, dtype), _is_exact(module, loaded))
         former, total = lost.get(module, (0.0, 1.0))
         error = math.hypot(error, math.sqrt(former / total) if total else 0.0)
-        less = wish.rank is not None or module in lost
+        less = request.rank is not None or module in lost
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
-    notes = alpha_notes(rows) if wish.to == "loralib" else ()
+    notes = alpha_notes(rows) if request.to == "loralib" else ()
     return AdapterOutput(
-        draft.specs(), draft.loader(), edited_adapter_config(draft), {"format": "pt"}, tuple(rows), dropped, notes
+        edited.specs(), edited.loader(), edited_adapter_config(edited), {"format": "pt"}, tuple(rows), dropped, notes
     )
 
 
@@ -114,7 +114,7 @@ def _error(true: FactorPair, made: FactorPair, is_exact: bool) -> float:
     return max(EPSILON, relative_error(true, made))
 
 
-def _carried(
+def _other_tensors(
     source: Adapter, kept: Mapping[str, UpdateSpec], names: Mapping[str, Mapping[str, str]]
 ) -> dict[str, CarriedTensor]:
     """Return the tensors other than factors; a trained bias of lora_B is multiplied by the factors' alpha / r."""

@@ -54,7 +54,7 @@ class ConvertRequest:
 
 
 @contextmanager
-def request_for(verb: str) -> Iterator[None]:
+def request_for(command: str) -> Iterator[None]:
     """Reword the remedies of `convert` for another command: its own option, or a run of `convert` before it.
 
     Raises:
@@ -65,9 +65,9 @@ def request_for(verb: str) -> Iterator[None]:
         yield
     except NeedsFlag as error:
         remedy = error.remedy or ""
-        if remedy.startswith("add --drop ") and verb in DROP_OPTIONS:
-            own = remedy.replace("--drop", DROP_OPTIONS[verb], 1)
-            raise NeedsFlag(error.message, culprit=error.culprit, remedy=own) from error
+        if remedy.startswith("add --drop ") and command in DROP_OPTIONS:
+            option = remedy.replace("--drop", DROP_OPTIONS[command], 1)
+            raise NeedsFlag(error.message, culprit=error.culprit, remedy=option) from error
         first = remedy.replace("add ", "first loratool convert with ", 1)
         raise InputError(error.message, culprit=error.culprit, remedy=first) from error
 
@@ -78,8 +78,8 @@ def cannot_convert(name: str, what: str, modules: Sequence[str], patterns: str =
     Args:
         patterns: the value of --drop that selects them all, if they are too many to list.
     """
-    said = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
-    return NeedsFlag(said, remedy=f"add --drop {patterns or ','.join(modules)} to leave them out")
+    message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
+    return NeedsFlag(message, remedy=f"add --drop {patterns or ','.join(modules)} to leave them out")
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,24 @@ class AdapterOutput:
     family: str | None = None  # a key of IMAGE_FAMILIES; None for a language model
 
 
-def select_updates(source: Adapter, wish: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
+def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
     """Return the updates to convert, and the modules that --drop leaves out.
 
     Raises:
         NeedsFlag: an update is more than the format can hold.
         InputError: no update with factors is left.
     """
-    selection = Selection(wish.drop or ("",))
+    selection = Selection(request.drop or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
-    kinds = ("lora", "replace") if wish.to == "loralib" else ("lora", "experts", "add", "replace", "rows")
-    holds = (*kinds, "dora") if wish.to == "peft" and not wish.plain else kinds
+    kinds = ("lora", "replace") if request.to == "loralib" else ("lora", "experts", "add", "replace", "rows")
+    holds = (*kinds, "dora") if request.to == "peft" and not request.plain else kinds
     lost = [
         module
         for module, update in kept.items()
-        if update.kind not in holds or (wish.to == "loralib" and len(update.shape) > 2)
+        if update.kind not in holds or (request.to == "loralib" and len(update.shape) > 2)
     ]
     if lost:
-        what = "loralib's files" if wish.to == "loralib" else "plain LoRA"
+        what = "loralib's files" if request.to == "loralib" else "plain LoRA"
         raise cannot_convert(source.name, f"are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
@@ -129,6 +129,6 @@ def low_rank_modules(adapter: Adapter, source: SourceModule) -> LowRank:
 def alpha_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
     """Return the note on the alphas, which loralib's files do not hold."""
     both = sorted({(row.rank, row.alpha) for row in rows})
-    said = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")
+    settings = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")
     each = "" if len(both) == 1 else ", each module's own"
-    return (f"loralib's files hold no alpha: make the layers with {said}{each}",)
+    return (f"loralib's files hold no alpha: make the layers with {settings}{each}",)

@@ -24,11 +24,11 @@ def find_shared_storage(base: Checkpoint) -> dict[str, str]:
         name: kept
         for part in base.models
         for shard in part.shards
-        for name, kept in (_one_storage(part, shard) if isinstance(shard, TorchFile) else _noted(part, shard)).items()
+        for name, kept in (_by_storage if isinstance(shard, TorchFile) else _by_metadata)(part, shard).items()
     }
 
 
-def _one_storage(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
+def _by_storage(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
     places: dict[tuple[int, int, str], list[str]] = {}
     for name, spec in shard.specs.items():
         if spec.nbytes:
@@ -46,7 +46,7 @@ def _last_word(name: str) -> int:
     return INPUT_EMBEDDINGS.index(word) if word in INPUT_EMBEDDINGS else len(INPUT_EMBEDDINGS)
 
 
-def _noted(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
+def _by_metadata(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
     """Read shared tensors from the metadata; a tensor that is stored as well counts only if its bytes are equal."""
     found = {}
     for key, value in (shard.metadata or {}).items():

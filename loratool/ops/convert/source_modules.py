@@ -139,15 +139,15 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
     known = {source.module for source in sources if sgm_to_diffusers(source.path) in dit_paths(family)}
     for module, update in adapter.updates.items():
         if update.kind in ("lora", "dora") and DIT_BLOCK.search(module) and module not in known:
-            said = f"is in no image model that is known ({', '.join(IMAGE_FAMILIES.values())})"
-            raise InputError(said, culprit=module, remedy=f"{adapter.name} is for another model")
+            message = f"is in no image model that is known ({', '.join(IMAGE_FAMILIES.values())})"
+            raise InputError(message, culprit=module, remedy=f"{adapter.name} is for another model")
 
 
 def tells_unet(sources: Sequence[SourceModule]) -> str | None:
     """Return the family of a UNet from modules or widths that only it has, or None if there are none."""
-    own = [s for s in sources if s.component == "unet"]
-    paths = [sgm_to_diffusers(s.path) for s in own]
-    widths = {s.update.shape[1] for s in own if s.path.endswith("attn2.to_k")}
+    denoiser = [s for s in sources if s.component == "unet"]
+    paths = [sgm_to_diffusers(s.path) for s in denoiser]
+    widths = {s.update.shape[1] for s in denoiser if s.path.endswith("attn2.to_k")}
     if any(s.component == "text_encoder_2" for s in sources) or 2048 in widths or any(map(SDXL_ALONE.search, paths)):
         return "sdxl"
     return _sd1_or_sd2(sources) if widths or any(map(FIRST_ALONE.match, paths)) else None
@@ -155,8 +155,8 @@ def tells_unet(sources: Sequence[SourceModule]) -> str | None:
 
 def _family_of_unet(sources: Sequence[SourceModule]) -> str:
     """Return the family of a UNet; if no module tells, sgm's names mean SDXL, since kohya uses them only there."""
-    own = any("put_blocks." in s.path for s in sources if s.component == "unet")
-    return tells_unet(sources) or ("sdxl" if own else _sd1_or_sd2(sources))
+    sgm_names = any("put_blocks." in s.path for s in sources if s.component == "unet")
+    return tells_unet(sources) or ("sdxl" if sgm_names else _sd1_or_sd2(sources))
 
 
 def _sd1_or_sd2(sources: Sequence[SourceModule]) -> str:

@@ -27,15 +27,15 @@ def subtract_init(source: Adapter, initial: str | os.PathLike[str], opened: Exit
         UsageError, InputError: `initial` is not this adapter before training.
         NeedsFlag: the adapter is DoRA.
     """
-    (_, (start, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
+    (_, (before, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
     specs, updates, pairs = dict(source.file.specs), dict(source.updates), dict[str, tuple[str, str]]()
-    for module, former in start.updates.items():
+    for module, former in before.updates.items():
         update = updates[module]
         for role, ranks in RANKS.items():
-            own, other = update.specs[role], former.specs[role]
-            shape = tuple(n + other.shape[i] if i == ranks else n for i, n in enumerate(own.shape))
+            spec, other = update.specs[role], former.specs[role]
+            shape = tuple(n + other.shape[i] if i == ranks else n for i, n in enumerate(spec.shape))
             name = update.tensors[role]
-            specs[name] = TensorSpec(own.dtype if own.dtype == other.dtype else "F32", shape)
+            specs[name] = TensorSpec(spec.dtype if spec.dtype == other.dtype else "F32", shape)
             pairs[name] = module, role
         updates[module] = replace(update, specs={role: specs[update.tensors[role]] for role in RANKS})
 
@@ -43,7 +43,7 @@ def subtract_init(source: Adapter, initial: str | os.PathLike[str], opened: Exit
         if name not in pairs:
             return source.file.tensor(name)
         module, role = pairs[name]
-        former = start.file.tensor(start.updates[module].tensors[role])
+        former = before.file.tensor(before.updates[module].tensors[role])
         sides = [source.file.tensor(name), former if role == "A" else -former]
         if specs[name].dtype == "F32":
             sides = [side.float() for side in sides]
