@@ -1,12 +1,12 @@
-"""loratool: surgery on LoRA checkpoints, exact and streaming, on files alone.
+"""loratool merges, converts, combines and inspects LoRA adapters and checkpoints: exact, streaming, on files only.
 
     import loratool
 
     report = loratool.merge("base.safetensors", ["adapter.safetensors"], "merged.safetensors")
     print(report.kept)
 
-The verbs of the command line but `guide` are functions of the same names and meaning, and each returns a frozen report.
-Errors are children of `LoratoolError`.
+Every command of the command line except `guide` is a function here with the same name and meaning. Each returns a
+frozen report, and raises subclasses of `LoratoolError`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .ops.unmerge import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
-# Loaded on first use, so that `import loratool` and the command line start without torch.
+# name -> its module in `loratool.ops`, loaded on first use so that `import loratool` starts without torch
 _HOMES = {
     "AdapterInspection": "inspect.adapter",
     "AdapterDiff": "diff.command",

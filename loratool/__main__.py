@@ -1,4 +1,4 @@
-"""`python -m loratool`."""
+"""Run the command line as `python -m loratool`."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The errors a user can meet, each with its exit code.
+"""Define the errors that a user can meet, each with its exit code.
 
-They stand alone so that every module may raise them. An error names its culprit (a tensor, a module, a
-file) and, where there is one, the remedy; `cli` prints both and nothing else.
+The module imports nothing of ours, so that every module may raise them. An error names its culprit (a tensor, a
+module, a file) and the remedy if there is one; `cli` prints both and nothing else.
 """
 
 from __future__ import annotations
 
 
 class LoratoolError(Exception):
-    """Something a user can act on. Only its children are raised."""
+    """The base class of all errors that a user can act on; only its subclasses are raised."""
 
     kind = "internal"
     exit_code = 70
@@ -20,12 +20,12 @@ class LoratoolError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        head = f"{self.culprit}: {self.message}" if self.culprit else self.message
-        return f"{head}\n{self.remedy}" if self.remedy else head
+        first_line = f"{self.culprit}: {self.message}" if self.culprit else self.message
+        return f"{first_line}\n{self.remedy}" if self.remedy else first_line
 
 
 class UsageError(LoratoolError):
-    """The call itself is wrong: an option's value, an output equal to an input."""
+    """The call itself is wrong, for example an option's value, or an output equal to an input."""
 
     kind = "usage"
     exit_code = 2
@@ -39,21 +39,21 @@ class InputError(LoratoolError):
 
 
 class NeedsFlag(LoratoolError):
-    """Adding the option that the remedy names makes the command succeed."""
+    """The command succeeds if the option that the remedy names is added."""
 
     kind = "needs-flag"
     exit_code = 4
 
 
 class MachineError(LoratoolError):
-    """The machine failed: disk, memory, device, a missing extra."""
+    """The machine failed: its disk, memory or device, or an extra of the package is not installed."""
 
     kind = "machine"
     exit_code = 5
 
 
 class Interrupted(LoratoolError):
-    """A signal stopped the work: Ctrl-C, or a request to terminate. The exit code is 128 + the signal's number."""
+    """A signal (Ctrl-C or a request to terminate) stopped the work; the exit code is 128 + the signal's number."""
 
     kind = "interrupted"
 

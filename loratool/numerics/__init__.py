@@ -1,1 +1,1 @@
-"""Pure numerics: tensors in, tensors out, device and dtype from the inputs."""
+"""Compute with tensors only: this package reads no file, and takes device and dtype from its inputs."""

@@ -1,12 +1,10 @@
-"""`W' = round_once(W + B @ A)`, the same bits on every machine.
+"""Compute `W' = round_once(W + B @ A)` with the same bits on every machine.
 
 A float GEMM sums in an order that depends on the library, the tile, the thread count and FMA, and each order
-rounds differently. Here every number that enters a GEMM is first put on a power-of-two grid so coarse that
-all products and partial sums fit into float64's 53 bits: they are exact, so no order can change them. Two
-grids of 24 bits each at rank 16 (21 at rank 1024) keep twice that of each factor, so that D is right to about
-1e-14 of its largest elements, where a float32 GEMM gives 1e-7.
-
-`ARITHMETIC_VERSION` names this arithmetic in every output: raise it when a result's bits can change.
+rounds differently. So every number that enters a GEMM is first put on a power-of-two grid so coarse that all products
+and partial sums fit into float64's 53 bits: they are exact, and no order can change them. Two grids of 24 bits
+each at rank 16 (21 at rank 1024) keep twice that of each factor, so that D is right to about 1e-14 of its largest
+elements, where a float32 GEMM gives 1e-7.
 """
 
 from __future__ import annotations
@@ -20,22 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ARITHMETIC_VERSION = 1
+ARITHMETIC_VERSION = 1  # named in every output: raise it when a result's bits can change
 
 
-# Weights computed at a time: so few that the float64 buffers stay in a core's cache, so many that a call of
-# torch costs less than its work. On a GPU it is the calls that count.
+# Weights computed at a time: few enough that the float64 buffers stay in a core's cache, and enough that a call of
+# torch costs less than its work.
 TILE = 1 << 17
 
 
-CUDA_TILE = 1 << 23
+CUDA_TILE = 1 << 23  # more, since on a GPU the number of calls counts
 
 
-LANES = 64  # running sums that a sum of squares is made of
+LANES = 64  # running sums that make up a sum of squares
 
 
-# Low bits of a float32, and what they are exactly halfway between two values of the type. In fp16 the
-# cut moves in the subnormal range, but there too the 12 lowest bits are zero at every midpoint.
+# dtype -> (mask, value) of the low bits of a float32 that is halfway between two values of the dtype. The bits of
+# float16's subnormals end higher, but there too the 12 lowest bits are zero at every midpoint.
 _HALFWAY = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x0FFF, 0)}
 
 
@@ -49,24 +47,23 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Factors:
-    """One low-rank term: `left @ right`, scale included.
+    """A low-rank term `multiplier * left @ right`, scale included."""
 
-    left: (m, r), any float dtype, scaled by `multiplier` when used, so that a tall one stays small in memory
-    right: (r, n) in float64
-    """
-
-    left: Tensor
+    left: Tensor  # (m, r), any float dtype: multiplied by blocks only, so that a tall one stays small in memory
     multiplier: float
-    right: Tensor
+    right: Tensor  # (r, n), float64
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent in float64 from its bits (torch's pow and ldexp are inexact in places); -1022 <= exponent <= 1023."""
+    """Return 2**exponent in float64, for -1022 <= exponent <= 1023.
+
+    It is made from its bits, because torch's pow and ldexp are inexact for some exponents.
+    """
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """The least e with |x| < 2**e, and 0 for 0."""
+    """Return the least e with |x| < 2**e, and 0 for 0."""
     return torch.frexp(x)[1].to(torch.int64)
 
 
@@ -114,11 +111,11 @@ class ExactProduct:
         return torch.cat([part[start:stop].double() * m for part, m in self._lefts], 1) * self._left_scale
 
     def left(self, start: int, stop: int) -> Tensor:
-        """The same on their grids, (stop - start, 2R), high slices then low."""
+        """Return rows `start:stop` of the left side on their grids, (stop - start, 2R), high slices first."""
         return torch.cat(slices(self.balanced(start, stop), 1, self.bits), 1)
 
     def fill(self, left: Tensor) -> Fill:
-        """What adds D to the rows that `left` belongs to."""
+        """Return the Fill that adds D to the rows that `left` belongs to."""
 
         def fill(columns: slice, out: Tensor, scratch: Tensor) -> None:
             self.multiply(left, columns, out, scratch)
@@ -134,7 +131,7 @@ class ExactProduct:
 
 
 class Workspace:
-    """The buffers of one worker: flat, reused for every shape, and their views kept, since making one costs a call."""
+    """The buffers of one worker, flat and reused for every shape; views are kept, because making one costs a call."""
 
     def __init__(self, device: torch.device, pinned: bool = False) -> None:
         self.tile = CUDA_TILE if device.type == "cuda" else TILE
@@ -144,6 +141,7 @@ class Workspace:
         self._views: dict[tuple[str, torch.dtype, int, int], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        """Return the buffer of this name and dtype as (rows, columns); it overwrites the one taken before."""
         view = self._views.get((name, dtype, rows, columns))
         if view is None:
             size = rows * columns
@@ -201,15 +199,15 @@ def _where_low_bits(x: Tensor, mask: int, half: int, work: Workspace) -> np.ndar
 
 @dataclass(frozen=True)
 class RoundingStats:
-    """What rounding made of some weights, as sums (W is the base, D the change, W' the result)."""
+    """Sums over some weights that tell how rounding changed them; W is the base, D the update, W' the result."""
 
     base_squared: float = 0.0  # <W, W>
     change_squared: float = 0.0  # <D, D>
     kept: float = 0.0  # <W' - W, D>
-    changed: int = 0  # weights whose value is not the base's
-    not_finite: int = 0  # base weights that are inf or nan: copied as they are
+    changed: int = 0  # weights with another value than the base's
+    not_finite: int = 0  # base weights that are inf or nan: copied unchanged
     overflowed: int = 0  # finite base weights that became inf
-    largest: float = 0.0  # of those, the largest absolute value before rounding
+    largest: float = 0.0  # the largest absolute value before rounding of the overflowed
 
     def __add__(self, other: RoundingStats) -> RoundingStats:
         return RoundingStats(
@@ -223,31 +221,36 @@ class RoundingStats:
         )
 
 
-# (columns, out, scratch): write c of these columns of some rows into `out` and return a, of which None is 1, where
-# W' = a * W + c is what becomes of the rows. Every update of a weight has this form.
+# An update W' = a * W + c of some rows, as a function (columns, out, scratch): it writes c of these columns into `out`
+# and returns a, or None for 1. Every update of a weight can be written so.
 Fill = Callable[[slice, Tensor, Tensor], Tensor | None]
 
 
-# Shown each tile when it is done: (W, W', a * W + c, c, a, the near ties that `round_once` found).
+# Called with each tile when it is done: (W, W', a * W + c, c, a, the near ties that `round_once` found).
 Witness = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
 
 
 def apply_rounded(
     base: Tensor, fill: Fill, out: Tensor, work: Workspace, witness: Witness | None = None, width: int | None = None
 ) -> RoundingStats:
-    """`out = round_once(a * base + c)` for the rows that `fill` belongs to; returns what came of it.
+    """Write `round_once(a * base + c)` into `out`, for the rows that `fill` belongs to.
 
-    base, out: (rows, n), of any two float dtypes. An element whose change is 0 keeps its value, the sign of
-    zero and the payload of a nan included; inf and nan stay what they are. width: columns a tile, else what suits.
+    An unchanged element keeps its bits, the sign of zero and the payload of a nan included; inf and nan stay.
+
+    Args:
+        base: (rows, n), any float dtype
+        out: (rows, n), any float dtype
+        witness: called with each tile
+        width: columns of a tile, None for as many as suit the cache
     """
-    change = RoundingStats()
+    stats = RoundingStats()
     for columns in tiles(base, work, width):
-        change += _apply_tile(base[:, columns], fill, columns, out[:, columns], work, witness)
-    return change
+        stats += _apply_tile(base[:, columns], fill, columns, out[:, columns], work, witness)
+    return stats
 
 
 def tiles(base: Tensor, work: Workspace, width: int | None = None) -> Iterator[slice]:
-    """Columns that fit a tile, in multiples of LANES."""
+    """Yield ranges of columns that fit a tile, each a multiple of LANES wide except the last."""
     rows, columns = base.shape
     width = width or max(LANES, work.tile // rows // LANES * LANES)
     for start in range(0, columns, width):
@@ -255,7 +258,7 @@ def tiles(base: Tensor, work: Workspace, width: int | None = None) -> Iterator[s
 
 
 def row_norms(base: Tensor, fill: Fill, work: Workspace) -> Tensor:
-    """||W + c|| of each row in float64, the same bits for any blocks and tiles; `fill` returns no a."""
+    """Return ||W + c|| of each row in float64, the same bits for any blocks and tiles; `fill` returns no a."""
     lanes = torch.zeros(len(base), LANES, dtype=torch.float64, device=base.device)
     for columns in tiles(base, work):
         add_squares(sum_tile(base[:, columns], fill, columns, work).T, lanes.T)
@@ -263,14 +266,14 @@ def row_norms(base: Tensor, fill: Fill, work: Workspace) -> Tensor:
 
 
 def sum_tile(base: Tensor, fill: Fill, columns: slice, work: Workspace) -> Tensor:
-    """W + c of one tile, in a buffer of `work`."""
+    """Return W + c of one tile, in a buffer of `work`."""
     change, wide, scratch = (work.take(name, torch.float64, *base.shape) for name in ("change", "wide", "total"))
     fill(columns, change, scratch)
     return wide.copy_(base).add_(change)
 
 
 def add_squares(x: Tensor, lanes: Tensor) -> None:
-    """lanes[i % LANES] += x[i]**2, one i after another: a fixed order, so that blocks of LANES rows show nowhere.
+    """Add x[i]**2 to lanes[i % LANES], one i after another: a fixed order, so that blocks of rows show nowhere.
 
     x: (m, n), its first row at a multiple of LANES; lanes: (LANES, n).
     """
@@ -281,7 +284,7 @@ def add_squares(x: Tensor, lanes: Tensor) -> None:
 
 
 def total_of_lanes(lanes: Tensor) -> Tensor:
-    """Their sum by halves, (n,)."""
+    """Return the sum of the lanes by halves, (n,)."""
     while len(lanes) > 1:
         half = len(lanes) // 2
         lanes = lanes[:half] + lanes[half:]
@@ -335,21 +338,25 @@ def _apply_tile(
 
 
 def _keep_not_finite(base: Tensor, wide: Tensor, factor: Tensor | None, rounded: Tensor) -> Tensor:
-    """inf and nan stay as they are unless they are replaced; returns where they do."""
-    odd = ~wide.isfinite()
+    """Copy inf and nan of the base, unless the update replaces them (a is 0), and return where they are."""
+    not_finite = ~wide.isfinite()
     if factor is not None:
-        odd &= factor != 0
-    _keep(base, odd, rounded)
-    return odd
+        not_finite &= factor != 0
+    _keep(base, not_finite, rounded)
+    return not_finite
 
 
 def _keep(base: Tensor, where: Tensor, rounded: Tensor) -> None:
-    """Take the base's bits. (An assignment through a mask loses a nan's payload where the mask has one element.)"""
+    """Copy the base's bits; an assignment through a mask of one element would lose a nan's payload."""
     rounded.copy_(torch.where(where, base.to(rounded.dtype), rounded))
 
 
 def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: RoundingStats) -> RoundingStats:
-    """What became of rows whose values were replaced; `cast` is what their rounding told. All are (rows, n)."""
+    """Return the statistics of rows of `base` that were replaced by `value`, rounded to `out`. All are (rows, n).
+
+    Args:
+        cast: what `cast_rounded` returned for the replacement, the source of the overflow
+    """
     wide, new, total = (work.take(name, torch.float64, *base.shape) for name in ("wide", "change", "total"))
     wide.copy_(base)
     new.copy_(value).sub_(wide)
@@ -357,18 +364,18 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     different = count_different(out, base, total, work) if out.dtype == base.dtype else int(total.count_nonzero())
     kept, change, squared = _dot(total, new), _dot(new, new), _dot(wide, wide)
     if not math.isfinite(squared):
-        kept = change = squared = 0.0  # of what was not finite no size can be told
+        kept = change = squared = 0.0  # inf and nan have no size
     return RoundingStats(squared, change, kept, different, 0, cast.overflowed, cast.largest)
 
 
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
-    """`out = round_once(base)`, any two float dtypes; of the result only the overflow is counted."""
+    """Write `round_once(base)` into `out`, for any two float dtypes; only the overflow is counted."""
     if base.dtype == torch.float64:
         round_once(base, out, work)
-    elif base.itemsize == out.itemsize and base.dtype != out.dtype:  # from one 16 bits to the other torch is slow
+    elif base.itemsize == out.itemsize and base.dtype != out.dtype:  # torch is slow between two types of 16 bits
         out.copy_(work.take("narrow", torch.float32, *base.shape).copy_(base))
     else:
-        out.copy_(base)  # by way of float32, which holds all of it: one rounding
+        out.copy_(base)  # torch goes through float32, which holds every value of base: one rounding
     if math.isfinite(float(out.abs().max())):
         return RoundingStats()
     lost = out.isfinite().logical_not_().logical_and_(base.isfinite())
@@ -377,7 +384,7 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
 
 
 def _has_negative_zero(x: Tensor) -> bool:
-    """-0.0 is the least integer among the bit patterns."""
+    """Return whether some element is -0.0, whose bit pattern is the least integer."""
     bits = x.view(_BITS[x.dtype])
     return int(bits.min() if x.is_cuda else bits.numpy().min()) == torch.iinfo(bits.dtype).min
 
@@ -387,7 +394,10 @@ def _dot(x: Tensor, y: Tensor) -> float:
 
 
 def count_different(x: Tensor, base: Tensor, difference: Tensor, work: Workspace) -> int:
-    """How many values differ: by their bits where the types are equal, else by their difference."""
+    """Return how many values differ, by their bits if the dtypes are equal, else by `difference`, which is x - base.
+
+    On a GPU it is always `difference`.
+    """
     if x.is_cuda:
         return int(torch.count_nonzero(difference))
     hit = work.take("hit", torch.bool, *x.shape).numpy()

@@ -1,8 +1,8 @@
-"""What B @ A is, read off its factors: the product is never formed.
+"""Compute the SVD, norm, distance and angles of D = B @ A from its factors, without forming the product.
 
-With B = Q_B R_B and A^T = Q_A R_A the change is Q_B (R_B R_A^T) Q_A^T, so all of its singular values are those of
-a core of at most r x r: milliseconds where the product takes seconds. Everything is float64, batched over leading
-dimensions, and invariant under a change of the factors that leaves their product.
+With B = Q_B R_B and A^T = Q_A R_A, D is Q_B (R_B R_A^T) Q_A^T, so its singular values are those of a core of at most
+r x r, which takes milliseconds where the product takes seconds. Everything is float64, batched over leading dimensions,
+and depends on the product only, not on how it is split into factors.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RANK_TOLERANCE = 1e-12  # of the largest singular value: what is below is float64's noise about a lower rank
+RANK_TOLERANCE = 1e-12  # relative to the largest singular value; smaller ones are rounding noise of float64
 
 
 def core(B: Tensor, A: Tensor) -> Tensor:
-    """R_B @ R_A^T, (..., min(out, r), min(in, r)), with the singular values of B @ A.
+    """Return R_B @ R_A^T, which has the singular values of B @ A.
 
-    B: (..., out, r), A: (..., r, in), any float dtype.
+    Args:
+        B: (..., out, r), any float dtype
+        A: (..., r, in), any float dtype
+
+    Returns:
+        (..., min(out, r), min(in, r)) in float64.
     """
     R_B: Tensor = torch.linalg.qr(B.double(), mode="r").R
     R_A: Tensor = torch.linalg.qr(A.double().mT, mode="r").R
@@ -28,36 +33,36 @@ def core(B: Tensor, A: Tensor) -> Tensor:
 
 
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """All that can differ from 0, in falling order: (..., min(out, in, r))."""
+    """Return the singular values of B @ A that can differ from 0, (..., min(out, in, r)), largest first."""
     S: Tensor = torch.linalg.svdvals(core(B, A))
     return S
 
 
 @dataclass(frozen=True)
 class FactoredSVD:
-    """B @ A = U diag(S) V^T. U: (..., out, k), S: (..., k) falling, V: (..., in, k), with k = min(out, in, r).
+    """The SVD B @ A = U diag(S) V^T with k = min(out, in, r).
 
-    U and V are orthonormal; columns whose S is nearly 0 belong to no direction of B @ A.
+    Columns of U and V whose S is nearly 0 are arbitrary: they belong to no direction of B @ A.
     """
 
-    U: Tensor
-    S: Tensor
-    V: Tensor
+    U: Tensor  # (..., out, k), orthonormal columns
+    S: Tensor  # (..., k), largest first
+    V: Tensor  # (..., in, k), orthonormal columns
 
     @property
     def norm(self) -> Tensor:
-        """||B A||, Frobenius, (...)."""
+        """The Frobenius norm ||B A||, (...)."""
         norm: Tensor = torch.linalg.vector_norm(self.S, dim=-1)
         return norm
 
     def rank(self) -> Tensor:
-        """How many singular values are more than noise, (...)."""
+        """Return the number of singular values that are above noise, (...)."""
         return (RANK_TOLERANCE * self.S[..., :1] < self.S).sum(-1)
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors of this rank, each side with the square root of S: (B (..., out, r), A (..., r, in)).
+        """Return the best factors of this rank, (B (..., out, rank), A (..., rank, in)); each side has sqrt(S).
 
-        More than there are come as zeros.
+        If `rank` is larger than k, the further columns and rows are zeros.
         """
         k = min(rank, self.S.shape[-1])
         root = self.S[..., :k].sqrt()
@@ -67,7 +72,7 @@ class FactoredSVD:
 
 
 def factored_svd(B: Tensor, A: Tensor) -> FactoredSVD:
-    """B: (..., out, r), A: (..., r, in)."""
+    """Return the SVD of B @ A for B (..., out, r) and A (..., r, in)."""
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
@@ -75,13 +80,16 @@ def factored_svd(B: Tensor, A: Tensor) -> FactoredSVD:
 
 
 def inner(one: FactoredSVD, two: FactoredSVD) -> Tensor:
-    """<D1, D2>, (...), to float64's rounding of ||D1|| ||D2||: as exact as if both were formed."""
+    """Return <D1, D2>, (...), with an error of float64's rounding of ||D1|| ||D2||, as if both had been formed."""
     left, right = one.U.mT @ two.U, one.V.mT @ two.V
     return (left * right * one.S.unsqueeze(-1) * two.S.unsqueeze(-2)).sum((-2, -1))
 
 
 def distance(one: FactoredSVD, two: FactoredSVD) -> Tensor:
-    """||D2 - D1||, (...), from the core of [B2, -B1] and [A2; A1]: no squares that cancel; 0 of equals."""
+    """Return ||D2 - D1||, (...), and exactly 0 if both SVDs are equal.
+
+    It is the norm of the core of [B2, -B1] and [A2; A1], since ||D1||^2 - 2 <D1, D2> + ||D2||^2 would cancel.
+    """
     B = torch.cat([two.U * two.S.unsqueeze(-2), -one.U * one.S.unsqueeze(-2)], -1)
     A = torch.cat([two.V, one.V], -1).mT
     norm: Tensor = torch.linalg.vector_norm(core(B, A), dim=(-2, -1))
@@ -92,13 +100,13 @@ def distance(one: FactoredSVD, two: FactoredSVD) -> Tensor:
 
 
 def cosine(one: FactoredSVD, two: FactoredSVD) -> Tensor:
-    """<D1, D2> / (||D1|| ||D2||), (...); 0 where one of them is 0."""
+    """Return <D1, D2> / (||D1|| ||D2||), (...), and 0 if one of them is 0."""
     norms = one.norm * two.norm
     return torch.where(norms == 0, 0.0, inner(one, two) / torch.where(norms == 0, 1.0, norms)).clamp(-1.0, 1.0)
 
 
 def effective_rank(S: Tensor) -> Tensor:
-    """exp of the entropy of sigma / sum sigma (Roy & Vetterli, EUSIPCO 2007), 0 for a change of 0. S: (..., k)."""
+    """Return exp of the entropy of S / sum S (Roy & Vetterli, EUSIPCO 2007), (...), and 0 if D is 0. S: (..., k)."""
     total = S.sum(-1, keepdim=True)
     p = S / torch.where(total == 0, 1.0, total)
     entropy = -torch.special.xlogy(p, p).sum(-1)
@@ -106,14 +114,14 @@ def effective_rank(S: Tensor) -> Tensor:
 
 
 def stable_rank(S: Tensor) -> Tensor:
-    """||D||_F^2 / ||D||_2^2, 0 for a change of 0. S: (..., k), falling."""
+    """Return ||D||_F^2 / ||D||_2^2, (...), and 0 if D is 0. S: (..., k), largest first."""
     largest = S[..., 0]
     scaled = S / torch.where(largest == 0, 1.0, largest).unsqueeze(-1)
     return scaled.square().sum(-1)
 
 
 def rank_of_energy(S: Tensor, share: float) -> int:
-    """The least k whose squares sum to `share` of all. S: (k,), falling."""
+    """Return the least rank whose singular values have `share` (0 to 1) of the sum of S^2. S: (k,), largest first."""
     total = S.square().sum()
     if total == 0:
         return 0
@@ -121,10 +129,11 @@ def rank_of_energy(S: Tensor, share: float) -> int:
 
 
 def principal_angles(U: Tensor, W: Tensor) -> Tensor:
-    """The angles between the spans of two orthonormal bases, in radians, rising: (min(i, j),).
+    """Return the angles between the spans of U (n, i) and W (n, j), in radians, smallest first: (min(i, j),).
 
-    U: (n, i), W: (n, j). Angles near 0 come from sines, the others from cosines, since neither tells all of them
-    (Bjorck & Golub, Math. Comp. 27, 1973; Knyazev & Argentati, SIAM J. Sci. Comput. 23, 2002).
+    Both have orthonormal columns. Angles near 0 are computed from sines and the others from cosines, because each of
+    these is inaccurate at the other end (Bjorck & Golub, Math. Comp. 27, 1973; Knyazev & Argentati, SIAM J. Sci.
+    Comput. 23, 2002).
     """
     if U.shape[1] < W.shape[1]:
         U, W = W, U
@@ -135,10 +144,10 @@ def principal_angles(U: Tensor, W: Tensor) -> Tensor:
 
 
 def subspace_similarity(U: Tensor, W: Tensor) -> Tensor:
-    """phi(i, j) = ||U_i^T W_j||_F^2 / min(i, j) of the first i and j columns, all at once: (i, j), from 0 to 1.
+    """Return phi(i, j) = ||U_i^T W_j||_F^2 / min(i, j), from 0 to 1, for the first i and j columns: (i, j).
 
-    U: (n, i), W: (n, j), orthonormal. Hu et al., ICLR 2022, equation 4. Of random subspaces its mean is
-    `random_similarity`.
+    U (n, i) and W (n, j) have orthonormal columns. This is equation 4 of Hu et al., ICLR 2022. `random_similarity` is
+    its mean for random subspaces.
     """
     sums = (U.T @ W).square().cumsum(0).cumsum(1)
     i = torch.arange(1, U.shape[1] + 1, dtype=torch.int64, device=U.device).unsqueeze(1)
@@ -147,14 +156,21 @@ def subspace_similarity(U: Tensor, W: Tensor) -> Tensor:
 
 
 def random_similarity(i: int, j: int, n: int) -> float:
-    """The mean of phi(i, j) of random subspaces of R^n: E ||U^T W||^2 = i j / n."""
+    """Return the mean of phi(i, j) for random subspaces of R^n, from E ||U^T W||^2 = i j / n."""
     return max(i, j) / n
 
 
 def amplification(change: FactoredSVD, W: Iterable[Tensor], rank: int) -> float:
-    """||D|| / ||U^T W V||, how much D strengthens what W has in D's top `rank` directions (Hu et al., section 7.3).
+    """Return ||D|| / ||U^T W V|| for the top `rank` singular vectors of D (Hu et al., ICLR 2022, section 7.3).
 
-    change: of one matrix; W: (out, in), by blocks of its rows in order. inf where W has nothing there.
+    This is how much D amplifies the directions that it shares with W.
+
+    Args:
+        change: the SVD of one matrix D (out, in)
+        W: (out, in), as blocks of its rows in order
+
+    Returns:
+        inf if W has nothing in these directions, 0 if D has nothing either.
     """
     k, row = min(rank, int(change.rank())), 0
     there = change.S.new_zeros(k, k)

@@ -1,9 +1,9 @@
-"""The bits of `exact.apply_rounded` for 16-bit types at a third of its cost: float32 first, exact where it cannot tell.
+"""Compute the bits of `exact.apply_rounded` for 16-bit types at a third of its cost, with a float32 filter.
 
-A float32 GEMM is right to a bound that holds for any order of summation, and float32 has 16 bits more than bfloat16,
-13 more than float16. Rounding is monotone: where a float32 that is no less than W + D and one that is no more round to
-the same number, so does the exact sum (Shewchuk, 1997, calls this a filter). The few others, about one in five hundred,
-are computed exactly one by one.
+The error of a float32 GEMM has a bound that holds for any order of summation, and float32 has 16 bits more than
+bfloat16, 13 more than float16. Rounding is monotone: if a float32 that is no less than W + D and one that is no more
+round to the same number, so does the exact sum (a floating-point filter: Shewchuk, 1997). The few others, about
+one in five hundred, are computed exactly, one by one.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import Tensor
 
 from .exact import ExactProduct, RoundingStats, Workspace, slices
 
-MOST = 32  # of a tile's weights, one in so many may be looked at closely, else the exact way is as cheap
+MOST = 32  # if more than one weight in MOST of a tile is uncertain, the exact way is as cheap
 
 
-U = 2.0**-24  # float32's rounding
+U = 2.0**-24  # unit roundoff of float32
 
 
-LEAST, LARGEST = 2.0**-70, 2.0**60  # outside of which a product in float32 could underflow, or a square overflow
+LEAST, LARGEST = 2.0**-70, 2.0**60  # outside this range a product in float32 could underflow, or a square overflow
 
 
-SLIGHT = 2.0**-28  # <D, D> to the largest W^2, below which a float32 total has lost too much of D to tell its sums
+SLIGHT = 2.0**-28  # of the largest W^2: if <D, D> is less, a float32 total has lost too much of D for its sums
 
 
-SAMPLED = 1 << 11  # weights that tell how large a block's are
+SAMPLED = 1 << 11  # weights from which the size of a block's is estimated
 
 
-SPREAD = 2.0**14  # of a curved bound's width: a total that is larger may be outside of it
+SPREAD = 2.0**14  # times the width of a curved bound: it may not hold for a larger total
 
 
-TILE = 1 << 18  # weights at a time: more than a core's own cache holds, but a call costs as much as a thousand weights
+TILE = 1 << 18  # weights at a time: more than a core's own cache holds, as a call costs as much as a thousand weights
 
 
-GATHERED = 1 << 16  # numbers of a factor at a time, which stay in a core's cache
+GATHERED = 1 << 16  # numbers of a factor at a time, so that they stay in a core's cache
 
 
 Positions = npt.NDArray[np.intp]
@@ -55,7 +55,7 @@ Wide = npt.NDArray[np.float64]
 
 
 class _Tile:
-    """The buffers for tiles of one shape, and every view of them: making one costs as much as a thousand weights."""
+    """The buffers for tiles of one shape, with all their views: making one costs as much as a thousand weights."""
 
     def __init__(self, work: Workspace, like: Tensor) -> None:
         self.total, self.change, self.end = (
@@ -69,23 +69,19 @@ class _Tile:
 
 @dataclass(frozen=True)
 class FilteredTile:
-    """A tile, some whole rows, as its observer is shown it, in arrays that the next tile takes over.
+    """A tile (some complete rows) for its observer, in arrays that the next tile overwrites."""
 
-    before, after: the codes of W and W', (rows, n), the second not yet right at the flat positions `at`, which float32
-    could not tell. change: D + shift, flat, to within `error`.
-    """
-
-    before: Codes
-    after: Codes
-    change: npt.NDArray[np.float32]
+    before: Codes  # (rows, n), bit patterns of W
+    after: Codes  # (rows, n), bit patterns of W', not yet right at the positions `at`
+    change: npt.NDArray[np.float32]  # (rows * n,), D + shift, to within `error`
     shift: float
     error: float
-    at: Positions
+    at: Positions  # flat positions that float32 cannot decide
 
 
 @dataclass(frozen=True)
 class Told:
-    """Some weights: the codes of W and W'; which, by their places here, lie near a midpoint; D of these, exactly."""
+    """Some weights before and after, which of them are near a midpoint, and their exact D."""
 
     before: Codes
     after: Codes
@@ -94,9 +90,11 @@ class Told:
 
 
 class Observer(Protocol):
-    """Sees a block: each tile by `filtered`; then it is asked for the flat positions of the weights that it wants told,
-    every tile's `at` among them, and for the places of those in that list; it hears of them by `settle`. Where it wants
-    too many, which is None, or where float32 tells too little, it is asked to `forget` them.
+    """Sees a block of a filtered product tile by tile, and gets exact values for the weights that it asks for.
+
+    `filtered` shows each tile. Then `wanted` returns the flat positions of the weights that it wants, every tile's `at`
+    among them, and the places of those in that list; `settle` tells them. If it wants too many, which is None, or if
+    float32 decides too little, `forget` drops the block.
     """
 
     def filtered(self, tile: FilteredTile) -> None: ...
@@ -110,23 +108,22 @@ class Observer(Protocol):
 
 @dataclass
 class _Block:
-    """Rows under way, `row` the first, and what came of them.
+    """A block of rows under way, with its bounds and its sums.
 
-    error: of any D in float32; size: no |D| is larger. shift, span: of each row, (m,), times a column's bound: what D
-    is increased by, so that `total + curve total^2` in float32 is no less than W + D, and what that less
-    `3 curve total^2` is then lowered by to be no more. limit: how large a total may be for that.
+    With a row's shift times a column's bound added to D, `total + curve total^2` in float32 is no less than W + D. That
+    less `3 curve total^2`, and less span times the column's bound, is no more than W + D.
     """
 
-    base: Tensor
-    out: Tensor
-    row: int
-    error: float
-    size: float
-    shift: Tensor
-    span: Tensor
-    curve: float
-    limit: float
-    slight: bool
+    base: Tensor  # (m, n)
+    out: Tensor  # (m, n)
+    row: int  # the block's first row in the product
+    error: float  # a bound on the error of any D in float32
+    size: float  # a bound on |D|
+    shift: Tensor  # (m,)
+    span: Tensor  # (m,)
+    curve: float  # 0 if the bounds are constant
+    limit: float  # the largest total for which the bounds hold
+    slight: bool  # D is too small for its sums to be taken from float32 totals
 
     def __post_init__(self) -> None:
         self.before, self.after = (x.view(torch.uint16).numpy() for x in (self.base, self.out))
@@ -134,35 +131,36 @@ class _Block:
 
     @property
     def holds(self) -> bool:
-        """Whether all is finite, and within the limit."""
+        """Whether all weights are finite, and all totals within the limit."""
         if not (math.isfinite(self.squared) and math.isfinite(self.kept)):
             return False
         return math.sqrt(self.squared) + self.size <= self.limit or _largest(self.base) + self.size <= self.limit
 
 
 class FilteredProduct:
-    """An `ExactProduct` D with its right side as float32 multiplies it, and what bounds that.
+    """An `ExactProduct` D with its right side in float32, and the bounds of its columns.
 
-    even: every column is given the largest one's bound.
+    Args:
+        even: give every column the bound of the largest one
     """
 
     def __init__(self, exact: ExactProduct, even: bool = False) -> None:
         self.exact, self.even, right = exact, even, exact.right
         columns = right.T.contiguous()
-        self._columns = columns.numpy()  # (n, R), each of which is read in one go
+        self._columns = columns.numpy()  # (n, R), so that a column of `right` is read in one go
         sizes = columns.norm(dim=1)
         self.norm = float(sizes.max())
-        # (n,): what a row's bound is multiplied by; by no less than a half, lest a small column's be lost in rounding
+        # (n,): a row's bound is multiplied by it; at least a half, since rounding would lose that of a small column
         self.bounds = (torch.ones_like(sizes) if even else (sizes / self.norm).clamp_(min=0.5)).float()
         self.least, self.bounds_squared = float(self.bounds.min()), float(self.bounds.square().sum())
-        self.right = torch.cat([right.float(), self.bounds.unsqueeze(0)])  # (R + 1, n), the last for the rows' shifts
+        self.right = torch.cat([right.float(), self.bounds.unsqueeze(0)])  # (R + 1, n), the last row for the shifts
         self.gram, self.sums = right @ right.T, right @ self.bounds.double()
-        # of a row's size, what `nearly` is off from the exact D: by float64's rounding, and by what the exact D leaves
-        # out, the products of two low slices and what is below them (2**-bits of the largest number, and that squared)
+        # the error of `nearly` as a share of a row's size: float64's rounding, and what the exact D leaves out, the
+        # products of two low slices and what is below them (2**-bits of the largest number, and that squared)
         self.off = len(right) * (2.0**-51 + 4 * 4.0**-exact.bits)
 
     def nearly(self, rows: Wide, at: Positions, columns: Positions) -> Wide:
-        """D in some places, to `off`: in at[i] of `rows`, (m, R), and in columns[i]."""
+        """Return D in rows at[i] of `rows` (m, R) and columns[i], with an error of `off` times the row's size."""
         found = np.empty(len(at))
         for part in _parts(len(at), rows.shape[1]):
             found[part] = np.einsum("ij,ij->i", rows.take(at[part], 0), self._columns.take(columns[part], 0))
@@ -174,7 +172,7 @@ class FilteredProduct:
         return torch.cat([low, high], 1).numpy()  # (n, 2R)
 
     def exactly(self, left: Wide, at: Positions, columns: Positions) -> Wide:
-        """The same to the last bit. left: (m, 2R), as `exact.left` returns it."""
+        """Return D in the same places to the last bit. left: (m, 2R), as `ExactProduct.left` returns it."""
         found, rank = np.empty(len(at)), left.shape[1] // 2
         for part in _parts(len(at), 2 * rank):
             one, two = (torch.from_numpy(x) for x in (left.take(at[part], 0), self._slices.take(columns[part], 0)))
@@ -183,39 +181,42 @@ class FilteredProduct:
 
 
 def _parts(count: int, numbers: int) -> Iterator[slice]:
-    """Some elements at a time, of so many numbers each."""
+    """Split `count` elements of so many numbers each into slices that stay in a core's cache."""
     step = max(1, GATHERED // numbers)
     return (slice(start, start + step) for start in range(0, count, step))
 
 
 class FilteredRows:
-    """Some rows of a product, with what is needed to bound them in float32.
+    """Some rows of a product, with the bounds of their float32 values.
 
-    rows: what `product.exact.balanced` returned for these, (m, R).
+    Args:
+        rows: (m, R), as `ExactProduct.balanced` returns them
     """
 
     def __init__(self, product: FilteredProduct, rows: Tensor) -> None:
         self._product, self._rows = product, rows.numpy()
         self._left = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1).float()  # (m, R + 1), the last column `shift`
-        self._sizes = rows.norm(dim=1) * product.norm  # (m,): no |D| of the row is larger
-        # |fl(B A) - B A| <= (R + 1) u |B||A| in any order; the factors were rounded too, and `shift` is added
+        self._sizes = rows.norm(dim=1) * product.norm  # (m,), a bound on |D| of the row
+        # |fl(B A) - B A| <= (R + 1) u |B||A| in any order; besides, the factors are rounded, and `shift` is added
         self._error = (rows.shape[1] + 8) * U
-        self._squares = ((rows @ product.gram) * rows).sum(1).numpy()  # (m,): ||D||^2 of the row
-        self._sums = rows @ product.sums  # (m,): the sum of the row of D, its columns weighted as the bounds are
+        self._squares = ((rows @ product.gram) * rows).sum(1).numpy()  # (m,), ||D||^2 of the row
+        self._sums = rows @ product.sums  # (m,), the sum of the row of D, its columns weighted by their bounds
         self._tiles: dict[int, _Tile] = {}
         self._worth_it = True
 
     @cached_property
     def _exact(self) -> Wide:
-        """(m, 2R), as `exact.left` returns it."""
+        """(m, 2R), as `ExactProduct.left` returns it."""
         return torch.cat(slices(torch.from_numpy(self._rows), 1, self._product.exact.bits), 1).numpy()
 
     def apply(
         self, base: Tensor, row: int, out: Tensor, work: Workspace, observer: Observer | None = None
     ) -> RoundingStats | None:
-        """`exact.apply_rounded` of W + D for the rows of `base`, whose first is this one's row `row`.
+        """Write W + D, rounded as by `exact.apply_rounded`, into `out`; return None if float32 decides too little.
 
-        base, out: (rows, n) of one dtype of FORMS, contiguous. None where float32 tells too little of them.
+        Args:
+            base: (rows, n), a dtype of FORMS, contiguous; its first row belongs to row `row` of these
+            out: (rows, n), the dtype of `base`, contiguous
         """
         assert self._product.even or observer is None, "an observer is told one shift"
         block = self._block(base, row, out) if self._worth_it else None
@@ -227,33 +228,33 @@ class FilteredRows:
         return change
 
     def _block(self, base: Tensor, row: int, out: Tensor) -> _Block | None:
-        """None where the bounds do not hold."""
+        """Return the block with its bounds, or None if no bound holds for it."""
         rows = slice(row, row + len(base))
         size, curve, limit = float(self._sizes[rows].max()), 0.0, math.inf
         if base.dtype == torch.float16:
             width = _width(base, size)
             largest, limit = 25 * width, SPREAD * width
-            # float32 rounds by 2 u |total| to the upper end and as much again to the lower. `rounding + curve total^2`
-            # is no less anywhere, as an arithmetic mean is no less than the geometric, and as little at 2 width
+            # float32 rounds by 2 u |total| up to the upper end, and by as much to the lower. `rounding + curve total^2`
+            # is nowhere less, as an arithmetic mean is not less than the geometric, and equal at 2 width
             rounding, curve = 2.05 * U * width, 2.05 * U / 4 / (width or 1.0)
         else:
             largest = _largest(base)
             rounding = U * (size + largest)
-        # (beside a larger right side, rows that are below float32's normal numbers could still have some D)
+        # with a larger right side, rows that are below float32's normal numbers could still have some D
         bounded = self._product.norm < LARGEST and size + largest < LARGEST and size * self._error > LEAST
         if not (bounded and _float32_is_whole()):
             return None
         error = self._error * self._sizes[rows].clamp(min=size if self._product.even else size / 16)
         rounding /= self._product.least
-        shift = 1.01 * (error + rounding)  # 1 % for what `shift` itself adds, and for what is near a midpoint
-        span = 1.01 * (2 * error + 3 * rounding)  # down again, where the rounding of both totals counts
+        shift = 1.01 * (error + rounding)  # 1 % for what `shift` itself adds, and for sums near a midpoint
+        span = 1.01 * (2 * error + 3 * rounding)  # downward the rounding of both totals counts
         self._left[rows, -1] = shift.float()
         slight = float(self._squares[rows].sum()) < SLIGHT * largest**2 * base.numel()
         most = size * self._error + float(shift.max()) * self._error
         return _Block(base, out, row, most, size, shift.float(), span.float(), curve, limit, slight)
 
     def _apply_tiles(self, block: _Block, work: Workspace, observer: Observer | None) -> RoundingStats | None:
-        """None where float32 can tell too little, or where something is not finite."""
+        """Apply a block tile by tile; return None if float32 decides too little, or something is not finite."""
         rows, columns = block.base.shape
         height, found = max(1, TILE // columns), []
         for start in range(0, rows, height):
@@ -273,13 +274,14 @@ class FilteredRows:
             observer.settle(Told(before, after, places[near], lambda some: self._exactly(block, at[some])))
         here, shift = slice(block.row, block.row + rows), block.shift.double()
         own, kept = float(self._squares[here].sum()), block.kept
-        if not block.slight:  # <W' - total, D + shift> was summed up, where total is W + D + shift, or what that became
+        # the sum so far is <W' - total, D + shift>, with total = W + D + shift, lowered by span if there is no curve
+        if not block.slight:
             moved = shift if block.curve else shift - block.span.double()
             kept += own + float(moved @ (self._sums[here] + shift * self._product.bounds_squared))
         return RoundingStats(block.squared, own, kept if block.changed else 0.0, block.changed)
 
     def _apply_tile(self, block: _Block, part: slice, work: Workspace, observer: Observer | None) -> Positions:
-        """The flat positions of the weights that float32 cannot tell. part: rows of the block."""
+        """Apply some rows of the block, and return the flat positions of the weights that float32 cannot decide."""
         base, out, before, after = block.base[part], block.out[part], block.before[part], block.after[part]
         tile = self._tiles.get(len(base))
         if tile is None:
@@ -302,7 +304,7 @@ class FilteredRows:
         if block.slight:
             tile.end.sub_(base)
             block.kept -= torch.dot(torch.mv(tile.end, bounds), block.shift[part]).item()
-        else:  # what W' is off from the total, which is at hand
+        else:  # W' - total, as the total is at hand
             end.sub_(total)
         block.kept += torch.dot(end, change).item()
         np.not_equal(before, after, out=tile.hit)
@@ -312,9 +314,9 @@ class FilteredRows:
         return at
 
     def _mend(self, block: _Block, at: Positions) -> Positions | None:
-        """Round the weights at these flat positions rightly, and correct the sums; None where one becomes infinite.
+        """Round the weights at these flat positions correctly, and correct the sums.
 
-        Returns the places in `at` of those that lie near a midpoint.
+        Returns the places in `at` of those near a midpoint, or None if a weight becomes infinite.
         """
         after, dtype = block.after.reshape(-1), block.base.dtype
         weight, former = block.before.take(at), after.take(at)
@@ -330,12 +332,12 @@ class FilteredRows:
             return None
         after[at] = result
         block.changed += int(np.count_nonzero(result != weight)) - int(np.count_nonzero(former != weight))
-        # (numpy's dot would wake threads of its own, which wait in a loop)
+        # torch's, since numpy's dot would wake threads of its own, which wait in a loop
         block.kept += torch.dot(torch.from_numpy(final - _wide(former, dtype)), torch.from_numpy(c)).item()
         return near
 
     def _round(self, block: _Block, at: Positions, total: Wide, weight: Codes) -> Codes:
-        """W + D in one rounding, in these places. total: that, as `nearly` tells it; weight: the codes of W."""
+        """Return W + D in one rounding. total: W + D from `nearly`; weight: the bit patterns of W."""
         dtype = block.base.dtype
         reach = np.abs(total) * 2.0**-52 + block.size * self._product.off
         result = _ROUNDED[dtype](total + reach)
@@ -350,22 +352,24 @@ class FilteredRows:
 
     @staticmethod
     def _places(block: _Block, at: Positions) -> tuple[Positions, Positions]:
-        """The rows of the product, and the columns."""
+        """Return rows of the product and columns of the block's flat positions."""
         rows, columns = np.divmod(at, block.base.shape[1])
         rows += block.row
         return rows, columns
 
 
 def _largest(x: Tensor) -> float:
-    """The largest |x|, or inf or nan where it has one."""
-    codes = x.view(torch.uint16).numpy()
-    code = max(int(codes.view(np.int16).max()), int(codes.max()) & 0x7FFF)
-    return float(_wide(np.array([code], np.uint16), x.dtype)[0])
+    """Return the largest |x|, or inf or nan if it has one."""
+    bits = x.view(torch.uint16).numpy()
+    largest = max(int(bits.view(np.int16).max()), int(bits.max()) & 0x7FFF)
+    return float(_wide(np.array([largest], np.uint16), x.dtype)[0])
 
 
 def _width(base: Tensor, size: float) -> float:
-    """A fifth of what the weights and the change measure, about: the bounds hold for any."""
-    some = base.view(-1)[:: base.numel() // SAMPLED | 1].float()  # odd: of all columns, where they are a power of two
+    """Return about a fifth of the size of the weights and of D; the bounds hold for any width."""
+    some = base.view(-1)[
+        :: base.numel() // SAMPLED | 1
+    ].float()  # an odd stride, to sample all columns if their number is a power of two
     return 0.2 * float(some.norm()) / math.sqrt(len(some)) + 0.02 * size
 
 
@@ -374,12 +378,12 @@ def _wide(codes: Codes, dtype: torch.dtype) -> Wide:
 
 
 def _narrow(x: Wide, dtype: torch.dtype) -> Codes:
-    """By way of float32, in two roundings."""
+    """Round through float32, so in two roundings, to bit patterns."""
     return torch.from_numpy(x).to(dtype).view(torch.uint16).numpy()
 
 
 def _float32_is_whole() -> bool:
-    """torch may have been told to multiply float32 by fewer bits, for which the bound does not hold."""
+    """Return whether torch multiplies float32 with all its bits; with fewer, as a setting allows, no bound holds."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None:
         return torch.get_float32_matmul_precision() == "highest"
@@ -387,7 +391,7 @@ def _float32_is_whole() -> bool:
 
 
 def _to_bfloat16(x: Wide) -> Codes:
-    """To nearest even in one rounding, as codes; `x` is within the type's range."""
+    """Round to nearest even, in one rounding, to bit patterns; `x` is within the type's range."""
     narrow = x.astype(np.float32)
     # a float32 that was moved onto a midpoint has lost the side on which x lies
     moved = ((narrow.view(np.uint32) & 0xFFFF) == 0x8000) & (narrow != x)
@@ -397,7 +401,7 @@ def _to_bfloat16(x: Wide) -> Codes:
 
 
 def _to_float16(x: Wide) -> Codes:
-    return x.astype(np.float16).view(np.uint16)  # which numpy rounds once
+    return x.astype(np.float16).view(np.uint16)  # numpy rounds once
 
 
 _ROUNDED = {torch.bfloat16: _to_bfloat16, torch.float16: _to_float16}

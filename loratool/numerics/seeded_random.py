@@ -1,8 +1,8 @@
-"""Random numbers that are the same bits on every machine: a function of a key, and of nothing else.
+"""Draw random numbers that depend on a key only, and have the same bits on every machine.
 
-torch's normals differ between processors, and numpy promises the stream of a Generator for no two releases (NEP 19),
-but that of a bit generator for all. What follows its bits here is one rounding of +, -, *, / or sqrt at a time, which
-IEEE 754 fixes; no logarithm of a C library, whose last bit nothing fixes.
+torch's normals differ between processors. numpy keeps the stream of a bit generator from release to release, but not
+that of a Generator (NEP 19). So the raw bits are numpy's, and all that follows is +, -, *, / and sqrt, whose rounding
+IEEE 754 fixes; the logarithm of a C library is avoided, because nothing fixes its last bit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-CHUNK = 1 << 15  # numbers at a time: all buffers of one stay in the cache
+CHUNK = 1 << 15  # numbers at a time, so that their buffers stay in the cache
 
 
-# Wichura's PPND16 (Applied Statistics 37, 1988, algorithm AS 241), numerators and denominators, highest power first: of
-# the middle, of the tails down to exp(-25), and beyond.
+# The rational functions of PPND16 (Wichura, Applied Statistics 37, 1988, algorithm AS 241), as (numerator, denominator)
+# with the highest power first: for the middle, for the tails down to exp(-25), and for what is beyond.
 _MIDDLE = (
     (2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
      1.3731693765509461125e4, 1.9715909503065514427e3, 1.3314166789178437745e2, 3.3871328727963666080e0),
@@ -52,18 +52,18 @@ _FAR = (
 _LOG_2 = 0.6931471805599453
 
 
-_LOG_TERMS = 12  # of atanh's series, whose argument is at most 0.172
+_LOG_TERMS = 12  # terms of atanh's series, enough for float64 since the argument is at most 0.172
 
 
 def uniform(key: str, count: int) -> Floats:
-    """(count,) numbers strictly between 0 and 1, spread evenly on a grid of 2**-52."""
+    """Draw numbers (count,) uniformly between 0 and 1, on a grid of 2**-52 and never 0 or 1."""
     digest = hashlib.sha256(key.encode()).digest()
     bits = np.random.Philox(key=np.frombuffer(digest[:16], "<u8").astype(np.uint64)).random_raw(count)
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def normal(key: str, count: int) -> Floats:
-    """(count,) numbers of mean 0 and variance 1, right to 1e-15: `uniform` through the inverse of the distribution."""
+    """Draw normal numbers (count,) with mean 0 and variance 1: `uniform` through the quantile function, to 1e-15."""
     found = uniform(key, count)
     for start in range(0, count, CHUNK):
         found[start : start + CHUNK] = normal_quantile(found[start : start + CHUNK])
@@ -71,7 +71,7 @@ def normal(key: str, count: int) -> Floats:
 
 
 def normal_quantile(p: Floats) -> Floats:
-    """x where a standard normal is below x with the probability p, strictly between 0 and 1 (algorithm AS 241)."""
+    """Return the quantiles of the standard normal distribution for 0 < p < 1 (algorithm AS 241)."""
     q = p - 0.5
     x = _quotient(_MIDDLE, 0.180625 - q * q) * q
     outer = np.flatnonzero(np.abs(q) > 0.425)
@@ -95,7 +95,7 @@ def _horner(coefficients: Sequence[float], x: Floats) -> Floats:
 
 
 def _log(x: Floats) -> Floats:
-    """The natural logarithm of positive numbers: x = m 2**e, and log m = 2 atanh((m - 1) / (m + 1))."""
+    """Return the natural logarithm of positive numbers, from x = m 2**e and log m = 2 atanh((m - 1) / (m + 1))."""
     m, e = np.frexp(x)
     low = m < math.sqrt(0.5)
     m, e = np.where(low, 2.0 * m, m), np.where(low, e - 1, e)
@@ -106,20 +106,20 @@ def _log(x: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Draw:
-    """A source of random numbers for one weight. name: the weight's."""
+    """A source of random numbers for one weight."""
 
     seed: int
-    name: str
+    name: str  # of the weight
 
     def uniform(self, label: str, *shape: int) -> Tensor:
-        """Between -1 and 1, in float64."""
+        """Draw numbers uniformly between -1 and 1, in float64. `label` tells the draws for one weight apart."""
         return torch.from_numpy(uniform(f"{self.seed} {self.name} {label}", math.prod(shape)) * 2.0 - 1.0).view(shape)
 
     def normal(self, label: str, *shape: int) -> Tensor:
-        """Of mean 0 and variance 1, in float64."""
+        """Draw normal numbers with mean 0 and variance 1, in float64. `label` is that of `uniform`."""
         return torch.from_numpy(normal(f"{self.seed} {self.name} {label}", math.prod(shape))).view(shape)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """Of torch's numbers, for a factorization's start."""
+        """Return a generator of torch, seeded by `seed` and `name`, for the random start of a factorization."""
         digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,10 +1,10 @@
-"""The best low-rank approximation of a matrix, as good as a full SVD and tens of times faster.
+"""Compute the best low-rank approximation of a matrix, as good as a full SVD and tens of times faster.
 
-Block Golub-Kahan: an orthonormal basis of the Krylov space of D^T D grows by a block a step, both products are kept,
-and the top of a small matrix T = W^T W gives the energy reached so far (Musco & Musco, NeurIPS 2015; Chen et al. 2025
-for blocks smaller than the rank). It ends when the gains say that the optimum is no further than the tolerance. Where
-the spectrum is too flat for that, or the matrix small, the eigenvectors of D^T D in float64 are cheaper, and exact.
-The energy kept is exact in either case: ||D||^2 - ||D - U S V^T||^2 is the sum of S^2.
+The method is block Golub-Kahan: an orthonormal basis Q of the Krylov space of D^T D grows by a block a step, W = D Q is
+kept, and the top eigenvalues of the small matrix T = W^T W are the energy reached so far (Musco & Musco, NeurIPS 2015;
+Chen et al. 2025 for blocks smaller than the rank). It ends when the last gains say that the optimum is within the
+tolerance. If the spectrum is too flat for that, or the matrix small, the eigenvectors of D^T D in float64 are cheaper,
+and exact. The energy kept is exact in either case: ||D||^2 - ||D - U S V^T||^2 is the sum of S^2.
 """
 
 from __future__ import annotations
@@ -16,50 +16,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-4  # of the optimum's energy
+TOLERANCE = 1e-4  # relative to the optimum's energy
 
 
-BLOCK = 16  # columns a step
+BLOCK = 16  # columns by which the basis grows in a step
 
 
-SMALL = 512  # columns up to which the eigenvectors are as cheap
+SMALL = 512  # up to so many columns the eigenvectors of D^T D are as cheap
 
 
-WIDE = 3  # of the smaller side, the part that the basis may fill before the eigenvectors are cheaper
+WIDE = 3  # if the basis fills more than 1 / WIDE of the smaller side, the eigenvectors are cheaper
 
 
-SHORT = 3.0  # times the extrapolated gains: so far short they fall where the tail is flat
+SHORT = 3.0  # a factor on the extrapolated gains, which are too small by as much if the spectrum's tail is flat
 
 
-FLOOR = 1e-6  # below which float32 tells no gap
+FLOOR = 1e-6  # a gap that is smaller is lost in float32's rounding
 
 
-TINY = 1e-15  # norms of a matrix down to which float32 has the squares that matter, and up to its inverse
+TINY = 1e-15  # norms from TINY to 1 / TINY have squares within float32's range
 
 
-PROBES = 7  # steps that look for what the basis lacks
+PROBES = 7  # Lanczos steps that look for energy outside the basis
 
 
-MISS = 1e-9  # the probability that they do not see it: one in a million for a thousand matrices
+MISS = 1e-9  # the probability that they miss it: one in a million for a thousand matrices
 
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """U: (m, r), S: (r,) falling, in float64, V: (n, r); D ~ U diag(S) V^T. r is the rank asked for, or D's own.
+    """A truncated SVD D ~ U diag(S) V^T; r is the requested rank, or D's own if that is smaller.
 
-    V (of a wide D: U) is orthonormal and U diag(S) = D V, so the energy kept is exactly the sum of S^2; U's columns
-    have length 1, and are orthogonal as far as those that carry little energy have converged.
-    total: ||D||^2. gap: (E - S's energy) / E for the optimum's energy E: 0 where exact, else an estimate or, where it
-    was to be certified, a bound. columns: of the basis that was built, 0 for the eigenvectors of D^T D, which are
-    exact.
+    V (of a wide D: U) is orthonormal and U diag(S) = D V, so the energy kept is exactly the sum of S^2. U's columns
+    have length 1; those that have little energy are orthogonal only as far as they have converged.
     """
 
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    total: float
-    gap: float
-    columns: int
+    U: Tensor  # (m, r)
+    S: Tensor  # (r,), float64, largest first
+    V: Tensor  # (n, r)
+    total: float  # ||D||^2
+    gap: float  # (E - energy) / E for the optimum's energy E: 0 if exact, a bound if certified, else an estimate
+    columns: int  # of the basis that was built; 0 for the eigenvectors of D^T D, which are exact
 
     @property
     def energy(self) -> float:
@@ -69,16 +66,19 @@ class TruncatedSVD:
 def truncated_svd(
     D: Tensor, rank: int, generator: torch.Generator, tolerance: float = TOLERANCE, certify: bool = False
 ) -> TruncatedSVD:
-    """The top `rank` triplets of D (m, n), float32, of finite numbers.
+    """Return the top `rank` singular triplets (u, s, v) of D.
 
-    tolerance: of the energy, relative to the optimum; certify: that it is met has to be proven, but for the probability
-    MISS. generator: on D's device; it decides the start alone. Signs are such that the largest entry of each column
-    of V is positive.
+    The signs are such that the largest entry of each column of V is positive.
+
+    Args:
+        D: (m, n), float32, all finite
+        generator: on D's device, for the random start
+        tolerance: how much of the optimum's energy may be missing
+        certify: prove that the tolerance is met, except with the probability MISS
     """
     m, n = D.shape
     if m < n:
-        turned = truncated_svd(D.T, rank, generator, tolerance, certify)
-        return _turned(turned)
+        return _transposed(truncated_svd(D.T, rank, generator, tolerance, certify))
     total = energy_of(D)
     rank = min(rank, n)
     if total == 0.0 or rank == 0:
@@ -93,7 +93,7 @@ def truncated_svd(
 def truncated_svds(
     stack: Tensor, rank: int, generators: Sequence[torch.Generator], certify: bool = False
 ) -> list[TruncatedSVD]:
-    """`truncated_svd` of each matrix of a stack (E, m, n); where they are small, their eigenvectors at once."""
+    """Return `truncated_svd` of each matrix of a stack (E, m, n), with one batched call per group if they are small."""
     E, m, n = stack.shape
     if min(m, n) > SMALL or E == 1:
         return [truncated_svd(D, rank, g, certify=certify) for D, g in zip(stack, generators, strict=True)]
@@ -101,25 +101,28 @@ def truncated_svds(
     found: list[TruncatedSVD] = []
     count = max(1, (1 << 22) // (m * n))
     for start in range(0, E, count):
-        part = tall[start : start + count]
-        wide = part.double()
+        group = tall[start : start + count]
+        wide = group.double()
         X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2)
-        found += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(part, X, strict=True)]
-    return found if m >= n else [_turned(each) for each in found]
+        found += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(group, X, strict=True)]
+    return found if m >= n else [_transposed(each) for each in found]
 
 
 def singular_values_of(D: Tensor) -> Tensor:
-    """All of D (m, n), falling, in float64: (min(m, n),), right to 1e-8 of the largest."""
+    """Return the singular values of D (m, n) in float64, (min(m, n),), largest first, to 1e-8 of the largest."""
     squares = torch.linalg.eigvalsh(_gram(D if len(D) >= D.shape[1] else D.T))
     S: Tensor = squares.clamp(min=0).sqrt().flip(0)
     return S
 
 
 def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The last `rank` triplets of D (m, n): U (m, r), S (r,) falling, in float64, V (n, r), U and V orthonormal.
+    """Return the `rank` singular triplets of D (m, n) with the least singular values.
 
-    From the eigenvectors of the smaller Gram matrix in float64, which tell singular values down to 1e-8 of the largest
-    apart; what is below is as good as 0, and so any basis of it.
+    The eigenvectors of the smaller Gram matrix in float64 resolve singular values down to 1e-8 of the largest. Smaller
+    ones are as good as 0, and any basis of their space does.
+
+    Returns:
+        (U, S, V): U (m, r) and V (n, r) in D's dtype, with orthonormal columns, S (r,) in float64, largest first.
     """
     if len(D) < D.shape[1]:
         V, S, U = least_triplets(D.T, rank)
@@ -128,28 +131,31 @@ def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     B = torch.cat([block.double() @ X for block in _row_blocks(D)])
     S = torch.linalg.vector_norm(B, dim=0)
     order = S.argsort(descending=True, stable=True)
-    U, R = torch.linalg.qr(B[:, order])  # but for signs B / S, and orthonormal where S is 0
+    U, R = torch.linalg.qr(B[:, order])  # B / S except for signs, and orthonormal even where S is 0
     return torch.where(R.diagonal() < 0, -U, U).to(D.dtype), S[order], X[:, order].to(D.dtype)
 
 
-def _turned(svd: TruncatedSVD) -> TruncatedSVD:
+def _transposed(svd: TruncatedSVD) -> TruncatedSVD:
     return _signed(TruncatedSVD(svd.V, svd.S, svd.U, svd.total, svd.gap, svd.columns))
 
 
 def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) -> TruncatedSVD:
-    """The triplets whose right vectors span X, (n, r), in X's precision."""
+    """Return the singular triplets of D given its right singular vectors X (n, r), computed in X's precision."""
     m, n = D.shape
     B = torch.cat([block.to(X.dtype) @ X for block in _row_blocks(D)])
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
     S, B, X = S[order], B[:, order], X[:, order]
-    kept = S[0] * 1e-7 * max(m, n) ** 0.5 < S  # what is below is float32's noise about an exact rank
+    kept = S[0] * 1e-7 * max(m, n) ** 0.5 < S  # smaller ones are float32's rounding noise of a D of lower rank
     S, B, X = S[kept], B[:, kept], X[:, kept].to(D.dtype)
     return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
 
 
 def energy_of(D: Tensor) -> float:
-    """||D||^2, to about 1e-8: norms of rows in float32, whose errors cancel, their squares in float64."""
+    """Return ||D||^2 with a relative error of about 1e-8.
+
+    The norms of rows are taken in float32, whose errors average out, and their squares are summed in float64.
+    """
     lines = torch.linalg.vector_norm(D, dim=1 if D.stride(1) == 1 else 0)
     if len(lines) and not TINY < float(lines.max()) < math.inf:  # squares beyond float32's range
         lines = torch.linalg.vector_norm(D, dim=1, dtype=torch.float64)
@@ -172,13 +178,13 @@ def _signed(svd: TruncatedSVD) -> TruncatedSVD:
 
 
 def _eigenvectors(D: Tensor, rank: int) -> Tensor:
-    """The top right singular vectors from D^T D, whose float64 keeps singular values down to 1e-8 of the largest."""
+    """Return the top right singular vectors (n, rank) of D from D^T D, exact to 1e-8 of the largest singular value."""
     top: Tensor = torch.linalg.eigh(_gram(D)).eigenvectors[:, -rank:].flip(1)
     return top
 
 
 def _gram(D: Tensor) -> Tensor:
-    """D^T D in float64, (n, n)."""
+    """Return D^T D in float64, (n, n)."""
     gram = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
     for block in _row_blocks(D):
         wide = block.double()
@@ -187,16 +193,17 @@ def _gram(D: Tensor) -> Tensor:
 
 
 class _Krylov:
-    """A basis of the Krylov space of D^T D that grows by a block a step, with both of its products kept.
+    """A basis of the Krylov space of D^T D that grows by a block a step.
 
-    Q: (n, width) orthonormal, W = D Q, T = W^T W in float64; V: the next block, R: D^T D's last block is Q T + V R.
+    Q (n, width) has orthonormal columns, W = D Q is (m, width), and T = W^T W is in float64. V (n, BLOCK) is the next
+    block of Q, and D^T D times the last block of Q is Q T[:, -BLOCK:] + V R.
     """
 
-    def __init__(self, D: Tensor, most: int, generator: torch.Generator) -> None:
+    def __init__(self, D: Tensor, max_width: int, generator: torch.Generator) -> None:
         m, n = D.shape
-        self.D, self.most, self.width = D, most, 0
-        self._Q, self._W = D.new_empty(n, most), D.new_empty(m, most)
-        self._T = torch.zeros(most, most, dtype=torch.float64, device=D.device)
+        self.D, self.max_width, self.width = D, max_width, 0
+        self._Q, self._W = D.new_empty(n, max_width), D.new_empty(m, max_width)
+        self._T = torch.zeros(max_width, max_width, dtype=torch.float64, device=D.device)
         self.V = torch.linalg.qr(_normal(n, generator, D)).Q
         self.R = D.new_zeros(BLOCK, BLOCK).double()
 
@@ -210,9 +217,10 @@ class _Krylov:
 
     @property
     def is_full(self) -> bool:
-        return self.width + BLOCK > self.most
+        return self.width + BLOCK > self.max_width
 
     def grow(self) -> None:
+        """Append V to the basis, and compute the next V and R."""
         new = slice(self.width, self.width + BLOCK)
         self._Q[:, new], self._W[:, new] = self.V, _product(self.D, self.V)
         cross = (self._W[:, : new.stop].T @ self._W[:, new]).double()
@@ -220,26 +228,27 @@ class _Krylov:
         self.width = new.stop
         Z = _product(self.D.T, self._W[:, new])
         self.R = torch.eye(BLOCK, dtype=torch.float64, device=Z.device)
-        for _ in range(3):  # each QR brings out columns that are nearly noise, and with them what lies in Q
+        for _ in range(3):  # a QR scales up columns that are nearly noise, and with them their components in Q
             Z -= self.Q @ (self.Q.T @ Z)
             Z, R = torch.linalg.qr(Z)
             self.R = R.double() @ self.R
         self.V = Z
 
     def top(self, rank: int) -> Tensor:
-        """The best `rank` right singular vectors within the basis, (n, rank)."""
+        """Return the best `rank` right singular vectors within the basis, (n, rank)."""
         vectors = torch.linalg.eigh(self.T).eigenvectors[:, -rank:].flip(1).to(self.D.dtype)
         best: Tensor = torch.linalg.qr(self.Q @ vectors).Q
         return best
 
     def energy(self, rank: int) -> float:
+        """Return the energy of the best approximation of this rank within the basis."""
         return float(torch.linalg.eigvalsh(self.T)[-rank:].sum())
 
     def bound(self, rank: int, generator: torch.Generator) -> float:
-        """What the energy of no approximation of this rank exceeds, but with the probability MISS.
+        """Return an upper bound on the energy of any approximation of this rank, wrong with the probability MISS.
 
-        With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, the rest), and so at most
-        [[T, E R^T], [R E^T, mu]] where mu bounds P D^T D P: the top eigenvalues of that are a bound (Weyl).
+        With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, all else). If mu bounds
+        P D^T D P, this is at most [[T, E R^T], [R E^T, mu]], whose top eigenvalues are the bound (Weyl).
         """
         k, n = self.width, len(self._Q)
         mu = self._rest(generator)
@@ -251,11 +260,11 @@ class _Krylov:
         return float(torch.cat([values, more]).sort(descending=True).values[:rank].sum())
 
     def _rest(self, generator: torch.Generator) -> float:
-        """An upper bound on the norm of P D^T D P, by Lanczos from random starts.
+        """Return an upper bound on the norm of P D^T D P, from Lanczos with random starts.
 
-        From one start PROBES steps find less than (1 - e) of it with a probability of at most
-        1.648 sqrt(n) exp(-sqrt(e) (2 PROBES - 1)) (Kuczynski & Wozniakowski, 1992, theorem 4.2); from BLOCK independent
-        starts at once, whose space holds each one's, with the BLOCK-th power of that.
+        From one start, PROBES steps find less than (1 - e) of the norm with a probability of at most
+        1.648 sqrt(n) exp(-sqrt(e) (2 PROBES - 1)) (Kuczynski & Wozniakowski, 1992, theorem 4.2). From BLOCK independent
+        starts at once, whose space contains that of each, it is at most the BLOCK-th power of this.
         """
         n = len(self._Q)
 
@@ -278,7 +287,7 @@ class _Krylov:
 
 
 def _product(D: Tensor, X: Tensor) -> Tensor:
-    """D @ X for a few columns X, in the order in which a row-major matrix takes half as long."""
+    """Return D @ X for a few columns X; the order of the operands that suits D's layout takes half as long."""
     return D @ X if D.stride(1) == 1 else (X.T.contiguous() @ D.T).T
 
 
@@ -289,7 +298,7 @@ def _normal(n: int, generator: torch.Generator, like: Tensor) -> Tensor:
 def _krylov(
     D: Tensor, rank: int, generator: torch.Generator, tolerance: float, certify: bool
 ) -> tuple[Tensor, float, int] | None:
-    """(the top right singular vectors, the gap, columns), or None where the basis would grow too wide."""
+    """Return (top right singular vectors, gap, columns), or None if the basis would grow too wide."""
     space = _Krylov(D, D.shape[1] // WIDE, generator)
     energy, gain, wanted = 0.0, 0.0, 0
     while not space.is_full:
@@ -303,8 +312,8 @@ def _krylov(
         if not former or gap >= tolerance or not (last or gain < FLOOR) or space.width < wanted:
             continue
         if certify:
-            most = space.bound(rank, generator)
-            gap = (most - energy) / most
+            bound = space.bound(rank, generator)
+            gap = (bound - energy) / bound
             if gap > tolerance:
                 wanted = space.width + max(2 * BLOCK, space.width // 4)
                 continue

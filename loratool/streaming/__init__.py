@@ -1,1 +1,1 @@
-"""Rows read, changed and written, in any order, by threads or processes."""
+"""Read, change and write rows of tensors, in any order, with threads or processes."""

@@ -1,1 +1,1 @@
-"""Everything that `unmerge` needs to restore a base bit for bit."""
+"""Write and read what `unmerge` needs to restore a base bit for bit."""
