@@ -367,9 +367,8 @@ def _largest(x: Tensor) -> float:
 
 def _width(base: Tensor, size: float) -> float:
     """Return about a fifth of the size of the weights and of D; the bounds hold for any width."""
-    some = base.view(-1)[
-        :: base.numel() // SAMPLED | 1
-    ].float()  # an odd stride, to sample all columns if their number is a power of two
+    # an odd stride, to sample all columns if their number is a power of two
+    some = base.view(-1)[:: base.numel() // SAMPLED | 1].float()
     return 0.2 * float(some.norm()) / math.sqrt(len(some)) + 0.02 * size
 
 

@@ -1,9 +1,9 @@
-"""The items of `runtime.run` over forked processes, which do not wait for each other's interpreter lock.
+"""Run the items of `workers.run` in forked processes, which do not wait for each other's interpreter lock.
 
-A block of a merge is fifty calls of torch and numpy, each of which takes the lock; two threads so lose a third of their
-time to each other. A forked worker has the plan, the open files and the imports of its parent for nothing, draws the
-same items from the same iterator, and is told their numbers; it sends back what the steps returned. Linux only: macOS
-forks no process that has used its frameworks, Windows none at all.
+A block of a merge is fifty calls of torch and numpy, each of which takes the lock, so that two threads lose a third of
+their time. A forked worker has the plan, the open files and the imports of its parent at no cost. It draws the same
+items from the same iterator, receives only their numbers, and sends back what the steps returned. This is for Linux
+only: on macOS a process that has used its frameworks cannot fork, and Windows has no fork.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from ..errors import MachineError
 
-AHEAD = 2  # items a worker has been told of, so that it never waits for the next
+AHEAD = 2  # items assigned to a worker, so that it never waits for the next
 
 
 CAN_FORK = sys.platform == "linux"
@@ -33,32 +33,35 @@ CAN_FORK = sys.platform == "linux"
 def run_forked(
     items: Iterator[Any], make_worker: Callable[[], Callable[[Any], list[Any]]], workers: int
 ) -> Generator[tuple[Any, list[Any]], None, None]:
-    """Each item with its results, as they come; steps must return all that they find out. The first error is raised."""
+    """Yield each item with its results, in the order in which they end, and raise the first error.
+
+    A step's side effects stay in its process, so it must return all that it finds.
+    """
     links: list[Connection] = []
     children: list[BaseProcess] = []
     numbered = enumerate(items)
     pending: dict[int, Any] = {}
 
-    def tell(link: Connection) -> None:
+    def assign(link: Connection) -> None:
         for number, item in islice(numbered, 1):
             pending[number] = item
-            with suppress(BrokenPipeError, ConnectionResetError):  # one that is gone says so when it is listened to
+            with suppress(BrokenPipeError, ConnectionResetError):  # `_receive` raises for a worker that is gone
                 link.send(number)
 
     try:
         for _ in range(workers):
             _start(links, children, items, make_worker)
         for link in links * AHEAD:
-            tell(link)
+            assign(link)
         while pending:
             for link in cast("list[Connection]", wait(links)):
                 number, results, error = _receive(link)
                 if error is not None:
                     raise error
-                tell(link)
+                assign(link)
                 yield pending.pop(number), results
         for link in links:
-            link.close()  # their end: they leave
+            link.close()  # the workers exit at the end of their link
         links.clear()
     finally:
         for child in children if links else ():
@@ -76,7 +79,7 @@ def _start(links: list[Connection], children: list[BaseProcess], items: Iterator
         target=_serve, args=(theirs, tuple(links), items, make_worker), daemon=True
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads beside the fork: idle ones of BLAS, a clock
+        warnings.simplefilter("ignore", DeprecationWarning)  # about other threads at a fork: BLAS's idle ones, a clock
         child.start()
     theirs.close()
     children.append(child)
@@ -95,8 +98,8 @@ def _receive(link: Connection) -> tuple[int, list[Any], BaseException | None]:
 def _serve(
     link: Connection, parents: tuple[Connection, ...], items: Iterator[Any], make_worker: Callable[[], Any]
 ) -> None:
-    """A child's life: until its parent closes the link, or is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a signal to the group is the parent's to answer
+    """Run items in a child until its parent closes the link, or is gone."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the parent answers a signal to the group
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     for other in parents:
         other.close()

@@ -1,6 +1,7 @@
-"""Updates that are not additive, by rows: each knows a and c of `W' = a * W + c` (`numerics.exact.Fill`).
+"""Turn updates that are not additive into a and c of `W' = a * W + c`, rows at a time (`numerics.exact.Fill`).
 
-What one needs to know of W itself (DoRA its norms) is asked for apart, so that a reader who lacks W can be told.
+Numbers that depend on W (DoRA's norms) are computed by methods of their own, so that `unmerge`, which does not have W,
+can take them from the undo file.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ from ..errors import InputError
 from ..files.tensor_ref import TensorRef, is_finite
 from ..numerics.exact import LANES, ExactProduct, Fill, Workspace, add_squares, row_norms, sum_tile, total_of_lanes
 
-NORM_ROWS = 256  # rows read at a time for the norms of columns; a multiple of LANES
+NORM_ROWS = 256  # rows read at a time for the norms of columns: a multiple of LANES
 
 
 class NonAdditive(ABC):
-    """An update that is not additive.
+    """An update of some rows of a tensor that is not additive."""
 
-    head: bytes that a reader without W needs for all rows of the piece. state: numbers that it needs for some rows.
-    """
-
-    head = b""
-    has_state = False
+    head = b""  # bytes that a reader without W needs for all these rows
+    has_state = False  # whether a reader without W needs the `state` of a block
 
     def state(self, base: Tensor, first: int, work: Workspace) -> Tensor | None:
-        """From the rows of `base`, whose first is the tensor's row `first`."""
+        """Return numbers that depend on the weights `base`, which are the tensor's rows from `first` on."""
         return None
 
     @abstractmethod
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
-        """For `rows` rows of the tensor from `first` on; `inner` is what is added besides."""
+        """Return the Fill of `rows` rows of the tensor from `first` on.
+
+        Args:
+            inner: the Fill of additive updates of the same rows, which is added
+        """
 
 
 def _add_fills(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:
+    """Return a Fill with the a of `outer` and the sum of both c."""
     if inner is None:
         return outer
 
@@ -53,17 +56,17 @@ def _add_fills(outer: Fill, inner: Fill | None, work: Workspace) -> Fill:
 
 @dataclass(frozen=True)
 class DoRARows(NonAdditive):
-    """DoRA on a weight stored as (out, in): a row has its norm in itself. magnitude: (rows of the piece,)."""
+    """DoRA on rows of a weight stored as (out, in), where each row has its own norm."""
 
     product: ExactProduct
-    magnitude: Tensor
+    magnitude: Tensor  # (rows,)
     weight: float
-    start: int
-    name: str
+    start: int  # the first row in the tensor
+    name: str  # of the tensor, for errors
     has_state = True
 
     def state(self, base: Tensor, first: int, work: Workspace) -> Tensor:
-        """m / n of each row."""
+        """Return magnitude / norm of each row."""
         rows = slice(first - self.start, first - self.start + len(base))
         own = self.product.fill(self.product.left(rows.start, rows.stop))
         return magnitude_ratio(self.magnitude[rows], row_norms(base, own, work), self.name)
@@ -84,12 +87,12 @@ class DoRARows(NonAdditive):
 
 @dataclass(frozen=True)
 class DoRAColumns(NonAdditive):
-    """DoRA on a weight stored as (in, out), an embedding for one. ratio: m / n, (columns,)."""
+    """DoRA on rows of a weight stored as (in, out), such as an embedding."""
 
     product: ExactProduct
-    ratio: Tensor
+    ratio: Tensor  # (columns,), magnitude / norm
     weight: float
-    start: int
+    start: int  # the first row in the tensor
 
     @property
     def head(self) -> bytes:  # type: ignore[override]
@@ -111,7 +114,7 @@ class DoRAColumns(NonAdditive):
 
 @dataclass(frozen=True)
 class ReplacedTensor(NonAdditive):
-    """A part of another value: (1 - w) * W + w * V. (All of it is no update but another source.)"""
+    """A tensor mixed with another value V: (1 - w) * W + w * V, where w = 1 would only be another source."""
 
     value: TensorRef
     weight: float
@@ -130,13 +133,15 @@ class ReplacedTensor(NonAdditive):
 
 @dataclass(frozen=True)
 class ReplacedRows(NonAdditive):
+    """Rows that are mixed with other values, while all others stay."""
+
     rows: ReplaceRows
     weight: float
 
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
-        mine = (self.rows.indices >= first) & (self.rows.indices < first + rows)
-        at = self.rows.indices[mine] - first
-        value = self.rows.value[mine].double() * self.weight
+        inside = (self.rows.indices >= first) & (self.rows.indices < first + rows)
+        at = self.rows.indices[inside] - first
+        value = self.rows.value[inside].double() * self.weight
         factor = torch.ones(rows, 1, dtype=torch.float64, device=value.device)
         factor[at] = 1.0 - self.weight
 
@@ -149,7 +154,7 @@ class ReplacedRows(NonAdditive):
 
 
 def column_norms(source: TensorRef, product: ExactProduct, device: torch.device) -> Tensor:
-    """||W + D|| of each column of a whole tensor in float64, read once by blocks of rows."""
+    """Return ||W + D|| of each column of a tensor in float64, (columns,), reading it once by blocks of rows."""
     rows, columns = product.shape
     work = Workspace(device)
     lanes = torch.zeros(LANES, columns, dtype=torch.float64, device=device)
@@ -165,7 +170,11 @@ def column_norms(source: TensorRef, product: ExactProduct, device: torch.device)
 
 
 def magnitude_ratio(magnitude: Tensor, norms: Tensor, name: str) -> Tensor:
-    """m / n, and 0 where n is 0: whatever stands before a row of zeros, it is a row of zeros."""
+    """Return magnitude / norm, and 0 if a norm is 0: any multiple of a row of zeros is the same.
+
+    Raises:
+        InputError: a norm is inf or nan.
+    """
     if not is_finite(norms):
         raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=name)
     return torch.where(norms == 0, 0.0, magnitude / norms)

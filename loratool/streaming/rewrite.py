@@ -1,7 +1,7 @@
-"""A checkpoint written anew: chosen tensors pass through a step by blocks of rows, all else is copied or cast.
+"""Rewrite a checkpoint: chosen tensors pass through a step by blocks of rows, all others are copied or cast.
 
-This is the streaming that every verb with a model as output shares. It turns an output's layout into
-independent items for `runtime.run`, and keeps nothing but the blocks under way.
+Every command that writes a model streams it through here. The layout of the output is turned into independent items for
+`workers.run`, and only the blocks under way are in memory.
 """
 
 from __future__ import annotations
@@ -27,32 +27,29 @@ from .workers import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Ste
 CAST_BLOCK = 1 << 17  # numbers cast at a time
 
 
-COPY_ITEM = 1 << 26  # bytes of an untouched range an item: small enough to report progress and to stop
+COPY_ITEM = 1 << 26  # bytes copied by an item: few enough to report progress and to stop soon
 
 
-ROWS_ITEM = 1 << 22  # weights of a matrix an item
+ROWS_ITEM = 1 << 22  # weights of a matrix in an item
 
 
-MIN_ROWS = 256  # of a matrix an item: a step's preparation is as much work as a few rows
+MIN_ROWS = 256  # rows in an item, at least: preparing a step costs as much as a few rows
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows start:stop of a tensor seen as a matrix, and what to do with them.
-
-    item_rows, block_rows: how many make an item and a block, where that is not left to what suits the machine.
-    """
+    """Rows start:stop of a tensor as a matrix, and the step that changes them."""
 
     start: int
     stop: int
     prepare: Prepare
-    item_rows: int = 0
-    block_rows: int = 0
+    item_rows: int = 0  # rows of an item, 0 for as many as suit the machine
+    block_rows: int = 0  # rows of a block, likewise
 
 
 @dataclass(frozen=True)
 class CopiedRows:
-    """Rows start:stop that lie in another file as they shall be, from `offset` on."""
+    """Rows start:stop of a tensor that are copied from another file, from `offset` on."""
 
     start: int
     stop: int
@@ -62,7 +59,7 @@ class CopiedRows:
 
 @dataclass(frozen=True)
 class ChangedTensor:
-    """A tensor that changes, seen as a matrix of `rows` rows; `ranges` makes its parts, in rising order."""
+    """A tensor that changes, as a matrix of `rows` rows; `ranges` yields those that do, in rising order."""
 
     rows: int
     ranges: Callable[[], Iterable[RowRange | CopiedRows]]
@@ -78,12 +75,18 @@ def rewrite(
     finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
     hashed: Collection[str] = (),
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
-    """Write `output`, whose layout is planned; yield each run of a changed tensor's rows with what its steps return.
+    """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
-    sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast. The runs of
-    one tensor come in any order. finish: called with the open files when all rows are written. hashed: tensors that are
-    copied and whose sources are hashed on the way; each part is yielded with its sha256. Raises NeedsFlag or
-    InputError where a cast overflows; then, and when the caller closes it early, nothing stays.
+    The items of one tensor come in any order. After an error, or if the caller closes the generator early, no output
+    stays.
+
+    Args:
+        sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast
+        finish: called with the open files, by name, when all rows are written
+        hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
+
+    Raises:
+        NeedsFlag, InputError: a cast overflows.
     """
     output.require_space()
     done = 0
@@ -114,7 +117,7 @@ def rewrite(
 def refuse_overflow(
     tensor: str, blocks: Collection[RoundingStats], sources: Mapping[str, TensorRef], output: Output
 ) -> None:
-    """Raise for weights that became infinite: NeedsFlag where --dtype fp32 would hold them, else InputError."""
+    """Raise if weights became infinite: NeedsFlag if --dtype fp32 would hold them, otherwise InputError."""
     count, largest = sum(block.overflowed for block in blocks), max((block.largest for block in blocks), default=0.0)
     if not count:
         return
@@ -136,7 +139,7 @@ def _items(
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
 ) -> Iterator[Item]:
-    """The work of the whole output, a piece of each file in turn: two threads that write one file wait for its lock."""
+    """Yield the items of the output, one of each file in turn, as threads that write one file wait for its lock."""
     waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
     waiting += [_file_items(output, file, targets[file.name], sources, changed) for file in output.files]
     while waiting:
@@ -167,7 +170,7 @@ def _file_items(
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
 ) -> Iterator[Item]:
-    """The work of one file in the order of its bytes; neighbours that are copied from neighbours are one item."""
+    """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
     span: CopyBytes | None = None
     checked = file.archive is not None
     for name, offset in file.begin.items():
@@ -190,7 +193,7 @@ def _file_items(
 def _changed_items(
     source: TensorRef, new: TensorSpec, place: CopyBytes, name: str, changed: ChangedTensor
 ) -> Iterator[Item]:
-    """The rows of one tensor: through the steps of its ranges, and as they are in between."""
+    """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
     columns = new.size // changed.rows
     end = RowRange(changed.rows, changed.rows, _prepare_cast)
     done = 0

@@ -1,9 +1,8 @@
-"""Where and how work runs: the device, and a bounded pool of workers over independent items.
+"""Choose the device, and run independent items on it with a bounded pool of workers.
 
-An item is one piece of an output: a range of bytes to copy, or a range of a tensor's rows to compute. It
-knows its sources and its place in the output, so that any worker can run any item in any order, and no
-result can depend on that order. A worker reads, computes and writes block by block in buffers of its own;
-while one waits for the disk, another computes.
+An item is a range of bytes to copy or to hash, or a range of a tensor's rows to compute. It knows its source and its
+place in the output, so that any worker can run any item, and no result depends on their order. A worker reads,
+computes and writes block by block in buffers of its own; while one waits for the disk, another computes.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from ..files.fileio import copy_checked, copy_range, read_into, sha256_range, wr
 from ..numerics.exact import Workspace
 from .forked import CAN_FORK, run_forked
 
-BLOCK_ROWS = 64  # read, computed and written at a time: enough to make a product of matrices efficient,
+BLOCK_ROWS = 64  # rows of a block, read, computed and written at a time: enough for an efficient matrix product
 
 
-BLOCK = 1 << 20  # but at most so many weights, where rows are long
+BLOCK = 1 << 20  # the most weights of a block, if rows are long
 
 
 CUDA_BLOCK = 1 << 24
 
 
-WORTH_A_FORK = 1 << 26  # bytes of output from which a fork, 20 ms a worker, is soon earned
+WORTH_A_FORK = 1 << 26  # with so many bytes of output, forking pays, which costs 20 ms a worker
 
 
 T = TypeVar("T")
@@ -44,23 +43,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-MAX_WORKERS = 8  # beyond that memory bandwidth is the limit, and each worker holds its buffers
+MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each has buffers of its own
 
 
-# Called with the bytes of output done so far and in all.
+# Called with the bytes of output done so far and the total.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class CopyBytes:
-    """`nbytes` of one file to a place in another, unchanged. checked: their CRC-32 is the result."""
+    """An item that copies bytes of one file to a place in another."""
 
     source: BinaryIO
     source_offset: int
     target: BinaryIO
     target_offset: int
     nbytes: int
-    checked: bool = False
+    checked: bool = False  # the result is the CRC-32 of the bytes
 
     @property
     def end(self) -> tuple[int, int]:
@@ -69,45 +68,42 @@ class CopyBytes:
 
 @dataclass(frozen=True)
 class HashBytes:
-    """`nbytes` of a file, part number `part` of a tensor, for their sha256 alone."""
+    """An item that hashes bytes of a file with sha256, and writes nothing."""
 
     tensor: str
-    part: int
+    part: int  # which of the tensor's parts this is, from 0
     source: BinaryIO
     offset: int
     length: int
 
-    nbytes = 0  # of the output
+    nbytes = 0  # what it adds to the output
 
 
-# One block of rows: (base, its first row counted from the item's, out, work) -> what came of it.
+# Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
 Step = Callable[[Tensor, int, Tensor, Workspace], Any]
 
 
-# (start, stop) of an item's rows -> the step for its blocks, from whatever those rows have in common.
+# (start, stop) of an item's rows -> the step for its blocks, which shares what the rows have in common.
 Prepare = Callable[[int, int], Step]
 
 
 @dataclass(frozen=True)
 class MapRows:
-    """Rows `start:stop` of a matrix from one file, through a step, to a place in another.
-
-    The offsets are those of row `start`. checked: the results begin with the CRC-32 of what was written.
-    """
+    """An item that passes rows `start:stop` of a matrix in one file through a step, to a place in another."""
 
     tensor: str
     source: BinaryIO
-    source_offset: int
+    source_offset: int  # of row `start`
     source_dtype: torch.dtype
     target: BinaryIO
-    target_offset: int
+    target_offset: int  # of row `start`
     target_dtype: torch.dtype
     columns: int
     start: int
     stop: int
     prepare: Prepare
-    block_rows: int = 0  # read, computed and written at a time, where the step wants to say so
-    checked: bool = False
+    block_rows: int = 0  # rows of a block, 0 for as many as suit the device
+    checked: bool = False  # the results begin with the CRC-32 of what was written
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +114,7 @@ Item = CopyBytes | MapRows | HashBytes
 
 
 class Worker:
-    """One thread's buffers and, on a GPU, its stream, so that the workers' copies and kernels overlap."""
+    """Runs items one by one, with buffers of its own and, on a GPU, a stream, so that copies and kernels overlap."""
 
     def __init__(self, device: torch.device) -> None:
         self.work = Workspace(device)
@@ -127,7 +123,7 @@ class Worker:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, item: Item) -> list[Any]:
-        """Run one item; returns its steps' results in the order of the rows."""
+        """Run one item, and return its results: those of its blocks in the order of rows, a CRC-32 first, or a hash."""
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
             if item.checked:
@@ -173,9 +169,11 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
+    """Return the device of a --device option; `auto` is the first CUDA device if there is one, else the CPU.
 
-    Raises MachineError for a device that is absent or has no float64, which exact arithmetic needs.
+    Raises:
+        UsageError: the name is no device's.
+        MachineError: the device is absent, or has no float64, which exact arithmetic needs.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -193,6 +191,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def worker_count() -> int:
+    """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_WORKERS)
 
@@ -200,12 +199,15 @@ def worker_count() -> int:
 def run(
     items: Iterable[Item], device: torch.device, workers: int, nbytes: int
 ) -> Generator[tuple[Item, list[Any]], None, None]:
-    """Run the items by `workers` and yield each with its results, as they come. nbytes: of all, about.
+    """Run the items with `workers` workers, and yield each with its results, in the order in which they end.
 
-    In forked processes on a CPU where the work is worth the fork, else in threads.
+    On a CPU the workers are forked processes if the work is worth the forks, otherwise threads.
+
+    Args:
+        nbytes: of the output of all items, roughly
     """
-    offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # else the position in a file, which forks share, counts
-    if CAN_FORK and offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
+    has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
+    if CAN_FORK and has_offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
         return run_forked(iter(items), lambda: Worker(device), workers)
     return _run_threads(items, lambda: Worker(device), workers)
 
@@ -213,10 +215,10 @@ def run(
 def _run_threads(
     items: Iterable[Item], make_worker: Callable[[], Worker], workers: int
 ) -> Generator[tuple[Item, list[Any]], None, None]:
-    """The items in threads.
+    """Run the items in threads, and yield each with its results.
 
-    Items are drawn lazily, so a plan of any length holds little. The first error, or an interrupt, stops the
-    drawing, waits for the few items under way, and is raised here.
+    Items are drawn lazily, so that a long plan takes little memory. After the first error, or an interrupt, no more
+    are drawn; it is raised here when the few items under way have ended.
     """
     local = threading.local()
     threads_before = torch.get_num_threads()
@@ -245,9 +247,9 @@ def _run_threads(
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
-    """`function` of each item, in their order, on `workers` threads of a core each; at most so many results wait.
+    """Yield `function` of each item, in their order, computed by `workers` threads; at most so many results wait.
 
-    Close it when no more are wanted: only then torch has its own threads again.
+    Exhaust or close it: only then does torch get its own threads back.
     """
     threads_before, source = torch.get_num_threads(), iter(items)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

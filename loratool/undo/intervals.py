@@ -1,12 +1,12 @@
-"""Which weights a rounded sum can have come from: the intervals behind undo.
+"""Compute the interval of weights from which a rounded sum can have come, and encode a weight as its index in it.
 
-Rounding is monotone, so the W with `round_once(a * W + c) == W'` are consecutive representable numbers, and W' , a
-and c say which. W is written down as its index among them: nothing at all where there is one, which is nearly
-everywhere. All decisions here are functions of (W', a, c) alone, so that a reader who lacks W comes to the same ones.
+Rounding is monotone, so the W with `round_once(a * W + c) == W'` are consecutive representable numbers, and W', a and c
+determine them. W is recorded as its index among them, which takes no bits if there is only one, as nearly always. All
+decisions here are functions of (W', a, c) only, so that a reader without W makes the same ones.
 
-The interval is closed-form: the two ends of what rounds to W', taken back through a and c in float64 and widened by
-far more than the float64 errors on the way, then counted in ordinals of the format (the integers that its bit
-patterns are). A number too many costs a bit, a number too few would lose W.
+The interval is closed-form: the two ends of what rounds to W' are taken back through a and c in float64, widened by far
+more than the float64 errors on the way, and counted in ordinals of the format (the integers that its bit patterns
+are). A number too many costs a bit, a number too few would lose W.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MAGNITUDE = np.int64((1 << 63) - 1)
 
 
-_END = 1 << 12  # float64 steps, 2**-40 of |W'|: how far the ends of the interval are moved outward
+_END = 1 << 12  # float64 ulps (2**-40 of |W'|) by which the ends of the interval are moved outward
 
 
-_SLACK = 1 << 10  # float64 steps, for what the way back through c and a adds
+_SLACK = 1 << 10  # float64 ulps for the rounding on the way back through c and a
 
 
 _MOST = float(np.finfo(np.float64).max)
 
 
-_NEAR_ZERO = 2.0**-8  # of |W'|: an interval that comes closer to 0 holds numbers without end
+_NEAR_ZERO = 2.0**-8  # times |W'|: an interval that comes closer to 0 contains too many numbers
 
 
-_CHUNK = 1 << 14  # numbers at a time, which stay in a core's cache
+_CHUNK = 1 << 14  # numbers at a time, so that they stay in a core's cache
 
 
-_NEAR_TIE = 1 << 12  # float64 steps around a midpoint
+_NEAR_TIE = 1 << 12  # float64 ulps around a midpoint
 
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """mantissa: stored bits; bias: of the exponent; code: the integer that holds a number."""
+    """A binary floating-point format, with the integer type of its bit patterns."""
 
-    mantissa: int
-    bias: int
+    mantissa: int  # stored bits
+    bias: int  # of the exponent
     code: type[np.signedinteger[Any]]
 
     @cached_property
@@ -64,7 +64,7 @@ class FloatFormat:
         return int(np.iinfo(self.code).bits)
 
 
-# safetensors name -> format; float64 has no wider format to reason in, and is stored as differences
+# safetensors name -> format; float64 is recorded as differences, because no wider format can bound its intervals
 FLOAT_FORMATS = {
     "BF16": FloatFormat(7, 127, np.int16),
     "F16": FloatFormat(10, 15, np.int16),
@@ -73,7 +73,7 @@ FLOAT_FORMATS = {
 
 
 def widen(code: Array, form: FloatFormat) -> Array:
-    """The numbers behind bit patterns, in float64."""
+    """Convert bit patterns to float64."""
     if form.code is np.int32:
         return code.view(np.float32).astype(np.float64)
     if form.mantissa == 10:
@@ -83,20 +83,17 @@ def widen(code: Array, form: FloatFormat) -> Array:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Of the elements at `at` (flat positions, rising): W is one of `most + 1` numbers from ordinal `low` on.
+    """The candidates for some weights: each is one of `most + 1` numbers from ordinal `low` on."""
 
-    raw: no interval; W is written as it is. negative: the sign of the numbers.
-    """
-
-    at: Array
-    low: Array
-    most: Array
-    raw: Array
-    negative: Array
+    at: Array  # flat positions of the weights, rising
+    low: Array  # ordinals of the first candidates
+    most: Array  # the highest index of a candidate
+    raw: Array  # bool: there is no interval, and W is recorded unchanged
+    negative: Array  # bool: the sign of the candidates
 
 
 def _ordinal(value: Array, form: FloatFormat, up: bool) -> Array:
-    """The ordinal of the first representable number from |value| on, upward or downward. value: float64 bits, >= 0."""
+    """Return the ordinal of the first representable number from |value| on, up or down. value: float64 bits, >= 0."""
     shift = 52 - form.mantissa
     ordinal = ((value - 1) >> shift) + 1 if up else value >> shift
     ordinal -= (1023 - form.bias) << form.mantissa
@@ -109,7 +106,7 @@ def _ordinal(value: Array, form: FloatFormat, up: bool) -> Array:
 
 
 def perhaps_near_tie(x: Array, form: FloatFormat) -> Array:
-    """Positions of the float64 numbers among which `ambiguous` shall look for near ties."""
+    """Return the positions of float64 numbers that may be near ties, for `ambiguous` to look at."""
     shift = 52 - form.mantissa
     bits = x.view(np.int64) & _MAGNITUDE
     near = np.abs((bits & ((1 << shift) - 1)) - (1 << (shift - 1))) <= 2 * _NEAR_TIE
@@ -118,7 +115,7 @@ def perhaps_near_tie(x: Array, form: FloatFormat) -> Array:
 
 
 def _near_tie(x: Array, form: FloatFormat) -> Array:
-    """Whether float64 numbers lie within a few steps of the middle between two of the format."""
+    """Return whether float64 numbers are within `_NEAR_TIE` ulps of the midpoint between two of the format."""
     shift = 52 - form.mantissa
     bits = x.view(np.int64) & _MAGNITUDE
     near: Array = np.abs((bits & ((1 << shift) - 1)) - (1 << (shift - 1))) <= _NEAR_TIE
@@ -130,7 +127,7 @@ def _near_tie(x: Array, form: FloatFormat) -> Array:
 
 
 def ambiguous(result: Array, like: Array, perhaps: Array, c: Array, form: FloatFormat) -> Array:
-    """Positions that can have more than one candidate where a is 1; all others have one.
+    """Return the positions that can have more than one candidate if a is 1; all others have one.
 
     result: W' as codes; like: W, or what the reader takes for it: round_once(W' - c); perhaps: positions, among them
     all where W + c, or W' - c, is within float64's rounding of a midpoint. Where |W| is above the power of two below
@@ -152,7 +149,7 @@ def ambiguous(result: Array, like: Array, perhaps: Array, c: Array, form: FloatF
 
 
 def ambiguous_scaled(result: Array, a: Array, c: Array, form: FloatFormat) -> Array:
-    """Positions that can have more than one candidate, for any a; elsewhere the number nearest to (W' - c) / a is W.
+    """Return the positions that can have more than one candidate, for any a; at others W is nearest to (W' - c) / a.
 
     The interval around (W' - c) / a is half a step of W' over |a| to each side. It holds one number if it reaches the
     nearer but not the farther of the two around its middle, nor, from a power of two downward, the half step behind;
@@ -196,13 +193,19 @@ def _single(result: Array, a: Array, c: Array, form: FloatFormat) -> Array:
 
 
 def finite(code: Array, form: FloatFormat) -> Array:
-    """inf and nan take no change: W is W'."""
+    """Return whether bit patterns are finite numbers; inf and nan take no update, and W is W'."""
     found: Array = (code & form.exponent) != form.exponent
     return found
 
 
 def candidates(result: Array, a: Array | None, c: Array, at: Array, form: FloatFormat) -> Candidates:
-    """The candidates of the elements at `at`. result: codes (n,); a: float64 (n,) or None for 1; c: float64 (n,)."""
+    """Return the candidates of the elements at `at`.
+
+    Args:
+        result: (n,), bit patterns of W'
+        a: (n,), float64, or None for 1
+        c: (n,), float64
+    """
     code, back = result[at], c[at]
     value = widen(code, form)
     inner, outer = _ends(value, form)
@@ -232,7 +235,7 @@ def candidates(result: Array, a: Array | None, c: Array, at: Array, form: FloatF
 
 
 def _ends(value: Array, form: FloatFormat) -> tuple[Array, Array]:
-    """The middles between W' and its two neighbours, toward 0 and away from it, moved outward by `_END` of W'.
+    """Return the midpoints between W' and its neighbours, toward 0 and away from it, moved outward by `_END` ulps.
 
     Half a step of the format is a fixed number of float64 steps, below a power of two as well, so both are integer
     sums of bit patterns; only below the least normal number the steps are all of one size.
@@ -250,19 +253,19 @@ def _ends(value: Array, form: FloatFormat) -> tuple[Array, Array]:
 
 
 def encode(weight: Array, found: Candidates, form: FloatFormat) -> tuple[Array, Array, Array]:
-    """(index, width in bits) of each ambiguous weight, and the codes of the raw ones. weight: codes (n,)."""
+    """Return (index, width in bits) of each ambiguous weight, and the raw bit patterns. weight: (n,), bit patterns."""
     many = np.flatnonzero(found.most)
     index = (weight[found.at[many]] & form.magnitude).astype(np.int64) - found.low[many]
     return index, widths(found.most[many]), weight[found.at[found.raw]]
 
 
 def widths(most: Array) -> Array:
-    """Bits that hold any number up to `most`."""
+    """Return how many bits hold any number up to `most`."""
     return np.frexp(most.astype(np.float64))[1].astype(np.int64)
 
 
 def decode(guess: Array, found: Candidates, index: Array, raw: Array, form: FloatFormat) -> Array:
-    """The weights as codes: `guess` where there is one candidate at most, else what `encode` wrote down."""
+    """Return the weights as bit patterns: `guess` if there is one candidate, else what `encode` recorded."""
     out = guess.copy()
     ordinal = found.low.copy()
     ordinal[np.flatnonzero(found.most)] += index
@@ -273,12 +276,12 @@ def decode(guess: Array, found: Candidates, index: Array, raw: Array, form: Floa
 
 
 def pack(index: Array, width: Array, ends: Sequence[int]) -> list[bytes]:
-    """Numbers of any width, one after the other, their lowest bits first; a part ends before each of `ends`."""
+    """Pack numbers of any width one after the other, lowest bits first; a byte string ends before each of `ends`."""
     end = np.cumsum(width)
     start, width = end - width, width.astype(np.uint8)
     index = index.astype(np.min_scalar_type((1 << int(width.max(initial=0))) - 1))
     bits = np.zeros(int(end[-1]) + 1 if len(end) else 0, np.uint8)
-    bits[start] = index & 1  # what has no bits is overwritten by the next, or comes behind the last
+    bits[start] = index & 1  # a number without bits is overwritten by the next, or is behind the last
     more = np.flatnonzero(width > 1)
     while len(more):
         start, index, width = start.take(more) + 1, index.take(more) >> 1, width.take(more) - 1
@@ -290,7 +293,7 @@ def pack(index: Array, width: Array, ends: Sequence[int]) -> list[bytes]:
 
 
 def unpack(data: bytes, width: Array) -> Array:
-    """What `pack` packed. Raises ValueError for data of another length."""
+    """Return the numbers that `pack` packed; raise ValueError for data of another length."""
     end = np.cumsum(width)
     total = int(end[-1]) if len(end) else 0
     if len(data) != (total + 7) // 8:

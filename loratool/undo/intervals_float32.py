@@ -1,6 +1,6 @@
-"""What `preimage.candidates` finds of 16-bit weights, at a fraction of its cost: float32 first again.
+"""Find the results of `intervals.candidates` for 16-bit weights at a fraction of its cost, with a float32 filter.
 
-The record is the same: where float32 cannot tell an end of an interval, it is taken from the exact D.
+The record is the same: if float32 cannot decide an end of an interval, the exact D does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from ..numerics.filtered import MOST, FilteredTile, Positions, Told
 from .intervals import Array, FloatFormat, ambiguous, candidates, pack, widths
 
-CHUNK = 1 << 14  # weights at a time, which stay in a core's cache
+CHUNK = 1 << 14  # weights at a time, so that they stay in a core's cache
 
 
 Floats = npt.NDArray[np.float32]
@@ -25,8 +25,8 @@ Floats = npt.NDArray[np.float32]
 class Estimates:
     """The ambiguous weights of a block, by cells of `height` rows and `width` columns.
 
-    Of each: its flat position in the block, its |W| as an ordinal, the code of W', and D + shift, nan where float32
-    could not tell W'.
+    Each has its flat position in the block, its |W| as an ordinal, the bit pattern of W', and D + shift, which is nan
+    if float32 could not decide W'.
     """
 
     def __init__(self, form: FloatFormat, height: int, width: int) -> None:
@@ -58,7 +58,7 @@ class Estimates:
         self._shift, self._error = tile.shift, tile.error
 
     def _hits(self, exponent: Array, magnitude: Array) -> tuple[Positions, list[int]]:
-        """Where the first is no less than the second, cell by cell, and where each cell ends among these."""
+        """Return where `exponent` >= `magnitude`, cell by cell, and where each cell ends among these positions."""
         rows, columns = exponent.shape
         cells, shift = -(-columns // self._width), (min(self._width, columns) - 1).bit_length()
         hit, by_cell = exponent >= magnitude, Flags((cells, rows, 1 << shift))
@@ -73,8 +73,8 @@ class Estimates:
         return at, ends
 
     def wanted(self) -> tuple[Positions, Positions] | None:
-        """The flat positions of the weights whose exact D is needed, and the places among them of those that float32
-        could not tell; None if they are so many that all are cheaper.
+        """Return the flat positions of the weights whose exact D is needed, and the places among them of those that
+        float32 could not decide; None if there are so many that computing all exactly is cheaper.
         """
         at, self._weight, code, change = (np.concatenate(side) for side in zip(*chain(*self._sorted()), strict=True))
         change -= np.float32(self._shift)
@@ -94,7 +94,7 @@ class Estimates:
         return [self._cells[place] for place in sorted(self._cells)]
 
     def encode(self, told: Told) -> Iterator[tuple[bytes, Array]]:
-        """Of each cell the packed indices of the ambiguous weights among their candidates, and the raw codes."""
+        """Return each cell's packed indices of the ambiguous weights among their candidates, and its raw bit patterns."""
         form, first, most = self._form, self._first, self._most
         before, after = told.before.view(form.code), told.after.view(form.code)
         maybe = (after & form.exponent) >= (before & form.magnitude)
@@ -114,7 +114,7 @@ class Estimates:
 
 
 class Flags:
-    """Booleans, false at first, whose true positions are found faster than numpy finds them, if they lie at random."""
+    """An array of booleans, false at first, that finds true values at random positions faster than numpy does."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         size = math.prod(shape)
@@ -125,7 +125,7 @@ class Flags:
         self.values = self._flat[:size].reshape(shape)
 
     def positions(self) -> Positions:
-        """What numpy.flatnonzero finds of `values`."""
+        """Return what `numpy.flatnonzero` returns for `values`."""
         flat = self._flat[: self._size]
         if self._size <= 64 or np.count_nonzero(flat) * 12 >= self._size:
             return np.flatnonzero(self._flat)[: self._size - len(self._flat)]
@@ -142,7 +142,7 @@ class Flags:
 def _interval(
     code: Array, c: Floats, error: float, form: FloatFormat, low: Array, most: Array, known: npt.NDArray[np.bool_]
 ) -> None:
-    """Write the first ordinal that W can be, how many more, and whether both are sure. code: of W'; c: D to `error`.
+    """Write the first ordinal that W can be, how many more, and whether both are sure. c: D to within `error`.
 
     W lies between the middles beside W', less D. Moved outward by all that float32 rounds, each end must lie between
     the same two numbers as when moved inward. Near 0 and at the ends of the range nothing is sure.

@@ -1,10 +1,10 @@
-"""What undo writes down of some rows, and how the rows come back from it.
+"""Write the undo record of some rows, and restore the rows from it.
 
 A record belongs to a run of rows of one tensor. It is a sequence of cells of CELL_ROWS x CELL_COLUMNS, row by row of
 cells, each of which can be read only after those before it: so a record streams on both sides. A cell is the packed
-indices of its ambiguous weights, a bit for each raw one that says whether it is zero, and the codes of those that are
-not (`numerics.preimage`). For float64, and for a tensor that was replaced, it is the difference of W's code to a guess
-that the reader can make, its bytes deflated.
+indices of its ambiguous weights (`undo.intervals`), a bit for each raw weight that says whether it is not zero, and the
+bit patterns of those that are not. For float64, and for a tensor that was replaced, a cell is the difference between
+W's bit patterns and a guess that the reader can make too, deflated.
 """
 
 from __future__ import annotations
@@ -42,34 +42,35 @@ from .intervals_float32 import Estimates
 CELL_ROWS, CELL_COLUMNS = 128, 1024
 
 
-RECORD = 1 << 22  # weights a record, but at least two cells' rows
+RECORD = 1 << 22  # weights of a record, but at least the rows of two cells
 
 
-SAMPLE = 1 << 14  # bytes deflated for a try
+SAMPLE = 1 << 14  # bytes that are deflated to see whether it pays
 
 
 _FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def cell_rows(columns: int) -> int:
-    """Of a cell; more where the rows are shorter than a cell, so that a vector is not cut to pieces."""
+    """Return the rows of a cell: more if rows are shorter than a cell, so that a vector is not cut to pieces."""
     return max(CELL_ROWS, CELL_ROWS * CELL_COLUMNS // max(1, columns))
 
 
 def record_rows(columns: int) -> int:
+    """Return the rows of a record, a multiple of `cell_rows`."""
     rows = cell_rows(columns)
     return max(2 * CELL_ROWS, RECORD // max(1, columns)) // rows * rows or rows
 
 
 def bit_patterns(x: Tensor) -> Array:
-    """The bit patterns of a tensor as a flat array of integers."""
+    """Return the bit patterns of a tensor as a flat array of integers."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(kind).flatten().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class RecordedBlock:
-    """What a step returns of a block: the merge's own sums, the record's next bytes, and the hashes up to here."""
+    """The result of a recorded block: the merge's sums, the record's next bytes, and the hashes up to here."""
 
     change: RoundingStats
     payload: bytes
@@ -86,12 +87,13 @@ class Recorder:
         self._hashes = hashlib.sha256(), hashlib.sha256()
 
     def head(self, data: bytes) -> None:
+        """Append bytes that the reader needs before the next cells."""
         self._parts.append(data)
 
     def witness(
         self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
     ) -> None:
-        """One cell, as `numerics.exact.apply_rounded` shows it."""
+        """Record a cell, as a `numerics.exact.Witness`."""
         weight, result = bit_patterns(base), bit_patterns(out)
         back = c.flatten().cpu().numpy()
         factor = None if a is None else a.expand(base.shape).flatten().cpu().numpy()
@@ -125,11 +127,11 @@ class Recorder:
         self._parts.append(packed + np.packbits(raw != 0, bitorder="little").tobytes() + raw[raw != 0].tobytes())
 
     def difference(self, weight: Array, result: Array) -> None:
-        """A block of a tensor whose values were replaced."""
+        """Record a block of a tensor whose values were replaced, as a difference."""
         self._parts.append(_difference(weight, result))
 
     def take(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
-        """The block's bytes; `base` and `out` are the whole of it."""
+        """Hash a block, W in `base` and W' in `out`, and return it with the bytes recorded for it."""
         for digest, block in zip(self._hashes, (base, out), strict=True):
             digest.update(block.contiguous().view(torch.uint8).cpu().numpy().data)
         payload = b"".join(self._parts)
@@ -139,7 +141,7 @@ class Recorder:
 
 
 def _perhaps(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
-    """Where a sum can be near a midpoint."""
+    """Return the flat positions of sums that can be near a midpoint."""
     return perhaps_near_tie(total.flatten().cpu().numpy(), form) if ties is None else ties.cpu().numpy()
 
 
@@ -150,7 +152,7 @@ def _positions(result: Array, like: Array, perhaps: Array, c: Array, a: Array | 
 
 
 def _codes_back(result: Array, c: Array, a: Array | None) -> Array:
-    """For float64: what W would be without rounding, as codes."""
+    """Return the W of float64 that there would be without rounding, as bit patterns."""
     value = result.view(np.float64)
     with np.errstate(all="ignore"):
         back = value - c if a is None else (value - c) / a
@@ -158,12 +160,14 @@ def _codes_back(result: Array, c: Array, a: Array | None) -> Array:
 
 
 def _difference(weight: Array, guess: Array) -> bytes:
-    """Kind and length, then the bytes of weight - guess, deflated plane by plane, or the weights if that is shorter."""
+    """Encode weight - guess: kind and length, then its bytes deflated plane by plane, or the weights if shorter."""
     with np.errstate(over="ignore"):
         delta = weight - guess
     planes = delta.view(np.uint8).reshape(-1, delta.itemsize).T.tobytes()
     tried = zlib.compress(planes[-SAMPLE:], 1)
-    worth = len(planes) <= SAMPLE or len(tried) < 0.9 * SAMPLE  # of the highest bytes; deflating noise takes ages
+    worth = (
+        len(planes) <= SAMPLE or len(tried) < 0.9 * SAMPLE
+    )  # the sample is of the highest bytes; deflating noise is slow
     packed = zlib.compress(planes, 1) if worth else planes
     kind, data = (1, packed) if len(packed) < weight.nbytes else (0, weight.tobytes())
     return bytes([kind]) + len(data).to_bytes(4, "little") + data
@@ -171,15 +175,15 @@ def _difference(weight: Array, guess: Array) -> bytes:
 
 @dataclass(frozen=True)
 class Doubted:
-    """What came of a block from which a change was subtracted: how many weights can be wrong, and by how many steps."""
+    """The result of a block from which an update was subtracted without a record."""
 
     change: RoundingStats
-    doubtful: int
-    farthest: int
+    doubtful: int  # weights that can be wrong
+    farthest: int  # by at most so many ulps
 
 
 class Doubter:
-    """Counts the weights that cannot be told where a change is subtracted without a record."""
+    """Counts the weights that can be wrong when an update is subtracted without a record."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
@@ -188,7 +192,7 @@ class Doubter:
     def witness(
         self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
     ) -> None:
-        """Of a tile from which -c was subtracted: base is W', out the W that was taken."""
+        """Count a tile from which -c was subtracted: base is W', out the resulting W."""
         change = -c.flatten().cpu().numpy()
         if self._form is None:
             self.doubtful += int((change != 0).sum())
@@ -202,7 +206,7 @@ class Doubter:
 
 
 class Reader:
-    """A record's bytes, consumed from the front."""
+    """Reads a record's bytes from front to back."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -220,7 +224,7 @@ class Reader:
 
 
 class Restorer:
-    """Reads the record of some rows back, block after block, against the hashes of the whole."""
+    """Restores some rows from their record, block after block, and checks them against its hashes."""
 
     def __init__(self, name: str, dtype: torch.dtype, data: bytes, sha256: tuple[str, str]) -> None:
         self._name, self._dtype, self._expected = name, dtype, sha256
@@ -230,7 +234,7 @@ class Restorer:
 
     @contextmanager
     def damage(self) -> Iterator[None]:
-        """What cannot be read is a record of something else, or damaged."""
+        """Raise an InputError for any error of reading: the record is damaged, or belongs to other files."""
         try:
             yield
         except (ValueError, zlib.error, IndexError) as error:
@@ -240,20 +244,20 @@ class Restorer:
             ) from error
 
     def skip(self, head: bytes) -> None:
-        """What stands before the first block, and is known already."""
+        """Skip bytes before the first block that are known already."""
         self._reader.take(len(head))
 
     def numbers(self, count: int) -> Array:
-        """Float64 numbers that stand before a block's cells."""
+        """Read float64 numbers that precede a block's cells."""
         return np.frombuffer(self._reader.take(8 * count), np.float64)
 
     def replaced(self, merged: Tensor, out: Tensor) -> None:
-        """out: W of a block whose values were replaced."""
+        """Write W into `out`, for a block whose values were replaced."""
         restored = torch.from_numpy(self.difference(bit_patterns(merged)))
         out.copy_(restored.view(self._dtype).view(out.shape))
 
     def block(self, merged: Tensor, fill: Fill, out: Tensor, work: Workspace) -> None:
-        """out: W of the rows that `fill` belongs to, from merged: W'. Both (rows, n) of one dtype."""
+        """Write W into `out` from W', `merged`, for the rows that `fill` belongs to. Both: (rows, n), of one dtype."""
         for columns in tiles(merged, work, CELL_COLUMNS):
             tile = merged[:, columns]
             change, total = (work.take(name, torch.float64, *tile.shape) for name in ("change", "total"))
@@ -303,11 +307,13 @@ class Restorer:
         return decode(guess, found, index, raw, self._form)
 
     def difference(self, guess: Array) -> Array:
-        """Codes from a difference to `guess`."""
+        """Read bit patterns from their difference to `guess`."""
         kind, length = self._reader.take(1)[0], int.from_bytes(self._reader.take(4), "little")
         data = self._reader.take(length)
         if kind != 0:
-            data = zlib.decompressobj().decompress(data, guess.nbytes)  # a bomb is cut short, and has another hash
+            data = zlib.decompressobj().decompress(
+                data, guess.nbytes
+            )  # bounded, so a deflate bomb is cut short, and fails its hash
         if len(data) != guess.nbytes:
             raise ValueError(f"has {len(data)} bytes for {guess.nbytes}")
         if kind == 0:
@@ -318,7 +324,7 @@ class Restorer:
             return guess + delta
 
     def check(self, restored: Tensor, merged: Tensor, last: bool) -> None:
-        """Hash the blocks as they pass. Raises InputError where, at the end, one is not what the merge saw."""
+        """Hash the blocks as they pass; after the last, raise InputError if a hash is not that of the merge."""
         for digest, block in zip(self._hashes, (restored, merged), strict=True):
             digest.update(block.contiguous().view(torch.uint8).cpu().numpy().data)
         if not last:

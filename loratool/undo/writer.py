@@ -1,16 +1,16 @@
-"""The undo file: what a merge must remember so that the base comes back bit for bit.
+"""Write the undo file, from which a merge's base can be restored bit for bit.
 
-    bytes 0..15   `loratool undo 1\n`: what this is, and the version of its layout
-    records       one after the other, tensor by tensor in the output's order, rows rising (`undo_records`); a tensor's
-                  rows that nothing could give back follow them as they were (`copied` in the index: first row, place)
-    index         a deflated JSON object, as `index_of` makes it
-    last 24       the index's first byte and length, little-endian u64, then `loraundo`
+    bytes 0..15   `loratool undo 1\n`: the file's type, and the version of its layout
+    records       one after the other, tensor by tensor in the output's order, rows rising (`undo.records`); rows of a
+                  tensor that no record can restore follow them unchanged (`copied` in the index: first row, offset)
+    index         a deflated JSON object, as `make_index` makes it
+    last 24       the index's offset and length, little-endian u64, then `loraundo`
 
-Each record has the sha256 of its rows before and after the merge; `untouched` in the index has those of the tensors
-that were copied, one for each 64 MiB, and `written` of a changed tensor those of its rows that lie in no record, as the
-merge wrote them (files before November 2026 lack it). The index has the recipe: every placement by the
-number of its adapter, so that nothing has to be found out again; the adapters' own hashes and weights; the base's
-headers, index and config as they were.
+Each record has the sha256 of its rows before and after the merge. `untouched` in the index has the hashes of tensors
+that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as the
+merge wrote them (files before November 2026 do not have it). The index has every placement, by the number of its
+adapter, so that nothing has to be resolved again; the adapters' hashes and weights; and the base's headers, index and
+config.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from ..files.undo_file import END, MAGIC, VERSION, UnrecordedBytes, unrecorded
 
 
 def pack_bytes(data: bytes) -> str:
+    """Deflate bytes into a string for JSON."""
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
 class UndoWriter:
-    """Takes records in any order and writes them in one: they wait in a temporary file that has no name."""
+    """Takes records in any order and writes them in the output's; until then they are in an unnamed temporary file."""
 
     def __init__(self, folder: Path) -> None:
         self._spool = open_scratch(folder)
@@ -52,29 +53,30 @@ class UndoWriter:
         self._written: dict[str, list[str]] = {}
 
     def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
+        """Add the record of rows start:stop of a tensor, with the hashes of W and W'."""
         data = b"".join(payloads)
         write_at(self._spool, memoryview(data), self._end)
         self._records.setdefault(tensor, []).append((start, stop, self._end, len(data), sha256))
         self._end += len(data)
 
     def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
-        """The hash of a part of a tensor that is copied as it is."""
+        """Add the hash of a numbered part (64 MiB) of a tensor that is copied unchanged."""
         self._untouched.setdefault(tensor, {})[part] = sha256
 
     def unrecorded(self, plan: MergePlan, output: Output) -> list[UnrecordedBytes]:
-        """What else of the changed tensors is to have a hash, once all is written."""
+        """Return the byte ranges of changed tensors that are in no record, to be hashed once all is written."""
         return [
-            part
+            each
             for name, entry in make_index(plan, output)["tensors"].items()
-            for part in unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
+            for each in unrecorded(name, entry, [record[:2] for record in self._records.get(name, [])])
         ]
 
     def add_written(self, part: UnrecordedBytes, sha256: str) -> None:
-        """The hash of one of these, in their order."""
+        """Add the hash of one of the ranges of `unrecorded`, in their order."""
         self._written.setdefault(part.tensor, []).append(sha256)
 
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
-        """Write the file; returns its size."""
+        """Write the file, and return its size."""
         write_at(target, memoryview(MAGIC), 0)
         at = len(MAGIC)
         index = make_index(plan, output)
@@ -101,26 +103,26 @@ class UndoWriter:
 
 
 def sort_adapters(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
-    """Adapters with their weights in an order that does not depend on how they were given."""
+    """Sort adapters and weights by their hashes, so that the order does not depend on the command line."""
     return sorted(
         adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].component_weights.items()))
     )
 
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-    """What a record says of an adapter; of its components only where one has a weight of its own."""
+    """Return the index's entry of an adapter, with its components only if one has a weight of its own."""
     entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
     return {**entry, "components": dict(adapter.component_weights)} if adapter.component_weights else entry
 
 
 def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    """All that is known before the records are: the base as it was, the adapters, and each tensor's recipe."""
+    """Return the index without its records: the base's side files, the adapters, and each tensor's placements."""
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
     names = {*output.extras, *plan.edits.files}
-    for part in () if base.given_as_file else base.models:
-        names |= {part.prefix + name for name in ("config.json", *([part.index[0]] if part.index else []))}
+    for model in () if base.given_as_file else base.models:
+        names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
     return {
         "version": VERSION,
@@ -174,7 +176,14 @@ def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
 def read_placements(
     index: Mapping[str, Any], tensor: str, spec: TensorSpec, adapters: Sequence[Adapter]
 ) -> list[Placement]:
-    """The recipe of a tensor, the adapters in the order of the index. Raises InputError for one of another model."""
+    """Read the placements of a tensor.
+
+    Args:
+        adapters: in the order of the index
+
+    Raises:
+        InputError: an adapter is of another model.
+    """
     found = []
     for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
         adapter = adapters[number]
@@ -193,13 +202,13 @@ def read_placements(
 
 
 def _fits(placement: Placement, spec: TensorSpec) -> bool:
-    """Whether an update has the rows and columns that a placement takes."""
+    """Return whether an update has the rows and columns that its placement takes."""
     update, shape = placement.update, placement.update.shape
     if (update.kind == "experts") is not (placement.expert is not None):
         return False
     if "A" not in update.specs:
-        whole = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
-        if not whole or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
+        takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
+        if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False
         if update.kind == "rows":
             return (
