@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .ops.unmerge import UnmergeReport, unmerge
     from .ops.verify.command import VerifyReport, verify
 
-# name -> its module in `loratool.ops`, loaded on first use so that `import loratool` starts without torch
+# name -> its module in the folder ops, loaded on first use so that `import loratool` starts without torch
 _HOMES = {
     "AdapterInspection": "inspect.adapter",
     "AdapterDiff": "diff.command",

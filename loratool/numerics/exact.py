@@ -68,7 +68,7 @@ def _exponent(x: Tensor) -> Tensor:
 
 
 def slices(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
-    """`x` as high + low, each a multiple of its grid along `dim` and at most 2**bits grid steps large."""
+    """Split `x` into high + low, each a multiple of its grid along `dim` and at most 2**bits of its units large."""
     grid = (_exponent(x.abs().amax(dim, keepdim=True)) - bits).clamp_(-1022 + bits, 1000)
     step, inverse = power_of_two(grid), power_of_two(-grid)
     high = (x * inverse).round_().mul_(step)
@@ -187,7 +187,7 @@ def round_once(x: Tensor, out: Tensor, work: Workspace) -> Tensor | None:
 
 
 def _where_low_bits(x: Tensor, mask: int, half: int, work: Workspace) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-    """Flat positions in a float32 CPU tensor whose lower 16 bits, masked, are `half`."""
+    """Return the flat positions in a float32 CPU tensor whose lower 16 bits, masked, are `half`."""
     low = work.take("low", torch.int16, *x.shape)
     low.copy_(x.view(torch.int32))  # the upper half falls off
     bits, hit = low.numpy().view(np.uint16), work.take("hit", torch.bool, *x.shape).numpy()

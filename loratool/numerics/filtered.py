@@ -83,10 +83,10 @@ class FilteredTile:
 class Told:
     """Some weights before and after, which of them are near a midpoint, and their exact D."""
 
-    before: Codes
-    after: Codes
-    near: Positions
-    exact: Callable[[Positions], Wide]
+    before: Codes  # bit patterns of W
+    after: Codes  # bit patterns of W'
+    near: Positions  # places in these arrays of the weights near a midpoint
+    exact: Callable[[Positions], Wide]  # places in these arrays -> D, exactly
 
 
 class Observer(Protocol):
@@ -131,7 +131,7 @@ class _Block:
 
     @property
     def holds(self) -> bool:
-        """Whether all weights are finite, and all totals within the limit."""
+        """Return whether all weights are finite, and all totals within the limit."""
         if not (math.isfinite(self.squared) and math.isfinite(self.kept)):
             return False
         return math.sqrt(self.squared) + self.size <= self.limit or _largest(self.base) + self.size <= self.limit

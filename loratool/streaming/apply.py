@@ -1,8 +1,8 @@
-"""What placements make of a tensor's rows: updates turned into the steps that a rewrite runs.
+"""Turn the placements of updates on a tensor into the steps that a rewrite runs over its rows.
 
-The rows of a tensor fall into pieces, each under the same placements: one piece for a plain weight, one an expert
-for a stack. Additive updates of a piece are one exact product. At most one other update stands beside it: it knows
-a and c of `W' = a * W + c`, as `numerics.exact.Fill` wants them.
+The rows of a tensor are split into segments of rows with the same placements: one segment for a plain weight, one per
+expert for a stack. The additive updates of a segment are one exact product. At most one update that is not additive is
+added to it, which gives a and c of `W' = a * W + c` (`numerics.exact.Fill`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from .nonadditive import DoRAColumns, DoRARows, NonAdditive, ReplacedRows, Repla
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .workers import Step
 
-KEPT_STACKS = 2
+KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
 
 
-FILTERED_BLOCK = 1 << 20  # weights: what the filter does once a block then costs a tenth of the whole
+FILTERED_BLOCK = 1 << 20  # weights of a block: what the filter does once per block is then a tenth of its cost
 
 
 class UpdateLoader:
-    """Reads updates and keeps a few: one holds the factors of all experts of a layer."""
+    """Reads updates, and keeps a few of stacks, since each has the factors of all experts of a layer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -79,7 +79,7 @@ class UpdateLoader:
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
-    """Every tensor that is not copied or cast as it is."""
+    """Return every tensor that is not just copied or cast, by name."""
     found = {}
     for name in plan.sources:
         base = TensorRef(plan.base.shard_of[name], name) if name in plan.base.specs else None
@@ -95,10 +95,12 @@ def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> d
 def merge_tensor(
     base: TensorRef | None, source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, record: bool
 ) -> ChangedTensor:
-    """A tensor under its placements, which agree on its rows.
+    """Return a tensor with its placements merged in; all placements have the same number of rows.
 
-    base: the tensor as it was; source: what its rows come from now, the same or another (None: the base has none).
-    record: the steps return `Recorded` blocks instead of `Change` ones, but for rows that the base does not have.
+    Args:
+        base: the base's tensor, None if the base has none of this name
+        source: where its rows come from, `base` or another tensor
+        record: the steps return a `RecordedBlock` instead of `RoundingStats`, except for rows that the base lacks
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
@@ -111,19 +113,19 @@ def merge_tensor(
         edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            piece = RowSegment(source, start, stop, inside, load, record and base == source)
-            sizes = (cells[0], _filtered_rows(columns, cells[1])) if piece.is_filtered else cells
+            segment = RowSegment(source, start, stop, inside, load, record and base == source)
+            sizes = (cells[0], _filtered_rows(columns, cells[1])) if segment.is_filtered else cells
             if moved and base is not None and start < shared:
-                both = _ReplaceRows(base, piece if inside else None, record).prepare
+                both = _ReplaceRows(base, segment if inside else None, record).prepare
                 yield RowRange(start, min(stop, shared), both, *cells)
             if inside and stop > (shared if moved else 0):
-                yield RowRange(max(start, shared), stop, piece.prepare, *((0, 0) if moved else sizes))
+                yield RowRange(max(start, shared), stop, segment.prepare, *((0, 0) if moved else sizes))
 
     return ChangedTensor(rows, ranges)
 
 
 def _filtered_rows(columns: int, cell: int) -> int:
-    """Rows of a block for the filter, whole cells: as many as make what is done once a block cheap."""
+    """Return the rows of a block for the filter, a multiple of `cell`: many, since each block has a fixed cost."""
     rows = max(1, FILTERED_BLOCK // max(1, columns))
     return max(1, rows // cell) * cell if cell else rows
 
@@ -131,7 +133,7 @@ def _filtered_rows(columns: int, cell: int) -> int:
 def restore_tensor(
     spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
 ) -> ChangedTensor:
-    """A merged tensor on its way back to what the base had. spec: the base's."""
+    """Return a merged tensor that is restored to the base's from its undo records. spec: the base's."""
     entry, records = undo.index["tensors"][name], undo.records(name)
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
     columns = spec.size // rows if rows else 0
@@ -141,11 +143,11 @@ def restore_tensor(
         edges = sorted({edge for p in placements for edge in (p.start, p.stop)}) or [0, rows]
         for start, stop in pairwise(edges):
             inside = [p for p in placements if p.start <= start and stop <= p.stop]
-            piece = RowSegment(None, start, stop, inside, load, False) if inside else None
+            segment = RowSegment(None, start, stop, inside, load, False) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
-                if piece and record.start == start:
-                    piece.told = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
-                prepare = _RestoreRows(undo, record, name, dtype, piece).prepare
+                if segment and record.start == start:
+                    segment.stored_ratio = lambda at=record.at: np.frombuffer(undo.bytes(at, 8 * columns), np.float64)
+                prepare = _RestoreRows(undo, record, name, dtype, segment).prepare
                 yield RowRange(record.start, record.stop, prepare, record.stop - record.start, cell_rows(columns))
         if "copied" in entry:
             first, at = entry["copied"]
@@ -155,14 +157,14 @@ def restore_tensor(
 
 
 def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> ChangedTensor:
-    """A merged tensor from which additive placements, of negative weight, are taken; its steps return `Doubted`."""
+    """Return a merged tensor without additive placements, whose weights are negated; its steps return `Doubted`."""
     dtype = getattr(torch, TORCH_FLOATS[source.spec.dtype])
 
-    def prepare(piece: RowSegment, start: int, stop: int) -> Step:
+    def prepare(segment: RowSegment, start: int, stop: int) -> Step:
         def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
-            doubt = Doubter(dtype)
-            change = apply_rounded(base, piece.fill_for(base, start + row, work), out, work, doubt.witness)
-            return Doubted(change, doubt.doubtful, doubt.farthest)
+            counter = Doubter(dtype)
+            stats = apply_rounded(base, segment.fill_for(base, start + row, work), out, work, counter.witness)
+            return Doubted(stats, counter.doubtful, counter.farthest)
 
         return step
 
@@ -177,25 +179,27 @@ def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: Up
 
 
 class _RestoreRows:
-    """One record's rows. Without a piece the rows were replaced, and the record holds the difference."""
+    """The rows of one record. If there is no segment, they were replaced, and the record has the difference."""
 
-    def __init__(self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, piece: RowSegment | None) -> None:
-        self._undo, self._record, self._name, self._dtype, self._piece = undo, record, name, dtype, piece
+    def __init__(
+        self, undo: UndoFile, record: Record, name: str, dtype: torch.dtype, segment: RowSegment | None
+    ) -> None:
+        self._undo, self._record, self._name, self._dtype, self._segment = undo, record, name, dtype, segment
 
     def prepare(self, start: int, stop: int) -> Step:
-        record, piece = self._record, self._piece
+        record, segment = self._record, self._segment
         restorer = Restorer(self._name, self._dtype, self._undo.bytes(record.at, record.length), record.sha256)
         with restorer.damage():
-            left = piece.left_factor(start, stop) if piece else None
-            if piece and start == piece.start:
-                restorer.skip(piece.undo_head)
+            left = segment.left_factor(start, stop) if segment else None
+            if segment and start == segment.start:
+                restorer.skip(segment.undo_head)
 
         def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
             with restorer.damage():
-                if piece:
-                    state = restorer.numbers(len(merged)) if piece.has_state else None
-                    told = None if state is None else torch.from_numpy(state.copy()).to(merged.device)
-                    restorer.block(merged, piece.fill(left, row, len(merged), start + row, told, work), out, work)
+                if segment:
+                    state = restorer.numbers(len(merged)) if segment.has_state else None
+                    tensor = None if state is None else torch.from_numpy(state.copy()).to(merged.device)
+                    restorer.block(merged, segment.fill(left, row, len(merged), start + row, tensor, work), out, work)
                 else:
                     restorer.replaced(merged, out)
             restorer.check(out, merged, start + row + len(merged) == stop)
@@ -204,30 +208,30 @@ class _RestoreRows:
 
 
 class _ReplaceRows:
-    """Rows whose values come from elsewhere: the base's are read beside them, to say what became of them."""
+    """Rows with values of another tensor; the base's are read too, for the statistics and for undo."""
 
-    def __init__(self, base: TensorRef, piece: RowSegment | None, record: bool) -> None:
-        self._base, self._piece, self._record = base, piece, record
+    def __init__(self, base: TensorRef, segment: RowSegment | None, record: bool) -> None:
+        self._base, self._segment, self._record = base, segment, record
 
     def prepare(self, start: int, stop: int) -> Step:
-        inner = self._piece.prepare(start, stop) if self._piece else None
+        inner = self._segment.prepare(start, stop) if self._segment else None
         recorder = Recorder(getattr(torch, TORCH_FLOATS[self._base.spec.dtype])) if self._record else None
 
         def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
             done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
             first = start + row
             weight = self._base.file.rows(self._base.name, first, first + len(value)).to(out.device)
-            change = replaced_change(weight, value, out, work, done)
+            stats = replaced_change(weight, value, out, work, done)
             if recorder is None:
-                return change
+                return stats
             recorder.difference(bit_patterns(weight), bit_patterns(out))
-            return recorder.take(change, weight, out)
+            return recorder.take(stats, weight, out)
 
         return step
 
 
 class RowSegment:
-    """Rows start:stop of a tensor; made ready by the first worker that needs it and dropped with its last item."""
+    """Rows start:stop of a tensor under the same placements; the first item that needs their factors loads them."""
 
     def __init__(
         self,
@@ -239,7 +243,8 @@ class RowSegment:
         record: bool,
     ) -> None:
         self.start, self.stop, self._record = start, stop, record
-        self.told: Callable[[], np.ndarray[Any, Any]] | None = None  # m / n of each column, where there is no W
+        # reads magnitude / norm of each column from the undo file, when there is no W to compute it from
+        self.stored_ratio: Callable[[], np.ndarray[Any, Any]] | None = None
         self._source, self._placements, self._load, self._device = source, placements, load, load.device
         self._lock = threading.Lock()
         self._ready: tuple[ExactProduct | None, NonAdditive | None] | None = None
@@ -252,69 +257,69 @@ class RowSegment:
 
     @property
     def is_filtered(self) -> bool:
-        """Whether float32 can tell most of the sums, where the type stays."""
+        """Return whether the float32 filter can be used, if the output has the same dtype."""
         additive = bool(self._placements) and all(p.update.kind in ADDITIVE for p in self._placements)
         return additive and self._dtype in FORMS and self._device.type == "cpu"
 
     def prepare(self, start: int, stop: int) -> Step:
-        """The step for rows start:stop of the tensor."""
-        _, special = self._get()
+        """Return the step for rows start:stop of the tensor."""
+        _, nonadditive = self._get()
         left, rows = cache(partial(self.left_factor, start, stop)), None
         if self.is_filtered:
             product = self._filter()
             rows = FilteredRows(product, product.exact.balanced(start - self.start, stop - self.start))
         recorder = Recorder(self._dtype) if self._record and self._dtype else None
-        if recorder and special and start == self.start:
-            recorder.head(special.head)
+        if recorder and nonadditive and start == self.start:
+            recorder.head(nonadditive.head)
 
         def exactly(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
-            state = special.state(base, start + row, work) if special else None
+            state = nonadditive.state(base, start + row, work) if nonadditive else None
             if recorder is None:
                 return apply_rounded(base, self.fill(left(), row, len(base), start + row, state, work), out, work)
             if state is not None:
                 recorder.head(state.cpu().numpy().tobytes())
-            change, height = RoundingStats(), cell_rows(base.shape[1])
-            for first in range(0, len(base), height):  # one, where there is a state
+            stats, height = RoundingStats(), cell_rows(base.shape[1])
+            for first in range(0, len(base), height):  # a single one if there is a state
                 part = slice(first, min(first + height, len(base)))
                 fill = self.fill(left(), row + first, part.stop - first, start + row + first, state, work)
-                change += apply_rounded(base[part], fill, out[part], work, recorder.witness, CELL_COLUMNS)
-            return change
+                stats += apply_rounded(base[part], fill, out[part], work, recorder.witness, CELL_COLUMNS)
+            return stats
 
         def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
-            change = rows.apply(base, row, out, work, recorder) if rows and base.dtype == out.dtype else None
-            if change is None:
-                change = exactly(base, row, out, work)
-            return change if recorder is None else recorder.take(change, base, out)
+            stats = rows.apply(base, row, out, work, recorder) if rows and base.dtype == out.dtype else None
+            if stats is None:
+                stats = exactly(base, row, out, work)
+            return stats if recorder is None else recorder.take(stats, base, out)
 
         return step
 
     def fill_for(self, base: Tensor, start: int, work: Workspace) -> Fill:
-        """What happens to the rows of `base`, whose first is the tensor's row `start`."""
-        _, special = self._get()
-        state = special.state(base, start, work) if special else None
+        """Return the Fill for the weights `base`, which are the tensor's rows from `start` on."""
+        _, nonadditive = self._get()
+        state = nonadditive.state(base, start, work) if nonadditive else None
         return self.fill(self.left_factor(start, start + len(base)), 0, len(base), start, state, work)
 
     def left_factor(self, start: int, stop: int) -> Tensor | None:
-        """The left side of the additive updates for rows start:stop of the tensor."""
+        """Return the left side of the additive updates for rows start:stop of the tensor, if there are any."""
         product, _ = self._get()
         return None if product is None else product.left(start - self.start, stop - self.start)
 
     @property
     def undo_head(self) -> bytes:
-        _, special = self._get()
-        return special.head if special else b""
+        _, nonadditive = self._get()
+        return nonadditive.head if nonadditive else b""
 
     @property
     def has_state(self) -> bool:
-        _, special = self._get()
-        return special is not None and special.has_state
+        _, nonadditive = self._get()
+        return nonadditive is not None and nonadditive.has_state
 
     def fill(self, left: Tensor | None, row: int, rows: int, first: int, state: Tensor | None, work: Workspace) -> Fill:
-        """What happens to some rows, of which the first is row `first` of the tensor, `row` of `left`."""
-        product, special = self._get()
+        """Return the Fill for some rows, the first of which is row `first` of the tensor and `row` of `left`."""
+        product, nonadditive = self._get()
         fill = product.fill(left[row : row + rows]) if product is not None and left is not None else None
-        if special is not None:
-            fill = special.fill(state, first, rows, fill, work)
+        if nonadditive is not None:
+            fill = nonadditive.fill(state, first, rows, fill, work)
         assert fill is not None
         return fill
 
@@ -323,24 +328,24 @@ class RowSegment:
             if self._ready is None:
                 terms = [t for p in self._placements if p.update.kind in ADDITIVE for t in self._terms(p, p.weight)]
                 others = [p for p in self._placements if p.update.kind not in ADDITIVE]
-                assert len(others) <= 1, "targets.refuse_two lets no second one through"
-                special = self._special(others[0]) if others else None
-                self._ready = ExactProduct(terms) if terms else None, special
+                assert len(others) <= 1, "resolve.refuse_second_nonadditive lets no second one through"
+                nonadditive = self._nonadditive(others[0]) if others else None
+                self._ready = ExactProduct(terms) if terms else None, nonadditive
                 if self._device.type == "cuda":
-                    torch.cuda.current_stream(self._device).synchronize()  # the other workers' streams read it
+                    torch.cuda.current_stream(self._device).synchronize()  # since the streams of other workers read it
             return self._ready
 
     def _filter(self) -> FilteredProduct:
         product, _ = self._get()
         assert product is not None
         with self._lock:
-            # in bfloat16 what float32 rounds counts for more than what it multiplies, and is the same in all columns
+            # in bfloat16 the rounding of float32 sums outweighs that of products, and is equal in all columns
             even = self._record or self._dtype == torch.bfloat16
             self._filtered = self._filtered or FilteredProduct(product, even)
             return self._filtered
 
     def _terms(self, placement: Placement, weight: float) -> list[Factors]:
-        """The factors for the piece's rows alone."""
+        """Return the factors of an additive update, for the rows of the segment only."""
         update = self._load(placement)
         if isinstance(update, Experts):
             assert placement.expert is not None
@@ -351,7 +356,7 @@ class RowSegment:
         terms = update.terms(weight, placement.transposed)
         return [Factors(term.left[rows], term.multiplier, term.right) for term in terms]
 
-    def _special(self, placement: Placement) -> NonAdditive:
+    def _nonadditive(self, placement: Placement) -> NonAdditive:
         weight, file = placement.weight, placement.adapter.file
         if placement.update.kind == "replace":
             return ReplacedTensor(TensorRef(file, placement.update.tensors["value"]), weight, self._device)
@@ -362,8 +367,8 @@ class RowSegment:
         product = ExactProduct(self._terms(placement, 1.0))
         magnitude = update.magnitude.double().flatten()
         if placement.transposed:
-            if self.told:
-                found = torch.from_numpy(self.told().copy()).to(self._device)
+            if self.stored_ratio:
+                found = torch.from_numpy(self.stored_ratio().copy()).to(self._device)
             else:
                 assert self._source is not None
                 norms = column_norms(self._source, product, self._device)

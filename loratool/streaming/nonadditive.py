@@ -68,17 +68,17 @@ class DoRARows(NonAdditive):
     def state(self, base: Tensor, first: int, work: Workspace) -> Tensor:
         """Return magnitude / norm of each row."""
         rows = slice(first - self.start, first - self.start + len(base))
-        own = self.product.fill(self.product.left(rows.start, rows.stop))
-        return magnitude_ratio(self.magnitude[rows], row_norms(base, own, work), self.name)
+        add_delta = self.product.fill(self.product.left(rows.start, rows.stop))
+        return magnitude_ratio(self.magnitude[rows], row_norms(base, add_delta, work), self.name)
 
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
         assert state is not None
-        own = self.product.fill(self.product.left(first - self.start, first - self.start + rows))
+        add_delta = self.product.fill(self.product.left(first - self.start, first - self.start + rows))
         scale = (state * self.weight).unsqueeze(1)
         factor = scale + (1.0 - self.weight)
 
         def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
-            own(columns, out, scratch)
+            add_delta(columns, out, scratch)
             out.mul_(scale)
             return factor
 
@@ -100,12 +100,12 @@ class DoRAColumns(NonAdditive):
         return data
 
     def fill(self, state: Tensor | None, first: int, rows: int, inner: Fill | None, work: Workspace) -> Fill:
-        own = self.product.fill(self.product.left(first - self.start, first - self.start + rows))
+        add_delta = self.product.fill(self.product.left(first - self.start, first - self.start + rows))
         scale = (self.ratio * self.weight).unsqueeze(0)
         factor = scale + (1.0 - self.weight)
 
         def fill(columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
-            own(columns, out, scratch)
+            add_delta(columns, out, scratch)
             out.mul_(scale[:, columns])
             return factor[:, columns]
 

@@ -94,7 +94,7 @@ class Estimates:
         return [self._cells[place] for place in sorted(self._cells)]
 
     def encode(self, told: Told) -> Iterator[tuple[bytes, Array]]:
-        """Return each cell's packed indices of the ambiguous weights among their candidates, and its raw bit patterns."""
+        """Return each cell's packed indices of the ambiguous weights among their candidates, and its raw patterns."""
         form, first, most = self._form, self._first, self._most
         before, after = told.before.view(form.code), told.after.view(form.code)
         maybe = (after & form.exponent) >= (before & form.magnitude)
