@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, bits, factors, load_model, weights, write_model, write_peft
+from conftest import FIXTURES, bits, load_model, weights, write_model
 from safetensors.torch import load_file, save_file
+from sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
-from loratool.errors import MachineError, NeedsFlag, UsageError
-from loratool.files import fileio
+from loratool.errors import NeedsFlag, UsageError
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
-COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Three shards of four; the adapter of `adapter` touches only `a.weight` and `b.weight`."""
-    tensors = {f"{n}.weight": weights(6, 4, seed=i, dtype=torch.bfloat16) for i, n in enumerate("abcdefgh")}
-    tensors |= {
-        "ids": torch.arange(5),
-        "mask": torch.tensor([True, False]),
-        "scalar": torch.tensor(1.5),
-        "none": torch.zeros(0, 3),
-    }
-    return write_model(tmp_path / "base", tensors, {"model_type": "llama", "dtype": "bfloat16"}, shards=4)
+    return write_sharded_model(tmp_path / "base")
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    return write_peft(tmp_path / "adapter", {"a": factors(6, 4, 2), "b": factors(6, 4, 2, seed=1)})
+    return write_adapter_of_two(tmp_path / "adapter")
 
 
 def test_the_bases_shards_and_headers_are_kept(tmp_path: Path, model: Path, adapter: Path) -> None:
@@ -211,74 +193,6 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
         loratool.merge(model, adapter, tmp_path / "x.gguf")
 
 
-def test_side_files_travel_by_allow_list(tmp_path: Path, model: Path, adapter: Path) -> None:
-    """Trap 39."""
-    travels = [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "merges.txt",
-        "chat_template.jinja",
-        "modeling_x.py",
-        "LICENSE",
-    ]
-    stays = [
-        "pytorch_model.bin",
-        "consolidated.00.pth",
-        "model.gguf",
-        "optimizer.pt",
-        "notes.md",
-        "adapter_config.json",
-        "other.safetensors",
-    ]
-    for name in travels + stays:
-        (model / name).write_text(name)
-    (model / "original").mkdir()
-    (model / "original" / "params.json").write_text("{}")
-    (model / "additional_chat_templates").mkdir()
-    (model / "additional_chat_templates" / "tool.jinja").write_text("t")
-    report = loratool.merge(model, adapter, tmp_path / "out")
-    out = tmp_path / "out"
-    for name in [*travels, "config.json", "additional_chat_templates/tool.jinja"]:
-        assert (out / name).read_bytes() == (model / name).read_bytes()
-    assert sorted(report.not_copied) == sorted([*stays, "original/"])
-    assert not {*stays, "original"} & {p.name for p in out.iterdir()}
-
-
-def test_templates_and_pooling_folders_can_be_written_twice(tmp_path: Path, model: Path, adapter: Path) -> None:
-    for name in ("additional_chat_templates/x.jinja", "1_Pooling/config.json", "1_Pooling/weights.bin"):
-        (model / name).parent.mkdir(exist_ok=True)
-        (model / name).write_text("x")
-    for _ in range(2):
-        report = loratool.merge(model, adapter, tmp_path / "out", force=True)
-    assert report.not_copied == ("1_Pooling/weights.bin",)
-
-
-def test_a_shard_is_never_a_side_file(tmp_path: Path, model: Path, adapter: Path) -> None:
-    """An index may name its shards as it likes, a tokenizer's suffix included."""
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    for file in set(index["weight_map"].values()):
-        (model / file).rename(model / f"{file}.model")
-    index["weight_map"] = {name: f"{file}.model" for name, file in index["weight_map"].items()}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    loratool.merge(model, adapter, tmp_path / "out")
-    before, after = (
-        load_file(f / f"{index['weight_map']['a.weight'].removesuffix('.model')}.model")
-        for f in (model, tmp_path / "out")
-    )
-    assert not torch.equal(before["a.weight"], after["a.weight"])
-
-
-@pytest.mark.parametrize("kind", ["dangling", "fifo"])
-def test_a_side_file_that_cannot_be_read_is_found_first(tmp_path: Path, model: Path, adapter: Path, kind: str) -> None:
-    if kind == "fifo":
-        os.mkfifo(model / "tokenizer.json")
-    else:
-        (model / "tokenizer.json").symlink_to("absent")
-    with pytest.raises(loratool.InputError, match=r"tokenizer.json: travels with the model"):
-        loratool.merge(model, adapter, tmp_path / "out")
-
-
 def test_stacked_merges_grow_by_a_constant(tmp_path: Path, adapter: Path) -> None:
     source = tmp_path / "0.safetensors"
     save_file({"a.weight": weights(6, 4), "b.weight": weights(6, 4)}, source)
@@ -307,21 +221,6 @@ def test_an_output_needs_a_name(model: Path, adapter: Path, out: str) -> None:
         loratool.merge(model, adapter, out)
 
 
-def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model: Path, adapter: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "x").write_text("mine")
-    (tmp_path / "out.loratool-partial").symlink_to("mine")
-    (tmp_path / "x.safetensors.loratool-partial").symlink_to("mine/x")
-    for out in ("out", "x.safetensors"):
-        with pytest.raises(UsageError, match="is in the way"):
-            loratool.merge(model, adapter, tmp_path / out)
-    assert (tmp_path / "mine" / "x").read_text() == "mine"
-    for other in ("z.partial", "z.former"):
-        (tmp_path / other).mkdir()
-    loratool.merge(model, adapter, tmp_path / "z")
-    assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
-
-
 class TestDtype:
     @pytest.mark.parametrize(
         ("option", "dtype"), [("fp32", torch.float32), ("float16", torch.float16), ("bf16", torch.bfloat16)]
@@ -342,21 +241,6 @@ class TestDtype:
             "dtype": str(dtype).removeprefix("torch."),
         }
         assert report.tensors[0].dtype == {"fp32": "F32", "float16": "F16", "bf16": "BF16"}[option]
-
-    def test_nested_configs_follow(self) -> None:
-        from loratool.files.side_files import edited_config
-
-        config = {
-            "torch_dtype": "float16",
-            "text_config": {"dtype": "bfloat16", "rope": {"dtype": None}},
-            "dtype": {"a": 1},
-        }
-        expected = {
-            "torch_dtype": "float32",
-            "text_config": {"dtype": "float32", "rope": {"dtype": None}},
-            "dtype": {"a": 1},
-        }
-        assert edited_config(config, {}, "float32") == expected
 
     def test_an_untouched_tensor_that_overflows_is_refused(self, tmp_path: Path, adapter: Path) -> None:
         base = write_model(
@@ -405,47 +289,6 @@ class TestResharding:
     def test_shards_need_a_folder(self, tmp_path: Path, model: Path, adapter: Path) -> None:
         with pytest.raises(UsageError, match="needs a folder"):
             loratool.merge(model, adapter, tmp_path / "x.safetensors", max_shard_bytes=100)
-
-
-class TestFallbacks:
-    """What Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
-
-    @pytest.mark.parametrize(
-        "missing", [("preadv",), ("pwrite",), ("copy_file_range",), ("preadv", "pwrite", "copy_file_range")]
-    )
-    def test_without(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
-    ) -> None:
-        loratool.merge(model, adapter, tmp_path / "expected")
-        for name in missing:
-            monkeypatch.delattr(os, name, raising=False)
-        loratool.merge(model, adapter, tmp_path / "out", workers=3)
-        for file in (tmp_path / "expected").iterdir():
-            assert digest(tmp_path / "out" / file.name) == digest(file)
-
-    def test_without_folder_sync_and_locks(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(fileio, "POSIX", False)
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-        loratool.merge(model, adapter, tmp_path / "out")
-        loratool.merge(model, adapter, tmp_path / "out", force=True)
-        loratool.merge(model, adapter, tmp_path / "x.safetensors")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors", "x.undo"]
-
-    def test_copy_range_across_a_refusal_of_the_kernel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: Any) -> int:
-            raise OSError(18, "Invalid cross-device link")
-
-        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-        monkeypatch.setattr(fileio, "COPY_CHUNK", 7)
-        data = os.urandom(100)
-        (tmp_path / "a").write_bytes(data)
-        with open(tmp_path / "a", "rb", buffering=0) as a, open(tmp_path / "b", "w+b", buffering=0) as b:
-            fileio.copy_range(a, 10, b, 3, 80)
-            assert (tmp_path / "b").read_bytes() == bytes(3) + data[10:90]
-            with pytest.raises(loratool.InputError, match="ends at byte 100"):
-                fileio.copy_range(a, 90, b, 3, 80)
 
 
 class TestUndoBesideAFile:
@@ -589,105 +432,3 @@ class TestUndoBesideAFile:
         with pytest.raises(OSError, match="No space left"):
             loratool.merge(model, adapter, tmp_path / "x.safetensors")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-class TestFailure:
-    def test_no_space_is_refused_before_the_first_byte(
-        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
-        with pytest.raises(MachineError, match="kB are needed and 10 B are free"):
-            loratool.merge(model, adapter, tmp_path / "out")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
-
-    @pytest.mark.parametrize("kind", ["folder", "file"])
-    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
-    def test_whatever_fails_nothing_stays(
-        self,
-        tmp_path: Path,
-        model: Path,
-        adapter: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        error: BaseException,
-        kind: str,
-    ) -> None:
-        """Trap 62: at the first write, in the middle, and at the last one; what was there before stays."""
-        out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
-        loratool.merge(model, adapter, out)
-        before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}
-        for failing in (1, 3, 6) if kind == "folder" else (1, 2, 3):
-            calls = iter(range(1, 1000))
-            real = fileio.write_at
-
-            def write_at(*arguments: Any, calls: Any = calls, failing: int = failing, real: Any = real) -> None:
-                if next(calls) == failing:
-                    raise error
-                real(*arguments)
-
-            with monkeypatch.context() as patched:
-                patched.setattr("loratool.files.output.write_at", write_at)
-                patched.setattr("loratool.streaming.workers.write_at", write_at)
-                with pytest.raises(type(error)):
-                    loratool.merge(model, (adapter, 2.0), out, force=True)
-            there = [out.name] if kind == "folder" else [out.name, "out.undo"]
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", *there]
-            assert {p: digest(p) for p in before} == before
-
-    @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
-    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
-    def test_a_write_that_the_system_refuses(self, tmp_path: Path, out: str) -> None:
-        """A real refusal in the middle of the weights: no file may grow past 100 kB."""
-        (tmp_path / "work").mkdir()
-        shell = f"ulimit -f 100; {' '.join(repr(c) for c in COMMAND)} merge {BASE} {ADAPTER} -o {out}"
-        result = subprocess.run(["bash", "-c", shell], cwd=tmp_path / "work", capture_output=True, text=True)
-        assert result.returncode == 5 and result.stderr == f"error: {out}: File too large\n"
-        assert list((tmp_path / "work").iterdir()) == []
-
-    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-    @pytest.mark.parametrize(
-        ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
-    )
-    def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
-        """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
-        base = write_model(
-            tmp_path / "base",
-            {f"{n}.weight": weights(4096, 4096, dtype=torch.bfloat16) for n in "ab"},
-            {"model_type": "llama"},
-        )
-        big = write_peft(tmp_path / "big", {n: factors(4096, 4096, 256) for n in "ab"})
-        process = subprocess.Popen(
-            [*COMMAND, "merge", str(base), str(big), "-o", str(tmp_path / "out"), "--json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        partial, deadline = tmp_path / "out.loratool-partial", time.monotonic() + 20
-        while not (partial / "model.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(0.03)  # some blocks are written by then, and on no machine all of them
-        process.send_signal(sent)
-        said, errors = process.communicate(timeout=60)
-        assert process.returncode == code and errors == b""
-        assert sent == signal.SIGKILL or json.loads(said)["exit_code"] == code
-        assert not (tmp_path / "out").exists()
-        assert partial.exists() is (sent == signal.SIGKILL)
-        if sent == signal.SIGKILL:
-            loratool.merge(base, big, tmp_path / "out")
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
-
-    @pytest.mark.skipif(os.name == "nt", reason="needs flock")
-    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
-    def test_two_commands_never_write_one_output(self, tmp_path: Path, model: Path, adapter: Path, out: str) -> None:
-        opener = fileio.partial_folder if out == "out" else fileio.partial_file
-        with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
-            with pytest.raises(UsageError, match="another loratool is writing"):
-                loratool.merge(model, adapter, tmp_path / out)
-            assert (tmp_path / f"{out}.loratool-partial").exists()
-            raise RuntimeError("stop")
-        assert not (tmp_path / f"{out}.loratool-partial").exists()
-
-    def test_a_truncated_shard_is_refused(self, tmp_path: Path, model: Path, adapter: Path) -> None:
-        shard = model / "model-00003-of-00004.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-3])
-        with pytest.raises(loratool.InputError, match="model-00003-of-00004.safetensors: is cut off"):
-            loratool.merge(model, adapter, tmp_path / "out")
-        assert not (tmp_path / "out").exists()

@@ -1,0 +1,193 @@
+"""Hold the writing of files on every system: the same bytes, and outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors, weights, write_model, write_peft
+from sharded_model import digest, write_adapter_of_two, write_sharded_model
+
+import loratool
+from loratool.errors import MachineError, UsageError
+from loratool.files import fileio
+
+BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_sharded_model(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter_of_two(tmp_path / "adapter")
+
+
+def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model: Path, adapter: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("mine")
+    (tmp_path / "out.loratool-partial").symlink_to("mine")
+    (tmp_path / "x.safetensors.loratool-partial").symlink_to("mine/x")
+    for out in ("out", "x.safetensors"):
+        with pytest.raises(UsageError, match="is in the way"):
+            loratool.merge(model, adapter, tmp_path / out)
+    assert (tmp_path / "mine" / "x").read_text() == "mine"
+    for other in ("z.partial", "z.former"):
+        (tmp_path / other).mkdir()
+    loratool.merge(model, adapter, tmp_path / "z")
+    assert (tmp_path / "z.partial").is_dir() and (tmp_path / "z.former").is_dir()
+
+
+class TestFallbacks:
+    """What Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
+
+    @pytest.mark.parametrize(
+        "missing", [("preadv",), ("pwrite",), ("copy_file_range",), ("preadv", "pwrite", "copy_file_range")]
+    )
+    def test_without(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+    ) -> None:
+        loratool.merge(model, adapter, tmp_path / "expected")
+        for name in missing:
+            monkeypatch.delattr(os, name, raising=False)
+        loratool.merge(model, adapter, tmp_path / "out", workers=3)
+        for file in (tmp_path / "expected").iterdir():
+            assert digest(tmp_path / "out" / file.name) == digest(file)
+
+    def test_without_folder_sync_and_locks(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fileio, "POSIX", False)
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        loratool.merge(model, adapter, tmp_path / "out")
+        loratool.merge(model, adapter, tmp_path / "out", force=True)
+        loratool.merge(model, adapter, tmp_path / "x.safetensors")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "x.safetensors", "x.undo"]
+
+    def test_copy_range_across_a_refusal_of_the_kernel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any) -> int:
+            raise OSError(18, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+        monkeypatch.setattr(fileio, "COPY_CHUNK", 7)
+        data = os.urandom(100)
+        (tmp_path / "a").write_bytes(data)
+        with open(tmp_path / "a", "rb", buffering=0) as a, open(tmp_path / "b", "w+b", buffering=0) as b:
+            fileio.copy_range(a, 10, b, 3, 80)
+            assert (tmp_path / "b").read_bytes() == bytes(3) + data[10:90]
+            with pytest.raises(loratool.InputError, match="ends at byte 100"):
+                fileio.copy_range(a, 90, b, 3, 80)
+
+
+class TestFailure:
+    def test_no_space_is_refused_before_the_first_byte(
+        self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
+        with pytest.raises(MachineError, match="kB are needed and 10 B are free"):
+            loratool.merge(model, adapter, tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+    @pytest.mark.parametrize("kind", ["folder", "file"])
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+    def test_whatever_fails_nothing_stays(
+        self,
+        tmp_path: Path,
+        model: Path,
+        adapter: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        kind: str,
+    ) -> None:
+        """Trap 62: at the first write, in the middle, and at the last one; what was there before stays."""
+        out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
+        loratool.merge(model, adapter, out)
+        before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}
+        for failing in (1, 3, 6) if kind == "folder" else (1, 2, 3):
+            calls = iter(range(1, 1000))
+            real = fileio.write_at
+
+            def write_at(*arguments: Any, calls: Any = calls, failing: int = failing, real: Any = real) -> None:
+                if next(calls) == failing:
+                    raise error
+                real(*arguments)
+
+            with monkeypatch.context() as patched:
+                patched.setattr("loratool.files.output.write_at", write_at)
+                patched.setattr("loratool.streaming.workers.write_at", write_at)
+                with pytest.raises(type(error)):
+                    loratool.merge(model, (adapter, 2.0), out, force=True)
+            there = [out.name] if kind == "folder" else [out.name, "out.undo"]
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", *there]
+            assert {p: digest(p) for p in before} == before
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
+    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
+    def test_a_write_that_the_system_refuses(self, tmp_path: Path, out: str) -> None:
+        """A real refusal in the middle of the weights: no file may grow past 100 kB."""
+        (tmp_path / "work").mkdir()
+        shell = f"ulimit -f 100; {' '.join(repr(c) for c in COMMAND)} merge {BASE} {ADAPTER} -o {out}"
+        result = subprocess.run(["bash", "-c", shell], cwd=tmp_path / "work", capture_output=True, text=True)
+        assert result.returncode == 5 and result.stderr == f"error: {out}: File too large\n"
+        assert list((tmp_path / "work").iterdir()) == []
+
+    @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+    @pytest.mark.parametrize(
+        ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+    )
+    def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
+        """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
+        base = write_model(
+            tmp_path / "base",
+            {f"{n}.weight": weights(4096, 4096, dtype=torch.bfloat16) for n in "ab"},
+            {"model_type": "llama"},
+        )
+        big = write_peft(tmp_path / "big", {n: factors(4096, 4096, 256) for n in "ab"})
+        process = subprocess.Popen(
+            [*COMMAND, "merge", str(base), str(big), "-o", str(tmp_path / "out"), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        partial, deadline = tmp_path / "out.loratool-partial", time.monotonic() + 20
+        while not (partial / "model.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.03)  # some blocks are written by then, and on no machine all of them
+        process.send_signal(sent)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == code and errors == b""
+        assert sent == signal.SIGKILL or json.loads(said)["exit_code"] == code
+        assert not (tmp_path / "out").exists()
+        assert partial.exists() is (sent == signal.SIGKILL)
+        if sent == signal.SIGKILL:
+            loratool.merge(base, big, tmp_path / "out")
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "big", "out"]
+
+    @pytest.mark.skipif(os.name == "nt", reason="needs flock")
+    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
+    def test_two_commands_never_write_one_output(self, tmp_path: Path, model: Path, adapter: Path, out: str) -> None:
+        opener = fileio.partial_folder if out == "out" else fileio.partial_file
+        with pytest.raises(RuntimeError, match="stop"), opener(tmp_path / out):
+            with pytest.raises(UsageError, match="another loratool is writing"):
+                loratool.merge(model, adapter, tmp_path / out)
+            assert (tmp_path / f"{out}.loratool-partial").exists()
+            raise RuntimeError("stop")
+        assert not (tmp_path / f"{out}.loratool-partial").exists()
+
+    def test_a_truncated_shard_is_refused(self, tmp_path: Path, model: Path, adapter: Path) -> None:
+        shard = model / "model-00003-of-00004.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-3])
+        with pytest.raises(loratool.InputError, match="model-00003-of-00004.safetensors: is cut off"):
+            loratool.merge(model, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
