@@ -1,4 +1,4 @@
-"""Helpers for all tests: small models and adapters written by the official safetensors, never by loratool."""
+"""Write small models and adapters for all tests, by the official safetensors and never by loratool."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_model(
     shards: int = 1,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A model folder as transformers writes it: `model.safetensors`, or shards with an index."""
+    """Write a model folder as transformers does: `model.safetensors`, or shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} if metadata is None else metadata
     if config is not None:
@@ -75,7 +75,7 @@ def write_model(
 
 
 def write_peft(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
-    """A PEFT adapter folder; `factors` maps a module path to (A, B)."""
+    """Write a PEFT adapter folder; `factors` maps a module path to (A, B)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, (A, B) in factors.items():
@@ -103,7 +103,7 @@ def write_kohya(
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file or a folder, by the official library."""
+    """Return every tensor of a file or a folder, by the official library."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
@@ -119,7 +119,7 @@ def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 
 def bits(x: Tensor) -> Tensor:
-    """For comparisons that tell -0.0 from 0.0 and one nan from another."""
+    """Return the bytes of a tensor, for comparisons that tell -0.0 from 0.0 and one nan from another."""
     return x.contiguous().view(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The matrix in the guide `formats`, made by converting a small adapter of each to each: `python tests/matrix.py`.
+"""Make the matrix in the guide `formats` by converting a small adapter of each to each: `python tests/matrix.py`.
 
 A cell is what `convert` reported, with the flags that it asked for first, or that it refused.
 """
@@ -46,7 +46,7 @@ def _image(
     mark: str = ".",
     **more: Tensor,
 ) -> Path:
-    """One file: a pair of rank 4 for each name, an alpha, and what else each has."""
+    """Write one file: a pair of rank 4 for each name, an alpha, and what else each has."""
     tensors = {}
     for i, (name, shape) in enumerate(names.items()):
         for end, side in zip(ends, factors(*shape, 4, seed=i), strict=True):
@@ -79,7 +79,7 @@ def _loralib(path: Path, merged: bool) -> Path:
 
 
 def _cloneofsimo(path: Path) -> Path:
-    """The attentions of SD 1, 128 layers, 2 columns wide here."""
+    """Write the attentions of SD 1, 128 layers, 2 columns wide here."""
     tensors = {f"unet:{i}:{end}": weights(*shape, seed=i) for i in range(128)
                for end, shape in (("up", (2, 1)), ("down", (1, 2)))}  # fmt: skip
     save_file(tensors, path.with_suffix(".safetensors"), {"unet": json.dumps(["CrossAttention"])})
@@ -120,7 +120,7 @@ COLUMNS = {**{to: {} for to in FORMAT_CHOICES}, "peft --plain": {"plain": True}}
 
 
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
-    """Converts to `out` with each flag that is asked for, which the cell says; and what was reported."""
+    """Convert to `out` with each flag that is asked for; return the cell, which names them, and the report."""
     to = column.split()[0]
     options: dict[str, Any] = dict(COLUMNS[column])
     asked: list[str] = []
@@ -156,7 +156,7 @@ def _how(report: loratool.ConvertReport) -> str:
 
 
 def matrix(folder: Path) -> str:
-    """As Markdown."""
+    """Return the matrix as Markdown."""
     lines = [
         "| from \\ to | " + " | ".join(f"`{column}`" for column in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",

@@ -1,6 +1,6 @@
-"""The merge written a second time, for the tests: slow, in extended precision, sharing no code with loratool.
+"""Write the merge a second time, for the tests: slow, in extended precision, sharing no code with loratool.
 
-The change is summed in numpy's longdouble (64 bits of mantissa on x86) and rounded once to the target by
+The delta is summed in numpy's longdouble (64 bits of mantissa on x86) and rounded once to the target by
 comparing distances to its two neighbours there. PEFT's rules for names and scales are peft's own code.
 """
 
@@ -29,12 +29,12 @@ def to_longdouble(x: Tensor) -> np.ndarray:
 
 
 def change_reference(A: Tensor, B: Tensor, scale: float) -> np.ndarray:
-    """scale * B @ A, (out, in)."""
+    """Return scale * B @ A, (out, in)."""
     return (to_longdouble(B) * np.longdouble(scale)) @ to_longdouble(A)
 
 
 def round_reference(x: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Each longdouble to the nearest value of `dtype`, ties to even: by looking at the neighbours of a first guess."""
+    """Round each longdouble to the nearest value of `dtype`, ties to even, by the neighbours of a first guess."""
     guess = torch.from_numpy(x.astype(np.float64)).to(dtype)
     up = torch.nextafter(guess, torch.full_like(guess, math.inf))
     down = torch.nextafter(guess, torch.full_like(guess, -math.inf))
@@ -57,7 +57,7 @@ def merge_reference(
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of `base` with the PEFT adapter added where it has factors; `dtype` of the adapted ones."""
+    """Return all tensors of `base` with the PEFT adapter added where it has factors; `dtype` of the adapted ones."""
     merged = dict(base)
     for key in adapter:
         if not key.endswith(".lora_A.weight"):

@@ -1,4 +1,4 @@
-"""The folder that the help texts' examples and the commonest mistakes are made in: the fixtures under plain names."""
+"""Make the folder of the help texts' examples and of the commonest mistakes: the fixtures under plain names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import FIXTURES, load_model, write_model
 
 
 def set_stage(folder: Path) -> None:
-    """base/, adapter/, tuned/ and what else the help texts name."""
+    """Make base/, adapter/, tuned/ and what else the help texts name."""
     llama, sdxl, gpt2 = (FIXTURES / name for name in ("llama", "sdxl", "gpt2"))
     for source, name in [
         (llama / "base", "base"),
@@ -35,7 +35,7 @@ def set_stage(folder: Path) -> None:
 
 
 def make_wrong(folder: Path) -> None:
-    """Inputs as they should not be."""
+    """Make inputs as they should not be."""
     shutil.copytree(folder / "adapter", folder / "lost")
     (folder / "lost" / "adapter_config.json").unlink()
     wide = {name: W.repeat(1, 2) if W.dim() > 1 else W for name, W in load_model(folder / "base").items()}

@@ -162,10 +162,7 @@ class TestPages:
 
     @pytest.mark.parametrize(
         "path",
-        [
-            *DOCS.values(),
-            pytest.param(CONTRIBUTING, marks=pytest.mark.xfail(strict=True, reason="has the layout after the move")),
-        ],
+        [*DOCS.values(), CONTRIBUTING],
         ids=lambda path: path.stem,
     )
     def test_links_and_paths_lead_to_files(self, path: Path) -> None:

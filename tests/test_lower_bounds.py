@@ -1,4 +1,4 @@
-"""Every dependency at its declared lower bound: merge, inspect and extract run, and write the bytes that are pinned."""
+"""Run merge, inspect and extract with every dependency at its declared lower bound: they write the pinned bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BIN = "Scripts" if os.name == "nt" else "bin"
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The interpreter of an environment with the oldest wheels that pyproject.toml allows and this Python can use.
+    """Return the interpreter of an environment with the oldest wheels that pyproject.toml and this Python allow.
 
     uv finds them: pip always takes the newest. torch brings some GB of CUDA's libraries, and needs them to be imported.
     """
@@ -38,7 +38,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: Path, tmp_path: Path) -> None:
     def run(*argv: str | Path) -> str:
-        """The command line of this checkout in that environment."""
+        """Run the command line of this checkout in that environment."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         command = [oldest, "-m", "loratool", *argv]
         done = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

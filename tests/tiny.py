@@ -1,4 +1,4 @@
-"""Tiny models of transformers, of any type: its default config with every size cut down, by the fields' names."""
+"""Build tiny models of transformers, of any type: its default config with every size cut down, by the fields' names."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ SIZES = {
 
 
 def shrink(config: Any) -> None:
-    """In place; layer lists are cut to two layers, token ids to the vocabulary."""
+    """Cut a config in place: layer lists to two layers, token ids to the vocabulary."""
     layers = next((vars(config)[n] for n in ("num_hidden_layers", "num_layers") if n in vars(config)), None)
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -172,7 +172,7 @@ def shrink(config: Any) -> None:
 
 
 def tables() -> list[tuple[str, str]]:
-    """(table of classes, model type) of every language model."""
+    """List (table of classes, model type) of every language model."""
     from transformers.models.auto import modeling_auto as auto
 
     causal, image = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -180,7 +180,7 @@ def tables() -> list[tuple[str, str]]:
 
 
 def build(table: str, model_type: str) -> tuple[Any, Any]:
-    """(class, model) of a type, with random weights."""
+    """Return (class, model) of a type, with random weights."""
     import torch
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -201,7 +201,7 @@ def build(table: str, model_type: str) -> tuple[Any, Any]:
 def perturb(model: Any, every: bool) -> None:
     """Change every linear layer and stack of experts by rank 2, by half of its norm; `every`: all that are no vectors.
 
-    Not what is used twice: PEFT merges the changes of both sides of a tie into the one matrix.
+    A matrix that is used twice stays: PEFT merges the updates of both sides of a tie into it.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

@@ -1,4 +1,4 @@
-"""DoRA along the inputs, as LyCORIS and OneTrainer had it: `dora_scale` (1, in), columns normed and not rows.
+"""Hold DoRA along the inputs, as LyCORIS and OneTrainer had it: `dora_scale` (1, in), columns normed and not rows.
 
 The reference is lycoris' formula (`lycoris/modules/locon.py`, apply_weight_decompose, wd_on_output=False): dense, in
 float64, without its epsilon.
@@ -95,7 +95,7 @@ def test_lycoris_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_conversions(tmp_path: Path) -> None:
-    """kohya's and ComfyUI's files say it, and the others do not; as plain LoRA it goes to all, with its error."""
+    """kohya's and ComfyUI's formats hold it, and the others do not; as plain LoRA it goes to all, with its error."""
     kohya = "lora_unet_double_blocks_0_img_attn_proj"
     file = write(tmp_path / "a.safetensors", name=kohya)
     before = load_file(file)
@@ -131,7 +131,7 @@ def test_a_part_of_a_fused_tensor_is_refused(tmp_path: Path, run: Callable[..., 
 
 
 def test_a_whole_that_the_base_has_in_parts_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
-    """And the way out is the other way round."""
+    """A fused matrix on a split base; the remedy is the conversion to the split format."""
     file = write(tmp_path / "a.safetensors", name="lora_unet_double_blocks_0_img_attn_qkv")
     parts = {f"transformer_blocks.0.attn.to_{x}.weight": weights(OUT // 3, IN) for x in "qkv"}
     save_file({**parts, "single_transformer_blocks.0.proj_out.weight": weights(IN, 5 * IN)}, tmp_path / "b.safetensors")
@@ -189,8 +189,9 @@ def flux_pipeline(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 @needs_shared
 def test_the_real_list(tmp_path: Path) -> None:
-    """OneTrainer's, of all linear layers of a Flux and of its text encoders: every key is used on a diffusers pipeline,
-    and goes as plain LoRA into the conventions that cannot say it. Sizes are a 48th; of the blocks the first of each.
+    """OneTrainer's names of all linear layers of a Flux and its text encoders: a diffusers pipeline uses every key.
+
+    As plain LoRA it goes into the formats that cannot hold it. Sizes are a 48th; of the blocks the first of each.
     """
     shapes = json.loads((SHARED / "keylists" / "flux_dora_onetrainer_format.json").read_text())
     g = torch.Generator().manual_seed(0)

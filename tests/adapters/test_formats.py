@@ -1,4 +1,4 @@
-"""formats/ and adapter.py: what each file says of rank, scale and factors, and what is refused by name."""
+"""Hold the readers of adapters: rank, scale and factors of each format, and the files that are refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_peft_folder(tmp_path: Path) -> None:
 
 
 def test_scales_are_pefts_own(tmp_path: Path) -> None:
-    """Traps 2, 3 and 5: rsLoRA and patterns, module by module against a live PEFT model."""
+    """rsLoRA and patterns (suffix expressions, the first match), module by module against a live PEFT model."""
     from peft import LoraConfig, get_peft_model
 
     model = torch.nn.ModuleDict(
@@ -86,11 +86,11 @@ def test_kohya_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("alpha", "scale"),
     [
-        (None, 1.0),  # trap 1
+        (None, 1.0),  # no alpha in the file: the rank
         (torch.tensor(0.0), 1.0),
-        (torch.tensor([4.0]), 2.0),  # trap 65: a 1-d alpha
+        (torch.tensor([4.0]), 2.0),  # a 1-d alpha
         (torch.tensor(-2.0), -1.0),
-        (torch.tensor(0.1, dtype=torch.bfloat16), 0.10009765625 / 2),  # trap 6
+        (torch.tensor(0.1, dtype=torch.bfloat16), 0.10009765625 / 2),  # rounded to bf16 when it was stored
         (torch.tensor(8, dtype=torch.int64), 4.0),
     ],
     ids=str,
@@ -101,7 +101,7 @@ def test_kohya_alpha(tmp_path: Path, alpha: torch.Tensor | None, scale: float) -
 
 
 def test_kohya_mixed_ranks_without_alpha_each_have_scale_1(tmp_path: Path) -> None:
-    """Trap 4."""
+    """One alpha for all would scale the other ranks."""
     file = write_kohya(tmp_path / "a.safetensors", {Q: factors(6, 4, 2), V: factors(6, 4, 3)})
     assert [u.scale for u in open_adapter(file).updates.values()] == [1.0, 1.0]
     assert {u.rank: u.scale for u in open_adapter(file, alpha=6).updates.values()} == {2: 3.0, 3: 2.0}
@@ -114,7 +114,7 @@ def test_peft_alpha_zero_is_scale_zero_and_negative_is_legal(tmp_path: Path, alp
 
 
 class TestBareFile:
-    """Where a lone PEFT file's config comes from: never from a guess."""
+    """A lone PEFT file's config comes from its metadata, a config beside it or --alpha, never from a guess."""
 
     def bare(self, tmp_path: Path, metadata: dict[str, str] | None = None, prefix: str = "base_model.model.") -> Path:
         A, B = factors(6, 4, 2)
@@ -162,13 +162,13 @@ class TestBareFile:
 
 @pytest.mark.parametrize("field", REFUSED_FIELDS)
 def test_what_plain_lora_cannot_express_is_refused_by_its_field(tmp_path: Path, field: str) -> None:
-    """Trap 60, and every switch of LoraConfig that changes the arithmetic."""
+    """Every switch of LoraConfig that changes the arithmetic."""
     with pytest.raises(InputError, match=f"sets {field}: "):
         open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, **{field: True}))
 
 
 def test_a_default_config_of_peft_is_not_refused(tmp_path: Path) -> None:
-    """Every field that today's PEFT writes by default passes, and trap 61: unknown ones are kept."""
+    """Every field that today's PEFT writes by default passes, and an unknown one is kept for a newer PEFT."""
     from peft import LoraConfig
 
     LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]).save_pretrained(tmp_path / "c")
@@ -179,7 +179,7 @@ def test_a_default_config_of_peft_is_not_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("init", [*BASE_MUTATING_INITS, "pissa_niter_16"])
 def test_inits_that_changed_the_base_are_told(tmp_path: Path, init: str) -> None:
-    """Trap 58."""
+    """Such an adapter is wrong on the original base."""
     assert base_mutating_init(
         open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, init_lora_weights=init)).config
     )
@@ -197,14 +197,14 @@ def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str | None) 
 A, B = factors(6, 4, 2)
 KEY = f"base_model.model.{Q}"
 BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "A alone": ({f"{KEY}.lora_A.weight": A}, "B factor of .* is missing"),  # trap 29
+    "A alone": ({f"{KEY}.lora_A.weight": A}, "B factor of .* is missing"),
     "B alone": ({f"{KEY}.lora_B.weight": B}, "A factor of .* is missing"),
     "ranks differ": ({f"{KEY}.lora_A.weight": A, f"{KEY}.lora_B.weight": torch.zeros(6, 3)}, "do not share a rank"),
     "rank 0": ({f"{KEY}.lora_A.weight": A[:0], f"{KEY}.lora_B.weight": B[:, :0]}, "do not share a rank"),
     "rank against config": (
         {f"{KEY}.lora_A.weight": A[:1], f"{KEY}.lora_B.weight": B[:, :1].contiguous()},
         "says rank 2",
-    ),  # trap 5
+    ),
     "vector": ({f"{KEY}.lora_A.weight": A[0], f"{KEY}.lora_B.weight": B}, "no low-rank pair"),
     "conv": (
         {f"{KEY}.lora_A.weight": torch.zeros(2, 4, 3, 3), f"{KEY}.lora_B.weight": torch.zeros(6, 2, 2, 1)},
@@ -213,11 +213,11 @@ BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "grouped conv": (
         {f"{KEY}.lora_A.weight": torch.zeros(2, 4, 3, 3), f"{KEY}.lora_B.weight": torch.zeros(6, 1, 1, 1)},
         "grouped",
-    ),  # trap 15
+    ),
     "extra bias": (
         {f"{KEY}.lora_A.weight": A, f"{KEY}.lora_B.weight": B, f"{KEY}.lora_B.bias": torch.zeros(6)},
         "lora_B.bias",
-    ),  # trap 28
+    ),
     "magnitude": (
         {f"{KEY}.lora_A.weight": A, f"{KEY}.lora_B.weight": B, f"{KEY}.lora_magnitude_vector": torch.zeros(6)},
         "magnitude",
@@ -303,7 +303,7 @@ def test_a_broken_config_names_its_field(tmp_path: Path, fields: dict[str, Any],
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_factor_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: float) -> None:
-    """Trap 54."""
+    """One nan or inf would spread over whole rows of a merge."""
     broken = B.clone()
     broken[3, 1] = bad
     adapter = open_adapter(write_peft(tmp_path / "a", {Q: (A, broken)}))
@@ -386,7 +386,7 @@ def test_real_key_lists(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_adapterhub_is_a_bottleneck(tmp_path: Path) -> None:
-    """Beside the adapter's weights lie those of its head."""
+    """The weights of its head are beside the adapter's."""
     torch.save({"bert.layer.0.adapters.x.adapter_down.0.weight": A}, tmp_path / "pytorch_adapter.bin")
     torch.save({"heads.x.1.weight": A}, tmp_path / "pytorch_model_head.bin")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"config": {"mh_adapter": True}, "name": "x"}))

@@ -1,4 +1,4 @@
-"""Image adapters as they are found: alphas of every kind, damaged pairs, names twice or converted wrong."""
+"""Hold image adapters as they are found: alphas of every kind, damaged pairs, names twice or converted wrong."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ALPHAS: dict[str, tuple[Tensor | None, float]] = {
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("name", [KOHYA, COMFY])
 def test_alphas(name: str, alpha: str, tmp_path: Path) -> None:
-    """What the merge adds, and that it stays the same by way of every other convention."""
+    """The merged delta stays the same by way of every other format."""
     stored, scale = ALPHAS[alpha]
     start, (A, B) = write(tmp_path / "a.safetensors", name, stored), factors(8, 6, RANK)
     expected = (weights(8, 6).double() + scale * B.double() @ A.double()).float()
@@ -122,7 +122,7 @@ def test_what_is_no_alpha_is_named(name: str, alpha: Tensor, tmp_path: Path, run
 
 
 def refused(tensors: Mapping[str, Tensor], tmp_path: Path, match: str) -> None:
-    """By a conversion and by a merge, without a trace of either."""
+    """Check that a conversion and a merge refuse it, without a trace of either."""
     save_file(dict(tensors), tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=match):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
@@ -154,7 +154,7 @@ def test_ranks_that_differ_within_a_pair(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [KOHYA, COMFY, DIFFUSERS])
 def test_a_square_pair_is_what_its_names_say(name: str, tmp_path: Path) -> None:
-    """Of rank 8 on 8 x 8, where the shapes fit both ways round: down and A are read as A."""
+    """Rank 8 on 8 x 8: the shapes fit both ways round; down and A are read as A."""
     A, B = weights(8, 8, seed=1), weights(8, 8, seed=2)
     ends = (".lora_A.weight", ".lora_B.weight") if name == DIFFUSERS else (".lora_down.weight", ".lora_up.weight")
     save_file({name + ends[0]: A, name + ends[1]: B}, tmp_path / "a.safetensors")
@@ -247,7 +247,7 @@ class TestFused:
         assert torch.equal(tensors[f"{self.NAME}.lora_up.weight"], B)
 
     def test_parts_that_never_had_an_adapter_are_not_made_up(self, tmp_path: Path) -> None:
-        """What fusing q and v alone leaves: k has rows of zeros."""
+        """Fusing q and v alone leaves rows of zeros for k."""
         (Aq, Bq), (Av, Bv) = factors(6, 6, 2), factors(6, 6, 3, seed=1)
         A, B = torch.cat([Aq, Av]), torch.zeros(18, 5)
         B[:6, :2], B[12:, 2:] = Bq, Bv

@@ -1,4 +1,4 @@
-"""The names and shapes of real Flux adapters, every one accounted for: each converts, and comes back as it was.
+"""Account for every name and shape of real Flux adapters: each converts, and comes back as it was.
 
 All sizes but the ranks are a 48th, which keeps Flux's proportions.
 """
@@ -38,7 +38,7 @@ def tensors(name: str) -> dict[str, Tensor]:
 
 
 def flux(path: Path) -> Path:
-    """A Flux of that width, and a CLIP, in one file under their own names (flux/model.py of Black Forest Labs)."""
+    """Write a Flux of that width and a CLIP in one file, under their own names (flux/model.py of Black Forest Labs)."""
     d = WIDTH
     double = {"qkv": (3 * d, d), "proj": (d, d)}
     shapes = {f"double_blocks.{i}.{side}_attn.{n}": s for i in range(19) for side in ("img", "txt")
@@ -67,7 +67,7 @@ def flux(path: Path) -> Path:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_there_and_back(name: str, tmp_path: Path) -> None:
-    """By the convention that fuses or splits otherwise, every name and shape of the list comes back, and its values."""
+    """Through the format that fuses or splits otherwise, every name, shape and value of the list comes back."""
     own, count, others = LISTS[name]
     before = tensors(name)
     save_file(before, tmp_path / "a.safetensors")
@@ -104,7 +104,7 @@ def test_lokr_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy", "peft"])
 def test_cloneofsimos_file(to: str, tmp_path: Path) -> None:
-    """A real file of an SD 1.5: all of it, its very factors, under each convention's names."""
+    """A real file of an SD 1.5: all of it, its very factors, under each format's names."""
     file = SHARED / "cloneofsimo-lora" / "analog_svd_rank4.safetensors"
     inspected = loratool.inspect(file)
     assert inspected.modules == 192 and not inspected.problems  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""loralib's, cloneofsimo's and OneTrainer's files: whose factors are whose, and what the file does not say.
+"""Hold loralib's, cloneofsimo's and OneTrainer's files: whose factors are whose, and what the file does not say.
 
 The formulas of loralib are transcribed from microsoft/LoRA, `loralib/layers.py` (MergedLinear.train and zero_pad).
 """
@@ -25,7 +25,7 @@ C_ATTN = "transformer.h.0.attn.c_attn"
 
 class TestLoralib:
     def write(self, path: Path, **extra: Tensor) -> Path:
-        """A query's factors of rank 2, and a trained head: as a torch file, as loralib's users save it."""
+        """Write a query's factors of rank 2, and a trained head, as loralib's users save it: a torch file."""
         A, B = factors(6, 4, 2)
         tensors = {"model.layers.0.self_attn.q_proj.lora_A": A, "model.layers.0.self_attn.q_proj.lora_B": B}
         torch.save({**tensors, "score.weight": weights(3, 6), **extra}, path)
@@ -55,7 +55,7 @@ class TestLoralib:
             open_adapter(file, 3.0)
 
     def merged(self, path: Path, enabled: tuple[bool, ...]) -> Tensor:
-        """MergedLinear's file of r 2, and its delta_w / scaling by loralib's own arithmetic, out 12, in 5."""
+        """Return MergedLinear's file of r 2, and its delta_w / scaling by loralib's own arithmetic, out 12, in 5."""
         n = sum(enabled)
         A, B = factors(12 // len(enabled) * n, 5, 2 * n)
         B = B[:, :2].contiguous()
@@ -106,7 +106,7 @@ class TestCloneofsimo:
     FILE = SHARED / "cloneofsimo-lora" / "analog_svd_rank4.safetensors"
 
     def expected(self) -> list[tuple[str, tuple[int, int]]]:
-        """SD 1.5's linear layers of attentions and gates in the order in which diffusers 0.11 registered them."""
+        """List SD 1.5's linear layers of attentions and gates in the order in which diffusers 0.11 registered them."""
         blocks = [(f"down_blocks.{i}", j, (320, 640, 1280)[i]) for i in range(3) for j in range(2)]
         blocks += [(f"up_blocks.{i}", j, (0, 1280, 640, 320)[i]) for i in (1, 2, 3) for j in range(3)]
         found = []

@@ -1,4 +1,4 @@
-"""formats/methods.py: what the LoRA paper's rivals leave on disk, what inspect says of it, and that this is so."""
+"""Hold the files of the LoRA paper's rivals: each is recognized, and inspect says of it what is true."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def report_of(path: Path) -> MethodReport:
 
 
 def saved_by_peft(kind: str, folder: Path) -> Any:
-    """The live model, its adapter trained to something and saved."""
+    """Return the live model, its adapter trained to something and saved."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -118,7 +118,7 @@ def bottlenecks(*places: str, d: int = 8, r: int = 2) -> dict[str, Tensor]:
 
 
 def adapterhub(folder: Path, tensors: dict[str, Tensor], safe: bool = False, **config: Any) -> Path:
-    """As adapters 1.3.0 saves: the head's weights lie in a file of their own."""
+    """Write a folder as adapters 1.3.0 saves it: the head's weights are in a file of their own."""
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"config": config, "model_name": "org/m", "name": "sst-2"}))
     head = {"heads.sst-2.1.weight": weights(2, 8)}

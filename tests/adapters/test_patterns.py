@@ -1,4 +1,4 @@
-"""patterns.py and expressions.py: what PEFT and `re` match, and in a time that no pattern can make endless."""
+"""Hold patterns to what PEFT and `re` match, in a time that no pattern can make endless."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_first_that_matches_is_peft_s() -> None:
 
 
 def expression(rng: random.Random, depth: int = 4) -> str:
-    """One of few characters, so that there is much that matches in several ways."""
+    """Draw an expression of few characters, so that there is much that matches in several ways."""
     kind = rng.random()
     atoms = [
         "a",
@@ -150,7 +150,7 @@ def test_an_adapter_with_an_endless_expression_is_read(tmp_path: Path, field: st
 
 
 def test_paths_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many patterns as modules cost what they cost one by one, and need no expression."""
+    """A pattern for every module needs no expression, and each costs the same as one alone."""
     monkeypatch.setattr("loratool.adapters.patterns.Expressions", None)
     modules = [f"model.layers.{i}.mlp.experts.{e}.{p}" for i in range(20) for e in range(40) for p in ("w1", "w2")]
     spelled = [modules, [f"^{re.escape(module)}" for module in modules], [m.removeprefix("model.") for m in modules]]

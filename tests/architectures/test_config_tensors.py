@@ -1,4 +1,4 @@
-"""architectures/families.py: names and shapes of each family against transformers' model on the meta device."""
+"""Hold names and shapes of each family against transformers' model on the meta device."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def small(model_type: str) -> dict[str, Any]:
 
 
 def theirs(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """`named_parameters` of the class that the config names, or of the family's usual one."""
+    """Return `named_parameters` of the class that the config names, or of the family's usual one."""
     fields = {key: value for key, value in config.items() if key not in ("model_type", "n_ctx")}
     family = CONFIG_FAMILIES[config["model_type"]]
     usual = family.bare if config["model_type"] in ENCODERS else family.lm

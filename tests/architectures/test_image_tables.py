@@ -1,4 +1,4 @@
-"""The name tables of image models against diffusers: its own modules on the meta device, its own conversion of
+"""Hold the name tables of image models against diffusers: its own modules on the meta device, its own conversion of
 single-file checkpoints, by published configurations.
 """
 
@@ -58,7 +58,7 @@ PREFIX = "model.diffusion_model."
 
 @pytest.fixture(scope="module", params=UNETS)
 def unet(request: pytest.FixtureRequest) -> tuple[Any, int, int, dict[str, str]]:
-    """diffusers' model without memory, how many modules it has, ComfyUI's count, and diffusers' path -> sgm's by us."""
+    """Return diffusers' model without memory, its count of modules, ComfyUI's, and our diffusers' path -> sgm's."""
     config, modules, comfy = UNETS[request.param]
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel(**config)
@@ -124,7 +124,7 @@ def test_the_benchmarks_sd15_is_one() -> None:
 
 
 def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], component: str) -> set[str]:
-    """Each of diffusers' weights is made of just the rows that our table says; the names that had some."""
+    """Check that each of diffusers' weights is made of just the rows of our table; return the names that have some."""
     modules = image_modules({name: tuple(t.shape) for name, t in single.items()})
     checked = set()
     for name, tensor in found.items():
@@ -141,7 +141,7 @@ def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], compone
 
 
 def numbered(rows: int, width: int, seed: int) -> Tensor:
-    """A matrix whose rows differ from each other and from those of other seeds, without its memory."""
+    """Make a matrix whose rows differ from each other and from those of other seeds, without its memory."""
     return (torch.arange(rows, dtype=torch.float32) + 100_000 * seed).unsqueeze(1).expand(rows, width)
 
 
@@ -174,7 +174,7 @@ OUTSIDE = {
 
 
 def checkpoint(shapes: Mapping[str, tuple[int, int]], extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and biases of these modules, and other tensors."""
+    """Return weights and biases of these modules, and other tensors."""
     weights = {f"{name}.weight": numbered(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     return weights | {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()} | dict(extra)
 

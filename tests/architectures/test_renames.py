@@ -1,4 +1,4 @@
-"""Renames: the tables against tiny models of transformers, whose `save_pretrained` writes the historical names."""
+"""Hold the renames against tiny models of transformers, whose `save_pretrained` writes the historical names."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def build(transformers, family):
 
 
 def types_of(config) -> set[str]:
-    """The model types of a config and of the configs in it."""
+    """Return the model types of a config and of the configs in it."""
     nested = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
     return {config.model_type}.union(*(types_of(value) for value in nested))
 
@@ -287,7 +287,7 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def saved(transformers, tmp_path_factory):
-    """family -> (model types, the model's tensors, the file's tensors)"""
+    """Return family -> (model types, the model's tensors, the file's tensors)."""
 
     def save(family):
         model = build(transformers, family)

@@ -1,4 +1,4 @@
-"""Why merge: Table 1 of the LoRA paper on this machine. python tests/benchmarks/latency.py [--trials N] [--limit S]
+"""Measure why one merges: Table 1 of the LoRA paper here. python tests/benchmarks/latency.py [--trials N] [--limit S]
 
 One forward pass of GPT-2 medium (random weights) with LoRA merged, LoRA beside the weights, and the adapters of
 Houlsby (Adapter^H) and Lin (Adapter^L), at the paper's batches and lengths. The methods take turns in every round, so
@@ -23,7 +23,7 @@ ROUNDS = {"cuda": 100, "cpu": 10}  # the paper's 100 would take a CPU minutes
 
 
 class Extra(nn.Module):
-    """What a method adds to a block: here nothing. Each hook gets (batch, length, d) and returns it."""
+    """The additions of a method to a block: here none. Each hook gets (batch, length, d) and returns it."""
 
     def qkv(self, h: Tensor, linear: nn.Linear) -> Tensor:
         return linear(h)
@@ -53,7 +53,7 @@ class LoRA(Extra):
 
 
 class Merged(Extra):
-    """The same LoRA in the weights: W + B A, of W's shape."""
+    """LoRA in the weights: W + B A, of W's shape."""
 
     def __init__(self, lora: LoRA, linear: nn.Linear) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class GPT2(nn.Module):
         self.blocks, self.ln_f = nn.ModuleList(Block(d, heads) for _ in range(layers)), nn.LayerNorm(d)
 
     def forward(self, tokens: Tensor, extras: Sequence[Extra]) -> Tensor:
-        """tokens: (batch, length); the logits of the last position, (batch, vocabulary)."""
+        """Compute the logits of the last position, (batch, vocabulary). tokens: (batch, length)."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block, extra in zip(self.blocks, extras, strict=True):
             x = block(x, extra)
@@ -147,7 +147,7 @@ PAPER = {
 
 
 def make_extras(model: GPT2, budget: str) -> dict[str, nn.ModuleList]:
-    """Of every method one part a block, random; the merged LoRA is the unmerged one."""
+    """Make one random addition a block for every method; the merged LoRA is the unmerged one."""
     weight = model.wte.weight
     extras = {
         name: nn.ModuleList(make(weight.shape[1], ranks[budget]) for _ in model.blocks).to(weight)
@@ -158,7 +158,7 @@ def make_extras(model: GPT2, budget: str) -> dict[str, nn.ModuleList]:
 
 
 def measure(model: GPT2, extras: dict[str, nn.ModuleList], tokens: Tensor, rounds: int) -> dict[str, list[float]]:
-    """ms of each method in each round; each round begins with another method."""
+    """Return the ms of each method in each round; each round begins with another method."""
     names = list(extras)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(-1, rounds):  # the first to warm up

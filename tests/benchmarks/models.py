@@ -1,4 +1,4 @@
-"""Llama-style models of any size for the benchmarks, written in seconds: python models.py OUT [small|large|wide].
+"""Write Llama-style models of any size for the benchmarks, in seconds: python models.py OUT [small|large|wide].
 
 The values repeat (one random block, tiled), since neither side's time or memory depends on them.
 """
@@ -48,12 +48,12 @@ def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def adapted(size: str) -> dict[str, tuple[int, ...]]:
-    """All linear layers; the head too where there is nothing else."""
+    """List all linear layers; the head too where there is nothing else."""
     return {n: s for n, s in shapes(size) if len(s) == 2 and ("layers" in n or (size == "wide" and n == HEAD))}
 
 
 def make(folder: Path, size: str) -> int:
-    """Write `folder/base` and `folder/adapter`; returns the base's bytes."""
+    """Write `folder/base` and `folder/adapter`; return the base's bytes."""
     layers, hidden, inner, vocabulary, narrow, shards = SIZES[size]
     specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(size)}
     (folder / "base").mkdir(parents=True)
@@ -87,7 +87,7 @@ def make(folder: Path, size: str) -> int:
 
 
 def make_tuned(folder: Path, size: str) -> None:
-    """Write `folder/tuned`: `folder/base` with a change on all linear layers, its spectrum k^-0.7 and noise."""
+    """Write `folder/tuned`: `folder/base` with a delta on all linear layers, its spectrum k^-0.7 and noise."""
     (folder / "tuned").mkdir()
     for file in sorted((folder / "base").iterdir()):
         if file.suffix != ".safetensors":
@@ -107,7 +107,7 @@ def _change(out: int, inp: int, seed: int) -> torch.Tensor:
 
 
 def make_adapter(folder: Path, size: str, dora: bool = False, vocabulary: bool = False) -> None:
-    """LoRA or DoRA on all linear layers; `vocabulary`: on the embedding and the head too."""
+    """Write LoRA or DoRA on all linear layers; `vocabulary`: on the embedding and the head too."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, shape in shapes(size) if vocabulary else adapted(size).items():
@@ -155,7 +155,7 @@ def _attention(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def sd15_unet() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The weights of SD 1.5's UNet under its own names (CompVis, openaimodel.py), biases left out."""
+    """Return the weights of SD 1.5's UNet under its own names (CompVis, openaimodel.py), biases left out."""
     yield "time_embed.0.weight", (1280, 320)
     yield "time_embed.2.weight", (1280, 1280)
     yield "input_blocks.0.0.weight", (320, 4, 3, 3)
@@ -190,7 +190,7 @@ def sd15_unet() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def sd15() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """SD 1.5 in a single file: the UNet, the text encoder, and a VAE of its size."""
+    """Write SD 1.5 in a single file: the UNet, the text encoder, and a VAE of its size."""
     yield from ((f"model.diffusion_model.{name}", shape) for name, shape in sd15_unet())
     text = "cond_stage_model.transformer.text_model"
     yield f"{text}.embeddings.token_embedding.weight", (49408, 768)
@@ -203,13 +203,13 @@ def sd15() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def sd15_adapted() -> dict[str, tuple[int, ...]]:
-    """Each linear layer and convolution of the UNet and of the text encoder, by their names."""
+    """List each linear layer and convolution of the UNet and of the text encoder, by their names."""
     adapted = ("model.diffusion_model.", "cond_stage_model.transformer.text_model.encoder.")
     return {n: shape for n, shape in sd15() if len(shape) > 1 and n.startswith(adapted)}
 
 
 def write_repeated(path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], scale: float = 0.02) -> int:
-    """A file of these tensors, one random block over and over; returns its bytes."""
+    """Write a file of these tensors, one random block over and over; return its bytes."""
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[next(iter(specs.values())).dtype]
     block = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
     data = memoryview(block.view(torch.uint8).numpy())

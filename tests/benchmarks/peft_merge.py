@@ -1,4 +1,4 @@
-"""The rival of the merge benchmark: peft's own way from files to files. python peft_merge.py BASE ADAPTER OUT"""
+"""Merge as peft does it, from files to files, as the benchmark's rival. python peft_merge.py BASE ADAPTER OUT"""
 
 import sys
 

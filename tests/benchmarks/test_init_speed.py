@@ -1,7 +1,7 @@
-"""init against peft: pytest -m slow -s tests/benchmarks/test_init_speed.py.
+"""Time init against peft: pytest -m slow -s tests/benchmarks/test_init_speed.py.
 
 PiSSA of random weights is the worst case for an iteration: their spectrum is flat. Our time is that of the whole
-command, the residual base written and measured; peft's is its initialization alone, of layers that lie in memory.
+command, the residual base written and measured; peft's is its initialization alone, of layers that are in memory.
 """
 
 from __future__ import annotations

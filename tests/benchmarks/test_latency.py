@@ -1,4 +1,4 @@
-"""benchmarks/latency.py: what it times is GPT-2, the same with LoRA merged and beside it, and of the paper's sizes."""
+"""Hold the latency benchmark to its models: GPT-2, the same with LoRA merged and beside it, of the paper's sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_merged_and_unmerged_lora_are_one_model(model: GPT2) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_a_part_whose_last_matrix_is_zero_changes_nothing(model: GPT2, name: str) -> None:
-    """And one that is not zero does, in every block."""
+    """One that is not zero does, in every block."""
     parts = make_extras(model, "0.5M")[name]
     expected = plain(model)
     for i in range(len(parts)):

@@ -1,4 +1,4 @@
-"""Speed and memory of merge as whole processes, both sides in one run: pytest -m slow -s tests/benchmarks
+"""Measure speed and memory of merge as whole processes, both sides in one run: pytest -m slow -s tests/benchmarks
 
 The bounds are the promises: a fraction of peft's time, close to a file copy, memory that does not grow.
 """
@@ -29,7 +29,7 @@ RSS_LIMIT = 450  # MB, everything in
 
 
 def measure(command: list[object]) -> float:
-    """Seconds of a process, a `sync` of its output included, but none of what the disk had to do before."""
+    """Return the seconds of a process, a `sync` of its output included, but none of what the disk had to do before."""
     os.sync()  # a deletion of gigabytes goes on for seconds
     start = time.perf_counter()
     subprocess.run([str(c) for c in command], stdout=subprocess.DEVNULL, check=True)
@@ -38,7 +38,10 @@ def measure(command: list[object]) -> float:
 
 
 def peak(command: list[object]) -> float:
-    """Peak memory in MB of a process and its workers together, looked at five times a second: in a run of its own."""
+    """Return the peak memory in MB of a process and its workers together, sampled five times a second.
+
+    It needs a run of its own, as looking takes time.
+    """
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
@@ -49,7 +52,7 @@ def peak(command: list[object]) -> float:
 
 
 def memory(pid: int) -> int:
-    """kB of a process and its children, shared pages once."""
+    """Return the kB of a process and its children, shared pages once."""
     total = 0
     try:
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():

@@ -1,4 +1,4 @@
-"""What planning a merge costs a module, for mixtures of experts of which there is nothing but the headers.
+"""Measure the cost of planning a merge a module, for mixtures of experts that consist of headers alone.
 
 `test_the_work_is_linear` counts Python's own steps, which no other load on the machine changes; the times are reported,
 and bounded generously, by the slow one: pytest -m slow -s tests/benchmarks/test_planning_speed.py
@@ -26,7 +26,7 @@ MILLISECONDS = 1.0  # a module, of one core's time, on whatever runs the tests; 
 
 
 def write_sparse(path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file of zeros that takes the disk no more than its header."""
+    """Write a safetensors file of zeros that takes the disk no more than its header."""
     header: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in specs.items():
@@ -46,7 +46,7 @@ def modules() -> Iterator[str]:
 
 
 def write_mixture(folder: Path, count: int) -> tuple[Path, Path]:
-    """A base and a PEFT adapter of so many modules, a quarter of which have a rank of their own."""
+    """Write a base and a PEFT adapter of so many modules, a quarter of which have a rank of their own."""
     names = [name for name, _ in zip(modules(), range(count), strict=False)]
     base, adapter = folder / "base", folder / "adapter"
     for each in (base, adapter):
@@ -64,7 +64,7 @@ def write_mixture(folder: Path, count: int) -> tuple[Path, Path]:
 
 
 def steps(folder: Path, count: int) -> int:
-    """The bytecode instructions that planning takes."""
+    """Count the bytecode instructions that planning takes."""
     base, adapter = write_mixture(folder / str(count), count)
     found = 0
 

@@ -1,4 +1,4 @@
-"""resize and diff of adapters of Llama-2-7B's shapes: pytest -m slow -s tests/benchmarks/test_resize_speed.py.
+"""Time resize and diff of adapters of Llama-2-7B's shapes: pytest -m slow -s tests/benchmarks/test_resize_speed.py.
 
 The rival forms B @ A and runs a dense SVD, as kohya's resize_lora.py and peft's convert_to_lora do; that takes hours,
 so its time is extrapolated from one matrix of each shape, and said to be.

@@ -1,4 +1,4 @@
-"""What undo costs: CPU a weight, hashing apart, and the size of the whole file. pytest -m slow -s tests/benchmarks"""
+"""Measure the cost of undo: CPU a weight, hashing apart, and the file's size. pytest -m slow -s tests/benchmarks"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def best_of(works: list[Callable[[], object]], weights: int) -> list[float]:
-    """Nanoseconds of CPU a weight of each, in turns."""
+    """Return the nanoseconds of CPU a weight of each, in turns."""
     found: list[list[float]] = [[] for _ in works]
     for _ in range(15):
         for work, times in zip(works, found, strict=True):

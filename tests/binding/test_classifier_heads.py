@@ -1,4 +1,4 @@
-"""A classifier's adapter on a plain base: what is written loads as the classifier, by transformers and against peft."""
+"""Hold a classifier's adapter on a plain base: the output loads as the classifier, by transformers and against peft."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_classes_are_those_of_transformers(task: str) -> None:
 
 
 def merge_head(folder: Path, config: dict[str, Any], head: str = "score.weight", **fields: Any) -> tuple[Any, Any]:
-    """The report of a merge of a three-label classifier, and the config that it writes."""
+    """Merge a three-label classifier; return the report and the config that it writes."""
     base = {"model.layers.0.mlp.up_proj.weight": weights(12, 8)}
     write_model(folder / "base", base, config)
     A, B = torch.ones(2, 8), torch.ones(12, 2)

@@ -1,4 +1,4 @@
-"""Names that PEFT finds: it loads in full what extract and init write of a model, or they say what to leave out."""
+"""Hold names to those that PEFT finds: it loads in full what extract and init write, or they say what to leave out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FAMILIES = {
 
 
 def with_what_is_named(make: Any, **options: Any) -> tuple[Any, tuple[str, ...]]:
-    """The report, and what the refusal named, which has to be enough."""
+    """Return the report, and the names of the refusal, which have to be enough."""
     try:
         return make(**options), ()
     except NeedsFlag as error:
@@ -60,7 +60,7 @@ def with_what_is_named(make: Any, **options: Any) -> tuple[Any, tuple[str, ...]]
 
 
 def loaded(kind: Any, base: Path, adapter: Path) -> Any:
-    """The model with the adapter, of which PEFT has missed nothing and left nothing."""
+    """Load the model with the adapter, of which PEFT has missed nothing and left nothing."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(kind.from_pretrained(base), adapter)
@@ -79,7 +79,7 @@ def without(tuned: Path, base: Path, left_out: Any) -> None:
 
 
 def check(kind: Any, model: Any, folder: Path, every: bool = False) -> tuple[str, ...]:
-    """Merged by PEFT and by us the adapter makes the tuned model; returns what had to be excluded."""
+    """Check that the adapter, merged by PEFT and by us, makes the tuned model; return what had to be excluded."""
     base, tuned = folder / "base", folder / "tuned"
     model.save_pretrained(base)
     perturb(model, every)
@@ -196,7 +196,7 @@ def test_the_names_are_the_declared_classs(config: dict[str, Any], file: str, mo
 
 
 def test_one_pattern_for_what_differs_in_numbers() -> None:
-    """Of a path's own parts alone: w1 is not w2; and the last name by itself only where nothing else has it."""
+    """Only whole numbers of a path are joined: w1 is not w2; the last name alone serves where nothing else has it."""
     experts = [f"m.{i}.experts.{e}.w{w}" for i in range(3) for e in range(2) for w in (1, 2)]
     assert exclude_all(experts, ["m.0.up"]) == "--exclude w1 --exclude w2"
     some = exclude_all(experts, ["m.0.shared.w1"])

@@ -1,4 +1,4 @@
-"""targets.py: patterns against peft's rule, binding by the base's own names, orientation of square matrices."""
+"""Hold the binding of adapters by the base's own names: prefixes, square matrices, refusals with their remedy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bound(
     ],
 )
 def test_prefixes_are_resolved_by_the_bases_names(tmp_path: Path, base: str, module: str) -> None:
-    """Trap 27."""
+    """Wrappers and containers put prefixes before a path; no update may be dropped in silence for that."""
     assert list(bound(tmp_path, base_of(base, "other.x"), [module]).placements) == [f"{base}.weight"]
 
 
@@ -66,7 +66,7 @@ def test_a_path_that_could_be_two_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_paths_on_one_tensor_are_refused(tmp_path: Path) -> None:
-    """Trap 29: duplicates after renaming."""
+    """Paths that are one after renaming would be added twice."""
     with pytest.raises(InputError, match="both bind to it"):
         bound(tmp_path, base_of("model.x"), ["model.x", "module.model.x"])
 
@@ -109,7 +109,7 @@ def test_a_wrong_adapter_is_refused_without_a_flag(tmp_path: Path) -> None:
 
 
 def test_kohya_names_are_looked_up_and_never_split(tmp_path: Path) -> None:
-    """Trap 23: `to_q` and `to.q` flatten to one name."""
+    """`to_q` and `to.q` flatten to one name, so that only the base can tell them apart."""
     base = base_of("down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "mid_block.x_y")
     for prefix in ("lora_unet", "lora_transformer"):
         adapter = open_adapter(
@@ -154,18 +154,18 @@ def test_shapes_that_do_not_fit_are_refused_with_both(tmp_path: Path, shape: tup
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E8M0", "I32", "BOOL"])
 def test_codes_are_never_added_to(tmp_path: Path, dtype: str) -> None:
-    """Trap 47."""
+    """A sum of quantized codes is no weight: their scales are elsewhere."""
     with pytest.raises(InputError, match=f"is {dtype}, which cannot be added to"):
         bound(tmp_path, base_of("x", dtype=dtype), ["x"])
 
 
 class TestOrientation:
-    """Trap 11: by shape; square: model_type, then siblings, then the flag if none contradicts it, else refused."""
+    """Shapes decide; for squares model_type, then siblings, then the flag if none contradicts it; else a refusal."""
 
     def orient(
         self, tmp_path: Path, shapes: dict[str, tuple[int, int]], model_type: str | None = None, **config: Any
     ) -> dict[str, bool]:
-        """Each base shape -> transposed; the factors fit the plain layout unless the module's name says `conv`."""
+        """Return for each module if the update is transposed; the factors fit (out, in) unless its name has `conv`."""
         specs = {f"{m}.weight": TensorSpec("F32", shape) for m, shape in shapes.items()}
         made = {m: factors(*(shape[::-1] if "conv" in m else shape), 2) for m, shape in shapes.items()}
         adapter = open_adapter(write_peft(tmp_path / "a", made, **config))
@@ -265,7 +265,7 @@ class TestOrientation:
 def test_factors_of_a_part_of_a_fused_projection_are_refused_by_name(
     tmp_path: Path, base: str, rows: int, split: list[str]
 ) -> None:
-    """Trap 22: of a split adapter on a fused base, and the reverse, nothing is placed by a guess."""
+    """A split adapter on a fused base, and the reverse: no rows are placed by a guess."""
     owner = base.rpartition(".")[0]
     modules = {f"{owner}.{name}": factors(8, 4, 2) for name in split}
     adapter = open_adapter(write_peft(tmp_path / "a", modules))

@@ -1,5 +1,6 @@
-"""Masked language models and encoder-decoders untied: transformers loads each with nothing missing, and it answers as
-peft's forward pass of base and adapter. Then unmerge gives the base back, and verify knows the merge."""
+"""Untie masked language models and encoder-decoders: transformers loads each with nothing missing, and it answers as
+peft's forward pass of base and adapter. Then unmerge gives the base back, and verify knows the merge.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +128,7 @@ def test_untied_it_answers_as_base_and_adapter(bases: Any, tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration", "T5ForConditionalGeneration"])
 def test_what_is_written_says_so(bases: Any, tmp_path: Path, run: Any, name: str) -> None:
-    """Of an encoder-decoder's four matrices each, but where the flag goes on to tie those that are equal."""
+    """Each of the four matrices of an encoder-decoder is written, unless the flag still ties those that are equal."""
     base = bases(name)
     wrap(load(base, getattr(transformers, name)), task_type=None, target_modules=[CLASSES[name][2]]).save_pretrained(
         tmp_path / "a"
@@ -266,7 +267,7 @@ def test_what_was_untied_can_be_extracted(bases: Any, tmp_path: Path, name: str)
 
 
 def test_a_buffer_of_the_vocabularys_size_has_no_source(bases: Any, tmp_path: Path) -> None:
-    """Of BART's final_logits_bias peft saves nothing; on a base that transformers resized the adapter merges."""
+    """peft saves nothing of BART's final_logits_bias; on a base that transformers resized the adapter merges."""
     base, cls = bases("BartForConditionalGeneration"), transformers.BartForConditionalGeneration
     model = load(base, cls)
     model.resize_token_embeddings(40)

@@ -1,5 +1,6 @@
-"""Heads tied to embeddings, and vocabularies of another size. The oracle is peft's forward pass, never its merge:
-that changes both sides of a tie where base and adapter changed one."""
+"""Hold heads tied to embeddings, and vocabularies of another size. The oracle is peft's forward pass, never its merge:
+that changes both sides of a tie where base and adapter changed one.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_untied_where_the_sides_part(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
-    """Traps 31, 55 and 56."""
+    """A tied pair stays one matrix only if both sides get the same values; the answers are those before the merge."""
     pair = pairs(family, kind)
     report = loratool.merge(pair.base, pair.adapter, tmp_path / "out")
     assert pair.holds(tmp_path / "out")
@@ -143,7 +144,7 @@ def test_a_tied_head_that_is_stored_all_the_same(pairs: Any, tmp_path: Path, kin
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_tied_weights_of_one_storage(tmp_path: Path, kind: str) -> None:
-    """Trap 55: torch files have both names for the one matrix."""
+    """Torch files have both names for the one matrix."""
     config = {"target_modules": ["q_proj"] + (["embed_tokens"] if kind == "embedding" else [])}
     pair = write_pair(tmp_path, FAMILIES["llama"].make(tie_word_embeddings=True), **config)
     state = load(pair.base, pair.cls).state_dict()
@@ -208,7 +209,7 @@ def test_two_adapters(pairs: Any, tmp_path: Path, family: str, one: str, two: st
 
 
 class TestVocabulary:
-    """Trap 57: peft saves embeddings whose rows are not the base config's, and the merge takes them."""
+    """peft saves embeddings with more or fewer rows than the base's config says, and the merge takes them."""
 
     def resized(self, folder: Path, family: str, tie: bool, size: int, save: Any = "auto", **config: Any) -> Any:
         names = FAMILIES[family]
@@ -304,7 +305,7 @@ def test_a_single_file_has_both_matrices(pairs: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one name", "every name"])
 def flan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """T5 v1.1: a head of its own, and one embedding for both sides, whatever config.json says of ties."""
+    """Write a T5 v1.1: a head of its own, and one embedding for both sides, whatever config.json says of ties."""
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=32)
     base = tmp_path_factory.mktemp("flan") / "base"
     tensors = load_model(write_base(base, transformers.T5ForConditionalGeneration(config)))

@@ -1,4 +1,4 @@
-"""checkpoint.py and hub.py: folders, indexes held against their shards, names in the local cache."""
+"""Hold checkpoints: folders, indexes against their shards, names in the hub's local cache."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_index_that_contradicts_its_shards_is_refused(tmp_path: Path, case: str) -> None:
-    """Trap 38."""
+    """An index may be stale, incomplete, or lead out of the folder."""
     changes, message = BROKEN[case]
     folder = write_model(tmp_path / "m", TENSORS, shards=2)
     edit_index(folder, **changes)

@@ -51,7 +51,7 @@ def test_what_lies_where_the_partial_goes_and_is_not_ours(tmp_path: Path, model:
 
 
 class TestFallbacks:
-    """What Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
+    """Calls that Windows, macOS and old kernels lack: each is taken away, and the bytes stay the same."""
 
     @pytest.mark.parametrize(
         "missing", [("preadv",), ("pwrite",), ("copy_file_range",), ("preadv", "pwrite", "copy_file_range")]
@@ -111,7 +111,7 @@ class TestFailure:
         error: BaseException,
         kind: str,
     ) -> None:
-        """Trap 62: at the first write, in the middle, and at the last one; what was there before stays."""
+        """An error at the first write, in the middle, and at the last one: what was there before stays."""
         out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
         loratool.merge(model, adapter, out)
         before = {p: digest(p) for p in (out.iterdir() if kind == "folder" else [out, tmp_path / "out.undo"])}

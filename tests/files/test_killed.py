@@ -1,4 +1,4 @@
-"""A merge killed at each call that names, links or removes a file: the weights on disk keep their undo file.
+"""Kill a merge at each call that names, links or removes a file: the weights on disk keep their undo file.
 
 The kill is a real one, of a fork that ends without another step, so that no handler puts anything in order.
 """
@@ -66,7 +66,7 @@ RUNS: dict[str, tuple[Callable[[Stage], None], tuple[float, ...]]] = {
 
 
 def killed(run: Callable[[], object], call: int) -> bool:
-    """Whether a run in a fork is killed when it comes to this call."""
+    """Return whether a run in a fork is killed when it comes to this call."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def same(one: Path, two: Path) -> bool:
 
 
 def check(stage: Stage, new: tuple[float, ...], replacing: bytes) -> None:
-    """Whichever weights are there, their merges come off, one after the other, down to the base."""
+    """Check that, whichever weights are there, their merges come off, one after the other, down to the base."""
     there = load_model_of(stage.path("out"))
     merges = new if there == replacing else (SECOND, FIRST)
     merged = stage.path("out")
@@ -127,7 +127,7 @@ def load_model_of(path: Path) -> bytes:
 
 
 def fail(stage: Stage) -> None:
-    """A run that fails in the middle of its weights."""
+    """Run a merge that fails in the middle of its weights."""
     with pytest.raises(LoratoolError, match="infinite"):
         stage.merge(stage.base, 1e42, stage.path("out"))
 

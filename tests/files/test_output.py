@@ -1,4 +1,4 @@
-"""output.py, sidefiles.py, fileio.py: layouts, names, what travels, and outputs that appear whole or not at all."""
+"""Hold outputs: shards and headers as the base has them, provenance, places, dtypes, and undo files beside weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_the_bases_shards_and_headers_are_kept(tmp_path: Path, model: Path, adapter: Path) -> None:
-    """Trap 64: shards that the adapter does not touch have the same hash; the others the same header."""
+    """Shards that the adapter does not touch keep their hash, the others their header."""
     loratool.merge(model, adapter, tmp_path / "out")
     touched = {
         name
@@ -69,7 +69,7 @@ def test_provenance_names_inputs_and_nothing_of_this_machine(tmp_path: Path, mod
 
 
 def test_a_single_file_keeps_its_metadata_and_drops_stale_hashes(tmp_path: Path, adapter: Path) -> None:
-    """Trap 66, and 64's other side: a hash of the old data must not survive."""
+    """Metadata goes along, but a hash of the old data must not survive."""
     metadata = {
         "format": "pt",
         "ss_tag": "x",
@@ -126,7 +126,7 @@ def test_where_the_output_goes(
 
 
 def test_an_output_equal_to_an_input_is_refused(tmp_path: Path, model: Path, adapter: Path) -> None:
-    """Trap 63."""
+    """Links included: a base in the cache of the hub is links, and must never be overwritten through one."""
     (tmp_path / "link").symlink_to(model)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "model.safetensors").symlink_to(
@@ -409,7 +409,7 @@ class TestUndoBesideAFile:
     def test_a_system_that_writes_less_than_it_is_given(
         self, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As one does whose disk has a little room left."""
+        """A disk with a little room left writes a part of what it is given."""
         loratool.merge(model, adapter, tmp_path / "x.safetensors")
         pwrite = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 3 + 1], at))

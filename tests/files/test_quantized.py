@@ -1,4 +1,4 @@
-"""Quantization belongs to a tensor: codes are refused where an update is for them, else copied, and counted right."""
+"""Hold quantization to its tensor: codes are refused where an update is for them, else copied, and counted right."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_what_stands_beside_the_config_is_read(file: str, content: dict[str, Any
 
 
 def test_a_plain_cast_to_float8_is_no_code(tmp_path: Path) -> None:
-    """As ComfyUI's `fp8_e4m3fn` files are, and 16-bit layers with a scale of one in its scaled ones."""
+    """ComfyUI's `fp8_e4m3fn` files have them, and its scaled ones keep 16-bit layers with a scale of one."""
     W = weights(OUT, IN, dtype=torch.bfloat16)
     state = {"x.weight": W, "x.scale_weight": torch.ones(1), "z.weight": FP8, "scaled_fp8": codes(2, dtype=F8)}
     save_file(state, tmp_path / "base.safetensors")
@@ -292,7 +292,7 @@ def test_codes_that_differ_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_an_attention_adapter_on_gpt_oss(tmp_path: Path) -> None:
-    """As released: experts in mxfp4, all else in bf16; transformers reads both, and peft's merge is ours."""
+    """The release has experts in mxfp4, all else in bf16; transformers reads both, and peft's merge is ours."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     config = transformers.GptOssConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

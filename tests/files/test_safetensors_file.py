@@ -1,4 +1,4 @@
-"""tensorfile.py: against the official library both ways, then hostile headers."""
+"""Hold the safetensors reader and writer against the official library both ways, then against hostile headers."""
 
 from __future__ import annotations
 
@@ -219,14 +219,14 @@ def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, h
     ],
 )
 def test_scalars_are_read_without_torch(tmp_path: Path, dtype: str, value: float, expected: float) -> None:
-    """Trap 6: an alpha of 0.1 stored in bf16 is the bf16 number, not 0.1."""
+    """An alpha of 0.1 stored in bf16 is the bf16 number, not 0.1."""
     for shape in ((), (1,)):
         save_file({"alpha": torch.full(shape, value, dtype=getattr(torch, dtype))}, tmp_path / "x.safetensors")
         assert TensorFile(tmp_path / "x.safetensors").scalar("alpha") == expected
 
 
 def test_sizes_above_32_bits(tmp_path: Path) -> None:
-    """Trap 66: offsets beyond 4 GB, over a sparse data section."""
+    """Offsets beyond 4 GB, over a sparse data section."""
     specs = {"big": TensorSpec("F32", (1 << 31,)), "after": TensorSpec("F32", (2,))}
     header, begin = build_header(specs, ["big", "after"], None)
     path = tmp_path / "x.safetensors"

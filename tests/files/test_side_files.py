@@ -26,7 +26,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_side_files_travel_by_allow_list(tmp_path: Path, model: Path, adapter: Path) -> None:
-    """Trap 39."""
+    """Tokenizers, templates and code go along; weights of other formats and notes are named and left."""
     travels = [
         "generation_config.json",
         "tokenizer.json",

@@ -1,4 +1,4 @@
-"""torchfile.py: against torch.load, then pickles that would run something, then damage of all kinds."""
+"""Hold the reader of torch files against torch.load, pickles that would run something, and damage of all kinds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DTYPE_NAMES = [name for name, known in torchpickle.TORCH_DTYPES.items() if known
 
 @pytest.fixture(params=LAYOUTS)
 def save(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
-    """torch.save in either layout, under a name that the layout does not depend on."""
+    """Run torch.save in either layout, under a name that the layout does not depend on."""
 
     def run(value: Any, **options: Any) -> Path:
         torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=LAYOUTS[request.param], **options)
@@ -50,13 +50,13 @@ def save(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
-    """The elements in row-major order: what safetensors would store."""
+    """Return the elements in row-major order, as safetensors would store them."""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def compare(path: Path, key: str | None = None, loaded: Any = None) -> TorchFile:
-    """The file as TorchFile and torch.load both see it."""
+    """Check that TorchFile and torch.load see the same file."""
     loaded = loaded or torch.load(path, weights_only=False)  # all files here are ours
     loaded = {name: t for name, t in (loaded[key] if key else loaded).items() if isinstance(t, torch.Tensor)}
     file = TorchFile(path)
@@ -252,7 +252,7 @@ class Call:
 
 
 def gadgets(mark: Path) -> dict[str, Any]:
-    """Calls that leave a file at `mark`, or would reach for what could."""
+    """Return calls that leave a file at `mark`, or would reach for what could."""
     code = f"open({str(mark)!r}, 'w')"
     return {
         "os.system": Call(os.system, f"touch {mark}"),
@@ -285,7 +285,7 @@ def test_a_pickle_that_would_run_something_runs_nothing(
 
 
 def zipped(path: Path, data: bytes, **entries: bytes) -> Path:
-    """A torch zip around any pickle, with one storage of 16 zero bytes."""
+    """Write a torch zip around any pickle, with one storage of 16 zero bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in {
             "data.pkl": data,
@@ -569,6 +569,6 @@ def test_torch_stays_unloaded(tmp_path: Path) -> None:
 
 
 def test_pickle_itself_would_have_run_the_gadget(tmp_path: Path) -> None:
-    """What the refusals above are for: the same bytes in `pickle.loads` leave a file behind."""
+    """The reason of the refusals above: the same bytes in `pickle.loads` leave a file behind."""
     pickle.loads(pickle.dumps(gadgets(tmp_path / "it_ran")["open"])).close()
     assert (tmp_path / "it_ran").exists()

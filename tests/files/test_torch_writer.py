@@ -1,4 +1,4 @@
-"""torcharchive.py: what torch, zipfile and torchfile each make of an archive that was planned."""
+"""Hold the writer of torch files: torch, zipfile and our reader each read the archive that was planned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIED = {"tied": ("of F32", SPECS["of F32"]), "of another shape": ("of F32", Tens
 
 
 def write(path: Path, archive: Archive) -> Path:
-    """Storages of ones, in parts of 100 bytes that come in any order."""
+    """Write storages of ones, in runs of 100 bytes that come in any order."""
     parts = []
     with open(path, "wb") as file:
         file.write(archive.header)
@@ -68,7 +68,7 @@ def test_other_readers_of_zip_files_find_its_sums_right(tmp_path: Path, archive:
 
 
 def test_what_torch_saves_has_the_same_records_and_the_same_calls(tmp_path: Path, archive: Archive) -> None:
-    """Of a state dict of its own, torch's pickle and ours name the same globals in the same order."""
+    """torch's pickle of its own state dict and ours name the same globals in the same order."""
     import pickletools
 
     state = torch.load(write(tmp_path / "x.bin", archive), weights_only=True)

@@ -1,4 +1,4 @@
-"""An input that somebody writes to or replaces while it is read: refused by its name, and nothing left."""
+"""Change or replace an input while it is read: it is refused by its name, and nothing is left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ READ = {
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Path:
-    """All inputs, last written to an hour ago."""
+    """Return all inputs, last written to an hour ago."""
     for name in ("base", "adapter", "tuned"):
         shutil.copytree(FIXTURES / "llama" / name, tmp_path / name)
     loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

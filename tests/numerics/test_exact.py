@@ -1,4 +1,4 @@
-"""numerics/exact.py: the product and the one rounding, against extended precision, then their determinism."""
+"""Hold the product and the one rounding against extended precision, then their determinism."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ devices = pytest.mark.parametrize(
 
 
 def product(terms: list[Factors], rows: int | None = None) -> Tensor:
-    """D, computed by blocks of `rows`."""
+    """Return D, computed by blocks of `rows`."""
     made = ExactProduct(terms)
     out = torch.empty(made.shape, dtype=torch.float64, device=terms[0].right.device)
     step = rows or made.shape[0]

@@ -1,4 +1,4 @@
-"""numerics/factors: every number against the dense float64 matrices, scipy-like formulas and brute force."""
+"""Hold every number of the factored SVD against dense float64 matrices, scipy-like formulas and brute force."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CASES = {name: tuple((B.double(), A.double()) for B, A in pair) for name, pair i
 
 
 def gauge(pair: Pair, seed: int) -> Pair:
-    """The same product from other factors, by an M of condition 1e3."""
+    """Return other factors of the same product, by an M of condition 1e3."""
     B, A = pair
     r = B.shape[1]
     U, _ = torch.linalg.qr(random(r, r, r, seed)[0])
@@ -116,7 +116,7 @@ def test_energy_rank(share: float) -> None:
 
 
 def rotated(Q: Tensor, angles: Tensor) -> Tensor:
-    """A basis whose principal angles with Q's span are those given. Q: (n, i)."""
+    """Return a basis whose principal angles with Q's span are those given. Q: (n, i)."""
     other = torch.linalg.qr(torch.cat([Q, random(len(Q), 1, len(angles), 9)[0]], 1)).Q[:, Q.shape[1] :]
     k = len(angles)
     turned = torch.cat([Q[:, :k] * angles.cos() + other[:, :k] * angles.sin(), Q[:, k:]], 1)

@@ -1,4 +1,4 @@
-"""numerics/filtered.py: the bits of the exact way, where float32 can tell and where it cannot."""
+"""Hold the filter to the bits of the exact way, where float32 can tell and where it cannot."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def test_bits_are_those_of_the_exact_way_and_of_the_reference(relative: float, r
 @pytest.mark.parametrize("dtype", FORMS)
 @pytest.mark.parametrize("size", [1.0, 2.0**-20])
 def test_sums_that_lie_on_midpoints_or_a_hair_beside_them(dtype: torch.dtype, size: float) -> None:
-    """Every weight is doubtful here or nearly so: W + D is a midpoint plus a millionth of a step; in float16 of the
-    smaller size below its normal numbers too, where all steps are one.
+    """W + D is a midpoint plus a millionth of an ulp, so that float32 can tell no weight or nearly none.
+
+    In float16, the smaller size is also below its normal numbers, where all ulps are one.
     """
     W = (torch.arange(1, 1025).float().reshape(8, 128) * size).to(dtype)
     digits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
@@ -129,7 +130,7 @@ def test_weights_of_odd_measures_are_told_by_float32(odd: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", FORMS)
 @pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
 def test_what_is_kept_of_a_change_of_one_sign(size: float, dtype: torch.dtype) -> None:
-    """Of ones nothing changes at first; what float32 is increased by must not look like a part of the change."""
+    """Ones do not change at first; what float32 is increased by must not look like a part of the delta."""
     for W in (torch.ones(256, 1024), weights(256, 1024)):
         g = torch.Generator().manual_seed(3)
         A, B = torch.rand(8, 1024, generator=g), torch.rand(256, 8, generator=g) * size
@@ -139,7 +140,7 @@ def test_what_is_kept_of_a_change_of_one_sign(size: float, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("rank", [16, 65, 300, 1024])
 def test_many_ranks_just_off_their_grids(rank: int) -> None:
-    """What the exact D leaves out of them, the product of the low slices, is more than float64 rounds."""
+    """The product of the low slices, which the exact D leaves out, is more than float64 rounds."""
     low = 0.49 * 2.0 ** (1 - (53 - math.ceil(math.log2(2 * rank))) // 2)
     A, B = torch.full((rank, 4096), low, dtype=torch.float64), torch.full((64, rank), low, dtype=torch.float64)
     A[1] = A[0, -1] = 1.0  # no rank is balanced away

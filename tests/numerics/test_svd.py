@@ -1,4 +1,4 @@
-"""numerics/svd.py against torch.linalg.svd in float64: the energy kept, on every kind of spectrum."""
+"""Hold the truncated SVD against torch.linalg.svd in float64: the energy kept, on every kind of spectrum."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHAPES = [(40, 30), (30, 40), (600, 1300), (1, 50), (50, 1), (700, 600)]
 @pytest.mark.parametrize("rank", [1, 32])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_the_energy_is_the_optimums(spectrum: str, rank: int, shape: tuple[int, int]) -> None:
-    """Trap 40: within 1e-4 of the best, where a few steps of a randomized SVD lose percents."""
+    """It is within 1e-4 of the best, where a few iterations of a randomized SVD lose percents."""
     k = min(shape)
     values = SPECTRA[spectrum](max(k, 6))[:k]
     D = with_spectrum(*shape, values)
@@ -92,7 +92,7 @@ def test_the_gap_is_an_estimate_of_the_right_size() -> None:
 
 
 def random_spectrum(seed: int, k: int) -> Tensor:
-    """Powers, exponentials, steps, clusters and noise, of which many have no gap where the rank cuts."""
+    """Return powers, exponentials, plateaus, clusters and noise, many without a gap at the rank."""
     g = generator(seed)
     x = torch.rand(4, generator=g, dtype=torch.float64).tolist()
     i = torch.arange(1, k + 1, dtype=torch.float64)
@@ -110,7 +110,7 @@ def random_spectrum(seed: int, k: int) -> Tensor:
 
 @pytest.mark.parametrize("rank", [1, 8, 20])
 def test_the_bound_holds_at_every_step_on_hundreds_of_spectra(rank: int) -> None:
-    """What `bound` says is never below the optimum of the exact SVD, however little of the space is known."""
+    """`bound` is never below the optimum of the exact SVD, however little of the space is known."""
     for seed in range(100):
         D = with_spectrum(150, 110, random_spectrum(seed, 110), seed)
         best = float(torch.linalg.svdvals(D.double())[:rank].square().sum())
@@ -123,7 +123,7 @@ def test_the_bound_holds_at_every_step_on_hundreds_of_spectra(rank: int) -> None
 
 
 def test_a_certified_gap_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the basis proves it, and where only the eigenvectors can: on every spectrum, flat ones too."""
+    """The basis proves it, or only the eigenvectors can: on every spectrum, flat ones too."""
     monkeypatch.setattr(svd, "SMALL", 0)
     ways = set()
     for seed in range(120):

@@ -1,4 +1,4 @@
-"""Steps that run without Python's collector leave it to their caller as it was."""
+"""Hold the steps that run without Python's collector to leaving it as their caller had it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`combine`: against peft's own merges and formulas on dense float64 changes, then properties, then refusals."""
+"""Hold combine against peft's own merges and formulas on dense float64 deltas, then properties, then refusals."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def net() -> Net:
 
 
 def train(folder: Path, seed: int, **fields: Any) -> Path:
-    """An adapter that peft made and saved, all of it random."""
+    """Write an adapter that peft made and saved, all of it random."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q", "v", "wide"], **fields})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,7 +79,7 @@ def train(folder: Path, seed: int, **fields: Any) -> Path:
 
 
 def applied(*adapters: Path) -> dict[str, Tensor]:
-    """The weights that peft makes of the base and an adapter."""
+    """Return the weights that peft makes of the base and an adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = net()
@@ -94,7 +94,7 @@ def changes(adapter: Path) -> dict[str, Tensor]:
 
 
 def expect_sum(out: Path, terms: Sequence[tuple[Path, float]]) -> None:
-    """What peft makes of the combination is the base plus the weighted sum, and so is its forward."""
+    """Check that peft makes of the combination the base plus the weighted sum, and that so is its forward."""
     each = [(changes(path), weight) for path, weight in terms]
     base, found = net().state_dict(), applied(out)
     for name, tensor in found.items():
@@ -313,7 +313,7 @@ class TestMethods:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_other_factors_of_the_same_changes_give_the_same(self, method: str, tmp_path: Path) -> None:
-        """Of TIES on the factors themselves this does not hold."""
+        """TIES on the factors themselves would not hold this."""
         found = []
         for turned in (False, True):
             adapters = []
@@ -431,7 +431,7 @@ class TestWhole:
         assert run("combine", f"{a}:0.5", f"{b}:0.5", "-o", tmp_path / "out", "--exclude", "embed").exit_code == 0
 
     def test_the_weight_under_a_factor_that_adapters_bring_along(self, tmp_path: Path, run: Run) -> None:
-        """As PEFT saves it of embeddings: the base's own is no change, and two different ones have no sum."""
+        """PEFT saves that of embeddings: the base's own is no delta, and two different ones have no sum."""
         own = net().state_dict()["embed.weight"].float()
         for name, base in (("a", own), ("b", own), ("c", own + 1)):
             train(tmp_path / name, ord(name), **KINDS["embedding"])
@@ -616,7 +616,7 @@ def modules_of(adapter: Path) -> set[str]:
 
 
 class TestUnrelated:
-    """What shares no module may be of one model, and is combined; what is not is refused, and --allow takes it."""
+    """Adapters that share no module may be of one model, and are combined; others are refused without --allow."""
 
     @pytest.mark.parametrize(
         ("one", "two", "says"),
@@ -695,7 +695,7 @@ class TestUnrelated:
 
 
 class TestNames:
-    """Where the inputs have other keys than PEFT saves, the output has PEFT's."""
+    """Inputs with other keys than PEFT saves give an output that has PEFT's."""
 
     @pytest.mark.parametrize("kind", ["lora_bias", "modules_to_save", "embedding", "dora", "trained tokens", "experts"])
     def test_an_adapters_name_in_the_keys_is_left_out(self, kind: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""convert: literal names on both sides, factors byte for byte, ways back, and merges that come out the same."""
+"""Hold convert: literal names on both sides, factors byte for byte, ways back, and merges that come out the same."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ METADATA = {
 
 
 def make(path: Path, family: str, form: str, dtype: torch.dtype = torch.float16) -> Path:
-    """An adapter of rank 4 and alpha 3 in this spelling, written by hand."""
+    """Write an adapter of rank 4 and alpha 3 in this format, by hand."""
     tensors, metadata = {}, {"format": "pt"}
     for seed, (names, shape) in enumerate(FAMILIES[family].items()):
         name = names[FORMATS.index(form)]
@@ -150,7 +150,7 @@ def equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 @pytest.mark.parametrize("source", FORMATS)
 @pytest.mark.parametrize("to", FORMATS)
 def test_names_and_bytes(family: str, source: str, to: str, tmp_path: Path) -> None:
-    """Every pair of conventions: the other's names, its alphas, and the very factors; there and back is the file."""
+    """Every pair of formats: the other's names, its alphas, and the very factors; there and back is the file."""
     start = make(tmp_path / "a.safetensors", family, source)
     report = loratool.convert(start, tmp_path / "b.safetensors", to=to)
     assert report.family == family and all(m.how == "exact" and m.alpha == ALPHA for m in report.modules)
@@ -202,7 +202,7 @@ class TestFlux:
         assert equal(load_file(tmp_path / "c.safetensors"), load_file(source))  # one A for all three: rank 4 again
 
     def test_a_sparse_qkv_comes_apart_and_together(self, tmp_path: Path) -> None:
-        """What split_qkv training saves, of ranks 2, 3 and 1; alpha / rank is what every reader takes."""
+        """split_qkv training saves ranks 2, 3 and 1 so; alpha / rank is what every reader takes."""
         parts = [factors(6, 6, r, seed=r) for r in (2, 3, 1)]
         source = self.fused(
             tmp_path / "a.safetensors", torch.cat([A for A, _ in parts]), torch.block_diag(*[B for _, B in parts]), 3.0
@@ -299,8 +299,9 @@ class TestSD3:
         return path
 
     def test_a_fused_qkv_and_the_last_block(self, tmp_path: Path) -> None:
-        """Of the last block's context nothing goes on, so that its modulation has a shift and a scale alone, which
-        diffusers has the other way round.
+        """The last block's context goes nowhere, so that its modulation has a shift and a scale alone.
+
+        diffusers has them the other way round.
         """
         start = self.joint(tmp_path / "a.safetensors", joint_blocks_0_context_block_attn_qkv=(18, 6),
                            joint_blocks_0_context_block_adaLN_modulation_1=(36, 6),

@@ -1,4 +1,4 @@
-"""convert of checkpoints: what torch, safetensors and transformers read of the result, and what is refused."""
+"""Hold convert of checkpoints: torch, safetensors and transformers read the result, and what is refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load_torch(path: Path) -> dict[str, Tensor]:
 
 
 def tied(state: Mapping[str, Tensor]) -> set[frozenset[str]]:
-    """The sets of names that share a storage."""
+    """Return the sets of names that share a storage."""
     places: dict[int, set[str]] = {}
     for name, tensor in state.items():
         if tensor.numel():
@@ -80,7 +80,7 @@ def tied(state: Mapping[str, Tensor]) -> set[frozenset[str]]:
 
 
 def require_equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
-    """The same names, types, shapes and bits."""
+    """Check for the same names, types, shapes and bits."""
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (two[name].dtype, two[name].shape), name
@@ -127,7 +127,7 @@ def make_model(kind: str, fields: Mapping[str, Any]) -> Any:
 
 
 def odd_state() -> dict[str, Tensor]:
-    """Of each type, and of each odd shape, name and value."""
+    """Return a state dict of each type, and of each odd shape, name and value."""
     numbers = torch.arange(15, dtype=torch.float32).reshape(3, 5)
     state = {f"of {dtype}": numbers.to(getattr(torch, name)) for dtype, name in DTYPE_NAMES.items()}
     view = torch.arange(24, dtype=torch.int16).reshape(4, 6)
@@ -163,7 +163,7 @@ def test_all_types_shapes_names_and_bits_there_and_back(tmp_path: Path, legacy: 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_bytes_depend_on_no_block_and_no_worker(tmp_path: Path, monkeypatch: Any, workers: int) -> None:
-    """And the sums that the zip has of them are those that zipfile finds."""
+    """The sums that the zip has of them are those that zipfile finds."""
     state = {f"{i}.weight": weights(300, 100 + i, seed=i) for i in range(5)} | {"n": torch.arange(70_000)}
     torch.save(state, tmp_path / "x.bin")
     for to, dtype in (("torch", "keep"), ("torch", "bf16"), ("safetensors", "bf16")):
@@ -358,7 +358,7 @@ class TestShared:
         assert load_torch(tmp_path / "x.bin").keys() == {"x", "y", "z", "pt"}
 
     def test_types_and_views_of_a_storage(self, tmp_path: Path) -> None:
-        """Of another shape it shares the storage in torch's file; in safetensors both are written."""
+        """A tensor of another shape shares the storage in torch's file; in safetensors both are written."""
         x = weights(4, 6)
         torch.save({"x": x, "flat": x.flatten()}, tmp_path / "x.bin")
         convert(tmp_path / "x.bin", tmp_path / "y.bin", dtype="bf16")

@@ -1,4 +1,4 @@
-"""DoRA as plain LoRA (`convert --plain --base`): against peft's own merge, and the optimum of a dense SVD."""
+"""Hold DoRA as plain LoRA (`convert --plain --base`) against peft's own merge, and the optimum of a dense SVD."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def trained(tmp_path: Path, targets: list[str], seed: int = 0) -> tuple[Path, Path, dict[str, Tensor]]:
-    """A base, peft's DoRA adapter of rank 2 and scale 1.5, and what its merge changes of each weight."""
+    """Return a base, peft's DoRA adapter of rank 2 and scale 1.5, and the deltas of its merge."""
     from peft import LoraConfig, get_peft_model
 
     base = {name: t.clone() for name, t in Net().state_dict().items()}

@@ -1,4 +1,4 @@
-"""carrying: what is called exact is so to the bit, and what is not says its error as a dense difference has it."""
+"""Hold converted factors: exact to the bit where they are called so, else off by the error of a dense difference."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_narrower_type_says_what_it_loses() -> None:
 
 
 class TestInFiles:
-    """The same, read off the written files by the official library."""
+    """The conversion again, read off the written files by the official library."""
 
     def kohya(self, path: Path, alpha: Tensor, dtype: torch.dtype = torch.float16) -> Path:
         A, B = factors(8, 768, 4, dtype=dtype)

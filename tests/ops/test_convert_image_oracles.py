@@ -1,5 +1,6 @@
-"""Adapters that diffusers, peft and loralib wrote, converted by us, and loaded back by them: the same model computes
-the same. diffusers is an oracle: its models are tiny here, with the topology of SD 1.5, SDXL and Flux.
+"""Convert adapters that diffusers, peft and loralib wrote, and let them load the result: the model computes the same.
+
+The models are tiny here, with the topology of SD 1.5, SDXL and Flux.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def adapt_text(model: Any) -> Any:
 
 
 def layers(model: nn.Module) -> list[str]:
-    """Each third one: all kinds in all blocks. (`test_image_tables` has every name.)"""
+    """List each third layer: all kinds in all blocks. (`test_image_tables` has every name.)"""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][::3]
 
 
@@ -85,7 +86,7 @@ def compute(model: Any, text: Any) -> Tensor:
 
 
 def write(folder: Path, family: str, **config: Any) -> tuple[Path, Tensor]:
-    """An adapter that diffusers saved, with its alphas, and what the model computes with it."""
+    """Write an adapter that diffusers saved, with its alphas; return also the model's output with it."""
     model, text = unet(family), adapt_text(clip())
     torch.manual_seed(2)
     lora = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": layers(model), **config}
@@ -101,7 +102,7 @@ def write(folder: Path, family: str, **config: Any) -> tuple[Path, Tensor]:
 
 
 def loaded(path: Path, family: str) -> Tensor:
-    """What the model computes with an adapter file that diffusers loads."""
+    """Return the model's output with an adapter file that diffusers loads."""
     model, text, loader = unet(family), clip(), getattr(pipelines, LOADERS[family])
     state, alphas, metadata = loader.lora_state_dict(
         str(path), return_lora_metadata=True, unet_config=model.config if family == "sdxl" else None
@@ -137,7 +138,7 @@ def test_every_way_there_and_back_as_diffusers_loads_it(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", LOADERS)
 def test_diffusers_loads_our_kohya_files(family: str, tmp_path: Path) -> None:
-    """One alpha for all of the UNet: of several, diffusers 0.42 loses those of the attentions' projections."""
+    """One alpha for all of the UNet: diffusers 0.42 loses those of the attentions' projections if they differ."""
     start, expected = write(tmp_path / "a", family)
     loratool.convert(start, tmp_path / "b.safetensors", to="kohya")
     assert torch.equal(loaded(tmp_path / "b.safetensors", family), expected)
@@ -167,14 +168,14 @@ def test_kohya_to_diffusers_as_diffusers_converts_it(family: str, tmp_path: Path
 
 
 def peft_name(key: str) -> str:
-    """A module's path from diffusers' name of its alpha, which has the old processors' spelling."""
+    """Return a module's path from diffusers' name of its alpha, which has the old processors' names."""
     path = key.removeprefix("unet.").removesuffix(".alpha").removesuffix(".weight").removesuffix(".down")
     path = path.removesuffix(".lora").replace(".processor.", ".").removesuffix("_lora")
     return path + ".0" if path.endswith(".to_out") else path
 
 
 def test_what_diffusers_writes_for_kohya(tmp_path: Path) -> None:
-    """Its only writer of that convention: of SD 1's names, and of alphas that are the ranks."""
+    """Its only writer of that format has SD 1's names, and alphas that are the ranks."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     start, _ = write(tmp_path / "a", "sd1", lora_alpha=4)
@@ -274,7 +275,7 @@ def flux() -> Any:
 
 
 def sd3() -> Any:
-    """Of the medium kind: the first blocks have a second attention."""
+    """Build the medium kind: the first blocks have a second attention."""
     torch.manual_seed(0)
     return diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=4, num_attention_heads=2,
@@ -302,7 +303,7 @@ TRANSFORMERS = {"flux": (flux, "FluxLoraLoaderMixin"), "sd3": (sd3, "SD3LoraLoad
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_a_transformers_adapter_there_and_back(family: str, tmp_path: Path) -> None:
-    """Where kohya and ComfyUI fuse: what diffusers saved and loads again computes the same, also as PEFT's folder."""
+    """kohya and ComfyUI fuse: what diffusers saved and loads again computes the same, also as PEFT's folder."""
     make, loader = TRANSFORMERS[family]
     model = make()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

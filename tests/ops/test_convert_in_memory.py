@@ -1,4 +1,4 @@
-"""--to of resize and combine: one command does what convert and the verb do, and merged models say that it is right."""
+"""Hold --to of resize and combine: one command does what convert and the command do, and merged models prove it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class TestResize:
         assert report.parameters == sum(t.numel() for t in load_file(tmp_path / "b.safetensors").values()) <= 400
 
     def test_formats_that_have_no_place_for_ranks(self, tmp_path: Path, run: Run) -> None:
-        """What was two commands is one, and the flags that the errors name are those that help."""
+        """One command does the work of two, and the flags that the errors name are those that help."""
         A, B = factors(6, 8, 2)
         torch.save({"q.lora_A": A, "q.lora_B": B}, tmp_path / "a.bin")
         argv = ["resize", tmp_path / "a.bin", "--rank", 3, "-o", tmp_path / "out"]
@@ -177,7 +177,7 @@ class TestCombine:
             loratool.combine([one, SDXL / "adapter.safetensors"], tmp_path / "c.safetensors", to="kohya")
 
     def test_a_text_encoder_goes_by_the_other_ones_family(self, tmp_path: Path) -> None:
-        """By itself it could be SD 1's, whose only one has no number in kohya's names."""
+        """Alone it could be SD 1's, whose only encoder has no number in kohya's names."""
         layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
         te = diffusers(tmp_path / "b.safetensors", {layer: (32, 8)})
         one = kohya(tmp_path / "a.safetensors", FUSED)
@@ -295,7 +295,7 @@ def one_in_all_conventions(start: Path, folder: Path) -> list[Path]:
 
 
 class TestDiff:
-    """Of one adapter in two conventions there is no difference, and the mean of both is the adapter."""
+    """One adapter in two formats has no difference, and the mean of both is the adapter."""
 
     @pytest.mark.parametrize("start", ["sdxl", "fused", "split"])
     def test_one_adapter_in_two_conventions_is_the_same(self, start: str, tmp_path: Path) -> None:

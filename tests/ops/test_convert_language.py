@@ -1,4 +1,4 @@
-"""convert of language models' adapters, of loralib's files and of DoRA: against peft, and dense sums in float64."""
+"""Hold convert of language models' adapters, of loralib's files and of DoRA against peft, and dense sums in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
 
 def change(path: Path, module: str) -> Tensor:
-    """scale * B @ A, dense, as PEFT's config and tensors say it."""
+    """Return scale * B @ A, dense, as PEFT's config and tensors say it."""
     adapter = open_adapter(path)
     update: Any = adapter.load(adapter.updates[module])
     D: Tensor = update.scale * update.B.double() @ update.A.double()
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def loaded(path: Path) -> Net:
-    """The model with the adapter merged, by peft."""
+    """Return the model with the adapter merged, by peft."""
     from peft import PeftModel
 
     net: Net = PeftModel.from_pretrained(Net(), str(path)).merge_and_unload()
@@ -64,7 +64,7 @@ def test_folder_and_file_hold_the_same_bytes(tmp_path: Path) -> None:
 
 class TestPlain:
     def test_rslora_and_patterns_as_peft_has_them(self, tmp_path: Path) -> None:
-        """Traps of servers: what they do not know is in the factors, and peft's model stays the same."""
+        """Servers ignore both: they go into the factors, and peft's model stays the same."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
@@ -91,7 +91,7 @@ class TestPlain:
         assert row.how == "folded" and torch.equal(change(tmp_path / "b", Q), change(start, Q))
 
     def trained(self, tmp_path: Path) -> tuple[Any, Path, Path]:
-        """peft's own PiSSA: the live model, the trained adapter and the start."""
+        """Return peft's own PiSSA: the live model, the trained adapter and the initial one."""
         from peft import LoraConfig, get_peft_model
 
         live = get_peft_model(Net(), LoraConfig(r=3, lora_alpha=6, target_modules=["q"], init_lora_weights="pissa"))
@@ -219,7 +219,7 @@ class TestDora:
     NAME = "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k"
 
     def kohya(self, path: Path) -> Path:
-        """A linear layer and a convolution."""
+        """Write a linear layer and a convolution."""
         tensors = {}
         for name, shape in ((self.NAME, (8, 6)), ("down_blocks.0.resnets.0.conv1", (8, 4, 3, 3))):
             A, B = factors(8, 6 if len(shape) == 2 else 36, 2)

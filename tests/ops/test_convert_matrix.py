@@ -1,4 +1,4 @@
-"""The matrix in the guide `formats` is what the code does, and where it says exact the deltas are the same, by rows."""
+"""Hold the matrix in the guide `formats` to the code: where it says exact the deltas are the same, by rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:
 
 
 def opened(path: Path, alpha: float = 2.0) -> Any:
-    """With the flags of matrix.cell, where the file needs them."""
+    """Open a file with the flags of matrix.cell, where it needs them."""
     try:
         return open_adapter(path, enabled=() if path.suffix == ".bin" else None)
     except NeedsFlag as error:
@@ -39,7 +39,7 @@ def opened(path: Path, alpha: float = 2.0) -> Any:
 
 
 def rows(adapter: Any) -> dict[int, Tensor]:
-    """By the width of the modules, sum D^T D over them: which modules the rows are in makes no difference to it."""
+    """Return by width the sum of D^T D over the modules, which does not depend on the modules that the rows are in."""
     total: dict[int, Tensor] = {}
     for update in adapter.updates.values():
         each = adapter.load(update)

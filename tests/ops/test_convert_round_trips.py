@@ -1,7 +1,7 @@
-"""A -> B -> A over all pairs of conventions, for each family of models: the same change bit for bit, the same merge.
+"""Hold A -> B -> A over all pairs of formats, for each family of models: the same delta bit for bit, the same merge.
 
 The names on all sides are literal. Factors are small integers, so that every product of theirs is exact: two files
-have the same change if and only if scale * B @ A is the same in float64, however a module is fused or split there.
+have the same delta if and only if scale * B @ A is the same in float64, however a module is fused or split there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Module:
 
 
 def dotted(path: str, own: str, shape: Shape, flat: str = "") -> Module:
-    """A UNet's; `flat` where kohya does not flatten the model's own path."""
+    """Return a UNet's module; `flat` where kohya does not flatten the model's own path."""
     kohya = f"lora_unet_{(flat or own).replace('.', '_')}"
     return Module(f"unet.{path}", kohya, f"diffusion_model.{own}", f"model.diffusion_model.{own}.weight", shape)
 
@@ -55,7 +55,7 @@ def dit(path: str, own: str, shape: Shape, swap: bool = False) -> Module:
 
 
 def parts(paths: str, names: str, own: str, widths: Sequence[int]) -> list[Module]:
-    """Several of diffusers' modules (`paths` has a place for each of `names`) that are one of the model's own."""
+    """Return several of diffusers' modules (`paths` has a place for each of `names`) that are one in the model."""
     made, row = [], 0
     for name, rows in zip(names.split(), widths, strict=True):
         each = dit(paths.format(name), own, (rows, D))
@@ -65,7 +65,7 @@ def parts(paths: str, names: str, own: str, widths: Sequence[int]) -> list[Modul
 
 
 def text(names: tuple[str, str, str], path: str, tensor: str, shape: Shape, row: int = 0) -> Module:
-    """names: of the encoder in diffusers, kohya and ComfyUI."""
+    """Return the modules of an encoder. names: of the encoder in diffusers, kohya and ComfyUI."""
     component, flat, clip = names
     kohya = f"lora_{flat}_{path.replace('.', '_')}"
     return Module(f"{component}.{path}", kohya, f"text_encoders.{clip}.transformer.{path}", tensor, shape, row)
@@ -78,7 +78,7 @@ CLIP_L, CLIP_G = ("text_encoder", "te1", "clip_l"), ("text_encoder_2", "te2", "c
 
 
 def first_unet(width: int) -> list[Module]:
-    """Of SD 1 and SD 2: diffusers' path, sgm's (formats.md 2.3), the shape. kohya has diffusers' there."""
+    """List the UNet modules of SD 1 and SD 2: diffusers' path, sgm's, the shape. kohya has diffusers' there."""
     modules: list[tuple[str, str, Shape]] = [
         ("conv_in", "input_blocks.0.0", (8, 4, 3, 3)),
         ("time_embedding.linear_2", "time_embed.2", (8, 8)),
@@ -164,13 +164,13 @@ def denoiser(family: str, linear: bool = False) -> list[Module]:
 
 
 def whole_rows(tensor: str, modules: Sequence[Module]) -> int:
-    """How many rows a tensor of the base has."""
+    """Return how many rows a tensor of the base has."""
     own = [m for m in modules if m.tensor == tensor]
     return 3 * own[0].shape[0] if tensor.endswith("in_proj_weight") else sum(m.shape[0] for m in own)
 
 
 def pair(module: Module, seed: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Small integers: sums of their products are exact in any order."""
+    """Return factors of small integers: sums of their products are exact in any order."""
     g = torch.Generator().manual_seed(seed)
     A = torch.randint(-3, 4, (rank, *module.shape[1:]), generator=g).half()
     B = torch.randint(-3, 4, (module.shape[0], rank, *[1] * (len(module.shape) - 2)), generator=g).half()
@@ -179,12 +179,12 @@ def pair(module: Module, seed: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_of(module: Module, number: int) -> int:
-    """In turns; parts of one module have scales that are powers of two of each other, so that folding is exact."""
+    """Return ranks in turns; scales of one module's slices differ by powers of two, so that folding is exact."""
     return ((4, 2, 8) if module.fused else (4, 3, 7))[number % 3]
 
 
 def diffusers_file(path: Path, modules: Sequence[Module], rank: int | None = None) -> Path:
-    """The start: several ranks, or one, and one alpha; in diffusers' spelling, by hand."""
+    """Write the file to begin with: several ranks, or one, and one alpha; in diffusers' names, by hand."""
     tensors, fields = {}, dict[str, Any]()
     for number, module in enumerate(modules):
         r = rank or rank_of(module, number)
@@ -212,7 +212,7 @@ def convert(source: Path, out: Path, to: str, **options: Any) -> tuple[Path, Any
 
 
 def raw_factors(path: Path, form: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(module's name, A, B, scale) of a file as its convention defines them, by the official libraries alone."""
+    """Return (module's name, A, B, scale) of a file as its format defines them, by the official libraries alone."""
     tensors = load_model(path)
     down, up = ("lora_down", "lora_up") if form in ("kohya", "comfy") else ("lora_A", "lora_B")
     end = "" if form == "loralib" else ".weight"
@@ -240,7 +240,7 @@ def spelled(module: Module, form: str) -> str:
 
 
 def changes(path: Path, form: str, modules: Sequence[Module]) -> dict[str, Tensor]:
-    """The change of each of the base's tensors, dense and exact: every name of the file is one that we expect."""
+    """Return the delta of each of the base's tensors, dense and exact: every name of the file is one that we expect."""
     names = {spelled(module, form): module for module in reversed(modules)}
     total: dict[str, Tensor] = {}
     for name, A, B, scale in raw_factors(path, form):
@@ -258,7 +258,7 @@ def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 
 
 def digest(path: Path) -> str:
-    """Of all tensors of a model, by name."""
+    """Return a hash of all tensors of a model, by name."""
     total = hashlib.sha256()
     for name, tensor in sorted(load_model(path).items()):
         total.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -273,7 +273,7 @@ def merged(base: Path, adapter: Path, out: Path, alpha: float | None = None) -> 
 @pytest.mark.parametrize("forms", [WITH_TEXT, ALONE], ids=["all", "denoiser"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_pairs(family: str, forms: tuple[str, ...], tmp_path: Path) -> None:
-    """From one file to each convention, from each to each, and back: one change, one merged model."""
+    """From one file to each format, from each to each, and back: one delta, one merged model."""
     modules = FAMILIES[family] if forms == WITH_TEXT else denoiser(family)
     base, start = write_base(tmp_path / "base.safetensors", family), diffusers_file(tmp_path / "0.safetensors", modules)
     expected, model = changes(start, "diffusers", modules), merged(base, start, tmp_path / "m.safetensors")
@@ -333,7 +333,7 @@ def rename(name: str, template: str, module: Module) -> str:
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 @pytest.mark.parametrize("spelling", READ_ONLY)
 def test_what_is_only_read(family: str, spelling: str, tmp_path: Path) -> None:
-    """Without an alpha anywhere the scale is 1: into each convention, as the same file in diffusers' spelling goes."""
+    """Without an alpha anywhere the scale is 1: it converts as the same file in diffusers' names does."""
     template, (down, up) = READ_ONLY[spelling]
     modules = [m for m in FAMILIES[family] if not (m.fused and ("comfy" in template or "kohya" in template))]
     tensors, plain = {}, {}
@@ -358,7 +358,7 @@ def test_what_is_only_read(family: str, spelling: str, tmp_path: Path) -> None:
 
 
 def test_xlabs(tmp_path: Path) -> None:
-    """Its names of a Flux's attentions (x-flux/src/flux/modules/layers.py): of linear1 the first rows alone."""
+    """Its names of a Flux's attentions (x-flux/src/flux/modules/layers.py): linear1's first rows alone."""
     names = {
         "double_blocks.3.processor.qkv_lora1": ("double_blocks.3.img_attn.qkv", (3 * D, D)),
         "double_blocks.3.processor.proj_lora2": ("double_blocks.3.txt_attn.proj", (D, D)),

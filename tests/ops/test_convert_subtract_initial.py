@@ -1,6 +1,6 @@
-"""Image adapters that began as factors of the base (PiSSA and its like): peft trains them, diffusers loads them.
+"""Convert image adapters that began as factors of the base (PiSSA and its like); peft trains, diffusers loads them.
 
-On the base as it was such an adapter is wrong as plain LoRA, by far more than its change.
+On the base itself such an adapter is wrong as plain LoRA, by far more than its delta.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def saved(folder: Path, model: Any) -> Path:
 
 @pytest.fixture(params=["pissa", "olora"])
 def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Tensor]:
-    """The file before training and after it, and what the model computes then."""
+    """Return the file before training and after it, and the model's output then."""
     model = unet("sdxl")
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=request.param, target_modules=TARGETS))
     start = saved(tmp_path / "start", model)
@@ -45,7 +45,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path,
 
 
 def computed(path: Path) -> Tensor:
-    """What diffusers computes with a file on the original base."""
+    """Return diffusers' output with a file on the original base."""
     live, loader = unet("sdxl"), getattr(pipelines, LOADERS["sdxl"])
     state, alphas, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True, unet_config=live.config)
     loader.load_lora_into_unet(state, network_alphas=alphas, unet=live, metadata=metadata)
@@ -92,7 +92,7 @@ def test_what_cannot_say_it_gets_no_plain_lora_of_it(
 
 
 def both(folder: Path, first: str | bool, second: str | bool) -> tuple[Path, Path, Tensor]:
-    """Of a UNet and a text encoder, each with a start of its own: before training, after it, and what they compute."""
+    """Return a UNet and a text encoder, each with its own init: before training, after it, and their outputs."""
     model, text = unet("sdxl"), clip()
     common = {"r": 4, "lora_alpha": 4}
     model.add_adapter(peft.LoraConfig(**common, init_lora_weights=first, target_modules=TARGETS))
@@ -152,7 +152,7 @@ def test_each_component_keeps_its_own_start(starts: tuple[str | bool, str | bool
 
 
 def test_starts_of_other_components_have_no_base_together(tmp_path: Path) -> None:
-    """Of either a part would be plain, and the sum has one word for each."""
+    """A part of either would be plain, and the sum has one word for each."""
     (_, one, _), (_, other, _) = both(tmp_path / "a", "pissa", True), both(tmp_path / "b", True, "pissa")
     with pytest.raises(InputError, match="no changed base is both's"):
         loratool.combine([one, other], tmp_path / "out.safetensors", rank=4)
@@ -160,7 +160,7 @@ def test_starts_of_other_components_have_no_base_together(tmp_path: Path) -> Non
 
 
 def test_a_start_of_more_modules_than_the_adapter_has(tmp_path: Path) -> None:
-    """What it has besides was not taken away when the rest was trained."""
+    """Its other modules were not taken away when the rest was trained."""
     start, end, _ = both(tmp_path, "pissa", "pissa")
     with safe_open(end, "pt") as file:
         fields = json.loads(file.metadata()["lora_adapter_metadata"])

@@ -1,4 +1,4 @@
-"""ops/count.py: the LoRA paper's own tables, peft and transformers as references, any checkpoint by its shapes."""
+"""Hold count to the LoRA paper's own tables, to peft and transformers, and to any checkpoint by its shapes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def trained(path: Path, name: str, **options: Any) -> int:
 
 
 def printed(n: int, label: str) -> str:
-    """n in millions with the label's digits, cut where the paper cuts."""
+    """Return n in millions with the label's digits, cut where the paper cuts."""
     digits = len(label.removesuffix("M").partition(".")[2])
     scaled = n / 1e6
     return f"{int(scaled * 10**digits) / 10**digits if label in CUT else scaled:.{digits}f}M"
@@ -183,7 +183,7 @@ def test_full_top_layers_and_biases_are_the_live_models(tmp_path: Path, name: st
     ],
 )
 def test_lora_is_pefts(name: str, target: list[str]) -> None:
-    """Where a matrix is named itself: one pair of factors for it, as peft makes."""
+    """A matrix that is named itself gets one pair of factors, as peft makes."""
     from peft import LoraConfig, get_peft_model
 
     base = FIXTURES / name / "base"

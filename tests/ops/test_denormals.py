@@ -1,4 +1,4 @@
-"""What a caller's process has set for itself changes no byte of ours, and is as it was afterwards."""
+"""Set what a caller's process may have set for itself: it changes no byte of ours, and is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_wor
 
 @contextmanager
 def flushing() -> Iterator[None]:
-    """Also in those of torch's threads that start now."""
+    """Flush denormals to zero, also in those of torch's threads that start now."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -45,7 +45,7 @@ def in_float64() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a tuned model and adapters of which half the rows are denormal."""
+    """Write a base, a tuned model and adapters of which half the rows are denormal."""
     folder = tmp_path_factory.mktemp("models")
     small = torch.tensor([1.0, 2.0**-126])
     base = {

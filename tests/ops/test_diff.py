@@ -1,4 +1,4 @@
-"""diff: against dense matrices and brute force, whatever factors, formats and kinds; models tensor by tensor."""
+"""Hold diff against dense matrices and brute force, whatever factors, formats and kinds; models tensor by tensor."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_what_one_side_lacks_counts_as_1(tmp_path: Path, run: Callable[..., Any]
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_sizes_and_amplification_beside_a_base(model: str, tmp_path: Path) -> None:
-    """By brute force; GPT-2 stores its weights as (in, out)."""
+    """Brute force is the reference; GPT-2 stores its weights as (in, out)."""
     folder = FIXTURES / model
     report = loratool.diff(folder / "adapter", folder / "adapter", base=folder / "base")
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -189,7 +189,7 @@ def test_zero_changes(tmp_path: Path, run: Callable[..., Any]) -> None:
 
 
 def with_tensors(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    """An adapter with more than factors."""
+    """Write an adapter with more than factors."""
     write_peft(folder, pairs(4), **config)
     file = folder / "adapter_model.safetensors"
     save_file({**load_file(file), **{f"base_model.model.{k}": t for k, t in tensors.items()}}, file)

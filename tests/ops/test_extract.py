@@ -1,4 +1,4 @@
-"""extract: against the dense SVD, against peft and transformers loading what it wrote, and against merge."""
+"""Hold extract against the dense SVD, against peft and transformers loading what it wrote, and against merge."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word
 
 
 def optimum(D: Tensor, rank: int) -> float:
-    """The energy of the best approximation, of a stack of matrices in all."""
+    """Return the energy of the best approximation, of a stack the sum over its matrices."""
     return float(torch.linalg.svdvals(D.double())[..., :rank].square().sum())
 
 
 def tune(base: Mapping[str, Tensor], relative: float = 0.1, seed: int = 7) -> dict[str, Tensor]:
-    """Every float tensor changed by a random matrix of this size whose spectrum falls."""
+    """Change every float tensor by a random matrix of this size whose spectrum falls."""
     g = torch.Generator().manual_seed(seed)
     tuned = {}
     for name, W in base.items():
@@ -145,7 +145,7 @@ def test_two_stacks_of_experts_of_one_module_nest_as_peft_nests_them(tmp_path: P
 
 class TestRanks:
     def test_a_matrix_of_lower_rank_gets_its_own(self, tmp_path: Path) -> None:
-        """Traps 34 and 35: what did not change has no entry anywhere, and targets are full paths."""
+        """A matrix that did not change has no entry; targets are full paths, since last names match others too."""
         A, B = factors(24, 24, 2)
         name = "model.layers.0.self_attn.q_proj.weight"
         base = write_model(tmp_path / "base", SMALL, LLAMA)
@@ -157,7 +157,7 @@ class TestRanks:
 
     @pytest.mark.parametrize("energy", [0.3, 0.5, 0.9, 1.0])
     def test_energy_is_the_least_rank_that_has_it(self, tmp_path: Path, energy: float) -> None:
-        """Trap 50: of squares, as peft has it; at 1 it is all."""
+        """The energy is of squares, as peft has it; at 1 it is all."""
         base, tuned = pair(tmp_path, SMALL)
         for row in loratool.extract(base, tuned, tmp_path / "a", energy=energy, embed="skip").modules:
             squares = torch.linalg.svdvals((load_model(tuned)[row.name] - SMALL[row.name]).double()).square()
@@ -362,7 +362,7 @@ class TestSides:
         assert len(report.modules) == 3 and report.only_base == ("lm_head.weight",)
 
     def test_a_16_bit_base_and_a_32_bit_fine_tune(self, tmp_path: Path) -> None:
-        """Trap 41: the difference is taken in float32, whatever the types are."""
+        """A difference taken in 16 bits loses bits: it is taken in float32, whatever the types are."""
         base = {name: W.bfloat16() for name, W in SMALL.items()}
         write_model(tmp_path / "base", base, LLAMA)
         write_model(tmp_path / "tuned", tuned := tune(SMALL), LLAMA)
@@ -403,7 +403,7 @@ class TestSides:
 class TestTheWayBack:
     @pytest.mark.parametrize("size", [1.0, 0.1, 1e-2, 1e-3])
     def test_a_merged_adapter_comes_out_at_its_own_rank(self, tmp_path: Path, size: float) -> None:
-        """Trap 43 (nothing is clamped): to fp32's rounding, of which few directions are kept, and the factors' own."""
+        """No value is clamped: few directions of fp32's rounding are kept, and the factors' own."""
         A, B = factors(300, 200, 6)
         B *= size
         name = "model.layers.0.self_attn.q_proj"
@@ -432,7 +432,7 @@ class TestTheWayBack:
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_the_error_of_the_factors_type_is_told(self, tmp_path: Path, dtype: str) -> None:
-        """Trap 42."""
+        """16-bit factors are off by 0.03 % (fp16) to 0.5 % (bf16), which only the report can say."""
         base, tuned = pair(tmp_path, SMALL)
         report = loratool.extract(base, tuned, tmp_path / "small", rank=4, dtype=dtype)
         loratool.extract(base, tuned, tmp_path / "wide", rank=4)

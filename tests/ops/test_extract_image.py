@@ -1,4 +1,4 @@
-"""extract on image models: names by the base, whole changes back by our own merge, and the VAE left out by name."""
+"""Hold extract on image models: names by the base, all deltas back by our own merge, and the VAE left out by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VAE = "first_stage_model.decoder.conv_in.weight"
 
 
 def tuned(path: Path, base: Path, rank: int = 2) -> Path:
-    """Every matrix changed at this rank, the VAE and a norm too."""
+    """Change every matrix at this rank, the VAE and a norm too."""
     tensors = {}
     for i, (name, W) in enumerate(load_model(base).items()):
         A, B = factors(W.shape[0], W[0].numel(), rank, seed=i)

@@ -1,4 +1,4 @@
-"""init: against peft and torch.linalg, with peft training what it wrote, and against merge and unmerge."""
+"""Hold init against peft and torch.linalg, with peft training what it wrote, and against merge and unmerge."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def change(tensors: dict[str, Tensor], module: str) -> Tensor:
-    """B A of a linear module as an adapter file has it."""
+    """Return B A of a linear module as an adapter file has it."""
     A, B = (tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
     return B @ A
 
 
 def start(folder: Path, base: Path, method: str, **options: Any) -> Any:
-    """An adapter at folder/adapter, with the residual at folder/residual where the method leaves one."""
+    """Write an adapter to folder/adapter, with the residual in folder/residual where the method leaves one."""
     if INITS[method].mutates_base:
         options = {"residual": folder / "residual", **options}
     if method == "mica" and options.get("target") == EVERY:  # PEFT has none for these
@@ -82,7 +82,7 @@ class TestLeastTriplets:
 
 
 class TestAgainstPeft:
-    """The same B A and the same residual as PEFT's own, on the fixtures."""
+    """B A and the residual are PEFT's own, on the fixtures."""
 
     def wrapped(self, folder: Path, method: Any, targets: list[str], rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -219,7 +219,7 @@ class TestStartsAtTheBase:
         assert report.residual.error <= worst < 1e-7
 
     def test_the_reported_error_is_the_one_that_there_is(self, tmp_path: Path) -> None:
-        """In bf16, from B A formed densely."""
+        """B A is formed densely here, in bf16."""
         base = FIXTURES / "llama" / "base"
         report = start(tmp_path, base, "pissa", rank=4)
         residual, W = load_model(tmp_path / "residual"), load_model(base)
@@ -332,7 +332,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("model", ["llama", "gpt2"])
     def test_a_file_of_the_backbone_alone(self, model: str, tmp_path: Path) -> None:
-        """As the hub has gpt2 and bloom: the class puts its prefix before the names, and so must the adapter."""
+        """The hub has gpt2 and bloom so: the class puts its prefix before the names, and so must the adapter."""
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
@@ -587,7 +587,7 @@ class TestRanks:
         assert {m.rank for m in loratool.init(base, tmp_path / "a", params=10**9).modules} == {8}
 
     def test_without_a_target_it_is_every_linear_layer_but_the_head(self, tmp_path: Path) -> None:
-        """What `target_modules="all-linear"` of PEFT means: no stacks of experts, no convolutions."""
+        """PEFT's `target_modules="all-linear"` takes no stacks of experts and no convolutions."""
         base = write_model(tmp_path / "base", KINDS, LLAMA)
         assert [m.name for m in loratool.init(base, tmp_path / "a").modules] == [next(iter(KINDS))]
 
@@ -705,7 +705,7 @@ class TestRefusals:
             loratool.init(base, tmp_path / "a", rank=2)
 
     def test_a_full_disk_is_found_before_the_factors(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of either output: the adapter's may lie on another disk than the residual's."""
+        """Either may be full: the adapter's output may be on another disk than the residual's."""
         real = shutil.disk_usage
         base = FIXTURES / "llama" / "base"
         for full in ("one", "two"):

@@ -1,4 +1,4 @@
-"""Adapters as a caller of the library may name them, and what is no such name."""
+"""Name adapters as a caller of the library may, and as none may."""
 
 from __future__ import annotations
 

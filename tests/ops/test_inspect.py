@@ -1,4 +1,4 @@
-"""ops/inspect.py: real key lists of large models over sparse files, grouping, coverage, and the time it takes."""
+"""Hold inspect on real key lists of large models over sparse files: grouping, coverage, and the time it takes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from loratool.ops.inspect.command import CheckpointReport
 def sparse_model(
     folder: Path, tensors: dict[str, tuple[str, list[int]]], config: dict[str, Any], shards: int = 1
 ) -> Path:
-    """A model of any size on disk: true headers over empty data sections."""
+    """Write a model of any size: true headers over empty data sections."""
     folder.mkdir()
     names = list(tensors)
     weight_map = {}
@@ -72,7 +72,7 @@ def test_a_models_groups_read_like_its_config() -> None:
 
 
 def test_linear_targets_are_pefts_all_linear() -> None:
-    """What is marked `linear` is what peft's target_modules="all-linear" takes."""
+    """The role `linear` is what peft's target_modules="all-linear" takes."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +107,7 @@ def test_ranges(values: list[int], text: str) -> None:
 
 
 def test_odd_tensors_and_names(tmp_path: Path) -> None:
-    """Trap 65."""
+    """Scalars, empty and complex tensors, names of numbers alone and no name at all are legal in a file."""
     odd = {
         "scalar": torch.tensor(1.0),
         "none": torch.zeros(0, 4),
@@ -275,7 +275,7 @@ class TestAdapterInDepth:
         assert adapter_report(half).problems == ("B @ A is 0 in 1 of 2 modules: x.q",)
 
     def test_a_factor_that_is_not_finite(self, tmp_path: Path) -> None:
-        """Trap 54."""
+        """One nan or inf would spread over whole rows of a merge."""
         A, B = factors(6, 4, 2)
         (problem,) = adapter_report(write_peft(tmp_path / "a", {"x.q": (A, B / 0)})).problems
         assert problem.startswith("base_model.model.x.q.lora_B.weight: holds nan or inf")
@@ -321,7 +321,7 @@ class TestAdapterInDepth:
     def test_what_a_merge_refuses_is_a_finding(
         self, tmp_path: Path, run: Callable[..., Any], case: str, kind: str, problem: str, based: bool
     ) -> None:
-        """Traps 5 and 29."""
+        """A factor without its partner, and a rank that is not the config's, are told and not corrected."""
         made = {"x.q": factors(6, 4, 2), "x.v": factors(6, 4, 2, seed=1)}
         fields: dict[str, Any] = {"rank": {"r": 4}, "alpha": {"lora_alpha": None}}.get(case, {})
         adapter = write_peft(tmp_path / "a", made, **fields)
@@ -345,7 +345,7 @@ class TestAdapterInDepth:
 
     @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
     def test_a_pattern_that_is_for_no_module(self, tmp_path: Path, field: str) -> None:
-        """Trap 5."""
+        """Such a config is of another adapter, or its pattern misspelled: the scale would be wrong in silence."""
         adapter = write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2)}, **{field: {"q": 2, "nothing": 7}})
         assert adapter_report(adapter).problems == (f"{field} has nothing, which matches no module of the file",)
 
@@ -386,7 +386,7 @@ class TestAdapterInDepth:
         assert report.problems == ("x.weight: the base's weight has no finite norm",)
 
     def test_an_init_that_changed_the_base_is_noted(self, tmp_path: Path) -> None:
-        """Trap 58."""
+        """Merged onto the original base such an adapter is wrong by its initial product."""
         report = adapter_report(write_peft(tmp_path / "a", {"x.q": factors(6, 4, 2)}, init_lora_weights="pissa"))
         assert report.notes == ("initialized with pissa: merge it with --initial or --residual-base",)
 

@@ -1,4 +1,4 @@
-"""inspect --spectra: against torch.linalg's full SVD; and the pictures that every report can have."""
+"""Hold inspect --spectra against torch.linalg's full SVD."""
 
 from __future__ import annotations
 

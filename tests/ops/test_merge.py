@@ -1,4 +1,4 @@
-"""ops/merge.py: against peft and an extended-precision reference, then the bytes' independence, then the report."""
+"""Hold merge against peft and an extended-precision reference; then the bytes' independence, then the report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def adapter_of(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def base_copy(name: str, folder: Path, dtype: torch.dtype) -> Path:
-    """The fixture's base in another dtype, as one file."""
+    """Write the fixture's base in another dtype, as one file."""
     tensors = {k: v.to(dtype) for k, v in load_model(FIXTURES / name / "base").items()}
     config = json.loads((FIXTURES / name / "base" / "config.json").read_text())
     return write_model(folder, tensors, config | {"dtype": str(dtype).removeprefix("torch.")})
@@ -64,7 +64,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fixtures_merge_to_their_pinned_hashes(tmp_path: Path, name: str) -> None:
-    """Promise 1. The hashes come from `reference.py`, through fixtures/make.py."""
+    """The hashes come from `reference.py`, through fixtures/make.py, never from loratool."""
     loratool.merge(FIXTURES / name / "base", FIXTURES / name / "adapter", tmp_path / "out")
     pinned = json.loads((FIXTURES / name / "merged.sha256.json").read_text())
     found = {k: hashlib.sha256(bits(v.flatten()).numpy()).hexdigest() for k, v in load_model(tmp_path / "out").items()}
@@ -74,7 +74,7 @@ def test_fixtures_merge_to_their_pinned_hashes(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_against_the_reference_and_peft(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    """Trap 44. Bit-equal to the reference in 16 bits; in fp32 further from the truth than peft in at most 1e-5.
+    """Bit-equal to the reference in 16 bits; in fp32 further from the truth than peft in at most 1e-5.
 
     peft rounds once here too (fp32 adapter, no safe_merge), but from an fp32 sum: that sum lands on a midpoint of the
     16-bit type in about 2**-16 of the weights for bf16 and 2**-13 for fp16, and there peft is one step off.
@@ -138,7 +138,7 @@ def test_kohya_spelling_gives_the_same_bytes_as_peft(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak RSS from /proc")
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
-    """Promise 4, small enough for every run: one matrix of 268 MB over a sparse file."""
+    """Small enough for every run: one matrix of 268 MB over a sparse file."""
     from loratool.files.dtypes import TensorSpec
     from loratool.files.safetensors_file import build_header
 
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
 
 
 class TestSameBytes:
-    """Promise 1: nothing but the inputs decides a byte."""
+    """Nothing but the inputs decides a byte."""
 
     @pytest.fixture
     def base(self, tmp_path: Path) -> Path:
@@ -206,7 +206,7 @@ class TestSameBytes:
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     def test_device(self, tmp_path: Path, base: Path, adapters: Any) -> None:
-        """Trap 49."""
+        """TF32 or another order of sums on a GPU would show here."""
         loratool.merge(base, adapters, tmp_path / "cpu", device="cpu")
         loratool.merge(base, adapters, tmp_path / "cuda", device="cuda")
         assert self.digest(tmp_path / "cuda") == self.digest(tmp_path / "cpu")
@@ -215,7 +215,7 @@ class TestSameBytes:
 def one(
     tmp_path: Path, W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, **options: Any
 ) -> tuple[Tensor, loratool.MergeReport]:
-    """Merge a model of one matrix `x`; the merged matrix and the report."""
+    """Merge a model of one matrix `x`; return the merged matrix and the report."""
     base = write_model(tmp_path / "base", {"x.weight": W}, {"model_type": "llama"})
     adapter = write_peft(tmp_path / "adapter", {"x": (A, B)}, lora_alpha=scale * len(A))
     report = loratool.merge(base, adapter, tmp_path / "out", force=True, **options)
@@ -224,7 +224,7 @@ def one(
 
 @pytest.mark.parametrize("weights_of", [(0.5,), (-2.0,), (0.0,), (1.0, -1.0), (0.25, 3.0, 1.0)])
 def test_a_weight_means_w_times_the_change(tmp_path: Path, weights_of: Sequence[float]) -> None:
-    """Traps 7 and 8: W + w * D for each adapter, never w squared, summed and then rounded once."""
+    """W + w * D for each adapter, never w squared, summed and then rounded once."""
     W = weights(10, 12, dtype=torch.bfloat16)
     base = write_model(tmp_path / "base", {"x.weight": W})
     made = [factors(10, 12, 3, seed=i) for i in range(len(weights_of))]
@@ -270,7 +270,7 @@ def test_a_merge_that_changes_nothing_says_so(tmp_path: Path, run: Callable[...,
 
 
 def test_small_factors_in_half_precision(tmp_path: Path) -> None:
-    """Trap 46: fp16 factors near the subnormals are not rounded again by the scale."""
+    """fp16 factors near the subnormals are not rounded again by the scale."""
     W = weights(20, 30)
     A, B = factors(20, 30, 4)
     A, B = A.half(), (B * 1e-4).half()
@@ -279,7 +279,7 @@ def test_small_factors_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_overflow_is_refused_with_the_dtype_that_holds_it(tmp_path: Path) -> None:
-    """Trap 46; exit 4 is kept: with the flag the command succeeds."""
+    """Exit code 4 keeps its promise: with the flag the command succeeds."""
     W = torch.full((4, 4), 6e4, dtype=torch.float16)
     A, B = torch.ones(1, 4), torch.full((4, 1), 1e4)
     with pytest.raises(
@@ -340,7 +340,7 @@ def test_what_the_base_holds_of_nan_and_inf_is_kept_and_reported(tmp_path: Path)
 
 
 def test_a_damaged_factor_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    """Trap 54."""
+    """One nan would spread over whole rows."""
     A, B = factors(8, 8, 2)
     A[1, 1] = torch.nan
     with pytest.raises(InputError, match="lora_A.weight: holds nan or inf"):
@@ -366,7 +366,7 @@ def test_a_damaged_factor_is_named_among_its_neighbours(tmp_path: Path, number: 
 
 
 def test_report_says_what_rounding_left(tmp_path: Path) -> None:
-    """Trap 45: a change far below the base's steps."""
+    """A delta far below the base's ulps: most of it is lost, and the report has to say so."""
     W = weights(200, 200, dtype=torch.bfloat16)
     A, B = factors(200, 200, 4)
     merged, report = one(tmp_path, W, A, B, 2e-3)

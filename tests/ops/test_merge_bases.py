@@ -1,4 +1,4 @@
-"""Bases of every kind: torch files, foreign and residual ones, renamed models; then the same bytes for every update."""
+"""Hold merges into bases of every kind: torch files, foreign and residual ones, renamed models; then the same bytes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ WRITERS: dict[str, Callable[[Path, dict[str, Tensor]], object]] = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, dict[str, bytes]]:
-    """A base and an adapter with many kinds of updates, and the bytes of their merge from safetensors."""
+    """Write a base and an adapter with many kinds of updates; return also the bytes of their merge from safetensors."""
     folder = tmp_path_factory.mktemp("plain")
     pair = write_pair(folder, llama(), **kinds(FAMILIES["llama"])["all at once"])
     loratool.merge(pair.base, pair.adapter, folder / "out")
@@ -88,7 +88,7 @@ def test_the_same_merge_from_torch_files(plain: Any, tmp_path: Path, kind: str) 
 
 
 def test_eight_bit_floats_without_scales_are_copied_and_changed_only_into_wider_ones(tmp_path: Path) -> None:
-    """Trap 47."""
+    """A float8 matrix without scales is a plain cast, not a code, but too coarse for an update."""
     codes, (A, B) = weights(6, 4, seed=1).to(torch.float8_e4m3fn), factors(6, 4, 2)
     base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), "y.weight": codes})
     loratool.merge(base, write_peft(tmp_path / "a", {"x": (A, B)}), tmp_path / "out")
@@ -146,7 +146,7 @@ class TestForeignBases:
             self.refused(run, tmp_path, base, adapter, f"zero_to_fp32.py {tmp_path} ")
 
     def test_weights_made_of_a_training_state_are_taken(self, tmp_path: Path) -> None:
-        """What the remedy names must not be refused again."""
+        """The weights that the remedy names must not be refused again."""
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "zero_to_fp32.py").write_text("")
         torch.save({"x.weight": weights(6, 4)}, tmp_path / "base" / "pytorch_model.bin")
@@ -175,7 +175,7 @@ class TestForeignBases:
         self.refused(run, tmp_path, tmp_path / "base", pair.adapter, "PeftModel")
 
     def test_a_quantized_one(self, tmp_path: Path, run: Any) -> None:
-        """Trap 47."""
+        """A sum of packed codes is no weight."""
         base = write_model(
             tmp_path / "base", {"x.weight": torch.zeros(12, 1, dtype=torch.uint8), "x.weight.absmax": torch.zeros(1)}
         )
@@ -184,8 +184,10 @@ class TestForeignBases:
         )
 
     def test_the_base_of_a_qlora(self, tmp_path: Path, run: Any) -> None:
-        """Trap 59: whether W16 or dequant(W4) is meant is no guess: the codes are refused, the original is named, and
-        on that the adapter merges."""
+        """Nothing tells whether the 16-bit base or the dequantized one is meant: the codes are refused.
+
+        The message names the original, and on that the adapter merges.
+        """
         adapter = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}, base_model_name_or_path="org/model")
         config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
         codes = {"x.weight": torch.zeros(12, 1, dtype=torch.uint8), "x.weight.absmax": torch.zeros(1)}
@@ -200,7 +202,7 @@ class TestForeignBases:
     @pytest.mark.parametrize("what", ["base", "adapter"])
     @pytest.mark.parametrize("zipped", [True, False])
     def test_a_pickle_that_would_run_something(self, tmp_path: Path, run: Any, what: str, zipped: bool) -> None:
-        """Trap 37."""
+        """A torch file is read without running its pickle."""
         mark = tmp_path / "ran"
 
         class Gadget:
@@ -222,8 +224,10 @@ class TestForeignBases:
 
 @pytest.fixture(scope="module", params=["pissa", "pissa_niter_4", "olora", "pissa, rslora"])
 def residual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model under an init that changes it: (folder, what peft answers). The folder has the original base, the
-    residual one, the adapter as it was initialized, and the trained adapter."""
+    """Return (folder, the answer of peft) of a model under an init that changes its base.
+
+    The folder has the original base, the residual one, the adapter as it was initialized, and the trained adapter.
+    """
     folder = tmp_path_factory.mktemp("residual")
     init, _, rslora = request.param.partition(", ")
     base = write_base(folder / "single", llama())
@@ -250,7 +254,7 @@ def residual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 class TestInitsThatChangeTheBase:
-    """Trap 58: the adapter belongs to W - s * B0 @ A0, and on W itself it is wrong by O(1)."""
+    """The adapter belongs to W - s * B0 @ A0, and on W itself it is wrong by O(1)."""
 
     def test_without_a_flag_it_is_refused_and_both_flags_are_named(
         self, residual: Any, tmp_path: Path, run: Any
@@ -271,7 +275,7 @@ class TestInitsThatChangeTheBase:
         assert as_bytes(tmp_path / "c") == as_bytes(tmp_path / "i")
 
     def test_a_weight_is_a_part_of_the_way_from_the_original(self, residual: Any, tmp_path: Path) -> None:
-        """Trap 8."""
+        """A weight w gives w times the delta, never w squared."""
         folder, _ = residual
         for w in (1.0, 0.5):
             loratool.merge(folder / "base", (folder / "adapter", w), tmp_path / str(w), initial=folder / "initial")
@@ -329,7 +333,10 @@ RENAMED: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[tuple[str, st
 @pytest.mark.parametrize("family", RENAMED)
 @pytest.mark.parametrize("version", [5, 4])
 def test_renamed_models(tmp_path: Path, family: str, version: int) -> None:
-    """Trap 36. Every tensor is held against peft's merge of the same factors, and the answers of the text part too."""
+    """transformers 5 renamed modules, and either side may have the old names.
+
+    Every tensor is held against peft's merge of the same factors, and the answers of the text part too.
+    """
     make, config, names = RENAMED[family]
     options = EAGER if family == "mixtral" else {}
     model = make()
@@ -370,11 +377,11 @@ class Zoo(nn.Module):
 
 
 class TestSameBytes:
-    """Promise 1, of every kind of update: nothing but the inputs decides a byte."""
+    """Nothing but the inputs decides a byte, for every kind of update."""
 
     @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
     def inputs(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[tuple[Path, float]]]:
-        """Two models in one file, and adapters that together have DoRA, LoRA, biases, values, rows and experts."""
+        """Write two models in one file, and adapters that together have DoRA, LoRA, biases, values, rows, experts."""
         layers, config = ["rows", "columns", "words", "conv"], {"task_type": None, "r": 5}
         linear = [name for name in layers if name != "words"]
 

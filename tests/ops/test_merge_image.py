@@ -1,4 +1,4 @@
-"""Adapters of image models, in every spelling, on single-file bases: each merge is the dense sum on the right rows."""
+"""Merge adapters of image models, in every format, into single-file bases: each is the dense sum on the right rows."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def base_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
 
 
 def pair(shape: tuple[int, ...], rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in, kernel), B (out, rank, 1s)."""
+    """Return A (rank, in, kernel), B (out, rank, 1s)."""
     A, B = factors(shape[0], math.prod(shape[1:]), rank, seed=seed)
     return A.reshape(rank, *shape[1:]), B.reshape(shape[0], rank, *[1] * (len(shape) - 2))
 
 
 def check(base: Path, merged: Path, changes: Mapping[str, list[tuple[int, int, Tensor]]]) -> None:
-    """Each changed tensor is the base's plus these matrices on these rows; the others are bit-equal."""
+    """Check that each changed tensor is the base's plus these matrices on these rows; the others are bit-equal."""
     one, two = load_model(base), load_model(merged)
     for name, W in one.items():
         expected = W.double().clone()
@@ -388,7 +388,7 @@ def test_what_has_no_place_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-# formats.md 2.3 and 2.7: a few of the pairs that two independent generators agree on
+# A few of the pairs that two independent generators agree on
 PAIRS = {
     "input_blocks.0.0": "conv_in",
     "input_blocks.4.1.transformer_blocks.0.attn1.to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

@@ -1,4 +1,4 @@
-"""Every kind of PEFT adapter on models that transformers loads. The oracle is peft's own forward pass, in float64."""
+"""Hold every kind of PEFT adapter on models that transformers loads. The oracle is peft's forward pass, in float64."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gpt2(**config: Any) -> Any:
 
 
 def randomize(model: Any, seed: int = 0) -> Any:
-    """Random weights in float64, or a random adapter of which nothing is zero."""
+    """Give a model random weights in float64, or an adapter random values of which none is zero."""
     g = torch.Generator().manual_seed(seed)
     adapter = isinstance(model, peft.PeftModel)
     for name, parameter in model.double().eval().named_parameters():
@@ -73,14 +73,14 @@ def write_base(folder: Path, model: Any, **options: Any) -> Path:
 
 
 def wrap(base: Any, seed: int = 1, name: str = "default", **config: Any) -> Any:
-    """A PeftModel with random non-zero factors around `base`."""
+    """Return a PeftModel with random non-zero factors around `base`."""
     config = {"r": 2, "lora_alpha": 3, "task_type": "CAUSAL_LM", **config}
     return randomize(peft.get_peft_model(base, peft.LoraConfig(**config), adapter_name=name), seed)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Folders of a base and an adapter, and what peft's forward pass of both answers."""
+    """Folders of a base and an adapter, and the answer of peft's forward pass of both."""
 
     cls: Any
     base: Path
@@ -88,7 +88,7 @@ class Pair:
     wanted: Tensor
 
     def holds(self, out: Path, tokens: Tensor = TOKENS) -> bool:
-        """Whether the merged model answers as base and adapter did, and not as the base alone."""
+        """Return whether the merged model answers as base and adapter did, and not as the base alone."""
         return agree(answer(load(out, self.cls), tokens), self.wanted)
 
 
@@ -103,13 +103,13 @@ def write_pair(folder: Path, model: Any, base: Mapping[str, Any] | None = None, 
 
 
 def by_peft(base: Path, adapter: Path, cls: Any) -> dict[str, Tensor]:
-    """peft's own merge in float64: right where nothing is tied."""
+    """Return peft's own merge in float64, which is right where nothing is tied."""
     return peft.PeftModel.from_pretrained(load(base, cls), adapter).merge_and_unload().state_dict()
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the parts of a model are called."""
+    """The names of a model's parts."""
 
     make: Callable[..., Any]
     linear: Sequence[str]
@@ -125,7 +125,7 @@ FAMILIES = {
 
 
 def kinds(n: Names) -> dict[str, dict[str, Any]]:
-    """kind -> the fields of its LoraConfig."""
+    """Return the fields of the LoraConfig of each kind."""
     linear, biased, both = [*n.linear], [*n.biased], [n.embed, "lm_head"]
     patterns = {
         "rank_pattern": {linear[0]: 1, rf"1\..*{linear[1]}": 3},
@@ -184,7 +184,7 @@ CASES = [(family, kind) for family, names in FAMILIES.items() for kind in kinds(
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]:
-    """(family, kind) -> its folders, written once."""
+    """Return a function (family, kind) -> its folders, which writes each pair once."""
     made: dict[tuple[str, str], Pair] = {}
 
     def pair(family: str, kind: str) -> Pair:
@@ -198,7 +198,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_the_merged_model_answers_as_peft(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
-    """Traps 2, 3, 7, 11, 12, 24, 25, 30, 31, 32."""
+    """Scales, patterns, orientation, magnitudes, saved modules, token rows and biases each have a rule of their own."""
     pair = pairs(family, kind)
     loratool.merge(pair.base, pair.adapter, tmp_path / "out")
     assert pair.holds(tmp_path / "out")
@@ -207,7 +207,7 @@ def test_the_merged_model_answers_as_peft(pairs: Any, tmp_path: Path, family: st
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_a_weight_is_a_part_of_the_way(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
-    """Traps 7 and 8, of updates that are no sum too: W + w * (U(W) - W), with U(W) from peft's own merge."""
+    """Also for updates that are no sum: W + w * (U(W) - W), never w squared, with U(W) from peft's own merge."""
     pair = pairs(family, kind)
     W, full = load(pair.base, pair.cls).state_dict(), by_peft(pair.base, pair.adapter, pair.cls)
     for w in (0.5, -1.0, 0.0):
@@ -234,10 +234,10 @@ def merged_bytes(base: Path, adapter: Path, out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["all at once", "embedding and head", "saved embedding and head", "lora_bias"])
 class TestOtherSpellings:
-    """The same adapter, saved in the other ways that peft and its users have, is the same merge."""
+    """An adapter saved in the other ways that peft and its users have is the same merge."""
 
     def test_a_torch_file(self, pairs: Any, tmp_path: Path, kind: str) -> None:
-        """Trap 37."""
+        """Older PEFT saves adapter_model.bin."""
         pair = pairs("llama", kind)
         model = peft.PeftModel.from_pretrained(load(pair.base, pair.cls), pair.adapter)
         model.save_pretrained(tmp_path / "torch", safe_serialization=False)
@@ -255,7 +255,7 @@ class TestOtherSpellings:
         assert all(agree(answer(load(tmp_path / o, pair.cls)), wanted) for o in ("direct", "out"))
 
     def test_raw_keys_of_the_model(self, pairs: Any, tmp_path: Path, kind: str) -> None:
-        """Traps 27 and 30: `lora_A.default.weight`, `.modules_to_save.default.` and the like."""
+        """A state dict saved by hand has `lora_A.default.weight`, `.modules_to_save.default.` and the like."""
         pair = pairs("llama", kind)
         model = peft.PeftModel.from_pretrained(load(pair.base, pair.cls), pair.adapter)
         saved = load_model(pair.adapter)
@@ -408,7 +408,7 @@ class TestSeveralAdapters:
         assert not (tmp_path / "out").exists()
 
     def test_one_after_the_other(self, pairs: Any, tmp_path: Path) -> None:
-        """What the refusal advises works, and is what peft computes of the second on the first's result."""
+        """The remedy of the refusal works, and gives what peft computes of the second on the first's result."""
         a, b = pairs("llama", "dora"), pairs("llama", "dora, rslora")
         loratool.merge(a.base, a.adapter, tmp_path / "first")
         loratool.merge(tmp_path / "first", b.adapter, tmp_path / "out")
@@ -440,7 +440,7 @@ def edit_config(adapter: Path, copy: Path, **fields: Any) -> Path:
 def test_a_config_of_another_adapter_is_refused(
     pairs: Any, tmp_path: Path, kind: str, fields: dict[str, Any], message: str
 ) -> None:
-    """Traps 5 and 28: what the file holds and the config does not announce is never dropped."""
+    """A tensor that the config does not announce is never dropped, as PEFT does in silence."""
     pair = pairs("llama", kind)
     with pytest.raises(InputError, match=message):
         loratool.merge(pair.base, edit_config(pair.adapter, tmp_path / "a", **fields), tmp_path / "out")

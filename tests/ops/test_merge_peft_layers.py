@@ -1,4 +1,4 @@
-"""PEFT adapters on layers beyond linear ones: convolutions, attention in one piece, stacks of experts."""
+"""Hold PEFT adapters on layers beyond linear ones: convolutions, attention in one piece, stacks of experts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def read_layers(folder: Path) -> nn.Module:
 )
 @pytest.mark.parametrize("weight", [1.0, -0.5])
 def test_every_kind_of_layer(tmp_path: Path, config: dict[str, Any], weight: float) -> None:
-    """Traps 11, 12, 15 and 24, without any model type that could help."""
+    """Conv1D, embeddings, convolutions and DoRA each store factors in another order, and no model type helps here."""
     base = write_layers(tmp_path / "base", Layers())
     wrapped = wrap(read_layers(base), task_type=None, **config)
     wrapped.save_pretrained(tmp_path / "a")
@@ -88,7 +88,7 @@ def test_every_kind_of_layer(tmp_path: Path, config: dict[str, Any], weight: flo
 
 
 def test_a_square_matrix_beside_both_layouts_is_refused_with_a_remedy_that_works(tmp_path: Path) -> None:
-    """Trap 11: every option that the refusal names must end it."""
+    """Shapes cannot tell (in, out) from (out, in) here; every option that the refusal names must end it."""
 
     class Square(Layers):
         def __init__(self) -> None:
@@ -131,7 +131,7 @@ def test_attention_in_one_piece(tmp_path: Path, rslora: bool) -> None:
 
 
 def test_the_input_projection_answers_as_peft(tmp_path: Path) -> None:
-    """Where out_proj has no change, peft's forward pass is right, and the oracle."""
+    """peft's forward pass is right, and the oracle, as long as out_proj has no update."""
     base = write_layers(tmp_path / "base", Attention())
     plain = Attention().double().eval()
     plain.load_state_dict(load_model(base))
@@ -151,7 +151,7 @@ def test_the_input_projection_answers_as_peft(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "groups"), [(2, 2), (4, 2), (4, 4)])
 def test_a_grouped_convolution_is_refused(tmp_path: Path, rank: int, groups: int) -> None:
-    """Trap 15: peft itself cannot merge it."""
+    """peft itself cannot merge it."""
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups))
     base = write_layers(tmp_path / "base", model)
     wrap(model, task_type=None, target_modules=["0"], r=rank).save_pretrained(tmp_path / "a")
@@ -184,7 +184,7 @@ Q = {"target_modules": ["q_proj"]}
 
 
 def write_moe(folder: Path, model: Any, **config: Any) -> tuple[Any, Path, Path, Tensor]:
-    """(class, base, adapter, what peft's forward pass answers)"""
+    """Return (class, base, adapter, the answer of peft's forward pass)."""
     cls, base = type(model), write_base(folder / "base", model)
     wrapped = wrap(load(base, cls, **EAGER), **{**Q, **config})
     wrapped.save_pretrained(folder / "a")
@@ -208,7 +208,10 @@ def write_moe(folder: Path, model: Any, **config: Any) -> tuple[Any, Path, Path,
     ids=["both", "both, reversed", "gate_up", "down, rslora", "patterns"],
 )
 def test_stacks_of_experts(tmp_path: Path, make: Callable[..., Any], config: dict[str, Any]) -> None:
-    """Traps 16, 17 and 18: per-expert files (mixtral, qwen3_moe) and a stack stored as (expert, in, out) (gpt_oss)."""
+    """PEFT's stacked factors have the expert slowest in A and fastest in B, and name their parameter by nesting alone.
+
+    The files: one matrix an expert (mixtral, qwen3_moe), and a stack stored as (expert, in, out) (gpt_oss).
+    """
     cls, base, adapter, wanted = write_moe(tmp_path, make(), **config)
     loratool.merge(base, adapter, tmp_path / "out")
     assert agree(answer(load(tmp_path / "out", cls, **EAGER)), wanted)
@@ -231,7 +234,7 @@ def test_a_router_is_a_parameter_too(tmp_path: Path, make: Callable[..., Any], c
 
 
 def test_all_linear_names_parameters_without_their_owners(tmp_path: Path) -> None:
-    """Trap 18: `gate.weight` beside a bare `down_proj`, which is for the module that has such a parameter."""
+    """`gate.weight` beside a bare `down_proj`, which is for the module that has such a parameter."""
     sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": 32, "intermediate_size": 12}
     model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
     cls, base, adapter, wanted = write_moe(tmp_path, model, target_modules="all-linear")
@@ -243,8 +246,10 @@ def test_all_linear_names_parameters_without_their_owners(tmp_path: Path) -> Non
 
 
 def test_gate_and_up_of_gpt_oss_alternate(tmp_path: Path) -> None:
-    """Trap 20: its stack is no gate above an up, so that the factors of one of them are refused by name; the factors
-    of both in one keep the stack's own order."""
+    """Its stack is no gate above an up: the factors of one of them are refused by name.
+
+    The factors of both in one keep the order of the stack.
+    """
     cls, base, adapter, wanted = write_moe(tmp_path, gpt_oss(), target_parameters=[GATE_UP])
     loratool.merge(base, adapter, tmp_path / "out")
     assert agree(answer(load(tmp_path / "out", cls, **EAGER)), wanted)
@@ -261,7 +266,7 @@ def test_gate_and_up_of_gpt_oss_alternate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight", [0.5, -1.0])
 @pytest.mark.parametrize("make", [mixtral, gpt_oss])
 def test_a_weight_of_experts(tmp_path: Path, make: Callable[..., Any], weight: float) -> None:
-    """Trap 8."""
+    """A weight w gives w times the delta, never w squared."""
     _, base, adapter, _ = write_moe(tmp_path, make(), target_parameters=[GATE_UP, DOWN])
     loratool.merge(base, adapter, tmp_path / "full")
     loratool.merge(base, (adapter, weight), tmp_path / "part")
@@ -271,7 +276,7 @@ def test_a_weight_of_experts(tmp_path: Path, make: Callable[..., Any], weight: f
 
 
 class TestSquareExperts:
-    """Trap 19: where shapes do not tell (in, out) from (out, in)."""
+    """Stacks whose shapes do not tell (in, out) from (out, in), which PEFT 0.19 exchanged."""
 
     @pytest.mark.parametrize(("make", "target"), [(mixtral, DOWN), (qwen3_moe, DOWN), (gpt_oss, DOWN)])
     def test_the_family_decides(self, tmp_path: Path, make: Callable[..., Any], target: str) -> None:
@@ -280,7 +285,7 @@ class TestSquareExperts:
         assert agree(answer(load(tmp_path / "out", cls, **EAGER)), wanted)
 
     def stack(self, tmp_path: Path, model_type: str, **config: Any) -> tuple[Path, Path, Tensor]:
-        """A stack of three square matrices and an adapter of rank 2 on it; D of each as PEFT <= 0.18 took it."""
+        """Write a stack of three square matrices and an adapter of rank 2; return D of each as PEFT <= 0.18 took it."""
         g = torch.Generator().manual_seed(0)
         W, A, B = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((3, 8, 8), (6, 8), (8, 6)))
         (tmp_path / "base").mkdir()
@@ -354,7 +359,7 @@ class TestOneAdapterAnExpert:
     @pytest.mark.parametrize("stacked", [False, True], ids=["a matrix an expert", "a stack"])
     @pytest.mark.parametrize("family", SPELLINGS)
     def test_answers_as_peft(self, tmp_path: Path, family: str, stacked: bool) -> None:
-        """Traps 17, 21 and 36. The stack is the file that keeps the model's own names."""
+        """The factors of each expert find their rows, also in a stack: that is the file with the model's own names."""
         model = SPELLINGS[family][0]()
         cls, base = type(model), write_base(tmp_path / "base", model)
         self.write(tmp_path / "a", family)
@@ -393,7 +398,7 @@ class TestOneAdapterAnExpert:
     ],
 )
 def test_other_parameters_than_the_config_s_are_refused(tmp_path: Path, targets: list[str], message: str) -> None:
-    """Trap 18."""
+    """The order of target_parameters is all that says which nested key is which parameter's."""
     _, base, adapter, _ = write_moe(tmp_path, mixtral(), target_parameters=[GATE_UP, DOWN])
     edit(adapter / "adapter_config.json", target_parameters=targets)
     with pytest.raises(InputError, match=message):
@@ -401,7 +406,7 @@ def test_other_parameters_than_the_config_s_are_refused(tmp_path: Path, targets:
 
 
 def test_an_expert_too_many_is_refused(tmp_path: Path) -> None:
-    """Trap 27: the factors of an expert that the base lacks are not dropped in silence."""
+    """The factors of an expert that the base lacks are not dropped in silence."""
     cls, _, adapter, _ = write_moe(tmp_path, mixtral(), target_parameters=[GATE_UP, DOWN])
     config = {"vocab_size": 32, "num_local_experts": 2, "intermediate_size": 24}
     small = write_base(tmp_path / "small", cls(transformers.MixtralConfig(**SIZES, **config)))
@@ -410,7 +415,7 @@ def test_an_expert_too_many_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_expert_s_part_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
-    """Trap 27, on a file with a matrix an expert of which one is missing."""
+    """One of an expert's three matrices is missing, and its factors are not dropped in silence."""
     _, base, adapter, _ = write_moe(tmp_path, mixtral(), target_parameters=[GATE_UP, DOWN])
     tensors = load_model(base)
     del tensors["model.layers.0.block_sparse_moe.experts.1.w3.weight"]

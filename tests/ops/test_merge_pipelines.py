@@ -1,6 +1,6 @@
-"""Folders of diffusers pipelines as bases: each component takes its modules, and all else stays, byte for byte.
+"""Merge into folders of diffusers pipelines: each component takes its modules, and all else stays, byte for byte.
 
-diffusers is not installed here: the folders' layout and the modules' names are literals of its own.
+diffusers is not needed: the layout of the folders and the names of the modules are literals.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def pipeline(path: Path, components: Mapping[str, Mapping[str, Mapping[str, tupl
 
 
 def adapter(path: Path, kohya: bool, components: tuple[str, ...] = tuple(SDXL)) -> dict[tuple[str, str], Tensor]:
-    """An adapter file with the modules of some components; its change of each tensor, (component, name) -> B A."""
+    """Write an adapter file of some components; return its delta of each tensor, (component, name) -> B A."""
     tensors, changes = {}, {}
     for seed, ((flat, dotted), (component, name)) in enumerate(NAMES.items()):
         if component not in components:
@@ -123,7 +123,7 @@ def adapter(path: Path, kohya: bool, components: tuple[str, ...] = tuple(SDXL)) 
 
 
 def lora(path: Path, A: Tensor, B: Tensor, *modules: str) -> None:
-    """An adapter with the same factors for several modules, in diffusers' spelling."""
+    """Write an adapter with the same factors for several modules, in diffusers' names."""
     ends = {"lora_A.weight": A, "lora_B.weight": B}
     save_file({f"{name}.{end}": x.clone() for name in modules for end, x in ends.items()}, path)
 

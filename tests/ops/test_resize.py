@@ -1,4 +1,4 @@
-"""resize: against the dense SVD and peft's own conversion, in merges, and at the edges of every rule."""
+"""Hold resize against the dense SVD and peft's own conversion, in merges, and at the edges of every rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adapter(folder: Path, rank: int = 6, **config: Any) -> Path:
 
 
 def changes(path: Path, tmp_path: Path, name: str) -> dict[str, Tensor]:
-    """The change of each module, as merging onto zeros gives it."""
+    """Return the delta of each module, as merging onto zeros gives it."""
     base = write_model(tmp_path / "zero", ZERO_BASE)
     loratool.merge(base, path, tmp_path / name, undo=False)
     return {key.removesuffix(".weight"): W.double() for key, W in load_model(tmp_path / name).items()}
@@ -155,7 +155,7 @@ class TestEveryKind:
         assert "DoRA" in report.warnings[0]
 
     def test_what_is_carried_has_names_that_peft_finds(self, tmp_path: Path) -> None:
-        """As PEFT saves them: without an adapter's name and without a training loop's wrappers."""
+        """PEFT saves them without an adapter's name and without a training loop's wrappers."""
         before = {
             "lora_A.style.weight": torch.ones(4, 20),
             "lora_B.style.weight": torch.ones(24, 4),

@@ -1,4 +1,4 @@
-"""merge, then unmerge: the base's files byte for byte, for every update; and what must be refused."""
+"""Hold unmerge after merge: the base's files byte for byte, for every update; and what must be refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recast(base: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", kinds(FAMILIES["llama"]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_update_comes_off(tmp_path: Path, family: str, kind: str, dtype: str) -> None:
-    """Trap 48."""
+    """Subtracting a rounded delta would leave 7 % of the weights changed; every byte must come back."""
     names = FAMILIES[family]
     pair = write_pair(tmp_path / "x", names.make(), **kinds(names)[kind])
     recast(pair.base, DTYPES[dtype])
@@ -160,7 +160,7 @@ class TestFiles:
 
 
 def forge(undo: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Another index in an undo file, written as its layout says."""
+    """Write another index into an undo file, in the file's own layout."""
     data = undo.read_bytes()
     at, length = struct.unpack("<QQ", data[-24:-8])
     index = json.loads(zlib.decompress(data[at : at + length]))
@@ -245,7 +245,7 @@ class TestRefusals:
     def test_rows_without_an_update_edited_since(
         self, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of a fused matrix one part has an adapter; the rows of the others go to the base as they are."""
+        """The adapter changes some rows of a fused matrix; the other rows go to the base unchanged."""
         monkeypatch.setattr("loratool.files.undo_file.HASH_PART", part)
         monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
         folder, file = FIXTURES / "sdxl", tmp_path / "merged.safetensors"

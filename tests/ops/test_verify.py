@@ -1,4 +1,4 @@
-"""verify: every planted fault is found and named, and no right merge is called wrong, whoever made it."""
+"""Hold verify: every planted fault is found and named, and no right merge is called wrong, whoever made it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_inputs(
     factor_dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> tuple[Path, Path]:
-    """A base of a few matrices and norms, and an adapter whose change is some percent of them, or `relative`."""
+    """Write a base of a few matrices and norms, and an adapter whose delta is some percent of them, or `relative`."""
     shape = (96, 96) if square else SHAPE
     tensors = {f"{name}.weight": weights(*shape, seed=i, dtype=dtype) for i, name in enumerate(NAMES)}
     tensors |= {f"{name}.norm.weight": torch.ones(64, dtype=dtype) for name in NAMES}
@@ -298,7 +298,7 @@ def test_faults_are_named_where_rounding_leaves_little_of_them(
 
 @pytest.mark.parametrize("relative", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_one_step_anywhere_in_an_exact_tensor(tmp_path: Path, relative: float, dtype: torch.dtype) -> None:
-    """In float32 a weight that happens to lie next to a tie cannot be told from one that others round there."""
+    """A float32 weight next to a tie cannot be told from one that others round there."""
     base, adapter = write_inputs(tmp_path, dtype, relative=relative)
     loratool.merge(base, adapter, tmp_path / "m")
     merged, missed = load_model(tmp_path / "m"), 0
@@ -370,7 +370,7 @@ def test_float32_norms_of_long_rows_are_no_fault(tmp_path: Path, weight: float, 
 def test_rows_that_no_adapter_touches_are_the_bases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """Of a tensor of which an adapter changes some rows, merged by others and altered in the rest."""
+    """A tensor of which an adapter changes some rows, merged by others and altered in the rest."""
     from dataclasses import replace
 
     from loratool.ops.verify import command as module
@@ -448,7 +448,7 @@ def test_two_adapters_in_either_order(tmp_path: Path, arithmetic: str, turned: b
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16 change", "fp16 change"])
 def test_two_steps_in_anothers_merge(tmp_path: Path, arithmetic: str, dtype: torch.dtype) -> None:
-    """One weight moved by two steps beyond what the rounding allows."""
+    """One weight moved by two ulps beyond what the rounding allows."""
     base, adapter = write_inputs(tmp_path, dtype)
     stored, tensors = load_file(adapter / "adapter_model.safetensors"), load_model(base)
     for name in NAMES:
@@ -485,7 +485,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 def write_float8(folder: Path, kind: torch.dtype) -> tuple[Path, Path]:
-    """A base that is cast to 8 bits without scales, as ComfyUI's plain fp8 files are, and an adapter for some of it."""
+    """Write a base cast to 8 bits without scales, as ComfyUI's plain fp8 files are, and an adapter for some of it."""
     base, adapter = write_inputs(folder, torch.bfloat16)
     tensors = {name: W if "norm" in name else W.to(kind) for name, W in load_model(base).items()}
     tensors["model.layers.9.q.weight"] = weights(8, 8, seed=9).to(kind)
@@ -603,7 +603,7 @@ def test_a_head_that_the_base_stores_twice_may_be_stored_once(tmp_path: Path) ->
 def test_no_change_is_proven_by_the_base(
     tmp_path: Path, run: Callable[..., Any], rows: int, weight: float, B: float
 ) -> None:
-    """A weight of 0, factors that are 0, a tensor without a number: nothing is below half a step."""
+    """A weight of 0, factors that are 0, a tensor without a number: nothing is below half an ulp."""
     base = write_model(tmp_path / "base", {"x.weight": weights(rows, 4), "y.weight": weights(2, 2)})
     adapter = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(rows, 2) * B)})
     result = run("verify", base, f"{adapter}:{weight}", base)
@@ -682,7 +682,7 @@ def test_a_selection_of_nothing_is_refused(tmp_path: Path, run: Callable[..., An
 
 
 def test_two_adapters_one_after_the_other(tmp_path: Path) -> None:
-    """What peft gives if the second is merged into the rounded result of the first."""
+    """peft gives that if the second is merged into the rounded result of the first."""
     base, adapter = write_inputs(tmp_path, torch.bfloat16)
     loratool.merge(base, (adapter, 0.5), tmp_path / "one")
     loratool.merge(tmp_path / "one", (adapter, 0.25), tmp_path / "two")

@@ -1,4 +1,4 @@
-"""processes.py: the same outputs as threads, the same errors, and nothing left where a worker dies."""
+"""Hold forked workers to the outputs and errors of threads, and to leaving nothing where one dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runtime.py: results in order, no further ahead than asked for, and torch left as it was."""
+"""Hold the workers: results in order, no further ahead than asked for, and torch left as it was."""
 
 from __future__ import annotations
 

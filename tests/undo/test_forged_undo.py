@@ -1,6 +1,6 @@
-"""Undo files as nobody's merge wrote them: every field of the index changed, records flipped and cut, bombs.
+"""Forge undo files that no merge wrote: every field of the index changed, records flipped and cut, bombs.
 
-What comes of one is the base's own bytes or exit 3, never an internal error and never other bytes.
+The result is the base's own bytes or exit 3, never an internal error and never other bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WRONG: tuple[Any, ...] = (None, "x", 5, -1, 1 << 62, 1 << 70, math.nan, math.inf
 
 @dataclass(frozen=True)
 class Case:
-    """A merge, and its undo file in parts."""
+    """A merge, and its undo file in sections."""
 
     base: Path
     adapter: Path
@@ -64,7 +64,7 @@ def read_case(base: Path, adapter: Path, merged: Path) -> Case:
 
 
 def write_resized(folder: Path) -> Path:
-    """A vocabulary that the adapter cuts, so that rows are copied, and a tokenizer that it adds."""
+    """Write a vocabulary that the adapter cuts, so that rows are copied, and a tokenizer that it adds."""
     tensors = {"model.embed_tokens.weight": weights(24, 8), "model.x.weight": weights(6, 4), "model.n": torch.tensor(3)}
     write_model(folder / "base", tensors, {"model_type": "llama", "vocab_size": 24})
     adapter = write_peft(folder / "adapter", {"model.x": factors(6, 4, 2)}, modules_to_save=["embed_tokens"])
@@ -96,7 +96,7 @@ def cases(folder: Path) -> dict[str, Case]:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every field, as the keys that lead to it; of a model's many tensors a few."""
+    """List every field, as the keys that lead to it; for a model's many tensors a few."""
     if path:
         yield path
     items = (
@@ -108,7 +108,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def forgeries(index: dict[str, Any], every: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each field deleted, of another type or size, exchanged with its neighbour, twice there, or the neighbour's.
+    """Return each field deleted, retyped, resized, exchanged with its neighbour, twice there, or the neighbour's.
 
     All but what version 1 of the layout cannot tell: that a tokenizer's file is new.
     """
@@ -155,14 +155,14 @@ def forgeries(index: dict[str, Any], every: int) -> Iterator[tuple[str, dict[str
 
 
 def untold(case: Case) -> list[tuple[int, int]]:
-    """The bytes of which version 1 of the layout has no hash: rows that a merge cut off."""
+    """Return the bytes of which version 1 of the layout has no hash: rows that a merge cut off."""
     copied = [(entry["copied"][1], entry) for entry in case.index["tensors"].values() if "copied" in entry]
     later = [r[2] for entry in case.index["tensors"].values() for r in entry["records"]]
     return [(at, min([each for each in later if each > at], default=len(case.records))) for at, _ in copied]
 
 
 def damages(case: Case) -> Iterator[tuple[str, bytes]]:
-    """Records flipped, cut, and in each other's place."""
+    """Return records flipped, cut, and in each other's place."""
     found = [r for entry in case.index["tensors"].values() for r in entry["records"] if r[3]]
     for number, (_, _, at, length, *_) in enumerate(found):
         for place in {at, at + length // 2, at + length - 1}:
@@ -183,7 +183,7 @@ def damages(case: Case) -> Iterator[tuple[str, bytes]]:
 
 
 def outcome(case: Case, data: bytes, folder: Path) -> str:
-    """What comes of an undo file: `right`, `refused`, or what is wrong with it."""
+    """Return `right`, `refused`, or what is wrong with the outcome of an undo file."""
     undo, out = folder / "forged.undo", folder / ("back" if case.merged.is_dir() else "back.safetensors")
     undo.write_bytes(data)
     try:
@@ -234,7 +234,7 @@ def campaign(folder: Path, every: int) -> Counter[str]:
 
 
 def damaged(case: Case, data: bytes, folder: Path) -> int:
-    """The most bytes that Python held while an undo file was refused as damaged."""
+    """Return the most bytes that Python held while an undo file was refused as damaged."""
     (folder / "forged.undo").write_bytes(data)
     tracemalloc.start()
     try:

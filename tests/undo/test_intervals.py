@@ -1,4 +1,4 @@
-"""numerics/preimage.py: whatever the weights and the change, the reader gets back what the writer had."""
+"""Hold the intervals of weights: whatever the weights and the delta, the reader gets back what the writer had."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTEGERS = {"BF16": (torch.int16, 16), "F16": (torch.int16, 16), "F32": (torch.i
 
 
 def round_trip(W: Tensor, c: Tensor, a: Tensor | None = None) -> tuple[bool, Tensor, int]:
-    """Whether W comes back bit for bit from W' = round_once(a * W + c), W', and the bytes of the record."""
+    """Return whether W comes back bit for bit from W' = round_once(a * W + c), W', and the bytes of the record."""
     from loratool.numerics.exact import Workspace
 
     work = Workspace(torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_any_bits(form: str, data: Any) -> None:
 
 @pytest.mark.parametrize("form", FLOAT_FORMATS)
 def test_ties_and_their_neighbours(form: str) -> None:
-    """Sums at a midpoint, and a few float64 steps to both sides of it."""
+    """Sums at a midpoint, and a few float64 ulps to both sides of it."""
     g = torch.Generator().manual_seed(0)
     W = (torch.randn(8, 4096, generator=g) * 0.02).to(TYPES[form])
     step = (torch.nextafter(W.abs(), torch.full_like(W, torch.inf)) - W.abs()).double()
@@ -96,7 +96,7 @@ def test_ties_and_their_neighbours(form: str) -> None:
     [("0x1.ffffffffe264bp-1", "0x1.0000050000000p-126"), ("-0x1.2a3349cf51544p-1", "0x1.0000022a3349dp-126")],
 )
 def test_a_scaled_weight_far_below_the_normal_numbers(a: str, c: str) -> None:
-    """What float64 rounds of a sum near 2**-126 is more than its share of one step of W."""
+    """The float64 rounding of a sum near 2**-126 is more than its share of one ulp of W."""
     W = torch.tensor([[1]], dtype=torch.int32).view(torch.float32)
     factor, change = (torch.tensor([[float.fromhex(x)]], dtype=torch.float64) for x in (a, c))
     assert round_trip(W, change, factor)[0]
@@ -106,7 +106,7 @@ def test_a_scaled_weight_far_below_the_normal_numbers(a: str, c: str) -> None:
 @pytest.mark.parametrize("place", ["least", "second", "one", "last"])
 @pytest.mark.parametrize("scale", [None, 1.0, -1.0, 0.5])
 def test_sums_across_a_power_of_two(form: str, place: str, scale: float | None) -> None:
-    """Steps change their size there, or, at the least normal number, do not: weights and sums to both sides."""
+    """Ulps change their size there, or, at the least normal number, do not: weights and sums to both sides."""
     kind, tiny = INTEGERS[form][0], torch.finfo(TYPES[form]).tiny
     power = {"least": tiny, "second": 2 * tiny, "one": 1.0, "last": 1 / tiny * 2}[place]
     at = torch.tensor(power, dtype=TYPES[form]).view(kind)

@@ -1,4 +1,4 @@
-"""numerics/filtered_preimage.py: the record that the exact way writes, byte for byte."""
+"""Hold the float32 way to the record that the exact way writes, byte for byte."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Settling(Recorder):
-    """Counts the blocks that float32 could tell."""
+    """A count of the blocks that float32 could tell."""
 
     settled = 0
 
@@ -35,7 +35,7 @@ class Settling(Recorder):
 
 
 def exactly(W: Tensor, product: ExactProduct, out: Tensor, recorder: Recorder) -> RoundingStats:
-    """Row by row of cells."""
+    """Run the exact way, row by row of cells."""
     change = RoundingStats()
     for start in range(0, len(W), cell_rows(W.shape[1])):
         rows = slice(start, min(start + cell_rows(W.shape[1]), len(W)))
@@ -45,7 +45,7 @@ def exactly(W: Tensor, product: ExactProduct, out: Tensor, recorder: Recorder) -
 
 
 def both(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[RecordedBlock, RecordedBlock, int]:
-    """What the filter records, what the exact way does, and how many blocks the filter could tell."""
+    """Return the filter's record, the exact way's, and the number of blocks that the filter could tell."""
     product, work = ExactProduct([Factors(B, scale, A.double())]), Workspace(CPU)
     found, expected = torch.empty_like(W), torch.empty_like(W)
     ours, theirs = Settling(W.dtype), Recorder(W.dtype)
@@ -82,7 +82,7 @@ def test_the_record_is_the_exact_ways(
 @pytest.mark.parametrize("std", [1e-6, 1e-5, 3e-5, 6e-5, 1e-4, 1.0, 1e3, 1e4])
 @pytest.mark.parametrize("dtype", FORMS)
 def test_the_record_of_weights_of_any_size(relative: float, std: float, dtype: torch.dtype) -> None:
-    """Below 6.1e-5 float16 has numbers of one step, above 32768 it ends."""
+    """Below 6.1e-5 float16 has one ulp for all numbers, above 32768 it ends."""
     W, (A, B) = (weights(128, 1024).double() * (std / 0.02)).to(dtype), factors(128, 1024, 4)
     one, two, _ = both(W, A, B, relative * std / float((B @ A).std()))
     assert one.payload == two.payload
@@ -112,7 +112,7 @@ def test_the_record_of_sums_on_midpoints(dtype: torch.dtype, hair: float) -> Non
 
 
 def test_the_record_where_the_normal_numbers_end() -> None:
-    """Below the least of them, the step to the next number is as large as above."""
+    """Below the least of them, the ulp is as large as above."""
     W, (A, B) = weights(64, 300, dtype=torch.float16), factors(64, 300, 4)
     W[::8, ::12], W[1::8, ::12] = 2.0**-14, -(2.0**-14)
     one, two, settled = both(W, A, B, 2.0**-26 / float((B @ A).std()))
@@ -120,7 +120,7 @@ def test_the_record_where_the_normal_numbers_end() -> None:
 
 
 def test_the_record_where_the_last_binade_begins() -> None:
-    """Of W' there no interval is made."""
+    """No interval is made there of W'."""
     W, (A, B) = weights(64, 300, dtype=torch.float16), factors(64, 300, 4)
     W = (W.float() * 2e4 + 10000).half()
     W[::4, ::10] = torch.linspace(32000, 32767, 30).half()
