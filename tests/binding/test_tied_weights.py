@@ -13,8 +13,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, load_model
+from peft_models import (
+    FAMILIES,
+    Pair,
+    agree,
+    answer,
+    config_of,
+    llava,
+    load,
+    peft,
+    transformers,
+    wrap,
+    write_base,
+    write_pair,
+)
 from safetensors.torch import load_file, save_file
-from test_merge_peft_kinds import FAMILIES, Pair, agree, answer, load, peft, transformers, wrap, write_base, write_pair
 from torch import Tensor
 
 import loratool
@@ -51,10 +64,6 @@ KINDS = {
 STAY_TIED = ("nothing", "both, equal", "saved both, equal", "tokens", "tokens and embedding")
 
 PARTED_BY_PEFT = ("gpt2", "saved both, equal")  # its ensure_weight_tying knows an embedding by the name embed_tokens
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -350,31 +359,6 @@ def test_t5_with_a_head_of_its_own(flan: Path, tmp_path: Path, run: Any, config:
     assert torch.equal(merged[HEAD], load_model(flan)[HEAD])
     assert all(torch.equal(merged[k], merged["shared.weight"]) for k in merged if "embed_tokens" in k)
     assert run("merge", flan, tmp_path / "a", "-o", tmp_path / "rest", "--exclude", "shared").exit_code == 0
-
-
-def llava(**config: Any) -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"model_type": "llama", "num_key_value_heads": 1, "vocab_size": 40, **sizes}
-    vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 16, **sizes}
-    full = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=39, **config)
-    return transformers.LlavaForConditionalGeneration(full)
-
-
-def gemma3() -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    text = {**sizes, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 40}
-    vision = {**sizes, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
-def qwen2_vl() -> Any:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 1, "vocab_size": 40, "rope_parameters": rope}
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
-    return transformers.Qwen2VLForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q_proj", "embed_tokens", "lm_head"]])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import bits, factors, weights
+from filtered_rows import STRANGE, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import change_reference, round_reference, to_longdouble
@@ -16,13 +17,9 @@ from torch import Tensor
 from loratool.adapters.updates import LowRank
 from loratool.numerics import filtered
 from loratool.numerics.exact import ExactProduct, Factors, RoundingStats, Workspace, apply_rounded
-from loratool.numerics.filtered import FORMS, FilteredProduct, FilteredRows
+from loratool.numerics.filtered import FORMS
 
 CPU = torch.device("cpu")
-
-
-def rows_of(product: ExactProduct, count: int, even: bool = False) -> FilteredRows:
-    return FilteredRows(FilteredProduct(product, even), product.balanced(0, count))
 
 
 def both(
@@ -166,18 +163,6 @@ def test_rows_too_small_for_float32_beside_a_large_right_side(large: int, small:
     apply_rounded(W, product.fill(left[:64]), expected, Workspace(CPU))
     if rows_of(product, 65).apply(W, 0, found, Workspace(CPU)) is not None:
         assert torch.equal(bits(found), bits(expected))
-
-
-STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
-    "negative zero": lambda W: W * -0.0,
-    "half pruned": lambda W: torch.where(W > 0, W, torch.zeros_like(W)),
-    "subnormal": lambda W: (W.float() * torch.finfo(W.dtype).tiny).to(W.dtype),
-    "small": lambda W: (W.float() * torch.finfo(W.dtype).tiny * 100).to(W.dtype),
-    "huge": lambda W: (W.float() / 0.1 * torch.finfo(W.dtype).max / 2).to(W.dtype),
-    "infinite": lambda W: W.masked_fill(W > 0.05, float("inf")),
-    "nan": lambda W: W.masked_fill(W > 0.05, float("nan")),
-    "largest": lambda W: torch.full_like(W, torch.finfo(W.dtype).max),
-}
 
 
 @pytest.mark.parametrize("strange", STRANGE)

@@ -16,12 +16,12 @@ import torch
 import transformers
 from conftest import FIXTURES, bits, load_model, weights, write_model, write_peft
 from conftest import factors as lora
+from diffusers_folders import pipeline
 from reference import round_reference, to_longdouble
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from safetensors.torch import load_model as load_into
-from test_merge_pipelines import pipeline
-from test_tied_families import CLASSES, DISTIL, SEQ2SEQ, T5
+from tied_models import CLASSES, DISTIL, SEQ2SEQ, T5
 from torch import Tensor
 
 import loratool

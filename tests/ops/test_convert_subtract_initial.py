@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_models import FILE, LOADERS, clip, compute, peft, pipelines, unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_convert_image_oracles import FILE, LOADERS, clip, compute, peft, pipelines, unet
 from torch import Tensor
 
 import loratool

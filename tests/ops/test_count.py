@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from configs import DEBERTA, GROUPED, REAL, SMALL, small
 from conftest import FIXTURES, ROOT, SHARED, needs_shared, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
-from test_config_tensors import DEBERTA, GROUPED, REAL, SMALL, small
 
 import loratool
 from loratool.architectures.config_tensors import CONFIG_FAMILIES

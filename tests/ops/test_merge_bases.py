@@ -13,25 +13,31 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, factors, load_model, weights, write_model, write_peft
-from reference import change_reference, round_reference, to_longdouble
-from safetensors.torch import load_file, save_file
-from test_merge_peft_kinds import (
+from peft_models import (
+    DOWN,
+    EAGER,
     FAMILIES,
+    GATE_UP,
     Pair,
     agree,
     answer,
+    config_of,
+    gemma3,
     kinds,
     llama,
+    llava,
     load,
+    mixtral,
     peft,
+    qwen2_vl,
     randomize,
     transformers,
     wrap,
     write_base,
     write_pair,
 )
-from test_merge_peft_layers import DOWN, EAGER, GATE_UP, mixtral
-from test_tied_weights import config_of, gemma3, llava, qwen2_vl
+from reference import change_reference, round_reference, to_longdouble
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool

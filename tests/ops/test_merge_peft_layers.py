@@ -11,8 +11,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, load_model, write_peft
+from peft_models import (
+    DOWN,
+    EAGER,
+    EXPERT_SIZES,
+    GATE_UP,
+    ROUTER,
+    agree,
+    answer,
+    gpt_oss,
+    load,
+    mixtral,
+    peft,
+    qwen3_moe,
+    randomize,
+    transformers,
+    wrap,
+    write_base,
+)
 from safetensors.torch import load_file, save_file
-from test_merge_peft_kinds import agree, answer, load, peft, randomize, transformers, wrap, write_base
 from torch import Tensor, nn
 
 import loratool
@@ -159,27 +176,6 @@ def test_a_grouped_convolution_is_refused(tmp_path: Path, rank: int, groups: int
         loratool.merge(base, tmp_path / "a", tmp_path / "out")
 
 
-# Small models with experts. All are loaded with experts_implementation="eager": the fast ones have no float64.
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-
-
-def mixtral(width: int = 24) -> Any:
-    config = {"vocab_size": 32, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": width}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **config))
-
-
-def qwen3_moe(width: int = 12) -> Any:
-    config = {"vocab_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size": 24}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **config, moe_intermediate_size=width))
-
-
-def gpt_oss(width: int = 24) -> Any:
-    config = {"vocab_size": 32, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **config, intermediate_size=width))
-
-
-EAGER = {"experts_implementation": "eager"}
-GATE_UP, DOWN, ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
 Q = {"target_modules": ["q_proj"]}
 
 
@@ -235,7 +231,7 @@ def test_a_router_is_a_parameter_too(tmp_path: Path, make: Callable[..., Any], c
 
 def test_all_linear_names_parameters_without_their_owners(tmp_path: Path) -> None:
     """`gate.weight` beside a bare `down_proj`, which is for the module that has such a parameter."""
-    sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": 32, "intermediate_size": 12}
+    sizes = {**EXPERT_SIZES, "num_key_value_heads": 2, "vocab_size": 32, "intermediate_size": 12}
     model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
     cls, base, adapter, wanted = write_moe(tmp_path, model, target_modules="all-linear")
     fields = json.loads((adapter / "adapter_config.json").read_text())
@@ -409,7 +405,7 @@ def test_an_expert_too_many_is_refused(tmp_path: Path) -> None:
     """The factors of an expert that the base lacks are not dropped in silence."""
     cls, _, adapter, _ = write_moe(tmp_path, mixtral(), target_parameters=[GATE_UP, DOWN])
     config = {"vocab_size": 32, "num_local_experts": 2, "intermediate_size": 24}
-    small = write_base(tmp_path / "small", cls(transformers.MixtralConfig(**SIZES, **config)))
+    small = write_base(tmp_path / "small", cls(transformers.MixtralConfig(**EXPERT_SIZES, **config)))
     with pytest.raises((InputError, NeedsFlag), match="experts"):
         loratool.merge(small, adapter, tmp_path / "out")
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, SHARED, factors, load_model, needs_shared, weights, write_kohya, write_model, write_peft
+from peft_models import FAMILIES, kinds, write_pair
 from safetensors.torch import load_file, save_file
-from test_merge_peft_kinds import FAMILIES, kinds, write_pair
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError

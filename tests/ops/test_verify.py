@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
+from peft_models import FAMILIES, kinds, write_pair
 from safetensors.torch import load_file, save_file
-from test_merge_peft_kinds import FAMILIES, kinds, write_pair
 from torch import Tensor
 
 import loratool

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import bits, factors, weights, write_model, write_peft
+from filtered_rows import STRANGE, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_filtered import STRANGE, rows_of
 from torch import Tensor
 
 import loratool
