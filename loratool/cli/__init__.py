@@ -1,6 +1,6 @@
-"""The command line: one file a verb, each only parses, calls the library and renders.
+"""Run the command line: each command is a file that only parses, calls the library and renders.
 
-A verb's module loads when that verb is called, so that `--help` needs neither rich nor torch. `main` is the
+A command's module is loaded when that command is called, so that `--help` needs neither rich nor torch. `main` is the
 one error boundary: it alone turns exceptions into messages and exit codes.
 """
 
@@ -19,24 +19,24 @@ from click.shell_completion import CompletionItem, shell_complete
 if TYPE_CHECKING:
     from ..errors import LoratoolError
 
-# verb -> its line in `loratool -h`
+# command -> its line in `loratool -h`
 COMMANDS = {
-    "combine": "Make one adapter of several with weights, exactly or by TIES, DARE, KnOTS.",
-    "convert": "Write a checkpoint in another container, type or shards; an adapter in another convention.",
+    "combine": "Combine several adapters into one, exactly or by TIES, DARE, KnOTS.",
+    "convert": "Write a checkpoint in another container, type or shards; an adapter in another format.",
     "count": "Count what LoRA and its rivals would train of a model, and what each adds at inference.",
     "diff": "Compare two adapters, or two models.",
     "extract": "Make an adapter of a full fine-tune: the best of its rank.",
     "guide": "Read the guides, each on one topic.",
-    "init": "Start an adapter from a base's files, by any method that needs no data.",
+    "init": "Initialize an adapter from a base's files, with any method that needs no data.",
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
     "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
-    "resize": "Give an adapter another rank, exactly.",
-    "unmerge": "Give the base of a merge back, bit for bit.",
+    "resize": "Change an adapter's rank, exactly.",
+    "unmerge": "Restore the base of a merge, bit for bit.",
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
 }
 
 
-# verb -> the guide that its help names
+# command -> the guide that its help names
 GUIDES = {
     "combine": "combine",
     "convert": "formats",
@@ -59,7 +59,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class Commands(click.Group):
-    """The verbs of COMMANDS, loaded on demand."""
+    """The commands of COMMANDS, loaded on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -80,17 +80,17 @@ class Commands(click.Group):
 
             near = get_close_matches(args[0], COMMANDS, 1)
             ctx.fail(
-                f"there is no verb {args[0]!r}; "
+                f"no such command: {args[0]!r}; "
                 + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
             )
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        verbs = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
-        return verbs + click.Command.shell_complete(self, ctx, incomplete)
+        commands = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
+        with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
@@ -102,7 +102,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="VERB ...")
+@click.group(cls=Commands, context_settings=SETTINGS, no_args_is_help=True, subcommand_metavar="COMMAND ...")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
@@ -111,7 +111,7 @@ def cli() -> None:
 
     LoRA trains a low-rank change of frozen weights, h = W x + s B A x. loratool works on the files: it adds
     adapters to models far larger than memory, takes them off again, makes them, and shows what is in them. The
-    help of each verb has examples.
+    help of each command has examples.
 
     \b
       loratool inspect base/
@@ -150,7 +150,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    """The exit code, errors printed. A reader that has gone away is no error, but hears nothing more."""
+    """Run a command, print its error if there is one, and return the exit code.
+
+    A closed pipe is no error, but nothing more is written to it.
+    """
     try:
         return _call(argv)
     except BrokenPipeError:
@@ -192,10 +195,10 @@ def _call(argv: list[str]) -> int:
 
 
 def _wants_json(argv: list[str]) -> bool:
-    """Also of a call that click could not read."""
-    verb = _command_name(argv)
-    said = os.environ.get(f"LORATOOL_{verb.upper()}_JSON", "") if verb else ""
-    return "--json" in argv or said.lower() in ("1", "true", "t", "yes", "y", "on")
+    """Return whether JSON was asked for, also by a call that click cannot parse."""
+    command = _command_name(argv)
+    from_environment = os.environ.get(f"LORATOOL_{command.upper()}_JSON", "") if command else ""
+    return "--json" in argv or from_environment.lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def _command_name(argv: list[str]) -> str | None:
@@ -203,7 +206,7 @@ def _command_name(argv: list[str]) -> str | None:
 
 
 def _report_error(error: LoratoolError, argv: list[str]) -> int:
-    """Say what went wrong; the code stands even where nobody can hear it."""
+    """Print an error and return its exit code, which holds even if stdout and stderr are closed."""
     from .render import print_lines, to_json
 
     try:
@@ -222,6 +225,6 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
 
 
 def _silence_stdout(code: int) -> int:
-    """Let the interpreter's own flush at exit go to nowhere, which would else change the code."""
+    """Send the interpreter's flush at exit to nowhere, since it would change the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

@@ -40,9 +40,9 @@ from .options import (
 @click.option(
     "--density", type=float, metavar="0.5", help="The share of each change's entries that is kept.  [default: 0.5]"
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what is random.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random numbers.")
 @click.option(
-    "--rank", type=click.IntRange(1), metavar="N", help="Of every module.  [default: the sum of the adapters']"
+    "--rank", type=click.IntRange(1), metavar="N", help="Rank of every module.  [default: the sum of the adapters']"
 )
 @click.option(
     "--energy",
@@ -50,15 +50,30 @@ from .options import (
     metavar="0.95",
     help="Keep this share of each module's change.",
 )
-@click.option("--params", type=Count(), metavar="4M", help="Parameters in all, spent where they keep most.")
-@click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
 @click.option(
-    "--rank-rule", type=RuleValue(), metavar="NAME=VALUE", help=f"Of each module: one of {', '.join(RANK_RULES)}."
+    "--params",
+    type=Count(),
+    metavar="4M",
+    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
-@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any module.")
+@click.option(
+    "--size",
+    type=Size(),
+    metavar="40MB",
+    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
+)
+@click.option(
+    "--rank-rule",
+    type=RuleValue(),
+    metavar="NAME=VALUE",
+    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
+)
+@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
 @exclude_option
 @to_option
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
+)
 @alpha_option
 @click.option(
     "--allow",
@@ -94,7 +109,7 @@ def combine(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Make one adapter that does what several do with their weights.
+    """Combine several adapters into one that does what they do with their weights.
 
     By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
     negative. The other methods act on the changes B A themselves, module by module, and keep the best of --rank.

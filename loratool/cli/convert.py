@@ -36,15 +36,20 @@ from .options import (
     + "; ".join(FORMAT_CHOICES.values())
     + ". Of a checkpoint: safetensors (the default) or torch.",
 )
-@click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut a checkpoint anew.  [default: its own shards]")
+@click.option(
+    "--max-shard-size",
+    type=Size(),
+    metavar="5GB",
+    help="Split a checkpoint into shards of this size.  [default: its own shards]",
+)
 @click.option(
     "--from",
     "from_format",
     type=click.Choice(list(FORMATS)),
     envvar="LORATOOL_CONVERT_FROM",
-    help="What ADAPTER is.  [default: what its names say]",
+    help="Format of ADAPTER.  [default: detected]",
 )
-@click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="Which slices loralib's MergedLinear changes.")
+@click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="`enable_lora` of loralib's MergedLinear.")
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
 @click.option(
     "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
@@ -68,8 +73,10 @@ from .options import (
     metavar="BASE",
     help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
 )
-@click.option("--drop", multiple=True, metavar="PATTERNS", help="Leave these modules out, which cannot be carried.")
-@dtype_option("The output's type.")
+@click.option(
+    "--drop", multiple=True, metavar="PATTERNS", help="Drop these modules, which the target format cannot hold."
+)
+@dtype_option("Dtype of the output.")
 @alpha_option
 @force_option
 @dry_run_option
@@ -96,14 +103,14 @@ def convert(
     json: bool,
 ) -> None:
     """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
-    convention: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
+    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
     or loralib's, or as plain LoRA. What is in the files decides which.
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
     otherwise, and the numbers that it flushes to zero are counted by name.
 
-    Of an adapter factors are copied as they are; where one convention fuses what another splits (Flux's qkv), rows are
-    cut or put together, exactly. What cannot be carried stops the conversion unless --drop names it.
+    Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
+    cut or put together, exactly. What the other format cannot hold stops the conversion unless --drop names it.
 
     \b
       loratool convert pytorch_model.bin -o model.safetensors

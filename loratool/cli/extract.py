@@ -26,16 +26,26 @@ from .options import (
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
 @out_option("adapter")
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every matrix.  [default: 8]")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of every matrix.  [default: 8]")
 @click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="0.95",
     help="Keep this share of each matrix's change.",
 )
-@click.option("--params", type=Count(), metavar="20M", help="Parameters in all, spent where they keep most.")
-@click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
-@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any matrix.")
+@click.option(
+    "--params",
+    type=Count(),
+    metavar="20M",
+    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
+)
+@click.option(
+    "--size",
+    type=Size(),
+    metavar="40MB",
+    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
+)
+@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any matrix.")
 @click.option(
     "--embed",
     type=click.Choice(list(EMBED_CHOICES)),
@@ -52,9 +62,11 @@ from .options import (
     type=click.Choice(list(EXTRACT_FORMATS)),
     help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_FORMATS.items()) + ".  [default: by BASE]",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the start of the iteration.")
-@click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Take models that are no fine-tune.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the SVD's starting block.")
+@click.option("--allow", type=click.Choice(["unrelated"]), multiple=True, help="Accept models that are no fine-tune.")
 @target_option
 @exclude_option
 @layers_option

@@ -35,23 +35,23 @@ from .options import (
     shell_complete=complete_from(*INIT_CHOICES),
     help="; ".join(f"{name}: {meaning}" for name, meaning in INIT_CHOICES.items()) + ".",
 )
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every weight.  [default: 8]")
-@click.option("--params", type=Count(), metavar="4M", help="The largest rank for which the adapter has no more.")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of every weight.  [default: 8]")
+@click.option("--params", type=Count(), metavar="4M", help="Choose the largest rank within this many parameters.")
 @click.option(
     "--rank-pattern",
     type=PatternRank(),
     multiple=True,
     metavar="PATTERN=RANK",
-    help="Another rank for some of them: down_proj=16.",
+    help="Other ranks by pattern: down_proj=16.",
 )
-@click.option("--alpha", type=float, metavar="N", help="The same for all weights.  [default: each one's rank]")
+@click.option("--alpha", type=float, metavar="N", help="Alpha of every module.  [default: its rank]")
 @click.option("--dora", is_flag=True, help="DoRA: with magnitudes, the norms of the base's rows.")
 @click.option("--rslora", is_flag=True, help="Scale the change by alpha / sqrt(rank).")
 @click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
-@dtype_option("The residual's type.")
+@dtype_option("Dtype of the residual.")
 @to_option
-@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what is random.")
+@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random numbers.")
 @target_option
 @exclude_option
 @layers_option
@@ -84,8 +84,8 @@ def init(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Start an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one file
-    kohya's, for a pipeline diffusers'.
+    """Initialize an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one
+    file kohya's, for a pipeline diffusers'.
 
     Without --target every linear layer but the head gets one. What is random follows from --seed and each weight's
     name. pissa, milora and olora take their factors out of the base: --residual writes what is left, on which the

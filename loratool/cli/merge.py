@@ -30,8 +30,13 @@ from .options import (
 @out_option("merged")
 @force_option
 @dry_run_option
-@dtype_option("The output's type.")
-@click.option("--max-shard-size", type=Size(), metavar="5GB", help="Cut the output anew.  [default: the base's shards]")
+@dtype_option("Dtype of the output.")
+@click.option(
+    "--max-shard-size",
+    type=Size(),
+    metavar="5GB",
+    help="Split the output into shards of this size.  [default: the base's shards]",
+)
 @target_option
 @exclude_option
 @layers_option
@@ -49,7 +54,7 @@ from .options import (
     "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
 )
 @click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
-@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge gives the base back.")
+@click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
 @device_option
 @quiet_option
 @json_option

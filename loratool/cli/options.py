@@ -1,4 +1,4 @@
-"""The options that several verbs share, one spelling and one meaning each, and the types behind them."""
+"""Define the options that several commands share, one spelling and one meaning each, and their types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATH = click.Path(readable=False)  # shells complete it; whether it is there the
 
 
 def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """What shells complete where the library says what can be: one of these words, or some after commas."""
+    """Make a shell completion of these words, also after commas; the library refuses other words."""
 
     def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")
@@ -93,21 +93,21 @@ to_option = click.option(
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 
-def out_option(name: str, what: str = "A folder, or a .safetensors file.") -> Callable[[Any], Any]:
-    """name: of a folder by default; a file has its ending."""
-    says = f"{what}  [default: {name}, or {name}.safetensors]"
-    return click.option("-o", "--out", type=PATH, metavar="OUT", help=says)
+def out_option(name: str) -> Callable[[Any], Any]:
+    """Make the option -o; `name` is the default of a folder, and a file's without its ending."""
+    help = f"A folder, or a .safetensors file.  [default: {name}, or {name}.safetensors]"
+    return click.option("-o", "--out", type=PATH, metavar="OUT", help=help)
 
 
-def dtype_option(says: str) -> Callable[[Any], Any]:
-    """Torch's and numpy's spellings pass too, so it is the library that refuses a word."""
+def dtype_option(help: str) -> Callable[[Any], Any]:
+    """Make the option --dtype, which takes any word: torch's and numpy's names are dtypes too, as the library knows."""
     return click.option(
         "--dtype",
         default="keep",
         show_default=True,
         metavar="keep|fp32|bf16|fp16",
         shell_complete=complete_from("keep", *DTYPES),
-        help=says,
+        help=help,
     )
 
 

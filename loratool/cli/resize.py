@@ -25,21 +25,38 @@ from .options import (
 @click.command()
 @click.argument("adapter", type=PATH)
 @out_option("resized")
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="Of every module; zeros where it had less.")
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N", help="New rank of every module; padded with zeros where it grows."
+)
 @click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="0.95",
     help="Keep this share of each module's change.",
 )
-@click.option("--params", type=Count(), metavar="4M", help="Parameters in all, spent where they keep most.")
-@click.option("--size", type=Size(), metavar="40MB", help="Bytes in all, spent where they keep most.")
 @click.option(
-    "--rank-rule", type=RuleValue(), metavar="NAME=VALUE", help=f"Of each module: one of {', '.join(RANK_RULES)}."
+    "--params",
+    type=Count(),
+    metavar="4M",
+    help="Budget for the whole adapter, in parameters, spent where it keeps most energy.",
 )
-@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Of any module.")
+@click.option(
+    "--size",
+    type=Size(),
+    metavar="40MB",
+    help="Budget for the whole adapter, in bytes, spent where it keeps most energy.",
+)
+@click.option(
+    "--rank-rule",
+    type=RuleValue(),
+    metavar="NAME=VALUE",
+    help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
+)
+@click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
 @to_option
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="The factors' type.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
+)
 @alpha_option
 @force_option
 @dry_run_option
@@ -64,8 +81,8 @@ def resize(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Give an adapter another rank: the best that it has of a lower one, the same change at a higher. With --to in
-    another format, and the ranks are those of its modules.
+    """Change an adapter's rank: the best that it has of a lower one, the same change at a higher. With --to in another
+    format, and the ranks are those of its modules.
 
     Exact, from the factors alone. Scales end up in the factors, alpha being each module's rank. kohya's rules sv_ratio,
     sv_cumulative and sv_fro mean what their names say, without the one rank too many.

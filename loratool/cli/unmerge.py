@@ -45,7 +45,7 @@ def unmerge(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Give the base of a merge back, bit for bit.
+    """Restore the base of a merge, bit for bit.
 
     MERGED is what merge wrote, with its undo file in it (loratool.undo) or beside it (merged.undo); the adapters are
     those of the merge, with their weights. Every restored tensor is held against its hash; another adapter or weight,

@@ -26,14 +26,20 @@ from .options import (
 @exclude_option
 @layers_option
 @alpha_option
-@click.option("--tied", type=click.Choice(list(TIED)), default="untie", show_default=True, help="What merge was told.")
-@click.option("--initial", type=PATH, metavar="ADAPTER", help="What merge was told.")
-@click.option("--residual-base", is_flag=True, help="What merge was told.")
+@click.option(
+    "--tied",
+    type=click.Choice(list(TIED)),
+    default="untie",
+    show_default=True,
+    help="The value that was given to merge.",
+)
+@click.option("--initial", type=PATH, metavar="ADAPTER", help="The value that was given to merge.")
+@click.option("--residual-base", is_flag=True, help="Pass it if it was given to merge.")
 @click.option(
     "--allow",
     type=click.Choice(["inconclusive"]),
     multiple=True,
-    help="Take a change that is below half a step everywhere for proven.",
+    help="Accept as proven an update below half an ulp everywhere.",
 )
 @quiet_option
 @json_option

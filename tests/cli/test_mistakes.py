@@ -145,7 +145,7 @@ MISTAKES = {
         download it first: hf download meta-llama/Llama-3.1-8B
 
         loratool mrege base adapter -> 2
-        there is no verb 'mrege'; did you mean merge?
+        no such command: 'mrege'; did you mean merge?
 
         loratool merge base adapter --dtpye fp32 -> 2
         No such option '--dtpye'. (Did you mean one of: '--dtype', '--tied'?)
