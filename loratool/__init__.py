@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from .ops.diff.command import AdapterDiff, CheckpointDiff, diff
     from .ops.extract.command import ExtractReport, extract
     from .ops.init.command import InitReport, init
+    from .ops.inputs import AdapterPath, Adapters
     from .ops.inspect.adapter import AdapterInspection
-    from .ops.inspect.command import CheckpointReport, inspect
+    from .ops.inspect.command import CheckpointReport, MethodReport, inspect
     from .ops.inspect.spectra import SpectraReport, spectra
     from .ops.merge.command import merge
     from .ops.merge.report import MergeReport
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # name -> its module in the folder ops, loaded on first use so that `import loratool` starts without torch
 _HOMES = {
+    "AdapterPath": "inputs",
+    "Adapters": "inputs",
     "AdapterInspection": "inspect.adapter",
     "AdapterDiff": "diff.command",
     "CheckpointDiff": "diff.command",
@@ -47,6 +50,7 @@ _HOMES = {
     "CountReport": "count.command",
     "count": "count.command",
     "MergeReport": "merge.report",
+    "MethodReport": "inspect.command",
     "ExtractReport": "extract.command",
     "extract": "extract.command",
     "InitReport": "init.command",
@@ -67,6 +71,8 @@ _HOMES = {
 __all__ = [
     "AdapterDiff",
     "AdapterInspection",
+    "AdapterPath",
+    "Adapters",
     "CheckpointConvertReport",
     "CheckpointDiff",
     "CheckpointReport",
@@ -79,6 +85,7 @@ __all__ = [
     "LoratoolError",
     "MachineError",
     "MergeReport",
+    "MethodReport",
     "NeedsFlag",
     "ResizeReport",
     "SpectraReport",
@@ -100,9 +107,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a type checker that saw it would take every name for one of ours
 
-        return getattr(import_module(f".ops.{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Load a name of `_HOMES` on first use."""
+        if name in _HOMES:
+            from importlib import import_module
+
+            return getattr(import_module(f".ops.{_HOMES[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

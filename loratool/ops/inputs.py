@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -32,7 +32,11 @@ AdapterPath = str | os.PathLike[str]
 AdapterArgument = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, Mapping[str, float]]
 
 
-Adapters = AdapterArgument | Iterable[AdapterArgument] | Mapping[AdapterPath, float]
+AdapterWeights = Mapping[str, float] | Mapping[Path, float] | Mapping[AdapterPath, float]  # keys are invariant
+
+
+# not Iterable, which a mapping to anything is too
+Adapters = AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights
 
 
 TAKEN = "a path, (path, weight), (path, weight, {component: weight}), several of these in a list, or {path: weight}"

@@ -10,9 +10,9 @@ import functools
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter, open_adapter
@@ -32,6 +32,12 @@ from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
 from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
+
+AdapterFormat = Literal["peft", "kohya", "diffusers", "comfy", "loralib"]  # the keys of FORMAT_CHOICES
+
+
+Container = Literal["safetensors", "torch"]  # the keys of CONTAINERS
+
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
 
@@ -61,6 +67,86 @@ class ConvertReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The options of `convert` that are for adapters only."""
+
+    from_format: str | None  # a key of FORMATS; None detects it
+    drop: tuple[str, ...]  # patterns of modules that may be left out if the target format cannot hold them
+    alpha: float | None  # of a file that has none
+    enable_lora: tuple[bool, ...]  # the slices of loralib's MergedLinear that have an update
+    plain: bool  # write standard LoRA, alpha being the rank everywhere
+    initial: str | os.PathLike[str] | None  # the adapter before training, which is subtracted
+    rank: int | None  # truncate to this rank
+    layout: str | None  # a key of QKV_LAYOUTS
+    base: str | os.PathLike[str] | None  # the model, for the sizes of fused modules and for DoRA
+
+    def given(self) -> list[str]:
+        """Return the names of the options that were given."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [name for name, value in values.items() if not (value is None or value is False or value == ())]
+
+
+@overload
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: AdapterFormat,
+    from_format: str | None = None,
+    drop: Sequence[str] = (),
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] = (),
+    plain: bool = False,
+    initial: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    layout: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    force: bool = False,
+    dry_run: bool = False,
+) -> ConvertReport: ...
+
+
+@overload
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: Container | None = None,
+    dtype: str = "keep",
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> CheckpointConvertReport: ...
+
+
+@overload
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str | None = None,
+    dtype: str = "keep",
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    from_format: str | None = None,
+    drop: Sequence[str] = (),
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] = (),
+    plain: bool = False,
+    initial: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    layout: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> ConvertReport | CheckpointConvertReport: ...
+
+
 @keep_denormals
 def convert(
     source: str | os.PathLike[str],
@@ -73,14 +159,47 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
-    **of_adapters: Any,
+    from_format: str | None = None,
+    drop: Sequence[str] = (),
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] = (),
+    plain: bool = False,
+    initial: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    layout: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> ConvertReport | CheckpointConvertReport:
-    """`convert_adapter` or `convert_checkpoint`, by what is in the files of `source`.
+    """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
-    of_adapters: the other options of `convert_adapter`. Raises UsageError for an option of the other verb.
+    Which of both is done follows from the files of `source`, or from `to`.
+
+    Args:
+        to: of an adapter a key of FORMAT_CHOICES: `peft` is a folder, or a file if `out` ends in .safetensors; the
+            others are files. Of a checkpoint a key of CONTAINERS, safetensors by default.
+        dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
+        max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+        progress: of a checkpoint: called with the bytes done and the bytes in all.
+        workers: of a checkpoint: threads that write; by default one for each core.
+        from_format: a key of FORMATS; by default it is detected from the tensors' names.
+        drop: patterns of modules that may be left out if the target format cannot hold them.
+        alpha: for an adapter file without an alpha.
+        enable_lora: the slices of loralib's MergedLinear that have an update.
+        plain: write standard LoRA, alpha being the rank everywhere.
+        initial: with `plain`: the adapter before training, which is subtracted exactly, at twice the rank.
+        rank: with `plain`: truncate to this rank; DoRA is truncated to its own without it.
+        layout: a key of QKV_LAYOUTS, of a language model's fused modules.
+        base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA.
+
+    Raises:
+        UsageError: an option is for the other kind of input, or contradicts another.
+        NeedsFlag: modules can only be dropped.
+        InputError: nothing could load the result. Nothing is written then.
     """
-    given = {name: value for name, value in of_adapters.items() if not (value is None or value is False or value == ())}
-    is_one = bool(given.get("from_format")) or holds_adapter(source)
+    options = AdapterOptions(from_format, tuple(drop), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
+    given = options.given()
+    is_one = bool(from_format) or holds_adapter(source)
     if is_one or to in FORMAT_CHOICES:
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
@@ -88,14 +207,13 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(FORMAT_CHOICES)}", culprit=os.fspath(source))
         try:
-            return convert_adapter(source, out, to=to, dtype=dtype, force=force, dry_run=dry_run, **of_adapters)
+            return _convert_adapter(source, out, to, dtype, options, force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
             raise
     if given:
-        first = next(iter(given))
-        option = {"layout": "--for"}.get(first, f"--{first.replace('_', '-')}")
+        option = {"layout": "--for"}.get(given[0], f"--{given[0].replace('_', '-')}")
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
     return convert_checkpoint(
         source,
@@ -110,63 +228,32 @@ def convert(
     )
 
 
-def convert_adapter(
+def _convert_adapter(
     adapter: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
+    out: str | os.PathLike[str] | None,
     to: str,
-    from_format: str | None = None,
-    drop: Sequence[str] = (),
-    alpha: float | None = None,
-    enable_lora: Sequence[bool] = (),
-    plain: bool = False,
-    initial: str | os.PathLike[str] | None = None,
-    rank: int | None = None,
-    layout: str | None = None,
-    base: str | os.PathLike[str] | None = None,
-    dtype: str = "keep",
-    force: bool = False,
-    dry_run: bool = False,
+    dtype: str,
+    options: AdapterOptions,
+    force: bool,
+    dry_run: bool,
 ) -> ConvertReport:
-    """Write an adapter in another format; if an error is raised, nothing is written.
-
-    Args:
-        out: for `peft` a folder, or a file if it ends in .safetensors; for the others a file.
-        to: a key of FORMAT_CHOICES.
-        from_format: a key of FORMATS, if the tensors' names do not tell it.
-        drop: patterns of modules to leave out.
-        alpha: for a file that does not hold its own.
-        enable_lora: which slices of loralib's MergedLinear have factors.
-        plain: write standard LoRA, with alpha equal to the rank. DoRA then needs `base`, and is truncated to its rank.
-        initial: with `plain`, the adapter before training: a base-mutating init is subtracted, at twice the rank.
-        rank: with `plain`, the rank to truncate to.
-        layout: a key of QKV_LAYOUTS, for a language model's fused modules.
-        base: the model, or its config.json, that tells the rows of q, k and v; or the model under DoRA.
-        dtype: the factors', a key of CONVERT_DTYPES.
-
-    Raises:
-        UsageError: the options contradict each other.
-        NeedsFlag: something can only be dropped, or needs another option.
-        InputError: nothing could load the output.
-    """
-    if to not in FORMAT_CHOICES:
-        raise UsageError(f"format {to!r} is none of {', '.join(FORMAT_CHOICES)}")
+    """Check the options against each other, and write the adapter in the format `to`."""
     if dtype not in CONVERT_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(CONVERT_DTYPES)}")
-    if from_format is not None and from_format not in FORMATS:
-        raise UsageError(f"format {from_format!r} is none of {', '.join(FORMATS)}")
-    if (initial is not None or rank is not None) and not plain:
+    if options.from_format is not None and options.from_format not in FORMATS:
+        raise UsageError(f"format {options.from_format!r} is none of {', '.join(FORMATS)}")
+    if (options.initial is not None or options.rank is not None) and not options.plain:
         raise UsageError("--initial and --rank are for --plain")
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank} is out of range")
-    if layout is not None and layout not in QKV_LAYOUTS:
-        raise UsageError(f"layout {layout!r} is none of {', '.join(QKV_LAYOUTS)}")
-    if layout is not None and plain:
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"rank {options.rank} is out of range")
+    if options.layout is not None and options.layout not in QKV_LAYOUTS:
+        raise UsageError(f"layout {options.layout!r} is none of {', '.join(QKV_LAYOUTS)}")
+    if options.layout is not None and options.plain:
         raise UsageError("--for and --plain are two conversions: one after the other")
-    if layout is None and not plain and base is not None:
+    if options.layout is None and not options.plain and options.base is not None:
         raise UsageError("--base is for --for, and with --plain for DoRA")
     with ExitStack() as opened:
-        source = open_adapter(adapter, alpha, format=from_format, enabled=tuple(enable_lora))
+        source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
         opened.callback(source.file.close)
         path, is_file = check_output_name(
             out if out is not None else ("converted" if to == "peft" else "converted.safetensors")
@@ -174,8 +261,17 @@ def convert_adapter(
         if to != "peft" and not is_file:
             raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
         check_output_path(path, is_file, [source.file.path], force)
-        Selection(tuple(drop)).require_used(source.updates, source.name, "--drop")
-        request = ConvertRequest(to, tuple(drop), CONVERT_DTYPES[dtype], plain, initial, rank, layout, base)
+        Selection(options.drop).require_used(source.updates, source.name, "--drop")
+        request = ConvertRequest(
+            to,
+            options.drop,
+            CONVERT_DTYPES[dtype],
+            options.plain,
+            options.initial,
+            options.rank,
+            options.layout,
+            options.base,
+        )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))

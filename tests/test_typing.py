@@ -1,0 +1,116 @@
+"""The types that an editor sees: mypy reads a user's script that calls every command, and finds each wrong call."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from conftest import ROOT
+
+import loratool
+from loratool.files.output import CONTAINERS
+from loratool.ops.choices import FORMAT_CHOICES
+from loratool.ops.convert.command import AdapterFormat, Container
+
+pytest.importorskip("mypy")
+
+SCRIPT = """
+from pathlib import Path
+
+import loratool
+
+merged: loratool.MergeReport = loratool.merge("base", ["adapter"], "merged")
+print(f"{merged.kept:.1%} of the delta is left after rounding", [row.name for row in merged.tensors])
+weights: dict[str, float] = {"style": 0.7, "task": -0.2}
+pairs: list[tuple[Path, float]] = [(Path("style"), 0.7)]
+adapters: loratool.Adapters = ["style", Path("task"), ("te", 0.5, {"te": 0.4})]
+for each in (weights, pairs, adapters, "adapter", ("adapter", 1), iter(pairs)):
+    loratool.merge(Path("base"), each, dtype="bf16", max_shard_bytes=10**9, target=["q_proj"], layers="0-3", undo=False)
+
+def progress(done: int, total: int) -> None: ...
+
+unmerged: loratool.UnmergeReport = loratool.unmerge("merged", "adapter", "again", progress=progress)
+print(unmerged.restored + unmerged.nbytes, unmerged.exact_files)
+verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allow=["inconclusive"])
+print(verdict.status.upper())
+adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="diffusers", drop=["text_encoder*"])
+print(adapter.family, [module.alpha for module in adapter.modules])
+model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_bytes=5 * 10**9)
+print(model.source_format, loratool.convert("model", "old", to="torch").warnings)
+chosen: str = input()
+either: loratool.ConvertReport | loratool.CheckpointConvertReport = loratool.convert("model", to=chosen)
+sum_: loratool.CombineReport = loratool.combine(weights, "both", method="ties", density=0.3, rank=16)
+print(sum_.warnings)
+resized: loratool.ResizeReport = loratool.resize("adapter", rank_rule=("sv_fro", 0.9), max_rank=8)
+print(resized.error * 2)
+extracted: loratool.ExtractReport = loratool.extract("base", "tuned", params=10**6, embed="skip")
+print(extracted.kept, extracted.nbytes)
+started: loratool.InitReport = loratool.init("base", method="pissa", rank_pattern={"down_proj": 16}, residual="left")
+print(started.parameters)
+difference = loratool.diff("a", "b", base="base")
+print(difference.worst + 1, difference.phi if isinstance(difference, loratool.AdapterDiff) else difference.tensors)
+found = loratool.inspect("adapter", alpha=16)
+if isinstance(found, loratool.AdapterInspection):
+    print(found.problems)
+elif isinstance(found, loratool.MethodReport):
+    print(found.path)
+else:
+    print(found.parameters)
+print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)
+try:
+    loratool.merge("base", "adapter")
+except loratool.NeedsFlag as error:
+    print(error.remedy, error.culprit, error.exit_code)
+"""
+WRONG = {
+    'loratool.merge("base")': "call-arg",
+    'loratool.merge("base", 3)': "arg-type",
+    'loratool.merge("base", {"adapter": "much"})': "arg-type",
+    'loratool.merge("base", "adapter", shards=2)': "call-arg",
+    'loratool.merge("base", "adapter").keeps': "attr-defined",
+    'loratool.convert("a", to="peft", max_shard=5)': "call-overload",
+    'loratool.convert("a", to="peft").source_container': "attr-defined",
+    'loratool.resize("adapter", rank="8")': "arg-type",
+    'loratool.mrege("base", "adapter")': "attr-defined",
+}
+
+
+def check(script: Path) -> list[str]:
+    """Return mypy's errors in a script. It does not read torch, which takes half a minute: no signature of ours has it."""
+    config = script.with_suffix(".ini")
+    config.write_text(
+        "[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-torch.*,numpy.*,safetensors.*,rich.*]\n"
+        "follow_imports = skip\nfollow_imports_for_stubs = true\n"
+    )
+    argv = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", script.parent / "cache", script]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if ": error: " in line]
+
+
+def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    functions = {name for name in loratool.__all__ if name.islower()}
+    assert functions == set(re.findall(r"loratool\.([a-z]+)\(", SCRIPT))
+    script.write_text(SCRIPT)
+    assert check(script) == []
+    lines = SCRIPT.count("\n")
+    script.write_text(SCRIPT + "".join(f"{call}\n" for call in WRONG))
+    errors = check(script)
+    found = {int(line.split(":")[1]) - lines - 1: line for line in errors}
+    for number, (call, code) in enumerate(WRONG.items()):
+        assert number in found and found[number].endswith(f"[{code}]"), (call, found.get(number))
+    assert len(found) == len(WRONG)
+
+
+def test_formats_and_containers_are_all_that_convert_writes() -> None:
+    assert set(get_args(AdapterFormat)) == set(FORMAT_CHOICES) and set(get_args(Container)) == set(CONTAINERS)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "loratool" / "py.typed").is_file()
+    assert '\nloratool = ["py.typed"]\n' in (ROOT / "pyproject.toml").read_text()
