@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
@@ -11,7 +14,6 @@ from .options import (
     Count,
     RuleValue,
     Size,
-    Weighted,
     WeightedPath,
     alpha_option,
     complete_from,
@@ -20,6 +22,7 @@ from .options import (
     exclude_option,
     force_option,
     json_option,
+    library_arguments,
     out_option,
     quiet_option,
     to_option,
@@ -86,29 +89,7 @@ from .options import (
 @device_option
 @quiet_option
 @json_option
-def combine(
-    adapters: tuple[Weighted, ...],
-    out: str | None,
-    method: str,
-    density: float | None,
-    seed: int,
-    rank: int | None,
-    energy: float | None,
-    params: int | None,
-    size: int | None,
-    rank_rule: tuple[str, float] | None,
-    max_rank: int | None,
-    exclude: tuple[str, ...],
-    to: str | None,
-    dtype: str,
-    alpha: float | None,
-    allow: tuple[str, ...],
-    force: bool,
-    dry_run: bool,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def combine(quiet: bool, json: bool, **options: Any) -> None:
     """Combine several adapters into one that does what they do with their weights.
 
     By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
@@ -123,36 +104,11 @@ def combine(
     The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
     keeps. error: the size of what is lost beside |D|, as written.
     """
-    from ..binding.selection import parse_patterns
     from ..ops.combine.command import combine as run
     from .render import ProgressBar, print_combine, to_json, warn
 
-    bar = ProgressBar("combine", quiet or json, "modules")
-    try:
-        report = run(
-            list(adapters),
-            out,
-            method=method,
-            density=density,
-            seed=seed,
-            rank=rank,
-            energy=energy,
-            params=params,
-            size=size,
-            rank_rule=rank_rule,
-            max_rank=max_rank,
-            exclude=parse_patterns(exclude),
-            to=to,
-            dtype=dtype,
-            alpha=alpha,
-            allow=allow,
-            device=device,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("combine", quiet or json, "modules")) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("combine", report))
     else:

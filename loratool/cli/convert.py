@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..adapters.formats import FORMATS
@@ -16,6 +19,7 @@ from .options import (
     dtype_option,
     force_option,
     json_option,
+    library_arguments,
     quiet_option,
 )
 
@@ -49,7 +53,9 @@ from .options import (
     envvar="LORATOOL_CONVERT_FROM",
     help="Format of ADAPTER.  [default: detected]",
 )
-@click.option("--enable-lora", type=Slices(), metavar="1,0,1", help="`enable_lora` of loralib's MergedLinear.")
+@click.option(
+    "--enable-lora", type=Slices(), default=(), metavar="1,0,1", help="`enable_lora` of loralib's MergedLinear."
+)
 @click.option("--plain", is_flag=True, help="Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.")
 @click.option(
     "--initial", type=PATH, metavar="ADAPTER", help="With --plain: what a PiSSA-like start was, which is subtracted."
@@ -82,26 +88,7 @@ from .options import (
 @dry_run_option
 @quiet_option
 @json_option
-def convert(
-    source: str,
-    out: str | None,
-    to: str | None,
-    max_shard_size: int | None,
-    from_format: str | None,
-    enable_lora: tuple[bool, ...] | None,
-    plain: bool,
-    initial: str | None,
-    rank: int | None,
-    layout: str | None,
-    base: str | None,
-    drop: tuple[str, ...],
-    dtype: str,
-    alpha: float | None,
-    force: bool,
-    dry_run: bool,
-    quiet: bool,
-    json: bool,
-) -> None:
+def convert(quiet: bool, json: bool, **options: Any) -> None:
     """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
     format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's
     or loralib's, or as plain LoRA. What is in the files decides which.
@@ -123,34 +110,12 @@ def convert(
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
-    from ..binding.selection import parse_patterns
     from ..ops.convert.command import ConvertReport
     from ..ops.convert.command import convert as run
     from .render import ProgressBar, print_checkpoint_convert, print_convert, to_json, warn
 
-    bar = ProgressBar("convert", quiet or json)
-    try:
-        report = run(
-            source,
-            out,
-            to=to,
-            dtype=dtype,
-            max_shard_bytes=max_shard_size,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-            from_format=from_format,
-            drop=parse_patterns(drop),
-            alpha=alpha,
-            enable_lora=enable_lora or (),
-            plain=plain,
-            initial=initial,
-            rank=rank,
-            layout=layout,
-            base=base,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("convert", quiet or json)) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("convert", report))
     elif isinstance(report, ConvertReport):

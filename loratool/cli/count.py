@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from .options import PATH, Count, exclude_option, json_option, layers_option, target_option
+from .options import PATH, Count, exclude_option, json_option, layers_option, library_arguments, target_option
 
 
 @click.command()
-@click.argument("model", type=PATH, metavar="CONFIG-OR-CHECKPOINT")
+@click.argument("path", type=PATH, metavar="CONFIG-OR-CHECKPOINT")
 @click.option(
     "--rank",
     type=click.IntRange(1),
@@ -22,15 +24,7 @@ from .options import PATH, Count, exclude_option, json_option, layers_option, ta
 @exclude_option
 @layers_option
 @json_option
-def count(
-    model: str,
-    rank: int | None,
-    params: int | None,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    json: bool,
-) -> None:
+def count(json: bool, **options: Any) -> None:
     """Count what LoRA and its rivals would train of a model, and what each adds at inference.
 
     From a checkpoint's headers, or from a config.json alone. LoRA goes to query and value, as in the paper, or to
@@ -41,18 +35,10 @@ def count(
       loratool count base/ --rank 16 --target q_proj,k_proj,v_proj,o_proj
       loratool count config.json --params 4K
     """
-    from ..binding.selection import parse_patterns
     from ..ops.count.command import count as run
     from .render import print_count, to_json
 
-    report = run(
-        model,
-        rank=rank,
-        target=parse_patterns(target),
-        exclude=parse_patterns(exclude),
-        layers=layers,
-        params=params,
-    )
+    report = run(**library_arguments(options))
     if json:
         print(to_json("count", report))
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from typing import Any
 
 import click
 
@@ -13,6 +15,7 @@ from .options import (
     exclude_option,
     json_option,
     layers_option,
+    library_arguments,
     quiet_option,
     target_option,
 )
@@ -38,20 +41,7 @@ from .options import (
 @quiet_option
 @json_option
 @click.pass_context
-def diff(
-    context: click.Context,
-    a: str,
-    b: str,
-    base: str | None,
-    fail_above: float | None,
-    alpha: float | None,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def diff(context: click.Context, /, fail_above: float | None, quiet: bool, json: bool, **options: Any) -> None:
     """Compare two adapters, or two models.
 
     Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
@@ -68,28 +58,14 @@ def diff(
     same directions. Of models, largest: the largest difference; steps: the same in representable numbers; changed: how
     many values differ.
     """
-    from ..binding.selection import parse_patterns
     from ..ops.diff.command import AdapterDiff
     from ..ops.diff.command import diff as run
     from .render import ProgressBar, print_adapter_diff, print_checkpoint_diff, to_json
 
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan would never fail")
-    bar = ProgressBar("diff", quiet or json)
-    try:
-        report = run(
-            a,
-            b,
-            base=base,
-            target=parse_patterns(target),
-            exclude=parse_patterns(exclude),
-            layers=layers,
-            alpha=alpha,
-            device=device,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("diff", quiet or json)) as bar:
+        report = run(**library_arguments(options), progress=bar)
     fails = fail_above is not None and report.worst > fail_above
     if json:
         print(to_json("diff", report, status="different" if fails else None))

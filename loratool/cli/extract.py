@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
@@ -16,6 +19,7 @@ from .options import (
     force_option,
     json_option,
     layers_option,
+    library_arguments,
     out_option,
     quiet_option,
     target_option,
@@ -75,31 +79,7 @@ from .options import (
 @device_option
 @quiet_option
 @json_option
-def extract(
-    base: str,
-    tuned: str,
-    out: str | None,
-    rank: int | None,
-    energy: float | None,
-    params: int | None,
-    size: int | None,
-    max_rank: int | None,
-    embed: str,
-    certify: bool,
-    no_bias: bool,
-    to: str | None,
-    dtype: str,
-    seed: int,
-    allow: tuple[str, ...],
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    force: bool,
-    dry_run: bool,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def extract(quiet: bool, json: bool, **options: Any) -> None:
     """Make an adapter of a full fine-tune: the best of its rank for the change TUNED - BASE.
 
     Every matrix gets the top of its change's SVD; biases and norms are kept exactly. The energy kept is exact, and how
@@ -114,38 +94,11 @@ def extract(
     kept; residual: |D| of what is not. gap: how far from the best of this rank, ~ estimated, < proven. eff. rank: over
     how many directions what is kept spreads. over noise: how many are larger than rounding can have made.
     """
-    from ..binding.selection import parse_patterns
     from ..ops.extract.command import extract as run
     from .render import ProgressBar, print_extract, to_json, warn
 
-    bar = ProgressBar("extract", quiet or json, "matrices")
-    try:
-        report = run(
-            base,
-            tuned,
-            out,
-            rank=rank,
-            energy=energy,
-            params=params,
-            size=size,
-            max_rank=max_rank,
-            embed=embed,
-            certify=certify,
-            target=parse_patterns(target),
-            exclude=parse_patterns(exclude),
-            layers=layers,
-            bias=not no_bias,
-            to=to,
-            dtype=dtype,
-            seed=seed,
-            allow=allow,
-            device=device,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("extract", quiet or json, "matrices")) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("extract", report))
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..ops.choices import INIT_CHOICES
@@ -17,6 +20,7 @@ from .options import (
     force_option,
     json_option,
     layers_option,
+    library_arguments,
     out_option,
     quiet_option,
     target_option,
@@ -60,30 +64,7 @@ from .options import (
 @device_option
 @quiet_option
 @json_option
-def init(
-    base: str,
-    out: str | None,
-    method: str,
-    rank: int | None,
-    params: int | None,
-    rank_pattern: tuple[tuple[str, int], ...],
-    alpha: float | None,
-    dora: bool,
-    rslora: bool,
-    residual: str | None,
-    dtype: str,
-    to: str | None,
-    no_undo: bool,
-    seed: int,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    force: bool,
-    dry_run: bool,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def init(quiet: bool, json: bool, **options: Any) -> None:
     """Initialize an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one
     file kohya's, for a pipeline diffusers'.
 
@@ -96,38 +77,11 @@ def init(
       loratool init base/ --method pissa --rank 16 --residual residual/ -o pissa/
       loratool init sdxl.safetensors --target attn2.to_k --to diffusers -o start.safetensors
     """
-    from ..binding.selection import parse_patterns
-    from ..ops.init.command import TARGET
     from ..ops.init.command import init as run
     from .render import ProgressBar, print_init, to_json, warn
 
-    bar = ProgressBar("init", quiet or json)
-    try:
-        report = run(
-            base,
-            out,
-            method=method,
-            rank=rank,
-            params=params,
-            rank_pattern=dict(rank_pattern),
-            alpha=alpha,
-            target=parse_patterns(target) or TARGET,
-            exclude=parse_patterns(exclude),
-            layers=layers,
-            dora=dora,
-            rslora=rslora,
-            residual=residual,
-            dtype=dtype,
-            to=to,
-            undo=not no_undo,
-            seed=seed,
-            device=device,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("init", quiet or json)) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("init", report))
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from .options import (
@@ -11,6 +14,7 @@ from .options import (
     exclude_option,
     json_option,
     layers_option,
+    library_arguments,
     quiet_option,
     target_option,
 )
@@ -37,17 +41,15 @@ from .options import (
 @click.pass_context
 def inspect(
     context: click.Context,
+    /,
     path: str,
     base: str | None,
+    alpha: float | None,
     strict: bool,
     spectra: bool,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    alpha: float | None,
-    device: str,
     quiet: bool,
     json: bool,
+    **selection: Any,
 ) -> None:
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
@@ -67,11 +69,11 @@ def inspect(
     if spectra and (base or strict):
         raise click.UsageError("--spectra excludes --base and --strict")
     if spectra:
-        _spectra(path, target, exclude, layers, alpha, device, quiet, json)
+        _spectra(quiet, json, path=path, alpha=alpha, **selection)
         return
-    if target or exclude or layers:
+    if selection["target"] or selection["exclude"] or selection["layers"]:
         raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
-    if device != "auto":
+    if selection["device"] != "auto":
         raise click.UsageError("--device is for --spectra")
     from ..ops.inspect.command import CheckpointReport, MethodReport
     from ..ops.inspect.command import inspect as run
@@ -95,33 +97,12 @@ def inspect(
         context.exit(1)
 
 
-def _spectra(
-    path: str,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    alpha: float | None,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
-    from ..binding.selection import parse_patterns
+def _spectra(quiet: bool, json: bool, **options: Any) -> None:
     from ..ops.inspect.spectra import spectra as run
     from .render import ProgressBar, print_spectra, to_json
 
-    bar = ProgressBar("spectra", quiet or json, "matrices")
-    try:
-        report = run(
-            path,
-            target=parse_patterns(target),
-            exclude=parse_patterns(exclude),
-            layers=layers,
-            alpha=alpha,
-            device=device,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("spectra", quiet or json, "matrices")) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("inspect", report))
     else:

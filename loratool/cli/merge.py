@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..binding.tied_weights import TIED
 from .options import (
     PATH,
     Size,
-    Weighted,
     WeightedPath,
     alpha_option,
     device_option,
@@ -18,6 +20,7 @@ from .options import (
     force_option,
     json_option,
     layers_option,
+    library_arguments,
     out_option,
     quiet_option,
     target_option,
@@ -58,26 +61,7 @@ from .options import (
 @device_option
 @quiet_option
 @json_option
-def merge(
-    base: str,
-    adapters: tuple[Weighted, ...],
-    out: str | None,
-    force: bool,
-    dry_run: bool,
-    dtype: str,
-    max_shard_size: int | None,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    alpha: float | None,
-    tied: str,
-    initial: str | None,
-    residual_base: bool,
-    no_undo: bool,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def merge(quiet: bool, json: bool, **options: Any) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
     BASE is a file (.safetensors, or torch's .bin, .pt, .ckpt), a folder, or org/model in the local Hugging Face
@@ -93,33 +77,11 @@ def merge(
     The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
     the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.
     """
-    from ..binding.selection import parse_patterns
     from ..ops.merge.command import merge as run
     from .render import ProgressBar, print_merge, to_json, warn
 
-    bar = ProgressBar("merge", quiet or json)
-    try:
-        report = run(
-            base,
-            list(adapters),
-            out,
-            dtype=dtype,
-            device=device,
-            max_shard_bytes=max_shard_size,
-            target=parse_patterns(target),
-            exclude=parse_patterns(exclude),
-            layers=layers,
-            alpha=alpha,
-            tied=tied,
-            initial=initial,
-            residual_base=residual_base,
-            undo=not no_undo,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("merge", quiet or json)) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("merge", report))
     else:

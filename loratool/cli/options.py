@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -109,6 +109,32 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
         shell_complete=complete_from("keep", *DTYPES),
         help=help,
     )
+
+
+# option -> the keyword of the library's functions that has another name; `undo` and `bias` are what their options deny
+KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias"}
+
+
+PATTERN_OPTIONS = ("target", "exclude", "drop")
+
+
+def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return click's options as keyword arguments of the library's function, patterns parsed.
+
+    Patterns that were not given are left to the function's own default.
+    """
+    from ..binding.selection import parse_patterns
+
+    arguments: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in PATTERN_OPTIONS:
+            if value:
+                arguments[name] = parse_patterns(value)
+        else:
+            arguments[KEYWORDS.get(name, name)] = not value if name.startswith("no_") else value
+    if "rank_pattern" in arguments:
+        arguments["rank_pattern"] = dict(arguments["rank_pattern"])
+    return arguments
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
@@ -16,6 +19,7 @@ from .options import (
     dry_run_option,
     force_option,
     json_option,
+    library_arguments,
     out_option,
     quiet_option,
     to_option,
@@ -63,24 +67,7 @@ from .options import (
 @device_option
 @quiet_option
 @json_option
-def resize(
-    adapter: str,
-    out: str | None,
-    rank: int | None,
-    energy: float | None,
-    params: int | None,
-    size: int | None,
-    rank_rule: tuple[str, float] | None,
-    max_rank: int | None,
-    to: str | None,
-    dtype: str,
-    alpha: float | None,
-    force: bool,
-    dry_run: bool,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def resize(quiet: bool, json: bool, **options: Any) -> None:
     """Change an adapter's rank: the best that it has of a lower one, the same change at a higher. With --to in another
     format, and the ranks are those of its modules.
 
@@ -98,27 +85,8 @@ def resize(
     from ..ops.resize import resize as run
     from .render import ProgressBar, print_resize, to_json, warn
 
-    bar = ProgressBar("resize", quiet or json, "modules")
-    try:
-        report = run(
-            adapter,
-            out,
-            rank=rank,
-            energy=energy,
-            params=params,
-            size=size,
-            rank_rule=rank_rule,
-            max_rank=max_rank,
-            to=to,
-            dtype=dtype,
-            alpha=alpha,
-            device=device,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("resize", quiet or json, "modules")) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("resize", report))
     else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from .options import (
     PATH,
-    Weighted,
     WeightedPath,
     alpha_option,
     device_option,
     dry_run_option,
     force_option,
     json_option,
+    library_arguments,
     out_option,
     quiet_option,
 )
@@ -32,19 +35,7 @@ from .options import (
 @device_option
 @quiet_option
 @json_option
-def unmerge(
-    merged: str,
-    adapters: tuple[Weighted, ...],
-    out: str | None,
-    undo: str | None,
-    approximate: bool,
-    force: bool,
-    dry_run: bool,
-    alpha: float | None,
-    device: str,
-    quiet: bool,
-    json: bool,
-) -> None:
+def unmerge(quiet: bool, json: bool, **options: Any) -> None:
     """Restore the base of a merge, bit for bit.
 
     MERGED is what merge wrote, with its undo file in it (loratool.undo) or beside it (merged.undo); the adapters are
@@ -58,22 +49,8 @@ def unmerge(
     from ..ops.unmerge import unmerge as run
     from .render import ProgressBar, print_unmerge, to_json, warn
 
-    bar = ProgressBar("unmerge", quiet or json)
-    try:
-        report = run(
-            merged,
-            list(adapters),
-            out,
-            undo=undo,
-            approximate=approximate,
-            device=device,
-            alpha=alpha,
-            force=force,
-            dry_run=dry_run,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("unmerge", quiet or json)) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("unmerge", report))
     else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import click
 
 from ..binding.tied_weights import TIED
 from .options import (
     PATH,
-    Weighted,
     WeightedPath,
     alpha_option,
     exclude_option,
     json_option,
     layers_option,
+    library_arguments,
     quiet_option,
     target_option,
 )
@@ -44,22 +47,7 @@ from .options import (
 @quiet_option
 @json_option
 @click.pass_context
-def verify(
-    context: click.Context,
-    base: str,
-    adapters: tuple[Weighted, ...],
-    merged: str,
-    target: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layers: str | None,
-    alpha: float | None,
-    tied: str,
-    initial: str | None,
-    residual_base: bool,
-    allow: tuple[str, ...],
-    quiet: bool,
-    json: bool,
-) -> None:
+def verify(context: click.Context, /, quiet: bool, json: bool, **options: Any) -> None:
     """Prove that MERGED is BASE with the adapters added, or say what is wrong with it.
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
@@ -70,28 +58,11 @@ def verify(
       loratool verify base/ adapter/ merged/
       loratool verify base/ style/:0.7 task/:-0.2 mixed/ --json
     """
-    from ..binding.selection import parse_patterns
     from ..ops.verify.command import verify as run
     from .render import ProgressBar, print_verify, to_json, warn
 
-    bar = ProgressBar("verify", quiet or json, "tensors")
-    try:
-        report = run(
-            base,
-            list(adapters),
-            merged,
-            target=parse_patterns(target),
-            exclude=parse_patterns(exclude),
-            layers=layers,
-            alpha=alpha,
-            tied=tied,
-            initial=initial,
-            residual_base=residual_base,
-            allow=allow,
-            progress=bar,
-        )
-    finally:
-        bar.close()
+    with closing(ProgressBar("verify", quiet or json, "tensors")) as bar:
+        report = run(**library_arguments(options), progress=bar)
     if json:
         print(to_json("verify", report, status=None if report.status == "proven" else report.status))
     else:

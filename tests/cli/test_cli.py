@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -13,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from conftest import FIXTURES, factors, weights, write_model, write_peft
 
 import loratool
-from loratool.cli import COMMANDS
-from loratool.cli.options import Size, WeightedPath
+from loratool.cli import COMMANDS, cli
+from loratool.cli.options import Size, WeightedPath, library_arguments
 from loratool.cli.render.text import SCHEMA_VERSION
 from loratool.files.dtypes import MERGE_DTYPES
 from loratool.files.fileio import open_scratch, size
@@ -371,3 +373,17 @@ def test_a_folder_that_is_not_there_any_more(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file") as raised:
         open_scratch(tmp_path / "gone")
     assert raised.value.filename == str(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"guide"}))
+def test_options_are_the_keywords_of_the_library(name: str) -> None:
+    """Each stands once: what a command does not use itself goes to the function of its name, all of whose keywords can
+    be set but those of programs alone."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command
+    samples = {"rank_pattern": (), "target": ("q",), "exclude": ("q",), "drop": ("q",)}
+    given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
+    own = {"json", "quiet", "fail_above", "strict", "spectra"}
+    functions = [getattr(loratool, name), *([loratool.spectra] if name == "inspect" else [])]
+    keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}
+    assert given.keys() - own - keywords == set() and keywords - given.keys() <= {"progress", "workers"}

@@ -41,7 +41,7 @@ from ..convert.image_base import choose_format, weights_for_format
 from ..convert.in_memory import check_target
 from ..denormals import keep_denormals
 from ..inputs import open_model
-from ..merge.command import write_merged
+from ..merge.command import OutputOptions, write_merged
 from .image import plan_start
 from .methods import INITS, REFUSED
 from .starter import (
@@ -337,11 +337,7 @@ class _Initialization:
                 self._name,
                 (place, False),
                 self._provenance(adapter.sha256, adapter.scales_sha256),
-                dtype=dtype,
-                device=torch.device("cpu"),
-                undo=undo,
-                force=force,
-                progress=None,
+                OutputOptions(dtype=dtype, device=torch.device("cpu"), undo=undo, force=force),
                 beside={f"{INITIAL}/{name}": initial / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
             )
             result = open_checkpoint(place)

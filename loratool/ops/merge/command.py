@@ -1,8 +1,8 @@
-"""`merge`: W' = round_once(W + sum of weight * change), streamed from files to files.
+"""Run the command `merge`: write W' = round_once(W + sum of weight * delta), streamed from files to files.
 
-Plan from headers alone, refuse all that can be refused, then run independent pieces: untouched ranges are
-copied inside the kernel, adapted matrices pass by blocks of rows. The result's bytes depend on nothing but
-the inputs (`numerics/exact.py`); memory does not depend on the model's size.
+It plans from headers alone and refuses all that can be refused before the first byte is written. Then untouched ranges
+are copied inside the kernel, and adapted matrices pass by blocks of rows, so that memory does not depend on the model's
+size. The result's bytes depend on nothing but the inputs (`numerics.exact`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,18 +65,28 @@ def merge(
 ) -> MergeReport:
     """Add adapters to a base checkpoint and write the merged model.
 
-    base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
-    adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components, as
-    {"te": 0.4}), or all as {path: weight}; they are added in one pass and rounded once.
-    out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
-    dtype: a key of MERGE_DTYPES. max_shard_bytes cuts the output anew. target, exclude: patterns of module
-    paths (`targets.Selection`); layers: "0-15". alpha: for adapter files that do not say theirs.
-    tied: a key of `tied.TIED`. For adapters whose initialization changed the base (PiSSA and the like): initial
-    is the adapter as it was at the start, which is subtracted, or residual_base says that `base` is the changed one.
-    undo: write what `unmerge` needs to give the base back.
+    Args:
+        base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
+        adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components,
+            like {"te": 0.4}), or all as {path: weight}; they are added in one pass and rounded once.
+        out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
+        dtype: a key of MERGE_DTYPES.
+        max_shard_bytes: split the output into shards of at most this size; by default it has the base's shards.
+        target, exclude: patterns of module paths (`selection.Selection`).
+        layers: layer numbers, like "0-15".
+        alpha: for adapter files without an alpha.
+        tied: a key of TIED.
+        initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
+        residual_base: instead of `initial`, if `base` is the changed one.
+        undo: write the undo file, which `unmerge` needs to restore the base.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+        progress: called with the bytes done and the bytes in all.
+        workers: threads that write; by default one for each core.
 
-    Raises LoratoolError's children: UsageError, InputError, NeedsFlag before anything is written; MachineError
-    when the machine fails. Whatever is raised, no unfinished output stays.
+    Raises:
+        UsageError, InputError, NeedsFlag: before anything is written.
+        MachineError: the machine failed; no unfinished output is left, whatever is raised.
     """
     with ExitStack() as opened:
         checkpoint, loaded = open_inputs(base, parse_adapters(adapters), alpha, opened)
@@ -97,15 +107,31 @@ def merge(
             os.fspath(base),
             (path, is_file),
             _provenance(plan),
-            dtype=MERGE_DTYPES[chosen_dtype],
-            device=where,
-            max_shard_bytes=max_shard_bytes,
-            undo=undo,
-            force=force,
-            dry_run=dry_run,
-            progress=progress,
-            workers=workers,
+            OutputOptions(
+                dtype=MERGE_DTYPES[chosen_dtype],
+                device=where,
+                max_shard_bytes=max_shard_bytes,
+                undo=undo,
+                force=force,
+                dry_run=dry_run,
+                progress=progress,
+                workers=workers,
+            ),
         )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The options of a merge that say how its output is written."""
+
+    dtype: str | None  # a safetensors name; None keeps the base's
+    device: torch.device
+    undo: bool  # write an undo file
+    force: bool  # replace an output that exists
+    max_shard_bytes: int | None = None  # None keeps the base's shards
+    dry_run: bool = False  # write nothing
+    progress: Progress | None = None
+    workers: int | None = None  # None takes one for each core
 
 
 def write_merged(
@@ -113,36 +139,42 @@ def write_merged(
     base: str,
     place: tuple[Path, bool],
     provenance: str,
-    *,
-    dtype: str | None,
-    device: torch.device,
-    max_shard_bytes: int | None = None,
-    undo: bool,
-    force: bool,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    workers: int | None = None,
+    options: OutputOptions,
     beside: Mapping[str, Path] | None = None,
 ) -> MergeReport:
-    """Carry a plan out. base: its name in the report; place: the output and whether it is a file; dtype: a safetensors
-    name or None; beside: name in the output's folder -> a file that is copied there.
+    """Write the merged model of a plan.
+
+    Args:
+        base: the base's name in the report.
+        place: the output's path, and whether it is a file.
+        beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    edits = widen_float8(plan, dtype)
+    edits = widen_float8(plan, options.dtype)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
-    check_output_path(path, is_file, inputs, force, is_model=True)
+    check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
-    output = lay_out(plan.base, path, is_file, provenance, plan.changed, dtype, max_shard_bytes, edits, undo)
+    output = lay_out(
+        plan.base,
+        path,
+        is_file,
+        provenance,
+        plan.changed,
+        options.dtype,
+        options.max_shard_bytes,
+        edits,
+        options.undo,
+    )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     output = replace(output, travels={**output.travels, **(beside or {})}, inputs=read)
     _check_undo(plan, output)
-    check_undo_files(output, inputs, force)
+    check_undo_files(output, inputs, options.force)
     _check_factors(plan)
     output.require_space()
-    if dry_run:
-        return build_report(plan, output, base, {}, _undo_bound(plan, output), dry_run)
-    changes, size = _execute(plan, output, device, progress, workers or worker_count())
-    return build_report(plan, output, base, changes, size, dry_run)
+    if options.dry_run:
+        return build_report(plan, output, base, {}, _undo_bound(plan, output), dry_run=True)
+    changes, size = _execute(plan, output, options)
+    return build_report(plan, output, base, changes, size, dry_run=False)
 
 
 def _provenance(plan: MergePlan) -> str:
@@ -175,7 +207,7 @@ def _check_factors(plan: MergePlan) -> None:
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
-    """Raises NeedsFlag where undo cannot be written."""
+    """Raise NeedsFlag if the undo file cannot be written."""
     if output.undo is None:
         return
     for name, spec in plan.base.specs.items():
@@ -188,23 +220,24 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
 
 
 def _undo_bound(plan: MergePlan, output: Output) -> int | None:
-    """The most bytes that an undo file can have: each changed weight whole, with the bits that say so."""
+    """Return an upper bound of the undo file's bytes: each changed weight itself, and a bit for each of its bytes."""
     if output.undo is None:
         return None
-    most = sum(plan.base.specs[name].nbytes for name in plan.changed if name in plan.base.specs)
-    return most + most // 8 + (1 << 20)
+    max_bytes = sum(plan.base.specs[name].nbytes for name in plan.changed if name in plan.base.specs)
+    return max_bytes + max_bytes // 8 + (1 << 20)
 
 
 def _execute(
-    plan: MergePlan, output: Output, device: torch.device, progress: Progress | None, workers: int
+    plan: MergePlan, output: Output, options: OutputOptions
 ) -> tuple[dict[str, list[RoundingStats]], int | None]:
-    """What became of each tensor, and the size of the undo file."""
+    """Write the output; return each tensor's statistics by blocks, and the size of the undo file."""
+    workers = options.workers or worker_count()
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
     with ExitStack() as opened:
         undo = UndoWriter(output.path.absolute().parent) if output.undo else None
         if undo:
             opened.callback(undo.close)
-        tensors = plan_changed_tensors(plan, UpdateLoader(device), undo is not None)
+        tensors = plan_changed_tensors(plan, UpdateLoader(options.device), undo is not None)
         size = None
 
         def finish(targets: Mapping[str, BinaryIO]) -> None:
@@ -214,7 +247,7 @@ def _execute(
                 size = undo.finish(targets[output.undo.name], plan, output)
 
         copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
-        runs = rewrite(output, plan.sources, tensors, device, workers, progress, finish, copied)
+        runs = rewrite(output, plan.sources, tensors, options.device, workers, options.progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
             if isinstance(item, HashBytes):
                 if undo:
@@ -231,7 +264,7 @@ def _execute(
 def _hash_the_rest(
     undo: UndoWriter, plan: MergePlan, output: Output, targets: Mapping[str, BinaryIO], workers: int
 ) -> None:
-    """What of the changed tensors is in no record, as it was written: an edit of that too shall be seen."""
+    """Hash those bytes of the changed tensors that are in no record, so that an edit of them is found too."""
     places = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
 
     def sha256(part: UnrecordedBytes) -> str:
