@@ -80,7 +80,7 @@ WRONG = {
 
 
 def check(script: Path) -> list[str]:
-    """Return mypy's errors in a script. It does not read torch, which takes half a minute: no signature of ours has it."""
+    """Return mypy's errors in a script. torch is not read: it takes half a minute, and no signature of ours has it."""
     config = script.with_suffix(".ini")
     config.write_text(
         "[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-torch.*,numpy.*,safetensors.*,rich.*]\n"
