@@ -102,12 +102,25 @@ def resize(
 ) -> ResizeReport:
     """Write the adapter with other ranks; alpha is each module's rank afterwards.
 
-    One of: rank, of every module, zeros where it had less; energy, the share of ||D||^2 to keep of each; params or
-    size (bytes), a budget for the whole adapter, spent where it keeps most; rank_rule: a key of RANK_RULES and its
-    value. max_rank: a cap. to: a key of converting.TARGETS, of whose modules the ranks are then; by default the
-    adapter's own format. dtype: of the factors, a key of DTYPES. alpha: for a file that does not say its own. Raises
-    UsageError, and InputError for an adapter without factors or one that cannot be in that format; nothing is written
-    then.
+    One of `rank`, `energy`, `params`, `size` and `rank_rule` is needed.
+
+    Args:
+        out: a folder, or a file if it ends in .safetensors.
+        rank: the rank of every module; zeros fill it where the adapter's is smaller.
+        energy: the share of ||D||^2 to keep of each module.
+        params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
+        rank_rule: a key of RANK_RULES and its value.
+        max_rank: the upper limit of every module's rank.
+        to: a key of FORMAT_CHOICES, whose modules the ranks are then of; by default the adapter's own format.
+        dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
+        alpha: for a file without an alpha.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+        progress: called with the modules done and the modules in all.
+
+    Raises:
+        UsageError: options contradict each other.
+        InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     if rule is None:

@@ -108,15 +108,29 @@ def combine(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CombineReport:
-    """Write one adapter that does what several do with their weights.
+    """Combine several adapters into one that does what they do with their weights.
 
-    adapters: paths, (path, weight) pairs, or {path: weight}. method: a key of METHODS; density: the share of entries
-    that it keeps. seed: of what is random, which otherwise follows from the module's name and the adapter's content.
-    rank, energy, params, size, rank_rule, max_rank: as in `resize`; without one of them a module's rank is the sum of
-    the adapters'. exclude: modules to leave out. to: a key of converting.TARGETS; by default the first adapter's
-    format, to which the others are converted where they differ. alpha: for files that do not say their own. allow:
-    keys of COMBINE_ALLOW. Raises UsageError, InputError for adapters that do not belong together, NeedsFlag for tensors
-    that have no sum and for adapters of two models; nothing is written then.
+    Args:
+        adapters: paths, (path, weight) pairs, or {path: weight}.
+        out: a folder, or a file if it ends in .safetensors.
+        method: a key of COMBINE_METHODS.
+        density: the share of entries that the method keeps, 0.5 by default.
+        seed: of the random numbers, which follow from it, the module's name and the adapter's content.
+        rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
+            adapters' ranks.
+        exclude: patterns of modules to leave out.
+        to: a key of FORMAT_CHOICES, by default the first adapter's format; adapters of other formats are converted.
+        dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
+        alpha: for files without an alpha.
+        allow: keys of COMBINE_ALLOW.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+        progress: called with the modules done and the modules in all.
+
+    Raises:
+        UsageError: options contradict each other.
+        InputError: the adapters do not belong together.
+        NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     given = parse_adapters(adapters)

@@ -126,13 +126,19 @@ def count(
     layers: str | None = None,
     params: int | None = None,
 ) -> CountReport:
-    """What every method of `counting.METHODS` trains of a model and adds at inference.
+    """Count what every method of `formulas.FORMULAS` trains of a model and adds at inference.
 
-    path: a checkpoint, by its headers, or a config.json (or a folder with only that) of a family in
-    `architectures.families.FAMILIES`. rank: LoRA's, and the adapters' bottleneck and the prefixes' length; 8 where
-    there is none. params: instead, the largest of each that fits. target, exclude: LoRA's matrices, by patterns or by
-    the names in `architectures.projections.ROLES`; layers: those that LoRA, adapters, prefixes and BitFit touch.
-    Raises UsageError for a rank that no matrix has, InputError for what cannot be read or has nothing to change.
+    Args:
+        path: a checkpoint, of which the headers are read, or a config.json (or a folder with one alone) of a model type
+            in CONFIG_FAMILIES.
+        rank: LoRA's rank, the adapters' bottleneck and the prefixes' length, 8 by default.
+        target, exclude: LoRA's matrices, by patterns or by the names in `projections.PROJECTION_NAMES`.
+        layers: the layers that LoRA, adapters, prefixes and BitFit train, like "0-15".
+        params: instead of `rank`: the largest of each method within this many parameters.
+
+    Raises:
+        UsageError: no matrix has that rank.
+        InputError: the files cannot be read, or have nothing to train.
     """
     if rank is not None and params is not None:
         raise UsageError("--rank and --params exclude each other")

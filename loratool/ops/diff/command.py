@@ -146,9 +146,14 @@ def diff(
 ) -> AdapterDiff | CheckpointDiff:
     """Compare two adapters of any readable formats, ranks and targets, or two checkpoints.
 
-    base: the model under two adapters, for the size of their changes and the paper's amplification factor. target,
-    exclude, layers: of module paths, of which only those are compared. alpha: for adapter files that do not say theirs.
-    Raises InputError where one is an adapter and the other is not, or their shapes are of different models.
+    Args:
+        base: the model under two adapters, for the size of their deltas and the LoRA paper's amplification factor.
+        target, exclude: patterns of module paths (`selection.Selection`).
+        layers: layer numbers, like "0-15".
+        alpha: for adapter files without an alpha.
+
+    Raises:
+        InputError: one is an adapter and the other is not, or their shapes are of different models.
     """
     selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
     with ExitStack() as opened:

@@ -145,16 +145,32 @@ def extract(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """The change TUNED - BASE as an adapter: PEFT's, a folder, or one file with its config where `out` ends in
-    .safetensors; of an image model in one file kohya's, of a pipeline diffusers', one file for all components.
+    """Write the delta TUNED - BASE as an adapter.
 
-    One of: rank (8 where there is none), of every matrix; energy, the share of ||D||^2 to keep of each; params or
-    size (bytes), a budget for the whole adapter, spent where it keeps most. max_rank: a cap. embed: what becomes of
-    embeddings and heads, a key of EMBED. bias: keep changed biases and norms, exactly. to: a key of
-    EXTRACT_TO; all but PEFT have the low-rank changes alone. dtype: of the factors, a key of DTYPES. certify: prove how
-    far each matrix is from the best, where else it is estimated. allow: "unrelated" takes two models that are no
-    fine-tune of each other. Raises InputError where the sides do not belong together, are quantized or equal, or hold
-    nan; nothing is written then.
+    The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
+    model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
+    `params` and `size` can be given.
+
+    Args:
+        rank: the rank of every matrix, 8 by default.
+        energy: the share of ||D||^2 to keep of each matrix.
+        params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
+        max_rank: the upper limit of every matrix's rank.
+        target, exclude: patterns of module paths (`selection.Selection`).
+        layers: layer numbers, like "0-15".
+        embed: a key of EMBED_CHOICES, for changed embeddings and heads.
+        bias: keep changed biases and norms, exactly.
+        to: a key of EXTRACT_FORMATS; all but PEFT have the low-rank updates alone.
+        dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
+        certify: prove how far each matrix is from the best of its rank, instead of estimating it.
+        seed: of the SVD's starting block.
+        allow: "unrelated" accepts models that are no fine-tune of each other.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+        progress: called with the matrices done and the matrices in all.
+
+    Raises:
+        InputError: the models do not belong together, are quantized or equal, or hold nan. Nothing is written then.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")

@@ -147,15 +147,31 @@ def init(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> InitReport:
-    """Start an adapter for chosen weights of a base: PEFT's, a folder, or one file where `out` ends in .safetensors; of
-    an image model in one file kohya's, of a pipeline diffusers'.
+    """Initialize an adapter for chosen weights of a base, from its files alone.
 
-    method: a key of INITS. rank (8 where there is none) of every weight, or params: the largest one for which the
-    adapter has at most so many parameters; rank_pattern: pattern -> rank, before either. alpha: each weight's rank
-    where there is none. dora: with the base's norms as magnitudes; rslora: s = alpha / sqrt(r). residual: a folder for
-    the base without the factors, which pissa, milora and olora need; dtype: of that, a key of MERGE_DTYPES; undo: with
-    an undo file. to: a key of converting.TARGETS, another format. Raises UsageError, InputError and NeedsFlag before
-    anything is written.
+    The adapter is PEFT's in a folder, or a file if `out` ends in .safetensors. For an image model in one file it is
+    kohya's, for a pipeline diffusers'.
+
+    Args:
+        method: a key of INIT_CHOICES.
+        rank: the rank of every weight, 8 by default.
+        params: instead of `rank`: choose the largest within this many parameters.
+        rank_pattern: pattern -> rank, which precedes both.
+        alpha: of every module; by default its rank.
+        target, exclude: patterns of module paths (`selection.Selection`).
+        layers: layer numbers, like "0-15".
+        dora: with the norms of the base's rows as magnitudes.
+        rslora: scale by alpha / sqrt(rank).
+        residual: a folder for the base without the factors, which pissa, milora and olora need.
+        dtype: of the residual, a key of MERGE_DTYPES.
+        undo: write the residual's undo file.
+        to: a key of FORMAT_CHOICES, if another format is wanted.
+        seed: of the random numbers.
+        force: replace an output that exists.
+        dry_run: check everything and write nothing.
+
+    Raises:
+        UsageError, InputError, NeedsFlag: before anything is written.
     """
     dtype = str(dtype).lower().removeprefix("torch.")
     check_target(to)

@@ -102,10 +102,15 @@ class MethodReport:
 def inspect(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
 ) -> CheckpointReport | AdapterInspection | MethodReport:
-    """Describe a checkpoint, an adapter, or what another method left; which it is, its tensors' names tell.
+    """Describe a checkpoint, an adapter or the output of another method, whichever the tensors' names tell.
 
-    base: the model whose names an adapter is held against. alpha: for an adapter file that does not say its own.
-    Raises InputError for what cannot be read, and UsageError for `base` and `alpha` with what is no LoRA.
+    Args:
+        base: the model that an adapter's names and shapes are compared with.
+        alpha: for an adapter file without an alpha.
+
+    Raises:
+        InputError: the files cannot be read.
+        UsageError: `base` or `alpha` is given, and the files are no LoRA.
     """
     if holds_adapter(path):
         if other := open_other(path):

@@ -82,10 +82,18 @@ def spectra(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> SpectraReport:
-    """Of every selected module: of a model all linear layers where no target is named, of an adapter all changes.
+    """Return the singular values of every selected module.
 
-    alpha: for an adapter file that does not say its own. Raises InputError where nothing is selected, for quantized
-    models, and for nan and inf.
+    Of a model these are all linear layers if no target is named, of an adapter all its deltas.
+
+    Args:
+        target, exclude: patterns of module paths (`selection.Selection`).
+        layers: layer numbers, like "0-15".
+        alpha: for an adapter file without an alpha.
+        progress: called with the matrices done and the matrices in all.
+
+    Raises:
+        InputError: nothing is selected, the model is quantized, or a tensor holds nan or inf.
     """
     where, numbers = choose_device(device), parse_layers(layers)
     with ExitStack() as opened:

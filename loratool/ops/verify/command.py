@@ -91,10 +91,17 @@ def verify(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> VerifyReport:
-    """Prove that `merged` is `base` with `adapters` added; the arguments are those of `merge`.
+    """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it.
 
-    target, exclude, layers: as the merge was told; what they leave out must be the base's. allow: "inconclusive" counts
-    a change that is below half a step everywhere as proven. Raises InputError for what does not belong together at all.
+    Args:
+        target, exclude, layers, alpha, tied, initial, residual_base: as in the call of `merge`; the modules that they
+            leave out must be the base's.
+        allow: "inconclusive" accepts as proven an update below half an ulp everywhere.
+        progress: called with the tensors done and the tensors in all.
+        workers: threads that compare; by default one for each core.
+
+    Raises:
+        InputError: the files do not belong together at all.
     """
     for each in allow:
         if each not in ALLOWED:
