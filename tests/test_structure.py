@@ -10,12 +10,14 @@ import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import FIXTURES, ROOT
+from tree import tree as drawn_tree
 
 PACKAGE = ROOT / "loratool"
 # A folder imports itself and what stands to its left; those of one group do not import each other.
@@ -294,6 +296,36 @@ def names_in(tree: ast.Module) -> set[str]:
     return found
 
 
+MAX_PARAMETERS = 8
+# Library functions of commands keep their keyword arguments, which are their documentation; the others may only shrink.
+WIDE: dict[str, int] = {}
+# One interface of every format, and functions of the library that a command of click is called after.
+SHARED_NAMES = {"claims", "read"}
+
+
+def wide_functions(package: Path) -> list[str]:
+    found = []
+    for name, tree in modules(package).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([each for each in every if each.arg not in ("self", "cls")])
+                if count > max(MAX_PARAMETERS, WIDE.get(f"{name}.{node.name}", 0)):
+                    found.append(f"{name}.{node.name} takes {count} parameters")
+    return found
+
+
+def shared_names(package: Path) -> list[str]:
+    """Public functions and classes of two modules that are called alike, but for a command and its library function."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for name, tree in modules(package).items():
+        for node in tree.body:
+            named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if named and name != f"cli.{node.name}" and node.name not in SHARED_NAMES:
+                homes[node.name].append(name)
+    return [f"{name} is in {' and '.join(found)}" for name, found in homes.items() if len(found) > 1]
+
+
 # rule -> files that break it, and what of the message tells that
 RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     folder_breaches: (
@@ -314,6 +346,10 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     full_packages: ({"undo/__init__.py": '"""U."""\nfrom . import records', "undo/records.py": '"""R."""'}, "undo"),
     untyped_tensors: ({"numerics/a.py": '"""A."""\nimport torch\nx = torch.zeros(3)'}, "torch.zeros(3)"),
     silent_modules: ({"files/a.py": "x = 1"}, "files.a has no docstring"),
+    bad_openings: ({"files/a.py": '"""A."""\nclass B:\n    """Of a file."""'}, "files.a.B: Of a file."),
+    dead_references: ({"files/a.py": '"""Read what `bc.D` is."""', "files/bc.py": '"""B."""'}, "`bc.D` is nowhere"),
+    wide_functions: ({"files/a.py": f'"""A."""\ndef f({", ".join("abcdefghi")}): ...'}, "files.a.f takes 9"),
+    shared_names: ({"files/a.py": '"""A."""\ndef f(): ...', "ops/b.py": '"""B."""\ndef f(): ...'}, "f is in files.a"),
 }
 
 
@@ -366,6 +402,11 @@ def test_what_needs_headers_alone_starts_without_torch(arguments: tuple[str, ...
     """An import two modules away is what no rule above sees."""
     loaded = started(*arguments)
     assert "loratool.cli" in loaded and not loaded & HEAVY_PACKAGES
+
+
+def test_the_guide_has_the_tree() -> None:
+    guide = (PACKAGE / "guides" / "architecture.md").read_text()
+    assert drawn_tree() in guide, "run python tests/tree.py --write"
 
 
 def test_the_library_exports_what_it_lists() -> None:

@@ -562,7 +562,7 @@ def test_large_files_are_read_by_their_header_alone(tmp_path: Path) -> None:
 def test_torch_stays_unloaded(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "x.pt")
     program = (
-        "import sys, pathlib, loratool.torchfile as t; f = t.TorchFile(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib, loratool.files.torch_reader as t; f = t.TorchFile(pathlib.Path(sys.argv[1]));"
         "f.read('a'); assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "x.pt")], check=True)
