@@ -1,4 +1,4 @@
-"""The weights of a base that can get factors, by selection and role."""
+"""Find the weights of a base that can get factors, by selection and role."""
 
 from __future__ import annotations
 
@@ -22,55 +22,57 @@ from .selection import Selection, matches_pattern
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that can have factors. sizes: (E, out, in) of its stack of matrices; in_model: its name in the model's
-    class, which PEFT wraps.
-    """
+    """A weight that can have factors."""
 
     name: str
-    in_model: str
-    kind: str
+    in_model: str  # its name in the model's class, which PEFT wraps
+    kind: str  # a key of WEIGHT_KINDS
     source: TensorRef
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int]  # (E, out, in) of its stack of matrices
 
     @property
     def parameters_per_rank(self) -> int:
-        """Parameters a rank."""
         E, out, inp = self.sizes
         return E * (out + inp)
 
     @property
     def max_rank(self) -> int:
-        """The rank that no change of it exceeds."""
+        """The largest rank that a delta of this weight can have."""
         return min(self.sizes[1:])
 
 
 def find_candidates(base: Checkpoint, selection: Selection, among: Collection[str] | None = None) -> list[Candidate]:
-    """The weights that the selection's targets name; InputError for a pattern that names none. among: those that can
-    have factors, where it is not for PEFT to say.
+    """Return the weights that the selection names.
+
+    Args:
+        among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
+
+    Raises:
+        InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
     roles = {
         n: weight_role(module_path(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS)
         for n in among or ()
     }
     in_model = namer(base) if among is None else str
-    eligible = _find_eligible(base, in_model) if among is None else {name: what for name, what in roles.items() if what}
+    eligible = _find_eligible(base, in_model) if among is None else {name: role for name, role in roles.items() if role}
     routers = _find_routers(eligible)
     for pattern in selection.target:
-        if not any(_is_default_target(pattern, name, what, routers) for name, what in eligible.items()):
+        if not any(_is_default_target(pattern, name, role, routers) for name, role in eligible.items()):
             ends = {module_path(name).rpartition(".")[2] for name in eligible}
-            near = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
+            similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
                 "names no weight of the base that could have an adapter",
                 culprit=f"--target {pattern}",
-                remedy=f"there are {', '.join(near)}" if near else None,
+                remedy=f"there are {', '.join(similar)}" if similar else None,
             )
     replace(selection, target=()).require_used([*map(module_path, base.specs)], str(base.path))
     found = []
-    for name, what in eligible.items():
+    for name, role in eligible.items():
         if selection.selects(module_path(name)) and any(
-            _is_default_target(each, name, what, routers) for each in selection.target
+            _is_default_target(each, name, role, routers) for each in selection.target
         ):
-            kind, source = weight_kind(base.model_types, module_path(name), what), TensorRef(base.shard_of[name], name)
+            kind, source = weight_kind(base.model_types, module_path(name), role), TensorRef(base.shard_of[name], name)
             found.append(Candidate(name, in_model(name), kind, source, stack_shape(kind, source.spec.shape)))
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
@@ -78,31 +80,43 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
 
 
 def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, str]:
-    """The weights that PEFT can wrap -> their role: those of modules, and stacks of experts, but no other bare
-    parameter (a Mamba's A_log, gpt-oss's biases of experts).
+    """Map the weights that PEFT can wrap to their roles.
+
+    These are the weights of modules and the stacks of experts, but no other bare parameter (a Mamba's A_log, gpt-oss's
+    biases of experts).
     """
     found = {name: role_in_model(base, name, in_model(name), spec) for name, spec in base.specs.items()}
     refused = MAMBA_REFUSED if base.model_type in MAMBAS else ()
-    return {n: what for n, what in found.items() if what and module_path(n).rpartition(".")[2] not in refused}
+    return {n: role for n, role in found.items() if role and module_path(n).rpartition(".")[2] not in refused}
 
 
 def _find_routers(names: Collection[str]) -> frozenset[str]:
-    """The weights that choose among experts: no linear layers in transformers 5, so that PEFT cannot wrap most."""
+    """Return the weights that choose among experts: in transformers 5 no linear layers, so PEFT cannot wrap most."""
     blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
     return frozenset(f"{block}.{router}.weight" for block in blocks for router in ("gate", "router"))
 
 
-def _is_default_target(pattern: str, name: str, what: str, routers: Collection[str]) -> bool:
-    """`all-linear` as PEFT means it: convolutions, stacks of experts and their routers have to be named."""
+def _is_default_target(pattern: str, name: str, role: str, routers: Collection[str]) -> bool:
+    """Return whether a pattern targets a weight, with PEFT's meaning of `all-linear`.
+
+    Convolutions, stacks of experts and their routers have to be named.
+    """
     return matches_pattern(pattern, module_path(name)) and (
-        pattern != "all-linear" or (what == "linear" and name not in routers)
+        pattern != "all-linear" or (role == "linear" and name not in routers)
     )
 
 
 def refuse_split_experts(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:
-    """Refuse what PEFT cannot make a stack of: it takes all experts of one, at the rank of the most targets, and joins
-    gate and up at twice that rank and alpha, which is another scale under rsLoRA
-    (`peft/utils/transformers_weight_conversion.py`).
+    """Refuse adapters of single experts that PEFT cannot stack when it loads them.
+
+    PEFT stacks all experts of a layer at the rank that most targets have, and fuses gate and up at twice that rank and
+    alpha, which is another scale under rsLoRA (`peft/utils/transformers_weight_conversion.py`).
+
+    Args:
+        ranks: target -> its rank.
+
+    Raises:
+        UsageError: an expert has no factors or another rank, or gate and up are to be fused under rsLoRA.
     """
     parts = {name: part for name in base.specs if (part := expert_part(name, base.model_types))}
     common = next(iter(Counter(ranks.values()).most_common(1)), (0, 0))[0]

@@ -1,4 +1,4 @@
-"""What a merge will do, decided from headers before the first byte: where every row comes from, and what changes it."""
+"""Plan a merge from headers, before the first byte is written: where every row comes from, and what updates it."""
 
 from __future__ import annotations
 
@@ -26,32 +26,39 @@ from .tied_weights import ResolvedTie, Tie, bindable, find_tie, resolve_tie, voc
 
 @dataclass(frozen=True)
 class MergePlan:
-    """bound: the placements of each tensor as asked for. placements: those that are left once each tensor's source
-    is settled. added: the tensors that the base does not have. edits: what of the output is not the base's.
-    """
+    """The decisions of a merge, by the names of the output's tensors."""
 
     base: Checkpoint
-    adapters: tuple[tuple[Adapter, float], ...]
-    requested: Mapping[str, tuple[Placement, ...]]
-    sources: Mapping[str, TensorRef]
-    placements: Mapping[str, tuple[Placement, ...]]
-    left_out: tuple[str, ...]
-    added: tuple[str, ...]
-    untied: tuple[str, ...]
+    adapters: tuple[tuple[Adapter, float], ...]  # with their weights
+    requested: Mapping[str, tuple[Placement, ...]]  # every placement, before replacements became sources
+    sources: Mapping[str, TensorRef]  # for each tensor of the output
+    placements: Mapping[str, tuple[Placement, ...]]  # those left to apply to the sources
+    left_out: tuple[str, ...]  # modules that the selection leaves out
+    added: tuple[str, ...]  # tensors that the base does not have
+    untied: tuple[str, ...]  # tensors that the base stores under another name only
     warnings: tuple[str, ...]
-    edits: OutputEdits
+    edits: OutputEdits  # types, shapes, config and files that differ from the base's
 
     @cached_property
     def changed(self) -> set[str]:
         """The tensors whose values need not be the base's."""
-        own = {name for name, source in self.sources.items() if source.file is not self.base.shard_of.get(name)}
-        return own | set(self.placements)
+        replaced = {name for name, source in self.sources.items() if source.file is not self.base.shard_of.get(name)}
+        return replaced | set(self.placements)
 
 
 def plan_merge(
     base: Checkpoint, adapters: tuple[tuple[Adapter, float], ...], selection: Selection, tied: str
 ) -> MergePlan:
-    """Raises what `require_used`, `bind`, `settle_tie` and `settle_source` raise; InputError for an update of codes."""
+    """Decide everything about a merge that names, shapes and headers tell.
+
+    Args:
+        tied: a key of TIED.
+
+    Raises:
+        InputError: a pattern names nothing, an update does not fit the base or a second update, or its weight is
+            quantized.
+        NeedsFlag: a module is not in the base, or a tie would break, and an option decides that.
+    """
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
     names = " and ".join(adapter.name for adapter, _ in adapters)
@@ -59,12 +66,12 @@ def plan_merge(
     selection.require_used([*modules, *map(module_path, base.specs)], f"{names} or the base")
     binding = bind(specs, base.model_types, adapters, selection, coded)
     _refuse_quantized(base, binding)
-    settled = resolve_tie(base, tie, binding.placements, tied)
-    sources, placements = _resolve_row_sources(base, tie, settled)
+    resolved = resolve_tie(base, tie, binding.placements, tied)
+    sources, placements = _resolve_row_sources(base, tie, resolved)
     for name, (adapter, update) in binding.added.items():
         sources[name] = TensorRef(adapter.file, update.tensors["value"])
-    edits, notes = _plan_edits(base, [adapter for adapter, _ in adapters], tie, settled, sources)
-    warnings = (*settled.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    edits, notes = _plan_edits(base, [adapter for adapter, _ in adapters], tie, resolved, sources)
+    warnings = (*resolved.warnings, *notes, *(note for adapter, _ in adapters for note in adapter.notes))
     for adapter, _ in adapters:
         changed = [name for name, found in binding.placements.items() if any(p.adapter is adapter for p in found)]
         warnings += tuple(f"{adapter.name}: {line}" for line in absent_from_adapter(base.specs, adapter, changed))
@@ -76,38 +83,39 @@ def plan_merge(
     return MergePlan(
         base,
         adapters,
-        settled.placements,
+        resolved.placements,
         sources,
         placements,
         binding.left_out,
         tuple(binding.added),
-        tuple(name for name in settled.untied if name not in base.specs),
+        tuple(name for name in resolved.untied if name not in base.specs),
         warnings,
         edits,
     )
 
 
 def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
-    """Raise InputError for an update of a weight that is stored as codes."""
+    """Raise InputError for an update of a quantized weight."""
     for adapter, name, form in binding.quantized.values():
         count = len(binding.quantized)
         others = f", as are {count - 1} more that the adapter changes" if count > 1 else ""
-        own = adapter.config.base_model in (str(base.path), None)
+        is_its_base = adapter.config.base_model in (str(base.path), None)
         raise InputError(
             f"is quantized ({form}), and its codes are no weights{others}",
             culprit=name,
-            remedy="pass the original model in 16 or 32 bits" + ("" if own else f"; {adapter.base_hint}"),
+            remedy="pass the original model in 16 or 32 bits" + ("" if is_its_base else f"; {adapter.base_hint}"),
         )
 
 
 def _resolve_row_sources(
-    base: Checkpoint, tie: Tie | None, settled: ResolvedTie
+    base: Checkpoint, tie: Tie | None, resolved: ResolvedTie
 ) -> tuple[dict[str, TensorRef], dict[str, tuple[Placement, ...]]]:
+    """Return where the rows of each tensor come from, and the placements left to apply to them."""
     sources = {name: TensorRef(shard, name) for name, shard in base.shard_of.items()}
     placements = {}
-    if tie and settled.untied:
-        _share_replacement(tie, settled, sources)
-    for name, found in settled.placements.items():
+    if tie and resolved.untied:
+        _share_replacement(tie, resolved, sources)
+    for name, found in resolved.placements.items():
         refuse_second_nonadditive(name, found)
         sources[name], rest = resolve_row_source(sources[name], found)
         if rest:
@@ -117,57 +125,63 @@ def _resolve_row_sources(
     return sources, placements
 
 
-def _share_replacement(tie: Tie, settled: ResolvedTie, sources: dict[str, TensorRef]) -> None:
-    """Sides that part were one matrix under the adapter: what it brought along for one side lies under all."""
+def _share_replacement(tie: Tie, resolved: ResolvedTie, sources: dict[str, TensorRef]) -> None:
+    """Let all sides that are untied start from the weight that an adapter has for one of them.
+
+    When the adapter was trained they were one matrix.
+    """
     under = sources[tie.embedding]
-    for name in settled.untied:
+    for name in resolved.untied:
         sources.setdefault(name, sources[tie.stored_as(name)])
-    names = [tie.embedding, *(name for name in settled.untied if tie.stored_as(name) == tie.embedding)]
-    brought = [settled.placements[n] for n in names if any(p.update.base for p in settled.placements.get(n, ()))]
+    names = [tie.embedding, *(name for name in resolved.untied if tie.stored_as(name) == tie.embedding)]
+    replacing = [resolved.placements[n] for n in names if any(p.update.base for p in resolved.placements.get(n, ()))]
     for name in names:
-        if brought and name not in settled.placements:
-            sources[name], _ = resolve_row_source(under, brought[0])
+        if replacing and name not in resolved.placements:
+            sources[name], _ = resolve_row_source(under, replacing[0])
 
 
 def _require_rows(source: TensorRef, placements: Sequence[Placement]) -> None:
-    """All placements are for the rows that there are: two adapters may have been made for two vocabularies."""
+    """Raise InputError for placements made for another number of rows, as two adapters with two vocabularies are."""
     shape = source.spec.shape or (1,)
-    whole = {shape[0], shape[0] * shape[1]} if len(shape) > 2 else {shape[0]}
+    row_counts = {shape[0], shape[0] * shape[1]} if len(shape) > 2 else {shape[0]}
     for placement in placements:
-        if placement.rows not in whole or placement.rows != placements[0].rows:
+        if placement.rows not in row_counts or placement.rows != placements[0].rows:
             raise InputError(
                 f"has {shape[0]} rows now, but {placement.adapter.name} is for {placement.rows}", culprit=source.name
             )
 
 
 def resolve_row_source(base: TensorRef, placements: Sequence[Placement]) -> tuple[TensorRef, tuple[Placement, ...]]:
-    """Where a tensor's rows come from, and the placements that are left to apply to them.
+    """Return where a tensor's rows come from, and the placements that are left to apply to them.
 
-    A replacement of full weight is a source of its own, and so is the weight that an adapter brought along for its
-    LoRA, unless the base's own has the same values. Raises InputError where that cannot be had.
+    A replacement with weight 1 becomes the source. So does the weight that an adapter stores under its LoRA
+    (modules_to_save), unless the base has the same values. A replacement with another weight stays a placement.
+
+    Raises:
+        InputError: two adapters replace the tensor, or a replacement that must have weight 1 has another.
     """
     source, rest = base, []
-    brought = [_replacement_value(base, placement) for placement in placements]
-    if len({id(p.adapter) for p, own in zip(placements, brought, strict=True) if own}) > 1:
+    values = [_replacement_value(base, placement) for placement in placements]
+    if len({id(p.adapter) for p, value in zip(placements, values, strict=True) if value}) > 1:
         raise InputError("two adapters bring their own values for it", culprit=base.name, remedy="merge one of them")
-    for placement, own in zip(placements, brought, strict=True):
-        if own is None:
+    for placement, value in zip(placements, values, strict=True):
+        if value is None:
             rest.append(placement)
         elif placement.weight == 1:
-            source = own
+            source = value
             rest += [] if placement.update.kind == "replace" else [placement]
-        elif own.spec.shape != base.spec.shape or placement.update.kind not in (*ADDITIVE, "replace"):
+        elif value.spec.shape != base.spec.shape or placement.update.kind not in (*ADDITIVE, "replace"):
             raise InputError(f"{placement.adapter.name} brings its own values: its weight must be 1", culprit=base.name)
         else:
-            value = {"value": own.name}
-            replaced = UpdateSpec("replace", placement.update.module, value, {"value": own.spec})
+            tensors = {"value": value.name}
+            replaced = UpdateSpec("replace", placement.update.module, tensors, {"value": value.spec})
             rest.append(replace(placement, update=replaced, transposed=False, skip=0, expert=None))
             rest += [] if placement.update.kind == "replace" else [placement]
     return source, tuple(rest)
 
 
 def _replacement_value(base: TensorRef, placement: Placement) -> TensorRef | None:
-    """The values that an update puts in the place of the base's, before it adds anything."""
+    """Return the values that an update puts in the place of the base's before it adds anything; None for none."""
     update, file = placement.update, placement.adapter.file
     if update.kind == "replace":
         return TensorRef(file, update.tensors["value"])
@@ -180,14 +194,14 @@ def _plan_edits(
     base: Checkpoint,
     adapters: Sequence[Adapter],
     tie: Tie | None,
-    settled: ResolvedTie,
+    resolved: ResolvedTie,
     sources: Mapping[str, TensorRef],
 ) -> tuple[OutputEdits, tuple[str, ...]]:
-    """What the output has otherwise than the base, and what to say of it."""
+    """Return what the output has otherwise than the base, and warnings about it."""
     specs = {}
     for name, source in sources.items():
         like = base.specs.get(name) or (
-            base.specs[tie.stored_as(name)] if tie and name in settled.untied else source.spec
+            base.specs[tie.stored_as(name)] if tie and name in resolved.untied else source.spec
         )
         if name not in base.specs or source.spec.shape != like.shape:
             specs[name] = TensorSpec(like.dtype, source.spec.shape)
@@ -197,11 +211,11 @@ def _plan_edits(
     config = vocabulary_edits(base, rows, resized)
     classifier, unknown = classifier_edits(base, adapters, sources)
     config |= classifier
-    if tie and settled.untied and not tie.keeps_flag:
+    if tie and resolved.untied and not tie.keeps_flag:
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]
     sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in classifier]
-    touched = [p for name in words for p in settled.placements.get(name, ())]
+    touched = [p for name in words for p in resolved.placements.get(name, ())]
     files, notes = _find_tokenizer(touched)
     notes += unknown + tuple(
         f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized
@@ -210,7 +224,11 @@ def _plan_edits(
 
 
 def widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
-    """The edits with the type of changed 8-bit tensors, in which no change would survive: NeedsFlag without one."""
+    """Return the edits with changed float8 tensors in `dtype`, since almost no update survives in 8 bits.
+
+    Raises:
+        NeedsFlag: there are such tensors, and `dtype` is None.
+    """
     specs = dict(plan.edits.specs)
     for name in plan.changed:
         spec = specs.get(name) or plan.base.specs[name]
@@ -224,7 +242,10 @@ def widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
 
 
 def _find_tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The tokenizer that an adapter has beside it, if it changed the vocabulary's rows; of two adapters, neither."""
+    """Return the tokenizer's files beside an adapter that changed rows of the vocabulary, and notes about them.
+
+    Two adapters with tokenizers contradict each other, so that neither counts.
+    """
     folders = {p.adapter.file.path.parent: tokenizer_files(p.adapter.file.path.parent) for p in placements}
     found = {folder: files for folder, files in folders.items() if files}
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""Two checkpoints of one model side by side: which tensors are the same one, and what lies between them."""
+"""Pair the tensors of two checkpoints of one model, whose names need not be the same."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .resolve import strip_wrappers
 
 @dataclass(frozen=True)
 class ModelPairs:
-    """both: a base's name -> the tensor on either side; the others have no partner."""
+    """The tensors of two checkpoints, paired."""
 
-    both: dict[str, tuple[TensorRef, TensorRef]]
-    only_base: tuple[str, ...]
-    only_tuned: dict[str, TensorRef]
+    both: dict[str, tuple[TensorRef, TensorRef]]  # the base's name -> the tensor on either side
+    only_base: tuple[str, ...]  # the base's names
+    only_tuned: dict[str, TensorRef]  # path -> the tensor
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> ModelPairs:
-    """The tensors of both sides by the base's name, whatever their shards, wrappers, containers and transformers'
-    version.
+    """Pair the tensors of both sides, whatever their shards, wrappers, containers and version of transformers.
 
-    Raises InputError where nothing has a partner.
+    Raises:
+        InputError: no tensor has a partner.
     """
     types = base.model_types or tuned.model_types
     mine, theirs = (_by_path(side.specs, types) for side in (base, tuned))
@@ -48,19 +48,25 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> ModelPairs:
 
 
 def _by_path(names: Iterable[str], types: Collection[str]) -> dict[str, str]:
-    """Names by their paths in transformers 5; of two with one path one stands under its own name."""
+    """Return path in transformers 5 -> name; if two names have one path, one of them is listed under its own name."""
     paths = {name: canonical(strip_wrappers(name), types) for name in names}
     owner = {path: path if path in paths else name for name, path in paths.items()}
     return {path if owner[path] == name else name: name for name, path in paths.items()}
 
 
-def missing_prefix(mine: set[str], theirs: set[str], heads: Iterable[str]) -> tuple[str, str] | None:
-    """(what to put before the names of `theirs`, what to take off), one of `heads` or nothing, where that makes them
-    those of `mine`.
+def missing_prefix(mine: set[str], theirs: set[str], prefixes: Iterable[str]) -> tuple[str, str] | None:
+    """Find the prefixes that two sets of names have and lack, if half of the names are not already the same.
+
+    Args:
+        prefixes: the prefixes to try, besides none.
+
+    Returns:
+        (the prefix to put before the names of `theirs`, the prefix to take off first) with which most of them are in
+        `mine`; None if no change of prefixes is needed or helps.
     """
     if len(mine & theirs) * 2 >= min(len(mine), len(theirs)):
         return None
-    either = sorted({"", *heads})  # sorted: of equals always the same
+    either = sorted({"", *prefixes})  # sorted, so that among equals the same one wins each time
     found = [(a, b) for a in either for b in either if a != b]
     best = max(found, key=lambda ab: len(mine & {ab[0] + p.removeprefix(ab[1]) for p in theirs}), default=None)
     if best is None or not mine & {best[0] + p.removeprefix(best[1]) for p in theirs}:

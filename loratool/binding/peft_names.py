@@ -1,7 +1,7 @@
-"""What PEFT can wrap of a base, and under which names: those of the modules of the class that config.json declares.
+"""Tell which weights of a base PEFT can wrap, and under which names of the class that config.json declares.
 
-Files keep historical names, PEFT goes by modules. What no name says is told here, so that it is refused before a byte
-is written: PEFT passes over a key that it does not know with a warning at most.
+Files keep historical names, PEFT goes by modules. A weight that PEFT would not find is refused here, before a byte is
+written: PEFT skips a key that it does not know with a warning at most.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 
 
 def namer(base: Checkpoint) -> Callable[[str], str]:
-    """From a tensor's name in the file to the one in the model that PEFT wraps."""
-    types, named = base.model_types, declared_class(base.config)
+    """Return a function from a tensor's name in the file to its name in the model that PEFT wraps."""
+    types, declared = base.model_types, declared_class(base.config)
     sides = {}
     if base.model_type in ENCODER_DECODERS:
         sides = {side: _types_of(base.config.get(side)) for side in ("encoder", "decoder")}
@@ -50,9 +50,9 @@ def namer(base: Checkpoint) -> Callable[[str], str]:
         if side in sides:
             return f"{side}.{canonical(rest, sides[side])}"
         found = canonical(name, types)
-        if is_backbone(named) and not name.startswith("model."):
+        if is_backbone(declared) and not name.startswith("model."):
             found = found.removeprefix("model.")  # the tables have the names of task models
-        return found if whole else in_task_model(found, base.model_type, named)
+        return found if whole else in_task_model(found, base.model_type, declared)
 
     return in_model
 
@@ -63,28 +63,32 @@ def _types_of(config: object) -> tuple[str, ...]:
 
 
 def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) -> str:
-    """What a weight is for (`architectures.roles`) where PEFT can wrap it; else an empty string: for a bare parameter,
-    for a convolution of each channel by itself, of which PEFT merges none (one of a single channel looks the same), and
-    for nn.MultiheadAttention, of which it wraps both matrices or neither.
+    """Return the role of a weight (`architectures.roles`) that PEFT can wrap, else an empty string.
+
+    It is empty for a bare parameter, for a depthwise convolution, which PEFT does not merge (a convolution with a
+    single input channel looks the same), and for nn.MultiheadAttention, of which PEFT wraps both matrices or neither.
     """
     module = module_path(in_model)
-    what = weight_role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+    role = weight_role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
     inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
-    if what == "experts":
-        return what
+    if role == "experts":
+        return role
     if not in_model.endswith(".weight") or inside in base.specs or is_bare_router(base, module):
         return ""
-    return "" if what == "conv" and spec.shape[1] == 1 < spec.shape[0] else what
+    return "" if role == "conv" and spec.shape[1] == 1 < spec.shape[0] else role
 
 
 def is_bare_router(base: Checkpoint, module: str) -> bool:
-    """Whether a module, by its path in the model, chooses among experts and is no linear layer."""
+    """Return whether a module, by its path in the model, chooses among experts and is no linear layer."""
     routes = module.endswith((".router", "mlp.gate", "mixer.gate"))
     return routes and not BARE_ROUTERS.isdisjoint(base.model_types) and base.model_type not in STACKED_BY_PEFT
 
 
 def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
-    """Each tensor of a router that PEFT can only save whole -> all tensors of it, where all can be trained."""
+    """Map each tensor of a router that PEFT can only save entirely to all tensors of that router.
+
+    A router is left out if one of its tensors cannot be trained.
+    """
     owners: dict[str, list[str]] = {}
     for name in base.specs:
         module = in_model(name).rpartition(".")[0]
@@ -100,16 +104,21 @@ def refuse_unsaid(
     whole: Mapping[str, str],
     heads: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise where PEFT would not find a tensor of the adapter or take it for another: NeedsFlag naming what leaves all
-    of these out, InputError where nothing would be left.
+    """Refuse an adapter with a tensor that PEFT would not find or would take for another.
 
-    factored: the weights with factors, by the file's names -> the model's; whole: tensors that are kept exactly;
-    heads: embeddings with factors -> the head that is the same matrix.
+    Args:
+        factored: the weights with factors, name in the file -> name in the model.
+        whole: the tensors that are kept exactly, likewise.
+        heads: embeddings with factors -> the head that is the same matrix.
+
+    Raises:
+        NeedsFlag: some tensors are such; it names the --exclude options that leave them out.
+        InputError: nothing would be left, or PEFT loads no adapter of this family.
     """
     for family in base.model_types:
         if family in REFUSED:
             raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
-    problems = _unsaid(base, factored, whole) | _without_head(base, heads or {})
+    problems = _names_not_found(base, factored, whole) | _without_head(base, heads or {})
     if not problems:
         return
     kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
@@ -121,11 +130,11 @@ def refuse_unsaid(
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
 
 
-def _unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, str]:
-    """Name in the file -> why PEFT cannot be told of it."""
+def _names_not_found(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, str]:
+    """Map the names in the file of tensors that PEFT would not find to the reason."""
     family, both = base.model_type or "", {**factored, **whole}
     taken, reshaped = STACKED_BY_PEFT.get(family), [RESHAPED[t] for t in base.model_types if t in RESHAPED]
-    doubtful = _named_twice(base, both.values()) | _of_unknown_order(base, factored)
+    doubtful = _named_twice(base, both.values()) | _unknown_order(base, factored)
     found = {}
     for name, in_model in both.items():
         module = module_path(in_model).removesuffix(".bias")
@@ -149,7 +158,10 @@ def _unsaid(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, s
 
 
 def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
-    """Embeddings whose head is not called so: there are modules inside of what is."""
+    """Map embeddings to the reason why PEFT would not find the head that they are as well.
+
+    The module under the head's name holds other modules, so that it is not the head itself.
+    """
     in_model = namer(base)
     owners = {in_model(name).rpartition(".")[0] for name in base.specs} if heads else set()
     found = {}
@@ -161,7 +173,7 @@ def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
 
 
 def _named_twice(base: Checkpoint, names: Collection[str]) -> set[str]:
-    """Of these the ones whose module's path is the end of another's: PEFT takes both."""
+    """Return the names whose module's path is the end of another's, so that PEFT takes both."""
     in_model = namer(base)
     paths = {in_model(name).rpartition(".")[0] for name in base.specs}
     inner = {part for path in paths for part in path.split(".")[1:]}
@@ -173,8 +185,8 @@ def _named_twice(base: Checkpoint, names: Collection[str]) -> set[str]:
     return {name for name in suspects if module_path(name) in ends}
 
 
-def _of_unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]:
-    """Bare parameters of one module whose order of declaration, by which PEFT nests them, is not known."""
+def _unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]:
+    """Return bare parameters of modules whose order of declaration is not known; PEFT nests its wrappers by it."""
     stacks: dict[str, set[str]] = {}
     for name, in_model in factored.items():
         if name in base.specs and role_in_model(base, name, in_model, base.specs[name]) == "experts":
@@ -185,7 +197,10 @@ def _of_unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]
 
 
 def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
-    """--exclude options for all of `modules` and nothing of `kept`: a pattern for what differs in numbers alone."""
+    """Return --exclude options for all of `modules` and nothing of `kept`.
+
+    Modules that differ only in numbers share one pattern.
+    """
     options: dict[str, None] = {}
     general = {NUMBER.sub("0", module): module for module in modules}
     for module in general.values():

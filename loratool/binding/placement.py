@@ -1,6 +1,6 @@
-"""Whether and how an update fits a base tensor: its shape, its orientation, and the rows that it covers.
+"""Place an update on a base tensor: check its shape, and find its orientation and the rows that it covers.
 
-A pure function of shapes and of what is known of the model family. What fits in two ways is decided by evidence
+All of it follows from shapes and from tables of model families. An update that fits in two ways is decided by evidence
 or refused, never guessed.
 """
 
@@ -18,90 +18,91 @@ from ..architectures.ties import MASKED_HEADS
 from ..errors import InputError
 from ..files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
 
-# The last names of modules that have a row a token, or a label.
+# The last names of modules that have one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 
 
 @dataclass(frozen=True)
 class Match:
-    """A base tensor for an update, or for a part of one where one side stacks its experts and the other does not.
-
-    expert, part, parts: whose matrix it is, and which of the equal parts of its rows (gate and up are two). rows: of an
-    image model's tensor, (start, stop, the update's first row there, how many rows the update has).
-    """
+    """A base tensor found for an update, or for a slice of one if only one side stacks its experts."""
 
     name: str
-    expert: int | None = None
-    part: int = 0
+    expert: int | None = None  # whose matrix it is, if only one side is a stack
+    part: int = 0  # which of the equal slices of that matrix's rows: gate is 0, up is 1
     parts: int = 1
+    # image models only: the tensor's (start, stop), the update's first row there, how many rows the update has
     rows: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One update, or one expert of it, on some rows of a base tensor seen as a matrix (behind dimensions flattened).
-
-    transposed: the base stores (in, out). start, stop: the base's rows, of `rows`. skip: the update's first row there.
-    expert: which of a stack of experts, None for an update that is no stack.
-    """
+    """An update, or one expert of it, on some rows of a base tensor whose trailing dimensions are flattened."""
 
     adapter: Adapter
     update: UpdateSpec
-    weight: float
-    transposed: bool
-    rows: int
-    start: int
+    weight: float  # of the adapter, or of this component
+    transposed: bool  # the base stores (in, out)
+    rows: int  # all rows of the matrix
+    start: int  # the rows of the matrix that the update covers
     stop: int
-    skip: int = 0
-    expert: int | None = None
+    skip: int = 0  # the update's first row there
+    expert: int | None = None  # which of a stack; None for an update that is no stack
 
 
 def place_update(
     adapter: Adapter,
     module: str,
     weight: float,
-    spot: Match,
+    match: Match,
     specs: Mapping[str, TensorSpec],
     model_types: Sequence[str],
-    bound: Mapping[str, Sequence[Match]],
+    all_matches: Mapping[str, Sequence[Match]],
 ) -> list[Placement]:
-    """The placements of one update on one tensor. Raises InputError where their shapes contradict each other."""
-    update, spec = adapter.updates[module], specs[spot.name]
+    """Return the placements of one update on one tensor, more than one if both sides stack their experts.
+
+    Args:
+        model_types: the base's `model_type`s.
+        all_matches: the matches of all modules of the adapter, as evidence for a square matrix.
+
+    Raises:
+        InputError: the shapes contradict each other, or the base's type cannot be added to.
+    """
+    update, spec = adapter.updates[module], specs[match.name]
     known = spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8
     if not known and (update.kind != "replace" or update.specs["value"].dtype != spec.dtype):
         raise InputError(
             f"is {spec.dtype}, which cannot be added to",
-            culprit=spot.name,
+            culprit=match.name,
             remedy="pass the original model in 16 or 32 bits",
         )
     own = adapter.file.specs[update.base] if update.base else spec
     if own.shape != spec.shape:
-        _check_rows_alone_differ(adapter, own, spec, spot.name)
+        _check_rows_alone_differ(adapter, own, spec, match.name)
     rows = own.shape[0] if own.shape else 1
     if update.kind == "replace" and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
-        raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=spot.name)
+        raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
     if update.kind == "replace":
-        rows = _place_replaced_rows(adapter, update, spec, spot.name)
+        rows = _place_replaced_rows(adapter, update, spec, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.kind in ("add", "rows"):
-        _check_value(adapter, update, own, spot.name)
+        _check_value(adapter, update, own, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.norm_over_inputs:
-        return [_place_columns(adapter, update, weight, spot, own)]
-    if spot.rows:
-        return _place_rows(adapter, update, weight, spot.name, spot.rows, own)
-    if spot.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
-        return _place_experts(adapter, update, weight, spot, own, model_types)
-    transposed = _orient(adapter, update, spot.name, own, specs, model_types, bound)
+        return [_place_columns(adapter, update, weight, match, own)]
+    if match.rows:
+        return _place_rows(adapter, update, weight, match.name, match.rows, own)
+    if match.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
+        return _place_experts(adapter, update, weight, match, own, model_types)
+    transposed = _orient(adapter, update, match.name, own, specs, model_types, all_matches)
     expert = 0 if update.kind == "experts" else None
     return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
 
 
 def _place_rows(
-    adapter: Adapter, update: UpdateSpec, weight: float, base: str, where: tuple[int, int, int, int], spec: TensorSpec
+    adapter: Adapter, update: UpdateSpec, weight: float, base: str, covered: tuple[int, int, int, int], spec: TensorSpec
 ) -> list[Placement]:
-    """A module that is some rows of a tensor, stored as (out, in); 1x1 convolutions and linear layers are the same."""
-    start, stop, skip, whole = where
+    """Place a module that is some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
+    start, stop, skip, whole = covered
     fits = [tuple(shape[:2]) if set(shape[2:]) == {1} else shape for shape in ((whole, *spec.shape[1:]), update.shape)]
     if fits[0] != fits[1]:
         raise _shape_error(
@@ -110,19 +111,22 @@ def _place_rows(
     return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
 
 
-def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, spot: Match, spec: TensorSpec) -> Placement:
-    """DoRA along the inputs is DoRA of the transpose, of which the base stores (in, out): of whole matrices alone."""
+def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, match: Match, spec: TensorSpec) -> Placement:
+    """Place a DoRA whose norms are along the inputs, as a DoRA of the transpose.
+
+    Its norms need all rows, so that it fits neither a slice nor a fused matrix.
+    """
     rows = spec.shape[0] if spec.shape else 1
-    if spot.rows not in (None, (0, rows, 0, rows)):
+    if match.rows not in (None, (0, rows, 0, rows)):
         whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
         if update.shape[0] > rows:
             said, remedy = f"is a part of {whole}the whole", "as single files have fused ones"
         else:
             said, remedy = f"has as a part of its rows {whole}that part", "as diffusers' folders have the parts"
         remedy = f"pass a base that has it as a tensor of its own, {remedy}"
-        raise InputError(said, culprit=spot.name, remedy=remedy)
+        raise InputError(said, culprit=match.name, remedy=remedy)
     if spec.shape != update.shape:
-        raise _shape_error(adapter, update, spec, spot.name)
+        raise _shape_error(adapter, update, spec, match.name)
     return Placement(adapter, update.transpose(), weight, True, rows, 0, rows)
 
 
@@ -136,7 +140,10 @@ def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: s
 
 
 def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec, base: str) -> None:
-    """Only a vocabulary or a classifier has another size than the base's: the rows of an embedding or a head."""
+    """Raise InputError unless two shapes differ only in the rows of an embedding or a head.
+
+    A vocabulary or a classifier may have another size than the base's.
+    """
     last = base.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     same = len(own.shape) == len(spec.shape) and own.shape[1:] == spec.shape[1:]
     if not same or last not in SIZED or "pos" in last or last == "wpe":
@@ -165,30 +172,30 @@ def _check_value(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: s
 
 
 def _place_experts(
-    adapter: Adapter, update: UpdateSpec, weight: float, spot: Match, spec: TensorSpec, model_types: Sequence[str]
+    adapter: Adapter, update: UpdateSpec, weight: float, match: Match, spec: TensorSpec, model_types: Sequence[str]
 ) -> list[Placement]:
-    """Where at least one side stacks its experts: one placement an expert and part."""
-    if update.kind == "experts" and spot.expert is not None:  # stacked factors on a matrix an expert
+    """Place an update if at least one side stacks its experts: one placement for each expert and slice."""
+    if update.kind == "experts" and match.expert is not None:  # stacked factors on a matrix an expert
         out, width = update.shape[1:]
-        if spec.shape != (out // spot.parts, width) or out % spot.parts:
-            raise _shape_error(adapter, update, spec, spot.name)
+        if spec.shape != (out // match.parts, width) or out % match.parts:
+            raise _shape_error(adapter, update, spec, match.name)
         rows = spec.shape[0]
-        return [Placement(adapter, update, weight, False, rows, 0, rows, spot.part * rows, spot.expert)]
+        return [Placement(adapter, update, weight, False, rows, 0, rows, match.part * rows, match.expert)]
     if update.kind == "experts":  # stacked factors on a stack
-        transposed = _orient_stack(adapter, update, spot.name, spec, model_types)
+        transposed = _orient_stack(adapter, update, match.name, spec, model_types)
         each, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
         return [
             Placement(adapter, update, weight, transposed, rows, e * each, (e + 1) * each, 0, e)
             for e in range(spec.shape[0])
         ]
     # the factors of one expert on a stack
-    assert spot.expert is not None
-    if len(spec.shape) != 3 or len(update.shape) != 2 or spot.expert >= spec.shape[0]:
-        raise _shape_error(adapter, update, spec, spot.name)
+    assert match.expert is not None
+    if len(spec.shape) != 3 or len(update.shape) != 2 or match.expert >= spec.shape[0]:
+        raise _shape_error(adapter, update, spec, match.name)
     out, width = update.shape
-    if (out * spot.parts, width) != spec.shape[1:] or _is_transposed_family(model_types):
-        raise _shape_error(adapter, update, spec, spot.name, " as (experts, out, in)")
-    start = (spot.expert * spot.parts + spot.part) * out
+    if (out * match.parts, width) != spec.shape[1:] or _is_transposed_family(model_types):
+        raise _shape_error(adapter, update, spec, match.name, " as (experts, out, in)")
+    start = (match.expert * match.parts + match.part) * out
     rows = spec.shape[0] * spec.shape[1]
     return [Placement(adapter, update, weight, False, rows, start, start + out)]
 
@@ -200,9 +207,10 @@ def _is_transposed_family(model_types: Sequence[str]) -> bool:
 def _orient_stack(
     adapter: Adapter, update: UpdateSpec, base: str, spec: TensorSpec, model_types: Sequence[str]
 ) -> bool:
-    """By shape; for square matrices by the version of PEFT that wrote the adapter, and by the model's family.
+    """Return whether the base stores a stack as (experts, in, out).
 
-    PEFT up to 0.18 took every stack as (experts, in, out); since 0.19 it knows which ones are (peft PR 3083).
+    The shape tells, and for square matrices the version of PEFT that wrote the adapter and the model's family. PEFT up
+    to 0.18 took every stack as (experts, in, out); since 0.19 it knows which ones are (peft PR 3083).
     """
     experts, out, width = update.shape
     fitting = [t for t in (False, True) if spec.shape == ((experts, width, out) if t else (experts, out, width))]
@@ -231,9 +239,9 @@ def _orient(
     spec: TensorSpec,
     specs: Mapping[str, TensorSpec],
     model_types: Sequence[str],
-    bound: Mapping[str, Sequence[Match]],
+    all_matches: Mapping[str, Sequence[Match]],
 ) -> bool:
-    """Whether the base stores this weight as (in, out): by shape, and where it is square by evidence."""
+    """Return whether the base stores a weight as (in, out): by its shape, or by evidence if it is square."""
     shape, plain = spec.shape, update.shape[1:] if update.kind == "experts" else update.shape
     if update.kind == "experts" and update.experts != 1:
         raise _shape_error(adapter, update, spec, base)
@@ -251,16 +259,19 @@ def _orient(
         raise _shape_error(adapter, update, spec, base, layout)
     if known is not None:
         return known
-    return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, bound)
+    return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, all_matches)
 
 
 def _square_orientation(
-    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], bound: Mapping[str, Sequence[Match]]
+    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], all_matches: Mapping[str, Sequence[Match]]
 ) -> bool:
-    """Of a square matrix of an unknown family: as the adapter's other matrices, else as the config's flag says."""
+    """Return whether a square matrix of an unknown family is (in, out).
+
+    The adapter's matrices that are not square tell, those of the same name first, then the config's fan_in_fan_out.
+    """
     siblings: dict[str, bool] = {}
-    for other, (spot, *_) in bound.items():
-        shape, update = specs[spot.name].shape, adapter.updates[other]
+    for other, (match, *_) in all_matches.items():
+        shape, update = specs[match.name].shape, adapter.updates[other]
         if len(shape) == 2 and shape[0] != shape[1] and update.kind in ("lora", "dora") and update.transposed is None:
             siblings[other] = shape != update.shape
     last = module.rpartition(".")[2]

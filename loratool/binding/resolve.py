@@ -1,8 +1,7 @@
-"""Which weights: selection patterns, and binding an adapter's module paths to the base's tensors.
+"""Bind an adapter's module paths to the base's tensors, by names and shapes alone.
 
-Binding is a pure function of names and shapes. All naming trouble ends here: an adapter was trained on a
-model class whose paths need not be those of the file, so one side may have a prefix that the other lacks.
-A prefix is never guessed: the base's own names must resolve every path of the adapter in one way.
+An adapter was trained on a model class whose paths need not be those of the file, so that one side may have a prefix
+that the other misses. A prefix is never guessed: the base's names must resolve every path of the adapter in one way.
 """
 
 from __future__ import annotations
@@ -29,16 +28,12 @@ IMAGE_FORMATS = ("cloneofsimo", "diffusers", "kohya")
 
 @dataclass(frozen=True)
 class Binding:
-    """The placements of each base tensor, the adapters' module paths that a selection left out, and new tensors.
+    """The base tensors of all updates of all adapters."""
 
-    `added` are modules that an adapter has and the base lacks, a classifier for one: name -> (adapter, update).
-    `quantized` are modules whose weight the base stores as codes: module -> (adapter, the weight's name, its format).
-    """
-
-    placements: Mapping[str, tuple[Placement, ...]]
-    left_out: tuple[str, ...]
-    added: Mapping[str, tuple[Adapter, UpdateSpec]]
-    quantized: Mapping[str, tuple[Adapter, str, str]]
+    placements: Mapping[str, tuple[Placement, ...]]  # by base tensor
+    left_out: tuple[str, ...]  # module paths that the selection leaves out
+    added: Mapping[str, tuple[Adapter, UpdateSpec]]  # new tensors, a classifier for one, by name
+    quantized: Mapping[str, tuple[Adapter, str, str]]  # module -> (adapter, the quantized weight's name, its format)
 
 
 def bind(
@@ -50,14 +45,18 @@ def bind(
 ) -> Binding:
     """Find the base tensor of every update.
 
-    coded: the base's quantized weights, which have no placements. Raises NeedsFlag for paths that do not bind (naming
-    the --exclude that would let the rest pass), and InputError where nothing binds, a path is ambiguous, or the shapes
-    contradict each other.
+    Args:
+        adapters: with their weights.
+        coded: the base's quantized weights, which get no placements.
+
+    Raises:
+        NeedsFlag: some paths do not bind; it names the --exclude options with which the rest does.
+        InputError: nothing binds, a path is ambiguous, or the shapes contradict each other.
     """
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
     resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
-    chosen = [_select_matches(selection, spots) for _, _, spots, _ in resolved]
+    chosen = [_select_matches(selection, matches) for _, _, matches, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
     added: dict[str, tuple[Adapter, UpdateSpec]] = {}
     for (adapter, weight), absent in zip(adapters, missing, strict=True):
@@ -73,42 +72,42 @@ def bind(
         raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added)
     placements: dict[str, list[Placement]] = {}
     quantized: dict[str, tuple[Adapter, str, str]] = {}
-    for (adapter, weight, _, _), bound in zip(resolved, chosen, strict=True):
+    for (adapter, weight, _, _), selected in zip(resolved, chosen, strict=True):
         holders: dict[Match, str] = {}
-        for module, spots in bound.items():
-            for spot in spots:
-                if spot in holders:
+        for module, matches in selected.items():
+            for match in matches:
+                if match in holders:
                     raise InputError(
-                        f"{holders[spot]} and {module} of {adapter.name} both bind to it", culprit=spot.name
+                        f"{holders[match]} and {module} of {adapter.name} both bind to it", culprit=match.name
                     )
-                holders[spot] = module
-                if spot.name in formats:
-                    quantized[module] = (adapter, spot.name, formats[spot.name])
+                holders[match] = module
+                if match.name in formats:
+                    quantized[module] = (adapter, match.name, formats[match.name])
                     continue
                 own = adapter.weight_of(module, weight)
-                found = place_update(adapter, module, own, spot, specs, model_types, bound)
-                placements.setdefault(spot.name, []).extend(found)
+                found = place_update(adapter, module, own, match, specs, model_types, selected)
+                placements.setdefault(match.name, []).extend(found)
     if not placements and not added and not quantized:
         raise InputError(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
         )
-    used = {module for bound in chosen for module in bound} | {update.module for _, update in added.values()}
+    used = {module for selected in chosen for module in selected} | {update.module for _, update in added.values()}
     named = [(m, every, absent) for adapter, _, every, absent in resolved for m in adapter.updates]
     left_out = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
-    for (_, _, every, _), bound in zip(resolved, chosen, strict=True):
-        left_out += [spot.name for module, kept in bound.items() for spot in every[module] if spot not in kept]
+    for (_, _, every, _), selected in zip(resolved, chosen, strict=True):
+        left_out += [match.name for module, kept in selected.items() for match in every[module] if match not in kept]
     placed = {name: tuple(placements[name]) for name in specs if name in placements}
     return Binding(placed, tuple(left_out), added, quantized)
 
 
-def _select_matches(selection: Selection, spots: Mapping[str, Sequence[Match]]) -> dict[str, tuple[Match, ...]]:
-    """Of each module the spots that are selected, by its own path or the base's."""
-    found = {m: tuple(s for s in each if selection.selects(m, module_path(s.name))) for m, each in spots.items()}
+def _select_matches(selection: Selection, matches: Mapping[str, Sequence[Match]]) -> dict[str, tuple[Match, ...]]:
+    """Return the selected matches of each module, by the adapter's path or the base's."""
+    found = {m: tuple(s for s in each if selection.selects(m, module_path(s.name))) for m, each in matches.items()}
     return {module: kept for module, kept in found.items() if kept}
 
 
 def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> None:
-    """Updates that are not additive exclude each other: each would start from what the other leaves."""
+    """Raise InputError for two updates of the same rows that are not additive: the order would matter."""
     if len(placements) < 2:
         return
     last: Placement | None = None
@@ -123,26 +122,32 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
 def resolve_modules(
     specs: Mapping[str, TensorSpec], adapter: Adapter, model_types: Sequence[str]
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
-    """Where in the base each module path is, and the paths that are nowhere.
+    """Find the base tensors of an adapter's module paths.
 
     Both sides' names are brought to those of today's transformers. Then the plain paths are tried, and every way
     of adding or dropping one container prefix, on all paths at once. The way that resolves most of them counts,
-    the plain one first; two others that tie are an InputError.
+    the plain one first.
+
+    Returns:
+        The matches by module path, and the paths that the base does not have.
+
+    Raises:
+        InputError: two ways resolve equally many paths and contradict each other.
     """
-    spots, rest, absent = _resolve_image(specs, adapter)
+    matches, rest, absent = _resolve_image(specs, adapter)
     found, missing = _resolve_names(specs, adapter, rest, model_types) if rest else ({}, [])
-    return {**spots, **found}, [*absent, *missing]
+    return {**matches, **found}, [*absent, *missing]
 
 
 def _resolve_image(
     specs: Mapping[str, TensorSpec], adapter: Adapter
 ) -> tuple[dict[str, tuple[Match, ...]], list[str], list[str]]:
-    """The modules that are an image model's, however spelled; those that may be others; those that are nowhere."""
+    """Return the matches of modules of an image model, the paths of other modules, and those that it does not have."""
     modules = image_modules({name: spec.shape for name, spec in specs.items()})
     if not modules:
         return {}, list(adapter.updates), []
     flat = {(component, path.replace(".", "_")): where for (component, path), where in modules.items()}
-    spots: dict[str, tuple[Match, ...]] = {}
+    matches: dict[str, tuple[Match, ...]] = {}
     rest: list[str] = []
     absent: list[str] = []
     for module, update in adapter.updates.items():
@@ -151,16 +156,16 @@ def _resolve_image(
         components = [component] if component else ["unet", "text_encoder"]
         where = next((index[each, path] for each in components if (each, path) in index), None)
         if where and update.rank:
-            spots[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
+            matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
         else:
             (absent if component and update.rank else rest).append(module)
-    return spots, rest, absent
+    return matches, rest, absent
 
 
 def _resolve_names(
     specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], model_types: Sequence[str]
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
-    """By the base's own names."""
+    """Find modules under the base's names, and return those that it does not have."""
     separator = "_" if adapter.flattened else "."
     index, stacks = _index(specs, model_types, separator)
     plain = {module: _canonical_path(module, adapter.flattened, model_types) for module in modules}
@@ -176,36 +181,38 @@ def _resolve_names(
         ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
         ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
     resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
-    most = max(len(way) for way in resolved)
-    best = [way for way in resolved if len(way) == most]
+    most_resolved = max(len(way) for way in resolved)
+    best = [way for way in resolved if len(way) == most_resolved]
     if len(best[0]) == len(resolved[0]):
         best = best[:1]
-    spots: dict[str, tuple[Match, ...]] = {}
+    matches: dict[str, tuple[Match, ...]] = {}
     for module in best[0]:
         names = sorted({name for way in best if module in way for name in index.get(way[module], [])})
         if len(names) > 1:
             raise InputError(f"of {adapter.name} could be any of {', '.join(names)}", culprit=module)
         if names:
-            spots[module] = (Match(names[0]),)
+            matches[module] = (Match(names[0]),)
         elif best[0][module] in stacks:
-            spots[module] = stacks[best[0][module]]
-            _require_complete_stack(adapter, module, spots[module])
+            matches[module] = stacks[best[0][module]]
+            _require_complete_stack(adapter, module, matches[module])
         else:
             part = parts[module]
-            spots[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
-    return spots, [m for m in plain if m not in spots and not adapter.is_duplicate_bias(m, spots)]
+            matches[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
+    return matches, [m for m in plain if m not in matches and not adapter.is_duplicate_bias(m, matches)]
 
 
 def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
-    """What the config announces, the base has and the adapter has not, a line each.
+    """Return a warning for each thing that the config announces and the base has, but the adapter does not.
 
-    names: the base's tensors; changed: those of them that the adapter changes.
+    Args:
+        names: the base's tensors.
+        changed: those of them that the adapter changes.
     """
     names, trained, saved = list(names), adapter.config.extra.get("bias"), adapter.config.extra.get("modules_to_save")
     lines = list(adapter.missing)
     for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
         line = f"the config's modules_to_save names {entry}, of which the file has nothing"
-        # PEFT goes by the end of a name, so that `norm` is a layernorm's too: the one of that very name counts here
+        # For PEFT the end of a name is enough, so that `norm` is a layernorm too; here only the full name counts
         of_base = any(f".{entry}." in f".{name}" for name in names)
         of_adapter = any(f".{entry}." in f".{m}." for m, update in adapter.updates.items() if update.kind == "replace")
         lines += [line] if of_base and not of_adapter and line not in lines else []
@@ -217,13 +224,13 @@ def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterabl
     return lines
 
 
-def _require_complete_stack(adapter: Adapter, module: str, spots: Sequence[Match]) -> None:
-    """A stack of factors meets every part of every expert, or some of its factors would be dropped."""
+def _require_complete_stack(adapter: Adapter, module: str, matches: Sequence[Match]) -> None:
+    """Raise InputError if a stack of factors does not match every slice of every expert: some would be dropped."""
     experts = adapter.updates[module].experts
-    expected = {(expert, part) for expert in range(experts) for part in range(spots[0].parts)}
-    there = {(spot.expert, spot.part) for spot in spots}
+    expected = {(expert, part) for expert in range(experts) for part in range(matches[0].parts)}
+    there = {(match.expert, match.part) for match in matches}
     if there != expected:
-        has = len({spot.expert for spot in spots})
+        has = len({match.expert for match in matches})
         what = f"has {has} experts" if has != experts else f"lacks a part of {len(expected - there)} of them"
         raise InputError(f"of {adapter.name} is for {experts} experts, but the base {what}", culprit=module)
 
@@ -231,7 +238,7 @@ def _require_complete_stack(adapter: Adapter, module: str, spots: Sequence[Match
 def _index(
     specs: Mapping[str, TensorSpec], model_types: Sequence[str], separator: str
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Match, ...]]]:
-    """The base's tensors by module path, and those of single experts by the path of the stack that they make up."""
+    """Return the base's tensors by module path, and those of single experts by the path of their stack."""
     index: dict[str, list[str]] = {}
     stacks: dict[str, list[Match]] = {}
     for name in specs:
@@ -241,11 +248,11 @@ def _index(
         if part:
             fused = part.fused.replace(".", separator)
             stacks.setdefault(fused, []).append(Match(name, part.expert, part.part, part.parts))
-    return index, {fused: tuple(spots) for fused, spots in stacks.items()}
+    return index, {fused: tuple(matches) for fused, matches in stacks.items()}
 
 
 def strip_wrappers(path: str) -> str:
-    """A path without the wrappers of training loops."""
+    """Return a path without the wrappers of training loops."""
     parts = path.split(".")
     return path if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
@@ -263,19 +270,23 @@ def _missing_modules_error(
     specs: Mapping[str, TensorSpec],
     added: Iterable[str],
 ) -> NeedsFlag | InputError:
-    """The error for modules that the base lacks, with the --exclude that leaves out those and nothing that binds."""
+    """Return the error for modules that are not in the base, with --exclude options for exactly those."""
     absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
     if not any(chosen):
         return _nothing_binds(absent, specs)
     lines = []
     for adapter, module in absent[:NAMES_SHOWN]:
-        near = nearest_names(module, specs)
-        lines.append(f"  {module} ({adapter.name})" + (f"   nearest in the base: {', '.join(near)}" if near else ""))
+        similar = nearest_names(module, specs)
+        lines.append(
+            f"  {module} ({adapter.name})" + (f"   nearest in the base: {', '.join(similar)}" if similar else "")
+        )
     if len(absent) > NAMES_SHOWN:
         lines.append(f"  and {len(absent) - NAMES_SHOWN} more")
     total = sum(len(adapter.updates) for adapter in adapters)
     message = f"{len(absent)} of {total} modules are not in the base:\n" + "\n".join(lines)
-    kept = [path for bound in chosen for m, spots in bound.items() for path in (m, module_path(spots[0].name))]
+    kept = [
+        path for selected in chosen for m, matches in selected.items() for path in (m, module_path(matches[0].name))
+    ]
     kept += [module_path(name) for name in added]
     return NeedsFlag(message, remedy=f"to leave them out: {exclude_options([m for _, m in absent], kept)}")
 
@@ -288,9 +299,9 @@ def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, Te
             culprit=adapter.name,
             remedy="pass the image model that it was trained on",
         )
-    near = [name for name in nearest_names(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
+    similar = [name for name in nearest_names(module, specs) if name.endswith(f".{module.rpartition('.')[2]}.weight")]
     names = " and ".join(dict.fromkeys(each.name for each, _ in absent))
-    there = f"; nearest there: {near[0]}" if near else ""
+    there = f"; nearest there: {similar[0]}" if similar else ""
     return InputError(
         f"none of the {len(absent)} modules of {names} is in the base, like {module}{there}",
         remedy=f"nothing binds: is this the adapter's base? {adapter.base_hint}".rstrip(),
@@ -298,7 +309,10 @@ def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, Te
 
 
 def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
-    """--exclude options for all of `modules` and nothing of `kept`: kohya's prefixes or last names where they can."""
+    """Return --exclude options for all of `modules` and nothing of `kept`, with kohya's prefixes or last names if so.
+
+    A module for which neither works is excluded by its full path.
+    """
     patterns: list[str] = []
     for module in modules:
         if any(matches_pattern(pattern, module) for pattern in patterns):
@@ -313,7 +327,7 @@ def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
 
 
 def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Up to two names of the base that look like `module`: of those with the same last part, if there are any."""
+    """Return up to two names of the base that are similar to `module`, with the same last part if there are any."""
     last = re.split(r"[._]", module)[-1]
     names = [name for name in specs if name.endswith(".weight")]
     pool = [name for name in names if name.removesuffix(".weight").endswith(last)] or names

@@ -1,4 +1,4 @@
-"""`--target`, `--exclude`, `--layers`: patterns and presets."""
+"""Select modules by the patterns and presets of `--target`, `--exclude` and `--layers`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ NAMES_SHOWN = 8  # names listed in an error before "and N more"
 
 @dataclass(frozen=True)
 class Selection:
-    """Module paths by pattern. A pattern is a dotted suffix (peft's rule), a glob (`*`, `?`) of the whole path, or
-    `re:` and an expression searched in it. No target means all; `layers` are layer numbers."""
+    """A choice of modules by patterns of their paths.
 
-    target: tuple[str, ...] = ()
+    A pattern is a preset, a dotted suffix (peft's rule), a glob (`*`, `?`) of the whole path, or `re:` and an
+    expression that is searched in the path.
+    """
+
+    target: tuple[str, ...] = ()  # empty for all
     exclude: tuple[str, ...] = ()
-    layers: frozenset[int] | None = None
+    layers: frozenset[int] | None = None  # None for all
 
     def selects(self, *paths: str) -> bool:
-        """Whether a module known under all of `paths` (the adapter's and the base's) is selected."""
+        """Return whether a module is selected that is known under all of `paths` (the adapter's and the base's)."""
         if self.layers is not None and not any(_layer(path) in self.layers for path in paths):
             return False
         if any(matches_pattern(pattern, path) for pattern in self.exclude for path in paths):
@@ -45,14 +48,20 @@ class Selection:
         return not self.target or any(matches_pattern(pattern, path) for pattern in self.target for path in paths)
 
     def require_used(self, paths: Collection[str], where: str, target: str = "--target") -> None:
-        """Raise InputError for a pattern that names none of `paths`, or layers that none is of: a typo would else leave
-        out nothing, or all. where: whose paths they are; target: the option whose patterns those of `target` are."""
+        """Raise InputError for a pattern or layers that match none of `paths`: a typo would select all or nothing.
+
+        Args:
+            where: whose paths they are, for the message.
+            target: the option that `self.target` comes from, for the message.
+        """
         for option, pattern in [*((target, p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
             if not any(matches_pattern(pattern, path) for path in paths):
                 ends = sorted({path.rpartition(".")[2] for path in paths})
-                near = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:NAMES_SHOWN]
+                similar = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:NAMES_SHOWN]
                 raise InputError(
-                    f"names no module of {where}", culprit=f"{option} {pattern}", remedy=f"there are {', '.join(near)}"
+                    f"names no module of {where}",
+                    culprit=f"{option} {pattern}",
+                    remedy=f"there are {', '.join(similar)}",
                 )
         if self.layers is None:
             return
@@ -64,6 +73,11 @@ class Selection:
 
 
 def matches_pattern(pattern: str, path: str) -> bool:
+    """Return whether a pattern, as in `Selection`, matches a module path.
+
+    Raises:
+        UsageError: it is not a regular expression.
+    """
     if pattern == "all-linear":
         return weight_role(path, 2, True) == "linear"
     if pattern in PRESETS:
@@ -79,13 +93,17 @@ def matches_pattern(pattern: str, path: str) -> bool:
 
 
 def _layer(path: str) -> int | None:
-    """The first number among the path's parts, dotted or flattened: `model.layers.3.mlp` -> 3."""
+    """Return the first number among the path's parts, dotted or flattened: `model.layers.3.mlp` -> 3."""
     found = re.search(r"(?:^|[._])(\d+)(?=[._]|$)", path)
     return int(found[1]) if found else None
 
 
 def parse_patterns(values: Sequence[str]) -> tuple[str, ...]:
-    """Comma lists to patterns; `re:` takes the rest of its value, commas included. UsageError for an empty value."""
+    """Split comma lists into patterns; `re:` takes the rest of its value, commas included.
+
+    Raises:
+        UsageError: a value has no pattern.
+    """
     patterns: list[str] = []
     for value in values:
         head, mark, expression = value.partition("re:")
@@ -97,7 +115,11 @@ def parse_patterns(values: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_layers(text: str | None) -> frozenset[int] | None:
-    """`0-3,7` -> {0, 1, 2, 3, 7}. Raises UsageError for anything else."""
+    """Parse layer numbers: `0-3,7` -> {0, 1, 2, 3, 7}.
+
+    Raises:
+        UsageError: the text is no such list.
+    """
     if text is None:
         return None
     if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text):

@@ -1,8 +1,8 @@
-"""Tied heads and vocabularies: what a change of an embedding or a head means where both are one matrix.
+"""Resolve updates of tied weights: an embedding, a head, and other names of one stored matrix.
 
-A model that ties its head to its embedding stores one matrix, and an adapter that changes one side leaves the other
-as it was. So a merge into the one matrix computes something else than base and adapter did (PEFT's own merge does
-that). Here the two stay one only if they end equal; else the second is written, and the config says so.
+An adapter that changes one side of a tie leaves the other unchanged, so that a merge into the one stored matrix
+computes something else than base and adapter did (PEFT's merge does that). Here the sides stay one matrix only if they
+end equal; else the second is written too, and the config says so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ..files.tensor_ref import TensorRef
 from .placement import Placement
 from .resolve import refuse_second_nonadditive
 
-# What to do where one side changes -> its meaning.
+# --tied: how to resolve a tie of which one side changes -> the meaning
 TIED = {
     "untie": "write the head as a matrix of its own, and say so in config.json",
     "share": "apply every change to the one matrix, so that both sides change",
@@ -50,21 +50,15 @@ TIED = {
 
 @dataclass(frozen=True)
 class Tie:
-    """A matrix that is used more than once: as embedding, as head, and under whatever names it is stored again.
+    """A matrix that is used more than once: as embedding, as head, and under the names of copies in the files."""
 
-    separable: whether its sides can be written as matrices of their own, so that loaders take them for that. tokens:
-    the name whose trained tokens PEFT gives to all others too. inputs: the embeddings of encoder and decoder, with
-    which the model computes where `embedding` is but what they share. bias: the bias of a masked language model's
-    head, and its other name. keeps_flag: whether config.json goes on to say that they are tied.
-    """
-
-    embedding: str
+    embedding: str  # the name under which it is stored
     head: str
-    separable: bool
-    tokens: str | None
-    inputs: tuple[str, ...] = ()
-    bias: tuple[str, str] | None = None
-    keeps_flag: bool = False
+    separable: bool  # loaders read the sides as separate matrices if they are written so
+    tokens: str | None  # the name whose trained tokens PEFT gives to all others too
+    inputs: tuple[str, ...] = ()  # embeddings of encoder and decoder, if `embedding` is the matrix that they share
+    bias: tuple[str, str] | None = None  # of a masked language model's head, and its other name
+    keeps_flag: bool = False  # config.json goes on to say that the sides are tied
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -74,24 +68,24 @@ class Tie:
         return self.head in base.specs
 
     def stored_as(self, name: str) -> str:
-        """Where the values of a tensor are that the files need not have."""
+        """Return the name under which the values of a side are stored."""
         return self.bias[0] if self.bias and name == self.bias[1] else self.embedding
 
     def lacking(self, base: Checkpoint) -> dict[str, TensorSpec]:
-        """The tensors that the files have under another name, and adapters may name."""
+        """Return the tensors that the files store only under another name, which adapters may name too."""
         names = (*self.sides, *(self.bias[1:] if self.bias else ()))
         return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
 
 
 def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], dict[str, Coded]]:
-    """The tensors and the quantized weights that adapters may name, those under another name of a tie too."""
+    """Return the tensors and the quantized weights that adapters may name, all names of a tie included."""
     lacking = tie.lacking(base) if tie else {}
     coded = {name: base.coded[tie.stored_as(name)] for name in lacking if tie and tie.stored_as(name) in base.coded}
     return {**base.specs, **lacking}, {**base.coded, **coded}
 
 
 def find_tie(base: Checkpoint) -> Tie | None:
-    """Which matrix a base uses more than once, by its names and its config."""
+    """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
     embedding, config, family = _embedding(base), base.config, base.model_type or ""
     flag = _tie_flag(config)
     if family in TIED_ANYHOW:
@@ -102,8 +96,8 @@ def find_tie(base: Checkpoint) -> Tie | None:
         return None
     architecture = declared_class(config)
     encoder = architecture.endswith(MASKED) or family in MASKED_HEAD_OF
-    whole = config.get("is_encoder_decoder") is True and family not in TIED_AS_DECODERS
-    if not (flag or encoder or whole or architecture.endswith(GENERATIVE)):
+    is_encoder_decoder = config.get("is_encoder_decoder") is True and family not in TIED_AS_DECODERS
+    if not (flag or encoder or is_encoder_decoder or architecture.endswith(GENERATIVE)):
         return None
     backbone = architecture.endswith("Model") and not architecture.endswith(GENERATIVE)
     if architecture.endswith(HEADLESS) or (backbone and (encoder or "." not in embedding.removesuffix(".weight"))):
@@ -112,15 +106,15 @@ def find_tie(base: Checkpoint) -> Tie | None:
         return _masked_tie(base, embedding, family)
     head = _head(base) or _head_name(base, embedding)
     before, mark, _ = embedding.rpartition("shared.weight")
-    if not whole or not mark:
-        return Tie(embedding, head, not whole, embedding)
+    if not is_encoder_decoder or not mark:
+        return Tie(embedding, head, not is_encoder_decoder, embedding)
     inputs = f"{before}encoder.embed_tokens.weight", f"{before}decoder.embed_tokens.weight"
     tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
     return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, None, family in FLAG_SCALES)
 
 
 def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
-    """The head of a masked language model is there if its bias is: one that a family makes in another way is not."""
+    """Return the tie of a masked language model, whose head the base is known to have only if its bias is stored."""
     head = MASKED_HEAD_OF.get(family, "lm_head")
     linear, owner = f"{head}.bias", f"{head.rpartition('.')[0]}.bias"
     bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
@@ -139,7 +133,7 @@ def _head_name(base: Checkpoint, embedding: str) -> str:
 
 
 def head_is_missing(base: Checkpoint) -> bool:
-    """Whether the files have no head because it is the embedding; from headers alone."""
+    """Return whether the files have no head because it is the embedding; this reads headers only."""
     tie = find_tie(base)
     return tie is not None and not tie.is_stored(base) and declared_class(base.config).endswith(GENERATIVE)
 
@@ -166,7 +160,7 @@ def _head(base: Checkpoint) -> str | None:
 
 
 def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
-    """The matrices of the modules that have one of these last names, by it."""
+    """Return the matrices of the modules with one of these last names, by last name."""
     found: dict[str, list[str]] = {}
     for name, spec in base.specs.items():
         last = name.removesuffix(".weight").rpartition(".")[2]
@@ -176,14 +170,14 @@ def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
 
 
 def _only(found: Sequence[str]) -> str | None:
-    """The one matrix, of several the language model's; None where several could be meant."""
+    """Return the only matrix, or the language model's if there are several; None if that is not unique."""
     text = [name for name in found if "language_model" in name]
     found = text if len(found) > 1 and text else found
     return found[0] if len(found) == 1 else None
 
 
 def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
-    """The tensors besides the embedding that are stored and have its values."""
+    """Return the tensors besides the embedding that are stored and have its values."""
     spec = base.specs[tie.embedding]
     lasts = {name: name.removesuffix(".weight").split(".")[-1] for name in base.specs}
     named = [n for n, s in base.specs.items() if n != tie.embedding and s == spec and lasts[n] in COPIES]
@@ -194,25 +188,29 @@ def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
 
 @dataclass(frozen=True)
 class ResolvedTie:
-    """The placements after a tie was settled; `untied` are the tensors that become ones of their own."""
+    """The placements after a tie was resolved."""
 
     placements: Mapping[str, tuple[Placement, ...]]
-    untied: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()  # sides that become tensors of the output
     warnings: tuple[str, ...] = ()
 
 
 def resolve_tie(
     base: Checkpoint, tie: Tie | None, placements: Mapping[str, tuple[Placement, ...]], mode: str
 ) -> ResolvedTie:
-    """Decide whether the sides of a tie and its embedding stay one matrix, and what changes then.
+    """Decide whether the sides of a tie and its embedding stay one matrix, and which updates each gets.
 
-    mode: a key of TIED. Raises NeedsFlag where it is `refuse` and they would part, or where they cannot and `share`
-    could; InputError where nothing can.
+    Args:
+        mode: a key of TIED.
+
+    Raises:
+        NeedsFlag: the sides end different, `mode` does not allow or resolve that, and another value of --tied does.
+        InputError: no value of --tied does.
     """
     if tie is None:
         return ResolvedTie(placements)
-    placements = _join_biases(tie, placements)
-    if not any(name in placements for name in (tie.embedding, *tie.sides, *_named_copies(base, tie))):
+    placements = _unify_bias_names(tie, placements)
+    if not any(name in placements for name in (tie.embedding, *tie.sides, *_possible_copies(base, tie))):
         return ResolvedTie(placements)
     copies = stored_copies(base, tie)
     one = placements.get(tie.embedding, ())
@@ -223,26 +221,30 @@ def resolve_tie(
     if apart and not tie.inputs:
         return ResolvedTie(placements)  # whatever the config says, these are two matrices
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
-    asked = {name: placements.get(name, ()) for name in others}
+    requested = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
     one = (*one, *_mirror_token_rows(rows, one))
-    sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in asked.items()}
+    sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
     followed = [found for name, found in sides.items() if found or name not in tie.inputs]
     if followed and all(_equal(one, found) for found in followed):
         return ResolvedTie(
             {**rest, **dict.fromkeys((tie.embedding, *copies), one)}, (), _forgotten_bias(base, tie, rows)
         )
-    both = one + tuple(p for found in asked.values() for p in found)
-    parted = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
-    idle = bool(one and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
-    ways = _working_options(tie, parted, both, idle)
-    if mode == "refuse" or (mode == "untie" and (idle or not tie.separable)) or (mode == "share" and mode not in ways):
-        raise _refusal(tie, next(iter(parted)), mode, ways, idle)
+    both = one + tuple(p for found in requested.values() for p in found)
+    separate = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
+    embedding_alone = bool(one and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
+    options = _working_options(tie, separate, both, embedding_alone)
+    if (
+        mode == "refuse"
+        or (mode == "untie" and (embedding_alone or not tie.separable))
+        or (mode == "share" and mode not in options)
+    ):
+        raise _refusal(tie, next(iter(separate)), mode, options, embedding_alone)
     if mode == "share":
         warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
         return ResolvedTie({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
-    settled = _untie(base, tie, one, sides, {**rest, **parted})
-    return replace(settled, warnings=(*settled.warnings, *_forgotten_bias(base, tie, rows)))
+    resolved = _untie(base, tie, one, sides, {**rest, **separate})
+    return replace(resolved, warnings=(*resolved.warnings, *_forgotten_bias(base, tie, rows)))
 
 
 def _untie(
@@ -252,7 +254,7 @@ def _untie(
     sides: Mapping[str, tuple[Placement, ...]],
     placements: Mapping[str, tuple[Placement, ...]],
 ) -> ResolvedTie:
-    """Every side as a matrix of its own; where the flag goes on to tie them, those that differ."""
+    """Make every side a separate matrix, or only those that differ if config.json goes on to tie them."""
     untied = [name for name, found in sides.items() if not (tie.keeps_flag and _equal(one, found))]
     placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
     named = ", ".join(untied)
@@ -269,19 +271,26 @@ def _untie(
 
 
 def _forgotten_bias(base: Checkpoint, tie: Tie, rows: tuple[Placement, ...]) -> tuple[str, ...]:
-    """PEFT's trained tokens compute a tied head anew, without its bias (trainable_tokens/layer.py, 0.21)."""
+    """Return a warning if tokens are trained under a head with a bias.
+
+    PEFT's trained tokens compute a tied head again, without its bias (peft/tuners/trainable_tokens/layer.py, 0.21).
+    """
     bias = tie.bias[0] if tie.bias else f"{tie.head.removesuffix('.weight')}.bias"
     if bias not in base.specs or not any(p.update.kind == "rows" for p in rows):
         return ()
     return (f"{bias}: PEFT's forward pass leaves it out where tokens are trained; the merged model has it",)
 
 
-def _join_biases(tie: Tie, placements: Mapping[str, tuple[Placement, ...]]) -> Mapping[str, tuple[Placement, ...]]:
-    """The bias of a masked head has two names and is one: what an adapter says of the second holds for the first."""
+def _unify_bias_names(tie: Tie, placements: Mapping[str, tuple[Placement, ...]]) -> Mapping[str, tuple[Placement, ...]]:
+    """Move placements on the second name of a masked head's bias to the first: they are one tensor.
+
+    Raises:
+        NeedsFlag: an adapter has different updates for the two names.
+    """
     if tie.bias is None or tie.bias[1] not in placements:
         return placements
     name, again = tie.bias
-    joined = {other: found for other, found in placements.items() if other != again}
+    unified = {other: found for other, found in placements.items() if other != again}
     for each in placements[again]:
         same = [p for p in placements.get(name, ()) if p.adapter is each.adapter]
         if same and not any(_equal_updates(p, each) for p in same):
@@ -290,22 +299,22 @@ def _join_biases(tie: Tie, placements: Mapping[str, tuple[Placement, ...]]) -> M
                 culprit=again,
                 remedy=f"add --exclude {name}, with which the head does not compute",
             )
-        joined[name] = joined.get(name, ()) + (() if same else (each,))
-    return joined
+        unified[name] = unified.get(name, ()) + (() if same else (each,))
+    return unified
 
 
 def _working_options(
-    tie: Tie, parted: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...], idle: bool
+    tie: Tie, separate: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...], embedding_alone: bool
 ) -> dict[str, str]:
-    """The values of --tied with which such a merge succeeds, and what each does."""
-    ways = {}
-    if tie.separable and not idle and all(_add_placements(name, found) for name, found in parted.items()):
-        ways["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
+    """Return the values of --tied with which such a merge succeeds, each with its part of the error's remedy."""
+    options = {}
+    if tie.separable and not embedding_alone and all(_add_placements(name, found) for name, found in separate.items()):
+        options["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
     if _add_placements(tie.embedding, both):
-        ways["share"] = (
-            "--tied share changes both" if ways and not tie.inputs else "use --tied share to change every side"
+        options["share"] = (
+            "--tied share changes both" if options and not tie.inputs else "use --tied share to change every side"
         )
-    return ways
+    return options
 
 
 def _add_placements(name: str, placements: tuple[Placement, ...]) -> bool:
@@ -316,34 +325,36 @@ def _add_placements(name: str, placements: tuple[Placement, ...]) -> bool:
     return True
 
 
-def _refusal(tie: Tie, changed: str, mode: str, ways: Mapping[str, str], idle: bool) -> NeedsFlag | InputError:
-    """The error for one side that changes alone, naming those values of --tied that work."""
+def _refusal(
+    tie: Tie, changed: str, mode: str, options: Mapping[str, str], embedding_alone: bool
+) -> NeedsFlag | InputError:
+    """Return the error for one side that changes alone, with the values of --tied that work."""
     message = "is tied to the other side by config.json and changes alone"
-    if idle:
+    if embedding_alone:
         message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
     elif not tie.separable:
         message = "is tied to a head that is not known to be read, or trained, as a matrix of its own"
     elif mode == "share":
         message = "is tied to the other side, and the changes of the two do not add up"
-    parts = "untie" in ways
-    remedies = [*ways.values(), *([] if parts else ["leave the module out with --exclude"])]
-    error = NeedsFlag if ways else InputError
-    return error(message, culprit=changed, remedy=(", " if parts else ", or ").join(remedies))
+    can_untie = "untie" in options
+    remedies = [*options.values(), *([] if can_untie else ["leave the module out with --exclude"])]
+    error = NeedsFlag if options else InputError
+    return error(message, culprit=changed, remedy=(", " if can_untie else ", or ").join(remedies))
 
 
-def _named_copies(base: Checkpoint, tie: Tie) -> list[str]:
+def _possible_copies(base: Checkpoint, tie: Tie) -> list[str]:
     spec = base.specs[tie.embedding]
     return [n for n, s in base.specs.items() if s == spec and n.removesuffix(".weight").split(".")[-1] in COPIES]
 
 
 def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
-    """Trained tokens of a tied embedding are the head's too, without being stored again (PEFT since 0.15)."""
+    """Return the embedding's trained tokens that hold for the head too, where PEFT (since 0.15) stores them once."""
     there = {id(p.adapter) for p in head if p.update.kind == "rows"}
     return [p for p in embedding if p.update.kind == "rows" and id(p.adapter) not in there]
 
 
 def _equal(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
-    """Whether both sides change alike: the same rows or values, or a LoRA whose factors are each other's."""
+    """Return whether both sides change alike: by the same rows or values, or by a LoRA and its transpose."""
     return len(embedding) == len(head) and all(map(_equal_updates, embedding, head))
 
 
@@ -372,10 +383,14 @@ def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: 
 
 
 def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
-    """The config's new vocab_size, {} where it stays.
+    """Return the config's new vocab_size, {} if it stays.
 
-    rows: the output's rows of its embedding and head, by name; changed: those of them that are not the base's.
-    Raises InputError where the two end with different rows, or where the base has a buffer of that size.
+    Args:
+        rows: the output's numbers of rows of its embedding and head, by name.
+        changed: those of them that are not the base's.
+
+    Raises:
+        InputError: the two end with different rows, or the base has a buffer of the old size.
     """
     if not changed:
         return {}
@@ -397,7 +412,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
 
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:
-    """The tensors that have a row a token: the embedding, the heads, and their bias."""
+    """Return the tensors that have one row for each token: the embedding, the heads, and their biases."""
     masked = MASKED_HEAD_OF.get(base.model_type or "")
     head = f"{masked}.weight" if masked else _head(base)
     names = [_embedding(base), *(tie.sides if tie else [head])]
