@@ -309,9 +309,9 @@ def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, Te
 
 
 def exclude_options(modules: Sequence[str], kept: Sequence[str]) -> str:
-    """Return --exclude options for all of `modules` and nothing of `kept`, with kohya's prefixes or last names if so.
+    """Return --exclude options for all of `modules` and nothing of `kept`.
 
-    A module for which neither works is excluded by its full path.
+    kohya's prefixes and last names are preferred; where they would match `kept`, the full path is used.
     """
     patterns: list[str] = []
     for module in modules:

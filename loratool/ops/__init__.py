@@ -1,1 +1,4 @@
-"""The verbs, one file each: `plan -> validate -> execute -> report`. Library functions return reports, never print."""
+"""The commands, a file or a folder for each, and what they share.
+
+Each command plans, validates, executes, and returns a report. Printing is left to `cli`.
+"""

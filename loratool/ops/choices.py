@@ -1,12 +1,12 @@
-"""What a user chooses by name, with its meaning, where what it stands for needs torch.
+"""List the values of options whose implementations need torch, each with its meaning.
 
-These tables stand alone so that help, completions and schemas come without it. What a name does is a row of the same
-name in the module that does it.
+The tables are here so that help, completions and schemas start without torch. The module that implements an option has
+a table with the same keys.
 """
 
 from __future__ import annotations
 
-# --method of init, which `inits.INITS` starts
+# --method of init, implemented by `init.methods.INITS`
 INIT_CHOICES = {
     "lora": "A uniform, B = 0",
     "gaussian": "A normal, B = 0",
@@ -18,8 +18,7 @@ INIT_CHOICES = {
 }
 
 
-# --method of combine, which `combining.METHODS` runs: what it does, and in brackets the paper, and which variant it is
-# where there are several
+# --method of combine, implemented by `combine.methods.METHODS`; in brackets the paper, and the variant if there are several
 COMBINE_METHODS = {
     "cat": "the exact weighted sum, the factors side by side; with a rank, the best of that rank "
     "(peft's cat, and with --rank its svd)",
@@ -37,11 +36,11 @@ COMBINE_METHODS = {
 }
 
 
-# --allow of combine: what it takes all the same
+# --allow of combine: inputs that are refused by default
 COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
 
 
-# --to of convert. The denoiser's names: comfy's are the model's own, those of diffusers and PEFT diffusers'.
+# --to of convert. In comfy the denoiser has the names of the model's maker, in diffusers and PEFT those of diffusers.
 FORMAT_CHOICES = {
     "peft": "PEFT: a folder or a file of one component, in diffusers' names",
     "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
@@ -58,7 +57,7 @@ QKV_LAYOUTS = {
 }
 
 
-# --embed of extract: what becomes of changed embeddings and heads
+# --embed of extract: how changed embeddings and heads are stored
 EMBED_CHOICES = {
     "lora": "factors, as for every other matrix",
     "full": "kept whole, exactly",
@@ -66,7 +65,7 @@ EMBED_CHOICES = {
 }
 
 
-# --to of extract; the default is by the base
+# --to of extract; the default depends on the base
 EXTRACT_FORMATS = {
     "peft": "PEFT, for a model or a component in a folder",
     "kohya": "kohya, for an image model in one file",

@@ -1,7 +1,7 @@
-"""Spares planning Python's search for cycles of objects that nobody uses any more.
+"""Turn the cyclic garbage collector off while a command plans.
 
-A plan is hundreds of thousands of small values that all live until its end, in no cycle. The collector looks through
-all of them each time that they have grown by a quarter, which takes a third of the time and frees nothing.
+A plan is hundreds of thousands of small values that all live until its end, in no cycle. The collector visits all of
+them each time that they have grown by a quarter, which takes a third of the time and frees nothing.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uncollected(step: Callable[P, R]) -> Callable[P, R]:
-    """Run a step without the collector; a caller's that was off stays off."""
+def uncollected(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function run without the garbage collector; it stays off if the caller had it off."""
 
-    @wraps(step)
+    @wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> R:
         enabled = gc.isenabled()
         gc.disable()
         try:
-            return step(*args, **options)
+            return function(*args, **options)
         finally:
             if enabled:
                 gc.enable()

@@ -1,4 +1,4 @@
-"""Keeps a caller's arithmetic from changing ours: denormal numbers count, whatever the process does with its own.
+"""Keep denormal numbers from being flushed to zero, whatever the caller's process does.
 
 `torch.set_flush_denormal(True)`, or a library built with -ffast-math, makes a thread take the smallest numbers of every
 type for zero. A thread inherits that from the one that starts it, and torch's own threads then keep it for good, so
@@ -22,23 +22,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def keep_denormals(verb: Callable[P, R]) -> Callable[P, R]:
-    """Run a verb where denormals are kept: in a thread of its own, if the caller's flushes them."""
+def keep_denormals(command: Callable[P, R]) -> Callable[P, R]:
+    """Make a command run in a new thread that keeps denormals if the caller's thread flushes them."""
 
-    @wraps(verb)
+    @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> R:
-        return _apart(lambda: verb(*args, **options)) if flushes() else verb(*args, **options)
+        return _run_in_thread(lambda: command(*args, **options)) if flushes() else command(*args, **options)
 
     return run
 
 
 def flushes() -> bool:
-    """Whether this thread takes denormals for zero, as operands or as results."""
+    """Return whether this thread takes denormals for zero, as operands or as results."""
     return sys.float_info.min / 2 == 0
 
 
-def _apart(call: Callable[[], R]) -> R:
-    """The result of a call in a new thread that keeps denormals; an interrupt of the caller's is one of the call."""
+def _run_in_thread(call: Callable[[], R]) -> R:
+    """Return the result of a call in a new thread that keeps denormals; an interrupt is raised in that thread too."""
     import torch
 
     result: Future[R] = Future()
@@ -72,7 +72,7 @@ def _keep() -> None:
 
 
 def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
-    """Raise an exception in another thread once it is back from what it waits for, as a signal does in the main one."""
+    """Raise an exception in another thread as soon as it runs Python code, as a signal does in the main thread."""
     import ctypes
 
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(kind))

@@ -1,4 +1,4 @@
-"""Factors in a temporary file, so that memory does not grow with the adapter."""
+"""Store factors in a temporary file, so that memory does not grow with the adapter."""
 
 from __future__ import annotations
 
@@ -19,19 +19,16 @@ from .rank_rules import SingularValues
 
 @dataclass(frozen=True)
 class SpooledFactors:
-    """What is known of a change's factors. at: where they lie in the spool; sizes: (E, out, in); known: triplets there.
+    """The factors of a delta in a spool, and what its SVD tells."""
 
-    gap: of the computed rank, `exact`, `certified` or an estimate, as `how` says.
-    """
-
-    kind: str
-    shape: Shape
-    sizes: tuple[int, int, int]
-    known: int
-    at: int
+    kind: str  # a key of WEIGHT_KINDS
+    shape: Shape  # of the weight
+    sizes: tuple[int, int, int]  # (E, out, in)
+    known: int  # triplets in the spool
+    at: int  # their offset there, in bytes
     spectrum: SingularValues
-    gap: float
-    how: str
+    gap: float  # the share of the energy of the best triplets that these miss
+    how: str  # exact, certified, or estimate: what `gap` is
 
     @property
     def full(self) -> int:
@@ -39,7 +36,7 @@ class SpooledFactors:
 
 
 class FactorSpool:
-    """Factors in a temporary file without a name, float32, each side with the root of its singular values."""
+    """A temporary file without a name with float32 factors, A and B each with the square roots of the sigmas."""
 
     def __init__(self, folder: Path, seed: int, certify: bool) -> None:
         self._file = open_scratch(folder)
@@ -49,7 +46,13 @@ class FactorSpool:
         self._file.close()
 
     def add(self, name: str, kind: str, D: Tensor, rank: int, cost: int) -> SpooledFactors:
-        """The first `rank` triplets of a change D, of the weight's shape, and float32. cost: parameters a rank."""
+        """Compute the first `rank` triplets of a delta D and store them.
+
+        Args:
+            name: of the weight; with the seed it determines the random numbers.
+            D: float32, of the weight's shape.
+            cost: parameters per rank.
+        """
         stack = WEIGHT_KINDS[kind].stack(D)
         E, out, inp = stack.shape
         generators = [self._generator(f"{name} {e}", D) for e in range(E)]
@@ -72,12 +75,12 @@ class FactorSpool:
         return SpooledFactors(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how)
 
     def _generator(self, name: str, like: Tensor) -> torch.Generator:
-        """From the seed and the name alone, so that neither order nor selection shows."""
+        """Return a generator that depends on the seed and the name only, not on the order or the selection."""
         seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:7], "little")
         return torch.Generator(like.device).manual_seed(seed)
 
     def triplets(self, factored: SpooledFactors, rank: int) -> tuple[Tensor, Tensor]:
-        """(A (rank, E, in), B (rank, E, out)) in float32."""
+        """Read A (rank, E, in) and B (rank, E, out), in float32."""
         E, out, inp = factored.sizes
         A, B = torch.empty(rank, E, inp, dtype=torch.float32), torch.empty(rank, E, out, dtype=torch.float32)
         for side, at in ((A, factored.at), (B, factored.at + 4 * factored.known * E * inp)):
@@ -85,17 +88,17 @@ class FactorSpool:
         return A, B
 
     def tensors(self, factored: SpooledFactors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B as the adapter holds them."""
+        """Return A and B in the shapes that an adapter stores."""
         A, B = WEIGHT_KINDS[factored.kind].lay(*self.triplets(factored, rank), factored.shape)
         return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 
     def stored(self, factored: SpooledFactors, rank: int, dtype: torch.dtype) -> float:
-        """||B A - B' A'|| / ||B A||, what rounding the factors to `dtype` adds."""
+        """Return ||B A - B' A'|| / ||B A||, the error of rounding the factors to `dtype`."""
         if dtype == torch.float32 or not rank:
             return 0.0
         A, B = (side.double() for side in self.triplets(factored, rank))
         small_A, small_B = A.to(dtype).double(), B.to(dtype).double()
-        # from the cores of [B, -B'] and [A; A'] of each matrix of the stack
+        # ||L R^T|| = ||R_L R_R^T||, with the R factors of the QR decompositions of L = [B, -B'] and R = [A; A']^T
         left = torch.cat([B, -small_B]).permute(1, 2, 0)  # (E, out, 2r)
         right = torch.cat([A, small_A]).permute(1, 2, 0)  # (E, in, 2r)
         R = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right, mode="r").R.mT
@@ -103,10 +106,10 @@ class FactorSpool:
         return float(torch.linalg.vector_norm(R)) / math.sqrt(energy) if energy else 0.0
 
     def effective_rank(self, factored: SpooledFactors, rank: int) -> float:
-        """exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
+        """Return the exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
         return float(effective_rank(torch.tensor(factored.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
 
 
 def noise_edge(variance: float, sizes: tuple[int, int, int]) -> float:
-    """The largest singular value of noise alone: sigma (sqrt(m) + sqrt(n)), the edge of Marchenko and Pastur (1967)."""
+    """Return sigma (sqrt(m) + sqrt(n)), the largest singular value of pure noise (Marchenko and Pastur, 1967)."""
     return math.sqrt(variance) * (math.sqrt(sizes[1]) + math.sqrt(sizes[2]))

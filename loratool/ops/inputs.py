@@ -1,4 +1,4 @@
-"""The inputs of verbs that apply adapters to a base: opened, and refused where they cannot belong together."""
+"""Open the inputs of commands that apply adapters to a base, and refuse those that cannot belong together."""
 
 from __future__ import annotations
 
@@ -44,15 +44,19 @@ TAKEN = "a path, (path, weight), (path, weight, {component: weight}), several of
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """An adapter as the user names it; `parts` are weights of its components, by the names in `WEIGHED`."""
+    """An adapter as the user names it."""
 
     path: str
     weight: float = 1.0
-    component_weights: Mapping[str, float] = field(default_factory=dict)
+    component_weights: Mapping[str, float] = field(default_factory=dict)  # by keys of `WEIGHED`
 
 
 def parse_adapters(adapters: Adapters) -> list[AdapterRequest]:
-    """Raises UsageError for what is none of TAKEN."""
+    """Return a request for each adapter that the caller names.
+
+    Raises:
+        UsageError: `adapters` has none of the forms in TAKEN, or a weight is not a finite number.
+    """
     each: list[object]
     if isinstance(adapters, Mapping):
         each = list(adapters.items())
@@ -63,21 +67,21 @@ def parse_adapters(adapters: Adapters) -> list[AdapterRequest]:
     elif isinstance(adapters, Iterable) and not isinstance(adapters, bytes):
         each = list(adapters)
     else:
-        raise _not_taken(adapters)
+        raise _unknown_form(adapters)
     if not each:
         raise UsageError("no adapter is given")
-    return [_read_one(one) for one in each]
+    return [_parse_one(one) for one in each]
 
 
-def _is_weighted(given: object) -> TypeGuard[tuple[object, ...]]:
-    return isinstance(given, tuple) and len(given) in (2, 3)
+def _is_weighted(argument: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(argument, tuple) and len(argument) in (2, 3)
 
 
-def _read_one(given: object) -> AdapterRequest:
-    path, weight, parts = (*given, {})[:3] if _is_weighted(given) else (given, 1.0, {})
+def _parse_one(argument: object) -> AdapterRequest:
+    path, weight, parts = (*argument, {})[:3] if _is_weighted(argument) else (argument, 1.0, {})
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str) or not isinstance(parts, Mapping):
-        raise _not_taken(given)
+        raise _unknown_form(argument)
     for part in parts:
         if part not in WEIGHED:
             raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}", culprit=name)
@@ -96,29 +100,39 @@ def _weight(value: object, path: str) -> float:
     return weight
 
 
-def _not_taken(given: object) -> UsageError:
-    return UsageError(f"{reprlib.repr(given)} names no adapter", remedy=f"adapters are {TAKEN}")
+def _unknown_form(argument: object) -> UsageError:
+    return UsageError(f"{reprlib.repr(argument)} names no adapter", remedy=f"adapters are {TAKEN}")
 
 
 @uncollected
 def open_inputs(
-    base: str | os.PathLike[str], given: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
+    base: str | os.PathLike[str], requests: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
 ) -> tuple[Checkpoint, WeightedAdapter]:
-    checkpoint = open_base(base, "the first argument is the base model", opened, given)
-    loaded = []
-    for adapter, each in zip(open_adapters(given, alpha, opened), given, strict=True):
+    """Open a base and the adapters with their weights; `opened` closes their files.
+
+    Raises:
+        InputError: `open_base` or `open_adapters` refuses a file.
+        UsageError: the product of a weight and a scale is not finite.
+    """
+    checkpoint = open_base(base, "the first argument is the base model", opened, requests)
+    weighted = []
+    for adapter, each in zip(open_adapters(requests, alpha, opened), requests, strict=True):
         for module, update in adapter.updates.items():
             weight = adapter.weight_of(module, each.weight)
             if not math.isfinite(weight * update.scale):
                 raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
-        loaded.append((adapter, each.weight))
-    return checkpoint, tuple(loaded)
+        weighted.append((adapter, each.weight))
+    return checkpoint, tuple(weighted)
 
 
 def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
-    """Open a model whose numbers are all its weights. what: what this argument is.
+    """Open a model none of whose weights is quantized.
 
-    Raises InputError for what `open_base` refuses, and for a model with a quantized weight.
+    Args:
+        what: a clause that names this argument, for the message.
+
+    Raises:
+        InputError: a weight is quantized, or `open_base` refuses the model.
     """
     model = open_base(name, what, opened)
     for weight, coded in model.coded.items():
@@ -131,11 +145,16 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
 
 
 def open_base(
-    name: str | os.PathLike[str], what: str, opened: ExitStack, given: Sequence[AdapterRequest] = ()
+    name: str | os.PathLike[str], what: str, opened: ExitStack, requests: Sequence[AdapterRequest] = ()
 ) -> Checkpoint:
-    """Open a model, of which some weights may be quantized. what: what this argument is; given: the adapters' place.
+    """Open a model, of which some weights may be quantized.
 
-    Raises InputError for an adapter and for the dump of a model with adapters inside.
+    Args:
+        what: a clause that names this argument, for the message.
+        requests: the arguments in the adapters' place, one of which may be the model.
+
+    Raises:
+        InputError: it is an adapter, or the dump of a model with adapters inside.
     """
     model = open_checkpoint(name)
     opened.callback(model.close)
@@ -145,18 +164,18 @@ def open_base(
             culprit=os.fspath(name),
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
         )
-    refuse_adapter(model, name, what, given)
+    refuse_adapter(model, name, what, requests)
     return model
 
 
 def refuse_adapter(
-    model: Checkpoint, name: str | os.PathLike[str], what: str, given: Sequence[AdapterRequest] = ()
+    model: Checkpoint, name: str | os.PathLike[str], what: str, requests: Sequence[AdapterRequest] = ()
 ) -> None:
-    """Raise InputError for an adapter in a model's place. given: what is in the adapters', and may be the model."""
+    """Raise InputError for an adapter in a model's place; the first of `requests` may be the model."""
     if not is_adapter(model.specs):
         return
-    swapped = given and not _opens_as_adapter(given[0].path)
-    remedy = f"swap them: {given[0].path} comes before {os.fspath(name)}" if swapped else None
+    swapped = requests and not _opens_as_adapter(requests[0].path)
+    remedy = f"swap them: {requests[0].path} comes before {os.fspath(name)}" if swapped else None
     raise InputError(f"is an adapter, but {what}", culprit=os.fspath(name), remedy=remedy)
 
 
@@ -170,12 +189,21 @@ def _opens_as_adapter(name: str) -> bool:
     return True
 
 
-def open_adapters(given: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack) -> list[Adapter]:
-    """Of several adapters, `alpha` is for those that lack their own, and contradicts none of the others."""
-    adapters, used = [], len(given) == 1
-    for each in given:
+def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack) -> list[Adapter]:
+    """Open the adapters that a command was given; `opened` closes their files.
+
+    Args:
+        alpha: the value of --alpha. With one adapter it must agree with the file. With several it fills in where a file
+            has none, and is ignored for the others.
+
+    Raises:
+        NeedsFlag: an adapter has no alpha, and none was given.
+        UsageError: --alpha was given, and every adapter has its own.
+    """
+    adapters, used = [], len(requests) == 1
+    for each in requests:
         try:
-            adapter = open_adapter(each.path, alpha if len(given) == 1 else None)
+            adapter = open_adapter(each.path, alpha if len(requests) == 1 else None)
         except NeedsFlag:
             if alpha is None:
                 raise
@@ -188,7 +216,7 @@ def open_adapters(given: Sequence[AdapterRequest], alpha: float | None, opened: 
 
 
 def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
-    """The adapter with the weights of those components that it has; a part's goes before the whole's."""
+    """Return the adapter with weights for the components that it has; a single component's weight has precedence."""
     if not parts:
         return adapter
     there = {weighed_component(module) for module in adapter.updates}
@@ -201,36 +229,45 @@ def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
     return replace(adapter, component_weights=components) if components else adapter
 
 
-def negate_weights(loaded: WeightedAdapter) -> WeightedAdapter:
-    """What takes the adapters' changes away again."""
+def negate_weights(weighted: WeightedAdapter) -> WeightedAdapter:
+    """Return the adapters with negated weights, so that adding them subtracts their updates."""
     return tuple(
-        (replace(a, component_weights={c: -w for c, w in a.component_weights.items()}), -weight) for a, weight in loaded
+        (replace(a, component_weights={c: -w for c, w in a.component_weights.items()}), -weight)
+        for a, weight in weighted
     )
 
 
 def subtract_initial(
-    loaded: WeightedAdapter, initial: str | os.PathLike[str] | None, residual_base: bool, opened: ExitStack
+    weighted: WeightedAdapter, initial: str | os.PathLike[str] | None, residual_base: bool, opened: ExitStack
 ) -> WeightedAdapter:
-    """Make adapters whose initialization changed the base right on the base that is given.
+    """Return the adapters, with the initial one subtracted if it is given, so that they are right on the given base.
 
-    PiSSA, OLoRA and CorDA train on W - s * B0 @ A0 (LoftQ on about that, up to its quantization): on W itself the
-    initial adapter is to be subtracted, which is exact at twice the rank; on the changed base they are plain. A lone
-    adapter need not say how it was initialized for `initial` to be subtracted: ours never does. Raises NeedsFlag where
-    neither is said.
+    PiSSA, OLoRA and CorDA train on W - s * B0 @ A0 (LoftQ on about that, up to its quantization). On W the initial
+    adapter has to be subtracted, which is exact at twice the rank; on the residual base nothing is to be done.
+    `initial` is accepted for a single adapter whose config does not name such a method: `init` writes none.
+
+    Args:
+        initial: the adapter as it was before training.
+        residual_base: the base is the one that the initialization left.
+
+    Raises:
+        NeedsFlag: an adapter's initialization changed its base, and neither argument is given.
+        UsageError: both are given, or one that no adapter needs.
+        InputError: the initial adapter does not fit, or several adapters have one.
     """
     if initial is not None and residual_base:
         raise UsageError("--initial and --residual-base exclude each other")
-    moved = [(adapter, weight, init) for adapter, weight in loaded if (init := base_mutating_init(adapter.config))]
-    if not moved and initial is not None and len(loaded) == 1:
-        moved = [(*loaded[0], "factors of the base")]
-    if not moved:
+    mutating = [(adapter, weight, init) for adapter, weight in weighted if (init := base_mutating_init(adapter.config))]
+    if not mutating and initial is not None and len(weighted) == 1:
+        mutating = [(*weighted[0], "factors of the base")]
+    if not mutating:
         if initial is not None or residual_base:
             flag = "--initial" if initial is not None else "--residual-base"
             raise UsageError(f"{flag} is for adapters that were initialized from the base (PiSSA, ...); none was")
-        return loaded
-    adapter, _, init = moved[0]
+        return weighted
+    adapter, _, init = mutating[0]
     if residual_base:
-        return loaded
+        return weighted
     dora = any(update.kind == "dora" for update in adapter.updates.values())
     if dora and initial is None:
         raise NeedsFlag(
@@ -245,44 +282,52 @@ def subtract_initial(
             remedy="add --initial ADAPTER with the adapter as it was before training, or --residual-base if the base "
             "given is the changed one",
         )
-    if len(moved) > 1:
-        names = " and ".join(adapter.name for adapter, _, _ in moved)
+    if len(mutating) > 1:
+        names = " and ".join(adapter.name for adapter, _, _ in mutating)
         raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
-    start = open_adapter(initial)
-    opened.callback(start.file.close)
-    own = {m: u for m, u in start.updates.items() if u.kind in ("lora", "experts") and m in adapter.updates}
-    start = replace(start, updates=own)  # what else it has was not subtracted when the adapter was trained
-    _check_initial(adapter, start)
-    return (*loaded, *negate_weights(((replace(start, component_weights=adapter.component_weights), moved[0][1]),)))
+    initial_adapter = open_adapter(initial)
+    opened.callback(initial_adapter.file.close)
+    own = {m: u for m, u in initial_adapter.updates.items() if u.kind in ("lora", "experts") and m in adapter.updates}
+    initial_adapter = replace(initial_adapter, updates=own)  # only these were subtracted from the base
+    _check_initial(adapter, initial_adapter)
+    return (
+        *weighted,
+        *negate_weights(((replace(initial_adapter, component_weights=adapter.component_weights), mutating[0][1]),)),
+    )
 
 
-def require_residual_base(base: Checkpoint, loaded: WeightedAdapter) -> None:
-    """Refuse an adapter that `init` started on a residual base, where another base is given."""
-    for adapter, _ in loaded:
+def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
+    """Refuse an adapter that `init` made on a residual base if another base is given.
+
+    Raises:
+        NeedsFlag: the initial adapter can be subtracted instead.
+        InputError: it cannot, since there are several adapters or a DoRA.
+    """
+    for adapter, _ in weighted:
         named = adapter.config.base_model
-        start = Path(named, INITIAL) if isinstance(named, str) and named else None
-        if start is None or not (start / WEIGHTS_NAMES[0]).is_file():
+        initial = Path(named, INITIAL) if isinstance(named, str) and named else None
+        if initial is None or not (initial / WEIGHTS_NAMES[0]).is_file():
             continue
         own = base.folder / INITIAL / WEIGHTS_NAMES[0]
-        if own.is_file() and sha256_file(own) == sha256_file(start / WEIGHTS_NAMES[0]):
+        if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
-        if len(loaded) > 1 or any(update.kind == "dora" for update in adapter.updates.values()):
+        if len(weighted) > 1 or any(update.kind == "dora" for update in adapter.updates.values()):
             raise InputError(what, culprit=adapter.name, remedy=f"pass {named} as the base")
-        raise NeedsFlag(what, culprit=adapter.name, remedy=f"add --initial {start}, or pass {named} as the base")
+        raise NeedsFlag(what, culprit=adapter.name, remedy=f"add --initial {initial}, or pass {named} as the base")
 
 
-def _check_initial(adapter: Adapter, start: Adapter) -> None:
-    """The start must have the adapter's low-rank modules at the same scale; what else it has was not subtracted."""
-    if start.file.path.resolve() == adapter.file.path.resolve():
-        raise UsageError("is the adapter itself, not what it was before training", culprit=start.name)
+def _check_initial(adapter: Adapter, initial: Adapter) -> None:
+    """Raise an error unless the initial adapter has all low-rank modules of the adapter, at the same scale."""
+    if initial.file.path.resolve() == adapter.file.path.resolve():
+        raise UsageError("is the adapter itself, not what it was before training", culprit=initial.name)
     for module, update in adapter.updates.items():
         if update.kind == "dora":
             raise InputError("is DoRA, from which no initial adapter can be subtracted", culprit=module)
-        other = start.updates.get(module)
+        other = initial.updates.get(module)
         if update.kind in ("lora", "experts") and (
             other is None or other.kind != update.kind or other.shape != update.shape or other.scale != update.scale
         ):
             raise InputError(
-                f"of {adapter.name} has no counterpart of its shape and scale in {start.name}", culprit=module
+                f"of {adapter.name} has no counterpart of its shape and scale in {initial.name}", culprit=module
             )

@@ -1,9 +1,9 @@
-"""How many singular values of each matrix are kept: RANK_RULES.
+"""Choose how many singular values of each matrix are kept, by one of RANK_RULES or a budget for all matrices.
 
-A rule sees what was computed of a matrix's spectrum, and says how many to keep, or None where it must see more. The
-budget is the one rule that looks at all matrices at once: each next triplet of a matrix brings sigma^2 for m + n
-parameters, less and less, so taking the best offers first is the best choice (a knapsack whose items of one matrix
-fall in value).
+A rule gets the part of a matrix's spectrum that was computed, and returns how many values to keep, or None if it needs
+more of them. A budget looks at all matrices at once: the next triplet of a matrix adds sigma^2 for m + n parameters,
+and less each time, so that taking the best ratio first is the best choice (a knapsack whose items of one matrix fall
+in value).
 """
 
 from __future__ import annotations
@@ -18,25 +18,22 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class SingularValues:
-    """Of a matrix, or of a stack of them whose ranks are one: squares falls, sum over a stack; cost: parameters a rank.
+    """The computed singular values of a matrix, or of a stack of matrices that get one common rank."""
 
-    total: ||D||^2; whole: whether nothing is left beyond `squares`.
-    """
-
-    squares: tuple[float, ...]
-    total: float
-    cost: int
-    whole: bool
+    squares: tuple[float, ...]  # sigma^2, falling; summed over the stack
+    total: float  # ||D||^2, including values that are not in `squares`
+    cost: int  # parameters per rank
+    whole: bool  # no singular value is missing from `squares`
 
 
 def fixed_rank(spectrum: SingularValues, value: float) -> int | None:
-    """The same for all, or the matrix's own rank where that is lower."""
+    """Return `value`, or the matrix's rank if that is lower."""
     found = len(spectrum.squares)
     return min(int(value), found) if spectrum.whole or found >= value else None
 
 
 def energy_rank(spectrum: SingularValues, value: float) -> int | None:
-    """The least k whose squares sum to `value` of ||D||^2 (peft/tuners/lora/conversion.py: a float rank)."""
+    """Return the least k whose squares sum to `value` of ||D||^2 (peft/tuners/lora/conversion.py: a float rank)."""
     kept, wanted = 0.0, value * spectrum.total * (1 - 1e-12)
     for k, square in enumerate(spectrum.squares, 1):
         kept += square
@@ -46,13 +43,13 @@ def energy_rank(spectrum: SingularValues, value: float) -> int | None:
 
 
 def ratio_rank(spectrum: SingularValues, value: float) -> int | None:
-    """Those above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio; theirs are one more)."""
+    """Count the sigmas above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio, returns one more)."""
     kept = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
     return kept if spectrum.whole or kept < len(spectrum.squares) else None
 
 
 def cumulative_rank(spectrum: SingularValues, value: float) -> int | None:
-    """The least k whose sigmas sum to `value` of all of them (index_sv_cumulative; theirs was one more)."""
+    """Return the least k whose sigmas sum to `value` of their total (kohya's index_sv_cumulative returned one more)."""
     if not spectrum.whole:
         return None
     sigmas = [math.sqrt(square) for square in spectrum.squares]
@@ -65,11 +62,11 @@ def cumulative_rank(spectrum: SingularValues, value: float) -> int | None:
 
 
 def norm_rank(spectrum: SingularValues, value: float) -> int | None:
-    """The least k that keeps `value` of ||D||, not of its square (index_sv_fro; theirs was one more)."""
+    """Return the least k that keeps `value` of ||D||, not of its square (kohya's index_sv_fro returned one more)."""
     return energy_rank(spectrum, value * value)
 
 
-# name -> how many of one matrix
+# name -> a function from (singular values, value of the option) to a rank, or to None if it needs more of them
 RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
     "rank": fixed_rank,
     "energy": energy_rank,
@@ -94,9 +91,15 @@ BUDGETS = ("params", "size")  # for all matrices together
 def read_rule(
     given: Mapping[str, float | None], rank_rule: tuple[str, float] | None = None, most: int | None = None
 ) -> tuple[str, float] | None:
-    """The one rule that was asked for, and its value. most: the rank of --max-rank.
+    """Return the one rule that was requested, and its value; None for none.
 
-    Raises UsageError for two, and for a value out of range.
+    Args:
+        given: rule or budget -> its value, None if it was not requested.
+        rank_rule: a rule with its value, in place of one in `given`.
+        most: the value of --max-rank.
+
+    Raises:
+        UsageError: there are two rules, or a value is out of range.
     """
     if most is not None and most < 1:
         raise UsageError(f"max_rank {most} is out of range")
@@ -117,10 +120,14 @@ def read_rule(
 def choose_ranks(
     rule: str, value: float, spectra: Mapping[str, SingularValues], most: int | None = None
 ) -> dict[str, int]:
-    """Of each matrix, 1 at least: a module without factors would be no target any more.
+    """Return the rank of each matrix, 1 at least: a module without factors would no longer be a target.
 
-    value: of one of BUDGETS the parameters that all factors may have. most: of any matrix. Raises UsageError for a
-    budget that rank 1 exceeds.
+    Args:
+        value: of the rule; for one of BUDGETS the number of parameters that all factors may have.
+        most: the largest rank of any matrix.
+
+    Raises:
+        UsageError: rank 1 everywhere exceeds the budget.
     """
     if rule == "rank":
         found = dict.fromkeys(spectra, int(value))
@@ -138,7 +145,7 @@ def choose_ranks(
 
 
 def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str, int]:
-    """The ranks that keep the most energy for `budget` parameters in all; a matrix may get 0."""
+    """Return the ranks that keep the most energy with `budget` parameters in total; a matrix may get 0."""
     ranks = dict.fromkeys(spectra, 0)
     left = budget
     offers = [(-s.squares[0] / s.cost, name) for name, s in spectra.items() if s.squares and s.cost]
@@ -156,9 +163,9 @@ def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str
 
 
 def rank_for(spectrum: SingularValues, share: float, full: int) -> int:
-    """About how many would keep `share` of ||D||^2: read off what was computed, beyond it from a power law.
+    """Estimate the rank that keeps `share` of ||D||^2, by a power law if it is beyond the computed values.
 
-    The law k^-p starts at the last square known and holds as much as is missing, spread to the rank `full`.
+    The law k^-p starts at the last known square, and its sum up to the rank `full` is the energy that is missing.
     """
     k = energy_rank(spectrum, share)
     if k is not None:
