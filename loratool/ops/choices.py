@@ -18,7 +18,8 @@ INIT_CHOICES = {
 }
 
 
-# --method of combine, implemented by `combine.methods.METHODS`; in brackets the paper, and the variant if there are several
+# --method of combine, implemented by `combine.methods.METHODS`; in brackets
+# the paper, and the variant if there are several
 COMBINE_METHODS = {
     "cat": "the exact weighted sum, the factors side by side; with a rank, the best of that rank "
     "(peft's cat, and with --rank its svd)",

@@ -1,7 +1,8 @@
-"""`unmerge`: the base as it was before a merge, bit for bit, from the merged model, its adapters and its undo file.
+"""Restore the base as it was before a merge, bit for bit, from the merged model, its adapters and its undo file.
 
-Streamed as merge is: each changed tensor goes back by its records, each record against the hashes of what the merge
-read and wrote; all else is copied under the base's own headers. What does not come back exactly is refused.
+It streams as `merge` does: each changed tensor is restored from its undo records, each record is checked against the
+hashes of the bytes that the merge read and wrote, and all else is copied under the base's headers. A base that does not
+come back exactly is refused.
 """
 
 from __future__ import annotations
@@ -45,12 +46,7 @@ EDITED = "is not what the merge wrote: the merged file was edited since"
 
 @dataclass(frozen=True)
 class UnmergeReport:
-    """The result of `unmerge`. `restored` counts the tensors that went back, `removed` names those the base lacks.
-
-    exact_files: whether the files too are the base's, byte for byte; not so where the base was a torch file.
-    approximate: whether the change was subtracted and rounded for want of an undo file; then `doubtful` weights can
-    be wrong, by up to `farthest` steps each or, where the change dwarfs the weight, by more.
-    """
+    """The result of `unmerge`."""
 
     merged: str
     out: str
@@ -58,15 +54,15 @@ class UnmergeReport:
     dry_run: bool
     nbytes: int
     adapters: tuple[str, ...]
-    restored: int
+    restored: int  # tensors that were changed back
     copied: int
-    removed: tuple[str, ...]
+    removed: tuple[str, ...]  # tensors that the base does not have
     files: tuple[str, ...]
-    exact_files: bool
+    exact_files: bool  # the files too are the base's, byte for byte; not so if the base was a torch file
     not_copied: tuple[str, ...]
-    approximate: bool = False
-    doubtful: int = 0
-    farthest: int = 0
+    approximate: bool = False  # the delta was subtracted and rounded, without an undo file
+    doubtful: int = 0  # weights that can then be wrong
+    farthest: int = 0  # by at most that many ulps each, or by more where the delta is much larger than the weight
     warnings: tuple[str, ...] = ()
 
 
@@ -85,27 +81,33 @@ def unmerge(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> UnmergeReport:
-    """Give the base of a merge back.
+    """Restore the base of a merge.
 
-    merged: what `merge` wrote; adapters: those of the merge with their weights, in any order. undo: the undo file,
-    where it is not at its place. approximate: subtract the adapters and round, without an undo file. Raises InputError,
-    naming what is wrong, for another adapter, another weight, a file that was edited since, an undo file of another
-    version, a change that cannot be subtracted; nothing is written then.
+    Args:
+        merged: the output of `merge`.
+        adapters: those of the merge with their weights, in any order.
+        undo: the undo file, if it is not in its default place.
+        approximate: subtract the adapters and round, without an undo file.
+
+    Raises:
+        InputError: an adapter or a weight is not the merge's, a file was edited since, the undo file is of another
+            version, or an update cannot be subtracted. Nothing is written then.
+        UsageError: the arguments contradict each other.
     """
     if approximate and undo is not None:
         raise UsageError("--approximate takes no undo file")
-    given = parse_adapters(adapters)
+    requests = parse_adapters(adapters)
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, merged, "the first argument is the merged model", given)
+        refuse_adapter(checkpoint, merged, "the first argument is the merged model", requests)
         if approximate:
-            return _subtract(checkpoint, given, alpha, out, device, force, dry_run, progress, workers, opened)
+            return _subtract(checkpoint, requests, alpha, out, device, force, dry_run, progress, workers, opened)
         chain = find_undo(checkpoint, undo)
         record = UndoFile(chain[0])
         opened.callback(record.close)
-        used = match_adapters(record, given, alpha, opened)
-        base = _layout(record)
+        used = match_adapters(record, requests, alpha, opened)
+        base = _base_files(record)
         path, is_file = output_path(out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
@@ -128,11 +130,18 @@ def unmerge(
         return _report(record, os.fspath(merged), used, output, dry_run)
 
 
-def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> list[Path]:
-    """The undo file of a merged model, and those of the merges before. Raises InputError where there is none."""
+def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
+    """Return the undo file of a merged model, and those of the merges before it.
+
+    Args:
+        named: the value of --undo.
+
+    Raises:
+        InputError: there is none.
+    """
     model = merged.path if merged.given_as_file else merged.folder
-    path = undo_path(model, merged.given_as_file) if given is None else Path(given)
-    found = undo_chain(model, merged.given_as_file) if given is None else undo_files(path)
+    path = undo_path(model, merged.given_as_file) if named is None else Path(named)
+    found = undo_chain(model, merged.given_as_file) if named is None else undo_files(path)
     if not found and not path.is_file():
         raise InputError(
             f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
@@ -143,24 +152,28 @@ def find_undo(merged: Checkpoint, given: str | os.PathLike[str] | None) -> list[
 
 
 def match_adapters(
-    undo: UndoFile, given: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
+    undo: UndoFile, requests: Sequence[AdapterRequest], alpha: float | None, opened: ExitStack
 ) -> list[Adapter]:
-    """The adapters in the order of the undo file. Raises InputError naming the one that is missing or another."""
+    """Open the adapters, in the order of the undo file.
+
+    Raises:
+        InputError: an adapter of the merge is missing, or one that is given is not of the merge.
+    """
     if undo.index["arithmetic"] != ARITHMETIC_VERSION:
         raise InputError(
             f"was written with arithmetic {undo.index['arithmetic']}, this is {ARITHMETIC_VERSION}",
             culprit=str(undo.path),
             remedy="use the loratool that merged",
         )
-    left = list(zip(open_adapters(given, alpha, opened), [each.weight for each in given], strict=True))
+    left = list(zip(open_adapters(requests, alpha, opened), [each.weight for each in requests], strict=True))
     found = []
-    for wanted in undo.index["adapters"]:
-        same = [pair for pair in left if pair[0].sha256 == wanted["sha256"]]
-        scaled = [pair for pair in same if pair[0].scales_sha256 == wanted["scales_sha256"]]
-        weighed = wanted["weight"], wanted.get("components", {})
+    for recorded in undo.index["adapters"]:
+        same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
+        scaled = [pair for pair in same if pair[0].scales_sha256 == recorded["scales_sha256"]]
+        weighed = recorded["weight"], recorded.get("components", {})
         match = next((pair for pair in scaled if (pair[1], pair[0].component_weights) == weighed), None)
         if match is None:
-            raise _missing(undo, wanted, left, same, scaled)
+            raise _missing_adapter(undo, recorded, left, same, scaled)
         left.remove(match)
         found.append(match[0])
     if left:
@@ -168,14 +181,14 @@ def match_adapters(
     return found
 
 
-def _missing(
+def _missing_adapter(
     undo: UndoFile,
-    wanted: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     left: Sequence[tuple[Adapter, float]],
     same: Sequence[tuple[Adapter, float]],
     scaled: Sequence[tuple[Adapter, float]],
 ) -> InputError:
-    name, weight = wanted["name"], spell_weight(wanted["weight"], wanted.get("components", {}))
+    name, weight = recorded["name"], spell_weight(recorded["weight"], recorded.get("components", {}))
     if scaled:
         other, its = scaled[0]
         return InputError(
@@ -185,15 +198,15 @@ def _missing(
         return InputError("has another rank, alpha or config than when it was merged", culprit=same[0][0].name)
     culprit = left[0][0].name if left else str(undo.path)
     return InputError(
-        f"is not an adapter of the merge, which used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight}"
+        f"is not an adapter of the merge, which used {name} of sha256 {recorded['sha256'][:16]}... with weight {weight}"
         if left
-        else f"the merge also used {name} of sha256 {wanted['sha256'][:16]}... with weight {weight}",
+        else f"the merge also used {name} of sha256 {recorded['sha256'][:16]}... with weight {weight}",
         culprit=culprit,
     )
 
 
-def _layout(undo: UndoFile) -> list[OutputFile]:
-    """The base's files as they were; of a torch file, a safetensors file with the same tensors."""
+def _base_files(undo: UndoFile) -> list[OutputFile]:
+    """Return the base's files as they were, with a safetensors file of the same tensors for each torch file."""
     files = []
     for shard, header in zip(undo.index["shards"], undo.headers, strict=True):
         name, prefix = shard["name"], prefix_of(shard["name"])
@@ -243,7 +256,7 @@ def _plan_output(
     stale = [name for name in extras if name.endswith(".index.json") and prefix_of(name) in of_torch]
     extras = {name: data for name, data in extras.items() if name not in stale}
     for prefix in of_torch:
-        extras |= _index_anew([file for file in files if prefix_of(file.name) == prefix], prefix)
+        extras |= _new_index([file for file in files if prefix_of(file.name) == prefix], prefix)
     if is_file:
         extras = {}
     if len(files) == 1 and not is_file and undo.index["file"]:
@@ -253,8 +266,8 @@ def _plan_output(
     return Output(path, is_file, undo.specs, tuple(files), extras, travels, tuple(not_copied), carried=carried)
 
 
-def _index_anew(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
-    """The index of shards that were torch files, whose own named those."""
+def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
+    """Return the index of shards that were torch files, since the base's index names those."""
     if len(files) == 1:
         return {}
     stem = files[0].name.removeprefix(prefix).partition("-")[0]
@@ -267,7 +280,11 @@ def _index_anew(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
 def _plan_tensors(
     merged: Checkpoint, undo: UndoFile, specs: Mapping[str, TensorSpec], adapters: Sequence[Adapter], load: UpdateLoader
 ) -> tuple[dict[str, TensorRef], dict[str, ChangedTensor]]:
-    """Where each tensor of the base comes from, and which have to go back."""
+    """Return where each tensor of the base comes from, and the tensors that have to be restored.
+
+    Raises:
+        InputError: a tensor has another type or shape than the merge wrote, or was added since.
+    """
     sources, tensors = {}, {}
     for name in merged.specs:
         if name not in specs and name not in undo.index["tensors"]:
@@ -285,7 +302,7 @@ def _plan_tensors(
 
 
 def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
-    """Raise InputError for an edit of what lies in no record."""
+    """Raise InputError if bytes that no undo record covers were edited."""
 
     def sha256(part: UnrecordedBytes) -> str:
         file = merged.shard_of[part.tensor]
@@ -318,7 +335,7 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
 
 def _subtract(
     merged: Checkpoint,
-    given: Sequence[AdapterRequest],
+    requests: Sequence[AdapterRequest],
     alpha: float | None,
     out: str | os.PathLike[str] | None,
     device: str,
@@ -328,10 +345,10 @@ def _subtract(
     workers: int | None,
     opened: ExitStack,
 ) -> UnmergeReport:
-    """W' - D, rounded once: right but for the weights whose rounding two or more would have survived."""
-    adapters = open_adapters(given, alpha, opened)
-    loaded = negate_weights(tuple(zip(adapters, (each.weight for each in given), strict=True)))
-    plan = plan_merge(merged, loaded, Selection(), "share")
+    """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
+    adapters = open_adapters(requests, alpha, opened)
+    weighted = negate_weights(tuple(zip(adapters, (each.weight for each in requests), strict=True)))
+    plan = plan_merge(merged, weighted, Selection(), "share")
     for name in plan.changed:
         if name in plan.added or any(
             p.update.kind not in ADDITIVE or p.update.base for p in plan.requested.get(name, ())
@@ -347,14 +364,14 @@ def _subtract(
     check_undo_files(output, inputs, force)
     output.require_space()
     load = UpdateLoader(choose_device(device))
-    doubts: list[Doubted] = []
+    uncertain: list[Doubted] = []
     if not dry_run:
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         runs = rewrite(output, plan.sources, tensors, load.device, workers or worker_count(), progress)
         with closing(runs) as items:
             for item, blocks in items:
                 refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)
-                doubts += blocks
+                uncertain += blocks
     return UnmergeReport(
         str(merged.path),
         str(path),
@@ -369,7 +386,7 @@ def _subtract(
         False,
         output.not_copied,
         True,
-        sum(doubt.doubtful for doubt in doubts),
-        max((doubt.farthest for doubt in doubts), default=0),
+        sum(block.doubtful for block in uncertain),
+        max((block.farthest for block in uncertain), default=0),
         plan.warnings,
     )

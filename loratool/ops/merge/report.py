@@ -1,7 +1,4 @@
-"""What a merge says of itself: a row for each tensor that it changed, and what the user should know.
-
-Every number that rounding lost is here; nothing here decides anything.
-"""
+"""Report what a merge did: a row for each changed tensor, how much of the delta survived rounding, and warnings."""
 
 from __future__ import annotations
 
@@ -14,47 +11,42 @@ from ...files.output import Output
 from ...numerics.exact import RoundingStats
 from ..collector import uncollected
 
-KEPT_ENOUGH = 0.95  # below this share of the change that survives rounding, merge warns
+KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor; W is where its rows came from, D the change asked for, W' the result.
+    """The result for one tensor; W is the weight that it starts from, D the requested delta, W' the result.
 
-    `update` is what changed it: kinds of `updates.UPDATES`, `untied` or `added`. `relative` is ||D|| / ||W||; `changed`
-    the share of weights that differ; `kept` is <W' - W, D> / <D, D>, what rounding left of the change (1 is all of it).
-    Each is None where its denominator is 0, and in a dry run.
+    A number is None if its denominator is 0, and in a dry run.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    update: str
+    update: str  # the kinds of its updates (`updates.UPDATES`), `untied` or `added`
     rank: int
     scales: tuple[float, ...]
-    relative: float | None = None
-    changed: float | None = None
-    kept: float | None = None
+    relative: float | None = None  # ||D|| / ||W||
+    changed: float | None = None  # share of weights that differ
+    kept: float | None = None  # <W' - W, D> / <D, D>: what rounding left of the delta, 1 for all of it
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """`components`: of an image model's, those with another weight than the adapter's."""
+    """An adapter of the merge."""
 
     name: str
     format: str
     weight: float
     modules: int
     sha256: str
-    components: Mapping[str, float]
+    components: Mapping[str, float]  # of an image model, those with another weight than the adapter's
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of `merge`. `kept` is over all adapted tensors; `copied` counts the untouched ones.
-
-    changed: how many of `tensors` have another value than in the base, or are new; None in a dry run.
-    undo_bytes: of the undo file; in a dry run the most that it can have."""
+    """The result of `merge`."""
 
     base: str
     out: str
@@ -62,11 +54,11 @@ class MergeReport:
     nbytes: int
     adapters: tuple[AdapterReport, ...]
     tensors: tuple[TensorReport, ...]
-    changed: int | None
-    kept: float | None
-    copied: int
+    changed: int | None  # how many of `tensors` have another value than in the base or are new; None in a dry run
+    kept: float | None  # over all adapted tensors
+    copied: int  # untouched tensors
     undo: str | None
-    undo_bytes: int | None
+    undo_bytes: int | None  # of the undo file; in a dry run the most that it can have
     left_out: tuple[str, ...]
     files: tuple[str, ...]
     not_copied: tuple[str, ...]
@@ -78,17 +70,21 @@ def build_report(
     plan: MergePlan,
     output: Output,
     base: str,
-    changes: Mapping[str, list[RoundingStats]],
+    stats: Mapping[str, list[RoundingStats]],
     undo_bytes: int | None,
     dry_run: bool,
 ) -> MergeReport:
-    """`changes`: what the steps returned for each tensor; empty in a dry run."""
+    """Build the report of a merge.
+
+    Args:
+        stats: tensor -> the statistics of its blocks; empty in a dry run.
+    """
     names = [name for name in output.specs if name in plan.requested or name in plan.added or name in plan.untied]
-    rows = [_row(plan, output, name, changes.get(name, [])) for name in names]
-    kept = _sum(block.kept for blocks in changes.values() for block in blocks)
-    total = _ratio(kept, _sum(block.change_squared for blocks in changes.values() for block in blocks))
+    rows = [_row(plan, output, name, stats.get(name, [])) for name in names]
+    kept = _sum(block.kept for blocks in stats.values() for block in blocks)
+    total = _ratio(kept, _sum(block.change_squared for blocks in stats.values() for block in blocks))
     warnings = [*plan.warnings, *_warnings(plan, output, rows, total)]
-    for name, blocks in changes.items():
+    for name, blocks in stats.items():
         not_finite = sum(block.not_finite for block in blocks)
         if not_finite:
             warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
@@ -114,7 +110,7 @@ def build_report(
 
 
 def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
-    """What the base lacks is new; where no numbers are counted the value was replaced."""
+    """Return whether a tensor has another value than in the base; without statistics it was replaced."""
     return 0 not in row.shape and (row.name not in plan.base.specs or row.changed != 0)
 
 
@@ -131,23 +127,23 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
         "+".join(dict.fromkeys(kinds)),
         sum(update.rank for _, update in updates),
         tuple(weight * update.scale for weight, update in updates),
-        *(_measured(spec.size, blocks) if blocks else ()),
+        *(_block_measures(spec.size, blocks) if blocks else ()),
     )
 
 
-def _measured(size: int, blocks: Sequence[RoundingStats]) -> tuple[float | None, float, float | None]:
-    """`relative`, `changed` and `kept`."""
-    change = _sum(block.change_squared for block in blocks)
-    relative = _ratio(change, _sum(block.base_squared for block in blocks))
+def _block_measures(size: int, blocks: Sequence[RoundingStats]) -> tuple[float | None, float, float | None]:
+    """Return `relative`, `changed` and `kept` of a tensor with `size` weights."""
+    delta_squared = _sum(block.change_squared for block in blocks)
+    relative = _ratio(delta_squared, _sum(block.base_squared for block in blocks))
     return (
         None if relative is None else math.sqrt(relative),
         sum(block.changed for block in blocks) / size,
-        _ratio(_sum(block.kept for block in blocks), change),
+        _ratio(_sum(block.kept for block in blocks), delta_squared),
     )
 
 
 def _sum(values: Iterable[float]) -> float:
-    """Exactly rounded, so that it does not depend on the order in which the blocks finished; inf where it overflows."""
+    """Return the exactly rounded sum, which does not depend on the order of the blocks; inf if it overflows."""
     try:
         return math.fsum(values)
     except OverflowError:
@@ -155,7 +151,7 @@ def _sum(values: Iterable[float]) -> float:
 
 
 def _ratio(x: float, y: float) -> float | None:
-    """x / y where it says something: y is not 0, and neither sum left float64's range."""
+    """Return x / y, or None if y is 0 or one of them is not finite."""
     return x / y if y and math.isfinite(x) and math.isfinite(y) else None
 
 
@@ -170,12 +166,12 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
             f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
             f"{wider.get(worst.dtype, '')}keep the adapter apart"
         )
-    still = [row.name for row in rows if row.changed == 0]
-    if still:
+    unchanged = [row.name for row in rows if row.changed == 0]
+    if unchanged:
         warnings.append(
-            f"{len(still)} tensors stay as they are, since their change is zero or rounds away: {still[0]}, ..."
+            f"{len(unchanged)} tensors stay as they are, since their change is zero or rounds away: {unchanged[0]}, ..."
         )
-    odd = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
-    if odd and output.specs != plan.base.specs:
-        warnings.append(f"{len(odd)} tensors of {output.specs[odd[0]].dtype} keep their type: {odd[0]}, ...")
+    narrow = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
+    if narrow and output.specs != plan.base.specs:
+        warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
     return warnings
