@@ -297,7 +297,7 @@ def names_in(tree: ast.Module) -> set[str]:
 
 
 MAX_PARAMETERS = 8
-# The library's function of a command keeps its keyword arguments, which are its documentation; the others may only shrink.
+# A command's function keeps its keyword arguments, which are its documentation; the others may only shrink.
 WIDE = {
     "files.output_plan.plan_output": 10,
     "ops.convert.checkpoint.convert_checkpoint": 9,

@@ -40,7 +40,7 @@ from .adapters import (
     pair_modules,
     total_distances,
 )
-from .related import require_known_names, require_one_model
+from .related import require_known_names, require_two_of_one_model
 
 READ = 1 << 22  # numbers of a base read at a time
 
@@ -176,7 +176,7 @@ def diff(
         adapters = open_adapters(parse_adapters([a, b]), alpha, opened)
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
-        require_one_model(*comparable)
+        require_two_of_one_model(*comparable)
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
         one, two = (_selected(adapter, selection, aliases) for adapter in comparable)
         if not one.updates and not two.updates:

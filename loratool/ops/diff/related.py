@@ -51,7 +51,7 @@ def require_same_names(loaded: WeightedAdapter) -> None:
                 raise InputError(message, culprit=b.module)
 
 
-def require_related(a: Adapter, b: Adapter) -> None:
+def require_two_of_one_model(a: Adapter, b: Adapter) -> None:
     """Raise InputError for adapters of two models, whatever is selected of them."""
     aligned = pair_modules(a, b)
     if any(one and two for _, one, two in aligned):
