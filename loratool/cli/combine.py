@@ -1,4 +1,4 @@
-"""`loratool combine`."""
+"""Define the command `loratool combine`."""
 
 from __future__ import annotations
 

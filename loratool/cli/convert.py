@@ -1,4 +1,4 @@
-"""`loratool convert`."""
+"""Define the command `loratool convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loratool count`."""
+"""Define the command `loratool count`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loratool diff`."""
+"""Define the command `loratool diff`."""
 
 from __future__ import annotations
 

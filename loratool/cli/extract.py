@@ -1,4 +1,4 @@
-"""`loratool extract`."""
+"""Define the command `loratool extract`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loratool guide`."""
+"""Define the command `loratool guide`."""
 
 from __future__ import annotations
 

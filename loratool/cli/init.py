@@ -1,4 +1,4 @@
-"""`loratool init`."""
+"""Define the command `loratool init`."""
 
 from __future__ import annotations
 

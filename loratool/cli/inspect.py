@@ -1,4 +1,4 @@
-"""`loratool inspect`."""
+"""Define the command `loratool inspect`."""
 
 from __future__ import annotations
 

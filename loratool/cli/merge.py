@@ -1,4 +1,4 @@
-"""`loratool merge`."""
+"""Define the command `loratool merge`."""
 
 from __future__ import annotations
 

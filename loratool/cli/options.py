@@ -141,7 +141,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 class Size(click.ParamType[int]):
-    """`5GB`, `500MB`, `2GiB`, or a number of bytes: MB is 10**6, MiB is 2**20."""
+    """A size: `5GB`, `500MB`, `2GiB`, or a number of bytes: MB is 10**6, MiB is 2**20."""
 
     name = "size"
 
@@ -154,7 +154,7 @@ class Size(click.ParamType[int]):
 
 
 class Count(click.ParamType[int]):
-    """`20M`, `500K`, `1.5B`, or a number."""
+    """A count: `20M`, `500K`, `1.5B`, or a number."""
 
     name = "count"
 
@@ -167,7 +167,7 @@ class Count(click.ParamType[int]):
 
 
 class Slices(click.ParamType[tuple[bool, ...]]):
-    """`1,0,1`: yes and no for each."""
+    """The slices of a fused module, yes or no for each: `1,0,1`."""
 
     name = "slices"
 
@@ -180,7 +180,7 @@ class Slices(click.ParamType[tuple[bool, ...]]):
 
 
 class PatternRank(click.ParamType[tuple[str, int]]):
-    """`PATTERN=RANK`, a pattern as in --target."""
+    """A rank by pattern: `PATTERN=RANK`, a pattern as in --target."""
 
     name = "pattern=rank"
 
@@ -194,7 +194,7 @@ class PatternRank(click.ParamType[tuple[str, int]]):
 
 
 class RuleValue(click.ParamType[tuple[str, float]]):
-    """`NAME=VALUE`, a rank rule and its number."""
+    """A rank rule and its number: `NAME=VALUE`."""
 
     name = "name=value"
 
@@ -212,7 +212,7 @@ Weighted = tuple[str, float] | tuple[str, float, dict[str, float]]
 
 
 class WeightedPath(click.ParamType[Weighted]):
-    """`PATH`, `PATH:WEIGHT`, or with weights of an image model's components `PATH:WEIGHT,te=WEIGHT`.
+    """An adapter and its weight: `PATH`, `PATH:WEIGHT`, or `PATH:WEIGHT,te=WEIGHT` with weights of components.
 
     Only a last colon before numbers counts: `C:\\x.safetensors` is a path.
     """

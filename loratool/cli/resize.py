@@ -1,4 +1,4 @@
-"""`loratool resize`."""
+"""Define the command `loratool resize`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loratool unmerge`."""
+"""Define the command `loratool unmerge`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loratool verify`."""
+"""Define the command `loratool verify`."""
 
 from __future__ import annotations
 
