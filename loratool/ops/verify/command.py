@@ -1,7 +1,8 @@
-"""`verify`: whether a model is this base merged with these adapters, tensor by tensor, and if not, what is wrong.
+"""Verify tensor by tensor that a model is this base merged with these adapters, and tell what is wrong if it is not.
 
-All three are streamed. A tensor is exact if it has the bits of our own replay; it is right with another rounding if
-one way of `hypotheses.ROUNDINGS` explains all of its weights; else it is wrong, and `FAULTS` say how.
+All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
+rounding if one way of `explanations.ROUNDINGS` explains all of its weights. Else it is wrong, and one of
+`explanations.DIAGNOSES` says how.
 """
 
 from __future__ import annotations
@@ -39,38 +40,34 @@ from .rounding_bounds import RoundingTrial, TrialOutcome, max_ulps_off, same_bit
 ALLOWED = ("inconclusive",)
 
 
-NOTHING_ASKED = "the change is zero everywhere: the base itself is the base with these adapters"
+NOTHING_REQUESTED = "the change is zero everywhere: the base itself is the base with these adapters"
 
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """`verdict`: exact, rounding or wrong; `detail`: which rounding, or what is wrong."""
+    """The verdict on one tensor."""
 
     name: str
-    verdict: str
-    detail: str
+    verdict: str  # exact, rounding or wrong
+    detail: str  # which rounding, or what is wrong
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`status`: proven, wrong or inconclusive. `tensors` are those that the adapters change, and all that are wrong.
-
-    untouched counts the tensors that are the base's and shall be. rounding: the ways that were found.
-    not_compared: buffers and heads of the pretraining that one of the two models lacks, and may lack.
-    """
+    """The result of `verify`."""
 
     base: str
     merged: str
-    status: str
-    tensors: tuple[TensorVerdict, ...]
+    status: str  # proven, wrong or inconclusive
+    tensors: tuple[TensorVerdict, ...]  # those that the adapters change, and all that are wrong
     exact: int
     rounded: int
     wrong: int
-    untouched: int
-    rounding: tuple[str, ...]
+    untouched: int  # tensors that are the base's and should be
+    rounding: tuple[str, ...]  # the ways of rounding that were found, of ROUNDINGS
     missing: tuple[str, ...]
     extra: tuple[str, ...]
-    not_compared: tuple[str, ...]
+    not_compared: tuple[str, ...]  # buffers and pretraining heads that one of the models may be without, and is
     warnings: tuple[str, ...] = ()
 
 
@@ -109,24 +106,24 @@ def verify(
     if tied not in TIED:
         raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, parse_adapters(adapters), alpha, opened)
+        checkpoint, weighted = open_inputs(base, parse_adapters(adapters), alpha, opened)
         if initial is None:
-            require_residual_base(checkpoint, loaded)
-        loaded = subtract_initial(loaded, initial, residual_base, opened)
+            require_residual_base(checkpoint, weighted)
+        weighted = subtract_initial(weighted, initial, residual_base, opened)
         found = open_checkpoint(merged)
         opened.callback(found.close)
         refuse_adapter(found, merged, "the last argument is the merged model")
         _refuse_quantized(checkpoint, found)
-        plan = plan_merge(checkpoint, loaded, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
-        judge = _TensorVerifier(plan, found)
+        plan = plan_merge(checkpoint, weighted, Selection(tuple(target), tuple(exclude), parse_layers(layers)), tied)
+        verifier = _TensorVerifier(plan, found)
         names = [name for name in plan.sources if name in found.specs]
-        verdicts = dict(zip(names, _each(judge, names, workers or worker_count(), progress), strict=True))
-        require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in loaded), *found.shards])
-        return _report(plan, found, verdicts, judge, os.fspath(base), os.fspath(merged), tuple(allow))
+        verdicts = dict(zip(names, _in_parallel(verifier, names, workers or worker_count(), progress), strict=True))
+        require_unchanged([*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *found.shards])
+        return _report(plan, found, verdicts, verifier, os.fspath(base), os.fspath(merged), tuple(allow))
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
-    """Raise InputError for a merged model that was quantized since: its codes are no weights to compare."""
+    """Raise InputError for a merged model that was quantized since the merge, whose weights cannot be compared."""
     for name in sorted(merged.formats.keys() - base.formats.keys()):
         raise InputError(
             f"is quantized ({merged.formats[name]}) and was not in {base.path}",
@@ -135,14 +132,14 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
         )
 
 
-def _each(
-    judge: Callable[[str], TensorVerdict | None], names: Sequence[str], workers: int, progress: Progress | None
+def _in_parallel(
+    verifier: Callable[[str], TensorVerdict | None], names: Sequence[str], workers: int, progress: Progress | None
 ) -> Iterator[TensorVerdict | None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     try:
         with ThreadPoolExecutor(workers) as pool:
-            for done, verdict in enumerate(pool.map(judge, names), 1):
+            for done, verdict in enumerate(pool.map(verifier, names), 1):
                 if progress:
                     progress(done, len(names))
                 yield verdict
@@ -154,15 +151,15 @@ def _report(
     plan: MergePlan,
     found: Checkpoint,
     verdicts: dict[str, TensorVerdict | None],
-    judge: _TensorVerifier,
+    verifier: _TensorVerifier,
     base: str,
     merged: str,
     allow: tuple[str, ...],
 ) -> VerifyReport:
     missing = tuple(n for n in plan.sources if n not in found.specs and not _is_tied_on_load(plan, found, n))
     extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
-    idle = {n for n in missing if n not in plan.changed and _may_lack(found, n, plan.sources[n].spec)}
-    idle |= {n for n in extra if _may_lack(plan.base, n, found.specs[n])}
+    idle = {n for n in missing if n not in plan.changed and _may_be_missing(found, n, plan.sources[n].spec)}
+    idle |= {n for n in extra if _may_be_missing(plan.base, n, found.specs[n])}
     not_compared = tuple(name for name in (*missing, *extra) if name in idle)
     missing, extra = (tuple(name for name in names if name not in idle) for names in (missing, extra))
     tensors = tuple(verdict for verdict in verdicts.values() if verdict)
@@ -170,7 +167,7 @@ def _report(
     status = "proven"
     if count["wrong"] or missing or extra:
         status = "wrong"
-    elif judge.asked and not judge.moved and "inconclusive" not in allow:
+    elif verifier.has_delta and not verifier.changes_weights and "inconclusive" not in allow:
         status = "inconclusive"
     return VerifyReport(
         base,
@@ -185,16 +182,16 @@ def _report(
         missing,
         extra,
         not_compared,
-        plan.warnings if judge.asked else (*plan.warnings, NOTHING_ASKED),
+        plan.warnings if verifier.has_delta else (*plan.warnings, NOTHING_REQUESTED),
     )
 
 
-def _may_lack(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
+def _may_be_missing(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
     return is_optional(name, spec.shape, declared_class(model.config))
 
 
 def _is_tied_on_load(plan: MergePlan, found: Checkpoint, name: str) -> bool:
-    """What stays equal to the embedding need not be stored again in a model whose config goes on to tie the two."""
+    """Return whether a tensor that is not stored equals one that loaders tie it to, as config.json says."""
     tie = find_tie(plan.base)
     if tie is None or find_tie(found) is None:
         return False
@@ -206,7 +203,7 @@ def _is_tied_on_load(plan: MergePlan, found: Checkpoint, name: str) -> bool:
 
 
 def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
-    """A tied matrix, or its bias, that a saver wrote out again under another of its names is no other tensor."""
+    """Return whether an extra tensor is a tied matrix, or its bias, saved under another of its names."""
     tie = find_tie(plan.base)
     module, _, role = name.rpartition(".")
     if tie is None or module.split(".")[-1] not in COPIES:
@@ -218,20 +215,20 @@ def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
 
 
 class _TensorVerifier:
-    """One tensor after the other; None for one that the adapters leave alone and that is the base's."""
+    """A function from a tensor's name to its verdict; None for an untouched tensor that is the base's."""
 
     def __init__(self, plan: MergePlan, found: Checkpoint) -> None:
         self._plan, self._found = plan, found
         self._load = UpdateLoader(torch.device("cpu"))
         self._kinds = _stored_types(plan, found)
-        # Whether a change is asked for that is not zero, and whether some replayed weight is not the base's then
-        self.asked = self.moved = False
+        # Some requested delta is not zero; some replayed weight is not the base's: the first alone proves nothing
+        self.has_delta = self.changes_weights = False
 
     def __call__(self, name: str) -> TensorVerdict | None:
         source, found = self._plan.sources[name], TensorRef(self._found.shard_of[name], name)
         changed = name in self._plan.changed
         if changed and name not in self._plan.placements:
-            self.asked = self.moved = True  # a value of the adapter's is there or is not
+            self.has_delta = self.changes_weights = True  # a replaced value always tells
         if source.spec.shape != found.spec.shape:
             return TensorVerdict(name, "wrong", f"its shape is {found.spec.shape} and should be {source.spec.shape}")
         floats = source.spec.dtype in FLOATS and found.spec.dtype in FLOATS
@@ -240,21 +237,21 @@ class _TensorVerifier:
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
-        wrong, apart, lost = self._compare(name, found)
+        wrong, ulps_off, lost = self._compare(name, found)
         if not wrong:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
-            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(apart)}")
+            return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(ulps_off)}")
         outcome = RoundingTrial(self._replay(name), found, self._load, self._stored(name, source)).run()
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
         if outcome.outside == wrong:
-            outcome = TrialOutcome(None, wrong, apart)
+            outcome = TrialOutcome(None, wrong, ulps_off)
         return TensorVerdict(name, "wrong", diagnose(self._evidence(name, source, found, outcome)))
 
     def _stored(self, name: str, source: TensorRef) -> list[torch.dtype]:
-        """The other types that the weights under the change have: in the base, and in adapters that brought them."""
+        """Return the other float types that the weight has in the base and in adapters that replace it."""
         base = self._plan.base.specs.get(name)
         kinds = [base.dtype] if base else []
         for placement in self._plan.requested.get(name, ()):
@@ -264,7 +261,11 @@ class _TensorVerifier:
         return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
 
     def _as_stored(self, name: str, source: TensorRef, found: TensorRef, lost: int) -> TensorVerdict | None:
-        """An untouched tensor has the base's values; whether it has its type too."""
+        """Return the verdict on an untouched tensor with the base's values, by its type; None for the base's type.
+
+        Args:
+            lost: how many weights of the base the merged tensor's type cannot hold.
+        """
         one, two = source.spec.dtype, found.spec.dtype
         if one == two:
             return None
@@ -275,30 +276,33 @@ class _TensorVerifier:
         return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
 
     def _replay(self, name: str, placements: Sequence[Placement] | None = None, source: str = "") -> Replay:
-        """placements: others than its own; source: another tensor's name."""
-        asked = self._plan.placements.get(name, ())
-        rows = asked[0].rows if asked else self._plan.sources[name].spec.shape[0]
+        """Return the replay of a tensor, optionally with other placements or on the rows of another tensor `source`."""
+        requested = self._plan.placements.get(name, ())
+        rows = requested[0].rows if requested else self._plan.sources[name].spec.shape[0]
         load = self._load if placements is None else UpdateLoader(torch.device("cpu"))
-        return Replay(self._plan.sources[source or name], asked if placements is None else placements, rows, load)
+        return Replay(self._plan.sources[source or name], requested if placements is None else placements, rows, load)
 
     def _compare(self, name: str, found: TensorRef) -> tuple[int, float, int]:
-        """How many weights are not those of the replay, by how many steps the farthest is off, and how many weights
-        of the base the type of the merged tensor does not hold.
+        """Compare a tensor with its replay.
+
+        Returns:
+            How many weights differ, by how many ulps at most, and how many weights of the base the merged tensor's
+            type cannot hold.
         """
         work = Workspace(torch.device("cpu"))
-        wrong, apart, lost = 0, 0.0, 0
+        wrong, ulps_off, lost = 0, 0.0, 0
         for block in self._replay(name).blocks(found):
             out = torch.empty_like(block.merged)
-            asked, moved = _apply(block, out, work)
-            self.asked |= asked
-            self.moved |= moved
+            requested, moves = _apply(block, out, work)
+            self.has_delta |= requested
+            self.changes_weights |= moves
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
             same = same_bits(out, block.merged)
             if not bool(same.all()):
                 wrong += int((~same).sum())
-                apart = max(apart, max_ulps_off(out.double(), block.merged, ~same))
-        return wrong, apart, lost
+                ulps_off = max(ulps_off, max_ulps_off(out.double(), block.merged, ~same))
+        return wrong, ulps_off, lost
 
     def _evidence(self, name: str, source: TensorRef, found: TensorRef, outcome: TrialOutcome) -> DeltaEvidence:
         placements = self._plan.placements[name]
@@ -312,28 +316,40 @@ class _TensorVerifier:
         square = len(source.spec.shape) == 2 and source.spec.shape[0] == source.spec.shape[1]
         for title, fault in FAULTS.items():
             merged = tuple(instead for instead in map(fault, placements) if instead is not None)
-            turned = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
-            if merged != placements and (square or not turned):
+            is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
+            if merged != placements and (square or not is_transposed):
                 faults[title] = self._misses(self._replay(name, merged), found)
-        best = min(faults, key=lambda title: faults[title], default="")
-        if misses and (not best or faults[best] > 0.01 * misses):
+        likeliest = min(faults, key=lambda title: faults[title], default="")
+        if misses and (not likeliest or faults[likeliest] > 0.01 * misses):
             other, of = self._other(name, source, found)
-            if other and (not best or of < faults[best]):
-                faults[other], best = of, other
+            if other and (not likeliest or of < faults[likeliest]):
+                faults[other], likeliest = of, other
         return DeltaEvidence(
-            E2, D2, ED, found.spec.size, outcome.outside, outcome.beyond, misses, best, faults.get(best, float("inf"))
+            E2,
+            D2,
+            ED,
+            found.spec.size,
+            outcome.outside,
+            outcome.beyond,
+            misses,
+            likeliest,
+            faults.get(likeliest, float("inf")),
         )
 
     def _other(self, name: str, source: TensorRef, found: TensorRef) -> tuple[str, float]:
-        """Which tensor of the same shape it was taken for: the likeliest by a few rows, then by all."""
+        """Find the tensor of the same shape that it was confused with, by a few rows of each.
+
+        Returns:
+            A title from OTHERS, formatted, and what it misses over all rows; ("", inf) if there is no such tensor.
+        """
         tried: dict[tuple[str, str], float] = {}
         for other, spec in ((n, s.spec) for n, s in self._plan.sources.items() if n != name):
             theirs = self._plan.placements.get(other, ())
             if spec != source.spec or (theirs and theirs[0].rows != self._plan.placements[name][0].rows):
                 continue
-            for title, whole in OTHERS.items():
-                if theirs or whole:
-                    replay = self._replay(name, theirs, other if whole else "")
+            for title, is_swapped in OTHERS.items():
+                if theirs or is_swapped:
+                    replay = self._replay(name, theirs, other if is_swapped else "")
                     tried[title, other] = self._misses(replay, found, sample=True)
         if not tried:
             return "", float("inf")
@@ -343,7 +359,7 @@ class _TensorVerifier:
 
     @staticmethod
     def _misses(replay: Replay, found: TensorRef, sample: bool = False) -> float:
-        """The sum of the squares of what is between a tensor and a replay, rounded."""
+        """Return the sum of the squared differences between a tensor and a rounded replay."""
         work, total = Workspace(torch.device("cpu")), 0.0
         for block in replay.blocks(found, sample):
             out = torch.empty_like(block.merged)
@@ -353,21 +369,25 @@ class _TensorVerifier:
 
 
 def _apply(block: ReplayBlock, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
-    """Write what merge does into `out`; whether a change is asked for, and whether it moves a weight."""
+    """Write the result of a merge into `out`.
+
+    Returns:
+        Whether the requested delta is not zero, and whether it changes a weight.
+    """
     wide = torch.empty_like(out, dtype=torch.float64) if out.itemsize == 1 else out  # merge writes no 8 bits
     if block.piece is None:
         change = cast_rounded(block.base, wide, work)
     else:
         change = apply_rounded(block.base, block.piece.fill_for(block.base, block.first, work), wide, work)
-    moved = change.changed > 0
+    moves = change.changed > 0
     if wide is not out:
         round_once(wide, out, work)
-        moved = moved and bool((out.double() != block.base.double()).any())
-    return change.change_squared > 0, moved
+        moves = moves and bool((out.double() != block.base.double()).any())
+    return change.change_squared > 0, moves
 
 
 def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:
-    """Type in the base -> the types that such tensors have in the merged model."""
+    """Map each type in the base to the types that such tensors have in the merged model."""
     kinds: dict[str, set[str]] = {}
     for name in plan.sources:
         if name in found.specs:

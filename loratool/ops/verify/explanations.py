@@ -1,7 +1,7 @@
-"""What a merged weight can have come from, as literal tables: ways of rounding that are right, and faults.
+"""List the explanations of a merged weight in tables: ways of rounding that are right, and faults.
 
-A way of rounding predicts an interval for each weight (`judging.interval`). A fault changes the placements; what
-merge would then write is its prediction, and of several the one whose bits are nearest names what is wrong.
+A way of rounding predicts an interval for each weight (`rounding_bounds.sum_bounds`). A fault changes the placements,
+and what `merge` would then write is its prediction; the fault with the nearest prediction names what is wrong.
 """
 
 from __future__ import annotations
@@ -18,29 +18,24 @@ from ...binding.placement import Placement
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a merge rounds. factors: the type that the factors were cast to before (None: as they are); change: the type
-    that each adapter's change was rounded to; product: that B @ A was rounded to it before the scale; cast: that the
-    change was rounded to the base's type besides; apart: adapters are added one after the other, each sum rounded;
-    total: the type of W + D (None: float32, or float64 where the base is that), and of its norm; magnitude: the type
-    that m was cast to; ratio: the type of m / n and of its product with W + D; base: the type that W was cast to first.
-    """
+    """The roundings of a merge; a type is None if nothing is rounded there."""
 
-    factors: torch.dtype | None = None
-    change: torch.dtype | None = None
-    product: bool = False
-    cast: bool = False
-    apart: bool = False
-    total: torch.dtype | None = None
-    magnitude: torch.dtype | None = None
-    ratio: torch.dtype | None = None
-    base: torch.dtype | None = None
+    factors: torch.dtype | None = None  # the type that A and B are cast to first
+    change: torch.dtype | None = None  # the type that each adapter's delta is rounded to
+    product: bool = False  # B @ A is rounded to `change` before it is scaled
+    cast: bool = False  # the delta is rounded to the base's type too
+    apart: bool = False  # adapters are added one after the other, and each sum is rounded
+    total: torch.dtype | None = None  # of W + D and its norm; None: float32, or float64 if the base is that
+    magnitude: torch.dtype | None = None  # the type that m is cast to
+    ratio: torch.dtype | None = None  # of m / n, and of its product with W + D
+    base: torch.dtype | None = None  # the type that W is cast to first
 
 
 _BF16, _FP16 = torch.bfloat16, torch.float16
 
 
-# name -> rounding, from the least rounding to the most. Sources: peft/tuners/lora/layer.py:Linear.merge,
-# get_delta_weight; what each does depends on the adapter's type, the device and safe_merge.
+# Title -> rounding, from the least rounding to the most, as in peft/tuners/lora/layer.py (Linear.merge and
+# get_delta_weight), where the adapter's type, the device and safe_merge decide.
 ROUNDINGS: dict[str, Rounding] = {
     "one rounding of a float32 sum (peft with an fp32 adapter)": Rounding(),
     "one rounding of a float32 sum an adapter": Rounding(apart=True),
@@ -75,8 +70,8 @@ ROUNDINGS: dict[str, Rounding] = {
 }
 
 
-# The same of W' = m / ||W + D|| * (W + D). Source: peft/tuners/lora/variants.py:DoraLinearVariant.merge_unsafe, in
-# which torch's promotion of the adapter's and the base's types decides; autocast_adapter_dtype decides the adapter's.
+# Title -> rounding of W' = m / ||W + D|| * (W + D), as in peft/tuners/lora/variants.py
+# (DoraLinearVariant.merge_unsafe), where torch's type promotion and autocast_adapter_dtype decide.
 DORA_ROUNDINGS: dict[str, Rounding] = {
     "float32 norms, one rounding (peft with an fp32 adapter)": Rounding(),
     "float32 norms, the sum once an adapter": Rounding(apart=True),
@@ -123,7 +118,7 @@ def _without_norm(placement: Placement) -> Placement | None:
     return replace(placement, update=replace(placement.update, kind="lora")) if dora else placement
 
 
-# What is wrong -> the placement that was merged instead, None for none. Of two that predict the same the first counts.
+# Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.
 FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the change is not applied": lambda p: None,
     "the change is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
@@ -138,7 +133,7 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
 }
 
 
-# The same with the name of another tensor of its shape -> whether its values are under the change too.
+# Fault that involves another tensor of the same shape -> whether its weights were taken too, not its delta only
 OTHERS: dict[str, bool] = {
     "it has the change of {other}": False,
     "it is {other} whole: two tensors are swapped": True,
@@ -147,40 +142,36 @@ OTHERS: dict[str, bool] = {
 
 @dataclass(frozen=True)
 class DeltaEvidence:
-    """Of one tensor, as sums over its weights: E is the change found, D the one asked for.
+    """The evidence of one tensor, as sums over its weights; E is the delta found, D the requested one."""
 
-    outside: weights that no rounding explains, of `weights`; beyond: how far the farthest is, in steps; misses: |E|^2
-    less what is predicted, of what was asked for; fault, of: the best of FAULTS and OTHERS, and its misses.
-    """
-
-    found: float
-    asked: float
-    both: float
+    found: float  # ||E||^2
+    asked: float  # ||D||^2
+    both: float  # <E, D>
     weights: int
-    outside: int
-    beyond: float
-    misses: float
-    fault: str = ""
-    of: float = float("inf")
+    outside: int  # weights that no rounding explains
+    beyond: float  # by how many ulps the farthest of them is off
+    misses: float  # the squared distance from the replay of what was requested
+    fault: str = ""  # the best of FAULTS and OTHERS
+    of: float = float("inf")  # the squared distance from the replay of that fault
 
     @property
     def scale(self) -> float:
-        """How many times D is in E."""
+        """The factor s with which s * D is nearest to E."""
         return self.both / self.asked if self.asked else 0.0
 
     @property
     def explained(self) -> float:
-        """The cosine of E and D: how much of E is some multiple of D."""
+        """The cosine of E and D, which is 1 if E is a multiple of D."""
         return self.both / (self.found * self.asked) ** 0.5 if self.found and self.asked else 0.0
 
 
-CLOSE = 0.9  # a cosine from which a change is taken for another
+CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
 
 
-NEARER = 0.25  # of the misses of what was asked for: a fault with fewer names what is wrong
+NEARER = 0.25  # a fault is named if its squared distance is below this share of `misses`
 
 
-# What is said -> whether the evidence says so, the first that does.
+# Diagnosis -> whether the evidence shows it; the first that holds is reported.
 DIAGNOSES: dict[str, Callable[[DeltaEvidence], bool]] = {
     "{fault}": lambda e: e.of < NEARER * e.misses,
     "{outside} weights were altered, {beyond}": lambda e: e.outside <= max(64, e.weights // 1000),
@@ -192,14 +183,15 @@ DIAGNOSES: dict[str, Callable[[DeltaEvidence], bool]] = {
 }
 
 
-def describe_ulps(steps: float) -> str:
-    """In words, by how many steps the farthest weight is off; inf is one that is, or should be, no finite number."""
-    if not math.isfinite(steps):
+def describe_ulps(ulps: float) -> str:
+    """Return in words how far the farthest weight is off; inf means that it is, or should be, not finite."""
+    if not math.isfinite(ulps):
         return "inf or nan among them"
-    return f"by up to {steps:.0f} steps" if steps < 1e6 else f"by up to {steps:.1e} steps"
+    return f"by up to {ulps:.0f} steps" if ulps < 1e6 else f"by up to {ulps:.1e} steps"
 
 
 def diagnose(evidence: DeltaEvidence) -> str:
-    said = next(said for said, holds in DIAGNOSES.items() if holds(evidence))
+    """Return the first of DIAGNOSES that the evidence shows, with its numbers filled in."""
+    diagnosis = next(diagnosis for diagnosis, holds in DIAGNOSES.items() if holds(evidence))
     beyond = describe_ulps(evidence.beyond)
-    return said.format(outside=evidence.outside, beyond=beyond, scale=evidence.scale, fault=evidence.fault)
+    return diagnosis.format(outside=evidence.outside, beyond=beyond, scale=evidence.scale, fault=evidence.fault)

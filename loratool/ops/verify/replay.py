@@ -1,6 +1,7 @@
-"""A tensor's rows beside a merged model's, and each adapter's change to them as exact numbers and as others get them.
+"""Replay a merge block by block beside the merged model, with each adapter's delta as exact numbers and error bounds.
 
-`Replay` gives what `merge` would write; `Changes` takes the updates apart, so that `judging` can round each its way.
+`Replay` computes what `merge` would write. `AdapterDeltas` keeps the updates separate, so that `rounding_bounds` can
+round each in its way.
 """
 
 from __future__ import annotations
@@ -20,28 +21,25 @@ from ...files.tensor_ref import TensorRef
 from ...numerics.exact import ExactProduct, Factors, Workspace
 from ...streaming.apply import RowSegment, UpdateLoader
 
-F32 = 2.0**-24  # half a float32 step, relative
+F32 = 2.0**-24  # half an ulp of float32, relative
 
 
-ROWS = 128  # compared at a time
+ROWS = 128  # of a block
 
 
 @dataclass(frozen=True)
 class ReplayBlock:
-    """Some rows of a tensor seen as a matrix, from row `first` on. inside: the placements on them; piece: all of them.
+    """Some rows of a tensor seen as a matrix, in the base and in the merged model."""
 
-    base, merged: (rows, n), each in its own type.
-    """
-
-    first: int
-    inside: tuple[Placement, ...]
-    piece: RowSegment | None
-    base: Tensor
-    merged: Tensor
+    first: int  # row
+    inside: tuple[Placement, ...]  # those on these rows
+    piece: RowSegment | None  # the rows with the same placements, which this block is in
+    base: Tensor  # (rows, n), in the base's type
+    merged: Tensor  # (rows, n), in the merged model's type
 
     @property
     def most(self) -> Tensor:
-        """At most how large m / n is of a DoRA."""
+        """An upper bound of m / n of a DoRA, (rows or 1, n or 1)."""
         a = self.replay[1]
         weights = [p.weight for p in self.inside if p.update.kind == "dora" and p.weight]
         if a is None or not weights:
@@ -50,7 +48,7 @@ class ReplayBlock:
 
     @cached_property
     def replay(self) -> tuple[Tensor, Tensor | None]:
-        """What the rows become before they are rounded, (rows, n) in float64, and a of `W' = a * W + c`."""
+        """The merged rows before rounding, (rows, n) in float64, and the a of W' = a * W + c; None for a = 1."""
         wide = self.base.double()
         if self.piece is None:
             return wide, None
@@ -70,7 +68,7 @@ class Replay:
         self._load = load
 
     def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
-        """sample: a few rows from the middle alone."""
+        """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""
         edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
         for start, stop in pairwise(edges):
             inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
@@ -81,27 +79,27 @@ class Replay:
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
                 base = self.source.matrix_rows(self.rows, first, last)
                 merged = found.matrix_rows(self.rows, first, last)
-                if found.spec.dtype in FLOAT8:  # which is read as float32, and was rounded to it
+                if found.spec.dtype in FLOAT8:  # read as float32, but compared in the type that it is stored in
                     merged = merged.to(getattr(torch, FLOAT8[found.spec.dtype]))
                 yield ReplayBlock(first, inside, piece, base, merged)
 
 
 @dataclass(frozen=True)
 class DeltaBounds:
-    """One adapter's change to a block. change: in float64; sizes: the same of absolute values, which bounds rounding;
-    slack: how far float32 arithmetic can be off; errors: by how much some float32 arithmetic is off. All (rows, n).
-    """
+    """One adapter's delta of a block, with bounds of the errors of others. All tensors are (rows, n) in float64."""
 
-    adapter: int
-    change: Tensor
-    slack: Tensor
+    adapter: int  # its id()
+    change: Tensor  # the delta
+    slack: Tensor  # an upper bound of the error of float32 arithmetic
     scale: float
-    sizes: Tensor
-    errors: tuple[Tensor, ...]
+    sizes: Tensor  # the delta of the absolute values, which bounds rounding errors
+    errors: tuple[Tensor, ...]  # the actual errors of ERROR_TERMS ways to compute it in float32
 
 
 @dataclass(frozen=True)
 class _Product:
+    """An update as products that give its rows."""
+
     product: ExactProduct
     sizes: ExactProduct
     factors: tuple[Tensor, Tensor]  # left: (rows of the placement, r), right: (r, n), without the scale
@@ -109,7 +107,7 @@ class _Product:
 
 
 class AdapterDeltas:
-    """The updates of one tensor, each apart. factors: a type that they are rounded to before."""
+    """The deltas of one tensor, each by itself; `factors` is a type that A and B are rounded to first."""
 
     def __init__(self, load: UpdateLoader, factors: torch.dtype | None) -> None:
         self._load, self._factors = load, factors
@@ -117,13 +115,13 @@ class AdapterDeltas:
         self._magnitudes: dict[int, Tensor] = {}
 
     def of(self, block: ReplayBlock, additive: bool = True) -> list[DeltaBounds]:
-        """The additive ones; without `additive` the product of a DoRA."""
+        """Return the deltas of additive updates, or without `additive` the s * B @ A of a DoRA."""
         self._made = {key: made for key, made in self._made.items() if key in {id(p) for p in block.inside}}
         kinds = ADDITIVE if additive else ("dora",)
-        return [self._part(p, block) for p in block.inside if p.update.kind in kinds]
+        return [self._bounds_of(p, block) for p in block.inside if p.update.kind in kinds]
 
     def magnitude(self, placement: Placement, block: ReplayBlock) -> Tensor:
-        """m of the rows, (rows, 1), or (1, n) where the base stores (in, out)."""
+        """Return m of the rows, (rows, 1), or (1, n) if the base stores (in, out)."""
         if id(placement) not in self._magnitudes:
             update = self._load(placement)
             assert isinstance(update, DoRA)
@@ -134,7 +132,7 @@ class AdapterDeltas:
         start = placement.skip + block.first - placement.start
         return found[start : start + len(block.base)].unsqueeze(1)
 
-    def _part(self, placement: Placement, block: ReplayBlock) -> DeltaBounds:
+    def _bounds_of(self, placement: Placement, block: ReplayBlock) -> DeltaBounds:
         made = self._made.get(id(placement)) or self._make(placement)
         self._made[id(placement)] = made
         start, rows = block.first - placement.start, len(block.base)
@@ -175,7 +173,7 @@ class AdapterDeltas:
 
 
 def normalizes_rows(placement: Placement) -> bool:
-    """Whether the whole row is divided by its norm, rather than moved a part of the way there."""
+    """Return whether a DoRA with weight 1 divides the whole row by its norm, rather than going part of the way."""
     return placement.update.kind == "dora" and placement.weight == 1
 
 
