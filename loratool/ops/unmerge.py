@@ -46,7 +46,16 @@ EDITED = "is not what the merge wrote: the merged file was edited since"
 
 @dataclass(frozen=True)
 class UnmergeReport:
-    """The result of `unmerge`."""
+    """The result of `unmerge`.
+
+    Attributes:
+        restored: how many tensors were changed back.
+        removed: the tensors that the base does not have.
+        exact_files: whether the files too are the base's, byte for byte; not so if the base was a torch file.
+        approximate: whether the delta was subtracted and rounded, without an undo file.
+        doubtful: how many weights can then be wrong.
+        farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
+    """
 
     merged: str
     out: str
@@ -54,15 +63,15 @@ class UnmergeReport:
     dry_run: bool
     nbytes: int
     adapters: tuple[str, ...]
-    restored: int  # tensors that were changed back
+    restored: int
     copied: int
-    removed: tuple[str, ...]  # tensors that the base does not have
+    removed: tuple[str, ...]
     files: tuple[str, ...]
-    exact_files: bool  # the files too are the base's, byte for byte; not so if the base was a torch file
+    exact_files: bool
     not_copied: tuple[str, ...]
-    approximate: bool = False  # the delta was subtracted and rounded, without an undo file
-    doubtful: int = 0  # weights that can then be wrong
-    farthest: int = 0  # by at most that many ulps each, or by more where the delta is much larger than the weight
+    approximate: bool = False
+    doubtful: int = 0
+    farthest: int = 0
     warnings: tuple[str, ...] = ()
 
 

@@ -19,34 +19,51 @@ class TensorReport:
     """The result for one tensor; W is the weight that it starts from, D the requested delta, W' the result.
 
     A number is None if its denominator is 0, and in a dry run.
+
+    Attributes:
+        update: the kinds of its updates (`updates.UPDATES`), `untied` or `added`.
+        relative: ||D|| / ||W||.
+        changed: the share of weights that differ.
+        kept: <W' - W, D> / <D, D>, what rounding left of the delta (1 is all of it).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    update: str  # the kinds of its updates (`updates.UPDATES`), `untied` or `added`
+    update: str
     rank: int
     scales: tuple[float, ...]
-    relative: float | None = None  # ||D|| / ||W||
-    changed: float | None = None  # share of weights that differ
-    kept: float | None = None  # <W' - W, D> / <D, D>: what rounding left of the delta, 1 for all of it
+    relative: float | None = None
+    changed: float | None = None
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter of the merge."""
+    """An adapter of the merge.
+
+    Attributes:
+        components: of an image model, those with another weight than the adapter's.
+    """
 
     name: str
     format: str
     weight: float
     modules: int
     sha256: str
-    components: Mapping[str, float]  # of an image model, those with another weight than the adapter's
+    components: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of `merge`."""
+    """The result of `merge`.
+
+    Attributes:
+        changed: how many of `tensors` have another value than in the base, or are new; None in a dry run.
+        kept: over all adapted tensors.
+        copied: how many tensors are untouched.
+        undo_bytes: of the undo file; in a dry run the most that it can have.
+    """
 
     base: str
     out: str
@@ -54,11 +71,11 @@ class MergeReport:
     nbytes: int
     adapters: tuple[AdapterReport, ...]
     tensors: tuple[TensorReport, ...]
-    changed: int | None  # how many of `tensors` have another value than in the base or are new; None in a dry run
-    kept: float | None  # over all adapted tensors
-    copied: int  # untouched tensors
+    changed: int | None
+    kept: float | None
+    copied: int
     undo: str | None
-    undo_bytes: int | None  # of the undo file; in a dry run the most that it can have
+    undo_bytes: int | None
     left_out: tuple[str, ...]
     files: tuple[str, ...]
     not_copied: tuple[str, ...]

@@ -45,29 +45,42 @@ NOTHING_REQUESTED = "the change is zero everywhere: the base itself is the base 
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """The verdict on one tensor."""
+    """The verdict on one tensor.
+
+    Attributes:
+        verdict: exact, rounding or wrong.
+        detail: which rounding, or what is wrong.
+    """
 
     name: str
-    verdict: str  # exact, rounding or wrong
-    detail: str  # which rounding, or what is wrong
+    verdict: str
+    detail: str
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of `verify`."""
+    """The result of `verify`.
+
+    Attributes:
+        status: proven, wrong or inconclusive.
+        tensors: those that the adapters change, and all that are wrong.
+        untouched: how many tensors are the base's, and should be.
+        rounding: the ways of rounding that were found.
+        not_compared: buffers and pretraining heads that one of the models may be without, and is.
+    """
 
     base: str
     merged: str
-    status: str  # proven, wrong or inconclusive
-    tensors: tuple[TensorVerdict, ...]  # those that the adapters change, and all that are wrong
+    status: str
+    tensors: tuple[TensorVerdict, ...]
     exact: int
     rounded: int
     wrong: int
-    untouched: int  # tensors that are the base's and should be
-    rounding: tuple[str, ...]  # the ways of rounding that were found, of ROUNDINGS
+    untouched: int
+    rounding: tuple[str, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
-    not_compared: tuple[str, ...]  # buffers and pretraining heads that one of the models may be without, and is
+    not_compared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
 
