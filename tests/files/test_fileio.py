@@ -23,6 +23,15 @@ from loratool.files import fileio
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
+# The same with a pause before each block, so that no machine is done before a signal comes.
+SLOW = """
+import time
+from loratool.cli import main
+from loratool.streaming import workers
+write = workers.write_at
+workers.write_at = lambda *block: (time.sleep(0.2), write(*block))
+main()
+"""
 
 
 @pytest.fixture
@@ -151,19 +160,19 @@ class TestFailure:
         """Ctrl-C and SIGTERM leave nothing; a kill leaves only a `.loratool-partial` that the next run takes over."""
         base = write_model(
             tmp_path / "base",
-            {f"{n}.weight": weights(4096, 4096, dtype=torch.bfloat16) for n in "ab"},
+            {f"{n}.weight": weights(2048, 2048, dtype=torch.bfloat16) for n in "abcdef"},
             {"model_type": "llama"},
         )
-        big = write_peft(tmp_path / "big", {n: factors(4096, 4096, 256) for n in "ab"})
+        big = write_peft(tmp_path / "big", {n: factors(2048, 2048, 8) for n in "abcdef"})
         process = subprocess.Popen(
-            [*COMMAND, "merge", str(base), str(big), "-o", str(tmp_path / "out"), "--json"],
+            [sys.executable, "-c", SLOW, "merge", str(base), str(big), "-o", str(tmp_path / "out"), "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         partial, deadline = tmp_path / "out.loratool-partial", time.monotonic() + 20
         while not (partial / "model.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(0.03)  # some blocks are written by then, and on no machine all of them
+        time.sleep(0.3)  # some blocks are written by then
         process.send_signal(sent)
         said, errors = process.communicate(timeout=60)
         assert process.returncode == code and errors == b""
