@@ -125,17 +125,35 @@ def find_coded(
         listed: the layers that the files' metadata name, from `listed_layers`.
     """
     found: dict[str, Coded] = {}
-    scales = {name.rpartition(".")[0]: name for name in specs if "scale" in name.rpartition(".")[2]}
+    beside = _companions(specs) if any(spec.dtype in FP8_CODES for spec in specs.values()) else {}
     for name, spec in specs.items():
         fitting = (_fit(coding, name, specs) for coding in _OF_DTYPE.get(spec.dtype, ()))
         path, coding = next(filter(None, fitting), ("", None))
         module = name.removesuffix(".weight")
         if coding is None and name.endswith(".weight") and module in listed and spec.dtype in CODES:
             path, coding = module, LISTED
-        elif coding is None and spec.dtype in FP8_CODES and name.endswith(".weight") and module in scales:
-            path, coding = module, replace(UNKNOWN, marks=scales[module].removeprefix(module))
+        elif coding is None and spec.dtype in FP8_CODES and "scale" not in name.rpartition(".")[2].lower():
+            ends = " ".join(each.removeprefix(module) for each in beside.get(module, ()) if each != name)
+            if ends or declared:
+                path, coding = module, replace(UNKNOWN, codes=name.removeprefix(module), marks=ends)
         if coding is not None:
             found[coding.weight(path)] = coded_as(coding, path, name, specs, declared)
+    return found
+
+
+def _companions(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
+    """Return what stands beside a weight and is no bias, by the weight's path: in its module, or named after it.
+
+    Plain weights have nothing of the kind, so that whatever a tool calls its scales, they are seen.
+    """
+    found: dict[str, list[str]] = {}
+    for name in specs:
+        parent, _, last = name.rpartition(".")
+        if last not in ("weight", "bias"):
+            found.setdefault(parent, []).append(name)
+        if "scale" in last.lower():
+            path = name[: name.lower().rindex("scale")].rstrip("._").removesuffix(".weight")
+            found.setdefault(path, []).extend([name] if path != parent else [])
     return found
 
 

@@ -245,6 +245,20 @@ def test_a_plain_cast_to_float8_is_no_code(tmp_path: Path) -> None:
         assert torch.equal(merged[name], (base.double() + B.double() @ A.double()).bfloat16())
 
 
+@pytest.mark.parametrize(
+    "beside", ["x_scale", "x.SCALE", "x.weightScale", "x.dequant_factor", "x.weight_inverse_scale", ""]
+)
+def test_a_scale_by_any_other_name(beside: str, tmp_path: Path) -> None:
+    """A float8 weight is a plain cast only where nothing stands beside it and no config speaks of quantization."""
+    state = {"x.weight": FP8, "x.bias": ones(OUT), **({beside: ones(1)} if beside else {})}
+    config = {} if beside else {"quantization_config": {"quant_method": "new"}}
+    base = write_model(tmp_path / "base", {**PLAIN, **state}, config)
+    with pytest.raises(InputError, match="is quantized"):
+        loratool.merge(base, write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2)}), tmp_path / "o", dtype="bf16")
+    report = loratool.inspect(base)
+    assert report.kind == "checkpoint" and report.parameters == 8 * 6 + 6 + OUT * IN + OUT
+
+
 def test_layers_that_only_the_metadata_lists(tmp_path: Path) -> None:
     layers = {"format_version": "1.0", "layers": {"x": {"format": "float8_e4m3fn"}}}
     save_file({"x.weight": FP8}, tmp_path / "b.safetensors", {"_quantization_metadata": json.dumps(layers)})
