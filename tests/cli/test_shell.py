@@ -18,7 +18,7 @@ from conftest import FIXTURES
 
 from loratool.binding.selection import PRESETS
 from loratool.binding.tied_weights import TIED
-from loratool.cli import COMMANDS, cli
+from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.cli.options import SELECTIONS
 from loratool.files.dtypes import FACTOR_DTYPES
 from loratool.files.output import CONTAINERS
@@ -171,10 +171,11 @@ class TestEnvironment:
             arguments += ["--to", "peft"]
         command = CLICK[verb]
         assert command
-        wanted = command.make_context(verb, [*arguments, *given]).params[option.name]
+        # with the group's settings: click keeps the help option of a command's first context for all later ones
+        top = click.Context(cli, info_name="loratool", auto_envvar_prefix="LORATOOL", **SETTINGS)
+        wanted = command.make_context(verb, [*arguments, *given], parent=top).params[option.name]
         spelled = option.opts[-1].removeprefix("--").replace("-", "_")
         monkeypatch.setenv(f"LORATOOL_{verb}_{spelled}".upper(), text)
-        top = click.Context(cli, info_name="loratool", auto_envvar_prefix="LORATOOL")
         found = command.make_context(verb, arguments, parent=top)
         assert found.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT
         assert found.params[option.name] == wanted
