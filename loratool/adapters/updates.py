@@ -6,23 +6,19 @@ Of the other kinds a tensor takes at most one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from ..numerics.exact import Factors
+    from ..numerics.products import Term
 
 
 @dataclass(frozen=True)
 class Update:
     """An update with its tensors loaded, in any float dtype."""
-
-    def to(self, device: torch.device) -> Update:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{k: v.to(device) if hasattr(v, "to") else v for k, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -36,18 +32,12 @@ class LowRank(Update):
     B: Tensor  # (out, r), of a convolution (out, r, 1, ...)
     scale: float  # alpha / r, with rsLoRA alpha / sqrt(r)
 
-    def terms(self, weight: float, transposed: bool) -> list[Factors]:
-        """Return the factors of `weight * scale * B @ A` as (out, in), or as (in, out) if `transposed`.
+    def terms(self, weight: float, transposed: bool) -> list[Term]:
+        """Return the factors of `weight * scale * B @ A` as (out, in), or as (in, out) if `transposed`."""
+        from ..numerics.products import Term
 
-        The scale is multiplied into B in float64 in both cases, so that both give the same bits.
-        """
-        from ..numerics.exact import Factors
-
-        scale = self.scale * weight
-        A, B = self.A.flatten(1), self.B.flatten(1)
-        if transposed:
-            return [Factors(A.T, 1.0, (B.double() * scale).T)]
-        return [Factors(B, scale, A.double())]
+        scale, A, B = Fraction(self.scale) * Fraction(weight), self.A.flatten(1), self.B.flatten(1)
+        return [Term(A.T, B.T, scale) if transposed else Term(B, A, scale)]
 
 
 @dataclass(frozen=True)
@@ -79,11 +69,12 @@ class AddDelta(Update):
     value: Tensor
     scale: float  # as LowRank.scale
 
-    def terms(self, weight: float, transposed: bool) -> list[Factors]:
-        from ..numerics.exact import Factors
+    def terms(self, weight: float, transposed: bool) -> list[Term]:
+        """Return the product of rank 1 that is `weight * scale * value`, as a column."""
+        from ..numerics.products import Term
 
         column = self.value.reshape(-1, 1)
-        return [Factors(column, self.scale * weight, column.new_ones(1, 1).double())]
+        return [Term(column, column.new_ones(1, 1), Fraction(self.scale) * Fraction(weight))]
 
 
 @dataclass(frozen=True)

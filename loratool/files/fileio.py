@@ -311,6 +311,28 @@ def sha256_range(file: BinaryIO, offset: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
+def sum_range(file: BinaryIO, offset: int, nbytes: int) -> int:
+    """Return the `word_sum` of some bytes of a file."""
+    total, buffer = 0, memoryview(bytearray(min(1 << 20, nbytes)))
+    for start in range(0, nbytes, 1 << 20):
+        part = buffer[: nbytes - start]
+        read_into(file, part, offset + start)
+        total += word_sum(part)
+    return total % (1 << 64)
+
+
+def word_sum(data: memoryview) -> int:
+    """Return the sum of bytes as little-endian 64-bit words, zeros appended, modulo 2**64.
+
+    It tells one file from another at a twentieth of the cost of a hash, if nobody means to deceive.
+    """
+    import numpy as np
+
+    whole = len(data) // 8 * 8
+    words = np.frombuffer(data[:whole], "<u8")
+    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[whole:], "little")) % (1 << 64)
+
+
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,15 +22,6 @@ def prefix_of(file: str) -> str:
     """Return the folder and slash that the names of a pipeline's component begin with; empty if it is no pipeline."""
     folder, slash, _ = file.rpartition("/")
     return folder + slash
-
-
-def inflate(data: bytes, max_bytes: int) -> bytes:
-    """Inflate bytes; ValueError if they become more than `max_bytes`."""
-    stream = zlib.decompressobj()
-    found = stream.decompress(data, max_bytes + 1)
-    require(len(found) <= max_bytes, f"{len(data)} of its bytes become more than {max_bytes}")
-    require(stream.eof and not stream.unused_data, "deflated bytes end too early, or too late")
-    return found
 
 
 def require(condition: bool, fault: str) -> None:

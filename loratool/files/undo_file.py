@@ -7,12 +7,11 @@ described in `undo.writer`, which writes it.
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import os
 import struct
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..architectures.ties import COPIES, INPUT_EMBEDDINGS, MASKED_HEADS
 from ..errors import InputError
 from .checkpoint import INDEX_NAMES, PICKLES
 from .dtypes import TensorSpec
-from .fileio import open_for_reading, read_into, sha256_range
+from .fileio import open_for_reading, read_into, sha256_range, sum_range
 from .safetensors_file import parse_json, read_layout
 from .side_files import TOKENIZER, UNDO_MARK
 from .undo_checks import (
@@ -34,7 +33,6 @@ from .undo_checks import (
     check_placement,
     check_tiling,
     checked_spec,
-    inflate,
     is_count,
     prefix_of,
     require,
@@ -45,22 +43,24 @@ from .undo_checks import (
 )
 from .weights_file import WeightsFile
 
-VERSION = 1
+VERSION = 2
 
 HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 
-# Limits of inflated sizes: SMALL bytes, or this ratio. Merges write an index of up to 19 times its deflated size (many
-# experts), a shard's header of 10 and a model's index of 33; a bomb has 1,000.
-SMALL, INDEX_RATIO, SIDE_RATIO = 1 << 22, 40, 80
+LAST_OF_VERSION_1 = "ad17cc1"  # the last commit that reads undo files of version 1
+
+SMALL = 1 << 22  # bytes of an index that are parsed whatever they are
+
+TRAILER = struct.Struct("<QQ32s8s")  # the index's offset, length and sha256, END
 
 # The modules whose change makes a merge take the adapter's tokenizer files.
 VOCABULARY = frozenset(
     (*EMBEDDINGS, *HEADS, *INPUT_EMBEDDINGS, *COPIES, *(part for head in MASKED_HEADS for part in head.split(".")))
 )
 
-_WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, zlib.error, EOFError)
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, EOFError)
 
 _APPROXIMATE = "take the one that the merge wrote, or subtract and round with --approximate, which is not exact"
 
@@ -76,13 +76,21 @@ class UnrecordedBytes:
 
 @dataclass(frozen=True)
 class Record:
-    """The record of rows start:stop of a tensor."""
+    """The record of rows start:stop of a tensor.
+
+    Attributes:
+        at: its first byte in the undo file.
+        length: in bytes.
+        sha256: of the rows of W.
+        sum: of the rows of W' as 64-bit words (`undo.records.word_sum`).
+    """
 
     start: int
     stop: int
-    at: int  # first byte in the undo file
-    length: int  # in bytes
-    sha256: tuple[str, str]  # of the rows of W and of W'
+    at: int
+    length: int
+    sha256: str
+    sum: int
 
 
 def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int, int]]) -> Iterator[UnrecordedBytes]:
@@ -134,26 +142,32 @@ class UndoFile:
         """Read the index, and return it with its first byte in the file."""
         size = os.fstat(self.file.fileno()).st_size
         start = self.bytes(0, min(size, len(MAGIC)))
-        if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + 24:
+        if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + TRAILER.size:
             raise InputError("is no undo file", culprit=str(self.path))
         if start != MAGIC:
-            raise InputError(
-                f"is an undo file of version {start[-2:-1].decode()}, not {VERSION}", culprit=str(self.path)
-            )
-        at, length, end = struct.unpack("<QQ8s", self.bytes(size - 24, 24))
-        if end != END or at < len(MAGIC) or at + length + 24 != size:
+            self._refuse_version(start[-2:-1].decode(errors="replace"))
+        at, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
+        if end != END or at < len(MAGIC) or at + length + TRAILER.size != size:
             raise ValueError("its end is missing")
-        text = inflate(self.bytes(at, length), max(SMALL, INDEX_RATIO * length))
-        if len(text) > SMALL and text.count(b"[") + text.count(b"{") > len(text) // 6:
+        text = self.bytes(at, length)
+        require(hashlib.sha256(text).digest() == digest, "its index is another")
+        if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
         index = parse_json(text, self.path)
         if type(index["version"]) is not int or index["version"] != VERSION:
-            raise InputError(f"is an undo file of version {index['version']}, not {VERSION}", culprit=str(self.path))
+            self._refuse_version(index["version"])
         return index, at
+
+    def _refuse_version(self, found: object) -> None:
+        message, remedy = f"is an undo file of version {found}, not {VERSION}", "use the loratool that merged"
+        if found == "1":
+            message = "was written by loratool 0.1.0 (undo version 1)"
+            remedy = f"unmerge it with that version (commit {LAST_OF_VERSION_1} is its last), then merge again"
+        raise InputError(message, culprit=str(self.path), remedy=remedy)
 
     def _check(self, end: int) -> None:
         index = self.index
-        self._room = max(SMALL, SIDE_RATIO * (os.fstat(self.file.fileno()).st_size - end))
+        self._blobs: list[tuple[int, int]] = []  # (first byte, length) of headers and side files
         require(type(index["arithmetic"]) is int and type(index["file"]) is bool, "its arithmetic or file is none")
         for adapter in index["adapters"]:
             check_adapter(adapter)
@@ -170,16 +184,18 @@ class UndoFile:
         for name, hashes in index["untouched"].items():
             require(are_hashes(hashes, -(-self.specs[name].nbytes // HASH_PART)), f"no hashes of {name}")
         extents = [place for name, entry in index["tensors"].items() for place in self._check_entry(name, entry)]
-        check_extents(extents, len(MAGIC), end)
+        self.side = {name: self._blob(place) for name, place in index["side"].items()}
+        check_extents([*extents, *self._blobs], len(MAGIC), end)
         self._check_written()
-        self.side = {name: self._unpack(data) for name, data in index["side"].items()}
         self._check_side()
 
-    def _unpack(self, text: str) -> bytes:
-        """Unpack what `pack_bytes` packed; all calls together may yield at most `_room` bytes."""
-        data = inflate(base64.b64decode(text, validate=True), self._room)
-        self._room -= len(data)
-        return data
+    def _blob(self, place: Sequence[int]) -> bytes:
+        """Read the bytes of a header or a side file."""
+        at, length = place
+        require(is_count(at) and is_count(length), "no place of a header or a side file")
+        require(at + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
+        self._blobs.append((at, length))
+        return self.bytes(at, length)
 
     def _check_shard(self, shard: Mapping[str, Any]) -> None:
         name, header, specs = shard["name"], shard["header"], shard["specs"]
@@ -187,7 +203,7 @@ class UndoFile:
         require_plain(name)
         require((header is None) is not (specs is None), f"{name} has no header, or two")
         if header is not None:
-            self.headers.append(data := self._unpack(header))
+            self.headers.append(data := self._blob(header))
             own = {prefix + key: spec for key, spec in read_layout(data, self.path)[0].items()}
         else:
             self.headers.append(None)
@@ -202,8 +218,9 @@ class UndoFile:
         """Check the entry of a changed tensor, and return its (first byte, length) ranges in the file."""
         spec, was = checked_spec(entry["spec"]), self.specs.get(name)
         for record in entry["records"]:
-            *counts, one, two = record
-            require(len(counts) == 4 and all(map(is_count, counts)) and are_hashes([one, two], 2), f"{name}: a record")
+            *counts, digest, words = record
+            fits = len(counts) == 4 and all(map(is_count, counts)) and are_hashes([digest], 1)
+            require(fits and type(words) is int and 0 <= words < 1 << 64, f"{name}: a record")
         for placement in entry["placements"]:
             check_placement(name, placement, len(self.index["adapters"]))
         if was is None:
@@ -218,23 +235,17 @@ class UndoFile:
         if copied is None:
             require("copied" not in entry, f"{name} was not copied")
             return extents
-        first, at = entry["copied"]
-        require(type(first) is int and first == copied and is_count(at), f"{name}: its copied rows")
-        return [*extents, (at, was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0))]
+        first, at, hashes = entry["copied"]
+        length = was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0)
+        fits = type(first) is int and first == copied and is_count(at) and are_hashes(hashes, -(-length // HASH_PART))
+        require(fits, f"{name}: its copied rows")
+        return [*extents, (at, length)]
 
     def _check_written(self) -> None:
-        """Check the hashes of unrecorded bytes, which all changed tensors have or, before November 2026, none."""
-        tensors = self.index["tensors"].items()
-        parts = {
-            name: list(unrecorded(name, entry, [tuple(r[:2]) for r in entry["records"]])) for name, entry in tensors
-        }
-        require(
-            len({"written" in entry for name, entry in tensors if parts[name]}) < 2,
-            "it lacks hashes of what was written",
-        )
-        for name, entry in tensors:
-            if "written" in entry:
-                require(are_hashes(entry["written"], len(parts[name])), f"{name}: its hashes")
+        """Check the hashes of unrecorded bytes, which all changed tensors have."""
+        for name, entry in self.index["tensors"].items():
+            parts = list(unrecorded(name, entry, [tuple(record[:2]) for record in entry["records"]]))
+            require(are_hashes(entry["written"], len(parts)), f"{name}: its hashes")
 
     def _check_side(self) -> None:
         """Check that a merge edits each of the side files, since they are written into the output."""
@@ -279,14 +290,13 @@ class UndoFile:
 
     def records(self, tensor: str) -> list[Record]:
         entries = self.index["tensors"][tensor]["records"]
-        return [Record(start, stop, at, length, (one, two)) for start, stop, at, length, one, two in entries]
+        return [Record(*entry) for entry in entries]
 
     def written(self) -> list[tuple[UnrecordedBytes, str]]:
         """Return the bytes of the changed tensors that are in no record, each with its hash."""
         return [
             found
             for name, entry in self.index["tensors"].items()
-            if "written" in entry
             for found in zip(
                 unrecorded(name, entry, [(start, stop) for start, stop, *_ in entry["records"]]),
                 entry["written"],
@@ -294,17 +304,31 @@ class UndoFile:
             )
         ]
 
+    def copied(self) -> list[tuple[str, int, int, str]]:
+        """Return the parts of the rows that no record can restore: tensor, first byte here, length, sha256."""
+        found = []
+        for name, entry in self.index["tensors"].items():
+            if "copied" in entry:
+                first, start, hashes = entry["copied"]
+                was = self.specs[name]
+                size = was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0)
+                for part, digest in enumerate(hashes):
+                    at = part * HASH_PART
+                    found.append((name, start + at, min(HASH_PART, size - at), digest))
+        return found
+
     def belongs_to(self, model: WeightsFile) -> bool:
-        """Return whether the weights are those that the merge wrote, by the hashes of all their bytes."""
+        """Return whether the weights are those that the merge wrote, by the sums and hashes of all their bytes."""
         changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
         if model.specs != {**self.specs, **changed}:
             return False
-        hashes = self.written()
         for name, spec in changed.items():
             width = spec.nbytes // max(1, _rows(self.index["tensors"][name]))
             for record in self.records(name):
-                part = UnrecordedBytes(name, record.start * width, (record.stop - record.start) * width)
-                hashes.append((part, record.sha256[1]))
+                at = model.begin[name] + record.start * width
+                if sum_range(model.file, at, (record.stop - record.start) * width) != record.sum:
+                    return False
+        hashes = self.written()
         for name, parts in self.index["untouched"].items():
             size, starts = self.specs[name].nbytes, range(0, self.specs[name].nbytes, HASH_PART)
             hashes += [

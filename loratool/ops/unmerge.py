@@ -32,9 +32,10 @@ from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import prefix_of, spec_of
 from ..files.undo_file import UndoFile, UnrecordedBytes
 from ..files.undo_places import undo_chain
-from ..numerics.exact import ARITHMETIC_VERSION
-from ..streaming.apply import UpdateLoader, restore_tensor, subtract_tensor
+from ..numerics.merge import ARITHMETIC_VERSION
+from ..streaming.apply import restore_tensor, subtract_tensor
 from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
+from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ..undo.records import Doubted
 from ..undo.writer import read_placements
@@ -317,6 +318,9 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
         file = merged.shard_of[part.tensor]
         return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
 
+    for tensor, at, length, expected in undo.copied():
+        if sha256_range(undo.file, at, length) != expected:
+            raise InputError("is damaged: the rows that it copied are others", culprit=f"{undo.path}: {tensor}")
     written = undo.written()
     with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
         for (part, expected), found in zip(written, hashes, strict=True):

@@ -21,7 +21,7 @@ from ..files.fileio import write_at, write_back_early
 from ..files.output import Output, OutputFile, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
-from ..numerics.exact import RoundingStats, cast_rounded
+from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from .workers import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time

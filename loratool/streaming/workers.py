@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import MachineError, UsageError
 from ..files.fileio import copy_checked, copy_range, read_into, sha256_range, write_at
-from ..numerics.exact import Workspace
+from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, run_forked
 
 BLOCK_ROWS = 64  # rows of a block, read, computed and written at a time: enough for an efficient matrix product

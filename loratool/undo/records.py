@@ -1,208 +1,297 @@
 """Write the undo record of some rows, and restore the rows from it.
 
-A record belongs to a run of rows of one tensor. It is a sequence of cells of CELL_ROWS x CELL_COLUMNS, row by row of
-cells, each of which can be read only after those before it: so a record streams on both sides. A cell is the packed
-indices of its ambiguous weights (`undo.intervals`), a bit for each raw weight that says whether it is not zero, and the
-bit patterns of those that are not. For float64, and for a tensor that was replaced, a cell is the difference between
-W's bit patterns and a guess that the reader can make too, deflated.
+A record is one string of bits for a fixed span of whole rows, the lowest bit of each byte first; the padding that fills
+the last byte is zero. Its weights go row by row. What is stored of a weight follows from its run (`undo.candidates`):
+nothing for one number; for a run that counts as every number, a bit that says whether W is +0.0, and its bit pattern if
+it is not; else W's place in the run in ceil(log2(count)) bits. All the bits about +0.0 come first, then the places by
+planes: the lowest bit of each, the next bit of each whose run has more than two numbers, and so on, which is as short
+as one after the other, and four times as fast to write.
+
+For float64, and for tensors that were replaced, a record is the difference of W's place to one that the reader knows
+too, in units of one width (`pack_differences`). DoRA's norms, float64, precede what they are needed for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import zlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..numerics.exact import Fill, RoundingStats, Workspace, round_once, tiles
-from ..numerics.filtered import FilteredTile, Positions, Told
-from .intervals import (
-    FLOAT_FORMATS,
-    Array,
-    FloatFormat,
-    ambiguous,
-    ambiguous_scaled,
-    candidates,
-    decode,
-    encode,
-    finite,
-    pack,
-    perhaps_near_tie,
-    unpack,
-    widths,
-)
-from .intervals_float32 import Estimates
+from ..files.fileio import word_sum
+from ..numerics.decide import LEAST, Reals, decide
+from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
+from ..numerics.forms import FORMS, Codes, Form, Positions, bits, number, place
+from ..numerics.merge import TOGETHER, Tile, positions, put, take
+from ..numerics.rounding_stats import RoundingStats
+from ..numerics.stored import Negated
+from ..numerics.workspace import Workspace
+from .candidates import Runs, every, find_runs
 
-CELL_ROWS, CELL_COLUMNS = 128, 1024
-
-
-RECORD = 1 << 22  # weights of a record, but at least the rows of two cells
-
-
-SAMPLE = 1 << 14  # bytes that are deflated to see whether it pays
-
-
-_FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-
-
-def cell_rows(columns: int) -> int:
-    """Return the rows of a cell: more if rows are shorter than a cell, so that a vector is not cut to pieces."""
-    return max(CELL_ROWS, CELL_ROWS * CELL_COLUMNS // max(1, columns))
+RECORD = 1 << 22  # weights of a record, one row at least
+UNIT = 1 << 12  # differences of one width
+ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
 
 def record_rows(columns: int) -> int:
-    """Return the rows of a record, a multiple of `cell_rows`."""
-    rows = cell_rows(columns)
-    return max(2 * CELL_ROWS, RECORD // max(1, columns)) // rows * rows or rows
-
-
-def bit_patterns(x: Tensor) -> Array:
-    """Return the bit patterns of a tensor as a flat array of integers."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return x.contiguous().view(kind).flatten().cpu().numpy()
+    """Return the rows of a record."""
+    return max(1, RECORD // max(1, columns))
 
 
 @dataclass(frozen=True)
 class RecordedBlock:
-    """The result of a recorded block: the merge's sums, the record's next bytes, and the hashes up to here."""
+    """The result of a block that is a record.
+
+    Attributes:
+        change: the merge's sums.
+        payload: the record.
+        sha256: of the bytes of W.
+        sum: `files.fileio.word_sum` of the bytes of W'; against intent there is the hash, as W' is a function of W.
+    """
 
     change: RoundingStats
     payload: bytes
-    sha256: tuple[str, str]  # of W and of W'
+    sha256: str
+    sum: int
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """Return a tensor's bytes."""
+    data: Any = x.contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    return memoryview(data)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Some weights of a block whose runs may have several numbers, and what is known of their D."""
+
+    at: Positions  # flat positions, rising
+    change: npt.NDArray[Any]  # D in the GEMM's type, nan where nothing is known
+    reach: float
 
 
 class Recorder:
-    """Writes the record of some rows, block after block, as an `Observer` of each."""
+    """Writes the record of one block, as a `numerics.merge.Watcher` of its merge."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
-        self._parts: list[bytes] = []
-        self._estimates: Estimates | None = None
-        self._hashes = hashlib.sha256(), hashlib.sha256()
+        self._form = FORMS[dtype]
+        self._found: list[tuple[Positions, npt.NDArray[Any]]] = []
+        self._payload = b""
 
-    def head(self, data: bytes) -> None:
-        """Append bytes that the reader needs before the next cells."""
-        self._parts.append(data)
+    def head(self, norms: npt.NDArray[np.float64]) -> None:
+        """Begin the record with norms."""
+        self._payload += norms.astype("<f8").tobytes()
 
-    def witness(
-        self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
-    ) -> None:
-        """Record a cell, as a `numerics.exact.Witness`."""
-        weight, result = bit_patterns(base), bit_patterns(out)
-        back = c.flatten().cpu().numpy()
-        factor = None if a is None else a.expand(base.shape).flatten().cpu().numpy()
-        if self._form is None:
-            self._parts.append(_difference(weight, _codes_back(result, back, factor)))
+    def tile(self, tile: Tile, dense: DenseRows) -> None:
+        if self._form.bits == 53:
             return
-        at = _positions(result, weight, _perhaps(total, ties, self._form), back, factor, self._form)
-        index, width, raw = encode(weight, candidates(result, factor, back, at, self._form), self._form)
-        self._add(pack(index, width, [len(index)])[0], raw)
+        change = tile.change.view(-1)
+        if tile.ties is not None:
+            change[torch.from_numpy(tile.at)] = torch.nan  # all others are exact
+        hit = None
+        if dense.factor is None:
+            hit = may_have_several(tile.out, tile.base, tile.hit)
+            if tile.ties is not None:
+                hit |= tile.ties
+        at, found = _taken(hit, change, tile.shift)
+        self._found.append((at + tile.start, found))
 
-    def filtered(self, tile: FilteredTile) -> None:
-        assert self._form
-        rows = cell_rows(tile.before.shape[1])
-        self._estimates = self._estimates or Estimates(self._form, rows, CELL_COLUMNS)
-        self._estimates.add(tile)
+    def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
+        if self._form.bits == 53:
+            guess = guess_double(out, x, first)
+            self._payload += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
+            return
+        asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
+        zero_bits, index, count = [], [], []
+        for part in _parts(len(asked.at)):
+            fine, runs = _runs_of(out, x, first, asked, part, self._form)
+            code = take(base, asked.at[part][fine])
+            whole = runs.count == every(self._form)
+            zero_bits.append(code[whole] == 0)
+            many = np.flatnonzero((runs.count > 1) & ~(whole & (code == 0)))
+            places = (place(code.take(many), self._form) - runs.start.take(many)).astype(np.int64)
+            raw = code.take(many).view(f"u{code.itemsize}")
+            index.append(np.where(whole.take(many), raw, places))
+            count.append(runs.count.take(many))
+        flags = [*zero_bits, *_planes(_together(index), _together(count))]
+        self._payload += np.packbits(np.concatenate([*flags, np.zeros(0, np.bool_)]), bitorder="little").tobytes()
 
-    def wanted(self) -> tuple[Positions, Positions] | None:
-        assert self._estimates
-        return self._estimates.wanted()
+    def difference(self, base: Tensor, out: Tensor) -> None:
+        """Record a block whose values were replaced."""
+        self._payload += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
 
-    def settle(self, told: Told) -> None:
-        assert self._estimates
-        for packed, raw in self._estimates.encode(told):
-            self._add(packed, raw)
-        self._estimates = None
-
-    def forget(self) -> None:
-        self._estimates = None
-
-    def _add(self, packed: bytes, raw: Array) -> None:
-        self._parts.append(packed + np.packbits(raw != 0, bitorder="little").tobytes() + raw[raw != 0].tobytes())
-
-    def difference(self, weight: Array, result: Array) -> None:
-        """Record a block of a tensor whose values were replaced, as a difference."""
-        self._parts.append(_difference(weight, result))
-
-    def take(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
-        """Hash a block, W in `base` and W' in `out`, and return it with the bytes recorded for it."""
-        for digest, block in zip(self._hashes, (base, out), strict=True):
-            digest.update(block.contiguous().view(torch.uint8).cpu().numpy().data)
-        payload = b"".join(self._parts)
-        self._parts.clear()
-        first, second = self._hashes
-        return RecordedBlock(change, payload, (first.hexdigest(), second.hexdigest()))
-
-
-def _perhaps(total: Tensor, ties: Tensor | None, form: FloatFormat) -> Array:
-    """Return the flat positions of sums that can be near a midpoint."""
-    return perhaps_near_tie(total.flatten().cpu().numpy(), form) if ties is None else ties.cpu().numpy()
+    def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
+        """Return what was recorded of a block, W in `base` and W' in `out`."""
+        return RecordedBlock(change, self._payload, hashlib.sha256(bytes_of(base)).hexdigest(), word_sum(bytes_of(out)))
 
 
-def _positions(result: Array, like: Array, perhaps: Array, c: Array, a: Array | None, form: FloatFormat) -> Array:
-    if a is None:
-        return ambiguous(result, like, perhaps, c, form)
-    return ambiguous_scaled(result, a, c, form)
+def take_all(x: Tensor) -> Codes:
+    """Return all bit patterns of a tensor, flat."""
+    found: Codes = bits(x.contiguous()).cpu().numpy().reshape(-1)
+    return found
 
 
-def _codes_back(result: Array, c: Array, a: Array | None) -> Array:
-    """Return the W of float64 that there would be without rounding, as bit patterns."""
-    value = result.view(np.float64)
-    with np.errstate(all="ignore"):
-        back = value - c if a is None else (value - c) / a
-    return np.where(np.isfinite(value) & (c != 0 if a is None else True), back, value).view(np.int64)
+def _together(parts: Sequence[Codes]) -> Codes:
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def _difference(weight: Array, guess: Array) -> bytes:
-    """Encode weight - guess: kind and length, then its bytes deflated plane by plane, or the weights if shorter."""
-    with np.errstate(over="ignore"):
-        delta = weight - guess
-    planes = delta.view(np.uint8).reshape(-1, delta.itemsize).T.tobytes()
-    tried = zlib.compress(planes[-SAMPLE:], 1)
-    worth = (
-        len(planes) <= SAMPLE or len(tried) < 0.9 * SAMPLE
-    )  # the sample is of the highest bytes; deflating noise is slow
-    packed = zlib.compress(planes, 1) if worth else planes
-    kind, data = (1, packed) if len(packed) < weight.nbytes else (0, weight.tobytes())
-    return bytes([kind]) + len(data).to_bytes(4, "little") + data
+def _joined(found: list[tuple[Positions, Any]]) -> tuple[Positions, Any]:
+    at, change = (np.concatenate(side) for side in zip(*found, strict=True))
+    found.clear()
+    return at, change
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + ASKED) for start in range(0, count, ASKED))
+
+
+def _taken(hit: Tensor | None, change: Tensor, shift: float) -> tuple[Positions, npt.NDArray[Any]]:
+    """Return the positions of a mask, None for all, and D there."""
+    if hit is None:
+        found: npt.NDArray[Any] = change.cpu().numpy().copy()
+        at = np.arange(len(found))
+    else:
+        at = positions(hit)
+        found = (
+            change[torch.from_numpy(at).to(change.device)].cpu().numpy() if change.is_cuda else change.numpy().take(at)
+        )
+    found -= found.dtype.type(shift)
+    return at, found
+
+
+def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
+    """Return where a run may have several numbers: `near`, and where |W'|'s power of two is at least |W|.
+
+    Where |W| is above that power of two, both grids have steps of one size, so that a second number needs both ends of
+    the cell on the grid: a tie, which no step with a bound above 0 decides.
+    """
+    form = FORMS[result.dtype]
+    if result.is_cuda:
+        return near | ((bits(result) & form.inf) >= (bits(like) & form.size))
+    hit = near.numpy()
+    one, two = bits(result).numpy() & form.code(form.inf), bits(like).numpy() & form.code(form.size)
+    hit |= one >= two
+    return near
+
+
+def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float:
+    """Return a bound on the error of D as a block's tiles have it, the shift taken off again."""
+    if bounds.apart:
+        return 0.0
+    here = slice(first, first + rows)
+    size, error = (float(x[here].max(initial=0.0)) for x in (dense.delta.sizes, dense.delta.errors))
+    return 1.02 * error + 8 * dense.unit * (size + bounds.shift) + (2.0**-100 if dense.single else LEAST)
+
+
+def _runs_of(
+    out: Tensor, x: Reals, first: int, asked: _Asked, part: slice, form: Form
+) -> tuple[npt.NDArray[np.bool_], Runs]:
+    """Return which of some weights of a block have a finite W', and the runs of those."""
+    at = asked.at[part]
+    result = take(out, at)
+    fine = (result & form.size) < form.inf
+    at, result, change = (y if fine.all() else y[fine] for y in (at, result, asked.change[part]))
+    return fine, find_runs(x, result, at, first, out.shape[1], change, asked.reach, form)
+
+
+def _planes(index: Codes, count: Codes) -> Iterator[npt.NDArray[np.bool_]]:
+    """Yield the lowest bits of all places, the next ones of those in runs of more than two numbers, and so on."""
+    bit = 0
+    while len(some := np.flatnonzero(count > 1 << bit)):
+        if len(some) < len(count):
+            index, count = index.take(some), count.take(some)
+        yield (index >> bit) & 1 == 1
+        bit += 1
+
+
+def guess_double(result: Tensor, x: Reals, first: int) -> Codes:
+    """Return a float64 W that writer and reader both know, near the one before: RN(W' - D), and W' where a is not 1."""
+    guess = take_all(result).copy()
+    if x.factor:
+        return guess
+    form, columns, back = FORMS[torch.float64], result.shape[1], Reals(Negated(x.delta))
+    finite = np.flatnonzero((guess & form.size) < form.inf)
+    for start in range(0, len(finite), TOGETHER):
+        at = finite[start : start + TOGETHER]
+        i = at // columns
+        guess[at] = decide(back, guess[at], form, i + first, at - i * columns, form)
+    return guess
+
+
+def pack_differences(difference: Codes) -> bytes:
+    """Pack signed integers in units of UNIT numbers: a byte with a width, then the numbers in so many bits each.
+
+    A difference d of n bits, taken modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
+    """
+    size = 8 * difference.itemsize
+    folded = ((difference << 1) ^ (difference >> (size - 1))).view(f"u{difference.itemsize}")
+    parts = []
+    for start in range(0, len(folded), UNIT):
+        unit = folded[start : start + UNIT]
+        width = int(unit.max()).bit_length()
+        spread = np.arange(width, dtype=unit.dtype)
+        parts += [bytes([width]), np.packbits((unit[:, None] >> spread) & 1 == 1, bitorder="little").tobytes()]
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)
 class Doubted:
-    """The result of a block from which an update was subtracted without a record."""
+    """The result of a block from which an update was subtracted without a record.
+
+    Attributes:
+        change: the sums of the merge of -D.
+        doubtful: weights that can be wrong.
+        farthest: by at most so many steps.
+    """
 
     change: RoundingStats
-    doubtful: int  # weights that can be wrong
-    farthest: int  # by at most so many ulps
+    doubtful: int
+    farthest: int
 
 
 class Doubter:
-    """Counts the weights that can be wrong when an update is subtracted without a record."""
+    """Counts the weights of a block that can be wrong when D is subtracted without a record.
+
+    It watches the merge of -D into W', whose result is taken for W.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
+        self._form = FORMS[dtype]
+        self._found: list[tuple[Positions, npt.NDArray[Any]]] = []
         self.doubtful, self.farthest = 0, 0
 
-    def witness(
-        self, base: Tensor, out: Tensor, total: Tensor, c: Tensor, a: Tensor | None, ties: Tensor | None
-    ) -> None:
-        """Count a tile from which -c was subtracted: base is W', out the resulting W."""
-        change = -c.flatten().cpu().numpy()
-        if self._form is None:
-            self.doubtful += int((change != 0).sum())
-            self.farthest = max(self.farthest, int(bool(self.doubtful)))
+    def tile(self, tile: Tile, dense: DenseRows) -> None:
+        change = tile.change.view(-1)
+        if self._form.bits == 53:
+            self.doubtful += int(torch.count_nonzero(change != tile.shift))
+            self.farthest = max(self.farthest, min(1, self.doubtful))
             return
-        result = bit_patterns(base)
-        at = ambiguous(result, bit_patterns(out), _perhaps(total, ties, self._form), change, self._form)
-        found = candidates(result, None, change, at, self._form)
-        self.doubtful += int((found.most > 0).sum() + found.raw.sum())
-        self.farthest = max(self.farthest, int(found.most.max(initial=0)))
+        if tile.ties is not None:
+            change[torch.from_numpy(tile.at)] = torch.nan
+        hit = may_have_several(tile.base, tile.out, tile.hit)
+        if tile.ties is not None:
+            hit |= tile.ties
+        at, found = _taken(hit, change, tile.shift)
+        self._found.append((at + tile.start, -found))
+
+    def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
+        if self._form.bits == 53:
+            return
+        asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
+        back = Reals(Negated(x.delta))
+        for part in _parts(len(asked.at)):
+            _, runs = _runs_of(base, back, first, asked, part, self._form)
+            few = runs.count[runs.count < every(self._form)]
+            self.doubtful += int((runs.count > 1).sum())
+            self.farthest = max(self.farthest, int(few.max(initial=1)) - 1)
 
 
 class Reader:
@@ -222,114 +311,140 @@ class Reader:
     def rest(self) -> int:
         return len(self._data) - self._at
 
+    def bits(self) -> npt.NDArray[np.bool_]:
+        """Return the bits of all bytes that are left."""
+        found = np.frombuffer(self.take(self.rest), np.uint8)
+        return np.unpackbits(found, bitorder="little").astype(np.bool_)
+
+    def differences(self, count: int, form: Form) -> Codes:
+        """Read what `pack_differences` packed of so many numbers."""
+        kind = np.dtype(form.code)
+        found = np.empty(count, f"u{kind.itemsize}")
+        for start in range(0, count, UNIT):
+            unit = found[start : start + UNIT]
+            width = self.take(1)[0]
+            if width > 8 * kind.itemsize:
+                raise ValueError(f"has numbers of {width} bits")
+            data = np.frombuffer(self.take((len(unit) * width + 7) // 8), np.uint8)
+            rows = np.unpackbits(data, count=len(unit) * width, bitorder="little").reshape(len(unit), width)
+            unit[...] = (rows.astype(unit.dtype) << np.arange(width, dtype=unit.dtype)).sum(1, dtype=unit.dtype)
+        half: Any = (found >> 1).view(kind)
+        low: Any = (found & 1).astype(kind)
+        folded: Codes = half ^ -low
+        return folded
+
 
 class Restorer:
-    """Restores some rows from their record, block after block, and checks them against its hashes."""
+    """Restores some rows from their record, and checks them against its hash and sum."""
 
-    def __init__(self, name: str, dtype: torch.dtype, data: bytes, sha256: tuple[str, str]) -> None:
-        self._name, self._dtype, self._expected = name, dtype, sha256
-        self._form: FloatFormat | None = FLOAT_FORMATS[_FORMATS[dtype]] if dtype in _FORMATS else None
+    def __init__(self, name: str, dtype: torch.dtype, data: bytes, sha256: str, sum: int) -> None:
+        self._name, self._form = name, FORMS[dtype]
+        self._sha256, self._sum = sha256, sum
         self._reader = Reader(data)
-        self._hashes = hashlib.sha256(), hashlib.sha256()
 
     @contextmanager
     def damage(self) -> Iterator[None]:
         """Raise an InputError for any error of reading: the record is damaged, or belongs to other files."""
         try:
             yield
-        except (ValueError, zlib.error, IndexError) as error:
+        except (ValueError, IndexError) as error:
             raise InputError(
                 f"cannot be restored: its record {error}; the merged file, an adapter or the undo file is another",
                 culprit=self._name,
             ) from error
 
-    def skip(self, head: bytes) -> None:
-        """Skip bytes before the first block that are known already."""
-        self._reader.take(len(head))
-
-    def numbers(self, count: int) -> Array:
-        """Read float64 numbers that precede a block's cells."""
-        return np.frombuffer(self._reader.take(8 * count), np.float64)
+    def norms(self, count: int) -> npt.NDArray[np.float64]:
+        """Read the norms with which the record begins."""
+        found = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
+        if not (np.isfinite(found).all() and (found >= 0).all()):
+            raise ValueError("has norms that are none")
+        return found
 
     def replaced(self, merged: Tensor, out: Tensor) -> None:
         """Write W into `out`, for a block whose values were replaced."""
-        restored = torch.from_numpy(self.difference(bit_patterns(merged)))
-        out.copy_(restored.view(self._dtype).view(out.shape))
+        self._from_guess(take_all(merged), out)
 
-    def block(self, merged: Tensor, fill: Fill, out: Tensor, work: Workspace) -> None:
-        """Write W into `out` from W', `merged`, for the rows that `fill` belongs to. Both: (rows, n), of one dtype."""
-        for columns in tiles(merged, work, CELL_COLUMNS):
-            tile = merged[:, columns]
-            change, total = (work.take(name, torch.float64, *tile.shape) for name in ("change", "total"))
-            factor = fill(columns, change, total)
-            result, c = bit_patterns(tile), change.flatten().cpu().numpy()
-            a = None if factor is None else factor.expand(tile.shape).flatten().cpu().numpy()
-            out[:, columns] = (
-                torch.from_numpy(self._cell(tile, total, result, c, a, factor, change, work))
-                .view(self._dtype)
-                .view(tile.shape)
+    def _from_guess(self, guess: Codes, out: Tensor) -> None:
+        restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form), self._form)
+        bits(out).copy_(torch.from_numpy(restored).view(bits(out).shape))
+
+    def block(self, merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> None:
+        """Write W into `out` from W', `merged`; both (rows, n), of one type, the rows of `x`."""
+        if self._form.bits == 53:
+            return self._from_guess(guess_double(merged, x, 0), out)
+        asked = go_back(merged, x, out, work)
+        data, read, all_numbers = self._reader.bits(), 0, every(self._form)
+        found: list[tuple[Positions, Codes, Codes]] = []
+        for part in _parts(len(asked.at)):
+            fine, runs = _runs_of(merged, x, 0, asked, part, self._form)
+            at, odd = asked.at[part][fine], asked.at[part][~fine]
+            put(out, odd, take(merged, odd))
+            put(out, at, number(runs.start, self._form))
+            whole = np.flatnonzero(runs.count == all_numbers)
+            is_zero = data[read : read + len(whole)]
+            if len(is_zero) < len(whole):
+                raise ValueError("ends too early")
+            read += len(whole)
+            runs.count[whole[is_zero]] = 1
+            put(out, at[whole[is_zero]], np.zeros(int(is_zero.sum()), self._form.code))
+            many = np.flatnonzero(runs.count > 1)
+            found.append((at.take(many), runs.start.take(many), runs.count.take(many)))
+        at, start, count = (_together(side) for side in zip(*found, strict=True)) if found else ([_together([])] * 3)
+        index = _from_planes(data[read:], count)
+        raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
+        put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
+
+    def check(self, restored: Tensor, merged: Tensor) -> None:
+        """Raise InputError if the rows are not those of the merge."""
+        if word_sum(bytes_of(merged)) != self._sum:
+            raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
+        if self._reader.rest or hashlib.sha256(bytes_of(restored)).hexdigest() != self._sha256:
+            raise InputError(
+                "does not come back as it was: the merged file, the undo file or an adapter is another",
+                culprit=self._name,
             )
 
-    def _cell(
-        self,
-        tile: Tensor,
-        total: Tensor,
-        result: Array,
-        c: Array,
-        a: Array | None,
-        factor: Tensor | None,
-        change: Tensor,
-        work: Workspace,
-    ) -> Array:
-        if self._form is None:
-            return self.difference(_codes_back(result, c, a))
-        total.copy_(tile).sub_(change)
-        if factor is not None:
-            total.div_(factor)
-        rounded = work.take("rounded", tile.dtype, *tile.shape)
-        ties = round_once(total, rounded, work)
-        guess = bit_patterns(rounded).copy()
-        guess[~finite(guess, self._form)] &= ~(1 << self._form.mantissa)  # a sum just above the largest number
-        same = ~finite(result, self._form)
-        if a is None:
-            same |= c == 0
-        guess[same] = result[same]
-        at = _positions(result, guess, _perhaps(total, ties, self._form), c, a, self._form)
-        found = candidates(result, a, c, at, self._form)
-        width = widths(found.most[found.most > 0])
-        index = unpack(self._reader.take((int(width.sum()) + 7) // 8), width)
-        count = int(found.raw.sum())
-        raw = np.zeros(count, self._form.code)
-        flags = np.frombuffer(self._reader.take((count + 7) // 8), np.uint8)
-        nonzero = np.unpackbits(flags, count=count, bitorder="little").astype(bool)
-        size = int(nonzero.sum()) * raw.itemsize
-        raw[nonzero] = np.frombuffer(self._reader.take(size), self._form.code)
-        return decode(guess, found, index, raw, self._form)
 
-    def difference(self, guess: Array) -> Array:
-        """Read bit patterns from their difference to `guess`."""
-        kind, length = self._reader.take(1)[0], int.from_bytes(self._reader.take(4), "little")
-        data = self._reader.take(length)
-        if kind != 0:
-            data = zlib.decompressobj().decompress(
-                data, guess.nbytes
-            )  # bounded, so a deflate bomb is cut short, and fails its hash
-        if len(data) != guess.nbytes:
-            raise ValueError(f"has {len(data)} bytes for {guess.nbytes}")
-        if kind == 0:
-            return np.frombuffer(data, guess.dtype).copy()
-        planes = np.frombuffer(data, np.uint8).reshape(guess.itemsize, -1)
-        delta = np.ascontiguousarray(planes.T).view(guess.dtype).reshape(-1)
-        with np.errstate(over="ignore"):
-            return guess + delta
+def _from_planes(data: npt.NDArray[np.bool_], count: Codes) -> Codes:
+    """Return the places that `_planes` yielded.
 
-    def check(self, restored: Tensor, merged: Tensor, last: bool) -> None:
-        """Hash the blocks as they pass; after the last, raise InputError if a hash is not that of the merge."""
-        for digest, block in zip(self._hashes, (restored, merged), strict=True):
-            digest.update(block.contiguous().view(torch.uint8).cpu().numpy().data)
-        if not last:
-            return
-        if self._hashes[1].hexdigest() != self._expected[1]:
-            raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
-        if self._hashes[0].hexdigest() != self._expected[0] or self._reader.rest:
-            raise InputError("does not come back as it was: the undo file or an adapter is another", culprit=self._name)
+    Raises:
+        ValueError: the bits are too few, or more than fill a byte.
+    """
+    found, at, bit = np.zeros(len(count), np.int64), 0, 0
+    while len(some := np.flatnonzero(count > 1 << bit)):
+        if at + len(some) > len(data):
+            raise ValueError("ends too early")
+        found[some] |= data[at : at + len(some)].astype(np.int64) << bit
+        at, bit = at + len(some), bit + 1
+    if len(data) - at >= 8 or data[at:].any():
+        raise ValueError("is longer than it should be")
+    return found
+
+
+def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
+    """Write RN(W' - D) into `out` where that is sure to be W, and return all other weights."""
+    dense = DenseRows(x, merged.dtype, merged.dtype, merged.device)
+    bounds = dense.bounds(merged, 0, backward=True)
+    both = bounds.shift + bounds.span
+    found, height = [], dense.height(merged.shape[1], merged.device)
+    for row in range(0, len(merged), height):
+        here = slice(row, row + height)
+        result, weight = merged[here], out[here]
+        upper, change, squared = dense.fill(result, row, bounds.shift, work)
+        hit = None
+        if dense.factor is None:
+            upper.copy_(result).sub_(change)
+            if bounds.apart:
+                weight.copy_(upper)
+                hit = mask_apart(result, row, bounds.apart, work)
+                change[hit] = torch.nan
+                hit |= midpoints(upper, work)
+            else:
+                hit = dense.settle(upper.add_(both), replace(bounds, span=2 * both), weight, work)
+            hit = may_have_several(result, weight, hit)
+            if not math.isfinite(squared):
+                hit |= ~result.isfinite()
+        at, some = _taken(hit, change.view(-1), bounds.shift)
+        found.append((at + row * merged.shape[1], some))
+    return _Asked(*_joined(found), reach_of(dense, bounds, 0, len(merged)))

@@ -1,25 +1,24 @@
 """Write the undo file, from which a merge's base can be restored bit for bit.
 
-    bytes 0..15   `loratool undo 1\n`: the file's type, and the version of its layout
+    bytes 0..15   `loratool undo 2\n`: the file's type, and the version of its layout
     records       one after the other, tensor by tensor in the output's order, rows rising (`undo.records`); rows of a
-                  tensor that no record can restore follow them unchanged (`copied` in the index: first row, offset)
-    index         a deflated JSON object, as `make_index` makes it
-    last 24       the index's offset and length, little-endian u64, then `loraundo`
+                  tensor that no record can restore follow them unchanged (`copied` in the index: first row, offset,
+                  hashes)
+    blobs         the base's headers, then its side files, as they are
+    index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
+    last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
-Each record has the sha256 of its rows before and after the merge. `untouched` in the index has the hashes of tensors
-that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as the
-merge wrote them (files before November 2026 do not have it). The index has every placement, by the number of its
-adapter, so that nothing has to be resolved again; the adapters' hashes and weights; and the base's headers, index and
-config.
+Each record has the sha256 of its rows of W, and the sum of those of W'. `untouched` in the index has the hashes of
+tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as
+the merge wrote them. The index has every placement, by the number of its adapter, so that nothing has to be resolved
+again; the adapters' hashes and weights; and the places of the blobs. Nothing is deflated, as libraries differ in that.
 """
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,16 +29,11 @@ from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
-from ..files.fileio import copy_range, open_for_reading, open_scratch, write_at
+from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
 from ..files.safetensors_file import TensorFile
 from ..files.tensor_ref import TensorRef
-from ..files.undo_file import END, MAGIC, VERSION, UnrecordedBytes, unrecorded
-
-
-def pack_bytes(data: bytes) -> str:
-    """Deflate bytes into a string for JSON."""
-    return base64.b64encode(zlib.compress(data, 9)).decode()
+from ..files.undo_file import END, HASH_PART, MAGIC, TRAILER, VERSION, UnrecordedBytes, unrecorded
 
 
 class UndoWriter:
@@ -48,16 +42,15 @@ class UndoWriter:
     def __init__(self, folder: Path) -> None:
         self._spool = open_scratch(folder)
         self._end = 0
-        self._records: dict[str, list[tuple[int, int, int, int, tuple[str, str]]]] = {}
+        self._records: dict[str, list[tuple[int, int, int, int, str, int]]] = {}
         self._untouched: dict[str, dict[int, str]] = {}
         self._written: dict[str, list[str]] = {}
 
-    def add(self, tensor: str, start: int, stop: int, payloads: Sequence[bytes], sha256: tuple[str, str]) -> None:
-        """Add the record of rows start:stop of a tensor, with the hashes of W and W'."""
-        data = b"".join(payloads)
-        write_at(self._spool, memoryview(data), self._end)
-        self._records.setdefault(tensor, []).append((start, stop, self._end, len(data), sha256))
-        self._end += len(data)
+    def add(self, tensor: str, start: int, stop: int, record: bytes, sha256: str, sum: int) -> None:
+        """Add the record of rows start:stop of a tensor, with the hash of W and the sum of W'."""
+        write_at(self._spool, memoryview(record), self._end)
+        self._records.setdefault(tensor, []).append((start, stop, self._end, len(record), sha256, sum))
+        self._end += len(record)
 
     def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
         """Add the hash of a numbered part (64 MiB) of a tensor that is copied unchanged."""
@@ -82,21 +75,35 @@ class UndoWriter:
         index = make_index(plan, output)
         index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
         for name, entry in index["tensors"].items():
-            for start, stop, offset, length, sha256 in sorted(self._records.get(name, [])):
+            for start, stop, offset, length, *checks in sorted(self._records.get(name, [])):
                 copy_range(self._spool, offset, target, at, length)
-                entry["records"].append([start, stop, at, length, *sha256])
+                entry["records"].append([start, stop, at, length, *checks])
                 at += length
-            if name in self._written:
-                entry["written"] = self._written[name]
+            entry["written"] = self._written.get(name, [])
             if "copied" in entry:
                 source, spec = plan.base.shard_of[name], plan.base.specs[name]
-                first = entry["copied"] * (spec.nbytes // spec.shape[0]) if entry["copied"] else 0
-                copy_range(source.file, source.begin[name] + first, target, at, spec.nbytes - first)
-                entry["copied"] = [entry["copied"], at]
-                at += spec.nbytes - first
-        data = zlib.compress(json.dumps(index, sort_keys=True, separators=(",", ":")).encode(), 9)
-        write_at(target, memoryview(data + struct.pack("<QQ", at, len(data)) + END), at)
-        return at + len(data) + 16 + len(END)
+                row = entry["copied"]
+                first = row * (spec.nbytes // spec.shape[0]) if row else 0
+                begin, length = source.begin[name] + first, spec.nbytes - first
+                copy_range(source.file, begin, target, at, length)
+                parts = range(0, length, HASH_PART)
+                hashes = [sha256_range(source.file, begin + part, min(HASH_PART, length - part)) for part in parts]
+                entry["copied"] = [row, at, hashes]
+                at += length
+        for shard, source in zip(index["shards"], plan.base.shards, strict=True):
+            if isinstance(source, TensorFile):
+                shard["header"] = [at, len(source.header)]
+                write_at(target, memoryview(source.header), at)
+                at += len(source.header)
+        for name in sorted(index["side"]):
+            data = index["side"][name]
+            index["side"][name] = [at, len(data)]
+            write_at(target, memoryview(data), at)
+            at += len(data)
+        data = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
+        end = TRAILER.pack(at, len(data), hashlib.sha256(data).digest(), END)
+        write_at(target, memoryview(data + end), at)
+        return at + len(data) + len(end)
 
     def close(self) -> None:
         self._spool.close()
@@ -116,7 +123,7 @@ def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
 
 
 def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    """Return the index without its records: the base's side files, the adapters, and each tensor's placements."""
+    """Return the index without its records: the adapters, each tensor's placements, and the side files themselves."""
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
@@ -132,14 +139,14 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "shards": [
             {
                 "name": shard.place,
-                "header": pack_bytes(shard.header) if isinstance(shard, TensorFile) else None,
+                "header": None,
                 "specs": None
                 if isinstance(shard, TensorFile)
                 else {n: [spec.dtype, list(spec.shape)] for n, spec in shard.specs.items()},
             }
             for shard in base.shards
         ],
-        "side": {name: pack_bytes(data) for name, data in side.items()},
+        "side": side,
         "new_side": sorted(names - set(side)),
         "tensors": {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed},
     }

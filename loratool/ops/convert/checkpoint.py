@@ -27,7 +27,8 @@ from ...files.quantized import CODED_METADATA
 from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef
 from ...files.torch_reader import TorchFile
-from ...numerics.exact import RoundingStats, Workspace, cast_rounded
+from ...numerics.rounding_stats import RoundingStats, cast_rounded
+from ...numerics.workspace import Workspace
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
 from .shared_tensors import dropped_names, find_shared_storage

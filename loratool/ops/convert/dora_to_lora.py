@@ -22,9 +22,8 @@ from ...binding.resolve import resolve_modules
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
-from ...files.tensor_ref import TensorRef
+from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
-from ...streaming.nonadditive import magnitude_ratio
 from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model
 
@@ -90,7 +89,10 @@ def _dora_delta(update: DoRA, W: Tensor, module: str) -> Tensor:
     for start in range(0, len(W), ROWS):
         rows = slice(start, start + ROWS)
         added = (update.B.flatten(1)[rows].double() * update.scale).float() @ A
-        g = magnitude_ratio(magnitude[rows], torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1), module)
+        norms = torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1)
+        if not is_finite(norms):
+            raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=module)
+        g = torch.where(norms == 0, 0.0, magnitude[rows] / norms)  # any multiple of a row of zeros is the same
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
     return W
 

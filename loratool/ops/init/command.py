@@ -34,7 +34,7 @@ from ...files.fileio import require_free_space, scratch_folder, scratch_path, sh
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
-from ...numerics.exact import ARITHMETIC_VERSION
+from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
 from ..convert.image import write_output
 from ..convert.image_base import choose_format, weights_for_format

@@ -30,7 +30,7 @@ from ...files.safetensors_file import data_order
 from ...files.tensor_ref import READ_NUMBERS, TensorRef, read_float32
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import energy_of
-from ...streaming.apply import UpdateLoader
+from ...streaming.segment import UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
 from .methods import INITS, InitialFactors, InitWeight
 
@@ -254,7 +254,7 @@ def _residual_error(
     (term,) = update.terms(1.0, placement.transposed)
     # a residual of 16 bits is 1e-3 off, which float32 resolves to four digits and more in half the time
     wide = torch.float32 if residual.spec.dtype in ("BF16", "F16") else torch.float64
-    left, right = (term.left.double() * term.multiplier).to(wide), term.right.to(wide)
+    left, right = (term.left.double() * float(term.scale)).to(wide), term.right.to(wide)
     row_count = max(1, READ_NUMBERS // right.shape[1])
     errors, squares = [], []
     for start in range(placement.start, placement.stop, row_count):

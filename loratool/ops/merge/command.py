@@ -1,8 +1,8 @@
-"""Run the command `merge`: write W' = round_once(W + sum of weight * delta), streamed from files to files.
+"""Run the command `merge`: write W' = RN(W + sum of weight * delta), streamed from files to files.
 
 It plans from headers alone and refuses all that can be refused before the first byte is written. Then untouched ranges
 are copied inside the kernel, and adapted matrices pass by blocks of rows, so that memory does not depend on the model's
-size. The result's bytes depend on nothing but the inputs (`numerics.exact`).
+size. The result's bytes depend on nothing but the inputs (`numerics.decide`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from ...files.side_files import provenance
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.undo_file import UnrecordedBytes
 from ...files.weights_file import WeightsFile
-from ...numerics.exact import ARITHMETIC_VERSION, RoundingStats
-from ...streaming.apply import UpdateLoader, plan_changed_tensors
+from ...numerics.merge import ARITHMETIC_VERSION
+from ...numerics.rounding_stats import RoundingStats
+from ...streaming.apply import plan_changed_tensors
 from ...streaming.rewrite import refuse_overflow, rewrite
+from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, sort_adapters
@@ -254,7 +256,7 @@ def _execute(
                     undo.add_untouched(item.tensor, item.part, blocks[0])
                 continue
             if undo and isinstance(blocks[0], RecordedBlock):
-                undo.add(item.tensor, item.start, item.stop, [b.payload for b in blocks], blocks[-1].sha256)
+                undo.add(item.tensor, item.start, item.stop, blocks[0].payload, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
             refuse_overflow(item.tensor, blocks, plan.sources, output)
             changes[item.tensor] += blocks

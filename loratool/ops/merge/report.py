@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...binding.merge_plan import MergePlan
 from ...files.output import Output
-from ...numerics.exact import RoundingStats
+from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
 
 KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns

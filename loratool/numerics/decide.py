@@ -1,0 +1,221 @@
+"""Decide W' = RN(X) of single weights, X = a * W + D a real number that is defined by the stored numbers alone.
+
+D is worked out in float64 with a bound on its error (`Delta.near`). Where [X - bound, X + bound] does not round to one
+number, it is worked out as an unevaluated sum of two float64 (`Delta.nearer`), and where that does not tell, as a
+fraction (`Delta.exact`). So no order of summation, library or machine shows in the result (a floating-point filter:
+Shewchuk, Discrete & Computational Geometry 18, 1997).
+
+Every bound has an absolute part, or is 0 where nothing was rounded, so that flushed subnormal numbers are within it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .error_free import two_sum
+from .forms import FORMS, Codes, Form, Positions, Wide, codes, fraction, rounded, signed, wide
+
+U = 2.0**-53  # unit roundoff of float64
+LEAST = 2.0**-900  # smaller sums are left to the fractions, so that nothing that counts is near float64's least number
+SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
+CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
+
+
+class DenseDelta(Protocol):
+    """D of some rows as a GEMM gives it, in float32 or float64.
+
+    Attributes:
+        sizes: (rows,), no |D| of a row is larger.
+        errors: (rows,), no error of a row is larger.
+        squares: (rows,), ||D||^2 of each row, about; None where the numbers themselves have to tell.
+    """
+
+    sizes: Wide
+    errors: Wide
+    squares: Wide | None
+
+    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
+        """Write D + shift of some rows into `out`, (rows, n) of this type."""
+
+
+class Delta(Protocol):
+    """What an update adds to some rows of a weight: D, (rows, n), a real number for each weight.
+
+    A kind of update answers these four questions; of `near` and `nearer` it may answer "anything" (an infinite bound),
+    at a cost in speed.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, n)."""
+
+    @property
+    def largest(self) -> float:
+        """No factor of a product is larger: within 2**60, float32 cannot overflow."""
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        """Return D as float32 or float64 gives it."""
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        """Return D at rows i and columns j as high + low, and a bound that is 0 only where that is exact."""
+
+    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        """Return the same, slower, with a bound that is 0 only where nothing was lost."""
+
+    def exact(self, i: int, j: int) -> Fraction:
+        """Return D of one weight."""
+
+
+def anything(count: int) -> tuple[Wide, Wide, Wide]:
+    """Return what `near` or `nearer` answers where it knows nothing."""
+    return np.zeros(count), np.zeros(count), np.full(count, np.inf)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An exact number for each row (axis 0) or column (axis 1)."""
+
+    axis: int
+    value: Wide  # in float64
+    error: Wide  # no |exact number - value| is larger
+    exact: Callable[[int], Fraction]
+
+    def at(self, i: Positions, j: Positions) -> tuple[Wide, Wide]:
+        """Return value and error at rows i and columns j."""
+        at = (i, j)[self.axis]
+        return self.value.take(at), self.error.take(at)
+
+    @classmethod
+    def of_rows(cls, numbers: Sequence[Fraction]) -> Factor:
+        """Return the factor of rows with these numbers."""
+        value = np.array([float(x) for x in numbers])
+        error = np.array([float(abs(x - Fraction(float(x)))) for x in dict.fromkeys(numbers)])
+        at = {x: k for k, x in enumerate(dict.fromkeys(numbers))}
+        return cls(0, value, error[[at[x] for x in numbers]] * SLACK, lambda k: numbers[k])
+
+
+@dataclass(frozen=True)
+class Reals:
+    """X = a * W + D for some rows of a weight.
+
+    Attributes:
+        factor: None for a = 1.
+        steps: how many weights each step was asked for.
+    """
+
+    delta: Delta
+    factor: Factor | None = None
+    steps: Counter[str] = field(default_factory=Counter)
+
+    def exact(self, weight: Fraction, i: int, j: int) -> Fraction:
+        """Return X of one weight."""
+        a = Fraction(1) if self.factor is None else self.factor.exact((i, j)[self.factor.axis])
+        return a * weight + self.delta.exact(i, j)
+
+
+@np.errstate(all="ignore")
+def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Form) -> Codes:
+    """Return RN(X) of the weights at rows i and columns j, as bit patterns; `to.inf` stands for an overflow.
+
+    Args:
+        code: the bit patterns of W there, in `form`; finite, but where a is 0.
+        to: the form of the result.
+    """
+    if not len(i):
+        return np.empty(0, to.code)
+    weight, (high, low, bound) = wide(code, form), x.delta.near(i, j)
+    minus_zero = np.zeros(len(i), np.bool_)
+    kept = (high == 0) & (low == 0) & (bound == 0)  # D = 0: W's own bits stay
+    if x.factor:
+        a, error = x.factor.at(i, j)
+        known = (error == 0) & ((a == 0) | (a == 1))
+        minus_zero = kept & known & (a == 0) & np.signbit(high)  # a stored value that takes W's place
+        kept &= known & (a == 1)
+        size = np.abs(weight)
+        weight = np.where(a == 0, 0.0, weight * a)
+        bound = bound + np.where(known, 0.0, size * error + np.abs(weight) * (2 * U) + LEAST)
+    out, sure = _by_casts(weight + high, bound + np.abs(low), to)
+    doubt = np.flatnonzero(~sure)
+    for k in range(0, len(doubt), CHUNK):
+        at = doubt[k : k + CHUNK]
+        total, rest = two_sum(weight.take(at), high.take(at))
+        rest, lost = two_sum(rest, low.take(at))
+        total, rest = two_sum(total, rest)
+        out[at], sure[at] = nearest(total, rest, (bound.take(at) + np.abs(lost)) * SLACK, to)
+    size = code & form.size
+    if form.bits == 53:
+        sure &= (size >= 1 << 52) | (size == 0)  # a subnormal W may have been flushed
+    if form == to:
+        out[kept] = code[kept]
+        sure |= kept
+    else:
+        minus_zero |= kept & (code == -form.size - 1)
+    out[minus_zero] = -to.size - 1
+    x.steps["near"] += len(i)
+    at = np.flatnonzero(~sure)
+    if len(at) and not x.factor:
+        x.steps["nearer"] += len(at)
+        high, low, bound = x.delta.nearer(i[at], j[at])
+        total, rest = two_sum(weight[at], high)
+        rest, lost = two_sum(rest, low)
+        total, rest = two_sum(total, rest)
+        out[at], sure = nearest(total, rest, (bound + np.abs(lost)) * SLACK, to)
+        at = at[~sure | ((form.bits == 53) & (size[at] > 0) & (size[at] < 1 << 52))]
+    x.steps["exact"] += len(at)
+    for k in at:
+        out[k] = _as_fraction(x, code[k], form, int(i[k]), int(j[k]), to)
+    return out
+
+
+def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) -> Codes:
+    weight = fraction(code, form) if (code & form.size) < form.inf else Fraction(0)  # not finite only where a is 0
+    exact = x.exact(weight, i, j)
+    minus = exact < 0 or (exact == 0 and code < 0 and x.factor is None and x.delta.exact(i, j) == 0)
+    return signed(min(rounded(exact, to), to.inf), minus, to)
+
+
+def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
+    """Settle what two casts settle of results of 16 bits: torch casts in two roundings, so the bound has float32's."""
+    if form.bits > 11:
+        return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
+    reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
+    kind = next(kind for kind, its in FORMS.items() if its == form)
+    low, high = (codes(torch.from_numpy(end).to(kind)) for end in (total - reach, total + reach))
+    return high, (high == low) & np.isfinite(total)
+
+
+def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
+    """Return RN(total + rest +- bound) as bit patterns, and where that is sure.
+
+    |rest| is at most half a step of `total`. All is done on the grid of the binade of `total`, where ldexp, floor and
+    the distance to the midpoint are exact; just below a power of two the grid is that of the lower binade.
+    """
+    at_power = (total.view(np.int64) & ((1 << 52) - 1)) == 0
+    rest = np.where(total < 0, -rest, rest)
+    e = np.maximum(((total.view(np.int64) >> 52) & 2047) - 1023, form.least)
+    e -= (at_power & (rest < 0)) & (e > form.least)
+    unit = np.ldexp(1.0, form.bits - 1 - e)
+    steps, reach = np.ldexp(np.abs(total), form.bits - 1 - e), bound * unit
+    whole = np.floor(steps)
+    if form.bits == 53:
+        over = np.zeros(len(total), np.bool_)
+        sure = (np.abs(rest) * unit + reach < 0.49) | (bound == 0)
+    else:
+        past = steps - whole - 0.5
+        tie = past == 0
+        over = np.where(tie, (rest > 0) | ((rest == 0) & (whole % 2 == 1)), past > 0)
+        sure = np.where(tie, (np.abs(rest) > bound) | (bound == 0), np.abs(past + rest * unit) > reach * SLACK)
+    sure &= ~at_power | (reach < 0.2)
+    sure &= (np.abs(total) > LEAST) & (np.abs(total) > 2 * bound) & np.isfinite(steps)
+    sure |= (total == 0) & (rest == 0) & (bound == 0)
+    start = (e - form.least) << (form.bits - 1)
+    ordinal = np.minimum(start + np.where(sure, whole, 0).astype(np.int64) + over, form.inf)
+    return signed(ordinal, total < 0, form), sure

@@ -1,0 +1,230 @@
+"""Decide nearly all weights of some rows by one GEMM with a bound, in float32 or float64.
+
+`upper` is W + D + shift, no less than X whatever the order of summation was; `upper` less `span` is no more than X.
+Where both cast to one number, so does X, as rounding is monotone. The few others, one in 300 for 16 bits, are left.
+
+float32 serves where the result has 16 bits or fewer: its products are four times as fast, and it has 16 bits more than
+bfloat16, 13 more than float16. For the latter the bound follows the sum's square, as weights near zero need little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .decide import Reals
+from .forms import FORMS, Codes, Positions, bits, codes, fraction
+from .products import UNIT_OF, ProductRows
+from .workspace import Workspace
+
+TILE = {torch.float32: 1 << 18, torch.float64: 1 << 17}  # weights that fit the caches, and are worth their calls
+CUDA_TILE = 1 << 23  # more, since on a GPU the number of calls counts
+IN_RANGE = 2.0**60  # products of larger factors could overflow in float32
+APART = 256  # of so many rows or columns one may be set apart
+MARGIN = 1.01  # for the roundings of `shift` itself
+SAMPLED = 1 << 11  # weights from which the size of a block's is estimated
+SPREAD = 2.0**14  # times the width of a curved bound: beyond that it may not hold
+
+
+@dataclass(frozen=True)
+class Apart:
+    """What an exact GEMM is not exact for."""
+
+    rows: npt.NDArray[np.bool_]  # (rows of the block,)
+    columns: Positions
+    ordinal: int  # W that are not 0 and of a lower ordinal
+    negative_zeros: bool  # W holds some, which stay where D = 0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The bounds of a block of rows.
+
+    Attributes:
+        shift: no less than the error of any number of the block, and added to each.
+        span: how much more `upper` may be than X, at most.
+        curve: for a bound that grows with the sum's square by this factor, else 0.
+        apart: if it is not None, all sums are exact but for these, and shift and span are 0.
+        slight: whether D is so small beside W that W + D in this type has lost much of it.
+    """
+
+    shift: float
+    span: float
+    curve: float = 0.0
+    apart: Apart | None = None
+    slight: bool = False
+
+
+class DenseRows:
+    """Some rows under an update, as a GEMM takes them.
+
+    Args:
+        x: their reals.
+        base, out: the types of W and W'.
+    """
+
+    def __init__(self, x: Reals, base: torch.dtype, out: torch.dtype, device: torch.device) -> None:
+        in_range = x.delta.largest < IN_RANGE
+        self.single = out.itemsize <= 2 and base.itemsize <= 4 and in_range and float32_is_whole()
+        self.kind = torch.float32 if self.single else torch.float64
+        self.out, self.unit = out, UNIT_OF[self.kind]
+        self.delta = x.delta.dense(self.kind, device)
+        self._products = x.delta if isinstance(x.delta, ProductRows) and x.factor is None else None
+        self.factor = x.factor
+        if x.factor:
+            value = torch.from_numpy(x.factor.value).to(self.kind).to(device)
+            self._a = value[:, None] if x.factor.axis == 0 else value[None]
+
+    def height(self, columns: int, device: torch.device) -> int:
+        """Return the rows of a tile."""
+        return max(1, (CUDA_TILE if device.type == "cuda" else TILE[self.kind]) // max(1, columns))
+
+    def bounds(self, base: Tensor, first: int, backward: bool = False) -> Bounds:
+        """Return the bounds for a block, (rows, n), whose first row is row `first` of these.
+
+        Args:
+            backward: W' is given, and D is taken from it.
+        """
+        here = slice(first, first + len(base))
+        size, error = (float(x[here].max(initial=0.0)) for x in (self.delta.sizes, self.delta.errors))
+        largest = largest_of(base)
+        products = self._products
+        if (
+            products
+            and products.products.binary
+            and self.out == torch.float32
+            and base.itemsize <= 4
+            and not base.is_cuda
+        ):
+            apart = _apart(products, base, first, largest + size)
+            if apart:
+                return Bounds(0.0, 0.0, apart=apart)
+        # torch rounds float64 to 16 bits by way of float32
+        units = self.unit + (UNIT_OF[torch.float32] if self.out.itemsize <= 2 else UNIT_OF[torch.float64])
+        scale, inexact = 1.0, 0.0
+        if self.factor:
+            at = here if self.factor.axis == 0 else slice(None)
+            scale = float(np.abs(self.factor.value[at]).max(initial=0.0))
+            inexact = float(self.factor.error[at].max(initial=0.0))
+        rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
+        curve = 0.0
+        if self.single and self.out == torch.float16 and not self.factor and not backward:
+            width = _width(base, size)
+            if largest + size < SPREAD * width:
+                # the arithmetic mean of both parts is nowhere less than the geometric one, 2.05 u |sum|
+                rounding, curve = 2.05 * self.unit * width + 2.0**-120, 2.05 * self.unit / 4 / width
+        slight = not self.factor and size < 2.0**-12 * largest
+        return Bounds(MARGIN * (error + rounding), MARGIN * (2 * error + 3 * rounding), curve, None, slight)
+
+    def fill(self, base: Tensor, row: int, shift: float, work: Workspace) -> tuple[Tensor, Tensor, float]:
+        """Return a * W + D + shift and D + shift of some rows from row `row` on, and <W, W>, in buffers of `work`."""
+        total, change = (work.take(name, self.kind, *base.shape) for name in ("total", "change"))
+        total.copy_(base)
+        squared = float(torch.dot(total.view(-1), total.view(-1)))
+        self.delta.fill(slice(row, row + len(base)), shift, change)
+        if self.factor:
+            total.mul_(self._a[row : row + len(base)] if self.factor.axis == 0 else self._a)
+        return total.add_(change), change, squared
+
+    def settle(self, upper: Tensor, bounds: Bounds, out: Tensor, work: Workspace) -> Tensor:
+        """Round `upper` into `out`, and return a mask of the weights that this does not decide; `upper` is lowered."""
+        lower, hit = (work.take(name, kind, *out.shape) for name, kind in (("lower", out.dtype), ("hit", torch.bool)))
+        if bounds.curve:
+            top = work.take("top", self.kind, *out.shape)
+            torch.addcmul(upper, upper, upper, value=bounds.curve, out=top)
+            out.copy_(top)
+            lower.copy_(top.addcmul_(top, top, value=-3 * bounds.curve).sub_(bounds.span))
+        else:
+            out.copy_(upper)
+            lower.copy_(upper.sub_(bounds.span))  # in place: a third stream of numbers would not stay in the cache
+        return differ(out, lower, hit)
+
+
+def differ(one: Tensor, two: Tensor, hit: Tensor) -> Tensor:
+    """Set a mask where two tensors have other bits, and return it; numpy takes a sixth of torch's time for that."""
+    if hit.is_cuda:
+        return torch.ne(bits(one), bits(two), out=hit)
+    np.not_equal(codes(one), codes(two), out=hit.numpy())
+    return hit
+
+
+def mask_apart(base: Tensor, row: int, apart: Apart, work: Workspace) -> Tensor:
+    """Return where some rows of a block, from row `row` on, are not to be trusted to an exact GEMM."""
+    found, form, code = work.take("hit", torch.bool, *base.shape), FORMS[base.dtype], codes(base)
+    hit = found.numpy()
+    if apart.ordinal > 1:
+        size = np.bitwise_and(code, form.size, out=codes(work.take("size", base.dtype, *base.shape)))
+        size -= 1  # of 0 it is the largest without a sign
+        np.less(size.view(f"u{size.itemsize}"), apart.ordinal - 1, out=hit)
+    else:
+        hit[...] = False
+    if apart.negative_zeros:
+        hit |= code == -form.size - 1
+    hit[apart.rows[row : row + len(base)]] = True
+    hit[:, apart.columns] = True
+    return found
+
+
+def _apart(rows: ProductRows, base: Tensor, first: int, size: float) -> Apart | None:
+    """Return what an exact GEMM is not exact for, None if that is too much.
+
+    All products, partial sums and W are multiples of a power of two, and less than 2**53 of these.
+    """
+    form = FORMS[base.dtype]
+    least = int(np.frexp(size)[1]) - 53 if np.isfinite(size) else 1024
+    low, columns = rows.lowest[first : first + len(base)] - 1, rows.products.lowest  # the significands are +-1/2
+    usual = np.sort(low)[len(low) // APART]
+    odd = np.flatnonzero(columns < least - usual)
+    if least <= -100 or least > 900 or len(odd) * (APART // 2) > len(columns):
+        return None
+    # |W| from 2**(least + bits - 1) on has no lower bit
+    ordinal = max(0, (least + form.bits - form.least) << (form.bits - 1)) if least > form.least - form.bits + 1 else 0
+    return Apart(low < usual, odd, ordinal, int(codes(base).min(initial=0)) == -form.size - 1)
+
+
+def midpoints(total: Tensor, work: Workspace) -> Tensor:
+    """Return where a float64 is a midpoint of float32: its low 29 bits are 2**28."""
+    low = codes(work.take("low", torch.int32, *total.shape))
+    np.left_shift(total.view(torch.int32).numpy()[:, ::2], 3, out=low)
+    found = work.take("tie", torch.bool, *total.shape)
+    np.equal(low, np.int32(-(1 << 31)), out=found.numpy())
+    return found
+
+
+def largest_of(x: Tensor) -> float:
+    """Return the largest finite |x|, from bits."""
+    form, code = FORMS[x.dtype], bits(x)
+    if not x.numel():
+        return 0.0
+    if x.is_cuda:
+        size = code & form.size
+        most = int(size.max())
+    else:  # numpy's, several times as fast
+        found: Codes = code.numpy()
+        most = max(int(found.max()), int(found.view(f"u{found.itemsize}").max()) & form.size)
+    if most >= form.inf:
+        size = code & form.size
+        most = int(torch.where(size < form.inf, size, 0).max())
+    return float(fraction(form.code(most), form))
+
+
+def _width(base: Tensor, size: float) -> float:
+    """Return about a fifth of the size of the weights and of D; the bounds hold for any width."""
+    # an odd stride, to sample all columns if their number is a power of two
+    some = base.view(-1)[:: base.numel() // SAMPLED | 1].double()
+    some = some[some.isfinite()]
+    return 0.2 * float(torch.linalg.vector_norm(some)) / max(1, len(some)) ** 0.5 + 0.02 * size + 2.0**-30
+
+
+def float32_is_whole() -> bool:
+    """Return whether torch multiplies float32 with all its bits; with fewer, as a setting allows, no bound holds."""
+    if torch.backends.cuda.matmul.allow_tf32:
+        return False
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return str(matmul.fp32_precision) in ("none", "ieee")

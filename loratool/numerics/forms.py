@@ -1,0 +1,123 @@
+"""Define the formats of numbers, and turn bit patterns into the exact numbers that they mean.
+
+A stored number is the real number of its bits (IEEE 754-2019, section 3; bfloat16: Intel 338302; float8: OCP OFP8
+1.0). Integers and fractions are made from the bits, so that no setting of the machine, such as flushing subnormals to
+zero, has a say.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Arrays of bit patterns are of the signed integer type of their width, -0.0 being the least.
+Codes = npt.NDArray[Any]
+Wide = npt.NDArray[np.float64]
+Positions = npt.NDArray[np.intp]
+
+
+class Form(NamedTuple):
+    """A binary format of numbers."""
+
+    bits: int  # of the significand, the hidden one included
+    least: int  # exponent of the least normal number, which is 2**least
+    code: type  # numpy's integer type of the bit patterns
+    size: int  # the mask of all bits but the sign: what is left is the ordinal of |x| among the numbers
+    inf: int  # the ordinal behind that of the largest number
+
+
+FORMS = {
+    torch.bfloat16: Form(8, -126, np.int16, 0x7FFF, 0x7F80),
+    torch.float16: Form(11, -14, np.int16, 0x7FFF, 0x7C00),
+    torch.float32: Form(24, -126, np.int32, 2**31 - 1, 0xFF << 23),
+    torch.float64: Form(53, -1022, np.int64, 2**63 - 1, 0x7FF << 52),
+    torch.float8_e4m3fn: Form(4, -6, np.int8, 0x7F, 0x7F),
+    torch.float8_e5m2: Form(3, -14, np.int8, 0x7F, 0x7C),
+}
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return the bit patterns of a tensor as signed integers, a view in its shape."""
+    return x.view(_INTEGERS[x.element_size()])
+
+
+def codes(x: Tensor) -> Codes:
+    """Return the bit patterns of a CPU tensor as signed integers, a view in its shape."""
+    return bits(x).numpy()
+
+
+def integers(code: Codes, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return (m, e) with the value m * 2**e of each number; the code of inf counts as what would follow the largest."""
+    size = code.astype(np.int64) & form.size
+    exponent = size >> (form.bits - 1)
+    m = (size & ((1 << (form.bits - 1)) - 1)) + (np.minimum(exponent, 1) << (form.bits - 1))
+    return np.where(code < 0, -m, m), np.maximum(exponent, 1) + (form.least - form.bits)
+
+
+def wide(code: Codes, form: Form) -> Wide:
+    """Return the values in float64, subnormal numbers included where this thread flushes them."""
+    if form.bits == 53:
+        return code.view(np.float64)
+    if form.bits == 24 and _keeps_subnormals():
+        return code.view(np.float32).astype(np.float64)
+    if form.code is np.int16 and _keeps_subnormals():
+        kind = torch.bfloat16 if form.bits == 8 else torch.float16
+        return torch.from_numpy(code).view(kind).double().numpy()
+    m, e = integers(code, form)
+    found: Wide = m.astype(np.float64) * ((e + 1023) << 52).view(np.float64)
+    return found
+
+
+def _keeps_subnormals() -> bool:
+    return bool(np.float32(2.0**-140) * np.float32(1.0))
+
+
+def power(e: int) -> Fraction:
+    """Return 2**e."""
+    return Fraction(1 << e) if e >= 0 else Fraction(1, 1 << -e)
+
+
+def fraction(code: Any, form: Form) -> Fraction:
+    """Return the value of one number."""
+    m, e = integers(np.asarray(code), form)
+    return int(m) * power(int(e))
+
+
+def exponent(x: Fraction) -> int:
+    """Return the e with 2**e <= |x| < 2**(e + 1), for x that is not 0."""
+    e = abs(x.numerator).bit_length() - x.denominator.bit_length()
+    return e - (abs(x) < power(e))
+
+
+def rounded(x: Fraction, form: Form) -> int:
+    """Return the ordinal of |x| rounded to nearest, ties to even; `form.inf` or more if that overflows."""
+    e = max(exponent(x), form.least) if x else form.least
+    return ((e - form.least) << (form.bits - 1)) + round(abs(x) / power(e - form.bits + 1))
+
+
+def signed(ordinal: Any, negative: Any, form: Form) -> Codes:
+    """Return the bit patterns of ordinals with signs, one or an array of them."""
+    found: Codes = np.where(negative, ordinal | ~form.size, ordinal).astype(form.code)
+    return found
+
+
+def place(code: Codes, form: Form) -> Codes:
+    """Return the places of numbers in their order: -1 for -0.0, 0 for +0.0, 1 for the least positive number."""
+    found: Codes = (code & form.size) ^ (code >> (8 * code.itemsize - 1))
+    return found
+
+
+def number(place: Codes, form: Form) -> Codes:
+    """Return the bit patterns of places."""
+    at: Any = place.astype(form.code)
+    sign = at >> (8 * at.itemsize - 1)
+    found: Codes = (at ^ sign) | (sign & ~form.code(form.size))
+    return found

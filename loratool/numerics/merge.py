@@ -1,0 +1,200 @@
+"""Write W' = RN(X) for blocks of rows: the GEMM decides nearly all weights, `decide` those that it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decide import Reals, decide
+from .dense import Bounds, DenseRows, mask_apart, midpoints
+from .forms import FORMS, Codes, Positions, bits, codes, wide
+from .rounding_stats import RoundingStats, count_different, dot
+from .workspace import Workspace
+
+ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits can change
+
+TOGETHER = 1 << 16  # weights decided at a time: a call costs as much as a thousand, and so many bound the memory
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some whole rows of a block as the GEMM left them, in buffers that the next tile overwrites."""
+
+    base: Tensor  # (rows, n)
+    out: Tensor  # (rows, n), not right yet where `hit` is set
+    change: Tensor  # (rows, n), D + shift
+    shift: float
+    hit: Tensor  # (rows, n), bool: the GEMM does not decide it
+    at: Positions  # the flat positions of those
+    ties: Tensor | None  # (rows, n), bool: sums that are midpoints, if the GEMM is exact
+    start: int  # flat position in the block
+
+
+class Watcher(Protocol):
+    """Is shown each tile of a block, then the block."""
+
+    def tile(self, tile: Tile, dense: DenseRows) -> None: ...
+
+    def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None: ...
+
+
+class RowMerge:
+    """The merge of some rows.
+
+    Args:
+        x: their reals.
+        base, out: the types of W and W'.
+    """
+
+    def __init__(self, x: Reals, base: torch.dtype, out: torch.dtype, device: torch.device) -> None:
+        self.x, self.dense = x, DenseRows(x, base, out, device)
+        self._form, self._to = FORMS[base], FORMS[out]
+
+    def apply(
+        self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
+    ) -> RoundingStats:
+        """Write W' of a block into `out`, and return its statistics.
+
+        Args:
+            base: (rows, n), contiguous; its first row is row `first` of these.
+            out: (rows, n), contiguous.
+        """
+        bounds, stats, found = self.dense.bounds(base, first), RoundingStats(), []
+        height = self.dense.height(base.shape[1], base.device)
+        for row in range(0, len(base), height):
+            part = slice(row, row + height)
+            at, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
+            found.append(at + row * base.shape[1])
+            stats += change
+        at = np.concatenate(found) if found else np.zeros(0, np.int64)
+        for start in range(0, len(at), TOGETHER):
+            stats += self._decide(base, first, out, at[start : start + TOGETHER])
+        if watcher:
+            watcher.block(base, out, self.x, first, self.dense, bounds)
+        steps = Counter({"dense": base.numel() - len(at), **self.x.steps})
+        self.x.steps.clear()
+        return stats + RoundingStats(steps=steps)
+
+    def _tile(
+        self,
+        base: Tensor,
+        out: Tensor,
+        first: int,
+        row: int,
+        bounds: Bounds,
+        work: Workspace,
+        watcher: Watcher | None,
+    ) -> tuple[Positions, RoundingStats]:
+        """Fill `out` where the GEMM decides, and return the flat positions where it does not.
+
+        Args:
+            first: the first row in these rows; `row` is that in the block.
+        """
+        dense = self.dense
+        upper, change, squared = dense.fill(base, first, bounds.shift, work)
+        ties = None
+        if bounds.apart:
+            out.copy_(upper)
+            hit = mask_apart(base, row, bounds.apart, work)
+            ties = midpoints(upper, work) if watcher else None
+        else:
+            hit = dense.settle(upper, bounds, out, work)
+        if self._to.bits == 53:
+            hit.fill_(True)
+        kept, own = self._sums(base, out, upper, change, first, bounds, work)
+        stats = RoundingStats(squared, own, kept, count_different(out, base, work))
+        if not (math.isfinite(squared) and math.isfinite(kept)):
+            stats = self._not_finite(base, out, change, first, bounds.shift, hit, work)
+        at = positions(hit)
+        if watcher:
+            watcher.tile(Tile(base, out, change, bounds.shift, hit, at, ties, row * base.shape[1]), dense)
+        return at, stats
+
+    def _sums(
+        self, base: Tensor, out: Tensor, upper: Tensor, change: Tensor, first: int, bounds: Bounds, work: Workspace
+    ) -> tuple[float, float]:
+        """Return <W' - W, D> and <D, D>, about: X - W' and the shift are small beside D, unless D is slight."""
+        squares = self.dense.delta.squares
+        if squares is not None and not self.x.factor and not bounds.slight:
+            own = float(squares[first : first + len(base)].sum())
+            return own - dot(upper.sub_(out), change), own
+        moved = work.take("end", upper.dtype, *upper.shape).copy_(out).sub_(base)
+        if squares is not None and not self.x.factor:
+            own = float(squares[first : first + len(base)].sum())
+            return dot(moved, change) - bounds.shift * float(moved.sum()), own
+        asked = upper.sub_(base)
+        return dot(moved, asked), dot(asked, asked)
+
+    def _not_finite(
+        self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: float, hit: Tensor, work: Workspace
+    ) -> RoundingStats:
+        """Copy the inf and nan of W that count, and leave what else is not finite to `decide`."""
+        odd = ~base.isfinite()
+        if self.x.factor:
+            a = torch.from_numpy(self.x.factor.value)
+            a = a[first : first + len(base), None] if self.x.factor.axis == 0 else a[None]
+            odd &= (a != 0).to(odd.device)
+        if out.dtype == base.dtype:
+            bits(out).copy_(torch.where(odd, bits(base), bits(out)))
+        else:
+            out.copy_(torch.where(odd, base.to(out.dtype), out))
+        hit |= ~out.isfinite()
+        hit &= ~odd
+        fine = base.isfinite() & out.isfinite()
+        weight, result = (torch.where(fine, x.double(), 0.0) for x in (base, out))
+        moved = torch.where(fine, change.double() - shift, 0.0)
+        if self.x.factor:
+            moved += torch.where(fine, (a.to(odd.device) - 1) * weight, 0.0)
+        sums = dot(weight, weight), dot(moved, moved), dot(result - weight, moved)
+        return RoundingStats(*sums, count_different(out, base, work), int(odd.sum()))
+
+    def _decide(self, base: Tensor, first: int, out: Tensor, at: Positions) -> RoundingStats:
+        """Write W' at these flat positions, and return what that changes in the statistics."""
+        i = at // base.shape[1]
+        j = at - i * base.shape[1]
+        code, former = take(base, at), take(out, at)
+        made = decide(self.x, code, self._form, i + first, j, self._to)
+        put(out, at, made)
+        changed = self._changed(made, code) - self._changed(former, code)
+        lost = np.flatnonzero((made & self._to.size) == self._to.inf)
+        if not len(lost):
+            return RoundingStats(changed=changed)
+        i, j, code = i[lost] + first, j[lost], code[lost]
+        weight = np.where((code & self._form.size) < self._form.inf, wide(code, self._form), 0.0)
+        a = self.x.factor.at(i, j)[0] if self.x.factor else 1.0
+        sizes = np.abs(a * weight + self.x.delta.near(i, j)[0])
+        return RoundingStats(changed=changed, overflowed=len(lost), largest=float(sizes.max()))
+
+    def _changed(self, made: Codes, code: Codes) -> int:
+        if self._to == self._form:
+            return int(np.count_nonzero(made != code))
+        return int(np.count_nonzero(wide(made, self._to) != wide(code, self._form)))
+
+
+def positions(hit: Tensor) -> Positions:
+    """Return the flat positions of a mask."""
+    if hit.is_cuda:
+        found: Positions = hit.view(-1).nonzero().squeeze(1).cpu().numpy()
+        return found
+    return np.flatnonzero(hit.numpy())
+
+
+def take(x: Tensor, at: Positions) -> Codes:
+    """Return the bit patterns at flat positions."""
+    flat = bits(x).reshape(-1)
+    found: Codes = flat[torch.from_numpy(at).to(x.device)].cpu().numpy() if x.is_cuda else flat.numpy().take(at)
+    return found
+
+
+def put(x: Tensor, at: Positions, code: Codes) -> None:
+    """Set the bit patterns at flat positions of a contiguous tensor."""
+    if x.is_cuda:
+        bits(x).view(-1)[torch.from_numpy(at).to(x.device)] = torch.from_numpy(code).to(x.device)
+    else:
+        codes(x).reshape(-1)[at] = code

@@ -1,0 +1,330 @@
+"""Sum low-rank products: D = sum of scale * left @ right over the terms, as exact reals, with bounds.
+
+`Products` has what all rows share, `ProductRows` is the delta of some rows. In what follows b and a are the norms of a
+row of the left side and of a column of the right side, R the ranks together, u the unit roundoff, t the least normal
+number and M the largest number in either, each rank having been balanced by a power of two.
+
+A GEMM in any order, with or without FMA, is off by (R + 8) u b a + 4 R t max(1, M) at most: gamma_R times the sum of
+|B A|, which is at most b a (Cauchy, Schwarz), the factors' own roundings, and whatever was flushed (Higham, Accuracy
+and Stability of Numerical Algorithms, 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decide import LEAST, SLACK, DenseDelta, Factor, U, anything
+from .error_free import halves, two_product, two_sum
+from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
+
+GATHER = 1 << 15  # numbers of a factor gathered at a time, so that they stay in a core's cache
+LEAST_OF = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
+UNIT_OF = {torch.float32: 2.0**-24, torch.float64: U}
+EXPONENTS = 480  # lowest bits beyond 2**-480 and 2**480 do not count as known
+BITS_OF_EXACT_SUMS = 24  # of both factors together: products of such numbers leave room to sum them in float64
+
+
+@dataclass(frozen=True)
+class Term:
+    """`scale * left @ right`.
+
+    Attributes:
+        left: (m, r), any type of FORMS.
+        right: (r, n), any type of FORMS.
+        columns: a number for each column of the product, (n,), by which it is multiplied.
+        by_rows: each row is multiplied by the number that `Products.rows` is given for it.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: Fraction
+    columns: Factor | None = None
+    by_rows: bool = False
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A term's factors as bit patterns, and its scale as significand * 2**exponent + tail."""
+
+    left: Tensor  # (m, r)
+    right: Codes  # (n, r)
+    forms: tuple[Form, Form]
+    scale: Fraction
+    columns: Factor | None
+    by_rows: bool
+    significand: float  # from 1/2 to 1 in size; a half for a power of two
+    exponent: int
+    tail: float  # what the significand lacks, about
+
+
+def _side(term: Term) -> _Side:
+    e = exponent(term.scale) + 1
+    significand = float(term.scale / power(e))
+    tail = float(term.scale / power(e) - Fraction(significand))
+    forms = FORMS[term.left.dtype], FORMS[term.right.dtype]
+    right = codes(term.right.T.contiguous())
+    return _Side(term.left, right, forms, term.scale, term.columns, term.by_rows, significand, e, tail)
+
+
+class Products:
+    """A sum of low-rank terms of one shape.
+
+    Raises:
+        ValueError: a factor has inf or nan.
+    """
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        self.shape = len(terms[0].left), terms[0].right.shape[1]
+        self.sides = [_side(term) for term in terms if term.scale]
+        ranks = np.cumsum([0, *(side.left.shape[1] for side in self.sides)]).tolist()
+        self.ranks = [slice(start, stop) for start, stop in pairwise(ranks)]  # of each side
+        self.rank = ranks[-1]
+        self.scaled = any(side.columns or side.by_rows for side in self.sides)
+        # sums of such products may be exact in float64, and so is a power of two times them
+        self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
+        self.binary = self.narrow and all(abs(side.significand) == 0.5 for side in self.sides)
+        self._halves = [self._balance(side) for side in self.sides]  # of each side, (r,) exponents for the right side
+        self.live = np.zeros(self.shape[1], np.bool_)  # columns that are not all zero
+        for side, (_, form) in zip(self.sides, self._forms, strict=True):
+            self.live |= (side.right & form.size).max(1, initial=0) > 0
+
+    @property
+    def _forms(self) -> list[tuple[Form, Form]]:
+        return [side.forms for side in self.sides]
+
+    @staticmethod
+    def _balance(side: _Side) -> Codes:
+        """Return the powers of two that bring each rank's column and row to one size."""
+        found = []
+        for code, form, axis in ((codes(side.left.contiguous()), side.forms[0], 0), (side.right, side.forms[1], 0)):
+            most = (code & form.size).max(axis, initial=0)
+            if most.max(initial=0) >= form.inf:
+                raise ValueError("a factor has inf or nan")
+            m, e = integers(most.astype(form.code), form)
+            found.append(np.where(m == 0, 0, e + np.frexp(m.astype(np.float64))[1]))
+        half: Codes = (found[0] + side.exponent - found[1]) // 2
+        return half
+
+    def rows(self, start: int, stop: int, ratio: Factor | None = None) -> ProductRows:
+        """Return the delta of some rows.
+
+        Args:
+            ratio: a number for each of the rows, if a term is `by_rows`.
+        """
+        return ProductRows(self, start, stop, ratio)
+
+    @cached_property
+    def plain_right(self) -> list[Wide]:
+        """(n, r) of each side, balanced."""
+        return [
+            _scaled(wide(side.right, side.forms[1]), half) for side, half in zip(self.sides, self._halves, strict=True)
+        ]
+
+    @cached_property
+    def right(self) -> Wide:
+        """(n, R), balanced, times the ratios of columns."""
+        parts = [
+            x * side.columns.value[:, None] if side.columns else x
+            for side, x in zip(self.sides, self.plain_right, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((self.shape[1], 0)), *parts], 1)
+
+    @cached_property
+    def column_norms(self) -> Wide:
+        return norms(self.right)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(R, R), right.T @ right."""
+        right = torch.from_numpy(self.right)
+        return right.T @ right
+
+    @cached_property
+    def lowest(self) -> Codes:
+        return lowest_bits(self.plain_right, self.shape[1])
+
+    @cached_property
+    def most(self) -> float:
+        return float(np.abs(self.right).max(initial=0.0))
+
+    def right_of(self, kind: torch.dtype, device: torch.device) -> Tensor:
+        """Return (R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
+        if (kind, device) not in self._made:
+            found = torch.ones(self.rank + 1, self.shape[1], dtype=kind)
+            found[:-1] = torch.from_numpy(self.right).T
+            self._made[kind, device] = found.to(device)
+        return self._made[kind, device]
+
+    @cached_property
+    def _made(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        return {}
+
+    def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
+        """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios."""
+        plain, whole = [], np.empty((stop - start, self.rank))
+        for side, ranks, half in zip(self.sides, self.ranks, self._halves, strict=True):
+            x = _scaled(wide(codes(side.left[start:stop].contiguous()), side.forms[0]), side.exponent - half)
+            plain.append(x)
+            np.multiply(x, side.significand, out=whole[:, ranks])
+            if side.by_rows and ratio:
+                whole[:, ranks] *= ratio.value[:, None]
+        return plain, whole
+
+
+def _scaled(x: Wide, e: Codes) -> Wide:
+    return x * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(x, e)
+
+
+def norms(x: Wide) -> Wide:
+    """Return the norm of each row, or a little more."""
+    most = np.abs(x).max(1, initial=0.0)
+    scale = np.where((most > 1e-100) & (most < 1e100), 1.0, np.maximum(most, LEAST))  # squares must be in range
+    found: Wide = np.sqrt(np.einsum("ij,ij->i", y := x / scale[:, None], y)) * scale * (SLACK + x.shape[1] * 1e-15)
+    return found
+
+
+def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:
+    """Return the exponent of the lowest bit in each row of all parts."""
+    found: Codes = np.full(rows, EXPONENTS)
+    for x in parts:
+        code = x.view(np.int64)
+        m = (code & ((1 << 52) - 1)) | (1 << 52)
+        e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
+        e[x == 0] = EXPONENTS
+        np.minimum(found, e.min(1, initial=EXPONENTS), out=found)
+    return np.maximum(found, -EXPONENTS)
+
+
+def dots(left: Wide, right: Wide, i: Positions, j: Positions) -> Wide:
+    """Return the dot products of rows i of one and j of the other."""
+    found, step = np.empty(len(i)), max(1, GATHER // max(1, left.shape[1]))
+    for k in range(0, len(i), step):
+        part = slice(k, k + step)
+        np.einsum("ij,ij->i", left.take(i[part], 0), right.take(j[part], 0), out=found[part])
+    return found
+
+
+class ProductRows:
+    """The delta of rows start:stop of a sum of products."""
+
+    def __init__(self, products: Products, start: int, stop: int, ratio: Factor | None = None) -> None:
+        self.products, self.start, self.shape = products, start, (stop - start, products.shape[1])
+        self._ratio = ratio
+        self._plain, self.left = products.left(start, stop, ratio)
+        self.row_norms = norms(self.left)
+        self.largest = max(float(np.abs(self.left).max(initial=0.0)), products.most)
+        self._live = np.any([x.any(1) for x in self._plain], axis=0) & np.ones(stop - start, np.bool_)
+
+    @cached_property
+    def lowest(self) -> Codes:
+        return lowest_bits(self._plain, self.shape[0])
+
+    def bound(self, size: Wide, kind: torch.dtype = torch.float64) -> Wide:
+        """Return the bound of a product in any order, where b a is `size`."""
+        rank = self.products.rank
+        # a ratio is right to 4 u, and its product with a factor is rounded too
+        roundings = rank + (16 if self.products.scaled else 8)
+        found: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
+        return found
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        return _DenseRows(self, kind, device)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        products = self.products
+        size = self.row_norms.take(i) * products.column_norms.take(j)
+        dead = ~(self._live.take(i) & products.live.take(j))
+        if not products.narrow:  # of wider factors few sums are exact
+            bound = np.where(dead, 0.0, self.bound(size))
+            return dots(self.left, products.right, i, j), np.zeros(len(i)), bound
+        high, low, lost = np.zeros((3, len(i)))
+        for side, left, right in zip(products.sides, self._plain, products.plain_right, strict=True):
+            product = dots(left, right, i, j)
+            if abs(side.significand) == 0.5:
+                one, two = product * side.significand, np.zeros(len(i))
+            else:
+                one, two = two_product(product, np.full_like(product, side.significand))
+                lost += np.abs(product) * abs(side.tail)
+            if len(products.sides) == 1:
+                high, low = one, two
+            else:
+                high, e = two_sum(high, one)
+                low, e1 = two_sum(low, two)
+                low, e2 = two_sum(low, e)
+                lost += np.abs(e1) + np.abs(e2)
+        # each product is a multiple of the lowest bits' product, and each partial sum below 2**53 of these
+        least = self.lowest.take(i) + products.lowest.take(j)
+        exact = dead | ((size * 2.0**-50 < np.ldexp(1.0, least)) & (least > -EXPONENTS))
+        return high, low, np.where(exact, lost * SLACK, self.bound(size))
+
+    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        if self.products.scaled:
+            return anything(len(i))
+        high, low, bound = np.zeros((3, len(i)))
+        for side in self.products.sides:
+            left = codes(side.left[self.start : self.start + self.shape[0]].contiguous())
+            parts = [
+                [x] if form.bits < 53 else list(halves(x))
+                for x, form in (
+                    (wide(np.ascontiguousarray(left.T.take(i, 1)), side.forms[0]), side.forms[0]),
+                    (wide(np.ascontiguousarray(side.right.T.take(j, 1)), side.forms[1]), side.forms[1]),
+                )
+            ]
+            s, rest, lost = np.zeros((3, len(i)))
+            for product in (p for x in parts[0] for y in parts[1] for p in x * y):  # exact: of 52 bits at most
+                s, e = two_sum(s, product)
+                rest, e = two_sum(rest, e)
+                lost += np.abs(e)
+            scale, e0 = np.full_like(s, side.significand), side.exponent
+            one, two = two_product(s, scale)
+            three = rest * scale + s * side.tail
+            if side.tail or abs(side.significand) != 0.5:
+                lost += np.abs(s) * 2.0**-100 + np.abs(rest) * 2.0**-50
+            for part in (one, two, three):
+                high, e = two_sum(high, np.ldexp(part, e0))
+                low, e = two_sum(low, e)
+                bound += np.abs(e)
+            in_range = abs(e0) < 500 and all(form.bits < 53 for form in side.forms)  # else something may be flushed
+            bound += np.ldexp(lost, e0) + (0.0 if in_range else LEAST)
+        return high, low, bound * SLACK
+
+    def exact(self, i: int, j: int) -> Fraction:
+        total = Fraction(0)
+        for side in self.products.sides:
+            row = codes(side.left[self.start + i].contiguous())
+            (m1, e1), (m2, e2) = integers(row, side.forms[0]), integers(side.right[j], side.forms[1])
+            least = int((e1 + e2).min(initial=1 << 20))
+            whole = sum(int(x) * int(y) << int(k) for x, y, k in zip(m1, m2, e1 + e2 - least, strict=True))
+            value = side.scale * whole * power(least)
+            if side.columns:
+                value *= side.columns.exact(j)
+            if side.by_rows and self._ratio:
+                value *= self._ratio.exact(i)
+            total += value
+        return total
+
+
+class _DenseRows:
+    """A GEMM; the number that is added to each row is one more rank."""
+
+    def __init__(self, rows: ProductRows, kind: torch.dtype, device: torch.device) -> None:
+        products = rows.products
+        self._left = torch.zeros(rows.shape[0], products.rank + 1, dtype=kind)
+        self._left[:, :-1] = torch.from_numpy(rows.left)
+        self._left, self._right = self._left.to(device), products.right_of(kind, device)
+        self.sizes = rows.row_norms * products.column_norms.max(initial=0.0)
+        self.errors = rows.bound(self.sizes, kind)
+        left = torch.from_numpy(rows.left)
+        self.squares: Wide | None = ((left @ products.gram) * left).sum(1).numpy()
+
+    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
+        self._left[rows, -1] = shift
+        torch.mm(self._left[rows], self._right, out=out)

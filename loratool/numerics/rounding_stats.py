@@ -1,0 +1,115 @@
+"""Sum up what rounding did to some weights, and cast weights from one type to another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decide import CHUNK, nearest
+from .forms import FORMS, bits, codes
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class RoundingStats:
+    """Sums over some weights that tell how rounding changed them; W is the base, D = X - W the change, W' the result.
+
+    Attributes:
+        base_squared: <W, W>.
+        change_squared: <D, D>.
+        kept: <W' - W, D>.
+        changed: weights with another value than the base's.
+        not_finite: base weights that are inf or nan, which are copied unchanged.
+        overflowed: finite weights that would become inf.
+        largest: the largest |X| of those.
+        steps: how many weights each step of `decide` was asked for; it depends on the machine, so no report has it.
+    """
+
+    base_squared: float = 0.0
+    change_squared: float = 0.0
+    kept: float = 0.0
+    changed: int = 0
+    not_finite: int = 0
+    overflowed: int = 0
+    largest: float = 0.0
+    steps: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: RoundingStats) -> RoundingStats:
+        return RoundingStats(
+            self.base_squared + other.base_squared,
+            self.change_squared + other.change_squared,
+            self.kept + other.kept,
+            self.changed + other.changed,
+            self.not_finite + other.not_finite,
+            self.overflowed + other.overflowed,
+            max(self.largest, other.largest),
+            self.steps + other.steps,
+        )
+
+
+def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
+    """Write RN(base) into `out`, for any two float types; only the overflow is counted."""
+    if base.dtype == torch.float64 and out.dtype in FORMS and out.itemsize < 4:
+        _cast_double(base, out)
+    elif base.itemsize == out.itemsize and base.dtype != out.dtype:  # torch is slow between two types of 16 bits
+        out.copy_(work.take("narrow", torch.float32, *base.shape).copy_(base))
+    else:
+        out.copy_(base)  # torch goes through float32, which holds every value of base: one rounding
+    if math.isfinite(float(out.abs().max())):
+        return RoundingStats()
+    lost = out.isfinite().logical_not_().logical_and_(base.isfinite())
+    count = int(lost.sum())
+    return RoundingStats(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
+
+
+def _cast_double(base: Tensor, out: Tensor) -> None:
+    """Cast float64 in one rounding, where torch would take two."""
+    out.copy_(base)
+    flat, result, form = base.reshape(-1).cpu().numpy(), torch.empty(base.shape, dtype=out.dtype), FORMS[out.dtype]
+    made = codes(result).reshape(-1)
+    made[...] = codes(out.cpu().contiguous()).reshape(-1)
+    for start in range(0, len(flat), CHUNK):
+        part = slice(start, start + CHUNK)
+        zero = np.zeros(len(flat[part]))
+        found, sure = nearest(flat[part], zero, zero, form)
+        made[part] = np.where(sure, found, made[part])
+    out.copy_(result)
+
+
+def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: RoundingStats) -> RoundingStats:
+    """Return the statistics of rows of `base` that were replaced by `value`, rounded to `out`. All are (rows, n).
+
+    Args:
+        cast: what `cast_rounded` returned for the replacement, the source of the overflow.
+    """
+    wide, new, total = (work.take(name, torch.float64, *base.shape) for name in ("wide", "change", "total"))
+    wide.copy_(base)
+    new.copy_(value).sub_(wide)
+    total.copy_(out).sub_(wide)
+    kept, change, squared = dot(total, new), dot(new, new), dot(wide, wide)
+    if not math.isfinite(squared):
+        kept = change = squared = 0.0  # inf and nan have no size
+    return RoundingStats(squared, change, kept, count_different(out, base, work), 0, cast.overflowed, cast.largest)
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    return float(torch.dot(x.view(-1), y.view(-1)))
+
+
+def count_different(x: Tensor, base: Tensor, work: Workspace) -> int:
+    """Return how many values differ, by their bits if the types are equal."""
+    if x.is_cuda or x.itemsize == 1:
+        return int(torch.count_nonzero(x.double() != base.double() if x.dtype != base.dtype else bits(x) != bits(base)))
+    hit = work.take("different", torch.bool, *x.shape).numpy()
+    if x.dtype == base.dtype:
+        np.not_equal(codes(x), codes(base), out=hit)
+    else:
+        kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
+        one, two = (work.take(name, kind, *x.shape).copy_(each) for name, each in (("one", x), ("two", base)))
+        np.not_equal(one.numpy(), two.numpy(), out=hit)
+    return int(np.count_nonzero(hit))

@@ -1,0 +1,149 @@
+"""Take stored values as a delta, and sum deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decide import LEAST, SLACK, Delta, DenseDelta, U
+from .error_free import two_product, two_sum
+from .forms import FORMS, Positions, Wide, codes, fraction, wide
+
+
+class Stored:
+    """D = weight * V for stored values V.
+
+    Args:
+        value: (k, n), any type of FORMS, finite.
+        weight: a float64, since D then is the product of two.
+        index: (rows,), which row of V each row takes, -1 for D = 0; by default all in order.
+    """
+
+    def __init__(self, value: Tensor, weight: float, index: Positions | None = None) -> None:
+        self._value, self._weight = value.cpu().contiguous(), weight
+        self._index = np.arange(len(value)) if index is None else index
+        self.shape = len(self._index), value.shape[1]
+        self.largest = float(value.abs().max()) * abs(weight) if value.numel() else 0.0
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        value = torch.from_numpy(self._wide() * self._weight)
+        return _DenseStored(value, kind, device)
+
+    def _wide(self) -> Wide:
+        """(rows, n), with rows of zeros."""
+        value = wide(codes(self._value), FORMS[self._value.dtype])
+        found = np.zeros(self.shape)
+        found[self._index >= 0] = value[self._index[self._index >= 0]]
+        return found
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        row = self._index.take(i)
+        code = codes(self._value)[np.maximum(row, 0), j] if len(self._value) else np.zeros(len(i), np.int16)
+        value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
+        if self._weight == 1:
+            return value, np.zeros(len(i)), np.zeros(len(i))
+        high, low = two_product(value, np.full_like(value, self._weight))
+        in_range = (value == 0) | (self._weight == 0) | ((np.abs(high) > 2.0**-400) & (np.abs(high) < 2.0**500))
+        return high, low, np.where(in_range, 0.0, np.abs(high) * (4 * U) + LEAST)
+
+    nearer = near
+
+    def exact(self, i: int, j: int) -> Fraction:
+        row = int(self._index[i])
+        if row < 0:
+            return Fraction(0)
+        return Fraction(self._weight) * fraction(codes(self._value)[row, j], FORMS[self._value.dtype])
+
+
+class _DenseStored:
+    squares: Wide | None = None
+
+    def __init__(self, value: Tensor, kind: torch.dtype, device: torch.device) -> None:
+        unit = 2.0**-24 if kind == torch.float32 else U
+        self._value = value.to(kind).to(device)
+        self.sizes = value.abs().amax(1).numpy() * SLACK if value.shape[1] else np.zeros(len(value))
+        # the product with the weight, and its cast
+        self.errors = 2 * unit * self.sizes + (2.0**-126 if kind == torch.float32 else LEAST)
+
+    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
+        torch.add(self._value[rows], shift, out=out)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of deltas of one shape."""
+
+    deltas: Sequence[Delta]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.deltas[0].shape
+
+    @property
+    def largest(self) -> float:
+        return max(delta.largest for delta in self.deltas)
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        return _DenseSum([delta.dense(kind, device) for delta in self.deltas], kind)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return _add([delta.near(i, j) for delta in self.deltas])
+
+    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return _add([delta.nearer(i, j) for delta in self.deltas])
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return sum((delta.exact(i, j) for delta in self.deltas), Fraction(0))
+
+
+def _add(parts: Sequence[tuple[Wide, Wide, Wide]]) -> tuple[Wide, Wide, Wide]:
+    high, low, bound = parts[0]
+    for more, less, lost in parts[1:]:
+        high, e = two_sum(high, more)
+        low, e1 = two_sum(low, less)
+        low, e2 = two_sum(low, e)
+        bound = bound + lost + np.abs(e1) + np.abs(e2)
+    return high, low, bound * SLACK
+
+
+class _DenseSum:
+    squares: Wide | None = None
+
+    def __init__(self, parts: Sequence[DenseDelta], kind: torch.dtype) -> None:
+        self._parts = parts
+        self.sizes = np.sum([part.sizes for part in parts], axis=0) * SLACK
+        unit = 2.0**-24 if kind == torch.float32 else U
+        self.errors = np.sum([part.errors for part in parts], axis=0) * SLACK + len(parts) * unit * self.sizes
+
+    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
+        self._parts[0].fill(rows, shift, out)
+        for part in self._parts[1:]:
+            more = torch.empty_like(out)
+            part.fill(rows, 0.0, more)
+            out.add_(more)
+
+
+class Negated:
+    """-D of another delta."""
+
+    def __init__(self, delta: Delta) -> None:
+        self._delta, self.shape, self.largest = delta, delta.shape, delta.largest
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        raise NotImplementedError("a merge of -D is one with negative scales")
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        high, low, bound = self._delta.near(i, j)
+        return -high, -low, bound
+
+    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        high, low, bound = self._delta.nearer(i, j)
+        return -high, -low, bound
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return -self._delta.exact(i, j)

@@ -1,0 +1,234 @@
+"""Find the weights that a merge can have started from: {W : RN(a W + D) = W'}, a run of numbers of W's format.
+
+D and a are the merge's own reals, so the set is the same for every writer and reader. Its ends are worked out in
+floating point with a bound, (midpoint - D) / a; where no number of the format lies within the bound, its first number
+and their count follow from the bits. A run in doubt is worked out again from `near`, and what that leaves is searched
+by halves with the merge's own `decide`: there is no second arithmetic that could be wrong.
+
+Numbers are counted by their places (`numerics.forms.place`), -0.0 and +0.0 being two. A run that holds 0.0, and one
+where a is 0, counts as `every` number, inf and nan included, because the numbers near zero are as many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..numerics.decide import CHUNK, LEAST, SLACK, Reals, U, decide
+from ..numerics.error_free import two_sum
+from ..numerics.forms import Codes, Form, Positions, Wide, number, place
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A run of numbers for each of some weights.
+
+    Attributes:
+        start: the place of the first.
+        count: how many they are; `every(form)` for a run that counts as all numbers.
+    """
+
+    start: Codes
+    count: Codes
+
+
+def every(form: Form) -> int:
+    """Return how many bit patterns the format has."""
+    return 2 * (form.size + 1)
+
+
+def find_runs(
+    x: Reals, result: Codes, at: Positions, first: int, columns: int, change: npt.NDArray[Any], reach: float, form: Form
+) -> Runs:
+    """Return the run of each weight.
+
+    Args:
+        result: the bit patterns of W', finite.
+        at: their flat positions in a block of so many columns, whose first row is row `first` of `x`.
+        change: D, float32 or float64, off by `reach` at most; nan where nothing is known.
+        reach: 0 if D is exact.
+    """
+
+    def places(some: Positions) -> tuple[Positions, Positions]:
+        i = at.take(some) // columns
+        return i + first, at.take(some) - i * columns
+
+    if x.factor:
+        start, count, known = _by_bits(result, change, reach, form, *x.factor.at(*places(np.arange(len(at)))))
+    else:
+        exact = np.zeros((), change.dtype) if reach == 0 else None
+        start, count, known = _by_bits(result, change, reach, form, low=exact)
+    doubt = np.flatnonzero(~known)
+    if len(doubt):
+        start[doubt], count[doubt] = _closer(x, result.take(doubt), *places(doubt), form)
+    zero = np.flatnonzero((result & form.size) == 0)
+    if len(zero):
+        same = zero[_is_zero(x, *places(zero))]
+        start[same], count[same] = place(result.take(same), form), 1
+    return Runs(start, count)
+
+
+@np.errstate(all="ignore")
+def _by_bits(
+    result: Codes,
+    change: npt.NDArray[Any],
+    reach: float | Wide,
+    form: Form,
+    a: Wide | None = None,
+    error: Wide | None = None,
+    low: npt.NDArray[Any] | None = None,
+) -> tuple[Codes, Codes, npt.NDArray[np.bool_]]:
+    """Return the start and count of each run, and whether both are sure.
+
+    Args:
+        a, error: a and a bound on its error; None for a = 1.
+        low: change + low is off by `reach`; an end that is a number of the format then counts by the side on which it
+            lies. Only for a = 1.
+    """
+    kind, bits, bias = (np.int32, 24, 127) if change.dtype == np.float32 else (np.int64, 53, 1023)
+    # of a normal number x: x's bits >> shift = zero + ordinal; below the second binade: x = ordinal * step
+    shift, zero = bits - form.bits, (form.least + bias - 1) << (form.bits - 1)
+    half, second, minus_zero = 1 << (shift - 1), 2 << (form.bits - 1), kind(np.iinfo(kind).min)
+    step = change.dtype.type(2.0 ** (form.least - form.bits + 1))
+    start: Codes = np.empty(len(change), kind)
+    count: Codes = np.empty(len(change), kind)
+    known = np.empty(len(change), np.bool_)
+    roundings = change.dtype.type(2.0 ** (4 - bits))
+    for k in range(0, len(change), CHUNK):
+        part = slice(k, k + CHUNK)
+        code: Any = result[part].astype(kind)
+        off: Any = reach[part] if isinstance(reach, np.ndarray) else change.dtype.type(reach)
+        size, sign = code & form.size, code & minus_zero
+        # all of this with the sign of W': the cell of X is (inner, outer), and D is `d`
+        middle, d = (size + zero) << shift, (change[part].view(kind) ^ sign).view(change.dtype)
+        inner, outer = (middle - half).view(change.dtype), (middle + half).view(change.dtype)
+        if int(size.min()) < second:
+            small = np.flatnonzero(size < second)
+            inner[small] = np.maximum(size[small] - 0.5, 0) * step
+            outer[small] = (size[small] + 0.5) * step
+        if low is not None:
+            rest = np.where(sign < 0, -low[part], low[part]) if low.ndim else low
+            (inner, e1, lost1), (outer, e2, lost2) = (_less(end, d, rest) for end in (inner, outer))
+            sure = ((np.abs(e1) > off + lost1) | (off + lost1 == 0)) & ((np.abs(e2) > off + lost2) | (off + lost2 == 0))
+            falls = outer < 0
+            sure &= (inner < 0) == falls
+            e1, e2 = np.where(falls, -e2, e1), np.where(falls, -e1, e2)  # of the nearer end, and of the farther
+            near, far = np.abs(np.where(falls, outer, inner)), np.abs(np.where(falls, inner, outer))
+            open_ends = code & 1  # ties go to even
+            below = (near.view(kind) - 1 + ((e1 > 0) | ((e1 == 0) & (open_ends == 1)))) >> shift
+            last = (far.view(kind) - ((e2 < 0) | ((e2 == 0) & (open_ends == 1)))) >> shift
+            margin = off
+            sure &= below >= zero + second
+        else:
+            inner -= d
+            outer -= d
+            extra: Any = off
+            if a is not None and error is not None:
+                by = a[part].astype(change.dtype)
+                inner, outer = inner / by, outer / by
+                extra = off / np.abs(by)
+            falls = outer < 0
+            sure = (inner < 0) == falls
+            inner, outer = np.abs(inner, out=inner), np.abs(outer, out=outer)
+            near, far = np.minimum(inner, outer), np.maximum(inner, outer, out=outer)
+            margin = np.multiply(far, roundings, out=inner) + extra
+            if a is not None and error is not None:
+                margin += far * (error[part] / np.abs(a[part])).astype(change.dtype) * 2
+            ends = near - margin, near + margin, far - margin, far + margin
+            below, same, last, equal = (end.view(kind) >> shift for end in ends)
+            if not near.min() > second * step:
+                for end, ordinal in zip(ends, (below, same, last, equal), strict=True):
+                    small = np.flatnonzero(np.abs(end) < second * step)
+                    ordinal[small] = zero + np.floor(end[small] / step).astype(kind)
+            sure &= (below == same) & (last == equal)
+        sure &= near > 2 * margin
+        sure &= last < zero + form.inf
+        np.subtract(last, below, out=count[part])
+        # first .. last - 1 as ordinals, which for negative numbers are ~place
+        last += 1
+        below += 1
+        start[part] = np.where(falls ^ (sign < 0), zero - last, below - zero)
+        known[part] = sure
+    return start, count, known
+
+
+def _less(x: Wide, d: Wide, low: Wide) -> tuple[Wide, Wide, Wide]:
+    """Return x - d - low as a number, the rest, which is at most half its last bit, and a bound on what is lost."""
+    s, e = two_sum(x, -d)
+    e, lost = two_sum(e, -low)
+    s, e = two_sum(s, e)
+    return s, e, np.abs(lost)
+
+
+def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> tuple[Codes, Codes]:
+    """Return start and count of each run from `near`, and by halves where that does not tell."""
+    high, low, bound = x.delta.near(i, j)
+    off = (bound + np.abs(low) + np.abs(high) * (16 * U)) * SLACK + LEAST
+    if x.factor:
+        a, error = x.factor.at(i, j)
+        start, count, known = _by_bits(result, high, off, form, a, error)
+    else:
+        start, count, known = _by_bits(result, high, off, form)
+        exact = np.flatnonzero(~known & (bound == 0))
+        some = result.take(exact), high.take(exact), bound.take(exact)
+        start[exact], count[exact], known[exact] = _by_bits(*some, form, low=low.take(exact))
+    doubt = np.flatnonzero(~known)
+    for k in range(0, len(doubt), CHUNK):
+        at = doubt[k : k + CHUNK]
+        guess = start.take(at), count.take(at)
+        start[at], count[at] = _by_halves(x, result.take(at), i.take(at), j.take(at), form, guess)
+    return start, count
+
+
+def _by_halves(
+    x: Reals, result: Codes, i: Positions, j: Positions, form: Form, guess: tuple[Codes, Codes]
+) -> tuple[Codes, Codes]:
+    """Return the same from the merge's own decisions alone. guess: what may be start and count."""
+    start = np.zeros(len(result), np.int64)
+    count = np.full(len(result), every(form))
+    falls, stands = np.zeros((2, len(result)), np.bool_)
+    if x.factor:
+        a, error = x.factor.at(i, j)
+        for k in np.flatnonzero(np.abs(a) <= error):
+            a[k] = np.sign(float(x.factor.exact(int((i, j)[x.factor.axis][k]))))
+        falls, stands = a < 0, a == 0
+    holds_zero = stands | (decide(x, np.zeros(len(i), form.code), form, i, j, form) == result)
+    some = np.flatnonzero(~holds_zero)
+    i, j, target, falls = i[some], j[some], place(result[some], form).astype(np.int64), falls[some]
+
+    def is_past(at: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
+        """Whether RN(X) of the numbers at these places is W' or more, with `after` more; <= and less where a < 0."""
+        made = place(decide(x, number(at, form), form, i[which], j[which], form), form).astype(np.int64)
+        goal = target[which]
+        return np.where(falls[which], made <= goal - after, made >= goal + after)
+
+    ends, everything = [], np.arange(len(some))
+    for after, near in ((0, guess[0][some]), (1, guess[0][some] + guess[1][some])):
+        low, high = (np.clip(near.astype(np.int64) + k, -form.inf, form.inf) for k in (-1, 1))
+        wrong = is_past(np.maximum(low - 1, -form.inf), everything, after) & (low > -form.inf)
+        wrong |= ~is_past(np.minimum(high, form.inf - 1), everything, after) & (high < form.inf)
+        low[wrong], high[wrong] = -form.inf, form.inf
+        while len(open_ := np.flatnonzero(low < high)):
+            middle = (low[open_] + high[open_]) >> 1
+            past = is_past(middle, open_, after)
+            high[open_[past]] = middle[past]
+            low[open_[~past]] = middle[~past] + 1
+        ends.append(low)
+    start[some], count[some] = ends[0], ends[1] - ends[0]
+    return start, count
+
+
+def _is_zero(x: Reals, i: Positions, j: Positions) -> npt.NDArray[np.bool_]:
+    """Return where D = 0 and a = 1, so that W' has W's own bits."""
+    high, low, bound = x.delta.near(i, j)
+    zero = (high == 0) & (low == 0) & (bound == 0)
+    for k in np.flatnonzero((np.abs(high) + np.abs(low) <= bound) & (bound > 0)):
+        zero[k] = x.delta.exact(int(i[k]), int(j[k])) == 0
+    if x.factor:
+        a, error = x.factor.at(i, j)
+        zero &= (a == 1) & (error == 0)
+    found: npt.NDArray[np.bool_] = zero
+    return found
