@@ -172,7 +172,7 @@ def hostile(base: torch.dtype, factor: torch.dtype, out: torch.dtype, seed: int 
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter does to one tensor of a model."""
+    """One adapter's update of one tensor of a model, as it is stored and as the oracle has it."""
 
     adapter: int
     tensors: Mapping[str, Tensor]  # by what follows PREFIX
@@ -545,7 +545,11 @@ def zeros(kind: str, dtype: torch.dtype, weight: float) -> Layer:
 @pytest.mark.parametrize("dtype", [BF16, FP64], ids=id_of)
 def test_the_sign_of_zero(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
     """Without a change W keeps it, a sum that is zero is +0.0, a new value keeps its own."""
-    fields = {"dora": {"use_dora": True}, "rows": {"trainable_token_indices": {"x": [0]}}}.get(kind.split()[-1], {})
+    special: dict[str, dict[str, Any]] = {
+        "dora": {"use_dora": True},
+        "rows": {"trainable_token_indices": {"x": [0]}},
+    }
+    fields = special.get(kind.split()[-1], {})
     weight = 0.5 if kind.startswith("half") else 1.0
     assert wrong_layers(Model([zeros(kind, dtype, weight)], [weight], [fields]), dtype, tmp_path) == []
 

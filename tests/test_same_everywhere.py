@@ -42,6 +42,7 @@ TABLE = {
     "values bf16": "6efe67659cf0e832 b63890af9f64d55d",
     "half values bf16": "ad0180a39c617213 b1c249a07b0688c4",
     "experts bf16": "9e8497a1c44a9212 cb05f79049df267d",
+    "norms bf16": "96510a4d26b72de4 62e651e588f7b072",
     "wide bf16": "db890003465ef2eb dab68429db1b125c",
     "sdxl bf16": "2c737356b55fb214 56ab225be3eb8217",
     "lora fp16": "1d57ab6e61961921 4862474ba2467e3f",
@@ -51,6 +52,7 @@ TABLE = {
     "values fp16": "e86471b912520eb1 f4eb90cb65c009ff",
     "half values fp16": "f0198317e4d99599 19313b4d162f14f9",
     "experts fp16": "306d4077209d7a93 eb199806f17ff095",
+    "norms fp16": "36e7da3a6f8a8d3b 1dbe2de11fa108a4",
     "wide fp16": "6e2d7a7ab2f9c459 eff6960801063afe",
     "sdxl fp16": "adf7e59aded5a48f 69d2463f9c0884e5",
     "lora fp32": "f124fd4d979f7f68 4a98f554a00217f3",
@@ -60,6 +62,7 @@ TABLE = {
     "values fp32": "a00f0331f73b941b 0ee5fcea7f77c207",
     "half values fp32": "acb1c034d8e82828 e61f1cfe8c6ce59d",
     "experts fp32": "113815e999a9b115 e4e59dc6d88651aa",
+    "norms fp32": "369cc7fa49c84762 84247d3c84de35bc",
     "wide fp32": "4e056760401bd216 4106b05ab98dc8a7",
     "sdxl fp32": "fe07fe8c6c2dfc7d f92e387daef4b239",
     "lora fp64": "b60238e7b42a3c80 909ceb2437066f5e",
@@ -69,6 +72,7 @@ TABLE = {
     "values fp64": "f1ba7b0551989350 42942ea01d9f1e09",
     "half values fp64": "452170e9f1ef4627 bdc52ef4f2b58965",
     "experts fp64": "00d9aeaf491d3a8c 23df96877189206c",
+    "norms fp64": "03269d23f7f6ff81 070a78d03bb328ea",
     "sdxl fp64": "3a9dd5c1f53ae84c f22fba519fd96626",
 }
 
@@ -150,6 +154,17 @@ def write_fixture(folder: Path) -> dict[str, tuple[Path, list[tuple[Path, float]
     )
     A, B = factors("wide", (256, 4096), 64, single)  # large enough for a matrix product to be split
     wide = write_adapter(folder / "wide", {"x.lora_A.weight": A, "x.lora_B.weight": B}, r=64, lora_alpha=64 / 3)
+    A, B = factors("tall", (3000, 8), 2, single)  # with many norms
+    tall = write_adapter(
+        folder / "tall",
+        {
+            "x.lora_A.weight": A,
+            "x.lora_B.weight": B,
+            "x.lora_magnitude_vector": numbers("tall m", (3000,), 0.5, single).abs(),
+        },
+        r=2,
+        use_dora=True,
+    )
     image = FIXTURES / "sdxl" / "adapter.safetensors"
     merges: dict[str, tuple[Path, list[tuple[Path, float]]]] = {
         "gpt2 fp32": (FIXTURES / "gpt2" / "base", [(FIXTURES / "gpt2" / "adapter", 1.0)]),
@@ -171,6 +186,8 @@ def write_fixture(folder: Path) -> dict[str, tuple[Path, list[tuple[Path, float]
         (moe / "config.json").write_text('{"model_type": "mixtral"}')
         save_file({f"{n}.down_proj": weight(n, shape, dtype) for n, shape in stacks}, moe / "model.safetensors")
         merges[f"experts {name}"] = moe, [(experts, 1 / 3)]
+        save_file({"x.weight": weight("tall", (3000, 8), dtype)}, folder / f"tall {name}.safetensors")
+        merges[f"norms {name}"] = folder / f"tall {name}.safetensors", [(tall, 1.0)]
         if name != "fp64":  # whose every sum is decided by itself, which takes long for a million
             save_file({"x.weight": weight("wide", (256, 4096), dtype)}, folder / f"wide {name}.safetensors")
             merges[f"wide {name}"] = folder / f"wide {name}.safetensors", [(wide, 1.0)]
@@ -217,7 +234,8 @@ def digest_elsewhere(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 def differing(found: Mapping[str, str]) -> dict[str, str]:
@@ -261,6 +279,7 @@ ALONE: dict[str, tuple[dict[str, str], str, int]] = {
     "two workers of one thread": ({"OMP_NUM_THREADS": "1"}, "", 2),
     **{f"torch for {isa}": ({"ATEN_CPU_CAPABILITY": isa}, "", 2) for isa in ("default", "avx2", "avx512")},
     "MKL the same on every CPU": ({"MKL_CBWR": "COMPATIBLE"}, "", 2),
+    "MKL for SSE4.2": ({"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "", 2),
     "oneDNN without AVX": ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, "", 2),
     "subnormals flushed": ({}, FLUSH, 2),
     "float64 by default": ({}, DOUBLE, 2),
