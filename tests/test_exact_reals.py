@@ -523,10 +523,10 @@ def test_high_ranks(tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
 
 
 def zeros(kind: str, dtype: torch.dtype, weight: float) -> Layer:
-    """Return a layer of six weights with sums, changes and new values that are zero, or too small for the type."""
-    W = stored([[-0.0, 0.0, -0.0, 0.0, 1.0, -1.0]], dtype)
+    """Return a layer of seven weights with sums, changes and new values that are zero, or too small for the type."""
+    W = stored([[-0.0, 0.0, -0.0, 0.0, 1.0, -1.0, 3.0]], dtype)
     if kind in ("lora", "dora"):
-        A = stored([[0, 0, 2.0**-500, -(2.0**-500), 0, 0], [0, 0, 0, 0, -1, 1]], FP64)
+        A = stored([[0, 0, 2.0**-500, -(2.0**-500), 0, 0, 0], [0, 0, 0, 0, -1, 1, 0]], FP64)
         case = Factors(W, A, stored([[2.0**-600, 1]], FP64), 2.0)
         layer = layer_of("x", case, "linear")
         if kind == "lora":
@@ -534,7 +534,7 @@ def zeros(kind: str, dtype: torch.dtype, weight: float) -> Layer:
         update = DoRA(low_rank(case.A, case.B, 1.0), stored([2], FP32))
         tensors = {**layer.changes[0].tensors, "x.lora_magnitude_vector": update.magnitude}
         return Layer(layer.name, W, [Change(0, tensors, update, "x", 2, 2.0)])
-    V = stored([[-0.0, -0.0, 0.0, 0.0, -0.0, -0.0]], dtype)
+    V = stored([[-0.0, -0.0, 0.0, 0.0, -0.0, -0.0, 1.0]], dtype)
     if kind.endswith("rows"):
         tensors = {"x.token_adapter.trainable_tokens_delta": V}
         return Layer("x.weight", W, [Change(0, tensors, Replace(V, weight, [0]))])
