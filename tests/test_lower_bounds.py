@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES, ROOT, bits, load_model
+from test_same_everywhere import differing, digest_elsewhere, write_fixture
 
 BIN = "Scripts" if os.name == "nt" else "bin"
 
@@ -56,3 +57,9 @@ def test_the_oldest_that_is_declared_writes_the_pinned_bytes(name: str, oldest: 
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     run("extract", folder / "base", folder / "tuned", "--rank", "4", "-o", tmp_path / "extracted")
     assert "bind to" in run("inspect", tmp_path / "extracted", "--base", folder / "base")
+
+
+@pytest.mark.slow
+def test_the_oldest_that_is_declared_merges_every_kind_to_the_same_bytes(oldest: Path, tmp_path: Path) -> None:
+    write_fixture(tmp_path)
+    assert differing(digest_elsewhere(tmp_path, {}, python=oldest)) == {}

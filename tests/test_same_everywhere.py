@@ -1,0 +1,353 @@
+"""Hold the bytes of merges of every kind against one table, here and where processes compute differently.
+
+`python tests/test_same_everywhere.py --write` prints the table anew: it changes only with the version of the arithmetic
+or of the undo file. The fixture's numbers come from hashes and integers, never from a random generator of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+PREFIX = "base_model.model."
+LORA = {"linear": (24, 40), "Conv1D": (40, 24), "conv": (12, 6, 3, 2)}  # module -> the shape of its weight
+EMBEDDING = (50, 16)  # (vocabulary, dimension)
+
+# name of a merge -> the first digits of the sha256 of its weights and of its undo file
+TABLE = {
+    "gpt2 fp32": "3260cc3c0f83420b 9bb71a43d38be776",
+    "llama bf16": "b65b04d7b054516c 728feba1aac850c7",
+    "lora bf16": "1e1afb2ccc90c706 dddcee2e536cd2d4",
+    "two bf16": "ee1fb79be359a8e2 46fab242489e0958",
+    "dora bf16": "d2f8cbcf3749bfe4 fa070333d88cd245",
+    "dora and lora bf16": "6f84af99f416c9ae f3ee042e98939c2f",
+    "values bf16": "6efe67659cf0e832 b63890af9f64d55d",
+    "half values bf16": "ad0180a39c617213 b1c249a07b0688c4",
+    "experts bf16": "9e8497a1c44a9212 cb05f79049df267d",
+    "norms bf16": "96510a4d26b72de4 62e651e588f7b072",
+    "wide bf16": "db890003465ef2eb dab68429db1b125c",
+    "sdxl bf16": "2c737356b55fb214 56ab225be3eb8217",
+    "lora fp16": "1d57ab6e61961921 4862474ba2467e3f",
+    "two fp16": "3ddeef404aa97a68 8261354318818d82",
+    "dora fp16": "e4d5a071842f7612 77512e2dbc00fc7c",
+    "dora and lora fp16": "dce5e34e490625ac 0ef34ac17bca97a0",
+    "values fp16": "e86471b912520eb1 f4eb90cb65c009ff",
+    "half values fp16": "f0198317e4d99599 19313b4d162f14f9",
+    "experts fp16": "306d4077209d7a93 eb199806f17ff095",
+    "norms fp16": "36e7da3a6f8a8d3b 1dbe2de11fa108a4",
+    "wide fp16": "6e2d7a7ab2f9c459 eff6960801063afe",
+    "sdxl fp16": "adf7e59aded5a48f 69d2463f9c0884e5",
+    "lora fp32": "f124fd4d979f7f68 4a98f554a00217f3",
+    "two fp32": "79edc1392b91cea4 f22fd6d962aef16f",
+    "dora fp32": "db94f5ff45d6ffa0 d05089cd1f10ce32",
+    "dora and lora fp32": "8b031d35a8c1a7bb 5cdc2077b3f002fa",
+    "values fp32": "a00f0331f73b941b 0ee5fcea7f77c207",
+    "half values fp32": "acb1c034d8e82828 e61f1cfe8c6ce59d",
+    "experts fp32": "113815e999a9b115 e4e59dc6d88651aa",
+    "norms fp32": "369cc7fa49c84762 84247d3c84de35bc",
+    "wide fp32": "4e056760401bd216 4106b05ab98dc8a7",
+    "sdxl fp32": "fe07fe8c6c2dfc7d f92e387daef4b239",
+    "lora fp64": "b60238e7b42a3c80 909ceb2437066f5e",
+    "two fp64": "4506b62be64e9382 98d7f50c17a8c386",
+    "dora fp64": "bd240e75b46fdda1 36fe0f90e7a97977",
+    "dora and lora fp64": "dbec394c8392d7b6 635b2c65a8e1f16c",
+    "values fp64": "f1ba7b0551989350 42942ea01d9f1e09",
+    "half values fp64": "452170e9f1ef4627 bdc52ef4f2b58965",
+    "experts fp64": "00d9aeaf491d3a8c 23df96877189206c",
+    "norms fp64": "03269d23f7f6ff81 070a78d03bb328ea",
+    "sdxl fp64": "3a9dd5c1f53ae84c f22fba519fd96626",
+}
+
+
+def numbers(name: str, shape: Sequence[int], size: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return numbers between -size and size that depend on the name only."""
+    data = hashlib.shake_256(name.encode()).digest(8 * math.prod(shape))
+    found = np.frombuffer(data, "<i8").astype(np.float64) * (size * 2.0**-63)
+    return torch.from_numpy(found).reshape(tuple(shape)).to(dtype)
+
+
+def weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a weight, at the start of each row 0.0, -0.0 and subnormal numbers."""
+    W = numbers(name, shape, 0.05, dtype)
+    rows = W.view(len(W), -1)
+    least = torch.from_numpy(np.arange(2 * len(W)).reshape(-1, 2) % 50 + 1)
+    least = least.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
+    rows[:, 0], rows[:, 1], rows[:, 2:4] = 0.0, -0.0, least
+    return W
+
+
+def factors(name: str, shape: Sequence[int], rank: int, dtype: torch.dtype, transposed: bool = False) -> list[Tensor]:
+    """Return [A, B] for a weight of a shape (out, in, ...), or (in, out) if `transposed`."""
+    out, *inside = shape[::-1] if transposed else shape
+    A = numbers(f"{name} A", (rank, *inside), 0.3, dtype)
+    return [A, numbers(f"{name} B", (out, rank, *[1] * (len(inside) - 1)), 0.02, dtype)]
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: object) -> Path:
+    folder.mkdir(parents=True)
+    save_file({PREFIX + name: x.contiguous() for name, x in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 6, "lora_alpha": 2, **config}))
+    return folder
+
+
+def write_lora(folder: Path, seed: int, dtype: torch.dtype, bias: bool = False, dora: bool = False) -> Path:
+    """Write an adapter of every layout: scale 1/3, (out, in), (in, out), a convolution and an embedding."""
+    tensors = {}
+    for module, shape in {**LORA, "embed": EMBEDDING}.items():
+        transposed, embedding = module in ("Conv1D", "embed"), module == "embed"
+        A, B = factors(f"{seed} {module}", shape, 6, dtype, transposed)
+        tensors[f"{module}.lora_embedding_A" if embedding else f"{module}.lora_A.weight"] = A
+        tensors[f"{module}.lora_embedding_B" if embedding else f"{module}.lora_B.weight"] = B
+        if dora:
+            magnitude = numbers(f"{seed} {module} m", (len(B),), 0.5, dtype).abs()
+            tensors[f"{module}.lora_magnitude_vector"] = magnitude
+    if bias:
+        tensors["linear.lora_B.bias"] = numbers(f"{seed} bias", (24,), 0.01, dtype)
+    return write_adapter(folder, tensors, lora_bias=bias, use_dora=dora)
+
+
+def write_values(folder: Path) -> Path:
+    """Write an adapter of new values: a norm of modules_to_save, a bias and rows of the vocabulary."""
+    tensors = {
+        "norm.weight": numbers("new norm", (24,), 2.0, torch.float32),
+        "linear.bias": numbers("new bias", (24,), 0.1, torch.float32),
+        "embed.token_adapter.trainable_tokens_delta": numbers("tokens", (3, 16), 0.1, torch.float32),
+    }
+    return write_adapter(folder, tensors, modules_to_save=["norm"], trainable_token_indices={"embed": [7, 0, 49]})
+
+
+def write_fixture(folder: Path) -> dict[str, tuple[Path, list[tuple[Path, float]]]]:
+    """Write all inputs below `folder`, and as `merges.json` what is returned: name -> (base, adapters with weights)."""
+    single, bf16 = torch.float32, torch.bfloat16
+    one, other = (write_lora(folder / f"lora{seed}", seed, dtype, True) for seed, dtype in enumerate((single, bf16)))
+    scaled = write_lora(folder / "dora", 2, single, dora=True)
+    values = write_values(folder / "values")
+    stacks = [(f"model.layers.{i}.mlp.experts", shape) for i, shape in enumerate([(3, 10, 14), (3, 14, 10)])]
+    tensors = {}
+    for name, _ in stacks:  # the second base stores (experts, in, out)
+        tensors[f"{name}.lora_A.weight"] = numbers(f"{name} A", (18, 14), 0.3, single)
+        tensors[f"{name}.lora_B.weight"] = numbers(f"{name} B", (10, 18), 0.02, single)
+    experts = write_adapter(
+        folder / "experts",
+        tensors,
+        target_parameters=["mlp.experts.down_proj"],
+        target_modules=[],
+        peft_version="0.19.0",
+    )
+    A, B = factors("wide", (256, 4096), 64, single)  # large enough for a matrix product to be split
+    wide = write_adapter(folder / "wide", {"x.lora_A.weight": A, "x.lora_B.weight": B}, r=64, lora_alpha=64 / 3)
+    A, B = factors("tall", (3000, 8), 2, single)  # with many norms
+    tall = write_adapter(
+        folder / "tall",
+        {
+            "x.lora_A.weight": A,
+            "x.lora_B.weight": B,
+            "x.lora_magnitude_vector": numbers("tall m", (3000,), 0.5, single).abs(),
+        },
+        r=2,
+        use_dora=True,
+    )
+    image = FIXTURES / "sdxl" / "adapter.safetensors"
+    merges: dict[str, tuple[Path, list[tuple[Path, float]]]] = {
+        "gpt2 fp32": (FIXTURES / "gpt2" / "base", [(FIXTURES / "gpt2" / "adapter", 1.0)]),
+        "llama bf16": (FIXTURES / "llama" / "base", [(FIXTURES / "llama" / "adapter", 1.0)]),
+    }
+    for name, dtype in TYPES.items():
+        layers = {f"{module}.weight": weight(module, shape, dtype) for module, shape in LORA.items()}
+        layers |= {"embed.weight": weight("embed", EMBEDDING, dtype), "linear.bias": numbers("bias", (24,), 0.1, dtype)}
+        base = folder / f"{name}.safetensors"
+        save_file({**layers, "norm.weight": numbers("norm", (24,), 2.0, dtype)}, base)
+        merges[f"lora {name}"] = base, [(one, 1.0)]
+        merges[f"two {name}"] = base, [(one, 1 / 3), (other, -0.7)]
+        merges[f"dora {name}"] = base, [(scaled, 1.0)]
+        merges[f"dora and lora {name}"] = base, [(scaled, 0.5), (other, -0.7)]
+        merges[f"values {name}"] = base, [(values, 1.0)]
+        merges[f"half values {name}"] = base, [(values, 0.5)]
+        moe = folder / f"experts {name}"
+        moe.mkdir()
+        (moe / "config.json").write_text('{"model_type": "mixtral"}')
+        save_file({f"{n}.down_proj": weight(n, shape, dtype) for n, shape in stacks}, moe / "model.safetensors")
+        merges[f"experts {name}"] = moe, [(experts, 1 / 3)]
+        save_file({"x.weight": weight("tall", (3000, 8), dtype)}, folder / f"tall {name}.safetensors")
+        merges[f"norms {name}"] = folder / f"tall {name}.safetensors", [(tall, 1.0)]
+        if name != "fp64":  # whose every sum is decided by itself, which takes long for a million
+            save_file({"x.weight": weight("wide", (256, 4096), dtype)}, folder / f"wide {name}.safetensors")
+            merges[f"wide {name}"] = folder / f"wide {name}.safetensors", [(wide, 1.0)]
+        pictures = {k: v.to(dtype) for k, v in load_file(FIXTURES / "sdxl" / "base.safetensors").items()}
+        save_file(pictures, folder / f"sdxl {name}.safetensors")
+        merges[f"sdxl {name}"] = folder / f"sdxl {name}.safetensors", [(image, 1.0)]
+    (folder / "merges.json").write_text(json.dumps(merges, default=str))
+    return merges
+
+
+def digest_merges(folder: str, workers: int | None = None) -> dict[str, str]:
+    """Merge everything in a fixture; return the digests as TABLE has them. (Its source is run in other processes.)"""
+    import hashlib
+    import json
+    import tempfile
+    from pathlib import Path
+
+    import loratool
+
+    found = {}
+    for name, (base, adapters) in json.loads((Path(folder) / "merges.json").read_text()).items():
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place) / ("out" if Path(base).is_dir() else "out.safetensors")
+            loratool.merge(base, [tuple(adapter) for adapter in adapters], out, workers=workers)
+            digests = [hashlib.sha256(), hashlib.sha256()]
+            for file in sorted(Path(place).rglob("*")):
+                if file.suffix in (".safetensors", ".undo"):
+                    digests[file.suffix == ".undo"].update(file.read_bytes())
+            found[name] = " ".join(digest.hexdigest()[:16] for digest in digests)
+    return found
+
+
+def digest_elsewhere(
+    folder: Path, variables: Mapping[str, str], before: str = "", workers: int | None = None, python: str | Path = ""
+) -> dict[str, str]:
+    """Return `digest_merges` of a new process, which has these variables and runs `before` first."""
+    source = f"from __future__ import annotations\n{before}\n{inspect.getsource(digest_merges)}"
+    call = f"import json\nprint(json.dumps(digest_merges({str(folder)!r}, {workers})))"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [python or sys.executable, "-c", f"{source}\n{call}"],
+        env={**environment, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def differing(found: Mapping[str, str]) -> dict[str, str]:
+    """Return the merges that are not as TABLE has them, each with which of its two files."""
+    kinds = ("weights", "undo")
+    differ = {
+        name: [kind for kind, a, b in zip(kinds, found[name].split(), pinned.split(), strict=True) if a != b]
+        for name, pinned in TABLE.items()
+    }
+    return {name: " and ".join(files) for name, files in differ.items() if files}
+
+
+FLUSH = "import torch; torch.set_flush_denormal(True)"
+DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"
+OTHER_ZLIB = """
+import sys, types, zlib
+stub = types.ModuleType("zlib")
+stub.__dict__.update(zlib.__dict__)
+stub.compress = lambda data, /, level=0, wbits=15: zlib.compress(data, 0)
+stub.compressobj = lambda *arguments, **options: zlib.compressobj(0)
+sys.modules["zlib"] = stub
+"""
+NEW_GENERATION = "import sys, zlib_ng.zlib_ng; sys.modules['zlib'] = zlib_ng.zlib_ng"
+
+# name -> (environment variables, what runs first, workers)
+TOGETHER: dict[str, tuple[dict[str, str], str, int]] = {
+    "without vectors, subnormals flushed, another zlib": (
+        {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"},
+        f"{FLUSH}\n{OTHER_ZLIB}",
+        1,
+    ),
+    "AVX2, float64 by default, short products": (
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "2"},
+        f"{DOUBLE}; torch.set_float32_matmul_precision('medium')",
+        2,
+    ),
+}
+ALONE: dict[str, tuple[dict[str, str], str, int]] = {
+    "one thread": ({"OMP_NUM_THREADS": "1"}, "", 1),
+    "two threads": ({"OMP_NUM_THREADS": "2"}, "", 2),
+    "two workers of one thread": ({"OMP_NUM_THREADS": "1"}, "", 2),
+    **{f"torch for {isa}": ({"ATEN_CPU_CAPABILITY": isa}, "", 2) for isa in ("default", "avx2", "avx512")},
+    "MKL the same on every CPU": ({"MKL_CBWR": "COMPATIBLE"}, "", 2),
+    "MKL for SSE4.2": ({"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "", 2),
+    "oneDNN without AVX": ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, "", 2),
+    "subnormals flushed": ({}, FLUSH, 2),
+    "float64 by default": ({}, DOUBLE, 2),
+    "medium products": ({}, "import torch; torch.set_float32_matmul_precision('medium')", 2),
+    "high products": ({}, "import torch; torch.set_float32_matmul_precision('high')", 2),
+    "another zlib": ({}, OTHER_ZLIB, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("everywhere")
+    write_fixture(folder)
+    return folder
+
+
+def test_merges_have_the_bytes_of_the_table(folder: Path) -> None:
+    found = digest_merges(str(folder))
+    assert found.keys() == TABLE.keys() and differing(found) == {}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_same_where_much_differs(folder: Path, name: str) -> None:
+    assert differing(digest_elsewhere(folder, *TOGETHER[name])) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_the_same_where_one_thing_differs(folder: Path, name: str) -> None:
+    assert differing(digest_elsewhere(folder, *ALONE[name])) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("zlib_ng") is None, reason="zlib-ng is not installed")
+def test_the_same_with_zlib_ng(folder: Path) -> None:
+    """Distributions put it in zlib's place; it compresses to other bytes at most levels."""
+    assert differing(digest_elsewhere(folder, {}, NEW_GENERATION)) == {}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_order_of_ranks_does_not_show(folder: Path, tmp_path: Path, kind: str, dtype: str) -> None:
+    """Only the adapter's own hash in the header and in the undo file is another."""
+    import loratool
+
+    base, ((adapter, _),) = json.loads((folder / "merges.json").read_text())[f"{kind} {dtype}"]
+    order = torch.from_numpy(np.array([3, 1, 5, 0, 2, 4]))
+    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
+    for name, x in tensors.items():
+        if name.endswith((".lora_A.weight", "_embedding_A")):
+            tensors[name] = x[order].contiguous()
+        elif name.endswith((".lora_B.weight", "_embedding_B")):
+            tensors[name] = x[:, order].contiguous()
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes((Path(adapter) / "adapter_config.json").read_bytes())
+    data = []
+    for path, name in ((adapter, "a"), (tmp_path / "adapter", "b")):
+        loratool.merge(base, path, tmp_path / f"{name}.safetensors")
+        found = (tmp_path / f"{name}.safetensors").read_bytes()
+        data.append(found[8 + int.from_bytes(found[:8], "little") :])
+    assert data[0] == data[1]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python tests/test_same_everywhere.py --write")
+    with tempfile.TemporaryDirectory() as place:
+        write_fixture(Path(place))
+        rows = [f'    "{name}": "{digests}",' for name, digests in digest_merges(place).items()]
+    print("TABLE = {", *rows, "}", sep="\n")
