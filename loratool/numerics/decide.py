@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -120,6 +121,11 @@ class Reals:
         a = Fraction(1) if self.factor is None else self.factor.exact((i, j)[self.factor.axis])
         return a * weight + self.delta.exact(i, j)
 
+    def keeps(self, i: int, j: int) -> bool:
+        """Return whether D = 0 and a = 1, so that W's own bits stay."""
+        a = 1 if self.factor is None else self.factor.exact((i, j)[self.factor.axis])
+        return a == 1 and self.delta.exact(i, j) == 0
+
 
 @np.errstate(all="ignore")
 def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Form) -> Codes:
@@ -153,12 +159,9 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
     size = code & form.size
     if form.bits == 53:
         sure &= (size >= 1 << 52) | (size == 0)  # a subnormal W may have been flushed
+    out = np.where(minus_zero, -to.size - 1, _with_kept(out, code, kept, form, to)).astype(to.code)
     if form == to:
-        out[kept] = code[kept]
         sure |= kept
-    else:
-        minus_zero |= kept & (code == -form.size - 1)
-    out[minus_zero] = -to.size - 1
     x.steps["near"] += len(i)
     at = np.flatnonzero(~sure)
     if len(at) and not x.factor:
@@ -167,7 +170,8 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         total, rest = two_sum(weight[at], high)
         rest, lost = two_sum(rest, low)
         total, rest = two_sum(total, rest)
-        out[at], sure = nearest(total, rest, (bound + np.abs(lost)) * SLACK, to)
+        found, sure = nearest(total, rest, (bound + np.abs(lost)) * SLACK, to)
+        out[at] = _with_kept(found, code[at], (high == 0) & (low == 0) & (bound == 0), form, to)
         at = at[~sure | ((form.bits == 53) & (size[at] > 0) & (size[at] < 1 << 52))]
     x.steps["exact"] += len(at)
     for k in at:
@@ -175,10 +179,17 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
     return out
 
 
+def _with_kept(out: Codes, code: Codes, kept: npt.NDArray[np.bool_], form: Form, to: Form) -> Codes:
+    """Return results with W's own bits where they are kept, in another form its sign of zero."""
+    if form == to:
+        return np.where(kept, code, out)
+    return np.where(kept & (code == -form.size - 1), -to.size - 1, out)
+
+
 def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) -> Codes:
     weight = fraction(code, form) if (code & form.size) < form.inf else Fraction(0)  # not finite only where a is 0
     exact = x.exact(weight, i, j)
-    minus = exact < 0 or (exact == 0 and code < 0 and x.factor is None and x.delta.exact(i, j) == 0)
+    minus = exact < 0 or (exact == 0 and code < 0 and x.keeps(i, j))
     return signed(min(rounded(exact, to), to.inf), minus, to)
 
 

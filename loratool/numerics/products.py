@@ -312,6 +312,20 @@ class ProductRows:
         return total
 
 
+def _squares(rows: ProductRows) -> Wide:
+    """Return ||D||^2 of each row; what is only rounding, where terms cancel, counts as 0."""
+    products, left = rows.products, torch.from_numpy(rows.left)
+    found: Wide = ((left @ products.gram) * left).sum(1).numpy()
+    size = np.square(rows.row_norms) * np.square(products.column_norms).sum()
+    doubt = np.flatnonzero(found <= 4 * products.rank * U * size)
+    right = torch.from_numpy(products.right).T
+    for start in range(0, len(doubt), step := max(1, GATHER // max(1, products.shape[1]))):
+        some = doubt[start : start + step]
+        found[some] = (left[torch.from_numpy(some)] @ right).square_().sum(1).numpy()
+        found[some[found[some] <= np.square((products.rank + 8) * U) * size[some]]] = 0.0
+    return found
+
+
 class _DenseRows:
     """A GEMM; the number that is added to each row is one more rank."""
 
@@ -322,8 +336,7 @@ class _DenseRows:
         self._left, self._right = self._left.to(device), products.right_of(kind, device)
         self.sizes = rows.row_norms * products.column_norms.max(initial=0.0)
         self.errors = rows.bound(self.sizes, kind)
-        left = torch.from_numpy(rows.left)
-        self.squares: Wide | None = ((left @ products.gram) * left).sum(1).numpy()
+        self.squares: Wide | None = _squares(rows)
 
     def fill(self, rows: slice, shift: float, out: Tensor) -> None:
         self._left[rows, -1] = shift

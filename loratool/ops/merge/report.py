@@ -160,10 +160,10 @@ def _block_measures(size: int, blocks: Sequence[RoundingStats]) -> tuple[float |
 
 
 def _sum(values: Iterable[float]) -> float:
-    """Return the exactly rounded sum, which does not depend on the order of the blocks; inf if it overflows."""
+    """Return the exactly rounded sum, which does not depend on the order of the blocks; inf if one overflows."""
     try:
         return math.fsum(values)
-    except OverflowError:
+    except (OverflowError, ValueError):
         return math.inf
 
 
