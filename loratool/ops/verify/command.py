@@ -28,14 +28,13 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
-from ...numerics.exact import Workspace, apply_rounded, cast_rounded, round_once
 from ...streaming.apply import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
 from .explanations import FAULTS, OTHERS, DeltaEvidence, describe_ulps, diagnose
-from .replay import Replay, ReplayBlock
-from .rounding_bounds import RoundingTrial, TrialOutcome, max_ulps_off, same_bits
+from .replay import Replay
+from .trial import RoundingTrial, TrialOutcome, max_ulps_off, same_bits
 
 ALLOWED = ("inconclusive",)
 
@@ -302,13 +301,11 @@ class _TensorVerifier:
             How many weights differ, by how many ulps at most, and how many weights of the base the merged tensor's
             type cannot hold.
         """
-        work = Workspace(torch.device("cpu"))
         wrong, ulps_off, lost = 0, 0.0, 0
         for block in self._replay(name).blocks(found):
-            out = torch.empty_like(block.merged)
-            requested, moves = _apply(block, out, work)
-            self.has_delta |= requested
-            self.changes_weights |= moves
+            out, stats = block.expected
+            self.has_delta |= stats.change_squared > 0
+            self.changes_weights |= stats.changed > 0
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
             same = same_bits(out, block.merged)
@@ -322,7 +319,7 @@ class _TensorVerifier:
         E2 = D2 = ED = 0.0
         for block in self._replay(name).blocks(found):
             wide = block.base.double()
-            E, D = (block.merged.double() - wide).nan_to_num(0, 0, 0), (block.replay[0] - wide).nan_to_num(0, 0, 0)
+            E, D = (block.merged.double() - wide).nan_to_num(0, 0, 0), (block.reals[0] - wide).nan_to_num(0, 0, 0)
             E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
         misses = self._misses(self._replay(name), found)
         faults: dict[str, float] = {}
@@ -373,30 +370,8 @@ class _TensorVerifier:
     @staticmethod
     def _misses(replay: Replay, found: TensorRef, sample: bool = False) -> float:
         """Return the sum of the squared differences between a tensor and a rounded replay."""
-        work, total = Workspace(torch.device("cpu")), 0.0
-        for block in replay.blocks(found, sample):
-            out = torch.empty_like(block.merged)
-            _apply(block, out, work)
-            total += float((out.double() - block.merged.double()).nan_to_num(0, 0, 0).square().sum())
-        return total
-
-
-def _apply(block: ReplayBlock, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
-    """Write the result of a merge into `out`.
-
-    Returns:
-        Whether the requested delta is not zero, and whether it changes a weight.
-    """
-    wide = torch.empty_like(out, dtype=torch.float64) if out.itemsize == 1 else out  # merge writes no 8 bits
-    if block.piece is None:
-        change = cast_rounded(block.base, wide, work)
-    else:
-        change = apply_rounded(block.base, block.piece.fill_for(block.base, block.first, work), wide, work)
-    moves = change.changed > 0
-    if wide is not out:
-        round_once(wide, out, work)
-        moves = moves and bool((out.double() != block.base.double()).any())
-    return change.change_squared > 0, moves
+        blocks = ((each.expected[0], each.merged) for each in replay.blocks(found, sample))
+        return sum(float((x.double() - y.double()).nan_to_num(0, 0, 0).square().sum()) for x, y in blocks)
 
 
 def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:

@@ -1,14 +1,15 @@
 """List the explanations of a merged weight in tables: ways of rounding that are right, and faults.
 
-A way of rounding predicts an interval for each weight (`rounding_bounds.sum_bounds`). A fault changes the placements,
+A way of rounding predicts an interval for each weight (`rounding_bounds.Predictions`). A fault changes the placements,
 and what `merge` would then write is its prediction; the fault with the nearest prediction names what is wrong.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -18,84 +19,93 @@ from ...binding.placement import Placement
 
 @dataclass(frozen=True)
 class Rounding:
-    """The roundings of a merge; a type is None if nothing is rounded there."""
+    """The roundings of a merge as types; None or no type where nothing is rounded."""
 
-    factors: torch.dtype | None = None  # the type that A and B are cast to first
-    change: torch.dtype | None = None  # the type that each adapter's delta is rounded to
-    product: bool = False  # B @ A is rounded to `change` before it is scaled
-    cast: bool = False  # the delta is rounded to the base's type too
-    apart: bool = False  # adapters are added one after the other, and each sum is rounded
-    total: torch.dtype | None = None  # of W + D and its norm; None: float32, or float64 if the base is that
-    magnitude: torch.dtype | None = None  # the type that m is cast to
-    ratio: torch.dtype | None = None  # of m / n, and of its product with W + D
-    base: torch.dtype | None = None  # the type that W is cast to first
-
-
-_BF16, _FP16 = torch.bfloat16, torch.float16
+    base: torch.dtype  # W
+    factors: torch.dtype | None  # A and B, before they are multiplied
+    product: torch.dtype | None  # B @ A, before it is scaled
+    change: tuple[torch.dtype, ...]  # each adapter's delta, one type after the other
+    total: torch.dtype  # W + D, and its norm
+    magnitude: torch.dtype | None  # m
+    ratio: torch.dtype  # m / n, and its product with W + D
+    apart: bool  # adapters are added one after the other, and each sum is rounded
 
 
-# Title -> rounding, from the least rounding to the most, as in peft/tuners/lora/layer.py (Linear.merge and
-# get_delta_weight), where the adapter's type, the device and safe_merge decide.
-ROUNDINGS: dict[str, Rounding] = {
-    "one rounding of a float32 sum (peft with an fp32 adapter)": Rounding(),
-    "one rounding of a float32 sum an adapter": Rounding(apart=True),
-    "change rounded to the base's type, then the sum": Rounding(cast=True),
-    "change rounded to bf16, then the sum (peft with a bf16 adapter or safe_merge)": Rounding(None, _BF16),
-    "change rounded to fp16, then the sum (peft with an fp16 adapter or safe_merge)": Rounding(None, _FP16),
-    "change rounded to bf16, then to the base's type, then the sum": Rounding(None, _BF16, cast=True),
-    "change rounded to fp16, then to the base's type, then the sum": Rounding(None, _FP16, cast=True),
-    "change rounded to the base's type, the sum once an adapter": Rounding(cast=True, apart=True),
-    "change rounded to bf16, the sum once an adapter": Rounding(None, _BF16, apart=True),
-    "change rounded to fp16, the sum once an adapter": Rounding(None, _FP16, apart=True),
-    "change rounded to bf16 and to the base's type, the sum once an adapter": Rounding(
-        None, _BF16, cast=True, apart=True
-    ),
-    "change rounded to fp16 and to the base's type, the sum once an adapter": Rounding(
-        None, _FP16, cast=True, apart=True
-    ),
-    "product and scale rounded to bf16 (peft on a GPU)": Rounding(None, _BF16, True),
-    "product and scale rounded to fp16 (peft on a GPU)": Rounding(None, _FP16, True),
-    "product and scale rounded to bf16, the sum once an adapter": Rounding(None, _BF16, True, apart=True),
-    "product and scale rounded to fp16, the sum once an adapter": Rounding(None, _FP16, True, apart=True),
-    "factors in bf16, one rounding of the sum": Rounding(_BF16),
-    "factors in fp16, one rounding of the sum": Rounding(_FP16),
-    "factors and change in bf16": Rounding(_BF16, _BF16),
-    "factors and change in fp16": Rounding(_FP16, _FP16),
-    "factors and change in bf16, the sum once an adapter": Rounding(_BF16, _BF16, apart=True),
-    "factors and change in fp16, the sum once an adapter": Rounding(_FP16, _FP16, apart=True),
-    "factors, product and scale in bf16": Rounding(_BF16, _BF16, True),
-    "factors, product and scale in fp16": Rounding(_FP16, _FP16, True),
-    "factors, product and scale in bf16, rounded to the base's type": Rounding(_BF16, _BF16, True, True),
-    "factors, product and scale in fp16, rounded to the base's type": Rounding(_FP16, _FP16, True, True),
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what {type} in a title stands for
+
+
+# Title -> what is rounded to {type}, as in `Rounding`; `cast` is the delta to the base's type, `apart` no type. From
+# the least rounding to the most, as in peft/tuners/lora/layer.py (Linear.merge and get_delta_weight), where the
+# adapter's type, the device and safe_merge decide.
+ROUNDINGS = {
+    "one rounding of a float32 sum (peft with an fp32 adapter)": "",
+    "one rounding of a float32 sum an adapter": "apart",
+    "change rounded to the base's type, then the sum": "cast",
+    "change rounded to {type}, then the sum (peft with a {type} adapter or safe_merge)": "change",
+    "change rounded to {type}, then to the base's type, then the sum": "change cast",
+    "change rounded to the base's type, the sum once an adapter": "cast apart",
+    "change rounded to {type}, the sum once an adapter": "change apart",
+    "change rounded to {type} and to the base's type, the sum once an adapter": "change cast apart",
+    "product and scale rounded to {type} (peft on a GPU)": "product change",
+    "product and scale rounded to {type}, the sum once an adapter": "product change apart",
+    "factors in {type}, one rounding of the sum": "factors",
+    "factors and change in {type}": "factors change",
+    "factors and change in {type}, the sum once an adapter": "factors change apart",
+    "factors, product and scale in {type}": "factors product change",
+    "factors, product and scale in {type}, rounded to the base's type": "factors product change cast",
 }
 
 
-# Title -> rounding of W' = m / ||W + D|| * (W + D), as in peft/tuners/lora/variants.py
-# (DoraLinearVariant.merge_unsafe), where torch's type promotion and autocast_adapter_dtype decide.
-DORA_ROUNDINGS: dict[str, Rounding] = {
-    "float32 norms, one rounding (peft with an fp32 adapter)": Rounding(),
-    "float32 norms, the sum once an adapter": Rounding(apart=True),
-    "change in bf16, float32 norms": Rounding(None, _BF16),
-    "change in fp16, float32 norms": Rounding(None, _FP16),
-    "change and magnitudes in bf16, float32 norms": Rounding(None, _BF16, magnitude=_BF16),
-    "change and magnitudes in fp16, float32 norms": Rounding(None, _FP16, magnitude=_FP16),
-    "change, sum and norms in bf16": Rounding(None, _BF16, total=_BF16),
-    "change, sum and norms in fp16": Rounding(None, _FP16, total=_FP16),
-    "all in bf16": Rounding(None, _BF16, total=_BF16, magnitude=_BF16, ratio=_BF16),
-    "all in fp16": Rounding(None, _FP16, total=_FP16, magnitude=_FP16, ratio=_FP16),
-    "factors in bf16, float32 norms": Rounding(_BF16),
-    "factors in fp16, float32 norms": Rounding(_FP16),
-    "factors and magnitudes in bf16, float32 norms": Rounding(_BF16, magnitude=_BF16),
-    "factors and magnitudes in fp16, float32 norms": Rounding(_FP16, magnitude=_FP16),
-    "factors and change in bf16, float32 norms": Rounding(_BF16, _BF16),
-    "factors and change in fp16, float32 norms": Rounding(_FP16, _FP16),
-    "factors, change and magnitudes in bf16, float32 norms": Rounding(_BF16, _BF16, magnitude=_BF16),
-    "factors, change and magnitudes in fp16, float32 norms": Rounding(_FP16, _FP16, magnitude=_FP16),
-    "factors, change, sum and norms in bf16": Rounding(_BF16, _BF16, total=_BF16),
-    "factors, change, sum and norms in fp16": Rounding(_FP16, _FP16, total=_FP16),
-    "factors and all else in bf16": Rounding(_BF16, _BF16, total=_BF16, magnitude=_BF16, ratio=_BF16),
-    "factors and all else in fp16": Rounding(_FP16, _FP16, total=_FP16, magnitude=_FP16, ratio=_FP16),
+# The same for W' = m / ||W + D|| * (W + D), as in peft/tuners/lora/variants.py (DoraLinearVariant.merge_unsafe), where
+# torch's type promotion and autocast_adapter_dtype decide.
+DORA_ROUNDINGS = {
+    "float32 norms, one rounding (peft with an fp32 adapter)": "",
+    "float32 norms, the sum once an adapter": "apart",
+    "change in {type}, float32 norms": "change",
+    "change and magnitudes in {type}, float32 norms": "change magnitude",
+    "change, sum and norms in {type}": "change total",
+    "all in {type}": "change total magnitude ratio",
+    "factors in {type}, float32 norms": "factors",
+    "factors and magnitudes in {type}, float32 norms": "factors magnitude",
+    "factors and change in {type}, float32 norms": "factors change",
+    "factors, change and magnitudes in {type}, float32 norms": "factors change magnitude",
+    "factors, change, sum and norms in {type}": "factors change total",
+    "factors and all else in {type}": "factors change total magnitude ratio",
 }
+
+
+def list_roundings(
+    kind: torch.dtype, others: Sequence[torch.dtype], dora: bool, several: bool
+) -> list[tuple[str, Rounding]]:
+    """Return the ways of rounding on a base of type `kind` with their titles, the likeliest first, no way twice.
+
+    Args:
+        others: types that the base may have been rounded to first.
+        dora: whether a DoRA divides rows by their norms.
+        several: whether more than one adapter changes the tensor.
+    """
+    table = (DORA_ROUNDINGS if dora else ROUNDINGS).items()
+    totals = {"": torch.float32} if kind != torch.float64 else {"": kind, ", all in float32": torch.float32}
+    found: dict[Rounding, str] = {}
+    for base, (end, total), (title, words), (name, narrow) in product(
+        (kind, *others), totals.items(), table, NARROW.items()
+    ):
+        to = dict.fromkeys(words.split(), narrow)
+        change = dict.fromkeys(each for word, each in (("change", narrow), ("cast", kind)) if word in to)
+        way = Rounding(
+            base=base,
+            factors=to.get("factors"),
+            product=to.get("product"),
+            change=tuple(each for each in change if each.itemsize == 2),  # in float32 it is of that type already
+            total=to.get("total", total),
+            magnitude=to.get("magnitude"),
+            ratio=to.get("ratio", torch.float32 if "total" in to else total),
+            apart="apart" in to,
+        )
+        if several or not way.apart:
+            first = f", from weights in {base}" if base != kind else ""
+            found.setdefault(way, title.format(type=name) + end + first)
+    return [(title, way) for way, title in found.items()]
 
 
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
