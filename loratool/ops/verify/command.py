@@ -1,8 +1,8 @@
 """Verify tensor by tensor that a model is this base merged with these adapters, and tell what is wrong if it is not.
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
-rounding if one way of `explanations.ROUNDINGS` explains all of its weights. Else it is wrong, and one of
-`explanations.DIAGNOSES` says how.
+rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
+says how.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.placement import Placement
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
@@ -32,9 +31,9 @@ from ...streaming.apply import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
-from .explanations import FAULTS, OTHERS, DeltaEvidence, describe_ulps, diagnose
+from .diagnosis import describe_ulps, diagnose
 from .replay import Replay
-from .trial import RoundingTrial, TrialOutcome, max_ulps_off, same_bits
+from .trial import RoundingTrial, max_ulps_off, same_bits
 
 ALLOWED = ("inconclusive",)
 
@@ -258,9 +257,11 @@ class _TensorVerifier:
         outcome = RoundingTrial(self._replay(name), found, self._load, self._stored(name, source)).run()
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
-        if outcome.outside == wrong:
-            outcome = TrialOutcome(None, wrong, ulps_off)
-        return TensorVerdict(name, "wrong", diagnose(self._evidence(name, source, found, outcome)))
+        beyond = ulps_off if outcome.outside == wrong else outcome.beyond
+        return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond))
+
+    def _replay(self, name: str) -> Replay:
+        return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
     def _stored(self, name: str, source: TensorRef) -> list[torch.dtype]:
         """Return the other float types that the weight has in the base and in adapters that replace it."""
@@ -287,13 +288,6 @@ class _TensorVerifier:
             return TensorVerdict(name, "wrong", f"an untouched tensor was rounded to {two} and should be {one}")
         return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
 
-    def _replay(self, name: str, placements: Sequence[Placement] | None = None, source: str = "") -> Replay:
-        """Return the replay of a tensor, optionally with other placements or on the rows of another tensor `source`."""
-        requested = self._plan.placements.get(name, ())
-        rows = requested[0].rows if requested else self._plan.sources[name].spec.shape[0]
-        load = self._load if placements is None else UpdateLoader(torch.device("cpu"))
-        return Replay(self._plan.sources[source or name], requested if placements is None else placements, rows, load)
-
     def _compare(self, name: str, found: TensorRef) -> tuple[int, float, int]:
         """Compare a tensor with its replay.
 
@@ -313,65 +307,6 @@ class _TensorVerifier:
                 wrong += int((~same).sum())
                 ulps_off = max(ulps_off, max_ulps_off(out.double(), block.merged, ~same))
         return wrong, ulps_off, lost
-
-    def _evidence(self, name: str, source: TensorRef, found: TensorRef, outcome: TrialOutcome) -> DeltaEvidence:
-        placements = self._plan.placements[name]
-        E2 = D2 = ED = 0.0
-        for block in self._replay(name).blocks(found):
-            wide = block.base.double()
-            E, D = (block.merged.double() - wide).nan_to_num(0, 0, 0), (block.reals[0] - wide).nan_to_num(0, 0, 0)
-            E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
-        misses = self._misses(self._replay(name), found)
-        faults: dict[str, float] = {}
-        square = len(source.spec.shape) == 2 and source.spec.shape[0] == source.spec.shape[1]
-        for title, fault in FAULTS.items():
-            merged = tuple(instead for instead in map(fault, placements) if instead is not None)
-            is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
-            if merged != placements and (square or not is_transposed):
-                faults[title] = self._misses(self._replay(name, merged), found)
-        likeliest = min(faults, key=lambda title: faults[title], default="")
-        if misses and (not likeliest or faults[likeliest] > 0.01 * misses):
-            other, of = self._other(name, source, found)
-            if other and (not likeliest or of < faults[likeliest]):
-                faults[other], likeliest = of, other
-        return DeltaEvidence(
-            E2,
-            D2,
-            ED,
-            found.spec.size,
-            outcome.outside,
-            outcome.beyond,
-            misses,
-            likeliest,
-            faults.get(likeliest, float("inf")),
-        )
-
-    def _other(self, name: str, source: TensorRef, found: TensorRef) -> tuple[str, float]:
-        """Find the tensor of the same shape that it was confused with, by a few rows of each.
-
-        Returns:
-            A title from OTHERS, formatted, and what it misses over all rows; ("", inf) if there is no such tensor.
-        """
-        tried: dict[tuple[str, str], float] = {}
-        for other, spec in ((n, s.spec) for n, s in self._plan.sources.items() if n != name):
-            theirs = self._plan.placements.get(other, ())
-            if spec != source.spec or (theirs and theirs[0].rows != self._plan.placements[name][0].rows):
-                continue
-            for title, is_swapped in OTHERS.items():
-                if theirs or is_swapped:
-                    replay = self._replay(name, theirs, other if is_swapped else "")
-                    tried[title, other] = self._misses(replay, found, sample=True)
-        if not tried:
-            return "", float("inf")
-        title, other = min(tried, key=lambda key: tried[key])
-        replay = self._replay(name, self._plan.placements.get(other, ()), other if OTHERS[title] else "")
-        return title.format(other=other), self._misses(replay, found)
-
-    @staticmethod
-    def _misses(replay: Replay, found: TensorRef, sample: bool = False) -> float:
-        """Return the sum of the squared differences between a tensor and a rounded replay."""
-        blocks = ((each.expected[0], each.merged) for each in replay.blocks(found, sample))
-        return sum(float((x.double() - y.double()).nan_to_num(0, 0, 0).square().sum()) for x, y in blocks)
 
 
 def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:

@@ -57,9 +57,9 @@ class ReplayBlock:
 class Replay:
     """A tensor under its placements, block by block."""
 
-    def __init__(self, source: TensorRef, placements: Sequence[Placement], rows: int, load: UpdateLoader) -> None:
-        self.source, self.placements, self.rows = source, tuple(placements), rows
-        self._load = load
+    def __init__(self, source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> None:
+        self.source, self.placements, self._load = source, tuple(placements), load
+        self.rows = placements[0].rows if placements else source.spec.shape[0]
 
     def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""

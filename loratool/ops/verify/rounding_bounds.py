@@ -15,8 +15,8 @@ from torch import Tensor
 from ...adapters.updates import ADDITIVE
 from ...files.tensor_ref import TensorRef
 from ...streaming.apply import UpdateLoader
-from .explanations import Rounding
 from .replay import F32, AdapterDelta, AdapterDeltas, DeltaBounds, Replay, ReplayBlock, normalizes_rows
+from .roundings import Rounding
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

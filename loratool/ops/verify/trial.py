@@ -18,9 +18,9 @@ from ...adapters.updates import ADDITIVE
 from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef
 from ...streaming.apply import UpdateLoader
-from .explanations import Rounding, list_roundings
 from .replay import F32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
 from .rounding_bounds import Interval, Predictions
+from .roundings import Rounding, list_roundings
 
 _BIT_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
