@@ -33,7 +33,7 @@ from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
 from .diagnosis import describe_ulps, diagnose
 from .replay import Replay
-from .trial import RoundingTrial, max_ulps_off, same_bits
+from .trial import max_ulps_off, same_bits, try_roundings
 
 ALLOWED = ("inconclusive",)
 
@@ -254,7 +254,7 @@ class _TensorVerifier:
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(ulps_off)}")
-        outcome = RoundingTrial(self._replay(name), found, self._load, self._stored(name, source)).run()
+        outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source))
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
         beyond = ulps_off if outcome.outside == wrong else outcome.beyond
@@ -302,10 +302,9 @@ class _TensorVerifier:
             self.changes_weights |= stats.changed > 0
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
-            same = same_bits(out, block.merged)
-            if not bool(same.all()):
-                wrong += int((~same).sum())
-                ulps_off = max(ulps_off, max_ulps_off(out.double(), block.merged, ~same))
+            off = ~same_bits(out, block.merged)
+            wrong += int(off.sum())
+            ulps_off = max(ulps_off, max_ulps_off(out, block.merged, off))
         return wrong, ulps_off, lost
 
 

@@ -95,7 +95,7 @@ class AdapterDelta(DeltaBounds):
     placement: Placement
     sizes: Tensor  # the delta of the absolute values, which bounds rounding errors
     errors: Tensor  # (ways, rows, n), the actual errors of a few ways to compute it in float32
-    gain: Tensor | float  # by what it is multiplied before it is added: m / n of a DoRA, at most
+    gain: Tensor  # (rows or 1, n or 1), by what it is multiplied before it is added: m / n of a DoRA, at most
     magnitude: Tensor | None  # m of a DoRA, (rows, 1), or (1, n) if the base stores (in, out)
 
     @property
@@ -103,25 +103,37 @@ class AdapterDelta(DeltaBounds):
         return self.placement.update.kind in ADDITIVE
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """An update whose delta is `scale * left @ right`."""
+
+    placement: Placement
+    left: Tensor  # (rows of the update, r)
+    right: Tensor  # (r, n)
+    scale: float
+    magnitude: Tensor | None  # m of a DoRA, one for each row of the update, or column if the base stores (in, out)
+
+
 class AdapterDeltas:
-    """The deltas of one tensor, each by itself; `factors` is a type that A and B are rounded to first."""
+    """The deltas of one tensor, each by itself."""
 
-    def __init__(self, load: UpdateLoader, factors: torch.dtype | None) -> None:
-        self._load, self._factors = load, factors
-        self._loaded: dict[int, tuple[Tensor, Tensor, float, Tensor | None]] = {}
-        self._last: tuple[ReplayBlock, list[AdapterDelta]] | None = None
+    def __init__(self, load: UpdateLoader) -> None:
+        self._load = load
+        self._loaded: dict[int, _Loaded] = {}
+        self._block: ReplayBlock | None = None
+        self._made: dict[torch.dtype | None, list[AdapterDelta]] = {}  # of that block, by the type of factors
 
-    def of(self, block: ReplayBlock) -> list[AdapterDelta]:
-        """Return the deltas of additive updates, and the scale * B @ A of a DoRA."""
-        if self._last is None or self._last[0] is not block:
+    def of(self, block: ReplayBlock, kind: torch.dtype | None = None) -> list[AdapterDelta]:
+        """Return the deltas of additive updates, and the scale * B @ A of a DoRA, with A and B rounded to `kind`."""
+        if self._block is not block:
             placements = [p for p in block.inside if p.update.kind in (*ADDITIVE, "dora")]
-            loaded = {id(p): self._loaded.get(id(p)) or self._factors_of(p) for p in placements}
-            self._loaded = loaded  # without those of rows that are done
-            self._last = block, [self._bound(p, block, *loaded[id(p)]) for p in placements]
-        return self._last[1]
+            self._loaded = {id(p): self._loaded.get(id(p)) or self._factors(p) for p in placements}
+            self._block, self._made = block, {}
+        if kind not in self._made:
+            self._made[kind] = [_bound(block, loaded, kind) for loaded in self._loaded.values()]
+        return self._made[kind]
 
-    def _factors_of(self, placement: Placement) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """Return L, (rows, r), R, (r, n), and s of the delta s * L @ R of an update, and the m of a DoRA."""
+    def _factors(self, placement: Placement) -> _Loaded:
         update = self._load(placement)
         if isinstance(update, Experts):
             assert placement.expert is not None
@@ -132,29 +144,27 @@ class AdapterDeltas:
             assert isinstance(update, LowRank)
             A, B = update.A.flatten(1), update.B.flatten(1)
             left, right = (A.T, B.T) if placement.transposed else (B, A)
-        if self._factors is not None:
-            left, right = left.to(self._factors), right.to(self._factors)
         magnitude = update.magnitude.double().flatten() if isinstance(update, DoRA) else None
-        return left, right, update.scale * placement.weight, magnitude
+        return _Loaded(placement, left, right, update.scale * placement.weight, magnitude)
 
-    def _bound(
-        self, placement: Placement, block: ReplayBlock, left: Tensor, right: Tensor, scale: float, m: Tensor | None
-    ) -> AdapterDelta:
-        start = placement.skip + block.first - placement.start
-        left = left[start : start + len(block.base)]
-        change = scale * (left.double() @ right.double())
-        sizes = abs(scale) * (left.double().abs() @ right.double().abs())
-        L, R, root = left.float(), right.float(), abs(scale) ** 0.5
-        ways = change.float(), (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
-        slack = sizes * (F32 * (len(right) + 8))
-        errors = (torch.stack(ways).double() - change).abs()
-        gain: Tensor | float = 1.0
-        if m is not None:
-            m = m.unsqueeze(0) if placement.transposed else m[start : start + len(left)].unsqueeze(1)
-            a, weight = block.reals[1], placement.weight
-            if a is not None and weight:
-                gain = (a.abs() + abs(1 - weight)) / abs(weight)
-        return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
+
+def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> AdapterDelta:
+    placement, scale = loaded.placement, loaded.scale
+    start = placement.skip + block.first - placement.start
+    rows = slice(start, start + len(block.base))
+    left, right = (x if kind is None else x.to(kind) for x in (loaded.left[rows], loaded.right))
+    change = scale * (left.double() @ right.double())
+    sizes = abs(scale) * (left.double().abs() @ right.double().abs())
+    L, R, root = left.float(), right.float(), abs(scale) ** 0.5
+    ways = change.float(), (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
+    slack = sizes * (F32 * (len(right) + 8))
+    errors = (torch.stack(ways).double() - change).abs()
+    m, gain, (_, a) = loaded.magnitude, torch.ones(1, 1, dtype=torch.float64), block.reals
+    if m is not None:
+        m = m.unsqueeze(0) if placement.transposed else m[rows].unsqueeze(1)
+        if a is not None and placement.weight:
+            gain = (a.abs() + abs(1 - placement.weight)) / abs(placement.weight)
+    return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
 
 
 def normalizes_rows(placement: Placement) -> bool:

@@ -64,13 +64,8 @@ class Predictions:
     """The intervals that ways of rounding predict for the weights of one tensor."""
 
     def __init__(self, replay: Replay, found: TensorRef, load: UpdateLoader) -> None:
-        self._replay, self._found, self._load = replay, found, load
-        self._deltas: dict[torch.dtype | None, AdapterDeltas] = {}
+        self._replay, self._found, self.deltas = replay, found, AdapterDeltas(load)
         self._column_norms: dict[tuple[int, Rounding], Interval] = {}
-
-    def deltas(self, block: ReplayBlock, factors: torch.dtype | None = None) -> list[AdapterDelta]:
-        """Return the deltas of a block with A and B rounded to a type first."""
-        return self._deltas.setdefault(factors, AdapterDeltas(self._load, factors)).of(block)
 
     def of(self, block: ReplayBlock, way: Rounding, order: Sequence[int], slack: float = 1.0) -> Interval:
         """Return the interval of each weight of a block, (rows, n).
@@ -79,7 +74,7 @@ class Predictions:
             order: id() of adapters, as they are added if `way` adds them apart.
             slack: a factor of what float32 may be off.
         """
-        dtype, deltas = block.merged.dtype, self.deltas(block, way.factors)
+        dtype, deltas = block.merged.dtype, self.deltas.of(block, way.factors)
         start, moving = self._start(block, way, deltas)
         apart: list[list[DeltaBounds]] = [
             [d for d in deltas if d.is_additive and id(d.placement.adapter) == each] for each in order
@@ -144,7 +139,7 @@ class Predictions:
             squares = [
                 self._sum(each, way, part).squares(0)
                 for each in self._replay.blocks(self._found)
-                for part in self.deltas(each, way.factors)
+                for part in self.deltas.of(each, way.factors)
                 if part.placement is delta.placement
             ]
             self._column_norms[key] = bound_norms(sum(squares[1:], squares[0]), self._replay.rows, way)

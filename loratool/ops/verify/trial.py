@@ -52,8 +52,8 @@ def ulp_of(x: Tensor) -> Tensor:
 
 
 def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
-    """Return by how many ulps of `actual` its farthest weight is off `expected` (float64); inf for inf and nan."""
-    wanted, found = expected[where], actual[where]
+    """Return by how many ulps of `actual` its farthest weight is off `expected`; inf for inf and nan, 0 for none."""
+    wanted, found = expected[where].double(), actual[where]
     ulps = ((found.double() - wanted).abs() / ulp_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(ulps.max()) if ulps.numel() else 0.0
 
@@ -69,10 +69,9 @@ class ReplayErrors:
         self.need = 0.0  # the error that the other arithmetic must have made at least, at the worst weight
         self.expected = self.largest = torch.zeros(1, dtype=torch.float64)  # by way: changed weights; largest error
 
-    def add(self, block: ReplayBlock, deltas: Sequence[AdapterDelta], off: Tensor) -> None:
-        """Take in a block. off: the finite weights that are not our replay's, (rows, n)."""
-        X, a = block.reals
-        actual = block.merged
+    def add(self, block: ReplayBlock, deltas: Sequence[AdapterDelta]) -> None:
+        """Take in a block with its deltas."""
+        (X, a), actual, wanted = block.reals, block.merged, block.expected[0]
         known = X.isfinite() & actual.double().isfinite()
         zero = torch.zeros_like(X)
         sizes = sum((delta.sizes * delta.gain for delta in deltas), zero)
@@ -87,9 +86,9 @@ class ReplayErrors:
             self.expected = self.expected + ((errors + least) / ulp_of(actual)).clamp(max=1.0)[:, known].sum(1)
         if known.any():
             self.largest = torch.maximum(self.largest, ((errors + extra) / unit)[:, known].amax(1))
-        off = off & known
+        off = (actual != wanted) & known
         if off.any():
-            tie = (actual.double() + next_toward(actual, block.expected[0].double())) / 2
+            tie = (actual.double() + next_toward(actual, wanted.double())) / 2
             need = (X - tie).abs()
             if actual.element_size() <= 2:
                 need = (need - X.abs() * (F32 * 1.5)).clamp_min(0.0)
@@ -118,91 +117,75 @@ class RoundingCandidate:
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """The result of a RoundingTrial."""
+    """The result of a trial."""
 
     title: str | None  # the way that explains every weight
     outside: int  # weights that the first way does not explain, or that were altered in an otherwise exact tensor
     beyond: float  # by how many ulps at most
 
 
-class RoundingTrial:
-    """A trial of all ways of rounding on one tensor."""
+def try_roundings(
+    replay: Replay, found: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
+) -> TrialOutcome:
+    """Try all ways of rounding on one tensor.
 
-    def __init__(
-        self, replay: Replay, found: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
-    ) -> None:
-        """Prepare a trial.
+    Args:
+        stored: types that others may have rounded the base to first: if the base and an adapter that replaces its
+            weights have two types, loaders cast the one to the other.
+    """
+    candidates, predictions, errors = _list_candidates(replay, stored), Predictions(replay, found, load), ReplayErrors()
+    stray, farthest = 0, 0.0
+    for block in replay.blocks(found):
+        bad = _where_stray(block)
+        stray += int(bad.sum())
+        farthest = max(farthest, max_ulps_off(block.reals[0], block.merged, bad))
+        if block.piece is not None:
+            errors.add(block, predictions.deltas.of(block))
+            _test(block, candidates, predictions)
+    for each in candidates:
+        likely = errors.differ * 4 + 16 >= each.moved if each.distinct else errors.plausible
+        if not stray and not each.outside and likely:
+            return TrialOutcome(each.title, 0, 0.0)
+    first = candidates[0]
+    return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest))
 
-        Args:
-            stored: types that others may have rounded the base to first: if the base and an adapter that replaces its
-                weights have two types, loaders cast the one to the other.
-        """
-        self._replay, self._found, self._stored = replay, found, stored
-        self._predictions = Predictions(replay, found, load)
-        self._errors = ReplayErrors()
-        self._stray = 0  # weights that differ in untouched rows, or in being finite
-        self._farthest = 0.0
 
-    def run(self) -> TrialOutcome:
-        candidates = self._candidates()
-        for block in self._replay.blocks(self._found):
-            self._count_stray(block)
-            if block.piece is not None:
-                self._test(block, candidates)
-        if not self._stray:
-            for each in candidates:
-                if each.outside == 0 and self._is_likely(each):
-                    return TrialOutcome(each.title, 0, 0.0)
-        first = candidates[0]
-        outside = first.outside + self._stray
-        return TrialOutcome(None, outside or self._errors.differ, max(first.beyond, self._farthest))
+def _list_candidates(replay: Replay, stored: Sequence[torch.dtype]) -> list[RoundingCandidate]:
+    placements = replay.placements
+    adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.kind in ADDITIVE))
+    several = len(adapters) + any(p.update.kind not in ADDITIVE for p in placements) > 1
+    orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
+    kind = getattr(torch, TORCH_FLOATS.get(replay.source.spec.dtype, "float32"))
+    return [
+        RoundingCandidate(title, way, order)
+        for title, way in list_roundings(kind, stored, any(map(normalizes_rows, placements)), several)
+        for order in (orders if way.apart else [adapters])
+    ]
 
-    def _candidates(self) -> list[RoundingCandidate]:
-        placements = self._replay.placements
-        adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.kind in ADDITIVE))
-        several = len(adapters) + any(p.update.kind not in ADDITIVE for p in placements) > 1
-        orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
-        kind = getattr(torch, TORCH_FLOATS.get(self._replay.source.spec.dtype, "float32"))
-        return [
-            RoundingCandidate(title, way, order)
-            for title, way in list_roundings(kind, self._stored, any(map(normalizes_rows, placements)), several)
-            for order in (orders if way.apart else [adapters])
-        ]
 
-    def _count_stray(self, block: ReplayBlock) -> None:
-        """Count the weights that no rounding explains."""
-        X, base, actual = block.reals[0], block.base.double(), block.merged.double()
-        if block.piece is None:
-            out, _ = block.expected
-            bad = ~(same_bits(out, block.merged) | (out.isnan() & actual.isnan()))
-        else:
-            bad = ~(X.isfinite() | (base.isnan() & actual.isnan()) | (actual == base) | (actual == X))
-        if bad.any():
-            self._stray += int(bad.sum())
-            self._farthest = max(self._farthest, max_ulps_off(X, block.merged, bad))
+def _where_stray(block: ReplayBlock) -> Tensor:
+    """Return which weights no rounding explains, in untouched rows and in what is not finite."""
+    X, base, actual = block.reals[0], block.base.double(), block.merged.double()
+    if block.piece is None:
+        return ~(same_bits(block.expected[0], block.merged) | (base.isnan() & actual.isnan()))
+    return ~(X.isfinite() | (base.isnan() & actual.isnan()) | (actual == base) | (actual == X))
 
-    def _test(self, block: ReplayBlock, candidates: Sequence[RoundingCandidate]) -> None:
-        """Count the weights of a block that each candidate leaves unexplained, where it left none so far."""
-        out, actual, known = block.expected[0], block.merged.double(), block.reals[0].isfinite()
-        self._errors.add(block, self._predictions.deltas(block), ~same_bits(out, block.merged) & (out != block.merged))
-        first: Interval | None = None
-        for each in candidates:
-            if each.outside and first:
-                continue
-            found = self._predictions.of(block, each.way, each.order)
-            first = first or found
-            each.distinct |= not (torch.equal(found.low, first.low) and torch.equal(found.high, first.high))
-            off = ~found.holds(actual) & known
-            if off.any():
-                each.outside += int(off.sum())
-                nearest = torch.minimum(found.high, torch.maximum(found.low, actual.nan_to_num()))
-                each.beyond = max(each.beyond, max_ulps_off(nearest, block.merged, off))
-            elif each.way.apart and not each.way.change and not any(map(normalizes_rows, block.inside)):
-                middle = self._predictions.of(block, each.way, each.order, 0.0)
-                each.moved += int(((middle.low != out.double()) & known).sum())
 
-    def _is_likely(self, candidate: RoundingCandidate) -> bool:
-        """Return whether as many weights differ as a way causes whose intervals hold them all."""
-        if not candidate.distinct:
-            return self._errors.plausible
-        return self._errors.differ * 4 + 16 >= candidate.moved
+def _test(block: ReplayBlock, candidates: Sequence[RoundingCandidate], predictions: Predictions) -> None:
+    """Count the weights of a block that each candidate leaves unexplained, if it is the first or left none so far."""
+    actual, known = block.merged.double(), block.reals[0].isfinite()
+    first: Interval | None = None
+    for each in candidates:
+        if each.outside and first:
+            continue
+        found = predictions.of(block, each.way, each.order)
+        first = first or found
+        each.distinct |= not (torch.equal(found.low, first.low) and torch.equal(found.high, first.high))
+        off = ~found.holds(actual) & known
+        if off.any():
+            each.outside += int(off.sum())
+            nearest = torch.minimum(found.high, torch.maximum(found.low, actual.nan_to_num()))
+            each.beyond = max(each.beyond, max_ulps_off(nearest, block.merged, off))
+        elif each.way.apart and not each.way.change and not any(map(normalizes_rows, block.inside)):
+            middle = predictions.of(block, each.way, each.order, 0.0)
+            each.moved += int(((middle.low != block.expected[0].double()) & known).sum())
