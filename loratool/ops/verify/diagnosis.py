@@ -114,11 +114,11 @@ def _distance(replay: Replay, found: TensorRef, sample: bool = False) -> float:
 def _likeliest_fault(plan: MergePlan, name: str, found: TensorRef, misses: float) -> tuple[str, float]:
     """Return the best of FAULTS and OTHERS, and the squared distance of its prediction; ("", inf) if there is none."""
     placements, faults = plan.placements[name], {"": math.inf}
-    shape = found.spec.shape
+    is_square = len(found.spec.shape) == 2 and found.spec.shape[0] == found.spec.shape[1]
     for title, fault in FAULTS.items():
         merged = tuple(instead for instead in map(fault, placements) if instead is not None)
         is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
-        if merged != placements and ((shape == shape[::-1] and len(shape) == 2) or not is_transposed):
+        if merged != placements and (is_square or not is_transposed):
             faults[title] = _distance(_replay(plan, name, merged), found)
     likeliest = min(faults, key=lambda title: faults[title])
     if misses and faults[likeliest] > 0.01 * misses:
