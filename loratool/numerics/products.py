@@ -195,7 +195,8 @@ def norms(x: Wide) -> Wide:
 
 def largest_of_rows(x: Wide) -> Wide:
     """Return the largest |x| of each row."""
-    return np.maximum(x.max(1, initial=0.0), -x.min(1, initial=0.0))
+    found: Wide = np.maximum(x.max(1, initial=0.0), -x.min(1, initial=0.0))
+    return found
 
 
 def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:

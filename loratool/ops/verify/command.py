@@ -27,7 +27,7 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
-from ...streaming.apply import UpdateLoader
+from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial

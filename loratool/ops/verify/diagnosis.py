@@ -16,7 +16,7 @@ from ...adapters.updates import ADDITIVE
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
 from ...files.tensor_ref import TensorRef
-from ...streaming.apply import UpdateLoader
+from ...streaming.segment import UpdateLoader
 from .replay import Replay
 
 

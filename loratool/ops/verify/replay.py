@@ -18,8 +18,9 @@ from ...adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank
 from ...binding.placement import Placement
 from ...files.dtypes import FLOAT8
 from ...files.tensor_ref import TensorRef
-from ...numerics.exact import RoundingStats, Workspace, cast_rounded
-from ...streaming.apply import RowSegment, UpdateLoader
+from ...numerics.rounding_stats import RoundingStats, cast_rounded
+from ...numerics.workspace import Workspace
+from ...streaming.segment import RowSegment, UpdateLoader
 
 F32 = 2.0**-24  # half an ulp of float32, relative
 
@@ -44,8 +45,6 @@ class ReplayBlock:
         out = torch.empty_like(self.merged)
         if self.piece is not None:
             return out, self.piece.merge(self.base, self.first, out, self.work)
-        if out.itemsize == 1:  # whose largest number torch cannot tell
-            return out.copy_(self.base), RoundingStats()
         return out, cast_rounded(self.base, out, self.work)
 
     @cached_property
@@ -69,7 +68,7 @@ class Replay:
             inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
             if sample and not start <= self.rows // 2 < stop:
                 continue
-            piece = RowSegment(self.source, start, stop, inside, self._load, False) if inside else None
+            piece = RowSegment(self.source, start, stop, inside, self._load) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, ROWS):
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
                 base = self.source.matrix_rows(self.rows, first, last)

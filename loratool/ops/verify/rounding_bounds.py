@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...adapters.updates import ADDITIVE
 from ...files.tensor_ref import TensorRef
-from ...streaming.apply import UpdateLoader
+from ...streaming.segment import UpdateLoader
 from .replay import F32, AdapterDelta, AdapterDeltas, DeltaBounds, Replay, ReplayBlock, normalizes_rows
 from .roundings import Rounding
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...adapters.updates import ADDITIVE
 from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef
-from ...streaming.apply import UpdateLoader
+from ...streaming.segment import UpdateLoader
 from .replay import F32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
 from .rounding_bounds import Interval, Predictions
 from .roundings import Rounding, list_roundings
