@@ -31,8 +31,8 @@ from ...files.weights_file import require_unchanged
 from ...numerics.exact import Workspace, apply_rounded, cast_rounded, round_once
 from ...streaming.apply import UpdateLoader
 from ...streaming.workers import Progress, worker_count
-from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
+from ..machine import require_ieee
 from .explanations import FAULTS, OTHERS, DeltaEvidence, describe_ulps, diagnose
 from .replay import Replay, ReplayBlock
 from .rounding_bounds import RoundingTrial, TrialOutcome, max_ulps_off, same_bits
@@ -84,7 +84,7 @@ class VerifyReport:
     warnings: tuple[str, ...] = ()
 
 
-@keep_denormals
+@require_ieee
 def verify(
     base: str | os.PathLike[str],
     adapters: Adapters,
