@@ -72,7 +72,7 @@ def wide(code: Codes, form: Form) -> Wide:
         kind = torch.bfloat16 if form.bits == 8 else torch.float16
         return torch.from_numpy(code).view(kind).double().numpy()
     m, e = integers(code, form)
-    found: Wide = m.astype(np.float64) * ((e + 1023) << 52).view(np.float64)
+    found: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), code)  # an integer has no -0
     return found
 
 
