@@ -224,7 +224,7 @@ def _by_halves(
 def _is_zero(x: Reals, i: Positions, j: Positions) -> npt.NDArray[np.bool_]:
     """Return where D = 0 and a = 1, so that W' has W's own bits."""
     high, low, bound = x.delta.near(i, j)
-    zero = (high == 0) & (low == 0) & (bound == 0)
+    zero = (high == -low) & (bound == 0)
     for k in np.flatnonzero((np.abs(high) + np.abs(low) <= bound) & (bound > 0)):
         zero[k] = x.delta.exact(int(i[k]), int(j[k])) == 0
     if x.factor:
