@@ -29,7 +29,7 @@ COMMANDS = {
     "guide": "Read the guides, each on one topic.",
     "init": "Initialize an adapter from a base's files, with any method that needs no data.",
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
-    "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
+    "merge": "Add adapters to a base model's weights, correctly rounded, the same bytes everywhere.",
     "resize": "Change an adapter's rank, exactly.",
     "unmerge": "Restore the base of a merge, bit for bit.",
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",

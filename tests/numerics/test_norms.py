@@ -12,7 +12,7 @@ from hostile_reals import BF16, CPU, FP16, FP32, FP64, both_ways, changes, flush
 from torch import Tensor
 
 from loratool.numerics import norms
-from loratool.numerics.decide import Wide
+from loratool.numerics.forms import Wide
 from loratool.numerics.norms import column_norms, magnitude_ratio, row_norms, short_root
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace

@@ -67,7 +67,8 @@ def check_bounds(rows: ProductRows, expected: list[F]) -> dict[str, int]:
             slack = (dense.errors * 1.01 + shift * 1e-6 * (kind == torch.float32) + shift * 1e-14).repeat(rows.shape[1])
             assert exact_in_float64(out.double().numpy().ravel() - shift, slack, expected) == [], (kind, shift)
         least = (dense.errors**2).max(initial=0.0) * rows.shape[1]  # what is only rounding counts as 0
-        squares = np.array([float(sum(x * x for x in row)) for row in np.reshape(expected, rows.shape)])
+        n = rows.shape[1]
+        squares = np.array([float(sum(x * x for x in expected[k * n : (k + 1) * n])) for k in range(rows.shape[0])])
         assert dense.squares is not None and dense.squares == pytest.approx(squares, rel=1e-6, abs=least)
     return exact
 
@@ -128,7 +129,7 @@ def test_a_factor_that_is_no_number_is_refused(side: int, value: float) -> None:
     sides = [torch.ones(2, 3), torch.ones(3, 2)]
     sides[side][1, 1] = value
     with pytest.raises(ValueError, match="inf or nan"):
-        Products([Term(*sides, F(1))])
+        Products([Term(sides[0], sides[1], F(1))])
 
 
 def test_norms_are_no_less() -> None:
