@@ -48,7 +48,7 @@ class DenseDelta(Protocol):
 
 
 class Delta(Protocol):
-    """What an update adds to some rows of a weight: D, (rows, n), a real number for each weight.
+    """The numbers that an update adds to some rows of a weight: D, (rows, n), a real number for each weight.
 
     A kind of update answers these four questions; of `near` and `nearer` it may answer "anything" (an infinite bound),
     at a cost in speed.
@@ -129,7 +129,7 @@ class Reals:
 
 @np.errstate(all="ignore")
 def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Form) -> Codes:
-    """Return RN(X) of the weights at rows i and columns j, as bit patterns; `to.inf` stands for an overflow.
+    """Return RN(X) of the weights at rows i and columns j, as bit patterns; the code of inf stands for an overflow.
 
     Args:
         code: the bit patterns of W there, in `form`; finite, but where a is 0.

@@ -33,7 +33,7 @@ SPREAD = 2.0**14  # times the width of a curved bound: beyond that it may not ho
 
 @dataclass(frozen=True)
 class Apart:
-    """What an exact GEMM is not exact for."""
+    """The weights for which an exact GEMM is not exact."""
 
     rows: npt.NDArray[np.bool_]  # (rows of the block,)
     columns: Positions

@@ -200,7 +200,7 @@ def _by_halves(
     i, j, target, falls = i[some], j[some], place(result[some], form).astype(np.int64), falls[some]
 
     def is_past(at: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
-        """Whether RN(X) of the numbers at these places is W' or more, with `after` more; <= and less where a < 0."""
+        """Return whether RN(X) of the numbers at these places is W' + `after` or more, or less where a < 0."""
         made = place(decide(x, number(at, form), form, i[which], j[which], form), form).astype(np.int64)
         goal = target[which]
         return np.where(falls[which], made <= goal - after, made >= goal + after)
