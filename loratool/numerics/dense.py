@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .decide import Reals
 from .forms import FORMS, Codes, Positions, bits, codes, fraction
-from .products import UNIT_OF, ProductRows
+from .products import LEAST_OF, UNIT_OF, ProductRows
 from .workspace import Workspace
 
 TILE = {torch.float32: 1 << 18, torch.float64: 1 << 17}  # weights that fit the caches, and are worth their calls
@@ -33,7 +33,7 @@ SPREAD = 2.0**14  # times the width of a curved bound: beyond that it may not ho
 
 @dataclass(frozen=True)
 class Apart:
-    """What an exact GEMM is not exact for."""
+    """The weights for which an exact GEMM is not exact."""
 
     rows: npt.NDArray[np.bool_]  # (rows of the block,)
     columns: Positions
@@ -110,7 +110,7 @@ class DenseRows:
         if self.factor:
             at = here if self.factor.axis == 0 else slice(None)
             scale = float(np.abs(self.factor.value[at]).max(initial=0.0))
-            inexact = float(self.factor.error[at].max(initial=0.0))
+            inexact = float(self.factor.error[at].max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
         rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
         curve = 0.0
         if self.single and self.out == torch.float16 and not self.factor and not backward:
@@ -224,7 +224,10 @@ def _width(base: Tensor, size: float) -> float:
 
 def float32_is_whole() -> bool:
     """Return whether torch multiplies float32 with all its bits; with fewer, as a setting allows, no bound holds."""
-    if torch.backends.cuda.matmul.allow_tf32:
+    try:
+        if torch.backends.cuda.matmul.allow_tf32:
+            return False
+    except RuntimeError:  # the caller has set it by torch's newer way, so that the older one does not answer
         return False
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None:

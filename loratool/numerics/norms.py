@@ -26,6 +26,7 @@ from .products import ProductRows, Products, norms
 from .workspace import Workspace
 
 NORM_BITS = 36
+FLUSHED = 2.0**-110  # no less than the norm of the subnormal weights of a row, which may be flushed
 
 # (first row, rows of W) of blocks that cover a weight, as often as it is called
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
@@ -89,7 +90,7 @@ def _sums(delta: ProductRows, row: int, base: Tensor, work: Workspace) -> Tensor
 def _ends(about: Wide, sizes: Wide, delta: ProductRows, folds: int) -> tuple[Wide, Wide]:
     """Round the norms at both ends of their bounds, by integers. sizes: no ||D|| is larger."""
     roundings = folds + 5 + delta.products.rank + 2  # of the sum of squares and the root; of W + D, in any order
-    error = (delta.bound(sizes) + roundings * U * (about + 2 * sizes) + LEAST**0.5) * SLACK
+    error = (delta.bound(sizes) + roundings * U * (about + 2 * sizes) + FLUSHED) * SLACK
     drop = 53 - NORM_BITS
     low, high = (
         ((np.maximum(x, 0.0).view(np.int64) + (1 << (drop - 1))) >> drop << drop).view(np.float64)
@@ -196,7 +197,8 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
     def whole(k: int) -> Fraction:
         return 1 - Fraction(weight) + exact(k)
 
-    error = np.abs(value) * (4 * U)
+    known = (norm == 0) | ((code & form.size) == 0)
+    error = np.where(known, 0.0, np.abs(value) * (4 * U) + LEAST)
     ratio = Factor(axis, value, error, exact)
     if weight == 1:
         return ratio, ratio

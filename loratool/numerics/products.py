@@ -92,6 +92,7 @@ class Products:
         self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
         self.binary = self.narrow and all(abs(side.significand) == 0.5 for side in self.sides)
         self._halves = [self._balance(side) for side in self.sides]  # of each side, (r,) exponents for the right side
+        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # made here, as threads share it
         self.live = np.zeros(self.shape[1], np.bool_)  # columns that are not all zero
         for side, (_, form) in zip(self.sides, self._forms, strict=True):
             self.live |= (side.right & form.size).max(1, initial=0) > 0
@@ -162,10 +163,6 @@ class Products:
             found[:-1] = torch.from_numpy(self.right).T
             self._made[kind, device] = found.to(device)
         return self._made[kind, device]
-
-    @cached_property
-    def _made(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
-        return {}
 
     def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
         """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios."""
@@ -301,7 +298,7 @@ class ProductRows:
                 low, e = two_sum(low, e)
                 bound += np.abs(e)
             in_range = abs(e0) < 500 and all(form.bits < 53 for form in side.forms)  # else something may be flushed
-            bound += np.ldexp(lost, e0) + (0.0 if in_range else LEAST)
+            bound += np.ldexp(lost, e0) + (0.0 if in_range else np.ldexp(LEAST, max(e0, 0)))
         return high, low, bound * SLACK
 
     def exact(self, i: int, j: int) -> Fraction:

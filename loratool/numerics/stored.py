@@ -43,7 +43,11 @@ class Stored:
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         row = self._index.take(i)
-        code = codes(self._value)[np.maximum(row, 0), j] if len(self._value) else np.zeros(len(i), np.int16)
+        code = (
+            codes(self._value)[np.maximum(row, 0), j]
+            if len(self._value)
+            else np.zeros(len(i), FORMS[self._value.dtype].code)
+        )
         value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
         if self._weight == 1:
             return value, np.zeros(len(i)), np.zeros(len(i))
