@@ -184,7 +184,8 @@ class TestSameBytes:
     ) -> None:
         loratool.merge(base, adapters, tmp_path / "expected")
         monkeypatch.setattr("loratool.streaming.workers.BLOCK", block)
-        monkeypatch.setattr("loratool.numerics.exact.TILE", max(1, block // 3))
+        tile = max(1, block // 3)
+        monkeypatch.setattr("loratool.numerics.dense.TILE", {torch.float32: tile, torch.float64: tile})
         monkeypatch.setattr("loratool.streaming.rewrite.ROWS_ITEM", 1)
         monkeypatch.setattr("loratool.streaming.rewrite.MIN_ROWS", 7)
         monkeypatch.setattr("loratool.streaming.rewrite.COPY_ITEM", 100)

@@ -431,11 +431,11 @@ class TestSameBytes:
         ):
             monkeypatch.setattr("loratool.streaming.workers.BLOCK_ROWS", rows)
             monkeypatch.setattr("loratool.streaming.workers.BLOCK", block)
-            monkeypatch.setattr("loratool.numerics.exact.TILE", tile)
+            monkeypatch.setattr("loratool.numerics.dense.TILE", {torch.float32: tile, torch.float64: tile})
             monkeypatch.setattr("loratool.streaming.rewrite.ROWS_ITEM", item)
             monkeypatch.setattr("loratool.streaming.rewrite.MIN_ROWS", least)
             monkeypatch.setattr("loratool.streaming.rewrite.COPY_ITEM", 1000)
-            monkeypatch.setattr("loratool.streaming.nonadditive.NORM_ROWS", norm)
+            monkeypatch.setattr("loratool.streaming.segment.NORM_ROWS", norm)
             loratool.merge(base, adapters, tmp_path / "out", workers=workers, force=True)
             assert self.digest(tmp_path / "out") == expected, (workers, rows, block, tile)
 
