@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .decide import Reals
 from .forms import FORMS, Codes, Positions, bits, codes, fraction
-from .products import UNIT_OF, ProductRows
+from .products import LEAST_OF, UNIT_OF, ProductRows
 from .workspace import Workspace
 
 TILE = {torch.float32: 1 << 18, torch.float64: 1 << 17}  # weights that fit the caches, and are worth their calls
@@ -109,7 +109,7 @@ class DenseRows:
         if self.factor:
             at = here if self.factor.axis == 0 else slice(None)
             scale = float(np.abs(self.factor.value[at]).max(initial=0.0))
-            inexact = float(self.factor.error[at].max(initial=0.0))
+            inexact = float(self.factor.error[at].max(initial=0.0)) + LEAST_OF[self.kind]  # of one that is cast
         rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
         curve = 0.0
         if self.single and self.out == torch.float16 and not self.factor and not backward:
