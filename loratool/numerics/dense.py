@@ -9,6 +9,7 @@ bfloat16, 13 more than float16. For the latter the bound follows the sum's squar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,7 +218,8 @@ def _width(base: Tensor, size: float) -> float:
     # an odd stride, to sample all columns if their number is a power of two
     some = base.view(-1)[:: base.numel() // SAMPLED | 1].double()
     some = some[some.isfinite()]
-    return 0.2 * float(torch.linalg.vector_norm(some)) / max(1, len(some)) ** 0.5 + 0.02 * size + 2.0**-30
+    weights = float(torch.linalg.vector_norm(some)) / math.sqrt(max(1, len(some)))
+    return 0.2 * weights + 0.02 * size + 2.0**-30
 
 
 def float32_is_whole() -> bool:

@@ -123,7 +123,8 @@ class RowMerge:
         squares = self.dense.delta.squares
         if squares is not None and not self.x.factor and not bounds.slight:
             own = float(squares[first : first + len(base)].sum())
-            return own - dot(upper.sub_(out), change), own
+            result = out if out.itemsize > 1 else out.to(upper.dtype)  # torch mixes no 8 bits with others
+            return own - dot(upper.sub_(result), change), own
         moved = work.take("end", upper.dtype, *upper.shape).copy_(out).sub_(base)
         if squares is not None and not self.x.factor:
             own = float(squares[first : first + len(base)].sum())
@@ -144,9 +145,10 @@ class RowMerge:
             bits(out).copy_(torch.where(odd, bits(base), bits(out)))
         else:
             out.copy_(torch.where(odd, base.to(out.dtype), out))
-        hit |= ~out.isfinite()
+        infinite = (bits(out) & self._to.size) >= self._to.inf
+        hit |= infinite
         hit &= ~odd
-        fine = base.isfinite() & out.isfinite()
+        fine = base.isfinite() & ~infinite
         weight, result = (torch.where(fine, x.double(), 0.0) for x in (base, out))
         moved = torch.where(fine, change.double() - shift, 0.0)
         if self.x.factor:

@@ -153,7 +153,7 @@ class Products:
 
     @cached_property
     def most(self) -> float:
-        return float(np.abs(self.right).max(initial=0.0))
+        return float(largest_of_rows(self.right).max(initial=0.0))
 
     def right_of(self, kind: torch.dtype, device: torch.device) -> Tensor:
         """Return (R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
@@ -185,9 +185,17 @@ def _scaled(x: Wide, e: Codes) -> Wide:
 
 def norms(x: Wide) -> Wide:
     """Return the norm of each row, or a little more."""
-    most = np.abs(x).max(1, initial=0.0)
-    scale = np.where((most > 1e-100) & (most < 1e100), 1.0, np.maximum(most, LEAST))  # squares must be in range
-    found: Wide = np.sqrt(np.einsum("ij,ij->i", y := x / scale[:, None], y)) * scale * (SLACK + x.shape[1] * 1e-15)
+    most, scale = largest_of_rows(x), np.ones(len(x))
+    if not (most.min(initial=1.0) > 1e-100 and most.max(initial=1.0) < 1e100):  # squares must be in range
+        scale = np.maximum(most, LEAST)
+        x = x / scale[:, None]
+    found: Wide = np.sqrt(np.einsum("ij,ij->i", x, x)) * scale * (SLACK + x.shape[1] * 1e-15)
+    return found
+
+
+def largest_of_rows(x: Wide) -> Wide:
+    """Return the largest |x| of each row."""
+    found: Wide = np.maximum(x.max(1, initial=0.0), -x.min(1, initial=0.0))
     return found
 
 
@@ -220,8 +228,8 @@ class ProductRows:
         self._ratio = ratio
         self._plain, self.left = products.left(start, stop, ratio)
         self.row_norms = norms(self.left)
-        self.largest = max(float(np.abs(self.left).max(initial=0.0)), products.most)
-        self._live = np.any([x.any(1) for x in self._plain], axis=0) & np.ones(stop - start, np.bool_)
+        self.largest = max(float(largest_of_rows(self.left).max(initial=0.0)), products.most)
+        self._live = sum((largest_of_rows(x) for x in self._plain), np.zeros(stop - start)) > 0
 
     @cached_property
     def lowest(self) -> Codes:

@@ -60,9 +60,10 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
         out.copy_(work.take("narrow", torch.float32, *base.shape).copy_(base))
     else:
         out.copy_(base)  # torch goes through float32, which holds every value of base: one rounding
-    if math.isfinite(float(out.abs().max())):
+    if out.itemsize > 1 and math.isfinite(float(out.abs().max())):
         return RoundingStats()
-    lost = out.isfinite().logical_not_().logical_and_(base.isfinite())
+    form = FORMS[out.dtype]
+    lost = ((bits(out) & form.size) >= form.inf).logical_and_(base.isfinite())
     count = int(lost.sum())
     return RoundingStats(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
 

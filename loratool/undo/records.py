@@ -117,7 +117,7 @@ class Recorder:
             whole = runs.count == every(self._form)
             zero_bits.append(code[whole] == 0)
             many = np.flatnonzero((runs.count > 1) & ~(whole & (code == 0)))
-            places = (place(code.take(many), self._form) - runs.start.take(many)).astype(np.int64)
+            places = place(code.take(many), self._form) - runs.start.take(many)
             raw = code.take(many).view(f"u{code.itemsize}")
             index.append(np.where(whole.take(many), raw, places))
             count.append(runs.count.take(many))
@@ -140,7 +140,7 @@ def take_all(x: Tensor) -> Codes:
 
 
 def _together(parts: Sequence[Codes]) -> Codes:
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _joined(found: list[tuple[Positions, Any]]) -> tuple[Positions, Any]:

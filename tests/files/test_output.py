@@ -57,7 +57,7 @@ def test_provenance_names_inputs_and_nothing_of_this_machine(tmp_path: Path, mod
     loratool.merge(model, (adapter, 0.5), tmp_path / "out")
     text = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["loratool"]
     value = json.loads(text)
-    assert value["verb"] == "merge" and value["arithmetic"] == 1 and value["left_out"] == []
+    assert value["verb"] == "merge" and value["arithmetic"] == 2 and value["left_out"] == []
     (entry,) = value["adapters"]
     assert entry["sha256"] == digest(adapter / "adapter_model.safetensors") and entry["weight"] == 0.5
     assert str(tmp_path) not in text

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.numerics.dense import TILE
 
 MODELS = ("llama", "gpt2")
 
@@ -184,8 +185,9 @@ class TestSameBytes:
     ) -> None:
         loratool.merge(base, adapters, tmp_path / "expected")
         monkeypatch.setattr("loratool.streaming.workers.BLOCK", block)
-        tile = max(1, block // 3)
-        monkeypatch.setattr("loratool.numerics.dense.TILE", {torch.float32: tile, torch.float64: tile})
+        monkeypatch.setattr("loratool.numerics.dense.TILE", dict.fromkeys(TILE, max(1, block // 3)))
+        monkeypatch.setattr("loratool.numerics.merge.TOGETHER", max(1, block // 5))
+        monkeypatch.setattr("loratool.undo.records.ASKED", max(1, block // 2))
         monkeypatch.setattr("loratool.streaming.rewrite.ROWS_ITEM", 1)
         monkeypatch.setattr("loratool.streaming.rewrite.MIN_ROWS", 7)
         monkeypatch.setattr("loratool.streaming.rewrite.COPY_ITEM", 100)

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 import loratool
 from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.numerics.dense import TILE
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -431,7 +432,10 @@ class TestSameBytes:
         ):
             monkeypatch.setattr("loratool.streaming.workers.BLOCK_ROWS", rows)
             monkeypatch.setattr("loratool.streaming.workers.BLOCK", block)
-            monkeypatch.setattr("loratool.numerics.dense.TILE", {torch.float32: tile, torch.float64: tile})
+            monkeypatch.setattr("loratool.numerics.dense.TILE", dict.fromkeys(TILE, tile))
+            monkeypatch.setattr("loratool.numerics.norms.TILE", dict.fromkeys(TILE, tile))
+            monkeypatch.setattr("loratool.numerics.merge.TOGETHER", tile)
+            monkeypatch.setattr("loratool.undo.records.ASKED", tile)
             monkeypatch.setattr("loratool.streaming.rewrite.ROWS_ITEM", item)
             monkeypatch.setattr("loratool.streaming.rewrite.MIN_ROWS", least)
             monkeypatch.setattr("loratool.streaming.rewrite.COPY_ITEM", 1000)

@@ -66,10 +66,13 @@ def test_a_weight_is_a_part_of_the_way(pairs: Any, tmp_path: Path, family: str, 
     """Also for updates that are no sum: W + w * (U(W) - W), never w squared, with U(W) from peft's own merge."""
     pair = pairs(family, kind)
     W, full = load(pair.base, pair.cls).state_dict(), by_peft(pair.base, pair.adapter, pair.cls)
+    # a norm of DoRA has 36 bits, so half of 2^-36 and, where a part of the way is a difference, more of W
+    tolerance = 1e-10 if "dora" in kind or "all at once" in kind else 1e-11
     for w in (0.5, -1.0, 0.0):
         loratool.merge(pair.base, (pair.adapter, w), tmp_path / str(w))
         for name, found in load_model(tmp_path / str(w)).items():
-            torch.testing.assert_close(found, W[name] + w * (full[name] - W[name]), rtol=1e-11, atol=1e-11)
+            wanted = W[name] + w * (full[name] - W[name])
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
     assert all(torch.equal(found, W[name]) for name, found in load_model(tmp_path / "0.0").items())
 
 
@@ -251,7 +254,7 @@ class TestSeveralAdapters:
         found = load_model(tmp_path / "out")
         assert found.keys() == wanted.keys() and any("+" in row.update or row.rank > 3 for row in report.tensors)
         for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-10)  # norms of DoRA have 36 bits
 
     @pytest.mark.parametrize(
         ("one", "two"),

@@ -19,6 +19,7 @@ from torch import Tensor
 import loratool
 from loratool.architectures.optional_tensors import is_optional
 from loratool.errors import InputError, UsageError
+from loratool.ops.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 SHAPE = (96, 64)
@@ -137,6 +138,29 @@ def test_float32_sums_that_change_few_weights_are_no_fault(
         assert report.status == "proven", (title, report.tensors)
 
 
+def peft_roundings(
+    folder: Path, family: str, dtype: torch.dtype, factor_dtype: torch.dtype, kind: str, safe: bool
+) -> set[str]:
+    """Let peft merge with and without autocast, and return the roundings that explain it."""
+    peft = pytest.importorskip("peft")
+    names = FAMILIES[family]
+    pair = write_pair(folder / "x", names.make(), **kinds(names)[kind])
+    for stored, each in ((pair.base, dtype), (pair.adapter, factor_dtype)):
+        for file in stored.glob("*.safetensors"):
+            save_file({k: v.to(each) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    found: set[str] = set()
+    for autocast in (False, True):
+        model = pair.cls.from_pretrained(pair.base, dtype=dtype)
+        wrapped = peft.PeftModel.from_pretrained(model, pair.adapter, autocast_adapter_dtype=autocast)
+        merged = wrapped.merge_and_unload(safe_merge=safe)
+        merged.save_pretrained(folder / f"m{autocast}")
+        report = loratool.verify(pair.base, pair.adapter, folder / f"m{autocast}")
+        assert report.status == "proven", report.tensors
+        found.update(report.rounding)
+    return found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "embedding and head, dora"])
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -144,20 +168,76 @@ def test_float32_sums_that_change_few_weights_are_no_fault(
 def test_pefts_own_merges(
     tmp_path: Path, family: str, factor_dtype: torch.dtype, safe: bool, kind: str, dtype: torch.dtype
 ) -> None:
-    peft = pytest.importorskip("peft")
-    names = FAMILIES[family]
-    pair = write_pair(tmp_path / "x", names.make(), **kinds(names)[kind])
-    for folder, kind in ((pair.base, dtype), (pair.adapter, factor_dtype)):
-        for file in folder.glob("*.safetensors"):
-            save_file({k: v.to(kind) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
-    model = pair.cls.from_pretrained(pair.base, dtype=dtype)
-    for autocast in (False, True):
-        wrapped = peft.PeftModel.from_pretrained(model, pair.adapter, autocast_adapter_dtype=autocast)
-        merged = wrapped.merge_and_unload(safe_merge=safe)
-        merged.save_pretrained(tmp_path / f"m{autocast}")
-        report = loratool.verify(pair.base, pair.adapter, tmp_path / f"m{autocast}")
-        assert report.status == "proven", report.tensors
-        model = pair.cls.from_pretrained(pair.base, dtype=dtype)
+    peft_roundings(tmp_path, family, dtype, factor_dtype, kind, safe)
+
+
+# Merges of that grid which together need every way that the grid needs, by what sets them apart
+PEFT_WAYS: dict[str, list[str]] = {
+    "gpt2 fp16 fp32 lora": ["one rounding of a float32 sum (peft with an fp32 adapter)", "factors and change in fp16"],
+    "llama bf16 fp32 lora safe": ["change rounded to the base's type, then the sum", "factors and change in bf16"],
+    "gpt2 fp16 fp32 dora": [
+        "factors and all else in fp16",
+        "factors and all else in fp16, from weights in torch.float16",
+        "float32 norms, one rounding (peft with an fp32 adapter)",
+        "float32 norms, one rounding (peft with an fp32 adapter), from weights in torch.float16",
+    ],
+    "llama bf16 fp32 dora": [
+        "factors and all else in bf16",
+        "factors and all else in bf16, from weights in torch.bfloat16",
+        "float32 norms, one rounding (peft with an fp32 adapter), from weights in torch.bfloat16",
+    ],
+    "llama bf16 bf16 dora": ["all in bf16"],
+    "llama fp16 bf16 dora": ["all in fp16"],
+}
+
+
+@pytest.mark.parametrize("case", PEFT_WAYS)
+def test_each_of_pefts_ways(tmp_path: Path, case: str) -> None:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    family, dtype, factor_dtype, kind, *safe = case.split()
+    kind = {"dora": "embedding and head, dora"}.get(kind, kind)
+    found = peft_roundings(tmp_path, family, types[dtype], types[factor_dtype], kind, bool(safe))
+    assert found >= set(PEFT_WAYS[case])
+
+
+def merge_rounded(
+    words: list[str], kind: torch.dtype, W: Tensor, A: Tensor, B: Tensor, scale: float, m: Tensor | None
+) -> Tensor:
+    """Merge as a row of the tables of roundings says, in float32 but for what `words` put in `kind`."""
+
+    def narrow(word: str, x: Tensor) -> Tensor:
+        return x.to(kind).float() if word in words else x
+
+    D = narrow("change", narrow("product", narrow("factors", B) @ narrow("factors", A)) * scale)
+    D = D.to(W.dtype).float() if "cast" in words else D
+    if m is None:
+        return (W.float() + D).to(W.dtype)
+    V = narrow("total", W.float() + D)
+    ratio = narrow("ratio", narrow("magnitude", m) / narrow("total", V.norm(dim=1)))
+    return narrow("ratio", ratio[:, None] * V).to(W.dtype)
+
+
+@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize("title", [*ROUNDINGS, *DORA_ROUNDINGS])
+def test_every_way_of_rounding_is_no_fault(tmp_path: Path, title: str, kind: str, dtype: torch.dtype) -> None:
+    words = (ROUNDINGS | DORA_ROUNDINGS)[title].split()
+    if "total" in words and dtype != NARROW[kind]:
+        pytest.skip("torch adds two types in the wider one")
+    W = merged = weights(*SHAPE, dtype=dtype)
+    base, adapters = write_model(tmp_path / "base", {"x.weight": W}), []
+    for seed in range(2 if "apart" in words else 1):
+        A, B, m = *factors(*SHAPE, 5, seed=seed), None
+        is_dora = title in DORA_ROUNDINGS and not seed
+        adapter = write_peft(tmp_path / str(seed), {"x": (A, B * 0.3)}, lora_alpha=7, use_dora=is_dora)
+        if is_dora:
+            m = W.float().norm(dim=1) * torch.linspace(0.97, 1.02, len(W))
+            file = adapter / "adapter_model.safetensors"
+            tensors = {**load_file(file), "base_model.model.x.lora_magnitude_vector": m}
+            save_file(tensors, file, metadata={"format": "pt"})
+        merged = merge_rounded(words, NARROW[kind], merged, A, B * 0.3, 7 / 5, m)
+        adapters.append(adapter)
+    report = loratool.verify(base, adapters, write_merged(tmp_path / "m", base, {"x.weight": merged}))
+    assert report.status == "proven", report.tensors
 
 
 @pytest.mark.parametrize("kind", kinds(FAMILIES["llama"]))

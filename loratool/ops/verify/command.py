@@ -1,8 +1,8 @@
 """Verify tensor by tensor that a model is this base merged with these adapters, and tell what is wrong if it is not.
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
-rounding if one way of `explanations.ROUNDINGS` explains all of its weights. Else it is wrong, and one of
-`explanations.DIAGNOSES` says how.
+rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
+says how.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ...architectures.config_tensors import declared_class
 from ...architectures.optional_tensors import is_optional
 from ...architectures.ties import COPIES
 from ...binding.merge_plan import MergePlan, plan_merge
-from ...binding.placement import Placement
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
@@ -28,14 +27,13 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
-from ...numerics.exact import Workspace, apply_rounded, cast_rounded, round_once
-from ...streaming.apply import UpdateLoader
+from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
-from .explanations import FAULTS, OTHERS, DeltaEvidence, describe_ulps, diagnose
-from .replay import Replay, ReplayBlock
-from .rounding_bounds import RoundingTrial, TrialOutcome, max_ulps_off, same_bits
+from .diagnosis import describe_ulps, diagnose
+from .replay import Replay
+from .trial import max_ulps_off, same_bits, try_roundings
 
 ALLOWED = ("inconclusive",)
 
@@ -256,12 +254,14 @@ class _TensorVerifier:
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(ulps_off)}")
-        outcome = RoundingTrial(self._replay(name), found, self._load, self._stored(name, source)).run()
+        outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source))
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
-        if outcome.outside == wrong:
-            outcome = TrialOutcome(None, wrong, ulps_off)
-        return TensorVerdict(name, "wrong", diagnose(self._evidence(name, source, found, outcome)))
+        beyond = ulps_off if outcome.outside == wrong else outcome.beyond
+        return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond))
+
+    def _replay(self, name: str) -> Replay:
+        return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
     def _stored(self, name: str, source: TensorRef) -> list[torch.dtype]:
         """Return the other float types that the weight has in the base and in adapters that replace it."""
@@ -288,13 +288,6 @@ class _TensorVerifier:
             return TensorVerdict(name, "wrong", f"an untouched tensor was rounded to {two} and should be {one}")
         return TensorVerdict(name, "rounding", f"{name} is stored as {two} where the base has {one}")
 
-    def _replay(self, name: str, placements: Sequence[Placement] | None = None, source: str = "") -> Replay:
-        """Return the replay of a tensor, optionally with other placements or on the rows of another tensor `source`."""
-        requested = self._plan.placements.get(name, ())
-        rows = requested[0].rows if requested else self._plan.sources[name].spec.shape[0]
-        load = self._load if placements is None else UpdateLoader(torch.device("cpu"))
-        return Replay(self._plan.sources[source or name], requested if placements is None else placements, rows, load)
-
     def _compare(self, name: str, found: TensorRef) -> tuple[int, float, int]:
         """Compare a tensor with its replay.
 
@@ -302,101 +295,17 @@ class _TensorVerifier:
             How many weights differ, by how many ulps at most, and how many weights of the base the merged tensor's
             type cannot hold.
         """
-        work = Workspace(torch.device("cpu"))
         wrong, ulps_off, lost = 0, 0.0, 0
         for block in self._replay(name).blocks(found):
-            out = torch.empty_like(block.merged)
-            requested, moves = _apply(block, out, work)
-            self.has_delta |= requested
-            self.changes_weights |= moves
+            out, stats = block.expected
+            self.has_delta |= stats.change_squared > 0
+            self.changes_weights |= stats.changed > 0
             if block.piece is None and out.dtype != block.base.dtype:
                 lost += int((out.double() != block.base.double()).sum())
-            same = same_bits(out, block.merged)
-            if not bool(same.all()):
-                wrong += int((~same).sum())
-                ulps_off = max(ulps_off, max_ulps_off(out.double(), block.merged, ~same))
+            off = ~same_bits(out, block.merged)
+            wrong += int(off.sum())
+            ulps_off = max(ulps_off, max_ulps_off(out, block.merged, off))
         return wrong, ulps_off, lost
-
-    def _evidence(self, name: str, source: TensorRef, found: TensorRef, outcome: TrialOutcome) -> DeltaEvidence:
-        placements = self._plan.placements[name]
-        E2 = D2 = ED = 0.0
-        for block in self._replay(name).blocks(found):
-            wide = block.base.double()
-            E, D = (block.merged.double() - wide).nan_to_num(0, 0, 0), (block.replay[0] - wide).nan_to_num(0, 0, 0)
-            E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
-        misses = self._misses(self._replay(name), found)
-        faults: dict[str, float] = {}
-        square = len(source.spec.shape) == 2 and source.spec.shape[0] == source.spec.shape[1]
-        for title, fault in FAULTS.items():
-            merged = tuple(instead for instead in map(fault, placements) if instead is not None)
-            is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
-            if merged != placements and (square or not is_transposed):
-                faults[title] = self._misses(self._replay(name, merged), found)
-        likeliest = min(faults, key=lambda title: faults[title], default="")
-        if misses and (not likeliest or faults[likeliest] > 0.01 * misses):
-            other, of = self._other(name, source, found)
-            if other and (not likeliest or of < faults[likeliest]):
-                faults[other], likeliest = of, other
-        return DeltaEvidence(
-            E2,
-            D2,
-            ED,
-            found.spec.size,
-            outcome.outside,
-            outcome.beyond,
-            misses,
-            likeliest,
-            faults.get(likeliest, float("inf")),
-        )
-
-    def _other(self, name: str, source: TensorRef, found: TensorRef) -> tuple[str, float]:
-        """Find the tensor of the same shape that it was confused with, by a few rows of each.
-
-        Returns:
-            A title from OTHERS, formatted, and what it misses over all rows; ("", inf) if there is no such tensor.
-        """
-        tried: dict[tuple[str, str], float] = {}
-        for other, spec in ((n, s.spec) for n, s in self._plan.sources.items() if n != name):
-            theirs = self._plan.placements.get(other, ())
-            if spec != source.spec or (theirs and theirs[0].rows != self._plan.placements[name][0].rows):
-                continue
-            for title, is_swapped in OTHERS.items():
-                if theirs or is_swapped:
-                    replay = self._replay(name, theirs, other if is_swapped else "")
-                    tried[title, other] = self._misses(replay, found, sample=True)
-        if not tried:
-            return "", float("inf")
-        title, other = min(tried, key=lambda key: tried[key])
-        replay = self._replay(name, self._plan.placements.get(other, ()), other if OTHERS[title] else "")
-        return title.format(other=other), self._misses(replay, found)
-
-    @staticmethod
-    def _misses(replay: Replay, found: TensorRef, sample: bool = False) -> float:
-        """Return the sum of the squared differences between a tensor and a rounded replay."""
-        work, total = Workspace(torch.device("cpu")), 0.0
-        for block in replay.blocks(found, sample):
-            out = torch.empty_like(block.merged)
-            _apply(block, out, work)
-            total += float((out.double() - block.merged.double()).nan_to_num(0, 0, 0).square().sum())
-        return total
-
-
-def _apply(block: ReplayBlock, out: torch.Tensor, work: Workspace) -> tuple[bool, bool]:
-    """Write the result of a merge into `out`.
-
-    Returns:
-        Whether the requested delta is not zero, and whether it changes a weight.
-    """
-    wide = torch.empty_like(out, dtype=torch.float64) if out.itemsize == 1 else out  # merge writes no 8 bits
-    if block.piece is None:
-        change = cast_rounded(block.base, wide, work)
-    else:
-        change = apply_rounded(block.base, block.piece.fill_for(block.base, block.first, work), wide, work)
-    moves = change.changed > 0
-    if wide is not out:
-        round_once(wide, out, work)
-        moves = moves and bool((out.double() != block.base.double()).any())
-    return change.change_squared > 0, moves
 
 
 def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:

@@ -1,7 +1,7 @@
-"""Replay a merge block by block beside the merged model, with each adapter's delta as exact numbers and error bounds.
+"""Replay a merge block by block beside the merged model, and each adapter's delta with bounds of others' errors.
 
-`Replay` computes what `merge` would write. `AdapterDeltas` keeps the updates separate, so that `rounding_bounds` can
-round each in its way.
+`Replay` gives what `merge` would write, and that before it is rounded. `AdapterDeltas` keeps the updates separate, so
+that `rounding_bounds` can round each in its way.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank, Update
+from ...adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank
 from ...binding.placement import Placement
 from ...files.dtypes import FLOAT8
 from ...files.tensor_ref import TensorRef
-from ...numerics.exact import ExactProduct, Factors, Workspace
-from ...streaming.apply import RowSegment, UpdateLoader
+from ...numerics.rounding_stats import RoundingStats, cast_rounded
+from ...numerics.workspace import Workspace
+from ...streaming.segment import RowSegment, UpdateLoader
 
 F32 = 2.0**-24  # half an ulp of float32, relative
 
@@ -36,148 +37,135 @@ class ReplayBlock:
     piece: RowSegment | None  # the rows with the same placements, which this block is in
     base: Tensor  # (rows, n), in the base's type
     merged: Tensor  # (rows, n), in the merged model's type
-
-    @property
-    def most(self) -> Tensor:
-        """An upper bound of m / n of a DoRA, (rows or 1, n or 1)."""
-        a = self.replay[1]
-        weights = [p.weight for p in self.inside if p.update.kind == "dora" and p.weight]
-        if a is None or not weights:
-            return torch.ones(1, 1, dtype=torch.float64)
-        return (a.abs() + abs(1 - weights[0])) / abs(weights[0])
+    work: Workspace
 
     @cached_property
-    def replay(self) -> tuple[Tensor, Tensor | None]:
-        """The merged rows before rounding, (rows, n) in float64, and the a of W' = a * W + c; None for a = 1."""
-        wide = self.base.double()
-        if self.piece is None:
-            return wide, None
-        c, scratch = torch.empty_like(wide), torch.empty_like(wide)
-        fill = self.piece.fill_for(self.base, self.first, Workspace(torch.device("cpu")))
-        a = fill(slice(0, wide.shape[1]), c, scratch)
-        if a is None:
-            return wide + c, None
-        return torch.where(a == 0, 0.0, a * wide) + c, a
+    def expected(self) -> tuple[Tensor, RoundingStats]:
+        """The rows as `merge` writes them, (rows, n) in the merged model's type, and how rounding changed them."""
+        out = torch.empty_like(self.merged)
+        if self.piece is not None:
+            return out, self.piece.merge(self.base, self.first, out, self.work)
+        return out, cast_rounded(self.base, out, self.work)
+
+    @cached_property
+    def reals(self) -> tuple[Tensor, Tensor | None]:
+        """X = a * W + D, the rows before rounding, (rows, n) in float64, and a; None for a = 1."""
+        return (self.base.double(), None) if self.piece is None else self.piece.reals(self.base, self.first)
 
 
 class Replay:
     """A tensor under its placements, block by block."""
 
-    def __init__(self, source: TensorRef, placements: Sequence[Placement], rows: int, load: UpdateLoader) -> None:
-        self.source, self.placements, self.rows = source, tuple(placements), rows
-        self._load = load
+    def __init__(self, source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> None:
+        self.source, self.placements, self._load = source, tuple(placements), load
+        self.rows = placements[0].rows if placements else source.spec.shape[0]
 
     def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""
+        work = Workspace(torch.device("cpu"))
         edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
         for start, stop in pairwise(edges):
             inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
             if sample and not start <= self.rows // 2 < stop:
                 continue
-            piece = RowSegment(self.source, start, stop, inside, self._load, False) if inside else None
+            piece = RowSegment(self.source, start, stop, inside, self._load) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, ROWS):
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
                 base = self.source.matrix_rows(self.rows, first, last)
                 merged = found.matrix_rows(self.rows, first, last)
                 if found.spec.dtype in FLOAT8:  # read as float32, but compared in the type that it is stored in
                     merged = merged.to(getattr(torch, FLOAT8[found.spec.dtype]))
-                yield ReplayBlock(first, inside, piece, base, merged)
+                yield ReplayBlock(first, inside, piece, base, merged, work)
 
 
 @dataclass(frozen=True)
 class DeltaBounds:
-    """One adapter's delta of a block, with bounds of the errors of others. All tensors are (rows, n) in float64."""
+    """One adapter's delta of a block, with bounds of the errors of others. Tensors are (rows, n) in float64."""
 
-    adapter: int  # its id()
-    change: Tensor  # the delta
+    change: Tensor  # the delta, of a DoRA its scale * B @ A
     slack: Tensor  # an upper bound of the error of float32 arithmetic
     scale: float
-    sizes: Tensor  # the delta of the absolute values, which bounds rounding errors
-    errors: tuple[Tensor, ...]  # the actual errors of ERROR_TERMS ways to compute it in float32
 
 
 @dataclass(frozen=True)
-class _Product:
-    """An update as products that give its rows."""
+class AdapterDelta(DeltaBounds):
+    """The delta of a placement that has factors, with its errors in float32."""
 
-    product: ExactProduct
-    sizes: ExactProduct
-    factors: tuple[Tensor, Tensor]  # left: (rows of the placement, r), right: (r, n), without the scale
+    placement: Placement
+    sizes: Tensor  # the delta of the absolute values, which bounds rounding errors
+    errors: Tensor  # (ways, rows, n), the actual errors of a few ways to compute it in float32
+    gain: Tensor  # (rows or 1, n or 1), by what it is multiplied before it is added: m / n of a DoRA, at most
+    magnitude: Tensor | None  # m of a DoRA, (rows, 1), or (1, n) if the base stores (in, out)
+
+    @property
+    def is_additive(self) -> bool:
+        return self.placement.update.kind in ADDITIVE
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An update whose delta is `scale * left @ right`."""
+
+    placement: Placement
+    left: Tensor  # (rows of the update, r)
+    right: Tensor  # (r, n)
     scale: float
+    magnitude: Tensor | None  # m of a DoRA, one for each row of the update, or column if the base stores (in, out)
 
 
 class AdapterDeltas:
-    """The deltas of one tensor, each by itself; `factors` is a type that A and B are rounded to first."""
+    """The deltas of one tensor, each by itself."""
 
-    def __init__(self, load: UpdateLoader, factors: torch.dtype | None) -> None:
-        self._load, self._factors = load, factors
-        self._made: dict[int, _Product] = {}
-        self._magnitudes: dict[int, Tensor] = {}
+    def __init__(self, load: UpdateLoader) -> None:
+        self._load = load
+        self._loaded: dict[int, _Loaded] = {}
+        self._block: ReplayBlock | None = None
+        self._made: dict[torch.dtype | None, list[AdapterDelta]] = {}  # of that block, by the type of factors
 
-    def of(self, block: ReplayBlock, additive: bool = True) -> list[DeltaBounds]:
-        """Return the deltas of additive updates, or without `additive` the s * B @ A of a DoRA."""
-        self._made = {key: made for key, made in self._made.items() if key in {id(p) for p in block.inside}}
-        kinds = ADDITIVE if additive else ("dora",)
-        return [self._bounds_of(p, block) for p in block.inside if p.update.kind in kinds]
+    def of(self, block: ReplayBlock, kind: torch.dtype | None = None) -> list[AdapterDelta]:
+        """Return the deltas of additive updates, and the scale * B @ A of a DoRA, with A and B rounded to `kind`."""
+        if self._block is not block:
+            placements = [p for p in block.inside if p.update.kind in (*ADDITIVE, "dora")]
+            self._loaded = {id(p): self._loaded.get(id(p)) or self._factors(p) for p in placements}
+            self._block, self._made = block, {}
+        if kind not in self._made:
+            self._made[kind] = [_bound(block, loaded, kind) for loaded in self._loaded.values()]
+        return self._made[kind]
 
-    def magnitude(self, placement: Placement, block: ReplayBlock) -> Tensor:
-        """Return m of the rows, (rows, 1), or (1, n) if the base stores (in, out)."""
-        if id(placement) not in self._magnitudes:
-            update = self._load(placement)
-            assert isinstance(update, DoRA)
-            self._magnitudes[id(placement)] = update.magnitude.double().flatten()
-        found = self._magnitudes[id(placement)]
-        if placement.transposed:
-            return found.unsqueeze(0)
-        start = placement.skip + block.first - placement.start
-        return found[start : start + len(block.base)].unsqueeze(1)
-
-    def _bounds_of(self, placement: Placement, block: ReplayBlock) -> DeltaBounds:
-        made = self._made.get(id(placement)) or self._make(placement)
-        self._made[id(placement)] = made
-        start, rows = block.first - placement.start, len(block.base)
-        change, sizes = _multiply(made.product, start, rows), _multiply(made.sizes, start, rows)
-        left, right = made.factors[0][start : start + rows], made.factors[1]
-        root = abs(made.scale) ** 0.5
-        sign = -1.0 if made.scale < 0 else 1.0
-        others = (change.float(), (left @ right) * made.scale, (left * root) @ (right * (sign * root)))
-        errors = tuple((other.double() - change).abs() for other in others)
-        slack = sizes * (F32 * (right.shape[0] + 8))
-        return DeltaBounds(id(placement.adapter), change, slack, made.scale, sizes, errors)
-
-    def _make(self, placement: Placement) -> _Product:
-        update = self._rounded(self._load(placement), placement)
-        weight = placement.weight
-        first = placement.skip
-        rows = slice(first, first + placement.stop - placement.start)
-        terms = [Factors(t.left[rows], t.multiplier, t.right) for t in update.terms(weight, placement.transposed)]
-        sizes = [Factors(t.left.abs(), abs(t.multiplier), t.right.abs()) for t in terms]
-        if isinstance(update, AddDelta):
-            left, right = update.value.reshape(-1, 1)[rows], torch.ones(1, 1, dtype=torch.float32)
-        else:
-            A, B = update.A.flatten(1), update.B.flatten(1)
-            left, right = (A.T[rows], B.T) if placement.transposed else (B[rows], A)
-        scale = update.scale * weight
-        return _Product(ExactProduct(terms), ExactProduct(sizes), (left.float(), right.float()), scale)
-
-    def _rounded(self, update: Update, placement: Placement) -> LowRank | AddDelta:
+    def _factors(self, placement: Placement) -> _Loaded:
+        update = self._load(placement)
         if isinstance(update, Experts):
             assert placement.expert is not None
             update = update.expert(placement.expert)
-        if self._factors is not None and isinstance(update, LowRank):
-            return LowRank(update.A.to(self._factors), update.B.to(self._factors), update.scale)
-        if self._factors is not None and isinstance(update, AddDelta):
-            return AddDelta(update.value.to(self._factors), update.scale)
-        assert isinstance(update, LowRank | AddDelta)
-        return update
+        if isinstance(update, AddDelta):
+            left, right = update.value.reshape(-1, 1), update.value.new_ones(1, 1)
+        else:
+            assert isinstance(update, LowRank)
+            A, B = update.A.flatten(1), update.B.flatten(1)
+            left, right = (A.T, B.T) if placement.transposed else (B, A)
+        magnitude = update.magnitude.double().flatten() if isinstance(update, DoRA) else None
+        return _Loaded(placement, left, right, update.scale * placement.weight, magnitude)
+
+
+def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> AdapterDelta:
+    placement, scale = loaded.placement, loaded.scale
+    start = placement.skip + block.first - placement.start
+    rows = slice(start, start + len(block.base))
+    left, right = (x if kind is None else x.to(kind) for x in (loaded.left[rows], loaded.right))
+    change = scale * (left.double() @ right.double())
+    sizes = abs(scale) * (left.double().abs() @ right.double().abs())
+    L, R, root = left.float(), right.float(), abs(scale) ** 0.5
+    ways = change.float(), (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
+    slack = sizes * (F32 * (len(right) + 8))
+    errors = (torch.stack(ways).double() - change).abs()
+    m, gain, (_, a) = loaded.magnitude, torch.ones(1, 1, dtype=torch.float64), block.reals
+    if m is not None:
+        m = m.unsqueeze(0) if placement.transposed else m[rows].unsqueeze(1)
+        if a is not None and placement.weight:
+            gain = (a.abs() + abs(1 - placement.weight)) / abs(placement.weight)
+    return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
 
 
 def normalizes_rows(placement: Placement) -> bool:
     """Return whether a DoRA with weight 1 divides the whole row by its norm, rather than going part of the way."""
     return placement.update.kind == "dora" and placement.weight == 1
-
-
-def _multiply(product: ExactProduct, start: int, rows: int) -> Tensor:
-    out = torch.empty(rows, product.shape[1], dtype=torch.float64)
-    product.multiply(product.left(start, start + rows), slice(0, product.shape[1]), out, torch.empty_like(out))
-    return out

@@ -1,0 +1,144 @@
+"""Say what is wrong with a tensor that no rounding explains.
+
+A fault changes the placements, and what `merge` would then write is its prediction; the fault with the nearest
+prediction names what is wrong. If none is near, the sizes of the change that is asked for and of the one found tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from ...adapters.updates import ADDITIVE
+from ...binding.merge_plan import MergePlan
+from ...binding.placement import Placement
+from ...files.tensor_ref import TensorRef
+from ...streaming.segment import UpdateLoader
+from .replay import Replay
+
+
+def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
+    def fault(placement: Placement) -> Placement | None:
+        by = factor(placement)
+        if placement.update.kind in (*ADDITIVE, "dora"):
+            return replace(placement, update=replace(placement.update, scale=placement.update.scale * by))
+        return replace(placement, weight=placement.weight * by)
+
+    return fault
+
+
+def _transposed(placement: Placement) -> Placement | None:
+    low_rank = placement.update.kind in ("lora", "experts")
+    return replace(placement, transposed=not placement.transposed) if low_rank else placement
+
+
+def _without_norm(placement: Placement) -> Placement | None:
+    dora = placement.update.kind == "dora"
+    return replace(placement, update=replace(placement.update, kind="lora")) if dora else placement
+
+
+# Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.
+FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
+    "the change is not applied": lambda p: None,
+    "the change is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
+    "the change is applied with half its scale": _scaled(lambda p: 0.5),
+    "the scale is alpha / sqrt(r) and should be alpha / r": _scaled(lambda p: max(1, p.update.rank) ** 0.5),
+    "the scale is alpha / r and should be alpha / sqrt(r)": _scaled(lambda p: max(1, p.update.rank) ** -0.5),
+    "the scale alpha / r is missing": _scaled(lambda p: 1 / p.update.scale if p.update.scale else 1.0),
+    "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
+    "the change is negated: subtracted, not added": _scaled(lambda p: -1.0),
+    "the change is transposed": _transposed,
+    "the magnitudes of DoRA are ignored": _without_norm,
+}
+
+
+# Fault that involves another tensor of the same shape -> whether its weights were taken too, not its delta only
+OTHERS: dict[str, bool] = {
+    "it has the change of {other}": False,
+    "it is {other} whole: two tensors are swapped": True,
+}
+
+
+NEARER = 0.25  # a fault is named if its squared distance is below this share of that of what was requested
+
+
+CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
+
+
+def describe_ulps(ulps: float) -> str:
+    """Return in words how far the farthest weight is off; inf means that it is, or should be, not finite."""
+    if not math.isfinite(ulps):
+        return "inf or nan among them"
+    return f"by up to {ulps:.0f} steps" if ulps < 1e6 else f"by up to {ulps:.1e} steps"
+
+
+def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_off: float) -> str:
+    """Return in words what is wrong with a tensor.
+
+    Args:
+        outside: how many weights no rounding explains.
+        ulps_off: by how many ulps the farthest of them is off.
+    """
+    requested = _replay(plan, name, plan.placements[name])
+    misses = _distance(requested, found)
+    fault, nearest = _likeliest_fault(plan, name, found, misses)
+    if nearest < NEARER * misses:
+        return fault
+    if outside <= max(64, found.spec.size // 1000):
+        return f"{outside} weights were altered, {describe_ulps(ulps_off)}"
+    E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
+    for block in requested.blocks(found):
+        W = block.base.double()
+        E, D = ((x - W).nan_to_num(0, 0, 0) for x in (block.merged.double(), block.reals[0]))
+        E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
+    if E2 * D2 and ED > CLOSE * (E2 * D2) ** 0.5 and abs(ED / D2 - 1) > 0.1:
+        return f"the scale alpha / r is another: the change is {ED / D2:.3g} times what it should be"
+    if ED > 0.2 * D2:
+        return "the change is in it, and another one: of another adapter, or from another base"
+    return "it is not this base with this adapter"
+
+
+def _replay(plan: MergePlan, name: str, placements: Sequence[Placement]) -> Replay:
+    return Replay(plan.sources[name], placements, UpdateLoader(torch.device("cpu")))
+
+
+def _distance(replay: Replay, found: TensorRef, sample: bool = False) -> float:
+    """Return the sum of the squared differences between a tensor and a rounded replay."""
+    blocks = ((block.expected[0], block.merged) for block in replay.blocks(found, sample))
+    return sum(float((x.double() - y.double()).nan_to_num(0, 0, 0).square().sum()) for x, y in blocks)
+
+
+def _likeliest_fault(plan: MergePlan, name: str, found: TensorRef, misses: float) -> tuple[str, float]:
+    """Return the best of FAULTS and OTHERS, and the squared distance of its prediction; ("", inf) if there is none."""
+    placements, faults = plan.placements[name], {"": math.inf}
+    is_square = len(found.spec.shape) == 2 and found.spec.shape[0] == found.spec.shape[1]
+    for title, fault in FAULTS.items():
+        merged = tuple(instead for instead in map(fault, placements) if instead is not None)
+        is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, merged, strict=False))
+        if merged != placements and (is_square or not is_transposed):
+            faults[title] = _distance(_replay(plan, name, merged), found)
+    likeliest = min(faults, key=lambda title: faults[title])
+    if misses and faults[likeliest] > 0.01 * misses:
+        other = _likeliest_other(plan, name, found)
+        return min((likeliest, faults[likeliest]), other, key=lambda pair: pair[1])
+    return likeliest, faults[likeliest]
+
+
+def _likeliest_other(plan: MergePlan, name: str, found: TensorRef) -> tuple[str, float]:
+    """Return the best of OTHERS by a few rows of each tensor of the same shape, and what it misses over all rows."""
+    mine, tried = plan.placements[name], {}
+    for other, source in plan.sources.items():
+        theirs = plan.placements.get(other, ())
+        if other == name or source.spec != plan.sources[name].spec or (theirs and theirs[0].rows != mine[0].rows):
+            continue
+        for title, is_swapped in OTHERS.items():
+            if theirs or is_swapped:
+                replay = _replay(plan, other if is_swapped else name, theirs)
+                tried[title.format(other=other)] = replay, _distance(replay, found, sample=True)
+    if not tried:
+        return "", math.inf
+    title = min(tried, key=lambda title: tried[title][1])
+    return title, _distance(tried[title][0], found)

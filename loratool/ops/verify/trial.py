@@ -1,0 +1,191 @@
+"""Decide whether one way of rounding explains every weight of a merged tensor.
+
+The intervals of `rounding_bounds` are worst cases, so wide in float32 that an altered weight can hide in one. So the
+number of weights that differ from our replay, and their distance, must also be what float32 arithmetic causes:
+`ReplayErrors` does the arithmetic in a few ways and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from ...adapters.updates import ADDITIVE
+from ...files.dtypes import TORCH_FLOATS
+from ...files.tensor_ref import TensorRef
+from ...streaming.segment import UpdateLoader
+from .replay import F32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
+from .rounding_bounds import Interval, Predictions
+from .roundings import Rounding, list_roundings
+
+_BIT_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+TIE = 1e-6  # in F32 times the summed sizes: weights this near to a tie can round either way, since float64 rounds too
+
+
+def same_bits(one: Tensor, two: Tensor) -> Tensor:
+    """Return which elements have the same bits, in the shape of both."""
+    kind = _BIT_TYPES[one.element_size()]
+    return one.view(kind) == two.view(kind)
+
+
+def next_toward(x: Tensor, goal: Tensor) -> Tensor:
+    """Return the next number of x's type toward `goal` (float64), in float64; torch.nextafter takes no float8."""
+    if x.element_size() > 1:
+        return torch.nextafter(x, goal.to(x.dtype)).double()
+    sizes = torch.arange(128, dtype=torch.uint8).view(x.dtype).double()
+    sizes = sizes[sizes.isfinite()]
+    numbers = torch.cat([-sizes[1:].flip(0), sizes])
+    at = torch.searchsorted(numbers, x.double()) + (goal - x.double()).nan_to_num(0.0).sign().long()
+    return numbers[at.clamp(0, len(numbers) - 1)]
+
+
+def ulp_of(x: Tensor) -> Tensor:
+    """Return the distance from each number to the next larger one in absolute value, in float64."""
+    size = x.abs()
+    return next_toward(size, torch.full_like(size, torch.inf, dtype=torch.float64)) - size.double()
+
+
+def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
+    """Return by how many ulps of `actual` its farthest weight is off `expected`; inf for inf and nan, 0 for none."""
+    wanted, found = expected[where].double(), actual[where]
+    ulps = ((found.double() - wanted).abs() / ulp_of(found)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(ulps.max()) if ulps.numel() else 0.0
+
+
+class ReplayErrors:
+    """A test that the weights that differ from our replay are as many, and as near to a tie, as float32 causes.
+
+    Errors are in units of F32 times the sizes that were summed.
+    """
+
+    def __init__(self) -> None:
+        self.differ = 0  # weights that differ, except near ties
+        self.need = 0.0  # the error that the other arithmetic must have made at least, at the worst weight
+        self.expected = self.largest = torch.zeros(1, dtype=torch.float64)  # by way: changed weights; largest error
+
+    def add(self, block: ReplayBlock, deltas: Sequence[AdapterDelta]) -> None:
+        """Take in a block with its deltas."""
+        (X, a), actual, wanted = block.reals, block.merged, block.expected[0]
+        known = X.isfinite() & actual.double().isfinite()
+        zero = torch.zeros_like(X)
+        sizes = sum((delta.sizes * delta.gain for delta in deltas), zero)
+        errors = sum((delta.errors * delta.gain for delta in deltas), zero.unsqueeze(0))  # (ways, rows, n)
+        extra = least = zero
+        if a is not None or sum(delta.is_additive for delta in deltas) > 1:
+            grown = 1 + (max(X.shape) ** 0.5 / 8 if a is not None else 0.0)
+            whole = X.abs() + block.base.double().abs()
+            extra, least, sizes = whole * (F32 * 0.25 * grown), whole * (F32 * 0.05), sizes + whole
+        unit = (sizes * F32).clamp_min(1e-300)
+        if actual.element_size() > 2:  # in 16 bits the few that differ are at ties, where `need` tells
+            self.expected = self.expected + ((errors + least) / ulp_of(actual)).clamp(max=1.0)[:, known].sum(1)
+        if known.any():
+            self.largest = torch.maximum(self.largest, ((errors + extra) / unit)[:, known].amax(1))
+        off = (actual != wanted) & known
+        if off.any():
+            tie = (actual.double() + next_toward(actual, wanted.double())) / 2
+            need = (X - tie).abs()
+            if actual.element_size() <= 2:
+                need = (need - X.abs() * (F32 * 1.5)).clamp_min(0.0)
+            needed = (need / unit)[off]
+            self.differ += int((needed > TIE).sum())
+            self.need = max(self.need, float(needed.max()))
+
+    @property
+    def plausible(self) -> bool:
+        by_way = (self.differ * 8 + 8 >= self.expected) & (self.need <= 8 * self.largest + TIE)
+        return self.differ == 0 or bool(by_way.any())
+
+
+@dataclass
+class RoundingCandidate:
+    """A way of rounding, with the order in which adapters are added, and the weights that it leaves unexplained."""
+
+    title: str
+    way: Rounding
+    order: tuple[int, ...]  # id() of adapters
+    outside: int = 0  # weights outside of their intervals
+    beyond: float = 0.0  # by how many ulps at most
+    moved: int = 0  # weights that it predicts to differ from our replay, without float32 errors
+    distinct: bool = False  # it predicts something else than the first way
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """The result of a trial."""
+
+    title: str | None  # the way that explains every weight
+    outside: int  # weights that the first way does not explain, or that were altered in an otherwise exact tensor
+    beyond: float  # by how many ulps at most
+
+
+def try_roundings(
+    replay: Replay, found: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
+) -> TrialOutcome:
+    """Try all ways of rounding on one tensor.
+
+    Args:
+        stored: types that others may have rounded the base to first: if the base and an adapter that replaces its
+            weights have two types, loaders cast the one to the other.
+    """
+    candidates, predictions, errors = _list_candidates(replay, stored), Predictions(replay, found, load), ReplayErrors()
+    stray, farthest = 0, 0.0
+    for block in replay.blocks(found):
+        bad = _where_stray(block)
+        stray += int(bad.sum())
+        farthest = max(farthest, max_ulps_off(block.reals[0], block.merged, bad))
+        if block.piece is not None:
+            errors.add(block, predictions.deltas.of(block))
+            _test(block, candidates, predictions)
+    for each in candidates:
+        likely = errors.differ * 4 + 16 >= each.moved if each.distinct else errors.plausible
+        if not stray and not each.outside and likely:
+            return TrialOutcome(each.title, 0, 0.0)
+    first = candidates[0]
+    return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest))
+
+
+def _list_candidates(replay: Replay, stored: Sequence[torch.dtype]) -> list[RoundingCandidate]:
+    placements = replay.placements
+    adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.kind in ADDITIVE))
+    several = len(adapters) + any(p.update.kind not in ADDITIVE for p in placements) > 1
+    orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
+    kind = getattr(torch, TORCH_FLOATS.get(replay.source.spec.dtype, "float32"))
+    return [
+        RoundingCandidate(title, way, order)
+        for title, way in list_roundings(kind, stored, any(map(normalizes_rows, placements)), several)
+        for order in (orders if way.apart else [adapters])
+    ]
+
+
+def _where_stray(block: ReplayBlock) -> Tensor:
+    """Return which weights no rounding explains, in untouched rows and in what is not finite."""
+    X, base, actual = block.reals[0], block.base.double(), block.merged.double()
+    if block.piece is None:
+        return ~(same_bits(block.expected[0], block.merged) | (base.isnan() & actual.isnan()))
+    return ~(X.isfinite() | (base.isnan() & actual.isnan()) | (actual == base) | (actual == X))
+
+
+def _test(block: ReplayBlock, candidates: Sequence[RoundingCandidate], predictions: Predictions) -> None:
+    """Count the weights of a block that each candidate leaves unexplained, if it is the first or left none so far."""
+    actual, known = block.merged.double(), block.reals[0].isfinite()
+    first: Interval | None = None
+    for each in candidates:
+        if each.outside and first:
+            continue
+        found = predictions.of(block, each.way, each.order)
+        first = first or found
+        each.distinct |= not (torch.equal(found.low, first.low) and torch.equal(found.high, first.high))
+        off = ~found.holds(actual) & known
+        if off.any():
+            each.outside += int(off.sum())
+            nearest = torch.minimum(found.high, torch.maximum(found.low, actual.nan_to_num()))
+            each.beyond = max(each.beyond, max_ulps_off(nearest, block.merged, off))
+        elif each.way.apart and not each.way.change and not any(map(normalizes_rows, block.inside)):
+            middle = predictions.of(block, each.way, each.order, 0.0)
+            each.moved += int(((middle.low != block.expected[0].double()) & known).sum())
