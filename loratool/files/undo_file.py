@@ -191,11 +191,13 @@ class UndoFile:
 
     def _blob(self, place: Sequence[int]) -> bytes:
         """Read the bytes of a header or a side file."""
-        at, length = place
+        at, length, digest = place
         require(is_count(at) and is_count(length), "no place of a header or a side file")
         require(at + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
         self._blobs.append((at, length))
-        return self.bytes(at, length)
+        data = self.bytes(at, length)
+        require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file is another")
+        return data
 
     def _check_shard(self, shard: Mapping[str, Any]) -> None:
         name, header, specs = shard["name"], shard["header"], shard["specs"]

@@ -93,6 +93,7 @@ def _by_bits(
     shift, zero = bits - form.bits, (form.least + bias - 1) << (form.bits - 1)
     half, second, minus_zero = 1 << (shift - 1), 2 << (form.bits - 1), kind(np.iinfo(kind).min)
     step = change.dtype.type(2.0 ** (form.least - form.bits + 1))
+    apart = 2.0 ** (40 if kind is np.int32 else 400)  # a beyond it or its inverse: quotients or a itself lose bits
     start: Codes = np.empty(len(change), kind)
     count: Codes = np.empty(len(change), kind)
     known = np.empty(len(change), np.bool_)
@@ -137,6 +138,7 @@ def _by_bits(
             margin = np.multiply(far, roundings, out=inner) + extra
             if a is not None and error is not None:
                 margin += far * (error[part] / np.abs(a[part])).astype(change.dtype) * 2
+                sure &= (np.abs(a[part]) > 1 / apart) & (np.abs(a[part]) < apart)
             ends = near - margin, near + margin, far - margin, far + margin
             below, same, last, equal = (end.view(kind) >> shift for end in ends)
             if not near.min() > second * step:

@@ -325,8 +325,11 @@ class Reader:
             width = self.take(1)[0]
             if width > 8 * kind.itemsize:
                 raise ValueError(f"has numbers of {width} bits")
-            data = np.frombuffer(self.take((len(unit) * width + 7) // 8), np.uint8)
-            rows = np.unpackbits(data, count=len(unit) * width, bitorder="little").reshape(len(unit), width)
+            data = np.unpackbits(np.frombuffer(self.take((len(unit) * width + 7) // 8), np.uint8), bitorder="little")
+            rows, padding = np.split(data, [len(unit) * width])
+            if padding.any():
+                raise ValueError("is longer than it should be")
+            rows = rows.reshape(len(unit), width)
             unit[...] = (rows.astype(unit.dtype) << np.arange(width, dtype=unit.dtype)).sum(1, dtype=unit.dtype)
         half: Any = (found >> 1).view(kind)
         low: Any = (found & 1).astype(kind)

@@ -10,8 +10,9 @@
 
 Each record has the sha256 of its rows of W, and the sum of those of W'. `untouched` in the index has the hashes of
 tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as
-the merge wrote them. The index has every placement, by the number of its adapter, so that nothing has to be resolved
-again; the adapters' hashes and weights; and the places of the blobs. Nothing is deflated, as libraries differ in that.
+the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number of its
+adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
+libraries differ in that.
 """
 
 from __future__ import annotations
@@ -90,14 +91,11 @@ class UndoWriter:
                 hashes = [sha256_range(source.file, begin + part, min(HASH_PART, length - part)) for part in parts]
                 entry["copied"] = [row, at, hashes]
                 at += length
-        for shard, source in zip(index["shards"], plan.base.shards, strict=True):
-            if isinstance(source, TensorFile):
-                shard["header"] = [at, len(source.header)]
-                write_at(target, memoryview(source.header), at)
-                at += len(source.header)
-        for name in sorted(index["side"]):
-            data = index["side"][name]
-            index["side"][name] = [at, len(data)]
+        blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
+        blobs += [(index["side"], name) for name in sorted(index["side"])]
+        for owner, key in blobs:
+            data = owner[key]
+            owner[key] = [at, len(data), hashlib.sha256(data).hexdigest()]
             write_at(target, memoryview(data), at)
             at += len(data)
         data = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
@@ -123,7 +121,7 @@ def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
 
 
 def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    """Return the index without its records: the adapters, each tensor's placements, and the side files themselves."""
+    """Return the index without its records, and with the headers and side files themselves in place of their places."""
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
@@ -139,7 +137,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "shards": [
             {
                 "name": shard.place,
-                "header": None,
+                "header": shard.header if isinstance(shard, TensorFile) else None,
                 "specs": None
                 if isinstance(shard, TensorFile)
                 else {n: [spec.dtype, list(spec.shape)] for n, spec in shard.specs.items()},

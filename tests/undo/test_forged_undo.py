@@ -1,37 +1,31 @@
-"""Forge undo files that no merge wrote: every field of the index changed, records flipped and cut, bombs.
+"""Forge undo files that no merge wrote: every field of the index changed, bytes flipped, cut and moved.
 
 The result is the base's own bytes or exit 3, never an internal error and never other bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import copy
 import filecmp
-import json
 import math
 import random
 import shutil
-import struct
 import tracemalloc
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
+from undo_bytes import TRAILER, add_blob, join_undo, split_undo
 
 import loratool
 from loratool.errors import InputError
-from loratool.undo.records import Restorer
 
 KEPT = 2  # tensors of a kind whose entries are changed: the others' are no others
 WRONG: tuple[Any, ...] = (None, "x", 5, -1, 1 << 62, 1 << 70, math.nan, math.inf, 0.5, True, [], {}, [[]], "x" * 300)
@@ -44,23 +38,17 @@ class Case:
     base: Path
     adapter: Path
     merged: Path
-    records: bytes
+    body: bytes  # the records and blobs
     index: dict[str, Any]
 
-    def forge(self, index: object, records: bytes | None = None) -> bytes:
-        return assemble(self.records if records is None else records, json.dumps(index).encode())
-
-
-def assemble(records: bytes, index: bytes) -> bytes:
-    packed = zlib.compress(index)
-    return records + packed + struct.pack("<QQ", len(records), len(packed)) + b"loraundo"
+    def forge(self, index: object, body: bytes | None = None) -> bytes:
+        return join_undo(self.body if body is None else body, index)
 
 
 def read_case(base: Path, adapter: Path, merged: Path) -> Case:
     loratool.merge(base, adapter, merged)
-    data = (merged / "loratool.undo" if merged.is_dir() else merged.with_suffix(".undo")).read_bytes()
-    at, length = struct.unpack("<QQ", data[-24:-8])
-    return Case(base, adapter, merged, data[:at], json.loads(zlib.decompress(data[at : at + length])))
+    undo = merged / "loratool.undo" if merged.is_dir() else merged.with_suffix(".undo")
+    return Case(base, adapter, merged, *split_undo(undo.read_bytes()))
 
 
 def write_resized(folder: Path) -> Path:
@@ -110,7 +98,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def forgeries(index: dict[str, Any], every: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return each field deleted, retyped, resized, exchanged with its neighbour, twice there, or the neighbour's.
 
-    All but what version 1 of the layout cannot tell: that a tokenizer's file is new.
+    All but what nothing can tell when the hash of the index is forged too: that a tokenizer's file is new.
     """
     for path in list(places(index))[every // 2 :: every]:
         *above, key = path
@@ -154,32 +142,23 @@ def forgeries(index: dict[str, Any], every: int) -> Iterator[tuple[str, dict[str
             yield f"{path} + 1", whole
 
 
-def untold(case: Case) -> list[tuple[int, int]]:
-    """Return the bytes of which version 1 of the layout has no hash: rows that a merge cut off."""
-    copied = [(entry["copied"][1], entry) for entry in case.index["tensors"].values() if "copied" in entry]
-    later = [r[2] for entry in case.index["tensors"].values() for r in entry["records"]]
-    return [(at, min([each for each in later if each > at], default=len(case.records))) for at, _ in copied]
-
-
 def damages(case: Case) -> Iterator[tuple[str, bytes]]:
-    """Return records flipped, cut, and in each other's place."""
+    """Return records flipped, cut and in each other's place, and the file cut and flipped anywhere."""
     found = [r for entry in case.index["tensors"].values() for r in entry["records"] if r[3]]
     for number, (_, _, at, length, *_) in enumerate(found):
         for place in {at, at + length // 2, at + length - 1}:
-            data = bytearray(case.records)
-            data[place] ^= 0x55
-            yield f"record {number} flipped at {place}", case.forge(case.index, bytes(data))
-        cut = case.records[:at] + case.records[at + 1 :]
-        yield f"record {number} cut", case.forge(case.index, cut)
-        yield (
-            f"record {number} zeroed",
-            case.forge(case.index, case.records[:at] + bytes(length) + case.records[at + length :]),
-        )
+            yield f"record {number} flipped at {place}", case.forge(case.index, flipped(case.body, place, 0x55))
+        yield f"record {number} cut", case.forge(case.index, case.body[:at] + case.body[at + 1 :])
+        zeroed = case.body[:at] + bytes(length) + case.body[at + length :]
+        yield f"record {number} zeroed", case.forge(case.index, zeroed)
     whole = case.forge(case.index)
     for end in range(0, len(whole), max(1, len(whole) // 20)):
         yield f"cut at {end}", whole[:end]
-        if not any(first <= end < last for first, last in untold(case)):
-            yield f"flipped at {end}", whole[:end] + bytes([whole[end] ^ 0x20]) + whole[end + 1 :]
+        yield f"flipped at {end}", flipped(whole, end, 0x20)
+
+
+def flipped(data: bytes, place: int, mask: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
 
 
 def outcome(case: Case, data: bytes, folder: Path) -> str:
@@ -233,60 +212,109 @@ def campaign(folder: Path, every: int) -> Counter[str]:
     return found
 
 
-def damaged(case: Case, data: bytes, folder: Path) -> int:
-    """Return the most bytes that Python held while an undo file was refused as damaged."""
+def damaged(case: Case, data: bytes, folder: Path, match: str = "is cut off or damaged") -> int:
+    """Return the most bytes that Python held while an undo file was refused."""
     (folder / "forged.undo").write_bytes(data)
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match="is cut off or damaged"):
+        with pytest.raises(InputError, match=match):
             loratool.unmerge(case.merged, case.adapter, folder / "back", undo=folder / "forged.undo")
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-def test_bombs(tmp_path: Path) -> None:
-    """Deflated zeros and brackets are refused before they have the memory."""
+@pytest.fixture
+def resized(tmp_path: Path) -> Case:
+    """A merge with records, copied rows, a header, side files and a new one."""
     folder = write_resized(tmp_path / "resized")
-    case = read_case(folder / "base", folder / "adapter", tmp_path / "cut")
-    assert damaged(case, assemble(case.records, b" " * (1 << 25)), tmp_path) < 1 << 24
-    noise = json.dumps(random.Random(0).randbytes(150_000).hex()).encode()
-    assert damaged(case, assemble(case.records, b'{"x":[' + noise + b",[]" * 1_500_000 + b"]}"), tmp_path) < 1 << 24
-    bomb = base64.b64encode(zlib.compress(bytes(1 << 25), 9)).decode()
-    for forged in (
-        {**case.index, "side": {"config.json": bomb}},
-        {**case.index, "shards": [{**case.index["shards"][0], "header": bomb}]},
-    ):
-        assert damaged(case, case.forge(forged), tmp_path) < 1 << 24
-    for end in (struct.pack("<QQ", 16, 1 << 62), struct.pack("<QQ", 1 << 63, 1 << 63), struct.pack("<QQ", 0, 1 << 40)):
-        assert damaged(case, case.records + end + b"loraundo", tmp_path) < 1 << 24
+    return read_case(folder / "base", folder / "adapter", tmp_path / "cut")
 
 
-def test_a_bomb_in_a_record() -> None:
-    data = zlib.compress(bytes(1 << 25), 9)
-    restorer = Restorer("x", torch.float64, b"\1" + len(data).to_bytes(4, "little") + data, ("", ""))
-    tracemalloc.start()
-    with suppress(ValueError):
-        restorer.difference(np.zeros(4, np.int64))
-    assert tracemalloc.get_traced_memory()[1] < 1 << 22
-    tracemalloc.stop()
+def test_sizes_beyond_the_files_own(resized: Case, tmp_path: Path) -> None:
+    """They are refused before they have the memory, and so is a pile of brackets."""
+    piled = b'{"x":["' + b"x" * 300_000 + b'"' + b",[]" * 1_500_000 + b"]}"
+    assert damaged(resized, resized.forge(piled), tmp_path) < 1 << 24
+    digest = bytes(32)
+    for at, length in ((16, 1 << 62), (1 << 63, 1 << 63), (0, 1 << 40), (len(resized.body), 1 << 40)):
+        end = TRAILER.pack(at, length, digest, b"loraundo")
+        assert damaged(resized, resized.body + end, tmp_path) < 1 << 24
+    for owner, key in (("side", "config.json"), ("shards", 0)):
+        index = copy.deepcopy(resized.index)
+        place = index[owner][key]["header"] if owner == "shards" else index[owner][key]
+        place[1] = 1 << 40
+        assert damaged(resized, resized.forge(index), tmp_path) < 1 << 24
+
+
+def test_a_flipped_bit_anywhere(resized: Case, tmp_path: Path) -> None:
+    """Every byte is compared or under a hash, or it says what is."""
+    whole, g = resized.forge(resized.index), random.Random(0)
+    (tmp_path / "work").mkdir()
+    for place in [*range(0, len(whole), len(whole) // 150), *range(len(whole) - TRAILER.size, len(whole), 7)]:
+        assert outcome(resized, flipped(whole, place, 1 << g.randrange(8)), tmp_path / "work") == "refused", place
+
+
+def test_an_index_with_the_hash_of_another(resized: Case, tmp_path: Path) -> None:
+    """So that it is told that a file was new, which nothing else could."""
+    assert resized.index["new_side"] == ["tokenizer_config.json"]
+    other = resized.forge({**resized.index, "new_side": []})
+    end = resized.forge(resized.index)[-TRAILER.size :]
+    length = len(other) - len(resized.body) - TRAILER.size
+    data = other[: -TRAILER.size] + end[:8] + length.to_bytes(8, "little") + end[16:]
+    damaged(resized, data, tmp_path, "its index is another")
+
+
+def test_a_damaged_row_that_was_copied(resized: Case, tmp_path: Path) -> None:
+    _, at, _ = resized.index["tensors"]["model.embed_tokens.weight"]["copied"]
+    for place in (at, at + 4 * 8 * 4 - 1):
+        data = resized.forge(resized.index, flipped(resized.body, place, 1))
+        damaged(resized, data, tmp_path, "the rows that it copied are others")
+
+
+def overlapping(index: dict[str, Any], body: bytes) -> bytes:
+    index["side"]["config.json"] = index["shards"][0]["header"]
+    return body
+
+
+def with_a_gap(index: dict[str, Any], body: bytes) -> bytes:
+    return body + b"x"
+
+
+def with_a_gap_before_a_blob(index: dict[str, Any], body: bytes) -> bytes:
+    at = index["side"]["config.json"][0]
+    index["side"]["config.json"][0] += 1
+    return body[:at] + b" " + body[at:]
+
+
+def shorter(index: dict[str, Any], body: bytes) -> bytes:
+    index["side"]["config.json"][1] -= 1
+    return body
+
+
+def in_a_record(index: dict[str, Any], body: bytes) -> bytes:
+    index["tensors"]["model.x.weight"]["records"][0][2] += 1
+    return body
+
+
+@pytest.mark.parametrize("how", [overlapping, with_a_gap, with_a_gap_before_a_blob, shorter, in_a_record])
+def test_places_that_overlap_or_leave_a_gap(
+    resized: Case, tmp_path: Path, how: Callable[[dict[str, Any], bytes], bytes]
+) -> None:
+    index = copy.deepcopy(resized.index)
+    damaged(resized, resized.forge(index, how(index, resized.body)), tmp_path)
 
 
 @pytest.mark.parametrize(
     "name", ["modeling_x.py", ".bashrc", "generation_config.json", "LICENSE", "x.json", "unet/config.json"]
 )
 @pytest.mark.parametrize("place", ["side", "new_side"])
-def test_a_file_that_no_merge_edits(tmp_path: Path, name: str, place: str) -> None:
-    folder = write_resized(tmp_path / "resized")
-    case = read_case(folder / "base", folder / "adapter", tmp_path / "cut")
-    index = copy.deepcopy(case.index)
+def test_a_file_that_no_merge_edits(resized: Case, tmp_path: Path, name: str, place: str) -> None:
+    index, body = copy.deepcopy(resized.index), resized.body
     if place == "side":
-        index["side"][name] = index["side"]["config.json"]
+        body, index["side"][name] = add_blob(body, b"{}")
     else:
         index["new_side"].append(name)
-    (tmp_path / "forged.undo").write_bytes(case.forge(index))
-    with pytest.raises(InputError, match=f"it names '{name}', which is no file of a model"):
-        loratool.unmerge(case.merged, case.adapter, tmp_path / "back", undo=tmp_path / "forged.undo")
+    damaged(resized, resized.forge(index, body), tmp_path, f"it names '{name}', which is no file of a model")
     assert not (tmp_path / "back").exists()
 
 
@@ -297,8 +325,8 @@ def test_a_shard_beside_the_shards(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     for name in ("model-00001-of-00002.safetensors", "model-00003-of-00003.safetensors", "tokenizer.json"):
         index = copy.deepcopy(case.index)
-        index["side"][name] = index["side"]["config.json"]
-        assert outcome(case, case.forge(index), tmp_path / "work") == "refused"
+        body, index["side"][name] = add_blob(case.body, b"{}")
+        assert outcome(case, case.forge(index, body), tmp_path / "work") == "refused"
 
 
 def test_some_forgeries(tmp_path: Path) -> None:

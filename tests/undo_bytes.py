@@ -1,0 +1,36 @@
+"""Take undo files apart and put them together again, with the hash of the index that a forger would write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TRAILER = struct.Struct("<QQ32s8s")
+
+
+def split_undo(data: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Return what precedes the index, and the index."""
+    at, length, _, _ = TRAILER.unpack(data[-TRAILER.size :])
+    return data[:at], json.loads(data[at : at + length])
+
+
+def join_undo(body: bytes, index: object) -> bytes:
+    """Return an undo file; an index that is bytes is taken as it is."""
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    return body + text + TRAILER.pack(len(body), len(text), hashlib.sha256(text).digest(), b"loraundo")
+
+
+def add_blob(body: bytes, data: bytes) -> tuple[bytes, list[Any]]:
+    """Return the body with a blob at its end, and the blob's place in the index."""
+    return body + data, [len(body), len(data), hashlib.sha256(data).hexdigest()]
+
+
+def forge(undo: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write another index into an undo file."""
+    body, index = split_undo(undo.read_bytes())
+    change(index)
+    undo.write_bytes(join_undo(body, index))
