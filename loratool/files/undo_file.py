@@ -189,10 +189,11 @@ class UndoFile:
         self._check_written()
         self._check_side()
 
-    def _blob(self, place: Sequence[int]) -> bytes:
+    def _blob(self, place: Sequence[Any]) -> bytes:
         """Read the bytes of a header or a side file."""
         at, length, digest = place
-        require(is_count(at) and is_count(length), "no place of a header or a side file")
+        fits = is_count(at) and is_count(length) and are_hashes([digest], 1)
+        require(fits, "no place of a header or a side file")
         require(at + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
         self._blobs.append((at, length))
         data = self.bytes(at, length)

@@ -30,21 +30,21 @@ SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
 
 
-class DenseDelta(Protocol):
+@dataclass(frozen=True)
+class DenseDelta:
     """D of some rows as a GEMM gives it, in float32 or float64.
 
     Attributes:
         sizes: (rows,), no |D| of a row is larger.
         errors: (rows,), no error of a row is larger.
+        fill: writes D + shift of some rows into a tensor, (rows, n) of this type, by (rows, shift, tensor).
         squares: (rows,), ||D||^2 of each row, about; None where the numbers themselves have to tell.
     """
 
     sizes: Wide
     errors: Wide
-    squares: Wide | None
-
-    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
-        """Write D + shift of some rows into `out`, (rows, n) of this type."""
+    fill: Callable[[slice, float, Tensor], None]
+    squares: Wide | None = None
 
 
 class Delta(Protocol):
@@ -195,7 +195,7 @@ def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) ->
 
 def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
     """Settle what two casts settle of results of 16 bits: torch casts in two roundings, so the bound has float32's."""
-    if form.bits > 11:
+    if form.bits > 11 or form.bits < 8:  # torch's casts to 8 bits stop at the largest number
         return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
     kind = next(kind for kind, its in FORMS.items() if its == form)
@@ -213,8 +213,9 @@ def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Co
     rest = np.where(total < 0, -rest, rest)
     e = np.maximum(((total.view(np.int64) >> 52) & 2047) - 1023, form.least)
     e -= (at_power & (rest < 0)) & (e > form.least)
-    unit = np.ldexp(1.0, form.bits - 1 - e)
-    steps, reach = np.ldexp(np.abs(total), form.bits - 1 - e), bound * unit
+    up = (form.bits - 1 - e).astype(np.intc)
+    unit = np.ldexp(1.0, up)
+    steps, reach = np.ldexp(np.abs(total), up), bound * unit
     whole = np.floor(steps)
     if form.bits == 53:
         over = np.zeros(len(total), np.bool_)

@@ -25,6 +25,7 @@ from .workspace import Workspace
 TILE = {torch.float32: 1 << 18, torch.float64: 1 << 17}  # weights that fit the caches, and are worth their calls
 CUDA_TILE = 1 << 23  # more, since on a GPU the number of calls counts
 IN_RANGE = 2.0**60  # products of larger factors could overflow in float32
+BEYOND = 2.0**120  # larger bounds are near the end of float32
 APART = 256  # of so many rows or columns one may be set apart
 MARGIN = 1.01  # for the roundings of `shift` itself
 SAMPLED = 1 << 11  # weights from which the size of a block's is estimated
@@ -119,7 +120,10 @@ class DenseRows:
                 # the arithmetic mean of both parts is nowhere less than the geometric one, 2.05 u |sum|
                 rounding, curve = 2.05 * self.unit * width + 2.0**-120, 2.05 * self.unit / 4 / width
         slight = not self.factor and size < 2.0**-12 * largest
-        return Bounds(MARGIN * (error + rounding), MARGIN * (2 * error + 3 * rounding), curve, None, slight)
+        shift, span = MARGIN * (error + rounding), MARGIN * (2 * error + 3 * rounding)
+        if self.single and shift > BEYOND:
+            shift = span = np.inf  # nothing is decided
+        return Bounds(shift, span, curve, None, slight)
 
     def fill(self, base: Tensor, row: int, shift: float, work: Workspace) -> tuple[Tensor, Tensor, float]:
         """Return a * W + D + shift and D + shift of some rows from row `row` on, and <W, W>, in buffers of `work`."""

@@ -1,0 +1,190 @@
+"""Hold the merge of rows to the definition, by fractions, on strange weights; then to itself under any tiles."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import bits, factors, weights
+from fractions_oracle import Add, codes, low_rank, merge_codes
+from reference import change_reference, round_reference, to_longdouble
+from strange_rows import STRANGE, product_of
+from torch import Tensor
+
+from loratool.numerics import dense
+from loratool.numerics.decide import Reals
+from loratool.numerics.merge import RowMerge
+from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
+from loratool.numerics.stored import Stored
+from loratool.numerics.workspace import Workspace
+
+CPU = torch.device("cpu")
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
+types = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+shorter = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=NAMES.get)
+
+
+def merged(W: Tensor, x: Reals, out: torch.dtype | None = None, rows: int = 1 << 20) -> tuple[Tensor, RoundingStats]:
+    """Return W' and the sums, from blocks of so many rows."""
+    made, stats = torch.empty_like(W, dtype=out or W.dtype), RoundingStats()
+    merge = RowMerge(x, W.dtype, made.dtype, CPU)
+    for row in range(0, len(W), rows):
+        stats += merge.apply(W[row : row + rows], row, made[row : row + rows], Workspace(CPU))
+    return made, stats
+
+
+def plain(stats: RoundingStats) -> tuple[int, int, int]:
+    return stats.changed, stats.not_finite, stats.overflowed
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e4])
+@pytest.mark.parametrize("strange", STRANGE)
+@types
+def test_strange_weights(dtype: torch.dtype, strange: str, size: float) -> None:
+    W, (A, B) = STRANGE[strange](weights(4, 20, dtype=dtype)), factors(4, 20, 3)
+    B[1] = 0
+    out, stats = merged(W, product_of(A, B, size))
+    finite = W.isfinite()
+    lost = finite & ~out.isfinite()
+    assert (stats.not_finite, stats.overflowed) == (int((~finite).sum()), int(lost.sum()))
+    wanted = merge_codes(torch.where(lost, 0.0, W), dtype, [Add(low_rank(A, B, size))])
+    assert wanted is not None
+    keeps = ~lost.flatten().numpy()
+    assert (np.array(codes(out), object)[keeps] == np.array(wanted, object)[keeps]).all()
+    assert stats.changed == int((bits(out) != bits(W)).view(-1, dtype.itemsize).any(1).sum())
+
+
+@pytest.mark.parametrize("relative", [1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize("rank", [1, 16, 300])
+@types
+def test_against_extended_precision(dtype: torch.dtype, rank: int, relative: float) -> None:
+    """What 64 bits of mantissa tell, on more weights than fractions can; a float64's last bits they do not."""
+    W, (A, B) = weights(40, 300, dtype=dtype), factors(40, 300, rank)
+    scale = relative * float(W.double().norm() / (B @ A).norm())
+    out, stats = merged(W, product_of(A, B, scale))
+    D, base = change_reference(A, B, scale), to_longdouble(W)
+    expected = round_reference(base + D, dtype)
+    if dtype == FP64:
+        assert (out - expected).abs().max() <= 2.0**-52
+    else:
+        assert torch.equal(bits(out), bits(expected))
+        assert stats.changed == int((expected != W).sum())
+    moved = to_longdouble(out) - base
+    sums = (stats.base_squared, base * base), (stats.change_squared, D * D), (stats.kept, moved * D)
+    for got, summed in sums:
+        assert got == pytest.approx(float(summed.sum()), rel=1e-3, abs=2e-3 * float((D * D).sum()))
+
+
+@shorter
+def test_any_rows_tiles_threads_and_order_of_ranks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, (A, B) = weights(33, 257, dtype=dtype), factors(33, 257, 12)
+    A, B = A * torch.logspace(-3, 3, 12)[:, None], B * torch.logspace(4, -4, 12)
+    expected, stats = merged(W, product_of(A, B, 1 / 3))
+    threads, order = torch.get_num_threads(), torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    try:
+        for rows, tile, count in ((1, 100, 1), (5, 1, 2), (32, 1 << 12, 2)):
+            monkeypatch.setattr(dense, "TILE", {FP32: tile, FP64: tile})
+            torch.set_num_threads(count)
+            out, other = merged(W, product_of(A[order], B[:, order], 1 / 3), rows=rows)
+            assert torch.equal(bits(out), bits(expected)) and plain(other) == plain(stats)
+            assert other.kept == pytest.approx(stats.kept, rel=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@types
+def test_another_type_of_the_output(dtype: torch.dtype) -> None:
+    """The same X, rounded once; torch's casts by way of float32 differ in ties."""
+    W, (A, B) = weights(5, 40, dtype=dtype), factors(5, 40, 3)
+    for out in (BF16, FP16, FP32):
+        wanted = merge_codes(W, out, [Add(low_rank(A, B, 0.3))])
+        assert codes(merged(W, product_of(A, B, 0.3), out)[0]) == wanted
+
+
+@pytest.mark.parametrize("tiny", [1, 2.0**-20])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=NAMES.get)
+def test_sums_on_midpoints_and_a_hair_beside_them(dtype: torch.dtype, tiny: float) -> None:
+    """So near that float64 cannot tell, and in float16 among the subnormal numbers, where all steps are one."""
+    W = (torch.arange(1, 129).float().reshape(2, 64) * tiny).to(dtype)
+    half = (W.float().abs().log2().floor() - {BF16: 8, FP16: 11}[dtype]).exp2()[:1].double()
+    half = half.clamp(min=2.0**-25) if dtype == FP16 else half
+    for hair in (0.0, 2.0**-20, -(2.0**-40), 2.0**-52, -(2.0**-52)):
+        A = half * (1 + hair)
+        for right, left in ((A, torch.ones(2, 1)), (torch.cat([half, half * hair]), torch.ones(2, 2))):
+            wanted = merge_codes(W, dtype, [Add(low_rank(right, left, 1.0))])
+            assert codes(merged(W, product_of(right, left))[0]) == wanted
+
+
+@shorter
+def test_terms_that_cancel(dtype: torch.dtype) -> None:
+    """What is left of D is below the rounding of its terms, or nothing; -0.0 stays where it is nothing."""
+    W, (A, B) = weights(4, 30, dtype=dtype), factors(4, 30, 2)
+    W[0] = -0.0
+    A, B = torch.cat([A, A * (1 + 2.0**-20)]), torch.cat([B, -B], 1)
+    for right in (A, torch.cat([A[:2], A[:2]])):
+        wanted = merge_codes(W, dtype, [Add(low_rank(right, B, 1e3))])
+        out, stats = merged(W, product_of(right, B, 1e3))
+        assert codes(out) == wanted
+    assert stats.change_squared == 0 and stats.changed == 0
+
+
+@pytest.mark.parametrize(("large", "small"), [(59, 80), (127, 134), (100, 140)])
+def test_factors_that_float32_cannot_hold_together(large: int, small: int) -> None:
+    A = (weights(1, 50).abs() + 0.5).double()
+    A = torch.cat([A, -A]) * 2.0**large
+    B = torch.zeros(5, 2, dtype=FP64)
+    B[:-1, 0] = (weights(4).abs().double() + 1) * 2.0**-small
+    B[-1] = 2.0**large
+    W = (weights(5, 50).float() * 2.0 ** (large - small + 13)).bfloat16()
+    assert codes(merged(W, product_of(A, B))[0]) == merge_codes(W, BF16, [Add(low_rank(A, B, 1.0))])
+
+
+def test_weights_far_larger_than_all_others() -> None:
+    """A bound that follows the size of the sums must hold where a few are 10**6 times the usual."""
+    A, B = factors(2, 256, 4)
+    for size in (1e-4, 1.05e-4, 1.1e-4):
+        W = torch.full((2, 256), size).half()
+        W[:, 1::32] = -torch.linspace(600, 800, 16).half().reshape(2, 8)
+        assert codes(merged(W, product_of(A, B, 1e-6))[0]) == merge_codes(W, FP16, [Add(low_rank(A, B, 1e-6))])
+
+
+def test_a_float32_of_fewer_bits_is_not_trusted() -> None:
+    W, (A, B) = weights(64, 100, dtype=BF16), factors(64, 100, 64)
+    expected, _ = merged(W, product_of(A, B))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not dense.float32_is_whole()
+        assert torch.equal(bits(merged(W, product_of(A, B))[0]), bits(expected))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert dense.float32_is_whole()
+
+
+def test_a_row_longer_than_a_tile() -> None:
+    columns = dense.TILE[FP32] + 7
+    W, (A, B) = weights(2, columns, dtype=BF16), factors(2, columns, 2)
+    one, _ = merged(W, product_of(A, B, 9.0), rows=1)
+    assert torch.equal(bits(one), bits(merged(W, product_of(A, B, 9.0))[0]))
+    assert torch.equal(one, round_reference(to_longdouble(W) + change_reference(A, B, 9.0), BF16))
+
+
+@types
+def test_what_would_be_infinite_is_counted(dtype: torch.dtype) -> None:
+    top = torch.finfo(dtype).max
+    W = torch.full((2, 3), top, dtype=dtype)
+    out, stats = merged(W, product_of(torch.ones(1, 3, dtype=FP64), torch.tensor([[0.0], [top / 9]], dtype=FP64)))
+    assert plain(stats) == (3, 0, 3) and math.isfinite(stats.kept) and torch.equal(out[0], W[0])
+    short = torch.empty(1, 3, dtype=FP16)
+    assert cast_rounded(torch.tensor([[1e5, math.inf, 1.0]]), short, Workspace(CPU)).overflowed == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
+def test_odd_shapes(shape: tuple[int, int]) -> None:
+    W, (A, B) = weights(*shape, dtype=FP16), factors(*shape, 1)
+    assert codes(merged(W, product_of(A, B))[0]) == merge_codes(W, FP16, [Add(low_rank(A, B, 1.0))])
+    values = weights(*shape, seed=3)
+    out, _ = merged(W, Reals(Stored(values, 0.5)))
+    assert torch.equal(out, (W.double() + 0.5 * values.double()).half())
