@@ -39,7 +39,7 @@ from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ..undo.records import Doubted
 from ..undo.writer import read_placements
-from .inputs import AdapterRequest, Adapters, negate_weights, open_adapters, parse_adapters, refuse_adapter
+from .inputs import AdapterRequest, Adapters, open_adapters, parse_adapters, refuse_adapter
 from .machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
@@ -360,7 +360,7 @@ def _subtract(
 ) -> UnmergeReport:
     """Write W' - D, rounded once: wrong only for weights where several values round to the same W'."""
     adapters = open_adapters(requests, alpha, opened)
-    weighted = negate_weights(tuple(zip(adapters, (each.weight for each in requests), strict=True)))
+    weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in plan.changed:
         if name in plan.added or any(

@@ -22,7 +22,7 @@ from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
-from ..undo.records import Doubted, Doubter, RecordedBlock, Recorder, Restorer, record_rows
+from ..undo.records import Doubted, RecordedBlock, Recorder, Restorer, record_rows, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .segment import RowSegment, UpdateLoader
 from .workers import Step
@@ -170,15 +170,13 @@ def _restore(
 
 
 def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> ChangedTensor:
-    """Return a merged tensor without additive placements, whose weights are negated; its steps return `Doubted`."""
+    """Return a merged tensor without additive placements; its steps return `Doubted`."""
     height = record_rows(source.spec.size // max(1, placements[0].rows))
 
     def prepare(segment: RowSegment, start: int, stop: int) -> Step:
-        def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
-            x, _ = segment.reals_of(start + row, start + row + len(base), base, work)
-            doubter = Doubter(base.dtype)
-            stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, doubter)
-            return Doubted(stats, doubter.doubtful, doubter.farthest)
+        def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
+            x, _ = segment.reals_of(start + row, start + row + len(merged), merged, work)
+            return subtract(merged, x, out, work)
 
         return step
 

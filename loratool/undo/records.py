@@ -212,18 +212,21 @@ def _planes(index: Codes, count: Codes) -> Iterator[npt.NDArray[np.bool_]]:
         bit += 1
 
 
-def guess_double(result: Tensor, x: Reals, first: int) -> Codes:
+def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
     """Return a float64 W that writer and reader both know, near the one before: RN(W' - D), and W' where a is not 1."""
-    guess = take_all(result).copy()
-    if x.factor:
-        return guess
-    form, columns, back = FORMS[torch.float64], result.shape[1], Reals(Negated(x.delta))
-    finite = np.flatnonzero((guess & form.size) < form.inf)
-    for start in range(0, len(finite), TOGETHER):
-        at = finite[start : start + TOGETHER]
-        i = at // columns
-        guess[at] = decide(back, guess[at], form, i + first, at - i * columns, form)
+    guess = take_all(merged).copy()
+    if not x.factor:
+        finite = np.flatnonzero((guess & FORMS[merged.dtype].size) < FORMS[merged.dtype].inf)
+        for start in range(0, len(finite), TOGETHER):
+            at = finite[start : start + TOGETHER]
+            guess[at] = _without_delta(merged, at, x, first)
     return guess
+
+
+def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int) -> Codes:
+    """Return RN(W' - D) of finite weights at flat positions of a block."""
+    form, i = FORMS[merged.dtype], at // merged.shape[1]
+    return decide(Reals(Negated(x.delta)), take(merged, at), form, i + first, at - i * merged.shape[1], form)
 
 
 def pack_differences(difference: Codes) -> bytes:
@@ -247,7 +250,7 @@ class Doubted:
     """The result of a block from which an update was subtracted without a record.
 
     Attributes:
-        change: the sums of the merge of -D.
+        change: what overflowed.
         doubtful: weights that can be wrong.
         farthest: by at most so many steps.
     """
@@ -257,41 +260,26 @@ class Doubted:
     farthest: int
 
 
-class Doubter:
-    """Counts the weights of a block that can be wrong when D is subtracted without a record.
-
-    It watches the merge of -D into W', whose result is taken for W.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._form = FORMS[dtype]
-        self._found: list[tuple[Positions, npt.NDArray[Any]]] = []
-        self.doubtful, self.farthest = 0, 0
-
-    def tile(self, tile: Tile, dense: DenseRows) -> None:
-        change = tile.change.view(-1)
-        if self._form.bits == 53:
-            self.doubtful += int(torch.count_nonzero(change != tile.shift))
-            self.farthest = max(self.farthest, min(1, self.doubtful))
-            return
-        if tile.ties is not None:
-            change[torch.from_numpy(tile.at)] = torch.nan
-        hit = may_have_several(tile.base, tile.out, tile.hit)
-        if tile.ties is not None:
-            hit |= tile.ties
-        at, found = _taken(hit, change, tile.shift)
-        self._found.append((at + tile.start, -found))
-
-    def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
-        if self._form.bits == 53:
-            return
-        asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
-        back = Reals(Negated(x.delta))
+def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
+    """Write RN(W' - D) into `out`, both (rows, n), the rows of `x`, which is additive."""
+    form = FORMS[merged.dtype]
+    if form.bits == 53:
+        guess = guess_double(merged, x, 0)
+        bits(out).copy_(torch.from_numpy(guess).view(out.shape))
+        doubtful = int(np.count_nonzero(guess != take_all(merged)))
+        farthest = 1 + bool(doubtful)
+    else:
+        asked, doubtful, farthest = go_back(merged, x, out, work), 0, 1
         for part in _parts(len(asked.at)):
-            _, runs = _runs_of(base, back, first, asked, part, self._form)
-            few = runs.count[runs.count < every(self._form)]
-            self.doubtful += int((runs.count > 1).sum())
-            self.farthest = max(self.farthest, int(few.max(initial=1)) - 1)
+            fine, runs = _runs_of(merged, x, 0, asked, part, form)
+            at, odd = asked.at[part][fine], asked.at[part][~fine]
+            put(out, odd, take(merged, odd))
+            put(out, at, _without_delta(merged, at, x, 0))
+            doubtful += int((runs.count > 1).sum())
+            farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
+    lost = ~out.isfinite() & merged.isfinite()
+    largest = float(merged[lost].double().abs().max()) if bool(lost.any()) else 0.0
+    return Doubted(RoundingStats(overflowed=int(lost.sum()), largest=2 * largest), doubtful, farthest - 1)
 
 
 class Reader:
@@ -446,8 +434,8 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
             else:
                 hit = dense.settle(upper.add_(both), replace(bounds, span=2 * both), weight, work)
             hit = may_have_several(result, weight, hit)
-            if not math.isfinite(squared):
-                hit |= ~result.isfinite()
+            if not (math.isfinite(squared) and math.isfinite(float(upper.sum()))):
+                hit |= ~(result.isfinite() & weight.isfinite() & upper.isfinite())
         at, some = _taken(hit, change.view(-1), bounds.shift)
         found.append((at + row * merged.shape[1], some))
     return _Asked(*_joined(found), reach_of(dense, bounds, 0, len(merged)))

@@ -25,7 +25,7 @@ from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Negated, Stored, Sum
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
-from loratool.undo.records import UNIT, Doubter, Reader, RecordedBlock, Recorder, Restorer, pack_differences
+from loratool.undo.records import UNIT, Reader, RecordedBlock, Recorder, Restorer, pack_differences, subtract
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -321,25 +321,24 @@ class TestDoubts:
         W[1, 0], W[1, 1] = 0.0, -0.0
         forward = product_of(A, B, size * 7)
         out, _ = merged(W, forward)
-        doubter, back = Doubter(dtype), torch.empty_like(W)
-        RowMerge(product_of(A, B, -size * 7), dtype, dtype, CPU).apply(out, 0, back, Workspace(CPU), doubter)
+        back = torch.empty_like(W)
+        doubted = subtract(out, forward, back, Workspace(CPU))
         sizes, few = [], [1]
         for k, result in enumerate(codes(out).reshape(-1)):
             found = brute_force(forward, k // 8, k % 8, dtype)
             at = int(np.flatnonzero(found.result == result)[0])
             sizes.append(found.count[at])
             few += [found.count[at]] if not found.holds_zero[at] or size == 0 else []
-        assert doubter.doubtful == sum(count > 1 for count in sizes)
-        assert doubter.farthest == max(few) - 1
+        assert doubted.doubtful == sum(count > 1 for count in sizes)
+        assert doubted.farthest == max(few) - 1
         wrong = bits(back) != bits(W)
-        assert wrong.view(-1, dtype.itemsize).any(1).sum() <= doubter.doubtful
+        assert wrong.view(-1, dtype.itemsize).any(1).sum() <= doubted.doubtful
 
     def test_float64_is_in_doubt_wherever_something_is_added(self) -> None:
         W, (A, B) = weights(3, 30, dtype=FP64), factors(3, 30, 2)
         B[1] = 0
-        doubter = Doubter(FP64)
-        RowMerge(product_of(A, B, -1.0), FP64, FP64, CPU).apply(W, 0, torch.empty_like(W), Workspace(CPU), doubter)
-        assert (doubter.doubtful, doubter.farthest) == (60, 1)
+        doubted = subtract(W, product_of(A, B, 1.0), torch.empty_like(W), Workspace(CPU))
+        assert (doubted.doubtful, doubted.farthest) == (60, 1)
 
 
 def refusal(dtype: torch.dtype, payload: bytes, work: Callable[[Restorer], object]) -> str:
