@@ -105,21 +105,28 @@ class Factor:
 
 @dataclass(frozen=True)
 class Reals:
-    """X = a * W + D for some rows of a weight.
+    """X = a * W + sign * D for some rows of a weight.
 
     Attributes:
         factor: None for a = 1.
+        sign: 1, or -1 on the way back.
         steps: how many weights each step was asked for.
     """
 
     delta: Delta
     factor: Factor | None = None
+    sign: int = 1
     steps: Counter[str] = field(default_factory=Counter)
 
     def exact(self, weight: Fraction, i: int, j: int) -> Fraction:
         """Return X of one weight."""
         a = Fraction(1) if self.factor is None else self.factor.exact((i, j)[self.factor.axis])
-        return a * weight + self.delta.exact(i, j)
+        return a * weight + self.sign * self.delta.exact(i, j)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        """Return sign * D as `Delta.near` does."""
+        high, low, bound = self.delta.near(i, j)
+        return self.sign * high, self.sign * low, bound
 
     def keeps(self, i: int, j: int) -> bool:
         """Return whether D = 0 and a = 1, so that W's own bits stay."""
@@ -137,7 +144,7 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
     """
     if not len(i):
         return np.empty(0, to.code)
-    weight, (high, low, bound) = wide(code, form), x.delta.near(i, j)
+    weight, (high, low, bound) = wide(code, form), x.near(i, j)
     minus_zero = np.zeros(len(i), np.bool_)
     kept = (high == -low) & (bound == 0)  # D = 0: W's own bits stay
     if x.factor:
@@ -167,8 +174,8 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
     if len(at) and not x.factor:
         x.steps["nearer"] += len(at)
         high, low, bound = x.delta.nearer(i[at], j[at])
-        total, rest = two_sum(weight[at], high)
-        rest, lost = two_sum(rest, low)
+        total, rest = two_sum(weight[at], x.sign * high)
+        rest, lost = two_sum(rest, x.sign * low)
         total, rest = two_sum(total, rest)
         found, sure = nearest(total, rest, (bound + np.abs(lost)) * SLACK, to)
         out[at] = _with_kept(found, code[at], (high == -low) & (bound == 0), form, to)

@@ -117,24 +117,3 @@ def _add(parts: Sequence[tuple[Wide, Wide, Wide]]) -> tuple[Wide, Wide, Wide]:
         low, e2 = two_sum(low, e)
         bound = bound + lost + np.abs(e1) + np.abs(e2)
     return high, low, bound * SLACK
-
-
-class Negated:
-    """-D of another delta."""
-
-    def __init__(self, delta: Delta) -> None:
-        self._delta, self.shape, self.largest = delta, delta.shape, delta.largest
-
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        raise NotImplementedError("a merge of -D is one with negative scales")
-
-    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
-        high, low, bound = self._delta.near(i, j)
-        return -high, -low, bound
-
-    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
-        high, low, bound = self._delta.nearer(i, j)
-        return -high, -low, bound
-
-    def exact(self, i: int, j: int) -> Fraction:
-        return -self._delta.exact(i, j)

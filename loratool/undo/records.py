@@ -32,7 +32,6 @@ from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
 from ..numerics.forms import FORMS, Codes, Form, Positions, bits, number, place
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
-from ..numerics.stored import Negated
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
 
@@ -226,7 +225,7 @@ def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
 def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int) -> Codes:
     """Return RN(W' - D) of finite weights at flat positions of a block."""
     form, i = FORMS[merged.dtype], at // merged.shape[1]
-    return decide(Reals(Negated(x.delta)), take(merged, at), form, i + first, at - i * merged.shape[1], form)
+    return decide(replace(x, sign=-1), take(merged, at), form, i + first, at - i * merged.shape[1], form)
 
 
 def pack_differences(difference: Codes) -> bytes:

@@ -22,7 +22,7 @@ from loratool.numerics.decide import Factor, Reals, decide
 from loratool.numerics.forms import FORMS, Codes, codes, number, place
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.rounding_stats import RoundingStats
-from loratool.numerics.stored import Negated, Stored, Sum
+from loratool.numerics.stored import Stored, Sum
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
 from loratool.undo.records import UNIT, Reader, RecordedBlock, Recorder, Restorer, pack_differences, subtract
@@ -422,9 +422,3 @@ class TestBrokenRecords:
         with pytest.raises(InputError, match=r"x: (does not come back|cannot be restored)"):
             restored(out, product_of(A, B, 1.01), record)
         assert torch.equal(restored(out, x, record), W)
-
-
-def test_runs_of_minus_d_are_those_of_d() -> None:
-    A, B = factors(1, 9, 2)
-    x = product_of(A, B)
-    assert Negated(Negated(x.delta)).exact(0, 3) == x.delta.exact(0, 3) == -Negated(x.delta).exact(0, 3)
