@@ -33,7 +33,7 @@ ORDER = (
     ("cli",),
 )
 OPS = (
-    ("choices", "rank_rules", "denormals", "collector", "guide"),
+    ("choices", "rank_rules", "machine", "collector", "guide"),
     ("inputs",),
     ("factor_spool",),
     ("merge", "unmerge", "verify", "inspect", "count", "convert"),

@@ -29,7 +29,7 @@ COMMANDS = {
     "guide": "Read the guides, each on one topic.",
     "init": "Initialize an adapter from a base's files, with any method that needs no data.",
     "inspect": "Show what is in a checkpoint or an adapter, and what is wrong with it.",
-    "merge": "Add adapters to a base model's weights, rounded once, the same bytes everywhere.",
+    "merge": "Add adapters to a base model's weights, correctly rounded, the same bytes everywhere.",
     "resize": "Change an adapter's rank, exactly.",
     "unmerge": "Restore the base of a merge, bit for bit.",
     "verify": "Prove that a model is a base with adapters added, or say what is wrong with it.",
@@ -120,7 +120,8 @@ def cli() -> None:
 
     Exit codes: 0 done, 1 a check said no, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag
     that the message names, 5 the machine failed, 70 internal error, 129, 130 and 143 stopped by a signal. Every option
-    can be set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks.
+    can be set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks, and how
+    a merge's weights were decided.
     """
 
 
@@ -163,6 +164,8 @@ def _run(argv: list[str]) -> int:
 def _call(argv: list[str]) -> int:
     from ..errors import Interrupted, LoratoolError, MachineError, UsageError
 
+    if _is_debugging():
+        _show_log()
     try:
         if instruction := os.environ.get(COMPLETE):
             return shell_complete(cli, {}, "loratool", COMPLETE, instruction)
@@ -194,6 +197,19 @@ def _call(argv: list[str]) -> int:
         return _report_error(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
 
 
+def _is_debugging() -> bool:
+    return os.environ.get("LORATOOL_DEBUG") == "1"
+
+
+def _show_log() -> None:
+    """Print on stderr what the commands log."""
+    import logging
+
+    log = logging.getLogger("loratool")
+    log.handlers = [logging.StreamHandler(sys.stderr)]
+    log.setLevel(logging.DEBUG)
+
+
 def _wants_json(argv: list[str]) -> bool:
     """Return whether JSON was asked for, also by a call that click cannot parse."""
     command = _command_name(argv)
@@ -210,7 +226,7 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
     from .render import print_lines, to_json
 
     try:
-        if os.environ.get("LORATOOL_DEBUG") == "1":
+        if _is_debugging():
             import traceback
 
             traceback.print_exc()

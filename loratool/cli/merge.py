@@ -65,9 +65,9 @@ def merge(quiet: bool, json: bool, **options: Any) -> None:
     """Add adapters to a base model's weights and write the merged model.
 
     BASE is a file (.safetensors, or torch's .bin, .pt, .ckpt), a folder, or org/model in the local Hugging Face
-    cache; ADAPTER a PEFT folder or a LoRA file. Several adapters are added in one pass, each with its weight, and
-    rounded once. The output's bytes are the same on every machine. Of an image model's adapter unet, te, te1, te2
-    and te3 take weights of their own.
+    cache; ADAPTER a PEFT folder or a LoRA file. Several adapters are added in one pass, each with its weight; each
+    merged weight is the number nearest to the exact sum, so the output's bytes are the same on every machine. Of an
+    image model's adapter unet, te, te1, te2 and te3 take weights of their own.
 
     \b
       loratool merge base/ adapter/ -o merged/

@@ -30,25 +30,25 @@ SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
 
 
-class DenseDelta(Protocol):
+@dataclass(frozen=True)
+class DenseDelta:
     """D of some rows as a GEMM gives it, in float32 or float64.
 
     Attributes:
         sizes: (rows,), no |D| of a row is larger.
         errors: (rows,), no error of a row is larger.
+        fill: writes D + shift of some rows into a tensor, (rows, n) of this type, by (rows, shift, tensor).
         squares: (rows,), ||D||^2 of each row, about; None where the numbers themselves have to tell.
     """
 
     sizes: Wide
     errors: Wide
-    squares: Wide | None
-
-    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
-        """Write D + shift of some rows into `out`, (rows, n) of this type."""
+    fill: Callable[[slice, float, Tensor], None]
+    squares: Wide | None = None
 
 
 class Delta(Protocol):
-    """What an update adds to some rows of a weight: D, (rows, n), a real number for each weight.
+    """The numbers that an update adds to some rows of a weight: D, (rows, n), a real number for each weight.
 
     A kind of update answers these four questions; of `near` and `nearer` it may answer "anything" (an infinite bound),
     at a cost in speed.
@@ -129,7 +129,7 @@ class Reals:
 
 @np.errstate(all="ignore")
 def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Form) -> Codes:
-    """Return RN(X) of the weights at rows i and columns j, as bit patterns; `to.inf` stands for an overflow.
+    """Return RN(X) of the weights at rows i and columns j, as bit patterns; the code of inf stands for an overflow.
 
     Args:
         code: the bit patterns of W there, in `form`; finite, but where a is 0.
@@ -139,11 +139,11 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         return np.empty(0, to.code)
     weight, (high, low, bound) = wide(code, form), x.delta.near(i, j)
     minus_zero = np.zeros(len(i), np.bool_)
-    kept = (high == 0) & (low == 0) & (bound == 0)  # D = 0: W's own bits stay
+    kept = (high == -low) & (bound == 0)  # D = 0: W's own bits stay
     if x.factor:
         a, error = x.factor.at(i, j)
         known = (error == 0) & ((a == 0) | (a == 1))
-        minus_zero = kept & known & (a == 0) & np.signbit(high)  # a stored value that takes W's place
+        minus_zero = kept & known & (a == 0) & (high == 0) & np.signbit(high)  # a stored value that takes W's place
         kept &= known & (a == 1)
         size = np.abs(weight)
         weight = np.where(a == 0, 0.0, weight * a)
@@ -171,7 +171,7 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         rest, lost = two_sum(rest, low)
         total, rest = two_sum(total, rest)
         found, sure = nearest(total, rest, (bound + np.abs(lost)) * SLACK, to)
-        out[at] = _with_kept(found, code[at], (high == 0) & (low == 0) & (bound == 0), form, to)
+        out[at] = _with_kept(found, code[at], (high == -low) & (bound == 0), form, to)
         at = at[~sure | ((form.bits == 53) & (size[at] > 0) & (size[at] < 1 << 52))]
     x.steps["exact"] += len(at)
     for k in at:
@@ -195,7 +195,7 @@ def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) ->
 
 def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
     """Settle what two casts settle of results of 16 bits: torch casts in two roundings, so the bound has float32's."""
-    if form.bits > 11:
+    if form.bits > 11 or form.bits < 8:  # torch's casts to 8 bits stop at the largest number
         return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
     kind = next(kind for kind, its in FORMS.items() if its == form)
@@ -213,8 +213,9 @@ def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Co
     rest = np.where(total < 0, -rest, rest)
     e = np.maximum(((total.view(np.int64) >> 52) & 2047) - 1023, form.least)
     e -= (at_power & (rest < 0)) & (e > form.least)
-    unit = np.ldexp(1.0, form.bits - 1 - e)
-    steps, reach = np.ldexp(np.abs(total), form.bits - 1 - e), bound * unit
+    up = (form.bits - 1 - e).astype(np.intc)
+    unit = np.ldexp(1.0, up)
+    steps, reach = np.ldexp(np.abs(total), up), bound * unit
     whole = np.floor(steps)
     if form.bits == 53:
         over = np.zeros(len(total), np.bool_)
@@ -224,7 +225,7 @@ def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Co
         tie = past == 0
         over = np.where(tie, (rest > 0) | ((rest == 0) & (whole % 2 == 1)), past > 0)
         sure = np.where(tie, (np.abs(rest) > bound) | (bound == 0), np.abs(past + rest * unit) > reach * SLACK)
-    sure &= ~at_power | (reach < 0.2)
+    sure &= (whole > 1 << (form.bits - 1)) | (reach < 0.2)  # the lower binade's midpoints may be near
     sure &= (np.abs(total) > LEAST) & (np.abs(total) > 2 * bound) & np.isfinite(steps)
     sure |= (total == 0) & (rest == 0) & (bound == 0)
     start = (e - form.least) << (form.bits - 1)

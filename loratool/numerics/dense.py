@@ -34,7 +34,7 @@ SPREAD = 2.0**14  # times the width of a curved bound: beyond that it may not ho
 
 @dataclass(frozen=True)
 class Apart:
-    """What an exact GEMM is not exact for."""
+    """The weights for which an exact GEMM is not exact."""
 
     rows: npt.NDArray[np.bool_]  # (rows of the block,)
     columns: Positions
@@ -111,7 +111,7 @@ class DenseRows:
         if self.factor:
             at = here if self.factor.axis == 0 else slice(None)
             scale = float(np.abs(self.factor.value[at]).max(initial=0.0))
-            inexact = float(self.factor.error[at].max(initial=0.0)) + LEAST_OF[self.kind]  # of one that is cast
+            inexact = float(self.factor.error[at].max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
         rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
         curve = 0.0
         if self.single and self.out == torch.float16 and not self.factor and not backward:
@@ -228,7 +228,10 @@ def _width(base: Tensor, size: float) -> float:
 
 def float32_is_whole() -> bool:
     """Return whether torch multiplies float32 with all its bits; with fewer, as a setting allows, no bound holds."""
-    if torch.backends.cuda.matmul.allow_tf32:
+    try:
+        if torch.backends.cuda.matmul.allow_tf32:
+            return False
+    except RuntimeError:  # the caller has set it by torch's newer way, so that the older one does not answer
         return False
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None:

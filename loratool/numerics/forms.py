@@ -72,7 +72,7 @@ def wide(code: Codes, form: Form) -> Wide:
         kind = torch.bfloat16 if form.bits == 8 else torch.float16
         return torch.from_numpy(code).view(kind).double().numpy()
     m, e = integers(code, form)
-    found: Wide = m.astype(np.float64) * ((e + 1023) << 52).view(np.float64)
+    found: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), code)  # an integer has no -0
     return found
 
 
@@ -98,7 +98,7 @@ def exponent(x: Fraction) -> int:
 
 
 def rounded(x: Fraction, form: Form) -> int:
-    """Return the ordinal of |x| rounded to nearest, ties to even; `form.inf` or more if that overflows."""
+    """Return the ordinal of |x| rounded to nearest, ties to even; inf's or more if that overflows."""
     e = max(exponent(x), form.least) if x else form.least
     return ((e - form.least) << (form.bits - 1)) + round(abs(x) / power(e - form.bits + 1))
 

@@ -11,7 +11,7 @@ and Stability of Numerical Algorithms, 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -74,6 +74,13 @@ def _side(term: Term) -> _Side:
     return _Side(term.left, right, forms, term.scale, term.columns, term.by_rows, significand, e, tail)
 
 
+def _is_usual(side: _Side) -> bool:
+    """Return whether no factor but 0 is below 2**-300, as only float64 ones can be."""
+    factors = zip((codes(side.left.contiguous()), side.right), side.forms, strict=True)
+    sizes = [code & form.size for code, form in factors if form.bits == 53]
+    return all(bool(((size == 0) | (size >= 723 << 52)).all()) for size in sizes)
+
+
 class Products:
     """A sum of low-rank terms of one shape.
 
@@ -92,6 +99,12 @@ class Products:
         self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
         self.binary = self.narrow and all(abs(side.significand) == 0.5 for side in self.sides)
         self._halves = [self._balance(side) for side in self.sides]  # of each side, (r,) exponents for the right side
+        # else a factor can be lost when it is balanced, and all is left to the integers
+        self.in_range = all(
+            max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500 and _is_usual(side)
+            for side, half in zip(self.sides, self._halves, strict=True)
+        )
+        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # made here, as threads share it
         self.live = np.zeros(self.shape[1], np.bool_)  # columns that are not all zero
         for side, (_, form) in zip(self.sides, self._forms, strict=True):
             self.live |= (side.right & form.size).max(1, initial=0) > 0
@@ -163,10 +176,6 @@ class Products:
             self._made[kind, device] = found.to(device)
         return self._made[kind, device]
 
-    @cached_property
-    def _made(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
-        return {}
-
     def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
         """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios."""
         plain, whole = [], np.empty((stop - start, self.rank))
@@ -180,7 +189,8 @@ class Products:
 
 
 def _scaled(x: Wide, e: Codes) -> Wide:
-    return x * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(x, e)
+    found: Wide = np.ldexp(x, e.astype(np.intc))  # the exponents' only type everywhere
+    return found if np.abs(e).max(initial=0) >= 500 else x * np.ldexp(1.0, e.astype(np.intc))
 
 
 def norms(x: Wide) -> Wide:
@@ -229,7 +239,9 @@ class ProductRows:
         self._plain, self.left = products.left(start, stop, ratio)
         self.row_norms = norms(self.left)
         self.largest = max(float(largest_of_rows(self.left).max(initial=0.0)), products.most)
-        self._live = sum((largest_of_rows(x) for x in self._plain), np.zeros(stop - start)) > 0
+        self.live = np.zeros(stop - start, np.bool_)  # rows that are not all zero
+        for side in products.sides:
+            self.live |= ((codes(side.left[start:stop].contiguous()) & side.forms[0].size) > 0).any(1)
 
     @cached_property
     def lowest(self) -> Codes:
@@ -241,15 +253,29 @@ class ProductRows:
         # a ratio is right to 4 u, and its product with a factor is rounded too
         roundings = rank + (16 if self.products.scaled else 8)
         found: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
-        return found
+        return found if self.products.in_range else np.full_like(found, np.inf)
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        return _DenseRows(self, kind, device)
+        left, right = (
+            torch.zeros(self.shape[0], self.products.rank + 1, dtype=kind),
+            self.products.right_of(kind, device),
+        )
+        left[:, :-1] = torch.from_numpy(self.left)
+        left = left.to(device)
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            left[rows, -1] = shift  # one more rank, by which the GEMM adds it
+            torch.mm(left[rows], right, out=out)
+
+        sizes = self.row_norms * self.products.column_norms.max(initial=0.0)
+        return DenseDelta(sizes, self.bound(sizes, kind), fill, _squares(self))
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         products = self.products
+        if not products.in_range:
+            return anything(len(i))
         size = self.row_norms.take(i) * products.column_norms.take(j)
-        dead = ~(self._live.take(i) & products.live.take(j))
+        dead = ~(self.live.take(i) & products.live.take(j))
         if not products.narrow:  # of wider factors few sums are exact
             bound = np.where(dead, 0.0, self.bound(size))
             return dots(self.left, products.right, i, j), np.zeros(len(i)), bound
@@ -270,7 +296,7 @@ class ProductRows:
                 lost += np.abs(e1) + np.abs(e2)
         # each product is a multiple of the lowest bits' product, and each partial sum below 2**53 of these
         least = self.lowest.take(i) + products.lowest.take(j)
-        exact = dead | ((size * 2.0**-50 < np.ldexp(1.0, least)) & (least > -EXPONENTS))
+        exact = dead | ((size * 2.0**-50 < np.ldexp(1.0, least.astype(np.intc))) & (least > -EXPONENTS))
         return high, low, np.where(exact, lost * SLACK, self.bound(size))
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
@@ -297,21 +323,17 @@ class ProductRows:
             if side.tail or abs(side.significand) != 0.5:
                 lost += np.abs(s) * 2.0**-100 + np.abs(rest) * 2.0**-50
             for part in (one, two, three):
-                high, e = two_sum(high, np.ldexp(part, e0))
+                high, e = two_sum(high, np.ldexp(part, np.intc(e0)))
                 low, e = two_sum(low, e)
                 bound += np.abs(e)
             in_range = abs(e0) < 500 and all(form.bits < 53 for form in side.forms)  # else something may be flushed
-            bound += np.ldexp(lost, e0) + (0.0 if in_range else LEAST)
+            bound += np.ldexp(lost, np.intc(e0)) + (0.0 if in_range else np.ldexp(LEAST, np.intc(max(e0, 0))))
         return high, low, bound * SLACK
 
     def exact(self, i: int, j: int) -> Fraction:
         total = Fraction(0)
-        for side in self.products.sides:
-            row = codes(side.left[self.start + i].contiguous())
-            (m1, e1), (m2, e2) = integers(row, side.forms[0]), integers(side.right[j], side.forms[1])
-            least = int((e1 + e2).min(initial=1 << 20))
-            whole = sum(int(x) * int(y) << int(k) for x, y, k in zip(m1, m2, e1 + e2 - least, strict=True))
-            value = side.scale * whole * power(least)
+        for side, whole, e in self._wholes(slice(i, i + 1), slice(j, j + 1)):
+            value = side.scale * int(whole[0]) * power(e)
             if side.columns:
                 value *= side.columns.exact(j)
             if side.by_rows and self._ratio:
@@ -319,7 +341,27 @@ class ProductRows:
             total += value
         return total
 
+    def exact_line(self, i: slice, j: slice) -> tuple[Codes, int]:
+        """Return (m, e) with m * 2**e the numbers of D in one row or one column, m being Python's integers."""
+        parts = [
+            (whole * side.scale.numerator, e - side.scale.denominator.bit_length() + 1)
+            for side, whole, e in self._wholes(i, j)
+        ]
+        least = min((e for _, e in parts), default=0)
+        zero = np.zeros(max(len(range(*i.indices(self.shape[0]))), len(range(*j.indices(self.shape[1])))), object)
+        return sum((whole << (e - least) for whole, e in parts), zero), least
 
+    def _wholes(self, i: slice, j: slice) -> Iterator[tuple[_Side, Codes, int]]:
+        """Yield (side, m, e) with m * 2**e the numbers of left @ right in rows i and columns j, one of which is one."""
+        for side in self.products.sides:
+            left = codes(side.left[self.start : self.start + self.shape[0]][i].contiguous())
+            sides = [integers(code, form) for code, form in zip((left, side.right[j]), side.forms, strict=True)]
+            least = [int(e.min(initial=0)) for _, e in sides]
+            x, y = (m.astype(object) << (e - low).astype(object) for (m, e), low in zip(sides, least, strict=True))
+            yield side, (x * y).sum(1), sum(least)
+
+
+@np.errstate(all="ignore")
 def _squares(rows: ProductRows) -> Wide:
     """Return ||D||^2 of each row; what is only rounding, where terms cancel, counts as 0."""
     products, left = rows.products, torch.from_numpy(rows.left)
@@ -332,20 +374,3 @@ def _squares(rows: ProductRows) -> Wide:
         found[some] = (left[torch.from_numpy(some)] @ right).square_().sum(1).numpy()
         found[some[found[some] <= np.square((products.rank + 8) * U) * size[some]]] = 0.0
     return found
-
-
-class _DenseRows:
-    """A GEMM; the number that is added to each row is one more rank."""
-
-    def __init__(self, rows: ProductRows, kind: torch.dtype, device: torch.device) -> None:
-        products = rows.products
-        self._left = torch.zeros(rows.shape[0], products.rank + 1, dtype=kind)
-        self._left[:, :-1] = torch.from_numpy(rows.left)
-        self._left, self._right = self._left.to(device), products.right_of(kind, device)
-        self.sizes = rows.row_norms * products.column_norms.max(initial=0.0)
-        self.errors = rows.bound(self.sizes, kind)
-        self.squares: Wide | None = _squares(rows)
-
-    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
-        self._left[rows, -1] = shift
-        torch.mm(self._left[rows], self._right, out=out)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .decide import LEAST, SLACK, Delta, DenseDelta, U
 from .error_free import two_product, two_sum
 from .forms import FORMS, Positions, Wide, codes, fraction, wide
+from .products import LEAST_OF, UNIT_OF
 
 
 class Stored:
@@ -31,8 +32,11 @@ class Stored:
         self.largest = float(value.abs().max()) * abs(weight) if value.numel() else 0.0
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        value = torch.from_numpy(self._wide() * self._weight)
-        return _DenseStored(value, kind, device)
+        wide = torch.from_numpy(self._wide() * self._weight)
+        value, sizes = wide.to(kind).to(device), wide.abs().amax(1).numpy() * SLACK
+        # the product with the weight, and its cast
+        errors = 2 * UNIT_OF[kind] * sizes + max(LEAST_OF[kind], LEAST)
+        return DenseDelta(sizes, errors, lambda rows, shift, out: torch.add(value[rows], shift, out=out))
 
     def _wide(self) -> Wide:
         """(rows, n), with rows of zeros."""
@@ -43,7 +47,11 @@ class Stored:
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         row = self._index.take(i)
-        code = codes(self._value)[np.maximum(row, 0), j] if len(self._value) else np.zeros(len(i), np.int16)
+        code = (
+            codes(self._value)[np.maximum(row, 0), j]
+            if len(self._value)
+            else np.zeros(len(i), FORMS[self._value.dtype].code)
+        )
         value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
         if self._weight == 1:
             return value, np.zeros(len(i)), np.zeros(len(i))
@@ -58,20 +66,6 @@ class Stored:
         if row < 0:
             return Fraction(0)
         return Fraction(self._weight) * fraction(codes(self._value)[row, j], FORMS[self._value.dtype])
-
-
-class _DenseStored:
-    squares: Wide | None = None
-
-    def __init__(self, value: Tensor, kind: torch.dtype, device: torch.device) -> None:
-        unit = 2.0**-24 if kind == torch.float32 else U
-        self._value = value.to(kind).to(device)
-        self.sizes = value.abs().amax(1).numpy() * SLACK if value.shape[1] else np.zeros(len(value))
-        # the product with the weight, and its cast
-        self.errors = 2 * unit * self.sizes + (2.0**-126 if kind == torch.float32 else LEAST)
-
-    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
-        torch.add(self._value[rows], shift, out=out)
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,17 @@ class Sum:
         return max(delta.largest for delta in self.deltas)
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        return _DenseSum([delta.dense(kind, device) for delta in self.deltas], kind)
+        first, *rest = parts = [delta.dense(kind, device) for delta in self.deltas]
+        sizes = np.sum([part.sizes for part in parts], axis=0) * SLACK
+        errors = np.sum([part.errors for part in parts], axis=0) * SLACK + len(parts) * UNIT_OF[kind] * sizes
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            first.fill(rows, shift, out)
+            for part in rest:
+                part.fill(rows, 0.0, more := torch.empty_like(out))
+                out.add_(more)
+
+        return DenseDelta(sizes, errors, fill)
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         return _add([delta.near(i, j) for delta in self.deltas])
@@ -109,23 +113,6 @@ def _add(parts: Sequence[tuple[Wide, Wide, Wide]]) -> tuple[Wide, Wide, Wide]:
         low, e2 = two_sum(low, e)
         bound = bound + lost + np.abs(e1) + np.abs(e2)
     return high, low, bound * SLACK
-
-
-class _DenseSum:
-    squares: Wide | None = None
-
-    def __init__(self, parts: Sequence[DenseDelta], kind: torch.dtype) -> None:
-        self._parts = parts
-        self.sizes = np.sum([part.sizes for part in parts], axis=0) * SLACK
-        unit = 2.0**-24 if kind == torch.float32 else U
-        self.errors = np.sum([part.errors for part in parts], axis=0) * SLACK + len(parts) * unit * self.sizes
-
-    def fill(self, rows: slice, shift: float, out: Tensor) -> None:
-        self._parts[0].fill(rows, shift, out)
-        for part in self._parts[1:]:
-            more = torch.empty_like(out)
-            part.fill(rows, 0.0, more)
-            out.add_(more)
 
 
 class Negated:

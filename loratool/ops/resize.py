@@ -36,7 +36,7 @@ from ..numerics.factored_svd import distance, effective_rank, factored_svd, sing
 from ..streaming.workers import Progress, choose_device
 from .convert.in_memory import check_target, conversion_warnings, loralib_notes, open_converted
 from .convert.request import ConvertRequest
-from .denormals import keep_denormals
+from .machine import require_ieee
 from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
 
@@ -81,7 +81,7 @@ class ResizeReport:
     warnings: tuple[str, ...] = ()
 
 
-@keep_denormals
+@require_ieee
 def resize(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

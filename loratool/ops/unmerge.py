@@ -39,8 +39,8 @@ from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ..undo.records import Doubted
 from ..undo.writer import read_placements
-from .denormals import keep_denormals
 from .inputs import AdapterRequest, Adapters, negate_weights, open_adapters, parse_adapters, refuse_adapter
+from .machine import require_ieee
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
@@ -76,7 +76,7 @@ class UnmergeReport:
     warnings: tuple[str, ...] = ()
 
 
-@keep_denormals
+@require_ieee
 def unmerge(
     merged: str | os.PathLike[str],
     adapters: Adapters,

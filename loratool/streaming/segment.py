@@ -72,12 +72,12 @@ class RowSegment:
 
     @property
     def norms_of_rows(self) -> bool:
-        """Whether each row needs a norm of its own."""
+        """Return whether each row needs a norm of its own."""
         return self._other is not None and self._other.update.kind == "dora" and not self._other.transposed
 
     @property
     def norms_of_columns(self) -> bool:
-        """Whether all rows need the norms of the columns."""
+        """Return whether all rows need the norms of the columns."""
         return self._other is not None and self._other.update.kind == "dora" and self._other.transposed
 
     def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
@@ -202,7 +202,7 @@ class RowSegment:
 
 
 class _Ready:
-    """What all rows of a segment share, once it is loaded."""
+    """The parts that all rows of a segment share, once it is loaded."""
 
     def __init__(self) -> None:
         self.products: Products | None = None  # of all terms, DoRA's times its ratios

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,9 @@ BLOCK = 1 << 20  # the most weights of a block, if rows are long
 
 
 CUDA_BLOCK = 1 << 24
+
+
+KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
 
 WORTH_A_FORK = 1 << 26  # with so many bytes of output, forking pays, which costs 20 ms a worker
@@ -120,6 +124,9 @@ class Worker:
         self.work = Workspace(device)
         self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
         self._crc = 0
+        # so that malloc keeps what is freed: glibc gives back all above twice the largest block that was freed so far,
+        # and a block's temporary arrays would be faulted in anew for every block
+        np.empty(KEPT_BYTES, np.uint8)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, item: Item) -> list[Any]:

@@ -202,7 +202,7 @@ def _by_halves(
     i, j, target, falls = i[some], j[some], place(result[some], form).astype(np.int64), falls[some]
 
     def is_past(at: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
-        """Whether RN(X) of the numbers at these places is W' or more, with `after` more; <= and less where a < 0."""
+        """Return whether RN(X) of the numbers at these places is W' + `after` or more, or less where a < 0."""
         made = place(decide(x, number(at, form), form, i[which], j[which], form), form).astype(np.int64)
         goal = target[which]
         return np.where(falls[which], made <= goal - after, made >= goal + after)
@@ -226,7 +226,7 @@ def _by_halves(
 def _is_zero(x: Reals, i: Positions, j: Positions) -> npt.NDArray[np.bool_]:
     """Return where D = 0 and a = 1, so that W' has W's own bits."""
     high, low, bound = x.delta.near(i, j)
-    zero = (high == 0) & (low == 0) & (bound == 0)
+    zero = (high == -low) & (bound == 0)
     for k in np.flatnonzero((np.abs(high) + np.abs(low) <= bound) & (bound > 0)):
         zero[k] = x.delta.exact(int(i[k]), int(j[k])) == 0
     if x.factor:

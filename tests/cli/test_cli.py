@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -177,6 +178,18 @@ def test_options_come_from_the_environment(tmp_path: Path, run: Run, monkeypatch
 def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORATOOL_DEBUG", "1")
     assert "Traceback" in run("inspect", "absent.safetensors").stderr
+
+
+def test_debug_shows_how_weights_were_decided(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stderr, whatever was logged before, and without it nowhere."""
+    arguments = ("merge", BASE, ADAPTER, "--no-undo", "--force", "-o", tmp_path / "out")
+    assert "dense" not in run(*arguments).stderr
+    monkeypatch.setenv("LORATOOL_DEBUG", "1")
+    monkeypatch.setattr(logging.getLogger("loratool"), "handlers", [])
+    line = re.search(r"([\d,]+) dense, ([\d,]+) near, ([\d,]+) nearer, ([\d,]+) exact$", run(*arguments).stderr, re.M)
+    assert line
+    dense, near, nearer, exact = (int(count.replace(",", "")) for count in line.groups())
+    assert dense > 100 * near > 0 and near >= nearer >= exact
 
 
 def test_an_internal_error_is_70_and_short(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

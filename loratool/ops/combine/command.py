@@ -35,9 +35,9 @@ from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress, choose_device
 from ..choices import COMBINE_ALLOW
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, loralib_notes
-from ..denormals import keep_denormals
 from ..diff.related import require_related, require_same_names
 from ..inputs import Adapters, WeightedAdapter, open_adapters, parse_adapters
+from ..machine import require_ieee
 from ..rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 from .align import AlignedAdapters, align_adapters
 from .methods import METHODS, REFUSED, WeightedDelta
@@ -84,7 +84,7 @@ class CombineReport:
     warnings: tuple[str, ...]
 
 
-@keep_denormals
+@require_ieee
 def combine(
     adapters: Adapters,
     out: str | os.PathLike[str] | None = None,

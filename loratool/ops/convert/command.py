@@ -23,7 +23,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_name, check_output_path, naming_output
 from ...streaming.workers import Progress
 from ..choices import FORMAT_CHOICES, QKV_LAYOUTS
-from ..denormals import keep_denormals
+from ..machine import require_ieee
 from .checkpoint import CheckpointConvertReport, convert_checkpoint
 from .dora_to_lora import dora_to_lora
 from .image import ImageAdapter, plan_image, write_output
@@ -147,7 +147,7 @@ def convert(
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
-@keep_denormals
+@require_ieee
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

@@ -32,7 +32,7 @@ from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.quantized import declared_method, find_declared
-from ..denormals import keep_denormals
+from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
 from .outline import Matrix, find_blocks, find_matrices, find_targets, make_outline, names_one, parameters_of
 
@@ -116,7 +116,7 @@ class Model:
     notes: tuple[str, ...]
 
 
-@keep_denormals
+@require_ieee
 def count(
     path: str | os.PathLike[str],
     *,

@@ -27,8 +27,8 @@ from ...files.tensor_ref import TensorRef, require_finite, squared_norm
 from ...numerics.factored_svd import FactoredSVD, amplification
 from ...streaming.workers import Progress, choose_device, map_in_order
 from ..convert.in_memory import by_meaning
-from ..denormals import keep_denormals
 from ..inputs import open_adapters, open_model, parse_adapters
+from ..machine import require_ieee
 from .adapters import (
     SAME,
     ModuleDiff,
@@ -131,7 +131,7 @@ class CheckpointDiff:
     kind: str = "checkpoints"
 
 
-@keep_denormals
+@require_ieee
 def diff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

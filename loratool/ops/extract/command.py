@@ -31,9 +31,9 @@ from ...files.tensor_compare import Difference, difference
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, EXTRACT_FORMATS
 from ..convert.image_base import choose_format, unsupported_patterns
-from ..denormals import keep_denormals
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
+from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
 from .adapter_plan import AdapterPlan, plan_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
@@ -119,7 +119,7 @@ class ExtractReport:
     warnings: tuple[str, ...] = ()
 
 
-@keep_denormals
+@require_ieee
 def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],

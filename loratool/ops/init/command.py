@@ -39,8 +39,8 @@ from ...streaming.workers import Progress, choose_device, map_in_order, worker_c
 from ..convert.image import write_output
 from ..convert.image_base import choose_format, weights_for_format
 from ..convert.in_memory import check_target
-from ..denormals import keep_denormals
 from ..inputs import open_model
+from ..machine import require_ieee
 from ..merge.command import OutputOptions, write_merged
 from .image import plan_start
 from .methods import INITS, REFUSED
@@ -122,7 +122,7 @@ class InitReport:
     warnings: tuple[str, ...] = ()
 
 
-@keep_denormals
+@require_ieee
 def init(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

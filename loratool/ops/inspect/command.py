@@ -21,7 +21,7 @@ from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.weights_file import WeightsFile
-from ..denormals import keep_denormals
+from ..machine import require_ieee
 
 if TYPE_CHECKING:
     from .adapter import AdapterInspection
@@ -98,7 +98,7 @@ class MethodReport:
     kind: str = "method"
 
 
-@keep_denormals
+@require_ieee
 def inspect(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, alpha: float | None = None
 ) -> CheckpointReport | AdapterInspection | MethodReport:

@@ -24,8 +24,8 @@ from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, singular_values, stable_rank
 from ...numerics.svd import singular_values_of
 from ...streaming.workers import Progress, choose_device
-from ..denormals import keep_denormals
 from ..inputs import open_model
+from ..machine import require_ieee
 
 TOP = 8
 
@@ -71,7 +71,7 @@ class SpectraReport:
     kind: str = "spectra"
 
 
-@keep_denormals
+@require_ieee
 def spectra(
     path: str | os.PathLike[str],
     *,

@@ -7,8 +7,9 @@ size. The result's bytes depend on nothing but the inputs (`numerics.decide`).
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -38,12 +39,14 @@ from ...streaming.workers import HashBytes, Progress, choose_device, map_in_orde
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, sort_adapters
 from ..collector import uncollected
-from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
+from ..machine import require_ieee
 from .report import MergeReport, build_report
 
+logger = logging.getLogger(__name__)
 
-@keep_denormals
+
+@require_ieee
 def merge(
     base: str | os.PathLike[str],
     adapters: Adapters,
@@ -235,6 +238,7 @@ def _execute(
     """Write the output; return each tensor's statistics by blocks, and the size of the undo file."""
     workers = options.workers or worker_count()
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
+    steps: Counter[str] = Counter()
     with ExitStack() as opened:
         undo = UndoWriter(output.path.absolute().parent) if output.undo else None
         if undo:
@@ -260,6 +264,10 @@ def _execute(
                 blocks = [block.change for block in blocks]
             refuse_overflow(item.tensor, blocks, plan.sources, output)
             changes[item.tensor] += blocks
+            for block in blocks:
+                steps.update(block.steps)
+    counts = (f"{steps[step]:,} {step}" for step in ("dense", "near", "nearer", "exact"))
+    logger.debug("weights decided by the GEMM, and asked of each later step, by undo too: %s", ", ".join(counts))
     return changes, size
 
 

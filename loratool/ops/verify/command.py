@@ -29,8 +29,8 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
-from ..denormals import keep_denormals
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
+from ..machine import require_ieee
 from .diagnosis import describe_ulps, diagnose
 from .replay import Replay
 from .trial import max_ulps_off, same_bits, try_roundings
@@ -82,7 +82,7 @@ class VerifyReport:
     warnings: tuple[str, ...] = ()
 
 
-@keep_denormals
+@require_ieee
 def verify(
     base: str | os.PathLike[str],
     adapters: Adapters,

@@ -1,4 +1,7 @@
-"""Keep denormal numbers from being flushed to zero, whatever the caller's process does.
+"""Make a command compute by IEEE 754 whatever the caller's process does, or refuse the machine by name.
+
+The bounds of `numerics` hold where a sum is rounded to the nearest number, and a file's bytes are read as numbers where
+the machine is little-endian. What else may differ between machines is within the bounds.
 
 `torch.set_flush_denormal(True)`, or a library built with -ffast-math, makes a thread take the smallest numbers of every
 type for zero. A thread inherits that from the one that starts it, and torch's own threads then keep it for good, so
@@ -22,11 +25,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def keep_denormals(command: Callable[P, R]) -> Callable[P, R]:
-    """Make a command run in a new thread that keeps denormals if the caller's thread flushes them."""
+def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
+    """Make a command run in a new thread that keeps denormals if the caller's thread flushes them.
+
+    Raises:
+        MachineError: the machine is big-endian, or its sums are not rounded to the nearest number.
+    """
 
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> R:
+        if sys.byteorder != "little":
+            raise MachineError("this machine is big-endian, and loratool reads numbers of little-endian ones only")
+        if not rounds_to_nearest():
+            raise MachineError("this process rounds another way than to the nearest number, by which all is defined")
         return _run_in_thread(lambda: command(*args, **options)) if flushes() else command(*args, **options)
 
     return run
@@ -35,6 +46,12 @@ def keep_denormals(command: Callable[P, R]) -> Callable[P, R]:
 def flushes() -> bool:
     """Return whether this thread takes denormals for zero, as operands or as results."""
     return sys.float_info.min / 2 == 0
+
+
+def rounds_to_nearest() -> bool:
+    """Return whether sums in this thread are rounded to the nearest number: not up (the first), not down or to zero."""
+    step = sys.float_info.epsilon  # 1 + step follows 1; not a literal, since sums of literals are compiled
+    return 1 + step / 2 == 1 and 1 + step * 0.75 == 1 + step
 
 
 def _run_in_thread(call: Callable[[], R]) -> R:

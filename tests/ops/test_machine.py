@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,8 @@ import torch
 from conftest import factors, weights, write_model, write_peft
 
 import loratool
-from loratool.ops.denormals import flushes, keep_denormals
+from loratool.errors import MachineError
+from loratool.ops.machine import flushes, require_ieee
 
 MODULES = {"model.layers.0.self_attn.q_proj": (96, 64), "model.layers.0.mlp.up_proj": (160, 64)}
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -115,7 +117,7 @@ def test_no_byte_depends_on_what_the_caller_set(name: str, models: Path, tmp_pat
         assert torch.get_default_dtype() is torch.float64
 
 
-def test_every_verb_keeps_denormals() -> None:
+def test_every_verb_requires_ieee() -> None:
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
     assert len(verbs) == 12
     assert [verb.__name__ for verb in verbs if not hasattr(verb, "__wrapped__")] == []
@@ -124,11 +126,11 @@ def test_every_verb_keeps_denormals() -> None:
 def test_an_error_is_the_callers_and_so_is_an_interrupt() -> None:
     left: list[str] = []
 
-    @keep_denormals
+    @require_ieee
     def fail() -> None:
         raise KeyError(float(torch.tensor(2.0**-140) * 1))
 
-    @keep_denormals
+    @require_ieee
     def wait() -> None:
         try:
             while True:
@@ -146,3 +148,30 @@ def test_an_error_is_the_callers_and_so_is_an_interrupt() -> None:
     assert error.value.args == (2.0**-140,)
     assert len(left) == 1 and left[0] != threading.main_thread().name
     assert sys.float_info.min / 2 > 0
+
+
+ROUNDINGS = ("upward", "downward", "toward zero")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the C library's fesetround")
+@pytest.mark.parametrize("mode", range(1, 4), ids=ROUNDINGS)
+def test_another_rounding_is_refused(mode: int) -> None:
+    """In a process of its own, since a rounding mode changes whatever runs in its thread."""
+    code = (
+        "import ctypes, ctypes.util, sys, loratool\n"
+        "from loratool.errors import MachineError\n"
+        "modes = {'x86_64': 0x400, 'aarch64': 0x400000}[__import__('platform').machine()]\n"
+        "c = ctypes.CDLL(ctypes.util.find_library('m'))\n"
+        "merge = loratool.merge\n"
+        f"assert c.fesetround({mode} * modes) == 0\n"
+        "try:\n    merge('base', 'adapter', 'out')\n"
+        "except MachineError as error:\n    c.fesetround(0)\n    print(error, error.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith(" 5") and "nearest" in done.stdout, done.stderr
+
+
+def test_a_big_endian_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(MachineError, match="big-endian"):
+        loratool.verify("base", "adapter", "merged")

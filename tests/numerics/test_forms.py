@@ -1,0 +1,108 @@
+"""Hold formats, bit patterns and roundings against the oracle's, which has no array and no float."""
+
+from __future__ import annotations
+
+from fractions import Fraction as F
+
+import numpy as np
+import pytest
+import torch
+from fractions_oracle import FORMATS, Format, Refused, log2_floor, real_of, round_to_code
+from hostile_reals import both_ways, flushing, id_of
+
+from loratool.numerics import forms
+from loratool.numerics.forms import FORMS, Codes, Form
+
+EDGES = 1 << 4  # of codes looked at on both sides of where something changes
+
+
+def some_codes(dtype: torch.dtype) -> Codes:
+    """Return all bit patterns of a short type, and of a long one those around its edges and some others."""
+    form = FORMS[dtype]
+    if form.bits < 24:
+        return np.arange(-form.size - 1, form.size + 1).astype(form.code)
+    normal = 1 << (form.bits - 1)
+    around = [0, normal, 2 * normal, 700 * normal if form.bits == 53 else 100 * normal, form.inf]
+    sizes = [x + np.arange(-EDGES, EDGES) for x in around] + [np.random.default_rng(0).integers(0, form.inf, 99)]
+    size = np.concatenate(sizes)
+    size = size[(size >= 0) & (size <= form.size)]
+    return np.concatenate([size, ~form.size | size]).astype(form.code)
+
+
+def oracle_code(code: int, form: Format) -> int:
+    return int(code) % (1 << form.bits)
+
+
+@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+def test_a_code_means_what_ieee_says(dtype: torch.dtype) -> None:
+    form, its, code = FORMS[dtype], FORMATS[dtype], some_codes(dtype)
+    code = code[:: 97 if len(code) > 4000 else 1]
+    code = code[(code & form.size) < form.inf]
+    m, e = forms.integers(code, form)
+    for k, each in enumerate(code):
+        number = real_of(oracle_code(each, its), its)
+        assert int(m[k]) * F(2) ** int(e[k]) == number == forms.fraction(each, form)
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+def test_wide_keeps_every_number(dtype: torch.dtype, flush: bool) -> None:
+    """numpy widens what it knows, torch bfloat16; subnormal numbers are not flushed either."""
+    form, code = FORMS[dtype], some_codes(dtype)
+    code = code[(code & form.size) < form.inf]
+    expected = torch.from_numpy(code).view(dtype).double().numpy().copy()
+    with flushing(flush):
+        found = forms.wide(code, form)
+    assert np.array_equal(found.view(np.int64), expected.view(np.int64))
+
+
+@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+def test_places_are_in_the_order_of_the_numbers(dtype: torch.dtype) -> None:
+    form, code = FORMS[dtype], some_codes(dtype)
+    code = np.unique(np.append(code[:: 41 if len(code) > 4000 else 1], code[code & form.size < 3]))
+    place = forms.place(code, form)
+    assert np.array_equal(forms.number(place, form), code)
+    finite = np.unique(place[(code & form.size) < form.inf])
+    numbers = [forms.fraction(each, form) for each in forms.number(finite, form)]
+    assert numbers == sorted(numbers) and set(np.flatnonzero([x == 0 for x in numbers])) == set(
+        np.flatnonzero((finite == 0) | (finite == -1))
+    )
+    assert len(set(numbers)) == len(numbers) - 1  # of -0.0 and +0.0
+
+
+def around(dtype: torch.dtype) -> list[F]:
+    """Return numbers, midpoints and what is beside them, in and beyond the range."""
+    form, g = FORMS[dtype], np.random.default_rng(1)
+    sizes = [*range(6), *(int(x) for x in g.integers(0, form.inf - 1, 20)), *range(form.inf - 4, form.inf - 1)]
+    sizes += [each << (form.bits - 1) for each in range(1, 5)]
+    found = []
+    for size in sizes:
+        low, high = (forms.fraction(form.code(each), form) for each in (size, size + 1))
+        middle, hair = (low + high) / 2, (high - low) * F(2) ** -200
+        found += [low, low + hair, middle - hair, middle, middle + hair, high - hair]
+    top = forms.fraction(form.code(form.inf - 1), form)
+    return [*found, top + (top - found[-6]) / 2, top * 2, F(1, 3), F(2) ** -4000]
+
+
+@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+def test_rounded_is_the_nearest_ties_to_even(dtype: torch.dtype) -> None:
+    form, its = FORMS[dtype], FORMATS[dtype]
+    for x in around(dtype):
+        assert x == 0 or forms.exponent(x) == log2_floor(x)
+        found = forms.rounded(-x, form)
+        try:
+            assert found == round_to_code(x, its)
+        except Refused:
+            assert found >= form.inf
+        for negative in (False, True):
+            code = forms.signed(min(found, form.inf), negative, form)
+            assert (int(code) & form.size, int(code) < 0) == (min(found, form.inf), negative)
+
+
+def test_a_form_is_the_machines() -> None:
+    """Significands, exponents and codes of `torch.finfo`."""
+    for dtype, form in FORMS.items():
+        info = torch.finfo(dtype)
+        assert (info.eps, info.tiny) == (2.0 ** (1 - form.bits), 2.0**form.least) and isinstance(form, Form)
+        largest = torch.from_numpy(np.array([form.inf - 1], form.code)).view(dtype)
+        assert largest.double().item() == info.max
