@@ -134,6 +134,16 @@ class TestRoundTrips:
         D[0, ::2] = 2.0**-120
         comes_back(W, scaled(D, a))
 
+    @types
+    @pytest.mark.parametrize("power", [-1060, -500, -100, 100, 500])
+    def test_products_beyond_what_a_gemm_can_bound(self, dtype: torch.dtype, power: int) -> None:
+        """Nothing is decided then, and every weight is asked for, on the way back too."""
+        W, (A, B) = weights(4, 20, dtype=dtype), factors(4, 20, 2)
+        W[1, ::3], B[2] = -0.0, 0.0
+        half = power // 2
+        comes_back(W, product_of(A.double() * 2.0**half, B.double() * 2.0 ** (half - power)))
+        comes_back(W, product_of(A, B, 2.0 ** -abs(power)))
+
     @shorter
     def test_cancellation(self, dtype: torch.dtype) -> None:
         g = torch.Generator().manual_seed(1)
