@@ -234,7 +234,7 @@ class UndoFile:
         replaced = entry["replaced"]
         require(type(replaced) is bool and replaced is not bool(entry["placements"]), f"{name}: no recipe")
         tiled, copied = tiling(name, spec, was, entry["placements"])
-        height = record_rows(was.size // max(1, _rows(entry)))
+        height = record_rows(spec.size // max(1, _rows(entry)))
         check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]), height)
         extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
         if copied is None:

@@ -266,6 +266,15 @@ def test_records_of_another_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         damaged(case, case.forge(case.index), tmp_path, "its records are not those of all its rows")
 
 
+def test_records_of_rows_that_were_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 16)
+    folder = write_resized(tmp_path / "resized")
+    case = read_case(folder / "base", folder / "adapter", tmp_path / "cut")
+    assert len(case.index["tensors"]["model.embed_tokens.weight"]["records"]) == 10
+    (tmp_path / "work").mkdir()
+    assert outcome(case, case.forge(case.index), tmp_path / "work") == "right"
+
+
 def test_an_index_with_the_hash_of_another(resized: Case, tmp_path: Path) -> None:
     """So that it is told that a file was new, which nothing else could."""
     assert resized.index["new_side"] == ["tokenizer_config.json"]
