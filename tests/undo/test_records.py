@@ -276,7 +276,7 @@ class TestRuns:
     @pytest.mark.parametrize("a", [*FACTORS, 2.0**-140 * 1.37, 2.0**60])
     def test_they_are_what_brute_force_finds(self, dtype: torch.dtype, a: float | None) -> None:
         """Each of the 2**16 numbers is in the run of its W', and no other is."""
-        assert check_runs(dtype, a, range(18), 1 << 16) > 40
+        assert check_runs(dtype, a, range(18), 1 << 16) > 10
 
     @shorter
     @given(seed=st.integers(0, 2**32), a=st.sampled_from(FACTORS))
