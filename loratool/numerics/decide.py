@@ -195,7 +195,7 @@ def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) ->
 
 def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
     """Settle what two casts settle of results of 16 bits: torch casts in two roundings, so the bound has float32's."""
-    if form.bits > 11 or form.bits < 8:  # torch's casts to 8 bits stop at the largest number
+    if form.bits > 11 or form.bits == 4:  # torch's cast to e4m3 stops at the largest number
         return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
     kind = next(kind for kind, its in FORMS.items() if its == form)

@@ -105,7 +105,7 @@ class RowMerge:
             ties = midpoints(upper, work) if watcher else None
         else:
             hit = dense.settle(upper, bounds, out, work)
-        if self._to.bits == 53:
+        if self._to.bits in (4, 53):  # torch's cast to e4m3 stops at the largest number
             hit.fill_(True)
         kept, own = self._sums(base, out, upper, change, first, bounds, work)
         stats = RoundingStats(squared, own, kept, count_different(out, base, work))
@@ -156,6 +156,7 @@ class RowMerge:
         sums = dot(weight, weight), dot(moved, moved), dot(result - weight, moved)
         return RoundingStats(*sums, count_different(out, base, work), int(odd.sum()))
 
+    @np.errstate(all="ignore")
     def _decide(self, base: Tensor, first: int, out: Tensor, at: Positions) -> RoundingStats:
         """Write W' at these flat positions, and return what that changes in the statistics."""
         i = at // base.shape[1]

@@ -256,12 +256,8 @@ class ProductRows:
         return found if self.products.in_range else np.full_like(found, np.inf)
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        left, right = (
-            torch.zeros(self.shape[0], self.products.rank + 1, dtype=kind),
-            self.products.right_of(kind, device),
-        )
-        left[:, :-1] = torch.from_numpy(self.left)
-        left = left.to(device)
+        right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
+        left = torch.cat([wide, wide.new_zeros(len(wide), 1)], 1).to(kind).to(device)
 
         def fill(rows: slice, shift: float, out: Tensor) -> None:
             left[rows, -1] = shift  # one more rank, by which the GEMM adds it

@@ -36,7 +36,11 @@ class Stored:
         value, sizes = wide.to(kind).to(device), wide.abs().amax(1).numpy() * SLACK
         # the product with the weight, and its cast
         errors = 2 * UNIT_OF[kind] * sizes + max(LEAST_OF[kind], LEAST)
-        return DenseDelta(sizes, errors, lambda rows, shift, out: torch.add(value[rows], shift, out=out))
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            torch.add(value[rows], shift, out=out)
+
+        return DenseDelta(sizes, errors, fill)
 
     def _wide(self) -> Wide:
         """(rows, n), with rows of zeros."""

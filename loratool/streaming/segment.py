@@ -121,7 +121,7 @@ class RowSegment:
             if norms is None:
                 assert base is not None
                 self._require_finite(base)
-                norms = row_norms(ready.plain.rows(first, last), base, work)
+                norms = self._in_range(row_norms(ready.plain.rows(first, last), base, work))
             at = other.skip + start - other.start
             magnitude = update.magnitude.flatten()[at : at + stop - start]
             ratio, factor = magnitude_ratio(magnitude, norms, other.weight, 0)
@@ -149,6 +149,12 @@ class RowSegment:
         if not is_finite(base):
             name = self._source.name if self._source else ""
             raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=name)
+
+    def _in_range(self, norms: Wide) -> Wide:
+        if not np.isfinite(norms).all():
+            name = self._source.name if self._source else ""
+            raise InputError("has rows whose norm, which DoRA needs, is beyond float64", culprit=name)
+        return norms
 
     def _get(self) -> _Ready:
         with self._lock:
@@ -187,7 +193,7 @@ class RowSegment:
                 self._require_finite(rows)
                 yield start, rows.to(self._load.device)
 
-        return column_norms(products, blocks, Workspace(self._load.device))
+        return self._in_range(column_norms(products, blocks, Workspace(self._load.device)))
 
     def _terms(self, placement: Placement, update: Update, weight: float) -> list[Term]:
         """Return the factors of an update, for the rows of the segment only."""
