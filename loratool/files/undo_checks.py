@@ -11,6 +11,12 @@ from typing import Any
 from .dtypes import DTYPES, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
+RECORD = 1 << 22  # weights of a record, one row at least
+
+
+def record_rows(columns: int) -> int:
+    """Return the rows of a record."""
+    return max(1, RECORD // max(1, columns))
 
 
 def spec_of(entry: Iterable[Any]) -> TensorSpec:
@@ -118,13 +124,15 @@ def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def check_tiling(name: str, runs: Iterable[tuple[int, int]], records: Sequence[tuple[int, int]]) -> None:
+def check_tiling(name: str, runs: Iterable[tuple[int, int]], records: Sequence[tuple[int, int]], height: int) -> None:
+    """Require records of `height` rows from the start of each run on; what is left of a run is one more."""
     at = 0
     for first, last in runs:
         while first < last:
-            fits = at < len(records) and records[at][0] == first < records[at][1] <= last
+            stop = min(first + height, last)
+            fits = at < len(records) and records[at] == (first, stop)
             require(fits, f"{name}: its records are not those of all its rows")
-            first, at = records[at][1], at + 1
+            first, at = stop, at + 1
     require(at == len(records), f"{name}: it has more records than rows")
 
 

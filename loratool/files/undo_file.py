@@ -35,6 +35,7 @@ from .undo_checks import (
     checked_spec,
     is_count,
     prefix_of,
+    record_rows,
     require,
     require_plain,
     spec_of,
@@ -233,7 +234,8 @@ class UndoFile:
         replaced = entry["replaced"]
         require(type(replaced) is bool and replaced is not bool(entry["placements"]), f"{name}: no recipe")
         tiled, copied = tiling(name, spec, was, entry["placements"])
-        check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]))
+        height = record_rows(spec.size // max(1, _rows(entry)))
+        check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]), height)
         extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
         if copied is None:
             require("copied" not in entry, f"{name} was not copied")

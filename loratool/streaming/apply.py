@@ -17,12 +17,13 @@ from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
+from ..files.undo_checks import record_rows
 from ..files.undo_file import Record, UndoFile
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
-from ..undo.records import Doubted, RecordedBlock, Recorder, Restorer, record_rows, subtract
+from ..undo.records import Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .segment import RowSegment, UpdateLoader
 from .workers import Step

@@ -35,14 +35,8 @@ from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
 
-RECORD = 1 << 22  # weights of a record, one row at least
 UNIT = 1 << 12  # differences of one width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
-
-
-def record_rows(columns: int) -> int:
-    """Return the rows of a record."""
-    return max(1, RECORD // max(1, columns))
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,10 @@ def _taken(hit: Tensor | None, change: Tensor, shift: float) -> tuple[Positions,
         found = (
             change[torch.from_numpy(at).to(change.device)].cpu().numpy() if change.is_cuda else change.numpy().take(at)
         )
-    found -= found.dtype.type(shift)
+    if math.isfinite(shift):
+        found -= found.dtype.type(shift)
+    else:
+        found.fill(np.nan)
     return at, found
 
 
@@ -423,7 +420,7 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
         result, weight = merged[here], out[here]
         upper, change, squared = dense.fill(result, row, bounds.shift, work)
         hit = None
-        if dense.factor is None:
+        if dense.factor is None and math.isfinite(both):
             upper.copy_(result).sub_(change)
             if bounds.apart:
                 weight.copy_(upper)

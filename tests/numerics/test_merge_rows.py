@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from strange_rows import STRANGE, product_of
 from torch import Tensor
 
 from loratool.numerics import dense
-from loratool.numerics.decide import Reals
+from loratool.numerics.decide import Factor, Reals, decide
+from loratool.numerics.forms import FORMS
+from loratool.numerics.forms import codes as bit_patterns
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
 from loratool.numerics.stored import Stored
@@ -40,7 +43,7 @@ def plain(stats: RoundingStats) -> tuple[int, int, int]:
     return stats.changed, stats.not_finite, stats.overflowed
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e4])
+@pytest.mark.parametrize("size", [1e-30, 1e-3])
 @pytest.mark.parametrize("strange", STRANGE)
 @types
 def test_strange_weights(dtype: torch.dtype, strange: str, size: float) -> None:
@@ -58,11 +61,11 @@ def test_strange_weights(dtype: torch.dtype, strange: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("relative", [1e-6, 1e-2, 1.0])
-@pytest.mark.parametrize("rank", [1, 16, 300])
+@pytest.mark.parametrize("rank", [16, 300])
 @types
 def test_against_extended_precision(dtype: torch.dtype, rank: int, relative: float) -> None:
     """What 64 bits of mantissa tell, on more weights than fractions can; a float64's last bits they do not."""
-    W, (A, B) = weights(40, 300, dtype=dtype), factors(40, 300, rank)
+    W, (A, B) = weights(20, 200, dtype=dtype), factors(20, 200, rank)
     scale = relative * float(W.double().norm() / (B @ A).norm())
     out, stats = merged(W, product_of(A, B, scale))
     D, base = change_reference(A, B, scale), to_longdouble(W)
@@ -108,7 +111,7 @@ def test_another_type_of_the_output(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=NAMES.get)
 def test_sums_on_midpoints_and_a_hair_beside_them(dtype: torch.dtype, tiny: float) -> None:
     """So near that float64 cannot tell, and in float16 among the subnormal numbers, where all steps are one."""
-    W = (torch.arange(1, 129).float().reshape(2, 64) * tiny).to(dtype)
+    W = (torch.arange(1, 33).float().reshape(2, 16) * tiny).to(dtype)
     half = (W.float().abs().log2().floor() - {BF16: 8, FP16: 11}[dtype]).exp2()[:1].double()
     half = half.clamp(min=2.0**-25) if dtype == FP16 else half
     for hair in (0.0, 2.0**-20, -(2.0**-40), 2.0**-52, -(2.0**-52)):
@@ -144,11 +147,22 @@ def test_factors_that_float32_cannot_hold_together(large: int, small: int) -> No
 
 def test_weights_far_larger_than_all_others() -> None:
     """A bound that follows the size of the sums must hold where a few are 10**6 times the usual."""
-    A, B = factors(2, 256, 4)
+    A, B = factors(2, 96, 4)
     for size in (1e-4, 1.05e-4, 1.1e-4):
-        W = torch.full((2, 256), size).half()
-        W[:, 1::32] = -torch.linspace(600, 800, 16).half().reshape(2, 8)
+        W = torch.full((2, 96), size).half()
+        W[:, 1::32] = -torch.linspace(600, 800, 6).half().reshape(2, 3)
         assert codes(merged(W, product_of(A, B, 1e-6))[0]) == merge_codes(W, FP16, [Add(low_rank(A, B, 1e-6))])
+
+
+@pytest.mark.parametrize("a", [(1e-30, 1e26), (2.0**-140 * 1.37, 1e-20), (1e-40, -1e30), (0.0, 2.0**127)])
+def test_factors_of_w_beyond_float32(a: tuple[float, float]) -> None:
+    """Rows of DoRA; a bound that float32 cannot hold decides nothing, and a factor that it flushes has one."""
+    W = torch.cat([weights(1, 40) * 1e38, weights(1, 40) * 1e-12]).bfloat16()
+    D = weights(2, 40, seed=2).double() * torch.tensor([[1e-9], [1e12]])
+    x = Reals(Stored(D, 1.0), Factor.of_rows([Fraction(each) for each in a]))
+    i, j = (at.reshape(-1) for at in np.indices(W.shape))
+    wanted = decide(x, bit_patterns(W).reshape(-1), FORMS[BF16], i, j, FORMS[BF16])
+    assert (bit_patterns(merged(W, x)[0]).reshape(-1) == wanted).all()
 
 
 def test_a_float32_of_fewer_bits_is_not_trusted() -> None:

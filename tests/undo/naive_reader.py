@@ -5,9 +5,12 @@ import json
 import struct
 from bisect import bisect_left, bisect_right
 from fractions import Fraction as F
-from itertools import islice
 
 FORMS = {"BF16": (16, 8, -133), "F16": (16, 11, -24), "F32": (32, 24, -149), "F64": (64, 53, -1074)}
+
+
+def swap(p, bits):  # a place for a code, or a code for a place
+    return p if 0 <= p < 1 << (bits - 1) else (1 << (bits - 1)) - 1 - p
 
 
 def number(p, bits, digits, least):
@@ -29,28 +32,26 @@ def restore(data, merged, adapters):
     assert hashlib.sha256(data[at:-56]).digest() == digest
     found = {}
     for name, entry in json.loads(data[at:-56])["tensors"].items():
-        (kind, shape), W = entry["spec"], []
-        bits, columns = FORMS[kind][0], len(merged[name]) // shape[0]
-        swap = lambda p: p if 0 <= p < 1 << (bits - 1) else (1 << (bits - 1)) - 1 - p  # noqa: B023, E731
+        (kind, shape), placements, found[name] = entry["spec"], entry["placements"], []
+        columns = len(merged[name]) // shape[0]
         for start, stop, at, length, digest, _ in sorted(entry["records"]):
-            updates = [(p, adapters[p[0]][p[2] or p[1]]) for p in entry["placements"] if p[6] <= start < p[7]]
-            places = [swap(code) for code in merged[name][start * columns : stop * columns]]
-            rows = [swap(p) for p in read(data[at : at + length], places, FORMS[kind], updates, start, columns)]
-            assert hashlib.sha256(b"".join(c.to_bytes(bits // 8, "little") for c in rows)).hexdigest() == digest, name
-            W += rows
-        found[name] = W
+            updates = [(p, adapters[p[0]][p[2] or p[1]]) for p in placements if p[6] <= start < p[7]]
+            places = [swap(code, FORMS[kind][0]) for code in merged[name][start * columns : stop * columns]]
+            W = read(data[at : at + length], places, FORMS[kind], updates, start, columns)
+            assert hashlib.sha256(b"".join(c.to_bytes(FORMS[kind][0] // 8, "little") for c in W)).hexdigest() == digest
+            found[name] += W
     return found
 
 
 def read(record, merged, form, updates, start, columns):
-    """Return the places of W in a record's rows from those of W'; updates: (placement, the adapter's numbers)."""
-    (bits, digits, _), norms, X = form, (), []
-    if any("m" in u for _, u in updates):
-        norms = struct.unpack_from(f"<{len(merged) // columns}d", record)
-    stream = (byte >> bit & 1 for byte in record[8 * len(norms) :] for bit in range(8))
-    take = lambda count: sum(bit << k for k, bit in enumerate(islice(stream, count)))  # noqa: E731
-    inf, known = ((1 << (bits - digits)) - 1) << (digits - 1), list(merged)
-    for k in range(len(merged)):  # a and D of each weight
+    """Return the codes of a record's rows of W from the places of W'; updates: (placement, the adapter's numbers)."""
+    bits, inf = form[0], ((1 << (form[0] - form[1])) - 1) << (form[1] - 1)
+    norms = [
+        n for _, u in updates if "m" in u for (n,) in struct.iter_unpack("<d", record[: len(merged) // columns * 8])
+    ]
+    stream = iter([byte >> bit & 1 for byte in record[8 * len(norms) :] for bit in range(8)])
+    X, runs, every = [], [], range(1 << bits)
+    for k in range(len(merged)):
         (i, j), a, D = divmod(k, columns), F(1), F(0)
         for (_, _, _, w, transposed, _, first, _, skip, _), u in updates:
             w, row = F(w), start + i - first + skip
@@ -61,34 +62,29 @@ def read(record, merged, form, updates, start, columns):
                 a, w = 1 - w + w * u["m"][row] / F(norms[i]), w * u["m"][row] / F(norms[i])
             left, right = (j, row) if transposed else (row, j)
             D += w * u["scale"] * sum(b * line[right] for b, line in zip(u["B"][left], u["A"], strict=True))
-        X.append((a, D))
-    changed = [k for k, p in enumerate(merged) if -inf <= p < inf and X[k] != (1, 0)]
+        X.append((a, D) if -inf <= merged[k] < inf else (1, 0))
     if bits == 64 or not updates:
-        if updates and not any("rows" in u or "m" in u for _, u in updates):
-            for k in changed:
-                known[k] = nearest(number(merged[k], *form) - X[k][1], *form)
-        half, width = 1 << (bits - 1), 0
-        for k in range(len(known)):
-            width = width if k % 4096 else take(8)
-            folded = take(width)
-            known[k] = (known[k] + ((folded >> 1) ^ -(folded & 1)) + half) % (2 * half) - half
-    else:
-        counts, places = {}, {}
-        for k in changed:
-            (a, D), s = X[k], 1 if X[k][0] > 0 else -1
-            counts[k] = 1 << bits
-            if a and nearest(D, *form) != merged[k]:
-                f = lambda p: s * nearest(a * number(p, *form) + D, *form)  # noqa: B023, E731
-                known[k] = bisect_left(range(-inf, inf), s * merged[k], key=f) - inf
-                counts[k] = bisect_right(range(-inf, inf), s * merged[k], key=f) - inf - known[k]
-        for k in [k for k in changed if counts[k] == 1 << bits]:
-            known[k], counts[k] = (0, 1) if take(1) else (None, 1 << bits)
-        for bit in range(bits):
-            for k in [k for k in changed if counts[k] > 1 << bit]:
-                places[k] = places.get(k, 0) + (take(1) << bit)
-        for k, place in places.items():
-            known[k] = known[k] + place if known[k] is not None else place
-            if counts[k] == 1 << bits and place >> (bits - 1):
-                known[k] = (1 << (bits - 1)) - 1 - place
+        additive, W, width = updates and not any("rows" in u or "m" in u for _, u in updates), [], 0
+        for k, (p, (_, D)) in enumerate(zip(merged, X, strict=True)):
+            width = sum(next(stream) << bit for bit in range(8)) if k % 4096 == 0 else width
+            p = nearest(number(p, *form) - D, *form) if additive and D else p
+            d = sum(next(stream) << bit for bit in range(width))
+            W.append(p + ((d >> 1) ^ -(d & 1)))
+        return [swap((p + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1)), bits) for p in W]
+    for p, (a, D) in zip(merged, X, strict=True):
+        s = 1 if a > 0 else -1
+        if (a, D) == (1, 0):
+            runs.append(range(p, p + 1))
+        elif a == 0 or nearest(D, *form) == p:
+            runs.append(every)
+        else:
+            f = lambda q: s * nearest(a * number(q, *form) + D, *form)  # noqa: B023, E731
+            ends = (each(range(-inf, inf), s * p, key=f) - inf for each in (bisect_left, bisect_right))
+            runs.append(range(*ends))
+    runs = [range(1) if run == every and next(stream) else run for run in runs]
+    index = [0] * len(runs)
+    for bit in range(bits):
+        for k, run in enumerate(runs):
+            index[k] += next(stream) << bit if len(run) > 1 << bit else 0
     assert not any(stream)
-    return known
+    return [k if run == every else swap(run[k], bits) for run, k in zip(runs, index, strict=True)]

@@ -254,6 +254,27 @@ def test_a_flipped_bit_anywhere(resized: Case, tmp_path: Path) -> None:
         assert outcome(resized, flipped(whole, place, 1 << g.randrange(8)), tmp_path / "work") == "refused", place
 
 
+def test_records_of_another_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of more rows than the format says would take more memory, one of fewer no merge wrote."""
+    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 8)
+    base = write_model(tmp_path / "base", {"x.weight": weights(6, 4)}, {})
+    case = read_case(base, write_peft(tmp_path / "adapter", {"x": factors(6, 4, 2)}), tmp_path / "merged")
+    assert [record[:2] for record in case.index["tensors"]["x.weight"]["records"]] == [[0, 2], [2, 4], [4, 6]]
+    loratool.unmerge(case.merged, case.adapter, tmp_path / "whole")
+    for height in (4, 16, 24):
+        monkeypatch.setattr("loratool.files.undo_checks.RECORD", height)
+        damaged(case, case.forge(case.index), tmp_path, "its records are not those of all its rows")
+
+
+def test_records_of_rows_that_were_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.files.undo_checks.RECORD", 16)
+    folder = write_resized(tmp_path / "resized")
+    case = read_case(folder / "base", folder / "adapter", tmp_path / "cut")
+    assert len(case.index["tensors"]["model.embed_tokens.weight"]["records"]) == 10
+    (tmp_path / "work").mkdir()
+    assert outcome(case, case.forge(case.index), tmp_path / "work") == "right"
+
+
 def test_an_index_with_the_hash_of_another(resized: Case, tmp_path: Path) -> None:
     """So that it is told that a file was new, which nothing else could."""
     assert resized.index["new_side"] == ["tokenizer_config.json"]

@@ -81,12 +81,12 @@ class TestRoundTrips:
     def test_strange_weights(self, dtype: torch.dtype, strange: str) -> None:
         W, (A, B) = STRANGE[strange](weights(6, 30, dtype=dtype)), factors(6, 30, 3)
         B[::3] = 0
-        for size in (0.0, 1e-30, 1e-3, 1e4):
+        for size in (0.0, 1e-3, 1e4):
             comes_back(W, product_of(A, B, size))
 
     @types
     @given(seed=st.integers(0, 2**32), a=st.sampled_from(FACTORS), is_tied=st.booleans())
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     def test_any_bits(self, dtype: torch.dtype, seed: int, a: float | None, is_tied: bool) -> None:
         """Changes of any size beside them, or of few bits, so that sums are ties."""
         g = np.random.default_rng(seed)
@@ -100,7 +100,7 @@ class TestRoundTrips:
 
     @types
     @given(seed=st.integers(0, 2**32), a=st.sampled_from(FACTORS))
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     def test_the_least_numbers(self, dtype: torch.dtype, seed: int, a: float | None) -> None:
         """Among subnormals the grid is uniform; changes of few bits make ties."""
         g = np.random.default_rng(seed)
@@ -112,13 +112,13 @@ class TestRoundTrips:
 
     @shorter
     @pytest.mark.parametrize("at", ["least", "second", "one", "last"])
-    @pytest.mark.parametrize("a", [None, -1.0, 0.5])
+    @pytest.mark.parametrize("a", [None, -0.5])
     def test_sums_across_a_power_of_two(self, dtype: torch.dtype, at: str, a: float | None) -> None:
         """Steps change their size there, or, at the least normal number, do not: weights and sums to both sides."""
         tiny, kind = torch.finfo(dtype).tiny, INTEGERS[dtype.itemsize]
         power = torch.tensor({"least": tiny, "second": 2 * tiny, "one": 1.0, "last": 1 / tiny * 2}[at], dtype=dtype)
         around = (power.view(kind) + torch.arange(-2, 3, dtype=kind)).view(dtype)
-        moves = torch.arange(-13, 14).double() * (float(around[3].double() - around[2].double()) / 8)
+        moves = torch.arange(-10, 11).double() * (float(around[3].double() - around[2].double()) / 8)
         W = torch.cat([around, -around])[:, None].expand(-1, len(moves)).contiguous()
         for nudge in (0.0, -(2.0**-50)):
             D = moves * (1 + nudge) + W.double() * (0 if a is None else 1 - a)
@@ -134,12 +134,22 @@ class TestRoundTrips:
         D[0, ::2] = 2.0**-120
         comes_back(W, scaled(D, a))
 
+    @types
+    @pytest.mark.parametrize("power", [-1060, -500, -100, 100, 500])
+    def test_products_beyond_what_a_gemm_can_bound(self, dtype: torch.dtype, power: int) -> None:
+        """Nothing is decided then, and every weight is asked for, on the way back too."""
+        W, (A, B) = weights(4, 20, dtype=dtype), factors(4, 20, 2)
+        W[1, ::3], B[2] = -0.0, 0.0
+        half = power // 2
+        comes_back(W, product_of(A.double() * 2.0**half, B.double() * 2.0 ** (half - power)))
+        comes_back(W, product_of(A, B, 2.0 ** -abs(power)))
+
     @shorter
     def test_cancellation(self, dtype: torch.dtype) -> None:
         g = torch.Generator().manual_seed(1)
         W = weights(2, 60, dtype=dtype)
         for a in (1.5, -2.0, None):
-            for leave in (0.0, 1e-12, 1e-6, 1e-3):
+            for leave in (0.0, 1e-12, 1e-3):
                 D = -W.double() * (1 + leave * torch.randn(W.shape, generator=g, dtype=FP64))
                 comes_back(W, scaled((a or 1.0) * D, a))
 
@@ -169,12 +179,11 @@ class TestRoundTrips:
             assert (found.payload, found.sha256, found.sum) == (expected.payload, expected.sha256, expected.sum)
 
     @types
-    @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (5, 0), (1, 700), (700, 1)])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 90), (90, 1)])
     def test_odd_shapes(self, dtype: torch.dtype, shape: tuple[int, int]) -> None:
         W, (A, B) = weights(*shape, dtype=dtype), factors(*shape, 2)
-        if W.numel():
-            comes_back(W, product_of(A, B, 0.3))
-            comes_back(W, scaled(W.flip(0).double(), 0.25))
+        comes_back(W, product_of(A, B, 0.3))
+        comes_back(W, scaled(W.flip(0).double(), 0.25))
 
     @types
     def test_replaced_values(self, dtype: torch.dtype) -> None:
@@ -258,20 +267,20 @@ def check_runs(dtype: torch.dtype, a: float | None, columns: range, most: int) -
 
 class TestRuns:
     @shortest
-    @pytest.mark.parametrize("a", FACTORS)
+    @pytest.mark.parametrize("a", FACTORS[::2])
     def test_some_are_what_brute_force_finds(self, dtype: torch.dtype, a: float | None) -> None:
-        assert check_runs(dtype, a, range(FACTORS.index(a), 18, 7), 150) > 400
+        assert check_runs(dtype, a, range(FACTORS.index(a), 18, 9), 150) > 200
 
     @pytest.mark.slow
     @shortest
     @pytest.mark.parametrize("a", [*FACTORS, 2.0**-140 * 1.37, 2.0**60])
     def test_they_are_what_brute_force_finds(self, dtype: torch.dtype, a: float | None) -> None:
         """Each of the 2**16 numbers is in the run of its W', and no other is."""
-        assert check_runs(dtype, a, range(18), 1 << 16) > 40
+        assert check_runs(dtype, a, range(18), 1 << 16) > 10
 
     @shorter
     @given(seed=st.integers(0, 2**32), a=st.sampled_from(FACTORS))
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     def test_their_ends(self, dtype: torch.dtype, seed: int, a: float | None) -> None:
         """By fractions: the first and the last number give W', their neighbours do not."""
         g, form = np.random.default_rng(seed), FORMS[dtype]
@@ -317,15 +326,15 @@ class TestDoubts:
     @pytest.mark.parametrize("size", [0.0, 1e-3, 0.03, 2.0])
     def test_what_subtracting_leaves_in_doubt(self, dtype: torch.dtype, size: float) -> None:
         """It is what several W could have been, as brute force counts them."""
-        W, (A, B) = weights(2, 8, dtype=dtype), factors(2, 8, 2)
-        W[1, 0], W[1, 1] = 0.0, -0.0
+        W, (A, B) = weights(1, 6, dtype=dtype), factors(1, 6, 2)
+        W[0, 0], W[0, 1] = 0.0, -0.0
         forward = product_of(A, B, size * 7)
         out, _ = merged(W, forward)
         back = torch.empty_like(W)
         doubted = subtract(out, forward, back, Workspace(CPU))
         sizes, few = [], [1]
         for k, result in enumerate(codes(out).reshape(-1)):
-            found = brute_force(forward, k // 8, k % 8, dtype)
+            found = brute_force(forward, 0, k, dtype)
             at = int(np.flatnonzero(found.result == result)[0])
             sizes.append(found.count[at])
             few += [found.count[at]] if not found.holds_zero[at] or size == 0 else []
