@@ -21,10 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .error_free import two_sum
+from .error_free import two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, fraction, rounded, signed, wide
 
 U = 2.0**-53  # unit roundoff of float64
+PAIR = 2.0**-98  # no pair of numbers is off by more of their size, roundings of pairs included
 LEAST = 2.0**-900  # smaller sums are left to the fractions, so that nothing that counts is near float64's least number
 SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
@@ -82,11 +83,21 @@ def anything(count: int) -> tuple[Wide, Wide, Wide]:
 
 @dataclass(frozen=True)
 class Factor:
-    """An exact number for each row (axis 0) or column (axis 1)."""
+    """An exact number for each row (axis 0) or column (axis 1).
+
+    Attributes:
+        value: in float64.
+        error: no |exact number - value| is larger.
+        tail: what the value lacks, to `PAIR` times `size`; exactly where that is 0.
+        size: of what was summed.
+        exact: the number of a row or column.
+    """
 
     axis: int
-    value: Wide  # in float64
-    error: Wide  # no |exact number - value| is larger
+    value: Wide
+    error: Wide
+    tail: Wide
+    size: Wide
     exact: Callable[[int], Fraction]
 
     def at(self, i: Positions, j: Positions) -> tuple[Wide, Wide]:
@@ -94,13 +105,22 @@ class Factor:
         at = (i, j)[self.axis]
         return self.value.take(at), self.error.take(at)
 
+    def times(self, high: Wide, low: Wide, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        """Return the product with pairs at rows i and columns j as a pair, and a bound, 0 where that is exact."""
+        at = (i, j)[self.axis]
+        value, tail, size = self.value.take(at), self.tail.take(at), self.size.take(at)
+        product, rest = two_product(high, value)
+        plain = (tail == 0) & (size == 0) & ((value == 0) | (np.abs(value) == 1))
+        bound = np.abs(high) * (np.abs(value) + size) * PAIR + LEAST
+        rest = np.where(plain, low * value, rest + (low * value + high * tail))
+        return np.where(plain, high * value, product), rest, np.where(plain, 0.0, bound)
+
     @classmethod
     def of_rows(cls, numbers: Sequence[Fraction]) -> Factor:
         """Return the factor of rows with these numbers."""
-        value = np.array([float(x) for x in numbers])
-        error = np.array([float(abs(x - Fraction(float(x)))) for x in dict.fromkeys(numbers)])
-        at = {x: k for k, x in enumerate(dict.fromkeys(numbers))}
-        return cls(0, value, error[[at[x] for x in numbers]] * SLACK, lambda k: numbers[k])
+        tails = {x: float(x - Fraction(float(x))) for x in dict.fromkeys(numbers)}
+        value, tail = (np.array([of(x) for x in numbers]) for of in (float, tails.__getitem__))
+        return cls(0, value, np.abs(tail) * SLACK, tail, np.abs(tail), lambda k: numbers[k])
 
 
 @dataclass(frozen=True)
@@ -152,7 +172,7 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         known = (error == 0) & ((a == 0) | (a == 1))
         minus_zero = kept & known & (a == 0) & (high == 0) & np.signbit(high)  # a stored value that takes W's place
         kept &= known & (a == 1)
-        size = np.abs(weight)
+        size, plain = np.abs(weight), weight
         weight = np.where(a == 0, 0.0, weight * a)
         bound = bound + np.where(known, 0.0, size * error + np.abs(weight) * (2 * U) + LEAST)
     out, sure = _by_casts(weight + high, bound + np.abs(low), to)
@@ -171,14 +191,20 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         sure |= kept
     x.steps["near"] += len(i)
     at = np.flatnonzero(~sure)
-    if len(at) and not x.factor:
+    if len(at):
         x.steps["nearer"] += len(at)
         high, low, bound = x.delta.nearer(i[at], j[at])
-        total, rest = two_sum(weight[at], x.sign * high)
-        rest, lost = two_sum(rest, x.sign * low)
+        kept = (high == -low) & (bound == 0)
+        weight, (more, lost) = weight[at], np.zeros((2, len(at)))
+        if x.factor:
+            weight, more, lost = x.factor.times(plain[at], np.zeros(len(at)), i[at], j[at])
+            kept &= x.factor.value.take((i, j)[x.factor.axis][at]) == 1
+        total, rest = two_sum(weight, x.sign * high)
+        more, e1 = two_sum(more, x.sign * low)
+        rest, e2 = two_sum(rest, more)
         total, rest = two_sum(total, rest)
-        found, sure = nearest(total, rest, (bound + np.abs(lost)) * SLACK, to)
-        out[at] = _with_kept(found, code[at], (high == -low) & (bound == 0), form, to)
+        found, sure = nearest(total, rest, (bound + lost + np.abs(e1) + np.abs(e2)) * SLACK, to)
+        out[at] = _with_kept(found, code[at], kept & (lost == 0), form, to)
         at = at[~sure | ((form.bits == 53) & (size[at] > 0) & (size[at] < 1 << 52))]
     x.steps["exact"] += len(at)
     for k in at:

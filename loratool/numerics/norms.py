@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .decide import LEAST, SLACK, Factor, U
 from .dense import TILE
-from .error_free import two_sum
+from .error_free import two_product, two_sum
 from .forms import FORMS, Wide, codes, exponent, fraction, integers, power, wide
 from .products import ProductRows, Products, norms
 from .workspace import Workspace
@@ -139,7 +139,11 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
     """
     code, form = codes(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
     with np.errstate(all="ignore"):
-        value = np.where(norm == 0, 0.0, wide(code, form) / norm) * weight
+        m = wide(code, form)
+        quotient = np.where(norm == 0, 0.0, m / norm)
+        back, e = two_product(quotient, norm)
+        value, low = two_product(quotient, np.full_like(quotient, weight))
+        tail = low + np.where(norm == 0, 0.0, ((m - back) - e) / norm) * weight
 
     def exact(k: int) -> Fraction:
         n = Fraction(float(norm[k]))
@@ -150,7 +154,12 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
 
     known = (norm == 0) | ((code & form.size) == 0)
     error = np.where(known, 0.0, np.abs(value) * (4 * U) + LEAST)
-    ratio = Factor(axis, value, error, exact)
+    in_range = (np.abs(back) > 2.0**-700) & (np.abs(value) > 2.0**-700)  # else the tail may have been flushed
+    size = np.where(known, 0.0, np.where(in_range, np.abs(value), np.inf))
+    ratio = Factor(axis, value, error, np.where(known, 0.0, tail), size, exact)
     if weight == 1:
         return ratio, ratio
-    return ratio, Factor(axis, value + (1 - weight), error + (abs(1 - weight) + np.abs(value)) * (2 * U), whole)
+    left, rest = two_sum(np.ones_like(value), np.full_like(value, -weight))
+    total, e = two_sum(left, value)
+    error = error + (np.abs(left) + np.abs(value)) * (2 * U)
+    return ratio, Factor(axis, total, error, e + (rest + ratio.tail), size + np.abs(left), whole)

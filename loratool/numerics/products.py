@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decide import LEAST, SLACK, DenseDelta, Factor, U, anything
+from .decide import LEAST, PAIR, SLACK, DenseDelta, Factor, U, anything
 from .error_free import halves, two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
 
@@ -296,8 +296,6 @@ class ProductRows:
         return high, low, np.where(exact, lost * SLACK, self.bound(size))
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
-        if self.products.scaled:
-            return anything(len(i))
         high, low, bound = np.zeros((3, len(i)))
         for side in self.products.sides:
             left = codes(side.left[self.start : self.start + self.shape[0]].contiguous())
@@ -318,6 +316,9 @@ class ProductRows:
             three = rest * scale + s * side.tail
             if side.tail or abs(side.significand) != 0.5:
                 lost += np.abs(s) * 2.0**-100 + np.abs(rest) * 2.0**-50
+            for ratio in filter(None, (side.columns, self._ratio if side.by_rows else None)):
+                one, two, more = ratio.times(one, two + three, i, j)
+                lost, three = lost * (np.abs(ratio.at(i, j)[0]) * SLACK) + more + np.abs(one) * PAIR, np.zeros(len(i))
             for part in (one, two, three):
                 high, e = two_sum(high, np.ldexp(part, np.intc(e0)))
                 low, e = two_sum(low, e)

@@ -107,7 +107,7 @@ def test_ratios_of_rows_and_columns(factor: torch.dtype, axis: int) -> None:
     """One of two terms is multiplied by numbers that float64 does not hold."""
     one, two = hard_terms(factor)["two"]
     numbers = [F(k + 1, 3) for k in range(SHAPE[axis])]
-    ratio = Factor(axis, np.array([float(x) for x in numbers]), np.zeros(len(numbers)), lambda k: numbers[k])
+    ratio = replace(Factor.of_rows(numbers), axis=axis)
     marked = Term(one.left, one.right, one.scale, columns=ratio if axis else None, by_rows=not axis)
     plain, more = changes([one]), changes([two])
     expected = [numbers[(k // N, k % N)[axis]] * plain[k] + more[k] for k in range(M * N)]
