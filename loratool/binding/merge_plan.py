@@ -119,6 +119,7 @@ def _resolve_row_sources(
         refuse_second_nonadditive(name, found)
         sources[name], rest = resolve_row_source(sources[name], found)
         if rest:
+            _refuse_replaced_stack(sources[name], found, rest)
             _require_rows(sources[name], rest)
             refuse_second_nonadditive(name, rest)
             placements[name] = rest
@@ -138,6 +139,18 @@ def _share_replacement(tie: Tie, resolved: ResolvedTie, sources: dict[str, Tenso
     for name in names:
         if replacing and name not in resolved.placements:
             sources[name], _ = resolve_row_source(under, replacing[0])
+
+
+def _refuse_replaced_stack(source: TensorRef, requested: Sequence[Placement], placements: Sequence[Placement]) -> None:
+    """Raise InputError for a stack of matrices that one adapter replaces while another adds to its matrices."""
+    stacked = next((p for p in placements if p.expert is not None), None)
+    replacing = next((p for p in requested if p.adapter.file is source.file), None)
+    if stacked and replacing:
+        raise InputError(
+            f"{replacing.adapter.name} replaces it, and {stacked.adapter.name} adds to its experts",
+            culprit=replacing.update.module,
+            remedy="merge them one after the other",
+        )
 
 
 def _require_rows(source: TensorRef, placements: Sequence[Placement]) -> None:

@@ -115,7 +115,8 @@ def _by_bits(
             (inner, e1, lost1), (outer, e2, lost2) = (_less(end, d, rest) for end in (inner, outer))
             sure = ((np.abs(e1) > off + lost1) | (off + lost1 == 0)) & ((np.abs(e2) > off + lost2) | (off + lost2 == 0))
             falls = outer < 0
-            sure &= (inner < 0) == falls
+            straddles = (inner < 0) != falls
+            sure &= ~straddles
             e1, e2 = np.where(falls, -e2, e1), np.where(falls, -e1, e2)  # of the nearer end, and of the farther
             near, far = np.abs(np.where(falls, outer, inner)), np.abs(np.where(falls, inner, outer))
             open_ends = code & 1  # ties go to even
@@ -132,27 +133,29 @@ def _by_bits(
                 inner, outer = inner / by, outer / by
                 extra = off / np.abs(by)
             falls = outer < 0
-            sure = (inner < 0) == falls
+            straddles = (inner < 0) != falls
             inner, outer = np.abs(inner, out=inner), np.abs(outer, out=outer)
             near, far = np.minimum(inner, outer), np.maximum(inner, outer, out=outer)
             margin = np.multiply(far, roundings, out=inner) + extra
             if a is not None and error is not None:
                 margin += far * (error[part] / np.abs(a[part])).astype(change.dtype) * 2
-                sure &= (np.abs(a[part]) > 1 / apart) & (np.abs(a[part]) < apart)
+                margin[(np.abs(a[part]) <= 1 / apart) | (np.abs(a[part]) >= apart)] = np.inf
             ends = near - margin, near + margin, far - margin, far + margin
             below, same, last, equal = (end.view(kind) >> shift for end in ends)
             if not near.min() > second * step:
                 for end, ordinal in zip(ends, (below, same, last, equal), strict=True):
                     small = np.flatnonzero(np.abs(end) < second * step)
                     ordinal[small] = zero + np.floor(end[small] / step).astype(kind)
-            sure &= (below == same) & (last == equal)
-        sure &= near > 2 * margin
+            sure = (below == same) & (last == equal) & ~straddles
         sure &= last < zero + form.inf
+        sure |= straddles
+        sure &= near > 2 * margin
         np.subtract(last, below, out=count[part])
         # first .. last - 1 as ordinals, which for negative numbers are ~place
         last += 1
         below += 1
         start[part] = np.where(falls ^ (sign < 0), zero - last, below - zero)
+        count[part][straddles] = every(form)  # the run holds 0.0
         known[part] = sure
     return start, count, known
 

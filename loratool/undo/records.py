@@ -146,6 +146,7 @@ def _parts(count: int) -> Iterator[slice]:
     return (slice(start, start + ASKED) for start in range(0, count, ASKED))
 
 
+@np.errstate(all="ignore")
 def _taken(hit: Tensor | None, change: Tensor, shift: float) -> tuple[Positions, npt.NDArray[Any]]:
     """Return the positions of a mask, None for all, and D there."""
     if hit is None:

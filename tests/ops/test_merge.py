@@ -501,3 +501,25 @@ def test_progress_ends_at_the_whole_output(tmp_path: Path) -> None:
     )
     data = sum(v.nbytes for v in load_model(tmp_path / "out").values())
     assert seen[-1] == (data, report.nbytes) and seen == sorted(seen)
+
+
+def test_a_stack_that_one_adapter_replaces_takes_no_experts_of_another(tmp_path: Path) -> None:
+    stack = "model.layers.0.mlp.experts"
+    name = f"{stack}.down_proj"
+    base = write_model(tmp_path / "base", {name: weights(3, 4, 5)}, {"model_type": "mixtral"})
+    A, B = factors(4, 5, 6)
+    parts: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = [
+        ({name: weights(3, 4, 5, seed=4)}, {}),
+        ({f"{stack}.lora_A.weight": A, f"{stack}.lora_B.weight": B}, {"target_parameters": ["mlp.experts.down_proj"]}),
+    ]
+    for folder, (tensors, config) in zip(("whole", "added"), parts, strict=True):
+        (tmp_path / folder).mkdir()
+        stored = {f"base_model.model.{key}": value.contiguous() for key, value in tensors.items()}
+        save_file(stored, tmp_path / folder / "adapter_model.safetensors")
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "peft_version": "0.19.0", **config}
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"whole replaces it, and .*added adds to its experts"):
+        loratool.merge(base, [tmp_path / "whole", tmp_path / "added"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    loratool.merge(base, tmp_path / "whole", tmp_path / "first")
+    loratool.merge(tmp_path / "first", tmp_path / "added", tmp_path / "out")
