@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -105,9 +106,15 @@ class Products:
             for side, half in zip(self.sides, self._halves, strict=True)
         )
         self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # made here, as threads share it
-        self.live = np.zeros(self.shape[1], np.bool_)  # columns that are not all zero
-        for side, (_, form) in zip(self.sides, self._forms, strict=True):
-            self.live |= (side.right & form.size).max(1, initial=0) > 0
+
+    @cached_property
+    def live(self) -> npt.NDArray[np.bool_]:
+        """The columns that may be other than 0."""
+        return self.may_be_live(self.column_norms)
+
+    def may_be_live(self, norms: Wide) -> npt.NDArray[np.bool_]:
+        """Return which rows or columns may be other than 0, by norms: a ratio or a factor may have been flushed."""
+        return (norms > 0) | self.scaled | (not self.in_range)
 
     @property
     def _forms(self) -> list[tuple[Form, Form]]:
@@ -166,7 +173,7 @@ class Products:
 
     @cached_property
     def most(self) -> float:
-        return float(largest_of_rows(self.right).max(initial=0.0))
+        return largest(self.right)
 
     def right_of(self, kind: torch.dtype, device: torch.device) -> Tensor:
         """Return (R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
@@ -193,20 +200,21 @@ def _scaled(x: Wide, e: Codes) -> Wide:
     return found if np.abs(e).max(initial=0) >= 500 else x * np.ldexp(1.0, e.astype(np.intc))
 
 
+@np.errstate(all="ignore")
 def norms(x: Wide) -> Wide:
     """Return the norm of each row, or a little more."""
-    most, scale = largest_of_rows(x), np.ones(len(x))
-    if not (most.min(initial=1.0) > 1e-100 and most.max(initial=1.0) < 1e100):  # squares must be in range
-        scale = np.maximum(most, LEAST)
-        x = x / scale[:, None]
-    found: Wide = np.sqrt(np.einsum("ij,ij->i", x, x)) * scale * (SLACK + x.shape[1] * 1e-15)
+    squares: Wide = np.einsum("ij,ij->i", x, x)
+    odd = np.flatnonzero(~((squares > 1e-200) & (squares < 1e200)))  # squares may have been out of range
+    most = np.abs(x[odd]).max(1, initial=LEAST)
+    found: Wide = np.sqrt(squares)
+    found[odd] = np.sqrt(np.square(x[odd] / most[:, None]).sum(1)) * most
+    found *= SLACK + x.shape[1] * 1e-15
     return found
 
 
-def largest_of_rows(x: Wide) -> Wide:
-    """Return the largest |x| of each row."""
-    found: Wide = np.maximum(x.max(1, initial=0.0), -x.min(1, initial=0.0))
-    return found
+def largest(x: Wide) -> float:
+    """Return the largest |x|."""
+    return max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
 
 
 def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:
@@ -238,10 +246,8 @@ class ProductRows:
         self._ratio = ratio
         self._plain, self.left = products.left(start, stop, ratio)
         self.row_norms = norms(self.left)
-        self.largest = max(float(largest_of_rows(self.left).max(initial=0.0)), products.most)
-        self.live = np.zeros(stop - start, np.bool_)  # rows that are not all zero
-        for side in products.sides:
-            self.live |= ((codes(side.left[start:stop].contiguous()) & side.forms[0].size) > 0).any(1)
+        self.largest = max(largest(self.left), products.most)
+        self.live = products.may_be_live(self.row_norms)
 
     @cached_property
     def lowest(self) -> Codes:
