@@ -196,8 +196,9 @@ class Products:
 
 
 def _scaled(x: Wide, e: Codes) -> Wide:
-    found: Wide = np.ldexp(x, e.astype(np.intc))  # the exponents' only type everywhere
-    return found if np.abs(e).max(initial=0) >= 500 else x * np.ldexp(1.0, e.astype(np.intc))
+    e = e.astype(np.intc)  # the one type of exponents that ldexp takes everywhere
+    found: Wide = x * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(x, e)
+    return found
 
 
 @np.errstate(all="ignore")
@@ -302,6 +303,8 @@ class ProductRows:
         return high, low, np.where(exact, lost * SLACK, self.bound(size))
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        if not self.products.in_range:
+            return anything(len(i))
         high, low, bound = np.zeros((3, len(i)))
         for side in self.products.sides:
             left = codes(side.left[self.start : self.start + self.shape[0]].contiguous())

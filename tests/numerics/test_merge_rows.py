@@ -19,6 +19,7 @@ from loratool.numerics.decide import Factor, Reals, decide
 from loratool.numerics.forms import FORMS
 from loratool.numerics.forms import codes as bit_patterns
 from loratool.numerics.merge import RowMerge
+from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
 from loratool.numerics.stored import Stored
 from loratool.numerics.workspace import Workspace
@@ -143,6 +144,27 @@ def test_factors_that_float32_cannot_hold_together(large: int, small: int) -> No
     B[-1] = 2.0**large
     W = (weights(5, 50).float() * 2.0 ** (large - small + 13)).bfloat16()
     assert codes(merged(W, product_of(A, B))[0]) == merge_codes(W, BF16, [Add(low_rank(A, B, 1.0))])
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize(
+    ("left", "right", "scale", "dtype"),
+    [
+        ([2.0**-100, -(2.0**-100)], 2.0**-100, Fraction(1, 1 << 2100), BF16),
+        ([2.0**500, 2.0**-1000], 2.0**-500, Fraction(1), FP64),
+        ([2.0**-1060, -(2.0**-1060)], 2.0**1000, Fraction(3 << 36), FP64),
+    ],
+)
+def test_factors_that_would_be_lost_when_balanced(
+    left: list[float], right: float, scale: Fraction, dtype: torch.dtype, flush: bool
+) -> None:
+    """Such products are left to the integers: W is a tie, and -0.0, that the least of them decides."""
+    A, B = torch.tensor([[right, 0.0]], dtype=dtype), torch.tensor(left, dtype=dtype)[:, None]
+    W = torch.tensor([[1 + 2.0**-8, -0.0], [-0.0, 1 + 2.0**-8]])
+    torch.set_flush_denormal(flush)
+    out, _ = merged(W, Reals(Products([Term(B, A, scale)]).rows(0, 2)), BF16)
+    torch.set_flush_denormal(False)
+    assert codes(out) == merge_codes(W, BF16, [Add([scale * d for d in low_rank(A, B, 1.0)])])
 
 
 def test_weights_far_larger_than_all_others() -> None:
