@@ -22,7 +22,7 @@ from .forms import FORMS, Codes, Positions, bits, codes, fraction
 from .products import LEAST_OF, UNIT_OF, ProductRows
 from .workspace import Workspace
 
-TILE = {torch.float32: 1 << 18, torch.float64: 1 << 17}  # weights that fit the caches, and are worth their calls
+TILE = {torch.float32: 1 << 19, torch.float64: 1 << 18}  # weights that fit the caches, and are worth their calls
 CUDA_TILE = 1 << 23  # more, since on a GPU the number of calls counts
 IN_RANGE = 2.0**60  # products of larger factors could overflow in float32
 BEYOND = 2.0**120  # larger bounds are near the end of float32

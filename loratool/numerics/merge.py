@@ -65,21 +65,21 @@ class RowMerge:
             base: (rows, n), contiguous; its first row is row `first` of these.
             out: (rows, n), contiguous.
         """
-        bounds, stats, found = self.dense.bounds(base, first), RoundingStats(), []
+        bounds, stats, found = self.dense.bounds(base, first), [], []
         height = self.dense.height(base.shape[1], base.device)
         for row in range(0, len(base), height):
             part = slice(row, row + height)
             at, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
             found.append(at + row * base.shape[1])
-            stats += change
+            stats.append(change)
         at = np.concatenate(found) if found else np.zeros(0, np.int64)
         for start in range(0, len(at), TOGETHER):
-            stats += self._decide(base, first, out, at[start : start + TOGETHER])
+            stats.append(self._decide(base, first, out, at[start : start + TOGETHER]))
         if watcher:
             watcher.block(base, out, self.x, first, self.dense, bounds)
-        steps = Counter({"dense": base.numel() - len(at), **self.x.steps})
+        stats.append(RoundingStats(steps=Counter({"dense": base.numel() - len(at), **self.x.steps})))
         self.x.steps.clear()
-        return stats + RoundingStats(steps=steps)
+        return RoundingStats.of(stats)
 
     def _tile(
         self,

@@ -266,8 +266,12 @@ class ProductRows:
         right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
         left = torch.cat([wide, wide.new_zeros(len(wide), 1)], 1).to(kind).to(device)
 
+        shifted = 0.0
+
         def fill(rows: slice, shift: float, out: Tensor) -> None:
-            left[rows, -1] = shift  # one more rank, by which the GEMM adds it
+            nonlocal shifted
+            if shift != shifted:
+                left[:, -1] = shifted = shift  # one more rank, by which the GEMM adds it
             torch.mm(left[rows], right, out=out)
 
         sizes = self.row_norms * self.products.column_norms.max(initial=0.0)

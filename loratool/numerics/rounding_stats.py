@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,17 +41,15 @@ class RoundingStats:
     largest: float = 0.0
     steps: Counter[str] = field(default_factory=Counter)
 
-    def __add__(self, other: RoundingStats) -> RoundingStats:
-        return RoundingStats(
-            self.base_squared + other.base_squared,
-            self.change_squared + other.change_squared,
-            self.kept + other.kept,
-            self.changed + other.changed,
-            self.not_finite + other.not_finite,
-            self.overflowed + other.overflowed,
-            max(self.largest, other.largest),
-            self.steps + other.steps,
-        )
+    @classmethod
+    def of(cls, parts: Sequence[RoundingStats]) -> RoundingStats:
+        """Return the sums over all parts."""
+        sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in SUMMED}
+        steps = sum((part.steps for part in parts if part.steps), Counter[str]())
+        return cls(**sums, largest=max((part.largest for part in parts), default=0.0), steps=steps)
+
+
+SUMMED = ("base_squared", "change_squared", "kept", "changed", "not_finite", "overflowed")
 
 
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:

@@ -155,7 +155,7 @@ def _by_bits(
         last += 1
         below += 1
         start[part] = np.where(falls ^ (sign < 0), zero - last, below - zero)
-        count[part][straddles] = every(form)  # the run holds 0.0
+        np.copyto(count[part], every(form), where=straddles)  # such a run holds 0.0
         known[part] = sure
     return start, count, known
 

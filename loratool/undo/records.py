@@ -105,15 +105,18 @@ class Recorder:
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
         zero_bits, index, count = [], [], []
         for part in _parts(len(asked.at)):
-            fine, runs = _runs_of(out, x, first, asked, part, self._form)
-            code = take(base, asked.at[part][fine])
-            whole = runs.count == every(self._form)
-            zero_bits.append(code[whole] == 0)
-            many = np.flatnonzero((runs.count > 1) & ~(whole & (code == 0)))
-            places = place(code.take(many), self._form) - runs.start.take(many)
-            raw = code.take(many).view(f"u{code.itemsize}")
-            index.append(np.where(whole.take(many), raw, places))
-            count.append(runs.count.take(many))
+            at, _, runs = _runs_of(out, x, first, asked, part, self._form)
+            code = take(base, at)
+            whole = np.flatnonzero(runs.count == every(self._form))
+            zero_bits.append(is_zero := code.take(whole) == 0)
+            runs.count[whole[is_zero]] = 1  # which needs no more bits
+            many = np.flatnonzero(runs.count > 1)
+            code, numbers = code.take(many), runs.count.take(many)
+            places = place(code, self._form) - runs.start.take(many)
+            raw = np.flatnonzero(numbers == every(self._form)) if len(whole) else whole
+            places[raw] = code.take(raw).view(f"u{code.itemsize}")
+            index.append(places)
+            count.append(numbers)
         flags = [*zero_bits, *_planes(_together(index), _together(count))]
         self._payload += np.packbits(np.concatenate([*flags, np.zeros(0, np.bool_)]), bitorder="little").tobytes()
 
@@ -190,13 +193,15 @@ def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float:
 
 def _runs_of(
     out: Tensor, x: Reals, first: int, asked: _Asked, part: slice, form: Form
-) -> tuple[npt.NDArray[np.bool_], Runs]:
-    """Return which of some weights of a block have a finite W', and the runs of those."""
-    at = asked.at[part]
-    result = take(out, at)
-    fine = (result & form.size) < form.inf
-    at, result, change = (y if fine.all() else y[fine] for y in (at, result, asked.change[part]))
-    return fine, find_runs(x, result, at, first, out.shape[1], change, asked.reach, form)
+) -> tuple[Positions, Positions, Runs]:
+    """Return the positions of weights with a finite W', those of the others, and the runs of the first."""
+    at, change = asked.at[part], asked.change[part]
+    result, odd = take(out, at), at[:0]
+    infinite = (result & form.size) >= form.inf
+    if infinite.any():
+        odd = at[infinite]
+        at, result, change = (y[~infinite] for y in (at, result, change))
+    return at, odd, find_runs(x, result, at, first, out.shape[1], change, asked.reach, form)
 
 
 def _planes(index: Codes, count: Codes) -> Iterator[npt.NDArray[np.bool_]]:
@@ -268,8 +273,7 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
     else:
         asked, doubtful, farthest = go_back(merged, x, out, work), 0, 1
         for part in _parts(len(asked.at)):
-            fine, runs = _runs_of(merged, x, 0, asked, part, form)
-            at, odd = asked.at[part][fine], asked.at[part][~fine]
+            at, odd, runs = _runs_of(merged, x, 0, asked, part, form)
             put(out, odd, take(merged, odd))
             put(out, at, _without_delta(merged, at, x, 0))
             doubtful += int((runs.count > 1).sum())
@@ -364,8 +368,7 @@ class Restorer:
         data, read, all_numbers = self._reader.bits(), 0, every(self._form)
         found: list[tuple[Positions, Codes, Codes]] = []
         for part in _parts(len(asked.at)):
-            fine, runs = _runs_of(merged, x, 0, asked, part, self._form)
-            at, odd = asked.at[part][fine], asked.at[part][~fine]
+            at, odd, runs = _runs_of(merged, x, 0, asked, part, self._form)
             put(out, odd, take(merged, odd))
             put(out, at, number(runs.start, self._form))
             whole = np.flatnonzero(runs.count == all_numbers)

@@ -33,11 +33,11 @@ shorter = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=NAMES.get)
 
 def merged(W: Tensor, x: Reals, out: torch.dtype | None = None, rows: int = 1 << 20) -> tuple[Tensor, RoundingStats]:
     """Return W' and the sums, from blocks of so many rows."""
-    made, stats = torch.empty_like(W, dtype=out or W.dtype), RoundingStats()
+    made, stats = torch.empty_like(W, dtype=out or W.dtype), []
     merge = RowMerge(x, W.dtype, made.dtype, CPU)
     for row in range(0, len(W), rows):
-        stats += merge.apply(W[row : row + rows], row, made[row : row + rows], Workspace(CPU))
-    return made, stats
+        stats.append(merge.apply(W[row : row + rows], row, made[row : row + rows], Workspace(CPU)))
+    return made, RoundingStats.of(stats)
 
 
 def plain(stats: RoundingStats) -> tuple[int, int, int]:
