@@ -66,9 +66,15 @@ def bytes_of(x: Tensor) -> memoryview:
 class _Asked:
     """Some weights of a block whose runs may have several numbers, and what is known of their D."""
 
-    at: Positions  # flat positions, rising
+    at: Positions | None  # flat positions, rising; None for all
     change: npt.NDArray[Any]  # D in the GEMM's type, nan where nothing is known
     reach: float
+
+    def parts(self) -> Iterator[tuple[Positions, npt.NDArray[Any]]]:
+        """Yield positions and D of so many weights that memory is bounded."""
+        for start in range(0, len(self.change), ASKED):
+            some = self.change[start : start + ASKED]
+            yield np.arange(start, start + len(some)) if self.at is None else self.at[start : start + ASKED], some
 
 
 class Recorder:
@@ -76,7 +82,7 @@ class Recorder:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._form = FORMS[dtype]
-        self._found: list[tuple[Positions, npt.NDArray[Any]]] = []
+        self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
         self._payload = b""
 
     def head(self, norms: npt.NDArray[np.float64]) -> None:
@@ -94,8 +100,7 @@ class Recorder:
             hit = may_have_several(tile.out, tile.base, tile.hit)
             if tile.ties is not None:
                 hit |= tile.ties
-        at, found = _taken(hit, change, tile.shift)
-        self._found.append((at + tile.start, found))
+        self._found.append(_taken(hit, change, tile.shift, tile.start))
 
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._form.bits == 53:
@@ -104,8 +109,8 @@ class Recorder:
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
         zero_bits, index, count = [], [], []
-        for part in _parts(len(asked.at)):
-            at, _, runs = _runs_of(out, x, first, asked, part, self._form)
+        for part in asked.parts():
+            at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form)
             code = take(base, at)
             whole = np.flatnonzero(runs.count == every(self._form))
             zero_bits.append(is_zero := code.take(whole) == 0)
@@ -139,27 +144,22 @@ def _together(parts: Sequence[Codes]) -> Codes:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _joined(found: list[tuple[Positions, Any]]) -> tuple[Positions, Any]:
-    at, change = (np.concatenate(side) for side in zip(*found, strict=True))
+def _joined(found: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Positions | None, npt.NDArray[Any]]:
+    positions = [at for at, _ in found if at is not None]
+    change = np.concatenate([change for _, change in found])
     found.clear()
-    return at, change
-
-
-def _parts(count: int) -> Iterator[slice]:
-    return (slice(start, start + ASKED) for start in range(0, count, ASKED))
+    return np.concatenate(positions) if positions else None, change
 
 
 @np.errstate(all="ignore")
-def _taken(hit: Tensor | None, change: Tensor, shift: float) -> tuple[Positions, npt.NDArray[Any]]:
-    """Return the positions of a mask, None for all, and D there."""
-    if hit is None:
+def _taken(hit: Tensor | None, change: Tensor, shift: float, start: int) -> tuple[Positions | None, npt.NDArray[Any]]:
+    """Return the positions of a tile's mask in the block, None for all, and D there. start: the tile's position."""
+    at = None if hit is None else positions(hit)
+    if at is None:
         found: npt.NDArray[Any] = change.cpu().numpy().copy()
-        at = np.arange(len(found))
     else:
-        at = positions(hit)
-        found = (
-            change[torch.from_numpy(at).to(change.device)].cpu().numpy() if change.is_cuda else change.numpy().take(at)
-        )
+        found = change.numpy().take(at) if not change.is_cuda else change[torch.from_numpy(at).cuda()].cpu().numpy()
+        at += start
     if math.isfinite(shift):
         found -= found.dtype.type(shift)
     else:
@@ -192,16 +192,15 @@ def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float:
 
 
 def _runs_of(
-    out: Tensor, x: Reals, first: int, asked: _Asked, part: slice, form: Form
+    out: Tensor, x: Reals, first: int, at: Positions, change: npt.NDArray[Any], reach: float, form: Form
 ) -> tuple[Positions, Positions, Runs]:
     """Return the positions of weights with a finite W', those of the others, and the runs of the first."""
-    at, change = asked.at[part], asked.change[part]
     result, odd = take(out, at), at[:0]
     infinite = (result & form.size) >= form.inf
     if infinite.any():
         odd = at[infinite]
         at, result, change = (y[~infinite] for y in (at, result, change))
-    return at, odd, find_runs(x, result, at, first, out.shape[1], change, asked.reach, form)
+    return at, odd, find_runs(x, result, at, first, out.shape[1], change, reach, form)
 
 
 def _planes(index: Codes, count: Codes) -> Iterator[npt.NDArray[np.bool_]]:
@@ -272,8 +271,8 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
         farthest = 1 + bool(doubtful)
     else:
         asked, doubtful, farthest = go_back(merged, x, out, work), 0, 1
-        for part in _parts(len(asked.at)):
-            at, odd, runs = _runs_of(merged, x, 0, asked, part, form)
+        for part in asked.parts():
+            at, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, form)
             put(out, odd, take(merged, odd))
             put(out, at, _without_delta(merged, at, x, 0))
             doubtful += int((runs.count > 1).sum())
@@ -367,8 +366,8 @@ class Restorer:
         asked = go_back(merged, x, out, work)
         data, read, all_numbers = self._reader.bits(), 0, every(self._form)
         found: list[tuple[Positions, Codes, Codes]] = []
-        for part in _parts(len(asked.at)):
-            at, odd, runs = _runs_of(merged, x, 0, asked, part, self._form)
+        for part in asked.parts():
+            at, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, self._form)
             put(out, odd, take(merged, odd))
             put(out, at, number(runs.start, self._form))
             whole = np.flatnonzero(runs.count == all_numbers)
@@ -418,7 +417,8 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
     dense = DenseRows(x, merged.dtype, merged.dtype, merged.device)
     bounds = dense.bounds(merged, 0, backward=True)
     both = bounds.shift + bounds.span
-    found, height = [], dense.height(merged.shape[1], merged.device)
+    found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
+    height = dense.height(merged.shape[1], merged.device)
     for row in range(0, len(merged), height):
         here = slice(row, row + height)
         result, weight = merged[here], out[here]
@@ -436,6 +436,5 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
             hit = may_have_several(result, weight, hit)
             if not (math.isfinite(squared) and math.isfinite(float(upper.sum()))):
                 hit |= ~(result.isfinite() & weight.isfinite() & upper.isfinite())
-        at, some = _taken(hit, change.view(-1), bounds.shift)
-        found.append((at + row * merged.shape[1], some))
+        found.append(_taken(hit, change.view(-1), bounds.shift, row * merged.shape[1]))
     return _Asked(*_joined(found), reach_of(dense, bounds, 0, len(merged)))
