@@ -14,7 +14,7 @@ from torch import Tensor
 from .decide import Reals, decide
 from .dense import Bounds, DenseRows, mask_apart, midpoints
 from .forms import FORMS, Codes, Positions, bits, codes, wide
-from .rounding_stats import RoundingStats, count_different, dot
+from .rounding_stats import RoundingStats, count_different, dot, set_quiet_nan
 from .workspace import Workspace
 
 ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits can change
@@ -145,6 +145,7 @@ class RowMerge:
             bits(out).copy_(torch.where(odd, bits(base), bits(out)))
         else:
             out.copy_(torch.where(odd, base.to(out.dtype), out))
+            set_quiet_nan(out, odd & base.isnan())
         infinite = (bits(out) & self._to.size) >= self._to.inf
         hit |= infinite
         hit &= ~odd

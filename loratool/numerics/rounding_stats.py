@@ -63,9 +63,17 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
     if out.itemsize > 1 and math.isfinite(float(out.abs().max())):
         return RoundingStats()
     form = FORMS[out.dtype]
+    if out.dtype != base.dtype:
+        set_quiet_nan(out, base.isnan())
     lost = ((bits(out) & form.size) >= form.inf).logical_and_(base.isfinite())
     count = int(lost.sum())
     return RoundingStats(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
+
+
+def set_quiet_nan(out: Tensor, where: Tensor) -> None:
+    """Set the format's quiet nan, positive and without a payload: which bits a cast gives depends on the processor."""
+    form = FORMS[out.dtype]
+    bits(out).masked_fill_(where, form.inf | 1 << (form.bits - 2))
 
 
 def _cast_double(base: Tensor, out: Tensor) -> None:

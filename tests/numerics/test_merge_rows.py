@@ -224,3 +224,21 @@ def test_odd_shapes(shape: tuple[int, int]) -> None:
     values = weights(*shape, seed=3)
     out, _ = merged(W, Reals(Stored(values, 0.5)))
     assert torch.equal(out, (W.double() + 0.5 * values.double()).half())
+
+
+@pytest.mark.parametrize("to", [BF16, FP16, FP32], ids=NAMES.get)
+@shorter
+def test_nan_in_another_type_is_the_quiet_one(dtype: torch.dtype, to: torch.dtype) -> None:
+    """Whichever it was: processors differ in what a cast leaves of sign and payload."""
+    W, (A, B) = weights(2, 40, dtype=dtype), factors(2, 40, 2)
+    inf = FORMS[dtype].inf
+    bit_patterns(W)[:, ::7] = [inf + 1, inf | 5, -1, -3, inf | inf >> 1, -2]
+    made, cast = merged(W, product_of(A, B), to)[0], torch.empty_like(W, dtype=to)
+    cast_rounded(W, cast, Workspace(CPU))
+    quiet = {BF16: 0x7FC0, FP16: 0x7E00, FP32: 0x7FC00000}[to]
+    for out in (made, cast):
+        where = W.isnan().numpy()
+        if dtype == to:
+            assert (bit_patterns(out)[where] == bit_patterns(W)[where]).all()
+        else:
+            assert (bit_patterns(out)[where] == quiet).all()
