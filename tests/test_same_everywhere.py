@@ -81,7 +81,8 @@ def numbers(name: str, shape: Sequence[int], size: float = 1.0, dtype: torch.dty
     """Return numbers between -size and size that depend on the name only."""
     data = hashlib.shake_256(name.encode()).digest(8 * math.prod(shape))
     found = np.frombuffer(data, "<i8").astype(np.float64) * (size * 2.0**-63)
-    return torch.from_numpy(found).reshape(tuple(shape)).to(dtype)
+    # to 16 bits by way of float32, as processors cast from float64 in one rounding or two
+    return torch.from_numpy(found).reshape(tuple(shape)).to(torch.float32 if dtype.itemsize == 2 else dtype).to(dtype)
 
 
 def weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -105,7 +105,7 @@ class DenseRows:
             apart = _apart(products, base, first, largest + size)
             if apart:
                 return Bounds(0.0, 0.0, apart=apart)
-        # torch rounds float64 to 16 bits by way of float32
+        # torch rounds float64 to 16 bits by way of float32, though not on every processor
         units = self.unit + (UNIT_OF[torch.float32] if self.out.itemsize <= 2 else UNIT_OF[torch.float64])
         scale, inexact = 1.0, 0.0
         if self.factor:

@@ -76,8 +76,9 @@ def set_quiet_nan(out: Tensor, where: Tensor) -> None:
     bits(out).masked_fill_(where, form.inf | 1 << (form.bits - 2))
 
 
+@np.errstate(all="ignore")
 def _cast_double(base: Tensor, out: Tensor) -> None:
-    """Cast float64 in one rounding, where torch would take two."""
+    """Cast float64 in one rounding, where torch takes two on some processors."""
     out.copy_(base)
     flat, result, form = base.reshape(-1).cpu().numpy(), torch.empty(base.shape, dtype=out.dtype), FORMS[out.dtype]
     made = codes(result).reshape(-1)
