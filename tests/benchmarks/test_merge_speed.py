@@ -6,7 +6,9 @@ The bounds are the promises: a fraction of peft's time, close to a file copy, me
 from __future__ import annotations
 
 import filecmp
+import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import adapted, make, make_adapter
+from models import adapted, make, make_adapter, shapes
 
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
 MERGE = [*COMMAND, "merge", "-q", "--no-undo"]
@@ -49,6 +51,11 @@ def peak(command: list[object]) -> float:
         time.sleep(0.2)
     assert process.returncode == 0
     return most / 1024
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def memory(pid: int) -> int:
@@ -111,10 +118,10 @@ def test_undo_against_peft(models: Path) -> None:
     )
     share = (models / "ours" / "loratool.undo").stat().st_size / sum(f.stat().st_size for f in base.iterdir())
     print(f"\n0.6 GB with undo: loratool {mine:.2f} s, unmerge {restored:.2f} s, {rss:.0f} MB; peft {yours:.2f} s")
-    print(f"ratio {mine / yours:.2f} (at most 0.45); the undo file is {share:.2%} of the base")
+    print(f"ratio {mine / yours:.2f} (at most 0.4); the undo file is {share:.2%} of the base")
     for file in base.iterdir():
         assert filecmp.cmp(file, models / "back" / file.name, shallow=False)
-    assert mine <= 0.45 * yours and rss <= RSS_LIMIT
+    assert mine <= 0.4 * yours and rss <= RSS_LIMIT
 
 
 @pytest.mark.slow
@@ -123,15 +130,21 @@ def test_large_undo_against_a_copy(models: Path) -> None:
         make(models / "large", "large")
     base, adapter = models / "large" / "base", models / "large" / "adapter"
     weights = sum(out * inp for out, inp in adapted("large").values())
-    ours, copies = [], []
+    ours, copies, spent = [], [], []
     measure(["cp", "-r", base, fresh(models / "warm")])
     for _ in range(3):
         copies.append(measure(["cp", "-r", base, fresh(models / "warm")]))
         fresh(models / "warm")
+        before = cpu_of_children()
         ours.append(measure([*UNDOABLE, base, adapter, "-o", fresh(models / "ours")]))
+        spent.append(cpu_of_children() - before)
     rss = peak([*UNDOABLE, base, adapter, "-o", fresh(models / "ours")])
     fresh(models / "ours")
     compute = 9.5e-9 * weights / len(os.sched_getaffinity(0))
+    each = (min(spent) - 2) / sum(math.prod(shape) for _, shape in shapes("large")) * 1e9
+    rate = sum(file.stat().st_size for file in base.iterdir()) / min(copies) / 1e9
+    print(f"\nCPU: {min(spent):.1f} s, {each:.1f} ns a weight but for 2 s (at most 10); cp -r: {rate:.1f} GB/s")
+    assert each <= 10
     mine, copy = statistics.median(ours), statistics.median(copies)
     print(
         f"\n6.2 GB with undo: loratool {mine:.2f} s, {rss:.0f} MB; cp -r {copy:.2f} s; 9.5 ns a weight: {compute:.2f} s"
@@ -172,8 +185,8 @@ def test_dora_against_plain_lora(models: Path, vocabulary: bool) -> None:
             measured.append(measure([*MERGE, models / "small" / "base", adapter, "-o", fresh(models / "ours")]))
     plain, dora = (statistics.median(measured) for measured in runs.values())
     rss = peak([*MERGE, models / "small" / "base", models / f"dora-True-{vocabulary}", "-o", fresh(models / "ours")])
-    print(f"\nDoRA {dora:.2f} s, LoRA {plain:.2f} s, ratio {dora / plain:.2f} (at most 2); {rss:.0f} MB")
-    assert dora <= 2 * plain and rss <= RSS_LIMIT
+    print(f"\nDoRA {dora:.2f} s, LoRA {plain:.2f} s, ratio {dora / plain:.2f} (at most 1.9); {rss:.0f} MB")
+    assert dora <= 1.9 * plain and rss <= RSS_LIMIT
 
 
 @pytest.mark.slow
