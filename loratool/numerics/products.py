@@ -82,6 +82,11 @@ def _is_usual(side: _Side) -> bool:
     return all(bool(((size == 0) | (size >= 723 << 52)).all()) for size in sizes)
 
 
+def _is_known(ratio: Factor | None) -> bool:
+    """Return whether all numbers of a ratio are known as pairs, since nothing of them was flushed."""
+    return ratio is None or bool(np.isfinite(ratio.size).all())
+
+
 class Products:
     """A sum of low-rank terms of one shape.
 
@@ -102,7 +107,9 @@ class Products:
         self._halves = [self._balance(side) for side in self.sides]  # of each side, (r,) exponents for the right side
         # else a factor can be lost when it is balanced, and all is left to the integers
         self.in_range = all(
-            max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500 and _is_usual(side)
+            max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500
+            and _is_usual(side)
+            and _is_known(side.columns)
             for side, half in zip(self.sides, self._halves, strict=True)
         )
         self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # made here, as threads share it
@@ -244,7 +251,7 @@ class ProductRows:
 
     def __init__(self, products: Products, start: int, stop: int, ratio: Factor | None = None) -> None:
         self.products, self.start, self.shape = products, start, (stop - start, products.shape[1])
-        self._ratio = ratio
+        self._ratio, self._in_range = ratio, products.in_range and _is_known(ratio)
         self._plain, self.left = products.left(start, stop, ratio)
         self.row_norms = norms(self.left)
         self.largest = max(largest(self.left), products.most)
@@ -260,7 +267,7 @@ class ProductRows:
         # a ratio is right to 4 u, and its product with a factor is rounded too
         roundings = rank + (16 if self.products.scaled else 8)
         found: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
-        return found if self.products.in_range else np.full_like(found, np.inf)
+        return found if self._in_range else np.full_like(found, np.inf)
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
         right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
@@ -279,7 +286,7 @@ class ProductRows:
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         products = self.products
-        if not products.in_range:
+        if not self._in_range:
             return anything(len(i))
         size = self.row_norms.take(i) * products.column_norms.take(j)
         dead = ~(self.live.take(i) & products.live.take(j))
@@ -307,7 +314,7 @@ class ProductRows:
         return high, low, np.where(exact, lost * SLACK, self.bound(size))
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
-        if not self.products.in_range:
+        if not self._in_range:
             return anything(len(i))
         high, low, bound = np.zeros((3, len(i)))
         for side in self.products.sides:

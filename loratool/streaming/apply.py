@@ -82,14 +82,14 @@ def _merge(segment: RowSegment, record: bool, start: int, stop: int) -> Step:
     """Return the step that merges rows start:stop of a tensor."""
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
-        x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
-        merge = RowMerge(x, base.dtype, out.dtype, base.device)
         if not record:
-            return merge.apply(base, 0, out, work)
+            return segment.merge(base, start + row, out, work)
+        x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
         recorder = Recorder(base.dtype)
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
-        return recorder.result(merge.apply(base, 0, out, work, recorder), base, out)
+        stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
+        return recorder.result(stats, base, out)
 
     return step
 

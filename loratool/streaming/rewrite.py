@@ -43,8 +43,8 @@ class RowRange:
     start: int
     stop: int
     prepare: Prepare
+    block_rows: int  # rows of a block
     item_rows: int = 0  # rows of an item, 0 for as many as suit the machine
-    block_rows: int = 0  # rows of a block, likewise
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,7 @@ def _file_items(
         if name in changed and new.size:
             yield from _changed_items(source, new, copy, name, changed[name])
         elif source.spec.dtype != new.dtype and new.size:
-            yield from _row_items(
-                source, new, copy, name, 1, RowRange(0, new.size, _prepare_cast, block_rows=CAST_BLOCK)
-            )
+            yield from _row_items(source, new, copy, name, 1, _cast_rows(0, new.size, 1))
         elif span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
             span = replace(span, nbytes=span.nbytes + copy.nbytes)
         else:
@@ -195,10 +193,10 @@ def _changed_items(
 ) -> Iterator[Item]:
     """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
     columns = new.size // changed.rows
-    end = RowRange(changed.rows, changed.rows, _prepare_cast)
+    end = _cast_rows(changed.rows, changed.rows, columns)
     done = 0
     for part in chain(changed.ranges(), (end,)):
-        yield from _row_items(source, new, place, name, columns, RowRange(done, part.start, _prepare_cast))
+        yield from _row_items(source, new, place, name, columns, _cast_rows(done, part.start, columns))
         if isinstance(part, CopiedRows):
             width = columns * DTYPES[new.dtype] // 8
             at, size = place.target_offset + part.start * width, (part.stop - part.start) * width
@@ -239,6 +237,10 @@ def _row_items(
             rows.block_rows,
             place.checked,
         )
+
+
+def _cast_rows(start: int, stop: int, columns: int) -> RowRange:
+    return RowRange(start, stop, _prepare_cast, max(1, CAST_BLOCK // columns))
 
 
 def _prepare_cast(start: int, stop: int) -> Step:

@@ -26,15 +26,6 @@ from ..files.fileio import copy_checked, copy_range, read_into, sha256_range, wr
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, run_forked
 
-BLOCK_ROWS = 64  # rows of a block, read, computed and written at a time: enough for an efficient matrix product
-
-
-BLOCK = 1 << 20  # the most weights of a block, if rows are long
-
-
-CUDA_BLOCK = 1 << 24
-
-
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
 
@@ -106,7 +97,7 @@ class MapRows:
     start: int
     stop: int
     prepare: Prepare
-    block_rows: int = 0  # rows of a block, 0 for as many as suit the device
+    block_rows: int  # rows of a block, read, computed and written at a time
     checked: bool = False  # the results begin with the CRC-32 of what was written
 
     @property
@@ -141,11 +132,7 @@ class Worker:
             return [sha256_range(item.source, item.offset, item.length)]
         with torch.cuda.stream(self.stream):
             step = item.prepare(item.start, item.stop)
-            most = BLOCK if self.stream is None else CUDA_BLOCK
-            rows = max(1, min(max(BLOCK_ROWS, BLOCK // 2 // item.columns), most // item.columns))
-            rows = rows if self.stream is None else max(1, most // item.columns)
-            rows = item.block_rows or rows
-            count = item.stop - item.start
+            rows, count = item.block_rows, item.stop - item.start
             self._crc = 0
             results = [self._block(item, step, row, min(row + rows, count)) for row in range(0, count, rows)]
             return [self._crc, *results] if item.checked else results

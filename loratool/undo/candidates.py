@@ -198,7 +198,8 @@ def _by_halves(
     if x.factor:
         a, error = x.factor.at(i, j)
         for k in np.flatnonzero(np.abs(a) <= error):
-            a[k] = np.sign(float(x.factor.exact(int((i, j)[x.factor.axis][k]))))
+            exact = x.factor.exact(int((i, j)[x.factor.axis][k]))  # which float64 may not hold
+            a[k] = (exact > 0) - (exact < 0)
         falls, stands = a < 0, a == 0
     holds_zero = stands | (decide(x, np.zeros(len(i), form.code), form, i, j, form) == result)
     some = np.flatnonzero(~holds_zero)

@@ -19,6 +19,7 @@ from loratool.numerics.decide import Factor, Reals, decide
 from loratool.numerics.forms import FORMS
 from loratool.numerics.forms import codes as bit_patterns
 from loratool.numerics.merge import RowMerge
+from loratool.numerics.norms import magnitude_ratio
 from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
 from loratool.numerics.stored import Stored
@@ -242,3 +243,13 @@ def test_nan_in_another_type_is_the_quiet_one(dtype: torch.dtype, to: torch.dtyp
             assert (bit_patterns(out)[where] == bit_patterns(W)[where]).all()
         else:
             assert (bit_patterns(out)[where] == quiet).all()
+
+
+def test_a_ratio_below_float64_beside_factors_that_make_it_count() -> None:
+    """m / n of 2^-1080 is no float64; times the factors it is 0.0013."""
+    m = torch.tensor([1.3 * 2.0**-1000], dtype=FP64)
+    ratio, a = magnitude_ratio(m, np.array([2.0**80]), 1.0, 0)
+    left, right = torch.tensor([[2.0**500]], dtype=FP64), torch.tensor([[2.0**480, 2.0**400]], dtype=FP64)
+    delta = Products([Term(left, right, Fraction(2) ** 90, by_rows=True)]).rows(0, 1, ratio)
+    wanted = [Fraction(float(m)) / 2**80 * 2**90 * 2**500 * 2**power for power in (480, 400)]
+    assert codes(merged(torch.zeros(1, 2), Reals(delta, a))[0]) == merge_codes(torch.zeros(1, 2), FP32, [Add(wanted)])

@@ -184,7 +184,7 @@ class TestSameBytes:
         self, tmp_path: Path, base: Path, adapters: Any, workers: int, block: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         loratool.merge(base, adapters, tmp_path / "expected")
-        monkeypatch.setattr("loratool.streaming.workers.BLOCK", block)
+        monkeypatch.setattr("loratool.streaming.rewrite.CAST_BLOCK", block)
         monkeypatch.setattr("loratool.numerics.dense.TILE", dict.fromkeys(TILE, max(1, block // 3)))
         monkeypatch.setattr("loratool.numerics.merge.TOGETHER", max(30, block // 5))
         monkeypatch.setattr("loratool.undo.records.ASKED", max(40, block // 2))

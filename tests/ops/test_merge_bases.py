@@ -423,15 +423,14 @@ class TestSameBytes:
         found = {part for row in report.tensors for part in row.update.split("+")}
         assert found == {"dora", "lora", "add", "replace", "rows", "experts"}
         expected = self.digest(tmp_path / "expected")
-        for workers, rows, block, tile, item, least, norm in (
-            (2, 128, 1 << 20, 1 << 17, 1 << 22, 256, 256),
-            (1, 1, 1, 1, 1, 1, 64),
-            (2, 7, 170, 100, 1000, 3, 128),
-            (2, 64, 5000, 64, 1 << 22, 1, 192),
-            (5, 1000, 1 << 20, 1 << 12, 1, 33, 1024),
+        for workers, block, tile, item, least, norm in (
+            (2, 1 << 20, 1 << 17, 1 << 22, 256, 256),
+            (1, 1, 1, 1, 1, 64),
+            (2, 170, 100, 1000, 3, 128),
+            (2, 5000, 64, 1 << 22, 1, 192),
+            (5, 1 << 20, 1 << 12, 1, 33, 1024),
         ):
-            monkeypatch.setattr("loratool.streaming.workers.BLOCK_ROWS", rows)
-            monkeypatch.setattr("loratool.streaming.workers.BLOCK", block)
+            monkeypatch.setattr("loratool.streaming.rewrite.CAST_BLOCK", block)
             monkeypatch.setattr("loratool.numerics.dense.TILE", dict.fromkeys(TILE, tile))
             monkeypatch.setattr("loratool.numerics.norms.TILE", dict.fromkeys(TILE, tile))
             monkeypatch.setattr("loratool.numerics.merge.TOGETHER", max(tile, 50))
@@ -441,7 +440,7 @@ class TestSameBytes:
             monkeypatch.setattr("loratool.streaming.rewrite.COPY_ITEM", 1000)
             monkeypatch.setattr("loratool.streaming.segment.NORM_ROWS", norm)
             loratool.merge(base, adapters, tmp_path / "out", workers=workers, force=True)
-            assert self.digest(tmp_path / "out") == expected, (workers, rows, block, tile)
+            assert self.digest(tmp_path / "out") == expected, (workers, block, tile)
 
     def test_order_of_adapters_and_of_the_rank(self, tmp_path: Path, inputs: Any) -> None:
         base, adapters = inputs

@@ -10,6 +10,7 @@ import filecmp
 import math
 import random
 import shutil
+import struct
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -358,3 +359,23 @@ def test_some_forgeries(tmp_path: Path) -> None:
 def test_every_forgery(tmp_path: Path) -> None:
     found = campaign(tmp_path, 1)
     assert found.total() >= 1500 and found["wrong"] == 0
+
+
+@pytest.mark.parametrize("norm", [5e-324, 1e-310, 1e-200, 1e200, 1.7e308, 0.0])
+def test_norms_of_another_row(tmp_path: Path, norm: float) -> None:
+    """A norm has no hash of its own: what it makes of W is refused, however far it is from any row's."""
+    base = write_model(tmp_path / "base", {"x.weight": weights(6, 20)}, {"model_type": "llama"})
+    A, B = factors(6, 20, 2)
+    write_peft(tmp_path / "a", {"x": (A, B)}, use_dora=True)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    stored["base_model.model.x.lora_magnitude_vector"] = weights(6).abs() + 1
+    save_file(stored, tmp_path / "a" / "adapter_model.safetensors")
+    loratool.merge(base, tmp_path / "a", tmp_path / "m")
+    undo = tmp_path / "m" / "loratool.undo"
+    data, start = undo.read_bytes(), len(b"loratool undo 2\n") + 8 * 3
+    undo.write_bytes(data[:start] + struct.pack("<d", norm) + data[start + 8 :])
+    with pytest.raises(InputError, match=r"x\.weight: (does not come back|cannot be restored)"):
+        loratool.unmerge(tmp_path / "m", tmp_path / "a", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    undo.write_bytes(data)
+    loratool.unmerge(tmp_path / "m", tmp_path / "a", tmp_path / "back")

@@ -153,7 +153,7 @@ def _execute(base: Checkpoint, output: Output, progress: Progress | None, worker
 
 
 def _all_numbers(size: int) -> list[RowRange]:
-    return [RowRange(0, size, lambda start, stop: _cast, block_rows=CAST_BLOCK)]
+    return [RowRange(0, size, lambda start, stop: _cast, CAST_BLOCK)]
 
 
 def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:
