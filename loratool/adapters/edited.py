@@ -19,12 +19,13 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..files.dtypes import SAFETENSORS, TensorSpec
 from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
-from .adapter import Adapter, UpdateSpec
+from .adapter import Adapter
 from .formats.diffusers import metadata_of, split_component
 from .formats.peft import adapter_names, saved_name
 from .formats.peft_config import base_mutating_init, base_mutating_init_of
 from .formats.peft_write import lora_config, write_adapter
 from .formats.single_file import STALE_KEYS, write_single_file
+from .updates.update import UpdateSpec
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _init_metadata(edited: EditedAdapter) -> dict[str, str]:
 
 def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     """Return the template's config fields with the new ranks and scales."""
-    stacks = {module for module, update in edited.updates.items() if update.kind == "experts"}
+    stacks = {module for module, update in edited.updates.items() if update.cls.stack}
     modules = {module: edited.ranks[module] for module in edited.updates if module not in stacks}
     new = lora_config(modules, {module: edited.ranks[module] for module in sorted(stacks)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")

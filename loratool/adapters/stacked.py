@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import FACTOR_DTYPES
 from ..files.tensor_ref import is_finite
-from .adapter import Adapter, UpdateSpec
-from .updates import Experts, LowRank, Update
+from .adapter import Adapter
+from .updates.update import Update, UpdateSpec
 
 FACTOR_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in FACTOR_DTYPES.items()}
 
@@ -20,14 +20,10 @@ LARGEST = 1e150  # bound on a delta's norm, whose square float64 must hold
 
 
 def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
-    """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; E is 1 unless `update` is of experts."""
-    if isinstance(update, Experts):
-        experts = [update.expert(number) for number in range(update.experts)]
-        B, A = torch.stack([expert.B for expert in experts]), torch.stack([expert.A for expert in experts])
-    else:
-        assert isinstance(update, LowRank)
-        B, A = update.B.flatten(1).unsqueeze(0), update.A.flatten(1).unsqueeze(0)
-    return B.double() * update.scale, A.double()
+    """Return the factors of an update that has a rank, (B (E, out, r), A (E, r, in)), float64, with the scale in B."""
+    found = update.factors()
+    assert found is not None, "an update with a rank has factors"
+    return found
 
 
 def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..adapters.adapter import Adapter, UpdateSpec
-from ..adapters.updates import ADDITIVE
+from ..adapters.adapter import Adapter
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.update import UpdateSpec
 from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
@@ -182,21 +183,23 @@ def resolve_row_source(base: TensorRef, placements: Sequence[Placement]) -> tupl
             rest.append(placement)
         elif placement.weight == 1:
             source = value
-            rest += [] if placement.update.kind == "replace" else [placement]
-        elif value.spec.shape != base.spec.shape or placement.update.kind not in (*ADDITIVE, "replace"):
+            rest += [] if placement.update.cls is ReplaceTensor else [placement]
+        elif value.spec.shape != base.spec.shape or not (
+            placement.update.additive or placement.update.cls is ReplaceTensor
+        ):
             raise InputError(f"{placement.adapter.name} brings its own values: its weight must be 1", culprit=base.name)
         else:
             tensors = {"value": value.name}
-            replaced = UpdateSpec("replace", placement.update.module, tensors, {"value": value.spec})
+            replaced = UpdateSpec(ReplaceTensor, placement.update.module, tensors, {"value": value.spec})
             rest.append(replace(placement, update=replaced, transposed=False, skip=0, expert=None))
-            rest += [] if placement.update.kind == "replace" else [placement]
+            rest += [] if placement.update.cls is ReplaceTensor else [placement]
     return source, tuple(rest)
 
 
 def _replacement_value(base: TensorRef, placement: Placement) -> TensorRef | None:
     """Return the values that an update puts in the place of the base's before it adds anything; None for none."""
     update, file = placement.update, placement.adapter.file
-    if update.kind == "replace":
+    if update.cls is ReplaceTensor:
         return TensorRef(file, update.tensors["value"])
     if update.base is None or same_values(base, TensorRef(file, update.base)):
         return None

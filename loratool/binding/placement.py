@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapters.adapter import Adapter, UpdateSpec
+from ..adapters.adapter import Adapter
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.update import UpdateSpec
 from ..architectures.conv1d import stores_transposed
 from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.roles import EMBEDDINGS, HEADS
@@ -69,7 +71,7 @@ def place_update(
     """
     update, spec = adapter.updates[module], specs[match.name]
     known = spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8
-    if not known and (update.kind != "replace" or update.specs["value"].dtype != spec.dtype):
+    if not known and (update.cls is not ReplaceTensor or update.specs["value"].dtype != spec.dtype):
         raise InputError(
             f"is {spec.dtype}, which cannot be added to",
             culprit=match.name,
@@ -79,22 +81,22 @@ def place_update(
     if own.shape != spec.shape:
         _check_rows_alone_differ(adapter, own, spec, match.name)
     rows = own.shape[0] if own.shape else 1
-    if update.kind == "replace" and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
+    if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
         raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
-    if update.kind == "replace":
+    if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
-    if update.kind in ("add", "rows"):
+    if update.cls.whole:
         _check_value(adapter, update, own, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
-    if update.norm_over_inputs:
-        return [_place_columns(adapter, update, weight, match, own)]
+    if update.along_inputs:
+        _require_whole(update, match, own)
     if match.rows:
         return _place_rows(adapter, update, weight, match.name, match.rows, own)
-    if match.expert is not None or (len(own.shape) == 3 and update.kind == "experts"):
+    if match.expert is not None or (len(own.shape) == 3 and update.cls.stack):
         return _place_experts(adapter, update, weight, match, own, model_types)
     transposed = _orient(adapter, update, match.name, own, specs, model_types, all_matches)
-    expert = 0 if update.kind == "experts" else None
+    expert = 0 if update.cls.stack else None
     return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
 
 
@@ -111,23 +113,18 @@ def _place_rows(
     return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
 
 
-def _place_columns(adapter: Adapter, update: UpdateSpec, weight: float, match: Match, spec: TensorSpec) -> Placement:
-    """Place a DoRA whose norms are along the inputs, as a DoRA of the transpose.
-
-    Its norms need all rows, so that it fits neither a slice nor a fused matrix.
-    """
+def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
+    """Raise InputError for a DoRA along the inputs on a slice or a fused matrix: its norms need all rows."""
     rows = spec.shape[0] if spec.shape else 1
-    if match.rows not in (None, (0, rows, 0, rows)):
-        whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
-        if update.shape[0] > rows:
-            said, remedy = f"is a part of {whole}the whole", "as single files have fused ones"
-        else:
-            said, remedy = f"has as a part of its rows {whole}that part", "as diffusers' folders have the parts"
-        remedy = f"pass a base that has it as a tensor of its own, {remedy}"
-        raise InputError(said, culprit=match.name, remedy=remedy)
-    if spec.shape != update.shape:
-        raise _shape_error(adapter, update, spec, match.name)
-    return Placement(adapter, update.transpose(), weight, True, rows, 0, rows)
+    if match.rows in (None, (0, rows, 0, rows)):
+        return
+    whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
+    if update.shape[0] > rows:
+        said, remedy = f"is a part of {whole}the whole", "as single files have fused ones"
+    else:
+        said, remedy = f"has as a part of its rows {whole}that part", "as diffusers' folders have the parts"
+    remedy = f"pass a base that has it as a tensor of its own, {remedy}"
+    raise InputError(said, culprit=match.name, remedy=remedy)
 
 
 def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> InputError:
@@ -160,28 +157,22 @@ def _place_replaced_rows(adapter: Adapter, update: UpdateSpec, spec: TensorSpec,
 
 
 def _check_value(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> None:
-    value = update.specs["value"].shape
-    if update.kind == "add" and value != spec.shape:
-        raise InputError(f"is {spec.shape}, but {adapter.name} adds {value} to it", culprit=base)
-    if update.kind == "rows" and (len(spec.shape) != 2 or value[1] != spec.shape[1]):
-        raise InputError(f"is {spec.shape}, but {adapter.name} replaces rows by {value}", culprit=base)
-    if update.kind == "rows" and max(update.indices, default=0) >= spec.shape[0]:
-        raise InputError(
-            f"has {spec.shape[0]} rows, but {adapter.name} replaces row {max(update.indices)}", culprit=base
-        )
+    reason = update.cls.misfit(update, spec, adapter.name)
+    if reason:
+        raise InputError(reason, culprit=base)
 
 
 def _place_experts(
     adapter: Adapter, update: UpdateSpec, weight: float, match: Match, spec: TensorSpec, model_types: Sequence[str]
 ) -> list[Placement]:
     """Place an update if at least one side stacks its experts: one placement for each expert and slice."""
-    if update.kind == "experts" and match.expert is not None:  # stacked factors on a matrix an expert
+    if update.cls.stack and match.expert is not None:  # stacked factors on a matrix an expert
         out, width = update.shape[1:]
         if spec.shape != (out // match.parts, width) or out % match.parts:
             raise _shape_error(adapter, update, spec, match.name)
         rows = spec.shape[0]
         return [Placement(adapter, update, weight, False, rows, 0, rows, match.part * rows, match.expert)]
-    if update.kind == "experts":  # stacked factors on a stack
+    if update.cls.stack:  # stacked factors on a stack
         transposed = _orient_stack(adapter, update, match.name, spec, model_types)
         each, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
         return [
@@ -242,8 +233,8 @@ def _orient(
     all_matches: Mapping[str, Sequence[Match]],
 ) -> bool:
     """Return whether the base stores a weight as (in, out): by its shape, or by evidence if it is square."""
-    shape, plain = spec.shape, update.shape[1:] if update.kind == "experts" else update.shape
-    if update.kind == "experts" and update.experts != 1:
+    shape, plain = spec.shape, update.shape[1:] if update.cls.stack else update.shape
+    if update.cls.stack and update.experts != 1:
         raise _shape_error(adapter, update, spec, base)
     if len(shape) > 2 and len(plain) == 2 and set(shape[2:]) == {1}:
         shape = shape[:2]  # a 1x1 convolution, whose LoRA may be written as that of a linear layer
@@ -272,7 +263,13 @@ def _square_orientation(
     siblings: dict[str, bool] = {}
     for other, (match, *_) in all_matches.items():
         shape, update = specs[match.name].shape, adapter.updates[other]
-        if len(shape) == 2 and shape[0] != shape[1] and update.kind in ("lora", "dora") and update.transposed is None:
+        if (
+            len(shape) == 2
+            and shape[0] != shape[1]
+            and update.rank
+            and not update.cls.stack
+            and update.transposed is None
+        ):
             siblings[other] = shape != update.shape
     last = module.rpartition(".")[2]
     of_same_name = {transposed for other, transposed in siblings.items() if other.rpartition(".")[2] == last}

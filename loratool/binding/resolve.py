@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from ..adapters.adapter import Adapter, UpdateSpec
-from ..adapters.updates import ADDITIVE
+from ..adapters.adapter import Adapter
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.update import UpdateSpec
 from ..architectures.image import component_of, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical, expert_part
@@ -111,7 +112,7 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
     if len(placements) < 2:
         return
     last: Placement | None = None
-    for each in sorted((p for p in placements if p.update.kind not in ADDITIVE), key=lambda p: p.start):
+    for each in sorted((p for p in placements if not p.update.additive), key=lambda p: p.start):
         if last and each.start < last.stop:
             what = f"{last.update.kind} of {last.adapter.name} and {each.update.kind} of {each.adapter.name}"
             remedy = "merge them one after the other" if last.adapter is not each.adapter else None
@@ -214,7 +215,9 @@ def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterabl
         line = f"the config's modules_to_save names {entry}, of which the file has nothing"
         # For PEFT the end of a name is enough, so that `norm` is a layernorm too; here only the full name counts
         of_base = any(f".{entry}." in f".{name}" for name in names)
-        of_adapter = any(f".{entry}." in f".{m}." for m, update in adapter.updates.items() if update.kind == "replace")
+        of_adapter = any(
+            f".{entry}." in f".{m}." for m, update in adapter.updates.items() if update.cls is ReplaceTensor
+        )
         lines += [line] if of_base and not of_adapter and line not in lines else []
     if trained in ("all", "lora_only") and not any(m.endswith(".bias") for m in adapter.updates):
         biases = {name for name in names if name.endswith(".bias")}

@@ -11,7 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..adapters.adapter import UpdateSpec
+from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.rows import ReplaceRows
+from ..adapters.updates.update import UpdateSpec
 from ..architectures.config_tensors import declared_class
 from ..architectures.ties import (
     COPIES,
@@ -276,7 +279,7 @@ def _forgotten_bias(base: Checkpoint, tie: Tie, rows: tuple[Placement, ...]) -> 
     PEFT's trained tokens compute a tied head again, without its bias (peft/tuners/trainable_tokens/layer.py, 0.21).
     """
     bias = tie.bias[0] if tie.bias else f"{tie.head.removesuffix('.weight')}.bias"
-    if bias not in base.specs or not any(p.update.kind == "rows" for p in rows):
+    if bias not in base.specs or not any(p.update.cls is ReplaceRows for p in rows):
         return ()
     return (f"{bias}: PEFT's forward pass leaves it out where tokens are trained; the merged model has it",)
 
@@ -349,8 +352,8 @@ def _possible_copies(base: Checkpoint, tie: Tie) -> list[str]:
 
 def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
     """Return the embedding's trained tokens that hold for the head too, where PEFT (since 0.15) stores them once."""
-    there = {id(p.adapter) for p in head if p.update.kind == "rows"}
-    return [p for p in embedding if p.update.kind == "rows" and id(p.adapter) not in there]
+    there = {id(p.adapter) for p in head if p.update.cls is ReplaceRows}
+    return [p for p in embedding if p.update.cls is ReplaceRows and id(p.adapter) not in there]
 
 
 def _equal(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
@@ -360,7 +363,7 @@ def _equal(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> boo
 
 def _equal_updates(one: Placement, two: Placement) -> bool:
     a, b = one.update, two.update
-    if one.adapter is not two.adapter or one.weight != two.weight or (a.kind, a.indices) != (b.kind, b.indices):
+    if one.adapter is not two.adapter or one.weight != two.weight or (a.cls, a.detail) != (b.cls, b.detail):
         return False
     file = one.adapter.file
     if (a.base is None) != (b.base is None):
@@ -369,9 +372,9 @@ def _equal_updates(one: Placement, two: Placement) -> bool:
         return False
     if a.tensors == b.tensors:
         return True
-    if a.kind in ("replace", "rows"):
+    if a.cls in (ReplaceTensor, ReplaceRows):
         return same_values(TensorRef(file, a.tensors["value"]), TensorRef(file, b.tensors["value"]))
-    if a.kind != "lora" or a.scale != b.scale or one.transposed is two.transposed:
+    if a.cls is not LowRank or a.scale != b.scale or one.transposed is two.transposed:
         return False
     return _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
 

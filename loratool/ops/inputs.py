@@ -16,6 +16,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import is_adapter, open_adapter
 from ..adapters.formats.peft import WEIGHTS_NAMES
 from ..adapters.formats.peft_config import base_mutating_init
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.experts import Experts
+from ..adapters.updates.low_rank import LowRank
 from ..architectures.image import WEIGHED, weighed_component
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
@@ -268,7 +271,7 @@ def subtract_initial(
     adapter, _, init = mutating[0]
     if residual_base:
         return weighted
-    dora = any(update.kind == "dora" for update in adapter.updates.values())
+    dora = any(update.cls is DoRA for update in adapter.updates.values())
     if dora and initial is None:
         raise NeedsFlag(
             f"was initialized with {init}, which changed the base under it, and is DoRA",
@@ -287,7 +290,7 @@ def subtract_initial(
         raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
     initial_adapter = open_adapter(initial)
     opened.callback(initial_adapter.file.close)
-    own = {m: u for m, u in initial_adapter.updates.items() if u.kind in ("lora", "experts") and m in adapter.updates}
+    own = {m: u for m, u in initial_adapter.updates.items() if u.cls in (LowRank, Experts) and m in adapter.updates}
     initial_adapter = replace(initial_adapter, updates=own)  # only these were subtracted from the base
     _check_initial(adapter, initial_adapter)
     return (
@@ -312,7 +315,7 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
         if own.is_file() and sha256_file(own) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
         what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
-        if len(weighted) > 1 or any(update.kind == "dora" for update in adapter.updates.values()):
+        if len(weighted) > 1 or any(update.cls is DoRA for update in adapter.updates.values()):
             raise InputError(what, culprit=adapter.name, remedy=f"pass {named} as the base")
         raise NeedsFlag(what, culprit=adapter.name, remedy=f"add --initial {initial}, or pass {named} as the base")
 
@@ -322,11 +325,11 @@ def _check_initial(adapter: Adapter, initial: Adapter) -> None:
     if initial.file.path.resolve() == adapter.file.path.resolve():
         raise UsageError("is the adapter itself, not what it was before training", culprit=initial.name)
     for module, update in adapter.updates.items():
-        if update.kind == "dora":
+        if update.cls is DoRA:
             raise InputError("is DoRA, from which no initial adapter can be subtracted", culprit=module)
         other = initial.updates.get(module)
-        if update.kind in ("lora", "experts") and (
-            other is None or other.kind != update.kind or other.shape != update.shape or other.scale != update.scale
+        if update.cls in (LowRank, Experts) and (
+            other is None or other.cls is not update.cls or other.shape != update.shape or other.scale != update.scale
         ):
             raise InputError(
                 f"of {adapter.name} has no counterpart of its shape and scale in {initial.name}", culprit=module

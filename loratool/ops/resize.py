@@ -29,6 +29,8 @@ from ..adapters.edited import (
 from ..adapters.formats import open_adapter
 from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
+from ..adapters.updates.add import AddDelta
+from ..adapters.updates.dora import DoRA
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.output import check_output_name, check_output_path, naming_output
 from ..files.tensor_ref import TensorRef
@@ -163,7 +165,7 @@ class _Resizing:
         for update in source.updates.values():
             kept = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
             kept |= {"base": update.base} if update.base else {}
-            factor = update.scale if update.kind == "add" else 1.0  # its scale was the factors' alpha / r
+            factor = update.scale if update.cls is AddDelta else 1.0  # its scale was the factors' alpha / r
             self._carried.update(
                 {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in kept.values()}
             )
@@ -246,7 +248,7 @@ class _Resizing:
         )
 
     def _warnings(self) -> tuple[str, ...]:
-        if any(update.kind == "dora" for update in self._updates.values()):
+        if any(update.cls is DoRA for update in self._updates.values()):
             return (
                 "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the "
                 "norm makes of both only a base could tell",

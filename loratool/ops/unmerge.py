@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.updates import ADDITIVE
 from ..architectures.image import spell_weight
 from ..binding.merge_plan import plan_merge
 from ..binding.selection import Selection
@@ -363,9 +362,7 @@ def _subtract(
     weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in plan.changed:
-        if name in plan.added or any(
-            p.update.kind not in ADDITIVE or p.update.base for p in plan.requested.get(name, ())
-        ):
+        if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank, ReplaceRows, Update
+from ..adapters.updates.dora import DoRA
+from ..adapters.updates.update import Update
 from ..binding.placement import Placement
 from ..errors import InputError
 from ..files.tensor_ref import TensorRef, is_finite
-from ..numerics.decide import Factor, Reals
+from ..numerics.decide import Delta, Factor, Reals
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.norms import column_norms, magnitude_ratio, row_norms
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
-from ..numerics.stored import Stored, Sum
+from ..numerics.stored import Sum
 from ..numerics.workspace import Workspace
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
@@ -63,22 +64,23 @@ class RowSegment:
         self.start, self.stop = start, stop
         self.stored_norms: Callable[[], Wide] | None = None
         self._source, self._load = source, load
-        self._additive = [p for p in placements if p.update.kind in ADDITIVE]
-        others = [p for p in placements if p.update.kind not in ADDITIVE]
+        self._additive = [p for p in placements if p.update.additive]
+        others = [p for p in placements if not p.update.additive]
         assert len(others) <= 1, "resolve.refuse_second_nonadditive lets no second one through"
         self._other = others[0] if others else None
+        self._norm_axis = self._other and self._other.update.cls.norm_axis(self._other.update, self._other.transposed)
         self._lock = threading.Lock()
         self._ready: _Ready | None = None
 
     @property
     def norms_of_rows(self) -> bool:
         """Return whether each row needs a norm of its own."""
-        return self._other is not None and self._other.update.kind == "dora" and not self._other.transposed
+        return self._norm_axis == 0
 
     @property
     def norms_of_columns(self) -> bool:
         """Return whether all rows need the norms of the columns."""
-        return self._other is not None and self._other.update.kind == "dora" and self._other.transposed
+        return self._norm_axis == 1
 
     def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
         """Write the merge of rows of the tensor, from row `row` on, into `out`. base, out: (rows, n)."""
@@ -108,42 +110,25 @@ class RowSegment:
         Raises:
             InputError: a row has inf or nan, and its norm is needed.
         """
-        ready, rows = self._get(), slice(start - self.start, stop - self.start)
-        first, last = rows.start, rows.stop
+        ready, first, last = self._get(), start - self.start, stop - self.start
         other, update = self._other, ready.update
-        if other is None:
-            assert ready.products
-            return Reals(ready.products.rows(first, last)), None
-        if isinstance(update, DoRA):
-            assert ready.products and ready.plain
-            if self.norms_of_columns:
-                return Reals(ready.products.rows(first, last), ready.factor), ready.norms
+        if other is None or update is None:
+            return Reals(ready.deltas.rows(first, last)), None
+        if self.norms_of_columns:
+            return Reals(ready.deltas.rows(first, last), ready.factor), ready.norms
+        if self.norms_of_rows:
             if norms is None:
                 assert base is not None
                 self._require_finite(base)
                 norms = self._in_range(row_norms(ready.plain.rows(first, last), base, work))
-            at = other.skip + start - other.start
-            magnitude = update.magnitude.flatten()[at : at + stop - start]
-            ratio, factor = magnitude_ratio(magnitude, norms, other.weight, 0)
-            return Reals(ready.products.rows(first, last, ratio), factor), norms
-        value, factor = self._stored(other, update, start, stop)
-        return Reals(Sum([value, ready.products.rows(first, last)]) if ready.products else value, factor), None
+            ratio, factor = magnitude_ratio(self._magnitude(update, start, stop), norms, other.weight, 0)
+            return Reals(ready.deltas.rows(first, last, ratio), factor), norms
+        value, factor = update.moved(other.weight, other.transposed, _rows_of(other, start, stop))
+        return Reals(ready.deltas.rows(first, last, beside=value), factor), None
 
-    @staticmethod
-    def _stored(placement: Placement, update: Update | None, start: int, stop: int) -> tuple[Stored, Factor]:
-        """Return w V and 1 - w of rows start:stop."""
-        left = 1 - Fraction(placement.weight)
-        if isinstance(update, ReplaceRows):
-            indices = update.indices.numpy()
-            inside = (indices >= start) & (indices < stop)
-            index, numbers = np.full(stop - start, -1), [Fraction(1)] * (stop - start)
-            index[indices[inside] - start] = np.flatnonzero(inside)
-            for row in indices[inside] - start:
-                numbers[row] = left
-            return Stored(update.value, placement.weight, index), Factor.of_rows(numbers)
-        file, name = placement.adapter.file, placement.update.tensors["value"]
-        value = file.rows(name, start, stop)
-        return Stored(value.reshape(stop - start, -1), placement.weight), Factor.of_rows([left] * (stop - start))
+    def _magnitude(self, update: Update, start: int, stop: int) -> Tensor:
+        assert self._other and isinstance(update, DoRA)
+        return update.magnitude.flatten()[_rows_of(self._other, start, stop)]
 
     def _require_finite(self, base: Tensor) -> None:
         if not is_finite(base):
@@ -163,56 +148,84 @@ class RowSegment:
             return self._ready
 
     def _make(self) -> _Ready:
-        terms = [t for p in self._additive for t in self._terms(p, self._load(p), p.weight)]
-        ready = _Ready()
-        other = self._other
-        if other is not None and other.update.kind != "replace":
-            ready.update = self._load(other)
-        if other is not None and isinstance(ready.update, DoRA):
-            own = self._terms(other, ready.update, 1.0)
-            ready.plain = Products(own)
+        ready, other = _Ready(), self._other
+        for placement in self._additive:
+            ready.deltas.add(placement, self._load(placement), placement.weight, self.start, self.stop)
+        if other is None:
+            return ready
+        update = ready.update = self._load(other)
+        if isinstance(update, DoRA):
+            ready.plain.add(other, update.inner, 1.0, self.start, self.stop)
             if self.norms_of_columns:
-                ready.norms = self.stored_norms() if self.stored_norms else self._column_norms(ready.plain)
-                magnitude = ready.update.magnitude.flatten()
+                ready.norms = self.stored_norms() if self.stored_norms else self._column_norms(other, update.inner)
+                magnitude = update.magnitude.flatten()
                 ratio, ready.factor = magnitude_ratio(magnitude, ready.norms, other.weight, 1)
-                own = [Term(t.left, t.right, t.scale, columns=ratio) for t in own]
+                ready.deltas.scaled(ready.plain, ratio)
             else:
-                own = [Term(t.left, t.right, t.scale, by_rows=True) for t in own]
-            terms = own + terms
-        ready.products = Products(terms) if terms else None
+                ready.deltas.scaled(ready.plain, None)
         return ready
 
-    def _column_norms(self, products: Products) -> Wide:
-        """Return ||W + D|| of each column, reading the tensor by blocks of rows."""
+    def _column_norms(self, placement: Placement, update: Update) -> Wide:
+        """Return ||W + D|| of each column, reading the tensor by blocks of rows: all of them, beyond the segment's."""
         assert self._source
-        file, name = self._source.file, self._source.name
+        file, name, deltas = self._source.file, self._source.name, _Deltas()
+        deltas.add(placement, update, 1.0, 0, placement.rows)
 
         def blocks() -> Iterator[tuple[int, Tensor]]:
-            for start in range(0, products.shape[0], NORM_ROWS):
-                rows = file.rows(name, start, min(start + NORM_ROWS, products.shape[0]))
+            for start in range(0, placement.rows, NORM_ROWS):
+                rows = file.rows(name, start, min(start + NORM_ROWS, placement.rows))
                 self._require_finite(rows)
                 yield start, rows.to(self._load.device)
 
-        return self._in_range(column_norms(products, blocks, Workspace(self._load.device)))
+        return self._in_range(column_norms(deltas.products, blocks, Workspace(self._load.device)))
 
-    def _terms(self, placement: Placement, update: Update, weight: float) -> list[Term]:
-        """Return the factors of an update, for the rows of the segment only."""
-        if isinstance(update, Experts):
-            assert placement.expert is not None
-            update = update.expert(placement.expert)
-        assert isinstance(update, LowRank | AddDelta)
-        first = placement.skip + self.start - placement.start
-        rows = slice(first, first + self.stop - self.start)
-        terms = update.terms(weight, placement.transposed)
-        return [Term(term.left[rows], term.right, term.scale) for term in terms]
+
+def _rows_of(placement: Placement, start: int, stop: int) -> slice:
+    """Return the update's own rows for rows start:stop of the tensor."""
+    first = placement.skip + start - placement.start
+    return slice(first, first + stop - start)
+
+
+class _Deltas:
+    """The sum of what updates add to the rows of a segment."""
+
+    def __init__(self) -> None:
+        self.terms: list[Term] = []
+
+    def add(self, placement: Placement, update: Update, weight: float, start: int, stop: int) -> None:
+        """Add `weight` times what an update adds to rows start:stop of the tensor."""
+        own, rows = update.matrix(placement.expert), _rows_of(placement, start, stop)
+        self.terms += [Term(t.left[rows], t.right, t.scale) for t in own.terms(weight, placement.transposed)]
+
+    def scaled(self, other: _Deltas, ratio: Factor | None) -> None:
+        """Add another sum, times a number for each column, or, if `ratio` is None, for each row, given to `rows`."""
+        by_rows = ratio is None
+        self.terms = [Term(t.left, t.right, t.scale, ratio, by_rows) for t in other.terms] + self.terms
+
+    @cached_property
+    def products(self) -> Products:
+        return Products(self.terms)
+
+    def rows(self, first: int, last: int, ratio: Factor | None = None, beside: Delta | None = None) -> Delta:
+        """Return the sum in rows first:last of the segment.
+
+        Args:
+            ratio: the number of each row, from row `first` on.
+            beside: added to it.
+        """
+        if not self.terms:
+            assert beside
+            return beside
+        own = self.products.rows(first, last, ratio)
+        return Sum([beside, own]) if beside else own
 
 
 class _Ready:
     """The parts that all rows of a segment share, once it is loaded."""
 
     def __init__(self) -> None:
-        self.products: Products | None = None  # of all terms, DoRA's times its ratios
-        self.plain: Products | None = None  # of DoRA's alone, without them
+        self.deltas = _Deltas()  # of all updates, DoRA's times its ratios
+        self.plain = _Deltas()  # of DoRA's alone, without them
         self.update: Update | None = None  # the one that is not additive
         self.factor: Factor | None = None  # of DoRA's columns
         self.norms: Wide | None = None  # of DoRA's columns

@@ -24,7 +24,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..adapters.adapter import Adapter, UpdateSpec
+from ..adapters.adapter import Adapter
+from ..adapters.updates.replace import ReplaceTensor
+from ..adapters.updates.update import UpdateSpec
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
@@ -173,8 +175,9 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
 
 
 def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
-    value = p.update.tensors["value"] if p.update.kind == "replace" else None
-    place = [p.transposed, p.rows, p.start, p.stop, p.skip, p.expert]
+    value = p.update.tensors["value"] if p.update.cls is ReplaceTensor else None
+    # the first files of version 2 took norms of columns for norms of the transpose's rows
+    place = [p.transposed is not p.update.along_inputs, p.rows, p.start, p.stop, p.skip, p.expert]
     return [numbers[id(p.adapter)], p.update.module, value, p.weight, *place]
 
 
@@ -195,10 +198,10 @@ def read_placements(
         if module not in adapter.updates or (value is not None and value not in adapter.file.specs):
             raise InputError(f"has no {value or module}, which the undo file names", culprit=adapter.name)
         if value is None:
-            own = adapter.updates[module]
-            update = own.transpose() if own.norm_over_inputs else own
+            update = adapter.updates[module]
+            place[0] = bool(place[0]) is not update.along_inputs
         else:
-            update = UpdateSpec("replace", module, {"value": value}, {"value": adapter.file.specs[value]})
+            update = UpdateSpec(ReplaceTensor, module, {"value": value}, {"value": adapter.file.specs[value]})
         found.append(Placement(adapter, update, weight, *place))
         if spec.size and not _fits(found[-1], spec):
             raise InputError(f"{module} of {adapter.name} is not of the shape that the undo file says", culprit=tensor)
@@ -209,17 +212,13 @@ def read_placements(
 def _fits(placement: Placement, spec: TensorSpec) -> bool:
     """Return whether an update has the rows and columns that its placement takes."""
     update, shape = placement.update, placement.update.shape
-    if (update.kind == "experts") is not (placement.expert is not None):
+    if update.cls.stack is not (placement.expert is not None):
         return False
-    if "A" not in update.specs:
+    if update.cls.whole:
         takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
         if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False
-        if update.kind == "rows":
-            return (
-                len(spec.shape) == 2 and shape[1:] == spec.shape[1:] and max(update.indices, default=0) < spec.shape[0]
-            )
-        return shape == spec.shape
+        return update.cls.misfit(update, spec, "") is None
     if placement.expert is not None:
         if placement.expert >= shape[0]:
             return False

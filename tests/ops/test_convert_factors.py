@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.adapters.adapter import UpdateSpec
 from loratool.adapters.formats import open_adapter
-from loratool.adapters.updates import LowRank
+from loratool.adapters.updates.low_rank import LowRank
+from loratool.adapters.updates.update import UpdateSpec
 from loratool.files.dtypes import TensorSpec
 from loratool.ops.convert.factors import (
     ModuleFactors,
@@ -38,10 +38,10 @@ NAME = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"
 
 def source(rows: int, columns: int, rank: int) -> SourceModule:
     specs = {"A": TensorSpec("F32", (rank, columns)), "B": TensorSpec("F32", (rows, rank))}
-    return SourceModule("m", UpdateSpec("lora", "m", {}, specs), "unet", "m")
+    return SourceModule("m", UpdateSpec(LowRank, "m", {}, specs), "unet", "m")
 
 
-def whole(update: LowRank) -> TargetModule:
+def whole(update: ModuleFactors) -> TargetModule:
     own = source(len(update.B), update.A.shape[1], len(update.A))
     return TargetModule("unet", "m", len(update.B), (RowSlice(own, 0, len(update.B)),), "exact")
 
@@ -54,7 +54,7 @@ def dense_error(true: Tensor, made: Tensor) -> float:
 @pytest.mark.parametrize("scale", [0.25, 2.0, -0.5, 3.0, 1 / 3, 0.1, 2**-20, 0.0])
 def test_a_fold_is_exact_just_where_fractions_say_so(dtype: torch.dtype, scale: float) -> None:
     A, B = (side / 7 for side in factors(5, 4, 3, dtype=dtype))  # with all the bits of their type
-    update = LowRank(A, B, scale)
+    update = ModuleFactors(A, B, scale)
     made = fold_scale(make_factors(whole(update), [update]))
     same = all(
         Fraction(float(new)) == Fraction(float(old)) * Fraction(scale)
@@ -86,7 +86,7 @@ def test_scales_that_are_powers_of_two_apart_stay_in_alpha() -> None:
     assert common_scale([0.0, 0.5]) == 1.0
 
 
-def fused(updates: list[LowRank]) -> TargetModule:
+def fused(updates: list[ModuleFactors]) -> TargetModule:
     parts, at = [], 0
     for update in updates:
         parts.append(RowSlice(source(len(update.B), update.A.shape[1], len(update.A)), 0, len(update.B), at))
@@ -98,7 +98,7 @@ def test_parts_of_several_types_lose_nothing() -> None:
     """float32 beside 16 bits, in either order, and fp16 beside bf16, of which neither holds the other."""
     for types in ((0, 2), (2, 0), (0, 1), (1, 3)):
         pairs = [factors(4, 6, 2, seed=i, dtype=TYPES[t]) for i, t in enumerate(types)]
-        updates = [LowRank(A, B, s) for (A, B), s in zip(pairs, (0.5, 1.0), strict=True)]
+        updates = [ModuleFactors(A, B, s) for (A, B), s in zip(pairs, (0.5, 1.0), strict=True)]
         made = make_factors(fused(updates), updates)
         true = torch.cat([u.scale * u.B.double() @ u.A.double() for u in updates])
         assert made.exact and torch.equal(made.scale * made.B.double() @ made.A.double(), true)
@@ -110,15 +110,15 @@ def test_a_start_keeps_its_ranks_where_it_is_split() -> None:
     A = weights(4, 6)
     B = torch.zeros(9, 4)
     part = TargetModule("unet", "q", 3, (RowSlice(source(9, 6, 4), 0, 3),), "split")
-    assert make_factors(part, [LowRank(A, B, 1.0)]).A.shape == (4, 6)
+    assert make_factors(part, [ModuleFactors(A, B, 1.0)]).A.shape == (4, 6)
     B[3:, 1], B[:3, 2] = 1.0, 1.0
-    made = make_factors(part, [LowRank(A, B, 1.0)])
+    made = make_factors(part, [ModuleFactors(A, B, 1.0)])
     assert torch.equal(made.A, A[[0, 2, 3]]) and torch.equal(made.B, B[:3, [0, 2, 3]])
 
 
 def test_a_narrower_type_says_what_it_loses() -> None:
     A, B = factors(5, 4, 3)
-    update = LowRank(A, B, 0.7)
+    update = ModuleFactors(A, B, 0.7)
     made = cast_factors(ModuleFactors(A, B, 0.7), torch.bfloat16)
     error = delta_error(whole(update), [update], made, 0.7)
     true, less = (0.7 * b.double() @ a.double() for a, b in ((A, B), (made.A, made.B)))

@@ -13,7 +13,10 @@ from collections.abc import Iterable
 
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
-from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.headers import spec_from_roles
+from ..updates.update import UpdateSpec
 
 KEY = re.compile(r"(unet|text_encoder):(\d{1,4}):(up|down)")
 
@@ -69,7 +72,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         for number, roles in sorted(numbered.items()):
             rank = (file.specs[roles["A"]].shape or (0,))[0] if "A" in roles else 0
             config, module = AdapterConfig(alpha=float(rank)), f"{component}.{modules[number]}"
-            updates[module] = pair_factors(module, roles, file, config, transposed=False, lenient=lenient)
+            updates[module] = spec_from_roles(module, roles, file, config, transposed=False, lenient=lenient)
     alphas = {spec.scale * spec.rank for spec in updates.values()}
     alone = alphas.pop() if len(alphas) == 1 else None
     return Adapter(name, "cloneofsimo", file, AdapterConfig(alpha=alone), updates)

@@ -17,7 +17,9 @@ from typing import Any
 from ...architectures.image import ADAPTER_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
-from ..adapter import Adapter, AdapterConfig
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.dora import DoRA
 from .kohya import pair_magnitude
 from .other_methods import refused_tensor
 from .peft_config import base_mutating_init, parse_config
@@ -99,7 +101,7 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
         if not roles:
             raise InputError("has an alpha and no factors", culprit=module)
         spec = pair_magnitude(path, roles, file, config, lenient)
-        if config.extra.get("use_dora") and spec.kind == "lora" and not lenient:
+        if config.extra.get("use_dora") and spec.cls is not DoRA and not spec.fault and not lenient:
             raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
         updates[module] = replace(spec, module=module)
     alphas = {spec.scale * spec.rank for spec in updates.values()}

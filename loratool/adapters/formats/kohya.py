@@ -16,7 +16,10 @@ from dataclasses import replace
 from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
-from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.headers import spec_from_roles
+from ..updates.update import UpdateSpec
 from .other_methods import refused_tensor
 
 ROLES = {
@@ -77,18 +80,14 @@ def pair_magnitude(
     key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
     shape = file.specs[key].shape if key.endswith(".dora_scale") else ()
     if A and B and len(shape) > 1 and shape[:1] != file.specs[B].shape[:1] and shape[1:2] == file.specs[A].shape[1:2]:
-        rest = {role: name for role, name in roles.items() if role != "magnitude"}
-        plain, reason = pair_factors(module, rest, file, config, False, lenient=lenient), None
-        if len(plain.shape) > 2:
+        if len(file.specs[A].shape) > 2:
             reason = f"is {shape}: DoRA along the inputs of a convolution, which is not supported"
-        if reason and not lenient:
-            raise InputError(reason, culprit=key)
-        if plain.kind != "lora" or reason:
-            return replace(plain, fault=f"{key} {reason}" if reason else plain.fault)
-        specs = {**plain.specs, "magnitude": file.specs[key]}
-        return replace(
-            plain, kind="dora", tensors={**plain.tensors, "magnitude": key}, specs=specs, norm_over_inputs=True
-        )
+            if not lenient:
+                raise InputError(reason, culprit=key)
+            rest = {role: name for role, name in roles.items() if role != "magnitude"}
+            plain = spec_from_roles(module, rest, file, config, False, lenient=True)
+            return replace(plain, fault=f"{key} {reason}")
+        return spec_from_roles(module, roles, file, config, False, along_inputs=True, lenient=lenient)
     if shape and not lenient and shape.count(1) < len(shape) - 1:
         raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
-    return pair_factors(module, roles, file, config, transposed=False, lenient=lenient)
+    return spec_from_roles(module, roles, file, config, transposed=False, lenient=lenient)

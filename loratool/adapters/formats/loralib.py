@@ -15,7 +15,12 @@ from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.weights_file import WeightsFile
-from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.headers import spec_from_roles
+from ..updates.low_rank import LowRank, MergedLinear
+from ..updates.replace import ReplaceTensor
+from ..updates.update import Unpaired, UpdateSpec
 from .other_methods import find_marks
 
 ROLES = {".lora_A": "A", ".lora_B": "B"}
@@ -53,7 +58,7 @@ def read(
             found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
         else:
             updates[module_path(tensor)] = UpdateSpec(
-                "replace", module_path(tensor), {"value": tensor}, {"value": spec}
+                ReplaceTensor, module_path(tensor), {"value": tensor}, {"value": spec}
             )
     config = AdapterConfig(alpha=alpha)
     for module, roles in found.items():
@@ -67,7 +72,7 @@ def read(
             updates[module] = _merged(name, module, roles, file, config, enabled, lenient)
         else:
             is_embedding = module.rpartition(".")[2] in EMBEDDINGS or None
-            updates[module] = pair_factors(module, roles, file, config, is_embedding, lenient=lenient)
+            updates[module] = spec_from_roles(module, roles, file, config, is_embedding, lenient=lenient)
     return Adapter(name, "loralib", file, config, updates)
 
 
@@ -111,6 +116,6 @@ def _merged(
         if not lenient:
             raise
         fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
-        return UpdateSpec(UNPAIRED, module, {"value": roles["B"]}, {"value": specs["B"]}, fault=fault)
+        return UpdateSpec(Unpaired, module, {"value": roles["B"]}, {"value": specs["B"]}, fault=fault)
     expanded = replace(specs["B"], shape=(rows // n * len(enabled), r * n))
-    return UpdateSpec("lora", module, roles, {**specs, "B": expanded}, scale, enabled_slices=tuple(enabled))
+    return UpdateSpec(LowRank, module, roles, {**specs, "B": expanded}, scale, detail=MergedLinear(tuple(enabled)))

@@ -15,8 +15,14 @@ from typing import Any
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
 from ...files.weights_file import WeightsFile
-from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
-from ..updates import ADDITIVE
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.add import AddDelta
+from ..updates.dora import DoRA
+from ..updates.headers import spec_from_roles
+from ..updates.replace import ReplaceTensor
+from ..updates.rows import Indices, ReplaceRows
+from ..updates.update import Unpaired, Update, UpdateSpec
 from .other_methods import find_marks, other_method
 from .peft_config import CONFIG_NAME, announced_but_absent, find_config, parse_config, target_parameter
 
@@ -119,11 +125,11 @@ def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = Fals
             updates[update.module] = update
     for module, key in replaced.items():
         if module in updates:  # a trained bias and lora_B's: the second is added to the first
-            if updates[module].base or updates[module].kind not in ADDITIVE:
+            if updates[module].base or not updates[module].additive:
                 raise InputError(f"{name} has two updates for {module}", culprit=key)
             updates[module] = dataclasses.replace(updates[module], base=key)
         else:
-            updates[module] = _single("replace", module, key, file)
+            updates[module] = _single(ReplaceTensor, module, key, file)
     return Adapter(
         name, "peft", file, config, updates, notes=_notes(updates, found), missing=announced_but_absent(config, updates)
     )
@@ -222,36 +228,36 @@ def _updates(
         if not extra.get("lora_bias"):
             raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
         scale = config.scale_of(path, file.specs[roles["A"]].shape[0]) if "A" in roles and not lenient else 1.0
-        yield _single("add", f"{path}.bias", roles["bias"], file, scale)
+        yield _single(AddDelta, f"{path}.bias", roles["bias"], file, scale)
     if "embedding_A" in roles or "embedding_B" in roles:
         pair = {role.removeprefix("embedding_"): key for role, key in roles.items() if role.startswith("embedding_")}
-        update = pair_factors(path, {**factors, **pair}, file, config, transposed=True, lenient=lenient)
+        update = spec_from_roles(path, {**factors, **pair}, file, config, transposed=True, lenient=lenient)
         yield _checked_dora(update, extra)
     elif "tokens" in roles:
         yield _tokens(path, roles, file, extra)
     elif "A" in roles or "B" in roles or "magnitude" in roles:
         parameter = target_parameter(config, path, place, places, DECLARED)
         if parameter is None:
-            yield _checked_dora(pair_factors(path, factors, file, config, lenient=lenient), extra)
+            yield _checked_dora(spec_from_roles(path, factors, file, config, lenient=lenient), extra)
         else:
             of_parameter = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
-            yield pair_factors(target, factors, file, of_parameter, stacked=parameter != "weight", lenient=lenient)
+            yield spec_from_roles(target, factors, file, of_parameter, stacked=parameter != "weight", lenient=lenient)
     elif "base" in roles:
-        yield _single("replace", path, roles["base"], file)
+        yield _single(ReplaceTensor, path, roles["base"], file)
 
 
-def _single(kind: str, module: str, key: str, file: WeightsFile, scale: float = 1.0) -> UpdateSpec:
-    return UpdateSpec(kind, module, {"value": key}, {"value": file.specs[key]}, scale)
+def _single(cls: type[Update], module: str, key: str, file: WeightsFile, scale: float = 1.0) -> UpdateSpec:
+    return UpdateSpec(cls, module, {"value": key}, {"value": file.specs[key]}, scale)
 
 
 def _checked_dora(update: UpdateSpec, extra: Mapping[str, Any]) -> UpdateSpec:
     """Return `update` if flag and magnitudes agree; with only one of them, loaders would compute different things."""
-    if update.kind == UNPAIRED:
+    if update.cls is Unpaired:
         return update
-    if extra.get("use_dora") and update.kind != "dora":
+    if extra.get("use_dora") and update.cls is not DoRA:
         raise InputError("has no lora_magnitude_vector, but the config sets use_dora", culprit=update.module)
-    if update.kind == "dora" and extra and not extra.get("use_dora") and "r" in extra:
+    if update.cls is DoRA and extra and not extra.get("use_dora") and "r" in extra:
         raise InputError("has a lora_magnitude_vector, but the config does not set use_dora", culprit=update.module)
     return update
 
@@ -269,9 +275,8 @@ def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, extra: Mappi
     spec = file.specs[roles["tokens"]]
     if len(spec.shape) != 2 or spec.shape[0] != len(indices) or len(set(indices)) != len(indices):
         raise InputError(f"is {spec}, but the config lists {len(indices)} different rows", culprit=roles["tokens"])
-    return UpdateSpec(
-        "rows", path, {"value": roles["tokens"]}, {"value": spec}, indices=tuple(indices), base=roles.get("base")
-    )
+    tensors, detail = {"value": roles["tokens"]}, Indices(tuple(indices))
+    return UpdateSpec(ReplaceRows, path, tensors, {"value": spec}, detail=detail, base=roles.get("base"))
 
 
 def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Mapping[str, str]]) -> tuple[str, ...]:

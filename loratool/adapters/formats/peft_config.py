@@ -13,8 +13,12 @@ from typing import Any
 from ...errors import InputError, UsageError
 from ...files.checkpoint import read_json_file
 from ...files.weights_file import WeightsFile
-from ..adapter import AdapterConfig, UpdateSpec, is_in_listed_module
+from ..config import AdapterConfig, is_in_listed_module
 from ..patterns import endings
+from ..updates.add import AddDelta
+from ..updates.replace import ReplaceTensor
+from ..updates.rows import ReplaceRows
+from ..updates.update import UpdateSpec
 from .other_methods import method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"
@@ -204,22 +208,22 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
 
     Missing biases are not among them, because only the base tells which modules have one.
     """
-    kinds = {kind: [m for m, u in updates.items() if u.kind == kind] for kind in ("replace", "rows", "add")}
+    kinds = {cls: [m for m, u in updates.items() if u.cls is cls] for cls in (ReplaceTensor, ReplaceRows, AddDelta)}
     lines = []
     saved = config.extra.get("modules_to_save")
     entries = [each for each in saved if isinstance(each, str)] if isinstance(saved, list) else []
-    absent = [each for each in entries if not any(is_in_listed_module(each, m) for m in kinds["replace"])]
+    absent = [each for each in entries if not any(is_in_listed_module(each, m) for m in kinds[ReplaceTensor])]
     if len(absent) < len(entries):
         absent = [each for each in absent if each not in CLASSIFIERS]
     lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]
     tokens = config.extra.get("trainable_token_indices")
-    if tokens and not kinds["rows"]:
+    if tokens and not kinds[ReplaceRows]:
         lines.append("the config sets trainable_token_indices, but the file has no rows for them")
     elif isinstance(tokens, dict):
-        found = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds["rows"])}
+        found = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds[ReplaceRows])}
         equal = [tokens[k] for k in found]  # PEFT saves only one of several tied modules
         rowless = [k for k, rows in tokens.items() if k not in found and rows not in equal]
         lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
-    if config.extra.get("lora_bias") and not kinds["add"]:
+    if config.extra.get("lora_bias") and not kinds[AddDelta]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")
     return tuple(lines)

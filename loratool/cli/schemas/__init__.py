@@ -15,10 +15,10 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ... import errors
-from ...adapters.adapter import UNPAIRED
 from ...adapters.formats import FORMATS
 from ...adapters.formats.other_methods import OUTCOMES
 from ...adapters.updates import UPDATES
+from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...files.dtypes import DTYPES
 from ...files.output import CONTAINERS
@@ -93,8 +93,8 @@ WORDS: dict[str, Sequence[str]] = {
     "Spectrum.kind": (*WEIGHT_KINDS, *UPDATES),
     "ModuleDiff.kind": tuple(UPDATES),
     "ValueDiff.kind": tuple(UPDATES),
-    "ModuleReport.kind": (*UPDATES, UNPAIRED),
-    "AdapterGroup.kind": (*UPDATES, UNPAIRED),
+    "ModuleReport.kind": (*UPDATES, Unpaired.kind),
+    "AdapterGroup.kind": (*UPDATES, Unpaired.kind),
     "TensorVerdict.verdict": ("exact", "rounding", "wrong"),
     "VerifyReport.status": ("proven", *STATUSES["verify"]),
 }

@@ -13,11 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from ...adapters.adapter import Adapter, UpdateSpec, is_in_listed_module
+from ...adapters.adapter import Adapter
+from ...adapters.config import is_in_listed_module
 from ...adapters.edited import CarriedTensor
 from ...adapters.formats.peft import DECLARED
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.formats.peft_write import nested
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.rows import ReplaceRows, indices_of
+from ...adapters.updates.update import UpdateSpec
 from ...binding.resolve import exclude_options, strip_wrappers
 from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
@@ -136,9 +142,8 @@ def _check_names(one: Adapter, two: Adapter) -> None:
 def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[str, str]:
     """Return module -> the reason why its updates have no sum."""
     found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
-    kinds = {group[0].update.kind for group in kept.values()}
-    if loaded[0][0].format == "peft" and "experts" in kinds:
-        biases = [module for module, group in kept.items() if group[0].update.kind == "add"]
+    if loaded[0][0].format == "peft" and any(group[0].update.cls.stack for group in kept.values()):
+        biases = [module for module, group in kept.items() if group[0].update.cls is AddDelta]
         found |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
     return {module: problem for module, problem in found.items() if problem}
 
@@ -151,9 +156,9 @@ def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
     """
     first, *others = group
     for other in others:
-        if other.update.kind != first.update.kind:
+        if other.update.cls is not first.update.cls:
             return f"is {first.update.kind} in {first.adapter.name}, {other.update.kind} in {other.adapter.name}"
-        skip = 1 if first.update.kind == "rows" else 0
+        skip = 1 if first.update.cls is ReplaceRows else 0
         shapes = [member.update.shape[skip:] for member in (first, other)]
         if shapes[0] != shapes[1] or other.update.transposed != first.update.transposed:
             one, two = (f"{_describe_shape(member)} in {member.adapter.name}" for member in (first, other))
@@ -161,9 +166,9 @@ def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
     bases = [TensorRef(member.adapter.file, member.update.base) for member in group if member.update.base]
     if any(not same_values(bases[0], base) for base in bases[1:]):
         return "lies on another weight in each adapter"
-    if first.update.kind == "dora" and (adapters > 1 or first.weight != 1):
+    if first.update.cls is DoRA and (adapters > 1 or first.weight != 1):
         return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
-    if first.update.kind in ("replace", "rows"):
+    if first.update.cls in (ReplaceTensor, ReplaceRows):
         return _replacement_problem(group)
     return None
 
@@ -178,7 +183,7 @@ def _replacement_problem(group: UpdateGroup) -> str | None:
     if abs(total - 1) > ROUNDING:
         names = " and ".join(member.adapter.name for member in group)
         return f"was trained whole in {names}, whose weights sum to {total:g}, not 1: only the base would tell the rest"
-    if any(member.update.indices != group[0].update.indices for member in group):
+    if any(member.update.detail != group[0].update.detail for member in group):
         return "has other rows in each adapter"
     return None
 
@@ -194,16 +199,16 @@ def _refusal(problems: Mapping[str, str], kept: Sequence[str], combinable: bool)
 def _sum_other_tensors(group: UpdateGroup) -> dict[str, CarriedTensor]:
     """Return the sums of the tensors other than factors, under the first adapter's names."""
     first, found = group[0], {}
-    kind = first.update.kind
-    if kind == "add":
+    cls = first.update.cls
+    if cls is AddDelta:
         terms = [(member.source("value"), member.weight * member.update.scale) for member in group]
         found[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
-    if kind in ("replace", "rows"):
+    if cls in (ReplaceTensor, ReplaceRows):
         sources = [member.source("value") for member in group]
         equal = all(same_values(sources[0], source) for source in sources[1:])
         terms = [(sources[0], 1.0)] if equal else [(m.source("value"), m.weight) for m in group]
         found[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
-    if kind == "dora":
+    if cls is DoRA:
         found[first.update.tensors["magnitude"]] = CarriedTensor(((first.source("magnitude"), 1.0),))
     based = next((member for member in group if member.update.base), None)
     if based and based.update.base:
@@ -219,7 +224,7 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
     found = {module: group[0].update for module, group in groups.items()}
     owners: dict[str, list[str]] = {}
     for module, update in found.items():
-        if update.kind == "experts":
+        if update.cls.stack:
             owner, _, parameter = module.rpartition(".")
             owners.setdefault(owner, []).append(parameter)
     for owner, parameters in owners.items():
@@ -247,8 +252,8 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
     fields: dict[str, object] = {
         name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if configs[0].get(name)
     }
-    replaced = [module for module, update in kept.items() if update.kind == "replace"]
-    gone = [m for adapter, _ in loaded for m, u in adapter.updates.items() if u.kind == "replace" and m not in kept]
+    replaced = [module for module, update in kept.items() if update.cls is ReplaceTensor]
+    gone = [m for adapter, _ in loaded for m, u in adapter.updates.items() if u.cls is ReplaceTensor and m not in kept]
     entries = [entry for config in configs for entry in _strings(config.get("modules_to_save"))]
     saved = [
         entry
@@ -260,11 +265,11 @@ def _config_fields(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> d
     biases = [each for each in (config.get("bias") for config in configs) if each in ("all", "lora_only")]
     there = any(module.endswith(".bias") for module in replaced)
     fields["bias"] = ("all" if "all" in biases else biases[0]) if biases and there else "none"
-    fields["lora_bias"] = any(update.kind == "add" for update in kept.values())
+    fields["lora_bias"] = any(update.cls is AddDelta for update in kept.values())
     if fields["lora_bias"] and not base_mutating_init(loaded[0][0].config):
         # PEFT takes no other init beside lora_bias; the factors are trained anyway
         fields["init_lora_weights"] = True
-    if any(update.kind == "experts" for update in kept.values()):  # PEFT takes no dropout beside target_parameters
+    if any(update.cls.stack for update in kept.values()):  # PEFT takes no dropout beside target_parameters
         fields["lora_dropout"] = 0.0
     fields["trainable_token_indices"] = _token_indices(loaded, kept)
     # an absent field means the same as null or false
@@ -277,12 +282,12 @@ def _strings(value: object) -> list[str]:
 
 def _token_indices(loaded: WeightedAdapter, kept: Mapping[str, UpdateSpec]) -> object:
     """Return the first adapter's field if it covers all trained rows, else the rows by module."""
-    rows = {module: update for module, update in kept.items() if update.kind == "rows"}
+    rows = {module: update for module, update in kept.items() if update.cls is ReplaceRows}
     first = loaded[0][0]
-    first_rows = [module for module, update in first.updates.items() if update.kind == "rows"]
+    first_rows = [module for module, update in first.updates.items() if update.cls is ReplaceRows]
     if set(first_rows) == set(rows):
         return first.config.extra.get("trainable_token_indices") if rows else None
-    return {module: list(update.indices) for module, update in rows.items()}
+    return {module: list(indices_of(update)) for module, update in rows.items()}
 
 
 def _warnings(loaded: WeightedAdapter) -> tuple[str, ...]:

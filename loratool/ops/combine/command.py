@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import UpdateSpec
 from ...adapters.edited import (
     EditedAdapter,
     default_output_name,
@@ -26,6 +25,7 @@ from ...adapters.edited import (
 )
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
+from ...adapters.updates.update import UpdateSpec
 from ...errors import InputError, UsageError
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.tensor_ref import is_finite

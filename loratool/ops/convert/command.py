@@ -18,6 +18,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter, open_adapter
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.updates.dora import DoRA
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_name, check_output_path, naming_output
@@ -347,7 +348,7 @@ def _without_dora(
 ) -> tuple[Adapter, dict[str, tuple[float, float]]]:
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
     selection = Selection(request.drop or ("",))
-    dora = [m for m, update in source.updates.items() if update.kind == "dora" and not selection.selects(m)]
+    dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
     if not request.plain and (request.to != "loralib" or not dora):
         return source, {}
     if request.base is None and dora:

@@ -15,8 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, UpdateSpec
-from ...adapters.updates import DoRA
+from ...adapters.adapter import Adapter
+from ...adapters.stacked import stack_factors
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
 from ...binding.placement import Placement, place_update
 from ...binding.resolve import resolve_modules
 from ...errors import InputError
@@ -44,7 +47,7 @@ def dora_to_lora(
         InputError: the base does not have a module.
     """
     checkpoint = open_model(base, "--base is the model under it", opened)
-    dora = {module: update for module, update in source.updates.items() if update.kind == "dora"}
+    dora = {module: update for module, update in source.updates.items() if update.cls is DoRA}
     alone = replace(source, updates=dora)
     matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
     if missing:
@@ -58,11 +61,9 @@ def dora_to_lora(
             for match in matches[module]
             for placement in place_update(alone, module, 1.0, match, checkpoint.specs, checkpoint.model_types, matches)
         ]
-        placed = places[0][1].update if update.norm_over_inputs else update
-        loaded = source.load(placed)
+        loaded = source.load(update)
         assert isinstance(loaded, DoRA)
-        D = _dora_delta(loaded, _read(source, placed, checkpoint, places), module)
-        D = D.T.contiguous() if placed.is_transposed_dora else D
+        D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
         errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
     return _view(source, dora, factored, spool), errors
@@ -83,18 +84,22 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
     return W
 
 
-def _dora_delta(update: DoRA, W: Tensor, module: str) -> Tensor:
+def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Tensor:
     """Replace W by W' - W and return it, computed from small terms, since subtracting W from W' would cancel."""
-    A, magnitude = update.A.flatten(1).float(), update.magnitude.flatten().double()
+    B, A = (side[0] for side in stack_factors(update))
+    magnitude = update.magnitude.flatten().double()
+    if along_inputs:
+        B, A, W = A.T, B.T, W.T.contiguous()
+    right = A.float()
     for start in range(0, len(W), ROWS):
         rows = slice(start, start + ROWS)
-        added = (update.B.flatten(1)[rows].double() * update.scale).float() @ A
+        added = B[rows].float() @ right
         norms = torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1)
         if not is_finite(norms):
             raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=module)
         g = torch.where(norms == 0, 0.0, magnitude[rows] / norms)  # any multiple of a row of zeros is the same
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
-    return W
+    return W.T.contiguous() if along_inputs else W
 
 
 def _view(
@@ -110,7 +115,7 @@ def _view(
         del specs[update.tensors["magnitude"]]
         specs |= {names[role]: sides[role] for role in names}
         pairs |= {names[role]: (module, role) for role in names}
-        updates[module] = replace(update, kind="lora", tensors=names, specs=sides, scale=1.0, norm_over_inputs=False)
+        updates[module] = replace(update, cls=LowRank, tensors=names, specs=sides, scale=1.0, detail=None)
 
     def load(name: str) -> Tensor:
         if name not in pairs:

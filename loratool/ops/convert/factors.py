@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...adapters.updates import DoRA, LowRank
 from ...numerics.factored_svd import core, factored_svd
 from .module_map import RowSlice, TargetModule
 
@@ -35,7 +34,7 @@ class ModuleFactors:
     exact: bool = True  # the update is the sources' to the bit
 
 
-def make_factors(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors:
+def make_factors(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleFactors:
     """Return the factors of `target`.
 
     A module that is neither split nor fused keeps its tensors. Fused factors have the dtype that holds those of all
@@ -45,19 +44,19 @@ def make_factors(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFact
         updates: the updates of the target's slices, in their order.
     """
     made = _low_rank(target, updates)
-    if not isinstance(updates[0], DoRA):
+    if updates[0].magnitude is None:
         return made
-    if target.parts[0].source.update.norm_over_inputs:
-        return replace(made, magnitude=updates[0].magnitude.flatten())
+    if target.parts[0].source.update.along_inputs:
+        return replace(made, magnitude=updates[0].magnitude)
     magnitudes = [
-        update.magnitude.flatten()[part.start : part.stop]
+        update.magnitude[part.start : part.stop]
         for update, part in zip(updates, target.parts, strict=True)
-        if isinstance(update, DoRA)
+        if update.magnitude is not None
     ]
     return replace(made, magnitude=torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0].clone())
 
 
-def _low_rank(target: TargetModule, updates: Sequence[LowRank]) -> ModuleFactors:
+def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleFactors:
     first = updates[0]
     if target.how == "exact":
         return ModuleFactors(first.A, first.B, first.scale)
@@ -139,7 +138,7 @@ def _ranks_of(B: Tensor, part: RowSlice) -> Tensor:
     return ~outside if apart else torch.ones_like(outside)
 
 
-def is_zero_filler(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors) -> bool:
+def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors) -> bool:
     """Return whether a slice of a fused B is zero and other rows are not: it had no adapter before it was fused."""
     return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
 
@@ -184,7 +183,7 @@ def alpha_for_scale(scale: float, rank: int) -> float:
     return next((alpha for alpha in candidates if alpha / rank == scale), product)
 
 
-def delta_error(target: TargetModule, updates: Sequence[LowRank], made: ModuleFactors, scale: float) -> float:
+def delta_error(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors, scale: float) -> float:
     """Return ||D' - D|| / ||D||, where D' is scale * B A of `made`, and D the sources' update.
 
     It is 0 only for what is exact. DoRA's magnitude is left out of both.

@@ -19,7 +19,7 @@ from ...adapters.formats.diffusers import metadata_of, split_component
 from ...adapters.formats.peft_write import write_adapter
 from ...adapters.formats.single_file import STALE_KEYS, write_single_file
 from ...adapters.stacked import round_factors
-from ...adapters.updates import LowRank
+from ...adapters.updates.dora import DoRA
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
@@ -57,7 +57,7 @@ class ImageAdapter:
     name: str  # for messages
     metadata: Mapping[str, str]
     family: str  # a key of IMAGE_FAMILIES
-    load: Callable[[SourceModule], LowRank]
+    load: Callable[[SourceModule], ModuleFactors]
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module -> (||D' - D||^2, ||D||^2) so far
     start: Callable[[str], str | None] = lambda module: None  # module -> the init that altered its base, or None
 
@@ -112,7 +112,7 @@ class _ImagePlan:
                 raise NeedsFlag(message, culprit=module, remedy=ADD_INITIAL)
         texts = len({each.component for each in wanted if each.component != "unet"})
         self._made: dict[str, _ConvertedModule] = {}
-        self._loaded: tuple[SourceModule, LowRank] | None = None
+        self._loaded: tuple[SourceModule, ModuleFactors] | None = None
         for target in targets:
             name = target_name(target, request.to, family, texts)
             if name in self._made:
@@ -130,7 +130,7 @@ class _ImagePlan:
         if to in SINGLE_COMPONENT:
             wanted, more = _one_component(wanted)
             impossible = impossible + more
-        columns = next((s.module for s in wanted if s.update.norm_over_inputs and not self._has_alphas), None)
+        columns = next((s.module for s in wanted if s.update.along_inputs and not self._has_alphas), None)
         if columns:
             message = f"is DoRA along the inputs, which {to}'s files cannot say"
             raise NeedsFlag(message, culprit=columns, remedy="add --plain --base BASE with the model")
@@ -182,7 +182,7 @@ class _ImagePlan:
             error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
             how = how if not error else "truncated" if self._request.rank or total else "rounded"
         suffixes = {
-            suffix: self._with_format_shape(role, spec, specs["B"], first.norm_over_inputs)
+            suffix: self._with_format_shape(role, spec, specs["B"], first.along_inputs)
             for role, suffix in self._suffixes().items()
             if (spec := specs.get(role))
         }
@@ -205,7 +205,7 @@ class _ImagePlan:
     def _has_alphas(self) -> bool:
         return self._request.to in ("kohya", "comfy")
 
-    def _factors(self, target: TargetModule) -> tuple[ModuleFactors, list[LowRank]]:
+    def _factors(self, target: TargetModule) -> tuple[ModuleFactors, list[ModuleFactors]]:
         updates = [self._update(part.source) for part in target.parts]
         factors = make_factors(target, updates)
         if self._request.rank is not None:
@@ -217,7 +217,7 @@ class _ImagePlan:
             round_factors(target.path, (factors.B, factors.A), dtype)
         return cast_factors(factors, dtype) if self._request.dtype else factors, updates
 
-    def _update(self, source: SourceModule) -> LowRank:
+    def _update(self, source: SourceModule) -> ModuleFactors:
         """Load an update, once for all targets that a fused module is split into, since they follow each other."""
         if self._loaded is None or self._loaded[0] is not source:
             self._loaded = source, self._image.load(source)
@@ -311,7 +311,7 @@ class _ImagePlan:
             InputError: some are DoRA and others not, for which the config has only one flag.
         """
         both = {name: (made.rank, made.alpha) for name, made in modules.items()}
-        dora = [name for name, made in modules.items() if made.target.parts[0].source.update.kind == "dora"]
+        dora = [name for name, made in modules.items() if made.target.parts[0].source.update.cls is DoRA]
         other = next((name for name in modules if dora and name not in dora), None)
         if other:
             message = f"is no DoRA, {dora[0]} is; {self._request.to}'s loader wants all modules of a model of one kind"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ...adapters.adapter import UpdateSpec
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
 from ...architectures.image import MAKERS, MARKS, SINGLE_PREFIXES, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
@@ -97,7 +98,7 @@ def _family(base: Checkpoint, weights: Mapping[str, tuple[str, str]]) -> str:
     for name, (component, path) in weights.items():
         shape = base.specs[name].shape
         specs = {**one, "A": TensorSpec("F32", (1, *shape[1:])), "B": TensorSpec("F32", (shape[0], 1))}
-        sources.append(make_source_module(name, UpdateSpec("lora", name, {}, specs), component, path))
+        sources.append(make_source_module(name, UpdateSpec(LowRank, name, {}, specs), component, path))
     family = detect_family(sources)
     if family is None:
         raise InputError(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
 from ...adapters.formats.diffusers import ENDS
-from ...adapters.updates import LowRank
+from ...adapters.updates.update import UpdateSpec
 from ...architectures.prefixes import PEFT_PREFIX
 from ...binding.resolve import exclude_options
 from ...binding.selection import Selection, matches_pattern
@@ -191,7 +191,7 @@ def _targets(adapter: Adapter) -> list[TargetModule]:
     """Return an image adapter's targets in diffusers' names, for their names only: DoRA is not refused here."""
     sources, _ = read_source_modules(adapter)
     family = detect_family(sources)
-    plain = [replace(each, update=replace(each.update, norm_over_inputs=False)) for each in sources]
+    plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
     return plan_target_modules(plain, family, False) if family else []
 
 
@@ -267,7 +267,7 @@ def _split(adapter: Adapter, targets: Mapping[str, TargetModule]) -> Adapter:
     """Return the adapter with `targets` as its modules, whose tensors are made when they are loaded."""
 
     @lru_cache(maxsize=1)
-    def make(name: str) -> tuple[list[LowRank], ModuleFactors]:
+    def make(name: str) -> tuple[list[ModuleFactors], ModuleFactors]:
         parts = [low_rank_modules(adapter, part.source) for part in targets[name].parts]
         return parts, make_factors(targets[name], parts)
 
@@ -288,12 +288,10 @@ def _split(adapter: Adapter, targets: Mapping[str, TargetModule]) -> Adapter:
             for role, side in (("A", made.A), ("B", made.B)):
                 specs[role] = TensorSpec(SAFETENSORS[str(side.dtype).removeprefix("torch.")], tuple(side.shape))
         if "magnitude" in specs:
-            size = specs["magnitude"].size if first.norm_over_inputs else target.rows
+            size = specs["magnitude"].size if first.along_inputs else target.rows
             specs["magnitude"] = replace(specs["magnitude"], shape=(size,))
         tensors = {role: f"{name}.{role}" for role in specs}
-        updates[name] = UpdateSpec(
-            first.kind, name, tensors, specs, scale, first.transposed, norm_over_inputs=first.norm_over_inputs
-        )
+        updates[name] = UpdateSpec(first.cls, name, tensors, specs, scale, first.transposed, first.detail)
     specs = {update.tensors[role]: spec for update in updates.values() for role, spec in update.specs.items()}
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
     return replace(adapter, file=file, updates=updates, flattened=False)

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
 from ...adapters.formats.peft import adapter_names, saved_name
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.formats.peft_write import lora_config
 from ...adapters.stacked import round_factors, stack_factors
-from ...adapters.updates import Experts, LowRank
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.experts import Experts
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.update import UpdateSpec
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from .factors import (
@@ -106,7 +110,7 @@ def _convert_qkv(
     Each is made once for its specs and error, and again when it is written, so that only one is held at a time.
     """
     assert request.layout is not None
-    pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.kind in ("lora", "dora") and len(u.shape) == 2]
+    pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.cls in (LowRank, DoRA) and len(u.shape) == 2]
     targets = plan_qkv(pairs, request.layout, read_qkv_rows(request.base))
     regrouped = {target.path: target for target in targets if target.how != "exact"}
     if not regrouped:
@@ -161,7 +165,7 @@ def _convert_qkv(
 
 
 def _layout_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
-    stacks = {module for module, update in kept.items() if update.kind == "experts"}
+    stacks = {module for module, update in kept.items() if update.cls.stack}
     ours = config_of({row.name: (row.rank, row.alpha) for row in rows}, stacks)
     former = config_from(source, kept)
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
@@ -192,7 +196,7 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     if "r" in source.config.extra:
         return {"lora_alpha": source.config.alpha, **source.config.extra}
     both = {module: (u.rank, alpha_for_scale(u.scale, u.rank)) for module, u in kept.items() if u.rank}
-    replaced = {module for module, update in kept.items() if update.kind == "replace"}
+    replaced = {module for module, update in kept.items() if update.cls is ReplaceTensor}
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
     return {**config_of(both), "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
@@ -227,7 +231,7 @@ def _module_rows(
         error = abs(alpha / update.rank / update.scale - 1.0) if restated and update.scale else 0.0
         stored = [getattr(torch, TORCH_FLOATS.get(update.specs[role].dtype, "float64")) for role in "AB"]
         if request.dtype and not dtype_holds(request.dtype, *stored):
-            loaded = source.load(update)
+            loaded = source.load(update.cls.without_norm(update))
             assert isinstance(loaded, LowRank | Experts)
             A, B = loaded.A.to(request.dtype), loaded.B.to(request.dtype)
             round_factors(module, (loaded.B, loaded.A), request.dtype)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...adapters.updates.dora import DoRA
 from ...architectures.image import DITS, FLUX_ATTENTION, OPENCLIP, SD3_LAST, Dit, diffusers_to_sgm, sgm_to_diffusers
 from ...errors import InputError, NeedsFlag
 from .source_modules import FIRST, MLP_RATIO, SINGLE_COMPONENT, SourceModule
@@ -64,7 +65,7 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
     targets += [_fuse_slices(key, parts) for key, parts in to_fuse.items()]
     seen: set[tuple[str, str]] = set()
     for target in targets:
-        columns = [part.source.module for part in target.parts if part.source.update.norm_over_inputs]
+        columns = [part.source.module for part in target.parts if part.source.update.along_inputs]
         if columns and target.how in ("split", "fused"):
             raise NeedsFlag(
                 f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
@@ -199,7 +200,7 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
     wrong = next((p for p, end, start in zip(ordered, ends, starts, strict=True) if end > start), None)
     if wrong:
         raise InputError(f"has {wrong.stop} rows, too many for its part of {path}", culprit=wrong.source.module)
-    magnitudes = sum(part.source.update.kind == "dora" for part in parts)
+    magnitudes = sum(part.source.update.cls is DoRA for part in parts)
     if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",

@@ -14,10 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
 from ...adapters.edited import CarriedTensor, EditedAdapter, edited_adapter_config
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.stacked import round_factors, stack_factors
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.update import UpdateSpec
 from ...errors import NeedsFlag
 from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef as Stored
@@ -122,7 +124,7 @@ def _other_tensors(
     for module, update in kept.items():
         for role, key in update.tensors.items():
             if role not in "AB":
-                factor = update.scale if update.kind == "add" else 1.0
+                factor = update.scale if update.cls is AddDelta else 1.0
                 found[names[module][role]] = CarriedTensor(((Stored(source.file, key), factor),))
         if update.base:
             found[update.base] = CarriedTensor(((Stored(source.file, update.base), 1.0),))

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, UpdateSpec
-from ...adapters.updates import LowRank
+from ...adapters.adapter import Adapter
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
+from .factors import ModuleFactors
 from .source_modules import SourceModule
 
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
@@ -120,10 +123,13 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     return kept, tuple(module for module in source.updates if module not in kept)
 
 
-def low_rank_modules(adapter: Adapter, source: SourceModule) -> LowRank:
+def low_rank_modules(adapter: Adapter, source: SourceModule) -> ModuleFactors:
+    """Load the factors of a module, and the magnitude of a DoRA."""
     update = adapter.load(source.update)
-    assert isinstance(update, LowRank)
-    return update
+    magnitude = update.magnitude.flatten() if isinstance(update, DoRA) else None
+    own = update.inner if isinstance(update, DoRA) else update
+    assert isinstance(own, LowRank)
+    return ModuleFactors(own.A, own.B, own.scale, magnitude)
 
 
 def alpha_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
 from ...adapters.stacked import load_stacked_factors
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.update import UpdateSpec
 from ...architectures.image import component_of
 from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_COMPONENTS
 from ...architectures.renames import RENAMES, canonical
@@ -305,8 +307,8 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> lis
                 TensorRef(adapter.file, own[role]) if role in own else None
                 for adapter, own in zip((a, b), roles, strict=True)
             ]
-            scales = [spec.scale if spec and spec.kind == "add" else 1.0 for spec in (one, two)]
-            rows = [spec.indices if spec else () for spec in (one, two)]
+            scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (one, two)]
+            rows = [spec.detail if spec else None for spec in (one, two)]
             label = f"{name} {role}" if role != "value" else name
             kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
             found.append(_value_diff(label, kind, sides, scales, rows[0] == rows[1]))

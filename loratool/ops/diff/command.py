@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
 from ...adapters.formats import holds_adapter
+from ...adapters.updates.update import UpdateSpec
 from ...binding.model_pairs import pair_tensors
 from ...binding.placement import Placement
 from ...binding.resolve import bind

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
+from ...adapters.updates.update import UpdateSpec
 from ...architectures.image import component_of
 from ...binding.resolve import IMAGE_FORMATS
 from ...errors import InputError, NeedsFlag
@@ -108,4 +109,4 @@ def _sizes(update: UpdateSpec) -> tuple[int, ...]:
     """Return the sizes of an update's inputs and outputs."""
     if not update.rank:
         return ()
-    return update.shape[1:] if update.kind == "experts" else update.shape[:2]
+    return update.shape[1:] if update.cls.stack else update.shape[:2]

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from ...adapters.adapter import UpdateSpec
-from ...adapters.updates import LowRank
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...ops.convert.factors import ModuleFactors
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import _family, image_weights
 from ..convert.request import ConvertRequest
@@ -41,11 +42,11 @@ def plan_image_adapter(
         shape = base.specs[name].shape
         A, B = factor_shapes("linear" if len(shape) == 2 else "conv", shape, rank)
         specs = {"A": TensorSpec(letters, A), "B": TensorSpec(letters, B)}
-        return make_source_module(name, UpdateSpec("lora", name, {"A": name, "B": name}, specs), *weights[name])
+        return make_source_module(name, UpdateSpec(LowRank, name, {"A": name, "B": name}, specs), *weights[name])
 
-    def load(each: SourceModule) -> LowRank:
+    def load(each: SourceModule) -> ModuleFactors:
         A, B = spool.tensors(factored[each.module], plan.ranks[each.module], dtype)
-        return LowRank(A, B, 1.0)
+        return ModuleFactors(A, B, 1.0)
 
     family = _family(base, weights)
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]

@@ -15,10 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ...adapters.adapter import Adapter, UpdateSpec
+from ...adapters.adapter import Adapter
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.patterns import Patterns, endings
-from ...adapters.updates import DoRA, Experts, LowRank, Update
+from ...adapters.stacked import stack_factors
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.rows import indices_of
+from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
 from ...binding.selection import Selection
@@ -232,7 +236,7 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None,
     spec = adapter.updates[module]
     norm = rank = relative = None
     try:
-        if spec.kind in ("lora", "dora", "experts"):
+        if spec.rank:
             norm, rank = _delta_norm(adapter.load(spec))
         for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
             require_finite(TensorRef(adapter.file, name))
@@ -254,12 +258,12 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None,
 def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[TensorRef]) -> float | None:
     """Return ||D|| of new values, by how far they are from the base's; None if that cannot be told."""
     value = TensorRef(adapter.file, spec.tensors["value"])
-    if spec.kind == "add":
+    if spec.cls is AddDelta:
         return math.sqrt(squared_norm(value)) * abs(spec.scale)
     if len(weights) != 1 or not value.spec.shape or not {value.spec.dtype, weights[0].spec.dtype} <= set(FLOATS):
         return None
     (weight,) = weights
-    rows = spec.indices or (range(value.spec.shape[0]) if value.spec.shape == weight.spec.shape else ())
+    rows = indices_of(spec) or (range(value.spec.shape[0]) if value.spec.shape == weight.spec.shape else ())
     if not rows or value.spec.shape[1:] != weight.spec.shape[1:] or max(rows) >= weight.spec.shape[0]:
         return None
     row_count = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
@@ -267,7 +271,7 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     for start in range(0, len(rows), row_count):
         there = rows[start : start + row_count]
         new = value.file.rows(value.name, start, start + len(there)).double()
-        if spec.indices:
+        if indices_of(spec):
             old = torch.cat([weight.file.rows(weight.name, row, row + 1) for row in there])
         else:
             old = weight.file.rows(weight.name, start, start + len(there))
@@ -277,24 +281,19 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
 
 def _delta_norm(update: Update) -> tuple[float, float]:
     """Return ||scale * B @ A|| and the effective rank of the product."""
-    if isinstance(update, Experts):
-        each = [update.expert(number) for number in range(update.experts)]
-        A, B, scale = torch.stack([one.A for one in each]), torch.stack([one.B for one in each]), update.scale
-    else:
-        assert isinstance(update, LowRank | DoRA)
-        A, B, scale = update.A.flatten(1), update.B.flatten(1), update.scale
+    B, A = stack_factors(update)
     S = singular_values(B, A)
-    norm = float(S.norm()) * abs(scale)
+    norm = float(S.norm())
     return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
 
 
 def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
     """List updates of 0: such an adapter was never trained, or was saved before it was."""
-    zero = [name for name, each in details.items() if each.norm == 0 and each.kind in ("lora", "dora", "experts")]
+    zero = [name for name, each in details.items() if each.norm == 0 and each.rank]
     if not zero:
         return []
     if len(zero) == len(details):
-        dora = any(each.kind == "dora" for each in details.values())  # whose magnitudes may say something else
+        dora = any(each.kind == DoRA.kind for each in details.values())  # whose magnitudes may say something else
         return [f"it {'was never trained' if dora else 'changes nothing'}: B @ A is 0 in every module"]
     return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_shortened(zero)}"]
 
@@ -305,7 +304,7 @@ def _config_problems(adapter: Adapter) -> list[str]:
     targets = adapter.config.extra.get("target_modules")
     if not targets or targets == "all-linear":
         return problems
-    modules = [m for m, u in adapter.updates.items() if u.kind in ("lora", "dora") and m.count(".experts.") == 0]
+    modules = [m for m, u in adapter.updates.items() if u.rank and not u.cls.stack and m.count(".experts.") == 0]
     # an attention's out_proj comes along with the attention
     unmatched = [m for m in modules if not any(map(adapter.config.targets.has, (m, m.rpartition(".")[0])))]
     if adapter.config.extra.get("target_parameters"):

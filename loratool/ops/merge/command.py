@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import torch
 
+from ...adapters.updates.replace import ReplaceTensor
 from ...binding.merge_plan import MergePlan, plan_merge, widen_float8
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
@@ -203,7 +204,7 @@ def _check_factors(plan: MergePlan) -> None:
             continue
         if placement.update.base:
             require_finite(TensorRef(placement.adapter.file, placement.update.base))
-        if placement.update.kind == "replace":
+        if placement.update.cls is ReplaceTensor:
             require_finite(TensorRef(placement.adapter.file, placement.update.tensors["value"]))
         else:
             placement.adapter.load(placement.update)

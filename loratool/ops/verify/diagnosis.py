@@ -12,18 +12,17 @@ from dataclasses import replace
 
 import torch
 
-from ...adapters.updates import ADDITIVE
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
 from ...files.tensor_ref import TensorRef
 from ...streaming.segment import UpdateLoader
-from .replay import Replay
+from .replay import Replay, adds
 
 
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
     def fault(placement: Placement) -> Placement | None:
         by = factor(placement)
-        if placement.update.kind in (*ADDITIVE, "dora"):
+        if adds(placement):
             return replace(placement, update=replace(placement.update, scale=placement.update.scale * by))
         return replace(placement, weight=placement.weight * by)
 
@@ -31,13 +30,12 @@ def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Place
 
 
 def _transposed(placement: Placement) -> Placement | None:
-    low_rank = placement.update.kind in ("lora", "experts")
-    return replace(placement, transposed=not placement.transposed) if low_rank else placement
+    a_matrix = placement.update.additive and not placement.update.cls.whole
+    return replace(placement, transposed=not placement.transposed) if a_matrix else placement
 
 
 def _without_norm(placement: Placement) -> Placement | None:
-    dora = placement.update.kind == "dora"
-    return replace(placement, update=replace(placement.update, kind="lora")) if dora else placement
+    return replace(placement, update=placement.update.cls.without_norm(placement.update))
 
 
 # Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...adapters.updates import ADDITIVE, AddDelta, DoRA, Experts, LowRank
+from ...adapters.updates.dora import DoRA
 from ...binding.placement import Placement
 from ...files.dtypes import FLOAT8
 from ...files.tensor_ref import TensorRef
@@ -99,7 +99,7 @@ class AdapterDelta(DeltaBounds):
 
     @property
     def is_additive(self) -> bool:
-        return self.placement.update.kind in ADDITIVE
+        return self.placement.update.additive
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class AdapterDeltas:
     def of(self, block: ReplayBlock, kind: torch.dtype | None = None) -> list[AdapterDelta]:
         """Return the deltas of additive updates, and the scale * B @ A of a DoRA, with A and B rounded to `kind`."""
         if self._block is not block:
-            placements = [p for p in block.inside if p.update.kind in (*ADDITIVE, "dora")]
+            placements = [p for p in block.inside if adds(p)]
             self._loaded = {id(p): self._loaded.get(id(p)) or self._factors(p) for p in placements}
             self._block, self._made = block, {}
         if kind not in self._made:
@@ -133,18 +133,11 @@ class AdapterDeltas:
         return self._made[kind]
 
     def _factors(self, placement: Placement) -> _Loaded:
-        update = self._load(placement)
-        if isinstance(update, Experts):
-            assert placement.expert is not None
-            update = update.expert(placement.expert)
-        if isinstance(update, AddDelta):
-            left, right = update.value.reshape(-1, 1), update.value.new_ones(1, 1)
-        else:
-            assert isinstance(update, LowRank)
-            A, B = update.A.flatten(1), update.B.flatten(1)
-            left, right = (A.T, B.T) if placement.transposed else (B, A)
+        update = self._load(placement).matrix(placement.expert)
         magnitude = update.magnitude.double().flatten() if isinstance(update, DoRA) else None
-        return _Loaded(placement, left, right, update.scale * placement.weight, magnitude)
+        own = update.inner if isinstance(update, DoRA) else update
+        (term,) = own.terms(placement.weight, placement.transposed)
+        return _Loaded(placement, term.left, term.right, float(term.scale), magnitude)
 
 
 def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> AdapterDelta:
@@ -160,7 +153,7 @@ def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> Ada
     errors = (torch.stack(ways).double() - change).abs()
     m, gain, (_, a) = loaded.magnitude, torch.ones(1, 1, dtype=torch.float64), block.reals
     if m is not None:
-        m = m.unsqueeze(0) if placement.transposed else m[rows].unsqueeze(1)
+        m = m.unsqueeze(0) if norm_axis(placement) == 1 else m[rows].unsqueeze(1)
         if a is not None and placement.weight:
             gain = (a.abs() + abs(1 - placement.weight)) / abs(placement.weight)
     return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
@@ -168,4 +161,14 @@ def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> Ada
 
 def normalizes_rows(placement: Placement) -> bool:
     """Return whether a DoRA with weight 1 divides the whole row by its norm, rather than going part of the way."""
-    return placement.update.kind == "dora" and placement.weight == 1
+    return norm_axis(placement) is not None and placement.weight == 1
+
+
+def adds(placement: Placement) -> bool:
+    """Return whether an update adds something, if only on the way to a DoRA."""
+    return placement.update.additive or norm_axis(placement) is not None
+
+
+def norm_axis(placement: Placement) -> int | None:
+    """Return of what an update needs norms, as `Update.norm_axis` does."""
+    return placement.update.cls.norm_axis(placement.update, placement.transposed)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...adapters.updates import ADDITIVE
 from ...files.tensor_ref import TensorRef
 from ...streaming.segment import UpdateLoader
-from .replay import F32, AdapterDelta, AdapterDeltas, DeltaBounds, Replay, ReplayBlock, normalizes_rows
+from .replay import F32, AdapterDelta, AdapterDeltas, DeltaBounds, Replay, ReplayBlock, norm_axis, normalizes_rows
 from .roundings import Rounding
 
 
@@ -109,7 +108,7 @@ class Predictions:
         moving = (a != 0) & (a != 1)
         if not bool(moving.any()):
             return Interval(start, start), []
-        weight = next(p.weight for p in block.inside if p.update.kind not in ADDITIVE)
+        weight = next(p.weight for p in block.inside if not p.update.additive)
         sizes = torch.where(moving, value.abs() + (2 + abs(weight)) * W.abs(), 0.0)
         slack = sizes * (F32 * (max(X.shape) ** 0.5 + 16))
         slack = sum((delta.slack * delta.gain for delta in deltas if not delta.is_additive), slack)
@@ -132,7 +131,7 @@ class Predictions:
 
     def _norms(self, block: ReplayBlock, way: Rounding, delta: AdapterDelta) -> Interval:
         """Return the interval of the norms of V, (rows, 1), or (1, n) if the base stores (in, out)."""
-        if not delta.placement.transposed:
+        if norm_axis(delta.placement) == 0:
             return bound_norms(self._sum(block, way, delta).squares(1), block.base.shape[1], way)
         key = id(delta.placement), way
         if key not in self._column_norms:

@@ -14,7 +14,6 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from ...adapters.updates import ADDITIVE
 from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef
 from ...streaming.segment import UpdateLoader
@@ -152,8 +151,8 @@ def try_roundings(
 
 def _list_candidates(replay: Replay, stored: Sequence[torch.dtype]) -> list[RoundingCandidate]:
     placements = replay.placements
-    adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.kind in ADDITIVE))
-    several = len(adapters) + any(p.update.kind not in ADDITIVE for p in placements) > 1
+    adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.additive))
+    several = len(adapters) + any(not p.update.additive for p in placements) > 1
     orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
     kind = getattr(torch, TORCH_FLOATS.get(replay.source.spec.dtype, "float32"))
     return [

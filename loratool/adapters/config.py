@@ -1,0 +1,81 @@
+"""Hold the fields of an adapter's config that decide rank and scale, whatever the format they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..errors import NeedsFlag
+from .patterns import Patterns, Targets
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of PEFT's `adapter_config.json` that decide rank and scale, or their equivalent in another format."""
+
+    rank: int | None = None  # None if the file does not say
+    alpha: float | None = None  # None if the file does not say
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # pattern -> rank
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # pattern -> alpha
+    fan_in_fan_out: bool | None = None
+    base_model: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # all fields as they are in the file
+    base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
+
+    @cached_property
+    def _ranks(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Sequence[tuple[int, str]]]:
+        """Return `target_parameters` by module ("" for bare names): (index in the list, parameter's name)."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for number, listed in enumerate(self.extra["target_parameters"]):
+            owner, _, parameter = listed.rpartition(".")
+            found.setdefault(owner, []).append((number, parameter))
+        return found
+
+    @cached_property
+    def targets(self) -> Targets:
+        return Targets(self.extra.get("target_modules"))
+
+    def rank_of(self, module: str) -> int | None:
+        rank: int | None = self._ranks.value(module, self.rank)
+        return rank
+
+    def for_module(self, parameter: str) -> AdapterConfig:
+        """Return the config of one bare parameter: patterns are matched with its own path, not with its module's."""
+        alpha = self._alphas.value(parameter, self.alpha)
+        return replace(self, rank=self.rank_of(parameter), alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023).
+
+        Raises:
+            NeedsFlag: the adapter does not say its alpha.
+        """
+        alpha: float | None = self._alphas.value(module, self.alpha)
+        if alpha is None:
+            raise NeedsFlag(
+                "the adapter does not say its alpha",
+                culprit=module,
+                remedy="pass --alpha with the value it was trained with",
+            )
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def is_in_listed_module(entry: str, module: str) -> bool:
+    """Return whether `module` is, or is inside, a module whose path ends in `entry`: PEFT's rule.
+
+    `entry` is one of modules_to_save.
+    """
+    parts = module.split(".")
+    return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))

@@ -1,0 +1,46 @@
+"""Add a vector: PEFT's `lora_B.bias`, which the scale of its factors multiplies (`peft/tuners/lora/layer.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from ...files.dtypes import TensorSpec
+from .update import Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.products import Term
+
+
+@dataclass(frozen=True)
+class AddDelta(Update):
+    """A scaled difference of a vector, summed exactly as the product of rank 1 that it is."""
+
+    value: Tensor
+    scale: float  # as LowRank.scale
+
+    kind = "add"
+    roles = ("value",)
+    whole = True
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        return spec.specs["value"].shape
+
+    @classmethod
+    def misfit(cls, spec: UpdateSpec, base: TensorSpec, adapter: str) -> str | None:
+        return None if spec.shape == base.shape else f"is {base.shape}, but {adapter} adds {spec.shape} to it"
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> AddDelta:
+        return cls(tensors["value"], spec.scale)
+
+    def terms(self, weight: float, transposed: bool) -> list[Term]:
+        from ...numerics.products import Term
+
+        column = self.value.reshape(-1, 1)
+        return [Term(column, column.new_ones(1, 1), Fraction(self.scale) * Fraction(weight))]

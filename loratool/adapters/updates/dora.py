@@ -1,0 +1,78 @@
+"""Decompose a weight into magnitude and direction, DoRA: W' = m * V / ||V|| (Liu et al., ICML 2024, equation 5).
+
+V = W + D, where D is what an additive update of any kind adds. The norms are of V's rows (the outputs), or of its
+columns (the inputs), as OneTrainer and LyCORIS with wd_on_output=False have them (`lycoris/modules/locon.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ...files.dtypes import TensorSpec
+from .update import Detail, Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decomposition(Detail):
+    """The additive update under a DoRA."""
+
+    inner: type[Update]
+    along_inputs: bool = False  # the norms are of V's columns
+    detail: Detail | None = None  # of the inner update
+
+
+@dataclass(frozen=True)
+class DoRA(Update):
+    """DoRA, made with an update that is additive by itself."""
+
+    inner: Update
+    magnitude: Tensor  # m, one number for each norm, in any shape
+
+    kind = "dora"
+    roles = ("magnitude",)
+    additive = False
+
+    @staticmethod
+    def of(inner: UpdateSpec, name: str, file_spec: TensorSpec, along_inputs: bool) -> UpdateSpec:
+        """Return the spec of a DoRA made with `inner`; its magnitude is the tensor `name`."""
+        return replace(
+            inner,
+            cls=DoRA,
+            tensors={**inner.tensors, "magnitude": name},
+            specs={**inner.specs, "magnitude": file_spec},
+            detail=Decomposition(inner.cls, along_inputs, inner.detail),
+        )
+
+    @classmethod
+    def without_norm(cls, spec: UpdateSpec) -> UpdateSpec:
+        assert isinstance(spec.detail, Decomposition)
+        tensors = {role: name for role, name in spec.tensors.items() if role != "magnitude"}
+        specs = {role: spec.specs[role] for role in tensors}
+        return replace(spec, cls=spec.detail.inner, tensors=tensors, specs=specs, detail=spec.detail.detail)
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        return cls.without_norm(spec).shape
+
+    @classmethod
+    def rank(cls, spec: UpdateSpec) -> int:
+        return cls.without_norm(spec).rank
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> DoRA:
+        inner = cls.without_norm(spec)
+        own = {role: tensors[role] for role in inner.tensors}
+        return cls(inner.cls.make(inner, own), tensors["magnitude"])
+
+    @classmethod
+    def norm_axis(cls, spec: UpdateSpec, transposed: bool) -> int:
+        assert isinstance(spec.detail, Decomposition)
+        return int(spec.detail.along_inputs is not transposed)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.inner.factors()
