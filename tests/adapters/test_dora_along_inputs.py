@@ -200,7 +200,7 @@ def test_the_real_list(tmp_path: Path) -> None:
     tensors = {k: torch.rand(s, generator=g) + 0.1 if s else torch.tensor(2.0) for k, s in sizes.items()}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = open_adapter(tmp_path / "a.safetensors")
-    assert all(u.norm_over_inputs for u in adapter.updates.values()) and 4 * len(adapter.updates) == len(tensors) == 96
+    assert all(u.along_inputs for u in adapter.updates.values()) and 4 * len(adapter.updates) == len(tensors) == 96
     start = flux_pipeline(tmp_path / "base", tensors)
     report = loratool.merge(start, tmp_path / "a.safetensors", tmp_path / "out", undo=False)
     assert len(report.tensors) == len(adapter.updates) and not report.left_out
