@@ -1,4 +1,4 @@
-"""Take stored values as a delta, and sum deltas."""
+"""Take stored values, or nothing, as a delta, and sum deltas."""
 
 from __future__ import annotations
 
@@ -70,6 +70,30 @@ class Stored:
         if row < 0:
             return Fraction(0)
         return Fraction(self._weight) * fraction(codes(self._value)[row, j], FORMS[self._value.dtype])
+
+
+@dataclass(frozen=True)
+class Zero:
+    """D = 0, where an update only multiplies W (IA3)."""
+
+    shape: tuple[int, int]
+    largest: float = 0.0
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        none = np.zeros(self.shape[0])
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            out.fill_(shift)
+
+        return DenseDelta(none, none, fill)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return np.zeros(len(i)), np.zeros(len(i)), np.zeros(len(i))
+
+    nearer = near
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return Fraction(0)
 
 
 @dataclass(frozen=True)
