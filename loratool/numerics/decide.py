@@ -27,6 +27,7 @@ from .forms import FORMS, Codes, Form, Positions, Wide, codes, fraction, rounded
 U = 2.0**-53  # unit roundoff of float64
 PAIR = 2.0**-98  # no pair of numbers is off by more of their size, roundings of pairs included
 LEAST = 2.0**-900  # smaller sums are left to the fractions, so that nothing that counts is near float64's least number
+TINY = 2.0**-700  # of a smaller factor the tail, or itself, may have been flushed
 SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
 
@@ -135,7 +136,9 @@ class Factor:
     def _of(cls, axis: int, numbers: Sequence[Fraction]) -> Factor:
         tails = {x: float(x - Fraction(float(x))) for x in dict.fromkeys(numbers)}
         value, tail = (np.array([of(x) for x in numbers]) for of in (float, tails.__getitem__))
-        return cls(axis, value, np.abs(tail) * SLACK, tail, np.abs(tail), lambda k: numbers[k])
+        lost = (np.abs(value) < TINY) & np.array([bool(x) for x in numbers], np.bool_)
+        error, size = np.where(lost, TINY, np.abs(tail) * SLACK), np.where(lost, np.inf, np.abs(tail))
+        return cls(axis, value, error, tail, size, lambda k: numbers[k])
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ class Stored:
         )
         value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
         if self._weight == 1:
-            return value, np.zeros(len(i)), np.zeros(len(i))
+            size = value.view(np.int64) & np.int64(2**63 - 1)
+            subnormal = (size > 0) & (size < 1 << 52)  # of float64: it may be flushed
+            return value, np.zeros(len(i)), np.where(subnormal, np.inf, 0.0)
         high, low = two_product(value, np.full_like(value, self._weight))
         in_range = (value == 0) | (self._weight == 0) | ((np.abs(high) > 2.0**-400) & (np.abs(high) < 2.0**500))
         return high, low, np.where(in_range, 0.0, np.abs(high) * (4 * U) + LEAST)
