@@ -27,6 +27,7 @@ from .forms import FORMS, Codes, Form, Positions, Wide, codes, fraction, rounded
 U = 2.0**-53  # unit roundoff of float64
 PAIR = 2.0**-98  # no pair of numbers is off by more of their size, roundings of pairs included
 LEAST = 2.0**-900  # smaller sums are left to the fractions, so that nothing that counts is near float64's least number
+TINY = 2.0**-700  # of a smaller factor the tail, or itself, may have been flushed
 SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
 
@@ -109,18 +110,35 @@ class Factor:
         """Return the product with pairs at rows i and columns j as a pair, and a bound, 0 where that is exact."""
         at = (i, j)[self.axis]
         value, tail, size = self.value.take(at), self.tail.take(at), self.size.take(at)
+        high, low = two_sum(high, low)  # where terms cancelled, the low part may be the larger
         product, rest = two_product(high, value)
         plain = (tail == 0) & (size == 0) & ((value == 0) | (np.abs(value) == 1))
         bound = np.abs(high) * (np.abs(value) + size) * PAIR + LEAST
         rest = np.where(plain, low * value, rest + (low * value + high * tail))
         return np.where(plain, high * value, product), rest, np.where(plain, 0.0, bound)
 
+    def repeated(self, times: int) -> Factor:
+        """Return the factor with each number that often in a row, as channels have it whose kernels are flattened."""
+        arrays = (np.repeat(x, times) for x in (self.value, self.error, self.tail, self.size))
+        return Factor(self.axis, *arrays, lambda k: self.exact(k // times))
+
     @classmethod
     def of_rows(cls, numbers: Sequence[Fraction]) -> Factor:
         """Return the factor of rows with these numbers."""
+        return cls._of(0, numbers)
+
+    @classmethod
+    def of_columns(cls, numbers: Sequence[Fraction]) -> Factor:
+        """Return the factor of columns with these numbers."""
+        return cls._of(1, numbers)
+
+    @classmethod
+    def _of(cls, axis: int, numbers: Sequence[Fraction]) -> Factor:
         tails = {x: float(x - Fraction(float(x))) for x in dict.fromkeys(numbers)}
         value, tail = (np.array([of(x) for x in numbers]) for of in (float, tails.__getitem__))
-        return cls(0, value, np.abs(tail) * SLACK, tail, np.abs(tail), lambda k: numbers[k])
+        lost = (np.abs(value) < TINY) & np.array([bool(x) for x in numbers], np.bool_)
+        error, size = np.where(lost, TINY, np.abs(tail) * SLACK), np.where(lost, np.inf, np.abs(tail))
+        return cls(axis, value, error, tail, size, lambda k: numbers[k])
 
 
 @dataclass(frozen=True)

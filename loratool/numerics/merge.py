@@ -129,7 +129,7 @@ class RowMerge:
         if squares is not None and not self.x.factor:
             own = float(squares[first : first + len(base)].sum())
             return dot(moved, change) - bounds.shift * float(moved.sum()), own
-        asked = upper.sub_(base)
+        asked = upper.sub_(base) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot(moved, asked), dot(asked, asked)
 
     def _not_finite(

@@ -1,8 +1,8 @@
 """Compute DoRA's norms ||W + D|| of rows or columns, each the exact square root rounded to 36 significant bits.
 
 The norm of a float64 sum has a bound on its error; where both ends round to one number of 36 bits, that is it. Where
-not (one in a thousand), the squares are summed as integers. So the norms are the same numbers everywhere, and an input
-of X like any other.
+not (one in a thousand), the squares are summed from pairs of numbers with a bound, and where that does not tell, as
+exact numbers. So the norms are the same numbers everywhere, and an input of X like any other.
 
 36 bits are off by 2**-37 at most, which moves one bfloat16 in 10**9 by a step against a root without rounding.
 """
@@ -10,7 +10,7 @@ of X like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from math import isqrt
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decide import LEAST, SLACK, Factor, U
+from .decide import LEAST, SLACK, Delta, Factor, U
 from .dense import TILE
 from .error_free import two_product, two_sum
 from .forms import FORMS, Wide, codes, exponent, fraction, integers, power, wide
@@ -27,45 +27,54 @@ from .workspace import Workspace
 
 NORM_BITS = 36
 FLUSHED = 2.0**-110  # no less than the norm of the subnormal weights of a row, which may be flushed
+LARGEST_SQUARE = 2.0**1000  # larger ones are left to the exact numbers, as their sum may be too large for float64
 
 # (first row, rows of W) of blocks that cover a weight, as often as it is called
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
+# (delta, W) of the same rows, as often as it is called
+Parts = Callable[[], Iterable[tuple[Delta, Tensor]]]
+Line = tuple[slice, slice]  # the rows and columns that have one norm
 
 
-def row_norms(delta: ProductRows, base: Tensor, work: Workspace) -> Wide:
+def row_norms(delta: Delta, base: Tensor, work: Workspace) -> Wide:
     """Return the norm of each row of `base`, (rows, n), finite, the rows of `delta` from its first on."""
-    columns, about = base.shape[1], np.empty(len(base))
+    columns, about, sums = base.shape[1], np.empty(len(base)), _Sums(delta, base.device)
     for start in range(0, len(base), height := max(1, TILE[torch.float64] // max(1, columns))):
         here = slice(start, start + height)
-        about[here] = np.sqrt(_folded(_sums(delta, start, base[here], work).square_(), 1).cpu().numpy())
-    # of D's row; and by `bound` of its error
-    sizes = delta.row_norms[: len(base)] * float(norms(delta.products.column_norms[None])[0])
-    low, high = _ends(about, sizes, delta, columns.bit_length() + 1)
-    for i in np.flatnonzero(low != high):
-        low[i] = _root(_exact_squares(delta, base, slice(i, i + 1), slice(None)))
+        about[here] = np.sqrt(_folded(sums.take(start, base[here], work).square_(), 1).cpu().numpy())
+    sizes, errors = (x[: len(base)] for x in sums.of_rows())
+    low, high = _ends(about, sizes, errors, columns.bit_length() + 1 + sums.roundings)
+    doubt = np.flatnonzero(low != high)
+    low[doubt] = _settled(lambda: [(delta, base)], [(slice(i, i + 1), slice(None)) for i in doubt])
     return low
 
 
-def column_norms(products: Products, blocks: Blocks, work: Workspace) -> Wide:
-    """Return the norm of each column of a weight that is read by blocks of rows."""
-    columns = products.shape[1]
-    total, rest, sizes = np.zeros((3, columns))
-    height = max(1, TILE[torch.float64] // max(1, columns))
+def column_norms(
+    delta: Products | Callable[[int, int], Delta], blocks: Blocks, work: Workspace, together: int = 1
+) -> Wide:
+    """Return the norm of each column of a weight that is read by blocks of rows.
+
+    Args:
+        delta: gives that of the rows from a start to a stop; or products, which have such rows.
+        together: so many columns in a row have one norm, as an input channel of a flattened kernel has.
+    """
+    rows = delta.rows if isinstance(delta, Products) else delta
+    total, rest, sizes, errors = np.zeros((4, 1))
+    folds = roundings = 0
     for first, base in blocks():
-        delta = products.rows(first, first + len(base))
-        sizes += np.square(delta.row_norms).sum()
+        height = max(1, TILE[torch.float64] // max(1, base.shape[1]))
+        sums = _Sums(rows(first, first + len(base)), base.device)
         for start in range(0, len(base), height):
-            sums = _sums(delta, start, base[start : start + height], work)
-            total, e = two_sum(total, _folded(sums.square_(), 0).cpu().numpy())
-            rest += e
-    sizes = np.sqrt(sizes) * products.column_norms * SLACK
-    low, high = _ends(np.sqrt(total + rest), sizes, products.rows(0, 0), height.bit_length() + 3)
-    doubt, squares = np.flatnonzero(low != high), np.zeros(columns, object)
-    for first, base in blocks() if len(doubt) else ():
-        delta = products.rows(first, first + len(base))
-        for j in doubt:
-            squares[j] += _exact_squares(delta, base, slice(None), slice(j, j + 1))
-    low[doubt] = [_root(squares[j]) for j in doubt]
+            squares = _folded(sums.take(start, base[start : start + height], work).square_(), 0)
+            total, e = two_sum(total, _folded(squares.view(-1, together), 1).cpu().numpy())
+            rest = rest + e
+        size, error = (np.square(x).reshape(-1, together).sum(1) for x in sums.of_columns())
+        sizes, errors = sizes + size, errors + error
+        folds, roundings = height.bit_length() + together.bit_length() + 3, max(roundings, sums.roundings)
+    low, high = _ends(np.sqrt(total + rest), np.sqrt(sizes) * SLACK, np.sqrt(errors) * SLACK, folds + roundings)
+    doubt = np.flatnonzero(low != high)
+    lines = [(slice(None), slice(j * together, (j + 1) * together)) for j in doubt]
+    low[doubt] = _settled(lambda: ((rows(first, first + len(base)), base) for first, base in blocks()), lines)
     return low
 
 
@@ -80,17 +89,57 @@ def _folded(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim)
 
 
-def _sums(delta: ProductRows, row: int, base: Tensor, work: Workspace) -> Tensor:
-    """Return W + D of some rows in float64, in a buffer, from row `row` of the delta on."""
-    sums = work.take("sums", torch.float64, *base.shape).copy_(base)
-    left, right = torch.from_numpy(delta.left[row : row + len(base)]), torch.from_numpy(delta.products.right)
-    return sums.addmm_(left.to(sums.device), right.T.to(sums.device))
+class _Sums:
+    """W + D of some rows in float64, summed in any order.
+
+    Attributes:
+        roundings: of each sum.
+    """
+
+    def __init__(self, delta: Delta, device: torch.device) -> None:
+        self._products = delta if isinstance(delta, ProductRows) else None
+        self._dense = None if isinstance(delta, ProductRows) else delta.dense(torch.float64, device)
+        self._columns = delta.shape[1]
+        self.roundings = self._products.products.rank + 2 if self._products else 2
+
+    def take(self, row: int, base: Tensor, work: Workspace) -> Tensor:
+        """Return the sums of some rows, from row `row` of the delta on, in a buffer."""
+        sums, rows = work.take("sums", torch.float64, *base.shape).copy_(base), slice(row, row + len(base))
+        if self._dense:
+            self._dense.fill(rows, 0.0, change := work.take("change", torch.float64, *base.shape))
+            return sums.add_(change)
+        assert self._products
+        left, right = torch.from_numpy(self._products.left[rows]), torch.from_numpy(self._products.products.right)
+        return sums.addmm_(left.to(sums.device), right.T.to(sums.device))
+
+    def of_rows(self) -> tuple[Wide, Wide]:
+        """Return no less than the norm of D in each row, and of its error."""
+        if self._dense:
+            width = math.sqrt(self._columns)
+            return self._dense.sizes * width, self._dense.errors * width
+        assert self._products
+        sizes = self._products.row_norms * float(norms(self._products.products.column_norms[None])[0])
+        return sizes, self._products.bound(sizes)
+
+    def of_columns(self) -> tuple[Wide, Wide]:
+        """Return the same of each column."""
+        if self._dense:
+            size, error = (float(norms(x[None])[0]) for x in (self._dense.sizes, self._dense.errors))
+            return np.full(self._columns, size), np.full(self._columns, error)
+        assert self._products
+        sizes = float(norms(self._products.row_norms[None])[0]) * self._products.products.column_norms
+        return sizes, self._products.bound(sizes)
 
 
-def _ends(about: Wide, sizes: Wide, delta: ProductRows, folds: int) -> tuple[Wide, Wide]:
-    """Round the norms at both ends of their bounds, by integers. sizes: no ||D|| is larger."""
-    roundings = folds + 5 + delta.products.rank + 2  # of the sum of squares and the root; of W + D, in any order
-    error = (delta.bound(sizes) + roundings * U * (about + 2 * sizes) + FLUSHED) * SLACK
+def _ends(about: Wide, sizes: Wide, errors: Wide, roundings: int) -> tuple[Wide, Wide]:
+    """Round the norms at both ends of their bounds, by integers.
+
+    Args:
+        sizes: no ||D|| is larger.
+        errors: nor that of its error.
+        roundings: of the sum of squares and of W + D.
+    """
+    error = (errors + (roundings + 5) * U * (about + 2 * sizes) + FLUSHED) * SLACK
     drop = 53 - NORM_BITS
     low, high = (
         ((np.maximum(x, 0.0).view(np.int64) + (1 << (drop - 1))) >> drop << drop).view(np.float64)
@@ -98,6 +147,47 @@ def _ends(about: Wide, sizes: Wide, delta: ProductRows, folds: int) -> tuple[Wid
     )
     return np.where(np.isfinite(about), low, np.nan), high  # what overflowed is in doubt
 
+
+def _settled(parts: Parts, lines: Sequence[Line]) -> list[float]:
+    """Return the norms of some lines from pairs of numbers, and from exact ones where these do not tell."""
+    total, bound = ([Fraction(0)] * len(lines) for _ in "tb")
+    beyond = [False] * len(lines)
+    for delta, base in parts() if lines else ():
+        for k, line in enumerate(lines):
+            squares = _pair_squares(delta, base, line)
+            if squares is None:
+                beyond[k] = True
+            else:
+                total[k], bound[k] = total[k] + squares[0], bound[k] + squares[1]
+    found = [_root(low) for low in map(Fraction.__sub__, total, bound)]
+    doubt = [k for k, high in enumerate(map(Fraction.__add__, total, bound)) if beyond[k] or found[k] != _root(high)]
+    squares = dict.fromkeys(doubt, Fraction(0))
+    for delta, base in parts() if doubt else ():
+        for k in doubt:
+            squares[k] += _exact_squares(delta, base, *lines[k])
+    return [_root(squares[k]) if k in squares else x for k, x in enumerate(found)]
+
+
+@np.errstate(all="ignore")
+def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fraction] | None:
+    """Return the sum of the squares of W + D in a line, and a bound; None where nothing is known."""
+    rows, columns = (np.arange(*each.indices(length)) for each, length in zip(line, base.shape, strict=True))
+    i, j = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
+    code, form = codes(base[line].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
+    high, low, bound = delta.nearer(i, j)
+    sums, rest = two_sum(wide(code, form), high)
+    rest, lost = two_sum(rest, low)
+    sums, rest = two_sum(sums, rest)
+    bound = bound + np.abs(lost)
+    square, e = two_product(sums, sums)
+    zero = ((code & form.size) == 0) & (high == 0) & (low == 0) & (bound == 0)
+    # of (sums + rest)**2 the square of the rest is left out, and the double product is rounded
+    error = (2 * (np.abs(sums) + np.abs(rest)) + bound) * bound + square * (4 * U * U)
+    if not (square < LARGEST_SQUARE).all() or not np.isfinite(error).all():
+        return None
+    total = math.fsum(np.concatenate([square, e, 2 * sums * rest]))
+    off = (math.fsum(error) + int((~zero).sum()) * LEAST + U * abs(total)) * SLACK
+    return Fraction(total), Fraction(off)
 
 def short_root(x: Fraction) -> Fraction:
     """Return the square root rounded to NORM_BITS bits, half up."""
@@ -109,22 +199,28 @@ def short_root(x: Fraction) -> Fraction:
     return ((root + (1 << (drop - 1))) >> drop) * power(e + drop)
 
 
-def _exact_squares(delta: ProductRows, base: Tensor, i: slice, j: slice) -> Fraction | int:
-    """Return the sum of the squares of W + D in one row or one column."""
-    code, form = codes(base[i, j].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
+def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
+    """Return the sum of the squares of W + D in some rows and columns."""
+    code, form = codes(base[i, j].cpu().contiguous()), FORMS[base.dtype]
+    if not isinstance(delta, ProductRows):
+        rows, columns = (range(*each.indices(length)) for each, length in zip((i, j), base.shape, strict=True))
+        places = zip(code.reshape(-1), ((a, b) for a in rows for b in columns), strict=True)
+        return sum(((fraction(w, form) + delta.exact(*at)) ** 2 for w, at in places), Fraction(0))
+    if len(code) > 1 and code.shape[1] > 1:  # integers take one line at a time
+        columns = range(*j.indices(base.shape[1]))
+        return sum((_exact_squares(delta, base, i, slice(b, b + 1)) for b in columns), Fraction(0))
     if not (code & form.size).any() and not (delta.live[i].any() and delta.products.live[j].any()):
-        return 0
+        return Fraction(0)
     change, least = delta.exact_line(i, j)
-    m, e = integers(code, form)
+    m, e = integers(code.reshape(-1), form)
     low = min(least, int(e.min(initial=0)))
     total = (change << (least - low)) + (m.astype(object) << (e - low).astype(object))
     return int((total * total).sum()) * power(2 * low)
 
-
-def _root(x: Fraction | int) -> float:
+def _root(x: Fraction) -> float:
     """Return `short_root` in float64; inf beyond its range."""
     try:
-        return float(short_root(Fraction(x)))
+        return float(short_root(x))
     except OverflowError:
         return math.inf
 

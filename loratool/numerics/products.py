@@ -66,10 +66,15 @@ class _Side:
     tail: float  # what the significand lacks, about
 
 
+def split_scale(scale: Fraction) -> tuple[float, int, float]:
+    """Return a significand from 1/2 to 1 in size, the exponent of its power of two, and what it lacks, about."""
+    e = exponent(scale) + 1
+    significand = float(scale / power(e))
+    return significand, e, float(scale / power(e) - Fraction(significand))
+
+
 def _side(term: Term) -> _Side:
-    e = exponent(term.scale) + 1
-    significand = float(term.scale / power(e))
-    tail = float(term.scale / power(e) - Fraction(significand))
+    significand, e, tail = split_scale(term.scale)
     forms = FORMS[term.left.dtype], FORMS[term.right.dtype]
     right = codes(term.right.T.contiguous())
     return _Side(term.left, right, forms, term.scale, term.columns, term.by_rows, significand, e, tail)

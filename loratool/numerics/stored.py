@@ -1,4 +1,4 @@
-"""Take stored values as a delta, and sum deltas."""
+"""Take stored values, or nothing, as a delta, and sum deltas."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Stored:
         )
         value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
         if self._weight == 1:
-            return value, np.zeros(len(i)), np.zeros(len(i))
+            size = value.view(np.int64) & np.int64(2**63 - 1)
+            subnormal = (size > 0) & (size < 1 << 52)  # of float64: it may be flushed
+            return value, np.zeros(len(i)), np.where(subnormal, np.inf, 0.0)
         high, low = two_product(value, np.full_like(value, self._weight))
         in_range = (value == 0) | (self._weight == 0) | ((np.abs(high) > 2.0**-400) & (np.abs(high) < 2.0**500))
         return high, low, np.where(in_range, 0.0, np.abs(high) * (4 * U) + LEAST)
@@ -70,6 +72,30 @@ class Stored:
         if row < 0:
             return Fraction(0)
         return Fraction(self._weight) * fraction(codes(self._value)[row, j], FORMS[self._value.dtype])
+
+
+@dataclass(frozen=True)
+class Zero:
+    """D = 0, where an update only multiplies W (IA3)."""
+
+    shape: tuple[int, int]
+    largest: float = 0.0
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        none = np.zeros(self.shape[0])
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            out.fill_(shift)
+
+        return DenseDelta(none, none, fill)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return np.zeros(len(i)), np.zeros(len(i)), np.zeros(len(i))
+
+    nearer = near
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return Fraction(0)
 
 
 @dataclass(frozen=True)

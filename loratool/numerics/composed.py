@@ -1,0 +1,249 @@
+"""Compose deltas of deltas: products element by element, Kronecker products, and multiples of rows or columns.
+
+The bounds are those of the product rule: where x is off by d and y by e, x y is off by |x| e + |y| d + d e at most, and
+by what its own roundings lose. A base that stores (in, out) takes the same of the parts' transposes, since the
+transpose of each of these is that of its parts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .decide import LEAST, SLACK, Delta, DenseDelta, Factor, U, anything
+from .error_free import two_product, two_sum
+from .forms import Positions, Wide
+from .products import LEAST_OF, UNIT_OF, split_scale
+
+Pair = tuple[Wide, Wide, Wide]  # high, low and a bound, as `Delta.near` has them
+REACH = 400  # pairs with numbers beyond 2**-400 and 2**400 are left to the fractions, as their products may be lost
+SCALES = 300  # and all, if the scale is beyond 2**-300 and 2**300
+ROUNDINGS = 5  # of a product of two numbers and a scale, each cast to the type and the products rounded
+CPU = torch.device("cpu")
+
+
+class _Multiplied(ABC):
+    """D = scale * D1 * D2, each weight the product of one of D1 and one of D2."""
+
+    shape: tuple[int, int]
+
+    def __init__(self, one: Delta, two: Delta, scale: Fraction) -> None:
+        self._one, self._two, self._scale = one, two, scale
+        significand, e, _ = self._split = split_scale(scale)
+        self._in_range = abs(e) <= SCALES or not scale
+        self._factor = float(np.ldexp(significand, e)) if self._in_range and scale else 0.0
+
+    @cached_property
+    def largest(self) -> float:
+        one, two, scale = _largest_of(self._one), _largest_of(self._two), abs(self._factor)
+        return float(np.max([self._one.largest, self._two.largest, one, two, scale, scale * one, scale * one * two]))
+
+    @abstractmethod
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta: ...
+
+    @abstractmethod
+    def _places(self, i: Positions, j: Positions) -> tuple[Positions, Positions, Positions, Positions]:
+        """Return rows and columns of D1 and those of D2."""
+
+    def _bounds(self, sizes: tuple[Wide, Wide], errors: tuple[Wide, Wide], kind: torch.dtype) -> tuple[Wide, Wide]:
+        """Return the sizes and errors of products in a type. sizes, errors: of both sides, for each row."""
+        scale, (one, two), (d, e) = abs(self._factor), sizes, errors
+        with np.errstate(all="ignore"):
+            made = (one + d) * (two + e)
+            lost = scale * (one * e + two * d + d * e + ROUNDINGS * UNIT_OF[kind] * made)
+            flushed = 8 * LEAST_OF[kind] * (1 + scale) * (1 + one + d) * (1 + two + e)
+            found = (scale * one * two * SLACK, (lost + flushed) * SLACK if self._in_range else lost + np.inf)
+        return _known(found[0]), _known(found[1])
+
+    def near(self, i: Positions, j: Positions) -> Pair:
+        i1, j1, i2, j2 = self._places(i, j)
+        return self._times(self._one.near(i1, j1), self._two.near(i2, j2))
+
+    def nearer(self, i: Positions, j: Positions) -> Pair:
+        i1, j1, i2, j2 = self._places(i, j)
+        return self._times(self._one.nearer(i1, j1), self._two.nearer(i2, j2))
+
+    def exact(self, i: int, j: int) -> Fraction:
+        (i1,), (j1,), (i2,), (j2,) = self._places(np.array([i]), np.array([j]))
+        return self._scale * self._one.exact(int(i1), int(j1)) * self._two.exact(int(i2), int(j2))
+
+    @np.errstate(all="ignore")
+    def _times(self, one: Pair, two: Pair) -> Pair:
+        """Return the products of pairs and the scale, as pairs."""
+        (h1, l1, d), (h2, l2, e) = one, two
+        if not self._in_range:
+            return anything(len(h1))
+        significand, power, tail = self._split
+        product, rest = two_product(h1, h2)
+        cross = np.abs(h1 * l2) + np.abs(l1 * h2)
+        lost = (np.abs(h1) + np.abs(l1)) * e + (np.abs(h2) + np.abs(l2) + e) * d
+        lost += np.abs(l1 * l2) + 4 * U * (np.abs(rest) + cross)
+        rest = rest + (h1 * l2 + l1 * h2)
+        high, low = two_product(product, np.full_like(product, significand))
+        low = low + (rest * significand + product * tail)
+        lost += 4 * U * (np.abs(rest) + 2 * U * np.abs(product))
+        plain = (d == 0) & (e == 0) & _is_zero(l1) & _is_zero(l2) & (abs(significand) == 0.5)
+        high, low, lost = (np.ldexp(x, np.intc(power)) for x in (high, low, lost + LEAST))
+        bound = np.where(plain & (np.abs(high) > 2.0 ** -(REACH + 100)), 0.0, lost * SLACK + LEAST)
+        usual = _is_usual(h1, REACH) & _is_usual(h2, REACH) & _is_usual(l1, REACH + 100) & _is_usual(l2, REACH + 100)
+        return _cleaned(high, low, np.where(usual, bound, np.inf), _vanishes(one) | _vanishes(two) | (significand == 0))
+
+
+class Hadamard(_Multiplied):
+    """D = scale * D1 * D2, element by element (LoHa).
+
+    Args:
+        one, two: of one shape.
+    """
+
+    def __init__(self, one: Delta, two: Delta, scale: Fraction) -> None:
+        super().__init__(one, two, scale)
+        self.shape = one.shape
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        one, two = (delta.dense(kind, device) for delta in (self._one, self._two))
+        sizes, errors = self._bounds((one.sizes, two.sizes), (one.errors, two.errors), kind)
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            one.fill(rows, 0.0, out)
+            two.fill(rows, 0.0, more := torch.empty_like(out))
+            torch.addcmul(out.new_full((), shift), out, more, value=self._factor, out=out)
+
+        return DenseDelta(sizes, errors, fill)
+
+    def _places(self, i: Positions, j: Positions) -> tuple[Positions, Positions, Positions, Positions]:
+        return i, j, i, j
+
+
+class Kron(_Multiplied):
+    """D[i, j] = scale * D1[i // p, j // q] * D2[i % p, j % q] for D2 of (p, q) (LoKr), some rows of it.
+
+    Args:
+        one, two: all rows of both, which are small beside D.
+        rows: start and stop among the rows of D.
+    """
+
+    def __init__(self, one: Delta, two: Delta, scale: Fraction, rows: slice) -> None:
+        super().__init__(one, two, scale)
+        self.shape = rows.stop - rows.start, one.shape[1] * two.shape[1]
+        self._rows = np.arange(rows.start, rows.stop)
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        (one, sizes1, errors1), (two, sizes2, errors2) = (_filled(delta) for delta in (self._one, self._two))
+        i, k = self._rows // len(two), self._rows % len(two)
+        sizes, errors = self._bounds((sizes1[i], sizes2[k]), (errors1[i], errors2[k]), kind)
+        first, second = (one * self._factor).to(kind).to(device), two.to(kind).to(device)
+        at, beside = (torch.from_numpy(x).to(device) for x in (i, k))
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            left, right = first[at[rows]], second[beside[rows]]
+            whole = out.view(len(left), left.shape[1], right.shape[1])
+            torch.mul(left[:, :, None], right[:, None], out=whole)
+            out.add_(shift)
+
+        return DenseDelta(sizes, errors, fill)
+
+    def _places(self, i: Positions, j: Positions) -> tuple[Positions, Positions, Positions, Positions]:
+        p, q = self._two.shape
+        i = self._rows.take(i)
+        return i // p, j // q, i % p, j % q
+
+
+class Scaled:
+    """D = a number of each row or column * D1 (what DoRA multiplies a delta by)."""
+
+    def __init__(self, delta: Delta, ratio: Factor) -> None:
+        self._delta, self._ratio, self.shape = delta, ratio, delta.shape
+
+    @cached_property
+    def largest(self) -> float:
+        size, ratio = _largest_of(self._delta), float(np.abs(self._ratio.value).max(initial=0.0))
+        return float(np.max([self._delta.largest, size, ratio, ratio * size]))
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        inner, by_rows = self._delta.dense(kind, device), self._ratio.axis == 0
+        ratio, off = np.abs(self._ratio.value), self._ratio.error
+        if not by_rows:
+            ratio, off = ratio.max(initial=0.0), off.max(initial=0.0)
+        with np.errstate(all="ignore"):
+            made = inner.sizes + inner.errors
+            lost = (ratio + off) * inner.errors + inner.sizes * off + ROUNDINGS * UNIT_OF[kind] * ratio * made
+            errors = (lost + 8 * LEAST_OF[kind] * (1 + ratio) * (1 + made)) * SLACK
+            sizes = (ratio + off) * inner.sizes * SLACK
+        value = torch.from_numpy(self._ratio.value).to(kind).to(device)
+        value = value[:, None] if by_rows else value[None]
+
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            inner.fill(rows, 0.0, out)
+            torch.addcmul(out.new_full((), shift), out, value[rows] if by_rows else value, out=out)
+
+        return DenseDelta(_known(sizes), _known(errors), fill)
+
+    def near(self, i: Positions, j: Positions) -> Pair:
+        return self._times(self._delta.near(i, j), i, j)
+
+    def nearer(self, i: Positions, j: Positions) -> Pair:
+        return self._times(self._delta.nearer(i, j), i, j)
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return self._ratio.exact((i, j)[self._ratio.axis]) * self._delta.exact(i, j)
+
+    @np.errstate(all="ignore")
+    def _times(self, pair: Pair, i: Positions, j: Positions) -> Pair:
+        high, low, bound = pair
+        value, error = self._ratio.at(i, j)
+        one, two, lost = self._ratio.times(high, low, i, j)
+        total = np.where((bound == 0) & (lost == 0), 0.0, (bound * (np.abs(value) + error) + lost) * SLACK + LEAST)
+        usual = _is_usual(high, REACH) & _is_usual(low, REACH + 100) & _is_usual(value, REACH)
+        return _cleaned(one, two, np.where(usual, total, np.inf), _vanishes(pair) | ((value == 0) & (error == 0)))
+
+
+def _filled(delta: Delta) -> tuple[Tensor, Wide, Wide]:
+    """Return all of a small delta in float64, and no less than the size and error of the numbers of each row."""
+    dense, value = delta.dense(torch.float64, CPU), torch.empty(delta.shape, dtype=torch.float64)
+    dense.fill(slice(0, delta.shape[0]), 0.0, value)
+    made = value.abs().amax(1).numpy() if value.numel() else np.zeros(len(value))
+    return value, _known(np.minimum(dense.sizes, made + dense.errors)), _known(dense.errors)
+
+
+def _largest_of(delta: Delta) -> float:
+    """Return no less than the largest |D|."""
+    return float(delta.dense(torch.float64, CPU).sizes.max(initial=0.0))
+
+
+def _known(x: Wide) -> Wide:
+    """Return bounds with inf where float64 could not work one out."""
+    return np.where(np.isnan(x), np.inf, x)
+
+
+def _size(x: Wide) -> npt.NDArray[np.int64]:
+    """Return |x| as its bits, which no setting of the machine takes for 0."""
+    return x.view(np.int64) & np.int64(2**63 - 1)
+
+
+def _is_zero(x: Wide) -> npt.NDArray[np.bool_]:
+    return _size(x) == 0
+
+
+def _is_usual(x: Wide, reach: int) -> npt.NDArray[np.bool_]:
+    """Return where x is 0 or from 2**-reach to 2**reach in size."""
+    size = _size(x)
+    return (size == 0) | ((size >= (1023 - reach) << 52) & (size <= (1023 + reach) << 52))
+
+
+def _vanishes(pair: Pair) -> npt.NDArray[np.bool_]:
+    """Return where a pair is 0 for sure."""
+    high, low, bound = pair
+    return _is_zero(high) & _is_zero(low) & (bound == 0)
+
+
+def _cleaned(high: Wide, low: Wide, bound: Wide, zero: npt.NDArray[np.bool_]) -> Pair:
+    """Return pairs with 0 where they are 0 for sure, and "anything" where one is no number."""
+    fine = np.isfinite(high) & np.isfinite(low) & np.isfinite(bound) & ~zero
+    return np.where(fine, high, 0.0), np.where(fine, low, 0.0), np.where(fine, bound, np.where(zero, 0.0, np.inf))

@@ -1,0 +1,62 @@
+"""Multiply stored factors with each other before they become terms, so that no bit of them is lost.
+
+A product of two numbers of 24 bits or fewer is exact in float64; a float64 number is cut in two halves of 26 bits, so
+that the product is a sum of several tensors, each exact. So a term's factor may be a product of two stored ones: a
+Tucker core and what it is contracted with, AdaLoRA's singular values, VeRA's vectors.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .error_free import halves
+from .forms import FORMS, Wide, codes, wide
+from .products import Term
+
+REACH = 98  # products of halves of float64 numbers within 2**-98 and 2**98 are no less than `Products` can balance
+
+
+def multiply_exactly(one: Tensor, two: Tensor) -> list[Tensor]:
+    """Return float64 tensors whose sum is one * two, element by element, exactly.
+
+    Args:
+        one, two: shapes that broadcast, any types of FORMS.
+
+    Raises:
+        ValueError: a float64 number is so small or large that a product could be lost, or it is inf or nan.
+    """
+    with np.errstate(invalid="ignore"):  # inf and nan, which `Products` refuses
+        return [torch.from_numpy(x * y) for x in _parts(one) for y in _parts(two)]
+
+
+def _parts(x: Tensor) -> list[Wide]:
+    """Return the numbers, or the two halves of each."""
+    code, form = codes(x.cpu().contiguous()), FORMS[x.dtype]
+    if form.bits < 53:
+        return [wide(code, form)]
+    size = code & form.size
+    if not ((size == 0) | ((size >= (1023 - REACH) << 52) & (size <= (1023 + REACH) << 52))).all():
+        raise ValueError(f"a factor in float64 is beyond 2**-{REACH} and 2**{REACH}")
+    return list(halves(wide(code, form)))
+
+
+def tucker_terms(up: Tensor, mid: Tensor, down: Tensor, scale: Fraction) -> list[Term]:
+    """Return the terms of D[p, (s, k)] = scale * sum over i and j of up[p, i] * mid[i, j, k] * down[j, s].
+
+    Args:
+        up: (out, r1).
+        mid: (r1, r2, ...), the kernel's dimensions last; k counts them flattened.
+        down: (r2, in).
+
+    Raises:
+        ValueError: as `multiply_exactly`.
+    """
+    core = mid.flatten(2)
+    r1, r2, size = core.shape
+    left = up.repeat_interleave(r2, 1)  # (out, r1 * r2)
+    rights = multiply_exactly(core[:, :, None], down[None, :, :, None])  # each (r1, r2, in, k)
+    return [Term(left, right.reshape(r1 * r2, down.shape[1] * size), scale) for right in rights]
