@@ -10,7 +10,7 @@ a kernel. For an update with the weight w, W' = W + w (U(W) - W), and `fractions
 - W (1 + v) for LyCORIS's IA3, of which the bias has no part; l W for PEFT's, whose l of outputs multiplies the bias.
 
 A scale is one float64 number: alpha / r, r being the rows of a `_b` or of `lora_down`, or that of PEFT's config, whose
-`rank_pattern` may say another. LoKr has no r in LyCORIS where both its matrices are whole, and the scale is 1; in PEFT it
+`rank_pattern` may say another. LoKr has no r in LyCORIS where both matrices are whole, and the scale is 1; in PEFT it
 is alpha / r still. AdaLoRA's is lora_alpha / (init_r + 1e-5), whatever ranks were pruned since. LyCORIS has it so in
 `lycoris/modules/*.py` (the forward pass), PEFT in `peft/tuners/*/layer.py` (`get_delta_weight`; `merge` for IA3).
 """
@@ -162,3 +162,10 @@ def merged_codes(base: Base, updates: Mapping[str, Update], out: torch.dtype | N
         assert wanted is not None
         found[f"{base.path}.{end}"] = wanted
     return found
+
+
+def merged_reals(base: Base, updates: Mapping[str, Update]) -> tuple[Tensor, Tensor]:
+    """Return the base's weight and bias after a merge, in their shapes, each number rounded to float64."""
+    codes = merged_codes(Base(base.layer, torch.float64, base.weight.double(), base.bias.double()), updates)
+    weight, bias = (torch.from_numpy(np.array(each, dtype=np.uint64).view(np.float64)) for each in codes.values())
+    return weight.reshape(base.weight.shape), bias
