@@ -44,7 +44,12 @@ from torch import Tensor
 Roles = dict[str, Tensor]
 
 # A layer of the base -> its weight's shape. Kernels are oblong, so that no two axes can be taken for each other.
-SHAPES: dict[str, tuple[int, ...]] = {"linear": (25, 6), "conv": (10, 6, 3, 2), "norm": (25,)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "linear": (25, 6),
+    "conv": (10, 6, 3, 2),
+    "conv1d": (10, 6, 3),
+    "norm": (25,),
+}
 # how a file spells a module: (prefix, whether the path's dots become underscores)
 CONTAINERS = {
     "kohya": ("lora_unet_", True),
@@ -232,6 +237,7 @@ KINDS: dict[str, tuple[str, Callable[..., Roles]]] = {
     "lokr conv full": ("conv", lokr),
     "lokr conv w2": ("conv", lokr_two),
     "lokr tucker": ("conv", lokr_tucker),
+    "lokr conv1d full": ("conv1d", lokr),
     "full": ("linear", full),
     "full conv": ("conv", full),
     "diff": ("linear", diff_alone),
@@ -341,6 +347,15 @@ def _without_alpha(roles: Roles) -> Roles:
     return {role: tensor for role, tensor in roles.items() if role != "alpha"}
 
 
+def loha_peft1d(n: Numbers, out: int, inp: int, kernel: int) -> Roles:
+    """Make LoHa's tensors as PEFT has them for a convolution of one axis, whose cores have two."""
+    return loha_tucker(n, out, inp, kernel, 1)
+
+
+def lokr_peft1d(n: Numbers, out: int, inp: int, kernel: int) -> Roles:
+    return lokr_tucker(n, out, inp, kernel, 1)
+
+
 def _product(kind: str, layer: str, made: Callable[..., Roles], rank: int, **config: Any) -> Callable[[Numbers], Peft]:
     """Return a maker of PEFT's LoHa or LoKr, whose roles are LyCORIS's and whose alpha is in the config."""
 
@@ -389,6 +404,7 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
     "loha conv": _product("LOHA", "conv", loha, 3),
     "loha tucker": _product("LOHA", "conv", loha_tucker, 3, use_effective_conv2d=True),
+    "loha conv1d tucker": _product("LOHA", "conv1d", loha_peft1d, 3, use_effective_conv2d=True),
     "loha alpha_pattern": _product("LOHA", "linear", loha, 8, rank_pattern={"linear": 3}, alpha_pattern={"linear": 5}),
     "lokr full": _product("LOKR", "linear", lokr, 3),
     "lokr w2": _product("LOKR", "linear", lokr_two, 2),
@@ -396,6 +412,7 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "lokr conv full": _product("LOKR", "conv", lokr, 3),
     "lokr conv w2": _product("LOKR", "conv", lokr_two, 2),
     "lokr tucker": _product("LOKR", "conv", lokr_tucker, 2, use_effective_conv2d=True),
+    "lokr conv1d tucker": _product("LOKR", "conv1d", lokr_peft1d, 2, use_effective_conv2d=True),
     "ia3": _peft_ia3("linear", False),
     "ia3 feedforward": _peft_ia3("linear", True),
     "ia3 conv": _peft_ia3("conv", False),
@@ -426,7 +443,9 @@ def _xlora(n: Numbers) -> Peft:
     return Peft("linear", {}, {"peft_type": "XLORA", "hidden_size": 6, "adapters": {"0": "one", "1": "two"}}, shared)
 
 
+# those that multiply W by a matrix, or by what is not in the file; peft mistakes the axes of a `lokr_w2` of three
 PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
+    "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
     "oft": _peft_oft,
     "boft": _peft_boft,
     "vera without projections": _vera_alone,

@@ -42,6 +42,8 @@ def layer_of(base: Base) -> nn.Module:
         layer = nn.Linear(shape[1], shape[0])
     elif base.layer == "conv":
         layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]))
+    elif base.layer == "conv1d":
+        layer = nn.Conv1d(shape[1], shape[0], shape[2])
     else:
         layer = nn.LayerNorm(shape[0])
     layer.double().requires_grad_(False)
@@ -58,7 +60,7 @@ def model_of(base: Base) -> nn.Module:
 
 
 def inputs_of(base: Base) -> Tensor:
-    shape = {"linear": (4, 6), "conv": (2, 6, 5, 5), "norm": (4, 25)}[base.layer]
+    shape = {"linear": (4, 6), "conv": (2, 6, 5, 5), "conv1d": (2, 6, 5), "norm": (4, 25)}[base.layer]
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -66,7 +68,8 @@ def forward(base: Base, weight: Tensor, bias: Tensor) -> Tensor:
     x = inputs_of(base)
     if base.layer == "norm":
         return F.layer_norm(x, (len(weight),), weight, bias)
-    return F.linear(x, weight, bias) if base.layer == "linear" else F.conv2d(x, weight, bias)
+    operator = {"linear": F.linear, "conv": F.conv2d, "conv1d": F.conv1d}[base.layer]
+    return operator(x, weight, bias)
 
 
 def check(found: Tensor, base: Base, updates: Mapping[str, Any], tolerance: float = TOLERANCE) -> None:
@@ -231,10 +234,12 @@ def comfy_weight(W: Tensor, roles: Mapping[str, Tensor], strength: float) -> Ten
 
 
 # ComfyUI has no IA3, wants GLoRA's a1, and divides DoRA of outputs by the norm of W instead of W + D
+# (torch.kron has a `lokr_w2` of three axes beside others than LyCORIS means)
 COMFY_KINDS = [
     kind
-    for kind in KINDS
-    if kind.split()[0] in ("lora", "rs-lora", "lora_mid", "loha", "lokr") or (kind.startswith("dora") and " in" in kind)
+    for kind, (layer, _) in KINDS.items()
+    if (kind.split()[0] in ("lora", "rs-lora", "lora_mid", "loha", "lokr") and layer != "conv1d")
+    or (kind.startswith("dora") and " in" in kind)
 ]
 
 
@@ -268,17 +273,12 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     check(layer(inputs_of(base)), base, updates, tolerance)
 
 
-def test_peft_scrambles_lokr_of_one_dimension() -> None:
+def test_peft_scrambles_lokr_of_one_dimension(tmp_path: Path) -> None:
     """Its Kronecker product with a `lokr_w2` of three axes puts `lokr_w1` beside the kernel; LyCORIS's does not."""
     peft = pytest.importorskip("peft")
-    layer = nn.Conv1d(6, 10, 3).double()
-    model = nn.Sequential(layer)
-    theirs = peft.get_peft_model(
-        model, peft.LoKrConfig(r=8, alpha=8, target_modules=["0"], init_weights=False)
-    ).double()
-    module = theirs.base_model.model[0]
-    one, two = module.lokr_w1["default"], module.lokr_w2["default"]
-    assert one.shape == (2, 2) and two.shape == (5, 3, 3)
-    found = module.get_delta_weight("default")
-    torch.testing.assert_close(found, torch.kron(one[None], two).reshape(10, 6, 3))
-    assert (found - torch.kron(one, two.flatten(1)).reshape(10, 6, 3)).abs().max() > 0.01
+    adapter, base = peft_of("lokr conv1d full", FP32), base_of("conv1d", FP32)
+    loaded = peft.PeftModel.from_pretrained(model_of(base), adapter.write(tmp_path)).double()
+    found = loaded.base_model.model.get_submodule(base.path).get_delta_weight("default")
+    one, two = adapter.roles["lokr_w1"].double(), adapter.roles["lokr_w2"].double()
+    torch.testing.assert_close(found, 4 / 3 * torch.kron(one[None], two).reshape(10, 6, 3))
+    assert (found - 4 / 3 * torch.kron(one, two.flatten(1)).reshape(10, 6, 3)).abs().max() > 0.01
