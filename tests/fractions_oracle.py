@@ -187,18 +187,19 @@ class Replace:
 
 @dataclass(frozen=True)
 class DoRA:
-    """X = (1 - weight) W + weight * (m / n) * (W + change), m and n of each row, or of each column."""
+    """X = (1 - weight) W + weight * (m / n) * (W + change), m and n of each row, or of each group of columns."""
 
     change: list[Fraction]
     magnitude: Tensor  # m
     weight: float = 1.0
     by_columns: bool = False
+    group: int = 1  # columns that share a norm: the positions of a kernel
 
     def parts(self, W: list[Fraction | None], columns: int) -> tuple[list[Fraction], list[Fraction]]:
         if None in W:
             raise Refused  # a norm would be no number
         V = [w + d for w, d in zip(W, self.change, strict=True) if w is not None]
-        line = [at % columns if self.by_columns else at // columns for at in range(len(V))]
+        line = [at % columns // self.group if self.by_columns else at // columns for at in range(len(V))]
         squares = [Fraction(0)] * (max(line) + 1)
         for at, v in zip(line, V, strict=True):
             squares[at] += v * v

@@ -1,0 +1,458 @@
+"""Write small adapter files of every kind that LyCORIS and PEFT make, without either: seeded tensors by their names.
+
+Names and shapes are those of lycoris-lora 4.1.3 (`lycoris/modules/{locon,loha,lokr,full,norms,ia3,glora,diag_oft,boft,
+tlora}.py`: `weight_list` and `custom_state_dict`) and of peft 0.21.2 (`peft/tuners/{loha,lokr,ia3,adalora,vera,oft,
+boft}/layer.py`, `xlora/model.py`), as `save_weights` and `save_pretrained` write them. W is (out, in[, *kernel]), r the
+rank, k the kernel's positions. What the tensors mean is in `dense_oracle.py`.
+
+LyCORIS, one file, each tensor `<prefix><module>.<role>`:
+
+| kind | roles |
+|---|---|
+| LoRA | `lora_up.weight` (out, r[, 1, 1]), `lora_down.weight` (r, in[, *kernel]), `alpha` () |
+| with `lora_mid.weight` (r, r, *kernel) | `lora_up.weight` (out, r, 1, 1), `lora_down.weight` (r, in, 1, 1) |
+| LoHa | `hada_w1_a`, `hada_w2_a` (out, r), `hada_w1_b`, `hada_w2_b` (r, in k) |
+| with `hada_t1`, `hada_t2` (r, r, *kernel) | `hada_w1_a`, `hada_w2_a` (r, out), `hada_w1_b`, `hada_w2_b` (r, in) |
+| LoKr, out = a b, in = c d | `lokr_w1` (a, c), or `lokr_w1_a` (a, r) and `lokr_w1_b` (r, c); |
+| | `lokr_w2` (b, d[, *kernel]), or `lokr_w2_a` (b, r) and `lokr_w2_b` (r, d k) |
+| with `lokr_t2` (r, r, *kernel) | `lokr_w2_a` (r, b), `lokr_w2_b` (r, d) |
+| full | `diff` (W's shape), `diff_b` (out,) |
+| norm | `w_norm`, `b_norm` (n,) |
+| IA3 | `weight` (out,) or (in,), of a convolution (1, n, 1, 1); `on_input` () |
+| GLoRA | `a1.weight` (in, r), `a2.weight` (r, in), `b1.weight` (out, r), `b2.weight` (r, in) |
+| diag-oft | `oft_blocks` (n, b, b), `rescale` (out, 1) |
+| boft | `oft_blocks` (m, n, b, b), `rescale` (out, 1) |
+| T-LoRA | `q_layer.weight` (r, in), `p_layer.weight` (out, r), `lambda_layer` (1, r) |
+
+`dora_scale` beside LoRA, LoHa or LoKr is (out, 1[, 1, 1]) or (1, in[, 1, 1]). rs-LoRA is told by alpha alone, which is
+saved as alpha r / sqrt(r). Full, norm and IA3 have no alpha; that of diag-oft and boft is a constraint and no scale.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+Roles = dict[str, Tensor]
+
+# A layer of the base -> its weight's shape. Kernels are oblong, so that no two axes can be taken for each other.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "linear": (25, 6),
+    "conv": (10, 6, 3, 2),
+    "conv1d": (10, 6, 3),
+    "norm": (25,),
+}
+# how a file spells a module: (prefix, whether the path's dots become underscores)
+CONTAINERS = {
+    "kohya": ("lora_unet_", True),
+    "lycoris": ("lycoris_", True),
+    "dotted": ("transformer.", False),
+    "bare": ("", False),
+}
+# what LyCORIS's trainer for kohya leaves in a file's header
+METADATA = {
+    "ss_network_module": "lycoris.kohya",
+    "ss_network_dim": "3",
+    "ss_network_alpha": "4.0",
+    "ss_network_args": json.dumps({"algo": "loha", "conv_dim": "3", "preset": "full"}),
+}
+
+
+class Numbers:
+    """Random tensors of one type, the same ones for the same seed."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * size).to(self.dtype)
+
+    def magnitudes(self, *shape: int) -> Tensor:
+        return (torch.rand(shape, generator=self.generator) + 0.5).to(self.dtype)
+
+    def number(self, value: float) -> Tensor:
+        return torch.tensor(value).to(self.dtype)
+
+
+def lora(n: Numbers, out: int, *inp: int, rank: int = 3, alpha: float = 4.0) -> Roles:
+    ones = (1,) * (len(inp) - 1)
+    up, down = n(out, rank, *ones, size=0.2), n(rank, *inp)
+    return {"lora_up.weight": up, "lora_down.weight": down, "alpha": n.number(alpha)}
+
+
+def rs_lora(n: Numbers, out: int, *inp: int) -> Roles:
+    return lora(n, out, *inp, alpha=4 * 3 / math.sqrt(3))
+
+
+def lora_mid(n: Numbers, out: int, inp: int, *kernel: int) -> Roles:
+    pair = lora(n, out, inp, 1, 1)
+    return {**pair, "lora_mid.weight": n(3, 3, *kernel, size=0.5)}
+
+
+def loha(n: Numbers, out: int, inp: int, *kernel: int) -> Roles:
+    found: Roles = {"alpha": n.number(4.0)}
+    for i in "12":
+        found[f"hada_w{i}_a"] = n(out, 3, size=0.3)
+        found[f"hada_w{i}_b"] = n(3, inp * math.prod(kernel))
+    return found
+
+
+def loha_tucker(n: Numbers, out: int, inp: int, *kernel: int) -> Roles:
+    found: Roles = {"alpha": n.number(4.0)}
+    for i in "12":
+        found[f"hada_t{i}"] = n(3, 3, *kernel, size=0.5)
+        found[f"hada_w{i}_a"] = n(3, out, size=0.3)
+        found[f"hada_w{i}_b"] = n(3, inp)
+    return found
+
+
+def lokr(
+    n: Numbers, out: int, inp: int, *kernel: int, one: bool = False, two: bool = False, tucker: bool = False
+) -> Roles:
+    """Make LoKr; `one`, `two`: whether that matrix is a product of two; `tucker`: and the second has a core."""
+    a, c, rank = 5 if out == 25 else 2, 2, 2
+    b, d = out // a, inp // c
+    found: Roles = {"alpha": n.number(3.3)}
+    if one:
+        found |= {"lokr_w1_a": n(a, rank), "lokr_w1_b": n(rank, c)}
+    else:
+        found["lokr_w1"] = n(a, c)
+    if tucker:
+        found |= {"lokr_t2": n(rank, rank, *kernel), "lokr_w2_a": n(rank, b, size=0.2), "lokr_w2_b": n(rank, d)}
+    elif two:
+        found |= {"lokr_w2_a": n(b, rank, size=0.2), "lokr_w2_b": n(rank, d * math.prod(kernel))}
+    else:
+        found["lokr_w2"] = n(b, d, *kernel, size=0.2)
+    return found
+
+
+def lokr_one(n: Numbers, *shape: int) -> Roles:
+    return lokr(n, *shape, one=True)
+
+
+def lokr_two(n: Numbers, *shape: int) -> Roles:
+    return lokr(n, *shape, two=True)
+
+
+def lokr_both(n: Numbers, *shape: int) -> Roles:
+    return lokr(n, *shape, one=True, two=True)
+
+
+def lokr_tucker(n: Numbers, *shape: int) -> Roles:
+    return lokr(n, *shape, tucker=True)
+
+
+def full(n: Numbers, *shape: int) -> Roles:
+    return {"diff": n(*shape, size=0.05), "diff_b": n(shape[0], size=0.05)}
+
+
+def diff_alone(n: Numbers, *shape: int) -> Roles:
+    return {"diff": n(*shape, size=0.05)}
+
+
+def norm(n: Numbers, *shape: int) -> Roles:
+    return {"w_norm": n(*shape, size=0.05), "b_norm": n(*shape, size=0.05)}
+
+
+def ia3(n: Numbers, *shape: int, on_input: bool) -> Roles:
+    size = shape[int(on_input)]
+    axes = (1, size, *(1 for _ in shape[2:])) if len(shape) > 2 else (size,)
+    side = torch.tensor(int(on_input))  # a saved type is the type of every tensor of a file
+    return {"weight": n(*axes, size=0.3), "on_input": side if n.dtype == torch.float32 else side.to(n.dtype)}
+
+
+def ia3_in(n: Numbers, *shape: int) -> Roles:
+    return ia3(n, *shape, on_input=True)
+
+
+def ia3_out(n: Numbers, *shape: int) -> Roles:
+    return ia3(n, *shape, on_input=False)
+
+
+def dora(made: Callable[..., Roles], inputs: bool = False) -> Callable[..., Roles]:
+    """Return a maker that adds magnitudes of W's rows, or of its inputs."""
+
+    def make(n: Numbers, *shape: int) -> Roles:
+        axes = [1] * len(shape)
+        axes[int(inputs)] = shape[int(inputs)]
+        return {**made(n, *shape), "dora_scale": n.magnitudes(*axes)}
+
+    return make
+
+
+def glora_added(n: Numbers, out: int, *inp: int) -> Roles:
+    """Make the part of GLoRA that is added, which is LoRA by other names."""
+    ones = (1,) * (len(inp) - 1)
+    return {"b1.weight": n(out, 3, *ones, size=0.2), "b2.weight": n(3, *inp), "alpha": n.number(4.0)}
+
+
+def glora(n: Numbers, out: int, *inp: int) -> Roles:
+    ones = (1,) * (len(inp) - 1)
+    return {
+        **glora_added(n, out, *inp),
+        "a1.weight": n(inp[0], 3, *ones, size=0.2),
+        "a2.weight": n(3, inp[0], *ones, size=0.2),
+    }
+
+
+def diag_oft(n: Numbers, out: int, *inp: int) -> Roles:
+    rescale = n.magnitudes(out, *(1 for _ in inp))
+    return {"oft_blocks": n(out // 5, 5, 5, size=0.1), "rescale": rescale, "alpha": n.number(0.0)}
+
+
+def boft(n: Numbers, out: int, *inp: int) -> Roles:
+    return {"oft_blocks": n(2, out // 5, 5, 5, size=0.1), "alpha": n.number(0.0)}
+
+
+def tlora(n: Numbers, out: int, *inp: int) -> Roles:
+    return {
+        "q_layer.weight": n(3, *inp),
+        "p_layer.weight": n(out, 3),
+        "lambda_layer": n(1, 3),
+        "alpha": n.number(3.0),
+    }
+
+
+# kind -> (layer of the base, what makes its tensors)
+KINDS: dict[str, tuple[str, Callable[..., Roles]]] = {
+    "lora": ("linear", lora),
+    "lora conv": ("conv", lora),
+    "rs-lora": ("linear", rs_lora),
+    "lora_mid": ("conv", lora_mid),
+    "loha": ("linear", loha),
+    "loha conv": ("conv", loha),
+    "loha tucker": ("conv", loha_tucker),
+    "lokr full": ("linear", lokr),
+    "lokr w1": ("linear", lokr_one),
+    "lokr w2": ("linear", lokr_two),
+    "lokr both": ("linear", lokr_both),
+    "lokr conv full": ("conv", lokr),
+    "lokr conv w2": ("conv", lokr_two),
+    "lokr tucker": ("conv", lokr_tucker),
+    "lokr conv1d full": ("conv1d", lokr),
+    "full": ("linear", full),
+    "full conv": ("conv", full),
+    "diff": ("linear", diff_alone),
+    "norm": ("norm", norm),
+    "ia3 in": ("linear", ia3_in),
+    "ia3 out": ("linear", ia3_out),
+    "ia3 conv in": ("conv", ia3_in),
+    "ia3 conv out": ("conv", ia3_out),
+    "dora": ("linear", dora(lora)),
+    "dora in": ("linear", dora(lora, inputs=True)),
+    "dora conv": ("conv", dora(lora)),
+    "dora conv in": ("conv", dora(lora, inputs=True)),
+    "dora lora_mid": ("conv", dora(lora_mid)),
+    "dora lora_mid in": ("conv", dora(lora_mid, inputs=True)),
+    "dora loha": ("linear", dora(loha)),
+    "dora loha in": ("linear", dora(loha, inputs=True)),
+    "dora loha tucker": ("conv", dora(loha_tucker)),
+    "dora loha tucker in": ("conv", dora(loha_tucker, inputs=True)),
+    "dora lokr": ("linear", dora(lokr_both)),
+    "dora lokr in": ("linear", dora(lokr_two, inputs=True)),
+    "dora lokr conv": ("conv", dora(lokr_two)),
+    "dora lokr tucker in": ("conv", dora(lokr_tucker, inputs=True)),
+    "glora added": ("linear", glora_added),
+    "glora added conv": ("conv", glora_added),
+}
+# those that multiply W by a matrix, or by what is not in the file
+REFUSED: dict[str, tuple[str, Callable[..., Roles]]] = {
+    "diag-oft": ("linear", diag_oft),
+    "diag-oft conv": ("conv", diag_oft),
+    "boft": ("linear", boft),
+    "glora": ("linear", glora),
+    "glora conv": ("conv", glora),
+    "t-lora": ("linear", tlora),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model of one layer, blocks.0.<layer>, with a bias."""
+
+    layer: str
+    dtype: torch.dtype
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def path(self) -> str:
+        return f"blocks.0.{self.layer}"
+
+    def write(self, file: Path) -> Path:
+        save_file({f"{self.path}.weight": self.weight, f"{self.path}.bias": self.bias}, file)
+        return file
+
+
+def base_of(layer: str, dtype: torch.dtype, seed: int = 100) -> Base:
+    n, shape = Numbers(dtype, seed), SHAPES[layer]
+    return Base(layer, dtype, n(*shape, size=0.3), n(shape[0], size=0.3))
+
+
+def roles_of(kind: str, dtype: torch.dtype, seed: int = 0) -> Roles:
+    """Return the tensors of a kind of LyCORIS by their roles."""
+    layer, make = {**KINDS, **REFUSED}[kind]
+    return make(Numbers(dtype, seed), *SHAPES[layer])
+
+
+def module_name(path: str, container: str) -> str:
+    prefix, flat = CONTAINERS[container]
+    return prefix + (path.replace(".", "_") if flat else path)
+
+
+def write_lycoris(file: Path, modules: Mapping[str, Roles], container: str = "kohya") -> Path:
+    """Write modules, path -> roles, into one file."""
+    tensors = {
+        f"{module_name(path, container)}.{role}": tensor.contiguous()
+        for path, roles in modules.items()
+        for role, tensor in roles.items()
+    }
+    save_file(tensors, file, metadata=METADATA if container == "kohya" else None)
+    return file
+
+
+@dataclass(frozen=True)
+class Peft:
+    """An adapter of PEFT for one layer: its tensors by role, those that all modules share, and its config."""
+
+    layer: str
+    roles: Roles
+    config: Mapping[str, Any]
+    shared: Roles = field(default_factory=dict)  # name below base_model. -> tensor
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = f"blocks.0.{self.layer}"
+        tensors = {f"base_model.model.{path}.{role}": tensor for role, tensor in self.roles.items()}
+        tensors |= {f"base_model.{name}": tensor for name, tensor in self.shared.items()}
+        save_file(
+            {name: x.contiguous() for name, x in tensors.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        fields = {"target_modules": [path], "peft_version": "0.21.2", **self.config}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+        return folder
+
+
+def _without_alpha(roles: Roles) -> Roles:
+    return {role: tensor for role, tensor in roles.items() if role != "alpha"}
+
+
+def loha_peft1d(n: Numbers, out: int, inp: int, kernel: int) -> Roles:
+    """Make LoHa's tensors as PEFT has them for a convolution of one axis, whose cores have two."""
+    return loha_tucker(n, out, inp, kernel, 1)
+
+
+def lokr_peft1d(n: Numbers, out: int, inp: int, kernel: int) -> Roles:
+    return lokr_tucker(n, out, inp, kernel, 1)
+
+
+def _product(kind: str, layer: str, made: Callable[..., Roles], rank: int, **config: Any) -> Callable[[Numbers], Peft]:
+    """Return a maker of PEFT's LoHa or LoKr, whose roles are LyCORIS's and whose alpha is in the config."""
+
+    def make(n: Numbers) -> Peft:
+        fields = {"peft_type": kind, "r": rank, "alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, **config}
+        return Peft(layer, _without_alpha(made(n, *SHAPES[layer])), fields)
+
+    return make
+
+
+def _peft_ia3(layer: str, feedforward: bool) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, inp, *kernel = SHAPES[layer]
+        shape = (1, inp if feedforward else out, *(1 for _ in kernel)) if kernel or feedforward else (out, 1)
+        path = f"blocks.0.{layer}"
+        config = {"peft_type": "IA3", "feedforward_modules": [path] if feedforward else [], "fan_in_fan_out": False}
+        return Peft(layer, {"ia3_l": n.magnitudes(*shape)}, config)
+
+    return make
+
+
+def _adalora(layer: str, pruned: bool) -> Callable[[Numbers], Peft]:
+    """Return a maker of AdaLoRA; if `pruned`, `rank_pattern` tells which two of four ranks are left in the file."""
+
+    def make(n: Numbers) -> Peft:
+        out, inp, *kernel = SHAPES[layer]
+        rank = 2 if pruned else 4
+        roles = {"lora_A": n(rank, inp * math.prod(kernel)), "lora_E": n(rank, 1), "lora_B": n(out, rank, size=0.2)}
+        pattern = {f"blocks.0.{layer}.lora_E": [True, False, False, True]} if pruned else None
+        config = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "r": 8, "lora_alpha": 3, "total_step": 10}
+        return Peft(layer, roles, {**config, "rank_pattern": pattern, "fan_in_fan_out": False})
+
+    return make
+
+
+def _vera(n: Numbers) -> Peft:
+    """VeRA with projections wider and taller than the layer, as a larger layer of the model needs them."""
+    out, inp = SHAPES["linear"]
+    roles = {"vera_lambda_b": n(out, size=0.2), "vera_lambda_d": n(3)}
+    shared = {"vera_A": n(3, inp + 2), "vera_B": n(out + 3, 3)}
+    return Peft("linear", roles, {"peft_type": "VERA", "r": 3, "save_projection": True}, shared)
+
+
+# kind -> what makes the adapter
+PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
+    "loha": _product("LOHA", "linear", loha, 3),
+    "loha conv": _product("LOHA", "conv", loha, 3),
+    "loha tucker": _product("LOHA", "conv", loha_tucker, 3, use_effective_conv2d=True),
+    "loha conv1d tucker": _product("LOHA", "conv1d", loha_peft1d, 3, use_effective_conv2d=True),
+    "loha alpha_pattern": _product("LOHA", "linear", loha, 8, rank_pattern={"linear": 3}, alpha_pattern={"linear": 5}),
+    "lokr full": _product("LOKR", "linear", lokr, 3),
+    "lokr w2": _product("LOKR", "linear", lokr_two, 2),
+    "lokr both": _product("LOKR", "linear", lokr_both, 2, decompose_both=True),
+    "lokr conv full": _product("LOKR", "conv", lokr, 3),
+    "lokr conv w2": _product("LOKR", "conv", lokr_two, 2),
+    "lokr tucker": _product("LOKR", "conv", lokr_tucker, 2, use_effective_conv2d=True),
+    "lokr conv1d tucker": _product("LOKR", "conv1d", lokr_peft1d, 2, use_effective_conv2d=True),
+    "ia3": _peft_ia3("linear", False),
+    "ia3 feedforward": _peft_ia3("linear", True),
+    "ia3 conv": _peft_ia3("conv", False),
+    "ia3 conv feedforward": _peft_ia3("conv", True),
+    "adalora": _adalora("linear", False),
+    "adalora pruned": _adalora("linear", True),
+    "adalora conv": _adalora("conv", False),
+    "vera": _vera,
+}
+
+
+def _peft_oft(n: Numbers) -> Peft:
+    return Peft("linear", {"oft_R.weight": n(2, 3, size=0.1)}, {"peft_type": "OFT", "r": 0, "oft_block_size": 3})
+
+
+def _peft_boft(n: Numbers) -> Peft:
+    roles = {"boft_R": n(1, 3, 2, 2, size=0.1), "boft_s": n.magnitudes(25, 1)}
+    return Peft("linear", roles, {"peft_type": "BOFT", "boft_block_size": 2, "boft_block_num": 0})
+
+
+def _vera_alone(n: Numbers) -> Peft:
+    made = _vera(n)
+    return Peft(made.layer, made.roles, {**made.config, "save_projection": False})
+
+
+def _xlora(n: Numbers) -> Peft:
+    shared = {"internal_xlora_classifier.layers.0.weight": n(4, 6)}
+    return Peft("linear", {}, {"peft_type": "XLORA", "hidden_size": 6, "adapters": {"0": "one", "1": "two"}}, shared)
+
+
+# those that multiply W by a matrix, or by what is not in the file; peft mistakes the axes of a `lokr_w2` of three
+PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
+    "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
+    "oft": _peft_oft,
+    "boft": _peft_boft,
+    "vera without projections": _vera_alone,
+    "xlora": _xlora,
+}
+
+
+def peft_of(kind: str, dtype: torch.dtype, seed: int = 0) -> Peft:
+    """Return an adapter of a kind of PEFT."""
+    return {**PEFT_KINDS, **PEFT_REFUSED}[kind](Numbers(dtype, seed))
