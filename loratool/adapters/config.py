@@ -24,6 +24,7 @@ class AdapterConfig:
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # all fields as they are in the file
+    rank_is_alpha: bool = False  # a missing alpha means the rank
     base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
 
     @cached_property
@@ -63,6 +64,8 @@ class AdapterConfig:
             NeedsFlag: the adapter does not say its alpha.
         """
         alpha: float | None = self._alphas.value(module, self.alpha)
+        if alpha is None and self.rank_is_alpha:
+            return 1.0
         if alpha is None:
             raise NeedsFlag(
                 "the adapter does not say its alpha",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
@@ -105,8 +106,7 @@ def _place_rows(
 ) -> list[Placement]:
     """Place a module that is some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
     start, stop, skip, whole = covered
-    fits = [tuple(shape[:2]) if set(shape[2:]) == {1} else shape for shape in ((whole, *spec.shape[1:]), update.shape)]
-    if fits[0] != fits[1]:
+    if not update.cls.fits(update, (whole, *spec.shape[1:])):
         raise _shape_error(
             adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else ""
         )
@@ -233,18 +233,16 @@ def _orient(
     all_matches: Mapping[str, Sequence[Match]],
 ) -> bool:
     """Return whether the base stores a weight as (in, out): by its shape, or by evidence if it is square."""
-    shape, plain = spec.shape, update.shape[1:] if update.cls.stack else update.shape
+    shape, plain, fits = spec.shape, update.shape, partial(update.cls.fits, update)
     if update.cls.stack and update.experts != 1:
         raise _shape_error(adapter, update, spec, base)
-    if len(shape) > 2 and len(plain) == 2 and set(shape[2:]) == {1}:
-        shape = shape[:2]  # a 1x1 convolution, whose LoRA may be written as that of a linear layer
-    if len(plain) > 2 and shape != plain:
+    if len(plain) > 2 and not update.cls.stack and not fits(shape):
         grouped = len(shape) == len(plain) and shape[2:] == plain[2:] and plain[1] % max(1, shape[1]) == 0
         raise _shape_error(adapter, update, spec, base, ": a grouped convolution cannot be merged" if grouped else "")
     known = update.transposed
     if known is None:
         known = False if len(spec.shape) > 2 else stores_transposed(model_types, base.removesuffix(".weight"))
-    fitting = [transposed for transposed in (False, True) if shape == (plain[::-1] if transposed else plain)]
+    fitting = [turned for turned in (False, True) if fits(shape[::-1] if turned else shape)]
     if not fitting or (known is not None and known not in fitting):
         layout = {None: "", False: " as (out, in)", True: " as (in, out)"}[known]
         raise _shape_error(adapter, update, spec, base, layout)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .decide import LEAST, SLACK, Delta, DenseDelta, Factor, U, anything
-from .error_free import two_product, two_sum
+from .error_free import two_product
 from .forms import Positions, Wide
 from .products import LEAST_OF, UNIT_OF, split_scale
 

@@ -189,6 +189,7 @@ def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fra
     off = (math.fsum(error) + int((~zero).sum()) * LEAST + U * abs(total)) * SLACK
     return Fraction(total), Fraction(off)
 
+
 def short_root(x: Fraction) -> Fraction:
     """Return the square root rounded to NORM_BITS bits, half up."""
     if x <= 0:
@@ -216,6 +217,7 @@ def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
     low = min(least, int(e.min(initial=0)))
     total = (change << (least - low)) + (m.astype(object) << (e - low).astype(object))
     return int((total * total).sum()) * power(2 * low)
+
 
 def _root(x: Fraction) -> float:
     """Return `short_root` in float64; inf beyond its range."""

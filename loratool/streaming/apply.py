@@ -54,13 +54,14 @@ def merge_tensor(
         record: the steps return a `RecordedBlock` instead of `RoundingStats`, except for rows that the base lacks.
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
-    height = record_rows(source.spec.size // max(1, rows))
+    columns = source.spec.size // max(1, rows)
+    height = record_rows(columns)
     moved = base is not None and base != source
     shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
 
     def ranges() -> Iterator[RowRange]:
         for start, stop, inside in _segments(placements, {0, rows} if moved else set()):
-            segment = RowSegment(source, start, stop, inside, load)
+            segment = RowSegment(source, columns, start, stop, inside, load)
             if moved and base is not None and start < shared:
                 both = partial(_replace, base, segment if inside else None, record)
                 yield RowRange(start, min(stop, shared), both, height, height)
@@ -123,10 +124,10 @@ def restore_tensor(
 
     def ranges() -> Iterator[RowRange | CopiedRows]:
         for start, stop, inside in _segments(placements, set() if placements else {0, rows}):
-            segment = RowSegment(None, start, stop, inside, load) if inside else None
+            segment = RowSegment(None, columns, start, stop, inside, load) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if segment and record.start == start:
-                    segment.stored_norms = partial(_read_norms, undo, record, name, dtype, columns)
+                    segment.stored_norms = partial(_read_norms, undo, record, name, dtype)
                 prepare = partial(_restore, undo, record, name, dtype, segment)
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height)
@@ -141,10 +142,10 @@ def _restorer(undo: UndoFile, record: Record, name: str, dtype: torch.dtype) -> 
     return Restorer(name, dtype, undo.bytes(record.at, record.length), record.sha256, record.sum)
 
 
-def _read_norms(undo: UndoFile, record: Record, name: str, dtype: torch.dtype, columns: int) -> Wide:
+def _read_norms(undo: UndoFile, record: Record, name: str, dtype: torch.dtype, count: int) -> Wide:
     restorer = _restorer(undo, record, name, dtype)
     with restorer.damage():
-        return restorer.norms(columns)
+        return restorer.norms(count)
 
 
 def _restore(
@@ -162,7 +163,7 @@ def _restore(
                 if segment.norms_of_rows:
                     norms = restorer.norms(len(merged))
                 elif segment.norms_of_columns and start == segment.start:
-                    restorer.norms(merged.shape[1])
+                    restorer.norms(segment.count_column_norms())
                 x, _ = segment.reals_of(start + row, start + row + len(merged), None, work, norms)
                 restorer.block(merged, x, out, work)
         restorer.check(out, merged)
@@ -172,7 +173,8 @@ def _restore(
 
 def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> ChangedTensor:
     """Return a merged tensor without additive placements; its steps return `Doubted`."""
-    height = record_rows(source.spec.size // max(1, placements[0].rows))
+    columns = source.spec.size // max(1, placements[0].rows)
+    height = record_rows(columns)
 
     def prepare(segment: RowSegment, start: int, stop: int) -> Step:
         def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
@@ -184,7 +186,7 @@ def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: Up
     def ranges() -> Iterator[RowRange]:
         for start, stop, inside in _segments(placements, set()):
             if inside:
-                segment = RowSegment(source, start, stop, inside, load)
+                segment = RowSegment(source, columns, start, stop, inside, load)
                 yield RowRange(start, stop, partial(prepare, segment), height, height)
 
     return ChangedTensor(placements[0].rows, ranges)

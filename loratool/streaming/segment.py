@@ -15,13 +15,14 @@ from ..adapters.updates.update import Update
 from ..binding.placement import Placement
 from ..errors import InputError
 from ..files.tensor_ref import TensorRef, is_finite
+from ..numerics.composed import Scaled
 from ..numerics.decide import Delta, Factor, Reals
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.norms import column_norms, magnitude_ratio, row_norms
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
-from ..numerics.stored import Sum
+from ..numerics.stored import Sum, Zero
 from ..numerics.workspace import Workspace
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
@@ -53,16 +54,23 @@ class RowSegment:
 
     Args:
         source: where W comes from; None when there is no W, as in `unmerge`.
+        columns: of the tensor as a matrix.
 
     Attributes:
-        stored_norms: reads DoRA's norms of columns from the undo file, when there is no W to compute them from.
+        stored_norms: reads so many norms of DoRA's columns from the undo file, when there is no W to compute them from.
     """
 
     def __init__(
-        self, source: TensorRef | None, start: int, stop: int, placements: Sequence[Placement], load: UpdateLoader
+        self,
+        source: TensorRef | None,
+        columns: int,
+        start: int,
+        stop: int,
+        placements: Sequence[Placement],
+        load: UpdateLoader,
     ) -> None:
-        self.start, self.stop = start, stop
-        self.stored_norms: Callable[[], Wide] | None = None
+        self.start, self.stop, self.columns = start, stop, columns
+        self.stored_norms: Callable[[int], Wide] | None = None
         self._source, self._load = source, load
         self._additive = [p for p in placements if p.update.additive]
         others = [p for p in placements if not p.update.additive]
@@ -81,6 +89,11 @@ class RowSegment:
     def norms_of_columns(self) -> bool:
         """Return whether all rows need the norms of the columns."""
         return self._norm_axis == 1
+
+    def count_column_norms(self) -> int:
+        """Return how many norms of columns there are."""
+        norms = self._get().norms
+        return 0 if norms is None else len(norms)
 
     def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
         """Write the merge of rows of the tensor, from row `row` on, into `out`. base, out: (rows, n)."""
@@ -123,7 +136,7 @@ class RowSegment:
                 norms = self._in_range(row_norms(ready.plain.rows(first, last), base, work))
             ratio, factor = magnitude_ratio(self._magnitude(update, start, stop), norms, other.weight, 0)
             return Reals(ready.deltas.rows(first, last, ratio), factor), norms
-        value, factor = update.moved(other.weight, other.transposed, _rows_of(other, start, stop))
+        value, factor = update.moved(other.weight, other.transposed, _rows_of(other, start, stop), self.columns)
         return Reals(ready.deltas.rows(first, last, beside=value), factor), None
 
     def _magnitude(self, update: Update, start: int, stop: int) -> Tensor:
@@ -148,7 +161,7 @@ class RowSegment:
             return self._ready
 
     def _make(self) -> _Ready:
-        ready, other = _Ready(), self._other
+        ready, other = _Ready(self.columns), self._other
         for placement in self._additive:
             ready.deltas.add(placement, self._load(placement), placement.weight, self.start, self.stop)
         if other is None:
@@ -157,18 +170,21 @@ class RowSegment:
         if isinstance(update, DoRA):
             ready.plain.add(other, update.inner, 1.0, self.start, self.stop)
             if self.norms_of_columns:
-                ready.norms = self.stored_norms() if self.stored_norms else self._column_norms(other, update.inner)
                 magnitude = update.magnitude.flatten()
-                ratio, ready.factor = magnitude_ratio(magnitude, ready.norms, other.weight, 1)
+                together = self.columns // len(magnitude)  # columns of the kernel of one input
+                stored = self.stored_norms
+                ready.norms = stored(len(magnitude)) if stored else self._column_norms(other, update.inner, together)
+                both = magnitude_ratio(magnitude, ready.norms, other.weight, 1)
+                ratio, ready.factor = (each.repeated(together) for each in both) if together > 1 else both
                 ready.deltas.scaled(ready.plain, ratio)
             else:
                 ready.deltas.scaled(ready.plain, None)
         return ready
 
-    def _column_norms(self, placement: Placement, update: Update) -> Wide:
-        """Return ||W + D|| of each column, reading the tensor by blocks of rows: all of them, beyond the segment's."""
+    def _column_norms(self, placement: Placement, update: Update, together: int) -> Wide:
+        """Return ||W + D|| of each so many columns, reading all rows of the tensor, beyond the segment's too."""
         assert self._source
-        file, name, deltas = self._source.file, self._source.name, _Deltas()
+        file, name, deltas = self._source.file, self._source.name, _Deltas(self.columns)
         deltas.add(placement, update, 1.0, 0, placement.rows)
 
         def blocks() -> Iterator[tuple[int, Tensor]]:
@@ -177,7 +193,7 @@ class RowSegment:
                 self._require_finite(rows)
                 yield start, rows.to(self._load.device)
 
-        return self._in_range(column_norms(deltas.products, blocks, Workspace(self._load.device)))
+        return self._in_range(column_norms(deltas.rows, blocks, Workspace(self._load.device), together))
 
 
 def _rows_of(placement: Placement, start: int, stop: int) -> slice:
@@ -189,18 +205,27 @@ def _rows_of(placement: Placement, start: int, stop: int) -> slice:
 class _Deltas:
     """The sum of what updates add to the rows of a segment."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int) -> None:
         self.terms: list[Term] = []
+        self._columns = columns
+        self._others: list[tuple[Callable[[int, int], Delta], Factor | None, bool]] = []  # and their ratios
 
     def add(self, placement: Placement, update: Update, weight: float, start: int, stop: int) -> None:
         """Add `weight` times what an update adds to rows start:stop of the tensor."""
-        own, rows = update.matrix(placement.expert), _rows_of(placement, start, stop)
-        self.terms += [Term(t.left[rows], t.right, t.scale) for t in own.terms(weight, placement.transposed)]
+        own, rows, turned = update.matrix(placement.expert), _rows_of(placement, start, stop), placement.transposed
+        self.terms += [Term(t.left[rows], t.right[:, : self._columns], t.scale) for t in own.terms(weight, turned)]
+        if own.has_delta:
+
+            def some(first: int, last: int) -> Delta:
+                return own.delta(weight, turned, slice(rows.start + first, rows.start + last))
+
+            self._others.append((some, None, False))
 
     def scaled(self, other: _Deltas, ratio: Factor | None) -> None:
         """Add another sum, times a number for each column, or, if `ratio` is None, for each row, given to `rows`."""
         by_rows = ratio is None
         self.terms = [Term(t.left, t.right, t.scale, ratio, by_rows) for t in other.terms] + self.terms
+        self._others += [(some, ratio, by_rows) for some, _, _ in other._others]
 
     @cached_property
     def products(self) -> Products:
@@ -213,19 +238,22 @@ class _Deltas:
             ratio: the number of each row, from row `first` on.
             beside: added to it.
         """
-        if not self.terms:
-            assert beside
-            return beside
-        own = self.products.rows(first, last, ratio)
-        return Sum([beside, own]) if beside else own
+        found = [beside] if beside else []
+        found += [self.products.rows(first, last, ratio)] if self.terms else []
+        for some, own, by_rows in self._others:
+            delta, number = some(first, last), ratio if by_rows else own
+            found.append(Scaled(delta, number) if number else delta)
+        if not found:
+            return Zero((last - first, self._columns))
+        return found[0] if len(found) == 1 else Sum(found)
 
 
 class _Ready:
     """The parts that all rows of a segment share, once it is loaded."""
 
-    def __init__(self) -> None:
-        self.deltas = _Deltas()  # of all updates, DoRA's times its ratios
-        self.plain = _Deltas()  # of DoRA's alone, without them
+    def __init__(self, columns: int) -> None:
+        self.deltas = _Deltas(columns)  # of all updates, DoRA's times its ratios
+        self.plain = _Deltas(columns)  # of DoRA's alone, without them
         self.update: Update | None = None  # the one that is not additive
         self.factor: Factor | None = None  # of DoRA's columns
         self.norms: Wide | None = None  # of DoRA's columns

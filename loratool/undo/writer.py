@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -219,11 +218,13 @@ def _fits(placement: Placement, spec: TensorSpec) -> bool:
         if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False
         return update.cls.misfit(update, spec, "") is None
-    if placement.expert is not None:
-        if placement.expert >= shape[0]:
-            return False
-        shape = shape[1:]
-    sides = shape[0], math.prod(shape[1:])
+    if placement.expert is not None and placement.expert >= shape[0]:
+        return False
+    sides = update.cls.flat(update)
     rows, columns = sides[::-1] if placement.transposed else sides
     covered = placement.stop - placement.start
-    return columns == spec.size // placement.rows and 0 < covered <= rows - placement.skip
+    return (
+        columns in (None, spec.size // placement.rows)
+        and covered > 0
+        and (rows is None or covered <= rows - placement.skip)
+    )

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from .adalora import AdaLoRA
 from .add import AddDelta
+from .diff import Diff
 from .dora import DoRA
 from .experts import Experts
+from .ia3 import IA3
+from .loha import LoHa
+from .lokr import LoKr
 from .low_rank import LowRank
 from .replace import ReplaceTensor
 from .rows import ReplaceRows
+from .tucker import Tucker
 from .update import Update
+from .vera import VeRA
 
 # the word for it in reports -> its class
 UPDATES: dict[str, type[Update]] = {
-    each.kind: each for each in (LowRank, Experts, DoRA, AddDelta, ReplaceTensor, ReplaceRows)
+    each.kind: each
+    for each in (
+        LowRank,
+        Tucker,
+        LoHa,
+        LoKr,
+        AdaLoRA,
+        VeRA,
+        Experts,
+        DoRA,
+        IA3,
+        Diff,
+        AddDelta,
+        ReplaceTensor,
+        ReplaceRows,
+    )
 }

@@ -64,6 +64,21 @@ class DoRA(Update):
         return cls.without_norm(spec).rank
 
     @classmethod
+    def divisor(cls, spec: UpdateSpec) -> int:
+        inner = cls.without_norm(spec)
+        return inner.cls.divisor(inner)
+
+    @classmethod
+    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
+        inner = cls.without_norm(spec)
+        return inner.cls.fits(inner, shape)
+
+    @classmethod
+    def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
+        inner = cls.without_norm(spec)
+        return inner.cls.flat(inner)
+
+    @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> DoRA:
         inner = cls.without_norm(spec)
         own = {role: tensors[role] for role in inner.tensors}
@@ -76,3 +91,6 @@ class DoRA(Update):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         return self.inner.factors()
+
+    def singular_values(self) -> Tensor | None:
+        return self.inner.singular_values()

@@ -40,7 +40,7 @@ class ReplaceTensor(Update):
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Update:
         raise NotImplementedError("it is read by rows")
 
-    def moved(self, weight: float, transposed: bool, rows: slice) -> tuple[Delta, Factor]:
+    def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta, Factor]:
         from ...numerics.decide import Factor
         from ...numerics.stored import Stored
 

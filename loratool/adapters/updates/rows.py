@@ -54,7 +54,7 @@ class ReplaceRows(Update):
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> ReplaceRows:
         return cls(tensors["value"], indices_of(spec))
 
-    def moved(self, weight: float, transposed: bool, rows: slice) -> tuple[Delta, Factor]:
+    def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta, Factor]:
         import numpy as np
 
         from ...numerics.decide import Factor

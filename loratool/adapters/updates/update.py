@@ -55,6 +55,7 @@ class UpdateSpec:
     detail: Detail | None = None
     base: str | None = None  # tensor in the adapter's file that replaces the weight under the update
     fault: str | None = None  # why it cannot be merged, if a damaged file is read leniently
+    if_there: bool = False  # it changes a tensor that the base need not have
 
     @property
     def kind(self) -> str:
@@ -91,6 +92,11 @@ class UpdateSpec:
         return self.cls.shape(self)
 
 
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a convolution whose kernel is 1 as that of a linear layer, and any other as it is."""
+    return shape[:2] if set(shape[2:]) == {1} else shape
+
+
 class Update(ABC):
     """One change of one tensor, with the tensors that make it loaded, in any float dtype."""
 
@@ -99,6 +105,7 @@ class Update(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # roles that need not be there
     additive: ClassVar[bool] = True  # any number of such updates of a tensor is summed; of the others it takes one
     stack: ClassVar[bool] = False  # it changes a stack of matrices
+    has_delta: ClassVar[bool] = False  # not all that it adds are `terms`
     whole: ClassVar[bool] = False  # it changes a tensor as it is stored, not a matrix that may lie transposed in it
 
     @classmethod
@@ -110,6 +117,26 @@ class Update(ABC):
     def rank(cls, spec: UpdateSpec) -> int:
         """Return the rank of the change of one matrix if factors of that rank make it up, else 0."""
         return 0
+
+    @classmethod
+    def divisor(cls, spec: UpdateSpec) -> int:
+        """Return the rank that alpha is divided by; 0 if there is none."""
+        return cls.rank(spec)
+
+    @classmethod
+    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
+        """Return whether it changes a matrix or a convolution of this shape, (out, in, *kernel).
+
+        A convolution with a kernel of 1 counts as a linear layer, as which its update may be written.
+        """
+        own = spec.shape[1:] if cls.stack else spec.shape
+        return without_ones(own) == without_ones(shape)
+
+    @classmethod
+    def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
+        """Return the outputs and inputs (times the kernel) of one matrix; None for what only the base tells."""
+        shape = spec.shape[1:] if cls.stack else spec.shape
+        return shape[0], math.prod(shape[1:])
 
     @classmethod
     def from_headers(
@@ -214,17 +241,29 @@ class Update(ABC):
         """Return products whose sum is `weight` times what it adds, as (out, in), or as (in, out) if `transposed`."""
         return []
 
-    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta | None:
+    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
         """Return what it adds beside `terms`, in these of its rows (columns if `transposed`)."""
-        return None
+        raise NotImplementedError
 
-    def moved(self, weight: float, transposed: bool, rows: slice) -> tuple[Delta | None, Factor]:
-        """Return D and a of X = a W + D of an update that is not additive and needs no norms."""
+    def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta | None, Factor]:
+        """Return D and a of X = a W + D of an update that is not additive and needs no norms.
+
+        Args:
+            rows: of the update, as the base stores them.
+            columns: of the base.
+        """
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if no factors make it up."""
         return None
+
+    def singular_values(self) -> Tensor | None:
+        """Return those of the change of each matrix, (E, k), largest first; None if it has no factors."""
+        from ...numerics.factored_svd import singular_values
+
+        found = self.factors()
+        return None if found is None else singular_values(*found)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the update with a function applied to each of its tensors."""

@@ -62,13 +62,13 @@ class Replay:
 
     def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""
-        work = Workspace(torch.device("cpu"))
+        work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
         edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
         for start, stop in pairwise(edges):
             inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
             if sample and not start <= self.rows // 2 < stop:
                 continue
-            piece = RowSegment(self.source, start, stop, inside, self._load) if inside else None
+            piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, ROWS):
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
                 base = self.source.matrix_rows(self.rows, first, last)

@@ -1,0 +1,73 @@
+"""Add a low-rank product with singular values, AdaLoRA: D = scale * B @ diag(E) @ A (Zhang et al., ICLR 2023).
+
+Defined by `peft/tuners/adalora/layer.py`: the scale is alpha / (r + 1e-5) with the rank that training began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from ..config import AdapterConfig
+from .tucker import turned
+from .update import Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.products import Term
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Update):
+    """AdaLoRA, after it pruned singular values or before."""
+
+    A: Tensor  # (r, in)
+    E: Tensor  # (r, 1)
+    B: Tensor  # (out, r)
+    scale: float
+
+    kind = "adalora"
+    roles = ("A", "E", "B")
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        return (spec.specs["B"].shape[0], spec.specs["A"].shape[1])
+
+    @classmethod
+    def rank(cls, spec: UpdateSpec) -> int:
+        return spec.specs["A"].shape[0]
+
+    @classmethod
+    def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+        A, E, B = (specs[role].shape for role in cls.roles)
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or E != (*A[:1], 1) or not A[0]:
+            raise InputError(f"A is {A}, E is {E}, B is {B}: no product", culprit=module)
+
+    @classmethod
+    def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
+        alpha, first = config.extra.get("lora_alpha"), config.extra.get("init_r")
+        if not isinstance(alpha, int | float) or not isinstance(first, int) or first < 1:
+            raise InputError("the config does not say lora_alpha and init_r", culprit=spec.module)
+        # PEFT takes the rank for an alpha that is not positive
+        top = Fraction(alpha) if alpha > 0 else Fraction(spec.specs["A"].shape[0])
+        return replace(spec, scale=float(top / (first + Fraction(1, 10**5))))
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> AdaLoRA:
+        return cls(tensors["A"], tensors["E"], tensors["B"], spec.scale)
+
+    def terms(self, weight: float, transposed: bool) -> list[Term]:
+        from ...numerics.exact_factors import multiply_exactly
+        from ...numerics.products import Term
+
+        scale = Fraction(self.scale) * Fraction(weight)
+        terms = [Term(self.B, right, scale) for right in multiply_exactly(self.E, self.A)]
+        return turned(terms) if transposed else terms
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.B.double()[None] * self.scale, (self.E.double() * self.A.double())[None]

@@ -1,0 +1,43 @@
+"""Add a stored difference: the `diff` and `diff_b` of full fine-tunes, `w_norm` and `b_norm` (LyCORIS, ComfyUI).
+
+Defined by LyCORIS (`lycoris/modules/full.py`, `norms.py`) and ComfyUI (`comfy/lora.py`); it has no scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .update import Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.decide import Delta
+
+
+@dataclass(frozen=True)
+class Diff(Update):
+    """The difference of a weight, or of a vector, as a whole."""
+
+    value: Tensor  # (out, in, *kernel), or (n,)
+
+    kind = "diff"
+    roles = ("diff",)
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        return spec.specs["diff"].shape
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Diff:
+        return cls(tensors["diff"])
+
+    has_delta = True
+
+    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
+        from ...numerics.stored import Stored
+
+        matrix = self.value.reshape(len(self.value), -1)
+        return Stored((matrix.T if transposed else matrix)[rows].contiguous(), weight)

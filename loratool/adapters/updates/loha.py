@@ -1,0 +1,110 @@
+"""Add a product of two low-rank products, LoHa: D = scale * (w1_a @ w1_b) * (w2_a @ w2_b), element by element.
+
+Defined by Hyeon-Woo et al., FedPara, ICLR 2022, proposition 1; files by LyCORIS (`lycoris/modules/loha.py`) and PEFT
+(`peft/tuners/loha/layer.py`). With Tucker cores (proposition 3) each side is t contracted with its two factors, whose
+outputs then are the columns of w_a.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from ..config import AdapterConfig
+from .tucker import sum_terms, tucker_factors
+from .update import Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.decide import Delta
+    from ...numerics.products import Term
+
+
+@dataclass(frozen=True)
+class LoHa(Update):
+    """LoHa of a linear layer, or of a convolution whose kernel lies in w_b or in the Tucker cores."""
+
+    w1_a: Tensor  # (out, r), with a core (r, out)
+    w1_b: Tensor  # (r, in * kernel), with a core (r, in)
+    w2_a: Tensor
+    w2_b: Tensor
+    t1: Tensor | None  # (r, r, *kernel)
+    t2: Tensor | None
+    scale: float  # alpha / r
+
+    kind = "loha"
+    roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    optional = ("hada_t1", "hada_t2")
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        a, b = spec.specs["hada_w1_a"].shape, spec.specs["hada_w1_b"].shape
+        core = spec.specs.get("hada_t1")
+        return (a[1], b[1], *core.shape[2:]) if core else (a[0], b[1])
+
+    @classmethod
+    def rank(cls, spec: UpdateSpec) -> int:
+        return spec.specs["hada_w1_b"].shape[0] * spec.specs["hada_w2_b"].shape[0]
+
+    @classmethod
+    def divisor(cls, spec: UpdateSpec) -> int:
+        return spec.specs["hada_w1_b"].shape[0]
+
+    @classmethod
+    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
+        return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
+
+    @classmethod
+    def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+        if ("hada_t1" in specs) is not ("hada_t2" in specs):
+            raise InputError(f"one of the Tucker cores of {module} is missing", culprit=next(iter(roles.values())))
+        sides = []
+        for side in (1, 2):
+            a, b = (specs[f"hada_w{side}_{end}"].shape for end in "ab")
+            core = specs.get(f"hada_t{side}")
+            inner = a[:1] if core else a[1:2]
+            if len(a) != 2 or len(b) != 2 or inner != b[:1] or b[0] == 0 or (core and core.shape[:2] != (b[0], b[0])):
+                said = f", t{side} is {core.shape}" if core else ""
+                raise InputError(f"w{side}_a is {a}, w{side}_b is {b}{said}: no product", culprit=module)
+            sides.append((a[1] if core else a[0], b[1], core.shape[2:] if core else ()))
+        if sides[0] != sides[1]:
+            raise InputError(f"its two products are {sides[0]} and {sides[1]}", culprit=module)
+
+    @classmethod
+    def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
+        return replace(spec, scale=config.scale_of(spec.module, cls.divisor(spec)))
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> LoHa:
+        w1_a, w1_b, w2_a, w2_b = (tensors[role] for role in cls.roles)
+        return cls(w1_a, w1_b, w2_a, w2_b, tensors.get("hada_t1"), tensors.get("hada_t2"), spec.scale)
+
+    def _sides(self) -> list[list[Term]]:
+        """Return both products as terms."""
+        from ...numerics.exact_factors import tucker_terms
+        from ...numerics.products import Term
+
+        one = Fraction(1)
+        sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
+        return [[Term(a, b, one)] if t is None else tucker_terms(a.T, t, b, one) for a, b, t in sides]
+
+    has_delta = True
+
+    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
+        from ...numerics.composed import Hadamard
+
+        one, two = (sum_terms(terms, transposed).rows(rows.start, rows.stop) for terms in self._sides())
+        return Hadamard(one, two, Fraction(self.scale) * Fraction(weight))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
+        (B1, A1), (B2, A2) = ((a.double(), b.double()) if t is None else tucker_factors(a.T, t, b) for a, b, t in sides)
+        B = (B1[:, :, None] * B2[:, None]).flatten(1)  # Khatri-Rao products
+        A = (A1[:, None] * A2[None]).flatten(0, 1)
+        return B[None] * self.scale, A[None]

@@ -1,0 +1,168 @@
+"""Add a Kronecker product, LoKr: D = scale * w1 (x) w2, each whole or a product of two factors (w2 with a Tucker core).
+
+Defined by Edalati et al., KronA, 2022; files by LyCORIS (`lycoris/modules/lokr.py`) and PEFT
+(`peft/tuners/lokr/layer.py`). A flattened convolution is a plain Kronecker product with w2 flattened likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from ..config import AdapterConfig
+from .tucker import sum_terms, tucker_factors
+from .update import Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.decide import Delta
+
+ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+@dataclass(frozen=True)
+class LoKr(Update):
+    """LoKr of a linear layer or a convolution, with each side given by what it is made of."""
+
+    w1: Tensor | None  # (a, c)
+    w1_a: Tensor | None  # (a, r)
+    w1_b: Tensor | None  # (r, c)
+    w2: Tensor | None  # (b, d, *kernel)
+    w2_a: Tensor | None  # (b, r), with a core (r, b)
+    w2_b: Tensor | None  # (r, d * kernel), with a core (r, d)
+    t2: Tensor | None  # (r, r, *kernel)
+    scale: float  # alpha / r; with both sides whole 1 in LyCORIS
+
+    kind = "lokr"
+    roles = ()
+    optional = ROLES
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        (a, c), (b, d, *kernel) = (_side(spec.specs, side) for side in (1, 2))
+        return (a * b, c * d, *kernel)
+
+    @classmethod
+    def rank(cls, spec: UpdateSpec) -> int:
+        found = []
+        for side in (1, 2):
+            rows, *columns = _side(spec.specs, side)
+            factor = spec.specs.get(f"lokr_w{side}_b")
+            found.append(min(rows, math.prod(columns), factor.shape[0] if factor else rows))
+        return found[0] * found[1]
+
+    @classmethod
+    def divisor(cls, spec: UpdateSpec) -> int:
+        return next((spec.specs[f"lokr_w{side}_b"].shape[0] for side in (2, 1) if f"lokr_w{side}_b" in spec.specs), 0)
+
+    @classmethod
+    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
+        return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
+
+    @classmethod
+    def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+        first = next(iter(roles.values()))
+        for side in (1, 2):
+            whole, parts = f"lokr_w{side}" in specs, [f"lokr_w{side}_{end}" in specs for end in "ab"]
+            if whole is any(parts) or parts[0] is not parts[1]:
+                raise InputError(f"needs w{side}, or w{side}_a and w{side}_b, of {module}", culprit=first)
+            shapes = [specs[role].shape for role in ROLES if role in specs and role.startswith(f"lokr_w{side}")]
+            core = specs.get("lokr_t2") if side == 2 else None
+            if whole:
+                good = len(shapes[0]) == 2 or (side == 2 and len(shapes[0]) > 2 and core is None)
+            else:
+                a, b = shapes
+                good = len(a) == len(b) == 2 and (a[0] if core else a[1]) == b[0] > 0
+                good = good and (core is None or core.shape[:2] == (b[0], b[0]))
+            if not good or not all(map(math.prod, shapes)):
+                raise InputError(f"w{side} is made of {' and '.join(map(str, shapes))}: no matrix", culprit=module)
+        ranks = {specs[f"lokr_w{side}_b"].shape[0] for side in (1, 2) if f"lokr_w{side}_b" in specs}
+        if len(ranks) > 1:
+            raise InputError(
+                f"its sides have the ranks {sorted(ranks)}, of which tools divide by another", culprit=module
+            )
+
+    @classmethod
+    def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
+        # without a rank in a config it is LyCORIS's, which does not scale two whole sides; PEFT does
+        rank = config.rank_of(spec.module) or cls.divisor(spec)
+        return replace(spec, scale=config.scale_of(spec.module, rank) if rank else 1.0)
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> LoKr:
+        w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(role) for role in ROLES)
+        return cls(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, spec.scale)
+
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """Return factors of w1."""
+        if self.w1 is None:
+            assert self.w1_a is not None and self.w1_b is not None
+            return self.w1_a.double(), self.w1_b.double()
+        return with_identity(self.w1.double())
+
+    def _second(self) -> tuple[Tensor, Tensor]:
+        if self.w2 is not None:
+            return with_identity(self.w2.double().flatten(1))
+        assert self.w2_a is not None and self.w2_b is not None
+        if self.t2 is not None:
+            return tucker_factors(self.w2_a.T, self.t2, self.w2_b)
+        return self.w2_a.double(), self.w2_b.double()
+
+    has_delta = True
+
+    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
+        from ...numerics.composed import Kron
+
+        one = _delta_of(self.w1, self.w1_a, self.w1_b, None, transposed)
+        two = _delta_of(self.w2, self.w2_a, self.w2_b, self.t2, transposed)
+        return Kron(one, two, Fraction(self.scale) * Fraction(weight), rows)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        (B1, A1), (B2, A2) = self._first(), self._second()
+        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2.contiguous())[None]
+
+    def singular_values(self) -> Tensor:
+        from ...numerics.factored_svd import singular_values
+
+        one, two = (singular_values(*side) for side in (self._first(), self._second()))
+        every: Tensor = (one[:, None] * two).flatten().sort(descending=True).values
+        return every[None] * abs(self.scale)
+
+
+def _side(specs: Mapping[str, TensorSpec], side: int) -> tuple[int, ...]:
+    """Return the shape of w1 or w2."""
+    if f"lokr_w{side}" in specs:
+        return specs[f"lokr_w{side}"].shape
+    a, b = (specs[f"lokr_w{side}_{end}"].shape for end in "ab")
+    core = specs.get("lokr_t2") if side == 2 else None
+    return (a[1], b[1], *core.shape[2:]) if core else (a[0], b[1])
+
+
+def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None, transposed: bool) -> Delta:
+    from ...numerics.exact_factors import tucker_terms
+    from ...numerics.products import Term
+    from ...numerics.stored import Stored
+
+    if whole is not None:
+        matrix = whole.flatten(1)
+        return Stored(matrix.T.contiguous() if transposed else matrix, 1.0)
+    assert a is not None and b is not None
+    terms = [Term(a, b, Fraction(1))] if core is None else tucker_terms(a.T, core, b, Fraction(1))
+    products = sum_terms(terms, transposed)
+    return products.rows(0, products.shape[0])
+
+
+def with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix as the product of itself and an identity of the smaller side."""
+    import torch
+
+    identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
+    return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)

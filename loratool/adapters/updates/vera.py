@@ -1,0 +1,67 @@
+"""Add two fixed random matrices, scaled by trained vectors, VeRA: D = diag(b) B diag(d) A (Kopiczko et al., ICLR 2024).
+
+B and A are the leading rows and columns of matrices that all modules share (`peft/tuners/vera/layer.py`). How many
+inputs a module has only its base tells, so that VeRA has no factors by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ...files.dtypes import TensorSpec
+from .tucker import turned
+from .update import Update, UpdateSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.products import Term
+
+
+@dataclass(frozen=True)
+class VeRA(Update):
+    """VeRA with its projections."""
+
+    b: Tensor  # (out,)
+    d: Tensor  # (r,)
+    B: Tensor  # (most outputs, r)
+    A: Tensor  # (r, most inputs)
+
+    kind = "vera"
+    roles = ("vera_lambda_b", "vera_lambda_d", "vera_B", "vera_A")
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        return (spec.specs["vera_lambda_b"].size, spec.specs["vera_A"].shape[1])
+
+    @classmethod
+    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
+        out, width = spec.shape
+        return len(shape) == 2 and shape[0] == out and shape[1] <= width
+
+    @classmethod
+    def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
+        return spec.shape[0], None
+
+    @classmethod
+    def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+        b, d, B, A = (specs[role].shape for role in cls.roles)
+        if len(B) != 2 or len(A) != 2 or not len(b) == len(d) == 1 or not B[1] == d[0] == A[0] > 0 or B[0] < b[0]:
+            raise InputError(f"lambda_b is {b}, lambda_d is {d}, B is {B}, A is {A}: no product", culprit=module)
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> VeRA:
+        return cls(*(tensors[role] for role in cls.roles))
+
+    def terms(self, weight: float, transposed: bool) -> list[Term]:
+        from ...numerics.exact_factors import multiply_exactly
+        from ...numerics.products import Term
+
+        lefts = multiply_exactly(self.b[:, None], self.B[: len(self.b)])
+        rights = multiply_exactly(self.d[:, None], self.A)
+        terms = [Term(left, right, Fraction(weight)) for left in lefts for right in rights]
+        return turned(terms) if transposed else terms
