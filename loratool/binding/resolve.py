@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from shlex import quote
 
 from ..adapters.adapter import Adapter, UpdateSpec
+from ..adapters.formats import capabilities
 from ..adapters.updates import ADDITIVE
 from ..architectures.image import component_of, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
@@ -22,8 +23,6 @@ from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
 from .placement import Match, Placement, place_update
 from .selection import NAMES_SHOWN, Selection, matches_pattern
-
-IMAGE_FORMATS = ("cloneofsimo", "diffusers", "kohya")
 
 
 @dataclass(frozen=True)
@@ -293,7 +292,8 @@ def _missing_modules_error(
 
 def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, TensorSpec]) -> InputError:
     adapter, module = absent[0]
-    if adapter.format in IMAGE_FORMATS and not image_modules({name: spec.shape for name, spec in specs.items()}):
+    of_image = capabilities(adapter).components == "many"
+    if of_image and not image_modules({name: spec.shape for name, spec in specs.items()}):
         return InputError(
             f"is an image model's adapter, with modules like {module}; nothing binds, since the base is no image model",
             culprit=adapter.name,

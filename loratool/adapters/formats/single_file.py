@@ -1,4 +1,4 @@
-"""Write an adapter of kohya's or diffusers' format as one safetensors file with metadata."""
+"""Write the tensors of an adapter as one safetensors file with metadata."""
 
 from __future__ import annotations
 
