@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 
 import loratool
-from loratool.files.output import CONTAINERS
 from loratool.adapters.formats import WrittenFormat, written_formats
+from loratool.files.output import CONTAINERS
 from loratool.ops.convert.command import Container
 
 pytest.importorskip("mypy")

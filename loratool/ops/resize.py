@@ -130,12 +130,12 @@ def resize(
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha)
         opened.callback(source.file.close)
+        if to is None:
+            require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
         check_output_path(path, is_file, [source.file.path], force)
         warnings: tuple[str, ...] = ()
-        if to is None:
-            require_writable(source)
-        else:
+        if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = conversion_warnings([made])
         work = _Resizing(source, choose_device(device), DTYPES[dtype], progress)

@@ -16,6 +16,7 @@ import pytest
 from click.core import ParameterSource
 from conftest import FIXTURES
 
+from loratool.adapters.formats import written_formats
 from loratool.binding.selection import PRESETS
 from loratool.binding.tied_weights import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli

@@ -11,9 +11,8 @@ from conftest import ROOT
 from matrix import COLUMNS, READABLE, cell, matrix
 from torch import Tensor
 
-from loratool.adapters.formats import FORMATS, open_adapter
+from loratool.adapters.formats import FORMATS, open_adapter, written_formats
 from loratool.errors import NeedsFlag
-from loratool.adapters.formats import written_formats
 
 GUIDE = (ROOT / "loratool" / "guides" / "formats.md").read_text()
 

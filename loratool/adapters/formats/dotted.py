@@ -56,7 +56,7 @@ class DottedFormat(Format, ABC):
 
         Raises:
             InputError: a tensor is not one of LoRA or DoRA, or the metadata is damaged.
-            UsageError: `alpha` contradicts the file.
+            UsageError: the alpha of `options` contradicts the file.
         """
         found: dict[str, dict[str, str]] = {}
         for tensor in file.specs:

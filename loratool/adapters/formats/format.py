@@ -31,7 +31,7 @@ BASES = ("model", "single file", "pipeline")
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What files of a format hold."""
+    """List what files of a format hold."""
 
     kinds: frozenset[str]  # keys of UPDATES
     writes: bool  # whether loratool writes them
@@ -49,7 +49,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a reader is told beside the file."""
+    """Tell a reader what the file may not say."""
 
     alpha: float | None = None  # for files that do not say it; it must not contradict one that does
     lenient: bool = False  # record a module's missing factor, rank or alpha in `UpdateSpec.fault`, raise no error
@@ -70,7 +70,7 @@ class AdapterContent:
 
 @dataclass(frozen=True)
 class NewModule:
-    """What a config and metadata say of a module of an image adapter."""
+    """Name what a config and metadata say of a module of an image adapter."""
 
     component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...
     rank: int
@@ -99,7 +99,7 @@ class Format(ABC):
         Raises:
             InputError: a tensor is not one that the format can hold.
             NeedsFlag: the file does not say what an option could.
-            UsageError: `options.alpha` contradicts the file.
+            UsageError: the alpha of `options` contradicts the file.
         """
 
     def module_name(self, component: str, path: str, family: str, encoders: int) -> str:

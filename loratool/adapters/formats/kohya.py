@@ -56,7 +56,7 @@ class Kohya(Format):
 
         Raises:
             InputError: a tensor is not one of LoRA or DoRA.
-            UsageError: `alpha` contradicts the file.
+            UsageError: the alpha of `options` contradicts the file.
         """
         found: dict[str, dict[str, str]] = {}
         for tensor in file.specs:

@@ -50,9 +50,9 @@ class Loralib(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a MergedLinear has other slices than `options.enabled_slices`, or that is None; or a weight is
-                there beside its factors.
-            NeedsFlag: `options.enabled_slices` is empty and there is a MergedLinear, or alpha is missing.
+            InputError: a MergedLinear has other slices than the enabled ones, or there is no option for them; or a
+                weight is there beside its factors.
+            NeedsFlag: there is a MergedLinear and its slices were not given, or alpha is missing.
         """
         found: dict[str, dict[str, str]] = {}
         updates: dict[str, UpdateSpec] = {}

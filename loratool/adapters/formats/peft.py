@@ -30,7 +30,7 @@ from .peft_config import (
     parse_config,
     target_parameter,
 )
-from .single_file import write_single_file
+from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -108,7 +108,7 @@ class Peft(Format):
         Raises:
             InputError: the config or a tensor is of a method or variant that no row of UPDATES describes.
             NeedsFlag: the file does not say its alpha.
-            UsageError: `alpha` contradicts the config.
+            UsageError: the alpha of `options` contradicts the config.
         """
         fields, component = find_config(file)
         marked = find_marks(file.specs)
@@ -197,9 +197,10 @@ class Peft(Format):
         if is_file:
             write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)
             return
-        require_free_space(path.absolute().parent, sum(spec.nbytes for spec in stored.specs.values()))
+        metadata = {"format": "pt"}
+        require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
         with partial_folder(path) as folder:
-            write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, {"format": "pt"}, inputs)
+            write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
             write_file(folder / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -143,10 +143,10 @@ def combine(
     density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
-        path, is_file = edited_output(loaded[0][0], to, out, "combined")
-        check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
         if to is None:
             require_writable(loaded[0][0])
+        path, is_file = edited_output(loaded[0][0], to, out, "combined")
+        check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
         loaded, patterns, made = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
         aligned = align_adapters(loaded, patterns)
         aligned = replace(
