@@ -19,7 +19,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag
-from loratool.ops.choices import FORMAT_CHOICES
+from loratool.adapters.formats import written_formats
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -116,7 +116,7 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "OneTrainer": lambda p: _image(p, {f"lora_transformer_{n}": s for n, s in _flat(SPLIT).items()}, DOWN_UP),
     "cloneofsimo": _cloneofsimo,
 }
-COLUMNS = {**{to: {} for to in FORMAT_CHOICES}, "peft --plain": {"plain": True}}
+COLUMNS = {**{to: {} for to in written_formats()}, "peft --plain": {"plain": True}}
 
 
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:

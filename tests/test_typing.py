@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 
 import loratool
+from loratool.adapters.formats import WrittenFormat, written_formats
 from loratool.files.output import CONTAINERS
-from loratool.ops.choices import FORMAT_CHOICES
-from loratool.ops.convert.command import AdapterFormat, Container
+from loratool.ops.convert.command import Container
 
 pytest.importorskip("mypy")
 
@@ -108,7 +108,7 @@ def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> No
 
 
 def test_formats_and_containers_are_all_that_convert_writes() -> None:
-    assert set(get_args(AdapterFormat)) == set(FORMAT_CHOICES) and set(get_args(Container)) == set(CONTAINERS)
+    assert set(get_args(WrittenFormat)) == set(written_formats()) and set(get_args(Container)) == set(CONTAINERS)
 
 
 def test_the_package_says_that_it_is_typed() -> None:

@@ -6,6 +6,7 @@ know rsLoRA, some no patterns). Factors are computed for one module at a time, t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 
 from ..architectures.prefixes import PEFT_PREFIX
-from ..errors import InputError, NeedsFlag, UsageError
+from ..errors import InputError, NeedsFlag
 from ..files.dtypes import SAFETENSORS, TensorSpec
 from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
 from .adapter import Adapter
-from .formats.diffusers import metadata_of, split_component
-from .formats.peft import adapter_names, saved_name
-from .formats.peft_config import base_mutating_init, base_mutating_init_of
-from .formats.peft_write import lora_config, write_adapter
-from .formats.single_file import STALE_KEYS, write_single_file
+from .formats import FORMATS, usual_format
+from .formats.format import AdapterContent, Format
+from .formats.peft import WEIGHTS_NAMES, adapter_names
+from .formats.peft_config import base_mutating_init_of, lora_config
+from .formats.single_file import STALE_KEYS
 from .updates.update import UpdateSpec
 
 
@@ -74,13 +75,17 @@ class EditedAdapter:
     dtype: torch.dtype = torch.float32  # of the factors
     fields: Mapping[str, object] = field(default_factory=dict)  # of PEFT's config, that replace the template's
 
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.template.format]
+
     def names(self, module: str) -> tuple[str, str]:
         """Return the names of A and B in the output."""
         A, B = (self._saved(self.updates[module].tensors[role]) for role in ("A", "B"))
         return A, B
 
     def _saved(self, name: str) -> str:
-        return saved_name(name, self._named) if self.template.format == "peft" else name
+        return self.format.edited_name(name, self._named)
 
     @cached_property
     def _named(self) -> set[str]:
@@ -101,8 +106,8 @@ class EditedAdapter:
         found = {}
         for module in self.updates:
             found.update(self.specs_of(module))
-            if self.template.format == "kohya":
-                found[f"{module}.alpha"] = TensorSpec("F32", ())
+            if alpha := self.format.edited_alpha(module):
+                found[alpha] = TensorSpec("F32", ())
         for name, each in self.carried.items():
             found[self._saved(name)] = each.spec
         return found
@@ -122,13 +127,14 @@ class EditedAdapter:
         """
         module_of = {key: module for module in self.updates for key in self.names(module)}
         carried = {self._saved(name): each for name, each in self.carried.items()}
+        alphas = {name: module for module in self.updates if (name := self.format.edited_alpha(module))}
         last: dict[str, Tensor] = {}
 
         def load(key: str) -> Tensor:
             if key in carried:
                 return carried[key].load()
-            if key not in module_of:  # kohya's alpha
-                return torch.tensor(float(self.ranks[key.removesuffix(".alpha")]), dtype=torch.float32)
+            if key in alphas:
+                return torch.tensor(float(self.ranks[alphas[key]]), dtype=torch.float32)
             if key not in last:
                 last.clear()
                 last.update(self._stored_factors(module_of[key]))
@@ -143,28 +149,27 @@ class EditedAdapter:
         return {names[0]: A.reshape(A_spec.shape), names[1]: B.permute(1, 2, 0).reshape(B_spec.shape)}
 
 
-WRITABLE_FORMATS = ("peft", "kohya", "diffusers")
-
-
 def require_writable(template: Adapter) -> None:
     """Raise NeedsFlag for a format whose files cannot say the new ranks and scales."""
-    if template.format not in WRITABLE_FORMATS:
+    if FORMATS[template.format].can.alpha == "none":
+        many = FORMATS[template.format].can.components == "many"
         raise NeedsFlag(
             f"is in {template.format}'s format, whose files cannot say the new ranks and scales",
             culprit=template.name,
-            remedy=f"add --to {'kohya' if template.format == 'cloneofsimo' else 'peft'}",
+            remedy=f"add --to {usual_format('single file' if many else 'model').key}",
         )
 
 
-def default_output_name(template: Adapter, to: str | None, command: str) -> str:
-    """Choose the output's name when -o was not given.
+def edited_output(
+    template: Adapter, to: str | None, out: str | os.PathLike[str] | None, command: str
+) -> tuple[Path, bool]:
+    """Return the output's path, and whether it is a file, in the template's format or in `to`.
 
-    Returns:
-        `command` (a folder) if `to` is peft, or if `to` is None and `template` is a PEFT adapter in a folder;
-        otherwise `command`.safetensors.
+    Without `out` it is the command's name, and a folder where the format has them and the template is in one, or `to`
+    is given.
     """
-    in_folder = template.format == "peft" and template.file.path.name.startswith("adapter_model")
-    return command if (in_folder if to is None else to == "peft") else f"{command}.safetensors"
+    in_folder = to is not None or template.file.path.name in WEIGHTS_NAMES
+    return FORMATS[to or template.format].output(out, command, in_folder)
 
 
 def require_same_init(template: Adapter, ranks: Mapping[str, int]) -> None:
@@ -187,37 +192,18 @@ def require_same_init(template: Adapter, ranks: Mapping[str, int]) -> None:
             )
 
 
-def require_folder_or_file(template: Adapter, path: Path, is_file: bool) -> None:
-    """Raise UsageError for a folder as the output in a format of single files."""
-    if template.format != "peft" and not is_file:
-        raise UsageError(f"{template.format} adapters are single files", culprit=str(path), remedy="-o X.safetensors")
-
-
 def write_edited(edited: EditedAdapter, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
     """Write the adapter; `inputs` are the files that it is made of, which must not change meanwhile."""
-    specs, load = edited.specs(), edited.loader()
-    if edited.template.format == "peft":
-        bare = is_file and not any(key.startswith(PEFT_PREFIX) for key in edited.template.file.specs)
-        write_adapter(
-            path, is_file, specs, load, edited_adapter_config(edited), inputs, prefix="" if bare else PEFT_PREFIX
-        )
-        return
-    metadata = {key: value for key, value in (edited.template.file.metadata or {}).items() if key not in STALE_KEYS}
-    write_single_file(path, specs, load, {**metadata, **_init_metadata(edited)}, inputs)
-
-
-def _init_metadata(edited: EditedAdapter) -> dict[str, str]:
-    """Return diffusers' metadata if a loader must know of a base-mutating init; else the tensors suffice."""
-    if edited.template.format != "diffusers" or not base_mutating_init(edited.template.config):
-        return {}
-    components: dict[str, dict[str, int]] = {}
-    for module, rank in edited.ranks.items():
-        component, path = split_component(module)
-        components.setdefault(component, {})[path] = rank
-    inits = {component: base_mutating_init_of(edited.template.config, component) or True for component in components}
-    return metadata_of(
-        {name: lora_config(ranks, {}, init_lora_weights=inits[name]) for name, ranks in components.items()}
+    template = edited.template
+    metadata = {key: value for key, value in (template.file.metadata or {}).items() if key not in STALE_KEYS}
+    content = AdapterContent(
+        edited.specs(),
+        edited.loader(),
+        edited_adapter_config(edited),
+        {**metadata, **edited.format.edited_metadata(template.config, edited.ranks)},
+        bare=is_file and not any(key.startswith(PEFT_PREFIX) for key in template.file.specs),
     )
+    edited.format.write(path, is_file, content, inputs)
 
 
 def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:

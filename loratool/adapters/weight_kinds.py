@@ -15,8 +15,7 @@ from torch import Tensor
 from ..architectures.conv1d import stores_transposed
 from ..architectures.prefixes import module_path
 from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
-from .formats.peft import DECLARED
-from .formats.peft_write import nested
+from .formats.peft import DECLARED, nested
 
 Shape = tuple[int, ...]
 

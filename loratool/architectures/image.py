@@ -235,6 +235,10 @@ class Dit:
     swapped: Mapping[str, str]  # as outside, with the halves of the rows swapped
 
 
+# Their files by kohya have diffusers' names, and their UNet has four levels, the innermost without attention.
+FIRST = ("sd1", "sd2")
+
+
 DITS = {
     "flux": Dit(
         (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE)),

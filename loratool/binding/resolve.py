@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from shlex import quote
 
 from ..adapters.adapter import Adapter
+from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.image import component_of, image_modules
@@ -23,8 +24,6 @@ from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
 from .placement import Match, Placement, place_update
 from .selection import NAMES_SHOWN, Selection, matches_pattern
-
-IMAGE_FORMATS = ("cloneofsimo", "diffusers", "kohya")
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,8 @@ def _missing_modules_error(
 
 def _nothing_binds(absent: Sequence[tuple[Adapter, str]], specs: Mapping[str, TensorSpec]) -> InputError:
     adapter, module = absent[0]
-    if adapter.format in IMAGE_FORMATS and not image_modules({name: spec.shape for name, spec in specs.items()}):
+    of_image = capabilities(adapter).components == "many"
+    if of_image and not image_modules({name: spec.shape for name, spec in specs.items()}):
         return InputError(
             f"is an image model's adapter, with modules like {module}; nothing binds, since the base is no image model",
             culprit=adapter.name,

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from ..adapters.formats import FORMATS
+from ..adapters.formats import FORMATS, written_formats
 from ..files.output import CONTAINERS
-from ..ops.choices import FORMAT_CHOICES, QKV_LAYOUTS
+from ..ops.choices import QKV_LAYOUTS
 from .options import (
+    FORMATS_HELP,
     PATH,
     Size,
     Slices,
@@ -35,10 +36,8 @@ from .options import (
 )
 @click.option(
     "--to",
-    type=click.Choice([*FORMAT_CHOICES, *CONTAINERS]),
-    help="Of an adapter: "
-    + "; ".join(FORMAT_CHOICES.values())
-    + ". Of a checkpoint: safetensors (the default) or torch.",
+    type=click.Choice([*written_formats(), *CONTAINERS]),
+    help="Of an adapter: " + FORMATS_HELP + ". Of a checkpoint: safetensors (the default) or torch.",
 )
 @click.option(
     "--max-shard-size",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.choices import EMBED_CHOICES, EXTRACT_FORMATS
+from ..ops.choices import EMBED_CHOICES, extract_formats
 from .options import (
     PATH,
     Count,
@@ -63,8 +63,8 @@ from .options import (
 @click.option("--no-bias", is_flag=True, help="Leave changed biases and norms out.")
 @click.option(
     "--to",
-    type=click.Choice(list(EXTRACT_FORMATS)),
-    help="; ".join(f"{name}: {meaning}" for name, meaning in EXTRACT_FORMATS.items()) + ".  [default: by BASE]",
+    type=click.Choice(list(extract_formats())),
+    help="; ".join(each.title for each in extract_formats().values()) + ".  [default: by BASE]",
 )
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."

@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ..adapters.formats import written_formats
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
-from ..ops.choices import FORMAT_CHOICES
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
@@ -83,10 +83,13 @@ exclude_option = click.option(
 )
 
 
+FORMATS_HELP = "; ".join(each.title for each in written_formats().values())
+
+
 to_option = click.option(
     "--to",
-    type=click.Choice(list(FORMAT_CHOICES)),
-    help="; ".join(FORMAT_CHOICES.values()) + ".  [default: by the input]",
+    type=click.Choice(list(written_formats())),
+    help=FORMATS_HELP + ".  [default: by the input]",
 )
 
 

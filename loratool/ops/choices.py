@@ -6,6 +6,9 @@ a table with the same keys.
 
 from __future__ import annotations
 
+from ..adapters.formats import written_formats
+from ..adapters.formats.format import Format
+
 # --method of init, implemented by `init.methods.INITS`
 INIT_CHOICES = {
     "lora": "A uniform, B = 0",
@@ -41,16 +44,6 @@ COMBINE_METHODS = {
 COMBINE_ALLOW = {"unrelated": "adapters that look like those of two models"}
 
 
-# --to of convert. In comfy the denoiser has the names of the model's maker, in diffusers and PEFT those of diffusers.
-FORMAT_CHOICES = {
-    "peft": "PEFT: a folder or a file of one component, in diffusers' names",
-    "kohya": "kohya: flattened names with lora_down, lora_up and alpha",
-    "diffusers": "diffusers: lora_A and lora_B by component, alphas in the metadata",
-    "comfy": "ComfyUI: the model's own names with lora_down, lora_up and alpha",
-    "loralib": "loralib: a file of lora_A and lora_B of one component, without alpha",
-}
-
-
 # --for of convert
 QKV_LAYOUTS = {
     "split": "q_proj, k_proj, v_proj and gate_proj, up_proj, as Llama and Qwen have them",
@@ -66,10 +59,6 @@ EMBED_CHOICES = {
 }
 
 
-# --to of extract; the default depends on the base
-EXTRACT_FORMATS = {
-    "peft": "PEFT, for a model or a component in a folder",
-    "kohya": "kohya, for an image model in one file",
-    "diffusers": "diffusers, by component, for its pipelines",
-    "comfy": "ComfyUI",
-}
+def extract_formats() -> dict[str, Format]:
+    """Return the formats for --to of extract by key: those in which the output says its scale."""
+    return {key: each for key, each in written_formats().items() if each.can.alpha != "none"}

@@ -20,8 +20,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.edited import (
     CarriedTensor,
     EditedAdapter,
-    default_output_name,
-    require_folder_or_file,
+    edited_output,
     require_same_init,
     require_writable,
     write_edited,
@@ -32,11 +31,11 @@ from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_
 from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
 from ..errors import InputError, NeedsFlag, UsageError
-from ..files.output import check_output_name, check_output_path, naming_output
+from ..files.output import check_output_path, naming_output
 from ..files.tensor_ref import TensorRef
 from ..numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
 from ..streaming.workers import Progress, choose_device
-from .convert.in_memory import check_target, conversion_warnings, loralib_notes, open_converted
+from .convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
 from .convert.request import ConvertRequest
 from .machine import require_ieee
 from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
@@ -113,7 +112,7 @@ def resize(
         params, size: a budget for the whole adapter, in parameters (bytes), spent where it keeps most.
         rank_rule: a key of RANK_RULES and its value.
         max_rank: the upper limit of every module's rank.
-        to: a key of FORMAT_CHOICES, whose modules the ranks are then of; by default the adapter's own format.
+        to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         alpha: for a file without an alpha.
         force: replace an output that exists.
@@ -133,15 +132,14 @@ def resize(
     with ExitStack() as opened:
         source = open_adapter(adapter, alpha)
         opened.callback(source.file.close)
-        path, is_file = check_output_name(out if out is not None else default_output_name(source, to, "resized"))
-        check_output_path(path, is_file, [source.file.path], force)
-        warnings: tuple[str, ...] = ()
         if to is None:
             require_writable(source)
-        else:
+        path, is_file = edited_output(source, to, out, "resized")
+        check_output_path(path, is_file, [source.file.path], force)
+        warnings: tuple[str, ...] = ()
+        if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
             warnings = conversion_warnings([made])
-        require_folder_or_file(source, path, is_file)
         work = _Resizing(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
@@ -230,7 +228,7 @@ class _Resizing:
             sum(spec.size for spec in specs.values()),
             sum(spec.nbytes for spec in specs.values()),
             tuple(sorted(self._carried)),
-            (*warnings, *self._warnings(), *loralib_notes(self._source, ranks)),
+            (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:

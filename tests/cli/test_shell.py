@@ -16,6 +16,7 @@ import pytest
 from click.core import ParameterSource
 from conftest import FIXTURES
 
+from loratool.adapters.formats import written_formats
 from loratool.binding.selection import PRESETS
 from loratool.binding.tied_weights import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
@@ -62,7 +63,7 @@ class TestCompletion:
             ("loratool merge base/ adapter/ --dtype ", ["keep", *FACTOR_DTYPES]),
             ("loratool merge base/ adapter/ --device c", ["cpu", "cuda"]),
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
-            ("loratool convert a.safetensors --to ", [*choices.FORMAT_CHOICES, *CONTAINERS]),
+            ("loratool convert a.safetensors --to ", [*written_formats(), *CONTAINERS]),
             ("loratool convert a.safetensors --for ", list(choices.QKV_LAYOUTS)),
             ("loratool init base/ --method ", list(choices.INIT_CHOICES)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),

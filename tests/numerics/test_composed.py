@@ -32,9 +32,8 @@ from hostile_reals import (
 )
 from torch import Tensor
 
-from loratool.numerics import composed
 from loratool.numerics.composed import Hadamard, Kron, Scaled
-from loratool.numerics.decide import Delta, DenseDelta, Factor, Reals
+from loratool.numerics.decide import Delta, Factor, Reals
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import magnitude_ratio, row_norms
 from loratool.numerics.products import Products, Term
@@ -65,9 +64,7 @@ def hadamard(one: Sequence[Term], two: Sequence[Term], scale: F) -> Case:
 
 def kron_numbers(one: list[F], two: list[F], shapes: tuple[tuple[int, int], tuple[int, int]], scale: F) -> list[F]:
     (m, n), (p, q) = shapes
-    return [
-        scale * one[(i // p) * n + j // q] * two[(i % p) * q + j % q] for i in range(m * p) for j in range(n * q)
-    ]
+    return [scale * one[(i // p) * n + j // q] * two[(i % p) * q + j % q] for i in range(m * p) for j in range(n * q)]
 
 
 def kron(factor: torch.dtype, scale: F, rows: slice | None = None, stored: str = "12") -> Case:
@@ -75,7 +72,10 @@ def kron(factor: torch.dtype, scale: F, rows: slice | None = None, stored: str =
     g = np.random.default_rng(4)
     parts: list[tuple[Delta, list[F]]] = []
     for name, m, n in (("1", 2, 4), ("2", 3, 4)):
-        V, terms = normal(g, m, n, dtype=factor), [Term(normal(g, m, 2, dtype=factor), normal(g, 2, n, dtype=factor), F(1))]
+        V, terms = (
+            normal(g, m, n, dtype=factor),
+            [Term(normal(g, m, 2, dtype=factor), normal(g, 2, n, dtype=factor), F(1))],
+        )
         V[0, 1] = 0
         V[1, :2] = 1.5
         parts.append((Stored(V, 1.0), reals(V)) if name in stored else (products(terms), changes(terms)))
@@ -92,7 +92,9 @@ def scaled(case: Case, numbers: list[F], axis: int) -> Case:
 
 
 def added(*cases: Case) -> Case:
-    return Case(Sum([case.delta for case in cases]), [sum(each, F(0)) for each in zip(*(c.numbers for c in cases), strict=True)])
+    return Case(
+        Sum([case.delta for case in cases]), [sum(each, F(0)) for each in zip(*(c.numbers for c in cases), strict=True)]
+    )
 
 
 RATIOS = {
@@ -260,9 +262,7 @@ MERGES = [
 
 
 @pytest.mark.parametrize(("name", "weights", "base", "factor", "out"), MERGES[:: len(MERGES) // 40 | 1], ids=id_of)
-def test_merges_are_right(
-    name: str, weights: str, base: torch.dtype, factor: torch.dtype, out: torch.dtype
-) -> None:
+def test_merges_are_right(name: str, weights: str, base: torch.dtype, factor: torch.dtype, out: torch.dtype) -> None:
     check_merge(name, weights, base, factor, out)
 
 

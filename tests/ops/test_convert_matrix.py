@@ -11,9 +11,8 @@ from conftest import ROOT
 from matrix import COLUMNS, READABLE, cell, matrix
 from torch import Tensor
 
-from loratool.adapters.formats import FORMATS, open_adapter
+from loratool.adapters.formats import FORMATS, open_adapter, written_formats
 from loratool.errors import NeedsFlag
-from loratool.ops.choices import FORMAT_CHOICES
 
 GUIDE = (ROOT / "loratool" / "guides" / "formats.md").read_text()
 
@@ -27,7 +26,7 @@ def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:
     for i, make in enumerate(READABLE.values()):
         adapter = make(tmp_path / f"{i}")
         found.add(opened(adapter).format)
-    assert found == set(FORMATS) and {column.split()[0] for column in COLUMNS} == set(FORMAT_CHOICES)
+    assert found == set(FORMATS) and {column.split()[0] for column in COLUMNS} == set(written_formats())
 
 
 def opened(path: Path, alpha: float = 2.0) -> Any:

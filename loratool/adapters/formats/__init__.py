@@ -1,17 +1,16 @@
 """Recognize and open adapters in every known format on disk, each a module and a row of `FORMATS`.
 
-A format answers two questions: whether a file's tensor names are of this format (`claims`), and which adapter the
-file holds (`read`). `open_adapter` asks them in the table's order.
+`open_adapter` asks the rows in the table's order whether a file's tensor names are of their format, and the first that
+claims them reads the file.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
@@ -21,27 +20,42 @@ from ...files.fileio import reading
 from ...files.hub_cache import resolve
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
-from . import cloneofsimo, diffusers, kohya, loralib, peft
+from .cloneofsimo import Cloneofsimo
+from .comfy import Comfy
+from .diffusers import Diffusers
 from .find import find_adapter_file
+from .format import BASES, Capabilities, Format, ReadOptions
+from .kohya import Kohya
+from .loralib import Loralib
 from .other_methods import BIASES, UNKNOWN_LORA, OtherMethod, is_all_lora, is_biases, other_method
+from .peft import WEIGHTS_NAMES, Peft
 from .peft_config import CONFIG_NAME, find_config
 
-
-@dataclass(frozen=True)
-class Format:
-    """A format of adapters on disk."""
-
-    claims: Callable[[Iterable[str]], bool]  # tensor names -> whether they are of this format
-    read: Callable[[str, WeightsFile, float | None, bool], Adapter]  # (name, file, alpha, lenient) -> adapter
-
-
-FORMATS = {
-    "cloneofsimo": Format(cloneofsimo.claims, cloneofsimo.read),
-    "kohya": Format(kohya.claims, kohya.read),
-    "diffusers": Format(diffusers.claims, diffusers.read),
-    "loralib": Format(loralib.claims, loralib.read),
-    "peft": Format(peft.claims, peft.read),
+# key -> format; of several that claim a file the first one reads it
+FORMATS: dict[str, Format] = {
+    each.key: each for each in (Cloneofsimo(), Kohya(), Comfy(), Diffusers(), Loralib(), Peft())
 }
+
+
+# keys of `written_formats`, for type checkers
+WrittenFormat = Literal["peft", "kohya", "diffusers", "comfy", "loralib"]
+
+
+def written_formats() -> dict[str, Format]:
+    """Return the formats that can be written by key, those that are the usual one of a base first, as in BASES."""
+    order = {each: i for i, each in enumerate(BASES)}
+    found = sorted(FORMATS.values(), key=lambda each: order.get(each.can.usual_for or "", len(order)))
+    return {each.key: each for each in found if each.can.writes}
+
+
+def usual_format(base: str) -> Format:
+    """Return the format of an adapter for a base, one of BASES, if no other is asked for."""
+    return next(each for each in FORMATS.values() if each.can.usual_for == base)
+
+
+def capabilities(adapter: Adapter) -> Capabilities:
+    """Return what files of an adapter's format hold."""
+    return FORMATS[adapter.format].can
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -86,7 +100,8 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
-        image = kohya.claims(file.specs) or diffusers.claims(file.specs)  # these formats have no config beside them
+        # formats of image models have no config beside them
+        image = any(f.claims(file.specs) for f in FORMATS.values() if f.can.components == "many")
         fields = {} if image else find_config(file)[0]
         if other := other_method(file.specs, fields):
             return file, fields, *other
@@ -103,7 +118,7 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
 
 def _is_complete(weights: Path) -> bool:
     """Return whether a file has PEFT's name and config, so that its tensors' names need not tell."""
-    return weights.name in peft.WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file()
+    return weights.name in WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file()
 
 
 def open_adapter(
@@ -121,7 +136,7 @@ def open_adapter(
         alpha: for files that do not say it; it must not contradict one that does.
         lenient: record a module's missing factor, rank or alpha in `UpdateSpec.fault` instead of raising an error.
         format: a key of FORMATS, instead of the first that claims the names.
-        enabled: which slices loralib's MergedLinear adapts (`loralib.read`).
+        enabled: as `ReadOptions.enabled_slices`.
 
     Raises:
         InputError: no format claims the file, or its format cannot read it.
@@ -138,14 +153,14 @@ def open_adapter(
     file = open_weights(weights)
     try:
         claimed = format or next((key for key, each in FORMATS.items() if each.claims(file.specs)), None)
-        if enabled and claimed != "loralib":
-            raise UsageError(f"--enable-lora is for loralib's files, and this one is {claimed or 'none'}")
-        if claimed == "loralib":
-            return loralib.read(os.fspath(name), file, alpha, lenient, enabled)
+        if enabled and not (claimed and FORMATS[claimed].can.slices):
+            theirs = " and ".join(f"{each.key}'s" for each in FORMATS.values() if each.can.slices)
+            raise UsageError(f"--enable-lora is for {theirs} files, and this one is {claimed or 'none'}")
+        if claimed is None and _is_complete(weights):
+            claimed = Peft.key  # trained modules or biases and no LoRA
         if claimed:
-            return FORMATS[claimed].read(os.fspath(name), file, alpha, lenient)
-        if _is_complete(weights):
-            return peft.read(os.fspath(name), file, alpha, lenient)  # trained modules or biases and no LoRA
+            options = ReadOptions(alpha, lenient, None if enabled is None else tuple(enabled))
+            return FORMATS[claimed].read(os.fspath(name), file, options)
         if is_biases(file.specs):
             raise InputError(
                 f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy

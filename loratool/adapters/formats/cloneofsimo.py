@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from typing import final
 
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
@@ -17,6 +18,7 @@ from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
 from ..updates.update import UpdateSpec
+from .format import Capabilities, Format, ReadOptions
 
 KEY = re.compile(r"(unet|text_encoder):(\d{1,4}):(up|down)")
 
@@ -42,40 +44,50 @@ CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")
 CLASSES = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
 
 
-def claims(names: Iterable[str]) -> bool:
-    return any(KEY.fullmatch(name) for name in names)
+@final
+class Cloneofsimo(Format):
+    """Files of numbered modules, which are read only."""
 
+    key = "cloneofsimo"
+    title = "cloneofsimo: numbered modules"
+    can = Capabilities(kinds=frozenset({"lora"}), writes=False, components="many", alpha="none")
 
-def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Read the adapter in `file`.
+    def claims(self, names: Iterable[str]) -> bool:
+        return any(KEY.fullmatch(name) for name in names)
 
-    Raises:
-        InputError: the order of the modules is not known for these classes and counts, or there are learned tokens.
-        UsageError: an alpha was given.
-    """
-    if alpha is not None:
-        raise UsageError("--alpha is not for this format: its change is up @ down as it is", culprit=name)
-    found: dict[str, dict[int, dict[str, str]]] = {}
-    for tensor in file.specs:
-        match = KEY.fullmatch(tensor)
-        if match is None:
-            raise InputError(f"is no factor; {name} holds more than LoRA (a learned token?)", culprit=tensor)
-        found.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
-    updates: dict[str, UpdateSpec] = {}
-    for component, numbered in found.items():
-        modules = _modules(name, component, file, len(numbered))
-        if set(numbered) != set(range(len(modules))):
-            raise InputError(
-                f"has {len(numbered)} modules in {component}, and the model {len(modules)}: which are whose is unknown",
-                culprit=name,
-            )
-        for number, roles in sorted(numbered.items()):
-            rank = (file.specs[roles["A"]].shape or (0,))[0] if "A" in roles else 0
-            config, module = AdapterConfig(alpha=float(rank)), f"{component}.{modules[number]}"
-            updates[module] = spec_from_roles(module, roles, file, config, transposed=False, lenient=lenient)
-    alphas = {spec.scale * spec.rank for spec in updates.values()}
-    alone = alphas.pop() if len(alphas) == 1 else None
-    return Adapter(name, "cloneofsimo", file, AdapterConfig(alpha=alone), updates)
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: the order of the modules is not known for these classes and counts, or there are learned tokens.
+            UsageError: an alpha was given.
+        """
+        if options.alpha is not None:
+            raise UsageError("--alpha is not for this format: its change is up @ down as it is", culprit=name)
+        found: dict[str, dict[int, dict[str, str]]] = {}
+        for tensor in file.specs:
+            match = KEY.fullmatch(tensor)
+            if match is None:
+                raise InputError(f"is no factor; {name} holds more than LoRA (a learned token?)", culprit=tensor)
+            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
+        updates: dict[str, UpdateSpec] = {}
+        for component, numbered in found.items():
+            modules = _modules(name, component, file, len(numbered))
+            if set(numbered) != set(range(len(modules))):
+                raise InputError(
+                    f"has {len(numbered)} modules in {component}, and the model {len(modules)}: "
+                    "which are whose is unknown",
+                    culprit=name,
+                )
+            for number, roles in sorted(numbered.items()):
+                rank = (file.specs[roles["A"]].shape or (0,))[0] if "A" in roles else 0
+                config, module = AdapterConfig(alpha=float(rank)), f"{component}.{modules[number]}"
+                updates[module] = spec_from_roles(
+                    module, roles, file, config, transposed=False, lenient=options.lenient
+                )
+        alphas = {spec.scale * spec.rank for spec in updates.values()}
+        alone = alphas.pop() if len(alphas) == 1 else None
+        return Adapter(name, self.key, file, AdapterConfig(alpha=alone), updates)
 
 
 def _modules(name: str, component: str, file: WeightsFile, count: int) -> list[str]:

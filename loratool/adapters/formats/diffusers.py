@@ -1,205 +1,58 @@
-"""Read image adapters with dotted names: diffusers' old and current ones, ComfyUI's, ai-toolkit's, XLabs'.
+"""Name and describe the adapters that diffusers' pipelines load: dotted names, and PEFT's configs in the metadata.
 
-A name is `<component>.<module path>` and a suffix of the table ENDS; formats that differ only there are one. The scale
-is alpha / r if the file has an alpha, as a tensor or in the metadata's `lora_adapter_metadata`, otherwise 1.
-Defined by diffusers: `loaders/lora_base.py`, `loaders/lora_conversion_utils.py`; ComfyUI: `comfy/lora.py`.
+Defined by diffusers: `loaders/lora_base.py` (`_lora_loadable_modules`, `LORA_ADAPTER_METADATA_KEY`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
-from ...architectures.image import ADAPTER_PREFIXES
-from ...errors import InputError, UsageError
-from ...files.weights_file import WeightsFile
-from ..adapter import Adapter
-from ..config import AdapterConfig
-from ..updates.dora import DoRA
-from .kohya import pair_magnitude
-from .other_methods import refused_tensor
-from .peft_config import base_mutating_init, parse_config
-
-# The suffix of a tensor's name -> its role
-ENDS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_A.default.weight": "A",
-    ".lora_B.default.weight": "B",
-    ".lora.down.weight": "A",
-    ".lora.up.weight": "B",
-    ".lora_down.weight": "A",
-    ".lora_up.weight": "B",
-    ".lora_linear_layer.down.weight": "A",
-    ".lora_linear_layer.up.weight": "B",
-    "_lora.down.weight": "A",
-    "_lora.up.weight": "B",
-    ".alpha": "alpha",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".magnitude": "magnitude",
-    ".dora_scale": "magnitude",
-}
+from ...architectures.image import DITS
+from .dotted import DottedFormat, has_dotted_factors, metadata_of, split_component
+from .format import Capabilities, NewModule
+from .peft_config import config_of_component
+from .suffixes import PLAIN_ENDS
 
 
-# Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
-COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
+@final
+class Diffusers(DottedFormat):
+    """Files of dotted names in diffusers' naming, whose alphas are in the metadata."""
 
-
-# The fields of PEFT's config that a file's metadata has
-FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
-
-
-# A path of the old attention processors -> the module's path; XLabs' are of Flux.
-PROCESSORS = (
-    (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora1$"), r"\1.img_attn.qkv"),
-    (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora2$"), r"\1.txt_attn.qkv"),
-    (re.compile(r"(double_blocks\.\d+)\.processor\.proj_lora1$"), r"\1.img_attn.proj"),
-    (re.compile(r"(double_blocks\.\d+)\.processor\.proj_lora2$"), r"\1.txt_attn.proj"),
-    (re.compile(r"(single_blocks\.\d+)\.processor\.qkv(?:_lora)?$"), r"\1.linear1_qkv"),
-    (re.compile(r"(single_blocks\.\d+)\.processor\.proj(?:_lora)?$"), r"\1.linear2"),
-    (re.compile(r"\.processor\.to_out$"), ".to_out.0"),
-    (re.compile(r"\.processor\.(to_[qkv])$"), r".\1"),
-    (re.compile(r"(text_encoder.*\.self_attn)\.to_([qkv])$"), r"\1.\2_proj"),
-    (re.compile(r"(text_encoder.*\.self_attn)\.to_out$"), r"\1.out_proj"),
-)
-
-
-def claims(names: Iterable[str]) -> bool:
-    """Return whether a name is a factor's and has a component's prefix or a processor in it."""
-    factors = tuple(end for end, role in ENDS.items() if role in "AB") + (".down.weight", ".up.weight")
-    return any(
-        name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
-        for name in names
-        if not name.startswith("transformer.h.")  # GPT-2's own modules
+    key = "diffusers"
+    title = "diffusers: lora_A and lora_B by component, alphas in the metadata"
+    can = Capabilities(
+        kinds=frozenset({"lora", "dora"}),
+        writes=True,
+        components="many",
+        alpha="metadata",
+        usual_for="pipeline",
+        starts=True,
     )
+    ends = PLAIN_ENDS
 
+    def claims(self, names: Iterable[str]) -> bool:
+        return has_dotted_factors(names)
 
-def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Read the adapter in `file`.
+    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
+        if component == "unet":
+            return f"{'transformer' if family in DITS else 'unet'}.{path}"
+        if component == "text_encoder_3" and family == "flux":
+            component = "text_encoder_2"  # a Flux pipeline's second encoder is its T5
+        return f"{component}.{path}"
 
-    Raises:
-        InputError: a tensor is not one of LoRA or DoRA, or the metadata is damaged.
-        UsageError: `alpha` contradicts the file.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for tensor in file.specs:
-        module, role = _parse(tensor)
-        if role is None:
-            raise refused_tensor(tensor, name)
-        if found.setdefault(module, {}).setdefault(role, tensor) != tensor:
-            raise InputError(f"is the same as {found[module][role]}", culprit=tensor)
-    configs = _configs(name, file)
-    updates = {}
-    for module, roles in found.items():
-        config, path = _config_of(module, roles, file, configs, name, alpha)
-        roles = {role: key for role, key in roles.items() if role != "alpha"}
-        if not roles:
-            raise InputError("has an alpha and no factors", culprit=module)
-        spec = pair_magnitude(path, roles, file, config, lenient)
-        if config.extra.get("use_dora") and spec.cls is not DoRA and not spec.fault and not lenient:
-            raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
-        updates[module] = replace(spec, module=module)
-    alphas = {spec.scale * spec.rank for spec in updates.values()}
-    common_alpha = alphas.pop() if len(alphas) == 1 else None
-    # diffusers repeats these on the base when it loads the file
-    inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
-    return Adapter(name, "diffusers", file, AdapterConfig(alpha=common_alpha, base_mutating_inits=inits), updates)
+    def describe(
+        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        parts: dict[str, dict[str, NewModule]] = {}
+        for name, module in modules.items():
+            component, path = split_component(name)
+            parts.setdefault(component, {})[path] = module
+        by_component = metadata_of({part: config_of_component(of) for part, of in parts.items()})
+        return {}, {**former, "format": "pt", **by_component}
 
-
-def split_component(module: str) -> tuple[str, str]:
-    """Split a module into its component and its path for the metadata.
-
-    The path has no `text_model`, which a CLIPTextModel has in transformers 4 but not in 5; PEFT finds the modules of
-    both by the rest.
-    """
-    component, _, path = module.partition(".")
-    return component, path.removeprefix("text_model.")
-
-
-def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return a file's metadata for PEFT configs by component, whose paths are those of `split_component`."""
-    entries: dict[str, Any] = {}
-    for component, config in configs.items():
-        init = config.get("init_lora_weights")
-        fields = [
-            *FIELDS,
-            *(["use_dora"] if config["use_dora"] else []),
-            *(["init_lora_weights"] * (init is not True)),
-        ]
-        values = {key: config[key] for key in fields}
-        if component.startswith("text_encoder"):  # with or without `text_model.` before a path: no anchor
-            for key in ("rank_pattern", "alpha_pattern"):
-                values[key] = {pattern.removeprefix("^"): value for pattern, value in values[key].items()}
-        entries |= {f"{component}.{key}": value for key, value in values.items()}
-    return {"lora_adapter_metadata": json.dumps(entries, sort_keys=True)}
-
-
-def _parse(tensor: str) -> tuple[str, str | None]:
-    """Split a tensor's name into its module, with old processors mapped to today's paths, and its role, if known."""
-    end = next((end for end in sorted(ENDS, key=len, reverse=True) if tensor.endswith(end)), None)
-    if end is None:
-        # XLabs' names end in .down.weight alone
-        xlabs = re.fullmatch(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight", tensor)
-        if not xlabs:
-            return tensor, None
-        module, role = xlabs[1], "A" if xlabs[2] == "down" else "B"
-    else:
-        module, role = tensor.removesuffix(end), ENDS[end]
-    for pattern, meaning in PROCESSORS:
-        module, count = pattern.subn(meaning, module)
-        if count:
-            break
-    return module, role
-
-
-def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
-    """Return the configs in the metadata by component; empty without this metadata."""
-    text = (file.metadata or {}).get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    try:
-        flat = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"its metadata lora_adapter_metadata is not JSON: {error}", culprit=name) from error
-    if not isinstance(flat, dict):
-        raise InputError("its metadata lora_adapter_metadata is not a JSON object", culprit=name)
-    fields_of: dict[str, dict[str, object]] = {}
-    for key, value in flat.items():
-        component, _, field = key.partition(".")
-        fields_of.setdefault(component, {})[field] = value
-    return {
-        component: parse_config(name, {**fields, "peft_type": "LORA"}, None) for component, fields in fields_of.items()
-    }
-
-
-def _config_of(
-    module: str,
-    roles: Mapping[str, str],
-    file: WeightsFile,
-    configs: Mapping[str, AdapterConfig],
-    name: str,
-    alpha: float | None,
-) -> tuple[AdapterConfig, str]:
-    """Return the config that decides a module's rank and scale, and the path to look up in it.
-
-    A stored alpha comes before the metadata's, and that before --alpha; without any, alpha is the rank.
-    """
-    stored = file.scalar(roles["alpha"]) if "alpha" in roles else None
-    if stored is not None and not math.isfinite(stored):
-        raise InputError(f"is {stored}", culprit=roles["alpha"])
-    component, _, path = module.partition(".")
-    if stored is None and component in configs:
-        config = configs[component]
-        if alpha is not None and config.alpha is not None and alpha != config.alpha:
-            raise UsageError(f"--alpha {alpha:g} contradicts the metadata's {config.alpha:g}", culprit=name)
-        return (config if config.alpha is not None else replace(config, alpha=alpha)), path
-    if stored is not None and alpha is not None and stored != alpha:
-        raise UsageError(f"--alpha {alpha:g} contradicts the file's {roles['alpha']} = {stored:g}", culprit=name)
-    rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-    value = alpha if stored is None else stored
-    return AdapterConfig(alpha=float(rank) if value is None else value), module
+    def notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+        t5 = [name for name, module in modules.items() if module.component == "text_encoder_3"]
+        if not t5:
+            return ()
+        return (f"diffusers loads no adapter of a T5: {len(t5)} modules will not be read, {t5[0]} the first",)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any, final
 
+from ...architectures.image import FIRST
 from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
@@ -20,53 +22,113 @@ from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
 from ..updates.update import UpdateSpec
+from .format import Capabilities, Format, NewModule, ReadOptions
 from .other_methods import refused_tensor
+from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
 
-ROLES = {
-    "lora_down.weight": "A",
-    "lora_up.weight": "B",
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "alpha": "alpha",
-    "dora_scale": "magnitude",
-}
+# family -> the name of its base in the metadata; SD 3 has none, since its name depends on the size
+BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 
-def claims(names: Iterable[str]) -> bool:
-    return any(name.startswith(KOHYA_PREFIXES) for name in names)
+# family -> sd-scripts' module, if not networks.lora
+NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
 
 
-def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Read the adapter in `file`.
+@final
+class Kohya(Format):
+    """Files of flattened names, whose alphas are tensors."""
 
-    Raises:
-        InputError: a tensor is not one of LoRA or DoRA.
-        UsageError: `alpha` contradicts the file.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for tensor in file.specs:
-        module, _, end = tensor.partition(".")
-        if end not in ROLES:
-            raise refused_tensor(tensor, name)
-        if (other := found.setdefault(module, {}).setdefault(ROLES[end], tensor)) != tensor:
-            raise InputError(f"is the same as {other}", culprit=tensor)
-    updates = {}
-    for module, roles in found.items():
-        stored = roles.pop("alpha", None)
-        if not roles:
-            raise InputError(f"has no lora_down and lora_up beside it in {name}", culprit=stored)
-        value = file.scalar(stored) if stored else None
-        if value is not None and not math.isfinite(value):
-            raise InputError(f"is {value}", culprit=stored)
-        if alpha is not None and value is not None and alpha != value:
-            raise UsageError(f"--alpha {alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
-        value = alpha if value is None else value
-        rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-        module_config = AdapterConfig(alpha=value or float(rank))
-        updates[module] = pair_magnitude(module, roles, file, module_config, lenient)
-    alphas = {spec.scale * spec.rank for spec in updates.values()}
-    config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
-    return Adapter(name, "kohya", file, config, updates, flattened=True)
+    key = "kohya"
+    title = "kohya: flattened names with lora_down, lora_up and alpha"
+    can = Capabilities(
+        kinds=frozenset({"lora", "dora"}),
+        writes=True,
+        components="many",
+        alpha="tensor",
+        usual_for="single file",
+        input_norms=True,
+        zero_alpha_is_rank=True,
+    )
+    ends = ALPHA_ENDS
+
+    def claims(self, names: Iterable[str]) -> bool:
+        return any(name.startswith(KOHYA_PREFIXES) for name in names)
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: a tensor is not one of LoRA or DoRA.
+            UsageError: the alpha of `options` contradicts the file.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for tensor in file.specs:
+            module, role = split_suffix(tensor)
+            if role is None:
+                raise refused_tensor(tensor, name)
+            if (other := found.setdefault(module, {}).setdefault(role, tensor)) != tensor:
+                raise InputError(f"is the same as {other}", culprit=tensor)
+        updates = {}
+        for module, roles in found.items():
+            stored = roles.pop("alpha", None)
+            if not roles:
+                raise InputError(f"has no lora_down and lora_up beside it in {name}", culprit=stored)
+            value = file.scalar(stored) if stored else None
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"is {value}", culprit=stored)
+            if options.alpha is not None and value is not None and options.alpha != value:
+                raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
+            value = options.alpha if value is None else value
+            rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
+            module_config = AdapterConfig(alpha=value or float(rank))
+            updates[module] = pair_magnitude(module, roles, file, module_config, options.lenient)
+        alphas = {spec.scale * spec.rank for spec in updates.values()}
+        config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
+        return Adapter(name, self.key, file, config, updates, flattened=True)
+
+    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
+        if component == "unet":
+            prefix = "lora_unet"
+        elif family in FIRST and encoders < 2:
+            prefix = "lora_te"
+        else:
+            prefix = f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
+        return f"{prefix}_{text_model_path(component, path).replace('.', '_')}"
+
+    def uses_maker_names(self, family: str) -> bool:
+        return family not in FIRST
+
+    def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
+        return (rows, 1, *ones)
+
+    def describe(
+        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        return {}, network_metadata(family, former, modules)
+
+    def edited_alpha(self, module: str) -> str | None:
+        return self.tensor_name(module, "alpha")  # most readers take a missing one for the rank, but not all
+
+    def spelling(self, tensor: str) -> str:
+        return suffix_of(tensor)
+
+
+def text_model_path(component: str, path: str) -> str:
+    """Return a module's path with the `text_model` of transformers before 5, which readers of text encoders expect."""
+    return f"text_model.{path}" if component != "unet" and path.startswith("encoder.layers.") else path
+
+
+def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:
+    """Return the metadata of sd-scripts, by which web interfaces tell a file's rank, alpha and base."""
+    version = former.get("ss_base_model_version", BASE_VERSIONS.get(family))
+    ranks, alphas = {each.rank for each in modules.values()}, {each.alpha for each in modules.values()}
+    return {
+        **former,
+        "ss_network_module": NETWORKS.get(family, "networks.lora"),
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
+        **({"ss_base_model_version": version} if version else {}),
+    }
 
 
 def pair_magnitude(
@@ -75,7 +137,7 @@ def pair_magnitude(
     """Make a module's update, with DoRA over outputs or inputs as the shape of its `dora_scale` tells.
 
     Raises:
-        InputError: `dora_scale` has neither shape, or is over the inputs of a convolution; and as `pair_factors` does.
+        InputError: `dora_scale` has neither shape, or is over a convolution's inputs; as `spec_from_roles`.
     """
     key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
     shape = file.specs[key].shape if key.endswith(".dora_scale") else ()

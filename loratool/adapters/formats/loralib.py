@@ -8,9 +8,12 @@ Any other tensor replaces the base's. Defined by microsoft/LoRA: `loralib/layers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import final
 
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS
 from ...errors import InputError, LoratoolError, NeedsFlag
@@ -18,62 +21,76 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
-from ..updates.low_rank import LowRank, MergedLinear
-from ..updates.replace import ReplaceTensor
 from ..updates.update import Unpaired, UpdateSpec
+from .format import Capabilities, Format, ReadOptions
 from .other_methods import find_marks
+from .peft import adapter_names, saved_name
 
-ROLES = {".lora_A": "A", ".lora_B": "B"}
-
-
-def claims(names: Iterable[str]) -> bool:
-    """Return whether there are bare factors. AdaLoRA has them too, with its own mark beside them."""
-    names = list(names)
-    return any(name.endswith(tuple(ROLES)) for name in names) and not find_marks(names)
+ENDS = {"A": "lora_A", "B": "lora_B"}
+ROLES = {f".{end}": role for role, end in ENDS.items()}
 
 
-def read(
-    name: str,
-    file: WeightsFile,
-    alpha: float | None,
-    lenient: bool = False,
-    enabled: Sequence[bool] | None = None,
-) -> Adapter:
-    """Read the adapter in `file`.
+@final
+class Loralib(Format):
+    """Files of bare factors of one model, without alphas."""
 
-    Args:
-        enabled: which slices of its rows a MergedLinear adapts. Empty if --enable-lora was not given, None if the
-            command has no such option.
+    key = "loralib"
+    title = "loralib: a file of lora_A and lora_B of one component, without alpha"
+    can = Capabilities(
+        kinds=frozenset({"lora", "replace"}),
+        writes=True,
+        components="one",
+        alpha="none",
+        kernels=False,
+        slices=True,
+    )
+    ends = ENDS
 
-    Raises:
-        InputError: a MergedLinear has other slices than `enabled`, or `enabled` is None; or a weight is there beside
-            its factors.
-        NeedsFlag: `enabled` is empty and there is a MergedLinear, or alpha is missing.
-    """
-    found: dict[str, dict[str, str]] = {}
-    updates: dict[str, UpdateSpec] = {}
-    for tensor, spec in file.specs.items():
-        end = next((end for end in ROLES if tensor.endswith(end)), None)
-        if end:
-            found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
-        else:
-            updates[module_path(tensor)] = UpdateSpec(
-                ReplaceTensor, module_path(tensor), {"value": tensor}, {"value": spec}
-            )
-    config = AdapterConfig(alpha=alpha)
-    for module, roles in found.items():
-        if module in updates:
-            raise InputError(
-                "is there beside its factors: whether they are in it already, the file does not say",
-                culprit=updates[module].tensors["value"],
-                remedy="save loralib.lora_state_dict(model), not model.state_dict()",
-            )
-        if _slices(roles, file):
-            updates[module] = _merged(name, module, roles, file, config, enabled, lenient)
-        else:
-            is_embedding = module.rpartition(".")[2] in EMBEDDINGS or None
-            updates[module] = spec_from_roles(module, roles, file, config, is_embedding, lenient=lenient)
-    return Adapter(name, "loralib", file, config, updates)
+    def claims(self, names: Iterable[str]) -> bool:
+        """Return whether there are bare factors. AdaLoRA has them too, with its own mark beside them."""
+        names = list(names)
+        return any(name.endswith(tuple(ROLES)) for name in names) and not find_marks(names)
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: a MergedLinear has other slices than the enabled ones, or there is no option for them; or a
+                weight is there beside its factors.
+            NeedsFlag: there is a MergedLinear and its slices were not given, or alpha is missing.
+        """
+        found: dict[str, dict[str, str]] = {}
+        updates: dict[str, UpdateSpec] = {}
+        for tensor, spec in file.specs.items():
+            end = next((end for end in ROLES if tensor.endswith(end)), None)
+            if end:
+                found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
+            else:
+                updates[module_path(tensor)] = UpdateSpec(
+                    ReplaceTensor, module_path(tensor), {"value": tensor}, {"value": spec}
+                )
+        config = AdapterConfig(alpha=options.alpha)
+        for module, roles in found.items():
+            if module in updates:
+                raise InputError(
+                    "is there beside its factors: whether they are in it already, the file does not say",
+                    culprit=updates[module].tensors["value"],
+                    remedy="save loralib.lora_state_dict(model), not model.state_dict()",
+                )
+            if _slices(roles, file):
+                updates[module] = _merged(name, module, roles, file, config, options)
+            else:
+                is_embedding = module.rpartition(".")[2] in EMBEDDINGS or None
+                updates[module] = spec_from_roles(module, roles, file, config, is_embedding, lenient=options.lenient)
+        return Adapter(name, self.key, file, config, updates)
+
+    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+        named, found = adapter_names(source.file.specs), {}
+        for module, update in kept.items():
+            for role, key in update.tensors.items():
+                name = saved_name(key, named).replace(".base_layer.", ".")
+                found[self.tensor_name(module, role) if role in self.ends else name] = module, role
+        return found
 
 
 def _slices(roles: Mapping[str, str], file: WeightsFile) -> int:
@@ -92,11 +109,11 @@ def _merged(
     roles: Mapping[str, str],
     file: WeightsFile,
     config: AdapterConfig,
-    enabled: Sequence[bool] | None,
-    lenient: bool,
+    options: ReadOptions,
 ) -> UpdateSpec:
     """Return a MergedLinear's factors as one update of all rows: its scale is that of a slice, its rank their sum."""
     specs, n = {role: file.specs[key] for role, key in roles.items()}, _slices(roles, file)
+    enabled = options.enabled_slices
     (rows, r), finding = specs["B"].shape, f"holds factors of {n} slices of a MergedLinear"
     try:
         if enabled is None:
@@ -113,7 +130,7 @@ def _merged(
             raise InputError(f"{finding}, but --enable-lora names {sum(enabled)}", culprit=module)
         scale = config.scale_of(module, r)
     except LoratoolError as error:
-        if not lenient:
+        if not options.lenient:
             raise
         fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
         return UpdateSpec(Unpaired, module, {"value": roles["B"]}, {"value": specs["B"]}, fault=fault)

@@ -1,4 +1,4 @@
-"""Read PEFT's format: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
+"""Read and write PEFT's format: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
 
 Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), and those of the table _ENDS.
 A key without any mark of PEFT's is a tensor that replaces the base's. Rank, alpha and all else that the arithmetic
@@ -8,23 +8,37 @@ depends on are in the config. Defined by huggingface/peft: `peft/utils/save_and_
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
 
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.rows import Indices, ReplaceRows
+from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
+from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..updates.add import AddDelta
-from ..updates.dora import DoRA
 from ..updates.headers import spec_from_roles
-from ..updates.replace import ReplaceTensor
-from ..updates.rows import Indices, ReplaceRows
-from ..updates.update import Unpaired, Update, UpdateSpec
+from ..updates.update import Unpaired, UpdateSpec
+from .format import AdapterContent, Capabilities, Format, NewModule, ReadOptions
 from .other_methods import find_marks, other_method
-from .peft_config import CONFIG_NAME, announced_but_absent, find_config, parse_config, target_parameter
+from .peft_config import (
+    CONFIG_NAME,
+    announced_but_absent,
+    config_of_component,
+    find_config,
+    parse_config,
+    target_parameter,
+)
+from .single_file import file_size, write_single_file
+from .suffixes import PLAIN_ENDS
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -63,76 +77,138 @@ _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 
 
-def claims(names: Iterable[str]) -> bool:
-    """Return whether there are keys of LoRA or of another method of PEFT's.
+@final
+class Peft(Format):
+    """Folders or files of one model with PEFT's config."""
 
-    PEFT's prefix alone is no evidence: a base that was saved with it has only plain weights and biases.
-    """
-    names = list(names)
-    return bool(find_marks(names)) or any(
-        ".lora_A." in name
-        or ".lora_B." in name
-        or ".lora_embedding_" in name
-        or ".trainable_tokens_delta" in name
-        or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
-        for name in names
+    key = "peft"
+    title = "PEFT: a folder or a file of one component, in diffusers' names"
+    can = Capabilities(
+        kinds=frozenset({"lora", "experts", "dora", "add", "replace", "rows"}),
+        writes=True,
+        components="one",
+        alpha="config",
+        usual_for="model",
+        folder=True,
+        starts=True,
     )
+    ends = PLAIN_ENDS
 
+    def claims(self, names: Iterable[str]) -> bool:
+        """Return whether there are keys of LoRA or of another method of PEFT's.
 
-def read(name: str, file: WeightsFile, alpha: float | None, lenient: bool = False) -> Adapter:
-    """Read the adapter in `file`.
-
-    Raises:
-        InputError: the config or a tensor is of a method or variant that no row of UPDATES describes.
-        NeedsFlag: the file does not say its alpha.
-        UsageError: `alpha` contradicts the config.
-    """
-    fields, component = find_config(file)
-    marked = find_marks(file.specs)
-    other = other_method(marked.values(), fields)  # these few names have all of the file's marks
-    if marked and other:
-        _, method = other
-        reason = f"of {name} is a tensor of {method.title}, which {method.reason}"
-        raise InputError(reason, culprit=next(iter(marked.values())), remedy=method.remedy)
-    if len(fields) == 1 and _is_dump(file.specs):
-        raise InputError(
-            "is a dump of a whole PeftModel, its weights under names that no loader knows",
-            culprit=name,
-            remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
+        PEFT's prefix alone is no evidence: a base that was saved with it has only plain weights and biases.
+        """
+        names = list(names)
+        return bool(find_marks(names)) or any(
+            ".lora_A." in name
+            or ".lora_B." in name
+            or ".lora_embedding_" in name
+            or ".trainable_tokens_delta" in name
+            or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
+            for name in names
         )
-    if len(fields) == 1 and alpha is None and not lenient and any(".lora_" in key for key in file.specs):
-        raise NeedsFlag(
-            f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
-            culprit=name,
-            remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
+
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`.
+
+        Raises:
+            InputError: the config or a tensor is of a method or variant that no row of UPDATES describes.
+            NeedsFlag: the file does not say its alpha.
+            UsageError: the alpha of `options` contradicts the config.
+        """
+        fields, component = find_config(file)
+        marked = find_marks(file.specs)
+        other = other_method(marked.values(), fields)  # these few names have all of the file's marks
+        if marked and other:
+            _, method = other
+            reason = f"of {name} is a tensor of {method.title}, which {method.reason}"
+            raise InputError(reason, culprit=next(iter(marked.values())), remedy=method.remedy)
+        if len(fields) == 1 and _is_dump(file.specs):
+            raise InputError(
+                "is a dump of a whole PeftModel, its weights under names that no loader knows",
+                culprit=name,
+                remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
+            )
+        must_say = len(fields) == 1 and options.alpha is None and not options.lenient
+        if must_say and any(".lora_" in key for key in file.specs):
+            raise NeedsFlag(
+                f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
+                culprit=name,
+                remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
+            )
+        config = parse_config(name, fields, options.alpha)
+        found: dict[tuple[str, int], dict[str, str]] = {}
+        replaced: dict[str, str] = {}
+        named = adapter_names(file.specs)
+        for key in file.specs:
+            _sort_in(key, component, found, replaced, file, named)
+        updates: dict[str, UpdateSpec] = {}
+        depths_of: dict[str, list[int]] = {}
+        for path, depth in sorted((key for key, roles in found.items() if "A" in roles), reverse=True):
+            depths_of.setdefault(path, []).append(depth)
+        for (path, depth), roles in found.items():
+            depths = depths_of.get(path, [])
+            place = depths.index(depth) if depth in depths else 0
+            for update in _updates(path, roles, file, config, place, len(depths), options.lenient):
+                if update.module in updates:
+                    raise InputError(f"{name} has two updates for it", culprit=update.module)
+                updates[update.module] = update
+        for module, key in replaced.items():
+            if module in updates:  # a trained bias and lora_B's: the second is added to the first
+                if updates[module].base or not updates[module].additive:
+                    raise InputError(f"{name} has two updates for {module}", culprit=key)
+                updates[module] = dataclasses.replace(updates[module], base=key)
+            else:
+                updates[module] = _single(ReplaceTensor, module, key, file)
+        notes, missing = _notes(updates, found), announced_but_absent(config, updates)
+        return Adapter(name, self.key, file, config, updates, notes=notes, missing=missing)
+
+    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+        named, found = adapter_names(source.file.specs), {}
+        for module, update in kept.items():
+            owner, _, parameter = module.rpartition(".")
+            for role, key in update.tensors.items():
+                if source.format == self.key:
+                    name = saved_name(key, named)
+                elif role in self.ends:
+                    # other formats have transposed factors of embeddings only
+                    name = f"{module}.lora_embedding_{role}" if update.transposed else self.tensor_name(module, role)
+                elif owner in kept and kept[owner].rank:
+                    name = f"{owner}.base_layer.{parameter}"
+                else:
+                    name = saved_name(key, named)
+                found[name] = module, role
+        return found
+
+    def describe(
+        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        return config_of_component(modules), {**former, "format": "pt"}
+
+    def edited_name(self, name: str, named: Collection[str]) -> str:
+        return saved_name(name, named)
+
+    def as_file(self, content: AdapterContent) -> AdapterContent:
+        prefix = "" if content.bare else PEFT_PREFIX
+        config = json.dumps({"adapter_config": content.config}, sort_keys=True)
+        return AdapterContent(
+            {prefix + name: spec for name, spec in content.specs.items()},
+            lambda name: content.load(name.removeprefix(prefix)),
+            metadata={**content.metadata, "format": "pt", "loratool": config},
         )
-    config = parse_config(name, fields, alpha)
-    found: dict[tuple[str, int], dict[str, str]] = {}
-    replaced: dict[str, str] = {}
-    named = adapter_names(file.specs)
-    for key in file.specs:
-        _sort_in(key, component, found, replaced, file, named)
-    updates: dict[str, UpdateSpec] = {}
-    depths_of: dict[str, list[int]] = {}
-    for path, depth in sorted((key for key, roles in found.items() if "A" in roles), reverse=True):
-        depths_of.setdefault(path, []).append(depth)
-    for (path, depth), roles in found.items():
-        depths = depths_of.get(path, [])
-        place = depths.index(depth) if depth in depths else 0
-        for update in _updates(path, roles, file, config, place, len(depths), lenient):
-            if update.module in updates:
-                raise InputError(f"{name} has two updates for it", culprit=update.module)
-            updates[update.module] = update
-    for module, key in replaced.items():
-        if module in updates:  # a trained bias and lora_B's: the second is added to the first
-            if updates[module].base or not updates[module].additive:
-                raise InputError(f"{name} has two updates for {module}", culprit=key)
-            updates[module] = dataclasses.replace(updates[module], base=key)
-        else:
-            updates[module] = _single(ReplaceTensor, module, key, file)
-    return Adapter(
-        name, "peft", file, config, updates, notes=_notes(updates, found), missing=announced_but_absent(config, updates)
-    )
+
+    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        """Write a folder that appears complete or not at all, or one file with its config in the metadata."""
+        stored = self.as_file(dataclasses.replace(content, metadata={}))
+        if is_file:
+            write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)
+            return
+        metadata = {"format": "pt"}
+        require_free_space(path.absolute().parent, file_size(stored.specs, metadata))
+        with partial_folder(path) as folder:
+            write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
+            write_file(folder / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def adapter_names(keys: Iterable[str]) -> set[str]:
@@ -291,3 +367,12 @@ def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Ma
         f"{doubled[0]}: peft up to 0.21 applies the change of an attention's out_proj twice (peft PR 3774); "
         "it is added once, as defined",
     )
+
+
+def nested(module: str, parameters: Sequence[str], declared: Sequence[str]) -> dict[str, str]:
+    """Return bare parameter -> path of its wrapper.
+
+    PEFT nests the wrappers of a module in the order in which its class declares the parameters, the first innermost.
+    """
+    order = sorted(parameters, key=declared.index)
+    return {parameter: module + ".base_layer" * (len(order) - 1 - place) for place, parameter in enumerate(order)}

@@ -1,4 +1,4 @@
-"""Read PEFT's `adapter_config.json`, and refuse fields that make an adapter something other than LoRA.
+"""Read and make PEFT's `adapter_config.json`, and refuse fields that make an adapter something other than LoRA.
 
 A file without a folder can have its config in its metadata: ours as `loratool`, diffusers' as `lora_adapter_metadata`,
 whose fields have the component's name before them. Defined by huggingface/peft: `peft/tuners/lora/config.py`.
@@ -7,18 +7,21 @@ whose fields have the component's name before them. Defined by huggingface/peft:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ...adapters.updates.add import AddDelta
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.rows import ReplaceRows
 from ...errors import InputError, UsageError
 from ...files.checkpoint import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module
 from ..patterns import endings
-from ..updates.add import AddDelta
-from ..updates.replace import ReplaceTensor
-from ..updates.rows import ReplaceRows
 from ..updates.update import UpdateSpec
+from .format import NewModule
 from .other_methods import method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"
@@ -227,3 +230,55 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
     if config.extra.get("lora_bias") and not kinds[AddDelta]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")
     return tuple(lines)
+
+
+def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fields: Any) -> dict[str, Any]:
+    """Return the config of an adapter of modules and bare parameters (experts), given their ranks.
+
+    The commonest rank is `r`, the others are patterns. alpha is the rank everywhere, so that the scale is 1. `fields`
+    replace or add others.
+    """
+    ranks = {**modules, **parameters}
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+        **fields,
+    }
+    # PEFT before 0.19 ordered the factors of experts differently, which the shapes of a square one do not show
+    return {**config, "target_parameters": sorted(parameters), "peft_version": "0.19.0"} if parameters else config
+
+
+def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] = ()) -> dict[str, Any]:
+    """Return the config for modules with these (rank, alpha).
+
+    Args:
+        stacks: those of them that are parameters (stacks of experts), not modules.
+    """
+    ranks = {name: rank for name, (rank, _) in modules.items()}
+    config = lora_config({n: r for n, r in ranks.items() if n not in stacks}, {n: ranks[n] for n in sorted(stacks)})
+    common = Counter(alpha for _, alpha in modules.values()).most_common(1)[0][0]
+    patterns = {f"^{re.escape(name)}": alpha for name, (_, alpha) in modules.items() if alpha != common}
+    return {**config, "lora_alpha": common, "alpha_pattern": patterns}
+
+
+def config_of_component(modules: Mapping[str, NewModule]) -> dict[str, Any]:
+    """Return the config for the modules of one component of an image model, all of them DoRA or none."""
+    init = next((module.init for module in modules.values() if module.init), True)
+    both = {name: (module.rank, module.alpha) for name, module in modules.items()}
+    dora = any(module.dora for module in modules.values())
+    return {**config_of(both), "use_dora": dora, "init_lora_weights": init}

@@ -1,4 +1,4 @@
-"""Write an adapter of kohya's or diffusers' format as one safetensors file with metadata."""
+"""Write the tensors of an adapter as one safetensors file with metadata."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 STALE_KEYS = (*STALE_METADATA, "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 
 
+def file_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Return how many bytes `write_single_file` writes."""
+    return len(build_header(specs, data_order(specs), metadata)[0]) + sum(spec.nbytes for spec in specs.values())
+
+
 def write_single_file(
     path: Path,
     specs: Mapping[str, TensorSpec],
@@ -37,7 +42,7 @@ def write_single_file(
         InputError: one of `inputs` changed meanwhile.
     """
     header, begin = build_header(specs, names := data_order(specs), metadata)
-    require_free_space(path.absolute().parent, len(header) + sum(spec.nbytes for spec in specs.values()))
+    require_free_space(path.absolute().parent, file_size(specs, metadata))
     with partial_file(path) as file:
         write_at(file, memoryview(header), 0)
         for name in names:

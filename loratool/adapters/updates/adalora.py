@@ -45,7 +45,7 @@ class AdaLoRA(Update):
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         A, E, B = (specs[role].shape for role in cls.roles)
-        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or E != (*A[:1], 1) or not A[0]:
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (*A[:1], 1) != E or not A[0]:
             raise InputError(f"A is {A}, E is {E}, B is {B}: no product", culprit=module)
 
     @classmethod

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ... import errors
-from ...adapters.formats import FORMATS
+from ...adapters.formats import FORMATS, written_formats
 from ...adapters.formats.other_methods import OUTCOMES
 from ...adapters.updates import UPDATES
 from ...adapters.updates.update import Unpaired
@@ -77,7 +77,7 @@ WORDS: dict[str, Sequence[str]] = {
     "source_format": tuple(FORMATS),
     "outcome": tuple(OUTCOMES),
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
-    "to": tuple(choices.FORMAT_CHOICES),
+    "to": tuple(written_formats()),
     "CheckpointConvertReport.to": tuple(CONTAINERS),
     "CheckpointConvertReport.source_format": tuple(CONTAINERS),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),

@@ -16,9 +16,9 @@ from itertools import permutations
 from ...adapters.adapter import Adapter
 from ...adapters.config import is_in_listed_module
 from ...adapters.edited import CarriedTensor
-from ...adapters.formats.peft import DECLARED
+from ...adapters.formats import capabilities
+from ...adapters.formats.peft import DECLARED, nested
 from ...adapters.formats.peft_config import base_mutating_init
-from ...adapters.formats.peft_write import nested
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.replace import ReplaceTensor
@@ -88,7 +88,8 @@ def align_adapters(loaded: WeightedAdapter, exclude: tuple[str, ...] = ()) -> Al
     carried: dict[str, CarriedTensor] = {}
     for group in kept.values():
         carried |= _sum_other_tensors(group)
-    fields = _config_fields(loaded, {m: g[0].update for m, g in kept.items()}) if loaded[0][0].format == "peft" else {}
+    has_config = capabilities(loaded[0][0]).alpha == "config"
+    fields = _config_fields(loaded, {m: g[0].update for m, g in kept.items()}) if has_config else {}
     left_out = tuple(module for module in found if module not in kept)
     return AlignedAdapters(groups, _with_nesting(groups), carried, fields, left_out, _warnings(loaded))
 
@@ -142,7 +143,7 @@ def _check_names(one: Adapter, two: Adapter) -> None:
 def _problems(kept: Mapping[str, UpdateGroup], loaded: WeightedAdapter) -> dict[str, str]:
     """Return module -> the reason why its updates have no sum."""
     found = {module: _problem(module, group, len(loaded)) for module, group in kept.items()}
-    if loaded[0][0].format == "peft" and any(group[0].update.cls.stack for group in kept.values()):
+    if capabilities(loaded[0][0]).alpha == "config" and any(group[0].update.cls.stack for group in kept.values()):
         biases = [module for module, group in kept.items() if group[0].update.cls is AddDelta]
         found |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
     return {module: problem for module, problem in found.items() if problem}

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ...adapters.edited import (
     EditedAdapter,
-    default_output_name,
-    require_folder_or_file,
+    edited_output,
     require_same_init,
     require_writable,
     write_edited,
@@ -27,14 +26,14 @@ from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
 from ...errors import InputError, UsageError
-from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
 from ...numerics.factored_svd import distance, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress, choose_device
 from ..choices import COMBINE_ALLOW
-from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, loralib_notes
+from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
 from ..diff.related import require_related, require_same_names
 from ..inputs import Adapters, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
@@ -119,7 +118,7 @@ def combine(
         rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
             adapters' ranks.
         exclude: patterns of modules to leave out.
-        to: a key of FORMAT_CHOICES, by default the first adapter's format; adapters of other formats are converted.
+        to: a key of `written_formats`, by default the first adapter's format; adapters of other formats are converted.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         alpha: for files without an alpha.
         allow: keys of COMBINE_ALLOW.
@@ -144,12 +143,11 @@ def combine(
     density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
-        path, is_file = check_output_name(out if out is not None else default_output_name(loaded[0][0], to, "combined"))
-        check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
         if to is None:
             require_writable(loaded[0][0])
+        path, is_file = edited_output(loaded[0][0], to, out, "combined")
+        check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
         loaded, patterns, made = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
-        require_folder_or_file(loaded[0][0], path, is_file)
         aligned = align_adapters(loaded, patterns)
         aligned = replace(
             aligned,
@@ -353,7 +351,7 @@ class _Combination:
             nbytes=sum(spec.nbytes for spec in specs.values()),
             carried=tuple(aligned.carried),
             left_out=aligned.left_out,
-            warnings=(*aligned.warnings, *loralib_notes(self._loaded[0][0], self._ranks)),
+            warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
         )
 
     def _row(self, module: str) -> ModuleCombine:

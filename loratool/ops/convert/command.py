@@ -15,35 +15,29 @@ from pathlib import Path
 from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, holds_adapter, open_adapter
+from ...adapters.formats import FORMATS, WrittenFormat, holds_adapter, open_adapter, written_formats
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.output import CONTAINERS, check_output_name, check_output_path, naming_output
+from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
-from ..choices import FORMAT_CHOICES, QKV_LAYOUTS
+from ..choices import QKV_LAYOUTS
 from ..machine import require_ieee
 from .checkpoint import CheckpointConvertReport, convert_checkpoint
 from .dora_to_lora import dora_to_lora
-from .image import ImageAdapter, plan_image, write_output
+from .image import ImageAdapter, plan_image
 from .language import plan_language
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, read_source_modules, refuse_unknown_blocks
+from .source_modules import IMAGE_FAMILIES, detect_family, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
-
-AdapterFormat = Literal["peft", "kohya", "diffusers", "comfy", "loralib"]  # the keys of FORMAT_CHOICES
-
 
 Container = Literal["safetensors", "torch"]  # the keys of CONTAINERS
 
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
-
-
-INIT_FORMATS = ("peft", "diffusers")  # the formats that hold init_lora_weights
 
 
 NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
@@ -93,7 +87,7 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    to: AdapterFormat,
+    to: WrittenFormat,
     from_format: str | None = None,
     drop: Sequence[str] = (),
     alpha: float | None = None,
@@ -175,8 +169,8 @@ def convert(
     Which of both is done follows from the files of `source`, or from `to`.
 
     Args:
-        to: of an adapter a key of FORMAT_CHOICES: `peft` is a folder, or a file if `out` ends in .safetensors; the
-            others are files. Of a checkpoint a key of CONTAINERS, safetensors by default.
+        to: of an adapter a key of `written_formats`: of PEFT's `out` is a folder, or a file by its
+            ending; of the others it is a file. Of a checkpoint a key of CONTAINERS, safetensors by default.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
         force: replace an output that exists.
@@ -201,12 +195,12 @@ def convert(
     options = AdapterOptions(from_format, tuple(drop), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
     given = options.given()
     is_one = bool(from_format) or holds_adapter(source)
-    if is_one or to in FORMAT_CHOICES:
+    if is_one or to in written_formats():
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
-        if to not in FORMAT_CHOICES:
+        if to not in written_formats():
             what = "needs --to, one" if to is None else f"{to!r} is none"
-            raise UsageError(f"is an adapter, and {what} of {', '.join(FORMAT_CHOICES)}", culprit=os.fspath(source))
+            raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         try:
             return _convert_adapter(source, out, to, dtype, options, force, dry_run)
         except InputError as error:
@@ -256,11 +250,7 @@ def _convert_adapter(
     with ExitStack() as opened:
         source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
         opened.callback(source.file.close)
-        path, is_file = check_output_name(
-            out if out is not None else ("converted" if to == "peft" else "converted.safetensors")
-        )
-        if to != "peft" and not is_file:
-            raise UsageError(f"{to} adapters are single files", culprit=str(path), remedy="name it X.safetensors")
+        path, is_file = FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [source.file.path], force)
         Selection(options.drop).require_used(source.updates, source.name, "--drop")
         request = ConvertRequest(
@@ -276,8 +266,9 @@ def _convert_adapter(
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
             opened.enter_context(naming_output(path))
-            write_output(made, to, path, is_file, [source.file])
-        size = sum(spec.size for spec in made.specs.values()), sum(spec.nbytes for spec in made.specs.values())
+            FORMATS[to].write(path, is_file, made.content, [source.file])
+        specs = made.content.specs.values()
+        size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
         return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
 
@@ -298,7 +289,7 @@ def plan_convert(
     selection = Selection(request.drop or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
     family = family or detect_family(sources) or detect_family(wanted)
-    single = source.format in SINGLE_COMPONENT and request.to in SINGLE_COMPONENT
+    single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
     if single and not any(each.component == "unet" for each in sources):
         family = None  # a text encoder alone is converted as a language model
     if family is not None:
@@ -322,7 +313,7 @@ def plan_convert(
     raise InputError(
         f"is no adapter of an image model that is known ({', '.join(IMAGE_FAMILIES.values())}), with modules like "
         + min(source.updates, default="none")
-        + ("" if request.to == "peft" else f": nothing could load it as {request.to}"),
+        + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing could load it as {request.to}"),
         culprit=source.name,
     )
 
@@ -336,7 +327,7 @@ def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRe
     if request.initial is not None:
         return subtract_init(source, request.initial, opened)
     init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
-    keeps = not request.plain and request.to in INIT_FORMATS and init and init.lower().startswith(NAMED_INITS)
+    keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
     if init and not keeps:
         message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
         raise NeedsFlag(message, culprit=source.name, remedy=ADD_INITIAL)
@@ -349,7 +340,7 @@ def _without_dora(
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
     selection = Selection(request.drop or ("",))
     dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
-    if not request.plain and (request.to != "loralib" or not dora):
+    if not request.plain and ("dora" in FORMATS[request.to].can.kinds or not dora):
         return source, {}
     if request.base is None and dora:
         message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"

@@ -7,23 +7,20 @@ time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...adapters.formats.diffusers import metadata_of, split_component
-from ...adapters.formats.peft_write import write_adapter
-from ...adapters.formats.single_file import STALE_KEYS, write_single_file
+from ...adapters.formats import FORMATS, written_formats
+from ...adapters.formats.format import AdapterContent, NewModule
+from ...adapters.formats.single_file import STALE_KEYS
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
-from ...files.weights_file import WeightsFile
 from .factors import (
     ModuleFactors,
     alpha_for_scale,
@@ -35,19 +32,9 @@ from .factors import (
     make_factors,
     truncate_factors,
 )
-from .language import config_of
-from .module_map import TargetModule, plan_target_modules, target_name, uses_maker_names
+from .module_map import TargetModule, plan_target_modules
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, cannot_convert
-from .source_modules import SINGLE_COMPONENT, SourceModule, find_unknown_modules
-
-# family -> kohya's name of its base; SD 3 has none, since its name depends on the size
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
-
-
-NETWORKS = {
-    "flux": "networks.lora_flux",
-    "sd3": "networks.lora_sd3",
-}  # family -> sd-scripts' module, if not networks.lora
+from .source_modules import SourceModule, find_unknown_modules
 
 
 @dataclass(frozen=True)
@@ -77,13 +64,6 @@ def plan_image(
     return _ImagePlan(image, request, sources, impossible).output()
 
 
-def write_output(made: AdapterOutput, to: str, path: Path, is_file: bool, inputs: Collection[WeightsFile]) -> None:
-    if to == "peft":
-        write_adapter(path, is_file, made.specs, made.load, made.config, inputs)
-    else:
-        write_single_file(path, made.specs, made.load, made.metadata, inputs)
-
-
 @dataclass(frozen=True)
 class _ConvertedModule:
     """A module of the output."""
@@ -93,7 +73,7 @@ class _ConvertedModule:
     rank: int
     alpha: float
     error: float  # ||D' - D|| / ||D||
-    specs: Mapping[str, TensorSpec]  # suffix of the tensor's name -> spec
+    specs: Mapping[str, TensorSpec]  # role -> spec
 
 
 class _ImagePlan:
@@ -103,8 +83,9 @@ class _ImagePlan:
         self, image: ImageAdapter, request: ConvertRequest, sources: list[SourceModule], impossible: list[str]
     ) -> None:
         self._image, self._request, family = image, request, image.family
+        self._format = FORMATS[request.to]
         wanted = self._wanted(sources, impossible + find_unknown_modules(sources, family))
-        targets = plan_target_modules(wanted, family, uses_maker_names(request.to, family))
+        targets = plan_target_modules(wanted, family, self._format.uses_maker_names(family))
         for target in targets:
             module = target.parts[0].source.module
             if (init := image.start(module)) and target.how != "exact":
@@ -114,7 +95,7 @@ class _ImagePlan:
         self._made: dict[str, _ConvertedModule] = {}
         self._loaded: tuple[SourceModule, ModuleFactors] | None = None
         for target in targets:
-            name = target_name(target, request.to, family, texts)
+            name = self._format.module_name(target.component, target.path, family, texts)
             if name in self._made:
                 raise InputError("two modules of the adapter would become this one", culprit=name)
             made = self._make(target)
@@ -125,16 +106,16 @@ class _ImagePlan:
         self._dropped = tuple(module for module in every if module not in carried)
 
     def _wanted(self, sources: list[SourceModule], impossible: list[str]) -> list[SourceModule]:
-        to, selection = self._request.to, Selection(self._request.drop or ("",))
+        to, can, selection = self._request.to, self._format.can, Selection(self._request.drop or ("",))
         wanted = [each for each in sources if each.module not in impossible and not selection.selects(each.module)]
-        if to in SINGLE_COMPONENT:
+        if can.components == "one":
             wanted, more = _one_component(wanted)
             impossible = impossible + more
-        columns = next((s.module for s in wanted if s.update.along_inputs and not self._has_alphas), None)
+        columns = next((s.module for s in wanted if s.update.along_inputs and not can.input_norms), None)
         if columns:
             message = f"is DoRA along the inputs, which {to}'s files cannot say"
             raise NeedsFlag(message, culprit=columns, remedy="add --plain --base BASE with the model")
-        lost = [s.module for s in wanted if to == "loralib" and _has_kernel(s)]
+        lost = [s.module for s in wanted if s.update.kind not in can.kinds or (not can.kernels and _has_kernel(s))]
         wanted = [each for each in wanted if each.module not in lost]
         lost += [module for module in impossible if not selection.selects(module)]
         if lost:
@@ -181,20 +162,20 @@ class _ImagePlan:
             total = math.fsum(norm for _, norm in former)
             error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
             how = how if not error else "truncated" if self._request.rank or total else "rounded"
-        suffixes = {
-            suffix: self._with_format_shape(role, spec, specs["B"], first.along_inputs)
-            for role, suffix in self._suffixes().items()
+        formed = {
+            role: self._with_format_shape(role, spec, specs["B"], first.along_inputs)
+            for role in self._format.ends
             if (spec := specs.get(role))
         }
-        return _ConvertedModule(target, how, rank, alpha, error, suffixes)
+        return _ConvertedModule(target, how, rank, alpha, error, formed)
 
     def _folds(self, scale: float, rank: int) -> bool:
         """Return whether a scale has to be folded into the factors.
 
-        It has to if its alpha is infinite in float32, or is 0 there: in kohya's files 0 stands for the rank.
+        It has to if its alpha is infinite in float32, or is 0 there, where a scale is not 0 or 0 stands for the rank.
         """
         alpha = abs(float(torch.tensor(alpha_for_scale(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
-        lost = alpha == math.inf or (alpha == 0 and (self._request.to == "kohya" or scale != 0))
+        lost = alpha == math.inf or (alpha == 0 and (self._format.can.zero_alpha_is_rank or scale != 0))
         return self._request.plain or lost
 
     def _scale(self, alpha: float, rank: int) -> float:
@@ -203,7 +184,7 @@ class _ImagePlan:
 
     @property
     def _has_alphas(self) -> bool:
-        return self._request.to in ("kohya", "comfy")
+        return self._format.can.alpha == "tensor"
 
     def _factors(self, target: TargetModule) -> tuple[ModuleFactors, list[ModuleFactors]]:
         updates = [self._update(part.source) for part in target.parts]
@@ -223,102 +204,71 @@ class _ImagePlan:
             self._loaded = source, self._image.load(source)
         return self._loaded[1]
 
-    def _suffixes(self) -> dict[str, str]:
-        if self._has_alphas:
-            return {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
-        if self._request.to == "loralib":
-            return {"A": "lora_A", "B": "lora_B"}
-        return {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-
     def _with_format_shape(self, role: str, spec: TensorSpec, B: TensorSpec, inputs: bool) -> TensorSpec:
-        """Return the spec with the format's shape.
-
-        kohya's magnitudes are (out, 1, ...), PEFT's (out,) or (1, out, ...), and (1, in) along the inputs in both.
-        """
+        """Return the spec with the format's shape; magnitudes along the inputs are (1, in) in every format."""
         if role != "magnitude":
-            return replace(spec, shape=spec.shape[:2]) if self._request.to == "loralib" else spec
+            return spec if self._format.can.kernels else replace(spec, shape=spec.shape[:2])
         if inputs:
             return replace(spec, shape=(1, spec.size))
-        rows, ones = (B.shape[0],), (1,) * (len(B.shape) - 2)
-        if self._has_alphas:
-            return replace(spec, shape=(*rows, 1, *ones))
-        return replace(spec, shape=(1, *rows, *ones) if ones else rows)
+        return replace(spec, shape=self._format.magnitude_shape(B.shape[0], (1,) * (len(B.shape) - 2)))
 
     def output(self) -> AdapterOutput:
-        specs = {f"{name}.{suffix}": spec for name, made in self._made.items() for suffix, spec in made.specs.items()}
+        of_tensor = {
+            self._format.tensor_name(name, role): (name, role)
+            for name, made in self._made.items()
+            for role in made.specs
+        }
+        specs = {key: self._made[name].specs[role] for key, (name, role) in of_tensor.items()}
         if self._has_alphas:
-            specs |= {f"{name}.alpha": TensorSpec("F32", ()) for name in self._made}
+            alphas = {self._format.tensor_name(name, "alpha"): (name, "alpha") for name in self._made}
+            specs |= dict.fromkeys(alphas, TensorSpec("F32", ()))
+            of_tensor |= alphas
         rows = [
             ModuleConvert(
                 name, tuple(dict.fromkeys(p.source.module for p in m.target.parts)), m.how, m.rank, m.alpha, m.error
             )
             for name, m in self._made.items()
         ]
-        config = self._config(self._made) if self._request.to == "peft" else {}
-        notes = alpha_notes(rows) if self._request.to == "loralib" else self._ignored_note()
-        return AdapterOutput(
-            specs, self._load, config, self._metadata(), tuple(rows), self._dropped, notes, self._image.family
-        )
+        modules = {name: self._describe(made) for name, made in self._made.items()}
+        self._refuse_mixed(modules)
+        former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
+        config, metadata = self._format.describe(self._image.family, former, modules)
+        content = AdapterContent(specs, lambda key: self._load(*of_tensor[key]), config, metadata)
+        notes = (*alpha_notes(self._request.to, rows), *self._format.notes(modules))
+        return AdapterOutput(content, tuple(rows), self._dropped, notes, self._image.family)
 
-    def _ignored_note(self) -> tuple[str, ...]:
-        """Return a note on modules that diffusers ignores, those outside its pipelines' `_lora_loadable_modules`."""
-        t5 = [name for name, made in self._made.items() if made.target.component == "text_encoder_3"]
-        if self._request.to != "diffusers" or not t5:
-            return ()
-        return (f"diffusers loads no adapter of a T5: {len(t5)} modules will not be read, {t5[0]} the first",)
-
-    def _load(self, key: str) -> Tensor:
+    def _load(self, name: str, role: str) -> Tensor:
         """Make a tensor; those of one module are made together, and kept until another module's is loaded."""
-        name = next(name for name in (key.rpartition(".")[0], key.rsplit(".", 2)[0]) if name in self._made)
-        made, suffix = self._made[name], key.removeprefix(f"{name}.")
-        if suffix == "alpha":
+        made = self._made[name]
+        if role == "alpha":
             return torch.tensor(made.alpha, dtype=torch.float32)
         if name not in self._last:
             factors, _ = self._factors(made.target)
             tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
             self._last.clear()
-            self._last[name] = {
-                suffix: t for role, suffix in self._suffixes().items() if (t := tensors[role]) is not None
-            }
-        return self._last[name][suffix].reshape(made.specs[suffix].shape)
+            self._last[name] = {role: tensor for role, tensor in tensors.items() if tensor is not None}
+        return self._last[name][role].reshape(made.specs[role].shape)
 
-    def _metadata(self) -> dict[str, str]:
-        former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
-        if not self._has_alphas:
-            return {**former, "format": "pt", **(self._by_component() if self._request.to == "diffusers" else {})}
-        version = former.get("ss_base_model_version", BASE_VERSIONS.get(self._image.family))
-        ranks = {made.rank for made in self._made.values()}
-        alphas = {made.alpha for made in self._made.values()}
-        return {
-            **former,
-            "ss_network_module": NETWORKS.get(self._image.family, "networks.lora"),
-            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-            "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
-            **({"ss_base_model_version": version} if version else {}),
-        }
+    def _describe(self, made: _ConvertedModule) -> NewModule:
+        first = made.target.parts[0].source
+        dora, init = first.update.cls is DoRA, self._image.start(first.module)
+        return NewModule(made.target.component, made.rank, made.alpha, dora, init)
 
-    def _by_component(self) -> dict[str, str]:
-        parts: dict[str, dict[str, _ConvertedModule]] = {}
-        for name, made in self._made.items():
-            component, path = split_component(name)
-            parts.setdefault(component, {})[path] = made
-        return metadata_of({component: self._config(modules) for component, modules in parts.items()})
-
-    def _config(self, modules: Mapping[str, _ConvertedModule]) -> dict[str, Any]:
-        """Return PEFT's config for the modules of one component.
-
-        Raises:
-            InputError: some are DoRA and others not, for which the config has only one flag.
-        """
-        both = {name: (made.rank, made.alpha) for name, made in modules.items()}
-        dora = [name for name, made in modules.items() if made.target.parts[0].source.update.cls is DoRA]
-        other = next((name for name in modules if dora and name not in dora), None)
-        if other:
-            message = f"is no DoRA, {dora[0]} is; {self._request.to}'s loader wants all modules of a model of one kind"
-            remedy = "--to kohya and comfy say it of each module; or add --plain --base BASE with the model"
-            raise InputError(message, culprit=other, remedy=remedy)
-        init = next((i for m in modules.values() if (i := self._image.start(m.target.parts[0].source.module))), True)
-        return {**config_of(both), "use_dora": bool(dora), "init_lora_weights": init}
+    def _refuse_mixed(self, modules: Mapping[str, NewModule]) -> None:
+        """Raise InputError if only some modules of a component are DoRA, where a config has one flag for all."""
+        if self._format.can.alpha not in ("config", "metadata"):
+            return
+        for component in dict.fromkeys(module.component for module in modules.values()):
+            found = {name: module for name, module in modules.items() if module.component == component}
+            dora = [name for name, module in found.items() if module.dora]
+            other = next((name for name in found if dora and name not in dora), None)
+            if other:
+                message = (
+                    f"is no DoRA, {dora[0]} is; {self._request.to}'s loader wants all modules of a model of one kind"
+                )
+                free = " and ".join(key for key, each in written_formats().items() if each.can.alpha == "tensor")
+                remedy = f"--to {free} say it of each module; or add --plain --base BASE with the model"
+                raise InputError(message, culprit=other, remedy=remedy)
 
 
 def _has_kernel(source: SourceModule) -> bool:

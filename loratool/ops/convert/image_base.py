@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from ...adapters.formats import FORMATS, usual_format, written_formats
+from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.image import MAKERS, MARKS, SINGLE_PREFIXES, image_parts
@@ -15,7 +17,7 @@ from ...architectures.roles import weight_role
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
-from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, make_source_module
+from .source_modules import IMAGE_FAMILIES, detect_family, make_source_module
 
 DENOISER = "model.diffusion_model."  # the denoiser's prefix in a single file of all components
 
@@ -32,10 +34,8 @@ def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
     }
 
 
-def choose_format(base: Checkpoint, to: str | None) -> str:
-    """Return the format of an adapter for this base: `to`, or the one that its users' tools load.
-
-    That is diffusers for a pipeline, kohya for a single file with its makers' names, and otherwise PEFT.
+def choose_format(base: Checkpoint, to: str | None) -> Format:
+    """Return the format of an adapter for this base: `to`, or the usual one, which its users' tools load.
 
     Raises:
         InputError: nothing could load an adapter of this base in that format.
@@ -44,21 +44,21 @@ def choose_format(base: Checkpoint, to: str | None) -> str:
     several = bool(base.parts) or any(name.startswith(DENOISER) for name in weights)
     maker_names = any(mark in name for name in weights for mark, kind in MARKS.items() if kind in OWN_NAMES)
     if to is None and weights and (several or maker_names):
-        return "diffusers" if base.parts else "kohya"
-    if to in (None, *SINGLE_COMPONENT):
+        return usual_format("pipeline" if base.parts else "single file")
+    found = usual_format("model") if to is None else FORMATS[to]
+    if found.can.components == "one":
         require_one_model(base)
         _refuse_makers_names(base)
         if several:
+            *others, last = (key for key, each in written_formats().items() if each.can.components == "many")
             raise InputError(
                 f"is an image model of several components, and {to}'s adapters are for one",
                 culprit=str(base.path),
-                remedy="pass --to kohya, diffusers or comfy",
+                remedy=f"pass --to {', '.join(others)} or {last}",
             )
-        return to or "peft"
-    assert to is not None
-    if not weights:
+    elif not weights:
         raise InputError(f"is no image model: nothing could load it as {to}", culprit=str(base.path))
-    return to
+    return found
 
 
 def _refuse_makers_names(base: Checkpoint) -> None:
@@ -78,9 +78,9 @@ def _refuse_makers_names(base: Checkpoint) -> None:
         )
 
 
-def weights_for_format(base: Checkpoint, to: str) -> Collection[str] | None:
-    """Return the weights that an adapter of an image format can change; None for `peft` and `loralib`."""
-    return image_weights(base) if to not in SINGLE_COMPONENT else None
+def weights_for_format(base: Checkpoint, to: Format) -> Collection[str] | None:
+    """Return the weights that an adapter of an image format can change; None for a format of one model."""
+    return image_weights(base) if to.can.components == "many" else None
 
 
 def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ the ranks of its output, and the modules of several adapters are matched by what
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,24 +15,21 @@ from pathlib import Path
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS
-from ...adapters.formats.diffusers import ENDS
+from ...adapters.formats import FORMATS, capabilities, usual_format, written_formats
+from ...adapters.formats.format import ReadOptions
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.prefixes import PEFT_PREFIX
 from ...binding.resolve import exclude_options
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ...files.virtual import VirtualFile
-from ..choices import FORMAT_CHOICES
 from ..inputs import WeightedAdapter
 from .command import plan_convert
 from .factors import ModuleFactors, is_zero_filler, make_factors
-from .module_map import TargetModule, plan_target_modules, target_name
+from .module_map import TargetModule, plan_target_modules
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules, request_for
 from .source_modules import (
     IMAGE_FAMILIES,
-    SINGLE_COMPONENT,
     UNETS,
     detect_family,
     find_unknown_modules,
@@ -42,12 +38,10 @@ from .source_modules import (
     tells_unet,
 )
 
-COMFY = ("diffusion_model.", "text_encoders.")  # prefixes of its names
-
 
 def check_target(to: str | None) -> None:
-    if to is not None and to not in FORMAT_CHOICES:
-        raise UsageError(f"format {to!r} is none of {', '.join(FORMAT_CHOICES)}")
+    if to is not None and to not in written_formats():
+        raise UsageError(f"format {to!r} is none of {', '.join(written_formats())}")
 
 
 def open_converted(
@@ -62,15 +56,12 @@ def open_converted(
     """
     with request_for(command):
         made = plan_convert(source, request, folder, opened, family)
-    prefix = PEFT_PREFIX if request.to == "peft" else ""
-    metadata = dict(made.metadata)
-    if request.to == "peft":
-        metadata["loratool"] = json.dumps({"adapter_config": made.config})
-    specs = {prefix + name: spec for name, spec in made.specs.items()}
-    file = VirtualFile(source.file, specs, lambda name: made.load(name.removeprefix(prefix)), metadata)
-    read_as = "diffusers" if request.to == "comfy" else request.to
-    adapter = FORMATS[read_as].read(source.name, file, 1.0 if request.to == "loralib" else None, False)
-    scales = {row.name: row.alpha / row.rank for row in made.modules}  # loralib's files hold no alpha
+    to = FORMATS[request.to]
+    stored = to.as_file(made.content)
+    file = VirtualFile(source.file, stored.specs, stored.load, stored.metadata)
+    says_none = to.can.alpha == "none"  # then the scales below are the only ones
+    adapter = to.read(source.name, file, ReadOptions(alpha=1.0 if says_none else None))
+    scales = {row.name: row.alpha / row.rank for row in made.modules}
     updates = {m: replace(u, scale=scales[m]) if m in scales else u for m, u in adapter.updates.items()}
     return replace(adapter, updates=updates), made
 
@@ -86,11 +77,9 @@ def conversion_warnings(made: Sequence[AdapterOutput]) -> tuple[str, ...]:
     )
 
 
-def loralib_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the note on the alphas, here the ranks, if the output is loralib, whose files do not hold them."""
-    if like.format != "loralib":
-        return ()
-    return alpha_notes([ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
+def rank_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the note on the alphas, here the ranks, where files of the output's format do not hold them."""
+    return alpha_notes(like.format, [ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
 
 
 def convert_to_common_format(
@@ -99,7 +88,7 @@ def convert_to_common_format(
     """Convert adapters to one format.
 
     Args:
-        to: a key of FORMAT_CHOICES; if None, adapters that differ in format or naming get the first one's.
+        to: a key of `written_formats`; if None, adapters that differ in format or naming get the first one's.
         exclude: patterns of modules to leave out, by their names before or after.
 
     Returns:
@@ -110,7 +99,7 @@ def convert_to_common_format(
         return loaded, exclude, []
     family = common_family(adapters)
     _require_known(adapters, family)
-    to = to or format_name(adapters[0])
+    to = to or adapters[0].format
     found = [
         open_converted(adapter, ConvertRequest(to, exclude), "combine", folder, opened, family) for adapter in adapters
     ]
@@ -132,10 +121,9 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
     """Raise InputError for adapters of no known family whose formats or suffixes no loader takes together."""
     first, known = adapters[0], ", ".join(IMAGE_FAMILIES.values())
     for adapter in adapters if family is None else ():
-        this, others = format_name(adapter), format_name(first)
-        if this != others and {this, others} != {*SINGLE_COMPONENT}:
+        if adapter.format != first.format and not (is_of_one(adapter) and is_of_one(first)):
             raise InputError(
-                f"is in the {this} format, {first.name} in {others}'s, and of no image model that is "
+                f"is in the {adapter.format} format, {first.name} in {first.format}'s, and of no image model that is "
                 f"known ({known}): combine adapters of one format",
                 culprit=adapter.name,
             )
@@ -147,9 +135,9 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
             )
 
 
-def format_name(adapter: Adapter) -> str:
-    comfy = adapter.format == "diffusers" and any(module.startswith(COMFY) for module in adapter.updates)
-    return "comfy" if comfy else adapter.format
+def is_of_one(adapter: Adapter) -> bool:
+    """Return whether files of the adapter's format are for one model, not for the components of an image model."""
+    return capabilities(adapter).components == "one"
 
 
 def are_alike(adapters: Sequence[Adapter]) -> bool:
@@ -167,15 +155,13 @@ def are_alike(adapters: Sequence[Adapter]) -> bool:
 def _naming(adapter: Adapter) -> tuple[object, ...]:
     """Return the format, the suffixes, and whether the denoiser's names are other than diffusers'."""
     renamed = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
-    return format_name(adapter), _factor_suffixes(adapter), renamed
+    return adapter.format, _factor_suffixes(adapter), renamed
 
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
     """Return the suffixes of the factors' names; empty for formats that have only one pair."""
-    if adapter.format not in ("diffusers", "kohya"):
-        return ()
     keys = [update.tensors[role] for update in adapter.updates.values() for role in ("A", "B") if update.rank]
-    return tuple(sorted({max((end for end in ENDS if key.endswith(end)), key=len, default=key) for key in keys}))
+    return tuple(sorted({FORMATS[adapter.format].spelling(key) for key in keys} - {""}))
 
 
 def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
@@ -260,7 +246,7 @@ def by_meaning(
 
 def _name(target: TargetModule, family: str) -> str:
     path = f"text_model.{target.path}" if target.path.startswith("encoder.layers.") else target.path
-    return target_name(replace(target, path=path), "diffusers", family, 0)
+    return usual_format("pipeline").module_name(target.component, path, family, 0)
 
 
 def _split(adapter: Adapter, targets: Mapping[str, TargetModule]) -> Adapter:

@@ -1,13 +1,11 @@
-"""Convert a language model's adapter to PEFT or loralib: tensors keep their bytes, scales go into the config.
+"""Convert a language model's adapter to a format of one model: tensors keep their bytes, scales go into the config.
 
 Only --dtype and another layout of fused modules (`fused_qkv`) change tensors. `plain` plans plain LoRA.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats.peft import adapter_names, saved_name
-from ...adapters.formats.peft_config import base_mutating_init
-from ...adapters.formats.peft_write import lora_config
+from ...adapters.formats import FORMATS
+from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.peft import adapter_names
+from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
@@ -40,18 +39,16 @@ from .fused_qkv import C_ATTN, plan_qkv, read_qkv_rows
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
-PEFT_ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-
 
 def plan_language(
     source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
-    if request.to == "loralib" and base_mutating_init(source.config):
+    to = FORMATS[request.to]
+    if not to.can.starts and base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {base_mutating_init(source.config)}, "
-            "which changed the base under it, and loralib's files "
-            "cannot say so",
+            f"which changed the base under it, and {to.key}'s files cannot say so",
             culprit=source.name,
             remedy=ADD_INITIAL,
         )
@@ -64,31 +61,31 @@ def plan_language(
         )
     if request.layout:
         return _convert_qkv(source, request, kept, dropped)
-    if source.format == request.to == "peft" and request.dtype is None and not dropped:
-        names = adapter_names(source.file.specs)
-        keys = {saved_name(key, names): key for key in source.file.specs}
+    if source.format == to.key and to.can.alpha == "config" and request.dtype is None and not dropped:
+        named = adapter_names(source.file.specs)
+        keys = {to.edited_name(key, named): key for key in source.file.specs}
         specs = {name: source.file.specs[key] for name, key in keys.items()}
         rows = tuple(_module_rows(source, request, kept))
-        return AdapterOutput(
-            specs,
-            lambda name: source.file.tensor(keys[name]),
-            config_from(source, kept),
-            {"format": "pt"},
-            rows,
-            (),
-            (),
-        )
+        return AdapterOutput(_content(specs, lambda name: source.file.tensor(keys[name]), source, kept), rows, (), ())
     specs, load = _copy_tensors(source, request, kept)
     rows = tuple(_module_rows(source, request, kept))
-    notes = alpha_notes(rows) if request.to == "loralib" else ()
-    return AdapterOutput(specs, load, config_from(source, kept), {"format": "pt"}, rows, dropped, notes)
+    return AdapterOutput(_content(specs, load, source, kept), rows, dropped, alpha_notes(to.key, rows))
+
+
+def _content(
+    specs: Mapping[str, TensorSpec],
+    load: Callable[[str], Tensor],
+    source: Adapter,
+    kept: Mapping[str, UpdateSpec],
+) -> AdapterContent:
+    return AdapterContent(specs, load, config_from(source, kept), {"format": "pt"})
 
 
 def _copy_tensors(
     source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
     """Return specs and loader of the updates' tensors under the output's names, with factors in its dtype."""
-    pieces, specs = output_names(source, kept, request.to), {}
+    pieces, specs = FORMATS[request.to].names(source, kept), {}
     letters = SAFETENSORS[str(request.dtype).removeprefix("torch.")] if request.dtype else None
 
     def load(name: str) -> Tensor:
@@ -123,7 +120,7 @@ def _convert_qkv(
     if bare:
         raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
     specs, copy = _copy_tensors(source, request, others)
-    ends = {"A": ".lora_A", "B": ".lora_B"} if request.to == "loralib" else PEFT_ENDS
+    to = FORMATS[request.to]
     rows, made, last = _module_rows(source, request, others, restated=True), {}, dict[str, dict[str, Tensor]]()
 
     def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert | None]:
@@ -139,7 +136,7 @@ def _convert_qkv(
         error = delta_error(target, updates, factors, alpha / rank)
         sources = tuple(part.source.module for part in target.parts)
         row = ModuleConvert(path, sources, "rounded" if error else target.how, rank, alpha, error)
-        return {path + ends[role]: t for role, t in tensors.items() if t is not None}, row
+        return {to.tensor_name(path, role): t for role, t in tensors.items() if t is not None}, row
 
     for path in regrouped:
         tensors, row = make(path)
@@ -156,12 +153,12 @@ def _convert_qkv(
             last[made[name]] = make(made[name])[0]
         return last[made[name]][name]
 
-    notes = alpha_notes(rows) if request.to == "loralib" else ()
     config = _layout_config(source, kept, rows)
     if any(path.endswith(C_ATTN) for path in (*regrouped, *taken)):
         # only GPT-2's fused module is a Conv1D, which is transposed
         config["fan_in_fan_out"] = request.layout == "fused"
-    return AdapterOutput(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
+    content = AdapterContent(specs, load, config, {"format": "pt"})
+    return AdapterOutput(content, tuple(rows), dropped, alpha_notes(to.key, rows))
 
 
 def _layout_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequence[ModuleConvert]) -> dict[str, Any]:
@@ -170,25 +167,6 @@ def _layout_config(source: Adapter, kept: Mapping[str, UpdateSpec], rows: Sequen
     former = config_from(source, kept)
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     return {**ours, **{key: value for key, value in former.items() if key not in keys}}
-
-
-def output_names(source: Adapter, kept: Mapping[str, UpdateSpec], to: str) -> dict[str, tuple[str, str]]:
-    """Return the output's tensor names, each with its module and role."""
-    names, found = adapter_names(source.file.specs), {}
-    for module, update in kept.items():
-        for role, key in update.tensors.items():
-            if to == "loralib" and role in "AB":
-                found[f"{module}.lora_{role}"] = module, role
-            elif source.format == "loralib" and role in "AB":
-                embeds = update.transposed  # loralib transposes embeddings only
-                found[f"{module}.lora_embedding_{role}" if embeds else f"{module}.lora_{role}.weight"] = module, role
-            elif source.format == "loralib" and to == "peft" and kept.get(module.rpartition(".")[0]) is not None:
-                owner, _, parameter = module.rpartition(".")
-                found[f"{owner}.base_layer.{parameter}" if kept[owner].rank else key] = module, role
-            else:
-                name = saved_name(key, names)
-                found[name.replace(".base_layer.", ".") if to == "loralib" else name] = module, role
-    return found
 
 
 def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, Any]:
@@ -200,19 +178,6 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
     return {**config_of(both), "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
-
-
-def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] = ()) -> dict[str, Any]:
-    """Return PEFT's config for modules with these (rank, alpha).
-
-    Args:
-        stacks: those of them that are parameters (stacks of experts), not modules.
-    """
-    ranks = {name: rank for name, (rank, _) in modules.items()}
-    config = lora_config({n: r for n, r in ranks.items() if n not in stacks}, {n: ranks[n] for n in sorted(stacks)})
-    common = Counter(alpha for _, alpha in modules.values()).most_common(1)[0][0]
-    patterns = {f"^{re.escape(name)}": alpha for name, (_, alpha) in modules.items() if alpha != common}
-    return {**config, "lora_alpha": common, "alpha_pattern": patterns}
 
 
 def _module_rows(

@@ -1,4 +1,4 @@
-"""Map an image adapter's modules to those of another format: which rows each is made of, and its name there.
+"""Map an image adapter's modules to those of another format: which rows each is made of, and its path there.
 
 If one format fuses what the other splits, a split module gets its rows of B and the ranks that reach them, and a fused
 one the ranks of its slices one after the other (`factors` makes them).
@@ -11,9 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...adapters.updates.dora import DoRA
-from ...architectures.image import DITS, FLUX_ATTENTION, OPENCLIP, SD3_LAST, Dit, diffusers_to_sgm, sgm_to_diffusers
+from ...architectures.image import (
+    DITS,
+    FIRST,
+    FLUX_ATTENTION,
+    OPENCLIP,
+    SD3_LAST,
+    Dit,
+    diffusers_to_sgm,
+    sgm_to_diffusers,
+)
 from ...errors import InputError, NeedsFlag
-from .source_modules import FIRST, MLP_RATIO, SINGLE_COMPONENT, SourceModule
+from .source_modules import MLP_RATIO, SourceModule
 
 
 @dataclass(frozen=True)
@@ -208,36 +217,3 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
             remedy=f"add --drop {','.join(part.source.module for part in parts)} to leave them out",
         )
     return TargetModule(component, path, rows, tuple(ordered), "fused")
-
-
-def target_name(target: TargetModule, to: str, family: str, texts: int) -> str:
-    """Return a target module's name in a format.
-
-    Args:
-        to: a key of FORMAT_CHOICES.
-        texts: how many text encoders the adapter has modules of.
-    """
-    component, path = target.component, target.path
-    number = component.removeprefix("text_encoder").lstrip("_") or "1"
-    if component != "unet" and to in ("kohya", "comfy") and path.startswith("encoder.layers."):
-        path = f"text_model.{path}"  # transformers' name before 5, which all readers of these formats expect
-    if to == "kohya":
-        single = family in FIRST and texts < 2
-        prefix = "lora_unet" if component == "unet" else "lora_te" if single else f"lora_te{number}"
-        return f"{prefix}_{path.replace('.', '_')}"
-    if to == "comfy":
-        encoders = {"1": "clip_h" if family == "sd2" else "clip_l", "2": "clip_g", "3": "t5xxl"}
-        prefix = "diffusion_model" if component == "unet" else f"text_encoders.{encoders[number]}.transformer"
-        return f"{prefix}.{path}"
-    if to in SINGLE_COMPONENT:
-        return path
-    if component == "unet":
-        return f"{'transformer' if family in DITS else 'unet'}.{path}"
-    if component == "text_encoder_3" and family == "flux":
-        component = "text_encoder_2"  # a Flux pipeline's second encoder is its T5
-    return f"{component}.{path}"
-
-
-def uses_maker_names(to: str, family: str) -> bool:
-    """Return whether a format has the makers' names for a denoiser's modules, not diffusers'."""
-    return to == "comfy" or (to == "kohya" and family not in FIRST)

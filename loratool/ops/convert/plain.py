@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...adapters.edited import CarriedTensor, EditedAdapter, edited_adapter_config
+from ...adapters.formats import FORMATS
+from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates.add import AddDelta
@@ -26,7 +29,7 @@ from ...files.tensor_ref import TensorRef as Stored
 from ...numerics.factored_svd import factored_svd
 from ..inputs import WeightedAdapter, subtract_initial
 from .factors import EPSILON, is_exact_product, relative_error
-from .language import config_from, output_names
+from .language import config_from
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes
 
 FactorPair = tuple[Tensor, Tensor]
@@ -59,9 +62,9 @@ def plan_plain(
     loaded: WeightedAdapter = ((source, 1.0),)
     if request.initial is not None:
         loaded = subtract_initial(loaded, request.initial, False, opened)
-    names = {
-        m: {key: name for name, (own, key) in output_names(source, kept, request.to).items() if own == m} for m in kept
-    }
+    names: dict[str, dict[str, str]] = {module: {} for module in kept}
+    for name, (module, role) in FORMATS[request.to].names(source, kept).items():
+        names[module][role] = name
     updates = {m: replace(u, tensors={**u.tensors, **names[m]}) for m, u in kept.items() if u.rank}
     dtype = request.dtype or torch.float32
     ranks = {m: request.rank or u.rank * len(loaded) for m, u in updates.items()}
@@ -70,12 +73,9 @@ def plan_plain(
         return _plain_factors(module, _exact_factors(module, loaded), request.rank, dtype)
 
     fields: dict[str, object] = {"init_lora_weights": True} if len(loaded) > 1 else {}
-    like = replace(source, format="peft")
-    like = (
-        like
-        if source.format == "peft"
-        else replace(like, config=replace(source.config, extra=config_from(source, kept)))
-    )
+    like = replace(source, format=Peft.key)  # its config has the fields of every format of language models
+    if source.format != Peft.key:
+        like = replace(like, config=replace(source.config, extra=config_from(source, kept)))
     edited = EditedAdapter(like, updates, ranks, factors, _other_tensors(source, kept, names), dtype, fields)
     rows = []
     for module, update in updates.items():
@@ -86,10 +86,8 @@ def plan_plain(
         less = request.rank is not None or module in lost
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
-    notes = alpha_notes(rows) if request.to == "loralib" else ()
-    return AdapterOutput(
-        edited.specs(), edited.loader(), edited_adapter_config(edited), {"format": "pt"}, tuple(rows), dropped, notes
-    )
+    content = AdapterContent(edited.specs(), edited.loader(), edited_adapter_config(edited), {"format": "pt"})
+    return AdapterOutput(content, tuple(rows), dropped, alpha_notes(request.to, rows))
 
 
 def _exact_factors(module: str, loaded: WeightedAdapter) -> FactorPair:

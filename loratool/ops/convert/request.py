@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS
+from ...adapters.formats.format import AdapterContent
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
-from ...files.dtypes import TensorSpec
 from .factors import ModuleFactors
 from .source_modules import SourceModule
 
@@ -46,7 +45,7 @@ class ModuleConvert:
 class ConvertRequest:
     """The options of a conversion."""
 
-    to: str  # a key of FORMAT_CHOICES
+    to: str  # a key of `written_formats`
     drop: tuple[str, ...] = ()  # patterns of modules to leave out
     dtype: torch.dtype | None = None  # of the factors; None keeps theirs
     plain: bool = False  # plain LoRA, with alpha equal to the rank
@@ -87,12 +86,9 @@ def cannot_convert(name: str, what: str, modules: Sequence[str], patterns: str =
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """A planned output: everything but its bytes, which `load` makes."""
+    """A planned output: everything but its bytes, which the content's `load` makes."""
 
-    specs: Mapping[str, TensorSpec]
-    load: Callable[[str], Tensor]  # a key of `specs` -> its tensor
-    config: Mapping[str, Any]  # PEFT's adapter_config.json
-    metadata: Mapping[str, str]  # the safetensors header's, in formats other than PEFT
+    content: AdapterContent
     modules: tuple[ModuleConvert, ...]
     dropped: tuple[str, ...]  # modules of the source that are left out
     notes: tuple[str, ...]  # for the user, on what the output cannot hold
@@ -108,15 +104,15 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     """
     selection = Selection(request.drop or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
-    kinds = ("lora", "replace") if request.to == "loralib" else ("lora", "experts", "add", "replace", "rows")
-    holds = (*kinds, "dora") if request.to == "peft" and not request.plain else kinds
+    can = FORMATS[request.to].can
+    holds = can.kinds - {"dora"} if request.plain else can.kinds
     lost = [
         module
         for module, update in kept.items()
-        if update.kind not in holds or (request.to == "loralib" and len(update.shape) > 2)
+        if update.kind not in holds or (not can.kernels and len(update.shape) > 2)
     ]
     if lost:
-        what = "loralib's files" if request.to == "loralib" else "plain LoRA"
+        what = "plain LoRA" if request.plain and "dora" in can.kinds else f"{request.to}'s files"
         raise cannot_convert(source.name, f"are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
@@ -132,9 +128,11 @@ def low_rank_modules(adapter: Adapter, source: SourceModule) -> ModuleFactors:
     return ModuleFactors(own.A, own.B, own.scale, magnitude)
 
 
-def alpha_notes(rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
-    """Return the note on the alphas, which loralib's files do not hold."""
+def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
+    """Return the note on the alphas, where the files of a format do not hold them."""
+    if FORMATS[to].can.alpha != "none":
+        return ()
     both = sorted({(row.rank, row.alpha) for row in rows})
     settings = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")
     each = "" if len(both) == 1 else ", each module's own"
-    return (f"loralib's files hold no alpha: make the layers with {settings}{each}",)
+    return (f"{to}'s files hold no alpha: make the layers with {settings}{each}",)

@@ -10,18 +10,11 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.image import DITS, component_of, sgm_to_diffusers
+from ...architectures.image import DITS, FIRST, component_of, sgm_to_diffusers
 from ...architectures.image_names import DOUBLE_BLOCKS, dit_paths, flattened, unet_paths
 from ...errors import InputError
 
-SINGLE_COMPONENT = ("peft", "loralib")
-
-
 IMAGE_FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "flux": "Flux", "sd3": "SD 3"}
-
-
-# Their files by kohya have diffusers' names, and their UNet has four levels, the innermost without attention.
-FIRST = ("sd1", "sd2")
 
 
 UNETS = (*FIRST, "sdxl")

@@ -14,9 +14,8 @@ from itertools import combinations
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.image import component_of
-from ...binding.resolve import IMAGE_FORMATS
 from ...errors import InputError, NeedsFlag
-from ..convert.in_memory import common_family, format_name
+from ..convert.in_memory import common_family, is_of_one
 from ..convert.source_modules import detect_family, read_source_modules
 from ..inputs import WeightedAdapter
 from .adapters import ModulePair, pair_modules
@@ -65,15 +64,14 @@ def require_two_of_one_model(a: Adapter, b: Adapter) -> None:
 
 def require_known_names(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> None:
     """Raise InputError if names of two formats do not tell which modules are the same."""
-    formats = [format_name(each) for each in (a, b)]
-    if formats[0] == formats[1] or not {a.format, b.format} & {*IMAGE_FORMATS}:
+    if a.format == b.format or (is_of_one(a) and is_of_one(b)):
         return
     alone = [two for _, one, two in aligned if two and not one]
     known = all(detect_family(read_source_modules(each)[0]) for each in (a, b))
     if alone and any(one and not two for _, one, two in aligned) and not known:
         raise InputError(
-            f"of {b.name} may be any of {a.name}'s modules: one has {formats[1]}'s names, the other "
-            f"{formats[0]}'s, and they are of no image model that is known",
+            f"of {b.name} may be any of {a.name}'s modules: one has {b.format}'s names, the other "
+            f"{a.format}'s, and they are of no image model that is known",
             culprit=alone[0].module,
         )
 

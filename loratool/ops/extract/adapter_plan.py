@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ...adapters.formats.peft_write import lora_config
+from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
 from ...architectures.conv1d import stores_transposed
 from ...architectures.prefixes import module_path
@@ -23,9 +23,7 @@ from .changes import SortedDeltas
 class AdapterPlan:
     """An adapter whose ranks are known, ready to be written."""
 
-    specs: Mapping[str, TensorSpec]  # by the tensor's name in the output
-    load: Callable[[str], torch.Tensor]  # takes a key of `specs`
-    config: Mapping[str, Any]  # adapter_config.json, or a single file's metadata
+    content: AdapterContent
     ranks: Mapping[str, int]  # by the base tensor's name
     effective_rank: Callable[[str], float]  # that of the factors of a key of `ranks`
     stored: Callable[[str], float]  # relative error that the factors' dtype adds, for a key of `ranks`
@@ -87,9 +85,7 @@ def plan_adapter(
         modules_to_save=sorted(found.saved) or None,
     )
     return AdapterPlan(
-        specs,
-        lambda key: tensors[key](),
-        config,
+        AdapterContent(specs, lambda key: tensors[key](), config),
         ranks,
         lambda name: spool.effective_rank(factored[name], ranks[name]),
         lambda name: spool.stored(factored[name], ranks[name], dtype),

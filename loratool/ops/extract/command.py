@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...adapters.formats.peft_write import write_adapter
-from ...adapters.formats.single_file import write_single_file
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.prefixes import module_path
 from ...architectures.renames import expert_part
@@ -26,10 +24,10 @@ from ...binding.peft_names import exclude_all, namer, refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.output import check_output_name, check_output_path, naming_output
+from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, difference
 from ...streaming.workers import Progress, choose_device
-from ..choices import EMBED_CHOICES, EXTRACT_FORMATS
+from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
@@ -160,7 +158,7 @@ def extract(
         layers: layer numbers, like "0-15".
         embed: a key of EMBED_CHOICES, for changed embeddings and heads.
         bias: keep changed biases and norms, exactly.
-        to: a key of EXTRACT_FORMATS; all but PEFT have the low-rank updates alone.
+        to: a key of `extract_formats`; all but PEFT have the low-rank updates alone.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         certify: prove how far each matrix is from the best of its rank, instead of estimating it.
         seed: of the SVD's starting block.
@@ -174,8 +172,8 @@ def extract(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if to is not None and to not in EXTRACT_FORMATS:
-        raise UsageError(f"format {to!r} is none of {', '.join(EXTRACT_FORMATS)}")
+    if to is not None and to not in extract_formats():
+        raise UsageError(f"format {to!r} is none of {', '.join(extract_formats())}")
     if embed not in EMBED_CHOICES:
         raise UsageError(f"embed {embed!r} is none of {', '.join(EMBED_CHOICES)}")
     options = {"rank": rank, "energy": energy, "params": params, "size": size}
@@ -183,22 +181,17 @@ def extract(
     with ExitStack() as opened:
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         output_format = choose_format(sides[0], to)
-        path, is_file = check_output_name(
-            out if out is not None else "adapter" if output_format == "peft" else "adapter.safetensors"
-        )
-        if output_format != "peft" and not is_file:
-            raise UsageError(
-                f"{output_format} adapters are single files", culprit=str(path), remedy="name it X.safetensors"
-            )
+        path, is_file = output_format.output(out, "adapter")
+        whole_model = output_format.can.components == "one"  # in the model's own names, with biases and embeddings
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
-        excluded = (*exclude, *(unsupported_patterns(sides[0]) if output_format != "peft" else ()))
-        selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if output_format == "peft" else None
-        found = sort_deltas(sides[0], pairs, selection, embed, bias and output_format == "peft", in_model)
-        found.alphas = output_format in ("kohya", "comfy")
+        excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
+        selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if whole_model else None
+        found = sort_deltas(sides[0], pairs, selection, embed, bias and whole_model, in_model)
+        found.alphas = output_format.can.alpha == "tensor"
         if in_model:
             factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
             heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
@@ -213,14 +206,12 @@ def extract(
         if in_model:
             _check_experts(sides[0], ranks)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
-        if output_format != "peft":
+        if not whole_model:
             budget = rule[0] not in RANK_RULES
             plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
-        if not dry_run and output_format == "peft":
-            write_adapter(path, is_file, plan.specs, plan.load, plan.config, read)
-        elif not dry_run:
-            write_single_file(path, plan.specs, plan.load, plan.config, read)
+        if not dry_run:
+            output_format.write(path, is_file, plan.content, read)
         return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
 
 
@@ -240,7 +231,7 @@ def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
 def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
     """Raise UsageError if what is kept exactly is more than the whole adapter may be."""
     name, value = rule
-    spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.specs.values())
+    spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.content.specs.values())
     if name not in RANK_RULES and spent > value:
         unit = "bytes" if name == "size" else "parameters"
         raise UsageError(
@@ -384,8 +375,8 @@ def _build_report(
         modules,
         kept / total if total else None,
         _relative(work, found),
-        sum(spec.size for spec in plan.specs.values()),
-        sum(spec.nbytes for spec in plan.specs.values()),
+        sum(spec.size for spec in plan.content.specs.values()),
+        sum(spec.nbytes for spec in plan.content.specs.values()),
         tuple(found.exact),
         {**found.left_out, **without},
         found.unchanged + zero,

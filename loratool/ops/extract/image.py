@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
+from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import factor_shapes
@@ -23,7 +25,7 @@ from .adapter_plan import AdapterPlan
 
 def plan_image_adapter(
     plan: AdapterPlan,
-    to: str,
+    to: Format,
     factored: Mapping[str, SpooledFactors],
     spool: FactorSpool,
     dtype: torch.dtype,
@@ -52,10 +54,10 @@ def plan_image_adapter(
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
-    made = plan_image(ImageAdapter(str(base.path), {}, family, load), ConvertRequest(to), sources, [])
+    made = plan_image(ImageAdapter(str(base.path), {}, family, load), ConvertRequest(to.key), sources, [])
     if is_budget and any(module.how == "split" for module in made.modules):
         raise UsageError(
-            f"--params and --size cannot be kept where {to} splits a fused module of the base, whose A then stands in "
-            "each part: use --rank or --energy"
+            f"--params and --size cannot be kept where {to.key} splits a fused module of the base, whose A then stands "
+            "in each part: use --rank or --energy"
         )
-    return AdapterPlan(made.specs, made.load, made.metadata, plan.ranks, plan.effective_rank, plan.stored)
+    return replace(plan, content=made.content)

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from ...adapters.formats import open_adapter
-from ...adapters.formats.peft import WEIGHTS_NAMES
+from ...adapters.formats.format import AdapterContent, Format
+from ...adapters.formats.peft import WEIGHTS_NAMES, Peft
 from ...adapters.formats.peft_config import CONFIG_NAME
-from ...adapters.formats.peft_write import write_adapter
 from ...architectures.prefixes import PEFT_PREFIX, module_path
 from ...architectures.renames import expert_part
 from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
@@ -36,7 +36,6 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..convert.image import write_output
 from ..convert.image_base import choose_format, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
@@ -165,7 +164,7 @@ def init(
         residual: a folder for the base without the factors, which pissa, milora and olora need.
         dtype: of the residual, a key of MERGE_DTYPES.
         undo: write the residual's undo file.
-        to: a key of FORMAT_CHOICES, if another format is wanted.
+        to: a key of `written_formats`, if another format is wanted.
         seed: of the random numbers.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -180,20 +179,15 @@ def init(
         checkpoint = open_model(base, "init starts one for a model", opened)
         output_format = choose_format(checkpoint, to)
         _check_method(method, residual, dtype, output_format)
-        if dora and output_format == "loralib":
-            raise UsageError("loralib's files hold no DoRA")
-        path, is_file = check_output_name(
-            out if out is not None else "adapter" if output_format == "peft" else "adapter.safetensors"
-        )
-        if output_format != "peft" and not is_file:
-            raise UsageError(
-                f"{output_format} adapters are single files", culprit=str(path), remedy="name it X.safetensors"
-            )
+        if dora and "dora" not in output_format.can.kinds:
+            raise UsageError(f"{output_format.key}'s files hold no DoRA")
+        path, is_file = output_format.output(out, "adapter")
+        has_config = output_format.can.alpha == "config"
         inputs = [shard.path for shard in checkpoint.shards]
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         candidates = find_candidates(checkpoint, selection, weights_for_format(checkpoint, output_format))
-        if output_format == "peft":
+        if has_config:
             refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
@@ -206,10 +200,11 @@ def init(
         config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
-        size = sum(spec.size for spec in output.specs.values()), sum(spec.nbytes for spec in output.specs.values())
-        if params is not None and output_format != "peft" and size[0] > params:
+        specs = output.content.specs.values()
+        size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
+        if params is not None and not has_config and size[0] > params:
             raise UsageError(
-                f"--params {params} cannot be kept: {output_format}'s alphas and split modules make it {size[0]}"
+                f"--params {params} cannot be kept: {output_format.key}'s alphas and split modules make it {size[0]}"
             )
         residual_report = None
         if residual is not None:
@@ -219,21 +214,21 @@ def init(
             )
         elif not dry_run:
             opened.enter_context(naming_output(path))
-            write_output(output, output_format, path, is_file, checkpoint.shards)
+            output_format.write(path, is_file, output.content, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
         warnings = (*work.warnings(), *output.notes)
         return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, warnings)
 
 
-def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, output_format: str) -> None:
+def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format) -> None:
     if method in REFUSED:
         raise UsageError(f"{method} cannot start from files: {REFUSED[method]}")
     if method not in INITS:
         raise UsageError(f"method {method!r} is none of {', '.join(INITS)}")
     if dtype not in MERGE_DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
-    if output_format != "peft" and (INITS[method].mutates_base or INITS[method].field is not True):
-        raise UsageError(f"{method} is for PEFT's adapters, and {output_format}'s files cannot say how it starts")
+    if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
+        raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
     if INITS[method].mutates_base and residual is None:
         raise NeedsFlag(f"{method} takes its factors out of the base", remedy="add --residual OUT for what is left")
     if residual is None and dtype != "keep":
@@ -331,7 +326,8 @@ class _Initialization:
         with naming_output(place), scratch_folder(place) as scratch:
             initial = scratch / INITIAL
             config = {**self._config, "use_dora": False}
-            write_adapter(initial, False, self._starter.specs, self._starter.load, config, self._base.shards)
+            content = AdapterContent(self._starter.specs, self._starter.load, config)
+            Peft().write(initial, False, content, self._base.shards)
             self._residual = self._subtract(initial, place, dtype, undo, force)
         with naming_output(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
             stored_key = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
@@ -340,7 +336,7 @@ class _Initialization:
                 return file.tensor(stored_key[key]) if key in stored_key else self._starter.load(key)
 
             specs = {**self._starter.specs, **self._starter.magnitude_specs}
-            write_adapter(*adapter, specs, load, self._config, self._base.shards)
+            Peft().write(*adapter, AdapterContent(specs, load, self._config), self._base.shards)
         return self._residual
 
     def _subtract(self, initial: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...adapters.formats import FORMATS
-from ...architectures.prefixes import PEFT_PREFIX
+from ...adapters.formats.format import AdapterContent, Format, ReadOptions
+from ...adapters.formats.peft import Peft
 from ...files.checkpoint import Checkpoint
 from ...files.virtual import VirtualFile
 from ..convert.image import ImageAdapter, plan_image
@@ -20,24 +19,21 @@ from .starter import AdaptedWeight, AdapterInitializer
 
 def plan_start(
     base: Checkpoint,
-    to: str,
+    to: Format,
     adapted_weights: Sequence[AdaptedWeight],
     starter: AdapterInitializer,
     config: Mapping[str, Any],
 ) -> AdapterOutput:
     """Plan the tensors that `init` writes in format `to`; `config` is PEFT's adapter_config.json."""
     specs = {**starter.specs, **starter.magnitude_specs}
-    if to == "peft":
-        return AdapterOutput(specs, starter.load, config, {}, (), (), ())
-    file = VirtualFile(
-        base.shards[0],
-        {PEFT_PREFIX + name: spec for name, spec in specs.items()},
-        lambda name: starter.load_any(name.removeprefix(PEFT_PREFIX)),
-        {"loratool": json.dumps({"adapter_config": config})},
-    )
-    adapter = FORMATS["peft"].read(str(base.path), file, None, False)
-    request = ConvertRequest(to)
-    if to == "loralib":
+    if to.can.alpha == "config":
+        return AdapterOutput(AdapterContent(specs, starter.load, config), (), (), ())
+    peft = Peft()
+    stored = peft.as_file(AdapterContent(specs, starter.load_any, config))
+    file = VirtualFile(base.shards[0], stored.specs, stored.load, stored.metadata)
+    adapter = peft.read(str(base.path), file, ReadOptions())
+    request = ConvertRequest(to.key)
+    if to.can.components == "one":
         with request_for("init"):
             return plan_language(adapter, request, *select_updates(adapter, request))
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}

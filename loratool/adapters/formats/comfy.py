@@ -1,0 +1,53 @@
+"""Name and describe ComfyUI's adapters: dotted names in the model's own naming, with kohya's factors and alphas.
+
+Defined by ComfyUI: `comfy/lora.py` (`model_lora_keys_unet`, `model_lora_keys_clip`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, final
+
+from .dotted import DottedFormat, has_dotted_factors
+from .format import Capabilities, NewModule
+from .kohya import network_metadata, text_model_path
+from .suffixes import ALPHA_ENDS
+
+PREFIXES = ("diffusion_model.", "text_encoders.")
+
+
+@final
+class Comfy(DottedFormat):
+    """Files of dotted names in the makers' naming, whose alphas are tensors."""
+
+    key = "comfy"
+    title = "ComfyUI: the model's own names with lora_down, lora_up and alpha"
+    can = Capabilities(
+        kinds=frozenset({"lora", "dora"}), writes=True, components="many", alpha="tensor", input_norms=True
+    )
+    ends = ALPHA_ENDS
+
+    def claims(self, names: Iterable[str]) -> bool:
+        names = list(names)
+        return has_dotted_factors(names) and any(name.startswith(PREFIXES) for name in names)
+
+    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
+        if component == "unet":
+            return f"diffusion_model.{path}"
+        names = {
+            "text_encoder": "clip_h" if family == "sd2" else "clip_l",
+            "text_encoder_2": "clip_g",
+            "text_encoder_3": "t5xxl",
+        }
+        return f"text_encoders.{names[component]}.transformer.{text_model_path(component, path)}"
+
+    def uses_maker_names(self, family: str) -> bool:
+        return True
+
+    def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
+        return (rows, 1, *ones)
+
+    def describe(
+        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        return {}, network_metadata(family, former, modules)

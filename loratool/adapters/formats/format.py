@@ -1,0 +1,198 @@
+"""Define what a format of adapters is: it recognizes files, reads them, names tensors, writes, and says what it holds.
+
+A subclass of `Format` is one convention in one file, and an instance of it a row of the table `FORMATS`. Commands and
+their options know formats only through the table, so that a new one is a file and a row. Its container is its own:
+`Format.write` may write any file or folder.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+
+from ...errors import UsageError
+from ...files.dtypes import TensorSpec
+from ...files.output import CONTAINERS, check_output_name
+from ...files.weights_file import WeightsFile
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..updates.update import UpdateSpec
+from .single_file import write_single_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The bases that a format can be the usual one for, in the order in which formats are listed: a model's folder, a single
+# file of an image model under its makers' names, a diffusers pipeline.
+BASES = ("model", "single file", "pipeline")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """List what files of a format hold."""
+
+    kinds: frozenset[str]  # keys of UPDATES
+    writes: bool  # whether loratool writes them
+    components: Literal["one", "many"]  # models that a file is for: any one, or the parts of an image model
+    # where a module's alpha stands: in a tensor, in PEFT's config, in the metadata by component, or nowhere
+    alpha: Literal["tensor", "config", "metadata", "none"]
+    usual_for: str | None = None  # of BASES: it is the format of an adapter made for one, if no other is asked for
+    folder: bool = False  # an output can be a folder; else it is one file
+    starts: bool = False  # they say which initialization changed the base
+    kernels: bool = True  # a convolution's factors keep its kernel
+    input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
+    zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
+    slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Tell a reader what the file may not say."""
+
+    alpha: float | None = None  # for files that do not say it; it must not contradict one that does
+    lenient: bool = False  # record a module's missing factor, rank or alpha in `UpdateSpec.fault`, raise no error
+    # which slices of its rows a MergedLinear adapts; empty if the option was not given, None if there is no such option
+    enabled_slices: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AdapterContent:
+    """An adapter to be written: everything but its bytes, which `load` makes."""
+
+    specs: Mapping[str, TensorSpec]  # name -> type and shape
+    load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of exactly that type and shape
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header, in formats other than PEFT
+    bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
+
+
+@dataclass(frozen=True)
+class NewModule:
+    """Name what a config and metadata say of a module of an image adapter."""
+
+    component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...
+    rank: int
+    alpha: float
+    dora: bool
+    init: str | None  # the initialization that changed its base
+
+
+class Format(ABC):
+    """One convention of adapters on disk."""
+
+    key: ClassVar[str]  # for --from and --to
+    title: ClassVar[str]  # for the help of --to
+    can: ClassVar[Capabilities]
+    ends: ClassVar[Mapping[str, str]] = {}  # role -> how the names of new tensors end
+    container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
+
+    @abstractmethod
+    def claims(self, names: Iterable[str]) -> bool:
+        """Return whether tensors of these names are of this format."""
+
+    @abstractmethod
+    def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
+        """Read the adapter in `file`, which the user calls `name`.
+
+        Raises:
+            InputError: a tensor is not one that the format can hold.
+            NeedsFlag: the file does not say what an option could.
+            UsageError: the alpha of `options` contradicts the file.
+        """
+
+    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
+        """Return an image model's module in this format's names.
+
+        Args:
+            path: in diffusers' names, or in the makers' where `uses_maker_names`.
+            family: a key of IMAGE_FAMILIES.
+            encoders: how many text encoders the adapter has modules of.
+        """
+        return path
+
+    def uses_maker_names(self, family: str) -> bool:
+        """Return whether a denoiser's modules have its makers' names (sgm's, Black Forest Labs'), not diffusers'."""
+        return False
+
+    @final
+    def tensor_name(self, module: str, role: str) -> str:
+        """Return the name of a module's tensor; `role` is a key of `ends`."""
+        return f"{module}.{self.ends[role]}"
+
+    def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of DoRA's magnitudes of the rows of a matrix; of a kernel's sizes `ones` are as many 1."""
+        return (1, rows, *ones) if ones else (rows,)
+
+    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+        """Return the names that the tensors of a language model's adapter get, each with its module and role."""
+        raise UsageError(f"{self.key} files are for image models")
+
+    def describe(
+        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return PEFT's config and the metadata for an image model's modules, by name.
+
+        Args:
+            former: what the source's metadata says that stays true.
+
+        Raises:
+            InputError: some modules are DoRA and others not, and the format cannot say which.
+        """
+        return {}, {**former, "format": "pt"}
+
+    def notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+        """Return sentences for the user on what loaders do not read of an image adapter."""
+        return ()
+
+    def edited_name(self, name: str, named: Collection[str]) -> str:
+        """Return the name of a tensor in an edited adapter; `named` are adapters' names that keys may contain."""
+        return name
+
+    def edited_alpha(self, module: str) -> str | None:
+        """Return the name of the alpha beside edited factors of scale 1, or None where that needs none."""
+        return None
+
+    def edited_metadata(self, config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, str]:
+        """Return the metadata that loaders need beside edited factors of these ranks by module."""
+        return {}
+
+    @final
+    def output(self, out: str | os.PathLike[str] | None, name: str, in_folder: bool = True) -> tuple[Path, bool]:
+        """Return the path of an output and whether it is a file; `name` is that of a folder where `out` is not given.
+
+        Args:
+            in_folder: without `out`, a folder is preferred to a file.
+
+        Raises:
+            UsageError: `out` is no name for one, or for a folder where the format has single files.
+        """
+        ending = CONTAINERS[self.container][0]
+        preferred = name if in_folder and self.can.folder else name + ending
+        path, is_file = check_output_name(preferred if out is None else out, self.container)
+        if not (is_file or self.can.folder):
+            raise UsageError(f"{self.key} adapters are single files", culprit=str(path), remedy=f"name it X{ending}")
+        return path, is_file
+
+    def spelling(self, tensor: str) -> str:
+        """Return how a factor's name ends, where a format has several spellings of it; else nothing."""
+        return ""
+
+    def as_file(self, content: AdapterContent) -> AdapterContent:
+        """Return the tensors, under the names, and the metadata that a file of them has, for `read`."""
+        return content
+
+    def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
+        """Write an adapter, whole or not at all.
+
+        Args:
+            inputs: the files that the tensors are made of.
+
+        Raises:
+            InputError: one of `inputs` changed meanwhile.
+        """
+        stored = self.as_file(content)
+        write_single_file(path, stored.specs, stored.load, stored.metadata, inputs)

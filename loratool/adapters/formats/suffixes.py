@@ -1,0 +1,57 @@
+"""Split a tensor's name into its module and its role, by one table of suffixes for all formats with such names.
+
+The suffix is read on its own: neither the prefix that names a component nor the path decides which are known.
+Defined by kohya-ss/sd-scripts: `networks/lora.py`; diffusers: `loaders/lora_conversion_utils.py`; ComfyUI:
+`comfy/lora.py`; LyCORIS and OneTrainer (`dora_scale`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# How a tensor's name ends -> its role
+SUFFIXES: Mapping[str, str] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_A.default.weight": "A",
+    ".lora_B.default.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    "_lora.down.weight": "A",
+    "_lora.up.weight": "B",
+    ".alpha": "alpha",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".magnitude": "magnitude",
+    ".dora_scale": "magnitude",
+}
+# role -> how the name of a new tensor ends, in formats with an alpha beside the factors, and in those without
+ALPHA_ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"}
+PLAIN_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# XLabs' names end so, after the path of an attention processor
+PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
+PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
+FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role in "AB")
+_LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
+
+
+def split_suffix(tensor: str) -> tuple[str, str | None]:
+    """Return a tensor's module and its role; the whole name and None if no suffix is known."""
+    for suffix in _LONGEST_FIRST:
+        if tensor.endswith(suffix):
+            return tensor.removesuffix(suffix), SUFFIXES[suffix]
+    for suffix, role in PROCESSOR_SUFFIXES.items():
+        module = tensor.removesuffix(suffix)
+        if module != tensor and PROCESSOR.fullmatch(module):
+            return module, role
+    return tensor, None
+
+
+def suffix_of(tensor: str) -> str:
+    """Return the suffix of a factor's name, or the whole name if none is known."""
+    return next((suffix for suffix in _LONGEST_FIRST if tensor.endswith(suffix)), tensor)
