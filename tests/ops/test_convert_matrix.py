@@ -41,8 +41,8 @@ def rows(adapter: Any) -> dict[int, Tensor]:
     """Return by width the sum of D^T D over the modules, which does not depend on the modules that the rows are in."""
     total: dict[int, Tensor] = {}
     for update in adapter.updates.values():
-        each = adapter.load(update)
-        D = each.scale * each.B.double().flatten(1) @ each.A.double().flatten(1)
+        B, A = (side[0] for side in adapter.load(update).factors())
+        D = B @ A
         total[D.shape[1]] = total.get(D.shape[1], 0) + D.T @ D
     return total
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import final
 
-from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.low_rank import LowRank, MergedLinear
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...architectures.roles import EMBEDDINGS

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side(Detail):
-    """Of what the vector is, and whether 1 has to be added to it."""
+    """The side that a vector multiplies, and how."""
 
     inputs: bool
-    difference: bool
+    difference: bool  # 1 has to be added to it
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Detail:
-    """What only one kind of update has to say beside its tensors."""
+    """Hold for one kind of update what its tensors do not say."""
 
     @property
     def hashed(self) -> tuple[int, ...]:
-        """What of it the weights file does not determine."""
+        """The numbers in it that the weights file does not determine."""
         return ()
 
 
@@ -68,7 +68,7 @@ class UpdateSpec:
 
     @property
     def along_inputs(self) -> bool:
-        """Whether W' depends on the norms of its columns."""
+        """True if W' depends on the norms of its columns."""
         return self.cls.norm_axis(self, False) == 1
 
     @property

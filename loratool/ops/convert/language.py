@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...adapters.edited import CarriedTensor
 from ...adapters.formats import FORMATS
 from ...adapters.formats.format import AdapterContent
 from ...adapters.formats.peft import adapter_names
@@ -25,6 +26,7 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ...files.tensor_ref import TensorRef
 from .factors import (
     EPSILON,
     alpha_for_scale,
@@ -90,8 +92,11 @@ def _copy_tensors(
 
     def load(name: str) -> Tensor:
         module, role = pieces[name]
-        tensor: Tensor = getattr(source.load(kept[module]), role)
-        return round_factors(module, (tensor, tensor), request.dtype)[0] if request.dtype and role in "AB" else tensor
+        update = kept[module]
+        if role not in "AB":
+            return CarriedTensor(((TensorRef(source.file, update.tensors[role]), 1.0),)).load()
+        tensor: Tensor = getattr(source.load(update.cls.without_norm(update)), role)
+        return round_factors(module, (tensor, tensor), request.dtype)[0] if request.dtype else tensor
 
     for name, (module, role) in pieces.items():
         spec = kept[module].specs[role]
