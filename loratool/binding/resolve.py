@@ -136,7 +136,8 @@ def resolve_modules(
     """
     matches, rest, absent = _resolve_image(specs, adapter)
     found, missing = _resolve_names(specs, adapter, rest, model_types) if rest else ({}, [])
-    return {**matches, **found}, [*absent, *missing]
+    missing = [module for module in (*absent, *missing) if not adapter.updates[module].if_there]
+    return {**matches, **found}, missing
 
 
 def _resolve_image(

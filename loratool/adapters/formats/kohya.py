@@ -20,9 +20,8 @@ from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..updates.headers import spec_from_roles
-from ..updates.update import UpdateSpec
 from .format import Capabilities, Format, NewModule, ReadOptions
+from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
 
@@ -79,10 +78,10 @@ class Kohya(Format):
             if options.alpha is not None and value is not None and options.alpha != value:
                 raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
             value = options.alpha if value is None else value
-            rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-            module_config = AdapterConfig(alpha=value or float(rank))
-            updates[module] = pair_magnitude(module, roles, file, module_config, options.lenient)
-        alphas = {spec.scale * spec.rank for spec in updates.values()}
+            own = AdapterConfig(alpha=value or None, rank_is_alpha=True)
+            for spec in module_updates(module, roles, file, own, f"{module}_bias", options.lenient):
+                updates[spec.module] = spec
+        alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
         return Adapter(name, self.key, file, config, updates, flattened=True)
 
@@ -129,27 +128,3 @@ def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[st
         "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
         **({"ss_base_model_version": version} if version else {}),
     }
-
-
-def pair_magnitude(
-    module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
-) -> UpdateSpec:
-    """Make a module's update, with DoRA over outputs or inputs as the shape of its `dora_scale` tells.
-
-    Raises:
-        InputError: `dora_scale` has neither shape, or is over a convolution's inputs; as `spec_from_roles`.
-    """
-    key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
-    shape = file.specs[key].shape if key.endswith(".dora_scale") else ()
-    if A and B and len(shape) > 1 and shape[:1] != file.specs[B].shape[:1] and shape[1:2] == file.specs[A].shape[1:2]:
-        if len(file.specs[A].shape) > 2:
-            reason = f"is {shape}: DoRA along the inputs of a convolution, which is not supported"
-            if not lenient:
-                raise InputError(reason, culprit=key)
-            rest = {role: name for role, name in roles.items() if role != "magnitude"}
-            plain = spec_from_roles(module, rest, file, config, False, lenient=True)
-            return replace(plain, fault=f"{key} {reason}")
-        return spec_from_roles(module, roles, file, config, False, along_inputs=True, lenient=lenient)
-    if shape and not lenient and shape.count(1) < len(shape) - 1:
-        raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
-    return spec_from_roles(module, roles, file, config, transposed=False, lenient=lenient)
