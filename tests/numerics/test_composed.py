@@ -36,7 +36,7 @@ from torch import Tensor
 from loratool.numerics.composed import Hadamard, Kron, Scaled
 from loratool.numerics.decide import Delta, Factor, Reals
 from loratool.numerics.merge import RowMerge
-from loratool.numerics.norms import magnitude_ratio, row_norms
+from loratool.numerics.norms import column_norms, magnitude_ratio, row_norms
 from loratool.numerics.products import Products, Term
 from loratool.numerics.stored import Stored, Sum, Zero
 from loratool.numerics.workspace import Workspace
@@ -341,3 +341,24 @@ def test_sums_of_a_slight_change_are_its_own() -> None:
         wanted = float(sum(x * x for x in changes(terms)))
         assert stats.change_squared == pytest.approx(wanted, rel=0.01)
         assert stats.change_squared > 0 or size == 0
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_dora_over_channels_of_a_flattened_kernel(weight: float) -> None:
+    """One number for each four columns, of the norm of all four."""
+    case, W = kron(FP32, THIRD), hard_weights(BF16)["normal"]
+    W[:, 4:8], m = 0, normal(np.random.default_rng(9), N // 4, dtype=FP32)
+    blocks = [(0, W[:4]), (4, W[4:])]
+    n = column_norms(lambda start, stop: kron(FP32, THIRD, slice(start, stop)).delta, lambda: blocks, Workspace(CPU), 4)
+    ratio, factor = (each.repeated(4) for each in magnitude_ratio(m, n, weight, 1))
+    groups = [
+        [k for k in range(M * N) if k % N // 4 == channel] for channel in range(N // 4)
+    ]  # as rows, which the oracle's norms are of
+    V = torch.stack([W.flatten()[at] for at in groups])
+    turned = [case.numbers[k] for at in groups for k in at]
+    wanted = dict(
+        zip((k for at in groups for k in at), merge_codes(V, BF16, [DoRA(turned, m, weight)]) or [], strict=True)
+    )
+    x = Reals(Scaled(case.delta, ratio), factor)
+    assert codes(merge_rows(x.delta, W, BF16, factor)[0]) == [wanted[k] for k in range(M * N)]
+    assert comes_back(W, x)
