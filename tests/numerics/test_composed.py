@@ -34,7 +34,8 @@ from hostile_reals import (
 from torch import Tensor
 
 from loratool.numerics.composed import Hadamard, Kron, Scaled
-from loratool.numerics.decide import Delta, Factor, Reals
+from loratool.numerics.decide import Delta, DenseDelta, Factor, Reals
+from loratool.numerics.forms import Positions, Wide
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import column_norms, magnitude_ratio, row_norms
 from loratool.numerics.products import Products, Term
@@ -114,6 +115,7 @@ def cases_of(factor: torch.dtype, step: float = 2.0**-9) -> dict[str, Callable[[
         **{f"loha by {k}": lambda k=k: hadamard(terms["third"], terms["two"], SCALES[k]) for k in range(len(SCALES))},
         "loha ties": lambda: hadamard(terms["ties"], one, F(1)),
         "loha near ties": lambda: hadamard(terms["near ties"], one, F(-1)),
+        "loha of what nearly cancels": lambda: hadamard(terms["nearly cancel"], terms["nearly cancel"], F(2) ** 60),
         "loha of sums": lambda: Case(
             Hadamard(added(hadamard(terms["third"], tiny, THIRD), kron(factor, F(1))).delta, products(tiny), F(2)),
             [2 * x * y for x, y in zip(
@@ -142,8 +144,7 @@ NAMES_OF_CASES = list(cases_of(BF16))
 
 def beyond(delta: Delta, numbers: list[F], slack: float = 1.0) -> list[str]:
     """Return the answers that are off by more than their bound times `slack`."""
-    i, j = every_place(delta.shape)
-    found = []
+    (m, n), (i, j), found = delta.shape, every_place(delta.shape), []
     for name in ("near", "nearer"):
         high, low, bound = getattr(delta, name)(i, j)
         assert not np.isnan(bound).any() and np.isfinite(high).all() and np.isfinite(low).all()
@@ -156,12 +157,12 @@ def beyond(delta: Delta, numbers: list[F], slack: float = 1.0) -> list[str]:
             continue
         dense = delta.dense(kind, CPU)
         assert not np.isnan(dense.sizes).any() and not np.isnan(dense.errors).any()
-        for rows, shift in ((slice(0, delta.shape[0]), 0.0), (slice(1, 3), 0.125)):
-            out = torch.empty(rows.stop - rows.start, delta.shape[1], dtype=kind)
+        for rows, shift in ((slice(0, m), 0.0), (slice(1, m - 1), 0.125)):
+            out = torch.empty(rows.stop - rows.start, n, dtype=kind)
             dense.fill(rows, shift, out)
-            of = numbers[rows.start * N : rows.stop * N]
+            of = numbers[rows.start * n : rows.stop * n]
             for k, (number, x) in enumerate(zip(of, reals(out), strict=True)):
-                row, rounding = rows.start + k // N, F(0)
+                row, rounding = rows.start + k // n, F(0)
                 if shift:
                     rounding = (abs(number) + F(shift)) * F(torch.finfo(kind).eps) / 2
                 error, size = dense.errors[row], dense.sizes[row]
@@ -211,6 +212,65 @@ def test_bounds_of_a_hundredth_show(name: str, answers: tuple[str, ...]) -> None
     case = cases_of(FP32)[name]()
     found = " ".join(beyond(case.delta, case.numbers, 0.01))
     assert all(answer in found for answer in answers)
+
+
+@dataclass(frozen=True)
+class Off:
+    """A delta whose answers are as far off as they say, to where it counts most; numbers: float64, above `off`."""
+
+    numbers: Tensor
+    off: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.numbers.shape[0], self.numbers.shape[1]
+
+    @property
+    def largest(self) -> float:
+        return float(self.numbers.abs().max())
+
+    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+        def fill(rows: slice, shift: float, out: Tensor) -> None:
+            out.copy_(self.numbers[rows] + self.off + shift)
+
+        return DenseDelta(self.numbers.abs().amax(1).numpy(), np.full(len(self.numbers), self.off), fill)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return self.numbers.numpy()[i, j] - self.off, np.zeros(len(i)), np.full(len(i), self.off)
+
+    nearer = near
+
+    def exact(self, i: int, j: int) -> F:
+        return F(float(self.numbers[i, j]))
+
+
+@pytest.mark.parametrize("offs", [(0.125, 0.0), (0.0, 0.125), (0.125, 0.25)])
+def test_all_that_the_parts_may_be_off_is_in_the_bound(offs: tuple[float, float]) -> None:
+    """And no more than a few roundings besides."""
+    one, two = torch.full((2, 4), 3.0, dtype=FP64), torch.full((3, 4), 2.0, dtype=FP64)
+    ratio = Factor.of_rows([F(5)] * 2)
+    cases = [
+        (Hadamard(Off(one, offs[0]), Off(one, offs[1]), F(-4)), [F(-36)] * 8),
+        (Kron(Off(one, offs[0]), Off(two, offs[1]), F(1, 2), slice(1, 5)), [F(3)] * 64),
+        (Scaled(Off(one, sum(offs)), ratio), [F(15)] * 8),
+    ]
+    for delta, numbers in cases:
+        assert beyond(delta, numbers) == []
+        assert len(beyond(delta, numbers, 0.99)) >= 4 * len(numbers)
+
+
+def test_what_is_zero_is_known_to_be() -> None:
+    """So that -0.0 stays without a fraction; in rows, columns and scales of 0, whatever the other part is."""
+    case = cases_of(FP32)["loha zero rows"]()
+    high, low, bound = case.delta.near(*every_place())
+    dead = np.array([x == 0 for x in case.numbers])
+    assert dead.sum() > 40 and not (high[dead].any() or low[dead].any() or bound[dead].any()) and bound[~dead].all()
+    for name in ("loha by 3", "lokr by 3"):
+        assert not any(x.any() for x in cases_of(FP32)[name]().delta.near(*every_place()))
+    unknown = Scaled(products(hard_terms(BF16)["third"]), Factor.of_rows([F(2) ** -800] * M))
+    nothing = products([Term(torch.zeros(M, 1), torch.zeros(1, N), F(1))])
+    assert np.isinf(unknown.near(*every_place())[2]).all()
+    assert not Hadamard(unknown, nothing, THIRD).near(*every_place())[2].any()
 
 
 @dataclass(frozen=True)
