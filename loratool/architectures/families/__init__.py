@@ -176,13 +176,22 @@ def family_of_names(paths: Iterable[str]) -> ModelFamily | None:
     """Return the image family of a base's denoiser, by the paths of its modules; None if it is of no known one."""
     every = list(paths)
     marked = [f for f in FAMILIES.values() if any(mark in path for mark in f.marks for path in every)]
-    return max(marked, key=lambda family: sum(bool(locate(family, path)) for path in every), default=None)
+    blocks = count_blocks(every)
+    return max(marked, key=lambda family: sum(bool(locate(family, path, blocks)) for path in every), default=None)
+
+
+def count_blocks(paths: Iterable[str]) -> int:
+    """Return how many blocks a stack has at most, by the numbers in the names; 0 where all tables have as many."""
+    most = max((int(each) for path in paths for each in re.findall(r"\b\d{1,3}\b", path)), default=0) + 1
+    return most if any(most > block.count for f in FAMILIES.values() for block in f.blocks) else 0
 
 
 def names_maker(family: ModelFamily, path: str) -> bool:
     """Return whether a path is in the maker's naming and not in diffusers' too."""
+    if family.up_attention:
+        return sgm_to_diffusers(path) != path
     found = locate(family, path)
-    return path not in (found.diffusers if found else to_diffusers(family, path))
+    return found is not None and path in found.maker and path not in found.diffusers
 
 
 def names_of(family: ModelFamily, blocks: int) -> Mapping[str, Located]:

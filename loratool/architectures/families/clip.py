@@ -22,5 +22,5 @@ FAMILY = ModelFamily(
         ),
     ),
     alike=("text_projection",),
-    marks=("text_model.encoder.layers.", "embeddings.token_embedding.", "transformer.resblocks."),
+    marks=("text_model.encoder.layers.", "embeddings.token_embedding."),
 )

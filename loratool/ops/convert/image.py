@@ -20,6 +20,7 @@ from ...adapters.formats.peft_write import write_adapter
 from ...adapters.formats.single_file import STALE_KEYS, write_single_file
 from ...adapters.stacked import round_factors
 from ...adapters.updates import LowRank
+from ...architectures.families import FAMILIES
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
@@ -40,15 +41,6 @@ from .module_map import TargetModule, plan_target_modules, target_name, uses_mak
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, cannot_convert
 from .source_modules import SINGLE_COMPONENT, SourceModule, find_unknown_modules
 
-# family -> kohya's name of its base; SD 3 has none, since its name depends on the size
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
-
-
-NETWORKS = {
-    "flux": "networks.lora_flux",
-    "sd3": "networks.lora_sd3",
-}  # family -> sd-scripts' module, if not networks.lora
-
 
 @dataclass(frozen=True)
 class ImageAdapter:
@@ -56,7 +48,7 @@ class ImageAdapter:
 
     name: str  # for messages
     metadata: Mapping[str, str]
-    family: str  # a key of IMAGE_FAMILIES
+    family: str  # a key of FAMILIES
     load: Callable[[SourceModule], LowRank]
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module -> (||D' - D||^2, ||D||^2) so far
     start: Callable[[str], str | None] = lambda module: None  # module -> the init that altered its base, or None
@@ -286,12 +278,13 @@ class _ImagePlan:
         former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
         if not self._has_alphas:
             return {**former, "format": "pt", **(self._by_component() if self._request.to == "diffusers" else {})}
-        version = former.get("ss_base_model_version", BASE_VERSIONS.get(self._image.family))
+        family = FAMILIES[self._image.family]
+        version = former.get("ss_base_model_version", family.kohya_version)
         ranks = {made.rank for made in self._made.values()}
         alphas = {made.alpha for made in self._made.values()}
         return {
             **former,
-            "ss_network_module": NETWORKS.get(self._image.family, "networks.lora"),
+            "ss_network_module": family.kohya_network,
             "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
             "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
             **({"ss_base_model_version": version} if version else {}),

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ...adapters.adapter import UpdateSpec
-from ...architectures.image import MAKERS, MARKS, SINGLE_PREFIXES, image_parts
+from ...architectures.families import family_of_names, names_maker
+from ...architectures.image import MAKERS, SINGLE_PREFIXES, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
-from .source_modules import IMAGE_FAMILIES, SINGLE_COMPONENT, detect_family, make_source_module
+from .source_modules import SINGLE_COMPONENT, detect_family, known_families, make_source_module
 
 DENOISER = "model.diffusion_model."  # the denoiser's prefix in a single file of all components
-
-
-OWN_NAMES = ("sgm", "flux", "sd3")  # the values of MARKS that are makers' names
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -41,7 +39,9 @@ def choose_format(base: Checkpoint, to: str | None) -> str:
     """
     weights = image_weights(base)
     several = bool(base.parts) or any(name.startswith(DENOISER) for name in weights)
-    maker_names = any(mark in name for name in weights for mark, kind in MARKS.items() if kind in OWN_NAMES)
+    denoiser = [path for component, path in weights.values() if component == "unet"]
+    table = family_of_names(denoiser)
+    maker_names = table is not None and any(names_maker(table, path) for path in denoiser)
     if to is None and weights and (several or maker_names):
         return "diffusers" if base.parts else "kohya"
     if to in (None, *SINGLE_COMPONENT):
@@ -100,7 +100,5 @@ def _family(base: Checkpoint, weights: Mapping[str, tuple[str, str]]) -> str:
         sources.append(make_source_module(name, UpdateSpec("lora", name, {}, specs), component, path))
     family = detect_family(sources)
     if family is None:
-        raise InputError(
-            f"is no image model that is known ({', '.join(IMAGE_FAMILIES.values())})", culprit=str(base.path)
-        )
+        raise InputError(f"is no image model that is known ({known_families()})", culprit=str(base.path))
     return family
