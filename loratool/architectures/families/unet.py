@@ -36,7 +36,7 @@ SGM_OUTSIDE = {
 ATTENTION = tuple(f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0"))
 
 
-LEVELS, LAYERS, DEPTH = 4, 3, 10  # the most that a UNet has of them
+LEVELS, DEPTH = 4, 10  # the most that a UNet has of them
 
 
 # What diffusers' paths of a UNet's modules start with
@@ -104,13 +104,16 @@ def unet_paths() -> frozenset[str]:
 
 
 def _paths() -> Iterator[str]:
-    for stem in [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(LEVELS)] + ["mid_block"]:
-        for j in range(LAYERS):
+    sides = (("down_blocks", 2, "downsamplers"), ("up_blocks", 3, "upsamplers"))
+    stems = [(f"{side}.{i}", layers, layers) for side, layers, _ in sides for i in range(LEVELS)]
+    for stem, resnets, attentions in (*stems, ("mid_block", 2, 1)):
+        for j in range(resnets):
             yield from (f"{stem}.resnets.{j}.{name}" for name in RESNET.values() if "norm" not in name)
+        for j in range(attentions):
             attention = f"{stem}.attentions.{j}"
             yield from (f"{attention}.{name}" for name in ("proj_in", "proj_out"))
             for t in range(DEPTH):
                 block = f"{attention}.transformer_blocks.{t}"
                 yield from (f"{block}.{name}" for name in (*ATTENTION, "ff.net.0.proj", "ff.net.2"))
-        yield from (f"{stem}.{name}.0.conv" for name in ("downsamplers", "upsamplers"))
+    yield from (f"{side}.{i}.{name}.0.conv" for side, _, name in sides for i in range(LEVELS))
     yield from (name for name in SGM_OUTSIDE.values() if "norm" not in name)

@@ -6,7 +6,7 @@ one the ranks of its slices one after the other (`factors` makes them).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...architectures.families import ENCODERS, FAMILIES, Span, locate, names_maker, parts_of
@@ -48,6 +48,7 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
         NeedsFlag: DoRA could not be split or fused.
     """
     spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in sources]
+    _refuse_twice(spans)
     known = {(source.component, span.module): span.whole for source, _, each in spans for span in each}
     slices: dict[tuple[str, str], list[RowSlice]] = {}
     rows: dict[tuple[str, str], int] = {}
@@ -70,6 +71,18 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
                 remedy=f"add --drop {','.join(columns)} to leave them out",
             )
     return sorted(targets, key=lambda target: target.how == "fused")
+
+
+def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[Span, ...]]]) -> None:
+    """Raise InputError for rows that two modules are, one under another name or a part of the other."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for source, _, each in spans:
+        for span in each:
+            stop = span.skip + span.stop - span.start
+            others = found.setdefault((source.component, span.module), [])
+            if any(span.skip < end and start < stop for start, end in others):
+                raise InputError("two modules of the adapter would become this one", culprit=span.module)
+            others.append((span.skip, stop))
 
 
 def _table_of(source: SourceModule, family: str) -> ModelFamily | None:
@@ -138,11 +151,8 @@ def _joined(parts: list[RowSlice]) -> tuple[RowSlice, ...]:
 
 def _target(component: str, path: str, parts: tuple[RowSlice, ...], rows: int) -> TargetModule:
     first = parts[0].source
-    if any(part.source is not first for part in parts):
-        if any(part.stop - part.start == rows for part in parts):
-            raise InputError("two modules of the adapter would become this one", culprit=path)
-        return fuse_modules(component, path, list(parts), rows)
-    if sum(part.stop - part.start for part in parts) < rows:
+    several = any(part.source is not first for part in parts)
+    if several or sum(part.stop - part.start for part in parts) < rows:
         return fuse_modules(component, path, list(parts), rows)
     whole = first.update.shape[0] == rows
     how = "split" if not whole else "exact" if len(parts) == 1 else "swapped"
