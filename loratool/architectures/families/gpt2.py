@@ -8,4 +8,5 @@ FAMILY = ModelFamily(
     key="gpt2",
     title="GPT-2",
     blocks=(Block("*", "*", 0, {"attn.c_attn": Fused(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (1, 1, 1))}),),
+    conv1d=("attn.c_attn",),
 )

@@ -84,6 +84,7 @@ class ModelFamily:
     # Of a UNet, which has blocks that `unet` numbers: whether each block of the way up has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first
+    conv1d: tuple[str, ...] = ()  # ends of paths whose weight is stored as (in, out)
     marks: tuple[str, ...] = ()  # of these, every base's names contain one
     telling: str = ""  # a regular expression of diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()

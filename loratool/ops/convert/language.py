@@ -20,6 +20,7 @@ from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.formats.peft_write import lora_config
 from ...adapters.stacked import round_factors, stack_factors
 from ...adapters.updates import Experts, LowRank
+from ...architectures.families import LAYOUTS
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from .factors import (
@@ -32,7 +33,7 @@ from .factors import (
     make_factors,
     relative_error,
 )
-from .fused_qkv import C_ATTN, plan_qkv, read_qkv_rows
+from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
@@ -154,8 +155,8 @@ def _convert_qkv(
 
     notes = alpha_notes(rows) if request.to == "loralib" else ()
     config = _layout_config(source, kept, rows)
-    if any(path.endswith(C_ATTN) for path in (*regrouped, *taken)):
-        # only GPT-2's fused module is a Conv1D, which is transposed
+    fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
+    if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         config["fan_in_fan_out"] = request.layout == "fused"
     return AdapterOutput(specs, load, config, {"format": "pt"}, tuple(rows), dropped, notes)
 
