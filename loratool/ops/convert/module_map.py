@@ -173,13 +173,13 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
             f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
         )
     ordered = sorted(parts, key=lambda part: part.at)
-    ends = [part.at + part.stop for part in ordered]
+    ends = [part.at + part.stop - part.start for part in ordered]
     starts = [part.at for part in ordered[1:]] + [rows]
     wrong = next((p for p, end, start in zip(ordered, ends, starts, strict=True) if end > start), None)
     if wrong:
-        raise InputError(f"has {wrong.stop} rows, too many for its part of {path}", culprit=wrong.source.module)
+        raise InputError(f"has {wrong.stop - wrong.start} rows, too many for its part of {path}", culprit=wrong.source.module)
     magnitudes = sum(part.source.update.kind == "dora" for part in parts)
-    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
+    if magnitudes and (magnitudes < len(parts) or sum(part.stop - part.start for part in parts) != rows):
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",
             culprit=path,
