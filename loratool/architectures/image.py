@@ -23,6 +23,7 @@ from .families import (
 )
 from .families.table import ModelFamily
 from .families.unet import diffusers_to_sgm, sgm_to_diffusers
+from .prefixes import PEFT_PREFIX
 
 Shape = tuple[int, ...]
 
@@ -81,7 +82,8 @@ SINGLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.",
 CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
 
 
-# Prefix of an adapter's module -> its component. After kohya's prefixes the path is flattened.
+# Prefix of an adapter's module -> its component. After those that end in `_` the path is flattened. In which naming the
+# path is no prefix tells: it is looked up in all.
 ADAPTER_PREFIXES = {
     "lora_unet_": "unet",
     "lora_unet_unet_": "unet",  # in published files that were converted wrong: no module's path begins with unet
@@ -93,6 +95,7 @@ ADAPTER_PREFIXES = {
     "unet.": "unet",
     "transformer.": "unet",
     "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
@@ -104,6 +107,10 @@ ADAPTER_PREFIXES = {
 
 
 _LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
+
+
+# Prefixes that tell no component, before those that do
+CONTAINERS = (PEFT_PREFIX, "lycoris_")
 
 
 # A name in `ADAPTER:0.8,te=0.4` -> the components that it weighs; the later, narrower name wins.
@@ -173,10 +180,11 @@ def _is_marked(names: Iterable[str]) -> bool:
 
 def component_of(module: str) -> tuple[str | None, str]:
     """Split an adapter's module into the component that its prefix names, None without one, and its path there."""
+    path = next((module.removeprefix(p) for p in CONTAINERS if module.startswith(p)), module)
     for prefix in _LONGEST_FIRST:
-        if module.startswith(prefix):
-            return ADAPTER_PREFIXES[prefix], module.removeprefix(prefix)
-    return None, module
+        if path.startswith(prefix):
+            return ADAPTER_PREFIXES[prefix], path.removeprefix(prefix)
+    return None, path
 
 
 def weighed_component(module: str) -> str | None:

@@ -177,7 +177,9 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
     starts = [part.at for part in ordered[1:]] + [rows]
     wrong = next((p for p, end, start in zip(ordered, ends, starts, strict=True) if end > start), None)
     if wrong:
-        raise InputError(f"has {wrong.stop - wrong.start} rows, too many for its part of {path}", culprit=wrong.source.module)
+        raise InputError(
+            f"has {wrong.stop - wrong.start} rows, too many for its part of {path}", culprit=wrong.source.module
+        )
     magnitudes = sum(part.source.update.kind == "dora" for part in parts)
     if magnitudes and (magnitudes < len(parts) or sum(part.stop - part.start for part in parts) != rows):
         raise NeedsFlag(
