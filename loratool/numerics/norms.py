@@ -190,7 +190,6 @@ def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fra
     return Fraction(total) - Fraction(off), Fraction(total) + Fraction(off)
 
 
-
 def short_root(x: Fraction) -> Fraction:
     """Return the square root rounded to NORM_BITS bits, half up."""
     if x <= 0:

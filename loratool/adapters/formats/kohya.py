@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
-from ...architectures.image import FIRST
+from ...architectures.families import FAMILIES
 from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
@@ -24,13 +24,6 @@ from .format import Capabilities, Format, NewModule, ReadOptions
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
-
-# family -> the name of its base in the metadata; SD 3 has none, since its name depends on the size
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
-
-
-# family -> sd-scripts' module, if not networks.lora
-NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
 
 
 @final
@@ -88,14 +81,14 @@ class Kohya(Format):
     def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
         if component == "unet":
             prefix = "lora_unet"
-        elif family in FIRST and encoders < 2:
+        elif FAMILIES[family].kohya_naming == "diffusers" and encoders < 2:
             prefix = "lora_te"
         else:
             prefix = f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
         return f"{prefix}_{text_model_path(component, path).replace('.', '_')}"
 
     def uses_maker_names(self, family: str) -> bool:
-        return family not in FIRST
+        return FAMILIES[family].kohya_naming == "maker"
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)
@@ -119,11 +112,11 @@ def text_model_path(component: str, path: str) -> str:
 
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:
     """Return the metadata of sd-scripts, by which web interfaces tell a file's rank, alpha and base."""
-    version = former.get("ss_base_model_version", BASE_VERSIONS.get(family))
+    version = former.get("ss_base_model_version", FAMILIES[family].kohya_version or None)
     ranks, alphas = {each.rank for each in modules.values()}, {each.alpha for each in modules.values()}
     return {
         **former,
-        "ss_network_module": NETWORKS.get(family, "networks.lora"),
+        "ss_network_module": FAMILIES[family].kohya_network,
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
         **({"ss_base_model_version": version} if version else {}),

@@ -43,7 +43,7 @@ class ImageAdapter:
 
     name: str  # for messages
     metadata: Mapping[str, str]
-    family: str  # a key of IMAGE_FAMILIES
+    family: str  # a key of FAMILIES
     load: Callable[[SourceModule], ModuleFactors]
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module -> (||D' - D||^2, ||D||^2) so far
     start: Callable[[str], str | None] = lambda module: None  # module -> the init that altered its base, or None
