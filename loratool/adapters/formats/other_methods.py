@@ -22,6 +22,10 @@ from ...errors import InputError
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
 
+# the `peft_type`s that are read
+READ = ("LORA", "LOHA", "LOKR", "ADALORA", "VERA", "IA3")
+
+
 # outcome -> its words in a report
 OUTCOMES = {
     "merged": "can be merged",
@@ -177,7 +181,7 @@ def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, 
     A mark wins over the config, except for prompts, which only the config distinguishes.
     """
     kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
-    if configured not in (None, "LORA") and kind in (None, "PROMPT"):
+    if configured not in (None, *READ) and kind in (None, "PROMPT"):
         kind = str(configured)
     return None if kind is None else (kind, method_of_peft_type(kind))
 

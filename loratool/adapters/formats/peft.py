@@ -357,7 +357,7 @@ def _of_other_kind(
     """Return an update of LoHa, LoKr, AdaLoRA or VeRA.
 
     Raises:
-        InputError: the config is of another method, or the module is of a kind that PEFT computes otherwise than others.
+        InputError: the config is of another method, or the module is of a kind that PEFT computes in another way.
     """
     if "vera_lambda_b" in roles and "vera_A" not in roles:
         raise InputError(

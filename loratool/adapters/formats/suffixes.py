@@ -72,13 +72,13 @@ _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 def split_suffix(tensor: str) -> tuple[str, str | None]:
     """Return a tensor's module and its role; the whole name and None if no suffix is known."""
-    for suffix in _LONGEST_FIRST:
-        if tensor.endswith(suffix):
-            return tensor.removesuffix(suffix), SUFFIXES[suffix]
     for suffix, role in PROCESSOR_SUFFIXES.items():
         module = tensor.removesuffix(suffix)
         if module != tensor and PROCESSOR.fullmatch(module):
             return module, role
+    for suffix in _LONGEST_FIRST:
+        if tensor.endswith(suffix):
+            return tensor.removesuffix(suffix), SUFFIXES[suffix]
     return tensor, None
 
 
