@@ -116,13 +116,17 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "OneTrainer": lambda p: _image(p, {f"lora_transformer_{n}": s for n, s in _flat(SPLIT).items()}, DOWN_UP),
     "cloneofsimo": _cloneofsimo,
 }
-COLUMNS = {**{to: {} for to in written_formats()}, "peft --plain": {"plain": True}}
+
+
+def columns() -> dict[str, dict[str, Any]]:
+    """Return the formats that are written, each with the options of its column."""
+    return {**{to: {} for to in written_formats()}, "peft --plain": {"plain": True}}
 
 
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
     """Convert to `out` with each flag that is asked for; return the cell, which names them, and the report."""
     to = column.split()[0]
-    options: dict[str, Any] = dict(COLUMNS[column])
+    options: dict[str, Any] = dict(columns()[column])
     asked: list[str] = []
     while True:
         try:
@@ -158,12 +162,12 @@ def _how(report: loratool.ConvertReport) -> str:
 def matrix(folder: Path) -> str:
     """Return the matrix as Markdown."""
     lines = [
-        "| from \\ to | " + " | ".join(f"`{column}`" for column in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| from \\ to | " + " | ".join(f"`{column}`" for column in columns()) + " |",
+        "|---" * (len(columns()) + 1) + "|",
     ]
     for i, (name, make) in enumerate(READABLE.items()):
         adapter, out = make(folder / f"{i}"), folder / "out.safetensors"
-        lines.append(f"| {name} | " + " | ".join(cell(adapter, column, out)[0] for column in COLUMNS) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(adapter, column, out)[0] for column in columns()) + " |")
     return "\n".join(lines)
 
 

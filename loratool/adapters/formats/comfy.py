@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
+from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
-from .format import Capabilities, NewModule
+from .format import Capabilities
 from .kohya import network_metadata, text_model_path
 from .suffixes import ALPHA_ENDS
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from ...errors import UsageError
-from ...files.dtypes import TensorSpec
 from ...files.output import CONTAINERS, check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter, AdapterConfig, UpdateSpec
+from .content import AdapterContent, NewModule
+from .peft_config import config_of_component
 from .single_file import write_single_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # The bases that a format can be the usual one for, in the order in which formats are listed: a model's folder, a single
 # file of an image model under its makers' names, a diffusers pipeline.
@@ -55,28 +53,6 @@ class ReadOptions:
     lenient: bool = False  # record a module's missing factor, rank or alpha in `UpdateSpec.fault`, raise no error
     # which slices of its rows a MergedLinear adapts; empty if the option was not given, None if there is no such option
     enabled_slices: tuple[bool, ...] | None = None
-
-
-@dataclass(frozen=True)
-class AdapterContent:
-    """An adapter to be written: everything but its bytes, which `load` makes."""
-
-    specs: Mapping[str, TensorSpec]  # name -> type and shape
-    load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of exactly that type and shape
-    config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header, in formats other than PEFT
-    bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
-
-
-@dataclass(frozen=True)
-class NewModule:
-    """Name what a config and metadata say of a module of an image adapter."""
-
-    component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...
-    rank: int
-    alpha: float
-    dora: bool
-    init: str | None  # the initialization that changed its base
 
 
 class Format(ABC):
@@ -136,11 +112,8 @@ class Format(ABC):
 
         Args:
             former: what the source's metadata says that stays true.
-
-        Raises:
-            InputError: some modules are DoRA and others not, and the format cannot say which.
         """
-        return {}, {**former, "format": "pt"}
+        return config_of_component(modules), {**former, "format": "pt"}
 
     def notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
         """Return sentences for the user on what loaders do not read of an image adapter."""

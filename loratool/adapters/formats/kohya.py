@@ -19,7 +19,8 @@ from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter, AdapterConfig, UpdateSpec, pair_factors
-from .format import Capabilities, Format, NewModule, ReadOptions
+from .content import NewModule
+from .format import Capabilities, Format, ReadOptions
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
 

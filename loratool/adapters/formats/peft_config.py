@@ -17,7 +17,7 @@ from ...files.checkpoint import read_json_file
 from ...files.weights_file import WeightsFile
 from ..adapter import AdapterConfig, UpdateSpec, is_in_listed_module
 from ..patterns import endings
-from .format import NewModule
+from .content import NewModule
 from .other_methods import method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"

@@ -33,7 +33,7 @@ from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
 from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
-from .adapter_plan import AdapterPlan, plan_adapter
+from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
 
@@ -206,7 +206,9 @@ def extract(
         if in_model:
             _check_experts(sides[0], ranks)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
-        if not whole_model:
+        if whole_model:
+            plan = plan_language_adapter(plan, output_format, sides[0])
+        else:
             budget = rule[0] not in RANK_RULES
             plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)
