@@ -1,4 +1,4 @@
-"""Make the matrix in the guide `formats` by converting a small adapter of each to each: `python tests/matrix.py`.
+"""Make the tables in the guide `formats`, one by converting a small adapter of each to each: `python tests/matrix.py`.
 
 A cell is what `convert` reported, with the flags that it asked for first, or that it refused.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag
-from loratool.adapters.formats import written_formats
+from loratool.adapters.formats import FORMATS, written_formats
+from loratool.adapters.updates import UPDATES
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -171,6 +172,28 @@ def matrix(folder: Path) -> str:
     return "\n".join(lines)
 
 
+ALPHAS = {
+    "tensor": "a tensor of each module",
+    "config": "the config",
+    "metadata": "the metadata",
+    "none": "not there",
+}
+
+
+def held() -> str:
+    """Return what files of each format hold as Markdown, from `Capabilities`."""
+    lines = ["| format | of | updates | alpha | initialization | written |", "|---" * 6 + "|"]
+    for key, each in FORMATS.items():
+        can = each.can
+        of = "an image model, all components" if can.components == "many" else "one model, or one component"
+        kinds = ", ".join(kind for kind in UPDATES if kind in can.kinds)
+        written = ("a folder or a file" if can.folder else "a file") if can.writes else "no"
+        said = "said" if can.starts else "not said"
+        lines.append(f"| `{key}` | {of} | {kinds} | {ALPHAS[can.alpha]} | {said} | {written} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    print(held(), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         print(matrix(Path(folder)))

@@ -71,6 +71,9 @@ def test_it_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in matrix.matrix(tmp_path).splitlines()]
     column = table[0].index("`toy`")
     assert [row[column] for row in table[2:]] == ["exact", "needs base", "exact", "exact, split", "exact"]
+    assert (
+        "| `toy` | one model, or one component | lora | the config | not said | a folder or a file |" in matrix.held()
+    )
     assert table[-1][1:4] == ["exact", "impossible", "impossible"]  # as for another language model's
 
 
