@@ -62,7 +62,7 @@ class Kohya(Format):
         found: dict[str, dict[str, str]] = {}
         for tensor in file.specs:
             module, role = split_suffix(tensor)
-            if role is None:
+            if role is None or "." in module:
                 raise refused_tensor(tensor, name)
             if (other := found.setdefault(module, {}).setdefault(role, tensor)) != tensor:
                 raise InputError(f"is the same as {other}", culprit=tensor)
