@@ -100,6 +100,8 @@ def test_commands_write_it(tmp_path: Path, lora: Path) -> None:
         some = {"target": ("q_proj",), "layers": "0"}
         loratool.extract(BASE, FIXTURES / "llama" / "tuned", out / "extracted", **some, **options)
         loratool.init(BASE, out / "started", **some, **options)
+    whole = loratool.extract(BASE, FIXTURES / "llama" / "tuned", tmp_path / "out", to="toy", rank=1, layers="0")
+    assert "model.layers.0.input_layernorm.weight" in whole.left_out and not whole.exact  # it holds no values
     for name in ("resized", "combined", "extracted", "started"):
         assert (tmp_path / "toy" / name / "toy.json").is_file()
         one, two = deltas(tmp_path / "peft" / name), deltas(tmp_path / "toy" / name)

@@ -20,7 +20,7 @@ from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import UNPAIRED, Adapter, AdapterConfig, UpdateSpec, pair_factors
-from ..updates import ADDITIVE, UPDATES
+from ..updates import ADDITIVE
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .other_methods import find_marks, other_method
@@ -78,7 +78,7 @@ class Peft(Format):
     key = "peft"
     title = "PEFT: a folder or a file of one component, in diffusers' names"
     can = Capabilities(
-        kinds=frozenset(UPDATES),
+        kinds=frozenset({"lora", "experts", "dora", "add", "replace", "rows"}),
         writes=True,
         components="one",
         alpha="config",

@@ -182,7 +182,7 @@ def extract(
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
-        whole_model = output_format.can.components == "one"  # in the model's own names, with biases and embeddings
+        whole_model = output_format.can.components == "one"  # in the model's own names
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)
@@ -190,7 +190,7 @@ def extract(
         requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if whole_model else None
-        found = sort_deltas(sides[0], pairs, selection, embed, bias and whole_model, in_model)
+        found = sort_deltas(sides[0], pairs, selection, embed, bias and "replace" in output_format.can.kinds, in_model)
         found.alphas = output_format.can.alpha == "tensor"
         if in_model:
             factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
