@@ -34,7 +34,7 @@ class Capabilities:
     kinds: frozenset[str]  # keys of UPDATES
     writes: bool  # whether loratool writes them
     components: Literal["one", "many"]  # models that a file is for: any one, or the parts of an image model
-    # where a module's alpha stands: in a tensor, in PEFT's config, in the metadata by component, or nowhere
+    # where a module's alpha stands: in a tensor, in a config, in the metadata by component, or nowhere
     alpha: Literal["tensor", "config", "metadata", "none"]
     usual_for: str | None = None  # of BASES: it is the format of an adapter made for one, if no other is asked for
     folder: bool = False  # an output can be a folder; else it is one file
