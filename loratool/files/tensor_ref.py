@@ -126,7 +126,8 @@ def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[tuple[str, int, i
     """Yield (dtype, first byte, byte after the last, names) of adjoining small tensors, about BLOCK bytes at a time."""
     run: list[str] = []
     dtype, begin, end = "", 0, 0
-    for start, name in sorted((file.begin[name], name) for name in names):
+    # what a reader computes, a `VirtualFile`, has no bytes
+    for start, name in sorted((file.begin[name], name) for name in names if name in file.begin):
         spec = file.specs[name]
         nbytes = spec.nbytes
         if spec.dtype not in TORCH_FLOATS or not 0 < nbytes < BLOCK:

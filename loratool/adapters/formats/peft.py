@@ -22,6 +22,7 @@ from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
 from ...files.fileio import partial_folder, require_free_space, write_file
+from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -33,12 +34,12 @@ from ..updates.loha import LoHa
 from ..updates.lokr import LoKr
 from ..updates.update import Unpaired, UpdateSpec
 from ..updates.vera import VeRA
-from .format import AdapterContent, Capabilities, Format, NewModule, ReadOptions
+from .content import AdapterContent
+from .format import Capabilities, Format, ReadOptions
 from .other_methods import find_marks, other_method
 from .peft_config import (
     CONFIG_NAME,
     announced_but_absent,
-    config_of_component,
     find_config,
     parse_config,
     target_parameter,
@@ -205,11 +206,6 @@ class Peft(Format):
                 found[name] = module, role
         return found
 
-    def describe(
-        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        return config_of_component(modules), {**former, "format": "pt"}
-
     def edited_name(self, name: str, named: Collection[str]) -> str:
         return saved_name(name, named)
 
@@ -233,6 +229,16 @@ class Peft(Format):
         with partial_folder(path) as folder:
             write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
             write_file(folder / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def virtual_adapter(name: str, like: WeightsFile, content: AdapterContent) -> Adapter:
+    """Return the adapter that PEFT's files of this content would hold, without writing them.
+
+    Args:
+        like: an open file that it is made of, as in `VirtualFile`.
+    """
+    stored = Peft().as_file(content)
+    return Peft().read(name, VirtualFile(like, stored.specs, stored.load, stored.metadata), ReadOptions())
 
 
 def adapter_names(keys: Iterable[str]) -> set[str]:
