@@ -305,7 +305,7 @@ def _plan_tensors(
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
     for name, spec in specs.items():
         entry = undo.index["tensors"].get(name)
-        sources[name] = TensorRef(merged.shard_of[name], name)
+        sources[name] = merged.ref(name)
         if entry:
             tensors[name] = restore_tensor(spec, undo, name, read_placements(undo.index, name, spec, adapters), load)
     return sources, tensors

@@ -33,7 +33,7 @@ def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> d
     """Return every tensor that is not just copied or cast, by name."""
     found = {}
     for name in plan.sources:
-        base = TensorRef(plan.base.shard_of[name], name) if name in plan.base.specs else None
+        base = plan.base.ref(name) if name in plan.base.specs else None
         placements = plan.placements.get(name, ())
         moved = base is not None and base != plan.sources[name]
         if not plan.sources[name].spec.size:
@@ -101,7 +101,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
     def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
         first = start + row
-        weight = base.file.rows(base.name, first, first + len(value)).to(out.device)
+        weight = base.rows(first, first + len(value)).to(out.device)
         stats = replaced_change(weight, value, out, work, done)
         if not record:
             return stats

@@ -141,8 +141,7 @@ class RowSegment:
             for row in indices[inside] - start:
                 numbers[row] = left
             return Stored(update.value, placement.weight, index), Factor.of_rows(numbers)
-        file, name = placement.adapter.file, placement.update.tensors["value"]
-        value = file.rows(name, start, stop)
+        value = TensorRef(placement.adapter.file, placement.update.tensors["value"]).rows(start, stop)
         return Stored(value.reshape(stop - start, -1), placement.weight), Factor.of_rows([left] * (stop - start))
 
     def _require_finite(self, base: Tensor) -> None:
@@ -184,12 +183,12 @@ class RowSegment:
 
     def _column_norms(self, products: Products) -> Wide:
         """Return ||W + D|| of each column, reading the tensor by blocks of rows."""
-        assert self._source
-        file, name = self._source.file, self._source.name
+        source = self._source
+        assert source
 
         def blocks() -> Iterator[tuple[int, Tensor]]:
             for start in range(0, products.shape[0], NORM_ROWS):
-                rows = file.rows(name, start, min(start + NORM_ROWS, products.shape[0]))
+                rows = source.rows(start, min(start + NORM_ROWS, products.shape[0]))
                 self._require_finite(rows)
                 yield start, rows.to(self._load.device)
 

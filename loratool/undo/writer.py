@@ -33,7 +33,6 @@ from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
 from ..files.safetensors_file import TensorFile
-from ..files.tensor_ref import TensorRef
 from ..files.undo_file import END, HASH_PART, MAGIC, TRAILER, VERSION, UnrecordedBytes, unrecorded
 
 
@@ -162,7 +161,7 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     if name not in plan.base.specs:
         return entry
     was = plan.base.specs[name]
-    entry["replaced"] = source != TensorRef(plan.base.shard_of[name], name)
+    entry["replaced"] = source != plan.base.ref(name)
     if entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:

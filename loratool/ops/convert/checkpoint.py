@@ -25,7 +25,6 @@ from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, 
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA
 from ...files.side_files import provenance
-from ...files.tensor_ref import TensorRef
 from ...files.torch_reader import TorchFile
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
@@ -138,7 +137,7 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
 
 def _execute(base: Checkpoint, output: Output, progress: Progress | None, workers: int) -> dict[str, int]:
     """Write the output; return for each tensor that is cast how many numbers became 0."""
-    sources = {name: TensorRef(base.shard_of[name], name) for name in output.specs}
+    sources = {name: base.ref(name) for name in output.specs}
     cast = {
         name: ChangedTensor(spec.size, partial(_all_numbers, spec.size))
         for name, spec in output.specs.items()

@@ -224,7 +224,7 @@ def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list
     for name, placements in binding.placements.items():
         stored = name if name in base.specs or tie is None else tie.stored_as(name)
         for module in dict.fromkeys(placement.update.module for placement in placements):
-            found.setdefault(module, []).append(TensorRef(base.shard_of[stored], stored))
+            found.setdefault(module, []).append(base.ref(stored))
     return found
 
 
@@ -266,11 +266,11 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     parts = []
     for start in range(0, len(rows), row_count):
         there = rows[start : start + row_count]
-        new = value.file.rows(value.name, start, start + len(there)).double()
+        new = value.rows(start, start + len(there)).double()
         if spec.indices:
-            old = torch.cat([weight.file.rows(weight.name, row, row + 1) for row in there])
+            old = torch.cat([weight.rows(row, row + 1) for row in there])
         else:
-            old = weight.file.rows(weight.name, start, start + len(there))
+            old = weight.rows(start, start + len(there))
         parts.append(float((new - old.double()).square().sum()))
     return math.sqrt(math.fsum(parts))
 
