@@ -122,6 +122,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         codes, *others = (StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors)
         return TensorRef(codes.file, codes.name, weight, tuple(others))
 
+    def nbytes_of(self, name: str) -> int:
+        """Return the bytes in which a weight is stored, those of its companions too."""
+        weight = self.weights.get(name)
+        return sum(self.stored[tensor].nbytes for tensor in (weight.tensors if weight else (name,)))
+
     def stored_ref(self, name: str) -> TensorRef:
         """Return a stored tensor as it is, also if it is a part of a weight."""
         return TensorRef(self.shard_of[name], name)
