@@ -180,13 +180,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Return the quantized weights that no codec reads, by their names in a model that is not quantized."""
         if self.parts:
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
-        layers = (listed_layers(shard.metadata or {}) for shard in self.shards)
-        found = find_coded(self._plain, self.declared, {self.prefix + layer for each in layers for layer in each})
-        for name in (name for name in self._plain if name.endswith(DUMMY_SCALE)):
+        layers, plain = (listed_layers(shard.metadata or {}) for shard in self.shards), self._plain
+        found = find_coded(plain, self.declared, {self.prefix + layer for each in layers for layer in each})
+        for name in (name for name in plain if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
-            weight = self._plain.get(f"{path}.weight")
+            weight = plain.get(f"{path}.weight")
             if weight and weight.dtype in TORCH_FLOATS and not self._is_one(name):
-                found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", self._plain, self.declared)
+                found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", plain, self.declared)
         return found
 
     @property
