@@ -227,7 +227,7 @@ def test_what_is_not_possible_says_the_flag_that_makes_it_so(tmp_path: Path, mon
     assert told.exit_code == 4 and "--dtype bf16 --no-undo" in told.stderr
 
 
-@pytest.mark.parametrize("what", ["record", "scales", "codec", "kept", "configs"])
+@pytest.mark.parametrize("what", ["record", "scales", "codec", "kept", "configs", "part"])
 def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> None:
     """A record's hash is of the codes: those of a row whose scale is 0 all decode to one number."""
     base, _ = write_base(tmp_path / "base", "")
@@ -245,6 +245,7 @@ def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> 
             "codec": lambda index: index["tensors"][K]["coded"].update(codec="float8"),
             "kept": lambda index: index["tensors"][K]["coded"].update(kept=[]),
             "configs": lambda index: index.pop("configs"),
+            "part": lambda index: index["tensors"].update({f"{K}.toy_scale": index["tensors"][K]}),
         }
         forge(undo, changes[what])
     with pytest.raises(InputError, match=r"record|does not come back|damaged"):

@@ -218,6 +218,8 @@ class UndoFile:
         for name, entry in entries.items():
             fits = name in found and found[name].codec.encodes and found[name].codec.key == entry["codec"]
             require(fits, f"{name} was not stored as codes of {entry['codec']}")
+            both = self.index["tensors"].keys() - {name} & set(found[name].tensors)
+            require(not both, f"{name}: an entry of its own for a part of it")
         return {name: found[name] for name in entries}
 
     def _blob(self, place: Sequence[Any]) -> bytes:

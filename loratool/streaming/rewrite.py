@@ -194,7 +194,7 @@ def _file_items(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is written."""
+    """The place of a tensor in an output file."""
 
     name: str
     spec: TensorSpec

@@ -50,7 +50,7 @@ class Codec(ABC):
     title: ClassVar[str]  # in messages and in the report of `inspect`
     dtypes: ClassVar[frozenset[str]] = frozenset()  # types whose tensors are weights of this codec by themselves
     numbers: ClassVar[str] = "float64"  # torch's name of the type that rows are decoded to
-    encodes: ClassVar[bool] = False  # whether `encode` can be called; if not, no merge of a weight can be undone
+    encodes: ClassVar[bool] = False  # whether `encode` can be called, without which no merge of a weight is undone
 
     def claims(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, StoredWeight]:
         """Return the weights that are stored in several tensors, or told by name or config, by their logical names.
@@ -78,7 +78,7 @@ class Codec(ABC):
         """Return the codes nearest to rows from `start` on, the same on every machine; only if `encodes`.
 
         An undo file keeps the companions and the differences of the codes to these, so that what is not nearest costs
-        bytes and nothing else.
+        bytes and nothing else. Rows must then be parts of the last dimension, and their codes lie one after the other.
 
         Args:
             companions: the stored tensors but the codes.
