@@ -157,7 +157,7 @@ def _inspect_method(
         method.title,
         method.outcome,
         f"{verdict}; {method.remedy}" if method.remedy else verdict,
-        tuple(_groups(specs, {n: s.size for n, s in specs.items()}, {n: s.nbytes for n, s in specs.items()}, {})),
+        tuple(_groups(specs)),
         len(specs),
         sum(spec.size for spec in specs.values()),
         sum(spec.nbytes for spec in specs.values()),
@@ -194,21 +194,25 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
 
 
 def _groups(
-    specs: Mapping[str, TensorSpec], sizes: Mapping[str, int], nbytes: Mapping[str, int], weights: Mapping[str, str]
+    specs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, int] | None = None,
+    nbytes: Mapping[str, int] | None = None,
+    weights: Mapping[str, str] | None = None,
 ) -> Iterable[Group]:
     """Group tensors whose names differ only in numbers, in the order in which a group's first one comes.
 
     Args:
-        sizes: how many weights each stands for.
-        nbytes: in which it is stored.
+        sizes: how many weights each stands for, where that is not its own size.
+        nbytes: in which each is stored, where that is not its own.
         weights: for a tensor that belongs to a quantized weight, the weight's name if it is the codes, else "".
     """
     members: dict[tuple[tuple[str, ...], TensorSpec, int, int, str | None], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
         parts, numbers = split_numbers(name)
-        weight = weights.get(name)
+        size, stored = sizes[name] if sizes else spec.size, nbytes[name] if nbytes else spec.nbytes
+        weight = weights.get(name) if weights else None
         weight = weight and "0".join(split_numbers(weight)[0])
-        members.setdefault((parts, spec, sizes[name], nbytes[name], weight), []).append(numbers)
+        members.setdefault((parts, spec, size, stored, weight), []).append(numbers)
     for (parts, spec, size, stored, weight), found in members.items():
         count = len(found)
         yield Group(
