@@ -33,7 +33,7 @@ ROWS, COLUMNS, RANK, ALPHA, EMPTY = 48, 32, 4, 6, 3
 
 
 class Toy(Codec):
-    key, title, encodes = "toy", "toy int8", True
+    key, encodes = "toy int8", True
 
     def claims(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, StoredWeight]:
         found = {}
@@ -61,7 +61,7 @@ class Toy(Codec):
 
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "CODECS", {"toy": Toy(), **codecs.CODECS})
+    monkeypatch.setattr(codecs, "CODECS", {Toy.key: Toy(), **codecs.CODECS})
 
 
 def quantize(W: Tensor) -> tuple[Tensor, Tensor]:

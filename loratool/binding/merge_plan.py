@@ -257,7 +257,7 @@ def decode_changed(plan: MergePlan, dtype: str | None) -> OutputEdits:
         codec = weight.codec if weight else codec_of(spec)
         if codec is not RAW and dtype is None:
             raise NeedsFlag(
-                f"is {codec.title if weight else spec.dtype}, too coarse for a change",
+                f"is {codec.key if weight else spec.dtype}, too coarse for a change",
                 culprit=name,
                 remedy="add --dtype bf16" if codec.encodes and plain <= {"BF16"} else "add --dtype bf16 --no-undo",
             )

@@ -162,7 +162,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def quantized(self) -> str | None:
         """Return the quantization method of the model or a component: the config's name for it, else our format's."""
         methods = (declared_method(part.declared) for part in self.models)
-        formats = [c.format for c in self.coded.values()] or [w.codec.title for w in self.weights.values()]
+        formats = [c.format for c in self.coded.values()] or [w.codec.key for w in self.weights.values()]
         return next(filter(None, methods), None) or next(iter(formats), None)
 
     @cached_property

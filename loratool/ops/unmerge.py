@@ -378,7 +378,7 @@ def _subtract(
         ):
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
         if name in merged.weights:
-            raise InputError(f"is {merged.weights[name].codec.title}, which no merge writes", culprit=name)
+            raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]
     check_output_path(path, is_file, inputs, force, is_model=True)

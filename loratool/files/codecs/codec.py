@@ -46,8 +46,7 @@ class Codec(ABC):
     the least that is decoded.
     """
 
-    key: ClassVar[str]  # the name in CODECS and in undo files
-    title: ClassVar[str]  # in messages and in the report of `inspect`
+    key: ClassVar[str]  # the name in CODECS, in undo files, messages and reports
     dtypes: ClassVar[frozenset[str]] = frozenset()  # types whose tensors are weights of this codec by themselves
     numbers: ClassVar[str] = "float64"  # torch's name of the type that rows are decoded to
     encodes: ClassVar[bool] = False  # whether `encode` can be called, without which no merge of a weight is undone

@@ -16,7 +16,6 @@ class Float8(Codec):
     """A float8 tensor, which a merge writes in a wider type: almost no change survives in 8 bits."""
 
     key = "float8"
-    title = "float8"
     dtypes = frozenset(FLOAT8)
     numbers = "float32"  # which holds them all; torch has few operations on 8 bits
 

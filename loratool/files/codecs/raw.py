@@ -17,7 +17,6 @@ class Raw(Codec):
     """Every tensor that no other codec claims; the only codec whose bytes are its numbers, and may be copied."""
 
     key = "raw"
-    title = "stored as it is"
 
     def columns(self, spec: TensorSpec) -> int:
         return 1

@@ -167,11 +167,11 @@ def _inspect_method(
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
-    titles = {name: weight.codec.title for name, weight in checkpoint.weights.items()}
-    specs = {name: TensorSpec(titles.get(name, spec.dtype), spec.shape) for name, spec in checkpoint.specs.items()}
+    keys = {name: weight.codec.key for name, weight in checkpoint.weights.items()}
+    specs = {name: TensorSpec(keys.get(name, spec.dtype), spec.shape) for name, spec in checkpoint.specs.items()}
     sizes = {name: spec.size for name, spec in specs.items()}
     nbytes = {name: checkpoint.nbytes_of(name) for name in specs}
-    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()} | {name: name for name in titles}
+    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()} | {name: name for name in keys}
     for coded in checkpoint.coded.values():
         sizes |= dict.fromkeys(coded.tensors, 0) | {coded.tensors[0]: coded.size or 0}
     dtypes: Counter[str] = Counter()
@@ -181,7 +181,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
         path,
         checkpoint.model_type,
         tuple(shard.place for shard in checkpoint.shards),
-        tuple(_groups(specs, sizes, nbytes, {name: codes.get(name, "") for name in (*checkpoint.formats, *titles)})),
+        tuple(_groups(specs, sizes, nbytes, {name: codes.get(name, "") for name in (*checkpoint.formats, *keys)})),
         len(specs),
         sum(sizes.values()),
         sum(nbytes.values()),

@@ -217,7 +217,7 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
         return
     for name, spec in plan.base.specs.items():
         weight = plan.base.weights.get(name)
-        was = weight.codec.title if weight else spec.dtype
+        was = weight.codec.key if weight else spec.dtype
         is_kept = output.specs[name].dtype == was if not weight else weight.codec.encodes or name not in plan.changed
         if not is_kept:
             raise NeedsFlag(
