@@ -385,7 +385,7 @@ def test_rows_of_a_kronecker_product_are_those_of_the_whole() -> None:
 def test_a_ratio_of_terms_that_cancel_to_their_last_bits() -> None:
     """high is 0 there, and low what is left, so that its product is rounded too."""
     ratio, two = Factor.of_rows([F(1, 3)]), np.array([0, 0])
-    low = np.array([2.0**-60 / 3, 2.0**-70 * 1.1])
+    low = np.array([2.0**-60 / 7, 2.0**-70 * (1 + 2.0**-50)])
     high, less, bound = ratio.times(np.zeros(2), low, two, two)
     for k in range(2):
         assert abs(F(float(high[k])) + F(float(less[k])) - F(1, 3) * F(float(low[k]))) <= F(float(bound[k]))
