@@ -54,6 +54,9 @@ _KEYS = "adds keys and values to every layer, and no weight could hold them"
 _UNSUPPORTED = "is not supported yet"
 
 
+_MULTIPLIES = "multiplies weights by a matrix"
+
+
 _VARIANT = "is a variant of LoRA with a formula of its own"
 
 
@@ -91,9 +94,10 @@ OTHER_METHODS = {
     ),
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
+    "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters by what its input is, and no weight could hold that"),
     "LN_TUNING": OtherMethod("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
-    "OFT": OtherMethod("OFT", "extracted", _UNSUPPORTED, ("oft_",), _BY_PEFT),
-    "BOFT": OtherMethod("BOFT", "extracted", _UNSUPPORTED, ("boft_",), _BY_PEFT),
+    "OFT": OtherMethod("OFT", "extracted", _MULTIPLIES, ("oft_",), _BY_PEFT),
+    "BOFT": OtherMethod("BOFT", "extracted", _MULTIPLIES, ("boft_",), _BY_PEFT),
     "LORAS": OtherMethod("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
     "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
     "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),

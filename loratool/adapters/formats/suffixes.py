@@ -67,6 +67,8 @@ PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
 # those that tell an adapter: a weight alone may be a model's
 FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "vector"))
+# those that PEFT's names have too
+PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
