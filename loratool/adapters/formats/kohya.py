@@ -82,14 +82,14 @@ class Kohya(Format):
     def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
         if component == "unet":
             prefix = "lora_unet"
-        elif FAMILIES[family].kohya_naming == "diffusers" and encoders < 2:
+        elif not FAMILIES[family].kohya_maker_names and encoders < 2:
             prefix = "lora_te"
         else:
             prefix = f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
         return f"{prefix}_{text_model_path(component, path).replace('.', '_')}"
 
     def uses_maker_names(self, family: str) -> bool:
-        return FAMILIES[family].kohya_naming == "maker"
+        return FAMILIES[family].kohya_maker_names
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)

@@ -21,6 +21,6 @@ FAMILY = ModelFamily(
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
-    kohya_naming="diffusers",
+    kohya_maker_names=False,
     kohya_version="sd_v1",
 )

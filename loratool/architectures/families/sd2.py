@@ -16,6 +16,6 @@ FAMILY = ModelFamily(
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
     widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
-    kohya_naming="diffusers",
+    kohya_maker_names=False,
     kohya_version="sd_v2",
 )

@@ -89,7 +89,7 @@ class ModelFamily:
     telling: str = ""  # a regular expression of diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
-    kohya_naming: Literal["maker", "diffusers"] = "maker"  # in sd-scripts' files
+    kohya_maker_names: bool = True  # sd-scripts' files have the maker's names, not diffusers'
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
     kohya_network: str = "networks.lora"  # sd-scripts' module
 
