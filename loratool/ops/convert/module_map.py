@@ -62,6 +62,12 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
                 slices.setdefault((source.component, path), []).append(part)
                 rows[source.component, path] = size
     targets = [_target(*key, _joined(parts), rows[key]) for key, parts in slices.items()]
+    refuse_column_norms(targets)
+    return sorted(targets, key=lambda target: target.how == "fused")
+
+
+def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
+    """Raise NeedsFlag for DoRA along the inputs that would be split or fused."""
     for target in targets:
         columns = [part.source.module for part in target.parts if part.source.update.norm_over_inputs]
         if columns and target.how in ("split", "fused"):
@@ -70,7 +76,6 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
                 culprit=columns[0],
                 remedy=f"add --drop {','.join(columns)} to leave them out",
             )
-    return sorted(targets, key=lambda target: target.how == "fused")
 
 
 def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[Span, ...]]]) -> None:
