@@ -49,14 +49,13 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
     """
     spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in sources]
     _refuse_twice(spans)
-    known = {(source.component, span.module): span.whole for source, _, each in spans for span in each}
+    whole = {span.module: span.whole for source, _, each in spans if source.component == "unet" for span in each}
     slices: dict[tuple[str, str], list[RowSlice]] = {}
     rows: dict[tuple[str, str], int] = {}
     for source, table, each in spans:
         for span in each:
             placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
             if maker_names and table is FAMILIES[family]:
-                whole = {module: size for (component, module), size in known.items() if component == source.component}
                 placed = _in_maker_names(source, table, span, whole)
             for path, size, part in placed:
                 slices.setdefault((source.component, path), []).append(part)
