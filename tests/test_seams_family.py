@@ -47,6 +47,7 @@ TOY = ModelFamily(
         ),
     ),
     outside={"start": "x_embedder"},
+    outside_aliases={"begin": "x_embedder"},
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("stages.", "transformer_layers."),
     ratios={".wide": 5},
@@ -216,4 +217,6 @@ def test_a_family_is_detected_by_its_names_in_any_naming() -> None:
     maker = [("unet", name, (rows, WIDTH)) for name, rows in MAKER.items()]
     assert [family.key for family in detect(maker)] == ["toy"]
     assert [family.key for family in detect([(c, n.replace(".", "_"), s) for c, n, s in maker])] == ["toy"]
+    aliases = [("unet", "begin", (6, 6)), ("unet", "stages.1.mix_kv", (8, 6))]
+    assert [family.key for family in detect(aliases)] == ["toy"]
     assert detect([*maker, ("unet", "stages.0.other", (6, 6))]) == ()

@@ -263,4 +263,4 @@ def by_meaning(
 
 def _name(target: TargetModule, family: str) -> str:
     path = f"text_model.{target.path}" if target.path.startswith("encoder.layers.") else target.path
-    return target_name(replace(target, path=path), "diffusers", family, 0)
+    return target_name(replace(target, path=path), "diffusers", family)

@@ -194,32 +194,27 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
     return TargetModule(component, path, rows, tuple(ordered), "fused")
 
 
-def target_name(target: TargetModule, to: str, family: str, texts: int) -> str:
+def target_name(target: TargetModule, to: str, family: str) -> str:
     """Return a target module's name in a format.
 
     Args:
         to: a key of FORMAT_CHOICES.
-        texts: how many text encoders the adapter has modules of.
+
+    Raises:
+        InputError: the family has no such component.
     """
-    component, path = target.component, target.path
-    number = component.removeprefix("text_encoder").lstrip("_") or "1"
-    if component != "unet" and to in ("kohya", "comfy") and path.startswith("encoder.layers."):
-        path = f"text_model.{path}"  # transformers' name before 5, which all readers of these formats expect
-    if to == "kohya":
-        single = FAMILIES[family].kohya_naming == "diffusers" and texts < 2
-        prefix = "lora_unet" if component == "unet" else "lora_te" if single else f"lora_te{number}"
-        return f"{prefix}_{path.replace('.', '_')}"
-    if to == "comfy":
-        encoders = {"1": "clip_h" if family == "sd2" else "clip_l", "2": "clip_g", "3": "t5xxl"}
-        prefix = "diffusion_model" if component == "unet" else f"text_encoders.{encoders[number]}.transformer"
-        return f"{prefix}.{path}"
+    path = target.path
     if to in SINGLE_COMPONENT:
         return path
-    if component == "unet":
-        return f"{'unet' if FAMILIES[family].up_attention else 'transformer'}.{path}"
-    if component == "text_encoder_3" and family == "flux":
-        component = "text_encoder_2"  # a Flux pipeline's second encoder is its T5
-    return f"{component}.{path}"
+    component = next((each for each in FAMILIES[family].components if each.name == target.component), None)
+    if component is None:
+        message = f"is of {target.component}, which {FAMILIES[family].title} does not have"
+        raise InputError(message, culprit=target.parts[0].source.module)
+    if to == "diffusers":
+        return component.diffusers + path
+    if component.name != "unet" and path.startswith("encoder.layers."):
+        path = f"text_model.{path}"  # transformers' name before 5, which all readers of the other formats expect
+    return component.comfy + path if to == "comfy" else component.kohya + path.replace(".", "_")
 
 
 def uses_maker_names(to: str, family: str) -> bool:
