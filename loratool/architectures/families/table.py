@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...errors import InputError
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,6 +95,13 @@ class ModelFamily:
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
     kohya_network: str = "networks.lora"  # sd-scripts' module
 
-    def component(self, name: str) -> Component | None:
-        """Return the component of a name."""
-        return next((each for each in self.components if each.name == name), None)
+    def component(self, name: str, module: str) -> Component:
+        """Return the component of a name; `module` is one of it, for the message.
+
+        Raises:
+            InputError: the family has no such component.
+        """
+        found = next((each for each in self.components if each.name == name), None)
+        if found is None:
+            raise InputError(f"is of {name}, which {self.title} does not have", culprit=module)
+        return found
