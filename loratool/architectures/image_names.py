@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from .image import DITS, FLUX_ATTENTION, RESNET, SGM_OUTSIDE, diffusers_to_sgm
+from .image import DITS, FLUX_ATTENTION, RESNET, SGM_OUTSIDE, diffusers_to_sgm, sgm_to_diffusers
 
 ATTENTION = [f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0")]
 
@@ -69,3 +69,24 @@ def flattened() -> dict[str, str]:
     paths += [*layers, *(f"text_model.{layer}" for layer in layers), "text_projection"]
     paths += [f"encoder.block.{i}.{name}" for i in range(T5_BLOCKS) for name in T5]
     return {path.replace(".", "_"): path for path in paths}
+
+
+# last name of a UNet's convolution, in diffusers' names -> the size of its kernel
+KERNELS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
+PATCH_EMBEDDINGS = ("x_embedder.proj", "pos_embed.proj")  # SD 3's convolution
+
+
+def kernel_of(family: str, path: str) -> tuple[int, ...]:
+    """Return the kernel of a denoiser's module, which is empty for a linear layer.
+
+    Defined by diffusers: `models/resnet.py`, `models/transformers/transformer_2d.py` (`use_linear_projection`, which SD
+    1 does not set), `models/embeddings.py` (`PatchEmbed`).
+
+    Args:
+        path: in diffusers' names or the makers'.
+    """
+    if family in DITS:
+        return (2, 2) if family == "sd3" and path in PATCH_EMBEDDINGS else ()
+    last = sgm_to_diffusers(path).rpartition(".")[2]
+    size = 1 if family == "sd1" and last in ("proj_in", "proj_out") else KERNELS.get(last, 0)
+    return (size, size) if size else ()

@@ -62,6 +62,10 @@ class LoKr(Update):
         return next((spec.specs[f"lokr_w{side}_b"].shape[0] for side in (2, 1) if f"lokr_w{side}_b" in spec.specs), 0)
 
     @classmethod
+    def sums(cls, spec: UpdateSpec) -> bool:
+        return "lokr_t2" in spec.specs
+
+    @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
         return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
 

@@ -29,14 +29,15 @@ from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
 from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model
+from .factors import Loss
 
 ROWS = 512  # of a weight, in memory at a time in float64
 
 
 def dora_to_lora(
     source: Adapter, base: str | os.PathLike[str], rank: int | None, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, tuple[float, float]]]:
-    """Return the adapter with LoRA instead of DoRA, and for each such module (||D' - D||^2, ||D||^2).
+) -> tuple[Adapter, dict[str, Loss]]:
+    """Return the adapter with LoRA instead of DoRA, and what each such module lost.
 
     Args:
         rank: of the new factors; None keeps each module's.
@@ -65,7 +66,8 @@ def dora_to_lora(
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
-        errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
+        left = max(0.0, found.spectrum.total - sum(found.spectrum.squares))
+        errors[module] = Loss(left, found.spectrum.total, "truncated")
     return _view(source, dora, factored, spool), errors
 
 

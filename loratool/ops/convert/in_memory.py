@@ -160,7 +160,7 @@ def _naming(adapter: Adapter) -> tuple[object, ...]:
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
     """Return the suffixes of the factors' names; empty for formats that have only one pair."""
-    keys = [update.tensors[role] for update in adapter.updates.values() for role in ("A", "B") if update.rank]
+    keys = [u.tensors[role] for u in adapter.updates.values() for role in ("A", "B") if u.rank and role in u.tensors]
     return tuple(sorted({FORMATS[adapter.format].spelling(key) for key in keys} - {""}))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...adapters.adapter import Adapter
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.image import DITS, FIRST, component_of, sgm_to_diffusers
 from ...architectures.image_names import DOUBLE_BLOCKS, dit_paths, flattened, unet_paths
@@ -73,7 +71,7 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         dotted = flattened().get(path) if adapter.flattened else path
-        if update.cls not in (LowRank, DoRA) or dotted is None:
+        if not update.rank or update.cls.stack or dotted is None:
             impossible.append(module)
             continue
         default = _which_clip(update, dotted) if dotted.startswith("text_model.") else "unet"
@@ -134,7 +132,7 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
         return
     known = {source.module for source in sources if sgm_to_diffusers(source.path) in dit_paths(family)}
     for module, update in adapter.updates.items():
-        if update.cls in (LowRank, DoRA) and DIT_BLOCK.search(module) and module not in known:
+        if update.rank and not update.cls.stack and DIT_BLOCK.search(module) and module not in known:
             message = f"is in no image model that is known ({', '.join(IMAGE_FAMILIES.values())})"
             raise InputError(message, culprit=module, remedy=f"{adapter.name} is for another model")
 
