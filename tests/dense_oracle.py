@@ -153,7 +153,7 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
 def merged_codes(base: Base, updates: Mapping[str, Update], out: torch.dtype | None = None) -> dict[str, list[int]]:
     """Return the codes that the base's weight and bias must have after a merge, by their names in the model.
 
-    `out`: the type of what is updated; the rest keeps its own.
+    `out`: the type of the output, by default the base's.
     """
     found = {}
     for end, tensor in (("weight", base.weight), ("bias", base.bias)):

@@ -50,7 +50,7 @@ LIGHT = (
 HEAVY = ("binding.candidates", "files.tensor_compare")
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
 # Packages that hold more than a docstring: tables and faces.
-FULL_PACKAGES = ("", "adapters.formats", "adapters.updates", "cli", "cli.render", "cli.schemas")
+FULL_PACKAGES = ("", "adapters.formats", "adapters.updates", "architectures.families", "cli", "cli.render", "cli.schemas")
 # What of torch takes the process's default type where none is named.
 MAKERS = set("arange as_tensor empty eye full linspace logspace normal ones rand randn tensor zeros".split())
 

@@ -36,7 +36,8 @@ CONTAINER_PREFIXES = (
 )
 
 
-# kohya's prefixes, longest first, and the flattened pipeline component that each means. The rest of a name is a
+# kohya's prefixes, longest first, and the flattened pipeline component that each means;
+# LyCORIS's tells none. The rest of a name is a
 # module path with its dots flattened to `_` (kohya-ss/sd-scripts: networks/lora.py).
 KOHYA_COMPONENTS = {
     "lora_prior_unet_": "prior_unet_",
@@ -47,6 +48,7 @@ KOHYA_COMPONENTS = {
     "lora_te2_": "text_encoder_2_",
     "lora_te3_": "text_encoder_3_",
     "lora_te_": "text_encoder_",
+    "lycoris_": "",
 }
 
 

@@ -115,8 +115,12 @@ def _place_rows(
 
 def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
     """Raise InputError for a DoRA along the inputs on a slice or a fused matrix: its norms need all rows."""
-    rows = spec.shape[0] if spec.shape else 1
+    rows, size = (*spec.shape, 1)[0], update.specs["magnitude"].size
     if match.rows in (None, (0, rows, 0, rows)):
+        if spec.shape[1:2] != (size,):
+            raise InputError(
+                f"is {spec.shape}, but {update.module} has {size} magnitudes of inputs", culprit=match.name
+            )
         return
     whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
     if update.shape[0] > rows:

@@ -136,7 +136,8 @@ def resolve_modules(
     """
     matches, rest, absent = _resolve_image(specs, adapter)
     found, missing = _resolve_names(specs, adapter, rest, model_types) if rest else ({}, [])
-    return {**matches, **found}, [*absent, *missing]
+    missing = [module for module in (*absent, *missing) if not adapter.updates[module].if_there]
+    return {**matches, **found}, missing
 
 
 def _resolve_image(
@@ -152,8 +153,8 @@ def _resolve_image(
     absent: list[str] = []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
-        index = flat if adapter.flattened else modules
         components = [component] if component else ["unet", "text_encoder"]
+        index = flat if adapter.flattened or "." not in path else modules
         where = next((index[each, path] for each in components if (each, path) in index), None)
         if where and update.rank:
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)

@@ -21,6 +21,7 @@ from .error_free import two_product
 from .forms import Positions, Wide
 from .products import LEAST_OF, UNIT_OF, split_scale
 
+Mask = npt.NDArray[np.bool_]
 Pair = tuple[Wide, Wide, Wide]  # high, low and a bound, as `Delta.near` has them
 REACH = 400  # pairs with numbers beyond 2**-400 and 2**400 are left to the fractions, as their products may be lost
 SCALES = 300  # and all, if the scale is beyond 2**-300 and 2**300
@@ -219,7 +220,8 @@ def _largest_of(delta: Delta) -> float:
 
 def _known(x: Wide) -> Wide:
     """Return bounds with inf where float64 could not work one out."""
-    return np.where(np.isnan(x), np.inf, x)
+    found: Wide = np.where(np.isnan(x), np.inf, x)
+    return found
 
 
 def _size(x: Wide) -> npt.NDArray[np.int64]:
@@ -227,23 +229,26 @@ def _size(x: Wide) -> npt.NDArray[np.int64]:
     return x.view(np.int64) & np.int64(2**63 - 1)
 
 
-def _is_zero(x: Wide) -> npt.NDArray[np.bool_]:
-    return _size(x) == 0
+def _is_zero(x: Wide) -> Mask:
+    found: Mask = _size(x) == 0
+    return found
 
 
-def _is_usual(x: Wide, reach: int) -> npt.NDArray[np.bool_]:
+def _is_usual(x: Wide, reach: int) -> Mask:
     """Return where x is 0 or from 2**-reach to 2**reach in size."""
     size = _size(x)
-    return (size == 0) | ((size >= (1023 - reach) << 52) & (size <= (1023 + reach) << 52))
+    found: Mask = (size == 0) | ((size >= (1023 - reach) << 52) & (size <= (1023 + reach) << 52))
+    return found
 
 
-def _vanishes(pair: Pair) -> npt.NDArray[np.bool_]:
+def _vanishes(pair: Pair) -> Mask:
     """Return where a pair is 0 for sure."""
     high, low, bound = pair
-    return _is_zero(high) & _is_zero(low) & (bound == 0)
+    found: Mask = _is_zero(high) & _is_zero(low) & (bound == 0)
+    return found
 
 
-def _cleaned(high: Wide, low: Wide, bound: Wide, zero: npt.NDArray[np.bool_]) -> Pair:
+def _cleaned(high: Wide, low: Wide, bound: Wide, zero: Mask) -> Pair:
     """Return pairs with 0 where they are 0 for sure, and "anything" where one is no number."""
     fine = np.isfinite(high) & np.isfinite(low) & np.isfinite(bound) & ~zero
     return np.where(fine, high, 0.0), np.where(fine, low, 0.0), np.where(fine, bound, np.where(zero, 0.0, np.inf))

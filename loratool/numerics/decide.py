@@ -119,8 +119,8 @@ class Factor:
 
     def repeated(self, times: int) -> Factor:
         """Return the factor with each number that often in a row, as channels have it whose kernels are flattened."""
-        arrays = (np.repeat(x, times) for x in (self.value, self.error, self.tail, self.size))
-        return Factor(self.axis, *arrays, lambda k: self.exact(k // times))
+        value, error, tail, size = (np.repeat(x, times) for x in (self.value, self.error, self.tail, self.size))
+        return Factor(self.axis, value, error, tail, size, lambda k: self.exact(k // times))
 
     @classmethod
     def of_rows(cls, numbers: Sequence[Fraction]) -> Factor:

@@ -55,7 +55,7 @@ def tucker_terms(up: Tensor, mid: Tensor, down: Tensor, scale: Fraction) -> list
     Raises:
         ValueError: as `multiply_exactly`.
     """
-    core = mid.flatten(2)
+    core = mid.reshape(*mid.shape[:2], -1)
     r1, r2, size = core.shape
     left = up.repeat_interleave(r2, 1)  # (out, r1 * r2)
     rights = multiply_exactly(core[:, :, None], down[None, :, :, None])  # each (r1, r2, in, k)

@@ -150,27 +150,27 @@ def _ends(about: Wide, sizes: Wide, errors: Wide, roundings: int) -> tuple[Wide,
 
 def _settled(parts: Parts, lines: Sequence[Line]) -> list[float]:
     """Return the norms of some lines from pairs of numbers, and from exact ones where these do not tell."""
-    total, bound = ([Fraction(0)] * len(lines) for _ in "tb")
-    beyond = [False] * len(lines)
+    low, high = ([Fraction(0)] * len(lines) for _ in range(2))
+    unknown = set()
     for delta, base in parts() if lines else ():
         for k, line in enumerate(lines):
-            squares = _pair_squares(delta, base, line)
-            if squares is None:
-                beyond[k] = True
+            found = _pair_squares(delta, base, line)
+            if found is None:
+                unknown.add(k)
             else:
-                total[k], bound[k] = total[k] + squares[0], bound[k] + squares[1]
-    found = [_root(low) for low in map(Fraction.__sub__, total, bound)]
-    doubt = [k for k, high in enumerate(map(Fraction.__add__, total, bound)) if beyond[k] or found[k] != _root(high)]
-    squares = dict.fromkeys(doubt, Fraction(0))
+                low[k], high[k] = low[k] + found[0], high[k] + found[1]
+    doubt = [k for k in range(len(lines)) if k in unknown or _root(low[k]) != _root(high[k])]
+    for k in doubt:
+        low[k] = Fraction(0)
     for delta, base in parts() if doubt else ():
         for k in doubt:
-            squares[k] += _exact_squares(delta, base, *lines[k])
-    return [_root(squares[k]) if k in squares else x for k, x in enumerate(found)]
+            low[k] += _exact_squares(delta, base, *lines[k])
+    return [_root(x) for x in low]
 
 
 @np.errstate(all="ignore")
 def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fraction] | None:
-    """Return the sum of the squares of W + D in a line, and a bound; None where nothing is known."""
+    """Return the ends of an interval that holds the sum of the squares of W + D in a line; None if none is known."""
     rows, columns = (np.arange(*each.indices(length)) for each, length in zip(line, base.shape, strict=True))
     i, j = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
     code, form = codes(base[line].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
@@ -187,7 +187,7 @@ def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fra
         return None
     total = math.fsum(np.concatenate([square, e, 2 * sums * rest]))
     off = (math.fsum(error) + int((~zero).sum()) * LEAST + U * abs(total)) * SLACK
-    return Fraction(total), Fraction(off)
+    return Fraction(total) - Fraction(off), Fraction(total) + Fraction(off)
 
 
 def short_root(x: Fraction) -> Fraction:

@@ -27,27 +27,33 @@ class Stored:
 
     def __init__(self, value: Tensor, weight: float, index: Positions | None = None) -> None:
         self._value, self._weight = value.cpu().contiguous(), weight
-        self._index = np.arange(len(value)) if index is None else index
+        self._index, self._is_whole = np.arange(len(value)) if index is None else index, index is None
         self.shape = len(self._index), value.shape[1]
-        self.largest = float(value.abs().max()) * abs(weight) if value.numel() else 0.0
+        code, form = codes(self._value), FORMS[value.dtype]
+        self._most = wide((code & form.size).max(1, initial=0).astype(form.code), form)  # of each row of V
+        most = float(self._most.max(initial=0.0))
+        self.largest = max(most, most * abs(weight), abs(weight))
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        wide = torch.from_numpy(self._wide() * self._weight)
-        value, sizes = wide.to(kind).to(device), wide.abs().amax(1).numpy() * SLACK
-        # the product with the weight, and its cast
-        errors = 2 * UNIT_OF[kind] * sizes + max(LEAST_OF[kind], LEAST)
+        value, weight = self._value.to(device), abs(self._weight)
+        most = np.append(self._most, 0.0)[self._index]
+        sizes = most * weight * SLACK
+        # the values' cast, the weight's, and their product; what is flushed of one counts times the other, and 16 bits
+        # go by way of float32
+        errors = 3 * UNIT_OF[kind] * sizes + 4 * LEAST_OF[torch.float32] * (1 + most) * (1 + weight)
 
         def fill(rows: slice, shift: float, out: Tensor) -> None:
-            torch.add(value[rows], shift, out=out)
+            if self._is_whole:
+                out.copy_(value[rows])
+            else:
+                index = torch.from_numpy(self._index[rows])
+                some = (index >= 0).nonzero()[:, 0]
+                out.zero_()[some.to(device)] = value[index[some].to(device)].to(kind)
+            if self._weight != 1:
+                out.mul_(self._weight)
+            out.add_(shift)
 
         return DenseDelta(sizes, errors, fill)
-
-    def _wide(self) -> Wide:
-        """(rows, n), with rows of zeros."""
-        value = wide(codes(self._value), FORMS[self._value.dtype])
-        found = np.zeros(self.shape)
-        found[self._index >= 0] = value[self._index[self._index >= 0]]
-        return found
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         row = self._index.take(i)

@@ -21,7 +21,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import open_adapter
-from loratool.architectures.image_names import flattened
+from loratool.architectures.families import ENCODERS, FAMILIES, names_of
 
 NAME = "transformer_blocks.0.attn.to_q"
 KOHYA, COMFY = f"lora_transformer_{NAME.replace('.', '_')}", "diffusion_model.double_blocks.0.img_attn.proj"
@@ -167,7 +167,7 @@ def test_inspect_and_resize(tmp_path: Path) -> None:
 
 def flux_pipeline(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """A diffusers folder whose matrices are those that the adapter changes (their names by the list's own)."""
-    names = flattened()
+    names = {flat: each.path for f in (*FAMILIES.values(), *ENCODERS.values()) for flat, each in names_of(f, 0).items()}
     parts = {"lora_transformer_": "transformer", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
     weights_of: dict[str, dict[str, Tensor]] = {}
     for key in (k for k in tensors if k.endswith(".lora_up.weight")):

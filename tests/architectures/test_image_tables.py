@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
-from loratool.architectures.image import diffusers_to_sgm, image_modules, sgm_to_diffusers
-from loratool.architectures.image_names import flattened
+from loratool.architectures.families import FAMILIES, locate
+from loratool.architectures.families.unet import diffusers_to_sgm, sgm_to_diffusers
+from loratool.architectures.image import image_modules
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from models import sd15_unet
@@ -99,7 +100,6 @@ def test_a_base_answers_to_both_spellings(unet: tuple[Any, int, int, dict[str, s
     shapes = {n.removesuffix(".weight"): tuple(t.shape) for n, t in model.state_dict().items() if n.endswith(".weight")}
     single = image_modules({f"{PREFIX}{own}.weight": shapes[path] for path, own in names.items()})
     folder = image_modules({f"{path}.weight": shape for path, shape in shapes.items()})
-    table = flattened()
     for path, own in names.items():
         if len(shapes[path]) == 1:
             continue  # a norm, which has no adapter
@@ -108,7 +108,8 @@ def test_a_base_answers_to_both_spellings(unet: tuple[Any, int, int, dict[str, s
                 (rows,) = found["unet", spelling]
                 assert rows.tensor == tensor and (rows.start, rows.stop, rows.skip) == (0, shapes[path][0], 0)
         for spelling in (path, own):
-            assert table[spelling.replace(".", "_")] == spelling
+            located = locate(FAMILIES["sdxl"], spelling.replace(".", "_"))
+            assert located and located.path == spelling and located.diffusers == (path,)
 
 
 def test_the_benchmarks_sd15_is_one() -> None:

@@ -12,6 +12,7 @@ from hostile_reals import BF16, CPU, FP16, FP32, FP64, both_ways, changes, flush
 from torch import Tensor
 
 from loratool.numerics import norms
+from loratool.numerics.composed import Hadamard
 from loratool.numerics.forms import Wide
 from loratool.numerics.norms import column_norms, magnitude_ratio, row_norms, short_root
 from loratool.numerics.products import Products, Term
@@ -39,6 +40,12 @@ def hard(dtype: torch.dtype, columns: int) -> tuple[Tensor, list[Term]]:
     return W, [Term(B, A.float(), F(1 / 3))]
 
 
+def changed_columns(terms: list[Term]) -> Tensor:
+    """Return D in float64, three columns one after the other in each of four rows, where that is exact."""
+    D = torch.tensor([float(x) for x in changes(terms)], dtype=FP64).reshape(8, 12)
+    return D.T.reshape(4, 24).contiguous()
+
+
 def by_rows(W: Tensor, terms: list[Term]) -> Wide:
     return row_norms(Products(terms).rows(0, len(W)), W, WORK)
 
@@ -62,14 +69,67 @@ def test_norms_are_exact_roots(dtype: torch.dtype, columns: int) -> None:
                 assert by_columns(W, terms, height).tolist() == expected
 
 
+STEPS = ("sums", "pairs", "exact numbers")
+
+
+def blind(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the steps before one tell nothing."""
+    if step != "sums":
+        monkeypatch.setattr(norms, "FLUSHED", 2.0**200)
+    if step == "exact numbers":
+        monkeypatch.setattr(norms, "_pair_squares", lambda *_: None)
+
+
 @both_ways
-def test_integers_give_the_same(flush: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the bound tells nothing."""
-    W, terms = hard(FP32, 12)
+@pytest.mark.parametrize("step", STEPS[1:])
+@pytest.mark.parametrize("dtype", [BF16, FP64], ids=id_of)
+def test_each_step_gives_the_same(dtype: torch.dtype, step: str, flush: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the bound of the one before tells nothing."""
+    W, terms = hard(dtype, 12)
     expected = exact_norms(W, terms)
-    monkeypatch.setattr(norms, "FLUSHED", 2.0**200)
-    with flushing(flush):
+    blind(step, monkeypatch)
+    with flushing(flush and dtype != FP64):
         assert by_rows(W, terms).tolist() == expected and by_columns(W, terms, 5).tolist() == expected
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=id_of)
+def test_norms_of_other_deltas(dtype: torch.dtype, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a product of two, by rows, by columns, and by groups of three columns, read in blocks of any height."""
+    W, terms = hard(dtype, 12)
+    ones = [Term(torch.ones(8, 1), torch.ones(1, 12), F(1))]
+    turned = [Term(t.right.T.contiguous(), t.left.T.contiguous(), t.scale) for t in terms]
+    blind(step, monkeypatch)
+    delta = Hadamard(Products(terms).rows(0, 8), Products(ones).rows(0, 8), F(1))
+    assert row_norms(delta, W, WORK).tolist() == exact_norms(W, terms)
+    grouped = exact_norms(W.T.reshape(4, 24), [Term(torch.eye(4), changed_columns(terms), F(1))])
+    for height in (1, 3, 8):
+        blocks = [(start, W[start : start + height]) for start in range(0, 8, height)]
+
+        def rows(start: int, stop: int) -> Hadamard:
+            return Hadamard(Products(terms).rows(start, stop), Products(ones).rows(start, stop), F(1))
+
+        for of in (rows, Products(terms).rows, Products(terms)):
+            assert column_norms(of, lambda blocks=blocks: blocks, WORK).tolist() == exact_norms(W.T, turned)
+        for of in (rows, Products(terms)):
+            assert column_norms(of, lambda blocks=blocks: blocks, WORK, 3).tolist() == grouped
+
+
+def test_few_rows_are_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the norms of LoHa cost more than its merge."""
+    g, asked = np.random.default_rng(0), []
+    one, two = ([Term(normal(g, 300, 8, dtype=FP32), normal(g, 8, 200, dtype=FP32), F(1))] for _ in "12")
+    delta = Hadamard(Products(one).rows(0, 300), Products(two).rows(0, 300), F(1, 2**13))
+    pairs = norms._pair_squares
+
+    def counted(*args: object) -> object:
+        asked.append(args)
+        return pairs(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(norms, "_pair_squares", counted)
+    monkeypatch.setattr(norms, "_exact_squares", None)
+    row_norms(delta, normal(g, 300, 200, dtype=BF16, size=0.02), WORK)
+    assert len(asked) < 15
 
 
 def test_a_root_is_rounded_half_up() -> None:

@@ -7,6 +7,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
+from fractions_oracle import Add, codes, merge_codes
 from hostile_reals import (
     BF16,
     CPU,
@@ -23,13 +24,14 @@ from hostile_reals import (
     hard_terms,
     hard_weights,
     id_of,
+    merge_rows,
     reals,
 )
 from torch import Tensor
 
-from loratool.numerics.decide import Delta
+from loratool.numerics.decide import Delta, Factor
 from loratool.numerics.products import Products
-from loratool.numerics.stored import Stored, Sum
+from loratool.numerics.stored import Stored, Sum, Zero
 
 
 def finite(x: Tensor) -> Tensor:
@@ -90,3 +92,22 @@ def test_a_sum_and_its_negative(factor: torch.dtype) -> None:
         exact = check(whole, expected)
         assert whole.shape == SHAPE and whole.largest >= products.largest
         assert exact == len(expected) or name == "third" or factor == FP64
+
+
+def test_float64_values_that_may_be_flushed() -> None:
+    """A sum of two zeros to a machine that flushes them, and W's own bits to one that believes it."""
+    V, W = torch.full((1, 4), 2.0**-1060, dtype=FP64), torch.tensor([[0.0, -0.0, 1.0, 2.0**-1060]], dtype=FP64)
+    expected = merge_codes(W, FP64, [Add(reals(V))])
+    for flush in (False, True):
+        with flushing(flush):
+            assert codes(merge_rows(Stored(V, 1.0), W, FP64)[0]) == expected
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_multiples_of_w_that_float64_cannot_hold(flush: bool) -> None:
+    """Such a number is no 0: the sign of W stays."""
+    numbers = [F(2) ** -1080, -(F(2) ** -1080), F(2) ** -1060 / 3]
+    W = torch.tensor([[1.0, -1.0, 2.0**127]] * 3)
+    with flushing(flush):
+        made, _ = merge_rows(Zero((3, 3)), W, FP32, Factor.of_rows(numbers))
+    assert made.eq(0).all() and made.signbit().tolist() == [[x * w < 0 for w in (1, -1, 1)] for x in numbers]

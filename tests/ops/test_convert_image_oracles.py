@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool
-from loratool.architectures.image import diffusers_to_sgm
+from loratool.architectures.families.unet import diffusers_to_sgm
 
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,30 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     check(layer(inputs_of(base)), base, updates, tolerance)
     layer.merge()
     check(layer(inputs_of(base)), base, updates, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera"])
+def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, kind: str) -> None:
+    """GPT-2's, whose weight is (in, out)."""
+    peft = pytest.importorskip("peft")
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    made, base = peft_of(kind, FP32), base_of("linear", FP32)
+    adapter = replace(made, config={**made.config, "fan_in_fan_out": True})
+    model, layer = nn.Module(), conv1d(25, 6)
+    layer.load_state_dict({"weight": base.weight.T, "bias": base.bias})
+    model.blocks = nn.ModuleList([nn.Module()])
+    model.blocks[0].add_module("linear", layer)
+    folder = adapter.write(tmp_path)
+    if kind == "vera":
+        model.add_module("wide", nn.Linear(8, 28))
+        fields = {**adapter.config, "target_modules": [base.path, "wide"]}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+    loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()
+    module = loaded.base_model.model.get_submodule(base.path)
+    updates = peft_updates(made, SHAPES["linear"])
+    check(module(inputs_of(base)), base, updates)
+    module.merge()
+    check(module(inputs_of(base)), base, updates)
 
 
 def test_peft_scrambles_lokr_of_one_dimension(tmp_path: Path) -> None:

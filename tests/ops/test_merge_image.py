@@ -15,7 +15,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag
-from loratool.architectures.image import diffusers_to_sgm, image_modules, sgm_to_diffusers
+from loratool.architectures.families.unet import diffusers_to_sgm, sgm_to_diffusers
+from loratool.architectures.image import image_modules
 
 UNET, TE1, TE2 = "model.diffusion_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 SDXL = {

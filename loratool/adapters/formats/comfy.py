@@ -32,14 +32,10 @@ class Comfy(DottedFormat):
         return has_dotted_factors(names) and any(name.startswith(PREFIXES) for name in names)
 
     def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
-        if component == "unet":
-            return f"diffusion_model.{path}"
-        names = {
-            "text_encoder": "clip_h" if family == "sd2" else "clip_l",
-            "text_encoder_2": "clip_g",
-            "text_encoder_3": "t5xxl",
-        }
-        return f"text_encoders.{names[component]}.transformer.{text_model_path(component, path)}"
+        known = FAMILIES[family].component(component)
+        if known is None:
+            raise InputError(f"has {component}, which ComfyUI does not load for {FAMILIES[family].title}", culprit=path)
+        return known.comfy + text_model_path(component, path)
 
     def uses_maker_names(self, family: str) -> bool:
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
-from ...architectures.image import DITS
+from ...architectures.families import FAMILIES
 from .dotted import DottedFormat, has_dotted_factors, metadata_of, split_component
 from .format import Capabilities, NewModule
 from .peft_config import config_of_component
@@ -35,11 +35,8 @@ class Diffusers(DottedFormat):
         return has_dotted_factors(names)
 
     def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
-        if component == "unet":
-            return f"{'transformer' if family in DITS else 'unet'}.{path}"
-        if component == "text_encoder_3" and family == "flux":
-            component = "text_encoder_2"  # a Flux pipeline's second encoder is its T5
-        return f"{component}.{path}"
+        known = FAMILIES[family].component(component)
+        return (known.diffusers if known else f"{component}.") + path
 
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]

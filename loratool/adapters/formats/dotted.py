@@ -22,7 +22,7 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from .format import Format, ReadOptions
-from .kohya import pair_magnitude
+from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .peft_config import base_mutating_init, base_mutating_init_of, lora_config, parse_config
 from .suffixes import FACTORS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
@@ -75,11 +75,12 @@ class DottedFormat(Format, ABC):
             roles = {role: key for role, key in roles.items() if role != "alpha"}
             if not roles:
                 raise InputError("has an alpha and no factors", culprit=module)
-            spec = pair_magnitude(path, roles, file, config, options.lenient)
-            if config.extra.get("use_dora") and spec.cls is not DoRA and not spec.fault and not options.lenient:
-                raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
-            updates[module] = replace(spec, module=module)
-        alphas = {spec.scale * spec.rank for spec in updates.values()}
+            for spec in module_updates(path, roles, file, config, f"{path}.bias", options.lenient):
+                if config.extra.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
+                    raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
+                whole = module + spec.module.removeprefix(path)
+                updates[whole] = replace(spec, module=whole)
+        alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         common_alpha = alphas.pop() if len(alphas) == 1 else None
         # diffusers repeats these on the base when it loads the file
         inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
@@ -196,6 +197,4 @@ def _config_of(
         return (config if config.alpha is not None else replace(config, alpha=alpha)), path
     if stored is not None and alpha is not None and stored != alpha:
         raise UsageError(f"--alpha {alpha:g} contradicts the file's {roles['alpha']} = {stored:g}", culprit=name)
-    rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-    value = alpha if stored is None else stored
-    return AdapterConfig(alpha=float(rank) if value is None else value), module
+    return AdapterConfig(alpha=alpha if stored is None else stored, rank_is_alpha=True), module

@@ -109,7 +109,7 @@ class Format(ABC):
 
         Args:
             path: in diffusers' names, or in the makers' where `uses_maker_names`.
-            family: a key of IMAGE_FAMILIES.
+            family: a key of FAMILIES.
             encoders: how many text encoders the adapter has modules of.
         """
         return path

@@ -14,24 +14,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
-from ...architectures.image import FIRST
+from ...architectures.families import FAMILIES
 from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..updates.headers import spec_from_roles
-from ..updates.update import UpdateSpec
 from .format import Capabilities, Format, NewModule, ReadOptions
+from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
-
-# family -> the name of its base in the metadata; SD 3 has none, since its name depends on the size
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
-
-
-# family -> sd-scripts' module, if not networks.lora
-NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
 
 
 @final
@@ -79,24 +71,24 @@ class Kohya(Format):
             if options.alpha is not None and value is not None and options.alpha != value:
                 raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
             value = options.alpha if value is None else value
-            rank = file.specs[roles["A"]].shape[0] if "A" in roles and file.specs[roles["A"]].shape else 0
-            module_config = AdapterConfig(alpha=value or float(rank))
-            updates[module] = pair_magnitude(module, roles, file, module_config, options.lenient)
-        alphas = {spec.scale * spec.rank for spec in updates.values()}
+            own = AdapterConfig(alpha=value or None, rank_is_alpha=True)
+            for spec in module_updates(module, roles, file, own, f"{module}_bias", options.lenient):
+                updates[spec.module] = spec
+        alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
         return Adapter(name, self.key, file, config, updates, flattened=True)
 
     def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
         if component == "unet":
             prefix = "lora_unet"
-        elif family in FIRST and encoders < 2:
+        elif FAMILIES[family].kohya_naming == "diffusers" and encoders < 2:
             prefix = "lora_te"
         else:
             prefix = f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
         return f"{prefix}_{text_model_path(component, path).replace('.', '_')}"
 
     def uses_maker_names(self, family: str) -> bool:
-        return family not in FIRST
+        return FAMILIES[family].kohya_naming == "maker"
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)
@@ -120,36 +112,12 @@ def text_model_path(component: str, path: str) -> str:
 
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:
     """Return the metadata of sd-scripts, by which web interfaces tell a file's rank, alpha and base."""
-    version = former.get("ss_base_model_version", BASE_VERSIONS.get(family))
+    version = former.get("ss_base_model_version", FAMILIES[family].kohya_version or None)
     ranks, alphas = {each.rank for each in modules.values()}, {each.alpha for each in modules.values()}
     return {
         **former,
-        "ss_network_module": NETWORKS.get(family, "networks.lora"),
+        "ss_network_module": FAMILIES[family].kohya_network,
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop()}" if len(alphas) == 1 else "Dynamic",
         **({"ss_base_model_version": version} if version else {}),
     }
-
-
-def pair_magnitude(
-    module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
-) -> UpdateSpec:
-    """Make a module's update, with DoRA over outputs or inputs as the shape of its `dora_scale` tells.
-
-    Raises:
-        InputError: `dora_scale` has neither shape, or is over a convolution's inputs; as `spec_from_roles`.
-    """
-    key, A, B = roles.get("magnitude", ""), roles.get("A"), roles.get("B")
-    shape = file.specs[key].shape if key.endswith(".dora_scale") else ()
-    if A and B and len(shape) > 1 and shape[:1] != file.specs[B].shape[:1] and shape[1:2] == file.specs[A].shape[1:2]:
-        if len(file.specs[A].shape) > 2:
-            reason = f"is {shape}: DoRA along the inputs of a convolution, which is not supported"
-            if not lenient:
-                raise InputError(reason, culprit=key)
-            rest = {role: name for role, name in roles.items() if role != "magnitude"}
-            plain = spec_from_roles(module, rest, file, config, False, lenient=True)
-            return replace(plain, fault=f"{key} {reason}")
-        return spec_from_roles(module, roles, file, config, False, along_inputs=True, lenient=lenient)
-    if shape and not lenient and shape.count(1) < len(shape) - 1:
-        raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
-    return spec_from_roles(module, roles, file, config, transposed=False, lenient=lenient)

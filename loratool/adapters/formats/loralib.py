@@ -23,7 +23,6 @@ from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
 from ..updates.update import Unpaired, UpdateSpec
 from .format import Capabilities, Format, ReadOptions
-from .other_methods import find_marks
 from .peft import adapter_names, saved_name
 
 ENDS = {"A": "lora_A", "B": "lora_B"}
@@ -49,7 +48,7 @@ class Loralib(Format):
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are bare factors. AdaLoRA has them too, with its own mark beside them."""
         names = list(names)
-        return any(name.endswith(tuple(ROLES)) for name in names) and not find_marks(names)
+        return any(name.endswith(tuple(ROLES)) for name in names) and not any(".lora_E" in name for name in names)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.

@@ -19,6 +19,9 @@ from typing import Any
 from ...architectures.numbered_names import split_numbers
 from ...errors import InputError
 
+EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
+
+
 # outcome -> its words in a report
 OUTCOMES = {
     "merged": "can be merged",
@@ -84,12 +87,7 @@ OTHER_METHODS = {
     ),
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
-    "IA3": OtherMethod("IA3", "extracted", _UNSUPPORTED, ("ia3_l",), _BY_PEFT),
     "LN_TUNING": OtherMethod("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
-    "ADALORA": OtherMethod("AdaLoRA", "extracted", "has a formula of its own", ("lora_E",), _BY_PEFT),
-    "VERA": OtherMethod("VeRA", "extracted", "shares random matrices", ("vera_",), _BY_PEFT),
-    "LOHA": OtherMethod("LoHa", "extracted", _UNSUPPORTED, ("hada_",), _BY_PEFT),
-    "LOKR": OtherMethod("LoKr", "extracted", _UNSUPPORTED, ("lokr_",), _BY_PEFT),
     "OFT": OtherMethod("OFT", "extracted", _UNSUPPORTED, ("oft_",), _BY_PEFT),
     "BOFT": OtherMethod("BOFT", "extracted", _UNSUPPORTED, ("boft_",), _BY_PEFT),
     "LORAS": OtherMethod("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
@@ -153,7 +151,7 @@ def find_marks(names: Iterable[str]) -> dict[str, str]:
 def refused_tensor(tensor: str, name: str) -> InputError:
     """Return the error for a tensor of adapter `name` that is not of LoRA, with the method if a mark tells it."""
     kind = next(iter(find_marks([tensor])), None)
-    remedy = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
+    remedy = EXTRACT_REMEDY
     if kind:
         method = OTHER_METHODS[kind]
         return InputError(f"is a tensor of {method.title}, which {method.reason}", culprit=tensor, remedy=remedy)

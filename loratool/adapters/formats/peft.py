@@ -25,8 +25,14 @@ from ...files.fileio import partial_folder, require_free_space, write_file
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
+from ..patterns import Targets
+from ..updates.adalora import AdaLoRA
 from ..updates.headers import spec_from_roles
+from ..updates.ia3 import IA3, Side
+from ..updates.loha import LoHa
+from ..updates.lokr import LoKr
 from ..updates.update import Unpaired, UpdateSpec
+from ..updates.vera import VeRA
 from .format import AdapterContent, Capabilities, Format, NewModule, ReadOptions
 from .other_methods import find_marks, other_method
 from .peft_config import (
@@ -62,6 +68,10 @@ _ENDS = tuple(
         (rf"lora_magnitude_vector{_NAME}(?:\.weight)?", "magnitude"),
         (rf"token_adapter\.trainable_tokens_delta{_NAME}", "tokens"),
         (r"(?:token_adapter\.)?base_layer\.weight", "base"),
+        *((rf"{role}{_NAME}", role) for cls in (LoHa, LoKr) for role in (*cls.roles, *cls.optional)),
+        *((rf"lora_{role}{_NAME}", role) for role in AdaLoRA.roles),
+        *((rf"{role}{_NAME}", role) for role in ("vera_lambda_b", "vera_lambda_d")),
+        (rf"ia3_l{_NAME}", "vector"),
         (r"base_layer\.bias", "replaced_bias"),
     )
 )
@@ -71,6 +81,17 @@ _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
 
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
+
+
+# Names that other methods of PEFT's than LoRA have, and only they
+MARKS = (".hada_", ".lokr_", ".lora_E", ".ia3_l", ".vera_lambda_")
+# the matrices that all modules of a VeRA share
+PROJECTIONS = re.compile(r"(?:^|\.)(vera_[AB])(?:\.(?!weight$|bias$)[^.]+)?$")
+
+
+# kind -> the `peft_type` of its adapters
+METHODS: dict[type[Update], str] = {LoHa: "LOHA", LoKr: "LOKR", AdaLoRA: "ADALORA", VeRA: "VERA"}
+OTHER_ROLES = {"E", *(role for cls in METHODS if cls is not AdaLoRA for role in (*cls.roles, *cls.optional))}
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
@@ -105,6 +126,7 @@ class Peft(Format):
             or ".lora_B." in name
             or ".lora_embedding_" in name
             or ".trainable_tokens_delta" in name
+            or any(mark in name for mark in MARKS)
             or (name.startswith(PEFT_PREFIX) and not name.endswith((".weight", ".bias")))
             for name in names
         )
@@ -141,7 +163,8 @@ class Peft(Format):
         found: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
-        for key in file.specs:
+        shared = {match[1]: key for key in file.specs if (match := PROJECTIONS.search(key))}
+        for key in (key for key in file.specs if key not in shared.values()):
             _sort_in(key, component, found, replaced, file, named)
         updates: dict[str, UpdateSpec] = {}
         depths_of: dict[str, list[int]] = {}
@@ -150,7 +173,8 @@ class Peft(Format):
         for (path, depth), roles in found.items():
             depths = depths_of.get(path, [])
             place = depths.index(depth) if depth in depths else 0
-            for update in _updates(path, roles, file, config, place, len(depths), options.lenient):
+            of_module = {**roles, **shared} if "vera_lambda_b" in roles or "vera_lambda_d" in roles else roles
+            for update in _updates(path, of_module, file, config, place, len(depths), options.lenient):
                 if update.module in updates:
                     raise InputError(f"{name} has two updates for it", culprit=update.module)
                 updates[update.module] = update
@@ -311,6 +335,10 @@ def _updates(
         yield _checked_dora(update, extra)
     elif "tokens" in roles:
         yield _tokens(path, roles, file, extra)
+    elif "vector" in roles:
+        yield from _ia3(path, roles["vector"], file, extra)
+    elif any(role in OTHER_ROLES for role in roles):
+        yield _of_other_kind(path, roles, file, config, lenient)
     elif "A" in roles or "B" in roles or "magnitude" in roles:
         parameter = target_parameter(config, path, place, places, DECLARED)
         if parameter is None:
@@ -321,6 +349,47 @@ def _updates(
             yield spec_from_roles(target, factors, file, of_parameter, stacked=parameter != "weight", lenient=lenient)
     elif "base" in roles:
         yield _single(ReplaceTensor, path, roles["base"], file)
+
+
+def _of_other_kind(
+    path: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
+) -> UpdateSpec:
+    """Return an update of LoHa, LoKr, AdaLoRA or VeRA.
+
+    Raises:
+        InputError: the config is of another method, or the module is of a kind that PEFT computes otherwise than others.
+    """
+    if "vera_lambda_b" in roles and "vera_A" not in roles:
+        raise InputError(
+            "is of VeRA, whose random matrices are not in the file",
+            culprit=roles["vera_lambda_b"],
+            remedy="save it with peft with save_projection=True in its config",
+        )
+    w2 = file.specs[roles["lokr_w2"]].shape if "lokr_w2" in roles else ()
+    if len(w2) in (3, 5):  # torch.kron takes w1's inputs for those of another axis there (peft/tuners/lokr/layer.py)
+        raise InputError(
+            f"is {w2}, a convolution of one or three axes, which peft computes in another way than others",
+            culprit=roles["lokr_w2"],
+            remedy="merge it with peft, and `loratool extract` the change",
+        )
+    spec = spec_from_roles(path, roles, file, config, lenient=lenient)
+    expected = METHODS.get(spec.cls)
+    if expected and config.extra.get("peft_type", expected) not in (expected, "LORA" if len(config.extra) == 1 else ""):
+        said = f"is of {expected}, but the config says {config.extra['peft_type']}"
+        raise InputError(said, culprit=next(iter(roles.values())), remedy="the config is of another adapter")
+    return spec
+
+
+def _ia3(path: str, key: str, file: WeightsFile, extra: Mapping[str, Any]) -> Iterable[UpdateSpec]:
+    """Yield (IA)3's update of a weight, and of the bias that is added to the outputs that it multiplies."""
+    spec, feedforward = file.specs[key], extra.get("feedforward_modules") or []
+    if len(spec.shape) < 2 or spec.size != max(spec.shape[:2]):
+        raise InputError(f"is {spec.shape}, no vector", culprit=key)
+    inputs = Targets(feedforward).has(path) if len(spec.shape) > 2 or spec.size == 1 else spec.shape[0] == 1
+    yield UpdateSpec(IA3, path, {"vector": key}, {"vector": spec}, detail=Side(inputs, difference=False))
+    if not inputs:
+        side = Side(False, difference=False)
+        yield UpdateSpec(IA3, f"{path}.bias", {"vector": key}, {"vector": spec}, 1.0, False, side, if_there=True)
 
 
 def _single(cls: type[Update], module: str, key: str, file: WeightsFile, scale: float = 1.0) -> UpdateSpec:

@@ -40,6 +40,17 @@ REFUSED_FIELDS = {
 }
 
 
+# `peft_type` -> the field with its alpha, None if it has none
+METHODS: dict[str, str | None] = {
+    "LORA": "lora_alpha",
+    "LOHA": "alpha",
+    "LOKR": "alpha",
+    "ADALORA": "lora_alpha",
+    "VERA": None,
+    "IA3": None,
+}
+
+
 # PEFT lists all of these; which of them a classifier has depends on its class.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
 
@@ -90,26 +101,28 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         UsageError: `alpha` contradicts it.
     """
     kind = peft_type(fields)
-    if kind != "LORA":
+    if kind not in METHODS:
         method = method_of_peft_type(str(kind))
         raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
     for field, reason in REFUSED_FIELDS.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)
-    stored = _number(name, fields, "lora_alpha", (int, float))
+    named = METHODS[kind]
+    stored = _number(name, fields, named, (int, float)) if named else None
     if alpha is not None and stored is not None and alpha != stored:
         raise UsageError(
-            f"--alpha {alpha:g} contradicts the config's lora_alpha {stored:g}",
+            f"--alpha {alpha:g} contradicts the config's {named} {stored:g}",
             culprit=name,
             remedy=f"leave --alpha out; to change the adapter's strength, weigh it: {name}:{alpha / stored:g}"
             if stored
             else None,
         )
+    prunes = kind == "ADALORA"  # whose modules keep other ranks than the config says
     return AdapterConfig(
-        rank=_number(name, fields, "r", (int,)),
+        rank=None if prunes else _number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,
         use_rslora=_flag(name, fields, "use_rslora") or False,
-        rank_pattern=_pattern(name, fields, "rank_pattern"),
+        rank_pattern={} if prunes else _pattern(name, fields, "rank_pattern"),
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
         base_model=fields.get("base_model_name_or_path"),

@@ -29,6 +29,35 @@ SUFFIXES: Mapping[str, str] = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".magnitude": "magnitude",
     ".dora_scale": "magnitude",
+    ".lora_mid.weight": "mid",
+    ".hada_w1_a": "hada_w1_a",
+    ".hada_w1_b": "hada_w1_b",
+    ".hada_w2_a": "hada_w2_a",
+    ".hada_w2_b": "hada_w2_b",
+    ".hada_t1": "hada_t1",
+    ".hada_t2": "hada_t2",
+    ".lokr_w1": "lokr_w1",
+    ".lokr_w1_a": "lokr_w1_a",
+    ".lokr_w1_b": "lokr_w1_b",
+    ".lokr_w2": "lokr_w2",
+    ".lokr_w2_a": "lokr_w2_a",
+    ".lokr_w2_b": "lokr_w2_b",
+    ".lokr_t2": "lokr_t2",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".w_norm": "diff",
+    ".b_norm": "diff_b",
+    ".weight": "vector",
+    ".on_input": "on_input",
+    ".a1.weight": "a1",
+    ".a2.weight": "a2",
+    ".b1.weight": "b1",
+    ".b2.weight": "b2",
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+    ".q_layer.weight": "q_layer",
+    ".p_layer.weight": "p_layer",
+    ".lambda_layer": "lambda_layer",
 }
 # role -> how the name of a new tensor ends, in formats with an alpha beside the factors, and in those without
 ALPHA_ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"}
@@ -36,7 +65,8 @@ PLAIN_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_mag
 # XLabs' names end so, after the path of an attention processor
 PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
-FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role in "AB")
+# those that tell an adapter: a weight alone may be a model's
+FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "vector"))
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 

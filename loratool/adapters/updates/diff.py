@@ -26,6 +26,8 @@ class Diff(Update):
     kind = "diff"
     roles = ("diff",)
 
+    has_delta = True
+
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
         return spec.specs["diff"].shape
@@ -33,8 +35,6 @@ class Diff(Update):
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Diff:
         return cls(tensors["diff"])
-
-    has_delta = True
 
     def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
         from ...numerics.stored import Stored

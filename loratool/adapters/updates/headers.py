@@ -46,7 +46,7 @@ def spec_from_roles(
     if name is None or inner.cls is Unpaired:
         return inner
     size, sides = file.specs[name].size, (inner.shape[1] if along_inputs else inner.shape[0])
-    if size != sides:
+    if size != sides and not (along_inputs and inner.cls.flattened and size and sides % size == 0):
         fault = f"has {size} magnitudes for {sides} {'inputs' if along_inputs else 'outputs'}"
         if not lenient:
             raise InputError(fault, culprit=name)

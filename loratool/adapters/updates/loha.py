@@ -42,6 +42,9 @@ class LoHa(Update):
     roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     optional = ("hada_t1", "hada_t2")
 
+    has_delta = True
+    flattened = True
+
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
         a, b = spec.specs["hada_w1_a"].shape, spec.specs["hada_w1_b"].shape
@@ -97,8 +100,6 @@ class LoHa(Update):
         one = Fraction(1)
         sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
         return [[Term(a, b, one)] if t is None else tucker_terms(a.T, t, b, one) for a, b, t in sides]
-
-    has_delta = True
 
     def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
         from ...numerics.composed import Hadamard

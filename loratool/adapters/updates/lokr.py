@@ -43,6 +43,9 @@ class LoKr(Update):
     roles = ()
     optional = ROLES
 
+    has_delta = True
+    flattened = True
+
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
         (a, c), (b, d, *kernel) = (_side(spec.specs, side) for side in (1, 2))
@@ -117,8 +120,6 @@ class LoKr(Update):
         if self.t2 is not None:
             return tucker_factors(self.w2_a.T, self.t2, self.w2_b)
         return self.w2_a.double(), self.w2_b.double()
-
-    has_delta = True
 
     def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
         from ...numerics.composed import Kron

@@ -93,8 +93,10 @@ class UpdateSpec:
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a convolution whose kernel is 1 as that of a linear layer, and any other as it is."""
-    return shape[:2] if set(shape[2:]) == {1} else shape
+    """Return a shape without the axes of a kernel that are 1 at its end: a kernel of 1 leaves a linear layer's."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 class Update(ABC):
@@ -106,6 +108,7 @@ class Update(ABC):
     additive: ClassVar[bool] = True  # any number of such updates of a tensor is summed; of the others it takes one
     stack: ClassVar[bool] = False  # it changes a stack of matrices
     has_delta: ClassVar[bool] = False  # not all that it adds are `terms`
+    flattened: ClassVar[bool] = False  # its columns may be a kernel's too, of which its tensors do not tell the size
     whole: ClassVar[bool] = False  # it changes a tensor as it is stored, not a matrix that may lie transposed in it
 
     @classmethod

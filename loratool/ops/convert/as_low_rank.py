@@ -25,7 +25,7 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.image_names import kernel_of
+from ...architectures.families import FAMILIES, kernel_of
 from ...binding.selection import Selection
 from ...errors import InputError
 from ...files.dtypes import TORCH_FLOATS, TensorSpec
@@ -121,7 +121,7 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
     """Return the kernel of the convolution that an update is of, which LoHa's and LoKr's flattened factors hide."""
     if len(update.shape) > 2 or source is None or family is None or source.component != "unet":
         return update.shape[2:]
-    kernel = kernel_of(family, source.path)
+    kernel = kernel_of(FAMILIES[family], source.path)
     if update.shape[1] % math.prod(kernel):
         raise InputError(f"has {update.shape[1]} columns, which are not those of a kernel {kernel}", culprit=update.module)
     return kernel

@@ -33,7 +33,7 @@ from .image import ImageAdapter, plan_image
 from .language import plan_language
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import IMAGE_FAMILIES, detect_family, read_source_modules, refuse_unknown_blocks
+from .source_modules import detect_family, known_families, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 
 Container = Literal["safetensors", "torch"]  # the keys of CONTAINERS
@@ -282,7 +282,7 @@ def plan_convert(
 
     Args:
         folder: where temporary files are put; `opened` closes them.
-        family: a key of IMAGE_FAMILIES, if other adapters tell it.
+        family: a key of FAMILIES, if other adapters tell it.
 
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
@@ -330,7 +330,7 @@ def _plan_low_rank(
             return plan_plain(source, request, kept, dropped, lost, opened)
         return plan_language(source, request, kept, dropped, lost)
     raise InputError(
-        f"is no adapter of an image model that is known ({', '.join(IMAGE_FAMILIES.values())}), with modules like "
+        f"is no adapter of an image model that is known ({known_families()}), with modules like "
         + min(source.updates, default="none")
         + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing could load it as {request.to}"),
         culprit=source.name,

@@ -84,9 +84,9 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
             first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale
         )
     if target.how == "split":
-        (part,) = target.parts
-        kept = _ranks_of(first.B, part)
-        return ModuleFactors(first.A[kept], first.B[part.start : part.stop, kept], first.scale)
+        kept = _ranks_of(first.B, target.parts)
+        B = torch.cat([first.B[part.start : part.stop, kept] for part in target.parts])
+        return ModuleFactors(first.A[kept], B, first.scale)
     scale = common_scale([update.scale for update in updates])
     folded = [_scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
@@ -96,7 +96,7 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
     A, indices_of = _concatenate_rows([update.A.to(dtype) for update in updates])
     B = torch.zeros(target.rows, len(A), dtype=dtype)
     for part, side, indices in zip(target.parts, sides, indices_of, strict=True):
-        B[part.at : part.at + len(side), indices] = side.to(dtype)
+        B[part.at : part.at + part.stop - part.start, indices] = side[part.start : part.stop].to(dtype)
     return ModuleFactors(A, B, scale, exact=exact)
 
 
@@ -143,16 +143,18 @@ def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
     return digits <= 1 or DIGITS[dtype] + digits <= 53
 
 
-def _ranks_of(B: Tensor, part: RowSlice) -> Tensor:
-    """Return a mask (r,) of the ranks that a slice of a fused B needs.
+def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
+    """Return a mask (r,) of the ranks that slices of a fused B need.
 
-    If no rank reaches both the slice and other rows, as in factors that were fused from split ones, these are the
+    If no rank reaches both the slices and other rows, as in factors that were fused from split ones, these are the
     ranks that reach no other row. They include those that reach no row at all, as in an untrained adapter. Otherwise
     every rank is needed.
     """
     reached = B.reshape(B.shape[:2]) != 0  # (out, r)
-    inside = reached[part.start : part.stop].any(0)
-    outside = reached[: part.start].any(0) | reached[part.stop :].any(0)
+    kept = torch.zeros(len(B), dtype=torch.bool)
+    for part in parts:
+        kept[part.start : part.stop] = True
+    inside, outside = reached[kept].any(0), reached[~kept].any(0)
     apart = not bool((inside & outside).any()) and not bool(outside.all())
     return ~outside if apart else torch.ones_like(outside)
 

@@ -12,21 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...architectures.families import LAYOUTS, Located, locate, parts_of
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import open_checkpoint, read_json_file
 from .module_map import RowSlice, TargetModule, fuse_modules
 from .source_modules import SourceModule
-
-# suffix of a fused module's path -> its split modules, in the order of their rows
-FUSED = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-    "attn.c_attn": ("q_proj", "k_proj", "v_proj"),
-}
-
-
-C_ATTN = "attn.c_attn"  # GPT-2's, whose slices are square
-
 
 Sizes = Mapping[str, int]  # split module -> its rows
 
@@ -72,93 +62,73 @@ def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[Tar
         NeedsFlag: only a base can tell the rows of a module.
         InputError: the rows are not those of the base, or of any model.
     """
-    if layout == "split":
-        return [target for source in sources for target in _split(source, sizes)]
     targets: list[TargetModule] = []
     to_fuse: dict[str, dict[str, SourceModule]] = {}
     for source in sources:
-        path = next((fused for end in FUSED if (fused := _fused_path(source.path, end))), None)
-        if path is None:
-            targets.append(_unchanged(source))
+        located = locate_fused(source.path)
+        is_whole = located is not None and source.path in located.maker
+        if located and layout == "split" and is_whole:
+            targets += _split(source, located, sizes)
+        elif located and layout == "fused" and not is_whole:
+            to_fuse.setdefault(located.maker[0], {})[source.path] = source
         else:
-            to_fuse.setdefault(path, {})[source.path.rpartition(".")[2]] = source
+            rows = source.update.shape[0]
+            targets.append(TargetModule("", source.path, rows, (RowSlice(source, 0, rows),), "exact"))
     return targets + [_fuse(path, parts, sizes) for path, parts in to_fuse.items()]
 
 
-def _fused_path(path: str, end: str) -> str | None:
-    """Return the path of the fused module with the suffix `end` that holds this split module, or None."""
-    block, _, name = f".{path}".rpartition(".")
-    middle, _, fused = end.partition(".")
-    return f"{block}.{fused}"[1:] if name in FUSED[end] and block.endswith(f".{middle}") else None
+def locate_fused(path: str) -> Located | None:
+    """Find a module that a language model fuses, or a part of one; None for any other."""
+    return next((found for family in LAYOUTS.values() if (found := locate(family, path))), None)
 
 
-def _fused_suffix(path: str) -> str | None:
-    """Return the key of FUSED that a path ends in, or None."""
-    return next((end for end in FUSED if f".{path}".endswith(f".{end}")), None)
+def _of_base(located: Located, sizes: Sizes) -> dict[str, int]:
+    """Return the rows of a fused module's parts in the base, as far as they are known."""
+    ends = {module: module.rpartition(".")[2] for module in located.diffusers}
+    return {module: sizes[end] for module, end in ends.items() if end in sizes}
 
 
-def _unchanged(source: SourceModule) -> TargetModule:
-    rows = source.update.shape[0]
-    return TargetModule("", source.path, rows, (RowSlice(source, 0, rows),), "exact")
-
-
-def _split(source: SourceModule, sizes: Sizes) -> list[TargetModule]:
+def _split(source: SourceModule, located: Located, sizes: Sizes) -> list[TargetModule]:
     rows, width = source.update.shape[:2]
-    end = _fused_suffix(source.path)
-    if end is None:
-        return [_unchanged(source)]
-    names = FUSED[end]
-    if len(names) == 2:
-        parts = [rows // 2] * 2
-    else:
-        parts = [width if end == C_ATTN else _size(source.path, name, sizes) for name in names]
-    if sum(parts) != rows:
-        terms = " + ".join(map(str, parts))
+    known = _of_base(located, sizes)
+    spans = parts_of(located, width, rows, known)
+    if spans is None:
+        told = parts_of(located, width, known=known)
+        if told is None and any("queries" in fused.sizes for _, fused in located.rows):
+            raise _base_tells(source.path, next(m for m in located.diffusers if m not in known))
+        count = len(located.diffusers)
+        terms = " + ".join(map(str, [span.whole for span in told] if told else [rows // count] * count))
         raise InputError(f"has {rows} rows, which are not {terms}: it is of another model", culprit=source.path)
-    stem, start, targets = source.path.rpartition(".")[0], 0, []
-    for name, size in zip(names, parts, strict=True):
-        targets.append(
-            TargetModule("", f"{stem}.{name}".lstrip("."), size, (RowSlice(source, start, start + size),), "split")
-        )
-        start += size
-    return targets
+    return [
+        TargetModule("", span.module, span.whole, (RowSlice(source, span.start, span.stop),), "split") for span in spans
+    ]
 
 
 def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetModule:
-    end = _fused_suffix(path)
-    assert end is not None
-    names = FUSED[end]
-    if end == C_ATTN:
-        sizes = dict.fromkeys(names, next(iter(parts.values())).update.shape[1])
-    rows = {name: source.update.shape[0] for name, source in parts.items()}
-    alike = [rows[name] for name in names[-2:] if name in rows]  # key and value, gate and up
+    located = locate_fused(path)
+    assert located is not None
+    rows = {module: source.update.shape[0] for module, source in parts.items()}
+    alike = [rows[module] for module in located.diffusers[-2:] if module in rows]  # key and value, gate and up
     if len(set(alike)) > 1:
         raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
-    if len(rows) < len(names):
-        rows = _infer_missing_rows(path, names, rows, sizes)
-    wrong = next((n for n in rows if n in sizes and rows[n] != sizes[n]), None)
+    width = next(iter(parts.values())).update.shape[1]
+    told = parts_of(located, width, known={}) or ()  # the table alone, where the width tells all
+    base = {span.module: span.whole for span in told} or _of_base(located, sizes)
+    wrong = next((module for module in rows if base.get(module, rows[module]) != rows[module]), None)
     if wrong:
-        whose = "GPT-2's matrices" if end == C_ATTN else "the base"
-        raise InputError(f"has {rows[wrong]} rows of {wrong}, and {whose} {sizes[wrong]}", culprit=path)
-    at = {name: sum(rows[each] for each in names[:i]) for i, name in enumerate(names)}
-    placed = [RowSlice(source, 0, rows[name], at[name]) for name, source in parts.items()]
-    return fuse_modules("", path, placed, sum(rows.values()))
+        whose = f"{located.family.title}'s matrices" if told else "the base"
+        part = wrong.rpartition(".")[2]
+        raise InputError(f"has {rows[wrong]} rows of {part}, and {whose} {base[wrong]}", culprit=path)
+    spans = parts_of(located, width, known={**base, **rows})
+    if spans is None:
+        raise _base_tells(path, next(m for m in located.diffusers if m not in rows and m not in base))
+    placed = [RowSlice(parts[s.module], 0, s.whole, s.start) for s in spans if s.module in parts]
+    return fuse_modules("", path, placed, spans[-1].stop)
 
 
-def _infer_missing_rows(path: str, names: tuple[str, ...], rows: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
-    """Return the rows of all split modules: gate has as many as up, and k as v; others must be in `sizes`."""
-    found = {}
-    for name in names:
-        like = {"gate_proj": "up_proj", "up_proj": "gate_proj", "k_proj": "v_proj", "v_proj": "k_proj"}.get(name, name)
-        found[name] = rows.get(name) or rows.get(like) or _size(path, name, sizes)
-    return found
-
-
-def _size(path: str, name: str, sizes: Sizes) -> int:
-    if name not in sizes:
-        raise NeedsFlag(
-            f"the adapter alone does not say how many of its rows are {name}'s",
-            culprit=path,
-            remedy="add --base with the model or its config.json",
-        )
-    return sizes[name]
+def _base_tells(path: str, part: str) -> NeedsFlag:
+    return NeedsFlag(
+        f"the adapter alone does not say how many of its rows are {part.rpartition('.')[2]}'s",
+        culprit=path,
+        remedy="add --base with the model or its config.json",
+    )

@@ -45,7 +45,7 @@ class ImageAdapter:
 
     name: str  # for messages
     metadata: Mapping[str, str]
-    family: str  # a key of IMAGE_FAMILIES
+    family: str  # a key of FAMILIES
     load: Callable[[SourceModule], ModuleFactors]
     lost: Mapping[str, Loss] = field(default_factory=dict)  # module -> what it lost so far
     start: Callable[[str], str | None] = lambda module: None  # module -> the init that altered its base, or None

@@ -11,18 +11,16 @@ from ...adapters.formats import FORMATS, usual_format, written_formats
 from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.image import MAKERS, MARKS, SINGLE_PREFIXES, image_parts
+from ...architectures.families import family_of_names, names_maker
+from ...architectures.image import MAKERS, SINGLE_PREFIXES, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
-from .source_modules import IMAGE_FAMILIES, detect_family, make_source_module
+from .source_modules import detect_family, known_families, make_source_module
 
 DENOISER = "model.diffusion_model."  # the denoiser's prefix in a single file of all components
-
-
-OWN_NAMES = ("sgm", "flux", "sd3")  # the values of MARKS that are makers' names
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -42,7 +40,9 @@ def choose_format(base: Checkpoint, to: str | None) -> Format:
     """
     weights = image_weights(base)
     several = bool(base.parts) or any(name.startswith(DENOISER) for name in weights)
-    maker_names = any(mark in name for name in weights for mark, kind in MARKS.items() if kind in OWN_NAMES)
+    denoiser = [path for component, path in weights.values() if component == "unet"]
+    table = family_of_names(denoiser)
+    maker_names = table is not None and any(names_maker(table, path) for path in denoiser)
     if to is None and weights and (several or maker_names):
         return usual_format("pipeline" if base.parts else "single file")
     found = usual_format("model") if to is None else FORMATS[to]
@@ -101,7 +101,5 @@ def _family(base: Checkpoint, weights: Mapping[str, tuple[str, str]]) -> str:
         sources.append(make_source_module(name, UpdateSpec(LowRank, name, {}, specs), component, path))
     family = detect_family(sources)
     if family is None:
-        raise InputError(
-            f"is no image model that is known ({', '.join(IMAGE_FAMILIES.values())})", culprit=str(base.path)
-        )
+        raise InputError(f"is no image model that is known ({known_families()})", culprit=str(base.path))
     return family

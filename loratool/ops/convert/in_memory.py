@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, capabilities, usual_format, written_formats
 from ...adapters.formats.format import ReadOptions
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.families import FAMILIES
 from ...binding.resolve import exclude_options
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
@@ -29,13 +31,12 @@ from .factors import ModuleFactors, is_zero_filler, make_factors
 from .module_map import TargetModule, plan_target_modules
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules, request_for
 from .source_modules import (
-    IMAGE_FAMILIES,
-    UNETS,
+    detect_families,
     detect_family,
     find_unknown_modules,
+    known_families,
     read_source_modules,
     refuse_unknown_blocks,
-    tells_unet,
 )
 
 
@@ -52,7 +53,7 @@ def open_converted(
     Args:
         command: the one that converts, for the remedies of errors.
         folder: where temporary files are put; `opened` closes them.
-        family: a key of IMAGE_FAMILIES, if other adapters tell it.
+        family: a key of FAMILIES, if other adapters tell it.
     """
     with request_for(command):
         made = plan_convert(source, request, folder, opened, family)
@@ -119,7 +120,7 @@ def convert_to_common_format(
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
     """Raise InputError for adapters of no known family whose formats or suffixes no loader takes together."""
-    first, known = adapters[0], ", ".join(IMAGE_FAMILIES.values())
+    first, known = adapters[0], known_families()
     for adapter in adapters if family is None else ():
         if adapter.format != first.format and not (is_of_one(adapter) and is_of_one(first)):
             raise InputError(
@@ -184,28 +185,24 @@ def _targets(adapter: Adapter) -> list[TargetModule]:
 def common_family(adapters: Sequence[Adapter]) -> str | None:
     """Return the image family of several adapters, or None if they are of no known one.
 
-    Denoisers decide if there are any. UNet modules that fit several families take that of the other adapters.
+    Denoisers decide if there are any. Modules that fit several families take that of the other adapters.
 
     Raises:
         InputError: the adapters are of two families.
     """
     sources = {id(adapter): read_source_modules(adapter)[0] for adapter in adapters}
-    by_family: dict[str | None, Adapter] = {}
-    ambiguous: list[Adapter] = []
+    fitting: list[tuple[Adapter, tuple[str, ...]]] = []
     for adapter in adapters:
         modules = sources[id(adapter)]
-        family, denoises = detect_family(modules), any(each.component == "unet" for each in modules)
-        if family in UNETS and denoises and tells_unet(modules) is None:
-            ambiguous.append(adapter)
-        elif family is None or denoises:
-            by_family.setdefault(family, adapter)
-    if ambiguous and by_family.keys().isdisjoint(UNETS):
-        by_family[detect_family([each for adapter in ambiguous for each in sources[id(adapter)]])] = ambiguous[0]
-    if len(by_family) > 1:
-        (one, first), (two, second) = list(by_family.items())[:2]
-        names = [IMAGE_FAMILIES.get(family or "", "no image model that is known") for family in (one, two)]
-        raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
-    return next(iter(by_family)) if by_family else detect_family([each for ms in sources.values() for each in ms])
+        families = detect_families(modules)
+        if not families or any(each.component == "unet" for each in modules):
+            fitting.append((adapter, families))
+    for (first, one), (second, two) in combinations(fitting, 2):
+        if (one or two) and set(one).isdisjoint(two):
+            names = [FAMILIES[each[0]].title if each else "no image model that is known" for each in (one, two)]
+            raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
+    common = [key for key in fitting[0][1] if all(key in families for _, families in fitting)] if fitting else []
+    return common[0] if common else detect_family([each for modules in sources.values() for each in modules])
 
 
 def by_meaning(

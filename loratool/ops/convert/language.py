@@ -25,6 +25,7 @@ from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.families import LAYOUTS
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_ref import TensorRef
@@ -40,7 +41,7 @@ from .factors import (
     make_factors,
     relative_error,
 )
-from .fused_qkv import C_ATTN, plan_qkv, read_qkv_rows
+from .fused_qkv import locate_fused, plan_qkv, read_qkv_rows
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules
 from .source_modules import SourceModule
 
@@ -171,8 +172,8 @@ def _convert_qkv(
         return last[made[name]][name]
 
     config = _layout_config(source, kept, rows)
-    if any(path.endswith(C_ATTN) for path in (*regrouped, *taken)):
-        # only GPT-2's fused module is a Conv1D, which is transposed
+    fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
+    if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         config["fan_in_fan_out"] = request.layout == "fused"
     content = AdapterContent(specs, load, config, {"format": "pt"})
     return AdapterOutput(content, tuple(rows), dropped, alpha_notes(to.key, rows))

@@ -6,23 +6,14 @@ one the ranks of its slices one after the other (`factors` makes them).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...adapters.updates.dora import DoRA
-from ...architectures.image import (
-    DITS,
-    FIRST,
-    FLUX_ATTENTION,
-    OPENCLIP,
-    SD3_LAST,
-    Dit,
-    diffusers_to_sgm,
-    sgm_to_diffusers,
-)
+from ...architectures.families import ENCODERS, FAMILIES, Span, locate, names_maker, parts_of
+from ...architectures.families.table import ModelFamily
 from ...errors import InputError, NeedsFlag
-from .source_modules import MLP_RATIO, SourceModule
+from .source_modules import SourceModule
 
 
 @dataclass(frozen=True)
@@ -50,29 +41,28 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
     """Return the targets that an image adapter's modules become, under diffusers' or the makers' names.
 
     Args:
-        family: a key of IMAGE_FAMILIES.
+        family: a key of FAMILIES.
         maker_names: whether to use the makers' names (sgm's, Black Forest Labs'), not diffusers'.
 
     Raises:
         InputError: two modules would become one, or rows do not fit.
         NeedsFlag: DoRA could not be split or fused.
     """
-    targets: list[TargetModule] = []
-    to_fuse: dict[tuple[str, str], list[RowSlice]] = {}
-    for source in sources:
-        if source.component != "unet":
-            targets += _text_encoder_targets(source)
-        elif family not in DITS:
-            path = sgm_to_diffusers(source.path)
-            # a block without attention has its upsampler as second module, not third
-            attends = family not in FIRST or not path.startswith("up_blocks.0.")
-            targets.append(_unchanged(source, diffusers_to_sgm(path, attends) if maker_names else path))
-        elif maker_names:
-            _fuse_block(DITS[family], source, targets, to_fuse)
-        else:
-            targets += _split_block(DITS[family], source)
-    targets += [_fuse_slices(key, parts) for key, parts in to_fuse.items()]
-    seen: set[tuple[str, str]] = set()
+    spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in sources]
+    _refuse_twice(spans)
+    known = {(source.component, span.module): span.whole for source, _, each in spans for span in each}
+    slices: dict[tuple[str, str], list[RowSlice]] = {}
+    rows: dict[tuple[str, str], int] = {}
+    for source, table, each in spans:
+        for span in each:
+            placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
+            if maker_names and table is FAMILIES[family]:
+                whole = {module: size for (component, module), size in known.items() if component == source.component}
+                placed = _in_maker_names(source, table, span, whole)
+            for path, size, part in placed:
+                slices.setdefault((source.component, path), []).append(part)
+                rows[source.component, path] = size
+    targets = [_target(*key, _joined(parts), rows[key]) for key, parts in slices.items()]
     for target in targets:
         columns = [part.source.module for part in target.parts if part.source.update.along_inputs]
         if columns and target.how in ("split", "fused"):
@@ -81,113 +71,93 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
                 culprit=columns[0],
                 remedy=f"add --drop {','.join(columns)} to leave them out",
             )
-        if (target.component, target.path) in seen:
-            raise InputError("two modules of the adapter would become this one", culprit=target.path)
-        seen.add((target.component, target.path))
-    return targets
+    return sorted(targets, key=lambda target: target.how == "fused")
 
 
-def _unchanged(source: SourceModule, path: str) -> TargetModule:
-    rows = source.update.shape[0]
-    return TargetModule(source.component, path, rows, (RowSlice(source, 0, rows),), "exact")
+def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[Span, ...]]]) -> None:
+    """Raise InputError for rows that two modules are, one under another name or a part of the other."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for source, _, each in spans:
+        for span in each:
+            stop = span.skip + span.stop - span.start
+            others = found.setdefault((source.component, span.module), [])
+            if any(span.skip < end and start < stop for start, end in others):
+                raise InputError("two modules of the adapter would become this one", culprit=span.module)
+            others.append((span.skip, stop))
 
 
-def _text_encoder_targets(source: SourceModule) -> list[TargetModule]:
-    """Return the targets of a text encoder's module under transformers' names; OpenCLIP's q, k, v are split."""
-    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", source.path)
-    names = OPENCLIP.get(layer[2], ()) if layer else ()
-    if not layer or not names:
-        return [_unchanged(source, source.path)]
-    return _split_rows(source, [f"text_model.encoder.layers.{layer[1]}.{name}" for name in names])
+def _table_of(source: SourceModule, family: str) -> ModelFamily | None:
+    """Return the table that names a module's rows; None for a module that keeps its name."""
+    if source.component == "unet":
+        return FAMILIES[family]
+    return ENCODERS["clip"] if names_maker(ENCODERS["clip"], source.path) else None
 
 
-def _split_rows(source: SourceModule, paths: Sequence[str], sizes: Sequence[int] = ()) -> list[TargetModule]:
-    """Return the targets that a fused module is split into, one for each path.
+def _spans(source: SourceModule, table: ModelFamily | None) -> tuple[Span, ...]:
+    """Return the rows of diffusers' modules that a module consists of."""
+    rows, columns = source.update.shape[:2]
+    located = locate(table, source.path) if table else None
+    if located is None:
+        return (Span(0, rows, source.path, 0, rows),)
+    spans = parts_of(located, columns, rows)
+    if spans is None:
+        parts = len(located.diffusers)
+        raise InputError(f"has {rows} rows, which are not those of {parts} parts", culprit=source.module)
+    return spans
+
+
+def _in_maker_names(
+    source: SourceModule, table: ModelFamily, span: Span, whole: Mapping[str, int]
+) -> list[tuple[str, int, RowSlice]]:
+    """Return (path, rows, slice) for the maker's modules that some rows of diffusers' module are in.
 
     Args:
-        sizes: their rows; equal by default.
-
-    Raises:
-        InputError: the module has other rows.
+        whole: diffusers' module -> its rows.
     """
-    rows = source.update.shape[0]
-    if len(paths) == 1:
-        return [_unchanged(source, paths[0])]
-    sizes = sizes or [rows // len(paths)] * len(paths)
-    if sum(sizes) != rows or min(sizes) < 1:
-        raise InputError(f"has {rows} rows, which are not those of {len(paths)} parts", culprit=source.module)
-    targets, start = [], 0
-    for path, size in zip(paths, sizes, strict=True):
-        targets.append(TargetModule(source.component, path, size, (RowSlice(source, start, start + size),), "split"))
-        start += size
-    return targets
+    found: list[tuple[str, int, RowSlice]] = []
+    located = locate(table, span.module)
+    for path in located.maker if located else ():
+        makers = locate(table, path)
+        parts = parts_of(makers, source.update.shape[1], known=whole) if makers else None
+        if parts is None:
+            raise InputError(f"has {span.whole} rows, too many for its part of {path}", culprit=source.module)
+        for part in parts:
+            low, high = (
+                max(part.skip, span.skip),
+                min(part.skip + part.stop - part.start, span.skip + span.stop - span.start),
+            )
+            if part.module == span.module and low < high:
+                start = span.start + low - span.skip
+                at = part.start + low - part.skip
+                found.append((path, parts[-1].stop, RowSlice(source, start, start + high - low, at)))
+    return found
 
 
-def _swap_halves(source: SourceModule, path: str) -> TargetModule:
-    rows = source.update.shape[0]
-    half = rows // 2
-    return TargetModule(
-        source.component, path, rows, (RowSlice(source, half, rows), RowSlice(source, 0, half, half)), "swapped"
-    )
-
-
-def _split_block(dit: Dit, source: SourceModule) -> list[TargetModule]:
-    """Return the targets of a transformer's module under diffusers' names."""
-    rows, width = source.update.shape[:2]
-    if source.path in dit.outside:
-        return [_unchanged(source, dit.outside[source.path])]
-    if source.path in dit.swapped:
-        return [_swap_halves(source, dit.swapped[source.path])]
-    for stem, other, table in dit.blocks:
-        found = re.fullmatch(rf"{stem}\.(\d+)\.(.+)", source.path)
-        if not found or found[2] not in (*table, FLUX_ATTENTION):
-            continue
-        attention = found[2] == FLUX_ATTENTION
-        names = [f"{other}.{found[1]}.{name}" for name in table["linear1" if attention else found[2]]]
-        if found[2] == SD3_LAST and rows == 2 * width:
-            return [_swap_halves(source, names[0])]
-        if attention:
-            return _split_rows(source, names[:3], [width] * 3)
-        return _split_rows(source, names, [width] * 3 + [rows - 3 * width] if len(names) == 4 else ())
-    return [_unchanged(source, source.path)]
-
-
-def _fuse_block(
-    dit: Dit, source: SourceModule, targets: list[TargetModule], to_fuse: dict[tuple[str, str], list[RowSlice]]
-) -> None:
-    """Add a transformer's module under its makers' names to `targets`, or if it is to be fused to `to_fuse`."""
-    rows, width = source.update.shape[:2]
-    outside = {diffusers: maker for maker, diffusers in dit.outside.items()}
-    swapped = {diffusers: maker for maker, diffusers in dit.swapped.items()}
-    if source.path in outside:
-        targets.append(_unchanged(source, outside[source.path]))
-        return
-    if source.path in swapped:
-        targets.append(_swap_halves(source, swapped[source.path]))
-        return
-    if source.path.endswith(f".{FLUX_ATTENTION}"):
-        path = source.path.replace(FLUX_ATTENTION, "linear1")
-        to_fuse.setdefault(("unet", path), []).append(RowSlice(source, 0, rows))
-        return
-    for stem, other, table in dit.blocks:
-        found = re.fullmatch(rf"{other}\.(\d+)\.(.+)", source.path)
-        fused, names = next(((k, v) for k, v in table.items() if found and found[2] in v), ("", ()))
-        if not found or not fused:
-            continue
-        path = f"{stem}.{found[1]}.{fused}"
-        if len(names) == 1:
-            last = fused == SD3_LAST and rows == 2 * width
-            targets.append(_swap_halves(source, path) if last else _unchanged(source, path))
+def _joined(parts: list[RowSlice]) -> tuple[RowSlice, ...]:
+    """Return slices in the order of the target's rows, those that go on in source and target as one."""
+    found: list[RowSlice] = []
+    for part in sorted(parts, key=lambda part: part.at):
+        last = found[-1] if found else None
+        goes_on = last and (last.source, last.stop, last.at + last.stop - last.start) == (
+            part.source,
+            part.start,
+            part.at,
+        )
+        if last and goes_on:
+            found[-1] = RowSlice(last.source, last.start, part.stop, last.at)
         else:
-            at = names.index(found[2]) * (width if len(names) == 4 else rows)
-            to_fuse.setdefault(("unet", path), []).append(RowSlice(source, 0, rows, at))
-        return
-    targets.append(_unchanged(source, source.path))
+            found.append(part)
+    return tuple(found)
 
 
-def _fuse_slices(key: tuple[str, str], parts: list[RowSlice]) -> TargetModule:
-    width, rows = parts[0].source.update.shape[1], parts[0].stop
-    return fuse_modules(*key, parts, (3 + MLP_RATIO) * width if key[1].endswith("linear1") else 3 * rows)
+def _target(component: str, path: str, parts: tuple[RowSlice, ...], rows: int) -> TargetModule:
+    first = parts[0].source
+    several = any(part.source is not first for part in parts)
+    if several or sum(part.stop - part.start for part in parts) < rows:
+        return fuse_modules(component, path, list(parts), rows)
+    whole = first.update.shape[0] == rows
+    how = "split" if not whole else "exact" if len(parts) == 1 else "swapped"
+    return TargetModule(component, path, rows, parts, how)
 
 
 def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) -> TargetModule:
@@ -204,13 +174,15 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
             f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
         )
     ordered = sorted(parts, key=lambda part: part.at)
-    ends = [part.at + part.stop for part in ordered]
+    ends = [part.at + part.stop - part.start for part in ordered]
     starts = [part.at for part in ordered[1:]] + [rows]
     wrong = next((p for p, end, start in zip(ordered, ends, starts, strict=True) if end > start), None)
     if wrong:
-        raise InputError(f"has {wrong.stop} rows, too many for its part of {path}", culprit=wrong.source.module)
+        raise InputError(
+            f"has {wrong.stop - wrong.start} rows, too many for its part of {path}", culprit=wrong.source.module
+        )
     magnitudes = sum(part.source.update.cls is DoRA for part in parts)
-    if magnitudes and (magnitudes < len(parts) or sum(part.stop for part in parts) != rows):
+    if magnitudes and (magnitudes < len(parts) or sum(part.stop - part.start for part in parts) != rows):
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",
             culprit=path,

@@ -93,7 +93,7 @@ class AdapterOutput:
     modules: tuple[ModuleConvert, ...]
     dropped: tuple[str, ...]  # modules of the source that are left out
     notes: tuple[str, ...]  # for the user, on what the output cannot hold
-    family: str | None = None  # a key of IMAGE_FAMILIES; None for a language model
+    family: str | None = None  # a key of FAMILIES; None for a language model
 
 
 def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:

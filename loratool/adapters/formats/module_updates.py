@@ -1,0 +1,94 @@
+"""Make the updates of one module of an image adapter, or of any other with LyCORIS's names, from its tensors by role.
+
+A module can have one of its weight and one of its bias. Defined by LyCORIS: `lycoris/modules/*.py`; ComfyUI:
+`comfy/weight_adapter/*.py`, `comfy/lora.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ...errors import InputError
+from ...files.weights_file import WeightsFile
+from ..config import AdapterConfig
+from ..updates.diff import Diff
+from ..updates.headers import spec_from_roles
+from ..updates.ia3 import IA3, Side
+from ..updates.update import Unpaired, UpdateSpec
+from .other_methods import EXTRACT_REMEDY
+
+BIAS_ROLES = ("diff_b",)
+
+# roles -> (the method that has them, why no merge can have it)
+MULTIPLYING = {
+    ("oft_blocks", "rescale"): ("OFT", "multiplies the weight by a matrix"),
+    ("a1", "a2"): ("GLoRA with a part that multiplies", "multiplies the weight by a matrix"),
+    ("q_layer", "p_layer", "lambda_layer"): ("T-LoRA", "has other factors at each step of the diffusion"),
+}
+
+
+def module_updates(
+    module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, bias: str, lenient: bool
+) -> Iterator[UpdateSpec]:
+    """Yield the updates of a module.
+
+    Args:
+        roles: role -> tensor, without alpha.
+        bias: the module's path with its bias, as the format spells it.
+        lenient: as `ReadOptions.lenient`.
+
+    Raises:
+        InputError: the roles are of no kind that can be merged, or as `spec_from_roles`.
+    """
+    own = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
+    for role in BIAS_ROLES:
+        if role in roles:
+            tensors = {"diff": roles[role]}
+            yield UpdateSpec(Diff, bias, tensors, {"diff": file.specs[roles[role]]}, transposed=False)
+    if not own:
+        return
+    try:
+        yield _of_weight(module, own, file, config, lenient)
+    except InputError as error:
+        if not lenient:
+            raise
+        key = next(iter(own.values()))
+        yield UpdateSpec(Unpaired, module, {"value": key}, {"value": file.specs[key]}, fault=error.message)
+
+
+def _of_weight(
+    module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
+) -> UpdateSpec:
+    _refuse_multiplying(roles)
+    if {"b1", "b2"} <= roles.keys():  # GLoRA without the part that multiplies is LoRA
+        rest = {role: name for role, name in roles.items() if role not in ("b1", "b2")}
+        roles = {**rest, "A": roles["b2"], "B": roles["b1"]}
+    if "vector" in roles:
+        return _ia3(module, roles, file)
+    key, rest = roles.get("magnitude"), {role: name for role, name in roles.items() if role != "magnitude"}
+    plain = spec_from_roles(module, rest or roles, file, config, False, lenient=lenient)
+    if key is None or plain.cls is Unpaired:
+        return plain
+    shape, inner = file.specs[key].shape, plain.shape
+    by_axes = key.endswith(".dora_scale") and len(shape) > 1
+    along_inputs = by_axes and shape[0] != inner[0] and inner[1] % max(1, shape[1]) == 0 and shape[0] == 1
+    if by_axes and not along_inputs and not lenient and shape.count(1) < len(shape) - 1:
+        raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)
+    return spec_from_roles(module, roles, file, config, False, along_inputs=along_inputs, lenient=lenient)
+
+
+def _refuse_multiplying(roles: Mapping[str, str]) -> None:
+    for marks, (method, reason) in MULTIPLYING.items():
+        found = next((role for role in marks if role in roles), None)
+        if found:
+            raise InputError(f"is a tensor of {method}, which {reason}", culprit=roles[found], remedy=EXTRACT_REMEDY)
+
+
+def _ia3(module: str, roles: Mapping[str, str], file: WeightsFile) -> UpdateSpec:
+    if set(roles) != {"vector", "on_input"}:
+        raise InputError("is a weight beside no on_input, which (IA)3 has", culprit=roles["vector"])
+    spec, side = file.specs[roles["vector"]], file.scalar(roles["on_input"])
+    if max(spec.shape, default=1) != spec.size:
+        raise InputError(f"is {spec.shape}, no vector", culprit=roles["vector"])
+    detail = Side(bool(side), difference=True)
+    return UpdateSpec(IA3, module, {"vector": roles["vector"]}, {"vector": spec}, 1.0, False, detail)

@@ -1,0 +1,23 @@
+"""Name the modules of SD 2, which is SD 1 with an OpenCLIP as text encoder."""
+
+from __future__ import annotations
+
+from .sd1 import FOUR_LEVELS, UNET
+from .table import Component, ModelFamily, Width
+from .unet import KERNELS
+
+FAMILY = ModelFamily(
+    key="sd2",
+    title="SD 2",
+    up_attention=(False, True, True, True),
+    components=(
+        UNET,
+        Component("text_encoder", "lora_te_", "text_encoders.clip_h.transformer.", "text_encoder."),
+    ),
+    marks=("input_blocks.", "down_blocks."),
+    telling=FOUR_LEVELS,
+    widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
+    kohya_naming="diffusers",
+    kernels=KERNELS,
+    kohya_version="sd_v2",
+)

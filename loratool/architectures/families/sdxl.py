@@ -1,0 +1,23 @@
+"""Name the modules of SDXL."""
+
+from __future__ import annotations
+
+from .sd1 import UNET
+from .table import Component, ModelFamily, Width
+from .unet import KERNELS
+
+FAMILY = ModelFamily(
+    key="sdxl",
+    title="SDXL",
+    up_attention=(True, True, False),
+    components=(
+        UNET,
+        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder."),
+        Component("text_encoder_2", "lora_te2_", "text_encoders.clip_g.transformer.", "text_encoder_2."),
+    ),
+    marks=("input_blocks.", "down_blocks."),
+    telling=r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding",
+    widths=(Width("unet", ("attn2.to_k",), (2048,)),),
+    kernels=KERNELS,
+    kohya_version="sdxl_base_v1-0",
+)

@@ -1,0 +1,99 @@
+"""Say what the table of a model family consists of: names in two namings, the rows of what is fused, telling widths.
+
+Every other naming is told by diffusers' modules: a maker's module is a run of rows after the other, each of one of
+them. So a plain rename, a fused matrix, one with its halves swapped and a part of a matrix are one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a diffusers' module that follow each other."""
+
+    module: str
+    part: int = 0  # which of `parts` equal parts of the module's rows they are
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Runs of rows that are one module in another naming, in the order of its rows."""
+
+    runs: tuple[str | Run, ...]  # a name alone is all rows of that module
+    # The rows of each run: a multiple of the matrix's columns, `queries` (which only a config knows), or None for an
+    # equal share of the other rows; () if all are equal.
+    sizes: tuple[int | Literal["queries"] | None, ...] = ()
+
+
+Rows = str | Fused  # a name alone is the same matrix under another name
+
+
+def swapped(module: str) -> Fused:
+    """Return a module with the halves of its rows in the other order, as shift and scale are in two namings."""
+    return Fused((Run(module, 1, 2), Run(module, 0, 2)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """The modules in one of a stack of blocks; `{i}` in a stem is its number, and `*` any path."""
+
+    maker: str  # stem of the maker's names
+    diffusers: str  # stem of diffusers' names
+    count: int  # how many the largest model has; 0 under `*`
+    names: Mapping[str, Rows]  # maker's name -> what it is of diffusers'
+    aliases: Mapping[str, Rows] = field(default_factory=dict)  # as names, in further namings, under the maker's stem
+    alike: tuple[str, ...] = ()  # names that are the same in both
+    stems: tuple[str, ...] = ()  # other stems that diffusers' names have
+    by_ratio: Mapping[str, tuple[int, Rows]] = field(default_factory=dict)  # what a name is if rows / columns is this
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the pipeline that has adapters, with the prefixes of its modules in the files of each ecosystem."""
+
+    name: str  # `unet` for any denoiser, `text_encoder`, `text_encoder_2`, ...
+    kohya: str  # `lora_te1_`, before flattened paths
+    comfy: str  # `text_encoders.clip_l.transformer.`
+    diffusers: str  # the folder in a pipeline and a dot
+
+
+@dataclass(frozen=True)
+class Width:
+    """Modules whose number of columns tells the family."""
+
+    component: str
+    ends: tuple[str, ...]  # of their paths in either naming
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # compared and hashed as the one object that it is
+class ModelFamily:
+    """The facts of one family; literal, no code."""
+
+    key: str  # `flux`
+    title: str  # `Flux`
+    blocks: tuple[Block, ...] = ()
+    outside: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> what it is of diffusers'
+    outside_aliases: Mapping[str, Rows] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()  # names outside of the blocks that are the same in both
+    # Of a UNet, which has blocks that `unet` numbers: whether each block of the way up has attention.
+    up_attention: tuple[bool, ...] = ()
+    components: tuple[Component, ...] = ()  # the denoiser first
+    conv1d: tuple[str, ...] = ()  # ends of paths whose weight is stored as (in, out)
+    marks: tuple[str, ...] = ()  # of these, every base's names contain one
+    telling: str = ""  # a regular expression of diffusers' paths that only this family has
+    widths: tuple[Width, ...] = ()
+    ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
+    kernels: Mapping[str, int] = field(default_factory=dict)  # end of a convolution's path in diffusers' names -> size
+    kohya_naming: Literal["maker", "diffusers"] = "maker"  # in sd-scripts' files
+    kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
+    kohya_network: str = "networks.lora"  # sd-scripts' module
+
+    def component(self, name: str) -> Component | None:
+        """Return the component of a name."""
+        return next((each for each in self.components if each.name == name), None)
