@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
+from ...architectures.families import FAMILIES
+from ...errors import InputError
 from .dotted import DottedFormat, has_dotted_factors
 from .format import Capabilities, NewModule
 from .kohya import network_metadata, text_model_path

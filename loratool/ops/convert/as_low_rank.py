@@ -28,10 +28,10 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import FAMILIES, kernel_of
 from ...binding.selection import Selection
 from ...errors import InputError
-from ...files.dtypes import TORCH_FLOATS, TensorSpec
+from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
 from ...numerics.factored_svd import core
-from .factors import DIGITS, EPSILON, Loss, alpha_for_scale, relative_error
+from .factors import EPSILON, Loss, alpha_for_scale, relative_error
 from .source_modules import SourceModule, detect_family, read_source_modules
 
 # fields of PEFT's config that mean the same in every method's
@@ -66,6 +66,12 @@ class AsLowRank:
             lines.append(f"{count} modules of {kind} are LoRA of {rank} here, which their factors multiply out to")
         return tuple(lines)
 
+    def warnings(self) -> tuple[str, ...]:
+        """Return the sentences, and one on the largest loss if there is one, for commands that go on from the LoRA."""
+        lost = [loss.relative for loss in self.losses.values()]
+        rounded = f"{len(lost)} of them are rounded to float32, which loses at most {max(lost, default=0):.0e} of a change"
+        return (*self.notes(), *([f"{self.adapter.name}: {rounded}"] if lost else []))
+
 
 def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
     """Return the adapter with LoRA in place of every other kind that has exact factors.
@@ -88,7 +94,7 @@ def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
         return AsLowRank(source, {}, {})
     modules, _ = read_source_modules(source)
     family, by_name = detect_family(modules), {each.module: each for each in modules}
-    specs, updates, losses = dict(source.file.specs), dict(source.updates), {}
+    specs, updates, losses = dict(source.file.specs), dict(source.updates), dict[str, Loss]()
     for module in others:
         for name in source.updates[module].cls.without_norm(source.updates[module]).tensors.values():
             specs.pop(name, None)  # VeRA's would be shared, but it has no factors
@@ -123,7 +129,7 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
         return update.shape[2:]
     kernel = kernel_of(FAMILIES[family], source.path)
     if update.shape[1] % math.prod(kernel):
-        raise InputError(f"has {update.shape[1]} columns, which are not those of a kernel {kernel}", culprit=update.module)
+        raise InputError(f"has {update.shape[1]} columns, which no kernel {kernel} has", culprit=update.module)
     return kernel
 
 
@@ -171,9 +177,9 @@ def _loss(source: Adapter, module: str, scale: float) -> Loss | None:
     inner = source.updates[module].cls.without_norm(source.updates[module])
     B, A = _true(source, module)
     made = round_factors(module, (B, A), torch.float32)
-    digits = (DIGITS.get(getattr(torch, TORCH_FLOATS.get(each.dtype, "float8_e4m3fn")), 4) for each in inner.specs.values())
+    wide = any(spec.dtype == "F64" for spec in inner.specs.values())  # float64 holds products of shorter types
     held = all(torch.equal(side.double(), true) for side, true in zip(made, (B, A), strict=True))
-    if held and max(digits) <= DIGITS[torch.float32] and not inner.cls.sums(inner) and scale == inner.scale:
+    if held and not wide and not inner.cls.sums(inner) and scale == inner.scale:
         return None
     total = float(torch.linalg.vector_norm(core(B, A))) ** 2 * inner.scale**2
     error = max(EPSILON, relative_error((B * inner.scale, A), (made[0].double() * scale, made[1])))

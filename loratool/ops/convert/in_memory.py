@@ -26,6 +26,7 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ...files.virtual import VirtualFile
 from ..inputs import WeightedAdapter
+from .as_low_rank import as_low_rank
 from .command import plan_convert
 from .factors import ModuleFactors, is_zero_filler, make_factors
 from .module_map import TargetModule, plan_target_modules
@@ -219,6 +220,8 @@ def by_meaning(
     read = [read_source_modules(adapter) for adapter in adapters]
     if are_alike(adapters) or not all(detect_family(sources) for sources, _ in read):
         return adapters, {}
+    adapters = [as_low_rank(adapter).adapter for adapter in adapters]
+    read = [read_source_modules(adapter) for adapter in adapters]
     family = common_family(adapters)
     assert family is not None
     found, aliases = [], dict[str, tuple[str, ...]]()
