@@ -39,7 +39,7 @@ from ..numerics.factored_svd import distance, effective_rank, factored_svd, sing
 from ..streaming.workers import Progress, choose_device
 from .convert.as_low_rank import as_low_rank
 from .convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
-from .convert.request import ConvertRequest
+from .convert.request import ConvertRequest, request_for
 from .machine import require_ieee
 from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
@@ -139,7 +139,8 @@ def resize(
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
         check_output_path(path, is_file, [source.file.path], force)
-        found = as_low_rank(source)
+        with request_for("resize"):
+            found = as_low_rank(source)
         source, warnings = found.adapter, found.warnings()
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)

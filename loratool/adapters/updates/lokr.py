@@ -131,8 +131,8 @@ class LoKr(Update):
     def factors(self) -> tuple[Tensor, Tensor]:
         import torch
 
-        (B1, A1), (B2, A2) = self._first(), self._second()
-        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2.contiguous())[None]
+        (B1, A1), (B2, A2) = ([each.contiguous() for each in side] for side in (self._first(), self._second()))
+        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2)[None]
 
     def singular_values(self) -> Tensor:
         from ...numerics.factored_svd import singular_values

@@ -27,7 +27,7 @@ from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import FAMILIES, kernel_of
 from ...binding.selection import Selection
-from ...errors import InputError
+from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
 from ...numerics.factored_svd import core
@@ -63,13 +63,13 @@ class AsLowRank:
             ranks = {self.adapter.updates[module].rank for module, other in self.kinds.items() if other == kind}
             count, least, most = list(self.kinds.values()).count(kind), min(ranks), max(ranks)
             rank = f"rank {least}" if least == most else f"ranks {least} to {most}"
-            lines.append(f"{count} modules of {kind} are LoRA of {rank} here, which their factors multiply out to")
+            lines.append(f"{self.adapter.name}: its {count} modules of {kind} are LoRA of {rank} when multiplied out")
         return tuple(lines)
 
     def warnings(self) -> tuple[str, ...]:
         """Return the sentences, and one on the largest loss if there is one, for commands that go on from the LoRA."""
         lost = [loss.relative for loss in self.losses.values()]
-        rounded = f"{len(lost)} of them are rounded to float32, which loses at most {max(lost, default=0):.0e} of a change"
+        rounded = f"float32 rounds {len(lost)} of these, and loses at most {max(lost, default=0.0):.0e} of a change"
         return (*self.notes(), *([f"{self.adapter.name}: {rounded}"] if lost else []))
 
 
@@ -81,6 +81,7 @@ def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
 
     Raises:
         InputError: factors hold nan or inf, or their products overflow float32.
+        NeedsFlag: nothing tells the kernel of a convolution.
     """
     selection = Selection(tuple(left) or ("",))
     others = [
@@ -125,8 +126,16 @@ def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
 
 def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None) -> tuple[int, ...]:
     """Return the kernel of the convolution that an update is of, which LoHa's and LoKr's flattened factors hide."""
-    if len(update.shape) > 2 or source is None or family is None or source.component != "unet":
+    if len(update.shape) > 2:
         return update.shape[2:]
+    if source is None or family is None or source.component != "unet":
+        if "conv" in update.module.lower():
+            raise NeedsFlag(
+                f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",
+                culprit=update.module,
+                remedy=f"add --drop {update.module} to leave it out",
+            )
+        return ()
     kernel = kernel_of(FAMILIES[family], source.path)
     if update.shape[1] % math.prod(kernel):
         raise InputError(f"has {update.shape[1]} columns, which no kernel {kernel} has", culprit=update.module)

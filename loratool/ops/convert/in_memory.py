@@ -220,7 +220,8 @@ def by_meaning(
     read = [read_source_modules(adapter) for adapter in adapters]
     if are_alike(adapters) or not all(detect_family(sources) for sources, _ in read):
         return adapters, {}
-    adapters = [as_low_rank(adapter).adapter for adapter in adapters]
+    with request_for("diff"):
+        adapters = [as_low_rank(adapter).adapter for adapter in adapters]
     read = [read_source_modules(adapter) for adapter in adapters]
     family = common_family(adapters)
     assert family is not None
