@@ -1,4 +1,4 @@
-"""Make the matrix in the guide `formats` by converting a small adapter of each to each: `python tests/matrix.py`.
+"""Make the tables in the guide `formats`, one by converting a small adapter of each to each: `python tests/matrix.py`.
 
 A cell is what `convert` reported, with the flags that it asked for first, or that it refused.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag
-from loratool.adapters.formats import written_formats
+from loratool.adapters.formats import FORMATS, written_formats
+from loratool.adapters.updates import UPDATES
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -116,13 +117,17 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "OneTrainer": lambda p: _image(p, {f"lora_transformer_{n}": s for n, s in _flat(SPLIT).items()}, DOWN_UP),
     "cloneofsimo": _cloneofsimo,
 }
-COLUMNS = {**{to: {} for to in written_formats()}, "peft --plain": {"plain": True}}
+
+
+def columns() -> dict[str, dict[str, Any]]:
+    """Return the formats that are written, each with the options of its column."""
+    return {**{to: {} for to in written_formats()}, "peft --plain": {"plain": True}}
 
 
 def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertReport | None]:
     """Convert to `out` with each flag that is asked for; return the cell, which names them, and the report."""
     to = column.split()[0]
-    options: dict[str, Any] = dict(COLUMNS[column])
+    options: dict[str, Any] = dict(columns()[column])
     asked: list[str] = []
     while True:
         try:
@@ -158,15 +163,37 @@ def _how(report: loratool.ConvertReport) -> str:
 def matrix(folder: Path) -> str:
     """Return the matrix as Markdown."""
     lines = [
-        "| from \\ to | " + " | ".join(f"`{column}`" for column in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| from \\ to | " + " | ".join(f"`{column}`" for column in columns()) + " |",
+        "|---" * (len(columns()) + 1) + "|",
     ]
     for i, (name, make) in enumerate(READABLE.items()):
         adapter, out = make(folder / f"{i}"), folder / "out.safetensors"
-        lines.append(f"| {name} | " + " | ".join(cell(adapter, column, out)[0] for column in COLUMNS) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(adapter, column, out)[0] for column in columns()) + " |")
+    return "\n".join(lines)
+
+
+ALPHAS = {
+    "tensor": "a tensor of each module",
+    "config": "the config",
+    "metadata": "the metadata",
+    "none": "not there",
+}
+
+
+def held() -> str:
+    """Return what files of each format hold as Markdown, from `Capabilities`."""
+    lines = ["| format | of | updates | alpha | initialization | written |", "|---" * 6 + "|"]
+    for key, each in FORMATS.items():
+        can = each.can
+        of = "an image model, all components" if can.components == "many" else "one model, or one component"
+        kinds = ", ".join(kind for kind in UPDATES if kind in can.kinds)
+        written = ("a folder or a file" if can.folder else "a file") if can.writes else "no"
+        said = "said" if can.starts else "not said"
+        lines.append(f"| `{key}` | {of} | {kinds} | {ALPHAS[can.alpha]} | {said} | {written} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    print(held(), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         print(matrix(Path(folder)))

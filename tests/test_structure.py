@@ -10,7 +10,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -50,7 +50,16 @@ LIGHT = (
 HEAVY = ("binding.candidates", "files.tensor_compare")
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
 # Packages that hold more than a docstring: tables and faces.
-FULL_PACKAGES = ("", "adapters.formats", "adapters.updates", "architectures.families", "cli", "cli.render", "cli.schemas")
+FULL_PACKAGES = (
+    "",
+    "adapters.formats",
+    "adapters.updates",
+    "architectures.families",
+    "files.codecs",
+    "cli",
+    "cli.render",
+    "cli.schemas",
+)
 # What of torch takes the process's default type where none is named.
 MAKERS = set("arange as_tensor empty eye full linspace logspace normal ones rand randn tensor zeros".split())
 
@@ -304,8 +313,6 @@ WIDE = {
     "ops.extract.changes._sort_tensor": 9,
     "ops.unmerge._subtract": 10,
 }
-# One interface of every format, and functions of the library that a command of click is called after.
-SHARED_NAMES = {"claims", "read"}
 
 
 def wide_functions(package: Path) -> list[str]:
@@ -327,9 +334,39 @@ def shared_names(package: Path) -> list[str]:
     for name, tree in modules(package).items():
         for node in tree.body:
             named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            if named and name != f"cli.{node.name}" and node.name not in SHARED_NAMES:
+            if named and name != f"cli.{node.name}":
                 homes[node.name].add(name)
     return [f"{name} is in {' and '.join(sorted(found))}" for name, found in homes.items() if len(found) > 1]
+
+
+# Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
+FORMAT_WORDS = {"adapters.formats": 1}  # a Literal for type checkers
+
+
+def format_words(package: Path) -> list[str]:
+    """Formats' keys as strings outside their files: commands know formats only through the table."""
+    homes = {
+        node.value.value: name
+        for name, tree in modules(package).items()
+        if name.startswith("adapters.formats.")
+        for each in ast.walk(tree)
+        if isinstance(each, ast.ClassDef)
+        for node in each.body
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) == "key"
+        and isinstance(node.value, ast.Constant)
+    }
+    found: dict[str, Counter[object]] = defaultdict(Counter)
+    for name, tree in modules(package).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and name != homes.get(node.value, name):
+                found[name][node.value] += 1
+    return [
+        f"{name} says {word!r}"
+        for name, words in found.items()
+        for word, count in words.items()
+        if count > FORMAT_WORDS.get(name, 0)
+    ]
 
 
 # rule -> files that break it, and what of the message tells that
@@ -355,6 +392,10 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
     bad_openings: ({"files/a.py": '"""A."""\nclass B:\n    """Of a file."""'}, "files.a.B: Of a file."),
     dead_references: ({"files/a.py": '"""Read what `bc.D` is."""', "files/bc.py": '"""B."""'}, "`bc.D` is nowhere"),
     wide_functions: ({"files/a.py": f'"""A."""\ndef f({", ".join("abcdefghi")}): ...'}, "files.a.f takes 9"),
+    format_words: (
+        {"adapters/formats/b.py": '"""B."""\nclass B:\n    key = "bee"', "ops/a.py": '"""A."""\nx = y == "bee"'},
+        "ops.a says 'bee'",
+    ),
     shared_names: ({"files/a.py": '"""A."""\ndef f(): ...', "ops/b.py": '"""B."""\ndef f(): ...'}, "f is in files.a"),
 }
 

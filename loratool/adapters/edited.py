@@ -22,7 +22,8 @@ from ..files.tensor_ref import TensorRef, is_finite
 from ..files.weights_file import WeightsFile
 from .adapter import Adapter
 from .formats import FORMATS, usual_format
-from .formats.format import AdapterContent, Format
+from .formats.content import AdapterContent
+from .formats.format import Format
 from .formats.peft import WEIGHTS_NAMES, adapter_names
 from .formats.peft_config import base_mutating_init_of, lora_config
 from .formats.single_file import STALE_KEYS

@@ -72,7 +72,7 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
         if selection.selects(module_path(name)) and any(
             _is_default_target(each, name, role, routers) for each in selection.target
         ):
-            kind, source = weight_kind(base.model_types, module_path(name), role), TensorRef(base.shard_of[name], name)
+            kind, source = weight_kind(base.model_types, module_path(name), role), base.ref(name)
             found.append(Candidate(name, in_model(name), kind, source, stack_shape(kind, source.spec.shape)))
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")

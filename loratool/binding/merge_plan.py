@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from ..adapters.updates.update import UpdateSpec
 from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import FLOAT8, TensorSpec
+from ..files.codecs import RAW, codec_of
+from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.output import OutputEdits
 from ..files.side_files import tokenizer_files
 from ..files.tensor_compare import same_values
@@ -43,8 +44,14 @@ class MergePlan:
     @cached_property
     def changed(self) -> set[str]:
         """The tensors whose values need not be the base's."""
-        replaced = {name for name, source in self.sources.items() if source.file is not self.base.shard_of.get(name)}
+        own = self.base.specs
+        replaced = {n for n, source in self.sources.items() if n not in own or source.file is not self.base.ref(n).file}
         return replaced | set(self.placements)
+
+    def stored_sources(self, names: Iterable[str]) -> dict[str, TensorRef]:
+        """Return where each tensor of the output comes from; an unchanged weight's are stored as they are."""
+        read = self.sources.keys() - (self.base.weights.keys() - self.changed)
+        return {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
 
 
 def plan_merge(
@@ -112,7 +119,7 @@ def _resolve_row_sources(
     base: Checkpoint, tie: Tie | None, resolved: ResolvedTie
 ) -> tuple[dict[str, TensorRef], dict[str, tuple[Placement, ...]]]:
     """Return where the rows of each tensor come from, and the placements left to apply to them."""
-    sources = {name: TensorRef(shard, name) for name, shard in base.shard_of.items()}
+    sources = {name: base.ref(name) for name in base.specs}
     placements = {}
     if tie and resolved.untied:
         _share_replacement(tie, resolved, sources)
@@ -239,20 +246,25 @@ def _plan_edits(
     return OutputEdits(specs, config, files), notes
 
 
-def widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
-    """Return the edits with changed float8 tensors in `dtype`, since almost no update survives in 8 bits.
+def decode_changed(plan: MergePlan, dtype: str | None) -> OutputEdits:
+    """Return the edits with changed weights that are stored as codes in `dtype`, since almost no update survives there.
 
     Raises:
-        NeedsFlag: there are such tensors, and `dtype` is None.
+        NeedsFlag: there are such weights, and `dtype` is None.
     """
-    specs = dict(plan.edits.specs)
+    specs, base = dict(plan.edits.specs), plan.base
+    plain = {spec.dtype for name, spec in base.specs.items() if name not in base.weights} & TORCH_FLOATS.keys()
     for name in plan.changed:
-        spec = specs.get(name) or plan.base.specs[name]
-        if spec.dtype in FLOAT8 and dtype is None:
+        spec = specs.get(name) or base.specs[name]
+        weight = base.weights.get(name) or plan.sources[name].weight
+        codec = weight.codec if weight else codec_of(spec)
+        if codec is not RAW and dtype is None:
             raise NeedsFlag(
-                f"is {spec.dtype}, too coarse for a change", culprit=name, remedy="add --dtype bf16 --no-undo"
+                f"is {codec.key if weight else spec.dtype}, too coarse for a change",
+                culprit=name,
+                remedy="add --dtype bf16" if codec.encodes and plain <= {"BF16"} else "add --dtype bf16 --no-undo",
             )
-        if spec.dtype in FLOAT8 and dtype is not None:
+        if codec is not RAW and dtype is not None:
             specs[name] = TensorSpec(dtype, spec.shape)
     return replace(plan.edits, specs=specs)
 

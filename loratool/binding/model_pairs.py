@@ -33,17 +33,13 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> ModelPairs:
     if prefix is not None:
         longer, shorter = prefix
         theirs = {longer + path.removeprefix(shorter): name for path, name in theirs.items()}
-    both = {
-        name: (TensorRef(base.shard_of[name], name), TensorRef(tuned.shard_of[theirs[path]], theirs[path]))
-        for path, name in mine.items()
-        if path in theirs
-    }
+    both = {name: (base.ref(name), tuned.ref(theirs[path])) for path, name in mine.items() if path in theirs}
     if not both:
         raise InputError("no tensor of one side has a name of the other", remedy="are these two of one family?")
     return ModelPairs(
         both,
         tuple(name for path, name in mine.items() if path not in theirs),
-        {name: TensorRef(tuned.shard_of[name], name) for path, name in theirs.items() if path not in mine},
+        {name: tuned.ref(name) for path, name in theirs.items() if path not in mine},
     )
 
 

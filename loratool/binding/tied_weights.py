@@ -142,7 +142,7 @@ def head_is_missing(base: Checkpoint) -> bool:
 
 
 def _embedding_source(base: Checkpoint, name: str) -> TensorRef:
-    return TensorRef(base.shard_of[name], name)
+    return base.ref(name)
 
 
 def _tie_flag(config: Mapping[str, Any]) -> bool | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .codecs import find_stored
+from .codecs.codec import StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, reading
 from .hub_cache import resolve
@@ -31,6 +33,7 @@ from .quantized import (
     listed_layers,
 )
 from .safetensors_file import TensorFile, parse_json
+from .tensor_ref import TensorRef
 from .torch_reader import TorchFile
 from .weights_file import WeightsFile
 
@@ -89,14 +92,47 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __post_init__(self) -> None:
         shard_of = {name: shard for shard in self.shards for name in shard.specs}
-        object.__setattr__(self, "shard_of", shard_of)
-        object.__setattr__(self, "specs", {name: shard.specs[name] for name, shard in shard_of.items()})
+        stored = {name: shard.specs[name] for name, shard in shard_of.items()}
+        if self.parts:
+            weights = {name: weight for part in self.parts for name, weight in part.weights.items()}
+        else:
+            weights = find_stored(self.config, stored)
+        for field, value in (("shard_of", shard_of), ("stored", stored), ("weights", weights)):
+            object.__setattr__(self, field, value)
+        object.__setattr__(self, "specs", self.with_decoded(weights))
 
-    shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]  # tensor -> the file that has it
-    specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # in file order, shard by shard
+    shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]  # stored tensor -> the file that has it
+    stored: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # in file order, shard by shard
+    weights: Mapping[str, StoredWeight] = None  # type: ignore[assignment]  # those of several tensors, by logical name
+    specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # of the weights, in the order of `stored`
+
+    def with_decoded(self, names: Collection[str]) -> dict[str, TensorSpec]:
+        """Return the stored tensors in their order, but these of `weights` under their own names, as numbers."""
+        if not names:
+            return dict(self.stored)
+        weights = {self.weights[name].tensors[0]: (name, self.weights[name].spec) for name in names}
+        parts = {tensor for name in names for tensor in self.weights[name].tensors[1:]}
+        return dict(weights.get(name, (name, spec)) for name, spec in self.stored.items() if name not in parts)
+
+    def ref(self, name: str) -> TensorRef:
+        """Return where a weight is read from."""
+        weight = self.weights.get(name)
+        if weight is None:
+            return self.stored_ref(name)
+        codes, *others = (StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors)
+        return TensorRef(codes.file, codes.name, weight, tuple(others))
+
+    def nbytes_of(self, name: str) -> int:
+        """Return the bytes in which a weight is stored, those of its companions too."""
+        weight = self.weights.get(name)
+        return sum(self.stored[tensor].nbytes for tensor in (weight.tensors if weight else (name,)))
+
+    def stored_ref(self, name: str) -> TensorRef:
+        """Return a stored tensor as it is, also if it is a part of a weight."""
+        return TensorRef(self.shard_of[name], name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.shard_of[name].tensor(name)
+        return self.ref(name).tensor()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -126,7 +162,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def quantized(self) -> str | None:
         """Return the quantization method of the model or a component: the config's name for it, else our format's."""
         methods = (declared_method(part.declared) for part in self.models)
-        return next(filter(None, methods), None) or next((c.format for c in self.coded.values()), None)
+        formats = [c.format for c in self.coded.values()] or [w.codec.key for w in self.weights.values()]
+        return next(filter(None, methods), None) or next(iter(formats), None)
 
     @cached_property
     def declared(self) -> Mapping[str, Any]:
@@ -140,20 +177,26 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def coded(self) -> Mapping[str, Coded]:
-        """Return the quantized weights, by the names that they have in a model that is not quantized."""
+        """Return the quantized weights that no codec reads, by their names in a model that is not quantized."""
         if self.parts:
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
-        layers = (listed_layers(shard.metadata or {}) for shard in self.shards)
-        found = find_coded(self.specs, self.declared, {self.prefix + layer for each in layers for layer in each})
-        for name in (name for name in self.specs if name.endswith(DUMMY_SCALE)):
+        layers, plain = (listed_layers(shard.metadata or {}) for shard in self.shards), self._plain
+        found = find_coded(plain, self.declared, {self.prefix + layer for each in layers for layer in each})
+        for name in (name for name in plain if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
-            weight = self.specs.get(f"{path}.weight")
+            weight = plain.get(f"{path}.weight")
             if weight and weight.dtype in TORCH_FLOATS and not self._is_one(name):
-                found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", self.specs, self.declared)
+                found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", plain, self.declared)
         return found
 
+    @property
+    def _plain(self) -> Mapping[str, TensorSpec]:
+        """Return the stored tensors that are in no weight of several."""
+        parts = {tensor for weight in self.weights.values() for tensor in weight.tensors}
+        return {name: spec for name, spec in self.stored.items() if name not in parts} if parts else self.stored
+
     def _is_one(self, name: str) -> bool:
-        return self.specs[name].size == 1 and self.shard_of[name].scalar(name) == 1
+        return self.stored[name].size == 1 and self.shard_of[name].scalar(name) == 1
 
     @cached_property
     def formats(self) -> Mapping[str, str]:

@@ -78,7 +78,7 @@ class Output:
 class OutputEdits:
     """The differences of an output from its base, besides the tensors' values."""
 
-    specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped and new tensors
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped, decoded and new tensors
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares

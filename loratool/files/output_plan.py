@@ -70,7 +70,7 @@ def plan_output(
 
     Args:
         dtype: the safetensors name of the dtype for every float tensor of 16 bits or more that is no part of a
-            quantized weight.
+            quantized weight; a weight that a codec reads stays stored as it is, unless `edits` has a spec for it.
         undo: whether an undo file is written; those of earlier merges get the next numbers.
         container: a key of CONTAINERS.
 
@@ -84,8 +84,11 @@ def plan_output(
     edits = edits or OutputEdits()
     absent = edits.shared if container == "torch" else edits.left_out
     request = _OutputRequest(is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent)
-    stored = {**base.specs, **edits.specs}
-    specs = {name: spec if name in base.formats else with_dtype(spec, dtype) for name, spec in stored.items()}
+    decoded = base.weights.keys() & edits.specs.keys()
+    parts = {tensor for name in base.weights.keys() - decoded for tensor in base.weights[name].tensors}
+    parts |= base.formats.keys()
+    stored = {**base.with_decoded(decoded), **edits.specs}
+    specs = {name: spec if name in parts else with_dtype(spec, dtype) for name, spec in stored.items()}
     files: tuple[OutputFile, ...] = ()
     extras: dict[str, bytes] = {}
     travels, not_copied = _side_files(base, is_file, edits)
@@ -132,10 +135,11 @@ def _plan_files(
     own = {name: spec for name, spec in specs.items() if name not in request.absent}
     shards = _make_shards(base, own, request) if is_resharded else _keep_base_shards(base, own, request)
     if not is_resharded:
-        shards[-1].members.extend(name for name in own if name not in base.specs)
+        placed = {name for shard in shards for name in shard.members}
+        shards[-1].members.extend(name for name in own if name not in placed)
     indexed = not request.is_file and (len(shards) > 1 or (base.index is not None and not is_resharded))
     is_kept = (
-        base.prefix and not is_resharded and own == base.specs and not any(name in request.changed for name in own)
+        base.prefix and not is_resharded and own == base.stored and not any(name in request.changed for name in own)
     )
     is_kept = is_kept and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
     provenance = {} if indexed or is_kept else {"loratool": request.provenance}
@@ -183,7 +187,8 @@ def _numbered(
 
 def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request: _OutputRequest) -> list[_ShardPlan]:
     """Plan the base's files again, under loaders' names if the container changes or the base is a single file."""
-    groups = [[name for name in shard.specs if name in specs] for shard in base.shards]
+    names = {weight.tensors[0]: name for name, weight in base.weights.items() if name in specs}
+    groups = [[n for n in (names.get(name, name) for name in shard.specs) if n in specs] for shard in base.shards]
     same = (
         not base.given_as_file and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
     )
@@ -239,7 +244,7 @@ def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
     """
     sources = (shard.kept,) if shard.kept else base.shards
     found = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
-    elsewhere = {_component_name(base, name) for name in base.specs.keys() - set(shard.members)}
+    elsewhere = {_component_name(base, name) for name in base.stored.keys() - set(shard.members)}
     return {key: value for key, value in found.items() if value not in elsewhere}
 
 

@@ -24,7 +24,7 @@ def same_values(one: TensorRef, two: TensorRef) -> bool:
     if not one.spec.shape or not one.spec.size or one.spec.dtype not in FLOATS:
         return one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
     for start, stop in _blocks(one.spec):
-        a, b = one.file.rows(one.name, start, stop), two.file.rows(two.name, start, stop)
+        a, b = one.rows(start, stop), two.rows(start, stop)
         if not torch.equal(a.to(b.dtype), b):
             return False
     return True
@@ -81,7 +81,7 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     step = max(1, READ // (size // rows))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        one, two = (side.file.rows(side.name, start, stop).to(device) for side in (base, tuned))
+        one, two = (side.rows(start, stop).to(device) for side in (base, tuned))
         ulp = _ulp(two[::SPARSE], tuned.spec.dtype)
         wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
         one, two = one.to(wide), two.to(wide)

@@ -1,4 +1,4 @@
-"""Read one stored tensor, `TensorRef(file, name)`, by blocks of rows: its norm, finiteness, float32 copy."""
+"""Read one weight, `TensorRef(file, name)`, by blocks of rows through its codec: its norm, finiteness, float32 copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .dtypes import FLOATS, TORCH_FLOATS, TensorSpec
+from .codecs import RAW, codec_of
+from .codecs.codec import Codec, StoredTensor, StoredWeight
+from .dtypes import DTYPE_NAMES, FLOATS, TORCH_FLOATS, TensorSpec
 from .fileio import read_into
 from .weights_file import WeightsFile
 
@@ -22,37 +24,88 @@ SHORT = 1 << 20  # up to so many, float64 costs nothing
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor in a weights file, of which nothing is read until it is asked for."""
+    """A weight in weights files, of which nothing is read until it is asked for."""
 
-    file: WeightsFile
-    name: str
+    file: WeightsFile  # that has it, or its codes
+    name: str  # of the tensor there
+    weight: StoredWeight | None = None  # None where the tensor's type alone tells the codec
+    companions: tuple[StoredTensor, ...] = ()  # those of `weight.tensors` that follow the codes
 
     @property
     def spec(self) -> TensorSpec:
-        return self.file.specs[self.name]
+        return self.weight.spec if self.weight else self.file.specs[self.name]
+
+    @property
+    def codec(self) -> Codec:
+        return self.weight.codec if self.weight else codec_of(self.spec)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type in which rows are read."""
+        import torch
+
+        codec = self.codec
+        name = DTYPE_NAMES.get(self.spec.dtype, "uint8") if codec is RAW else codec.numbers
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    def read_rows(self, start: int, out: torch.Tensor) -> None:
+        """Read rows from `start` on into `out`, the weight seen as a matrix of as many columns as `out` has.
+
+        Args:
+            out: (rows, columns), contiguous, on the CPU, of type `dtype`.
+        """
+        if not out.numel():
+            return
+        import torch
+
+        codec, stored = self.codec, (StoredTensor(self.file, self.name), *self.companions)
+        columns, first = codec.columns(self.spec), start * out.shape[1]
+        above, count = first % columns, out.numel()
+        if not above and not count % columns:
+            codec.read_rows(stored, first // columns, out.view(-1, columns))
+            return
+        whole = torch.empty(-(-(above + count) // columns), columns, dtype=out.dtype)
+        codec.read_rows(stored, first // columns, whole)
+        out.copy_(whole.view(-1)[above : above + count].view(out.shape))
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).
+
+        InputError for a dtype that is no float.
+        """
+        import torch
+
+        rows = self.spec.shape[0]
+        stop = min(stop, rows)
+        out = torch.empty(stop - start, self.spec.size // rows if rows else 0, dtype=self.dtype)
+        self.read_rows(start, out)
+        return out
+
+    def tensor(self) -> torch.Tensor:
+        """Return the whole weight, of a floating-point type of 16 bits or more; InputError for the others."""
+        if self.weight is None:
+            return self.file.tensor(self.name)
+        return self.rows(0, self.spec.shape[0]).view(self.spec.shape)
 
     def blocks(self, most: int) -> Iterator[torch.Tensor]:
         """Yield the tensor, which must be of a float type and not empty, as (rows, columns) of about `most` numbers."""
         spec = self.spec
         if not spec.shape:
-            yield self.file.tensor(self.name).view(1, 1)
+            yield self.tensor().view(1, 1)
             return
         rows = spec.shape[0]
         step = max(1, most // (spec.size // rows))
         for start in range(0, rows, step):
-            yield self.file.rows(self.name, start, min(start + step, rows))
+            yield self.rows(start, min(start + step, rows))
 
     def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
         """Return rows start:stop of the tensor viewed as (rows, columns), also if it is a stack of matrices."""
         import torch
 
-        spec = self.spec
-        if rows == (spec.shape or (1,))[0]:
-            return self.file.rows(self.name, start, stop)
-        inner = rows // spec.shape[0]
-        first, last = start // inner, -(-stop // inner)
-        block = self.file.rows(self.name, first, last).reshape((last - first) * inner, -1)
-        return torch.clone(block[start - first * inner : stop - first * inner])
+        out = torch.empty(min(stop, rows) - start, self.spec.size // rows, dtype=self.dtype)
+        self.read_rows(start, out)
+        return out
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
@@ -66,7 +119,7 @@ def squared_norm(source: TensorRef) -> float:
     """Return ||W||^2 in float64; 0 if the dtype is no float."""
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
-    rows = (source.file.rows(source.name, start, stop).double() for start, stop in _blocks(source.spec))
+    rows = (source.rows(start, stop).double() for start, stop in _blocks(source.spec))
     return math.fsum(float(block.square().sum()) for block in rows)
 
 
@@ -102,7 +155,7 @@ def require_finite(source: TensorRef) -> None:
     if spec.dtype not in FLOATS or not spec.size or not spec.shape:
         return
     for start, stop in _blocks(spec):
-        if not is_finite(source.file.rows(source.name, start, stop)):
+        if not is_finite(source.rows(start, stop)):
             raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
 
 
@@ -126,7 +179,8 @@ def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[tuple[str, int, i
     """Yield (dtype, first byte, byte after the last, names) of adjoining small tensors, about BLOCK bytes at a time."""
     run: list[str] = []
     dtype, begin, end = "", 0, 0
-    for start, name in sorted((file.begin[name], name) for name in names):
+    # what a reader computes, a `VirtualFile`, has no bytes
+    for start, name in sorted((file.begin[name], name) for name in names if name in file.begin):
         spec = file.specs[name]
         nbytes = spec.nbytes
         if spec.dtype not in TORCH_FLOATS or not 0 < nbytes < BLOCK:
@@ -155,7 +209,7 @@ def read_float32(source: TensorRef, device: torch.device) -> torch.Tensor:
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         block = out[start:stop]
-        block.copy_(source.file.rows(source.name, start, stop).reshape(block.shape))
+        block.copy_(source.rows(start, stop).reshape(block.shape))
         if not all(math.isfinite(end) for end in block.aminmax()):  # a nan is both ends
             raise InputError(
                 f"holds nan, inf or more than float32 can; {source.file.path} is damaged", culprit=source.name

@@ -99,10 +99,8 @@ def tiling(
     """
     is_float = was.dtype in TORCH_FLOATS
     if placements:
-        rows = placements[0][ROWS]
-        possible = {was.shape[0], was.shape[0] * was.shape[1]} if len(was.shape) > 2 else {(*was.shape, 1)[0]}
         require(spec == was and is_float, f"{name} is {spec}, and was {was}")
-        require(rows in possible and all(placement[ROWS] == rows for placement in placements), f"{name}: its rows")
+        _check_rows(name, was, placements)
         return _covered([(start, stop) for *_, start, stop, _, _ in placements]) if was.size else [], None
     same = spec.dtype == was.dtype and spec.shape[1:] == was.shape[1:] and bool(spec.shape) is bool(was.shape)
     require(same, f"{name} is {spec}, and was {was}")
@@ -110,6 +108,32 @@ def tiling(
         return [], 0
     shared = min(spec.shape[0], was.shape[0])
     return [(0, shared)], (shared if shared < was.shape[0] else None)
+
+
+def coded_tiling(
+    name: str, spec: TensorSpec, was: TensorSpec, codes: TensorSpec, placements: Sequence[Sequence[Any]]
+) -> list[tuple[int, int]]:
+    """Return the runs of rows that the records of a weight that was stored as codes must tile: all, split at each edge.
+
+    Args:
+        spec: the merged tensor's.
+        was: the weight's.
+        codes: of the stored tensor.
+    """
+    require(spec.shape == was.shape and spec.dtype in TORCH_FLOATS, f"{name} is {spec}, and was {was}")
+    if not placements or not was.size:
+        return []
+    _check_rows(name, was, placements)
+    rows = placements[0][ROWS]
+    require(codes.size % rows == 0 and codes.nbytes % codes.size == 0, f"{name}: its codes")
+    edges = sorted({0, rows, *(edge for *_, start, stop, _, _ in placements for edge in (start, stop))})
+    return list(pairwise(edges))
+
+
+def _check_rows(name: str, was: TensorSpec, placements: Sequence[Sequence[Any]]) -> None:
+    rows = placements[0][ROWS]
+    possible = {was.shape[0], was.shape[0] * was.shape[1]} if len(was.shape) > 2 else {(*was.shape, 1)[0]}
+    require(rows in possible and all(placement[ROWS] == rows for placement in placements), f"{name}: its rows")
 
 
 def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -21,6 +21,8 @@ from ..architectures.roles import EMBEDDINGS, HEADS
 from ..architectures.ties import COPIES, INPUT_EMBEDDINGS, MASKED_HEADS
 from ..errors import InputError
 from .checkpoint import INDEX_NAMES, PICKLES
+from .codecs import find_stored
+from .codecs.codec import StoredTensor, StoredWeight
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
 from .safetensors_file import parse_json, read_layout
@@ -33,6 +35,7 @@ from .undo_checks import (
     check_placement,
     check_tiling,
     checked_spec,
+    coded_tiling,
     is_count,
     prefix_of,
     record_rows,
@@ -108,6 +111,18 @@ def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int,
         done = stop
 
 
+def kept_tensors(weight: StoredWeight, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the stored tensors of a coded weight that an undo file has unchanged."""
+    return weight.tensors if entry["replaced"] else weight.tensors[1:]
+
+
+class _Kept(WeightsFile):
+    """Stored tensors that an undo file has unchanged."""
+
+    def __init__(self, undo: UndoFile, specs: dict[str, TensorSpec], begin: dict[str, int]) -> None:
+        self.path, self.file, self.specs, self.begin = undo.path, undo.file, specs, begin
+
+
 def _rows(entry: Mapping[str, Any]) -> int:
     """Return the number of rows that the records of a changed tensor count."""
     rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
@@ -118,7 +133,8 @@ class UndoFile:
     """An undo file, of which opening reads and checks only the index.
 
     Attributes:
-        specs: the base's tensors.
+        specs: the base's stored tensors.
+        weights: the changed weights that it stores as codes.
         headers: the header of each of the base's shards; None for a torch file.
         side: the content of the base's side files by name.
 
@@ -180,7 +196,9 @@ class UndoFile:
         self._holder: dict[str, str] = {}
         for shard in index["shards"]:
             self._check_shard(shard)
-        untouched = {name for name, spec in self.specs.items() if spec.nbytes and name not in index["tensors"]}
+        self.weights = self._find_weights()
+        changed = {tensor for weight in self.weights.values() for tensor in weight.tensors} | index["tensors"].keys()
+        untouched = {name for name, spec in self.specs.items() if spec.nbytes and name not in changed}
         require(index["untouched"].keys() == untouched, "it does not say of each tensor what became of it")
         for name, hashes in index["untouched"].items():
             require(are_hashes(hashes, -(-self.specs[name].nbytes // HASH_PART)), f"no hashes of {name}")
@@ -189,6 +207,20 @@ class UndoFile:
         check_extents([*extents, *self._blobs], len(MAGIC), end)
         self._check_written()
         self._check_side()
+
+    def _find_weights(self) -> dict[str, StoredWeight]:
+        """Return the weights that the index says were stored as codes, found anew by the base's tensors."""
+        entries = {name: entry["coded"] for name, entry in self.index["tensors"].items() if "coded" in entry}
+        configs, found = self.index.get("configs", {}), {}
+        for prefix in {prefix_of(shard["name"]) for shard in self.index["shards"]} if entries else ():
+            own = {name: spec for name, spec in self.specs.items() if prefix_of(self._holder[name]) == prefix}
+            found.update(find_stored(configs[prefix], own))
+        for name, entry in entries.items():
+            fits = name in found and found[name].codec.encodes and found[name].codec.key == entry["codec"]
+            require(fits, f"{name} was not stored as codes of {entry['codec']}")
+            both = self.index["tensors"].keys() - {name} & set(found[name].tensors)
+            require(not both, f"{name}: an entry of its own for a part of it")
+        return {name: found[name] for name in entries}
 
     def _blob(self, place: Sequence[Any]) -> bytes:
         """Read the bytes of a header or a side file."""
@@ -220,7 +252,8 @@ class UndoFile:
 
     def _check_entry(self, name: str, entry: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Check the entry of a changed tensor, and return its (first byte, length) ranges in the file."""
-        spec, was = checked_spec(entry["spec"]), self.specs.get(name)
+        weight = self.weights.get(name)
+        spec, was = checked_spec(entry["spec"]), weight.spec if weight else self.specs.get(name)
         for record in entry["records"]:
             *counts, digest, words = record
             fits = len(counts) == 4 and all(map(is_count, counts)) and are_hashes([digest], 1)
@@ -233,10 +266,20 @@ class UndoFile:
             return []
         replaced = entry["replaced"]
         require(type(replaced) is bool and replaced is not bool(entry["placements"]), f"{name}: no recipe")
-        tiled, copied = tiling(name, spec, was, entry["placements"])
+        if weight:
+            codes, copied = self.specs[weight.tensors[0]], None
+            tiled = coded_tiling(name, spec, was, codes, entry["placements"])
+        else:
+            tiled, copied = tiling(name, spec, was, entry["placements"])
         height = record_rows(spec.size // max(1, _rows(entry)))
         check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]), height)
         extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
+        if weight:
+            kept = list(zip(kept_tensors(weight, entry), entry["coded"]["kept"], strict=True))
+            for tensor, (at, hashes) in kept:
+                fits = is_count(at) and are_hashes(hashes, -(-self.specs[tensor].nbytes // HASH_PART))
+                require(fits, f"{name}: its stored tensors")
+            extents += [(at, self.specs[tensor].nbytes) for tensor, (at, _) in kept]
         if copied is None:
             require("copied" not in entry, f"{name} was not copied")
             return extents
@@ -310,22 +353,46 @@ class UndoFile:
         ]
 
     def copied(self) -> list[tuple[str, int, int, str]]:
-        """Return the parts of the rows that no record can restore: tensor, first byte here, length, sha256."""
-        found = []
+        """Return the parts of all that no record can restore: tensor, first byte here, length, sha256."""
+        ranges = []
         for name, entry in self.index["tensors"].items():
             if "copied" in entry:
                 first, start, hashes = entry["copied"]
                 was = self.specs[name]
-                size = was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0)
-                for part, digest in enumerate(hashes):
-                    at = part * HASH_PART
-                    found.append((name, start + at, min(HASH_PART, size - at), digest))
-        return found
+                ranges.append(
+                    (name, start, was.nbytes - (first * (was.nbytes // was.shape[0]) if first else 0), hashes)
+                )
+            for tensor, start, hashes in self._kept(name) if name in self.weights else ():
+                ranges.append((tensor, start, self.specs[tensor].nbytes, hashes))
+        return [
+            (name, start + at, min(HASH_PART, size - at), digest)
+            for name, start, size, hashes in ranges
+            for at, digest in zip(range(0, size, HASH_PART), hashes, strict=True)
+        ]
+
+    def _kept(self, name: str) -> Iterator[tuple[str, int, list[str]]]:
+        """Yield the stored tensors of a coded weight that are here unchanged: name, first byte, hashes."""
+        entry = self.index["tensors"][name]
+        for tensor, (at, hashes) in zip(kept_tensors(self.weights[name], entry), entry["coded"]["kept"], strict=True):
+            yield tensor, at, hashes
+
+    def kept(self, name: str) -> tuple[StoredTensor, ...]:
+        """Return the stored tensors of a coded weight that are here unchanged: its companions, or all of them."""
+        places = {tensor: at for tensor, at, _ in self._kept(name)}
+        file = _Kept(self, {tensor: self.specs[tensor] for tensor in places}, places)
+        return tuple(StoredTensor(file, tensor) for tensor in places)
+
+    @property
+    def merged_specs(self) -> dict[str, TensorSpec]:
+        """Return the stored tensors of the merged model."""
+        codes = {tensor for weight in self.weights.values() for tensor in weight.tensors}
+        changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
+        return {name: spec for name, spec in {**self.specs, **changed}.items() if name in changed or name not in codes}
 
     def belongs_to(self, model: WeightsFile) -> bool:
         """Return whether the weights are those that the merge wrote, by the sums and hashes of all their bytes."""
         changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
-        if model.specs != {**self.specs, **changed}:
+        if model.specs != self.merged_specs:
             return False
         for name, spec in changed.items():
             width = spec.nbytes // max(1, _rows(self.index["tensors"][name]))

@@ -41,5 +41,5 @@ class VirtualFile(WeightsFile):
     def tensor(self, name: str) -> torch.Tensor:
         return self._load(name)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._load(name).reshape(self.specs[name].shape[0], -1)[start:stop]
+    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
+        out.copy_(self._load(name).reshape(-1)[first : first + out.numel()].view(out.shape))

@@ -1,4 +1,4 @@
-"""Define `WeightsFile`, the interface of every container of tensors (specs, read, rows, scalar)."""
+"""Define `WeightsFile`, the interface of every container of tensors (specs, read, read_numbers, scalar)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import InputError
-from .dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
+from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, read_into
 
 if TYPE_CHECKING:
@@ -67,24 +67,12 @@ class WeightsFile:
             return torch.empty(spec.shape, dtype=dtype)
         return torch.frombuffer(self.read(name), dtype=dtype).reshape(spec.shape)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).
-
-        An 8-bit float is returned as float32. InputError for a dtype that is no float.
-        """
+    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Read numbers into `out`, which is contiguous and of the stored type, from the number `first` on."""
         import torch
 
-        spec = self.specs[name]
-        floats = {**TORCH_FLOATS, **FLOAT8}
-        if spec.dtype not in floats:
-            raise InputError(f"has dtype {spec.dtype}, not a floating-point type", culprit=name)
-        stop = min(stop, spec.shape[0])
-        columns = spec.size // spec.shape[0] if spec.shape[0] else 0
-        out = torch.empty(stop - start, columns, dtype=getattr(torch, floats[spec.dtype]))
-        if out.numel():
-            view = out.view(torch.uint8).numpy().data.cast("B")
-            read_into(self.file, view, self.begin[name] + start * columns * out.itemsize)
-        return out.float() if spec.dtype in FLOAT8 else out
+        view = out.view(torch.uint8).numpy().data.cast("B")
+        read_into(self.file, view, self.begin[name] + first * out.itemsize)
 
     def scalar(self, name: str) -> float:
         """Read the value of a tensor with one element, without torch; InputError for more elements."""

@@ -32,7 +32,7 @@ from ..files.undo_checks import prefix_of, spec_of
 from ..files.undo_file import UndoFile, UnrecordedBytes
 from ..files.undo_places import undo_chain
 from ..numerics.merge import ARITHMETIC_VERSION
-from ..streaming.apply import restore_tensor, subtract_tensor
+from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
 from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
@@ -294,19 +294,26 @@ def _plan_tensors(
     Raises:
         InputError: a tensor has another type or shape than the merge wrote, or was added since.
     """
-    sources, tensors = {}, {}
-    for name in merged.specs:
-        if name not in specs and name not in undo.index["tensors"]:
+    sources: dict[str, TensorRef] = {}
+    tensors: dict[str, ChangedTensor] = {}
+    for name in merged.stored:
+        if name not in undo.merged_specs:
             raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
-    for name, expected in {**specs, **{n: spec_of(e["spec"]) for n, e in undo.index["tensors"].items()}}.items():
-        if merged.specs.get(name) != expected:
-            found = merged.specs.get(name, "not there")
+    for name, expected in undo.merged_specs.items():
+        if merged.stored.get(name) != expected:
+            found = merged.stored.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
-    for name, spec in specs.items():
-        entry = undo.index["tensors"].get(name)
-        sources[name] = TensorRef(merged.shard_of[name], name)
-        if entry:
-            tensors[name] = restore_tensor(spec, undo, name, read_placements(undo.index, name, spec, adapters), load)
+    for name in undo.index["tensors"]:
+        weight = undo.weights.get(name)
+        if weight or name in specs:
+            spec = weight.spec if weight else specs[name]
+            placements = read_placements(undo.index, name, spec, adapters)
+        if weight:
+            sources |= dict.fromkeys(weight.tensors, merged.stored_ref(name))
+            tensors |= restore_codes(undo, name, placements, load)
+        elif name in specs:
+            tensors[name] = restore_tensor(spec, undo, name, placements, load)
+    sources |= {name: merged.stored_ref(name) for name in specs if name not in sources}
     return sources, tensors
 
 
@@ -328,7 +335,10 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
 
 
 def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
-    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs]
+    changed = [tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights]
+    stored = {
+        tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))
+    }
     return UnmergeReport(
         name,
         str(output.path),
@@ -337,8 +347,8 @@ def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Outp
         output.nbytes,
         tuple(adapter.name for adapter in adapters),
         len(changed),
-        len(output.specs) - len(changed),
-        tuple(tensor for tensor in undo.index["tensors"] if tensor not in output.specs),
+        len(output.specs) - len(stored),
+        tuple(tensor for tensor in undo.index["tensors"] if tensor not in changed),
         tuple(file.name for file in output.files),
         None not in undo.headers,
         output.not_copied,
@@ -364,6 +374,8 @@ def _subtract(
     for name in plan.changed:
         if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
+        if name in merged.weights:
+            raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
     path, is_file = output_path(out, merged, "unmerged")
     inputs = [s.path for s in merged.shards] + [a.file.path for a in adapters]
     check_output_path(path, is_file, inputs, force, is_model=True)
@@ -377,7 +389,8 @@ def _subtract(
     uncertain: list[Doubted] = []
     if not dry_run:
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
-        runs = rewrite(output, plan.sources, tensors, load.device, workers or worker_count(), progress)
+        sources = plan.stored_sources(output.specs)
+        runs = rewrite(output, sources, tensors, load.device, workers or worker_count(), progress)
         with closing(runs) as items:
             for item, blocks in items:
                 refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.codecs.codec import StoredTensor
+from ..files.dtypes import DTYPE_NAMES, TORCH_FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
 from ..files.undo_file import Record, UndoFile
@@ -23,7 +24,7 @@ from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
-from ..undo.records import Doubted, RecordedBlock, Recorder, Restorer, subtract
+from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .segment import RowSegment, UpdateLoader
 from .workers import Step
@@ -33,7 +34,7 @@ def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> d
     """Return every tensor that is not just copied or cast, by name."""
     found = {}
     for name in plan.sources:
-        base = TensorRef(plan.base.shard_of[name], name) if name in plan.base.specs else None
+        base = plan.base.ref(name) if name in plan.base.specs else None
         placements = plan.placements.get(name, ())
         moved = base is not None and base != plan.sources[name]
         if not plan.sources[name].spec.size:
@@ -58,16 +59,20 @@ def merge_tensor(
     height = record_rows(columns)
     moved = base is not None and base != source
     shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
+    codes = source if record and base == source and source.weight else None
+    record = record and not (base is not None and moved and base.weight)  # all of it is kept
 
     def ranges() -> Iterator[RowRange]:
-        for start, stop, inside in _segments(placements, {0, rows} if moved else set()):
+        for start, stop, inside in _segments(placements, {0, rows} if moved or codes else set()):
             segment = RowSegment(source, columns, start, stop, inside, load)
             if moved and base is not None and start < shared:
                 both = partial(_replace, base, segment if inside else None, record)
                 yield RowRange(start, min(stop, shared), both, height, height)
             if inside and stop > (shared if moved else 0):
-                step = partial(_merge, segment, record and base == source)
+                step = partial(_merge, segment, record and base == source, codes)
                 yield RowRange(max(start, shared if moved else 0), stop, step, height, height)
+            elif codes:
+                yield RowRange(start, stop, partial(_decode, codes), height, height)
 
     return ChangedTensor(rows, ranges)
 
@@ -79,14 +84,35 @@ def _segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple
         yield start, stop, [p for p in placements if p.start <= start and stop <= p.stop]
 
 
-def _merge(segment: RowSegment, record: bool, start: int, stop: int) -> Step:
-    """Return the step that merges rows start:stop of a tensor."""
+def _codes(source: TensorRef, row: int, base: Tensor) -> tuple[CodedRows, Tensor]:
+    """Return how rows from `row` on are stored, and their codes. base: the rows decoded."""
+    assert source.weight
+    codes, first = source.file.specs[source.name], row * base.shape[1]
+    found = torch.empty(base.numel() * codes.size // source.spec.size, dtype=getattr(torch, DTYPE_NAMES[codes.dtype]))
+    source.file.read_numbers(source.name, first * codes.size // source.spec.size, found)
+    return CodedRows(source.codec, source.spec, source.companions, first), found
+
+
+def _decode(source: TensorRef, start: int, stop: int) -> Step:
+    """Return the step that only decodes rows start:stop of a coded tensor, and records their codes."""
+
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RecordedBlock:
+        stats = cast_rounded(base, out, work)
+        recorder = Recorder(base.dtype, _codes(source, start + row, base))
+        recorder.difference(base, out)
+        return recorder.result(stats, base, out)
+
+    return step
+
+
+def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: int, stop: int) -> Step:
+    """Return the step that merges rows start:stop of a tensor. codes: the tensor if its codes are to be recorded."""
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         if not record:
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
-        recorder = Recorder(base.dtype)
+        recorder = Recorder(base.dtype, _codes(codes, start + row, base) if codes else None)
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
         stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
@@ -97,12 +123,12 @@ def _merge(segment: RowSegment, record: bool, start: int, stop: int) -> Step:
 
 def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
     """Return the step for rows with values of another tensor; the base's are read too, for statistics and undo."""
-    inner = _merge(segment, False, start, stop) if segment else None
+    inner = _merge(segment, False, None, start, stop) if segment else None
 
     def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
         first = start + row
-        weight = base.file.rows(base.name, first, first + len(value)).to(out.device)
+        weight = base.rows(first, first + len(value)).to(out.device)
         stats = replaced_change(weight, value, out, work, done)
         if not record:
             return stats
@@ -122,24 +148,45 @@ def restore_tensor(
     columns = spec.size // rows if rows else 0
     dtype = getattr(torch, TORCH_FLOATS.get(spec.dtype, "uint8"))
 
+    weight = undo.weights.get(name)
+    companions = undo.kept(name) if weight else ()
+
     def ranges() -> Iterator[RowRange | CopiedRows]:
-        for start, stop, inside in _segments(placements, set() if placements else {0, rows}):
+        for start, stop, inside in _segments(placements, {0, rows} if weight or not placements else set()):
             segment = RowSegment(None, columns, start, stop, inside, load) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if segment and record.start == start:
                     segment.stored_norms = partial(_read_norms, undo, record, name, dtype)
-                prepare = partial(_restore, undo, record, name, dtype, segment)
+                codes = CodedRows(weight.codec, spec, companions, record.start * columns) if weight else None
+                prepare = partial(_restore, undo, record, name, dtype, segment, codes)
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height)
         if "copied" in entry:
             first, at = entry["copied"][:2]
             yield CopiedRows(first, rows, undo.file, at)
 
-    return ChangedTensor(rows, ranges)
+    return ChangedTensor(rows, ranges, columns)
 
 
-def _restorer(undo: UndoFile, record: Record, name: str, dtype: torch.dtype) -> Restorer:
-    return Restorer(name, dtype, undo.bytes(record.at, record.length), record.sha256, record.sum)
+def restore_codes(
+    undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
+) -> dict[str, ChangedTensor]:
+    """Return the stored tensors of a weight that the base stores as codes: those that are kept, and the codes."""
+
+    def ranges(kept: StoredTensor) -> Iterator[CopiedRows]:
+        yield CopiedRows(0, 1, kept.file.file, kept.file.begin[kept.name])
+
+    weight = undo.weights[name]
+    found = {kept.name: ChangedTensor(1, partial(ranges, kept)) for kept in undo.kept(name)}
+    if weight.tensors[0] not in found:
+        found[weight.tensors[0]] = restore_tensor(weight.spec, undo, name, placements, load)
+    return found
+
+
+def _restorer(
+    undo: UndoFile, record: Record, name: str, dtype: torch.dtype, codes: CodedRows | None = None
+) -> Restorer:
+    return Restorer(name, dtype, undo.bytes(record.at, record.length), record.sha256, record.sum, codes)
 
 
 def _read_norms(undo: UndoFile, record: Record, name: str, dtype: torch.dtype, count: int) -> Wide:
@@ -149,10 +196,17 @@ def _read_norms(undo: UndoFile, record: Record, name: str, dtype: torch.dtype, c
 
 
 def _restore(
-    undo: UndoFile, record: Record, name: str, dtype: torch.dtype, segment: RowSegment | None, start: int, stop: int
+    undo: UndoFile,
+    record: Record,
+    name: str,
+    dtype: torch.dtype,
+    segment: RowSegment | None,
+    codes: CodedRows | None,
+    start: int,
+    stop: int,
 ) -> Step:
-    """Return the step that restores a record's rows; without a segment they were replaced."""
-    restorer = _restorer(undo, record, name, dtype)
+    """Return the step that restores a record's rows; without a segment they were replaced or only decoded."""
+    restorer = _restorer(undo, record, name, dtype, codes)
 
     def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
         with restorer.damage():

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 
 from ..errors import InputError, NeedsFlag
-from ..files.dtypes import DTYPES, FLOAT8, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..files.fileio import write_at, write_back_early
 from ..files.output import Output, OutputFile, open_output
 from ..files.tensor_ref import TensorRef
@@ -63,6 +63,7 @@ class ChangedTensor:
 
     rows: int
     ranges: Callable[[], Iterable[RowRange | CopiedRows]]
+    columns: int = 0  # of the source; 0 for as many as the output has, which has others where the steps write codes
 
 
 def rewrite(
@@ -175,12 +176,15 @@ def _file_items(
     checked = file.archive is not None
     for name, offset in file.begin.items():
         source, new = sources[name], output.specs[name]
-        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes, checked)
+        place = _Place(name, new, target, offset, checked)
         if name in changed and new.size:
-            yield from _changed_items(source, new, copy, name, changed[name])
-        elif source.spec.dtype != new.dtype and new.size:
-            yield from _row_items(source, new, copy, name, 1, _cast_rows(0, new.size, 1))
-        elif span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
+            yield from _changed_items(source, place, changed[name])
+            continue
+        if (source.weight or source.spec.dtype != new.dtype) and new.size:
+            yield from _row_items(source, place, 1, 1, _cast_rows(0, new.size, 1))
+            continue
+        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes, checked)
+        if span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
             span = replace(span, nbytes=span.nbytes + copy.nbytes)
         else:
             yield from _copy_items(span)
@@ -188,21 +192,31 @@ def _file_items(
     yield from _copy_items(span)
 
 
-def _changed_items(
-    source: TensorRef, new: TensorSpec, place: CopyBytes, name: str, changed: ChangedTensor
-) -> Iterator[Item]:
+@dataclass(frozen=True)
+class _Place:
+    """The place of a tensor in an output file."""
+
+    name: str
+    spec: TensorSpec
+    target: BinaryIO
+    offset: int
+    checked: bool
+
+
+def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor) -> Iterator[Item]:
     """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
-    columns = new.size // changed.rows
+    written = place.spec.size // changed.rows
+    columns = changed.columns or written
     end = _cast_rows(changed.rows, changed.rows, columns)
     done = 0
     for part in chain(changed.ranges(), (end,)):
-        yield from _row_items(source, new, place, name, columns, _cast_rows(done, part.start, columns))
+        yield from _row_items(source, place, columns, written, _cast_rows(done, part.start, columns))
         if isinstance(part, CopiedRows):
-            width = columns * DTYPES[new.dtype] // 8
-            at, size = place.target_offset + part.start * width, (part.stop - part.start) * width
+            width = written * DTYPES[place.spec.dtype] // 8
+            at, size = place.offset + part.start * width, (part.stop - part.start) * width
             yield from _copy_items(CopyBytes(part.file, part.offset, place.target, at, size, place.checked))
         else:
-            yield from _row_items(source, new, place, name, columns, part)
+            yield from _row_items(source, place, columns, written, part)
         done = part.stop
 
 
@@ -215,22 +229,18 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
         yield replace(span, source_offset=source_offset, target_offset=target_offset, nbytes=size)
 
 
-def _row_items(
-    source: TensorRef, spec: TensorSpec, place: CopyBytes, name: str, columns: int, rows: RowRange
-) -> Iterator[MapRows]:
-    old, new = (getattr(torch, {**TORCH_FLOATS, **FLOAT8}[each.dtype]) for each in (source.spec, spec))
+def _row_items(source: TensorRef, place: _Place, columns: int, written: int, rows: RowRange) -> Iterator[MapRows]:
     step = rows.item_rows or max(MIN_ROWS, ROWS_ITEM // columns)
     for start in range(rows.start, rows.stop, step):
-        before = start * columns
+        new = getattr(torch, DTYPE_NAMES[place.spec.dtype])
         yield MapRows(
-            name,
-            place.source,
-            place.source_offset + before * old.itemsize,
-            old,
-            place.target,
-            place.target_offset + before * new.itemsize,
-            new,
+            place.name,
+            source,
             columns,
+            place.target,
+            place.offset + start * written * new.itemsize,
+            new,
+            written,
             start,
             min(start + step, rows.stop),
             rows.prepare,

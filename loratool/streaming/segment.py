@@ -183,13 +183,13 @@ class RowSegment:
 
     def _column_norms(self, placement: Placement, update: Update, together: int) -> Wide:
         """Return ||W + D|| of each so many columns, reading all rows of the tensor, beyond the segment's too."""
-        assert self._source
-        file, name, deltas = self._source.file, self._source.name, _Deltas(self.columns)
+        source, deltas = self._source, _Deltas(self.columns)
+        assert source
         deltas.add(placement, update, 1.0, 0, placement.rows)
 
         def blocks() -> Iterator[tuple[int, Tensor]]:
             for start in range(0, placement.rows, NORM_ROWS):
-                rows = file.rows(name, start, min(start + NORM_ROWS, placement.rows))
+                rows = source.matrix_rows(placement.rows, start, min(start + NORM_ROWS, placement.rows))
                 self._require_finite(rows)
                 yield start, rows.to(self._load.device)
 

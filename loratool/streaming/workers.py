@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MachineError, UsageError
-from ..files.fileio import copy_checked, copy_range, read_into, sha256_range, write_at
+from ..files.fileio import copy_checked, copy_range, sha256_range, write_at
+from ..files.tensor_ref import TensorRef
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, run_forked
 
@@ -84,16 +85,15 @@ Prepare = Callable[[int, int], Step]
 
 @dataclass(frozen=True)
 class MapRows:
-    """An item that passes rows `start:stop` of a matrix in one file through a step, to a place in another."""
+    """An item that passes rows `start:stop` of a weight, seen as a matrix, through a step, to a place in a file."""
 
     tensor: str
-    source: BinaryIO
-    source_offset: int  # of row `start`
-    source_dtype: torch.dtype
+    source: TensorRef
+    columns: int
     target: BinaryIO
     target_offset: int  # of row `start`
     target_dtype: torch.dtype
-    columns: int
+    target_columns: int  # as many, unless the step writes codes
     start: int
     stop: int
     prepare: Prepare
@@ -102,7 +102,7 @@ class MapRows:
 
     @property
     def nbytes(self) -> int:
-        return (self.stop - self.start) * self.columns * self.target_dtype.itemsize
+        return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
 
 
 Item = CopyBytes | MapRows | HashBytes
@@ -138,23 +138,21 @@ class Worker:
             return [self._crc, *results] if item.checked else results
 
     def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
-        shape = (end - row, item.columns)
-        base = self.host.take("base", item.source_dtype, *shape)
-        out = self.host.take("out", item.target_dtype, *shape)
-        read_into(item.source, _bytes(base), item.source_offset + row * item.columns * base.itemsize)
-        if base.itemsize == 1:  # torch has few operations on 8-bit floats
-            base = base.float()
+        shape, target_shape = (end - row, item.columns), (end - row, item.target_columns)
+        base = self.host.take("base", item.source.dtype, *shape)
+        out = self.host.take("out", item.target_dtype, *target_shape)
+        item.source.read_rows(item.start + row, base)
         if self.stream is None:
             result = step(base, row, out, self.work)
         else:
-            on_device = self.work.take("out", item.target_dtype, *shape)
+            on_device = self.work.take("out", item.target_dtype, *target_shape)
             moved = self.work.take("base", base.dtype, *shape).copy_(base, non_blocking=True)
             result = step(moved, row, on_device, self.work)
             out.copy_(on_device, non_blocking=True)
             self.stream.synchronize()
         if item.checked:
             self._crc = zlib.crc32(_bytes(out), self._crc)
-        write_at(item.target, _bytes(out), item.target_offset + row * item.columns * out.itemsize)
+        write_at(item.target, _bytes(out), item.target_offset + row * item.target_columns * out.itemsize)
         return result
 
 

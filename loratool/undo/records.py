@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files.codecs.codec import Codec, StoredTensor
+from ..files.dtypes import TensorSpec
 from ..files.fileio import word_sum
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, bits, number, place
+from ..numerics.forms import FORMS, Codes, Form, Positions, bits, number, place, wide
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -46,7 +48,7 @@ class RecordedBlock:
     Attributes:
         change: the merge's sums.
         payload: the record.
-        sha256: of the bytes of W.
+        sha256: of the bytes of W as it is stored.
         sum: `files.fileio.word_sum` of the bytes of W'; against intent there is the hash, as W' is a function of W.
     """
 
@@ -77,11 +79,43 @@ class _Asked:
             yield np.arange(start, start + len(some)) if self.at is None else self.at[start : start + ASKED], some
 
 
-class Recorder:
-    """Writes the record of one block, as a `numerics.merge.Watcher` of its merge."""
+class CodedRows:
+    """The codes of some rows of a weight that its codec can encode, as a matrix of their bytes.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._form = FORMS[dtype]
+    A coded weight lies far from its neighbors, so that rounding W' - D to codes finds nearly all of them again.
+
+    Args:
+        codec: of the weight.
+        spec: of the weight.
+        companions: its stored tensors but the codes.
+        first: the first number of the rows.
+    """
+
+    def __init__(self, codec: Codec, spec: TensorSpec, companions: Sequence[StoredTensor], first: int) -> None:
+        self._codec, self._columns, self._companions = codec, codec.columns(spec), companions
+        self._start = first // self._columns
+
+    def nearest(self, guess: Tensor) -> Codes:
+        """Return the bytes of the codes nearest to float64 numbers, flat and signed."""
+        return take_bytes(self._codec.encode(self._companions, self._start, guess.reshape(-1, self._columns)))
+
+
+def take_bytes(x: Tensor) -> Codes:
+    """Return all bytes of a tensor, flat and signed."""
+    found: Codes = x.contiguous().view(-1).view(torch.int8).cpu().numpy()
+    return found
+
+
+class Recorder:
+    """Writes the record of one block, as a `numerics.merge.Watcher` of its merge.
+
+    Args:
+        dtype: of W.
+        codes: how the rows are stored, and the codes themselves; None if W is stored as it is.
+    """
+
+    def __init__(self, dtype: torch.dtype, codes: tuple[CodedRows, Tensor] | None = None) -> None:
+        self._form, self._codes = FORMS[dtype], codes
         self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
         self._payload = b""
 
@@ -105,7 +139,10 @@ class Recorder:
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._form.bits == 53:
             guess = guess_double(out, x, first)
-            self._payload += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
+            if self._codes:
+                self._differ_in_codes(torch.from_numpy(guess.view(np.float64)))
+            else:
+                self._payload += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
         zero_bits, index, count = [], [], []
@@ -126,12 +163,27 @@ class Recorder:
         self._payload += np.packbits(np.concatenate([*flags, np.zeros(0, np.bool_)]), bitorder="little").tobytes()
 
     def difference(self, base: Tensor, out: Tensor) -> None:
-        """Record a block whose values were replaced."""
-        self._payload += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
+        """Record a block whose values were replaced, or of codes that were only decoded."""
+        if self._codes:
+            self._differ_in_codes(widened(out))
+        else:
+            self._payload += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
+
+    def _differ_in_codes(self, guess: Tensor) -> None:
+        assert self._codes
+        rows, codes = self._codes
+        self._payload += pack_differences(take_bytes(codes) - rows.nearest(guess))
 
     def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
         """Return what was recorded of a block, W in `base` and W' in `out`."""
-        return RecordedBlock(change, self._payload, hashlib.sha256(bytes_of(base)).hexdigest(), word_sum(bytes_of(out)))
+        stored = self._codes[1] if self._codes else base
+        digest = hashlib.sha256(bytes_of(stored)).hexdigest()
+        return RecordedBlock(change, self._payload, digest, word_sum(bytes_of(out)))
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return float64 numbers of a tensor, subnormal ones included where this thread flushes them."""
+    return torch.from_numpy(wide(take_all(x), FORMS[x.dtype]).copy())
 
 
 def take_all(x: Tensor) -> Codes:
@@ -215,19 +267,20 @@ def _planes(index: Codes, count: Codes) -> Iterator[npt.NDArray[np.bool_]]:
 
 def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
     """Return a float64 W that writer and reader both know, near the one before: RN(W' - D), and W' where a is not 1."""
-    guess = take_all(merged).copy()
+    form, code = FORMS[merged.dtype], take_all(merged)
+    guess: Codes = wide(code, form).view(np.int64).copy()
     if not x.factor:
-        finite = np.flatnonzero((guess & FORMS[merged.dtype].size) < FORMS[merged.dtype].inf)
+        finite = np.flatnonzero((code & form.size) < form.inf)
         for start in range(0, len(finite), TOGETHER):
             at = finite[start : start + TOGETHER]
-            guess[at] = _without_delta(merged, at, x, first)
+            guess[at] = _without_delta(merged, at, x, first, FORMS[torch.float64])
     return guess
 
 
-def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int) -> Codes:
+def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int, to: Form) -> Codes:
     """Return RN(W' - D) of finite weights at flat positions of a block."""
     form, i = FORMS[merged.dtype], at // merged.shape[1]
-    return decide(replace(x, sign=-1), take(merged, at), form, i + first, at - i * merged.shape[1], form)
+    return decide(replace(x, sign=-1), take(merged, at), form, i + first, at - i * merged.shape[1], to)
 
 
 def pack_differences(difference: Codes) -> bytes:
@@ -274,7 +327,7 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
         for part in asked.parts():
             at, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, form)
             put(out, odd, take(merged, odd))
-            put(out, at, _without_delta(merged, at, x, 0))
+            put(out, at, _without_delta(merged, at, x, 0, form))
             doubtful += int((runs.count > 1).sum())
             farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
     lost = ~out.isfinite() & merged.isfinite()
@@ -304,9 +357,9 @@ class Reader:
         found = np.frombuffer(self.take(self.rest), np.uint8)
         return np.unpackbits(found, bitorder="little").astype(np.bool_)
 
-    def differences(self, count: int, form: Form) -> Codes:
-        """Read what `pack_differences` packed of so many numbers."""
-        kind = np.dtype(form.code)
+    def differences(self, count: int, code: type) -> Codes:
+        """Read what `pack_differences` packed of so many numbers of a signed integer type."""
+        kind = np.dtype(code)
         found = np.empty(count, f"u{kind.itemsize}")
         for start in range(0, count, UNIT):
             unit = found[start : start + UNIT]
@@ -326,10 +379,17 @@ class Reader:
 
 
 class Restorer:
-    """Restores some rows from their record, and checks them against its hash and sum."""
+    """Restores some rows from their record, and checks them against its hash and sum.
 
-    def __init__(self, name: str, dtype: torch.dtype, data: bytes, sha256: str, sum: int) -> None:
-        self._name, self._form = name, FORMS[dtype]
+    Args:
+        dtype: of W.
+        codes: how W is stored, as codes that are to be restored; None if it is stored as it is.
+    """
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, data: bytes, sha256: str, sum: int, codes: CodedRows | None = None
+    ) -> None:
+        self._name, self._form, self._codes = name, FORMS[dtype], codes
         self._sha256, self._sum = sha256, sum
         self._reader = Reader(data)
 
@@ -352,15 +412,26 @@ class Restorer:
         return found
 
     def replaced(self, merged: Tensor, out: Tensor) -> None:
-        """Write W into `out`, for a block whose values were replaced."""
-        self._from_guess(take_all(merged), out)
+        """Write W into `out`, for a block whose values were replaced, or of codes that were only decoded."""
+        if self._codes:
+            self._to_codes(self._codes, widened(merged), out)
+        else:
+            self._from_guess(take_all(merged), out)
+
+    def _to_codes(self, rows: CodedRows, guess: Tensor, out: Tensor) -> None:
+        near = rows.nearest(guess)
+        restored = torch.from_numpy(near + self._reader.differences(len(near), np.int8))
+        out.view(torch.int8).copy_(restored.view(out.view(torch.int8).shape))
 
     def _from_guess(self, guess: Codes, out: Tensor) -> None:
-        restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form), self._form)
+        restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form.code), self._form)
         bits(out).copy_(torch.from_numpy(restored).view(bits(out).shape))
 
     def block(self, merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> None:
         """Write W into `out` from W', `merged`; both (rows, n), of one type, the rows of `x`."""
+        if self._codes:
+            guess = guess_double(merged, x, 0).view(np.float64)
+            return self._to_codes(self._codes, torch.from_numpy(guess), out)
         if self._form.bits == 53:
             return self._from_guess(guess_double(merged, x, 0), out)
         asked = go_back(merged, x, out, work)

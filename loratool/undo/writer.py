@@ -8,11 +8,16 @@
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
-Each record has the sha256 of its rows of W, and the sum of those of W'. `untouched` in the index has the hashes of
-tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as
-the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number of its
-adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
+Each record has the sha256 of its rows of W as they are stored, and the sum of those of W'. `untouched` in the index has
+the hashes of tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in
+no record, as the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number
+of its adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
 libraries differ in that.
+
+A merge writes a weight that was stored as codes as numbers. `coded` of its entry has the codec's name, and the places
+and hashes of stored tensors that follow its records unchanged: its companions, or all if its values were replaced. Its
+records have the differences of the codes, byte by byte, to those nearest to W' - D. `configs`, the config.json of each
+component, is there if anything was coded: the codec finds its weights anew in it.
 """
 
 from __future__ import annotations
@@ -30,12 +35,12 @@ from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
+from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
 from ..files.safetensors_file import TensorFile
-from ..files.tensor_ref import TensorRef
-from ..files.undo_file import END, HASH_PART, MAGIC, TRAILER, VERSION, UnrecordedBytes, unrecorded
+from ..files.undo_file import END, HASH_PART, MAGIC, TRAILER, VERSION, UnrecordedBytes, kept_tensors, unrecorded
 
 
 class UndoWriter:
@@ -83,15 +88,13 @@ class UndoWriter:
                 at += length
             entry["written"] = self._written.get(name, [])
             if "copied" in entry:
-                source, spec = plan.base.shard_of[name], plan.base.specs[name]
                 row = entry["copied"]
-                first = row * (spec.nbytes // spec.shape[0]) if row else 0
-                begin, length = source.begin[name] + first, spec.nbytes - first
-                copy_range(source.file, begin, target, at, length)
-                parts = range(0, length, HASH_PART)
-                hashes = [sha256_range(source.file, begin + part, min(HASH_PART, length - part)) for part in parts]
-                entry["copied"] = [row, at, hashes]
-                at += length
+                place, at = _copy(plan.base, name, row, target, at)
+                entry["copied"] = [row, *place]
+            if "coded" in entry:
+                for tensor in kept_tensors(plan.base.weights[name], entry):
+                    place, at = _copy(plan.base, tensor, 0, target, at)
+                    entry["coded"]["kept"].append(place)
         blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
         blobs += [(index["side"], name) for name in sorted(index["side"])]
         for owner, key in blobs:
@@ -130,6 +133,8 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
+    tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed}
+    coded = any("coded" in entry for entry in tensors.values())
     return {
         "version": VERSION,
         "arithmetic": json.loads(output.provenance)["arithmetic"],
@@ -147,8 +152,20 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         ],
         "side": side,
         "new_side": sorted(names - set(side)),
-        "tensors": {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed},
+        "tensors": tensors,
+        **({"configs": {part.prefix: part.config for part in base.models}} if coded else {}),
     }
+
+
+def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int) -> tuple[list[Any], int]:
+    """Copy a stored tensor from a row on; return the copy's first byte with the hashes, and the byte after the last."""
+    source, spec = base.shard_of[name], base.stored[name]
+    first = row * (spec.nbytes // spec.shape[0]) if row else 0
+    begin, length = source.begin[name] + first, spec.nbytes - first
+    copy_range(source.file, begin, target, at, length)
+    parts = range(0, length, HASH_PART)
+    hashes = [sha256_range(source.file, begin + part, min(HASH_PART, length - part)) for part in parts]
+    return [at, hashes], at + length
 
 
 def _read(path: Path) -> bytes:
@@ -162,9 +179,11 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
     if name not in plan.base.specs:
         return entry
-    was = plan.base.specs[name]
-    entry["replaced"] = source != TensorRef(plan.base.shard_of[name], name)
-    if entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
+    was, weight = plan.base.specs[name], plan.base.weights.get(name)
+    entry["replaced"] = source != plan.base.ref(name)
+    if weight:
+        entry["coded"] = {"codec": weight.codec.key, "kept": []}
+    elif entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:
         entry["copied"] = spec.shape[0]

@@ -10,7 +10,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from fractions_oracle import Add, DoRA, codes, merge_codes
+from fractions_oracle import Add, DoRA, codes, count_wrong, merge_codes
 from hostile_reals import (
     BF16,
     CPU,
@@ -385,7 +385,7 @@ def test_rows_of_a_kronecker_product_are_those_of_the_whole() -> None:
 def test_a_ratio_of_terms_that_cancel_to_their_last_bits() -> None:
     """high is 0 there, and low what is left, so that its product is rounded too."""
     ratio, two = Factor.of_rows([F(1, 3)]), np.array([0, 0])
-    low = np.array([2.0**-60 / 3, 2.0**-70 * 1.1])
+    low = np.array([2.0**-60 / 7, 2.0**-70 * (1 + 2.0**-50)])
     high, less, bound = ratio.times(np.zeros(2), low, two, two)
     for k in range(2):
         assert abs(F(float(high[k])) + F(float(less[k])) - F(1, 3) * F(float(low[k]))) <= F(float(bound[k]))
@@ -422,3 +422,14 @@ def test_dora_over_channels_of_a_flattened_kernel(weight: float) -> None:
     x = Reals(Scaled(case.delta, ratio), factor)
     assert codes(merge_rows(x.delta, W, BF16, factor)[0]) == [wanted[k] for k in range(M * N)]
     assert comes_back(W, x)
+
+
+@pytest.mark.parametrize("name", ["loha third", "lokr by 0", "rows"])
+@pytest.mark.parametrize("form", [torch.float8_e4m3fn, torch.float8_e5m2], ids=id_of)
+def test_results_of_8_bits(form: torch.dtype, name: str) -> None:
+    """Of weights that 8 bits hold, as streaming widens them, and of others."""
+    case, g = cases_of(FP32)[name](), np.random.default_rng(6)
+    for W in (normal(g, *SHAPE, size=0.5).to(form).float(), normal(g, *SHAPE, dtype=BF16)):
+        W[0, :2] = torch.tensor([-0.0, np.nan])
+        expected = merge_codes(W, form, [Add(case.numbers)])
+        assert expected and count_wrong(merge_rows(case.delta, W, form)[0], expected) == 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loratool.numerics import norms
 from loratool.numerics.composed import Hadamard
+from loratool.numerics.decide import Delta
 from loratool.numerics.forms import Wide
 from loratool.numerics.norms import column_norms, magnitude_ratio, row_norms, short_root
 from loratool.numerics.products import Products, Term
@@ -152,3 +153,13 @@ def test_ratios_are_within_their_errors(weight: float, flush: bool) -> None:
         for factor in (ratio, whole):
             assert abs(F(float(factor.value[k])) - factor.exact(k)) <= F(float(factor.error[k]))
     assert (ratio.error[[1, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_hair_below_the_middle_of_two_roots(composed: bool) -> None:
+    """W + D is the middle to a float64, which would be rounded up."""
+    W, ones = torch.tensor([[2.0**36 + 1], [-(2.0**36) - 1]], dtype=FP64), torch.ones(1, 1)
+    delta: Delta = Products([Term(W.sign(), ones, -(F(2) ** -20))]).rows(0, 2)
+    if composed:
+        delta = Hadamard(delta, Products([Term(torch.ones(2, 1), ones, F(1))]).rows(0, 2), F(1))
+    assert row_norms(delta, W, WORK).tolist() == [2.0**36] * 2

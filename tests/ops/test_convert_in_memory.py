@@ -149,7 +149,7 @@ class TestCombine:
         report = loratool.combine(terms, tmp_path / "c.safetensors", to=to)
         fused = to in ("kohya", "comfy") or (to is None and not turned)
         assert len(report.modules) == (4 if fused else 3 + 1 + 4 + 1)
-        assert open_adapter(tmp_path / "c.safetensors").format == ("kohya" if fused and to != "comfy" else "diffusers")
+        assert open_adapter(tmp_path / "c.safetensors").format == (to or ("kohya" if fused else "diffusers"))
         base = flux(tmp_path / "base.safetensors")
         assert close(*(merged(base, a, tmp_path / "m.safetensors") for a in (terms, tmp_path / "c.safetensors")))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from matrix import COLUMNS, READABLE, cell, matrix
+from matrix import READABLE, cell, columns, held, matrix
 from torch import Tensor
 
 from loratool.adapters.formats import FORMATS, open_adapter, written_formats
@@ -18,7 +18,7 @@ GUIDE = (ROOT / "loratool" / "guides" / "formats.md").read_text()
 
 
 def test_the_guide_has_it(tmp_path: Path) -> None:
-    assert matrix(tmp_path) in GUIDE, "python tests/matrix.py writes it anew"
+    assert held() in GUIDE and matrix(tmp_path) in GUIDE, "python tests/matrix.py writes it anew"
 
 
 def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_it_has_every_format_and_every_target(tmp_path: Path) -> None:
     for i, make in enumerate(READABLE.values()):
         adapter = make(tmp_path / f"{i}")
         found.add(opened(adapter).format)
-    assert found == set(FORMATS) and {column.split()[0] for column in COLUMNS} == set(written_formats())
+    assert found == set(FORMATS) and {column.split()[0] for column in columns()} == set(written_formats())
 
 
 def opened(path: Path, alpha: float = 2.0) -> Any:
@@ -50,7 +50,7 @@ def rows(adapter: Any) -> dict[int, Tensor]:
 @pytest.mark.parametrize("name", READABLE)
 def test_exact_is_exact(name: str, tmp_path: Path) -> None:
     adapter, out = READABLE[name](tmp_path / "in"), tmp_path / "out.safetensors"
-    for column in COLUMNS:
+    for column in columns():
         said, report = cell(adapter, column, out)
         if report and said.startswith(("exact", "folded")) and "one component" not in said:
             one, two = rows(opened(adapter)), rows(opened(out, report.modules[0].alpha))

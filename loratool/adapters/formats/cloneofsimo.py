@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import final
 
+from ...architectures.families import FAMILIES
+from ...architectures.families.unet import ATTENTION, attention_stems
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
@@ -26,16 +28,13 @@ KEY = re.compile(r"(unet|text_encoder):(\d{1,4}):(up|down)")
 ROLES = {"down": "A", "up": "B"}
 
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
 # class -> its linear layers in a transformer block of that time's diffusers, where the feed-forward was registered
 # between the two attentions
-PARTS = {"Attention": [f"attn1.{x}" for x in ATTENTION], "GEGLU": ["ff.net.0.proj"]}
+PARTS = {"Attention": [layer for layer in ATTENTION if layer.startswith("attn1.")], "GEGLU": ["ff.net.0.proj"]}
 
 
-BLOCKS = [f"{side}_blocks.{i}.attentions.{j}" for side, where, n in (("down", range(3), 2), ("up", range(1, 4), 3))
-          for i in where for j in range(n)] + ["mid_block.attentions.0"]  # fmt: skip
+# Only SD 1 and SD 2 were adapted with it, whose blocks are alike.
+BLOCKS = attention_stems(FAMILIES["sd1"].up_attention)
 
 
 CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")

@@ -10,8 +10,9 @@ from typing import Any, final
 
 from ...architectures.families import FAMILIES
 from ...errors import InputError
+from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
-from .format import Capabilities, NewModule
+from .format import Capabilities
 from .kohya import network_metadata, text_model_path
 from .suffixes import ALPHA_ENDS
 

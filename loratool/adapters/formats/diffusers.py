@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from ...architectures.families import FAMILIES
+from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors, metadata_of, split_component
-from .format import Capabilities, NewModule
+from .format import Capabilities
 from .peft_config import config_of_component
 from .suffixes import PLAIN_ENDS
 

@@ -11,12 +11,13 @@ import json
 import math
 import re
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
 from ...adapters.updates.dora import DoRA
 from ...architectures.image import ADAPTER_PREFIXES
+from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
@@ -25,7 +26,7 @@ from .format import Format, ReadOptions
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .peft_config import base_mutating_init, base_mutating_init_of, lora_config, parse_config
-from .suffixes import FACTORS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
+from .suffixes import FACTORS, PEFTS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
 
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
@@ -108,13 +109,20 @@ class DottedFormat(Format, ABC):
 
 
 def has_dotted_factors(names: Iterable[str]) -> bool:
-    """Return whether a name is a factor's and has a component's prefix or a processor in it."""
-    factors = (*FACTORS, *PROCESSOR_SUFFIXES)
-    return any(
+    """Return whether a name is a factor's and has a component's prefix or a processor in it, or whether all are bare."""
+    names, factors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
+    return _are_bare(names) or any(
         name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
         for name in names
         if not name.startswith("transformer.h.")  # GPT-2's own modules
     )
+
+
+def _are_bare(names: Sequence[str]) -> bool:
+    """Return whether all names are plain paths with suffixes that PEFT's names do not have, a factor's among them."""
+    if any(name.startswith(PEFT_PREFIX) or name.endswith(PEFTS) for name in names):
+        return False
+    return any(name.endswith(FACTORS) for name in names) and all(split_suffix(name)[1] for name in names)
 
 
 def split_component(module: str) -> tuple[str, str]:

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from ...errors import UsageError
-from ...files.dtypes import TensorSpec
 from ...files.output import CONTAINERS, check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..updates.update import UpdateSpec
+from .content import AdapterContent, NewModule
+from .peft_config import config_of_component
 from .single_file import write_single_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # The bases that a format can be the usual one for, in the order in which formats are listed: a model's folder, a single
 # file of an image model under its makers' names, a diffusers pipeline.
@@ -38,7 +36,7 @@ class Capabilities:
     kinds: frozenset[str]  # keys of UPDATES
     writes: bool  # whether loratool writes them
     components: Literal["one", "many"]  # models that a file is for: any one, or the parts of an image model
-    # where a module's alpha stands: in a tensor, in PEFT's config, in the metadata by component, or nowhere
+    # where a module's alpha stands: in a tensor, in a config, in the metadata by component, or nowhere
     alpha: Literal["tensor", "config", "metadata", "none"]
     usual_for: str | None = None  # of BASES: it is the format of an adapter made for one, if no other is asked for
     folder: bool = False  # an output can be a folder; else it is one file
@@ -57,28 +55,6 @@ class ReadOptions:
     lenient: bool = False  # record a module's missing factor, rank or alpha in `UpdateSpec.fault`, raise no error
     # which slices of its rows a MergedLinear adapts; empty if the option was not given, None if there is no such option
     enabled_slices: tuple[bool, ...] | None = None
-
-
-@dataclass(frozen=True)
-class AdapterContent:
-    """An adapter to be written: everything but its bytes, which `load` makes."""
-
-    specs: Mapping[str, TensorSpec]  # name -> type and shape
-    load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of exactly that type and shape
-    config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header, in formats other than PEFT
-    bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
-
-
-@dataclass(frozen=True)
-class NewModule:
-    """Name what a config and metadata say of a module of an image adapter."""
-
-    component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...
-    rank: int
-    alpha: float
-    dora: bool
-    init: str | None  # the initialization that changed its base
 
 
 class Format(ABC):
@@ -138,11 +114,8 @@ class Format(ABC):
 
         Args:
             former: what the source's metadata says that stays true.
-
-        Raises:
-            InputError: some modules are DoRA and others not, and the format cannot say which.
         """
-        return {}, {**former, "format": "pt"}
+        return config_of_component(modules), {**former, "format": "pt"}
 
     def notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
         """Return sentences for the user on what loaders do not read of an image adapter."""

@@ -20,7 +20,8 @@ from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from .format import Capabilities, Format, NewModule, ReadOptions
+from .content import NewModule
+from .format import Capabilities, Format, ReadOptions
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
@@ -56,7 +57,7 @@ class Kohya(Format):
         found: dict[str, dict[str, str]] = {}
         for tensor in file.specs:
             module, role = split_suffix(tensor)
-            if role is None:
+            if role is None or "." in module:
                 raise refused_tensor(tensor, name)
             if (other := found.setdefault(module, {}).setdefault(role, tensor)) != tensor:
                 raise InputError(f"is the same as {other}", culprit=tensor)

@@ -22,6 +22,10 @@ from ...errors import InputError
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
 
+# the `peft_type`s that are read
+READ = ("LORA", "LOHA", "LOKR", "ADALORA", "VERA", "IA3")
+
+
 # outcome -> its words in a report
 OUTCOMES = {
     "merged": "can be merged",
@@ -48,6 +52,9 @@ _KEYS = "adds keys and values to every layer, and no weight could hold them"
 
 
 _UNSUPPORTED = "is not supported yet"
+
+
+_MULTIPLIES = "multiplies weights by a matrix"
 
 
 _VARIANT = "is a variant of LoRA with a formula of its own"
@@ -87,9 +94,10 @@ OTHER_METHODS = {
     ),
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
+    "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters by what its input is, and no weight could hold that"),
     "LN_TUNING": OtherMethod("LayerNorm tuning", "extracted", _UNSUPPORTED, ("ln_tuning_layers.",), _BY_PEFT),
-    "OFT": OtherMethod("OFT", "extracted", _UNSUPPORTED, ("oft_",), _BY_PEFT),
-    "BOFT": OtherMethod("BOFT", "extracted", _UNSUPPORTED, ("boft_",), _BY_PEFT),
+    "OFT": OtherMethod("OFT", "extracted", _MULTIPLIES, ("oft_",), _BY_PEFT),
+    "BOFT": OtherMethod("BOFT", "extracted", _MULTIPLIES, ("boft_",), _BY_PEFT),
     "LORAS": OtherMethod("LoRA or IA3 in AdapterHub's format", "extracted", _UNSUPPORTED, ("loras.",), _BY_ADAPTERS),
     "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
     "VELORA": OtherMethod("VeLoRA", "neither", _VARIANT, ("lora_velora",)),
@@ -177,7 +185,7 @@ def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, 
     A mark wins over the config, except for prompts, which only the config distinguishes.
     """
     kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
-    if configured not in (None, "LORA") and kind in (None, "PROMPT"):
+    if configured not in (None, *READ) and kind in (None, "PROMPT"):
         kind = str(configured)
     return None if kind is None else (kind, method_of_peft_type(kind))
 

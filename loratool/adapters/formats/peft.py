@@ -16,12 +16,15 @@ from typing import Any, final
 
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.dora import DoRA
+from ...adapters.updates.experts import Experts
+from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import Indices, ReplaceRows
 from ...adapters.updates.update import Update
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...errors import InputError, NeedsFlag
 from ...files.fileio import partial_folder, require_free_space, write_file
+from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -33,12 +36,12 @@ from ..updates.loha import LoHa
 from ..updates.lokr import LoKr
 from ..updates.update import Unpaired, UpdateSpec
 from ..updates.vera import VeRA
-from .format import AdapterContent, Capabilities, Format, NewModule, ReadOptions
+from .content import AdapterContent
+from .format import Capabilities, Format, ReadOptions
 from .other_methods import find_marks, other_method
 from .peft_config import (
     CONFIG_NAME,
     announced_but_absent,
-    config_of_component,
     find_config,
     parse_config,
     target_parameter,
@@ -90,8 +93,8 @@ PROJECTIONS = re.compile(r"(?:^|\.)(vera_[AB])(?:\.(?!weight$|bias$)[^.]+)?$")
 
 
 # kind -> the `peft_type` of its adapters
-METHODS: dict[type[Update], str] = {LoHa: "LOHA", LoKr: "LOKR", AdaLoRA: "ADALORA", VeRA: "VERA"}
-OTHER_ROLES = {"E", *(role for cls in METHODS if cls is not AdaLoRA for role in (*cls.roles, *cls.optional))}
+METHODS: dict[type[Update], str] = {LoHa: "LOHA", LoKr: "LOKR", AdaLoRA: "ADALORA", VeRA: "VERA", IA3: "IA3"}
+OTHER_ROLES = {"E", *(role for cls in (LoHa, LoKr, VeRA) for role in (*cls.roles, *cls.optional))}
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
@@ -185,6 +188,7 @@ class Peft(Format):
                 updates[module] = dataclasses.replace(updates[module], base=key)
             else:
                 updates[module] = _single(ReplaceTensor, module, key, file)
+        _check_method(updates.values(), config)
         notes, missing = _notes(updates, found), announced_but_absent(config, updates)
         return Adapter(name, self.key, file, config, updates, notes=notes, missing=missing)
 
@@ -204,11 +208,6 @@ class Peft(Format):
                     name = saved_name(key, named)
                 found[name] = module, role
         return found
-
-    def describe(
-        self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        return config_of_component(modules), {**former, "format": "pt"}
 
     def edited_name(self, name: str, named: Collection[str]) -> str:
         return saved_name(name, named)
@@ -233,6 +232,16 @@ class Peft(Format):
         with partial_folder(path) as folder:
             write_single_file(folder / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
             write_file(folder / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def virtual_adapter(name: str, like: WeightsFile, content: AdapterContent) -> Adapter:
+    """Return the adapter that PEFT's files of this content would hold, without writing them.
+
+    Args:
+        like: an open file that it is made of, as in `VirtualFile`.
+    """
+    stored = Peft().as_file(content)
+    return Peft().read(name, VirtualFile(like, stored.specs, stored.load, stored.metadata), ReadOptions())
 
 
 def adapter_names(keys: Iterable[str]) -> set[str]:
@@ -338,7 +347,14 @@ def _updates(
     elif "vector" in roles:
         yield from _ia3(path, roles["vector"], file, extra)
     elif any(role in OTHER_ROLES for role in roles):
-        yield _of_other_kind(path, roles, file, config, lenient)
+        try:
+            yield _of_other_kind(path, roles, file, config, lenient)
+        except InputError as error:
+            if not lenient:
+                raise
+            key = next(iter(roles.values()))
+            fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
+            yield UpdateSpec(Unpaired, path, {"value": key}, {"value": file.specs[key]}, fault=fault)
     elif "A" in roles or "B" in roles or "magnitude" in roles:
         parameter = target_parameter(config, path, place, places, DECLARED)
         if parameter is None:
@@ -357,7 +373,7 @@ def _of_other_kind(
     """Return an update of LoHa, LoKr, AdaLoRA or VeRA.
 
     Raises:
-        InputError: the config is of another method, or the module is of a kind that PEFT computes otherwise than others.
+        InputError: the config is of another method, or the module is of a kind that PEFT computes in another way.
     """
     if "vera_lambda_b" in roles and "vera_A" not in roles:
         raise InputError(
@@ -372,12 +388,21 @@ def _of_other_kind(
             culprit=roles["lokr_w2"],
             remedy="merge it with peft, and `loratool extract` the change",
         )
-    spec = spec_from_roles(path, roles, file, config, lenient=lenient)
-    expected = METHODS.get(spec.cls)
-    if expected and config.extra.get("peft_type", expected) not in (expected, "LORA" if len(config.extra) == 1 else ""):
-        said = f"is of {expected}, but the config says {config.extra['peft_type']}"
-        raise InputError(said, culprit=next(iter(roles.values())), remedy="the config is of another adapter")
-    return spec
+    return spec_from_roles(path, roles, file, config, lenient=lenient)
+
+
+def _check_method(updates: Iterable[UpdateSpec], config: AdapterConfig) -> None:
+    """Raise InputError for an update of another method than the config says."""
+    said = config.extra.get("peft_type", "LORA")
+    for update in updates if len(config.extra) > 1 else ():
+        inner = update.cls.without_norm(update).cls
+        method = METHODS.get(inner, "LORA" if inner in (LowRank, Experts) else said)
+        if method != said:
+            raise InputError(
+                f"is {inner.kind}, but the config says {said}",
+                culprit=update.module,
+                remedy="the config is of another adapter",
+            )
 
 
 def _ia3(path: str, key: str, file: WeightsFile, extra: Mapping[str, Any]) -> Iterable[UpdateSpec]:

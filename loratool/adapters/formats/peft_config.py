@@ -21,7 +21,7 @@ from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module
 from ..patterns import endings
 from ..updates.update import UpdateSpec
-from .format import NewModule
+from .content import NewModule
 from .other_methods import method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"

@@ -67,18 +67,20 @@ PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
 # those that tell an adapter: a weight alone may be a model's
 FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "vector"))
+# those that PEFT's names have too
+PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
 def split_suffix(tensor: str) -> tuple[str, str | None]:
     """Return a tensor's module and its role; the whole name and None if no suffix is known."""
-    for suffix in _LONGEST_FIRST:
-        if tensor.endswith(suffix):
-            return tensor.removesuffix(suffix), SUFFIXES[suffix]
     for suffix, role in PROCESSOR_SUFFIXES.items():
         module = tensor.removesuffix(suffix)
         if module != tensor and PROCESSOR.fullmatch(module):
             return module, role
+    for suffix in _LONGEST_FIRST:
+        if tensor.endswith(suffix):
+            return tensor.removesuffix(suffix), SUFFIXES[suffix]
     return tensor, None
 
 

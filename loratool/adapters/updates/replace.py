@@ -45,5 +45,5 @@ class ReplaceTensor(Update):
         from ...numerics.stored import Stored
 
         count = rows.stop - rows.start
-        value = self.value.file.rows(self.value.name, rows.start, rows.stop).reshape(count, -1)
+        value = self.value.rows(rows.start, rows.stop).reshape(count, -1)
         return Stored(value, weight), Factor.of_rows([1 - Fraction(weight)] * count)

@@ -75,7 +75,7 @@ class Tucker(Update):
 def tucker_factors(up: Tensor, mid: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return (B, A) in float64 of a Tucker decomposition: A is the core contracted with `down`, (r, in * kernel)."""
     core = mid.double().flatten(2)  # (r, r, k)
-    return up.double(), (core.transpose(1, 2) @ down.double()).transpose(1, 2).flatten(1)
+    return up.double().contiguous(), (core.transpose(1, 2) @ down.double()).transpose(1, 2).flatten(1)
 
 
 def turned(terms: Sequence[Term]) -> list[Term]:

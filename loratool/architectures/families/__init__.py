@@ -90,7 +90,10 @@ def parts_of(
         queries: rows of a language model's query projection; 0 if unknown.
     """
     for ratio, fused in located.rows:
-        sizes = _sizes(located, fused, columns, rows, known or {}, queries)
+        sizes = rows_of_runs(fused, columns, rows, known, queries)
+        if sizes is None and not rows:
+            whole = next((r * columns for end, r in located.family.ratios.items() if located.path.endswith(end)), 0)
+            sizes = rows_of_runs(fused, columns, whole, known, queries) if whole else None
         if sizes is None or (ratio and sum(sizes) != ratio * columns):
             continue
         spans, start = [], 0
@@ -101,20 +104,18 @@ def parts_of(
     return None
 
 
-def _sizes(
-    located: Located, fused: Fused, columns: int, rows: int, known: Mapping[str, int], queries: int
+def rows_of_runs(
+    fused: Fused, columns: int, rows: int = 0, known: Mapping[str, int] | None = None, queries: int = 0
 ) -> tuple[int, ...] | None:
-    """Return the rows of each run; None if they are not known, or contradict each other."""
+    """Return how many rows each run of a fused matrix has, with the arguments of `parts_of`; None as there."""
     runs, rules = _runs(fused), fused.sizes or (None,) * len(fused.runs)
-    told = [known[run.module] // run.parts if run.module in known else 0 for run in runs]
+    told = [(known or {}).get(run.module, 0) // run.parts for run in runs]
     sizes = [
         rule * columns if isinstance(rule, int) else (queries or size) if rule == "queries" else 0
         for rule, size in zip(rules, told, strict=True)
     ]
     shares = [size for size, rule in zip(told, rules, strict=True) if rule is None and size]
     open_runs = rules.count(None)
-    if not rows and not shares:
-        rows = columns * next((r for end, r in located.family.ratios.items() if located.path.endswith(end)), 0)
     if "queries" in rules and not any(s for s, rule in zip(sizes, rules, strict=True) if rule == "queries"):
         if not rows or not shares:
             return None

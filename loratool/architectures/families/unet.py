@@ -7,7 +7,7 @@ kohya-ss/sd-scripts `library/sdxl_model_util.py`, ComfyUI `comfy/utils.py` (unet
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 # sgm's names within a residual block -> diffusers'
@@ -99,6 +99,13 @@ def diffusers_to_sgm(path: str, attends: bool = True) -> str:
         return f"output_blocks.{3 * level + 2}.{2 if attends else 1}.conv"
     stem = f"input_blocks.{3 * level + layer + 1}" if side == "down" else f"output_blocks.{3 * level + layer}"
     return f"{stem}.0.{resnet.get(rest, rest)}" if kind == "resnets" else f"{stem}.1.{rest}"
+
+
+def attention_stems(up_attention: Sequence[bool]) -> list[str]:
+    """Return diffusers' paths of a UNet's attentions, on the way down, on the way up, and in the middle."""
+    down = [f"down_blocks.{i}.attentions.{j}" for i, has in enumerate(reversed(up_attention)) if has for j in range(2)]
+    up = [f"up_blocks.{i}.attentions.{j}" for i, has in enumerate(up_attention) if has for j in range(3)]
+    return [*down, *up, "mid_block.attentions.0"]
 
 
 @cache

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.dtypes import FLOAT8, MERGE_DTYPES
+from ...files.dtypes import FLOAT8, MERGE_DTYPES, TensorSpec
 from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
 from ...files.quantized import CODED_METADATA
 from ...files.side_files import provenance
-from ...files.tensor_ref import TensorRef
 from ...files.torch_reader import TorchFile
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
@@ -97,15 +96,16 @@ def convert_checkpoint(
     with closing(open_checkpoint(checkpoint)) as base:
         to, path, is_file = _place(base, out, to)
         _refuse_quantized(base, chosen, to, checkpoint)
+        decoded = {name: TensorSpec(chosen, weight.spec.shape) for name, weight in base.weights.items() if chosen}
         inputs = [shard.path for shard in base.shards]
         check_output_path(path, is_file, inputs, force, is_model=True)
         shared = find_shared_storage(base)
-        edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared))
+        edits = OutputEdits(decoded, shared=shared, left_out=dropped_names(base, shared))
         origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))
         output = plan_output(base, path, is_file, origin, (), chosen, max_shard_bytes, edits, container=to)
         check_undo_files(output, inputs, force)
         output.require_space()
-        flushed = None if dry_run else _execute(base, output, progress, workers or worker_count())
+        flushed = None if dry_run else _execute(base, output, edits, progress, workers or worker_count())
         return _report(os.fspath(checkpoint), base, output, edits, to, chosen, flushed)
 
 
@@ -117,7 +117,7 @@ def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | 
             culprit=os.fspath(name),
             remedy="keep it in safetensors",
         )
-    if base.quantized and dtype:
+    if dtype and (base.coded or any(part.declared for part in base.models)):
         raise InputError(
             f"is quantized ({base.quantized}), and its scales must keep their types",
             culprit=os.fspath(name),
@@ -136,13 +136,15 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
     return to, *check_output_name(out, to)
 
 
-def _execute(base: Checkpoint, output: Output, progress: Progress | None, workers: int) -> dict[str, int]:
+def _execute(
+    base: Checkpoint, output: Output, edits: OutputEdits, progress: Progress | None, workers: int
+) -> dict[str, int]:
     """Write the output; return for each tensor that is cast how many numbers became 0."""
-    sources = {name: TensorRef(base.shard_of[name], name) for name in output.specs}
+    sources = {name: base.ref(name) if name in edits.specs else base.stored_ref(name) for name in output.specs}
     cast = {
         name: ChangedTensor(spec.size, partial(_all_numbers, spec.size))
         for name, spec in output.specs.items()
-        if spec.size and spec.dtype != base.specs[name].dtype
+        if spec.size and spec.dtype != sources[name].spec.dtype
     }
     flushed: dict[str, int] = defaultdict(int)
     with closing(rewrite(output, sources, cast, torch.device("cpu"), workers, progress)) as runs:
@@ -177,10 +179,12 @@ def _report(
     dtype: str | None,
     flushed: dict[str, int] | None,  # tensor -> numbers that became 0; None in a dry run
 ) -> CheckpointConvertReport:
+    former = {name: spec.dtype for name, spec in base.stored.items()}
+    former |= {name: base.weights[name].codec.key for name in edits.specs}
     cast = tuple(
-        CastTensor(each, spec.shape, base.specs[each].dtype, spec.dtype, None if flushed is None else flushed[each])
+        CastTensor(each, spec.shape, former[each], spec.dtype, None if flushed is None else flushed[each])
         for each, spec in output.specs.items()
-        if spec.dtype != base.specs[each].dtype
+        if spec.dtype != former[each]
     )
     apart = [name for name in edits.shared if to == "safetensors" and name not in edits.left_out]
     return CheckpointConvertReport(

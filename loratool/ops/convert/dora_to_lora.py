@@ -76,7 +76,7 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
     out, width = update.shape[0], update.specs["A"].size // update.rank
     W = torch.empty(out, width, dtype=torch.float32)
     for name, placement in places:
-        ref = TensorRef(source.file, update.base) if update.base else TensorRef(base.shard_of[name], name)
+        ref = TensorRef(source.file, update.base) if update.base else base.ref(name)
         if placement.transposed:
             W.copy_(torch.cat([block.float() for block in ref.blocks(ROWS * out)]).T)
             continue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.formats import FORMATS, written_formats
-from ...adapters.formats.format import AdapterContent, NewModule
+from ...adapters.formats.content import AdapterContent, NewModule
 from ...adapters.formats.single_file import STALE_KEYS
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.edited import CarriedTensor
 from ...adapters.formats import FORMATS
-from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import adapter_names
 from ...adapters.formats.peft_config import base_mutating_init, config_of
 from ...adapters.stacked import round_factors, stack_factors

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.edited import CarriedTensor, EditedAdapter, edited_adapter_config
 from ...adapters.formats import FORMATS
-from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.stacked import round_factors, stack_factors

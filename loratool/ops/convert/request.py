@@ -11,7 +11,7 @@ import torch
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
-from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.content import AdapterContent
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
@@ -23,7 +23,7 @@ from .source_modules import SourceModule
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 
 
-DROP_OPTIONS = {"combine": "--exclude", "init": "--exclude"}  # command -> its name for --drop
+DROP_OPTIONS = {"combine": "--exclude", "extract": "--exclude", "init": "--exclude"}  # command -> its name for --drop
 
 
 @dataclass(frozen=True)

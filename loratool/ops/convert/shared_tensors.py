@@ -53,7 +53,7 @@ def _by_metadata(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
         name, kept = shard.prefix + key, shard.prefix + value
         if kept not in shard.specs or key in ("format", value):
             continue
-        if name not in base.specs or same_bytes(TensorRef(base.shard_of[name], name), TensorRef(shard, kept)):
+        if name not in base.stored or same_bytes(base.stored_ref(name), TensorRef(shard, kept)):
             found[name] = kept
     return {name: kept for name, kept in found.items() if kept not in found}
 
@@ -67,10 +67,10 @@ def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str
     for part in base.models:
         tie = find_tie(part)
         for name, kept in shared.items():
-            alike = name not in base.specs or base.specs[name] == base.specs[kept]
+            alike = name not in base.stored or base.stored[name] == base.stored[kept]
             if alike and name.startswith(part.prefix) and (not part.config or name in _other_names(part, tie, kept)):
                 found.add(name)
-    return found | (shared.keys() - base.specs.keys())
+    return found | (shared.keys() - base.stored.keys())
 
 
 def _other_names(base: Checkpoint, tie: Tie | None, name: str) -> set[str]:

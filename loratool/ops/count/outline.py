@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...architectures.families import rows_of_runs
+from ...architectures.families.table import Fused
 from ...architectures.prefixes import module_path
 from ...architectures.projections import projections
 from ...architectures.roles import HEADS, weight_role
@@ -202,12 +204,13 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Coun
 def _role_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:
     """Return how many outputs each role of a fused matrix has: equal ones, but for keys and values that share heads."""
     out, count = matrix.rows * matrix.columns // matrix.inp, len(matrix.roles)
-    first = out // count if query_rows is None or count < 3 else query_rows
-    rest = out - first
-    if first < 1 or rest < count - 1 or rest % (count - 1):
+    shared = query_rows is not None and count > 2
+    fused = Fused(matrix.roles, ("queries", *[None] * (count - 1)) if shared else ())
+    rows = rows_of_runs(fused, matrix.inp, out, queries=query_rows or 0)
+    if rows is None:
         raise InputError(
             f"is {matrix.rows} x {matrix.columns}: which of it is {', '.join(matrix.roles)} is not known",
             culprit=matrix.path,
             remedy="name the whole in --target",
         )
-    return dict(zip(matrix.roles, [first] + [rest // (count - 1)] * (count - 1), strict=True))
+    return dict(zip(matrix.roles, rows, strict=True))

@@ -270,7 +270,7 @@ def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorR
     for name, placements in binding.placements.items():
         stored = tie.stored_as(name) if tie and name not in base.specs else name
         for placement in placements:
-            found.setdefault(placement.update.module, []).append((TensorRef(base.shard_of[stored], stored), placement))
+            found.setdefault(placement.update.module, []).append((base.ref(stored), placement))
     return found
 
 

@@ -1,13 +1,15 @@
-"""Plan the PEFT adapter that `extract` writes, once the ranks are known."""
+"""Plan the adapter of one model that `extract` writes, once the ranks are known: PEFT's, and from it any other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ...adapters.formats.format import AdapterContent
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.format import Format
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
 from ...architectures.conv1d import stores_transposed
@@ -15,6 +17,8 @@ from ...architectures.prefixes import module_path
 from ...binding.peft_names import role_in_model
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
+from ..convert.language import plan_language
+from ..convert.request import ConvertRequest, request_for, select_updates
 from ..factor_spool import FactorSpool, SpooledFactors
 from .changes import SortedDeltas
 
@@ -90,6 +94,20 @@ def plan_adapter(
         lambda name: spool.effective_rank(factored[name], ranks[name]),
         lambda name: spool.stored(factored[name], ranks[name], dtype),
     )
+
+
+def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> AdapterPlan:
+    """Return a plan that was made for PEFT in another format of one model.
+
+    Raises:
+        NeedsFlag: what changed is more than the format can hold.
+    """
+    if to.key == Peft.key:
+        return plan
+    adapter, request = virtual_adapter(str(base.path), base.shards[0], plan.content), ConvertRequest(to.key)
+    with request_for("extract"):
+        made = plan_language(adapter, request, *select_updates(adapter, request), {})
+    return replace(plan, content=made.content)
 
 
 def _zero_pair(

@@ -94,7 +94,7 @@ def sort_deltas(
     for name in untied:
         assert tie is not None
         first = tie.stored_as(name)
-        both[name] = (TensorRef(base.shard_of[first], first), pairs.only_tuned[name])
+        both[name] = (base.ref(first), pairs.only_tuned[name])
         found.taken.add(name)
     if tie and tie.bias:
         found.aliases = {tie.bias[1]: tie.bias[0]}
@@ -176,7 +176,7 @@ def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, name: str, two: Tens
             found.saved.add(found.in_model(module) if found.in_model else module)
             stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
             if stored in base.specs:
-                found.exact.setdefault(f"{module}.bias", TensorRef(base.shard_of[stored], stored))
+                found.exact.setdefault(f"{module}.bias", base.ref(stored))
 
 
 def _keep_exactly(base: Checkpoint, found: SortedDeltas, name: str, two: TensorRef) -> None:
@@ -194,4 +194,4 @@ def _keep_exactly(base: Checkpoint, found: SortedDeltas, name: str, two: TensorR
         found.saved.add(found.in_model(module) if found.in_model else module)
         members = tuple(n for n in (f"{module}.bias",) if n in base.specs)
     for each in members:
-        found.exact.setdefault(each, TensorRef(base.shard_of[each], each))
+        found.exact.setdefault(each, base.ref(each))

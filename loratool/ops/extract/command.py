@@ -33,7 +33,7 @@ from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
 from ..machine import require_ieee
 from ..rank_rules import RANK_RULES, budget_ranks, rank_for, read_rule
-from .adapter_plan import AdapterPlan, plan_adapter
+from .adapter_plan import AdapterPlan, plan_adapter, plan_language_adapter
 from .changes import SortedDeltas, WeightDelta, sort_deltas
 from .image import plan_image_adapter
 
@@ -182,7 +182,7 @@ def extract(
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
-        whole_model = output_format.can.components == "one"  # in the model's own names, with biases and embeddings
+        whole_model = output_format.can.components == "one"  # in the model's own names
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)
@@ -190,7 +190,7 @@ def extract(
         requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if whole_model else None
-        found = sort_deltas(sides[0], pairs, selection, embed, bias and whole_model, in_model)
+        found = sort_deltas(sides[0], pairs, selection, embed, bias and "replace" in output_format.can.kinds, in_model)
         found.alphas = output_format.can.alpha == "tensor"
         if in_model:
             factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
@@ -206,7 +206,9 @@ def extract(
         if in_model:
             _check_experts(sides[0], ranks)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
-        if not whole_model:
+        if whole_model:
+            plan = plan_language_adapter(plan, output_format, sides[0])
+        else:
             budget = rule[0] not in RANK_RULES
             plan = plan_image_adapter(plan, output_format, work.factored, spool, DTYPES[dtype], sides[0], budget)
         _check_budget(rule, plan)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from ...adapters.formats import open_adapter
-from ...adapters.formats.format import AdapterContent, Format
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.format import Format
 from ...adapters.formats.peft import WEIGHTS_NAMES, Peft
 from ...adapters.formats.peft_config import CONFIG_NAME
 from ...architectures.prefixes import PEFT_PREFIX, module_path

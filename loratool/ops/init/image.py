@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...adapters.formats.format import AdapterContent, Format, ReadOptions
-from ...adapters.formats.peft import Peft
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.format import Format
+from ...adapters.formats.peft import Peft, virtual_adapter
 from ...files.checkpoint import Checkpoint
-from ...files.virtual import VirtualFile
 from ..convert.image import ImageAdapter, plan_image
 from ..convert.image_base import _family, image_weights
 from ..convert.language import plan_language
@@ -26,12 +26,9 @@ def plan_start(
 ) -> AdapterOutput:
     """Plan the tensors that `init` writes in format `to`; `config` is PEFT's adapter_config.json."""
     specs = {**starter.specs, **starter.magnitude_specs}
-    if to.can.alpha == "config":
+    if to.key == Peft.key:
         return AdapterOutput(AdapterContent(specs, starter.load, config), (), (), ())
-    peft = Peft()
-    stored = peft.as_file(AdapterContent(specs, starter.load_any, config))
-    file = VirtualFile(base.shards[0], stored.specs, stored.load, stored.metadata)
-    adapter = peft.read(str(base.path), file, ReadOptions())
+    adapter = virtual_adapter(str(base.path), base.shards[0], AdapterContent(specs, starter.load_any, config))
     request = ConvertRequest(to.key)
     if to.can.components == "one":
         with request_for("init"):

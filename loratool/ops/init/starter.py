@@ -234,7 +234,7 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
     load = UpdateLoader(torch.device("cpu"))
 
     def distance(name: str) -> tuple[float, float]:
-        sides = plan.sources[name], TensorRef(result.shard_of[name], name)
+        sides = plan.sources[name], result.ref(name)
         both = [_residual_error(placement, load, *sides) for placement in plan.placements[name]]
         return math.fsum(error for error, _ in both), math.fsum(square for _, square in both)
 

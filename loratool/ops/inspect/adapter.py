@@ -67,7 +67,7 @@ class AdapterGroup:
     """Updates of one kind whose names differ only in numbers.
 
     Attributes:
-        kind: a key of UPDATES, or UNPAIRED.
+        kind: a key of UPDATES, or Unpaired.
         modules: how many there are.
         scale: 1 if the alpha is not known.
         shape: that of what they change; of a factor without its partner its own.
@@ -231,7 +231,7 @@ def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list
     for name, placements in binding.placements.items():
         stored = name if name in base.specs or tie is None else tie.stored_as(name)
         for placement in placements:
-            found.setdefault(placement.update.module, []).append((TensorRef(base.shard_of[stored], stored), placement))
+            found.setdefault(placement.update.module, []).append((base.ref(stored), placement))
     return found
 
 
@@ -299,11 +299,11 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     parts = []
     for start in range(0, len(rows), row_count):
         there = rows[start : start + row_count]
-        new = value.file.rows(value.name, start, start + len(there)).double()
+        new = value.rows(start, start + len(there)).double()
         if indices_of(spec):
-            old = torch.cat([weight.file.rows(weight.name, row, row + 1) for row in there])
+            old = torch.cat([weight.rows(row, row + 1) for row in there])
         else:
-            old = weight.file.rows(weight.name, start, start + len(there))
+            old = weight.rows(start, start + len(there))
         parts.append(float((new - old.double()).square().sum()))
     return math.sqrt(math.fsum(parts))
 

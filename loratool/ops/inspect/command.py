@@ -167,21 +167,24 @@ def _inspect_method(
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
-    sizes = {name: spec.size for name, spec in checkpoint.specs.items()}
-    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()}
+    keys = {name: weight.codec.key for name, weight in checkpoint.weights.items()}
+    specs = {name: TensorSpec(keys.get(name, spec.dtype), spec.shape) for name, spec in checkpoint.specs.items()}
+    sizes = {name: spec.size for name, spec in specs.items()}
+    nbytes = {name: checkpoint.nbytes_of(name) for name in specs}
+    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()} | {name: name for name in keys}
     for coded in checkpoint.coded.values():
         sizes |= dict.fromkeys(coded.tensors, 0) | {coded.tensors[0]: coded.size or 0}
     dtypes: Counter[str] = Counter()
-    for name, spec in checkpoint.specs.items():
+    for name, spec in specs.items():
         dtypes[spec.dtype] += sizes[name]
     return CheckpointReport(
         path,
         checkpoint.model_type,
         tuple(shard.place for shard in checkpoint.shards),
-        tuple(_groups(checkpoint.specs, sizes, {name: codes.get(name, "") for name in checkpoint.formats})),
-        len(checkpoint.specs),
+        tuple(_groups(specs, sizes, nbytes, {name: codes.get(name, "") for name in (*checkpoint.formats, *keys)})),
+        len(specs),
         sum(sizes.values()),
-        sum(spec.nbytes for spec in checkpoint.specs.values()),
+        sum(nbytes.values()),
         {dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
         head_is_missing(checkpoint),
         checkpoint.quantized,
@@ -191,21 +194,26 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
 
 
 def _groups(
-    specs: Mapping[str, TensorSpec], sizes: Mapping[str, int] | None = None, weights: Mapping[str, str] | None = None
+    specs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, int] | None = None,
+    nbytes: Mapping[str, int] | None = None,
+    weights: Mapping[str, str] | None = None,
 ) -> Iterable[Group]:
     """Group tensors whose names differ only in numbers, in the order in which a group's first one comes.
 
     Args:
         sizes: how many weights each stands for, where that is not its own size.
+        nbytes: in which each is stored, where that is not its own.
         weights: for a tensor that belongs to a quantized weight, the weight's name if it is the codes, else "".
     """
-    members: dict[tuple[tuple[str, ...], TensorSpec, int, str | None], list[tuple[int, ...]]] = {}
+    members: dict[tuple[tuple[str, ...], TensorSpec, int, int, str | None], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
         parts, numbers = split_numbers(name)
+        size, stored = sizes[name] if sizes else spec.size, nbytes[name] if nbytes else spec.nbytes
         weight = weights.get(name) if weights else None
         weight = weight and "0".join(split_numbers(weight)[0])
-        members.setdefault((parts, spec, sizes[name] if sizes else spec.size, weight), []).append(numbers)
-    for (parts, spec, size, weight), found in members.items():
+        members.setdefault((parts, spec, size, stored, weight), []).append(numbers)
+    for (parts, spec, size, stored, weight), found in members.items():
         count = len(found)
         yield Group(
             with_ranges(parts, found),
@@ -213,7 +221,7 @@ def _groups(
             spec.shape,
             count,
             count * size,
-            count * spec.nbytes,
+            count * stored,
             _target("0".join(parts), spec) if weight is None else _coded_target(weight, spec),
         )
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.merge_plan import MergePlan, plan_merge, widen_float8
+from ...binding.merge_plan import MergePlan, decode_changed, plan_merge
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
@@ -156,7 +156,7 @@ def write_merged(
         beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    edits = widen_float8(plan, options.dtype)
+    edits = decode_changed(plan, options.dtype)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
@@ -217,9 +217,12 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     for name, spec in plan.base.specs.items():
-        if output.specs[name].dtype != spec.dtype:
+        weight = plan.base.weights.get(name)
+        was = weight.codec.key if weight else spec.dtype
+        is_kept = output.specs[name].dtype == was if not weight else weight.codec.encodes or name not in plan.changed
+        if not is_kept:
             raise NeedsFlag(
-                f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
+                f"is {was} in the base, and a merge into another type cannot be undone",
                 culprit=name,
                 remedy="add --no-undo",
             )
@@ -229,7 +232,7 @@ def _undo_bound(plan: MergePlan, output: Output) -> int | None:
     """Return an upper bound of the undo file's bytes: each changed weight itself, and a bit for each of its bytes."""
     if output.undo is None:
         return None
-    max_bytes = sum(plan.base.specs[name].nbytes for name in plan.changed if name in plan.base.specs)
+    max_bytes = sum(plan.base.nbytes_of(name) for name in plan.changed if name in plan.base.specs)
     return max_bytes + max_bytes // 8 + (1 << 20)
 
 
@@ -254,7 +257,8 @@ def _execute(
                 size = undo.finish(targets[output.undo.name], plan, output)
 
         copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
-        runs = rewrite(output, plan.sources, tensors, options.device, workers, options.progress, finish, copied)
+        sources = plan.stored_sources(output.specs)
+        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
             if isinstance(item, HashBytes):
                 if undo:

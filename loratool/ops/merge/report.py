@@ -189,6 +189,6 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
             f"{len(unchanged)} tensors stay as they are, since their change is zero or rounds away: {unchanged[0]}, ..."
         )
     narrow = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
-    if narrow and output.specs != plan.base.specs:
+    if narrow and output.specs != plan.base.stored:
         warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
     return warnings

@@ -222,7 +222,7 @@ def _is_copy(plan: MergePlan, found: Checkpoint, name: str) -> bool:
     first = tie.embedding if role == "weight" else f"{module.rpartition('.')[0]}.{role}"
     if first not in plan.sources or first not in found.specs or found.specs[first] != found.specs[name]:
         return False
-    return same_values(TensorRef(found.shard_of[name], name), TensorRef(found.shard_of[first], first))
+    return same_values(found.ref(name), found.ref(first))
 
 
 class _TensorVerifier:
@@ -236,7 +236,7 @@ class _TensorVerifier:
         self.has_delta = self.changes_weights = False
 
     def __call__(self, name: str) -> TensorVerdict | None:
-        source, found = self._plan.sources[name], TensorRef(self._found.shard_of[name], name)
+        source, found = self._plan.sources[name], self._found.ref(name)
         changed = name in self._plan.changed
         if changed and name not in self._plan.placements:
             self.has_delta = self.changes_weights = True  # a replaced value always tells

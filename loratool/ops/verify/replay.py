@@ -199,7 +199,8 @@ def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> Ada
     errors = (torch.stack(ways).double() - change).abs()
     m, gain, (_, a) = loaded.magnitude, torch.ones(1, 1, dtype=torch.float64), block.reals
     if m is not None:
-        m = m.unsqueeze(0) if norm_axis(placement) == 1 else m[rows].unsqueeze(1)
+        alike = columns_of_a_norm(placement, columns)
+        m = m.repeat_interleave(alike).unsqueeze(0) if norm_axis(placement) == 1 else m[rows].unsqueeze(1)
         if a is not None and placement.weight:
             gain = (a.abs() + abs(1 - placement.weight)) / abs(placement.weight)
     return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
@@ -213,6 +214,11 @@ def normalizes_rows(placement: Placement) -> bool:
 def adds(placement: Placement) -> bool:
     """Return whether an update adds something, if only on the way to a DoRA."""
     return placement.update.additive or norm_axis(placement) is not None
+
+
+def columns_of_a_norm(placement: Placement, columns: int) -> int:
+    """Return how many columns share a norm of a DoRA's columns: the kernel of one input."""
+    return columns // placement.update.specs["magnitude"].size if norm_axis(placement) == 1 else 1
 
 
 def norm_axis(placement: Placement) -> int | None:

@@ -1,0 +1,31 @@
+"""Read 8-bit floats beside which no scale is, as ComfyUI stores them: each code is its own value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..dtypes import FLOAT8, TensorSpec
+from .codec import Codec, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Float8(Codec):
+    """A float8 tensor, which a merge writes in a wider type: almost no change survives in 8 bits."""
+
+    key = "float8"
+    dtypes = frozenset(FLOAT8)
+    numbers = "float32"  # which holds them all; torch has few operations on 8 bits
+
+    def columns(self, spec: TensorSpec) -> int:
+        return 1
+
+    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: torch.Tensor) -> None:
+        import torch
+
+        (tensor,) = stored
+        codes = torch.empty(out.shape, dtype=getattr(torch, FLOAT8[tensor.spec.dtype]))
+        tensor.read(start, codes)
+        out.copy_(codes)

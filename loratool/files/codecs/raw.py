@@ -1,0 +1,28 @@
+"""Read a float tensor as it is stored, which no codec has to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+from ..dtypes import TORCH_FLOATS, TensorSpec
+from .codec import Codec, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Raw(Codec):
+    """Every tensor that no other codec claims; the only codec whose bytes are its numbers, and may be copied."""
+
+    key = "raw"
+
+    def columns(self, spec: TensorSpec) -> int:
+        return 1
+
+    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: torch.Tensor) -> None:
+        (tensor,) = stored
+        if tensor.spec.dtype not in TORCH_FLOATS:
+            raise InputError(f"has dtype {tensor.spec.dtype}, not a floating-point type", culprit=tensor.name)
+        tensor.read(start, out)
