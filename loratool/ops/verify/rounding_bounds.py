@@ -64,7 +64,7 @@ class Interval:
         least = torch.where(self.low * self.high <= 0, 0.0, torch.minimum(low, high))
         ends = (x.square().sum(dim, True) for x in (least, torch.maximum(low, high)))
         if together > 1:
-            ends = (x.unflatten(1, (-1, together)).sum(2).repeat_interleave(together, 1) for x in ends)
+            ends = (x.view(len(x), -1, together).sum(2).repeat_interleave(together, 1) for x in ends)
         return Interval(*ends)
 
     def holds(self, x: Tensor) -> Tensor:
