@@ -27,7 +27,14 @@ from .formats.format import Format
 from .formats.peft import WEIGHTS_NAMES, adapter_names
 from .formats.peft_config import base_mutating_init_of, lora_config
 from .formats.single_file import STALE_KEYS
+from .updates.add import AddDelta
+from .updates.diff import Diff
+from .updates.replace import ReplaceTensor
+from .updates.rows import ReplaceRows
 from .updates.update import UpdateSpec
+
+# kinds without factors whose one tensor can be carried along
+CARRIED = (AddDelta, Diff, ReplaceTensor, ReplaceRows)
 
 
 @dataclass(frozen=True)

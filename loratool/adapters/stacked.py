@@ -33,12 +33,29 @@ def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Te
         InputError: a factor is empty, holds nan or inf, or the squares of the delta could overflow float64.
     """
     B, A = stack_factors(adapter.load(spec))
+    _check(adapter, spec, B, A)
+    return B, A
+
+
+def load_singular_values(adapter: Adapter, spec: UpdateSpec, device: torch.device) -> Tensor:
+    """Load an update that has a rank and return its singular values, (E, k), largest first.
+
+    Raises:
+        InputError: as `load_stacked_factors`.
+    """
+    update = adapter.load(spec).map(lambda each: each.to(device))
+    _check(adapter, spec, *stack_factors(update))
+    found = update.singular_values()
+    assert found is not None, "an update with a rank has factors"
+    return found
+
+
+def _check(adapter: Adapter, spec: UpdateSpec, B: Tensor, A: Tensor) -> None:
     if not B.numel() or not A.numel():
         raise InputError(f"its factors are empty in {adapter.name}", culprit=spec.module)
     largest = float(B.abs().max()) * float(A.abs().max())
     if not largest * math.sqrt(B[0, :, 0].numel() * A.numel()) * A.shape[1] < LARGEST:
         raise InputError(f"its change in {adapter.name} is too large for float64's squares", culprit=spec.module)
-    return B, A
 
 
 def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

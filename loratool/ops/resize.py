@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.edited import (
+    CARRIED,
     CarriedTensor,
     EditedAdapter,
     edited_output,
@@ -30,13 +31,15 @@ from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
+from ..adapters.updates.low_rank import LowRank
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.output import check_output_path, naming_output
 from ..files.tensor_ref import TensorRef
 from ..numerics.factored_svd import distance, effective_rank, factored_svd, singular_values
 from ..streaming.workers import Progress, choose_device
+from .convert.as_low_rank import as_low_rank
 from .convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
-from .convert.request import ConvertRequest
+from .convert.request import ConvertRequest, request_for
 from .machine import require_ieee
 from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
@@ -136,10 +139,12 @@ def resize(
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
         check_output_path(path, is_file, [source.file.path], force)
-        warnings: tuple[str, ...] = ()
+        with request_for("resize"):
+            found = as_low_rank(source)
+        source, warnings = found.adapter, found.warnings()
         if to is not None:
             source, made = open_converted(source, ConvertRequest(to), "resize", path.absolute().parent, opened)
-            warnings = conversion_warnings([made])
+            warnings = (*warnings, *conversion_warnings([made]))
         work = _Resizing(source, choose_device(device), DTYPES[dtype], progress)
         ranks = work.ranks(*rule, max_rank)
         require_same_init(source, ranks)
@@ -160,8 +165,14 @@ class _Resizing:
         if not self._updates:
             raise InputError("has no low-rank factors to resize", culprit=source.name)
         self._carried = {}
-        for update in source.updates.values():
-            kept = {role: key for role, key in update.tensors.items() if role not in ("A", "B")}
+        for module, update in source.updates.items():
+            if not update.rank and update.cls not in CARRIED:
+                raise InputError(
+                    f"is {update.kind}, which has no factors and no tensor that says all of it",
+                    culprit=module,
+                    remedy="leave it out with loratool convert --drop first",
+                )
+            kept = {role: key for role, key in update.tensors.items() if role not in LowRank.roles}
             kept |= {"base": update.base} if update.base else {}
             factor = update.scale if update.cls is AddDelta else 1.0  # its scale was the factors' alpha / r
             self._carried.update(

@@ -43,6 +43,10 @@ class AdaLoRA(Update):
         return spec.specs["A"].shape[0]
 
     @classmethod
+    def divisor(cls, spec: UpdateSpec) -> int:
+        return 0  # it is the rank at the start and a little more, not that of the tensors
+
+    @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         A, E, B = (specs[role].shape for role in cls.roles)
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (*A[:1], 1) != E or not A[0]:

@@ -60,6 +60,10 @@ class LoHa(Update):
         return spec.specs["hada_w1_b"].shape[0]
 
     @classmethod
+    def sums(cls, spec: UpdateSpec) -> bool:
+        return "hada_t1" in spec.specs
+
+    @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
         return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
 

@@ -65,6 +65,10 @@ class LoKr(Update):
         return next((spec.specs[f"lokr_w{side}_b"].shape[0] for side in (2, 1) if f"lokr_w{side}_b" in spec.specs), 0)
 
     @classmethod
+    def sums(cls, spec: UpdateSpec) -> bool:
+        return "lokr_t2" in spec.specs
+
+    @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
         return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
 
@@ -127,8 +131,8 @@ class LoKr(Update):
     def factors(self) -> tuple[Tensor, Tensor]:
         import torch
 
-        (B1, A1), (B2, A2) = self._first(), self._second()
-        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2.contiguous())[None]
+        (B1, A1), (B2, A2) = ([each.contiguous() for each in side] for side in (self._first(), self._second()))
+        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2)[None]
 
     def singular_values(self) -> Tensor:
         from ...numerics.factored_svd import singular_values

@@ -42,6 +42,10 @@ class Tucker(Update):
         return spec.specs["B"].shape[1]
 
     @classmethod
+    def sums(cls, spec: UpdateSpec) -> bool:
+        return True
+
+    @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         A, mid, B = (specs[role].shape for role in cls.roles)
         ones = {*A[2:], *B[2:]} <= {1}

@@ -127,6 +127,11 @@ class Update(ABC):
         return cls.rank(spec)
 
     @classmethod
+    def sums(cls, spec: UpdateSpec) -> bool:
+        """Return whether its factors hold sums, which float64 may round, and not products of two numbers alone."""
+        return False
+
+    @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
         """Return whether it changes a matrix or a convolution of this shape, (out, in, *kernel).
 

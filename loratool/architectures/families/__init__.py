@@ -71,6 +71,13 @@ def to_maker(family: ModelFamily, path: str) -> tuple[str, ...]:
     return (_sgm_of(family, sgm_to_diffusers(path)) if family.up_attention else path,)
 
 
+def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
+    """Return the kernel of the convolution that a module is; empty for a linear layer, and where it is not known."""
+    names = to_diffusers(family, path)
+    size = next((size for end, size in family.kernels.items() for name in names if f".{name}".endswith(f".{end}")), 0)
+    return (size, size) if size else ()
+
+
 def parts_of(
     located: Located, columns: int, rows: int = 0, known: Mapping[str, int] | None = None, queries: int = 0
 ) -> tuple[Span, ...] | None:

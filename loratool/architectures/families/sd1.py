@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .table import Component, ModelFamily
+from .unet import KERNELS
 
 # Modules that SDXL does not have: its innermost blocks are the third, and have attention.
 FOUR_LEVELS = r"^(down_blocks\.(0\.att|2\.down|3)|up_blocks\.(2\.(att|up)|3))"
@@ -22,5 +23,6 @@ FAMILY = ModelFamily(
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
     kohya_maker_names=False,
+    kernels={**KERNELS, "proj_in": 1, "proj_out": 1},  # which are linear in later families
     kohya_version="sd_v1",
 )

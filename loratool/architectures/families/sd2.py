@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .sd1 import FOUR_LEVELS, UNET
 from .table import Component, ModelFamily, Width
+from .unet import KERNELS
 
 FAMILY = ModelFamily(
     key="sd2",
@@ -17,5 +18,6 @@ FAMILY = ModelFamily(
     telling=FOUR_LEVELS,
     widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
     kohya_maker_names=False,
+    kernels=KERNELS,
     kohya_version="sd_v2",
 )

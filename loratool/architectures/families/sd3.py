@@ -51,5 +51,6 @@ FAMILY = ModelFamily(
     ),
     marks=("joint_blocks.", "norm1_context."),
     widths=(Width("unet", ("",), (1536, 2432)),),
+    kernels={"pos_embed.proj": 2},
     kohya_network="networks.lora_sd3",
 )

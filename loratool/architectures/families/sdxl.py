@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .sd1 import UNET
 from .table import Component, ModelFamily, Width
+from .unet import KERNELS
 
 FAMILY = ModelFamily(
     key="sdxl",
@@ -17,5 +18,6 @@ FAMILY = ModelFamily(
     marks=("input_blocks.", "down_blocks."),
     telling=r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding",
     widths=(Width("unet", ("attn2.to_k",), (2048,)),),
+    kernels=KERNELS,
     kohya_version="sdxl_base_v1-0",
 )

@@ -92,6 +92,7 @@ class ModelFamily:
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
     kohya_maker_names: bool = True  # sd-scripts' files have the maker's names, not diffusers'
+    kernels: Mapping[str, int] = field(default_factory=dict)  # end of a convolution's path in diffusers' names -> size
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
     kohya_network: str = "networks.lora"  # sd-scripts' module
 

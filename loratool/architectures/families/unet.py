@@ -32,6 +32,10 @@ SGM_OUTSIDE = {
 }
 
 
+# names of its convolutions in diffusers (`models/resnet.py`, `downsampling.py`, `upsampling.py`) -> size of the kernel
+KERNELS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
+
+
 # diffusers' names of a block's attentions and of a layer in them
 ATTENTION = tuple(f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0"))
 

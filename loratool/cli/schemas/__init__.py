@@ -86,7 +86,7 @@ WORDS: dict[str, Sequence[str]] = {
     "MethodCount.measure": tuple(dict.fromkeys(method.size for method in counting.FORMULAS.values())),
     "CountReport.source": ("config", "checkpoint"),
     "SpectraReport.what": ("adapter", "checkpoint"),
-    "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "rounded", "truncated"),
+    "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "expanded", "rounded", "truncated"),
     "ModuleExtract.how": ("exact", "certified", "estimate"),
     "ModuleExtract.kind": tuple(WEIGHT_KINDS),
     "ModuleInit.kind": tuple(WEIGHT_KINDS),

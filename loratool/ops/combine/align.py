@@ -15,11 +15,12 @@ from itertools import permutations
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import is_in_listed_module
-from ...adapters.edited import CarriedTensor
+from ...adapters.edited import CARRIED, CarriedTensor
 from ...adapters.formats import capabilities
 from ...adapters.formats.peft import DECLARED, nested
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.updates.add import AddDelta
+from ...adapters.updates.diff import Diff
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
@@ -169,6 +170,8 @@ def _problem(module: str, group: UpdateGroup, adapters: int) -> str | None:
         return "lies on another weight in each adapter"
     if first.update.cls is DoRA and (adapters > 1 or first.weight != 1):
         return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
+    if not first.update.rank and first.update.cls not in CARRIED:
+        return f"is {first.update.kind} in {first.adapter.name}, which has no factors to sum"
     if first.update.cls in (ReplaceTensor, ReplaceRows):
         return _replacement_problem(group)
     return None
@@ -201,9 +204,10 @@ def _sum_other_tensors(group: UpdateGroup) -> dict[str, CarriedTensor]:
     """Return the sums of the tensors other than factors, under the first adapter's names."""
     first, found = group[0], {}
     cls = first.update.cls
-    if cls is AddDelta:
-        terms = [(member.source("value"), member.weight * member.update.scale) for member in group]
-        found[first.update.tensors["value"]] = CarriedTensor(tuple(terms))
+    if cls in (AddDelta, Diff):
+        (role,) = first.update.tensors
+        terms = [(member.source(role), member.weight * member.update.scale) for member in group]
+        found[first.update.tensors[role]] = CarriedTensor(tuple(terms))
     if cls in (ReplaceTensor, ReplaceRows):
         sources = [member.source("value") for member in group]
         equal = all(same_values(sources[0], source) for source in sources[1:])

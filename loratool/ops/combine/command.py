@@ -33,7 +33,9 @@ from ...numerics.seeded_random import Draw
 from ...numerics.svd import TruncatedSVD, truncated_svd
 from ...streaming.workers import Progress, choose_device
 from ..choices import COMBINE_ALLOW
+from ..convert.as_low_rank import as_low_rank
 from ..convert.in_memory import check_target, conversion_warnings, convert_to_common_format, rank_notes
+from ..convert.request import request_for
 from ..diff.related import require_related, require_same_names
 from ..inputs import Adapters, WeightedAdapter, open_adapters, parse_adapters
 from ..machine import require_ieee
@@ -147,12 +149,19 @@ def combine(
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
         check_output_path(path, is_file, [adapter.file.path for adapter, _ in loaded], force)
+        with request_for("combine"):
+            found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
+        loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
         loaded, patterns, made = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
         aligned = align_adapters(loaded, patterns)
         aligned = replace(
             aligned,
             left_out=(*(module for each in made for module in each.dropped), *aligned.left_out),
-            warnings=(*aligned.warnings, *conversion_warnings(made)),
+            warnings=(
+                *aligned.warnings,
+                *dict.fromkeys(line for each in found for line in each.warnings()),
+                *conversion_warnings(made),
+            ),
         )
         work = _Combination(loaded, aligned, method, density, seed, choose_device(device), DTYPES[dtype], progress)
         require_same_init(loaded[0][0], work.choose(rule, max_rank))

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, overload
 
@@ -25,8 +25,10 @@ from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
 from ..choices import QKV_LAYOUTS
 from ..machine import require_ieee
+from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import CheckpointConvertReport, convert_checkpoint
 from .dora_to_lora import dora_to_lora
+from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
 from .language import plan_language
 from .plain import plan_plain
@@ -285,6 +287,22 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
+    found = as_low_rank(source, request.drop)
+    made = _plan_low_rank(found, request, folder, opened, family)
+    if not found.kinds:
+        return made
+    rows = tuple(
+        replace(row, how="expanded") if row.how == "exact" and found.kinds.keys() & set(row.sources) else row
+        for row in made.modules
+    )
+    return replace(made, modules=rows, notes=(*made.notes, *found.notes()))
+
+
+def _plan_low_rank(
+    found: AsLowRank, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
+) -> AdapterOutput:
+    """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
+    source = found.adapter
     sources, _ = read_source_modules(source)
     selection = Selection(request.drop or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
@@ -295,7 +313,8 @@ def plan_convert(
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
-    source, lost = _without_dora(source, request, folder, opened)
+    source, approximated = _without_dora(source, request, folder, opened)
+    lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
         if request.layout:
             raise UsageError("--for is for adapters of language models")
@@ -309,7 +328,7 @@ def plan_convert(
         kept, dropped = select_updates(source, request)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
-        return plan_language(source, request, kept, dropped)
+        return plan_language(source, request, kept, dropped, lost)
     raise InputError(
         f"is no adapter of an image model that is known ({known_families()}), with modules like "
         + min(source.updates, default="none")
@@ -336,7 +355,7 @@ def _without_initial(source: Adapter, modules: Sequence[str], request: ConvertRe
 
 def _without_dora(
     source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, tuple[float, float]]]:
+) -> tuple[Adapter, dict[str, Loss]]:
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
     selection = Selection(request.drop or ("",))
     dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]

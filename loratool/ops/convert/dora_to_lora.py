@@ -29,14 +29,15 @@ from ...files.tensor_ref import TensorRef, is_finite
 from ...files.virtual import VirtualFile
 from ..factor_spool import FactorSpool, SpooledFactors
 from ..inputs import open_model
+from .factors import Loss
 
 ROWS = 512  # of a weight, in memory at a time in float64
 
 
 def dora_to_lora(
     source: Adapter, base: str | os.PathLike[str], rank: int | None, folder: Path, opened: ExitStack
-) -> tuple[Adapter, dict[str, tuple[float, float]]]:
-    """Return the adapter with LoRA instead of DoRA, and for each such module (||D' - D||^2, ||D||^2).
+) -> tuple[Adapter, dict[str, Loss]]:
+    """Return the adapter with LoRA instead of DoRA, and what each such module lost.
 
     Args:
         rank: of the new factors; None keeps each module's.
@@ -65,7 +66,8 @@ def dora_to_lora(
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
         found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
-        errors[module] = (max(0.0, found.spectrum.total - sum(found.spectrum.squares)), found.spectrum.total)
+        left = max(0.0, found.spectrum.total - sum(found.spectrum.squares))
+        errors[module] = Loss(left, found.spectrum.total, "truncated")
     return _view(source, dora, factored, spool), errors
 
 
@@ -90,14 +92,16 @@ def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Ten
     magnitude = update.magnitude.flatten().double()
     if along_inputs:
         B, A, W = A.T, B.T, W.T.contiguous()
-    right = A.float()
-    for start in range(0, len(W), ROWS):
-        rows = slice(start, start + ROWS)
+    right, together = A.float(), len(W) // len(magnitude)  # columns of an input's kernel share a norm
+    count = max(1, ROWS // together)
+    for first in range(0, len(magnitude), count):
+        rows = slice(first * together, (first + count) * together)
         added = B[rows].float() @ right
-        norms = torch.linalg.vector_norm(W[rows].double() + added.double(), dim=1)
+        norms = torch.linalg.vector_norm((W[rows].double() + added.double()).view(-1, together * W.shape[1]), dim=1)
         if not is_finite(norms):
             raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=module)
-        g = torch.where(norms == 0, 0.0, magnitude[rows] / norms)  # any multiple of a row of zeros is the same
+        g = torch.where(norms == 0, 0.0, magnitude[first : first + count] / norms)  # any multiple of zeros is the same
+        g = g.repeat_interleave(together)
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
     return W.T.contiguous() if along_inputs else W
 

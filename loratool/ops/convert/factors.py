@@ -24,6 +24,25 @@ DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What of a module's change D is lost before its factors are converted."""
+
+    squared: float  # ||D' - D||^2
+    total: float  # ||D||^2
+    how: str  # `rounded` or `truncated`, as in ModuleConvert
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.squared + other.squared, self.total + other.total, max(self.how, other.how))
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.squared / self.total) if self.total else 0.0
+
+
+NO_LOSS = Loss(0.0, 0.0, "")
+
+
+@dataclass(frozen=True)
 class ModuleFactors:
     """The update scale * B A of a target module, with DoRA's magnitude."""
 

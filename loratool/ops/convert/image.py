@@ -22,6 +22,8 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from .factors import (
+    NO_LOSS,
+    Loss,
     ModuleFactors,
     alpha_for_scale,
     cast_factors,
@@ -45,7 +47,7 @@ class ImageAdapter:
     metadata: Mapping[str, str]
     family: str  # a key of FAMILIES
     load: Callable[[SourceModule], ModuleFactors]
-    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module -> (||D' - D||^2, ||D||^2) so far
+    lost: Mapping[str, Loss] = field(default_factory=dict)  # module -> what it lost so far
     start: Callable[[str], str | None] = lambda module: None  # module -> the init that altered its base, or None
 
 
@@ -141,7 +143,7 @@ class _ImagePlan:
                 specs["magnitude"] = first.specs["magnitude"]
             alpha = alpha_for_scale(first.scale, first.rank)
             error = abs(self._scale(alpha, first.rank) / first.scale - 1.0) if first.scale else 0.0
-            how, rank = "rounded" if error else "exact", first.rank
+            rank = first.rank
         else:
             factors, updates = self._factors(target)
             if is_zero_filler(target, updates, factors):
@@ -157,10 +159,10 @@ class _ImagePlan:
             error = delta_error(target, updates, factors, self._scale(alpha, rank))
             if how == "exact" and self._folds(first.scale, first.rank) and first.scale != 1.0:
                 how = "folded"
-            former = [pair for part in target.parts if (pair := self._image.lost.get(part.source.module))]
-            total = math.fsum(norm for _, norm in former)
-            error = math.hypot(error, math.sqrt(math.fsum(lost for lost, _ in former) / total) if total else 0.0)
-            how = how if not error else "truncated" if self._request.rank or total else "rounded"
+        former = sum((self._image.lost.get(part.source.module, NO_LOSS) for part in target.parts), NO_LOSS)
+        error = math.hypot(error, former.relative)
+        if error:
+            how = "truncated" if self._request.rank or former.how == "truncated" else "rounded"
         formed = {
             role: self._with_format_shape(role, spec, specs["B"], first.along_inputs)
             for role in self._format.ends

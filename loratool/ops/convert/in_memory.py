@@ -21,6 +21,7 @@ from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.virtual import VirtualFile
 from ..inputs import WeightedAdapter
+from .as_low_rank import as_low_rank
 from .command import plan_convert
 from .module_map import TargetModule, plan_target_modules
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
@@ -163,7 +164,7 @@ def _naming(adapter: Adapter) -> tuple[object, ...]:
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
     """Return the suffixes of the factors' names; empty for formats that have only one pair."""
-    keys = [update.tensors[role] for update in adapter.updates.values() for role in ("A", "B") if update.rank]
+    keys = [u.tensors[role] for u in adapter.updates.values() for role in ("A", "B") if u.rank and role in u.tensors]
     return tuple(sorted({FORMATS[adapter.format].spelling(key) for key in keys} - {""}))
 
 
@@ -225,6 +226,9 @@ def by_meaning(
             return to_one_layout(adapters, keep_first=False)
     if are_alike(adapters):
         return adapters, {}
+    with request_for("diff"):
+        adapters = [as_low_rank(adapter).adapter for adapter in adapters]
+    read = [read_source_modules(adapter) for adapter in adapters]
     family = common_family(adapters)
     assert family is not None
     found, aliases = [], dict[str, tuple[str, ...]]()

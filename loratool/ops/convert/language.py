@@ -5,6 +5,7 @@ Only --dtype and another layout of fused modules (`fused_qkv`) change tensors. `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_ref import TensorRef
 from .factors import (
     EPSILON,
+    NO_LOSS,
+    Loss,
     alpha_for_scale,
     cast_factors,
     delta_error,
@@ -44,7 +47,11 @@ from .source_modules import SourceModule
 
 
 def plan_language(
-    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output from the updates that are `kept`; raise NeedsFlag for an init that it could not tell."""
     to = FORMATS[request.to]
@@ -63,15 +70,15 @@ def plan_language(
             remedy="convert it with --plain --initial ADAPTER first, the adapter as it was before training",
         )
     if request.layout:
-        return _convert_qkv(source, request, kept, dropped)
+        return _convert_qkv(source, request, kept, dropped, lost)
     if source.format == to.key and to.can.alpha == "config" and request.dtype is None and not dropped:
         named = adapter_names(source.file.specs)
         keys = {to.edited_name(key, named): key for key in source.file.specs}
         specs = {name: source.file.specs[key] for name, key in keys.items()}
-        rows = tuple(_module_rows(source, request, kept))
+        rows = tuple(_module_rows(source, request, kept, lost))
         return AdapterOutput(_content(specs, lambda name: source.file.tensor(keys[name]), source, kept), rows, (), ())
     specs, load = _copy_tensors(source, request, kept)
-    rows = tuple(_module_rows(source, request, kept))
+    rows = tuple(_module_rows(source, request, kept, lost))
     return AdapterOutput(_content(specs, load, source, kept), rows, dropped, alpha_notes(to.key, rows))
 
 
@@ -106,7 +113,11 @@ def _copy_tensors(
 
 
 def _convert_qkv(
-    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], dropped: tuple[str, ...]
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
 ) -> AdapterOutput:
     """Plan the output with the modules of the other layout split or fused.
 
@@ -127,7 +138,7 @@ def _convert_qkv(
         raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
     specs, copy = _copy_tensors(source, request, others)
     to = FORMATS[request.to]
-    rows, made, last = _module_rows(source, request, others, restated=True), {}, dict[str, dict[str, Tensor]]()
+    rows, made, last = _module_rows(source, request, others, lost, restated=True), {}, dict[str, dict[str, Tensor]]()
 
     def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert | None]:
         target = regrouped[path]
@@ -139,8 +150,9 @@ def _convert_qkv(
         factors = cast_factors(factors, request.dtype or factors.B.dtype)
         tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
         alpha = alpha_for_scale(factors.scale, rank := len(factors.A))
-        error = delta_error(target, updates, factors, alpha / rank)
         sources = tuple(part.source.module for part in target.parts)
+        former = sum((lost.get(module, NO_LOSS) for module in sources), NO_LOSS)
+        error = math.hypot(delta_error(target, updates, factors, alpha / rank), former.relative)
         row = ModuleConvert(path, sources, "rounded" if error else target.how, rank, alpha, error)
         return {to.tensor_name(path, role): t for role, t in tensors.items() if t is not None}, row
 
@@ -187,7 +199,11 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
 
 
 def _module_rows(
-    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], restated: bool = False
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    lost: Mapping[str, Loss],
+    restated: bool = False,
 ) -> list[ModuleConvert]:
     """Report the modules with factors that are copied, with the error of a narrower dtype.
 
@@ -210,5 +226,6 @@ def _module_rows(
                 error = max(
                     EPSILON, error, relative_error(stack_factors(loaded), stack_factors(replace(loaded, A=A, B=B)))
                 )
+        error = math.hypot(error, lost.get(module, NO_LOSS).relative)
         rows.append(ModuleConvert(module, (module,), "rounded" if error else "exact", update.rank, alpha, error))
     return rows

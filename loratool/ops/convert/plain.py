@@ -28,7 +28,7 @@ from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef as Stored
 from ...numerics.factored_svd import factored_svd
 from ..inputs import WeightedAdapter, subtract_initial
-from .factors import EPSILON, is_exact_product, relative_error
+from .factors import EPSILON, NO_LOSS, Loss, is_exact_product, relative_error
 from .language import config_from
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes
 
@@ -40,13 +40,13 @@ def plan_plain(
     request: ConvertRequest,
     kept: Mapping[str, UpdateSpec],
     dropped: tuple[str, ...],
-    lost: Mapping[str, tuple[float, float]],
+    lost: Mapping[str, Loss],
     opened: ExitStack,
 ) -> AdapterOutput:
     """Plan the output.
 
     Args:
-        lost: module -> (||D' - D||^2, ||D||^2), for what `dora_to_lora` approximated.
+        lost: module -> what `dora_to_lora` or `as_low_rank` approximated.
         opened: closes the initial adapter.
 
     Raises:
@@ -81,9 +81,9 @@ def plan_plain(
     for module, update in updates.items():
         true = _exact_factors(module, loaded)
         error = _error(true, _plain_factors(module, true, request.rank, dtype), _is_exact(module, loaded))
-        former, total = lost.get(module, (0.0, 1.0))
-        error = math.hypot(error, math.sqrt(former / total) if total else 0.0)
-        less = request.rank is not None or module in lost
+        former = lost.get(module, NO_LOSS)
+        error = math.hypot(error, former.relative)
+        less = request.rank is not None or former.how == "truncated"
         how = "truncated" if error and less else "rounded" if error else "exact" if update.scale == 1.0 else "folded"
         rows.append(ModuleConvert(module, (module,), how, ranks[module], float(ranks[module]), error))
     content = AdapterContent(edited.specs(), edited.loader(), edited_adapter_config(edited), {"format": "pt"})

@@ -29,7 +29,8 @@ DROP_OPTIONS = {"combine": "--exclude", "extract": "--exclude", "init": "--exclu
 @dataclass(frozen=True)
 class ModuleConvert:
     """One module of the output: what of the source it is made of, and how: `exact` (the very factors), `split`,
-    `fused` or `swapped` (converting.Target), `folded` (its scale in its factors): the same change, to the bit. Or
+    `fused` or `swapped` (converting.Target), `folded` (its scale in its factors), `expanded` (factors of another kind
+    multiplied out to LoRA's): the same change, to the bit. Or
     `rounded` (a scale or a type that it could not be) or `truncated` to a rank, and then error is ||D' - D|| / ||D||.
     """
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...adapters.adapter import Adapter
-from ...adapters.updates.dora import DoRA
-from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import ENCODERS, FAMILIES, detect, locate
 from ...architectures.image import component_of
@@ -38,7 +36,7 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         dotted = _dotted(path) if adapter.flattened or "." not in path else path
-        if update.cls not in (LowRank, DoRA) or (dotted is None and adapter.flattened):
+        if not update.rank or update.cls.stack or (dotted is None and adapter.flattened):
             impossible.append(module)
             continue
         dotted = dotted or path
@@ -84,7 +82,7 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
     known = {s.module for s in sources if s.component != "unet" or locate(FAMILIES[family], s.path)}
     for module, update in adapter.updates.items():
         is_block = component_of(module)[0] in (None, "unet") and _in_block(module)
-        if update.cls in (LowRank, DoRA) and is_block and module not in known:
+        if update.rank and not update.cls.stack and is_block and module not in known:
             message = f"is in no image model that is known ({known_families()})"
             raise InputError(message, culprit=module, remedy=f"{adapter.name} is for another model")
 

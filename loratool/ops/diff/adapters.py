@@ -183,7 +183,7 @@ def compare_modules(
     """
     found = [(name, one, two) for name, one, two in aligned if (one and one.rank) or (two and two.rank)]
     for name, one, two in found:
-        if one and two and one.rank and two.rank and one.shape != two.shape:
+        if one and two and one.rank and two.rank and not _fit_together(one, two):
             raise InputError(
                 f"is {one.shape} in {a.name} and {two.shape} in {b.name}: these are of different models", culprit=name
             )
@@ -198,6 +198,13 @@ def compare_modules(
             progress(done, total)
 
 
+def _fit_together(one: UpdateSpec, two: UpdateSpec) -> bool:
+    """Return whether two updates are of one tensor, whose kernel one of them may have flattened."""
+    if one.shape == two.shape or one.cls.stack or two.cls.stack:
+        return one.shape == two.shape
+    return one.cls is not two.cls and (one.cls.fits(one, two.shape) or two.cls.fits(two, one.shape))
+
+
 def _nbytes(entry: ModulePair) -> int:
     _, one, two = entry
     return sum(spec.nbytes for update in (one, two) if update for spec in update.specs.values())
@@ -209,14 +216,25 @@ def _batches(found: Sequence[ModulePair]) -> Iterator[list[ModulePair]]:
     for entry in found:
         groups.setdefault(tuple(_shapes(spec) for spec in entry[1:]), []).append(entry)
     for group in groups.values():
-        numbers = sum(math.prod(shape) for spec in group[0][1:] if spec for shape in _shapes(spec))
+        numbers = sum(_count_numbers(spec) for spec in group[0][1:] if spec)
         count = max(1, BATCH // max(1, numbers))
         for start in range(0, len(group), count):
             yield group[start : start + count]
 
 
-def _shapes(spec: UpdateSpec | None) -> tuple[tuple[int, ...], ...]:
-    return (spec.specs["A"].shape, spec.specs["B"].shape, (spec.experts,)) if spec and spec.rank else ()
+def _shapes(spec: UpdateSpec | None) -> tuple[object, ...]:
+    if not (spec and spec.rank):
+        return ()
+    inner = spec.cls.without_norm(spec)
+    return (inner.cls, inner.experts, *sorted((role, each.shape) for role, each in inner.specs.items()))
+
+
+def _count_numbers(spec: UpdateSpec) -> int:
+    """Return how many numbers the factors have that the update's tensors multiply out to."""
+    if not spec.rank:
+        return 0
+    out, columns = spec.cls.flat(spec)
+    return spec.experts * spec.rank * ((out or 0) + (columns or 0))
 
 
 def _svds(adapter: Adapter, specs: Sequence[UpdateSpec | None], device: torch.device) -> FactoredSVD | None:
@@ -301,22 +319,33 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[ModulePair]) -> lis
     """Compare the tensors that are no factors."""
     found = []
     for name, one, two in aligned:
-        roles = [{r: k for r, k in spec.tensors.items() if r not in ("A", "B")} if spec else {} for spec in (one, two)]
+        roles = [_values_of(spec) if spec else {} for spec in (one, two)]
         for role in dict.fromkeys([*roles[0], *roles[1]]):
             sides = [
                 TensorRef(adapter.file, own[role]) if role in own else None
                 for adapter, own in zip((a, b), roles, strict=True)
             ]
             scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (one, two)]
-            rows = [spec.detail if spec else None for spec in (one, two)]
+            meanings = [_meaning(spec) if spec else None for spec in (one, two)]
             label = f"{name} {role}" if role != "value" else name
             kind = next(spec.kind for spec, side in zip((one, two), sides, strict=True) if spec and side)
-            found.append(_value_diff(label, kind, sides, scales, rows[0] == rows[1]))
+            found.append(_value_diff(label, kind, sides, scales, meanings[0] == meanings[1]))
     return found
 
 
+def _values_of(spec: UpdateSpec) -> dict[str, str]:
+    """Return the tensors that are no factors, by role: all of a kind without factors, DoRA's magnitudes."""
+    factors = spec.cls.without_norm(spec).tensors if spec.rank else {}
+    return {role: key for role, key in spec.tensors.items() if role not in factors}
+
+
+def _meaning(spec: UpdateSpec) -> object:
+    """Return what has to be equal for two updates' values to mean the same beside their shapes."""
+    return spec.cls.norm_axis(spec, False) if spec.rank else spec.detail
+
+
 def _value_diff(
-    name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_rows: bool
+    name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_meaning: bool
 ) -> ValueDiff:
     """Compare a tensor that is no factor; raise InputError for nan and inf."""
     for side in sides:
@@ -325,7 +354,7 @@ def _value_diff(
     norms = [None if side is None else compare(side, side).norms[0] for side in sides]
     norm_a, norm_b = (None if x is None else x * abs(scale) for x, scale in zip(norms, scales, strict=True))
     one, two = sides
-    if not (one and two and one.spec.shape == two.spec.shape and same_rows):
+    if not (one and two and one.spec.shape == two.spec.shape and same_meaning):
         return ValueDiff(name, kind, norm_a, norm_b, 1.0)
     found = compare(one, two) if scales[0] == scales[1] else _compare_scaled(one, two, scales)
     largest = max(found.norms[:2])

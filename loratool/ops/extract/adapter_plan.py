@@ -106,7 +106,7 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
         return plan
     adapter, request = virtual_adapter(str(base.path), base.shards[0], plan.content), ConvertRequest(to.key)
     with request_for("extract"):
-        made = plan_language(adapter, request, *select_updates(adapter, request))
+        made = plan_language(adapter, request, *select_updates(adapter, request), {})
     return replace(plan, content=made.content)
 
 

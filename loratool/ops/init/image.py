@@ -32,7 +32,7 @@ def plan_start(
     request = ConvertRequest(to.key)
     if to.can.components == "one":
         with request_for("init"):
-            return plan_language(adapter, request, *select_updates(adapter, request))
+            return plan_language(adapter, request, *select_updates(adapter, request), {})
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
     family = _family(base, weights)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]

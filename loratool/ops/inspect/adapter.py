@@ -18,12 +18,14 @@ import torch
 from ...adapters.adapter import Adapter
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.patterns import Patterns, endings
-from ...adapters.stacked import stack_factors
 from ...adapters.updates.add import AddDelta
+from ...adapters.updates.diff import Diff
 from ...adapters.updates.dora import DoRA
-from ...adapters.updates.rows import indices_of
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
+from ...binding.placement import Placement
 from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
 from ...binding.selection import Selection
 from ...binding.tied_weights import bindable, find_tie
@@ -32,7 +34,8 @@ from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS
 from ...files.quantized import with_coded
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
-from ...numerics.factored_svd import effective_rank, singular_values
+from ...numerics.factored_svd import effective_rank
+from ...streaming.segment import RowSegment, UpdateLoader
 from ..inputs import refuse_adapter
 
 NEAREST_SHOWN = 8  # missing modules for which similar names are searched: a search takes milliseconds
@@ -46,7 +49,7 @@ class ModuleReport:
     """One update; D is its delta (of DoRA: the direction's, before it is normed).
 
     Attributes:
-        norm: ||D||; None for new values without a base.
+        norm: ||D||; None for what only a base tells (new values, (IA)3, VeRA), without one.
         effective_rank: that of the singular values of D (of a stack: the experts' mean); None if there are no factors.
         relative: ||D|| / ||W||; None without a base.
     """
@@ -145,7 +148,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
         problems += adapter.missing
         weights = _weights(checkpoint, binding)
-        details = {m: _measure(adapter, m, weights.get(m), problems) for m in adapter.updates}
+        details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
     finally:
         if checkpoint is not None:
             checkpoint.close()
@@ -219,21 +222,23 @@ def _faults(adapter: Adapter) -> list[str]:
     return [f"{_shortened(found)}: {fault}" for fault, found in modules.items()]
 
 
-def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[TensorRef]]:
-    """Return the base's tensors that each module changes, by the names that the base's files have."""
-    found: dict[str, list[TensorRef]] = {}
+def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list[tuple[TensorRef, Placement]]]:
+    """Return where each module changes the base's tensors, which have the names that the base's files have."""
+    found: dict[str, list[tuple[TensorRef, Placement]]] = {}
     if base is None or binding is None:
         return found
     tie = find_tie(base)
     for name, placements in binding.placements.items():
         stored = name if name in base.specs or tie is None else tie.stored_as(name)
-        for module in dict.fromkeys(placement.update.module for placement in placements):
-            found.setdefault(module, []).append(base.ref(stored))
+        for placement in placements:
+            found.setdefault(placement.update.module, []).append((base.ref(stored), placement))
     return found
 
 
-def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None, problems: list[str]) -> ModuleReport:
-    spec = adapter.updates[module]
+def _measure(
+    adapter: Adapter, module: str, placed: Sequence[tuple[TensorRef, Placement]], problems: list[str]
+) -> ModuleReport:
+    spec, weights = adapter.updates[module], [*{ref.name: ref for ref, _ in placed}.values()]
     norm = rank = relative = None
     try:
         if spec.rank:
@@ -243,7 +248,7 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None,
         if spec.fault:  # its scale may be anything
             norm = None
         elif norm is None:
-            norm = _replacement_norm(adapter, spec, weights or ())
+            norm = _norm_without_factors(adapter, spec, placed)
     except InputError as error:
         problems.append(f"{error.culprit}: {error.message}")
     if norm is not None and weights:
@@ -255,11 +260,35 @@ def _measure(adapter: Adapter, module: str, weights: Sequence[TensorRef] | None,
     return ModuleReport(module, spec.kind, spec.rank, norm, rank, relative)
 
 
+def _norm_without_factors(
+    adapter: Adapter, spec: UpdateSpec, placed: Sequence[tuple[TensorRef, Placement]]
+) -> float | None:
+    """Return ||D|| of an update that has no factors; None if only a base would tell it, and there is none."""
+    if spec.cls in (AddDelta, Diff):
+        (name,) = spec.tensors.values()
+        return math.sqrt(squared_norm(TensorRef(adapter.file, name))) * abs(spec.scale)
+    if spec.cls in (ReplaceTensor, ReplaceRows):
+        return _replacement_norm(adapter, spec, [*{ref.name: ref for ref, _ in placed}.values()])
+    return _norm_of_change(placed) if placed else None
+
+
+def _norm_of_change(placed: Sequence[tuple[TensorRef, Placement]]) -> float | None:
+    """Return ||W' - W||, with the weights read by blocks of rows; None if the weights are not finite."""
+    load, parts = UpdateLoader(torch.device("cpu")), []
+    for weight, placement in placed:
+        columns = weight.spec.size // placement.rows
+        segment = RowSegment(weight, columns, placement.start, placement.stop, [placement], load)
+        step = max(1, BLOCK // columns)
+        for start in range(placement.start, placement.stop, step):
+            W = weight.matrix_rows(placement.rows, start, min(start + step, placement.stop))
+            parts.append(float((segment.reals(W, start)[0] - W.double()).square().sum()))
+    norm = math.sqrt(math.fsum(parts)) if all(map(math.isfinite, parts)) else math.inf
+    return norm if math.isfinite(norm) else None
+
+
 def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[TensorRef]) -> float | None:
     """Return ||D|| of new values, by how far they are from the base's; None if that cannot be told."""
     value = TensorRef(adapter.file, spec.tensors["value"])
-    if spec.cls is AddDelta:
-        return math.sqrt(squared_norm(value)) * abs(spec.scale)
     if len(weights) != 1 or not value.spec.shape or not {value.spec.dtype, weights[0].spec.dtype} <= set(FLOATS):
         return None
     (weight,) = weights
@@ -280,9 +309,9 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
 
 
 def _delta_norm(update: Update) -> tuple[float, float]:
-    """Return ||scale * B @ A|| and the effective rank of the product."""
-    B, A = stack_factors(update)
-    S = singular_values(B, A)
+    """Return ||D|| and the effective rank of D, of an update that has factors."""
+    S = update.singular_values()
+    assert S is not None, "an update with a rank has factors"
     norm = float(S.norm())
     return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
 
@@ -292,10 +321,11 @@ def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
     zero = [name for name, each in details.items() if each.norm == 0 and each.rank]
     if not zero:
         return []
+    what = "B @ A" if {details[name].kind for name in zero} <= {"lora", "experts", "dora"} else "the change"
     if len(zero) == len(details):
         dora = any(each.kind == DoRA.kind for each in details.values())  # whose magnitudes may say something else
-        return [f"it {'was never trained' if dora else 'changes nothing'}: B @ A is 0 in every module"]
-    return [f"B @ A is 0 in {len(zero)} of {len(details)} modules: {_shortened(zero)}"]
+        return [f"it {'was never trained' if dora else 'changes nothing'}: {what} is 0 in every module"]
+    return [f"{what} is 0 in {len(zero)} of {len(details)} modules: {_shortened(zero)}"]
 
 
 def _config_problems(adapter: Adapter) -> list[str]:
@@ -372,9 +402,10 @@ def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[Adapt
 
 
 def _alpha(adapter: Adapter, update: UpdateSpec) -> float | None:
-    if not update.rank or update.fault:
+    divisor = update.cls.divisor(update)
+    if not divisor or update.fault:
         return None
-    return update.scale * (math.sqrt(update.rank) if adapter.config.use_rslora else update.rank)
+    return update.scale * (math.sqrt(divisor) if adapter.config.use_rslora else divisor)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ...adapters.formats import holds_adapter, open_adapter
-from ...adapters.stacked import load_stacked_factors
+from ...adapters.stacked import load_singular_values
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...binding.candidates import find_candidates
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError
 from ...files.tensor_ref import read_float32
-from ...numerics.factored_svd import effective_rank, rank_of_energy, singular_values, stable_rank
+from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.svd import singular_values_of
 from ...streaming.workers import Progress, choose_device
 from ..inputs import open_model
@@ -124,9 +124,9 @@ def _adapter_rows(
     selection.require_used(adapter.updates, adapter.name)
     found = [(m, update) for m, update in adapter.updates.items() if update.rank and selection.selects(m)]
     for done, (module, update) in enumerate(found, 1):
-        B, A = load_stacked_factors(adapter, update)
-        S = singular_values(B.to(device), A.to(device))
-        yield _spectrum_row(module, update.kind, update.shape, S, min(B.shape[1], A.shape[2])), done, len(found)
+        S = load_singular_values(adapter, update, device)
+        out, columns = update.cls.flat(update)
+        yield _spectrum_row(module, update.kind, update.shape, S, min(out or 0, columns or 0)), done, len(found)
 
 
 def _model_rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -22,11 +22,20 @@ from .replay import Replay, adds
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
     def fault(placement: Placement) -> Placement | None:
         by = factor(placement)
-        if adds(placement):
+        if adds(placement) and _has_scale(placement):
             return replace(placement, update=replace(placement.update, scale=placement.update.scale * by))
         return replace(placement, weight=placement.weight * by)
 
     return fault
+
+
+def _has_scale(placement: Placement) -> bool:
+    added = placement.update.cls.without_norm(placement.update)
+    return any(each.name == "scale" for each in fields(added.cls))  # type: ignore[arg-type]  # all are dataclasses
+
+
+def _divisor(placement: Placement) -> int:
+    return max(1, placement.update.cls.divisor(placement.update))
 
 
 def _transposed(placement: Placement) -> Placement | None:
@@ -43,8 +52,8 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     "the change is not applied": lambda p: None,
     "the change is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
     "the change is applied with half its scale": _scaled(lambda p: 0.5),
-    "the scale is alpha / sqrt(r) and should be alpha / r": _scaled(lambda p: max(1, p.update.rank) ** 0.5),
-    "the scale is alpha / r and should be alpha / sqrt(r)": _scaled(lambda p: max(1, p.update.rank) ** -0.5),
+    "the scale is alpha / sqrt(r) and should be alpha / r": _scaled(lambda p: _divisor(p) ** 0.5),
+    "the scale is alpha / r and should be alpha / sqrt(r)": _scaled(lambda p: _divisor(p) ** -0.5),
     "the scale alpha / r is missing": _scaled(lambda p: 1 / p.update.scale if p.update.scale else 1.0),
     "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
     "the change is negated: subtracted, not added": _scaled(lambda p: -1.0),

@@ -7,7 +7,7 @@ that `rounding_bounds` can round each in its way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ...adapters.updates.dora import DoRA
+from ...adapters.updates.update import Update
 from ...binding.placement import Placement
 from ...files.dtypes import FLOAT8
 from ...files.tensor_ref import TensorRef
+from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.segment import RowSegment, UpdateLoader
@@ -26,6 +28,9 @@ F32 = 2.0**-24  # half an ulp of float32, relative
 
 
 ROWS = 128  # of a block
+
+
+WAYS = 3  # to compute a delta in float32
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,14 @@ class Replay:
 class DeltaBounds:
     """One adapter's delta of a block, with bounds of the errors of others. Tensors are (rows, n) in float64."""
 
-    change: Tensor  # the delta, of a DoRA its scale * B @ A
+    change: Tensor  # the delta, of a DoRA what is added before the norm
     slack: Tensor  # an upper bound of the error of float32 arithmetic
     scale: float
 
 
 @dataclass(frozen=True)
 class AdapterDelta(DeltaBounds):
-    """The delta of a placement that has factors, with its errors in float32."""
+    """The delta of a placement that adds something, with its errors in float32."""
 
     placement: Placement
     sizes: Tensor  # the delta of the absolute values, which bounds rounding errors
@@ -104,13 +109,54 @@ class AdapterDelta(DeltaBounds):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An update whose delta is `scale * left @ right`."""
+    """An update of a placement, and what it adds."""
 
     placement: Placement
-    left: Tensor  # (rows of the update, r)
-    right: Tensor  # (r, n)
-    scale: float
+    added: Update  # of a DoRA that without its norm
     magnitude: Tensor | None  # m of a DoRA, one for each row of the update, or column if the base stores (in, out)
+    kept: dict[tuple[torch.dtype | None, bool], _Added] = field(default_factory=dict)
+
+    def of(self, kind: torch.dtype | None, absolute: bool = False) -> _Added:
+        """Return what is added with its tensors rounded to `kind`, and then, if `absolute`, without their signs."""
+        if (kind, absolute) not in self.kept:
+            update = self.added if kind is None else self.added.map(lambda each: each.to(kind))
+            update = update.map(torch.abs) if absolute else update
+            terms = update.terms(self.placement.weight, self.placement.transposed)
+            self.kept[kind, absolute] = _Added(update, terms)
+        return self.kept[kind, absolute]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What an update adds: the sum of its terms, and of its delta if it has one."""
+
+    update: Update
+    terms: list[Term]
+
+    def dense(self, placement: Placement, rows: slice, columns: int) -> Tensor:
+        """Return these of its rows in float64, (rows, columns)."""
+        found = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64)
+        for term in self.terms:
+            found += float(term.scale) * (term.left[rows].double() @ term.right[:, :columns].double())
+        if self.update.has_delta:
+            delta, part = self.update.delta(placement.weight, placement.transposed, rows), torch.empty_like(found)
+            delta.dense(torch.float64, found.device).fill(slice(0, len(found)), 0.0, part)
+            found += part
+        return found
+
+    def factors(self, placement: Placement, columns: int) -> tuple[Tensor, Tensor, float] | None:
+        """Return left, right and scale of scale * left @ right, which it adds; None if it has no factors."""
+        if len(self.terms) == 1:
+            (term,) = self.terms
+            return term.left, term.right[:, :columns], float(term.scale)
+        if self.terms:
+            left = torch.cat([float(term.scale) * term.left.double() for term in self.terms], 1)
+            return left, torch.cat([term.right[:, :columns] for term in self.terms]), 1.0
+        found = self.update.factors()
+        if found is None:
+            return None
+        B, A = found[0][0], found[1][0]
+        return (A.T, B.T, placement.weight) if placement.transposed else (B, A, placement.weight)
 
 
 class AdapterDeltas:
@@ -123,37 +169,38 @@ class AdapterDeltas:
         self._made: dict[torch.dtype | None, list[AdapterDelta]] = {}  # of that block, by the type of factors
 
     def of(self, block: ReplayBlock, kind: torch.dtype | None = None) -> list[AdapterDelta]:
-        """Return the deltas of additive updates, and the scale * B @ A of a DoRA, with A and B rounded to `kind`."""
+        """Return the deltas of additive updates, and what a DoRA adds, with their tensors rounded to `kind`."""
         if self._block is not block:
             placements = [p for p in block.inside if adds(p)]
-            self._loaded = {id(p): self._loaded.get(id(p)) or self._factors(p) for p in placements}
+            self._loaded = {id(p): self._loaded.get(id(p)) or self._added(p) for p in placements}
             self._block, self._made = block, {}
         if kind not in self._made:
             self._made[kind] = [_bound(block, loaded, kind) for loaded in self._loaded.values()]
         return self._made[kind]
 
-    def _factors(self, placement: Placement) -> _Loaded:
+    def _added(self, placement: Placement) -> _Loaded:
         update = self._load(placement).matrix(placement.expert)
         magnitude = update.magnitude.double().flatten() if isinstance(update, DoRA) else None
-        own = update.inner if isinstance(update, DoRA) else update
-        (term,) = own.terms(placement.weight, placement.transposed)
-        return _Loaded(placement, term.left, term.right, float(term.scale), magnitude)
+        return _Loaded(placement, update.inner if isinstance(update, DoRA) else update, magnitude)
 
 
 def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> AdapterDelta:
-    placement, scale = loaded.placement, loaded.scale
-    start = placement.skip + block.first - placement.start
+    placement, added = loaded.placement, loaded.of(kind)
+    start, columns = placement.skip + block.first - placement.start, block.base.shape[1]
     rows = slice(start, start + len(block.base))
-    left, right = (x if kind is None else x.to(kind) for x in (loaded.left[rows], loaded.right))
-    change = scale * (left.double() @ right.double())
-    sizes = abs(scale) * (left.double().abs() @ right.double().abs())
-    L, R, root = left.float(), right.float(), abs(scale) ** 0.5
-    ways = change.float(), (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
+    change = added.dense(placement, rows, columns)
+    sizes = loaded.of(kind, absolute=True).dense(placement, rows, columns).abs()
+    left, right, scale = added.factors(placement, columns) or (change.new_zeros(0), change.new_zeros(0), 1.0)
+    ways = [change.float()] * WAYS
+    if len(right):
+        L, R, root = left[rows].float(), right.float(), abs(scale) ** 0.5
+        ways[1:] = (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
     slack = sizes * (F32 * (len(right) + 8))
     errors = (torch.stack(ways).double() - change).abs()
     m, gain, (_, a) = loaded.magnitude, torch.ones(1, 1, dtype=torch.float64), block.reals
     if m is not None:
-        m = m.unsqueeze(0) if norm_axis(placement) == 1 else m[rows].unsqueeze(1)
+        alike = columns_of_a_norm(placement, columns)
+        m = m.repeat_interleave(alike).unsqueeze(0) if norm_axis(placement) == 1 else m[rows].unsqueeze(1)
         if a is not None and placement.weight:
             gain = (a.abs() + abs(1 - placement.weight)) / abs(placement.weight)
     return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
@@ -167,6 +214,11 @@ def normalizes_rows(placement: Placement) -> bool:
 def adds(placement: Placement) -> bool:
     """Return whether an update adds something, if only on the way to a DoRA."""
     return placement.update.additive or norm_axis(placement) is not None
+
+
+def columns_of_a_norm(placement: Placement, columns: int) -> int:
+    """Return how many columns share a norm of a DoRA's columns: the kernel of one input."""
+    return columns // placement.update.specs["magnitude"].size if norm_axis(placement) == 1 else 1
 
 
 def norm_axis(placement: Placement) -> int | None:

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ...files.tensor_ref import TensorRef
 from ...streaming.segment import UpdateLoader
-from .replay import F32, AdapterDelta, AdapterDeltas, DeltaBounds, Replay, ReplayBlock, norm_axis, normalizes_rows
+from .replay import (
+    F32,
+    AdapterDelta,
+    AdapterDeltas,
+    DeltaBounds,
+    Replay,
+    ReplayBlock,
+    columns_of_a_norm,
+    norm_axis,
+    normalizes_rows,
+)
 from .roundings import Rounding
 
 
@@ -48,11 +58,14 @@ class Interval:
         ends = torch.stack([factor * end for factor in factors for end in (self.low, self.high)])
         return Interval(ends.amin(0), ends.amax(0))
 
-    def squares(self, dim: int) -> Interval:
-        """Return the interval of the sum of squares along a dimension, which is kept."""
+    def squares(self, dim: int, together: int = 1) -> Interval:
+        """Return the interval of the sum of squares along a dimension, which is kept, and over so many columns each."""
         low, high = self.low.abs(), self.high.abs()
         least = torch.where(self.low * self.high <= 0, 0.0, torch.minimum(low, high))
-        return Interval(least.square().sum(dim, True), torch.maximum(low, high).square().sum(dim, True))
+        ends = (x.square().sum(dim, True) for x in (least, torch.maximum(low, high)))
+        if together > 1:
+            ends = (x.view(len(x), -1, together).sum(2).repeat_interleave(together, 1) for x in ends)
+        return Interval(*ends)
 
     def holds(self, x: Tensor) -> Tensor:
         """Return which elements of x are inside."""
@@ -133,15 +146,15 @@ class Predictions:
         """Return the interval of the norms of V, (rows, 1), or (1, n) if the base stores (in, out)."""
         if norm_axis(delta.placement) == 0:
             return bound_norms(self._sum(block, way, delta).squares(1), block.base.shape[1], way)
-        key = id(delta.placement), way
+        key, together = (id(delta.placement), way), columns_of_a_norm(delta.placement, block.base.shape[1])
         if key not in self._column_norms:
             squares = [
-                self._sum(each, way, part).squares(0)
+                self._sum(each, way, part).squares(0, together)
                 for each in self._replay.blocks(self._found)
                 for part in self.deltas.of(each, way.factors)
                 if part.placement is delta.placement
             ]
-            self._column_norms[key] = bound_norms(sum(squares[1:], squares[0]), self._replay.rows, way)
+            self._column_norms[key] = bound_norms(sum(squares[1:], squares[0]), self._replay.rows * together, way)
         return self._column_norms[key]
 
 

@@ -1,0 +1,216 @@
+"""Show an adapter's updates of other kinds that have exact factors as LoRA: LoHa, LoKr, AdaLoRA, Tucker's convolutions.
+
+Their factors multiply out to those of LoRA (`Update.factors`), of the rank that the kind has: LoHa's product of two
+ranks, LoKr's of its sides'. A DoRA made with one of them becomes a DoRA made with LoRA. The factors are float32 and the
+scale stays beside them; what float32 could not hold is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...adapters.config import AdapterConfig
+from ...adapters.formats import FORMATS, capabilities
+from ...adapters.formats.peft_config import config_of
+from ...adapters.stacked import load_stacked_factors, round_factors
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.experts import Experts
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.families import FAMILIES, kernel_of
+from ...binding.selection import Selection
+from ...errors import InputError, NeedsFlag
+from ...files.dtypes import TensorSpec
+from ...files.virtual import VirtualFile
+from ...numerics.factored_svd import core
+from .factors import EPSILON, Loss, alpha_for_scale, relative_error
+from .source_modules import SourceModule, detect_family, read_source_modules
+
+# fields of PEFT's config that mean the same in every method's
+COMMON_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+
+
+@dataclass(frozen=True)
+class AsLowRank:
+    """An adapter of LoRA, and what it was."""
+
+    adapter: Adapter
+    kinds: Mapping[str, str]  # module that was of another kind -> that kind
+    losses: Mapping[str, Loss]  # module that float32 or its alpha does not hold exactly -> what is lost
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a sentence for each of the kinds, with the ranks that its modules have as LoRA."""
+        lines = []
+        for kind in dict.fromkeys(self.kinds.values()):
+            ranks = {self.adapter.updates[module].rank for module, other in self.kinds.items() if other == kind}
+            count, least, most = list(self.kinds.values()).count(kind), min(ranks), max(ranks)
+            rank = f"rank {least}" if least == most else f"ranks {least} to {most}"
+            lines.append(f"{self.adapter.name}: its {count} modules of {kind} are LoRA of {rank} when multiplied out")
+        return tuple(lines)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return the sentences, and one on the largest loss if there is one, for commands that go on from the LoRA."""
+        lost = [loss.relative for loss in self.losses.values()]
+        rounded = f"float32 rounds {len(lost)} of these, and loses at most {max(lost, default=0.0):.0e} of a change"
+        return (*self.notes(), *([f"{self.adapter.name}: {rounded}"] if lost else []))
+
+
+def as_low_rank(source: Adapter, left: Sequence[str] = ()) -> AsLowRank:
+    """Return the adapter with LoRA in place of every other kind that has exact factors.
+
+    Args:
+        left: patterns of modules that stay as they are.
+
+    Raises:
+        InputError: factors hold nan or inf, or their products overflow float32.
+        NeedsFlag: nothing tells the kernel of a convolution.
+    """
+    selection = Selection(tuple(left) or ("",))
+    others = [
+        module
+        for module, update in source.updates.items()
+        if update.rank
+        and update.cls.without_norm(update).cls not in (LowRank, Experts)
+        and not selection.selects(module)
+    ]
+    if not others:
+        return AsLowRank(source, {}, {})
+    modules, _ = read_source_modules(source)
+    family, by_name = detect_family(modules), {each.module: each for each in modules}
+    specs, updates, losses = dict(source.file.specs), dict(source.updates), dict[str, Loss]()
+    for module in others:
+        for name in source.updates[module].cls.without_norm(source.updates[module]).tensors.values():
+            specs.pop(name, None)  # VeRA's would be shared, but it has no factors
+    of_tensor: dict[str, tuple[str, str]] = {}
+    for module in others:
+        made, loss = _planned(source, module, _kernel(source.updates[module], by_name.get(module), family))
+        updates[module] = made
+        losses |= {module: loss} if loss else {}
+        for role in LowRank.roles:
+            specs[made.tensors[role]] = made.specs[role]
+            of_tensor[made.tensors[role]] = module, role
+
+    @lru_cache(maxsize=1)
+    def factors(module: str) -> dict[str, Tensor]:
+        return dict(zip(("B", "A"), _rounded(source, module), strict=True))
+
+    def load(name: str) -> Tensor:
+        if name not in of_tensor:
+            return source.file.tensor(name)
+        module, role = of_tensor[name]
+        return factors(module)[role].reshape(specs[name].shape)
+
+    file = VirtualFile(source.file, specs, load, source.file.metadata or {})
+    adapter = replace(source, file=file, updates=updates, config=_config(source, updates))
+    kinds = {m: u.cls.without_norm(u).kind for m in others for u in (source.updates[m],)}
+    return AsLowRank(adapter, kinds, losses)
+
+
+def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None) -> tuple[int, ...]:
+    """Return the kernel of the convolution that an update is of, which LoHa's and LoKr's flattened factors hide."""
+    if len(update.shape) > 2:
+        return update.shape[2:]
+    if source is None or family is None or source.component != "unet":
+        if "conv" in update.module.lower():
+            raise NeedsFlag(
+                f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",
+                culprit=update.module,
+                remedy=f"add --drop {update.module} to leave it out",
+            )
+        return ()
+    kernel = kernel_of(FAMILIES[family], source.path)
+    if update.shape[1] % math.prod(kernel):
+        raise InputError(f"has {update.shape[1]} columns, which no kernel {kernel} has", culprit=update.module)
+    return kernel
+
+
+def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> tuple[UpdateSpec, Loss | None]:
+    """Return the module's LoRA, and what is lost; its factors are made to know that, and made again to be written."""
+    update = source.updates[module]
+    inner = update.cls.without_norm(update)
+    out, columns = inner.cls.flat(inner)
+    assert out is not None and columns is not None, "a kind with factors knows its sizes"
+    rank, name_of = inner.rank, _namer(source, inner)
+    sides = {
+        "A": TensorSpec("F32", (rank, columns // math.prod(kernel), *kernel)),
+        "B": TensorSpec("F32", (out, rank, *(1 for _ in kernel))),
+    }
+    alpha = alpha_for_scale(inner.scale, rank)
+    made = replace(
+        inner, cls=LowRank, tensors={r: name_of(r) for r in sides}, specs=sides, scale=alpha / rank, detail=None
+    )
+    loss = _loss(source, module, made.scale)
+    if "magnitude" in update.tensors:
+        made = DoRA.of(made, update.tensors["magnitude"], update.specs["magnitude"], update.along_inputs)
+    return made, loss
+
+
+def _namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
+    """Return a function from a factor's role to its name in the format, after the prefix that the module's has."""
+    stored = next(iter(inner.tensors.values()))
+    prefix = stored[: max(0, stored.find(inner.module))]
+    return lambda role: prefix + FORMATS[source.format].tensor_name(inner.module, role)
+
+
+def _true(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """Return (B, A) in float64 without the scale, which stays in alpha."""
+    update = source.updates[module]
+    B, A = load_stacked_factors(source, replace(update.cls.without_norm(update), scale=1.0))
+    return B[0], A[0]
+
+
+def _rounded(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    return round_factors(module, _true(source, module), torch.float32)
+
+
+def _loss(source: Adapter, module: str, scale: float) -> Loss | None:
+    """Return what float32 and alpha / r do not hold; None if they hold all."""
+    inner = source.updates[module].cls.without_norm(source.updates[module])
+    B, A = _true(source, module)
+    made = round_factors(module, (B, A), torch.float32)
+    wide = any(spec.dtype == "F64" for spec in inner.specs.values())  # float64 holds products of shorter types
+    held = all(torch.equal(side.double(), true) for side, true in zip(made, (B, A), strict=True))
+    if held and not wide and not inner.cls.sums(inner) and scale == inner.scale:
+        return None
+    total = float(torch.linalg.vector_norm(core(B, A))) ** 2 * inner.scale**2
+    error = max(EPSILON, relative_error((B * inner.scale, A), (made[0].double() * scale, made[1])))
+    return Loss(error**2 * total, total, "rounded") if total else None
+
+
+def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:
+    both = {m: (u.rank, alpha_for_scale(u.scale, u.rank)) for m, u in updates.items() if u.rank}
+    alphas = {alpha for _, alpha in both.values()}
+    alone = alphas.pop() if len(alphas) == 1 else None
+    if capabilities(source).alpha != "config":
+        return replace(source.config, alpha=alone)
+    stacks = {module for module, update in updates.items() if update.cls.stack}
+    fields = {key: value for key, value in source.config.extra.items() if key in COMMON_FIELDS}
+    dora = any(update.cls is DoRA for update in updates.values())
+    extra: dict[str, Any] = {**config_of(both, stacks), **fields, "use_dora": dora}
+    return replace(
+        source.config,
+        rank=extra["r"],
+        alpha=extra["lora_alpha"],
+        use_rslora=False,
+        rank_pattern=extra["rank_pattern"],
+        alpha_pattern=extra["alpha_pattern"],
+        extra=extra,
+    )
