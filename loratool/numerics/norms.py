@@ -22,7 +22,7 @@ from .decide import LEAST, SLACK, Delta, Factor, U
 from .dense import TILE
 from .error_free import two_product, two_sum
 from .forms import FORMS, Wide, codes, exponent, fraction, integers, power, wide
-from .products import ProductRows, Products, norms
+from .products import ProductRows, norms
 from .workspace import Workspace
 
 NORM_BITS = 36
@@ -49,16 +49,13 @@ def row_norms(delta: Delta, base: Tensor, work: Workspace) -> Wide:
     return low
 
 
-def column_norms(
-    delta: Products | Callable[[int, int], Delta], blocks: Blocks, work: Workspace, together: int = 1
-) -> Wide:
+def column_norms(rows: Callable[[int, int], Delta], blocks: Blocks, work: Workspace, together: int = 1) -> Wide:
     """Return the norm of each column of a weight that is read by blocks of rows.
 
     Args:
-        delta: gives that of the rows from a start to a stop; or products, which have such rows.
+        rows: gives the delta of the rows from a start to a stop.
         together: so many columns in a row have one norm, as an input channel of a flattened kernel has.
     """
-    rows = delta.rows if isinstance(delta, Products) else delta
     total, rest, sizes, errors = np.zeros((4, 1))
     folds = roundings = 0
     for first, base in blocks():

@@ -87,7 +87,7 @@ def _cast_double(base: Tensor, out: Tensor) -> None:
         part = slice(start, start + CHUNK)
         zero = np.zeros(len(flat[part]))
         found, sure = nearest(flat[part], zero, zero, form)
-        made[part] = np.where(sure, found, made[part])
+        made[part] = np.where(sure & (flat[part] != 0), found, made[part])  # of 0 the sign stays
     out.copy_(result)
 
 

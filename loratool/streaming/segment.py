@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.updates.dora import DoRA
-from ..adapters.updates.update import Update
+from ..adapters.updates.update import RowsOfDelta, Update
 from ..binding.placement import Placement
 from ..errors import InputError
 from ..files.tensor_ref import TensorRef, is_finite
@@ -202,30 +203,51 @@ def _rows_of(placement: Placement, start: int, stop: int) -> slice:
     return slice(first, first + stop - start)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What an update adds beside terms.
+
+    Attributes:
+        of_rows: gives it in a range of the update's rows.
+        first: the update's row that is the segment's first.
+        ratio: a number for each column by which it is multiplied.
+        by_rows: whether each row is multiplied by a number instead.
+    """
+
+    of_rows: RowsOfDelta
+    first: int
+    ratio: Factor | None = None
+    by_rows: bool = False
+
+
 class _Deltas:
     """The sum of what updates add to the rows of a segment."""
 
     def __init__(self, columns: int) -> None:
         self.terms: list[Term] = []
         self._columns = columns
-        self._others: list[tuple[Callable[[int, int], Delta], Factor | None, bool]] = []  # and their ratios
+        self._parts: list[_Part] = []
 
     def add(self, placement: Placement, update: Update, weight: float, start: int, stop: int) -> None:
-        """Add `weight` times what an update adds to rows start:stop of the tensor."""
+        """Add `weight` times what an update adds to rows start:stop of the tensor.
+
+        Raises:
+            InputError: products of its factors are beyond float64.
+        """
         own, rows, turned = update.matrix(placement.expert), _rows_of(placement, start, stop), placement.transposed
-        self.terms += [Term(t.left[rows], t.right[:, : self._columns], t.scale) for t in own.terms(weight, turned)]
-        if own.has_delta:
-
-            def some(first: int, last: int) -> Delta:
-                return own.delta(weight, turned, slice(rows.start + first, rows.start + last))
-
-            self._others.append((some, None, False))
+        try:
+            terms, of_rows = own.terms(weight, turned), own.delta(weight, turned)
+        except ValueError as error:
+            raise InputError(str(error), culprit=placement.update.module) from error
+        self.terms += [Term(t.left[rows], t.right[:, : self._columns], t.scale) for t in terms]
+        if of_rows:
+            self._parts.append(_Part(of_rows, rows.start))
 
     def scaled(self, other: _Deltas, ratio: Factor | None) -> None:
         """Add another sum, times a number for each column, or, if `ratio` is None, for each row, given to `rows`."""
         by_rows = ratio is None
         self.terms = [Term(t.left, t.right, t.scale, ratio, by_rows) for t in other.terms] + self.terms
-        self._others += [(some, ratio, by_rows) for some, _, _ in other._others]
+        self._parts += [replace(part, ratio=ratio, by_rows=by_rows) for part in other._parts]
 
     @cached_property
     def products(self) -> Products:
@@ -240,8 +262,8 @@ class _Deltas:
         """
         found = [beside] if beside else []
         found += [self.products.rows(first, last, ratio)] if self.terms else []
-        for some, own, by_rows in self._others:
-            delta, number = some(first, last), ratio if by_rows else own
+        for part in self._parts:
+            delta, number = part.of_rows(part.first + first, part.first + last), ratio if part.by_rows else part.ratio
             found.append(Scaled(delta, number) if number else delta)
         if not found:
             return Zero((last - first, self._columns))

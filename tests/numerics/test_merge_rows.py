@@ -254,3 +254,10 @@ def test_a_ratio_below_float64_beside_factors_that_make_it_count() -> None:
     wanted = [Fraction(float(m)) / 2**80 * 2**90 * 2**500 * 2**power for power in (480, 400)]
     W = torch.ones(1, 2)
     assert codes(merged(W, Reals(delta))[0]) == merge_codes(W, FP32, [Add(wanted)])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_a_cast_of_float64_keeps_the_sign_of_zero(dtype: torch.dtype) -> None:
+    x, out = torch.tensor([[-0.0, 0.0, -1e-320, 1e-320]], dtype=torch.float64), torch.empty(1, 4, dtype=dtype)
+    cast_rounded(x, out, Workspace(CPU))
+    assert not out.any() and torch.signbit(out).tolist() == [[True, False, True, False]]

@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .update import Update, UpdateSpec
+from .update import RowsOfDelta, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ...numerics.decide import Delta
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,6 @@ class Diff(Update):
     kind = "diff"
     roles = ("diff",)
 
-    has_delta = True
-
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
         return spec.specs["diff"].shape
@@ -36,8 +32,9 @@ class Diff(Update):
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Diff:
         return cls(tensors["diff"])
 
-    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
+    def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.stored import Stored
 
         matrix = self.value.reshape(len(self.value), -1)
-        return Stored((matrix.T if transposed else matrix)[rows].contiguous(), weight)
+        whole = matrix.T if transposed else matrix
+        return lambda start, stop: Stored(whole[start:stop].contiguous(), weight)

@@ -17,12 +17,11 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import Update, UpdateSpec
+from .update import RowsOfDelta, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...numerics.decide import Delta
     from ...numerics.products import Term
 
 
@@ -42,7 +41,6 @@ class LoHa(Update):
     roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     optional = ("hada_t1", "hada_t2")
 
-    has_delta = True
     flattened = True
 
     @classmethod
@@ -101,11 +99,12 @@ class LoHa(Update):
         sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
         return [[Term(a, b, one)] if t is None else tucker_terms(a.T, t, b, one) for a, b, t in sides]
 
-    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
+    def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.composed import Hadamard
 
-        one, two = (sum_terms(terms, transposed).rows(rows.start, rows.stop) for terms in self._sides())
-        return Hadamard(one, two, Fraction(self.scale) * Fraction(weight))
+        scale = Fraction(self.scale) * Fraction(weight)
+        one, two = (sum_terms(terms, transposed) for terms in self._sides())
+        return lambda start, stop: Hadamard(one.rows(start, stop), two.rows(start, stop), scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)

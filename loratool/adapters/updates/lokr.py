@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import Update, UpdateSpec
+from .update import RowsOfDelta, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,6 @@ class LoKr(Update):
     roles = ()
     optional = ROLES
 
-    has_delta = True
     flattened = True
 
     @classmethod
@@ -121,12 +120,13 @@ class LoKr(Update):
             return tucker_factors(self.w2_a.T, self.t2, self.w2_b)
         return self.w2_a.double(), self.w2_b.double()
 
-    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
+    def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.composed import Kron
 
+        scale = Fraction(self.scale) * Fraction(weight)
         one = _delta_of(self.w1, self.w1_a, self.w1_b, None, transposed)
         two = _delta_of(self.w2, self.w2_a, self.w2_b, self.t2, transposed)
-        return Kron(one, two, Fraction(self.scale) * Fraction(weight), rows)
+        return lambda start, stop: Kron(one, two, scale, slice(start, stop))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         import torch

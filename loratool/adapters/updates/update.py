@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ...numerics.products import Term
 
 
+RowsOfDelta = Callable[[int, int], "Delta"]  # gives that of the rows from a start to a stop
+
+
 @dataclass(frozen=True)
 class Detail:
     """Hold for one kind of update what its tensors do not say."""
@@ -107,7 +110,6 @@ class Update(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # roles that need not be there
     additive: ClassVar[bool] = True  # any number of such updates of a tensor is summed; of the others it takes one
     stack: ClassVar[bool] = False  # it changes a stack of matrices
-    has_delta: ClassVar[bool] = False  # not all that it adds are `terms`
     flattened: ClassVar[bool] = False  # its columns may be a kernel's too, of which its tensors do not tell the size
     whole: ClassVar[bool] = False  # it changes a tensor as it is stored, not a matrix that may lie transposed in it
 
@@ -249,9 +251,9 @@ class Update(ABC):
         """Return products whose sum is `weight` times what it adds, as (out, in), or as (in, out) if `transposed`."""
         return []
 
-    def delta(self, weight: float, transposed: bool, rows: slice) -> Delta:
-        """Return what it adds beside `terms`, in these of its rows (columns if `transposed`)."""
-        raise NotImplementedError
+    def delta(self, weight: float, transposed: bool) -> RowsOfDelta | None:
+        """Return what it adds beside `terms`, as a function of a range of its rows (columns if `transposed`)."""
+        return None
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta | None, Factor]:
         """Return D and a of X = a W + D of an update that is not additive and needs no norms.

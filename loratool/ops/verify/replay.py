@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.updates.dora import DoRA
-from ...adapters.updates.update import Update
+from ...adapters.updates.update import RowsOfDelta, Update
 from ...binding.placement import Placement
 from ...files.dtypes import FLOAT8
 from ...files.tensor_ref import TensorRef
@@ -121,8 +121,8 @@ class _Loaded:
         if (kind, absolute) not in self.kept:
             update = self.added if kind is None else self.added.map(lambda each: each.to(kind))
             update = update.map(torch.abs) if absolute else update
-            terms = update.terms(self.placement.weight, self.placement.transposed)
-            self.kept[kind, absolute] = _Added(update, terms)
+            how = self.placement.weight, self.placement.transposed
+            self.kept[kind, absolute] = _Added(update, update.terms(*how), update.delta(*how))
         return self.kept[kind, absolute]
 
 
@@ -132,14 +132,15 @@ class _Added:
 
     update: Update
     terms: list[Term]
+    of_rows: RowsOfDelta | None  # what it adds beside them
 
-    def dense(self, placement: Placement, rows: slice, columns: int) -> Tensor:
+    def dense(self, rows: slice, columns: int) -> Tensor:
         """Return these of its rows in float64, (rows, columns)."""
         found = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64)
         for term in self.terms:
             found += float(term.scale) * (term.left[rows].double() @ term.right[:, :columns].double())
-        if self.update.has_delta:
-            delta, part = self.update.delta(placement.weight, placement.transposed, rows), torch.empty_like(found)
+        if self.of_rows:
+            delta, part = self.of_rows(rows.start, rows.stop), torch.empty_like(found)
             delta.dense(torch.float64, found.device).fill(slice(0, len(found)), 0.0, part)
             found += part
         return found
@@ -188,8 +189,8 @@ def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> Ada
     placement, added = loaded.placement, loaded.of(kind)
     start, columns = placement.skip + block.first - placement.start, block.base.shape[1]
     rows = slice(start, start + len(block.base))
-    change = added.dense(placement, rows, columns)
-    sizes = loaded.of(kind, absolute=True).dense(placement, rows, columns).abs()
+    change = added.dense(rows, columns)
+    sizes = loaded.of(kind, absolute=True).dense(rows, columns).abs()
     left, right, scale = added.factors(placement, columns) or (change.new_zeros(0), change.new_zeros(0), 1.0)
     ways = [change.float()] * WAYS
     if len(right):
