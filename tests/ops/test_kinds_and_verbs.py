@@ -1,4 +1,4 @@
-"""Try what each verb does with each kind of update, as the guide says: measured, merged, converted, or refused."""
+"""Try what each verb does with each kind of update, as the guide says: measured, merged, converted or refused.
 
 Each number is compared with that of the dense change, which `dense_oracle` makes from the definition in fractions.
 """
