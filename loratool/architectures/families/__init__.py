@@ -174,7 +174,7 @@ def _evidence(
         for component, path, shape in modules
         if component == width.component and path.endswith(width.ends)
     ]
-    own = family.kohya_maker_names and any(path not in name for path in paths for name in [to_diffusers(family, path)])
+    own = family.kohya_maker_names and any(path not in to_diffusers(family, path) for path in paths)
     return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)
 
 
