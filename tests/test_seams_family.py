@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.architectures import families
 from loratool.architectures.families import ENCODERS, FAMILIES, LAYOUTS, detect, locate, names_of, parts_of
 from loratool.architectures.families.table import Block, Component, Fused, ModelFamily, Run, swapped
 
@@ -28,10 +29,12 @@ TOY = ModelFamily(
                 "mix.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, None, None)),
                 "wide": Fused(("proj_in", "proj_gate"), (2, None)),
                 "mod": swapped("norm.linear"),
+                "shift": "norm3.linear",
                 "up": Fused((Run("ff.net.0.proj", 1, 2),)),
                 "gate": Fused((Run("ff.net.0.proj", 0, 2),)),
             },
             aliases={"mix_kv": Fused(("attn.to_k", "attn.to_v"))},
+            by_ratio={"shift": (1, "norm3.linear_1")},
             alike=("out",),
         ),
         # Rows that take turns: the first and third quarter are one module's, the others another's.
@@ -47,6 +50,7 @@ TOY = ModelFamily(
         ),
     ),
     outside={"start": "x_embedder"},
+    outside_aliases={"begin": "x_embedder"},
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("stages.", "transformer_layers."),
     ratios={".wide": 5},
@@ -57,6 +61,8 @@ MAKER = {
     "start": 6,
     **{f"stages.{i}.{name}": rows for i in (0, 1) for name, rows in
        {"mix.qkv": 6 + 4 + 4, "wide": 12 + 18, "mod": 8, "up": 5, "gate": 5, "out": 6}.items()},
+    "stages.0.shift": 12,
+    "stages.1.shift": 6,  # as many as columns: the last block's is another module
     **{f"tails.{i}.0": 8 for i in (0, 1)},
 }  # fmt: skip
 
@@ -76,6 +82,7 @@ def split(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "norm.linear": torch.cat([mod[4:], mod[:4]]),
             "ff.net.0.proj": torch.cat([whole[f"stages.{i}.gate"], whole[f"stages.{i}.up"]]),
             "out": whole[f"stages.{i}.out"],
+            "norm3.linear_1" if i else "norm3.linear": whole[f"stages.{i}.shift"],
             "norm1.lin": torch.cat([tail[:2], tail[4:6]]),
             "norm2.lin": torch.cat([tail[2:4], tail[6:]]),
         }
@@ -164,6 +171,10 @@ TABLES = {family.key: family for family in (*FAMILIES.values(), *ENCODERS.values
 def test_a_table_is_a_bijection(key: str) -> None:
     """Every row of diffusers' modules is a row of just one of the maker's, and every name finds itself."""
     family = TABLES[key]
+    if not family.up_attention:
+        for path, each in families._table_index(family, 0).items():
+            found = locate(family, path)
+            assert found and found.rows == each.rows, f"{path} and {found and found.path} are one when flattened"
     parts: Counter[tuple[str, int, int]] = Counter()
     flat: dict[str, tuple[str, object]] = {}
     for located in names_of(family, 0).values():
@@ -216,4 +227,6 @@ def test_a_family_is_detected_by_its_names_in_any_naming() -> None:
     maker = [("unet", name, (rows, WIDTH)) for name, rows in MAKER.items()]
     assert [family.key for family in detect(maker)] == ["toy"]
     assert [family.key for family in detect([(c, n.replace(".", "_"), s) for c, n, s in maker])] == ["toy"]
+    aliases = [("unet", "begin", (6, 6)), ("unet", "stages.1.mix_kv", (8, 6))]
+    assert [family.key for family in detect(aliases)] == ["toy"]
     assert detect([*maker, ("unet", "stages.0.other", (6, 6))]) == ()

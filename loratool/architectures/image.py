@@ -265,17 +265,19 @@ def _other_names(
             columns[span.module] = shapes[name][1]
     whole = {m: rows[0].whole for m, rows in pieces.items() if sum(r.stop - r.start for r in rows) == rows[0].whole}
     for other in names_of(table, blocks).values():
-        if all(module in whole for module in other.diffusers):
-            rows = _rows_in_base(other, columns[other.diffusers[0]], whole, pieces)
-            yield from [(other.path, rows)] if rows else []
+        there = [module for module in other.diffusers if module in whole]
+        rows = _rows_in_base(other, columns[there[0]], whole, pieces) if there else ()
+        yield from [(other.path, rows)] if rows else []
 
 
 def _rows_in_base(
     located: Located, columns: int, whole: Mapping[str, int], pieces: Mapping[str, Sequence[ModuleRows]]
 ) -> tuple[ModuleRows, ...]:
-    """Return the rows of the base's tensors that a module under any name consists of."""
+    """Return the rows of the base's tensors that a module under any name consists of; none if some are not there."""
     found: list[ModuleRows] = []
     spans = parts_of(located, columns, known=whole) or ()
+    if any(span.module not in whole for span in spans):
+        return ()
     for span in spans:
         for each in sorted(pieces[span.module], key=lambda piece: piece.skip):
             low = max(span.skip, each.skip)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool import InputError, NeedsFlag
+from loratool import NeedsFlag
 from loratool.adapters.formats import open_adapter
 from loratool.architectures.families import ENCODERS, FAMILIES, names_of
 
@@ -139,17 +139,6 @@ def test_a_whole_that_the_base_has_in_parts_is_refused(tmp_path: Path, run: Call
     assert result.exit_code == 3 and "to_q.weight: is a part of lora_unet_double_blocks_0_img_attn_qkv" in result.stderr
     assert "as single files have fused ones" in result.stderr
     assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_convolutions_are_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
-    name = "lora_unet_conv_in"
-    tensors = {f"{name}.lora_down.weight": weights(2, 4, 3, 3), f"{name}.lora_up.weight": weights(8, 2, 1, 1)}
-    file = tmp_path / "a.safetensors"
-    save_file({**tensors, f"{name}.dora_scale": weights(1, 4, 1, 1)}, file)
-    with pytest.raises(InputError, match=r"dora_scale: is \(1, 4, 1, 1\): DoRA along the inputs of a convolution"):
-        open_adapter(file)
-    found = run("inspect", file)
-    assert found.exit_code == 0 and "DoRA along the inputs" in found.stdout
 
 
 def test_inspect_and_resize(tmp_path: Path) -> None:

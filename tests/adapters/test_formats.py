@@ -188,7 +188,7 @@ def test_inits_that_changed_the_base_are_told(tmp_path: Path, init: str) -> None
         assert base_mutating_init(adapter.config) is None
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "ADALORA", "IA3", "PREFIX_TUNING", "VERA", "BOTTLENECK"])
+@pytest.mark.parametrize("kind", ["OFT", "BOFT", "XLORA", "PREFIX_TUNING", "BOTTLENECK"])
 def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str | None) -> None:
     with pytest.raises(InputError, match=f"is a {kind} adapter"):
         open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, peft_type=kind))
@@ -361,7 +361,7 @@ def test_real_peft_adapters(name: str) -> None:
 
 @needs_shared
 def test_real_key_lists(tmp_path: Path) -> None:
-    """Shapes of real Flux files: kohya's, OneTrainer's and diffusers' open, the others are refused, never half read."""
+    """Shapes of real Flux files: all open but one without a config, and no tensor of them is left out."""
     for file in sorted((SHARED / "keylists").glob("*.json")):
         shapes = json.loads(file.read_text())
         header: dict[str, Any] = {}
@@ -374,7 +374,7 @@ def test_real_key_lists(tmp_path: Path) -> None:
         with open(tmp_path / "x.safetensors", "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             out.truncate(8 + len(text) + offset)
-        if any(f"_{name}_format" in file.name for name in ("kohya", "kohya_with_te1", "onetrainer", "lora_diffusers")):
+        if "base_model" not in file.name:
             adapter = open_adapter(tmp_path / "x.safetensors")
             assert {t for u in adapter.updates.values() for t in u.tensors.values()} == {
                 k for k in shapes if not k.endswith("alpha")
@@ -382,7 +382,7 @@ def test_real_key_lists(tmp_path: Path) -> None:
         else:
             with pytest.raises(LoratoolError) as caught:
                 open_adapter(tmp_path / "x.safetensors")
-            assert caught.value.exit_code in (3, 4)
+            assert caught.value.exit_code == 4
 
 
 def test_a_folder_of_adapterhub_is_a_bottleneck(tmp_path: Path) -> None:

@@ -388,14 +388,9 @@ def test_an_alpha_that_float32_cannot_hold_goes_into_the_factors(alpha: float, t
 
 # What LyCORIS leaves in kohya's names -> the method that is named, or None where no name tells it
 LYCORIS = {
-    "lokr_w1": "LoKr",
-    "hada_w1_a": "LoHa",
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
-    "diff": None,
-    "diff_b": None,
-    "w_norm": None,
-    "lora_mid.weight": None,
+    "lora_odd": None,
 }
 
 

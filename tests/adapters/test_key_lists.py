@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool import InputError
 
 pytestmark = needs_shared
 FOLDER = SHARED / "keylists"
@@ -93,13 +92,6 @@ def test_all_of_it_merges(name: str, tmp_path: Path) -> None:
     base, alpha = flux(tmp_path / "base.safetensors"), 8.0 if own == "peft" else None
     report = loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors", alpha=alpha, undo=False)
     assert not report.left_out and len({row.name for row in report.tensors}) in (304, 376, 191)
-
-
-def test_lokr_is_refused_by_name(tmp_path: Path) -> None:
-    save_file(tensors("flux_lokr_bfl_format"), tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"double_blocks\.0\.img_attn\.proj\.lokr_w1: .* LoKr, which is not supported"):
-        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
-    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy", "peft"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import loratool
 from loratool.adapters.formats import open_adapter
-from loratool.adapters.formats.other_methods import OTHER_METHODS, OUTCOMES
+from loratool.adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, READ
 from loratool.errors import InputError, LoratoolError, UsageError
 from loratool.ops.inspect.command import MethodReport
 
@@ -84,14 +84,21 @@ def test_what_peft_leaves_of_prompts(tmp_path: Path, kind: str) -> None:
 
 
 def test_every_method_that_peft_can_merge_is_tried_below() -> None:
-    assert {kind for kind, method in OTHER_METHODS.items() if method.outcome == "extracted"} == {
-        *LAYERS,
-        "LORAS",
-        "MLX",
-    }
+    extracted = {kind for kind, method in OTHER_METHODS.items() if method.outcome == "extracted"}
+    assert {*LAYERS, "LORAS", "MLX"} == extracted | {*READ} - {"LORA"}
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind in READ])
+def test_what_is_merged_is_what_peft_merges(tmp_path: Path, kind: str) -> None:
+    live = saved_by_peft(kind, tmp_path / "a")
+    live.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    loratool.merge(BASE, tmp_path / "a", tmp_path / "out", dtype="fp32", undo=False)
+    merged, tuned, base = (load_model(p) for p in (tmp_path / "out", tmp_path / "tuned", BASE))
+    change, error = (math.hypot(*(float((a[n] - tuned[n]).norm()) for n in tuned)) for a in (base, merged))
+    assert change > 0.01 and error < 1e-5 * change
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind not in READ])
 def test_what_can_be_extracted_is_extracted_as_it_is_said(tmp_path: Path, kind: str) -> None:
     """merge_and_unload, save, extract: our merge of that is peft's merged model."""
     live = saved_by_peft(kind, tmp_path / "a")

@@ -47,6 +47,6 @@ def test_the_longest_suffix_counts(suffix: str) -> None:
 
 
 def test_what_no_suffix_ends_has_no_role() -> None:
-    assert split_suffix("unet.x.weight") == ("unet.x.weight", None)
-    assert split_suffix("unet.x.down.weight") == ("unet.x.down.weight", None)
+    assert split_suffix("unet.x.scale") == ("unet.x.scale", None)
+    assert split_suffix("unet.x.down.bias") == ("unet.x.down.bias", None)
     assert split_suffix("double_blocks.0.processor.qkv_lora1.down.weight")[1] == "A"

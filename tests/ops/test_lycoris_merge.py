@@ -44,7 +44,7 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 WORDS = {
     "lora": "lora",
     "rs-lora": "lora",
-    "lora_mid": "lora",
+    "lora_mid": "tucker",
     "glora": "lora",
     "loha": "loha",
     "lokr": "lokr",

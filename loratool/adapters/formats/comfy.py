@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from ...architectures.families import FAMILIES
-from ...errors import InputError
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
 from .format import Capabilities
@@ -34,11 +33,8 @@ class Comfy(DottedFormat):
         names = list(names)
         return has_dotted_factors(names) and any(name.startswith(PREFIXES) for name in names)
 
-    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
-        known = FAMILIES[family].component(component)
-        if known is None:
-            raise InputError(f"has {component}, which ComfyUI does not load for {FAMILIES[family].title}", culprit=path)
-        return known.comfy + text_model_path(component, path)
+    def module_name(self, component: str, path: str, family: str) -> str:
+        return FAMILIES[family].component(component, path).comfy + text_model_path(component, path)
 
     def uses_maker_names(self, family: str) -> bool:
         return True

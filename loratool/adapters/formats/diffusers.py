@@ -35,9 +35,8 @@ class Diffusers(DottedFormat):
     def claims(self, names: Iterable[str]) -> bool:
         return has_dotted_factors(names)
 
-    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
-        known = FAMILIES[family].component(component)
-        return (known.diffusers if known else f"{component}.") + path
+    def module_name(self, component: str, path: str, family: str) -> str:
+        return FAMILIES[family].component(component, path).diffusers + path
 
     def describe(
         self, family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]

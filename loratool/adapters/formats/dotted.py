@@ -109,7 +109,7 @@ class DottedFormat(Format, ABC):
 
 
 def has_dotted_factors(names: Iterable[str]) -> bool:
-    """Return whether a name is a factor's and has a component's prefix or a processor in it, or whether all are bare."""
+    """Return whether a factor's name has a component's prefix or a processor in it, or all names are bare."""
     names, factors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
     return _are_bare(names) or any(
         name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)

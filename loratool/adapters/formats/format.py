@@ -80,13 +80,12 @@ class Format(ABC):
             UsageError: the alpha of `options` contradicts the file.
         """
 
-    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
+    def module_name(self, component: str, path: str, family: str) -> str:
         """Return an image model's module in this format's names.
 
         Args:
             path: in diffusers' names, or in the makers' where `uses_maker_names`.
             family: a key of FAMILIES.
-            encoders: how many text encoders the adapter has modules of.
         """
         return path
 

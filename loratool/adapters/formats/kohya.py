@@ -79,17 +79,12 @@ class Kohya(Format):
         config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
         return Adapter(name, self.key, file, config, updates, flattened=True)
 
-    def module_name(self, component: str, path: str, family: str, encoders: int) -> str:
-        if component == "unet":
-            prefix = "lora_unet"
-        elif FAMILIES[family].kohya_naming == "diffusers" and encoders < 2:
-            prefix = "lora_te"
-        else:
-            prefix = f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
-        return f"{prefix}_{text_model_path(component, path).replace('.', '_')}"
+    def module_name(self, component: str, path: str, family: str) -> str:
+        prefix = FAMILIES[family].component(component, path).kohya
+        return prefix + text_model_path(component, path).replace(".", "_")
 
     def uses_maker_names(self, family: str) -> bool:
-        return FAMILIES[family].kohya_naming == "maker"
+        return FAMILIES[family].kohya_maker_names
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)

@@ -384,7 +384,7 @@ def _of_other_kind(
     w2 = file.specs[roles["lokr_w2"]].shape if "lokr_w2" in roles else ()
     if len(w2) in (3, 5):  # torch.kron takes w1's inputs for those of another axis there (peft/tuners/lokr/layer.py)
         raise InputError(
-            f"is {w2}, a convolution of one or three axes, which peft computes in another way than others",
+            f"has lokr_w2 of {w2}, of a convolution of one or three axes, which peft computes differently",
             culprit=roles["lokr_w2"],
             remedy="merge it with peft, and `loratool extract` the change",
         )

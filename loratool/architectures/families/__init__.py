@@ -174,9 +174,7 @@ def _evidence(
         for component, path, shape in modules
         if component == width.component and path.endswith(width.ends)
     ]
-    own = family.kohya_naming == "maker" and any(
-        path not in name for path in paths for name in [to_diffusers(family, path)]
-    )
+    own = family.kohya_maker_names and any(path not in name for path in paths for name in [to_diffusers(family, path)])
     return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)
 
 

@@ -22,7 +22,7 @@ FAMILY = ModelFamily(
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
+    kohya_maker_names=False,
     kernels={**KERNELS, "proj_in": 1, "proj_out": 1},  # which are linear in later families
-    kohya_naming="diffusers",
     kohya_version="sd_v1",
 )

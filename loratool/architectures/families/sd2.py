@@ -17,7 +17,7 @@ FAMILY = ModelFamily(
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
     widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
-    kohya_naming="diffusers",
+    kohya_maker_names=False,
     kernels=KERNELS,
     kohya_version="sd_v2",
 )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...errors import InputError
+
 
 @dataclass(frozen=True)
 class Run:
@@ -89,11 +91,18 @@ class ModelFamily:
     telling: str = ""  # a regular expression of diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
+    kohya_maker_names: bool = True  # sd-scripts' files have the maker's names, not diffusers'
     kernels: Mapping[str, int] = field(default_factory=dict)  # end of a convolution's path in diffusers' names -> size
-    kohya_naming: Literal["maker", "diffusers"] = "maker"  # in sd-scripts' files
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
     kohya_network: str = "networks.lora"  # sd-scripts' module
 
-    def component(self, name: str) -> Component | None:
-        """Return the component of a name."""
-        return next((each for each in self.components if each.name == name), None)
+    def component(self, name: str, module: str) -> Component:
+        """Return the component of a name; `module` is one of it, for the message.
+
+        Raises:
+            InputError: the family has no such component.
+        """
+        found = next((each for each in self.components if each.name == name), None)
+        if found is None:
+            raise InputError(f"is of {name}, which {self.title} does not have", culprit=module)
+        return found

@@ -93,11 +93,10 @@ class _ImagePlan:
             if (init := image.start(module)) and target.how != "exact":
                 message = f"would be {target.how}, and was initialized with {init} from the whole matrix of its base"
                 raise NeedsFlag(message, culprit=module, remedy=ADD_INITIAL)
-        texts = len({each.component for each in wanted if each.component != "unet"})
         self._made: dict[str, _ConvertedModule] = {}
         self._loaded: tuple[SourceModule, ModuleFactors] | None = None
         for target in targets:
-            name = self._format.module_name(target.component, target.path, family, texts)
+            name = self._format.module_name(target.component, target.path, family)
             if name in self._made:
                 raise InputError("two modules of the adapter would become this one", culprit=name)
             made = self._make(target)

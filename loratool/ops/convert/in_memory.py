@@ -9,28 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-
-from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, capabilities, usual_format, written_formats
 from ...adapters.formats.format import ReadOptions
-from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import FAMILIES
 from ...binding.resolve import exclude_options
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.dtypes import SAFETENSORS, TensorSpec
 from ...files.virtual import VirtualFile
 from ..inputs import WeightedAdapter
 from .as_low_rank import as_low_rank
 from .command import plan_convert
-from .factors import ModuleFactors, is_zero_filler, make_factors
 from .module_map import TargetModule, plan_target_modules
-from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, low_rank_modules, request_for
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
+from .same_layout import to_one_layout, with_targets
 from .source_modules import (
     detect_families,
     detect_family,
@@ -98,7 +93,7 @@ def convert_to_common_format(
     """
     adapters = [adapter for adapter, _ in loaded]
     if to is None and are_alike(adapters):
-        return loaded, exclude, []
+        return _in_one_layout(loaded), exclude, []
     family = common_family(adapters)
     _require_known(adapters, family)
     to = to or adapters[0].format
@@ -113,10 +108,17 @@ def convert_to_common_format(
         if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in former)
     ]
     return (
-        tuple((adapter, w) for (adapter, _), (_, w) in zip(found, loaded, strict=True)),
+        _in_one_layout([(adapter, w) for (adapter, _), (_, w) in zip(found, loaded, strict=True)]),
         tuple(rest),
         [m for _, m in found],
     )
+
+
+def _in_one_layout(loaded: Sequence[tuple[Adapter, float]]) -> WeightedAdapter:
+    """Return adapters of one format with what is fused in the first fused in all, and what is split, split."""
+    with request_for("combine"):
+        alike, _ = to_one_layout([adapter for adapter, _ in loaded], keep_first=True)
+    return tuple((adapter, weight) for adapter, (_, weight) in zip(alike, loaded, strict=True))
 
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
@@ -211,14 +213,18 @@ def by_meaning(
 ) -> tuple[Sequence[Adapter], dict[str, tuple[str, ...]]]:
     """Return image adapters under diffusers' names, fused modules split, and each name with the files' names for it.
 
-    Adapters with the same naming, or of no known family, are returned unchanged, with no names.
+    Of no known image family, what one has fused and the other split is split. Adapters with the same naming are
+    returned unchanged, with no names.
 
     Raises:
         NeedsFlag: a selected module is in no known model.
         InputError: the adapters are of two models.
     """
     read = [read_source_modules(adapter) for adapter in adapters]
-    if are_alike(adapters) or not all(detect_family(sources) for sources, _ in read):
+    if not all(detect_family(sources) for sources, _ in read):
+        with request_for("diff"):
+            return to_one_layout(adapters, keep_first=False)
+    if are_alike(adapters):
         return adapters, {}
     with request_for("diff"):
         adapters = [as_low_rank(adapter).adapter for adapter in adapters]
@@ -239,7 +245,7 @@ def by_meaning(
             )
         with request_for("diff"):
             targets = {_name(target, family): target for target in plan_target_modules(kept, family, False)}
-        found.append(_split(adapter, targets))
+        found.append(with_targets(adapter, targets))
         for name, target in targets.items():
             aliases[name] = (*aliases.get(name, ()), *(part.source.module for part in target.parts))
     return found, aliases
@@ -247,38 +253,4 @@ def by_meaning(
 
 def _name(target: TargetModule, family: str) -> str:
     path = f"text_model.{target.path}" if target.path.startswith("encoder.layers.") else target.path
-    return usual_format("pipeline").module_name(target.component, path, family, 0)
-
-
-def _split(adapter: Adapter, targets: Mapping[str, TargetModule]) -> Adapter:
-    """Return the adapter with `targets` as its modules, whose tensors are made when they are loaded."""
-
-    @lru_cache(maxsize=1)
-    def make(name: str) -> tuple[list[ModuleFactors], ModuleFactors]:
-        parts = [low_rank_modules(adapter, part.source) for part in targets[name].parts]
-        return parts, make_factors(targets[name], parts)
-
-    def load(key: str) -> Tensor:
-        name, _, role = key.rpartition(".")
-        tensor: Tensor = getattr(make(name)[1], role)
-        return tensor.flatten() if role == "magnitude" else tensor
-
-    updates: dict[str, UpdateSpec] = {}
-    for name, target in targets.items():
-        first = target.parts[0].source.update
-        specs, scale = dict(first.specs), first.scale
-        if target.how != "exact":
-            parts, made = make(name)
-            if is_zero_filler(target, parts, made):
-                continue
-            scale = made.scale
-            for role, side in (("A", made.A), ("B", made.B)):
-                specs[role] = TensorSpec(SAFETENSORS[str(side.dtype).removeprefix("torch.")], tuple(side.shape))
-        if "magnitude" in specs:
-            size = specs["magnitude"].size if first.along_inputs else target.rows
-            specs["magnitude"] = replace(specs["magnitude"], shape=(size,))
-        tensors = {role: f"{name}.{role}" for role in specs}
-        updates[name] = UpdateSpec(first.cls, name, tensors, specs, scale, first.transposed, first.detail)
-    specs = {update.tensors[role]: spec for update in updates.values() for role, spec in update.specs.items()}
-    file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
-    return replace(adapter, file=file, updates=updates, flattened=False)
+    return usual_format("pipeline").module_name(target.component, path, family)

@@ -50,19 +50,24 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
     """
     spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in sources]
     _refuse_twice(spans)
-    known = {(source.component, span.module): span.whole for source, _, each in spans for span in each}
+    whole = {span.module: span.whole for source, _, each in spans if source.component == "unet" for span in each}
     slices: dict[tuple[str, str], list[RowSlice]] = {}
     rows: dict[tuple[str, str], int] = {}
     for source, table, each in spans:
         for span in each:
             placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
             if maker_names and table is FAMILIES[family]:
-                whole = {module: size for (component, module), size in known.items() if component == source.component}
                 placed = _in_maker_names(source, table, span, whole)
             for path, size, part in placed:
                 slices.setdefault((source.component, path), []).append(part)
                 rows[source.component, path] = size
     targets = [_target(*key, _joined(parts), rows[key]) for key, parts in slices.items()]
+    refuse_column_norms(targets)
+    return sorted(targets, key=lambda target: target.how == "fused")
+
+
+def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
+    """Raise NeedsFlag for DoRA along the inputs that would be split or fused."""
     for target in targets:
         columns = [part.source.module for part in target.parts if part.source.update.along_inputs]
         if columns and target.how in ("split", "fused"):
@@ -71,7 +76,6 @@ def plan_target_modules(sources: list[SourceModule], family: str, maker_names: b
                 culprit=columns[0],
                 remedy=f"add --drop {','.join(columns)} to leave them out",
             )
-    return sorted(targets, key=lambda target: target.how == "fused")
 
 
 def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[Span, ...]]]) -> None:

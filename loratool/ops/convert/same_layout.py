@@ -1,0 +1,178 @@
+"""Bring adapters of one model to one layout in memory, so that a module has the same name and rows in all of them.
+
+A language model's q, k, v or gate, up may be one fused module in one adapter, and split ones in another. Both are the
+same change, and only with the other's parts beside it does a fused module tell their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.update import UpdateSpec
+from ...architectures.families import Located, parts_of
+from ...architectures.prefixes import CONTAINER_PREFIXES
+from ...binding.resolve import strip_wrappers
+from ...errors import InputError
+from ...files.dtypes import SAFETENSORS, TensorSpec
+from ...files.virtual import VirtualFile
+from .factors import ModuleFactors, is_zero_filler, make_factors
+from .fused_qkv import locate_fused
+from .module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
+from .request import low_rank_modules
+from .source_modules import SourceModule
+
+
+@dataclass
+class _Group:
+    """A fused module and its parts in one adapter."""
+
+    located: Located | None = None  # of any of them
+    whole: SourceModule | None = None
+    parts: dict[int, SourceModule] = field(default_factory=dict)  # by their order in the fused module
+
+
+def to_one_layout(adapters: Sequence[Adapter], keep_first: bool) -> tuple[list[Adapter], dict[str, tuple[str, ...]]]:
+    """Return adapters in which no module is fused that is split in another, and the file's names of each new module.
+
+    Args:
+        keep_first: whether a module has the layout of the first adapter with it; else it is split.
+
+    Raises:
+        InputError: the rows of a fused module are not those of the other adapter's parts.
+        NeedsFlag: DoRA could not be split or fused.
+    """
+    groups = [_groups_of(adapter) for adapter in adapters]
+    targets: list[dict[str, TargetModule]] = [{} for _ in adapters]
+    for key in dict.fromkeys(key for each in groups for key in each):
+        of_all = [each.get(key, _Group()) for each in groups]
+        if not any(group.whole for group in of_all) or not any(group.parts for group in of_all):
+            continue
+        known = {i: source.update.shape[0] for group in of_all for i, source in group.parts.items()}
+        whole = next(group.whole for group in of_all if group.whole)
+        fuses = keep_first and next(group for group in of_all if group.located).whole is not None
+        for group, mine in zip(of_all, targets, strict=True):
+            if group.located and (group.parts if fuses else group.whole):
+                mine |= {target.path: target for target in _targets(group, whole, known, fuses)}
+    made, names = [], dict[str, tuple[str, ...]]()
+    for adapter, mine in zip(adapters, targets, strict=True):
+        refuse_column_norms(mine.values())
+        taken = {part.source.module for target in mine.values() for part in target.parts}
+        kept = {module: update for module, update in adapter.updates.items() if module not in taken}
+        made.append(with_targets(adapter, mine, kept) if mine else adapter)
+        for name, target in mine.items():
+            names[name] = (*names.get(name, ()), *(part.source.module for part in target.parts))
+    return made, names
+
+
+def _groups_of(adapter: Adapter) -> dict[str, _Group]:
+    """Return the fused modules and parts of an adapter, by the fused path without containers."""
+    found: dict[str, _Group] = {}
+    for module, update in adapter.updates.items():
+        located = locate_fused(module) if update.cls in (LowRank, DoRA) else None
+        if located is None or update.transposed:
+            continue
+        group = found.setdefault(_without_containers(located.maker[0]), _Group())
+        source = SourceModule(module, update, "", module)
+        group.located = located
+        if module in located.maker:
+            group.whole = source
+        else:
+            whole = locate_fused(located.maker[0])
+            assert whole is not None
+            group.parts[whole.diffusers.index(module)] = source
+    return found
+
+
+def _without_containers(path: str) -> str:
+    """Return a path without wrappers and the prefixes that either of two adapters may have."""
+    path = strip_wrappers(path)
+    while prefix := next((each for each in CONTAINER_PREFIXES if path.startswith(f"{each}.")), None):
+        path = path.removeprefix(f"{prefix}.")
+    return path
+
+
+def _targets(group: _Group, whole: SourceModule, known: Mapping[int, int], fuses: bool) -> list[TargetModule]:
+    """Return what a group of an adapter becomes, split or fused.
+
+    Args:
+        whole: the fused module, of this adapter or another.
+        known: the rows of the parts in any adapter, by their order.
+    """
+    assert group.located is not None
+    located = locate_fused(group.located.maker[0])
+    assert located is not None
+    rows, width = whole.update.shape[:2]
+    named = {located.diffusers[i]: size for i, size in known.items()}
+    spans = parts_of(located, width, rows, named)
+    if spans is None:
+        others = ", ".join(f"{module.rpartition('.')[2]} {size}" for module, size in named.items())
+        raise InputError(
+            f"has {rows} rows, which those of the other adapter ({others}) are not part of", culprit=whole.module
+        )
+    if fuses:
+        placed = [RowSlice(source, 0, source.update.shape[0], spans[i].start) for i, source in group.parts.items()]
+        return [fuse_modules("", located.path, placed, rows)]
+    assert group.whole is not None
+    return [
+        TargetModule("", span.module, span.whole, (RowSlice(group.whole, span.start, span.stop),), "split")
+        for span in spans
+    ]
+
+
+def with_targets(
+    adapter: Adapter, targets: Mapping[str, TargetModule], kept: Mapping[str, UpdateSpec] | None = None
+) -> Adapter:
+    """Return the adapter with other modules, whose tensors are made when they are loaded.
+
+    Args:
+        targets: the modules, by their names.
+        kept: modules of the adapter that stay as they are.
+    """
+
+    @lru_cache(maxsize=1)
+    def make(name: str) -> tuple[list[ModuleFactors], ModuleFactors]:
+        parts = [low_rank_modules(adapter, part.source) for part in targets[name].parts]
+        return parts, make_factors(targets[name], parts)
+
+    made: dict[str, tuple[str, str]] = {}  # tensor -> (module, role)
+
+    def load(key: str) -> Tensor:
+        if key not in made:
+            return adapter.file.tensor(key)
+        name, role = made[key]
+        tensor: Tensor = getattr(make(name)[1], role)
+        return tensor.flatten() if role == "magnitude" else tensor
+
+    updates = dict(kept or {})
+    for name, target in targets.items():
+        first = target.parts[0].source.update
+        specs, scale = dict(first.specs), first.scale
+        if target.how != "exact":
+            parts, factors = make(name)
+            if is_zero_filler(target, parts, factors):
+                continue
+            scale = factors.scale
+            for role, side in (("A", factors.A), ("B", factors.B)):
+                specs[role] = TensorSpec(SAFETENSORS[str(side.dtype).removeprefix("torch.")], tuple(side.shape))
+        if "magnitude" in specs:
+            size = specs["magnitude"].size if first.along_inputs else target.rows
+            specs["magnitude"] = replace(specs["magnitude"], shape=(size,))
+        tensors = {role: _tensor_name(first, role, name) for role in specs}
+        made |= {key: (name, role) for role, key in tensors.items()}
+        updates[name] = UpdateSpec(first.cls, name, tensors, specs, scale, first.transposed, first.detail)
+    own = {update.tensors[role]: spec for update in updates.values() for role, spec in update.specs.items()}
+    file = VirtualFile(adapter.file, own, load, adapter.file.metadata or {})
+    return replace(adapter, file=file, updates=updates, flattened=False)
+
+
+def _tensor_name(source: UpdateSpec, role: str, module: str) -> str:
+    """Return a new module's name of a tensor, in the manner of the file that it is made from."""
+    key = source.tensors[role]
+    return key.replace(source.module, module) if source.module in key else f"{module}.{role}"
