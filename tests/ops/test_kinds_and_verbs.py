@@ -248,6 +248,16 @@ def test_convert_of_an_image_models_kinds_knows_the_kernels(made: Any, to: Any, 
     assert isinstance(found, AdapterDiff) and found.same and len(found.modules) == 2
 
 
+def test_diff_knows_a_fused_modules_parts_in_another_kind(tmp_path: Path) -> None:
+    roles = {k: v for k, v in files.loha(files.Numbers(NARROW), 24, 8).items() if k != "alpha"}
+    config = {"peft_type": "LOHA", "r": 3, "alpha": 4}
+    source = files.Peft("self_attn.qkv_proj", roles, config).write(tmp_path / "fused")
+    report = convert(source, tmp_path / "split", to="peft", layout="split")
+    assert {row.how for row in report.modules} == {"split"} and len(report.modules) == 3
+    found = diff(source, tmp_path / "split")
+    assert isinstance(found, AdapterDiff) and found.same and len(found.modules) == 3
+
+
 def test_a_convolution_whose_kernel_nothing_tells_is_refused(tmp_path: Path) -> None:
     sample = Sample("loha conv", tmp_path)
     with pytest.raises(InputError, match="kernel") as refused:
