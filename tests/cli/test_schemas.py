@@ -62,8 +62,8 @@ inspect {tmp}/odd                                                               
 inspect {sdxl}/base.safetensors                                                               CheckpointReport 0
 inspect {llama}/adapter --base {llama}/base --strict                                          AdapterInspection 0
 inspect {tmp}/kinds --base {tmp}/nan --strict                                                 AdapterInspection 1
-inspect {tmp}/ia3                                                                             MethodReport 0
-inspect {tmp}/ia3 --strict                                                                    MethodReport 1
+inspect {tmp}/oft                                                                             MethodReport 0
+inspect {tmp}/oft --strict                                                                    MethodReport 1
 inspect {llama}/base --spectra                                                                SpectraReport 0
 inspect {tmp}/kinds --spectra                                                                 SpectraReport 0
 """
@@ -106,9 +106,9 @@ def make_inputs(tmp: Path) -> None:
     saved = {f"base_model.model.model.layers.0.norm.{part}": weights(6, seed=5) for part in ("weight", "bias")}
     save_file({**load_file(file), **saved}, file)
     write_peft(tmp / "other", {"model.layers.0.self_attn.q_proj": factors(8, 6, 4, 1)}, use_rslora=True)
-    (tmp / "ia3").mkdir()
-    save_file({"base_model.model.x.ia3_l": weights(4, 1)}, tmp / "ia3" / "adapter_model.safetensors")
-    (tmp / "ia3" / "adapter_config.json").write_text('{"peft_type": "IA3", "target_modules": ["x"]}')
+    (tmp / "oft").mkdir()
+    save_file({"base_model.model.x.oft_R.weight": weights(2, 1)}, tmp / "oft" / "adapter_model.safetensors")
+    (tmp / "oft" / "adapter_config.json").write_text('{"peft_type": "OFT", "target_modules": ["x"]}')
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Try what each verb does with each kind of update, as the guide says: measured, merged, converted or refused.
+"""Every command on every kind of update, as the guide's table "Kinds and verbs" says.
 
 Each number is compared with that of the dense change, which `dense_oracle` makes from the definition in fractions.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import lycoris_files as files
 import pytest
 import torch
 from conftest import ROOT
+from fractions_oracle import Add
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,9 +55,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     "ia3": ("ia3 in", "ia3 conv out", "peft ia3", "peft ia3 conv feedforward"),
     "vera": ("peft vera",),
 }
-EVERY = [(row, kind) for row, kinds in KINDS.items() for kind in kinds]
-# a kind with another seed, so that two adapters of it differ
-FACTORED = [(row, kind) for row, kind in EVERY if ROWS[row][RANK] == "yes"]
+
+
+def cases(wanted: Callable[[str, str], bool] = lambda row, kind: True) -> list[Any]:
+    """Return the pairs of a row and a kind; of each row the first is tried by default."""
+    found: list[Any] = []
+    for row, kinds in KINDS.items():
+        some = [kind for kind in kinds if wanted(row, kind)]
+        found += [pytest.param(row, kind, marks=[pytest.mark.slow] if i else []) for i, kind in enumerate(some)]
+    return found
 
 
 class Sample:
@@ -67,17 +75,28 @@ class Sample:
         if self.peft:
             made = files.peft_of(kind.removeprefix("peft "), dtype, seed)
             self.path, self.layer = made.write(folder / f"adapter{seed}"), made.layer
-            updates = oracle.peft_updates(made, files.SHAPES[made.layer])
+            self.updates = oracle.peft_updates(made, files.SHAPES[made.layer])
         else:
             self.layer, roles = files.KINDS[kind][0], files.roles_of(kind, dtype, seed)
             self.path = files.write_lycoris(folder / f"adapter{seed}.safetensors", {f"blocks.0.{self.layer}": roles})
             plain = {role: x for role, x in roles.items() if role != "dora_scale"}
-            updates = oracle.lycoris_updates(plain, files.SHAPES[self.layer])  # of DoRA, before the norm
-        base = files.base_of(self.layer, WIDE)
-        self.base = base.write(folder / "base.safetensors")
-        merged = oracle.merged_reals(base, updates)
-        self.changes = [new - old.double() for new, old in zip(merged, (base.weight, base.bias), strict=True)]
-        self.D = self.changes[0].flatten(1) if self.changes[0].dim() > 1 else self.changes[0]
+            self.updates = oracle.lycoris_updates(plain, files.SHAPES[self.layer])  # of DoRA, before the norm
+        self.model = files.base_of(self.layer, WIDE)
+        self.base = self.model.write(folder / "base.safetensors")
+
+    @cached_property
+    def changes(self) -> list[Tensor]:
+        """What is added to the weight and to the bias."""
+        merged = oracle.merged_reals(self.model, self.updates)
+        before = (self.model.weight, self.model.bias)
+        return [new - old.double() for new, old in zip(merged, before, strict=True)]
+
+    @cached_property
+    def D(self) -> Tensor:
+        """The change of the weight, of a kind that adds one, (out, in * kernel)."""
+        update = self.updates["weight"]
+        assert isinstance(update, Add)
+        return torch.tensor([float(x) for x in update.change], dtype=torch.float64).reshape(len(self.model.weight), -1)
 
 
 def written(path: Path) -> Tensor:
@@ -107,7 +126,7 @@ def test_the_table_lists_every_kind_of_the_files() -> None:
     assert ROWS.keys() == KINDS.keys()
 
 
-@pytest.mark.parametrize(("row", "kind"), EVERY)
+@pytest.mark.parametrize(("row", "kind"), cases())
 def test_inspect_gives_the_size_and_the_effective_rank(row: str, kind: str, tmp_path: Path) -> None:
     sample = Sample(kind, tmp_path)
     known = ROWS[row][SIZE] != "with a base"
@@ -128,7 +147,7 @@ def test_inspect_gives_the_size_and_the_effective_rank(row: str, kind: str, tmp_
         assert torch.allclose(torch.tensor(spectrum.top, dtype=S.dtype), S[: len(spectrum.top)], atol=1e-9)
 
 
-@pytest.mark.parametrize(("row", "kind"), EVERY)
+@pytest.mark.parametrize(("row", "kind"), cases())
 def test_diff_gives_the_distance(row: str, kind: str, tmp_path: Path) -> None:
     one, two = Sample(kind, tmp_path), Sample(kind, tmp_path, seed=1)
     same = diff(one.path, one.path)
@@ -151,7 +170,7 @@ def outcome(act: Callable[[], Any], wanted: bool) -> Any:
     return None
 
 
-@pytest.mark.parametrize(("row", "kind"), EVERY)
+@pytest.mark.parametrize(("row", "kind"), cases())
 def test_resize_keeps_the_best_of_a_rank(row: str, kind: str, tmp_path: Path) -> None:
     sample = Sample(kind, tmp_path)
     out = tmp_path / ("resized" if sample.peft else "resized.safetensors")
@@ -164,7 +183,7 @@ def test_resize_keeps_the_best_of_a_rank(row: str, kind: str, tmp_path: Path) ->
         assert any("LoRA" in line for line in made.warnings) == (kind not in ("lora", "lora conv", "dora"))
 
 
-@pytest.mark.parametrize(("row", "kind"), EVERY)
+@pytest.mark.parametrize(("row", "kind"), cases())
 def test_combine_adds_up(row: str, kind: str, tmp_path: Path) -> None:
     one, two = Sample(kind, tmp_path), Sample(kind, tmp_path, seed=1)
     out = tmp_path / ("sum" if one.peft else "sum.safetensors")
@@ -192,7 +211,7 @@ def test_what_stands_beside_factors_is_kept_and_added_up(tmp_path: Path) -> None
     assert torch.allclose(load_file(tmp_path / "sum.safetensors")[key], 1.5 * roles["diff_b"])
 
 
-@pytest.mark.parametrize(("row", "kind"), [each for each in EVERY if each[1].startswith("peft ")])
+@pytest.mark.parametrize(("row", "kind"), cases(lambda row, kind: kind.startswith("peft ")))
 def test_convert_of_pefts_kinds_says_the_rank(row: str, kind: str, tmp_path: Path) -> None:
     for dtype, exact in ((NARROW, True), (WIDE, False)):
         sample, out = Sample(kind, tmp_path / str(exact), dtype), tmp_path / f"lora{exact}"
@@ -207,12 +226,14 @@ def test_convert_of_pefts_kinds_says_the_rank(row: str, kind: str, tmp_path: Pat
 
 
 IMAGE = {
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (320, 320),
-    "down_blocks.0.resnets.0.conv1": (320, 320, 3, 3),
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (32, 32),
+    "down_blocks.0.resnets.0.conv1": (32, 32, 3, 3),
 }
 
 
-@pytest.mark.parametrize("to", ["kohya", "comfy", "diffusers", "peft"])
+@pytest.mark.parametrize(
+    "to", ["comfy", *(pytest.param(to, marks=pytest.mark.slow) for to in ("kohya", "diffusers", "peft"))]
+)
 @pytest.mark.parametrize("made", [files.loha, files.lokr_two, files.dora(files.loha)], ids=["loha", "lokr", "dora"])
 def test_convert_of_an_image_models_kinds_knows_the_kernels(made: Any, to: Any, tmp_path: Path) -> None:
     numbers = files.Numbers(NARROW)
@@ -221,10 +242,20 @@ def test_convert_of_an_image_models_kinds_knows_the_kernels(made: Any, to: Any, 
     report = convert(source, tmp_path / ("out" if to == "peft" else "out.safetensors"), to=to)
     assert {(row.how, row.error) for row in report.modules} == {("expanded", 0.0)}
     adapter = open_adapter(report.out)
-    assert [update.shape for update in adapter.updates.values()] == [*IMAGE.values()]
+    assert {update.shape for update in adapter.updates.values()} == {*IMAGE.values()}
     adapter.file.close()
     found = diff(source, report.out)
     assert isinstance(found, AdapterDiff) and found.same and len(found.modules) == 2
+
+
+def test_diff_knows_a_fused_modules_parts_in_another_kind(tmp_path: Path) -> None:
+    roles = {k: v for k, v in files.loha(files.Numbers(NARROW), 24, 8).items() if k != "alpha"}
+    config = {"peft_type": "LOHA", "r": 3, "alpha": 4}
+    source = files.Peft("self_attn.qkv_proj", roles, config).write(tmp_path / "fused")
+    report = convert(source, tmp_path / "split", to="peft", layout="split")
+    assert {row.how for row in report.modules} == {"split"} and len(report.modules) == 3
+    found = diff(source, tmp_path / "split")
+    assert isinstance(found, AdapterDiff) and found.same and len(found.modules) == 3
 
 
 def test_a_convolution_whose_kernel_nothing_tells_is_refused(tmp_path: Path) -> None:
@@ -251,21 +282,21 @@ def test_dora_of_another_kind_becomes_the_best_lora_with_its_base(inputs: bool, 
     assert close(written(tmp_path / "plain"), change.flatten(1), 1e-5)
 
 
-@pytest.mark.parametrize(("row", "kind"), EVERY)
+@pytest.mark.parametrize(("row", "kind"), cases())
 def test_verify_proves_a_merge_and_finds_a_doubled_change(row: str, kind: str, tmp_path: Path) -> None:
     sample, merged = Sample(kind, tmp_path), tmp_path / "merged.safetensors"
-    merge(sample.base, sample.path, merged, undo=str(tmp_path / "undo"))
+    merge(sample.base, sample.path, merged)
     assert verify(sample.base, sample.path, merged).status == "proven"
     weights, base = load_file(merged), load_file(sample.base)
     other = {name: (w.double() + (w.double() - base[name].double())).float() for name, w in weights.items()}
     save_file(other, tmp_path / "other.safetensors")
     found = verify(sample.base, sample.path, tmp_path / "other.safetensors")
     assert found.status == "wrong"
-    unmerge(merged, tmp_path / "back.safetensors", undo=str(tmp_path / "undo"))
+    unmerge(merged, sample.path, tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == sample.base.read_bytes()
 
 
-@pytest.mark.parametrize(("row", "kind"), [each for each in FACTORED if each[0] != "dora"])
+@pytest.mark.parametrize(("row", "kind"), cases(lambda row, kind: ROWS[row][RANK] == "yes" and row != "dora"))
 def test_verify_takes_one_rounding_of_a_float32_sum(row: str, kind: str, tmp_path: Path) -> None:
     sample = Sample(kind, tmp_path)
     base = load_file(sample.base)

@@ -25,7 +25,7 @@ DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64
 
 @dataclass(frozen=True)
 class Loss:
-    """What of a module's change D is lost before its factors are converted."""
+    """The part of a module's change D that is lost before its factors are converted."""
 
     squared: float  # ||D' - D||^2
     total: float  # ||D||^2

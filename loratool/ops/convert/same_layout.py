@@ -13,7 +13,6 @@ from functools import lru_cache
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import Located, parts_of
@@ -22,6 +21,7 @@ from ...binding.resolve import strip_wrappers
 from ...errors import InputError
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ...files.virtual import VirtualFile
+from .as_low_rank import as_low_rank
 from .factors import ModuleFactors, is_zero_filler, make_factors
 from .fused_qkv import locate_fused
 from .module_map import RowSlice, TargetModule, fuse_modules, refuse_column_norms
@@ -60,6 +60,9 @@ def to_one_layout(adapters: Sequence[Adapter], keep_first: bool) -> tuple[list[A
         for group, mine in zip(of_all, targets, strict=True):
             if group.located and (group.parts if fuses else group.whole):
                 mine |= {target.path: target for target in _targets(group, whole, known, fuses)}
+    taken_updates = [p.source.update for mine in targets for target in mine.values() for p in target.parts]
+    if any(update.cls.without_norm(update).cls is not LowRank for update in taken_updates):  # only LoRA's rows are cut
+        return to_one_layout([as_low_rank(adapter).adapter for adapter in adapters], keep_first)
     made, names = [], dict[str, tuple[str, ...]]()
     for adapter, mine in zip(adapters, targets, strict=True):
         refuse_column_norms(mine.values())
@@ -75,7 +78,7 @@ def _groups_of(adapter: Adapter) -> dict[str, _Group]:
     """Return the fused modules and parts of an adapter, by the fused path without containers."""
     found: dict[str, _Group] = {}
     for module, update in adapter.updates.items():
-        located = locate_fused(module) if update.cls in (LowRank, DoRA) else None
+        located = locate_fused(module) if update.rank and not update.cls.stack else None
         if located is None or update.transposed:
             continue
         group = found.setdefault(_without_containers(located.maker[0]), _Group())

@@ -128,7 +128,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Added:
-    """What an update adds: the sum of its terms, and of its delta if it has one."""
+    """The sum that an update adds, of its terms, and of its delta if it has one."""
 
     update: Update
     terms: list[Term]
