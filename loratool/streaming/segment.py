@@ -205,7 +205,7 @@ def _rows_of(placement: Placement, start: int, stop: int) -> slice:
 
 @dataclass(frozen=True)
 class _Part:
-    """What an update adds beside terms.
+    """Rows that an update adds beside terms.
 
     Attributes:
         of_rows: gives it in a range of the update's rows.

@@ -12,8 +12,7 @@ from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
 from ..updates.diff import Diff
-from ..updates.headers import spec_from_roles
-from ..updates.ia3 import IA3, Side
+from ..updates.headers import spec_from_roles, unpaired
 from ..updates.update import Unpaired, UpdateSpec
 from .other_methods import EXTRACT_REMEDY
 
@@ -52,8 +51,7 @@ def module_updates(
     except InputError as error:
         if not lenient:
             raise
-        key = next(iter(own.values()))
-        yield UpdateSpec(Unpaired, module, {"value": key}, {"value": file.specs[key]}, fault=error.message)
+        yield unpaired(module, own, file, error)
 
 
 def _of_weight(
@@ -63,8 +61,6 @@ def _of_weight(
     if {"b1", "b2"} <= roles.keys():  # GLoRA without the part that multiplies is LoRA
         rest = {role: name for role, name in roles.items() if role not in ("b1", "b2")}
         roles = {**rest, "A": roles["b2"], "B": roles["b1"]}
-    if "vector" in roles:
-        return _ia3(module, roles, file)
     key, rest = roles.get("magnitude"), {role: name for role, name in roles.items() if role != "magnitude"}
     plain = spec_from_roles(module, rest or roles, file, config, False, lenient=lenient)
     if key is None or plain.cls is Unpaired:
@@ -82,13 +78,3 @@ def _refuse_multiplying(roles: Mapping[str, str]) -> None:
         found = next((role for role in marks if role in roles), None)
         if found:
             raise InputError(f"is a tensor of {method}, which {reason}", culprit=roles[found], remedy=EXTRACT_REMEDY)
-
-
-def _ia3(module: str, roles: Mapping[str, str], file: WeightsFile) -> UpdateSpec:
-    if set(roles) != {"vector", "on_input"}:
-        raise InputError("is a weight beside no on_input, which (IA)3 has", culprit=roles["vector"])
-    spec, side = file.specs[roles["vector"]], file.scalar(roles["on_input"])
-    if max(spec.shape, default=1) != spec.size:
-        raise InputError(f"is {spec.shape}, no vector", culprit=roles["vector"])
-    detail = Side(bool(side), difference=True)
-    return UpdateSpec(IA3, module, {"vector": roles["vector"]}, {"vector": spec}, 1.0, False, detail)

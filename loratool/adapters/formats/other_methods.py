@@ -18,12 +18,13 @@ from typing import Any
 
 from ...architectures.numbered_names import split_numbers
 from ...errors import InputError
+from ..updates import PEFT_METHODS
 
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
 
 # the `peft_type`s that are read
-READ = ("LORA", "LOHA", "LOKR", "ADALORA", "VERA", "IA3")
+READ = ("LORA", *PEFT_METHODS)
 
 
 # outcome -> its words in a report

@@ -28,14 +28,9 @@ from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..patterns import Targets
-from ..updates.adalora import AdaLoRA
+from ..updates import PEFT_METHODS
 from ..updates.headers import spec_from_roles
-from ..updates.ia3 import IA3, Side
-from ..updates.loha import LoHa
-from ..updates.lokr import LoKr
 from ..updates.update import Unpaired, UpdateSpec
-from ..updates.vera import VeRA
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 from .other_methods import find_marks, other_method
@@ -71,10 +66,7 @@ _ENDS = tuple(
         (rf"lora_magnitude_vector{_NAME}(?:\.weight)?", "magnitude"),
         (rf"token_adapter\.trainable_tokens_delta{_NAME}", "tokens"),
         (r"(?:token_adapter\.)?base_layer\.weight", "base"),
-        *((rf"{role}{_NAME}", role) for cls in (LoHa, LoKr) for role in (*cls.roles, *cls.optional)),
-        *((rf"lora_{role}{_NAME}", role) for role in AdaLoRA.roles),
-        *((rf"{role}{_NAME}", role) for role in ("vera_lambda_b", "vera_lambda_d")),
-        (rf"ia3_l{_NAME}", "vector"),
+        *((rf"{re.escape(end)}{_NAME}", role) for each in PEFT_METHODS.values() for end, role in each.ends.items()),
         (r"base_layer\.bias", "replaced_bias"),
     )
 )
@@ -87,14 +79,10 @@ _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
 
 
 # Names that other methods of PEFT's than LoRA have, and only they
-MARKS = (".hada_", ".lokr_", ".lora_E", ".ia3_l", ".vera_lambda_")
-# the matrices that all modules of a VeRA share
-PROJECTIONS = re.compile(r"(?:^|\.)(vera_[AB])(?:\.(?!weight$|bias$)[^.]+)?$")
-
-
-# kind -> the `peft_type` of its adapters
-METHODS: dict[type[Update], str] = {LoHa: "LOHA", LoKr: "LOKR", AdaLoRA: "ADALORA", VeRA: "VERA", IA3: "IA3"}
-OTHER_ROLES = {"E", *(role for cls in (LoHa, LoKr, VeRA) for role in (*cls.roles, *cls.optional))}
+MARKS = tuple(f".{end}" for each in PEFT_METHODS.values() for end in each.ends if end not in ("lora_A", "lora_B"))
+OTHER_ROLES = {role for each in PEFT_METHODS.values() for role in each.ends.values()} - {"A", "B"}
+# names, at the end of a key, of tensors that all modules share
+SHARED = {name for each in PEFT_METHODS.values() for name in each.shared}
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
@@ -166,7 +154,7 @@ class Peft(Format):
         found: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
-        shared = {match[1]: key for key in file.specs if (match := PROJECTIONS.search(key))}
+        shared = {name: key for key in file.specs for name in SHARED if re.search(rf"(?:^|\.){name}{_NAME}$", key)}
         for key in (key for key in file.specs if key not in shared.values()):
             _sort_in(key, component, found, replaced, file, named)
         updates: dict[str, UpdateSpec] = {}
@@ -176,8 +164,15 @@ class Peft(Format):
         for (path, depth), roles in found.items():
             depths = depths_of.get(path, [])
             place = depths.index(depth) if depth in depths else 0
-            of_module = {**roles, **shared} if "vera_lambda_b" in roles or "vera_lambda_d" in roles else roles
-            for update in _updates(path, of_module, file, config, place, len(depths), options.lenient):
+            for update in _updates(
+                path,
+                {**roles, **shared} if OTHER_ROLES & roles.keys() else roles,
+                file,
+                config,
+                place,
+                len(depths),
+                options.lenient,
+            ):
                 if update.module in updates:
                     raise InputError(f"{name} has two updates for it", culprit=update.module)
                 updates[update.module] = update
@@ -344,17 +339,11 @@ def _updates(
         yield _checked_dora(update, extra)
     elif "tokens" in roles:
         yield _tokens(path, roles, file, extra)
-    elif "vector" in roles:
-        yield from _ia3(path, roles["vector"], file, extra)
-    elif any(role in OTHER_ROLES for role in roles):
-        try:
-            yield _of_other_kind(path, roles, file, config, lenient)
-        except InputError as error:
-            if not lenient:
-                raise
-            key = next(iter(roles.values()))
-            fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
-            yield UpdateSpec(Unpaired, path, {"value": key}, {"value": file.specs[key]}, fault=fault)
+    elif OTHER_ROLES & roles.keys():
+        update = spec_from_roles(path, roles, file, config, lenient=lenient)
+        yield update
+        of_bias = update.cls.of_bias(update, f"{path}.bias")
+        yield from [of_bias] if of_bias else []
     elif "A" in roles or "B" in roles or "magnitude" in roles:
         parameter = target_parameter(config, path, place, places, DECLARED)
         if parameter is None:
@@ -367,54 +356,18 @@ def _updates(
         yield _single(ReplaceTensor, path, roles["base"], file)
 
 
-def _of_other_kind(
-    path: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
-) -> UpdateSpec:
-    """Return an update of LoHa, LoKr, AdaLoRA or VeRA.
-
-    Raises:
-        InputError: the config is of another method, or the module is of a kind that PEFT computes in another way.
-    """
-    if "vera_lambda_b" in roles and "vera_A" not in roles:
-        raise InputError(
-            "is of VeRA, whose random matrices are not in the file",
-            culprit=roles["vera_lambda_b"],
-            remedy="save it with peft with save_projection=True in its config",
-        )
-    w2 = file.specs[roles["lokr_w2"]].shape if "lokr_w2" in roles else ()
-    if len(w2) in (3, 5):  # torch.kron takes w1's inputs for those of another axis there (peft/tuners/lokr/layer.py)
-        raise InputError(
-            f"has lokr_w2 of {w2}, of a convolution of one or three axes, which peft computes differently",
-            culprit=roles["lokr_w2"],
-            remedy="merge it with peft, and `loratool extract` the change",
-        )
-    return spec_from_roles(path, roles, file, config, lenient=lenient)
-
-
 def _check_method(updates: Iterable[UpdateSpec], config: AdapterConfig) -> None:
     """Raise InputError for an update of another method than the config says."""
     said = config.extra.get("peft_type", "LORA")
     for update in updates if len(config.extra) > 1 else ():
         inner = update.cls.without_norm(update).cls
-        method = METHODS.get(inner, "LORA" if inner in (LowRank, Experts) else said)
+        method = inner.peft.type if inner.peft else "LORA" if inner in (LowRank, Experts) else said
         if method != said:
             raise InputError(
                 f"is {inner.kind}, but the config says {said}",
                 culprit=update.module,
                 remedy="the config is of another adapter",
             )
-
-
-def _ia3(path: str, key: str, file: WeightsFile, extra: Mapping[str, Any]) -> Iterable[UpdateSpec]:
-    """Yield (IA)3's update of a weight, and of the bias that is added to the outputs that it multiplies."""
-    spec, feedforward = file.specs[key], extra.get("feedforward_modules") or []
-    if len(spec.shape) < 2 or spec.size != max(spec.shape[:2]):
-        raise InputError(f"is {spec.shape}, no vector", culprit=key)
-    inputs = Targets(feedforward).has(path) if len(spec.shape) > 2 or spec.size == 1 else spec.shape[0] == 1
-    yield UpdateSpec(IA3, path, {"vector": key}, {"vector": spec}, detail=Side(inputs, difference=False))
-    if not inputs:
-        side = Side(False, difference=False)
-        yield UpdateSpec(IA3, f"{path}.bias", {"vector": key}, {"vector": spec}, 1.0, False, side, if_there=True)
 
 
 def _single(cls: type[Update], module: str, key: str, file: WeightsFile, scale: float = 1.0) -> UpdateSpec:

@@ -20,9 +20,10 @@ from ...files.checkpoint import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module
 from ..patterns import endings
+from ..updates import PEFT_METHODS
 from ..updates.update import UpdateSpec
 from .content import NewModule
-from .other_methods import method_of_peft_type, peft_type
+from .other_methods import READ, method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -37,17 +38,6 @@ REFUSED_FIELDS = {
     "kasa_config": "KaSA truncates the base",
     "velora_config": "VeLoRA is a variant with a formula of its own",
     "monteclora_config": "MonteCLoRA is a variant with a formula of its own",
-}
-
-
-# `peft_type` -> the field with its alpha, None if it has none
-METHODS: dict[str, str | None] = {
-    "LORA": "lora_alpha",
-    "LOHA": "alpha",
-    "LOKR": "alpha",
-    "ADALORA": "lora_alpha",
-    "VERA": None,
-    "IA3": None,
 }
 
 
@@ -101,13 +91,14 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         UsageError: `alpha` contradicts it.
     """
     kind = peft_type(fields)
-    if kind not in METHODS:
+    if kind not in READ:
         method = method_of_peft_type(str(kind))
         raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
     for field, reason in REFUSED_FIELDS.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)
-    named = METHODS[kind]
+    own = PEFT_METHODS.get(kind)
+    named = own.alpha if own else "lora_alpha"
     stored = _number(name, fields, named, (int, float)) if named else None
     if alpha is not None and stored is not None and alpha != stored:
         raise UsageError(
@@ -117,7 +108,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
             if stored
             else None,
         )
-    prunes = kind == "ADALORA"  # whose modules keep other ranks than the config says
+    prunes = own is not None and own.prunes
     return AdapterConfig(
         rank=None if prunes else _number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ..updates import UPDATES
+
 # How a tensor's name ends -> its role
 SUFFIXES: Mapping[str, str] = {
     ".lora_A.weight": "A",
@@ -29,26 +31,7 @@ SUFFIXES: Mapping[str, str] = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".magnitude": "magnitude",
     ".dora_scale": "magnitude",
-    ".lora_mid.weight": "mid",
-    ".hada_w1_a": "hada_w1_a",
-    ".hada_w1_b": "hada_w1_b",
-    ".hada_w2_a": "hada_w2_a",
-    ".hada_w2_b": "hada_w2_b",
-    ".hada_t1": "hada_t1",
-    ".hada_t2": "hada_t2",
-    ".lokr_w1": "lokr_w1",
-    ".lokr_w1_a": "lokr_w1_a",
-    ".lokr_w1_b": "lokr_w1_b",
-    ".lokr_w2": "lokr_w2",
-    ".lokr_w2_a": "lokr_w2_a",
-    ".lokr_w2_b": "lokr_w2_b",
-    ".lokr_t2": "lokr_t2",
-    ".diff": "diff",
-    ".diff_b": "diff_b",
-    ".w_norm": "diff",
-    ".b_norm": "diff_b",
-    ".weight": "vector",
-    ".on_input": "on_input",
+    **{suffix: role for cls in UPDATES.values() for suffix, role in cls.suffixes.items()},
     ".a1.weight": "a1",
     ".a2.weight": "a2",
     ".b1.weight": "b1",
@@ -66,7 +49,7 @@ PLAIN_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_mag
 PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
 # those that tell an adapter: a weight alone may be a model's
-FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "vector"))
+FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "weight"))
 # those that PEFT's names have too
 PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)

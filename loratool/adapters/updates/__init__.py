@@ -14,7 +14,7 @@ from .low_rank import LowRank
 from .replace import ReplaceTensor
 from .rows import ReplaceRows
 from .tucker import Tucker
-from .update import Update
+from .update import PeftMethod, Update
 from .vera import VeRA
 
 # the word for it in reports -> its class
@@ -36,3 +36,7 @@ UPDATES: dict[str, type[Update]] = {
         ReplaceRows,
     )
 }
+
+
+# `peft_type` -> how PEFT saves it
+PEFT_METHODS: dict[str, PeftMethod] = {cls.peft.type: cls.peft for cls in UPDATES.values() if cls.peft}

@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import turned
-from .update import Update, UpdateSpec
+from .update import PeftMethod, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ class AdaLoRA(Update):
 
     kind = "adalora"
     roles = ("A", "E", "B")
+    peft = PeftMethod("ADALORA", {"lora_A": "A", "lora_E": "E", "lora_B": "B"}, "lora_alpha", prunes=True)
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

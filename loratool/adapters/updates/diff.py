@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .update import RowsOfDelta, Update, UpdateSpec
 
@@ -23,6 +23,7 @@ class Diff(Update):
 
     kind = "diff"
     roles = ("diff",)
+    suffixes: ClassVar = {".diff": "diff", ".w_norm": "diff", ".diff_b": "diff_b", ".b_norm": "diff_b"}
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

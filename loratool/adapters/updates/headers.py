@@ -10,10 +10,7 @@ from ..config import AdapterConfig
 from . import UPDATES
 from .dora import DoRA
 from .experts import Experts
-from .low_rank import LowRank
 from .update import Unpaired, Update, UpdateSpec
-
-BESIDE = ("base", "magnitude")  # roles that stand beside those of any kind
 
 
 def spec_from_roles(
@@ -41,22 +38,39 @@ def spec_from_roles(
     """
     own = {role: name for role, name in roles.items() if role != "magnitude"}
     name = roles.get("magnitude")
-    cls = Experts if stacked and name is None else _kind_of(own)
-    inner = cls.from_headers(module, own or roles, file, config, transposed, lenient)
-    if name is None or inner.cls is Unpaired:
-        return inner
-    size, sides = file.specs[name].size, (inner.shape[1] if along_inputs else inner.shape[0])
-    if size != sides and not (along_inputs and inner.cls.flattened and size and sides % size == 0):
-        fault = f"has {size} magnitudes for {sides} {'inputs' if along_inputs else 'outputs'}"
+    try:
+        cls = Experts if stacked and name is None else _kind_of(module, own or {"A": name or ""})
+        inner = cls.from_headers(module, own or roles, file, config, transposed, lenient)
+        if name is None:
+            return inner
+        size, sides = file.specs[name].size, (inner.shape[1] if along_inputs else inner.shape[0])
+        if size != sides and not (along_inputs and inner.cls.flattened and size and sides % size == 0):
+            of = "inputs" if along_inputs else "outputs"
+            raise InputError(f"has {size} magnitudes for {sides} {of}", culprit=name)
+        if not inner.additive:
+            raise InputError(f"is of DoRA beside {inner.kind}, which it cannot be made with", culprit=name)
+    except InputError as error:
         if not lenient:
-            raise InputError(fault, culprit=name)
-        key = next(iter(roles.values()))
-        return UpdateSpec(Unpaired, module, {"value": key}, {"value": file.specs[key]}, fault=fault)
+            raise
+        return unpaired(module, roles, file, error)
     return DoRA.of(inner, name, file.specs[name], along_inputs)
 
 
-def _kind_of(roles: Mapping[str, str]) -> type[Update]:
-    """Return the kind that has all of these roles; that of LoRA if none has, which then says what is missing."""
-    there = roles.keys() - set(BESIDE)
-    whole = (cls for cls in UPDATES.values() if there <= {*cls.roles, *cls.optional} and there)
-    return next((cls for cls in whole if there >= set(cls.roles)), LowRank)
+def _kind_of(module: str, roles: Mapping[str, str]) -> type[Update]:
+    """Return the kind that has these roles, complete or, to say what is missing, not.
+
+    Raises:
+        InputError: no kind has all of them; to leave one out would change what the others mean.
+    """
+    there = roles.keys() - {"base"}
+    found = [cls for cls in UPDATES.values() if there <= {*cls.roles, *cls.optional}]
+    if not found:
+        named = ", ".join(roles[role].rpartition(".")[2] if role not in "AB" else role for role in sorted(there))
+        raise InputError(f"has tensors that no kind of update has together: {named}", culprit=module)
+    return next((cls for cls in found if there >= set(cls.roles)), found[0])
+
+
+def unpaired(module: str, roles: Mapping[str, str], file: WeightsFile, error: InputError) -> UpdateSpec:
+    """Return what `inspect` shows of a module that cannot be read."""
+    key, fault = next(iter(roles.values())), f"{error.message}; {error.remedy}" if error.remedy else error.message
+    return UpdateSpec(Unpaired, module, {"value": key}, {"value": file.specs[key]}, fault=fault)

@@ -7,11 +7,15 @@ W' = W * (1 + v) (`lycoris/modules/ia3.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from .update import Detail, Update, UpdateSpec
+from ...errors import InputError
+from ...files.weights_file import WeightsFile
+from ..config import AdapterConfig
+from ..patterns import Targets
+from .update import Detail, PeftMethod, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +39,42 @@ class IA3(Update):
     side: Side
 
     kind = "ia3"
-    roles = ("vector",)
+    roles = ()
+    optional = ("ia3_l", "weight", "on_input")  # PEFT's; LyCORIS's two
+    suffixes: ClassVar = {".weight": "weight", ".on_input": "on_input"}
+    peft = PeftMethod("IA3", {"ia3_l": "ia3_l"})
     additive = False
+
+    @classmethod
+    def from_headers(
+        cls,
+        module: str,
+        roles: Mapping[str, str],
+        file: WeightsFile,
+        config: AdapterConfig,
+        transposed: bool | None = None,
+        lenient: bool = False,
+    ) -> UpdateSpec:
+        key = roles.get("ia3_l") or roles.get("weight") or next(iter(roles.values()))
+        spec, sizes = file.specs[key], file.specs[key].shape
+        if "ia3_l" not in roles and not {"weight", "on_input"} <= roles.keys():
+            raise InputError("is a weight without on_input, or on_input without a weight: no (IA)3", culprit=key)
+        if max(sizes, default=1) != spec.size:
+            raise InputError(f"is {sizes}, no vector", culprit=key)
+        if "on_input" in roles:
+            side = Side(bool(file.scalar(roles["on_input"])), difference=True)
+        elif len(sizes) == 2 and spec.size > 1:
+            side = Side(sizes[0] == 1, difference=False)
+        else:  # of a convolution only the config tells
+            side = Side(Targets(config.extra.get("feedforward_modules") or []).has(module), difference=False)
+        return UpdateSpec(cls, module, {"vector": key}, {"vector": spec}, 1.0, transposed, side)
+
+    @classmethod
+    def of_bias(cls, spec: UpdateSpec, bias: str) -> UpdateSpec | None:
+        """Return that of the bias: PEFT multiplies what a layer returns, LyCORIS its weight."""
+        side = _side_of(spec)
+        of_outputs = not side.inputs and not side.difference
+        return replace(spec, module=bias, transposed=False, if_there=True) if of_outputs else None
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

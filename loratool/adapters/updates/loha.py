@@ -11,18 +11,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import RowsOfDelta, Update, UpdateSpec
+from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...numerics.products import Term
+
+
+ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class LoHa(Update):
     scale: float  # alpha / r
 
     kind = "loha"
-    roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    optional = ("hada_t1", "hada_t2")
+    roles = ROLES[:4]
+    optional = ROLES[4:]
+    suffixes: ClassVar = {f".{role}": role for role in ROLES}
+    peft = PeftMethod("LOHA", {role: role for role in ROLES}, "alpha")
 
     flattened = True
 

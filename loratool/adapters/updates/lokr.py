@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import RowsOfDelta, Update, UpdateSpec
+from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,8 @@ class LoKr(Update):
     kind = "lokr"
     roles = ()
     optional = ROLES
+    suffixes: ClassVar = {f".{role}": role for role in ROLES}
+    peft = PeftMethod("LOKR", {role: role for role in ROLES}, "alpha")
 
     flattened = True
 
@@ -97,7 +99,15 @@ class LoKr(Update):
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
         # without a rank in a config it is LyCORIS's, which does not scale two whole sides; PEFT does
-        rank = config.rank_of(spec.module) or cls.divisor(spec)
+        said, w2 = config.rank_of(spec.module), spec.specs.get("lokr_w2")
+        if said and w2 and len(w2.shape) in (3, 5):
+            # torch.kron there takes w1's inputs for those of another axis (peft/tuners/lokr/layer.py)
+            raise InputError(
+                f"has lokr_w2 of {w2.shape}, of a convolution of one or three axes, which peft computes differently",
+                culprit=spec.module,
+                remedy="merge it with peft, and `loratool extract` the change",
+            )
+        rank = said or cls.divisor(spec)
         return replace(spec, scale=config.scale_of(spec.module, rank) if rank else 1.0)
 
     @classmethod

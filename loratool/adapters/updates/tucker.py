@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
@@ -32,6 +32,7 @@ class Tucker(Update):
 
     kind = "tucker"
     roles = ("A", "mid", "B")
+    suffixes: ClassVar = {".lora_mid.weight": "mid"}
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

@@ -95,6 +95,17 @@ class UpdateSpec:
         return self.cls.shape(self)
 
 
+@dataclass(frozen=True)
+class PeftMethod:
+    """The adapters of PEFT that have one kind of update."""
+
+    type: str  # `peft_type` in their config
+    ends: Mapping[str, str]  # how their tensors' names end -> role
+    alpha: str | None = None  # field of the config
+    shared: tuple[str, ...] = ()  # roles, and names, of tensors that all modules have in common
+    prunes: bool = False  # modules have other ranks than the config says
+
+
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape without the axes of a kernel that are 1 at its end: a kernel of 1 leaves a linear layer's."""
     while len(shape) > 2 and shape[-1] == 1:
@@ -108,6 +119,8 @@ class Update(ABC):
     kind: ClassVar[str]  # its word in reports
     roles: ClassVar[tuple[str, ...]]  # of its tensors in a file
     optional: ClassVar[tuple[str, ...]] = ()  # roles that need not be there
+    suffixes: ClassVar[Mapping[str, str]] = {}  # how LyCORIS's names of its tensors end -> role
+    peft: ClassVar[PeftMethod | None] = None
     additive: ClassVar[bool] = True  # any number of such updates of a tensor is summed; of the others it takes one
     stack: ClassVar[bool] = False  # it changes a stack of matrices
     flattened: ClassVar[bool] = False  # its columns may be a kernel's too, of which its tensors do not tell the size
@@ -163,25 +176,16 @@ class Update(ABC):
         Args:
             roles: role -> tensor in the file, with `base` for a weight that is stored under the update.
             transposed: as `UpdateSpec.transposed`.
-            lenient: record errors in `UpdateSpec.fault` instead of raising them.
+            lenient: record what the config lacks or contradicts in `UpdateSpec.fault` instead of raising an error.
 
         Raises:
             InputError: a tensor is missing, or the shapes contradict each other or the config.
             NeedsFlag: the file does not say its alpha.
         """
+        cls.require(module, roles)
         specs = {role: file.specs[name] for role, name in roles.items() if role != "base"}
         tensors = {role: roles[role] for role in specs}
-        try:
-            for role in cls.roles:
-                if role not in roles:
-                    other = next(iter(roles.values()))
-                    raise InputError(f"has no partner: the {role} factor of {module} is missing", culprit=other)
-            cls.check(module, roles, specs)
-        except InputError as error:
-            if not lenient:
-                raise
-            key = next(iter(roles.values()))
-            return UpdateSpec(Unpaired, module, {"value": key}, {"value": file.specs[key]}, fault=error.message)
+        cls.check(module, roles, specs)
         spec, fault = UpdateSpec(cls, module, tensors, specs, 1.0, transposed, base=roles.get("base")), None
         try:
             spec = cls.describe(spec, config)
@@ -192,6 +196,14 @@ class Update(ABC):
                 raise
             fault = f"{error.message}; {error.remedy}" if error.remedy else error.message
         return replace(spec, scale=spec.scale if math.isfinite(spec.scale) else 1.0, fault=fault)
+
+    @classmethod
+    def require(cls, module: str, roles: Mapping[str, str]) -> None:
+        """Raise InputError for a tensor that is missing."""
+        for role in cls.roles:
+            if role not in roles:
+                other = next(iter(roles.values()))
+                raise InputError(f"has no partner: the {role} factor of {module} is missing", culprit=other)
 
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
@@ -211,6 +223,15 @@ class Update(ABC):
             adapter: its name for the message.
         """
         return None if spec.shape == base.shape else f"is {base.shape}, but {adapter} has {spec.shape} for it"
+
+    @classmethod
+    def of_bias(cls, spec: UpdateSpec, bias: str) -> UpdateSpec | None:
+        """Return the update of the module's bias that comes with that of its weight.
+
+        Args:
+            bias: the bias's path.
+        """
+        return None
 
     @classmethod
     def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> Update:

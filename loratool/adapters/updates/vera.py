@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from .tucker import turned
-from .update import Update, UpdateSpec
+from .update import PeftMethod, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ class VeRA(Update):
 
     kind = "vera"
     roles = ("vera_lambda_b", "vera_lambda_d", "vera_B", "vera_A")
+    peft = PeftMethod("VERA", {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}, shared=roles[2:])
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
@@ -46,6 +47,16 @@ class VeRA(Update):
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
         return spec.shape[0], None
+
+    @classmethod
+    def require(cls, module: str, roles: Mapping[str, str]) -> None:
+        if not {"vera_B", "vera_A"} <= roles.keys():
+            raise InputError(
+                "is of VeRA, whose random matrices are not in the file",
+                culprit=next(iter(roles.values())),
+                remedy="save it with peft with save_projection=True in its config",
+            )
+        super().require(module, roles)
 
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
