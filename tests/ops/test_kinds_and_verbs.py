@@ -252,7 +252,9 @@ def test_diff_knows_a_fused_modules_parts_in_another_kind(tmp_path: Path) -> Non
     roles = {k: v for k, v in files.loha(files.Numbers(NARROW), 24, 8).items() if k != "alpha"}
     config = {"peft_type": "LOHA", "r": 3, "alpha": 4}
     source = files.Peft("self_attn.qkv_proj", roles, config).write(tmp_path / "fused")
-    report = convert(source, tmp_path / "split", to="peft", layout="split")
+    base = tmp_path / "config.json"
+    base.write_text('{"num_attention_heads": 2, "head_dim": 4}')
+    report = convert(source, tmp_path / "split", to="peft", layout="split", base=base)
     assert {row.how for row in report.modules} == {"split"} and len(report.modules) == 3
     found = diff(source, tmp_path / "split")
     assert isinstance(found, AdapterDiff) and found.same and len(found.modules) == 3
