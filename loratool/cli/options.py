@@ -118,7 +118,7 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
 KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias"}
 
 
-PATTERN_OPTIONS = ("target", "exclude", "drop")
+PATTERN_OPTIONS = ("target", "exclude")
 
 
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class _Resizing:
                 raise InputError(
                     f"is {update.kind}, which has no factors and no tensor that says all of it",
                     culprit=module,
-                    remedy="leave it out with loratool convert --drop first",
+                    remedy="leave it out with loratool convert --exclude first",
                 )
             kept = {role: key for role, key in update.tensors.items() if role not in LowRank.roles}
             kept |= {"base": update.base} if update.base else {}

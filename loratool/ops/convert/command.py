@@ -69,7 +69,7 @@ class AdapterOptions:
     """The options of `convert` that are for adapters only."""
 
     from_format: str | None  # a key of FORMATS; None detects it
-    drop: tuple[str, ...]  # patterns of modules that may be left out if the target format cannot hold them
+    exclude: tuple[str, ...]  # patterns of modules to leave out
     alpha: float | None  # of a file that has none
     enable_lora: tuple[bool, ...]  # the slices of loralib's MergedLinear that have an update
     plain: bool  # write standard LoRA, alpha being the rank everywhere
@@ -91,7 +91,7 @@ def convert(
     *,
     to: WrittenFormat,
     from_format: str | None = None,
-    drop: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
@@ -133,7 +133,7 @@ def convert(
     progress: Progress | None = None,
     workers: int | None = None,
     from_format: str | None = None,
-    drop: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
@@ -157,7 +157,7 @@ def convert(
     progress: Progress | None = None,
     workers: int | None = None,
     from_format: str | None = None,
-    drop: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
@@ -180,7 +180,7 @@ def convert(
         progress: of a checkpoint: called with the bytes done and the bytes in all.
         workers: of a checkpoint: threads that write; by default one for each core.
         from_format: a key of FORMATS; by default it is detected from the tensors' names.
-        drop: patterns of modules that may be left out if the target format cannot hold them.
+        exclude: patterns of modules to leave out, which the target format may not hold.
         alpha: for an adapter file without an alpha.
         enable_lora: the slices of loralib's MergedLinear that have an update.
         plain: write standard LoRA, alpha being the rank everywhere.
@@ -191,10 +191,10 @@ def convert(
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
-        NeedsFlag: modules can only be dropped.
+        NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    options = AdapterOptions(from_format, tuple(drop), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
+    options = AdapterOptions(from_format, tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
     given = options.given()
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or to in written_formats():
@@ -254,10 +254,10 @@ def _convert_adapter(
         opened.callback(source.file.close)
         path, is_file = FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [source.file.path], force)
-        Selection(options.drop).require_used(source.updates, source.name, "--drop")
+        Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
         request = ConvertRequest(
             to,
-            options.drop,
+            options.exclude,
             CONVERT_DTYPES[dtype],
             options.plain,
             options.initial,
@@ -287,7 +287,7 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
-    found = as_low_rank(source, request.drop)
+    found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
         return made
@@ -304,7 +304,7 @@ def _plan_low_rank(
     """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
     source = found.adapter
     sources, _ = read_source_modules(source)
-    selection = Selection(request.drop or ("",))
+    selection = Selection(request.exclude or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
     family = family or detect_family(sources) or detect_family(wanted)
     single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
@@ -357,7 +357,7 @@ def _without_dora(
     source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, Loss]]:
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
-    selection = Selection(request.drop or ("",))
+    selection = Selection(request.exclude or ("",))
     dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
     if not request.plain and ("dora" in FORMATS[request.to].can.kinds or not dora):
         return source, {}
