@@ -9,7 +9,7 @@ import click
 
 from ..adapters.formats import FORMATS, written_formats
 from ..files.output import CONTAINERS
-from ..ops.choices import QKV_LAYOUTS
+from ..ops.choices import DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
 from .options import (
     FORMATS_HELP,
     PATH,
@@ -22,6 +22,7 @@ from .options import (
     force_option,
     json_option,
     library_arguments,
+    make_drop_option,
     quiet_option,
 )
 
@@ -80,6 +81,7 @@ from .options import (
     help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
 )
 @exclude_option
+@make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
 @alpha_option
 @force_option

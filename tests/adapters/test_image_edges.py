@@ -366,7 +366,9 @@ class TestWhoseItIs:
 def test_a_pattern_that_drops_nothing_is_a_typo(tmp_path: Path) -> None:
     for pattern in ("nonsense", "lora_te*"):
         with pytest.raises(InputError, match=f"--exclude {re.escape(pattern)}: names no module"):
-            loratool.convert(write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", to="comfy", exclude=[pattern])
+            loratool.convert(
+                write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", to="comfy", exclude=[pattern]
+            )
     with pytest.raises(InputError, match="nothing is left to convert"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy", exclude=["*"])
 

@@ -24,9 +24,10 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
 from ..choices import QKV_LAYOUTS
+from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
-from .checkpoint import CheckpointConvertReport, convert_checkpoint
+from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import dora_to_lora
 from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
@@ -47,8 +48,8 @@ NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules
-    left out; notes: what the output cannot say.
+    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
+    extras left out; notes: what the output cannot say.
     """
 
     adapter: str
@@ -92,6 +93,7 @@ def convert(
     to: WrittenFormat,
     from_format: str | None = None,
     exclude: Sequence[str] = (),
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
@@ -111,6 +113,7 @@ def convert(
     out: str | os.PathLike[str] | None = None,
     *,
     to: Container | None = None,
+    drop: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
     force: bool = False,
@@ -134,6 +137,7 @@ def convert(
     workers: int | None = None,
     from_format: str | None = None,
     exclude: Sequence[str] = (),
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
@@ -158,6 +162,7 @@ def convert(
     workers: int | None = None,
     from_format: str | None = None,
     exclude: Sequence[str] = (),
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     plain: bool = False,
@@ -181,6 +186,7 @@ def convert(
         workers: of a checkpoint: threads that write; by default one for each core.
         from_format: a key of FORMATS; by default it is detected from the tensors' names.
         exclude: patterns of modules to leave out, which the target format may not hold.
+        drop: what to leave out: of an adapter keys of DROP_CHOICES, of a checkpoint keys of MODEL_DROP_CHOICES.
         alpha: for an adapter file without an alpha.
         enable_lora: the slices of loralib's MergedLinear that have an update.
         plain: write standard LoRA, alpha being the rank everywhere.
@@ -204,7 +210,7 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         try:
-            return _convert_adapter(source, out, to, dtype, options, force, dry_run)
+            return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
@@ -212,17 +218,8 @@ def convert(
     if given:
         option = {"layout": "--for"}.get(given[0], f"--{given[0].replace('_', '-')}")
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    return convert_checkpoint(
-        source,
-        out,
-        to=to,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        force=force,
-        dry_run=dry_run,
-        progress=progress,
-        workers=workers,
-    )
+    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
+    return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
 def _convert_adapter(
@@ -231,6 +228,7 @@ def _convert_adapter(
     to: str,
     dtype: str,
     options: AdapterOptions,
+    drop: tuple[str, ...],
     force: bool,
     dry_run: bool,
 ) -> ConvertReport:
@@ -252,6 +250,8 @@ def _convert_adapter(
     with ExitStack() as opened:
         source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
         opened.callback(source.file.close)
+        (source,) = leave_out([source], drop)
+        left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [source.file.path], force)
         Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
@@ -272,7 +272,7 @@ def _convert_adapter(
         specs = made.content.specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
 
 
 def plan_convert(

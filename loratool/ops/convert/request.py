@@ -90,7 +90,7 @@ class AdapterOutput:
 
     content: AdapterContent
     modules: tuple[ModuleConvert, ...]
-    dropped: tuple[str, ...]  # modules of the source that are left out
+    dropped: tuple[str, ...]  # modules of the source that --exclude leaves out
     notes: tuple[str, ...]  # for the user, on what the output cannot hold
     family: str | None = None  # a key of FAMILIES; None for a language model
 
