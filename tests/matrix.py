@@ -137,8 +137,10 @@ def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertRe
             values = {"--alpha": ("alpha", 2.0), "--enable-lora": ("enable_lora", (True, False, True))}
             if "--base" in flags:
                 return "needs base", None
-            if flags[0] == "--drop":
-                options["drop"] = re.sub(r"'| to leave.*", "", (error.remedy or "").split("--drop ")[1]).split(",")
+            if flags[0] == "--exclude":
+                options["exclude"] = re.sub(r"'| to leave.*", "", (error.remedy or "").split("--exclude ")[1]).split(
+                    ","
+                )
                 asked.append("one component")
                 continue
             name, value = values[flags[0]]

@@ -117,4 +117,4 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     save_file({**load_file(file), "base_model.model.head.weight": torch.ones(2, 8)}, file)
     with pytest.raises(NeedsFlag, match="are more than toy's files can hold: head") as refused:
         loratool.convert(saved, tmp_path / "out", to="toy")  # type: ignore[call-overload]
-    assert refused.value.remedy == "add --drop head to leave them out"
+    assert refused.value.remedy == "add --exclude head to leave them out"

@@ -309,7 +309,6 @@ MAX_PARAMETERS = 8
 # A command's function keeps its keyword arguments, which are its documentation; the others may only shrink.
 WIDE = {
     "files.output_plan.plan_output": 10,
-    "ops.convert.checkpoint.convert_checkpoint": 9,
     "ops.extract.changes._sort_tensor": 9,
     "ops.unmerge._subtract": 10,
 }

@@ -37,7 +37,7 @@ unmerged: loratool.UnmergeReport = loratool.unmerge("merged", "adapter", "again"
 print(unmerged.restored + unmerged.nbytes, unmerged.exact_files)
 verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allow=["inconclusive"])
 print(verdict.status.upper())
-adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="diffusers", drop=["text_encoder*"])
+adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="diffusers", exclude=["text_encoder*"])
 print(adapter.family, [module.alpha for module in adapter.modules])
 model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_bytes=5 * 10**9)
 print(model.source_format, loratool.convert("model", "old", to="torch").warnings)

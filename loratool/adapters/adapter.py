@@ -32,6 +32,8 @@ class Adapter:
     notes: tuple[str, ...] = ()  # sentences for the user
     missing: tuple[str, ...] = ()  # sentences on what the config announces and the file does not have
     component_weights: Mapping[str, float] = field(default_factory=dict)  # component -> weight, if not the adapter's
+    extras: tuple[str, ...] = ()  # tensors that no weight could hold, which stand in the file and not in its specs
+    left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
 
     @property
     def base_hint(self) -> str:

@@ -35,7 +35,7 @@ class MergePlan:
     requested: Mapping[str, tuple[Placement, ...]]  # every placement, before replacements became sources
     sources: Mapping[str, TensorRef]  # for each tensor of the output
     placements: Mapping[str, tuple[Placement, ...]]  # those left to apply to the sources
-    left_out: tuple[str, ...]  # modules that the selection leaves out
+    left_out: tuple[str, ...]  # what --drop and the selection leave out
     added: tuple[str, ...]  # tensors that the base does not have
     untied: tuple[str, ...]  # tensors that the base stores under another name only
     warnings: tuple[str, ...]
@@ -94,7 +94,7 @@ def plan_merge(
         resolved.placements,
         sources,
         placements,
-        binding.left_out,
+        (*(name for adapter, _ in adapters for name in adapter.left_out), *binding.left_out),
         tuple(binding.added),
         tuple(name for name in resolved.untied if name not in base.specs),
         warnings,

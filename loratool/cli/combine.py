@@ -18,6 +18,7 @@ from .options import (
     alpha_option,
     complete_from,
     device_option,
+    drop_option,
     dry_run_option,
     exclude_option,
     force_option,
@@ -77,6 +78,7 @@ from .options import (
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
 )
+@drop_option
 @alpha_option
 @click.option(
     "--allow",

@@ -9,7 +9,7 @@ import click
 
 from ..adapters.formats import FORMATS, written_formats
 from ..files.output import CONTAINERS
-from ..ops.choices import QKV_LAYOUTS
+from ..ops.choices import DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
 from .options import (
     FORMATS_HELP,
     PATH,
@@ -18,9 +18,11 @@ from .options import (
     alpha_option,
     dry_run_option,
     dtype_option,
+    exclude_option,
     force_option,
     json_option,
     library_arguments,
+    make_drop_option,
     quiet_option,
 )
 
@@ -78,9 +80,8 @@ from .options import (
     metavar="BASE",
     help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
 )
-@click.option(
-    "--drop", multiple=True, metavar="PATTERNS", help="Drop these modules, which the target format cannot hold."
-)
+@exclude_option
+@make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
 @alpha_option
 @force_option
@@ -96,14 +97,14 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     otherwise, and the numbers that it flushes to zero are counted by name.
 
     Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
-    cut or put together, exactly. What the other format cannot hold stops the conversion unless --drop names it.
+    cut or put together, exactly. What the other format cannot hold stops the conversion unless --exclude names it.
 
     \b
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
       loratool convert model/ --to torch -o old-style/
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
-      loratool convert pytorch_lora_weights.safetensors --to kohya --drop 'text_encoder*'
+      loratool convert pytorch_lora_weights.safetensors --to kohya --exclude 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
       loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/

@@ -12,6 +12,7 @@ from .options import (
     PATH,
     alpha_option,
     device_option,
+    drop_option,
     exclude_option,
     json_option,
     layers_option,
@@ -33,6 +34,7 @@ from .options import (
     metavar="X",
     help="Exit 1 if any relative distance is above X; what one side lacks counts as 1.",
 )
+@drop_option
 @alpha_option
 @target_option
 @exclude_option

@@ -14,6 +14,7 @@ from .options import (
     WeightedPath,
     alpha_option,
     device_option,
+    drop_option,
     dry_run_option,
     dtype_option,
     exclude_option,
@@ -43,6 +44,7 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@drop_option
 @alpha_option
 @click.option(
     "--tied",

@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from ..adapters.formats import written_formats
 from ..files.dtypes import FACTOR_DTYPES as DTYPES
+from ..ops.choices import DROP_CHOICES
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
@@ -83,6 +84,19 @@ exclude_option = click.option(
 )
 
 
+def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
+    """Make the option --drop for some kinds of things; `words` are their names with their meanings."""
+    return click.option(
+        "--drop",
+        multiple=True,
+        type=click.Choice(list(words)),
+        help="Leave out " + "; ".join(f"{word}: {meaning}" for word, meaning in words.items()) + ".",
+    )
+
+
+drop_option = make_drop_option(DROP_CHOICES)
+
+
 FORMATS_HELP = "; ".join(each.title for each in written_formats().values())
 
 
@@ -118,7 +132,7 @@ def dtype_option(help: str) -> Callable[[Any], Any]:
 KEYWORDS = {"max_shard_size": "max_shard_bytes", "no_undo": "undo", "no_bias": "bias"}
 
 
-PATTERN_OPTIONS = ("target", "exclude", "drop")
+PATTERN_OPTIONS = ("target", "exclude")
 
 
 def library_arguments(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .options import (
     Size,
     alpha_option,
     device_option,
+    drop_option,
     dry_run_option,
     force_option,
     json_option,
@@ -61,6 +62,7 @@ from .options import (
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
 )
+@drop_option
 @alpha_option
 @force_option
 @dry_run_option

@@ -12,6 +12,7 @@ from .options import (
     WeightedPath,
     alpha_option,
     device_option,
+    drop_option,
     dry_run_option,
     force_option,
     json_option,
@@ -31,6 +32,7 @@ from .options import (
 )
 @force_option
 @dry_run_option
+@drop_option
 @alpha_option
 @device_option
 @quiet_option

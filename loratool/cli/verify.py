@@ -12,6 +12,7 @@ from .options import (
     PATH,
     WeightedPath,
     alpha_option,
+    drop_option,
     exclude_option,
     json_option,
     layers_option,
@@ -28,6 +29,7 @@ from .options import (
 @target_option
 @exclude_option
 @layers_option
+@drop_option
 @alpha_option
 @click.option(
     "--tied",

@@ -83,6 +83,7 @@ class OutputEdits:
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
     left_out: Collection[str] = ()  # of `shared`, those that a safetensors file does not store (a torch file: none)
+    removed: Collection[str] = ()  # tensors of the base that no container stores
 
 
 def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: str) -> tuple[Path, bool]:

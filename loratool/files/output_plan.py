@@ -88,7 +88,11 @@ def plan_output(
     parts = {tensor for name in base.weights.keys() - decoded for tensor in base.weights[name].tensors}
     parts |= base.formats.keys()
     stored = {**base.with_decoded(decoded), **edits.specs}
-    specs = {name: spec if name in parts else with_dtype(spec, dtype) for name, spec in stored.items()}
+    specs = {
+        name: spec if name in parts else with_dtype(spec, dtype)
+        for name, spec in stored.items()
+        if name not in edits.removed
+    }
     files: tuple[OutputFile, ...] = ()
     extras: dict[str, bytes] = {}
     travels, not_copied = _side_files(base, is_file, edits)

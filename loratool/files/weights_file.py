@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -45,6 +45,11 @@ class WeightsFile:
         self.prefix = prefix
         self.specs = {prefix + name: spec for name, spec in self.specs.items()}
         self.begin = {prefix + name: begin for name, begin in self.begin.items()}
+
+    def hide(self, names: Collection[str]) -> None:
+        """Take tensors from `specs` and `begin`, as if the file did not have them; its header still says them."""
+        self.specs = {name: spec for name, spec in self.specs.items() if name not in names}
+        self.begin = {name: begin for name, begin in self.begin.items() if name not in names}
 
     def close(self) -> None:
         self.file.close()

@@ -9,6 +9,24 @@ from __future__ import annotations
 from ..adapters.formats import written_formats
 from ..adapters.formats.format import Format
 
+# --drop of an adapter, implemented by `inputs.leave_out`; the components are those of WEIGHED
+DROP_CHOICES = {
+    "extras": "embeddings of tokens, which no weight could hold",
+    "unet": "an image model's denoiser",
+    "te": "its text encoders",
+    "te1": "the first",
+    "te2": "the second",
+    "te3": "the third",
+}
+
+
+# --drop of a checkpoint, implemented by `convert.checkpoint`
+MODEL_DROP_CHOICES = {
+    "ema": "a checkpoint's running mean, beside its weights",
+    "optimizer": "its optimizer's state",
+}
+
+
 # --method of init, implemented by `init.methods.INITS`
 INIT_CHOICES = {
     "lora": "A uniform, B = 0",

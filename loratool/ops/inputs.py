@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -24,6 +24,7 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
 from ..files.side_files import INITIAL
+from .choices import DROP_CHOICES
 from .collector import uncollected
 
 WeightedAdapter = tuple[tuple[Adapter, float], ...]
@@ -45,6 +46,9 @@ Adapters = AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgumen
 TAKEN = "a path, (path, weight), (path, weight, {component: weight}), several of these in a list, or {path: weight}"
 
 
+NAMES_SHOWN = 4
+
+
 @dataclass(frozen=True)
 class AdapterRequest:
     """An adapter as the user names it."""
@@ -52,10 +56,14 @@ class AdapterRequest:
     path: str
     weight: float = 1.0
     component_weights: Mapping[str, float] = field(default_factory=dict)  # by keys of `WEIGHED`
+    drop: tuple[str, ...] = ()  # keys of DROP_CHOICES, the same for all adapters of a command
 
 
-def parse_adapters(adapters: Adapters) -> list[AdapterRequest]:
+def parse_adapters(adapters: Adapters, drop: Sequence[str] = ()) -> list[AdapterRequest]:
     """Return a request for each adapter that the caller names.
+
+    Args:
+        drop: as `AdapterRequest.drop`.
 
     Raises:
         UsageError: `adapters` has none of the forms in TAKEN, or a weight is not a finite number.
@@ -73,7 +81,7 @@ def parse_adapters(adapters: Adapters) -> list[AdapterRequest]:
         raise _unknown_form(adapters)
     if not each:
         raise UsageError("no adapter is given")
-    return [_parse_one(one) for one in each]
+    return [replace(_parse_one(one), drop=tuple(drop)) for one in each]
 
 
 def _is_weighted(argument: object) -> TypeGuard[tuple[object, ...]]:
@@ -200,8 +208,9 @@ def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opene
             has none, and is ignored for the others.
 
     Raises:
-        NeedsFlag: an adapter has no alpha, and none was given.
+        NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
         UsageError: --alpha was given, and every adapter has its own.
+        InputError: as `leave_out`.
     """
     adapters, used = [], len(requests) == 1
     for each in requests:
@@ -212,10 +221,61 @@ def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opene
                 raise
             adapter, used = open_adapter(each.path, alpha), True
         opened.callback(adapter.file.close)
-        adapters.append(_with_components(adapter, each.component_weights))
+        adapters.append(adapter)
     if alpha is not None and not used:
         raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
-    return adapters
+    left = leave_out(adapters, requests[0].drop if requests else ())
+    return [_with_components(one, each.component_weights) for one, each in zip(left, requests, strict=True)]
+
+
+def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]:
+    """Return the adapters of a command without what --drop names.
+
+    Args:
+        drop: keys of DROP_CHOICES.
+
+    Raises:
+        UsageError: a word is no key.
+        NeedsFlag: an adapter has extras, and they are not named.
+        InputError: no adapter has a component that is named, or nothing is left of one.
+    """
+    for word in drop:
+        if word not in DROP_CHOICES:
+            raise UsageError(f"--drop {word!r} is none of {', '.join(DROP_CHOICES)}")
+    for adapter in adapters if "extras" not in drop else ():
+        if adapter.extras:
+            raise NeedsFlag(
+                f"holds embeddings beside its modules, which no weight could hold: {shortened(adapter.extras)}",
+                culprit=adapter.name,
+                remedy="add --drop extras to leave them out",
+            )
+    there = {weighed_component(module) for adapter in adapters for module in adapter.updates}
+    for word in drop:
+        if word in WEIGHED and there.isdisjoint(WEIGHED[word]):
+            found = [name for name, listed in WEIGHED.items() if len(listed) == 1 and not there.isdisjoint(listed)]
+            raise InputError(
+                f"names no module of {' or '.join(adapter.name for adapter in adapters)}",
+                culprit=f"--drop {word}",
+                remedy=f"there are those of {', '.join(found)}" if found else None,
+            )
+    components = {component for word in drop for component in WEIGHED.get(word, ())}
+    return [_without(adapter, components) for adapter in adapters]
+
+
+def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
+    """Return the adapter without its extras and without its modules of these components."""
+    kept = {m: update for m, update in adapter.updates.items() if weighed_component(m) not in components}
+    if not kept and components:
+        raise InputError("has nothing left after --drop", culprit=adapter.name, remedy="leave the adapter out instead")
+    lost = [module for module in adapter.updates if module not in kept]
+    needed = {name for update in kept.values() for name in update.stored}
+    adapter.file.hide({name for module in lost for name in adapter.updates[module].stored} - needed)
+    return replace(adapter, updates=kept, extras=(), left_out=(*lost, *adapter.extras))
+
+
+def shortened(names: Sequence[str]) -> str:
+    """List the first of many names."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if names[NAMES_SHOWN:] else "")
 
 
 def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
@@ -288,7 +348,7 @@ def subtract_initial(
     if len(mutating) > 1:
         names = " and ".join(adapter.name for adapter, _, _ in mutating)
         raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
-    initial_adapter = open_adapter(initial)
+    initial_adapter = open_adapter(initial)  # its extras do not matter: only its factors are subtracted
     opened.callback(initial_adapter.file.close)
     own = {m: u for m, u in initial_adapter.updates.items() if u.cls in (LowRank, Experts) and m in adapter.updates}
     initial_adapter = replace(initial_adapter, updates=own)  # only these were subtracted from the base

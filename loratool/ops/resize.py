@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from ..adapters.edited import (
     require_writable,
     write_edited,
 )
-from ..adapters.formats import open_adapter
 from ..adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ..adapters.stacked import load_stacked_factors, parameters_per_rank, round_factors
 from ..adapters.updates.add import AddDelta
@@ -40,6 +39,7 @@ from ..streaming.workers import Progress, choose_device
 from .convert.as_low_rank import as_low_rank
 from .convert.in_memory import check_target, conversion_warnings, open_converted, rank_notes
 from .convert.request import ConvertRequest, request_for
+from .inputs import AdapterRequest, open_adapters
 from .machine import require_ieee
 from .rank_rules import BUDGETS, SingularValues, choose_ranks, read_rule
 
@@ -71,6 +71,7 @@ class ResizeReport:
         kept, error: over all modules.
         parameters, nbytes: of the output.
         carried: tensors beside the factors, which are kept along.
+        left_out: what --drop left out.
     """
 
     adapter: str
@@ -83,6 +84,7 @@ class ResizeReport:
     nbytes: int
     carried: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @require_ieee
@@ -98,6 +100,7 @@ def resize(
     max_rank: int | None = None,
     to: str | None = None,
     dtype: str = "fp32",
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     device: str = "auto",
     force: bool = False,
@@ -117,6 +120,7 @@ def resize(
         max_rank: the upper limit of every module's rank.
         to: a key of `written_formats`, whose modules the ranks are then of; by default the adapter's own format.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
+        drop: keys of DROP_CHOICES, of what is left out.
         alpha: for a file without an alpha.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -133,8 +137,8 @@ def resize(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_target(to)
     with ExitStack() as opened:
-        source = open_adapter(adapter, alpha)
-        opened.callback(source.file.close)
+        (source,) = open_adapters([AdapterRequest(os.fspath(adapter), drop=tuple(drop))], alpha, opened)
+        left_out = source.left_out
         if to is None:
             require_writable(source)
         path, is_file = edited_output(source, to, out, "resized")
@@ -153,7 +157,7 @@ def resize(
         else:
             opened.enter_context(naming_output(path))
             work.write(ranks, path, is_file)
-        return work.report(os.fspath(adapter), str(path), ranks, dry_run, warnings)
+        return work.report(os.fspath(adapter), str(path), ranks, dry_run, warnings, left_out)
 
 
 class _Resizing:
@@ -170,7 +174,7 @@ class _Resizing:
                 raise InputError(
                     f"is {update.kind}, which has no factors and no tensor that says all of it",
                     culprit=module,
-                    remedy="leave it out with loratool convert --drop first",
+                    remedy="leave it out with loratool convert --exclude first",
                 )
             kept = {role: key for role, key in update.tensors.items() if role not in LowRank.roles}
             kept |= {"base": update.base} if update.base else {}
@@ -222,7 +226,13 @@ class _Resizing:
         write_edited(self._edited(ranks), path, is_file, [self._source.file])
 
     def report(
-        self, adapter: str, out: str, ranks: Mapping[str, int], dry_run: bool, warnings: tuple[str, ...]
+        self,
+        adapter: str,
+        out: str,
+        ranks: Mapping[str, int],
+        dry_run: bool,
+        warnings: tuple[str, ...],
+        left_out: tuple[str, ...],
     ) -> ResizeReport:
         specs = self._edited(ranks).specs()
         rows = tuple(self._row(module, ranks[module]) for module in self._updates)
@@ -240,6 +250,7 @@ class _Resizing:
             sum(spec.nbytes for spec in specs.values()),
             tuple(sorted(self._carried)),
             (*warnings, *self._warnings(), *rank_notes(self._source, ranks)),
+            left_out,
         )
 
     def _row(self, module: str, rank: int) -> ModuleResize:

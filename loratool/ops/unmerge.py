@@ -84,6 +84,7 @@ def unmerge(
     undo: str | os.PathLike[str] | None = None,
     approximate: bool = False,
     device: str = "auto",
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -96,6 +97,7 @@ def unmerge(
         merged: the output of `merge`.
         adapters: those of the merge with their weights, in any order.
         undo: the undo file, if it is not in its default place.
+        drop: keys of DROP_CHOICES, as in the call of `merge`.
         approximate: subtract the adapters and round, without an undo file.
 
     Raises:
@@ -105,7 +107,7 @@ def unmerge(
     """
     if approximate and undo is not None:
         raise UsageError("--approximate takes no undo file")
-    requests = parse_adapters(adapters)
+    requests = parse_adapters(adapters, drop)
     with ExitStack() as opened:
         checkpoint = open_checkpoint(merged)
         opened.callback(checkpoint.close)
@@ -204,7 +206,10 @@ def _missing_adapter(
             f"was merged with weight {weight}, not {spell_weight(its, other.component_weights)}", culprit=other.name
         )
     if same:
-        return InputError("has another rank, alpha or config than when it was merged", culprit=same[0][0].name)
+        return InputError(
+            "has another rank, alpha or config than when it was merged, or --drop was another",
+            culprit=same[0][0].name,
+        )
     culprit = left[0][0].name if left else str(undo.path)
     return InputError(
         f"is not an adapter of the merge, which used {name} of sha256 {recorded['sha256'][:16]}... with weight {weight}"

@@ -316,18 +316,18 @@ class TestWhoseItIs:
                 loratool.convert(b, tmp_path / "x.safetensors", to=to)
 
     def test_a_block_that_flux_does_not_have(self, tmp_path: Path) -> None:
-        """HunyuanVideo's: what is left of it after --drop would be taken for a Flux."""
+        """HunyuanVideo's: what is left of it after --exclude would be taken for a Flux."""
         names = [f"lora_unet_double_blocks_{i}_img_attn_qkv" for i in (0, 19)]
         a = shaped(dict.fromkeys(names, (24, 8)), tmp_path / "a.safetensors", True)
         for drop in ((), (names[1],)):
             with pytest.raises(InputError, match=f"{names[1]}: is in no image model that is known"):
-                loratool.convert(a, tmp_path / "x.safetensors", to="diffusers", drop=drop)
+                loratool.convert(a, tmp_path / "x.safetensors", to="diffusers", exclude=drop)
 
     def test_what_is_dropped_still_tells(self, tmp_path: Path) -> None:
         te2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
         shapes = {"lora_unet_output_blocks_2_2_conv": (8, 8), te2: (32, 8), te2.replace("te2", "te1"): (32, 8)}
         a = shaped(shapes, tmp_path / "a.safetensors", True)
-        report = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", drop=["lora_te2*"])
+        report = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", exclude=["lora_te2*"])
         names = {name.split(".")[0] for name in load_file(tmp_path / "b.safetensors")}
         assert report.family == "sdxl" and names == shapes.keys() - {te2}  # type: ignore[union-attr]
 
@@ -365,10 +365,12 @@ class TestWhoseItIs:
 
 def test_a_pattern_that_drops_nothing_is_a_typo(tmp_path: Path) -> None:
     for pattern in ("nonsense", "lora_te*"):
-        with pytest.raises(InputError, match=f"--drop {re.escape(pattern)}: names no module"):
-            loratool.convert(write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", to="comfy", drop=[pattern])
+        with pytest.raises(InputError, match=f"--exclude {re.escape(pattern)}: names no module"):
+            loratool.convert(
+                write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", to="comfy", exclude=[pattern]
+            )
     with pytest.raises(InputError, match="nothing is left to convert"):
-        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy", drop=["*"])
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy", exclude=["*"])
 
 
 @pytest.mark.parametrize("alpha", [1e-46, 1e39])
@@ -435,14 +437,14 @@ def test_what_is_no_block_can_be_dropped(tmp_path: Path) -> None:
     a = shaped(names, tmp_path / "a.safetensors", True)
     with pytest.raises(NeedsFlag, match="distilled_guidance_layer_in_proj"):
         loratool.convert(a, tmp_path / "b.safetensors", to="diffusers")
-    report = loratool.convert(a, tmp_path / "b.safetensors", to="diffusers", drop=["*distilled*"])
+    report = loratool.convert(a, tmp_path / "b.safetensors", to="diffusers", exclude=["*distilled*"])
     assert report.family == "flux"  # type: ignore[union-attr]
     dotted = {
         "transformer.transformer_blocks.0.attn.to_q": (8, 8),
         "transformer.distilled_guidance_layer.in_proj": (8, 4),
     }
     b = shaped(dotted, tmp_path / "c.safetensors")
-    report = loratool.convert(b, tmp_path / "d.safetensors", to="kohya", drop=["*distilled*"])
+    report = loratool.convert(b, tmp_path / "d.safetensors", to="kohya", exclude=["*distilled*"])
     assert report.dropped == ("transformer.distilled_guidance_layer.in_proj",)  # type: ignore[union-attr]
 
 

@@ -102,7 +102,7 @@ def test_cloneofsimos_file(to: str, tmp_path: Path) -> None:
     assert inspected.modules == 192 and not inspected.problems  # type: ignore[union-attr]
     drop = ["text_encoder*"] if to == "peft" else []
     out = tmp_path / to if to == "peft" else tmp_path / "b.safetensors"
-    report = loratool.convert(file, out, to=to, drop=drop)
+    report = loratool.convert(file, out, to=to, exclude=drop)
     assert report.family == "sd1" and {row.how for row in report.modules} == {"exact"}
     assert len(report.modules) == (144 if drop else 192)
     before, after = load_file(file), load_file(out / "adapter_model.safetensors" if to == "peft" else out)

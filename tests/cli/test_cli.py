@@ -394,7 +394,7 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     be set but those of programs alone."""
     command = cli.get_command(click.Context(cli), name)
     assert command
-    samples = {"rank_pattern": (), "target": ("q",), "exclude": ("q",), "drop": ("q",)}
+    samples = {"rank_pattern": (), "target": ("q",), "exclude": ("q",)}
     given = library_arguments({option.name or "": samples.get(option.name or "") for option in command.params})
     own = {"json", "quiet", "fail_above", "strict", "spectra"}
     functions = [getattr(loratool, name), *([loratool.spectra] if name == "inspect" else [])]

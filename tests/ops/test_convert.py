@@ -281,8 +281,8 @@ def test_peft_takes_one_component(tmp_path: Path, run: Callable[..., Any]) -> No
     out = tmp_path / "peft"
     refused = run("convert", source, "--to", "peft", "-o", out)
     assert refused.exit_code == 4 and not out.exists()
-    flag = refused.stderr.split("--drop ")[1].split(" to leave")[0].replace("'", "")
-    assert run("convert", source, "--to", "peft", "-o", out, "--drop", flag).exit_code == 0
+    flag = refused.stderr.split("--exclude ")[1].split(" to leave")[0].replace("'", "")
+    assert run("convert", source, "--to", "peft", "-o", out, "--exclude", flag).exit_code == 0
     found = loratool.inspect(out)
     assert found.rank == 4 and found.alpha == ALPHA and found.modules == 2  # type: ignore[union-attr]
     tensors = load_file(out / "adapter_model.safetensors")
@@ -369,9 +369,9 @@ class TestNames:
         known, motion = (f"unet.down_blocks.1.{x}" for x in
                          ("attentions.0.transformer_blocks.0.attn1.to_q", "motion_modules.0.proj_in"))  # fmt: skip
         start = self.dotted(tmp_path / "a.safetensors", known, motion)
-        with pytest.raises(NeedsFlag, match=f"--drop {motion}"):
+        with pytest.raises(NeedsFlag, match=f"--exclude {motion}"):
             loratool.convert(start, tmp_path / "b.safetensors", to="kohya")
-        report = loratool.convert(start, tmp_path / "b.safetensors", to="kohya", drop=[motion])
+        report = loratool.convert(start, tmp_path / "b.safetensors", to="kohya", exclude=[motion])
         assert report.dropped == (motion,) and len(report.modules) == 1
 
     @pytest.mark.parametrize("to", ["kohya", "comfy"])
@@ -423,7 +423,7 @@ def test_what_is_unknown_or_double(tmp_path: Path) -> None:
     with pytest.raises(NeedsFlag, match="lora_unet_some_thing"):
         loratool.convert(tmp_path / "b.safetensors", tmp_path / "out.safetensors", to="diffusers")
     report = loratool.convert(
-        tmp_path / "b.safetensors", tmp_path / "out.safetensors", to="diffusers", drop=["lora_unet_some_thing"]
+        tmp_path / "b.safetensors", tmp_path / "out.safetensors", to="diffusers", exclude=["lora_unet_some_thing"]
     )
     assert report.dropped == ("lora_unet_some_thing",)
     name = "lora_unet_input_blocks_2_1_transformer_blocks_0_attn2_to_k"

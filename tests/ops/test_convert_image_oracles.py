@@ -150,7 +150,7 @@ def test_peft_loads_our_folder(family: str, dora: bool, tmp_path: Path) -> None:
     loratool.convert(start, tmp_path / "k.safetensors", to="kohya")
     expected = None
     for i, source in enumerate((start, tmp_path / "k.safetensors")):
-        loratool.convert(source, tmp_path / str(i), to="peft", drop=["lora_te*" if i else "text_encoder*"])
+        loratool.convert(source, tmp_path / str(i), to="peft", exclude=["lora_te*" if i else "text_encoder*"])
         model = peft.PeftModel.from_pretrained(unet(family), tmp_path / str(i)).eval()
         found = compute(model.base_model.model, clip())
         if expected is None:

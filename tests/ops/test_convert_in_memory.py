@@ -123,12 +123,12 @@ class TestResize:
     def test_what_nothing_could_load_is_refused(self, tmp_path: Path, run: Run) -> None:
         with pytest.raises(InputError, match="nothing could load it as comfy"):
             loratool.resize(FIXTURES / "llama" / "adapter", tmp_path / "a.safetensors", rank=2, to="comfy")
-        with pytest.raises(InputError, match="first loratool convert with --drop lora_te1"):
+        with pytest.raises(InputError, match="first loratool convert with --exclude lora_te1"):
             loratool.resize(SDXL / "adapter.safetensors", tmp_path / "a", rank=2, to="peft")
         half = diffusers(tmp_path / "dora.safetensors", {f"{BLOCK}.attn.to_q": (6, 6)})
         save_file({**load_file(half), f"{BLOCK}.attn.to_q.lora_magnitude_vector": torch.ones(6)}, half)
         with pytest.raises(
-            InputError, match=f"(?s)parts of which some are DoRA.*convert with --drop {BLOCK}.attn.to_q"
+            InputError, match=f"(?s)parts of which some are DoRA.*convert with --exclude {BLOCK}.attn.to_q"
         ):
             loratool.resize(half, tmp_path / "a.safetensors", rank=2, to="kohya")
         half.unlink()

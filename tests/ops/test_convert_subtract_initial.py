@@ -145,7 +145,7 @@ def test_each_component_keeps_its_own_start(starts: tuple[str | bool, str | bool
     kept = [name for name, began in zip(("unet.*", "text_encoder.*"), starts, strict=True) if began is True]
     if kept:  # what is left is plain
         other = {"unet.*": "text_encoder.*", "text_encoder.*": "unet.*"}[kept[0]]
-        loratool.convert(end, tmp_path / "k.safetensors", to="kohya", drop=[other])
+        loratool.convert(end, tmp_path / "k.safetensors", to="kohya", exclude=[other])
     with pytest.raises(NeedsFlag, match="was initialized with"):
         loratool.convert(end, tmp_path / "l.safetensors", to="kohya")
     assert "initialized with" in str(loratool.inspect(end))

@@ -264,7 +264,7 @@ def test_a_convolution_whose_kernel_nothing_tells_is_refused(tmp_path: Path) -> 
     sample = Sample("loha conv", tmp_path)
     with pytest.raises(InputError, match="kernel") as refused:
         resize(sample.path, tmp_path / "out.safetensors", rank=2)
-    assert refused.value.remedy and "--drop" in refused.value.remedy
+    assert refused.value.remedy and "--exclude" in refused.value.remedy
     with pytest.raises(NeedsFlag) as flagged:
         combine([(sample.path, 1.0)], tmp_path / "out.safetensors")
     assert flagged.value.remedy == "add --exclude lora_unet_blocks_0_conv to leave it out"

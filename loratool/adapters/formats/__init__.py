@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,21 @@ from ..adapter import Adapter
 from .cloneofsimo import Cloneofsimo
 from .comfy import Comfy
 from .diffusers import Diffusers
+from .extras import find_extras
 from .find import find_adapter_file
 from .format import BASES, Capabilities, Format, ReadOptions
 from .kohya import Kohya
 from .loralib import Loralib
-from .other_methods import BIASES, UNKNOWN_LORA, OtherMethod, is_all_lora, is_biases, other_method
+from .other_methods import (
+    BIASES,
+    EMBEDDINGS,
+    UNKNOWN_LORA,
+    OtherMethod,
+    is_all_lora,
+    is_biases,
+    is_embeddings,
+    other_method,
+)
 from .peft import WEIGHTS_NAMES, Peft
 from .peft_config import CONFIG_NAME, find_config
 
@@ -60,8 +71,14 @@ def capabilities(adapter: Adapter) -> Capabilities:
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Return whether a format claims the names. None claims biases alone, which can be a shard of a model."""
+    own = _without_extras(names)
+    return any(format.claims(own) for format in FORMATS.values())
+
+
+def _without_extras(names: Iterable[str]) -> list[str]:
     names = list(names)
-    return any(format.claims(names) for format in FORMATS.values())
+    extras = find_extras(names)
+    return [name for name in names if name not in extras]
 
 
 def holds_adapter(name: str | os.PathLike[str]) -> bool:
@@ -85,7 +102,7 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
         return False
     file = open_weights(weights)
     file.close()
-    return is_adapter(file.specs) or is_biases(file.specs) or is_all_lora(file.specs)
+    return is_adapter(file.specs) or is_biases(file.specs) or is_all_lora(file.specs) or is_embeddings(file.specs)
 
 
 def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any], str, OtherMethod] | None:
@@ -101,7 +118,8 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
     file = open_weights(weights)
     try:
         # formats of image models have no config beside them
-        image = any(f.claims(file.specs) for f in FORMATS.values() if f.can.components == "many")
+        own = _without_extras(file.specs)
+        image = any(f.claims(own) for f in FORMATS.values() if f.can.components == "many")
         fields = {} if image else find_config(file)[0]
         if other := other_method(file.specs, fields):
             return file, fields, *other
@@ -109,6 +127,8 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
             return file, fields, "BIASES", BIASES
         if not is_adapter(file.specs) and not _is_complete(weights) and is_all_lora(file.specs):
             return file, fields, "UNKNOWN_LORA", UNKNOWN_LORA
+        if is_embeddings(file.specs):
+            return file, fields, "EMBEDDINGS", EMBEDDINGS
     except BaseException:
         file.close()
         raise
@@ -152,6 +172,10 @@ def open_adapter(
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
+        if is_embeddings(file.specs):
+            raise InputError(f"holds {EMBEDDINGS.title}, which {EMBEDDINGS.reason}", culprit=os.fspath(name))
+        extras = find_extras(file.specs, file.metadata)
+        file.hide(extras)
         claimed = format or next((key for key, each in FORMATS.items() if each.claims(file.specs)), None)
         if enabled and not (claimed and FORMATS[claimed].can.slices):
             theirs = " and ".join(f"{each.key}'s" for each in FORMATS.values() if each.can.slices)
@@ -160,7 +184,7 @@ def open_adapter(
             claimed = Peft.key  # trained modules or biases and no LoRA
         if claimed:
             options = ReadOptions(alpha, lenient, None if enabled is None else tuple(enabled))
-            return FORMATS[claimed].read(os.fspath(name), file, options)
+            return replace(FORMATS[claimed].read(os.fspath(name), file, options), extras=extras)
         if is_biases(file.specs):
             raise InputError(
                 f"holds {BIASES.title}, which {BIASES.reason}", culprit=os.fspath(name), remedy=BIASES.remedy

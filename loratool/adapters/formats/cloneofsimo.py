@@ -58,7 +58,7 @@ class Cloneofsimo(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: the order of the modules is not known for these classes and counts, or there are learned tokens.
+            InputError: the order of the modules is not known for these classes and counts.
             UsageError: an alpha was given.
         """
         if options.alpha is not None:
@@ -67,7 +67,7 @@ class Cloneofsimo(Format):
         for tensor in file.specs:
             match = KEY.fullmatch(tensor)
             if match is None:
-                raise InputError(f"is no factor; {name} holds more than LoRA (a learned token?)", culprit=tensor)
+                raise InputError(f"is no factor; {name} holds more than LoRA", culprit=tensor)
             found.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
         updates: dict[str, UpdateSpec] = {}
         for component, numbered in found.items():

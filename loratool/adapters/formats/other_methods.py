@@ -19,6 +19,7 @@ from typing import Any
 from ...architectures.numbered_names import split_numbers
 from ...errors import InputError
 from ..updates import PEFT_METHODS
+from .extras import find_extras
 
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
@@ -136,6 +137,10 @@ BIASES = OtherMethod(
 )
 
 
+# A file with extras alone.
+EMBEDDINGS = OtherMethod("embeddings of tokens alone (textual inversion)", "neither", _INPUTS)
+
+
 # AdapterHub's `architecture` -> a key of OTHER_METHODS, for a config whose tensors have no mark.
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "reft": "REFT"}
 
@@ -200,6 +205,11 @@ def is_all_lora(names: Iterable[str]) -> bool:
 def is_biases(names: Iterable[str]) -> bool:
     names = list(names)
     return bool(names) and all(name == "bias" or name.endswith(".bias") for name in names)
+
+
+def is_embeddings(names: Iterable[str]) -> bool:
+    names = list(names)
+    return bool(names) and len(find_extras(names)) == len(names)
 
 
 def describe_bottlenecks(names: Iterable[str]) -> str | None:

@@ -116,6 +116,8 @@ def print_resize(report: ResizeReport) -> None:
     )
     if report.carried:
         print_lines(f"carried along: {len(report.carried)} tensors: {report.carried[0]}, ...")
+    for modules in grouped(report.left_out):
+        print_lines(f"left out: {modules}")
     wrote = "would write" if report.dry_run else "wrote"
     print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
@@ -208,6 +210,9 @@ def print_adapter(report: AdapterInspection) -> None:
         print_lines(f"{report.coverage.bound} of {report.modules} modules bind to {report.coverage.base}")
         for module, names in report.coverage.unbound.items():
             print_lines(f"not in the base: {module}" + (f" (nearest: {', '.join(names)})" if names else ""))
+    if report.extras:
+        listed = ", ".join(grouped(report.extras))
+        print_lines(f"extras: {len(report.extras)} tensors that no weight could hold (--drop extras): {listed}")
     for note in report.notes:
         print_lines(f"note: {note}")
     for problem in report.problems:

@@ -7,7 +7,7 @@ import sys
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from ...architectures.numbered_names import last_part
+from ...architectures.numbered_names import grouped, last_part
 from .pictures import bars, grid, is_ascii_terminal, side_by_side, strips
 from .text import print_lines, print_picture, print_table
 
@@ -45,6 +45,8 @@ def print_adapter_diff(report: AdapterDiff) -> None:
     for letter, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
             print_lines(f"only in {letter}: {len(names)} modules: {', '.join(names[:4])}{', ...' * (len(names) > 4)}")
+    for modules in grouped(report.left_out):
+        print_lines(f"left out: {modules}")
     if report.same:
         print_lines("the same change")
         return

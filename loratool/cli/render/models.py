@@ -69,6 +69,8 @@ def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
         zeros = "" if report.dry_run else f"; {sum(flushed):,} numbers became 0"
         print_lines(f"{len(flushed)} tensors {done} from {old} to {new}{zeros}")
     print_lines(f"{report.copied} tensors {'would keep' if report.dry_run else 'keep'} their bytes")
+    for modules in grouped(report.left_out):
+        print_lines(f"left out: {modules}")
     for name, kept in report.shared.items():
         print_lines(f"one with {kept}: {name}")
     if report.not_copied:
@@ -121,6 +123,8 @@ def print_verify(report: VerifyReport) -> None:
         print_lines(f"rounding: {way}")
     for names in grouped(report.not_compared):
         print_lines(f"not compared: {names}")
+    for modules in grouped(report.left_out):
+        print_lines(f"left out: {modules}")
 
 
 def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:

@@ -66,7 +66,7 @@ class ModuleCombine:
 @dataclass(frozen=True)
 class CombineReport:
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
-    were; left_out: modules that were excluded; parameters, nbytes: of the output.
+    were; left_out: what --drop and --exclude named; parameters, nbytes: of the output.
     """
 
     adapters: tuple[str, ...]
@@ -102,6 +102,7 @@ def combine(
     exclude: Sequence[str] = (),
     to: str | None = None,
     dtype: str = "fp32",
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     allow: Sequence[str] = (),
     device: str = "auto",
@@ -120,6 +121,7 @@ def combine(
         rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
             adapters' ranks.
         exclude: patterns of modules to leave out.
+        drop: keys of DROP_CHOICES, of what is left out of the adapters.
         to: a key of `written_formats`, by default the first adapter's format; adapters of other formats are converted.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         alpha: for files without an alpha.
@@ -134,7 +136,7 @@ def combine(
         NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
-    given = parse_adapters(adapters)
+    given = parse_adapters(adapters, drop)
     for each in given:
         if each.component_weights:
             raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
@@ -145,6 +147,7 @@ def combine(
     density = _check(method, density, dtype, rule, [each.weight for each in given])
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
+        dropped = [name for adapter, _ in loaded for name in adapter.left_out]
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
@@ -156,7 +159,11 @@ def combine(
         aligned = align_adapters(loaded, patterns)
         aligned = replace(
             aligned,
-            left_out=(*(module for each in made for module in each.dropped), *aligned.left_out),
+            left_out=(
+                *dropped,
+                *(module for each in made for module in each.dropped),
+                *aligned.left_out,
+            ),
             warnings=(
                 *aligned.warnings,
                 *dict.fromkeys(line for each in found for line in each.warnings()),

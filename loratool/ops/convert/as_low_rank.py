@@ -133,7 +133,7 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
             raise NeedsFlag(
                 f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",
                 culprit=update.module,
-                remedy=f"add --drop {update.module} to leave it out",
+                remedy=f"add --exclude {update.module} to leave it out",
             )
         return ()
     kernel = kernel_of(FAMILIES[family], source.path)

@@ -7,8 +7,9 @@ become infinite stops the conversion.
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,7 @@ class CastTensor:
 class CheckpointConvertReport:
     """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
 
+    left_out: what --drop left out.
     shared: tensors that are another one -> that one: in a torch file its storage has both names; in a safetensors file
     it is written once, and its metadata says so.
     """
@@ -64,49 +66,81 @@ class CheckpointConvertReport:
     files: tuple[str, ...]
     not_copied: tuple[str, ...]
     warnings: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+# A key of MODEL_DROP_CHOICES -> what the names of its tensors match as a whole, and of what a torch file has beside the
+# weights, which is not read in any case. LDM: `LitEma` as `model_ema`; BasicSR: `params_ema`; timm: `state_dict_ema`.
+DROPPED = {
+    "ema": re.compile(r"model_ema(?:\..+)?|ema|params_ema|state_dict_ema|ema_state_dict"),
+    "optimizer": re.compile(r"optimizers?|optimizer_states?|optimizer_state_dict|last_optimizer_state"),
+}
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The options of `convert` that say what of a checkpoint is written, and how."""
+
+    dtype: str  # a key of `dtypes.MERGE_DTYPES`, for all tensors of floats of 16 bits or more
+    max_shard_bytes: int | None  # the size of the output's shards; None keeps those of the checkpoint
+    drop: tuple[str, ...]  # keys of DROPPED
+    force: bool
+    dry_run: bool
+
+    @property
+    def chosen(self) -> str | None:
+        """The safetensors name of the dtype; None keeps the types."""
+        return MERGE_DTYPES[self.dtype.lower().removeprefix("torch.")]
 
 
 def convert_checkpoint(
     checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    to: str | None = None,
-    dtype: str = "keep",
-    max_shard_bytes: int | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    workers: int | None = None,
+    out: str | os.PathLike[str] | None,
+    to: str | None,
+    options: CheckpointOptions,
+    progress: Progress | None,
+    workers: int | None,
 ) -> CheckpointConvertReport:
     """Write a checkpoint in another container, type or number of shards.
 
     Args:
         to: a key of CONTAINERS; by default the one that the suffix of `out` tells, else safetensors.
-        dtype: a key of `dtypes.MERGE_DTYPES`, for all tensors of floats of 16 bits or more.
-        max_shard_bytes: the size of the output's shards; by default those of the checkpoint.
 
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
         InputError: a number would become infinite. What was written is removed.
     """
-    spelling = dtype.lower().removeprefix("torch.")
-    if spelling not in MERGE_DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
-    chosen = MERGE_DTYPES[spelling]
+    if options.dtype.lower().removeprefix("torch.") not in MERGE_DTYPES:
+        raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+    for word in options.drop:
+        if word not in DROPPED:
+            raise UsageError(f"--drop {word!r} is none of {', '.join(DROPPED)}, which are those of a checkpoint")
+    chosen = options.chosen
     with closing(open_checkpoint(checkpoint)) as base:
         to, path, is_file = _place(base, out, to)
         _refuse_quantized(base, chosen, to, checkpoint)
-        decoded = {name: TensorSpec(chosen, weight.spec.shape) for name, weight in base.weights.items() if chosen}
+        removed = {name for name in base.stored if _is_dropped(name, options.drop)}
+        if len(removed) == len(base.stored):
+            raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
+        decoded = {
+            name: TensorSpec(chosen, weight.spec.shape)
+            for name, weight in base.weights.items()
+            if chosen and name not in removed
+        }
         inputs = [shard.path for shard in base.shards]
-        check_output_path(path, is_file, inputs, force, is_model=True)
-        shared = find_shared_storage(base)
-        edits = OutputEdits(decoded, shared=shared, left_out=dropped_names(base, shared))
+        check_output_path(path, is_file, inputs, options.force, is_model=True)
+        shared = find_shared_storage(base, removed)
+        edits = OutputEdits(decoded, shared=shared, left_out=dropped_names(base, shared), removed=removed)
         origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))
-        output = plan_output(base, path, is_file, origin, (), chosen, max_shard_bytes, edits, container=to)
-        check_undo_files(output, inputs, force)
+        output = plan_output(base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=to)
+        check_undo_files(output, inputs, options.force)
         output.require_space()
-        flushed = None if dry_run else _execute(base, output, edits, progress, workers or worker_count())
-        return _report(os.fspath(checkpoint), base, output, edits, to, chosen, flushed)
+        flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
+        return _report(os.fspath(checkpoint), base, output, edits, to, options, flushed)
+
+
+def _is_dropped(name: str, drop: Collection[str]) -> bool:
+    return any(DROPPED[word].fullmatch(name) for word in drop)
 
 
 def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | os.PathLike[str]) -> None:
@@ -176,7 +210,7 @@ def _report(
     output: Output,
     edits: OutputEdits,
     to: str,
-    dtype: str | None,
+    options: CheckpointOptions,
     flushed: dict[str, int] | None,  # tensor -> numbers that became 0; None in a dry run
 ) -> CheckpointConvertReport:
     former = {name: spec.dtype for name, spec in base.stored.items()}
@@ -187,6 +221,7 @@ def _report(
         if spec.dtype != former[each]
     )
     apart = [name for name in edits.shared if to == "safetensors" and name not in edits.left_out]
+    beside = [name for shard in base.shards for name in shard.ignored if _is_dropped(name, options.drop)]
     return CheckpointConvertReport(
         name,
         "torch" if any(isinstance(shard, TorchFile) for shard in base.shards) else "safetensors",
@@ -199,21 +234,22 @@ def _report(
         {each: kept for each, kept in edits.shared.items() if each not in apart},
         tuple(file.name for file in output.files),
         output.not_copied,
-        tuple(_warnings(base, output, edits, to, apart, dtype)),
+        tuple(_warnings(base, output, edits, to, apart, options)),
+        (*(name for name in base.stored if name in edits.removed), *beside),
     )
 
 
 def _warnings(
-    base: Checkpoint, output: Output, edits: OutputEdits, to: str, apart: list[str], dtype: str | None
+    base: Checkpoint, output: Output, edits: OutputEdits, to: str, apart: list[str], options: CheckpointOptions
 ) -> Iterator[str]:
     for shard in base.shards:
-        if shard.ignored:
-            yield f"{shard.place} also holds {', '.join(shard.ignored)}, which is not read"
+        if ignored := [name for name in shard.ignored if not _is_dropped(name, options.drop)]:
+            yield f"{shard.place} also holds {', '.join(ignored)}, which is not read"
     for name in apart:
         kept = edits.shared[name]
         yield f"{name} is one storage with {kept}, but not one that loaders are known to tie: both are written"
     coarse = [name for name, spec in output.specs.items() if spec.dtype in FLOAT8]
-    if coarse and dtype:
+    if coarse and options.chosen:
         yield f"--dtype is for floats of 16 bits or more: {len(coarse)} tensors of 8 keep theirs, {coarse[0]} the first"
     if to == "torch":
         not_lost = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}

@@ -24,9 +24,10 @@ from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
 from ..choices import QKV_LAYOUTS
+from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
-from .checkpoint import CheckpointConvertReport, convert_checkpoint
+from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
 from .dora_to_lora import dora_to_lora
 from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
@@ -47,8 +48,8 @@ NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules
-    left out; notes: what the output cannot say.
+    """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
+    extras left out; notes: what the output cannot say.
     """
 
     adapter: str
@@ -69,7 +70,7 @@ class AdapterOptions:
     """The options of `convert` that are for adapters only."""
 
     from_format: str | None  # a key of FORMATS; None detects it
-    drop: tuple[str, ...]  # patterns of modules that may be left out if the target format cannot hold them
+    exclude: tuple[str, ...]  # patterns of modules to leave out
     alpha: float | None  # of a file that has none
     enable_lora: tuple[bool, ...]  # the slices of loralib's MergedLinear that have an update
     plain: bool  # write standard LoRA, alpha being the rank everywhere
@@ -91,6 +92,7 @@ def convert(
     *,
     to: WrittenFormat,
     from_format: str | None = None,
+    exclude: Sequence[str] = (),
     drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
@@ -111,6 +113,7 @@ def convert(
     out: str | os.PathLike[str] | None = None,
     *,
     to: Container | None = None,
+    drop: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int | None = None,
     force: bool = False,
@@ -133,6 +136,7 @@ def convert(
     progress: Progress | None = None,
     workers: int | None = None,
     from_format: str | None = None,
+    exclude: Sequence[str] = (),
     drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
@@ -157,6 +161,7 @@ def convert(
     progress: Progress | None = None,
     workers: int | None = None,
     from_format: str | None = None,
+    exclude: Sequence[str] = (),
     drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
@@ -180,7 +185,8 @@ def convert(
         progress: of a checkpoint: called with the bytes done and the bytes in all.
         workers: of a checkpoint: threads that write; by default one for each core.
         from_format: a key of FORMATS; by default it is detected from the tensors' names.
-        drop: patterns of modules that may be left out if the target format cannot hold them.
+        exclude: patterns of modules to leave out, which the target format may not hold.
+        drop: what to leave out: of an adapter keys of DROP_CHOICES, of a checkpoint keys of MODEL_DROP_CHOICES.
         alpha: for an adapter file without an alpha.
         enable_lora: the slices of loralib's MergedLinear that have an update.
         plain: write standard LoRA, alpha being the rank everywhere.
@@ -191,10 +197,10 @@ def convert(
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
-        NeedsFlag: modules can only be dropped.
+        NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    options = AdapterOptions(from_format, tuple(drop), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
+    options = AdapterOptions(from_format, tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
     given = options.given()
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or to in written_formats():
@@ -204,7 +210,7 @@ def convert(
             what = "needs --to, one" if to is None else f"{to!r} is none"
             raise UsageError(f"is an adapter, and {what} of {', '.join(written_formats())}", culprit=os.fspath(source))
         try:
-            return _convert_adapter(source, out, to, dtype, options, force, dry_run)
+            return _convert_adapter(source, out, to, dtype, options, tuple(drop), force, dry_run)
         except InputError as error:
             if not is_one:
                 error.remedy = f"as a checkpoint it can become {' or '.join(CONTAINERS)}"
@@ -212,17 +218,8 @@ def convert(
     if given:
         option = {"layout": "--for"}.get(given[0], f"--{given[0].replace('_', '-')}")
         raise UsageError(f"{option} is for adapters, and this is a checkpoint", culprit=os.fspath(source))
-    return convert_checkpoint(
-        source,
-        out,
-        to=to,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        force=force,
-        dry_run=dry_run,
-        progress=progress,
-        workers=workers,
-    )
+    checkpoint_options = CheckpointOptions(dtype, max_shard_bytes, tuple(drop), force, dry_run)
+    return convert_checkpoint(source, out, to, checkpoint_options, progress, workers)
 
 
 def _convert_adapter(
@@ -231,6 +228,7 @@ def _convert_adapter(
     to: str,
     dtype: str,
     options: AdapterOptions,
+    drop: tuple[str, ...],
     force: bool,
     dry_run: bool,
 ) -> ConvertReport:
@@ -252,12 +250,14 @@ def _convert_adapter(
     with ExitStack() as opened:
         source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
         opened.callback(source.file.close)
+        (source,) = leave_out([source], drop)
+        left_out = source.left_out
         path, is_file = FORMATS[to].output(out, "converted")
         check_output_path(path, is_file, [source.file.path], force)
-        Selection(options.drop).require_used(source.updates, source.name, "--drop")
+        Selection(options.exclude).require_used(source.updates, source.name, "--exclude")
         request = ConvertRequest(
             to,
-            options.drop,
+            options.exclude,
             CONVERT_DTYPES[dtype],
             options.plain,
             options.initial,
@@ -272,7 +272,7 @@ def _convert_adapter(
         specs = made.content.specs.values()
         size = sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
         names = (os.fspath(adapter), source.format, str(path), to, made.family, dry_run)
-        return ConvertReport(*names, made.modules, made.dropped, *size, made.notes)
+        return ConvertReport(*names, made.modules, (*left_out, *made.dropped), *size, made.notes)
 
 
 def plan_convert(
@@ -287,7 +287,7 @@ def plan_convert(
     Raises:
         NeedsFlag, InputError, UsageError: as `convert_adapter`.
     """
-    found = as_low_rank(source, request.drop)
+    found = as_low_rank(source, request.exclude)
     made = _plan_low_rank(found, request, folder, opened, family)
     if not found.kinds:
         return made
@@ -304,7 +304,7 @@ def _plan_low_rank(
     """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
     source = found.adapter
     sources, _ = read_source_modules(source)
-    selection = Selection(request.drop or ("",))
+    selection = Selection(request.exclude or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
     family = family or detect_family(sources) or detect_family(wanted)
     single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
@@ -357,7 +357,7 @@ def _without_dora(
     source: Adapter, request: ConvertRequest, folder: Path, opened: ExitStack
 ) -> tuple[Adapter, dict[str, Loss]]:
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
-    selection = Selection(request.drop or ("",))
+    selection = Selection(request.exclude or ("",))
     dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
     if not request.plain and ("dora" in FORMATS[request.to].can.kinds or not dora):
         return source, {}

@@ -107,7 +107,7 @@ class _ImagePlan:
         self._dropped = tuple(module for module in every if module not in carried)
 
     def _wanted(self, sources: list[SourceModule], impossible: list[str]) -> list[SourceModule]:
-        to, can, selection = self._request.to, self._format.can, Selection(self._request.drop or ("",))
+        to, can, selection = self._request.to, self._format.can, Selection(self._request.exclude or ("",))
         wanted = [each for each in sources if each.module not in impossible and not selection.selects(each.module)]
         if can.components == "one":
             wanted, more = _one_component(wanted)

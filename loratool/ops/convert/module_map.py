@@ -74,7 +74,7 @@ def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
             raise NeedsFlag(
                 f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
                 culprit=columns[0],
-                remedy=f"add --drop {','.join(columns)} to leave them out",
+                remedy=f"add --exclude {','.join(columns)} to leave them out",
             )
 
 
@@ -190,6 +190,6 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
         raise NeedsFlag(
             "is fused there, of parts of which some are DoRA: the others have no magnitude",
             culprit=path,
-            remedy=f"add --drop {','.join(part.source.module for part in parts)} to leave them out",
+            remedy=f"add --exclude {','.join(part.source.module for part in parts)} to leave them out",
         )
     return TargetModule(component, path, rows, tuple(ordered), "fused")

@@ -23,7 +23,7 @@ from .source_modules import SourceModule
 ADD_INITIAL = "add --plain --initial ADAPTER with the adapter as it was before training"
 
 
-DROP_OPTIONS = {"combine": "--exclude", "extract": "--exclude", "init": "--exclude"}  # command -> its name for --drop
+EXCLUDING = ("combine", "extract", "init")  # commands that leave out what --exclude names before they convert
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ConvertRequest:
     """The options of a conversion."""
 
     to: str  # a key of `written_formats`
-    drop: tuple[str, ...] = ()  # patterns of modules to leave out
+    exclude: tuple[str, ...] = ()  # patterns of modules to leave out
     dtype: torch.dtype | None = None  # of the factors; None keeps theirs
     plain: bool = False  # plain LoRA, with alpha equal to the rank
     initial: str | os.PathLike[str] | None = None  # the adapter before training, to subtract a base-mutating init
@@ -68,21 +68,20 @@ def request_for(command: str) -> Iterator[None]:
         yield
     except NeedsFlag as error:
         remedy = error.remedy or ""
-        if remedy.startswith("add --drop ") and command in DROP_OPTIONS:
-            option = remedy.replace("--drop", DROP_OPTIONS[command], 1)
-            raise NeedsFlag(error.message, culprit=error.culprit, remedy=option) from error
+        if remedy.startswith("add --exclude ") and command in EXCLUDING:
+            raise
         first = remedy.replace("add ", "first loratool convert with ", 1)
         raise InputError(error.message, culprit=error.culprit, remedy=first) from error
 
 
 def cannot_convert(name: str, what: str, modules: Sequence[str], patterns: str = "") -> NeedsFlag:
-    """Return the error for modules that only --drop can get rid of.
+    """Return the error for modules that only --exclude can get rid of.
 
     Args:
-        patterns: the value of --drop that selects them all, if they are too many to list.
+        patterns: the value of --exclude that selects them all, if they are too many to list.
     """
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
-    return NeedsFlag(message, remedy=f"add --drop {patterns or ','.join(modules)} to leave them out")
+    return NeedsFlag(message, remedy=f"add --exclude {patterns or ','.join(modules)} to leave them out")
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,19 @@ class AdapterOutput:
 
     content: AdapterContent
     modules: tuple[ModuleConvert, ...]
-    dropped: tuple[str, ...]  # modules of the source that are left out
+    dropped: tuple[str, ...]  # modules of the source that --exclude leaves out
     notes: tuple[str, ...]  # for the user, on what the output cannot hold
     family: str | None = None  # a key of FAMILIES; None for a language model
 
 
 def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, UpdateSpec], tuple[str, ...]]:
-    """Return the updates to convert, and the modules that --drop leaves out.
+    """Return the updates to convert, and the modules that --exclude leaves out.
 
     Raises:
         NeedsFlag: an update is more than the format can hold.
         InputError: no update with factors is left.
     """
-    selection = Selection(request.drop or ("",))
+    selection = Selection(request.exclude or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
     can = FORMATS[request.to].can
     holds = can.kinds - {"dora"} if request.plain else can.kinds

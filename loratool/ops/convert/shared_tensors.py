@@ -18,20 +18,24 @@ from ...files.torch_reader import TorchFile
 from ...files.weights_file import WeightsFile
 
 
-def find_shared_storage(base: Checkpoint) -> dict[str, str]:
-    """Return each tensor whose bytes are another one's, with the name that is kept for them."""
+def find_shared_storage(base: Checkpoint, removed: Collection[str] = ()) -> dict[str, str]:
+    """Return each tensor whose bytes are another one's, with the name that is kept for them.
+
+    Args:
+        removed: tensors that are not written, and so are neither.
+    """
     return {
         name: kept
         for part in base.models
         for shard in part.shards
-        for name, kept in (_by_storage if isinstance(shard, TorchFile) else _by_metadata)(part, shard).items()
+        for name, kept in (_by_storage if isinstance(shard, TorchFile) else _by_metadata)(part, shard, removed).items()
     }
 
 
-def _by_storage(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
+def _by_storage(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
     places: dict[tuple[int, int, str], list[str]] = {}
     for name, spec in shard.specs.items():
-        if spec.nbytes:
+        if spec.nbytes and name not in removed:
             places.setdefault((shard.begin[name], spec.nbytes, spec.dtype), []).append(name)
     tie, found = find_tie(base), {}
     for names in places.values():
@@ -46,12 +50,12 @@ def _last_word(name: str) -> int:
     return INPUT_EMBEDDINGS.index(word) if word in INPUT_EMBEDDINGS else len(INPUT_EMBEDDINGS)
 
 
-def _by_metadata(base: Checkpoint, shard: WeightsFile) -> dict[str, str]:
+def _by_metadata(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
     """Read shared tensors from the metadata; a tensor that is stored as well counts only if its bytes are equal."""
     found = {}
     for key, value in (shard.metadata or {}).items():
         name, kept = shard.prefix + key, shard.prefix + value
-        if kept not in shard.specs or key in ("format", value):
+        if kept not in shard.specs or key in ("format", value) or name in removed or kept in removed:
             continue
         if name not in base.stored or same_bytes(base.stored_ref(name), TensorRef(shard, kept)):
             found[name] = kept

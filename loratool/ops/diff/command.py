@@ -62,6 +62,7 @@ class AdapterDiff:
         relative: the distance over the larger norm.
         phi: the mean over the modules whose ranks are the commonest.
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
+        left_out: what --drop left out of both.
     """
 
     a: str
@@ -82,6 +83,7 @@ class AdapterDiff:
     phi: Phi | None
     worst: float
     same: bool
+    left_out: tuple[str, ...] = ()
     kind: str = "adapters"
 
 
@@ -141,6 +143,7 @@ def diff(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: str | None = None,
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -151,6 +154,7 @@ def diff(
         base: the model under two adapters, for the size of their deltas and the LoRA paper's amplification factor.
         target, exclude: patterns of module paths (`selection.Selection`).
         layers: layer numbers, like "0-15".
+        drop: keys of DROP_CHOICES, of what is left out of two adapters.
         alpha: for adapter files without an alpha.
 
     Raises:
@@ -168,13 +172,13 @@ def diff(
                 remedy=f"to hold the adapter against the model: loratool inspect {small} --base {large}",
             )
         if not kinds[0]:
-            if base is not None or alpha is not None:
-                raise UsageError("--base and --alpha are for two adapters, and these are two models")
+            if base is not None or alpha is not None or drop:
+                raise UsageError("--base, --drop and --alpha are for two adapters, and these are two models")
             sides = [open_checkpoint(path) for path in (a, b)]
             for side in sides:
                 opened.callback(side.close)
             return _diff_checkpoints((os.fspath(a), os.fspath(b)), sides[0], sides[1], selection, progress)
-        adapters = open_adapters(parse_adapters([a, b]), alpha, opened)
+        adapters = open_adapters(parse_adapters([a, b], drop), alpha, opened)
         modules = [module for adapter in adapters for module in adapter.updates]
         comparable, aliases = by_meaning(adapters, selection)
         require_two_of_one_model(*comparable)
@@ -234,6 +238,7 @@ def _diff_adapters(
         mean_phi(modules),
         worst,
         all(m.same for m in modules) and all(v.relative <= (SAME if v.kind == "add" else 0) for v in values),
+        (*a.left_out, *b.left_out),
     )
 
 

@@ -112,6 +112,7 @@ class AdapterInspection:
         coverage: None without a base.
         problems: what is wrong.
         notes: what one should know.
+        extras: tensors in its file that no weight could hold.
     """
 
     path: str
@@ -128,6 +129,7 @@ class AdapterInspection:
     coverage: Coverage | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    extras: tuple[str, ...] = ()
     kind: str = "adapter"
 
 
@@ -171,6 +173,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         coverage,
         tuple(problems),
         (*notes, *adapter.notes),
+        adapter.extras,
     )
 
 

@@ -59,6 +59,7 @@ def merge(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: str | None = None,
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
@@ -80,6 +81,7 @@ def merge(
         max_shard_bytes: split the output into shards of at most this size; by default it has the base's shards.
         target, exclude: patterns of module paths (`selection.Selection`).
         layers: layer numbers, like "0-15".
+        drop: keys of DROP_CHOICES, of what is left out of the adapters.
         alpha: for adapter files without an alpha.
         tied: a key of TIED.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
@@ -95,7 +97,7 @@ def merge(
         MachineError: the machine failed; no unfinished output is left, whatever is raised.
     """
     with ExitStack() as opened:
-        checkpoint, loaded = open_inputs(base, parse_adapters(adapters), alpha, opened)
+        checkpoint, loaded = open_inputs(base, parse_adapters(adapters, drop), alpha, opened)
         if initial is None:
             require_residual_base(checkpoint, loaded)
         loaded = subtract_initial(loaded, initial, residual_base, opened)

@@ -65,6 +65,7 @@ class VerifyReport:
         untouched: how many tensors are the base's, and should be.
         rounding: the ways of rounding that were found.
         not_compared: buffers and pretraining heads that one of the models may be without, and is.
+        left_out: what --drop left out of the adapters.
     """
 
     base: str
@@ -80,6 +81,7 @@ class VerifyReport:
     extra: tuple[str, ...]
     not_compared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @require_ieee
@@ -91,6 +93,7 @@ def verify(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: str | None = None,
+    drop: Sequence[str] = (),
     alpha: float | None = None,
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
@@ -102,8 +105,8 @@ def verify(
     """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it.
 
     Args:
-        target, exclude, layers, alpha, tied, initial, residual_base: as in the call of `merge`; the modules that they
-            leave out must be the base's.
+        target, exclude, layers, drop, alpha, tied, initial, residual_base: as in the call of `merge`; the modules
+            that they leave out must be the base's.
         allow: "inconclusive" accepts as proven an update below half an ulp everywhere.
         progress: called with the tensors done and the tensors in all.
         workers: threads that compare; by default one for each core.
@@ -117,7 +120,7 @@ def verify(
     if tied not in TIED:
         raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
     with ExitStack() as opened:
-        checkpoint, weighted = open_inputs(base, parse_adapters(adapters), alpha, opened)
+        checkpoint, weighted = open_inputs(base, parse_adapters(adapters, drop), alpha, opened)
         if initial is None:
             require_residual_base(checkpoint, weighted)
         weighted = subtract_initial(weighted, initial, residual_base, opened)
@@ -194,6 +197,7 @@ def _report(
         extra,
         not_compared,
         plan.warnings if verifier.has_delta else (*plan.warnings, NOTHING_REQUESTED),
+        tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
     )
 
 
