@@ -8,7 +8,7 @@ rows of one tensor or of several.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .families import (
     ENCODERS,
@@ -79,6 +79,9 @@ MAKERS = {
 SINGLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
 
 
+RMS_SCALE = "_norm.scale"  # how Black Forest Labs' names of the weights of norms end
+
+
 CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
 
 
@@ -140,7 +143,8 @@ Modules = dict[tuple[str, str], tuple[ModuleRows, ...]]
 def image_modules(shapes: Mapping[str, Shape]) -> Modules:
     """Return (component, path) -> rows for every module under every name; empty if the base is not an image model.
 
-    A name that two namings use for different modules means the module that the base itself calls so.
+    A path with `.bias` behind it is the bias of that module, in the same rows as the weight. A name that two namings
+    use for different modules means the module that the base itself calls so.
 
     Args:
         shapes: tensor -> shape of the base.
@@ -152,8 +156,7 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
         return found
     parts: dict[tuple[str, ModelFamily | None], dict[str, str]] = {}
     for component, table, path, name in _split(shapes):
-        rows = shapes[name][0]
-        found[component, path] = (ModuleRows(name, 0, rows, 0, rows),)
+        found[component, path] = (_all_rows(name, shapes),)
         parts.setdefault((component, table), {})[path] = name
     for (component, table), names in parts.items():
         for path, where in _other_names(table, names, shapes):
@@ -162,7 +165,8 @@ def image_modules(shapes: Mapping[str, Shape]) -> Modules:
             for path in names:
                 found.setdefault(("text_encoder_2", path), found[component, path])
                 found.setdefault(("text_encoder_3", path), found[component, path])
-    return found
+    biases = {(component, f"{path}.bias"): _biases(where, shapes) for (component, path), where in found.items()}
+    return found | {module: where for module, where in biases.items() if where}
 
 
 def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
@@ -170,7 +174,10 @@ def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
 
     Empty if the base is not an image model.
     """
-    return {name: (component, path) for component, _, path, name in _split(shapes)} if _is_marked(shapes) else {}
+    if not _is_marked(shapes):
+        return {}
+    weights = {name for name, shape in shapes.items() if len(shape) > 1 and name.endswith("weight")}
+    return {name: (component, path) for component, _, path, name in _split(shapes) if name in weights}
 
 
 def _is_marked(names: Iterable[str]) -> bool:
@@ -203,6 +210,27 @@ def spell_weight(weight: float, components: Mapping[str, float]) -> str:
     return ",".join([f"{weight:g}", *(f"{names[each]}={value:g}" for each, value in sorted(components.items()))])
 
 
+def _path_of(weight: str) -> str:
+    """Return the path of the module whose weight a tensor is."""
+    own = ".scale" if weight.endswith(RMS_SCALE) else ".weight"
+    return weight.removesuffix(own).removesuffix("_weight")
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _all_rows(tensor: str, shapes: Mapping[str, Shape]) -> ModuleRows:
+    return ModuleRows(tensor, 0, shapes[tensor][0], 0, shapes[tensor][0])
+
+
+def _biases(weights: Sequence[ModuleRows], shapes: Mapping[str, Shape]) -> tuple[ModuleRows, ...]:
+    """Return the rows of the biases beside the weights that a module consists of; none if one has no bias."""
+    found = tuple(replace(each, tensor=_bias_of(each.tensor)) for each in weights)
+    there = all(shapes.get(bias.tensor) == shapes[w.tensor][:1] for bias, w in zip(found, weights, strict=True))
+    return found if there else ()
+
+
 def _encoder_of(paths: Iterable[str]) -> ModelFamily | None:
     """Return the table of a text encoder that has one of these modules."""
     every = list(paths)
@@ -210,11 +238,11 @@ def _encoder_of(paths: Iterable[str]) -> ModelFamily | None:
 
 
 def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, ModelFamily | None, str, str]]:
-    """Yield (component, its table, path, tensor) for every weight whose module can have an adapter."""
+    """Yield (component, its table, path, tensor) for every tensor that an adapter can change."""
     modules = {
-        name: name.removesuffix(".weight").removesuffix("_weight")
+        name: _path_of(name)
         for name, shape in shapes.items()
-        if name.endswith("weight") and len(shape) > 1 and not name.startswith("first_stage_model.")
+        if shape and name.endswith(("weight", RMS_SCALE)) and not name.startswith("first_stage_model.")
     }
     if any("/" in name for name in modules):
         for folder, component in FOLDERS.items():
@@ -245,7 +273,7 @@ def _other_names(
         names: path in the base's naming -> tensor.
     """
     for path, name in names.items():
-        every = (ModuleRows(name, 0, shapes[name][0], 0, shapes[name][0]),)
+        every = (_all_rows(name, shapes),)
         if table is ENCODERS["clip"] and not names_maker(table, path):
             yield path.removeprefix("text_model."), every
             yield f"text_model.{path.removeprefix('text_model.')}", every
@@ -260,14 +288,15 @@ def _other_names(
     columns: dict[str, int] = {}
     for path, name in names.items():
         located = locate(table, path, blocks)
-        for span in (parts_of(located, shapes[name][1], shapes[name][0]) if located else None) or ():
+        rows, width, *_ = (*shapes[name], 1)
+        for span in (parts_of(located, width, rows) if located else None) or ():
             pieces.setdefault(span.module, []).append(ModuleRows(name, span.start, span.stop, span.skip, span.whole))
-            columns[span.module] = shapes[name][1]
+            columns[span.module] = width
     whole = {m: rows[0].whole for m, rows in pieces.items() if sum(r.stop - r.start for r in rows) == rows[0].whole}
     for other in names_of(table, blocks).values():
         there = [module for module in other.diffusers if module in whole]
-        rows = _rows_in_base(other, columns[there[0]], whole, pieces) if there else ()
-        yield from [(other.path, rows)] if rows else []
+        found = _rows_in_base(other, columns[there[0]], whole, pieces) if there else ()
+        yield from [(other.path, found)] if found else []
 
 
 def _rows_in_base(

@@ -156,7 +156,7 @@ def _resolve_image(
         components = [component] if component else ["unet", "text_encoder"]
         index = flat if adapter.flattened or "." not in path else modules
         where = next((index[each, path] for each in components if (each, path) in index), None)
-        if where and update.rank:
+        if where and not update.cls.whole:
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
         else:
             (absent if component and update.rank else rest).append(module)

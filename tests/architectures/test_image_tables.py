@@ -5,13 +5,13 @@ single-file checkpoints, by published configurations.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratool.architectures.families import FAMILIES, locate
 from loratool.architectures.families.unet import diffusers_to_sgm, sgm_to_diffusers
@@ -101,8 +101,6 @@ def test_a_base_answers_to_both_spellings(unet: tuple[Any, int, int, dict[str, s
     single = image_modules({f"{PREFIX}{own}.weight": shapes[path] for path, own in names.items()})
     folder = image_modules({f"{path}.weight": shape for path, shape in shapes.items()})
     for path, own in names.items():
-        if len(shapes[path]) == 1:
-            continue  # a norm, which has no adapter
         for found, tensor in ((single, f"{PREFIX}{own}.weight"), (folder, f"{path}.weight")):
             for spelling in (path, own):
                 (rows,) = found["unet", spelling]
@@ -125,18 +123,18 @@ def test_the_benchmarks_sd15_is_one() -> None:
 
 
 def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], component: str) -> set[str]:
-    """Check that each of diffusers' weights is made of just the rows of our table; return the names that have some."""
+    """Check that each of diffusers' tensors is made of just the rows of our table; return the names that have some."""
     modules = image_modules({name: tuple(t.shape) for name, t in single.items()})
     checked = set()
     for name, tensor in found.items():
         where = modules.get((component, name.removesuffix(".weight")))
-        if where and name.endswith(".weight"):
+        if where:
             ours = torch.full((len(tensor),), -1.0)
             for rows in where:
                 assert rows.whole == len(tensor)
-                column = single[rows.tensor].flatten(1)[:, 0]
+                column = single[rows.tensor].reshape(len(single[rows.tensor]), -1)[:, 0]
                 ours[rows.skip : rows.skip + rows.stop - rows.start] = column[rows.start : rows.stop]
-            assert torch.equal(ours, tensor.flatten(1)[:, 0].float()), name
+            assert torch.equal(ours, tensor.reshape(len(tensor), -1)[:, 0].float()), name
             checked.add(name)
     return checked
 
@@ -144,10 +142,6 @@ def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], compone
 def numbered(rows: int, width: int, seed: int) -> Tensor:
     """Make a matrix whose rows differ from each other and from those of other seeds, without its memory."""
     return (torch.arange(rows, dtype=torch.float32) + 100_000 * seed).unsqueeze(1).expand(rows, width)
-
-
-def linear_modules(model: nn.Module) -> set[str]:
-    return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
 # Black Forest Labs' names of Flux (flux/model.py): module -> (out, in), of the published sizes
@@ -177,7 +171,14 @@ OUTSIDE = {
 def checkpoint(shapes: Mapping[str, tuple[int, int]], extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights and biases of these modules, and other tensors."""
     weights = {f"{name}.weight": numbered(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    return weights | {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()} | dict(extra)
+    biases = {
+        name.replace(".weight", ".bias"): w[:, 0] + 100_000 * len(weights) for name, w in weights.items()
+    }  # those of other rows than any weight's
+    return weights | biases | dict(extra)
+
+
+def vectors(names: Iterable[str], size: int) -> dict[str, Tensor]:
+    return {name: numbered(size, 1, seed=100 + i)[:, 0] for i, name in enumerate(names)}
 
 
 def test_flux() -> None:
@@ -185,12 +186,12 @@ def test_flux() -> None:
     shapes |= {f"single_blocks.0.{name}": shape for name, shape in SINGLE.items()} | OUTSIDE
     norms = [f"double_blocks.0.{side}_attn.norm.{x}_norm.scale" for side in ("img", "txt") for x in ("query", "key")]
     norms += [f"single_blocks.0.norm.{x}_norm.scale" for x in ("query", "key")]
-    single = checkpoint(shapes, {name: torch.zeros(128) for name in norms})
+    single = checkpoint(shapes, vectors(norms, 128))
     found = single_file.convert_flux_transformer_checkpoint_to_diffusers(dict(single))
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in model.state_dict().items()}
-    assert same_rows(found, single, "unet") == linear_modules(model)
+    assert same_rows(found, single, "unet") == found.keys()
 
 
 def test_sd3() -> None:
@@ -222,7 +223,7 @@ def test_sd3() -> None:
     own = {"x_embedder.proj.weight": torch.zeros(width, 16, 2, 2), "x_embedder.proj.bias": torch.zeros(width)}
     norms = [f"joint_blocks.{i}.{side}.attn.ln_{x}.weight" for i in (0, 1) for side in ("x_block", "context_block")
              for x in "qk"] + [f"joint_blocks.0.x_block.attn2.ln_{x}.weight" for x in "qk"]  # fmt: skip
-    extra = {**own, **{name: torch.zeros(64) for name in norms}, "pos_embed": torch.zeros(1, 4, width)}
+    extra = {**own, **vectors(norms, 64), "pos_embed": torch.zeros(1, 4, width)}
     single = checkpoint(shapes, extra)
     found = single_file.convert_sd3_transformer_checkpoint_to_diffusers(dict(single))
     with torch.device("meta"):
@@ -231,7 +232,7 @@ def test_sd3() -> None:
             joint_attention_dim=4096, pos_embed_max_size=2, qk_norm="rms_norm", dual_attention_layers=(0,),
         )  # fmt: skip
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in model.state_dict().items()}
-    assert same_rows(found, single, "unet") == linear_modules(model)
+    assert same_rows(found, single, "unet") == found.keys() - {"pos_embed.pos_embed"}  # a parameter alone
 
 
 @pytest.mark.parametrize(
@@ -243,9 +244,10 @@ def test_openclip(prefix: str, component: str) -> None:
     shapes = {"attn.out_proj": (width, width), "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
     single = checkpoint({f"{prefix}{layer}.{name}": shape for name, shape in shapes.items()}, {})
     single[f"{prefix}{layer}.attn.in_proj_weight"] = numbered(3 * width, width, 9)
+    single[f"{prefix}{layer}.attn.in_proj_bias"] = numbered(3 * width, 1, 10)[:, 0]
+    norms = [f"{layer}.ln_1", f"{layer}.ln_2", "ln_final"]
+    single |= vectors([f"{prefix}{name}.{x}" for name in norms for x in ("weight", "bias")], width)
     single[f"{prefix}text_projection"] = torch.zeros(width, width)
     found = single_file.convert_open_clip_checkpoint(None, dict(single), prefix)
-    names = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
-    expected = {f"text_model.encoder.layers.0.{name}.weight" for name in names}
     image = {**single, f"{PREFIX}input_blocks.0.0.weight": torch.zeros(1, 1)}  # without which it is no image model
-    assert same_rows(found, image, component) == expected
+    assert same_rows(found, image, component) == found.keys() - {"text_projection.weight"}  # it is transposed

@@ -17,10 +17,14 @@ FAMILY = ModelFamily(
                 "attn.out_proj": "self_attn.out_proj",
                 "mlp.c_fc": "mlp.fc1",
                 "mlp.c_proj": "mlp.fc2",
+                "ln_1": "layer_norm1",
+                "ln_2": "layer_norm2",
             },
             stems=("encoder.layers.{i}",),  # transformers 5 has no `text_model`
         ),
     ),
+    outside={"ln_final": "text_model.final_layer_norm"},
+    outside_aliases={"final_layer_norm": "text_model.final_layer_norm"},  # as `encoder.layers`
     alike=("text_projection",),
     marks=("text_model.encoder.layers.", "embeddings.token_embedding."),
 )

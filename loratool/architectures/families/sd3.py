@@ -28,6 +28,12 @@ FAMILY = ModelFamily(
                 "context_block.mlp.fc2": "ff_context.net.2",
                 "x_block.adaLN_modulation.1": "norm1.linear",
                 "context_block.adaLN_modulation.1": "norm1_context.linear",
+                "x_block.attn.ln_q": "attn.norm_q",
+                "x_block.attn.ln_k": "attn.norm_k",
+                "x_block.attn2.ln_q": "attn2.norm_q",
+                "x_block.attn2.ln_k": "attn2.norm_k",
+                "context_block.attn.ln_q": "attn.norm_added_q",
+                "context_block.attn.ln_k": "attn.norm_added_k",
             },
             # The last block's has only a shift and a scale.
             by_ratio={"context_block.adaLN_modulation.1": (2, swapped("norm1_context.linear"))},

@@ -21,8 +21,11 @@ FAMILY = ModelFamily(
                 "layer.1.DenseReluDense.wi_0",
                 "layer.1.DenseReluDense.wi_1",
                 "layer.1.DenseReluDense.wo",
+                "layer.0.layer_norm",
+                "layer.1.layer_norm",
             ),
         ),
     ),
+    alike=("encoder.final_layer_norm",),
     marks=("encoder.block.",),
 )

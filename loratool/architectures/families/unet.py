@@ -36,8 +36,9 @@ SGM_OUTSIDE = {
 KERNELS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
 
 
-# diffusers' names of a block's attentions and of a layer in them
+# diffusers' names of a block's attentions and of a layer in them, and of the block's norms
 ATTENTION = tuple(f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0"))
+NORMS = ("norm1", "norm2", "norm3")
 
 
 LEVELS, DEPTH = 4, 10  # the most that a UNet has of them
@@ -119,12 +120,12 @@ def _paths() -> Iterator[str]:
     stems = [(f"{side}.{i}", layers, layers) for side, layers, _ in sides for i in range(LEVELS)]
     for stem, resnets, attentions in (*stems, ("mid_block", 2, 1)):
         for j in range(resnets):
-            yield from (f"{stem}.resnets.{j}.{name}" for name in RESNET.values() if "norm" not in name)
+            yield from (f"{stem}.resnets.{j}.{name}" for name in RESNET.values())
         for j in range(attentions):
             attention = f"{stem}.attentions.{j}"
-            yield from (f"{attention}.{name}" for name in ("proj_in", "proj_out"))
+            yield from (f"{attention}.{name}" for name in ("norm", "proj_in", "proj_out"))
             for t in range(DEPTH):
                 block = f"{attention}.transformer_blocks.{t}"
-                yield from (f"{block}.{name}" for name in (*ATTENTION, "ff.net.0.proj", "ff.net.2"))
+                yield from (f"{block}.{name}" for name in (*ATTENTION, *NORMS, "ff.net.0.proj", "ff.net.2"))
     yield from (f"{side}.{i}.{name}.0.conv" for side, _, name in sides for i in range(LEVELS))
-    yield from (name for name in SGM_OUTSIDE.values() if "norm" not in name)
+    yield from SGM_OUTSIDE.values()
