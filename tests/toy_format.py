@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
-from loratool.adapters.adapter import Adapter, UpdateSpec, pair_factors
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.content import AdapterContent
 from loratool.adapters.formats.format import Capabilities, Format, ReadOptions
 from loratool.adapters.formats.peft_config import parse_config
 from loratool.adapters.formats.single_file import write_single_file
+from loratool.adapters.updates.headers import spec_from_roles
+from loratool.adapters.updates.update import UpdateSpec
 from loratool.files.dtypes import TensorSpec
 from loratool.files.fileio import partial_folder, write_file
 from loratool.files.virtual import VirtualFile
@@ -53,7 +55,7 @@ class Toy(Format):
             module, _, end = tensor.rpartition(".")
             found.setdefault(module, {})[ROLES[end]] = tensor
         seen = VirtualFile(file, turned(file), lambda key: file.tensor(key).T.contiguous(), {})
-        updates = {m: pair_factors(m, r, seen, config, lenient=options.lenient) for m, r in found.items()}
+        updates = {m: spec_from_roles(m, r, seen, config, lenient=options.lenient) for m, r in found.items()}
         return Adapter(name, self.key, seen, config, updates)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:

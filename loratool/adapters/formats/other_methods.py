@@ -18,14 +18,14 @@ from typing import Any
 
 from ...architectures.numbered_names import split_numbers
 from ...errors import InputError
-from ..updates import PEFT_METHODS
+from ..updates import peft_methods
 from .extras import find_extras
 
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
 
 # the `peft_type`s that are read
-READ = ("LORA", *PEFT_METHODS)
+READ = ("LORA", *peft_methods())
 
 
 # outcome -> its words in a report

@@ -28,7 +28,7 @@ from ...files.virtual import VirtualFile
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..updates import PEFT_METHODS
+from ..updates import peft_methods
 from ..updates.headers import spec_from_roles
 from ..updates.update import Unpaired, UpdateSpec
 from .content import AdapterContent
@@ -66,7 +66,7 @@ _ENDS = tuple(
         (rf"lora_magnitude_vector{_NAME}(?:\.weight)?", "magnitude"),
         (rf"token_adapter\.trainable_tokens_delta{_NAME}", "tokens"),
         (r"(?:token_adapter\.)?base_layer\.weight", "base"),
-        *((rf"{re.escape(end)}{_NAME}", role) for each in PEFT_METHODS.values() for end, role in each.ends.items()),
+        *((rf"{re.escape(end)}{_NAME}", role) for each in peft_methods().values() for end, role in each.ends.items()),
         (r"base_layer\.bias", "replaced_bias"),
     )
 )
@@ -79,10 +79,10 @@ _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
 
 
 # Names that other methods of PEFT's than LoRA have, and only they
-MARKS = tuple(f".{end}" for each in PEFT_METHODS.values() for end in each.ends if end not in ("lora_A", "lora_B"))
-OTHER_ROLES = {role for each in PEFT_METHODS.values() for role in each.ends.values()} - {"A", "B"}
+MARKS = tuple(f".{end}" for each in peft_methods().values() for end in each.ends if end not in ("lora_A", "lora_B"))
+OTHER_ROLES = {role for each in peft_methods().values() for role in each.ends.values()} - {"A", "B"}
 # names, at the end of a key, of tensors that all modules share
-SHARED = {name for each in PEFT_METHODS.values() for name in each.shared}
+SHARED = {name for each in peft_methods().values() for name in each.shared}
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.

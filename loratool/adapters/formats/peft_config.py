@@ -20,7 +20,7 @@ from ...files.checkpoint import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module
 from ..patterns import endings
-from ..updates import PEFT_METHODS
+from ..updates import peft_methods
 from ..updates.update import UpdateSpec
 from .content import NewModule
 from .other_methods import READ, method_of_peft_type, peft_type
@@ -97,7 +97,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     for field, reason in REFUSED_FIELDS.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)
-    own = PEFT_METHODS.get(kind)
+    own = peft_methods().get(kind)
     named = own.alpha if own else "lora_alpha"
     stored = _number(name, fields, named, (int, float)) if named else None
     if alpha is not None and stored is not None and alpha != stored:

@@ -38,5 +38,6 @@ UPDATES: dict[str, type[Update]] = {
 }
 
 
-# `peft_type` -> how PEFT saves it
-PEFT_METHODS: dict[str, PeftMethod] = {cls.peft.type: cls.peft for cls in UPDATES.values() if cls.peft}
+def peft_methods() -> dict[str, PeftMethod]:
+    """Return `peft_type` -> how PEFT saves adapters of that kind."""
+    return {cls.peft.type: cls.peft for cls in UPDATES.values() if cls.peft}

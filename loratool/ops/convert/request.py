@@ -113,7 +113,8 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     ]
     if lost:
         what = "plain LoRA" if request.plain and "dora" in can.kinds else f"{request.to}'s files"
-        raise cannot_convert(source.name, f"are more than {what} can hold", lost)
+        kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
+        raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):
         raise InputError("nothing is left to convert", culprit=source.name)
     return kept, tuple(module for module in source.updates if module not in kept)
