@@ -245,7 +245,7 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
     for adapter in adapters if "extras" not in drop else ():
         if adapter.extras:
             raise NeedsFlag(
-                f"holds embeddings beside its modules, which no weight could hold: {shortened(adapter.extras)}",
+                f"holds embeddings beside its modules, which no weight could hold: {_shortened(adapter.extras)}",
                 culprit=adapter.name,
                 remedy="add --drop extras to leave them out",
             )
@@ -273,7 +273,7 @@ def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
     return replace(adapter, updates=kept, extras=(), left_out=(*lost, *adapter.extras))
 
 
-def shortened(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     """List the first of many names."""
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if names[NAMES_SHOWN:] else "")
 

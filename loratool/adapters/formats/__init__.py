@@ -77,7 +77,7 @@ def is_adapter(names: Iterable[str]) -> bool:
 
 def _without_extras(names: Iterable[str]) -> list[str]:
     names = list(names)
-    extras = find_extras(names)
+    extras = {*find_extras(names)}
     return [name for name in names if name not in extras]
 
 

@@ -209,7 +209,7 @@ def is_biases(names: Iterable[str]) -> bool:
 
 def is_embeddings(names: Iterable[str]) -> bool:
     names = list(names)
-    return bool(names) and len(find_extras(names)) == len(names)
+    return bool(names) and all(find_extras([name]) for name in names)
 
 
 def describe_bottlenecks(names: Iterable[str]) -> str | None:
