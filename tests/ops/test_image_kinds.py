@@ -71,7 +71,11 @@ def kinds_of(layer: Layer, kind: str | int) -> Make:
     if len(layer.shape) == 1:
         return files.norm if layer.bias else lambda n, *shape: {"w_norm": n(*shape, size=0.05)}
     every = CONV if len(layer.shape) > 2 else LINEAR
-    name = kind if isinstance(kind, str) and kind in every else [*every][(0 if isinstance(kind, str) else kind) % len(every)]
+    name = (
+        kind
+        if isinstance(kind, str) and kind in every
+        else [*every][(0 if isinstance(kind, str) else kind) % len(every)]
+    )
     if name == "full" and not layer.bias:
         return files.diff_alone
     return every[name]
@@ -136,7 +140,9 @@ def read(path: Path, family: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("naming", ["maker", "diffusers"])
-@pytest.mark.parametrize(("family", "container"), [("flux", "kohya"), ("sd3", "dotted"), ("sdxl", "kohya"), ("sd1", "dotted")])
+@pytest.mark.parametrize(
+    ("family", "container"), [("flux", "kohya"), ("sd3", "dotted"), ("sdxl", "kohya"), ("sd1", "dotted")]
+)
 def test_each_module_of_another_kind(family: str, naming: str, container: str, tmp_path: Path) -> None:
     check(tmp_path, family, 1, naming, container)
 
@@ -163,7 +169,9 @@ class TestDoRAAlongInputs:
 
     def adapter(self, folder: Path, module: str, *shape: int) -> Path:
         roles = files.dora(files.loha, inputs=True)(Numbers(FP32), *shape)
-        save_file({f"lora_unet_{module.replace('.', '_')}.{role}": x for role, x in roles.items()}, folder / "a.safetensors")
+        save_file(
+            {f"lora_unet_{module.replace('.', '_')}.{role}": x for role, x in roles.items()}, folder / "a.safetensors"
+        )
         return folder / "a.safetensors"
 
     def bases(self) -> dict[str, Base]:
