@@ -26,7 +26,7 @@ from .format import Format, ReadOptions
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .peft_config import base_mutating_init, base_mutating_init_of, lora_config, parse_config
-from .suffixes import FACTORS, PEFTS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
+from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
 
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
@@ -45,7 +45,7 @@ PROCESSORS = (
     (re.compile(r"(single_blocks\.\d+)\.processor\.qkv(?:_lora)?$"), r"\1.linear1_qkv"),
     (re.compile(r"(single_blocks\.\d+)\.processor\.proj(?:_lora)?$"), r"\1.linear2"),
     (re.compile(r"\.processor\.to_out$"), ".to_out.0"),
-    (re.compile(r"\.processor\.(to_[qkv])$"), r".\1"),
+    (re.compile(r"\.processor\.(to_[qkv]|add_[qkv]_proj|to_add_out)$"), r".\1"),
     (re.compile(r"(text_encoder.*\.self_attn)\.to_([qkv])$"), r"\1.\2_proj"),
     (re.compile(r"(text_encoder.*\.self_attn)\.to_out$"), r"\1.out_proj"),
 )
@@ -119,8 +119,13 @@ def has_dotted_factors(names: Iterable[str]) -> bool:
 
 
 def _are_bare(names: Sequence[str]) -> bool:
-    """Return whether all names are plain paths with suffixes that PEFT's names do not have, a factor's among them."""
-    if any(name.startswith(PEFT_PREFIX) or name.endswith(PEFTS) for name in names):
+    """Return whether all names are paths with suffixes that PEFT's names do not have, a factor's among them.
+
+    With PEFT's prefix, a suffix must be one that PEFT never writes.
+    """
+    if any(name.endswith(PEFTS) for name in names):
+        return False
+    if any(name.startswith(PEFT_PREFIX) for name in names) and not any(name.endswith(NOT_PEFTS) for name in names):
         return False
     return any(name.endswith(FACTORS) for name in names) and all(split_suffix(name)[1] for name in names)
 
@@ -154,7 +159,8 @@ def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _module_of(module: str) -> str:
-    """Return a module's path, for that of an old processor today's."""
+    """Return a module's path without PEFT's prefix, for that of an old processor today's."""
+    module = module.removeprefix(PEFT_PREFIX)
     for pattern, meaning in PROCESSORS:
         module, count = pattern.subn(meaning, module)
         if count:

@@ -52,6 +52,8 @@ PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
 FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "weight"))
 # those that PEFT's names have too
 PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
+# those that none of PEFT's names has; LoHa's and LoKr's are alike
+NOT_PEFTS = tuple(end for end in SUFFIXES if end not in PEFTS and not end.startswith((".hada_", ".lokr_", ".weight")))
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
