@@ -188,7 +188,7 @@ def held() -> str:
     for key, each in FORMATS.items():
         can = each.can
         of = "an image model, all components" if can.components == "many" else "one model, or one component"
-        kinds = ", ".join(kind for kind in UPDATES if kind in can.kinds)
+        kinds = ", ".join(kind for kind, cls in UPDATES.items() if cls in can.kinds)
         written = ("a folder or a file" if can.folder else "a file") if can.writes else "no"
         said = "said" if can.starts else "not said"
         lines.append(f"| `{key}` | {of} | {kinds} | {ALPHAS[can.alpha]} | {said} | {written} |")

@@ -17,6 +17,7 @@ from loratool.adapters.formats.format import Capabilities, Format, ReadOptions
 from loratool.adapters.formats.peft_config import parse_config
 from loratool.adapters.formats.single_file import write_single_file
 from loratool.adapters.updates.headers import spec_from_roles
+from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
 from loratool.files.dtypes import TensorSpec
 from loratool.files.fileio import partial_folder, write_file
@@ -40,7 +41,7 @@ class Toy(Format):
     key = "toy"
     title = "toy: a folder of toy_a and toy_b"
     can = Capabilities(
-        kinds=frozenset({"lora"}), writes=True, components="one", alpha="config", folder=True, kernels=False
+        kinds=frozenset({LowRank}), writes=True, components="one", alpha="config", folder=True, kernels=False
     )
     ends: ClassVar[Mapping[str, str]] = {role: end for end, role in ROLES.items()}
 

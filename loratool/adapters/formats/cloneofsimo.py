@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import final
 
+from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from ...architectures.families.unet import ATTENTION, attention_stems
 from ...errors import InputError, UsageError
@@ -49,7 +50,7 @@ class Cloneofsimo(Format):
 
     key = "cloneofsimo"
     title = "cloneofsimo: numbered modules"
-    can = Capabilities(kinds=frozenset({"lora"}), writes=False, components="many", alpha="none")
+    can = Capabilities(kinds=frozenset({LowRank}), writes=False, components="many", alpha="none")
 
     def claims(self, names: Iterable[str]) -> bool:
         return any(KEY.fullmatch(name) for name in names)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
@@ -25,7 +27,7 @@ class Comfy(DottedFormat):
     key = "comfy"
     title = "ComfyUI: the model's own names with lora_down, lora_up and alpha"
     can = Capabilities(
-        kinds=frozenset({"lora", "dora"}), writes=True, components="many", alpha="tensor", input_norms=True
+        kinds=frozenset({LowRank, DoRA}), writes=True, components="many", alpha="tensor", input_norms=True
     )
     ends = ALPHA_ENDS
 

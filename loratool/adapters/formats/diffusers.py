@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors, metadata_of, split_component
@@ -23,7 +25,7 @@ class Diffusers(DottedFormat):
     key = "diffusers"
     title = "diffusers: lora_A and lora_B by component, alphas in the metadata"
     can = Capabilities(
-        kinds=frozenset({"lora", "dora"}),
+        kinds=frozenset({LowRank, DoRA}),
         writes=True,
         components="many",
         alpha="metadata",

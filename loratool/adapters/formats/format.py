@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
+from ...adapters.updates.update import Update
 from ...errors import UsageError
 from ...files.output import CONTAINERS, check_output_name
 from ...files.weights_file import WeightsFile
@@ -33,7 +34,7 @@ BASES = ("model", "single file", "pipeline")
 class Capabilities:
     """List what files of a format hold."""
 
-    kinds: frozenset[str]  # keys of UPDATES
+    kinds: frozenset[type[Update]]
     writes: bool  # whether loratool writes them
     components: Literal["one", "many"]  # models that a file is for: any one, or the parts of an image model
     # where a module's alpha stands: in a tensor, in a config, in the metadata by component, or nowhere

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
+from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
 from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
@@ -34,7 +36,7 @@ class Kohya(Format):
     key = "kohya"
     title = "kohya: flattened names with lora_down, lora_up and alpha"
     can = Capabilities(
-        kinds=frozenset({"lora", "dora"}),
+        kinds=frozenset({LowRank, DoRA}),
         writes=True,
         components="many",
         alpha="tensor",

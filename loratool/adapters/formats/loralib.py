@@ -36,7 +36,7 @@ class Loralib(Format):
     key = "loralib"
     title = "loralib: a file of lora_A and lora_B of one component, without alpha"
     can = Capabilities(
-        kinds=frozenset({"lora", "replace"}),
+        kinds=frozenset({LowRank, ReplaceTensor}),
         writes=True,
         components="one",
         alpha="none",

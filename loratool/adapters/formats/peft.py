@@ -96,7 +96,7 @@ class Peft(Format):
     key = "peft"
     title = "PEFT: a folder or a file of one component, in diffusers' names"
     can = Capabilities(
-        kinds=frozenset({"lora", "experts", "dora", "add", "replace", "rows"}),
+        kinds=frozenset({LowRank, Experts, DoRA, AddDelta, ReplaceTensor, ReplaceRows}),
         writes=True,
         components="one",
         alpha="config",

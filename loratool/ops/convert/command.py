@@ -359,7 +359,7 @@ def _without_dora(
     """Return the adapter, without DoRA if the output cannot hold it, and the errors of `dora_to_lora` by module."""
     selection = Selection(request.exclude or ("",))
     dora = [m for m, update in source.updates.items() if update.cls is DoRA and not selection.selects(m)]
-    if not request.plain and ("dora" in FORMATS[request.to].can.kinds or not dora):
+    if not request.plain and (DoRA in FORMATS[request.to].can.kinds or not dora):
         return source, {}
     if request.base is None and dora:
         message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"

@@ -105,14 +105,14 @@ def select_updates(source: Adapter, request: ConvertRequest) -> tuple[dict[str, 
     selection = Selection(request.exclude or ("",))
     kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
     can = FORMATS[request.to].can
-    holds = can.kinds - {"dora"} if request.plain else can.kinds
+    holds = can.kinds - {DoRA} if request.plain else can.kinds
     lost = [
         module
         for module, update in kept.items()
-        if update.kind not in holds or (not can.kernels and len(update.shape) > 2)
+        if update.cls not in holds or (not can.kernels and len(update.shape) > 2)
     ]
     if lost:
-        what = "plain LoRA" if request.plain and "dora" in can.kinds else f"{request.to}'s files"
+        what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost)
     if not any(update.rank for update in kept.values()):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
+from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...architectures.renames import expert_part
 from ...binding.candidates import refuse_split_experts
@@ -190,7 +191,9 @@ def extract(
         requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if whole_model else None
-        found = sort_deltas(sides[0], pairs, selection, embed, bias and "replace" in output_format.can.kinds, in_model)
+        found = sort_deltas(
+            sides[0], pairs, selection, embed, bias and ReplaceTensor in output_format.can.kinds, in_model
+        )
         found.alphas = output_format.can.alpha == "tensor"
         if in_model:
             factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))

@@ -21,6 +21,7 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import WEIGHTS_NAMES, Peft
 from ...adapters.formats.peft_config import CONFIG_NAME
+from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX, module_path
 from ...architectures.renames import expert_part
 from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
@@ -180,7 +181,7 @@ def init(
         checkpoint = open_model(base, "init starts one for a model", opened)
         output_format = choose_format(checkpoint, to)
         _check_method(method, residual, dtype, output_format)
-        if dora and "dora" not in output_format.can.kinds:
+        if dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
         path, is_file = output_format.output(out, "adapter")
         has_config = output_format.can.alpha == "config"
