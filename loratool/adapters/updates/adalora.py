@@ -33,6 +33,7 @@ class AdaLoRA(Update):
 
     kind = "adalora"
     roles = ("A", "E", "B")
+    flattened = True
     peft = PeftMethod("ADALORA", {"lora_A": "A", "lora_E": "E", "lora_B": "B"}, "lora_alpha", prunes=True)
 
     @classmethod

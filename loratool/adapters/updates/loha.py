@@ -7,7 +7,6 @@ outputs then are the columns of w_a.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -65,10 +64,6 @@ class LoHa(Update):
     @classmethod
     def sums(cls, spec: UpdateSpec) -> bool:
         return "hada_t1" in spec.specs
-
-    @classmethod
-    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
-        return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
 
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:

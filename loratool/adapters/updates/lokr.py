@@ -70,10 +70,6 @@ class LoKr(Update):
         return "lokr_t2" in spec.specs
 
     @classmethod
-    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
-        return super().fits(spec, shape) or spec.shape == (*shape[:1], math.prod(shape[1:]))
-
-    @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         first = next(iter(roles.values()))
         for side in (1, 2):

@@ -152,8 +152,8 @@ class Update(ABC):
 
         A convolution with a kernel of 1 counts as a linear layer, as which its update may be written.
         """
-        own = spec.shape[1:] if cls.stack else spec.shape
-        return without_ones(own) == without_ones(shape)
+        own = without_ones(spec.shape[1:] if cls.stack else spec.shape)
+        return own == without_ones(shape) or (cls.flattened and own == (*shape[:1], math.prod(shape[1:])))
 
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
