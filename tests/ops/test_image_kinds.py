@@ -7,9 +7,8 @@ cut and joined by hand (`image_layouts.py`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lycoris_files as files
 import pytest
