@@ -177,10 +177,10 @@ def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
         for target in _targets(adapter)
         for part in target.parts
     }
-    family, ends = detect_family(_all_sources(adapter)), {False: "", True: ".bias"}
-    for value in read_value_modules(adapter) if family else ():
-        for path in rows_by_module(value, family) or ():
-            key = value.source.component, path.removeprefix("text_model.") + ends[value.is_bias]
+    family = detect_family(_all_sources(adapter))
+    for value in read_value_modules(adapter):
+        for path in (rows_by_module(value, family) if family else None) or ():
+            key = value.source.component, path.removeprefix("text_model.") + value.end
             found.setdefault(key, value.source.module)
     return found
 
@@ -263,7 +263,7 @@ def by_meaning(
                 for target in plan_target_modules(kept, family, False)
             }
         named = {
-            _name(value.source.component, path, family) + (".bias" if value.is_bias else ""): (value, spans)
+            _name(value.source.component, path, family) + value.end: (value, spans)
             for value, rows in values.values()
             for path, spans in (rows or {}).items()
         }

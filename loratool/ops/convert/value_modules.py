@@ -26,7 +26,7 @@ class ValueModule:
     """An update that is no factors, of a module's weight or bias."""
 
     source: SourceModule  # with the path of the module
-    is_bias: bool
+    end: str  # `.bias` after that path, or nothing
     columns: int  # of the module's matrix; 0 if the adapter does not tell them
 
 
@@ -42,7 +42,11 @@ def read_value_modules(adapter: Adapter) -> list[ValueModule]:
             component = component or ("text_encoder" if dotted.startswith("text_model.") else "unet")
             matrix = adapter.updates.get(module[: len(module) - len(path) + len(owner)], update)
             columns = matrix.cls.flat(matrix)[1] if len(matrix.shape) > 1 else None
-            found.append(ValueModule(SourceModule(module, update, component, dotted), owner != path, columns or 0))
+            found.append(
+                ValueModule(
+                    SourceModule(module, update, component, dotted), ".bias" if owner != path else "", columns or 0
+                )
+            )
     return found
 
 
@@ -53,7 +57,7 @@ def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | N
     """
     source = value.source
     tables = [FAMILIES[family]] if source.component == "unet" else [*ENCODERS.values()]
-    located = next((found for table in tables if (found := locate(table, source.path))), None)
+    located = next((each for table in tables if (each := locate(table, source.path))), None)
     if located is None:
         return None
     rows, _ = source.update.cls.flat(source.update)
