@@ -148,6 +148,7 @@ def _resolve_image(
     if not modules:
         return {}, list(adapter.updates), []
     flat = {(component, path.replace(".", "_")): where for (component, path), where in modules.items()}
+    paths = {path for _, path in (*modules, *flat)}
     matches: dict[str, tuple[Match, ...]] = {}
     rest: list[str] = []
     absent: list[str] = []
@@ -159,7 +160,7 @@ def _resolve_image(
         if where and not update.cls.whole:
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
         else:
-            (absent if component and update.rank else rest).append(module)
+            (absent if component and (update.rank or path in paths) else rest).append(module)
     return matches, rest, absent
 
 

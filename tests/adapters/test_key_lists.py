@@ -94,6 +94,25 @@ def test_all_of_it_merges(name: str, tmp_path: Path) -> None:
     assert not report.left_out and len({row.name for row in report.tensors}) in (304, 376, 191)
 
 
+def test_the_lokr_list_merges(tmp_path: Path) -> None:
+    """Its names of Flux; its shapes are of no Flux, so that they are those of this one here."""
+    names, d = json.loads((FOLDER / "flux_lokr_bfl_format.json").read_text()), WIDTH
+    base = flux(tmp_path / "base.safetensors")
+    shapes = {name: tensor.shape for name, tensor in load_file(base).items()}
+    made = {}
+    for i, name in enumerate(names):
+        module, _, role = name.rpartition(".")
+        rows, columns = shapes[f"model.{module}.weight"]
+        sizes = {"lokr_w1": (4, 4), "lokr_w2": (rows // 4, columns // 4), "alpha": ()}
+        made[name] = weights(*sizes[role], seed=i) if sizes[role] else torch.tensor(1.0)
+    save_file(made, tmp_path / "a.safetensors")
+    report = loratool.merge(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors", undo=False)
+    assert {row.name for row in report.tensors} == {f"model.{name.rpartition('.')[0]}.weight" for name in names}
+    merged, name = load_file(tmp_path / "out.safetensors"), "diffusion_model.double_blocks.0.img_attn.qkv"
+    W, D = load_file(base)[f"model.{name}.weight"], torch.kron(made[f"{name}.lokr_w1"], made[f"{name}.lokr_w2"])
+    assert W.shape == (3 * d, d) and torch.allclose(merged[f"model.{name}.weight"], W + D)
+
+
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy", "peft"])
 def test_cloneofsimos_file(to: str, tmp_path: Path) -> None:
     """A real file of an SD 1.5: all of it, its very factors, under each format's names."""

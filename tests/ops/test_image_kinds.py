@@ -31,7 +31,7 @@ from lycoris_files import Base, Numbers, Roles
 from safetensors.torch import save_file
 
 import loratool
-from loratool.errors import InputError
+from loratool.errors import InputError, NeedsFlag
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Make = Callable[..., Roles]
@@ -192,3 +192,21 @@ class TestDoRAAlongInputs:
         assert refused.value.remedy and "single files" in refused.value.remedy
         single = write_single(tmp_path / "base.safetensors", "flux", self.bases())
         loratool.merge(single, adapter, tmp_path / "out.safetensors")
+
+
+def test_a_norm_of_another_component_is_listed(tmp_path: Path) -> None:
+    """The base is the first text encoder alone, which has that path."""
+    layer = "text_model.encoder.layers.0"
+    tensors = {f"{layer}.{name}": torch.ones(8) for name in ("layer_norm1.weight", "mlp.fc2.bias")}
+    save_file({**tensors, f"{layer}.mlp.fc2.weight": torch.ones(8, 8)}, tmp_path / "base.safetensors")
+    stem = layer.replace(".", "_")
+    values = {f"lora_te1_{stem}_mlp_fc2.diff_b": torch.ones(8), f"lora_te2_{stem}_layer_norm1.w_norm": torch.ones(8)}
+    save_file(values, tmp_path / "a.safetensors")
+    base, adapter, out = (tmp_path / f"{name}.safetensors" for name in ("base", "a", "out"))
+    with pytest.raises(NeedsFlag, match="1 of 2 modules are not in the base") as flagged:
+        loratool.merge(base, adapter, out)
+    assert flagged.value.remedy == "to leave them out: --exclude 'lora_te2_*'"
+    loratool.merge(base, adapter, out, exclude=["lora_te2_*"])
+    merged = load_model(out)
+    assert torch.equal(merged[f"{layer}.mlp.fc2.bias"], torch.full((8,), 2.0))
+    assert torch.equal(merged[f"{layer}.layer_norm1.weight"], torch.ones(8))

@@ -1,6 +1,6 @@
 """Find the weights of an image model that a new adapter of `extract` or `init` can have factors for.
 
-No image adapter can change the VAE, norms, biases and embeddings. `image` plans what is written.
+The VAE, norms, biases and embeddings get none. `image` plans what is written.
 """
 
 from __future__ import annotations
