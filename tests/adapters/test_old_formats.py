@@ -154,7 +154,7 @@ class TestCloneofsimo:
             (144, ["Attention", "ResnetBlock2D"], {}, "does not say unet"),
             (144, None, {}, "does not say unet"),
             (144, [["Attention"]], {}, "does not say unet"),
-            (144, ["Attention", "GEGLU"], {"<s1>": weights(768)}, "<s1>: is no factor"),
+            (144, ["Attention", "GEGLU"], {"s1": weights(768)}, "s1: is no factor"),
         ],
     )
     def test_what_cannot_be_told_is_refused(
@@ -162,6 +162,10 @@ class TestCloneofsimo:
     ) -> None:
         with pytest.raises(InputError, match=message):
             open_adapter(self.write(tmp_path / "a.safetensors", count, classes, **extra))
+
+    def test_learned_tokens_are_extras(self, tmp_path: Path) -> None:
+        adapter = open_adapter(self.write(tmp_path / "a.safetensors", **{"<s1>": weights(768)}))
+        assert adapter.extras == ("<s1>",) and len(adapter.updates) == 144
 
     def test_it_has_no_alpha(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="up @ down"):

@@ -148,7 +148,7 @@ MISTAKES = {
         no such command: 'mrege'; did you mean merge?
 
         loratool merge base adapter --dtpye fp32 -> 2
-        No such option '--dtpye'. (Did you mean one of: '--dtype', '--tied'?)
+        No such option '--dtpye'. (Did you mean one of: '--drop', '--dtype', '--tied'?)
 
         loratool inspect notes -> 3
         notes: holds no weights: no *.safetensors file and none of torch

@@ -7,14 +7,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import lycoris_files
 import pytest
 import torch
+from image_layouts import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
 from loratool.architectures.families import FAMILIES, Located, names_of, parts_of
-from loratool.errors import InputError
+from loratool.errors import InputError, NeedsFlag
 
 RANK = 3
 FORMATS = ("kohya", "diffusers", "comfy", "peft")
@@ -70,6 +72,77 @@ def test_one_adapter_in_two_formats_is_one_change(key: str, count: int, tmp_path
         loratool.combine([(files[one], 0.75), (files[two], 0.25)], out)
         again = loratool.diff(files["start"], out)
         assert again.relative < 1e-6 and not again.only_a and not again.only_b, (one, two)
+
+
+CONVENTIONS = [
+    (prefix, naming)
+    for naming in ("maker", "diffusers")
+    for prefix in ("lora_unet_", "diffusion_model.", "transformer.", "lycoris_", "")
+]
+# kind -> what makes the tensors of a layer
+VALUES = {
+    "full": lycoris_files.full,
+    "ia3 in": lycoris_files.ia3_in,
+    "ia3 out": lycoris_files.ia3_out,
+    "norm": lycoris_files.norm,
+    "loha and bias": lambda n, *shape: {**lycoris_files.loha(n, *shape), "diff_b": n(shape[0])},
+}
+ROWS = ("diff", "diff_b", "w_norm", "b_norm", "weight")  # roles whose rows are the layer's
+
+
+def values_of(path: Path, family: str, kind: str, prefix: str, naming: str) -> Path:
+    """Write values of all layers that can have them; factors that are not LoRA's only where no row is moved."""
+    tensors = {}
+    for i, layer in enumerate(MODELS[family][0]):
+        whole = len(layer.diffusers) == 1 and not layer.swapped
+        # nothing but its columns tells whether the halves of this one are swapped
+        fits = (len(layer.shape) == 1) == (kind == "norm") and (
+            kind != "ia3 out" or "context_block.ada" not in layer.maker
+        )
+        if layer.component != "unet" or not layer.bias or not fits or (kind == "loha and bias" and not whole):
+            continue
+        roles = VALUES[kind](lycoris_files.Numbers(torch.float32, i), *layer.shape)
+        for module, rows in [(layer.maker, range(layer.shape[0]))] if naming == "maker" else layer.pieces():
+            name = prefix + (module.replace(".", "_") if prefix.endswith("_") else module)
+            for role, tensor in roles.items():
+                own = tensor.reshape(-1) if role == "weight" else tensor
+                moved = role in ROWS and kind != "ia3 in"
+                tensors[f"{name}.{role}"] = own[list(rows)] if moved else own.clone()
+    save_file(tensors, path)
+    return path
+
+
+EVERY = [(f, k) for f in MODELS for k in VALUES if k != "norm" or f in ("sdxl", "sd1")]
+SOME = {("flux", "full"), ("sd3", "loha and bias"), ("sdxl", "norm"), ("sd1", "ia3 out")}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [each if each in SOME else pytest.param(*each, marks=pytest.mark.slow) for each in EVERY]
+)
+def test_values_in_two_conventions_are_one_change(family: str, kind: str, tmp_path: Path) -> None:
+    files = [values_of(tmp_path / f"{i}.safetensors", family, kind, *each) for i, each in enumerate(CONVENTIONS)]
+    for one, two in itertools.pairwise([*files, files[0], *files[::2]]):
+        found = loratool.diff(one, two)
+        assert found.same and not found.only_a and not found.only_b, (one, two)
+        assert {value.relative for value in found.values} == {0}
+        assert all(module.relative < 1e-12 for module in found.modules)
+        assert bool(found.modules) == (kind == "loha and bias")
+    changed = load_file(files[-1])
+    changed[next(name for name, tensor in changed.items() if tensor.dtype.is_floating_point)] *= 1.5
+    save_file(changed, tmp_path / "other.safetensors")
+    assert not loratool.diff(files[0], tmp_path / "other.safetensors").same
+
+
+def test_a_bias_alone_does_not_tell_whether_its_halves_are_swapped(tmp_path: Path) -> None:
+    """The last block's modulation has other rows than the others', and only the columns of its matrix tell."""
+    path = "joint_blocks.0.context_block.adaLN_modulation.1"
+    names = {"kohya": f"lora_unet_{path.replace('.', '_')}", "comfy": f"diffusion_model.{path}"}
+    files = {key: tmp_path / f"{key}.safetensors" for key in names}
+    for key, name in names.items():
+        save_file({f"{name}.diff_b": torch.ones(16)}, files[key])
+    with pytest.raises(NeedsFlag) as refused:
+        loratool.diff(*files.values())
+    assert refused.value.culprit == f"{names['kohya']}_bias" and "--exclude" in (refused.value.remedy or "")
 
 
 QKV, GATE_UP, OUT = (

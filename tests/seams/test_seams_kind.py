@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import weights, write_model
 from safetensors.torch import load_file, save_file
@@ -19,11 +18,15 @@ TESTS = Path(__file__).parents[1]
 W, COLUMN = weights(N, N, dtype=torch.bfloat16, seed=1), weights(N, dtype=torch.bfloat16, seed=2)
 
 
-def run(*argv: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process that has the row in the table from its start."""
-    paths = os.pathsep.join([str(TESTS), *sys.path])
-    command = [sys.executable, str(TESTS / "toy_kind.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+def run(*commands: tuple[object, ...]) -> list[tuple[int, str, str]]:
+    """Run command lines in a process that has the row in the table from its start: exit code, stdout, stderr."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    text = json.dumps([[str(word) for word in command] for command in commands])
+    made = subprocess.run(
+        [sys.executable, str(TESTS / "toy_kind.py")], input=text, capture_output=True, text=True, env=env
+    )
+    assert made.returncode == 0, made.stderr
+    return [tuple(each) for each in json.loads(made.stdout)]
 
 
 def peft(folder: Path) -> Path:
@@ -38,27 +41,30 @@ def kohya(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("write", [peft, kohya], ids=["peft", "kohya"])
-def test_merged_proven_and_undone(write: object, tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base", {"q.weight": W}, {"model_type": "llama"}), write(tmp_path / "a")  # type: ignore[operator]
-    made = run("merge", base, adapter, "-o", tmp_path / "out")
-    assert made.returncode == 0, made.stderr
-    found = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]
-    assert torch.equal(found, (W.double() + SCALE * circulant(COLUMN.double())).bfloat16())
-    proof = run("verify", base, adapter, tmp_path / "out", "--json")
-    assert json.loads(proof.stdout)["report"]["status"] == "proven", proof.stdout + proof.stderr
-    assert run("unmerge", tmp_path / "out", adapter, "-o", tmp_path / "back").returncode == 0
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-
-
-def test_inspected_and_refused_by_name(tmp_path: Path) -> None:
-    adapter = kohya(tmp_path / "a.safetensors")
-    found = run("inspect", adapter)
-    assert found.returncode == 0 and "circulant" in found.stdout and f"{N}x{N}" in found.stdout
-    same = run("diff", adapter, adapter)
-    assert "circulant" in same.stdout and "the same change" in same.stdout
-    made = run("convert", peft(tmp_path / "p"), "--to", "loralib", "-o", tmp_path / "out.safetensors")
-    assert made.returncode == 4 and "circulant" in made.stderr and not (tmp_path / "out.safetensors").exists()
+def test_every_command_takes_it(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"q.weight": W}, {"model_type": "llama"})
+    adapters = peft(tmp_path / "p"), kohya(tmp_path / "k.safetensors")
+    out, back = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("out", "back"))
+    commands = [
+        command
+        for i, adapter in enumerate(adapters)
+        for command in (
+            ("merge", base, adapter, "-o", out[i]),
+            ("verify", base, adapter, out[i], "--json"),
+            ("unmerge", out[i], adapter, "-o", back[i]),
+        )
+    ]
+    inspected, same, refused = ("inspect", adapters[1]), ("diff", adapters[1], adapters[1]), tmp_path / "r.safetensors"
+    found = run(*commands, inspected, same, ("convert", adapters[0], "--to", "loralib", "-o", refused))
+    assert all(code == 0 for code, _, _ in found[:-1]), found
+    wanted = (W.double() + SCALE * circulant(COLUMN.double())).bfloat16()
+    for i in range(2):
+        assert torch.equal(load_file(out[i] / "model.safetensors")["q.weight"], wanted)
+        assert json.loads(found[3 * i + 1][1])["report"]["status"] == "proven"
+        assert (back[i] / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert "circulant" in found[6][1] and f"{N}x{N}" in found[6][1]
+    assert "circulant" in found[7][1] and "the same change" in found[7][1]
+    assert found[8][0] == 4 and "circulant" in found[8][2] and not refused.exists()
 
 
 def test_it_is_a_file_and_a_row() -> None:

@@ -136,7 +136,7 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     then widths, then the naming that kohya's files have.
 
     Args:
-        modules: (component, path in any naming, shape of the matrix).
+        modules: (component, path in any naming, shape of the matrix, empty if it is not known).
         numbered: whether a prefix numbers the first text encoder, as only families with several have it.
     """
     every = list(modules)
@@ -158,7 +158,8 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
     """Return whether a family has all of the denoiser's modules, or its UNet some, whose others are listed and left."""
     if family.up_attention:
         return any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
-    shapes = [(r, shape) for _, path, shape in modules for end, r in family.ratios.items() if path.endswith(end)]
+    ratios = family.ratios.items()
+    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and path.endswith(end)]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
 
 
@@ -172,7 +173,7 @@ def _evidence(
         shape[1] in width.columns
         for width in family.widths
         for component, path, shape in modules
-        if component == width.component and path.endswith(width.ends)
+        if shape and component == width.component and path.endswith(width.ends)
     ]
     own = family.kohya_maker_names and any(path not in to_diffusers(family, path) for path in paths)
     return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)

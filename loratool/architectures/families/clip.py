@@ -24,7 +24,7 @@ FAMILY = ModelFamily(
         ),
     ),
     outside={"ln_final": "text_model.final_layer_norm"},
-    outside_aliases={"final_layer_norm": "text_model.final_layer_norm"},  # as the layers are
+    outside_aliases={"final_layer_norm": "text_model.final_layer_norm"},  # as the stem is
     alike=("text_projection",),
     marks=("text_model.encoder.layers.", "embeddings.token_embedding."),
 )

@@ -27,6 +27,7 @@ from .module_map import TargetModule, plan_target_modules
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
 from .same_layout import to_one_layout, with_targets
 from .source_modules import (
+    SourceModule,
     detect_families,
     detect_family,
     find_unknown_modules,
@@ -34,6 +35,7 @@ from .source_modules import (
     read_source_modules,
     refuse_unknown_blocks,
 )
+from .value_modules import read_value_modules, rows_by_module, with_values
 
 
 def check_target(to: str | None) -> None:
@@ -170,11 +172,22 @@ def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
 
 def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
     """Return (component, path in diffusers' names) -> the module that holds it, alone or fused with others."""
-    return {
+    found = {
         (target.component, target.path.removeprefix("text_model.")): part.source.module
         for target in _targets(adapter)
         for part in target.parts
     }
+    family = detect_family(_all_sources(adapter))
+    for value in read_value_modules(adapter):
+        for path in (rows_by_module(value, family) if family else None) or ():
+            key = value.source.component, path.removeprefix("text_model.") + value.end
+            found.setdefault(key, value.source.module)
+    return found
+
+
+def _all_sources(adapter: Adapter) -> list[SourceModule]:
+    """Return the modules that tell the family of an adapter, those without factors too."""
+    return [*read_source_modules(adapter)[0], *(value.source for value in read_value_modules(adapter))]
 
 
 def _targets(adapter: Adapter) -> list[TargetModule]:
@@ -193,7 +206,7 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
     Raises:
         InputError: the adapters are of two families.
     """
-    sources = {id(adapter): read_source_modules(adapter)[0] for adapter in adapters}
+    sources = {id(adapter): _all_sources(adapter) for adapter in adapters}
     fitting: list[tuple[Adapter, tuple[str, ...]]] = []
     for adapter in adapters:
         modules = sources[id(adapter)]
@@ -220,8 +233,7 @@ def by_meaning(
         NeedsFlag: a selected module is in no known model.
         InputError: the adapters are of two models.
     """
-    read = [read_source_modules(adapter) for adapter in adapters]
-    if not all(detect_family(sources) for sources, _ in read):
+    if not all(detect_family(_all_sources(adapter)) for adapter in adapters):
         with request_for("diff"):
             return to_one_layout(adapters, keep_first=False)
     if are_alike(adapters):
@@ -234,7 +246,9 @@ def by_meaning(
     found, aliases = [], dict[str, tuple[str, ...]]()
     for adapter, (sources, impossible) in zip(adapters, read, strict=True):
         refuse_unknown_blocks(adapter, sources, family)
-        unknown = {*impossible, *find_unknown_modules(sources, family)}
+        values = {v.source.module: (v, rows_by_module(v, family)) for v in read_value_modules(adapter)}
+        placed = {module for module, (_, rows) in values.items() if rows is not None}
+        unknown = {*impossible, *find_unknown_modules(sources, family)} - placed
         kept = [source for source in sources if source.module not in unknown]
         if lost := [module for module in adapter.updates if module in unknown and selection.selects(module)]:
             others = [module for each in adapters for module in each.updates if module not in unknown]
@@ -244,13 +258,23 @@ def by_meaning(
                 remedy=f"add {exclude_options(lost, others)}",
             )
         with request_for("diff"):
-            targets = {_name(target, family): target for target in plan_target_modules(kept, family, False)}
-        found.append(with_targets(adapter, targets))
+            targets = {
+                _name(target.component, target.path, family): target
+                for target in plan_target_modules(kept, family, False)
+            }
+        named = {
+            _name(value.source.component, path, family) + value.end: (value, spans)
+            for value, rows in values.values()
+            for path, spans in (rows or {}).items()
+        }
+        found.append(with_values(with_targets(adapter, targets), adapter, named))
         for name, target in targets.items():
             aliases[name] = (*aliases.get(name, ()), *(part.source.module for part in target.parts))
+        for name, (value, _) in named.items():
+            aliases[name] = (*aliases.get(name, ()), value.source.module)
     return found, aliases
 
 
-def _name(target: TargetModule, family: str) -> str:
-    path = f"text_model.{target.path}" if target.path.startswith("encoder.layers.") else target.path
-    return usual_format("pipeline").module_name(target.component, path, family)
+def _name(component: str, path: str, family: str) -> str:
+    path = f"text_model.{path}" if path.startswith("encoder.layers.") else path
+    return usual_format("pipeline").module_name(component, path, family)

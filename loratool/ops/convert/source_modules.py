@@ -35,7 +35,7 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
     sources, impossible = [], []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
-        dotted = _dotted(path) if adapter.flattened or "." not in path else path
+        dotted = dotted_path(path) if adapter.flattened or "." not in path else path
         if not update.rank or update.cls.stack or (dotted is None and adapter.flattened):
             impossible.append(module)
             continue
@@ -45,7 +45,7 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
     return sources, impossible
 
 
-def _dotted(flat: str) -> str | None:
+def dotted_path(flat: str) -> str | None:
     """Return the path of a known module from its flattened path, in whichever naming it is."""
     tables = (*FAMILIES.values(), *ENCODERS.values())
     return next((found.path for table in tables if (found := locate(table, flat))), None)
@@ -67,7 +67,12 @@ def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
     """Return the keys of the image families that modules fit best, the likeliest first; empty for no such model."""
     every = list(sources)
     numbered = any(source.module.startswith("lora_te1_") for source in every)
-    return tuple(f.key for f in detect([(s.component, s.path, s.update.shape) for s in every], numbered))
+    return tuple(f.key for f in detect([(s.component, s.path, _matrix_shape(s.update)) for s in every], numbered))
+
+
+def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
+    """Return the shape of the matrix that an update is of; empty if it has only one side of it."""
+    return update.shape if len(update.shape) > 1 and None not in update.cls.flat(update) else ()
 
 
 def detect_family(sources: Sequence[SourceModule]) -> str | None:

@@ -1,0 +1,108 @@
+"""Bring what of an image adapter is no factor to diffusers' names: differences, of biases too, and (IA)3's vectors.
+
+A fused module's rows go to the parts that they are of, so that two conventions of one adapter can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...adapters.updates.diff import Diff
+from ...adapters.updates.ia3 import IA3
+from ...architectures.families import ENCODERS, FAMILIES, Span, locate, parts_of
+from ...architectures.image import component_of
+from ...files.dtypes import TensorSpec
+from ...files.virtual import VirtualFile
+from .source_modules import SourceModule, dotted_path
+
+
+@dataclass(frozen=True)
+class ValueModule:
+    """An update that is no factors, of a module's weight or bias."""
+
+    source: SourceModule  # with the path of the module
+    end: str  # `.bias` after that path, or nothing
+    columns: int  # of the module's matrix; 0 if the adapter does not tell them
+
+
+def read_value_modules(adapter: Adapter) -> list[ValueModule]:
+    """Return the differences and (IA)3's vectors whose names tell a module."""
+    found = []
+    for module, update in adapter.updates.items():
+        component, path = component_of(module)
+        flat = adapter.flattened or "." not in path
+        owner = path.removesuffix("_bias" if flat else ".bias")
+        dotted = dotted_path(owner) if flat else owner
+        if update.cls in (Diff, IA3) and dotted is not None:
+            component = component or ("text_encoder" if dotted.startswith("text_model.") else "unet")
+            matrix = adapter.updates.get(module[: len(module) - len(path) + len(owner)], update)
+            columns = matrix.cls.flat(matrix)[1] if len(matrix.shape) > 1 else None
+            found.append(
+                ValueModule(
+                    SourceModule(module, update, component, dotted), ".bias" if owner != path else "", columns or 0
+                )
+            )
+    return found
+
+
+def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | None:
+    """Return diffusers' modules that an update is of, each with the rows in it; no rows for a vector of the inputs.
+
+    None if the family has no such module, or if the columns of its matrix would decide and are not known.
+    """
+    source = value.source
+    tables = [FAMILIES[family]] if source.component == "unet" else [*ENCODERS.values()]
+    located = next((each for table in tables if (each := locate(table, source.path))), None)
+    if located is None:
+        return None
+    rows, _ = source.update.cls.flat(source.update)
+    if rows is None:
+        return {module: [] for module in located.diffusers}
+    ratio = next((each for end, each in located.family.ratios.items() if located.path.endswith(end)), 0)
+    columns = value.columns or (rows // ratio if ratio else 0)
+    if not columns and any(each for each, _ in located.rows):
+        return None
+    found: dict[str, list[Span]] = {}
+    for span in parts_of(located, columns, rows) or ():
+        found.setdefault(span.module, []).append(span)
+    return found or None
+
+
+def with_values(
+    adapter: Adapter, source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequence[Span]]]
+) -> Adapter:
+    """Return an adapter with values of another beside its updates.
+
+    Args:
+        modules: new name -> what it is of, and its rows there; all without rows.
+    """
+    updates, specs, makers = dict(adapter.updates), dict(adapter.file.specs), dict[str, Callable[[], Tensor]]()
+    for name, (value, spans) in modules.items():
+        update = value.source.update
+        ((role, key),) = update.tensors.items()
+        shape = update.specs[role].shape if update.cls is Diff else (update.specs[role].size,)
+        order = sorted(spans, key=lambda span: span.skip)
+        size = sum(span.stop - span.start for span in order) if order else shape[0]
+        spec, new = TensorSpec(update.specs[role].dtype, (size, *shape[1:])), f"{name}.{role}"
+        makers[new] = _maker(source, key, shape, order)
+        specs[new] = spec
+        updates[name] = replace(update, module=name, tensors={role: new}, specs={role: spec})
+
+    def load(key: str) -> Tensor:
+        return makers[key]() if key in makers else adapter.file.tensor(key)
+
+    file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
+    return replace(adapter, file=file, updates=updates)
+
+
+def _maker(adapter: Adapter, key: str, shape: tuple[int, ...], spans: Sequence[Span]) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        tensor = adapter.file.tensor(key).reshape(shape)
+        return torch.cat([tensor[span.start : span.stop] for span in spans]) if spans else tensor
+
+    return make
