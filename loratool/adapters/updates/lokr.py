@@ -141,10 +141,8 @@ class LoKr(Update):
         return lambda start, stop: Kron(one, two, scale, slice(start, stop))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        import torch
-
-        (B1, A1), (B2, A2) = ([each.contiguous() for each in side] for side in (self._first(), self._second()))
-        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2)[None]
+        (B1, A1), (B2, A2) = self._first(), self._second()
+        return _kron(B1, B2)[None] * self.scale, _kron(A1, A2)[None]
 
     def singular_values(self) -> Tensor:
         from ...numerics.factored_svd import singular_values
@@ -175,6 +173,11 @@ def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Te
     terms = [Term(a, b, Fraction(1))] if core is None else tucker_terms(a.T, core, b, Fraction(1))
     products = sum_terms(terms, transposed)
     return products.rows(0, products.shape[0])
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """Return the Kronecker product; torch.kron fails where a side of 1 has the stride of another view."""
+    return (one[:, None, :, None] * two[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
