@@ -80,6 +80,8 @@ class DottedFormat(Format, ABC):
                 if config.extra.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
                     raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
                 whole = module + spec.module.removeprefix(path)
+                if whole in updates:
+                    raise InputError(f"{name} has two updates for it", culprit=whole)
                 updates[whole] = replace(spec, module=whole)
         alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         common_alpha = alphas.pop() if len(alphas) == 1 else None

@@ -76,6 +76,8 @@ class Kohya(Format):
             value = options.alpha if value is None else value
             own = AdapterConfig(alpha=value or None, rank_is_alpha=True)
             for spec in module_updates(module, roles, file, own, f"{module}_bias", options.lenient):
+                if spec.module in updates:
+                    raise InputError(f"{name} has two updates for it", culprit=spec.module)
                 updates[spec.module] = spec
         alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)

@@ -60,13 +60,15 @@ def _of_weight(
     _refuse_multiplying(roles)
     if {"b1", "b2"} <= roles.keys():  # GLoRA without the part that multiplies is LoRA
         rest = {role: name for role, name in roles.items() if role not in ("b1", "b2")}
+        if {"A", "B"} & rest.keys():
+            raise InputError("has factors of GLoRA and of LoRA", culprit=module)
         roles = {**rest, "A": roles["b2"], "B": roles["b1"]}
     key, rest = roles.get("magnitude"), {role: name for role, name in roles.items() if role != "magnitude"}
     plain = spec_from_roles(module, rest or roles, file, config, False, lenient=lenient)
     if key is None or plain.cls is Unpaired:
         return plain
     shape, inner = file.specs[key].shape, plain.shape
-    by_axes = key.endswith(".dora_scale") and len(shape) > 1
+    by_axes = key.endswith(".dora_scale") and min(len(shape), len(inner)) > 1
     along_inputs = by_axes and shape[0] != inner[0] and inner[1] % max(1, shape[1]) == 0 and shape[0] == 1
     if by_axes and not along_inputs and not lenient and shape.count(1) < len(shape) - 1:
         raise InputError(f"is {shape}, not a magnitude for each output", culprit=key)

@@ -144,7 +144,8 @@ class Peft(Format):
                 remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
             )
         must_say = len(fields) == 1 and options.alpha is None and not options.lenient
-        if must_say and any(".lora_" in key for key in file.specs):
+        has_marks = any(mark in key for key in file.specs for mark in MARKS)  # whose kinds say what they miss
+        if must_say and not has_marks and any(".lora_" in key for key in file.specs):
             raise NeedsFlag(
                 f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
                 culprit=name,
@@ -157,6 +158,8 @@ class Peft(Format):
         shared = {name: key for key in file.specs for name in SHARED if re.search(rf"(?:^|\.){name}{_NAME}$", key)}
         for key in (key for key in file.specs if key not in shared.values()):
             _sort_in(key, component, found, replaced, file, named)
+        if shared and not any(OTHER_ROLES & roles.keys() for roles in found.values()):
+            raise InputError("is there for modules of which the file has none", culprit=next(iter(shared.values())))
         updates: dict[str, UpdateSpec] = {}
         depths_of: dict[str, list[int]] = {}
         for path, depth in sorted((key for key, roles in found.items() if "A" in roles), reverse=True):
@@ -325,13 +328,22 @@ def _updates(
     """Yield the updates of one of PEFT's wrappers of a module; `place` is its number, from the innermost."""
     extra = config.extra
     found = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
-    if len({role.rpartition("_")[0] or role.replace("B", "A") for role in found}) > 1:
-        raise InputError(f"{path} has updates of two sorts", culprit=roles[found[0]])
+    sorts = {role.rpartition("_")[0] or role.replace("B", "A") for role in found}
+    others = sorted(OTHER_ROLES & roles.keys())
+    if (
+        len(sorts) > 1
+        or (others and ("magnitude" in roles or sorts - {"A"}))
+        or {"tokens", "magnitude"} <= roles.keys()
+    ):
+        raise InputError(f"{path} has updates of two sorts", culprit=roles[(found or others)[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
         if not extra.get("lora_bias"):
             raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
-        scale = config.scale_of(path, file.specs[roles["A"]].shape[0]) if "A" in roles and not lenient else 1.0
+        rank = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
+        if not lenient and not (rank and rank[0]):
+            raise InputError(f"has no partner: the A factor of {path} is missing or empty", culprit=roles["bias"])
+        scale = 1.0 if lenient else config.scale_of(path, rank[0])
         yield _single(AddDelta, f"{path}.bias", roles["bias"], file, scale)
     if "embedding_A" in roles or "embedding_B" in roles:
         pair = {role.removeprefix("embedding_"): key for role, key in roles.items() if role.startswith("embedding_")}
@@ -339,7 +351,7 @@ def _updates(
         yield _checked_dora(update, extra)
     elif "tokens" in roles:
         yield _tokens(path, roles, file, extra)
-    elif OTHER_ROLES & roles.keys():
+    elif others:
         update = spec_from_roles(path, roles, file, config, lenient=lenient)
         yield update
         of_bias = update.cls.of_bias(update, f"{path}.bias")

@@ -112,7 +112,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     return AdapterConfig(
         rank=None if prunes else _number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,
-        use_rslora=_flag(name, fields, "use_rslora") or False,
+        use_rslora=own is None and bool(_flag(name, fields, "use_rslora")),  # a field of LoRA's config alone
         rank_pattern={} if prunes else _pattern(name, fields, "rank_pattern"),
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaLoRA(Update):
-    """AdaLoRA, after it pruned singular values or before."""
+    """AdaLoRA, after it pruned singular values or before; all can be gone, so that the rank is 0."""
 
     A: Tensor  # (r, in)
     E: Tensor  # (r, 1)
@@ -51,14 +51,20 @@ class AdaLoRA(Update):
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         A, E, B = (specs[role].shape for role in cls.roles)
-        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (*A[:1], 1) != E or not A[0]:
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (*A[:1], 1) != E:
             raise InputError(f"A is {A}, E is {E}, B is {B}: no product", culprit=module)
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
         alpha, first = config.extra.get("lora_alpha"), config.extra.get("init_r")
         if not isinstance(alpha, int | float) or not isinstance(first, int) or first < 1:
-            raise InputError("the config does not say lora_alpha and init_r", culprit=spec.module)
+            raise InputError(
+                "the config does not say lora_alpha and init_r",
+                culprit=spec.module,
+                remedy="put its adapter_config.json beside it",
+            )
+        if spec.specs["A"].shape[0] > first:
+            raise InputError(f"has more ranks than the config's init_r {first}", culprit=spec.module)
         # PEFT takes the rank for an alpha that is not positive
         top = Fraction(alpha) if alpha > 0 else Fraction(spec.specs["A"].shape[0])
         return replace(spec, scale=float(top / (first + Fraction(1, 10**5))))

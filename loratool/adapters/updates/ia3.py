@@ -62,19 +62,24 @@ class IA3(Update):
         if max(sizes, default=1) != spec.size:
             raise InputError(f"is {sizes}, no vector", culprit=key)
         if "on_input" in roles:
-            side = Side(bool(file.scalar(roles["on_input"])), difference=True)
+            number = file.scalar(roles["on_input"])
+            if number not in (0, 1):
+                raise InputError(f"is {number:g}, neither 0 nor 1", culprit=roles["on_input"])
+            side = Side(number == 1, difference=True)
         elif len(sizes) == 2 and spec.size > 1:
             side = Side(sizes[0] == 1, difference=False)
-        else:  # of a convolution only the config tells
+        elif config.extra.get("peft_type") != cls.peft.type:
+            raise InputError("is of inputs or of outputs, of which only the config tells", culprit=key)
+        else:
             side = Side(Targets(config.extra.get("feedforward_modules") or []).has(module), difference=False)
-        return UpdateSpec(cls, module, {"vector": key}, {"vector": spec}, 1.0, transposed, side)
+        return UpdateSpec(cls, module, {"vector": key}, {"vector": spec}, 1.0, transposed, side, roles.get("base"))
 
     @classmethod
     def of_bias(cls, spec: UpdateSpec, bias: str) -> UpdateSpec | None:
         """Return that of the bias: PEFT multiplies what a layer returns, LyCORIS its weight."""
         side = _side_of(spec)
         of_outputs = not side.inputs and not side.difference
-        return replace(spec, module=bias, transposed=False, if_there=True) if of_outputs else None
+        return replace(spec, module=bias, transposed=False, base=None, if_there=True) if of_outputs else None
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec
+from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,7 @@ class LoHa(Update):
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
+        require_rank(spec, config, cls.divisor(spec))
         return replace(spec, scale=config.scale_of(spec.module, cls.divisor(spec)))
 
     @classmethod

@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec
+from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,8 +78,10 @@ class LoKr(Update):
                 raise InputError(f"needs w{side}, or w{side}_a and w{side}_b, of {module}", culprit=first)
             shapes = [specs[role].shape for role in ROLES if role in specs and role.startswith(f"lokr_w{side}")]
             core = specs.get("lokr_t2") if side == 2 else None
+            if whole and core:
+                raise InputError(f"has w2 as a whole and a core, t2, of its factors, of {module}", culprit=first)
             if whole:
-                good = len(shapes[0]) == 2 or (side == 2 and len(shapes[0]) > 2 and core is None)
+                good = len(shapes[0]) == 2 or (side == 2 and len(shapes[0]) > 2)
             else:
                 a, b = shapes
                 good = len(a) == len(b) == 2 and (a[0] if core else a[1]) == b[0] > 0
@@ -95,7 +97,11 @@ class LoKr(Update):
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
         # without a rank in a config it is LyCORIS's, which does not scale two whole sides; PEFT does
-        said, w2 = config.rank_of(spec.module), spec.specs.get("lokr_w2")
+        said, own, w2 = config.rank_of(spec.module), cls.divisor(spec), spec.specs.get("lokr_w2")
+        if own:
+            require_rank(spec, config, own)
+        elif not config.rank_is_alpha and (said is None or said < 1):
+            raise InputError("the config does not say the rank, which alpha is divided by", culprit=spec.module)
         if said and w2 and len(w2.shape) in (3, 5):
             # torch.kron there takes w1's inputs for those of another axis (peft/tuners/lokr/layer.py)
             raise InputError(
@@ -103,7 +109,7 @@ class LoKr(Update):
                 culprit=spec.module,
                 remedy="merge it with peft, and `loratool extract` the change",
             )
-        rank = said or cls.divisor(spec)
+        rank = said or own
         return replace(spec, scale=config.scale_of(spec.module, rank) if rank else 1.0)
 
     @classmethod
@@ -135,10 +141,8 @@ class LoKr(Update):
         return lambda start, stop: Kron(one, two, scale, slice(start, stop))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        import torch
-
-        (B1, A1), (B2, A2) = ([each.contiguous() for each in side] for side in (self._first(), self._second()))
-        return torch.kron(B1, B2)[None] * self.scale, torch.kron(A1, A2)[None]
+        (B1, A1), (B2, A2) = self._first(), self._second()
+        return _kron(B1, B2)[None] * self.scale, _kron(A1, A2)[None]
 
     def singular_values(self) -> Tensor:
         from ...numerics.factored_svd import singular_values
@@ -169,6 +173,11 @@ def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Te
     terms = [Term(a, b, Fraction(1))] if core is None else tucker_terms(a.T, core, b, Fraction(1))
     products = sum_terms(terms, transposed)
     return products.rows(0, products.shape[0])
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """Return the Kronecker product; torch.kron fails where a side of 1 has the stride of another view."""
+    return (one[:, None, :, None] * two[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:

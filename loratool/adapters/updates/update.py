@@ -106,6 +106,17 @@ class PeftMethod:
     prunes: bool = False  # modules have other ranks than the config says
 
 
+def require_rank(spec: UpdateSpec, config: AdapterConfig, rank: int) -> None:
+    """Raise InputError if the config says another rank than the tensors have: a scale by either would be a guess."""
+    said = config.rank_of(spec.module)
+    if said not in (None, rank):
+        raise InputError(
+            f"the config says rank {said}, but its tensors have rank {rank}",
+            culprit=spec.module,
+            remedy="the config is of another adapter",
+        )
+
+
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape without the axes of a kernel that are 1 at its end: a kernel of 1 leaves a linear layer's."""
     while len(shape) > 2 and shape[-1] == 1:

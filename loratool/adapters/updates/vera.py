@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
+from ..config import AdapterConfig
 from .tucker import turned
-from .update import PeftMethod, Update, UpdateSpec
+from .update import PeftMethod, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,11 @@ class VeRA(Update):
         b, d, B, A = (specs[role].shape for role in cls.roles)
         if len(B) != 2 or len(A) != 2 or not len(b) == len(d) == 1 or not B[1] == d[0] == A[0] > 0 or B[0] < b[0]:
             raise InputError(f"lambda_b is {b}, lambda_d is {d}, B is {B}, A is {A}: no product", culprit=module)
+
+    @classmethod
+    def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
+        require_rank(spec, config, spec.specs["vera_lambda_d"].size)
+        return spec
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> VeRA:

@@ -1,0 +1,200 @@
+"""Refuse files whose tensors or config contradict each other, so that none of them is left out without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lycoris_files import KINDS, Numbers, Peft, Roles, base_of, peft_of, roles_of, write_lycoris
+from safetensors.torch import load_file
+
+import loratool
+from loratool.adapters.updates.lokr import LoKr
+from loratool.errors import InputError, LoratoolError
+
+FP32 = torch.float32
+N = Numbers(FP32)
+LORA = Peft(
+    "linear", {"lora_A.weight": N(3, 6), "lora_B.weight": N(25, 3)}, {"peft_type": "LORA", "r": 3, "lora_alpha": 4}
+)
+TOKENS = Peft(
+    "linear",
+    {"token_adapter.trainable_tokens_delta": N(2, 6)},
+    {**LORA.config, "trainable_token_indices": [1, 3]},
+)
+EMBEDDING = Peft("linear", {"lora_embedding_A": N(3, 25), "lora_embedding_B": N(6, 3)}, LORA.config)
+BIAS = Peft("linear", {**LORA.roles, "lora_B.bias": N(25)}, {**LORA.config, "lora_bias": True})
+
+
+def peft(name: str) -> Peft:
+    own = {"lora": LORA, "tokens": TOKENS, "embedding": EMBEDDING, "bias": BIAS}
+    return own[name] if name in own else peft_of(name, FP32)
+
+
+def refuse(tmp_path: Path, layer: str, adapter: Path, match: str) -> None:
+    base = base_of(layer, FP32).write(tmp_path / "base.safetensors")
+    with pytest.raises(InputError, match=match):
+        loratool.merge(base, adapter, tmp_path / "out.safetensors")
+    assert not [*tmp_path.glob("out*")]
+
+
+@pytest.mark.parametrize("container", ["kohya", "bare"])
+@pytest.mark.parametrize(
+    ("kind", "more", "match"),
+    [
+        ("lokr full", {"lokr_t2": N(2, 2, 3, 2)}, "core"),
+        ("lokr conv full", {"lokr_t2": N(2, 2, 3, 2)}, "core"),
+        ("glora added", {"lora_up.weight": N(25, 3), "lora_down.weight": N(3, 6)}, "GLoRA and of LoRA"),
+        ("ia3 out", {"dora_scale": N(25, 1)}, "cannot be made with"),
+        ("ia3 conv out", {"dora_scale": N(10, 1, 1, 1)}, "cannot be made with"),
+        ("norm", {"dora_scale": N(1, 3)}, "magnitudes"),
+        ("ia3 in", {"on_input": torch.tensor(2)}, "neither 0 nor 1"),
+        ("ia3 out", {"on_input": torch.tensor(torch.nan)}, "neither 0 nor 1"),
+    ],
+)
+def test_lycoris(tmp_path: Path, kind: str, container: str, more: Roles, match: str) -> None:
+    layer = KINDS[kind][0]
+    modules = {base_of(layer, FP32).path: {**roles_of(kind, FP32), **more}}
+    refuse(tmp_path, layer, write_lycoris(tmp_path / "a.safetensors", modules, container), match)
+
+
+@pytest.mark.parametrize(("container", "end"), [("kohya", "_bias"), ("bare", ".bias")])
+def test_two_changes_of_one_bias(tmp_path: Path, container: str, end: str) -> None:
+    path = base_of("linear", FP32).path
+    modules = {path: roles_of("full", FP32), path + end: {"diff": N(25)}}
+    file = write_lycoris(tmp_path / "a.safetensors", modules, container)
+    refuse(tmp_path, "linear", file, "two updates")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (kind, role)
+        for kind in ("tokens", "embedding")
+        for role in ("hada_w1_a", "lokr_w1", "ia3_l", "lora_E", "vera_lambda_b")
+    ]
+    + [(kind, "lora_magnitude_vector") for kind in ("tokens", "loha", "lokr full", "adalora", "vera")],
+)
+def test_two_methods_of_peft_on_one_module(tmp_path: Path, kind: str, more: str) -> None:
+    adapter = peft(kind)
+    mixed = replace(adapter, roles={**adapter.roles, more: N(25)})
+    refuse(tmp_path, adapter.layer, mixed.write(tmp_path / "a"), "two sorts")
+
+
+@pytest.mark.parametrize("kind", ["lora", "tokens"])
+def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
+    adapter = replace(peft(kind), shared={"vera_A": N(3, 6)})
+    refuse(tmp_path, "linear", adapter.write(tmp_path / "a"), "has none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "match"),
+    [
+        ("loha", {"r": 4}, "rank 4"),
+        ("loha", {"rank_pattern": {"linear": 9}}, "rank 9"),
+        ("lokr w2", {"r": 3}, "rank 3"),
+        ("lokr full", {"r": None}, "does not say the rank"),
+        ("lokr full", {"r": 0}, "does not say the rank"),
+        ("vera", {"r": 4}, "rank 4"),
+        ("adalora", {"init_r": 3}, "more ranks"),
+    ],
+)
+def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str, Any], match: str) -> None:
+    adapter = peft(kind)
+    other = replace(adapter, config={**adapter.config, **fields})
+    refuse(tmp_path, adapter.layer, other.write(tmp_path / "a"), match)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"), [("lokr full", "rank"), ("ia3 conv", "only the config"), ("adalora", "init_r")]
+)
+def test_what_only_a_config_says(tmp_path: Path, kind: str, match: str) -> None:
+    """No value of --alpha would make it mergeable, so that none is asked for."""
+    adapter = peft(kind)
+    folder = adapter.write(tmp_path / "a")
+    (folder / "adapter_config.json").unlink()
+    refuse(tmp_path, adapter.layer, folder, match)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 6), None])
+def test_a_bias_without_factors(tmp_path: Path, shape: tuple[int, ...] | None) -> None:
+    """Its scale is theirs."""
+    roles = {"lora_B.bias": N(25), **({} if shape is None else {"lora_A.weight": torch.zeros(shape)})}
+    refuse(tmp_path, "linear", replace(BIAS, roles=roles).write(tmp_path / "a"), "A factor")
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr full"])
+def test_rslora_is_a_field_of_lora(tmp_path: Path, kind: str) -> None:
+    adapter, base = peft(kind), base_of("linear", FP32).write(tmp_path / "base.safetensors")
+    for name, fields in (("plain", {}), ("rslora", {"use_rslora": True})):
+        folder = replace(adapter, config={**adapter.config, **fields}).write(tmp_path / name)
+        loratool.merge(base, folder, tmp_path / f"{name}.safetensors")
+    plain, other = (
+        load_file(tmp_path / f"{name}.safetensors")["blocks.0.linear.weight"] for name in ("plain", "rslora")
+    )
+    assert torch.equal(plain, other)
+
+
+def test_a_weight_under_ia3(tmp_path: Path) -> None:
+    """It takes the base's place, and the vector multiplies it."""
+    adapter, value = peft("ia3"), N(25, 6)
+    folder = replace(adapter, roles={**adapter.roles, "base_layer.weight": value}).write(tmp_path / "a")
+    model, out = base_of("linear", FP32).write(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    loratool.merge(model, folder, out)
+    assert torch.equal(load_file(out)["blocks.0.linear.weight"], value * adapter.roles["ia3_l"])
+    loratool.unmerge(out, folder, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_adalora_that_pruned_a_module_away(tmp_path: Path) -> None:
+    """PEFT saves it with factors of rank 0."""
+    whole = peft("adalora")
+    empty = {"lora_A": torch.zeros(0, 6), "lora_E": torch.zeros(0, 1), "lora_B": torch.zeros(25, 0)}
+    folder = replace(whole, roles=empty).write(tmp_path / "a")
+    model, out = base_of("linear", FP32).write(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    loratool.merge(model, folder, out)
+    assert all(torch.equal(x, load_file(model)[name]) for name, x in load_file(out).items())
+    assert loratool.inspect(folder).kind == "adapter"
+    with pytest.raises(LoratoolError, match="linear"):
+        loratool.convert(folder, tmp_path / "lora", to="peft")
+
+
+@pytest.mark.slow
+def test_every_tensor_counts(tmp_path: Path) -> None:
+    """Without any one of them a merge differs or is refused; only LoKr of two whole matrices needs no alpha."""
+    for kind, (layer, _) in KINDS.items():
+        base, roles, merged = base_of(layer, FP32), roles_of(kind, FP32), []
+        model = base.write(tmp_path / "base.safetensors")
+        for without in (None, *roles):
+            rest = {role: x for role, x in roles.items() if role != without}
+            file = write_lycoris(tmp_path / "a.safetensors", {base.path: rest}, "bare")
+            if without == "alpha" and kind in ("lokr full", "lokr conv full", "lokr conv1d full"):
+                continue
+            try:
+                loratool.merge(model, file, tmp_path / "out.safetensors", undo=False, force=True)
+            except LoratoolError:
+                continue
+            merged.append((without, load_file(tmp_path / "out.safetensors")))
+        (_, whole), *others = merged
+        assert [w for w, each in others if all(torch.equal(x, whole[name]) for name, x in each.items())] == [], kind
+
+
+def test_none_is_refused_as_it_is(tmp_path: Path) -> None:
+    """The makers above give files that merge."""
+    for kind in ("lora", "tokens", "bias", "loha", "lokr full", "vera", "adalora", "ia3 conv"):
+        adapter = peft(kind)
+        model = base_of(adapter.layer, FP32).write(tmp_path / "base.safetensors")
+        loratool.merge(model, adapter.write(tmp_path / "a"), tmp_path / "out.safetensors", undo=False, force=True)
+
+
+@pytest.mark.parametrize("kernel", [(), (2,), (3, 2)])
+def test_factors_of_lokr_whose_core_has_rank_one(kernel: tuple[int, ...]) -> None:
+    """Sides of 1, whose strides are those of another view."""
+    core, a, b, w1 = N(1, 1, *kernel), N(1, 2), N(1, 3), N(2, 3)
+    B, A = LoKr(w1, None, None, None, a, b, core, 0.5).factors()
+    w2 = torch.einsum("jk,p,q->pqk", core.flatten(2)[0].double(), a[0].double(), b[0].double()).flatten(1)
+    assert torch.allclose(B[0] @ A[0], 0.5 * torch.kron(w1.double(), w2), rtol=1e-12, atol=0)
