@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -215,3 +216,16 @@ def test_a_side_of_lokr_whose_factors_have_more_ranks_than_it(tmp_path: Path, si
         loratool.merge(model, adapter, tmp_path / "out.safetensors", undo=False, force=True)
         made.append(load_file(tmp_path / "out.safetensors")["blocks.0.linear.weight"])
     assert all(torch.allclose(made[0], other, rtol=1e-5, atol=1e-5) for other in made[1:])
+
+
+@pytest.mark.parametrize("kind", ["loha", "loha tucker", "lokr tucker", "lora_mid"])
+def test_inspect_of_a_change_beyond_float64(tmp_path: Path, kind: str) -> None:
+    """The products on the way to its singular values are inf."""
+    roles = roles_of(kind, torch.float64)
+    for role in roles:
+        roles[role].view(-1)[0] = 1e300
+    file = write_lycoris(tmp_path / "a.safetensors", {"blocks.0.layer": roles})
+    (found,) = loratool.inspect(file).details
+    assert found.norm == sys.float_info.max and found.effective_rank is None
+    with pytest.raises(InputError, match="too large"):
+        loratool.diff(file, file)
