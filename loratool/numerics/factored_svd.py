@@ -33,8 +33,14 @@ def core(B: Tensor, A: Tensor) -> Tensor:
 
 
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """Return the singular values of B @ A that can differ from 0, (..., min(out, in, r)), largest first."""
-    S: Tensor = torch.linalg.svdvals(core(B, A))
+    """Return the singular values of B @ A that can differ from 0, (..., min(out, in, r)), largest first.
+
+    All are inf if a number on the way to any of them is beyond float64.
+    """
+    made = core(B, A)
+    if not made.isfinite().all():
+        return made.new_full((*made.shape[:-2], min(made.shape[-2:])), torch.inf)
+    S: Tensor = torch.linalg.svdvals(made)
     return S
 
 

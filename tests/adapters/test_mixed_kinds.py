@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -191,10 +192,40 @@ def test_none_is_refused_as_it_is(tmp_path: Path) -> None:
         loratool.merge(model, adapter.write(tmp_path / "a"), tmp_path / "out.safetensors", undo=False, force=True)
 
 
-@pytest.mark.parametrize("kernel", [(), (2,), (3, 2)])
+@pytest.mark.parametrize("kernel", [(1,), (2,), (3, 2)])
 def test_factors_of_lokr_whose_core_has_rank_one(kernel: tuple[int, ...]) -> None:
     """Sides of 1, whose strides are those of another view."""
     core, a, b, w1 = N(1, 1, *kernel), N(1, 2), N(1, 3), N(2, 3)
     B, A = LoKr(w1, None, None, None, a, b, core, 0.5).factors()
     w2 = torch.einsum("jk,p,q->pqk", core.flatten(2)[0].double(), a[0].double(), b[0].double()).flatten(1)
     assert torch.allclose(B[0] @ A[0], 0.5 * torch.kron(w1.double(), w2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_side_of_lokr_whose_factors_have_more_ranks_than_it(tmp_path: Path, side: int) -> None:
+    """LyCORIS factors a side by its longer axis, so that a (2, 512) can have factors of rank 64."""
+    roles = {"lokr_w1": N(5, 2), "lokr_w2": N(5, 3)}
+    rows, columns = roles.pop(f"lokr_w{side}").shape
+    roles |= {f"lokr_w{side}_a": N(rows, 9), f"lokr_w{side}_b": N(9, columns)}
+    model = base_of("linear", FP32).write(tmp_path / "base.safetensors")
+    folder = Peft("linear", roles, {"peft_type": "LOKR", "r": 9, "alpha": 4}).write(tmp_path / "a")
+    loratool.convert(folder, tmp_path / "lora", to="peft")
+    loratool.resize(folder, tmp_path / "resized", rank=10)
+    made = []
+    for adapter in (folder, tmp_path / "lora", tmp_path / "resized"):
+        loratool.merge(model, adapter, tmp_path / "out.safetensors", undo=False, force=True)
+        made.append(load_file(tmp_path / "out.safetensors")["blocks.0.linear.weight"])
+    assert all(torch.allclose(made[0], other, rtol=1e-5, atol=1e-5) for other in made[1:])
+
+
+@pytest.mark.parametrize("kind", ["loha", "loha tucker", "lokr tucker", "lora_mid"])
+def test_inspect_of_a_change_beyond_float64(tmp_path: Path, kind: str) -> None:
+    """The products on the way to its singular values are inf."""
+    roles = roles_of(kind, torch.float64)
+    for role in roles:
+        roles[role].view(-1)[0] = 1e300
+    file = write_lycoris(tmp_path / "a.safetensors", {"blocks.0.layer": roles})
+    (found,) = loratool.inspect(file).details
+    assert found.norm == sys.float_info.max and found.effective_rank is None
+    with pytest.raises(InputError, match="too large"):
+        loratool.diff(file, file)

@@ -67,7 +67,7 @@ class LoKr(Update):
 
     @classmethod
     def sums(cls, spec: UpdateSpec) -> bool:
-        return "lokr_t2" in spec.specs
+        return "lokr_t2" in spec.specs or any(_is_wide(spec.specs, side) for side in (1, 2))
 
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
@@ -121,7 +121,7 @@ class LoKr(Update):
         """Return factors of w1."""
         if self.w1 is None:
             assert self.w1_a is not None and self.w1_b is not None
-            return self.w1_a.double(), self.w1_b.double()
+            return narrowed(self.w1_a.double(), self.w1_b.double())
         return with_identity(self.w1.double())
 
     def _second(self) -> tuple[Tensor, Tensor]:
@@ -129,8 +129,8 @@ class LoKr(Update):
             return with_identity(self.w2.double().flatten(1))
         assert self.w2_a is not None and self.w2_b is not None
         if self.t2 is not None:
-            return tucker_factors(self.w2_a.T, self.t2, self.w2_b)
-        return self.w2_a.double(), self.w2_b.double()
+            return narrowed(*tucker_factors(self.w2_a.T, self.t2, self.w2_b))
+        return narrowed(self.w2_a.double(), self.w2_b.double())
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.composed import Kron
@@ -161,6 +161,13 @@ def _side(specs: Mapping[str, TensorSpec], side: int) -> tuple[int, ...]:
     return (a[1], b[1], *core.shape[2:]) if core else (a[0], b[1])
 
 
+def _is_wide(specs: Mapping[str, TensorSpec], side: int) -> bool:
+    """Return whether w1 or w2 has factors of a higher rank than the matrix itself can have."""
+    rows, *columns = _side(specs, side)
+    factor = specs.get(f"lokr_w{side}_b")
+    return factor is not None and factor.shape[0] > min(rows, math.prod(columns))
+
+
 def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None, transposed: bool) -> Delta:
     from ...numerics.exact_factors import tucker_terms
     from ...numerics.products import Term
@@ -178,6 +185,12 @@ def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Te
 def _kron(one: Tensor, two: Tensor) -> Tensor:
     """Return the Kronecker product; torch.kron fails where a side of 1 has the stride of another view."""
     return (one[:, None, :, None] * two[None, :, None]).flatten(2).flatten(0, 1)
+
+
+def narrowed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of left @ right of a rank that it can have, multiplied out where theirs is higher."""
+    wide = right.shape[0] > min(left.shape[0], right.shape[1])
+    return with_identity(left @ right) if wide else (left, right)
 
 
 def with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -311,11 +311,13 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     return math.sqrt(math.fsum(parts))
 
 
-def _delta_norm(update: Update) -> tuple[float, float]:
-    """Return ||D|| and the effective rank of D, of an update that has factors."""
+def _delta_norm(update: Update) -> tuple[float, float | None]:
+    """Return ||D|| and the effective rank of D, of an update that has factors; None if float64 does not hold them."""
     S = update.singular_values()
     assert S is not None, "an update with a rank has factors"
     norm = float(S.norm())
+    if not S.isfinite().all():
+        return sys.float_info.max, None
     return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
 
 
