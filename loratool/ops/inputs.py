@@ -249,6 +249,8 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
                 culprit=adapter.name,
                 remedy="add --drop extras to leave them out",
             )
+    if not drop:
+        return list(adapters)
     there = {weighed_component(module) for adapter in adapters for module in adapter.updates}
     for word in drop:
         if word in WEIGHED and there.isdisjoint(WEIGHED[word]):
