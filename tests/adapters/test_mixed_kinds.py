@@ -229,3 +229,14 @@ def test_inspect_of_a_change_beyond_float64(tmp_path: Path, kind: str) -> None:
     assert found.norm == sys.float_info.max and found.effective_rank is None
     with pytest.raises(InputError, match="too large"):
         loratool.diff(file, file)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3 in", "ia3 out", "dora loha", "dora lokr in"])
+def test_a_weight_of_0_asks_for_the_base(tmp_path: Path, kind: str) -> None:
+    """The base is that merge, whatever the kind."""
+    base = base_of(KINDS[kind][0], FP32)
+    model = base.write(tmp_path / "base.safetensors")
+    file = write_lycoris(tmp_path / "a.safetensors", {base.path: roles_of(kind, FP32)})
+    loratool.merge(model, (file, 0.0), tmp_path / "out.safetensors", undo=False)
+    found = loratool.verify(model, (file, 0.0), tmp_path / "out.safetensors")
+    assert found.status == "proven" and any("zero everywhere" in line for line in found.warnings)
