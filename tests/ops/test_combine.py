@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, write_kohya, write_peft
+from lycoris_files import base_of, roles_of, write_lycoris
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from safetensors import safe_open
@@ -813,3 +814,18 @@ def test_the_change_that_is_written_is_of_the_rank_that_is_said(three: list[Path
         loratool.combine(three, tmp_path / method, method=method, rank=4)
         B = written(tmp_path / method, "x")
         assert int(factored_svd(B, torch.eye(B.shape[1])).S.gt(1e-6 * B.norm()).sum()) == 4
+
+
+def test_loha_and_lora_of_a_model_that_no_table_knows(tmp_path: Path) -> None:
+    """LoHa's factors as LoRA have the format's own spelling, which is that of the other adapter."""
+    path, names = base_of("linear", torch.float32).path, ("lora", "loha")
+    files = [
+        write_lycoris(tmp_path / f"{kind}.safetensors", {path: roles_of(kind, torch.float32)}, "kohya")
+        for kind in names
+    ]
+    loratool.combine(files, tmp_path / "out.safetensors")
+    base = base_of("linear", torch.float32).write(tmp_path / "base.safetensors")
+    for name, adapters in (("one", [tmp_path / "out.safetensors"]), ("two", files)):
+        loratool.merge(base, adapters, tmp_path / f"{name}.safetensors", undo=False)
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6) for name in two)

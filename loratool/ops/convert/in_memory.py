@@ -165,9 +165,15 @@ def _naming(adapter: Adapter) -> tuple[object, ...]:
 
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
-    """Return the suffixes of the factors' names; empty for formats that have only one pair."""
-    keys = [u.tensors[role] for u in adapter.updates.values() for role in ("A", "B") if u.rank and role in u.tensors]
-    return tuple(sorted({FORMATS[adapter.format].spelling(key) for key in keys} - {""}))
+    """Return the suffixes of the factors' names, of other kinds those as LoRA; empty for formats of only one pair."""
+    own = FORMATS[adapter.format]
+    keys = [
+        update.tensors.get(role) or own.tensor_name(module, role)
+        for module, update in adapter.updates.items()
+        for role in ("A", "B")
+        if update.rank
+    ]
+    return tuple(sorted({own.spelling(key) for key in keys} - {""}))
 
 
 def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
