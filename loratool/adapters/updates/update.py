@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError, LoratoolError
 from ...files.dtypes import TensorSpec
@@ -307,7 +307,7 @@ class Update(ABC):
         found = self.factors()
         return None if found is None else singular_values(*found)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Update:
         """Return the update with a function applied to each of its tensors."""
         import torch
 
