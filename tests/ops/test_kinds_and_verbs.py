@@ -232,7 +232,7 @@ IMAGE = {
 
 
 @pytest.mark.parametrize(
-    "to", ["comfy", *(pytest.param(to, marks=pytest.mark.slow) for to in ("kohya", "diffusers", "peft"))]
+    "to", ["comfy", "kohya", *(pytest.param(to, marks=pytest.mark.slow) for to in ("diffusers", "peft"))]
 )
 @pytest.mark.parametrize("made", [files.loha, files.lokr_two, files.dora(files.loha)], ids=["loha", "lokr", "dora"])
 def test_convert_of_an_image_models_kinds_knows_the_kernels(made: Any, to: Any, tmp_path: Path) -> None:

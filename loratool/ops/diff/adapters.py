@@ -202,7 +202,8 @@ def _fit_together(one: UpdateSpec, two: UpdateSpec) -> bool:
     """Return whether two updates are of one tensor, whose kernel one of them may have flattened."""
     if one.shape == two.shape or one.cls.stack or two.cls.stack:
         return one.shape == two.shape
-    return one.cls is not two.cls and (one.cls.fits(one, two.shape) or two.cls.fits(two, one.shape))
+    kinds = {each.cls.without_norm(each).cls for each in (one, two)}
+    return len(kinds) > 1 and (one.cls.fits(one, two.shape) or two.cls.fits(two, one.shape))
 
 
 def _nbytes(entry: ModulePair) -> int:
