@@ -38,7 +38,7 @@ class ReplaceTensor(Update):
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Update:
-        raise NotImplementedError("it is read by rows")
+        raise TypeError("a replaced tensor is read by rows, in `load`, and never whole")
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta, Factor]:
         from ...numerics.decide import Factor

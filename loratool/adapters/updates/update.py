@@ -293,8 +293,11 @@ class Update(ABC):
         Args:
             rows: of the update, as the base stores them.
             columns: of the base.
+
+        Raises:
+            TypeError: the kind adds something or needs norms. What it adds is not for this question.
         """
-        raise NotImplementedError
+        raise TypeError(f"{self.kind} says what it does by terms, a delta or norms")
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if no factors make it up."""

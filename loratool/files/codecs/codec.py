@@ -85,5 +85,8 @@ class Codec(ABC):
 
         Returns:
             The codes of the rows as the file has them: of the stored type, contiguous, row by row.
+
+        Raises:
+            TypeError: the codec does not encode. A merge asks `encodes` first.
         """
-        raise NotImplementedError
+        raise TypeError(f"{self.key} does not encode")
