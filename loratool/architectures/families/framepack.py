@@ -94,6 +94,8 @@ FAMILY = ModelFamily(
     ),
     marks=("clean_x_embedder.",),
     telling=r"^(clean_x_embedder|image_projection)\.",
+    # Ovis has these names with other ratios.
+    ratios={".proj_mlp": 4},
     kernels={
         "x_embedder.proj": (1, 2, 2),
         "clean_x_embedder.proj": (1, 2, 2),
