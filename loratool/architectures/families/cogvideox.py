@@ -6,7 +6,7 @@ Sources: THUDM/CogVideo `sat/dit_video_concat.py`; diffusers `scripts/convert_co
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Run, Width
+from .table import Block, Component, Fused, ModelFamily, Naming, Run, Width
 
 FAMILY = ModelFamily(
     key="cogvideox",
@@ -96,5 +96,5 @@ FAMILY = ModelFamily(
     ),
     marks=("mixins.adaln_layer.", "patch_embed.text_proj"),
     widths=(Width("unet", ("attn1.to_q",), (1920, 3072)),),
-    kohya="diffusers",  # as CogVideoX-Fun writes them
+    kohya=Naming.DIFFUSERS,  # as CogVideoX-Fun writes them
 )

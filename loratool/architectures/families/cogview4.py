@@ -6,7 +6,7 @@ take turns.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import Block, Component, Fused, ModelFamily, Naming, Width, swapped
 
 FAMILY = ModelFamily(
     key="cogview4",
@@ -45,5 +45,5 @@ FAMILY = ModelFamily(
     ),
     marks=("mixins.adaln.", "patch_embed.text_proj"),
     widths=(Width("unet", ("attn1.to_q",), (4096,)),),
-    kohya="diffusers",
+    kohya=Naming.DIFFUSERS,
 )

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal
 
 from ...errors import InputError
 
-Naming = Literal["maker", "diffusers", "comfy"]
+
+class Naming(Enum):
+    """Whose names a denoiser's modules have."""
+
+    MAKER = auto()
+    DIFFUSERS = auto()
+    COMFY = auto()  # ComfyUI's own; the maker's where it has none
 
 
 # The components that are a denoiser, with the modules of the family's table
@@ -109,7 +116,7 @@ class ModelFamily:
     telling: str = ""  # a regular expression of diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
-    kohya: Naming = "maker"  # whose names kohya's files have
+    kohya: Naming = Naming.MAKER  # whose names kohya's files have
     # End of a convolution's path in diffusers' names -> its kernel
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
