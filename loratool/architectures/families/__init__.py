@@ -250,7 +250,7 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     """Return the image families that modules are of; several, in the table's order, where nothing tells them apart.
 
     A family is of them if it has every module of the denoiser and every component. Then names that only one has decide,
-    then widths, then the naming that kohya's files have.
+    then widths, then the number of blocks, then the naming that kohya's files have.
 
     Args:
         modules: (component, path in any naming, shape of the matrix, empty if it is not known).
@@ -288,8 +288,8 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
 
 def _evidence(
     family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: list[str]
-) -> tuple[int, int, int]:
-    """Return (names, widths, naming): 1 for what only this family has, -1 for a width that it has not, else 0."""
+) -> tuple[int, int, int, int]:
+    """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
     widths = [
@@ -299,7 +299,20 @@ def _evidence(
         if len(shape) > 1 and component == width.component and path.endswith(width.ends)
     ]
     own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)
+    return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
+
+
+def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:
+    """Return 1 if of each stack the last block of a known model is there, -1 if one is there that none has, else 0."""
+    every = list(names)
+    found = []
+    for block in family.blocks if not family.up_attention else ():
+        stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]+)") + r"\.")
+        numbers = [int(match[1]) for name in every if (match := stem.match(name))]
+        if numbers and block.counts:
+            last = max(numbers) + 1
+            found.append(-1 if last > max(block.counts) else int(last in block.counts))
+    return min(found, default=0)
 
 
 def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:

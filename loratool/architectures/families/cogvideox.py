@@ -38,6 +38,7 @@ FAMILY = ModelFamily(
                 "norm2.linear": "norm2.linear",
             },
             comfy_stem="blocks.{i}",
+            counts=(30, 42),
         ),
         Block(
             "mixins.adaln_layer.adaLN_modulations.{i}",
@@ -52,16 +53,19 @@ FAMILY = ModelFamily(
                     )
                 )
             },
+            counts=(30, 42),
         ),
         Block(
             "mixins.adaln_layer.query_layernorm_list.{i}",
             "transformer_blocks.{i}",
             {"": "attn1.norm_q"},
+            counts=(30, 42),
         ),
         Block(
             "mixins.adaln_layer.key_layernorm_list.{i}",
             "transformer_blocks.{i}",
             {"": "attn1.norm_k"},
+            counts=(30, 42),
         ),
     ),
     outside={

@@ -21,11 +21,13 @@ FAMILY = ModelFamily(
                 "mlp.dense_h_to_4h": "ff.net.0.proj",
                 "mlp.dense_4h_to_h": "ff.net.2",
             },
+            counts=(28,),
         ),
         Block(
             "mixins.adaln.adaln_modules.{i}",
             "transformer_blocks.{i}",
             {"1": "norm1.linear"},
+            counts=(28,),
         ),
     ),
     outside={

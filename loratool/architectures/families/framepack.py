@@ -25,6 +25,7 @@ FAMILY = ModelFamily(
                 "ff.net.2",
                 "norm_out.linear",
             ),
+            counts=(2,),
         ),
         Block(
             "transformer_blocks.{i}",
@@ -49,6 +50,7 @@ FAMILY = ModelFamily(
                 "ff_context.net.0.proj",
                 "ff_context.net.2",
             ),
+            counts=(20,),
         ),
         Block(
             "single_transformer_blocks.{i}",
@@ -63,6 +65,7 @@ FAMILY = ModelFamily(
                 "proj_mlp",
                 "proj_out",
             ),
+            counts=(40,),
         ),
     ),
     alike=(

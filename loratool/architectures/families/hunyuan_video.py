@@ -29,6 +29,7 @@ FAMILY = ModelFamily(
                 "mlp.0": "ff.net.0.proj",
                 "mlp.2": "ff.net.2",
             },
+            counts=(2,),
         ),
         Block(
             "double_blocks.{i}",
@@ -65,6 +66,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(20,),
         ),
         Block(
             "single_blocks.{i}",
@@ -77,6 +79,7 @@ FAMILY = ModelFamily(
                 "k_norm": "attn.norm_k",
             },
             comfy={"modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"},
+            counts=(40,),
         ),
     ),
     outside={

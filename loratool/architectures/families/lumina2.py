@@ -28,18 +28,21 @@ FAMILY = ModelFamily(
             "noise_refiner.{i}",
             {**_NAMES, "adaLN_modulation.1": "norm1.linear", "attention_norm1": "norm1.norm"},
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "context_refiner.{i}",
             "context_refiner.{i}",
             {**_NAMES, "attention_norm1": "norm1"},
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "layers.{i}",
             "layers.{i}",
             {**_NAMES, "adaLN_modulation.1": "norm1.linear", "attention_norm1": "norm1.norm"},
             alike=_ALIKE,
+            counts=(26,),
         ),
     ),
     outside={

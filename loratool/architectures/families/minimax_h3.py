@@ -28,12 +28,14 @@ FAMILY = ModelFamily(
             "token_refiner.refiner_blocks.{i}",
             _NAMES,
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "blocks.{i}",
             "transformer_blocks.{i}",
             _NAMES,
             alike=(*_ALIKE, "adaln_proj.linear"),
+            counts=(50,),
         ),
     ),
     outside={

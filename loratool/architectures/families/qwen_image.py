@@ -34,6 +34,7 @@ FAMILY = ModelFamily(
                 "txt_mlp.net.0.proj",
                 "txt_mlp.net.2",
             ),
+            counts=(60,),
         ),
     ),
     alike=(

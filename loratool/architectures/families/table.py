@@ -67,6 +67,7 @@ class Block:
     tensors: Mapping[str, str] = field(default_factory=dict)  # maker's tensor -> diffusers', where one ends otherwise
     comfy: Mapping[str, Rows] = field(default_factory=dict)  # as names, for what ComfyUI does not call as the maker
     comfy_stem: str = ""  # of those; by default the maker's
+    counts: tuple[int, ...] = ()  # how many of them the known models have
 
 
 @dataclass(frozen=True)

@@ -32,18 +32,21 @@ FAMILY = ModelFamily(
             "noise_refiner.{i}",
             _NAMES,
             alike=(*_ALIKE, "adaLN_modulation.0"),
+            counts=(2,),
         ),
         Block(
             "context_refiner.{i}",
             "context_refiner.{i}",
             _NAMES,
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "layers.{i}",
             "layers.{i}",
             _NAMES,
             alike=(*_ALIKE, "adaLN_modulation.0"),
+            counts=(30,),
         ),
     ),
     outside={
