@@ -66,4 +66,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("single_transformer_blocks.",),
+    # Ovis has these names with other ratios.
+    ratios={".proj_mlp": 4},
 )

@@ -72,4 +72,6 @@ FAMILY = ModelFamily(
     ),
     marks=("caption_projection.0.linear",),
     telling=r"^caption_projection\.\d+\.linear",
+    # Ovis has these names with other ratios.
+    ratios={".proj_mlp": 4},
 )

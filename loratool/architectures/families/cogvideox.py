@@ -99,6 +99,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("mixins.adaln_layer.", "patch_embed.text_proj"),
-    widths=(Width("unet", ("attn1.to_q",), (1920, 3072)),),
+    widths=(Width("unet", ("attn1.to_q", "attention.query_key_value"), (1920, 3072)),),
     kohya=Naming.DIFFUSERS,  # as CogVideoX-Fun writes them
 )

@@ -46,6 +46,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("mixins.adaln.", "patch_embed.text_proj"),
-    widths=(Width("unet", ("attn1.to_q",), (4096,)),),
+    widths=(Width("unet", ("attn1.to_q", "attention.query_key_value"), (4096,)),),
     kohya=Naming.DIFFUSERS,
 )
