@@ -207,7 +207,7 @@ class ImageModules:
 
     @property
     def has_maker_names(self) -> bool:
-        """Whether the denoiser has names that are not diffusers'."""
+        """True if the denoiser has names that are not diffusers'."""
         parts = [part for name, part in self.parts.items() if name in DENOISERS]
         return any(names_maker(part.table, path) for part in parts if part.table for path in part.tensors)
 

@@ -45,12 +45,6 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "flux": [("FluxTransformer2DModel", {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True})],
     "flux2": [("Flux2Transformer2DModel", {"num_layers": 1, "num_single_layers": 1})],
     "flux3": [("Flux3Transformer2DModel", {})],
-    "framepack": [
-        (
-            "HunyuanVideoFramepackTransformer3DModel",
-            {"num_layers": 1, "num_single_layers": 1, "has_image_proj": True, "has_clean_x_embedder": True},
-        ),
-    ],
     "glm_image": [("GlmImageTransformer2DModel", {"num_layers": 1})],
     "hidream": [
         (
@@ -73,7 +67,13 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
             },
         ),
     ],
-    "hunyuan_video": [("HunyuanVideoTransformer3DModel", {"num_layers": 1, "num_single_layers": 1})],
+    "hunyuan_video": [
+        ("HunyuanVideoTransformer3DModel", {"num_layers": 1, "num_single_layers": 1}),
+        (
+            "HunyuanVideoFramepackTransformer3DModel",
+            {"num_layers": 1, "num_single_layers": 1, "has_image_proj": True, "has_clean_x_embedder": True},
+        ),
+    ],
     "hunyuan_video15": [("HunyuanVideo15Transformer3DModel", {"num_layers": 1})],
     "ideogram4": [("Ideogram4Transformer2DModel", {"num_layers": 1})],
     "kandinsky5": [("Kandinsky5Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1})],

@@ -30,6 +30,7 @@ FAMILY = ModelFamily(
                 "mlp.0": "ff.net.0.proj",
                 "mlp.2": "ff.net.2",
             },
+            counts=(2,),
         ),
         Block(
             "double_blocks.{i}",
@@ -75,6 +76,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(54,),
         ),
     ),
     outside={
@@ -113,8 +115,6 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
     marks=("cond_type_embedding", "cond_type_embed"),
-    # As many blocks has Qwen-Image, which is wider.
-    telling=r"^transformer_blocks\.[45]\d\.",
     widths=(
         Width("unet", ("attn.to_q", "attn.add_q_proj", "img_attn_q", "txt_attn_q", "attn_qkv", "attn.qkv"), (2048,)),
     ),
