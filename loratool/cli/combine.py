@@ -26,6 +26,7 @@ from .options import (
     library_arguments,
     out_option,
     quiet_option,
+    target_option,
     to_option,
 )
 
@@ -73,6 +74,7 @@ from .options import (
     help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
 )
 @click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
+@target_option
 @exclude_option
 @to_option
 @click.option(
