@@ -57,10 +57,6 @@ def bind(
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
     resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
-    require_patterns_used(
-        (adapter, {*adapter.updates, *(module_path(match.name) for each in matches.values() for match in each)})
-        for adapter, _, matches, _ in resolved
-    )
     chosen = [_select_matches(selection, matches) for _, _, matches, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
     added: dict[str, tuple[Adapter, UpdateSpec]] = {}
@@ -75,6 +71,10 @@ def bind(
             added[name] = adapter, update
     if any(missing):
         raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added)
+    require_patterns_used(
+        (adapter, {*adapter.updates, *(module_path(match.name) for each in matches.values() for match in each)})
+        for adapter, _, matches, _ in resolved
+    )
     placements: dict[str, list[Placement]] = {}
     quantized: dict[str, tuple[Adapter, str, str]] = {}
     for (adapter, weight, _, _), selected in zip(resolved, chosen, strict=True):
