@@ -88,7 +88,7 @@ def require_patterns_used(adapters: Iterable[tuple[Adapter, Iterable[str]]]) -> 
 
 def _unused(adapter: str, name: str, weight: float, paths: Iterable[str]) -> UsageError:
     ends = sorted({path.removesuffix(".bias").rpartition(".")[2] for path in paths})
-    similar = difflib.get_close_matches(name, ends, 3, 0.4) or ends[:NAMES_SHOWN]
+    similar = difflib.get_close_matches(name, [*WEIGHED, *ends], 3, 0.4) or ends[:NAMES_SHOWN]
     return UsageError(
         f"has no module that {name}={weight:g} could weigh",
         culprit=adapter,
