@@ -74,6 +74,7 @@ def bind(
     require_patterns_used(
         (adapter, {*adapter.updates, *(module_path(match.name) for each in matches.values() for match in each)})
         for adapter, _, matches, _ in resolved
+        if adapter.module_weights
     )
     placements: dict[str, list[Placement]] = {}
     quantized: dict[str, tuple[Adapter, str, str]] = {}

@@ -155,6 +155,9 @@ class TestMerge:
             wanted = tensors[f"{module}.weight"].double() + weight * (D[0] - D[1])
             assert torch.allclose(found[f"{module}.weight"].double(), wanted, atol=1e-7)
         assert torch.equal(found[f"{MODULES[2]}.bias"], torch.full((12,), 0.25))
+        both = [given, (start, -1, {name: -weight for name, weight in given[2].items()})]
+        loratool.unmerge(tmp_path / "out", both, tmp_path / "back")
+        assert same(tmp_path / "back", tmp_path / "biased")
 
     def test_what_the_undo_file_says(self, base: Path, tmp_path: Path) -> None:
         """Without a pattern it is what it was before there were any."""

@@ -81,11 +81,11 @@ def align_adapters(
     loaded, found = alike.loaded, dict[str, list[WeightedUpdate]]()
     _check_together(loaded)
     for (adapter, _), own, origins in zip(loaded, weights, alike.origins, strict=True):
+        of_all = set(own.values())
         for module, update in adapter.updates.items():
             of = origins.get(module, (module,))
-            found.setdefault(module, []).append(
-                WeightedUpdate(adapter, _common_weight(adapter, module, of, own), update, of)
-            )
+            weight = next(iter(of_all)) if len(of_all) == 1 else _common_weight(adapter, module, of, own)
+            found.setdefault(module, []).append(WeightedUpdate(adapter, weight, update, of))
     names = " and ".join(adapter.name for adapter, _ in loaded)
     selection, targets = Selection(exclude=alike.exclude), Selection(target)
     selection.require_used(found, names)
@@ -108,8 +108,6 @@ def align_adapters(
 
 def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weights: Mapping[str, float]) -> float:
     """Return the weight of a module; raise InputError if those that it is made of have several."""
-    if len(set(weights.values())) == 1:
-        return next(iter(weights.values()))
     if lost := next((origin for origin in origins if origin not in weights), None):
         raise InputError(f"is {lost} in no file, so none of {adapter.name}'s weights is its own", culprit=module)
     of = {weights[origin]: origin for origin in origins}
