@@ -285,12 +285,6 @@ def weighed_component(module: str) -> str | None:
     return component or ("text_encoder" if any(mark in path for mark in ENCODERS["clip"].marks) else None)
 
 
-def spell_weight(weight: float, components: Mapping[str, float]) -> str:
-    """Format a weight as the command line takes it: `0.8`, `0.8,te1=0.4`."""
-    names = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) == 1}
-    return ",".join([f"{weight:g}", *(f"{names[each]}={value:g}" for each, value in sorted(components.items()))])
-
-
 def _path_of(weight: str) -> str:
     """Return the path of the module whose weight a tensor is."""
     return weight.removesuffix(SCALE).removesuffix(".weight").removesuffix("_weight")

@@ -43,7 +43,7 @@ class Placement:
 
     adapter: Adapter
     update: UpdateSpec
-    weight: float  # of the adapter, or of this component
+    weight: float  # of the adapter, or of this module
     transposed: bool  # the base stores (in, out)
     rows: int  # all rows of the matrix
     start: int  # the rows of the matrix that the update covers
