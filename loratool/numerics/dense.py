@@ -146,7 +146,11 @@ class DenseRows:
         else:
             out.copy_(upper)
             lower.copy_(upper.sub_(bounds.span))  # in place: a third stream of numbers would not stay in the cache
-        return differ(out, lower, hit)
+        differ(out, lower, hit)
+        form = FORMS[out.dtype]
+        if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
+            hit |= (bits(out) & form.size) >= form.inf - 1
+        return hit
 
 
 def differ(one: Tensor, two: Tensor, hit: Tensor) -> Tensor:

@@ -49,6 +49,12 @@ def bits(x: Tensor) -> Tensor:
     return x.view(_INTEGERS[x.element_size()])
 
 
+def finite(x: Tensor) -> Tensor:
+    """Return where a tensor is neither inf nor nan; torch's own function knows no e4m3."""
+    form = FORMS[x.dtype]
+    return (bits(x) & form.size) < form.inf
+
+
 def codes(x: Tensor) -> Codes:
     """Return the bit patterns of a CPU tensor as signed integers, a view in its shape."""
     return bits(x).numpy()

@@ -36,7 +36,7 @@ from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.dtypes import FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
 from ..files.safetensors_file import TensorFile
@@ -183,7 +183,7 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     entry["replaced"] = source != plan.base.ref(name)
     if weight:
         entry["coded"] = {"codec": weight.codec.key, "kept": []}
-    elif entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
+    elif entry["replaced"] and (was.dtype not in FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:
         entry["copied"] = spec.shape[0]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Float8(Codec):
-    """A float8 tensor, which a merge writes in a wider type: almost no change survives in 8 bits."""
+    """A float8 tensor. A merge that keeps its type reads it as it is stored (`TensorRef.as_stored`), without a codec."""
 
     key = "float8"
     dtypes = frozenset(FLOAT8)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...binding.merge_plan import MergePlan
+from ...files.dtypes import FLOAT8
 from ...files.output import Output
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
@@ -178,6 +179,7 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
     if weak:
         worst = min(weak, key=lambda row: row.kept or 0.0)
         wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
+        wider |= dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or ")
         warnings.append(
             f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
             f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
