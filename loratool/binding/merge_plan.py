@@ -263,7 +263,7 @@ def decode_changed(plan: MergePlan, dtype: str | None) -> OutputEdits:
         codec = weight.codec if weight else codec_of(spec)
         if dtype is None and (weight or (scaled and codec is not RAW)):
             raise NeedsFlag(
-                f"is {codec.key}, too coarse for a change" if weight else f"is {spec.dtype} without the scale of others",
+                f"is {codec.key}, too coarse for a change" if weight else f"is {spec.dtype}, without others' scale",
                 culprit=name,
                 remedy="add --dtype bf16" if codec.encodes and plain <= {"BF16"} else "add --dtype bf16 --no-undo",
             )
