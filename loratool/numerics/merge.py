@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .decide import Reals, decide
 from .dense import Bounds, DenseRows, mask_apart, midpoints
-from .forms import FORMS, Codes, Positions, bits, codes, finite, wide
+from .forms import FORMS, Codes, Positions, bits, codes, finite, wide, widen
 from .rounding_stats import RoundingStats, count_different, dot, set_quiet_nan
 from .workspace import Workspace
 
@@ -123,12 +123,12 @@ class RowMerge:
         squares = self.dense.delta.squares
         if squares is not None and not self.x.factor and not bounds.slight:
             own = float(squares[first : first + len(base)].sum())
-            return own - dot(upper.sub_(_mixable(out, upper.dtype)), change), own
-        moved = work.take("end", upper.dtype, *upper.shape).copy_(out).sub_(_mixable(base, upper.dtype))
+            return own - dot(upper.sub_(_mixable(out, upper.dtype, work)), change), own
+        moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(_mixable(base, upper.dtype, work))
         if squares is not None and not self.x.factor:
             own = float(squares[first : first + len(base)].sum())
             return dot(moved, change) - bounds.shift * float(moved.sum()), own
-        asked = upper.sub_(_mixable(base, upper.dtype)) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
+        asked = upper.sub_(_mixable(base, upper.dtype, work)) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot(moved, asked), dot(asked, asked)
 
     def _not_finite(
@@ -180,9 +180,9 @@ class RowMerge:
         return int(np.count_nonzero(wide(made, self._to) != wide(code, self._form)))
 
 
-def _mixable(x: Tensor, kind: torch.dtype) -> Tensor:
+def _mixable(x: Tensor, kind: torch.dtype, work: Workspace) -> Tensor:
     """Return numbers that torch subtracts from those of a type: of 8 bits it mixes none with others."""
-    return x if x.itemsize > 1 else x.to(kind)
+    return x if x.itemsize > 1 else widen(x, work.take("mixable", kind, *x.shape))
 
 
 def positions(hit: Tensor) -> Positions:

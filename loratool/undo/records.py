@@ -31,7 +31,7 @@ from ..files.dtypes import TensorSpec
 from ..files.fileio import word_sum
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, bits, finite, number, place, wide
+from ..numerics.forms import FORMS, Codes, Form, Positions, bits, finite, number, place, wide, widen
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -497,7 +497,7 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
         upper, change, squared = dense.fill(result, row, bounds.shift, work)
         hit = None
         if dense.factor is None and math.isfinite(both):
-            upper.copy_(result).sub_(change)
+            widen(result, upper).sub_(change)
             if bounds.apart:
                 weight.copy_(upper)
                 hit = mask_apart(result, row, bounds.apart, work)
