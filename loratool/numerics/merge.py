@@ -124,11 +124,12 @@ class RowMerge:
         if squares is not None and not self.x.factor and not bounds.slight:
             own = float(squares[first : first + len(base)].sum())
             return own - dot(upper.sub_(_mixable(out, upper.dtype, work)), change), own
-        moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(_mixable(base, upper.dtype, work))
+        weight = _mixable(base, upper.dtype, work)
+        moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             own = float(squares[first : first + len(base)].sum())
             return dot(moved, change) - bounds.shift * float(moved.sum()), own
-        asked = upper.sub_(_mixable(base, upper.dtype, work)) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
+        asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot(moved, asked), dot(asked, asked)
 
     def _not_finite(
