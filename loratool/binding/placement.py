@@ -19,7 +19,7 @@ from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.roles import EMBEDDINGS, HEADS
 from ..architectures.ties import MASKED_HEADS
 from ..errors import InputError
-from ..files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 
 # The last names of modules that have one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
@@ -71,8 +71,7 @@ def place_update(
         InputError: the shapes contradict each other, or the base's type cannot be added to.
     """
     update, spec = adapter.updates[module], specs[match.name]
-    known = spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8
-    if not known and (update.cls is not ReplaceTensor or update.specs["value"].dtype != spec.dtype):
+    if spec.dtype not in FLOATS and (update.cls is not ReplaceTensor or update.specs["value"].dtype != spec.dtype):
         raise InputError(
             f"is {spec.dtype}, which cannot be added to",
             culprit=match.name,
@@ -82,7 +81,7 @@ def place_update(
     if own.shape != spec.shape:
         _check_rows_alone_differ(adapter, own, spec, match.name)
     rows = own.shape[0] if own.shape else 1
-    if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
+    if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in FLOATS):
         raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
     if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)

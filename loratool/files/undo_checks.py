@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .dtypes import DTYPES, TORCH_FLOATS, TensorSpec
+from .dtypes import DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
 RECORD = 1 << 22  # weights of a record, one row at least
@@ -98,7 +98,7 @@ def tiling(
         spec: the merged tensor's.
         was: the base tensor's.
     """
-    is_float = was.dtype in TORCH_FLOATS
+    is_float = was.dtype in FLOATS
     if placements:
         require(spec == was and is_float, f"{name} is {spec}, and was {was}")
         _check_rows(name, was, placements)

@@ -38,7 +38,7 @@ from ...streaming.rewrite import refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
-from ...undo.writer import UndoWriter, adapter_entry, sort_adapters
+from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ..collector import uncollected
 from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
@@ -181,7 +181,7 @@ def write_merged(
     _check_factors(plan)
     output.require_space()
     if options.dry_run:
-        return build_report(plan, output, base, {}, _undo_bound(plan, output), dry_run=True)
+        return build_report(plan, output, base, {}, largest_undo(plan, output) if output.undo else None, dry_run=True)
     changes, size = _execute(plan, output, options)
     return build_report(plan, output, base, changes, size, dry_run=False)
 
@@ -229,14 +229,6 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
                 culprit=name,
                 remedy="add --no-undo",
             )
-
-
-def _undo_bound(plan: MergePlan, output: Output) -> int | None:
-    """Return an upper bound of the undo file's bytes: each changed weight itself, and a bit for each of its bytes."""
-    if output.undo is None:
-        return None
-    max_bytes = sum(plan.base.nbytes_of(name) for name in plan.changed if name in plan.base.specs)
-    return max_bytes + max_bytes // 8 + (1 << 20)
 
 
 def _execute(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
+from ...files.dtypes import FLOAT8
 from ...files.output import Output
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
@@ -181,6 +182,7 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
     if weak:
         worst = min(weak, key=lambda row: row.kept or 0.0)
         wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
+        wider |= dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or ")
         warnings.append(
             f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
             f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
