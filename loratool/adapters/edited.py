@@ -24,8 +24,8 @@ from .adapter import Adapter
 from .formats import FORMATS, usual_format
 from .formats.content import AdapterContent
 from .formats.format import Format
-from .formats.peft import WEIGHTS_NAMES, adapter_names
-from .formats.peft_config import base_mutating_init_of, lora_config
+from .formats.peft import adapter_names
+from .formats.peft_config import WEIGHTS_NAMES, base_mutating_init_of, lora_config
 from .formats.single_file import STALE_KEYS
 from .updates.add import AddDelta
 from .updates.diff import Diff

@@ -36,6 +36,7 @@ from .format import Capabilities, Format, ReadOptions
 from .other_methods import find_marks, other_method
 from .peft_config import (
     CONFIG_NAME,
+    WEIGHTS_NAMES,
     announced_but_absent,
     find_config,
     parse_config,
@@ -43,9 +44,6 @@ from .peft_config import (
 )
 from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
-
-WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
 
