@@ -127,9 +127,12 @@ def has_dotted_factors(names: Iterable[str]) -> bool:
 def _are_bare(names: Sequence[str]) -> bool:
     """Return whether all names are paths with suffixes that PEFT's names do not have, a factor's among them.
 
-    With PEFT's prefix, a suffix must be one that PEFT never writes.
+    With PEFT's prefix, a suffix must be one that PEFT never writes. Nor does it write an alpha beside its factors, as
+    OneTrainer does.
     """
-    if any(name.endswith(PEFTS) for name in names):
+    there = set(names)
+    alphas = any(f"{name.removesuffix('.alpha')}.lora_A.weight" in there for name in names if name.endswith(".alpha"))
+    if any(name.endswith(PEFTS) for name in names) and not alphas:
         return False
     if any(name.startswith(PEFT_PREFIX) for name in names) and not any(name.endswith(NOT_PEFTS) for name in names):
         return False
@@ -166,7 +169,7 @@ def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _module_of(module: str) -> str:
     """Return a module's path without PEFT's prefix, for that of an old processor today's."""
-    module = module.removeprefix(PEFT_PREFIX)
+    module = module.removeprefix(PEFT_PREFIX).replace(f"unet.{PEFT_PREFIX}", "unet.")  # as PixArt's scripts save it
     for pattern, meaning in PROCESSORS:
         module, count = pattern.subn(meaning, module)
         if count:

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
+from ..updates.add import AddDelta
 from ..updates.diff import Diff
 from ..updates.headers import spec_from_roles, unpaired
 from ..updates.update import Unpaired, UpdateSpec
 from .other_methods import EXTRACT_REMEDY
 
-BIAS_ROLES = ("diff_b",)
+BIAS_ROLES = ("diff_b", "bias")
 
 # roles -> (the method that has them, why no merge can have it)
 MULTIPLYING = {
@@ -40,10 +41,14 @@ def module_updates(
         InputError: the roles are of no kind that can be merged, or as `spec_from_roles`.
     """
     own = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
-    for role in BIAS_ROLES:
-        if role in roles:
-            tensors = {"diff": roles[role]}
-            yield UpdateSpec(Diff, bias, tensors, {"diff": file.specs[roles[role]]}, transposed=False)
+    if key := roles.get("diff_b"):
+        yield UpdateSpec(Diff, bias, {"diff": key}, {"diff": file.specs[key]}, transposed=False)
+    if key := roles.get("bias"):  # PEFT's, of the layer whose weight is B
+        rank = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
+        if not lenient and not (rank and rank[0]):
+            raise InputError(f"has no partner: the A factor of {module} is missing or empty", culprit=key)
+        scale = config.scale_of(module, rank[0]) if rank and rank[0] else 1.0
+        yield UpdateSpec(AddDelta, bias, {"value": key}, {"value": file.specs[key]}, scale)
     if not own:
         return
     try:
