@@ -24,6 +24,7 @@ from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from .format import Format, ReadOptions
+from .image_paths import are_of_image_model
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .peft_config import base_mutating_init, base_mutating_init_of, config_beside, lora_config, parse_config
@@ -31,6 +32,10 @@ from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffi
 
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
+
+
+# Those of them that models of other kinds have as well
+ANYONES = ("net.",)
 
 
 # The fields of PEFT's config that a file's metadata has
@@ -117,11 +122,15 @@ class DottedFormat(Format, ABC):
 def has_dotted_factors(names: Iterable[str]) -> bool:
     """Return whether a factor's name has a component's prefix or a processor in it, or all names are bare."""
     names, factors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
-    return _are_bare(names) or any(
-        name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
+    found = [
+        name
         for name in names
+        if name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
         if not name.startswith("transformer.h.")  # GPT-2's own modules
-    )
+    ]
+    if found and all(name.startswith(ANYONES) for name in found):
+        return are_of_image_model(split_suffix(name)[0] for name in found)
+    return _are_bare(names) or bool(found)
 
 
 def _are_bare(names: Sequence[str]) -> bool:
@@ -169,7 +178,7 @@ def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _module_of(module: str) -> str:
     """Return a module's path without PEFT's prefix, for that of an old processor today's."""
-    module = module.removeprefix(PEFT_PREFIX).replace(f"unet.{PEFT_PREFIX}", "unet.")  # as PixArt's scripts save it
+    module = module.removeprefix(PEFT_PREFIX)
     for pattern, meaning in PROCESSORS:
         module, count = pattern.subn(meaning, module)
         if count:
