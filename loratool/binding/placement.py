@@ -27,7 +27,7 @@ SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 
 
 # How the modules end that take a denoiser's latent image, beside which a control model takes another
-LATENT_INPUTS = ("img_in", "x_embedder", "img_in.proj", "x_embedder.proj", "patch_embedding", "patchify_proj", "conv_in")
+LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embedding patchify_proj conv_in".split())
 
 
 @dataclass(frozen=True)
