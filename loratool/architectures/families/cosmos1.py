@@ -36,6 +36,7 @@ FAMILY = ModelFamily(
                 "blocks.1.block.attn.to_q.1": "attn2.norm_q",
                 "blocks.1.block.attn.to_k.1": "attn2.norm_k",
             },
+            counts=(28, 36),
         ),
     ),
     outside={
@@ -57,6 +58,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
-    marks=("blocks.block0.", "learnable_pos_embed."),
-    widths=(Width("unet", ("attn2.to_k",), (1024,)),),
+    marks=("blocks.block0.", "time_embed.t_embedder."),
+    # Cosmos-Predict2 has the same names of diffusers.
+    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)),),
 )

@@ -27,6 +27,7 @@ FAMILY = ModelFamily(
                 "mlp.up_proj",
                 "mlp.linear_fc2",
             ),
+            counts=(24,),
         ),
     ),
     alike=(
@@ -43,7 +44,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("adaLN_sa_ln.",),
+    marks=("adaLN_sa_ln",),
     kernels={"x_embedder.proj": (1, 1)},
     kohya_network="networks.lora_ernie_image",
 )

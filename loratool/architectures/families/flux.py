@@ -30,6 +30,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(19,),
         ),
         Block(
             "single_blocks.{i}",
@@ -43,6 +44,7 @@ FAMILY = ModelFamily(
             },
             # XLabs' and ComfyUI's name of the first rows of linear1
             aliases={"linear1_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1))},
+            counts=(38,),
         ),
     ),
     outside={

@@ -30,6 +30,7 @@ FAMILY = ModelFamily(
                 "mlp.0": "ff.net.0.proj",
                 "mlp.2": "ff.net.2",
             },
+            counts=(2,),
         ),
         Block(
             "double_blocks.{i}",
@@ -75,6 +76,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(54,),
         ),
     ),
     outside={
@@ -112,7 +114,7 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
-    marks=("cond_type_embedding.", "cond_type_embed."),
+    marks=("cond_type_embedding", "cond_type_embed"),
     # As many blocks has Qwen-Image, which is wider.
     telling=r"^transformer_blocks\.[45]\d\.",
     widths=(

@@ -5,7 +5,7 @@ Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/krea2/mode
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 _NAMES = {
     "attn.wq": "attn.to_q",
@@ -33,18 +33,21 @@ FAMILY = ModelFamily(
             "text_fusion.layerwise_blocks.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(2,),
         ),
         Block(
             "txtfusion.refiner_blocks.{i}",
             "text_fusion.refiner_blocks.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(2,),
         ),
         Block(
             "blocks.{i}",
             "transformer_blocks.{i}",
             _NAMES,
             tensors={**_TENSORS, "mod.lin": "scale_shift_table"},
+            counts=(28,),
         ),
     ),
     outside={
@@ -69,4 +72,5 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("txtfusion.", "text_fusion."),
+    widths=(Width("unet", ("attn.to_q",), (6144,)),),
 )

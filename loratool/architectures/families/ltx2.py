@@ -85,6 +85,7 @@ FAMILY = ModelFamily(
                 "prompt_scale_shift_table": "prompt_scale_shift_table",
                 "audio_prompt_scale_shift_table": "audio_prompt_scale_shift_table",
             },
+            counts=(48,),
         ),
     ),
     outside={
@@ -107,7 +108,7 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
         Component("connectors", "", "text_embedding_projection.", "connectors.", "ltx2_connectors"),
     ),
-    marks=("audio_patchify_proj.", "audio_time_embed."),
+    marks=("audio_patchify_proj", "audio_time_embed."),
     telling=r"audio_|prompt_adaln|to_gate_logits",
     widths=(Width("unet", ("attn2.to_k",), (4096,)),),
 )

@@ -26,6 +26,7 @@ FAMILY = ModelFamily(
                 "down_proj",
                 "modulation.lin",
             ),
+            counts=(16,),
         ),
     ),
     alike=(
@@ -41,5 +42,5 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("img_qkv_proj.",),
+    marks=("img_qkv_proj",),
 )

@@ -27,6 +27,7 @@ FAMILY = ModelFamily(
                 "img_mlp.gate_layer",
             ),
             comfy={"img_mlp.gate_up": Fused(("img_mlp.gate_layer", "img_mlp.proj"))},
+            counts=(32,),
         ),
     ),
     alike=(
@@ -45,7 +46,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("txt_in.text_norm.",),
+    marks=("txt_in.text_norm",),
     widths=(Width("unet", ("attn.to_q",), (4096,)),),
     kohya_network="networks.lora_qwen_image_21",
 )

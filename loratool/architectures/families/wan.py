@@ -40,12 +40,14 @@ FAMILY = ModelFamily(
                 "cross_attn.norm_k_img": "attn2.norm_added_k",
             },
             tensors={"modulation": "scale_shift_table"},
+            counts=(30, 40),
         ),
         Block(
             "vace_blocks.{i}",
             "vace_blocks.{i}",
             {**_NAMES, "before_proj": "proj_in", "after_proj": "proj_out"},
             tensors={"modulation": "scale_shift_table"},
+            counts=(8,),
         ),
     ),
     outside={
@@ -71,7 +73,7 @@ FAMILY = ModelFamily(
         Component("transformer_2", "", "", "transformer_2."),
         Component("text_encoder", "", "text_encoders.umt5xxl.transformer.", "text_encoder.", "t5"),
     ),
-    marks=("time_projection.", "condition_embedder.time_proj."),
+    marks=("time_projection.", "condition_embedder.time_proj"),
     kernels={"patch_embedding": (1, 2, 2), "vace_patch_embedding": (1, 2, 2)},
     kohya_network="networks.lora_wan",
 )
