@@ -261,19 +261,11 @@ REFUSED: dict[str, tuple[Case, type[LoratoolError], str]] = {
         InputError,
         r"reshape_weight: is a tensor of ComfyUI's LoRA of a model that has grown",
     ),
-    "a language model's bare names": (
-        Case(pair("model.layers.0.self_attn.q_proj"), {}),
-        NeedsFlag,
-        r"pass --alpha",
-    ),
-    "GPT-2's": (Case(pair("transformer.h.0.attn.c_attn"), {}), NeedsFlag, r"pass --alpha"),
     "a language model's in loralib": (
         Case(pair("model.layers.0.self_attn.q_proj", (".lora_A", ".lora_B")), {}),
         NeedsFlag,
         r"pass --alpha",
     ),
-    "timm's ViT": (Case(pair("base_model.model.blocks.0.attn.qkv"), {}), NeedsFlag, r"pass --alpha"),
-    "Meta's Llama": (Case(pair("layers.0.feed_forward.w1"), {}), NeedsFlag, r"pass --alpha"),
     "another model's net": (Case(pair("net.encoder.0.fc"), {}), NeedsFlag, r"pass --alpha"),
 }  # fmt: skip
 
@@ -283,6 +275,30 @@ def test_what_a_file_does_not_say_or_says_twice(what: str, tmp_path: Path) -> No
     case, error, match = REFUSED[what]
     with pytest.raises(error, match=match):
         open_adapter(write(tmp_path / "a", case))
+
+
+# Bare paths of other models: to take one for an image model's would be to take alpha for the rank
+OTHERS = {
+    "Llama": "model.layers.0.self_attn.q_proj",
+    "Llama, its backbone": "layers.0.mlp.down_proj",
+    "GPT-2": "transformer.h.0.attn.c_attn",
+    "MPT": "transformer.blocks.0.attn.out_proj",
+    "ChatGLM": "transformer.encoder.layers.0.self_attention.query_key_value",
+    "MPT, its backbone": "blocks.0.attn.out_proj",
+    "timm's ViT": "blocks.0.attn.qkv",
+    "Meta's Llama": "layers.0.feed_forward.w1",
+    "MiniCPM-V": "llm.model.layers.0.self_attn.q_proj",
+    "embeddings": "embed_tokens",
+    "T5": "encoder.block.0.layer.0.SelfAttention.q",
+    "CLIP": "text_model.encoder.layers.0.self_attn.q_proj",
+}
+
+
+@pytest.mark.parametrize("model", OTHERS)
+@pytest.mark.parametrize("ends", [PEFT, (".lora_A", ".lora_B")])
+def test_other_models_files_must_say_alpha(model: str, ends: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(NeedsFlag, match=r"pass --alpha"):
+        open_adapter(write(tmp_path / "a", Case(pair(OTHERS[model], ends), {})))
 
 
 def test_an_alpha_that_was_given_must_not_contradict_the_config(tmp_path: Path) -> None:

@@ -34,8 +34,11 @@ from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffi
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
 
 
-# Those of them that models of other kinds have as well
-ANYONES = ("net.",)
+# Prefixes that begin paths of other models, too: GPT-2, MPT, DBRX, XLNet, DistilBERT, OpenELM, ChatGLM, and any `net`
+ANYONES = (
+    "net.",
+    *(f"transformer.{stem}." for stem in ("h", "blocks", "layer", "layers", "encoder.layers")),
+)
 
 
 # The fields of PEFT's config that a file's metadata has
@@ -122,15 +125,10 @@ class DottedFormat(Format, ABC):
 def has_dotted_factors(names: Iterable[str]) -> bool:
     """Return whether a factor's name has a component's prefix or a processor in it, or all names are bare."""
     names, factors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
-    found = [
-        name
-        for name in names
-        if name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
-        if not name.startswith("transformer.h.")  # GPT-2's own modules
-    ]
-    if found and all(name.startswith(ANYONES) for name in found):
-        return are_of_image_model(split_suffix(name)[0] for name in found)
-    return _are_bare(names) or bool(found)
+    named = [n for n in names if n.endswith(factors) and (n.startswith(COMPONENTS) or ".processor." in n)]
+    if named and all(name.startswith(ANYONES) for name in named):
+        named = named if are_of_image_model(split_suffix(name)[0] for name in named) else []
+    return bool(named) or _are_bare(names)
 
 
 def _are_bare(names: Sequence[str]) -> bool:
