@@ -128,7 +128,8 @@ def choose_family(
             raise InputError(f"is of {titles}, and {base} of {FAMILIES[found].title}", culprit=name)
         return found
     denoisers = [source for source in sources if source.component in DENOISERS]
-    meanings = {each: _meaning(denoisers, each, to) for each in families if not FAMILIES[each].up_attention}
+    apart = families if denoisers else ()  # text encoders alone have the names that the first has
+    meanings = {each: _meaning(denoisers, each, to) for each in apart if not FAMILIES[each].up_attention}
     other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
     if other:
         raise NeedsFlag(
