@@ -208,6 +208,19 @@ def test_a_writers_file_is_merged(writer: str, bases: tuple[Path, Path], tmp_pat
         assert [name for name, tensor in usual.items() if not torch.equal(found[name], tensor)] == []
 
 
+@pytest.mark.parametrize(
+    "writer", ["save_lora_adapter, DoRA", "Black Forest Labs' control", "fal's trainer of Kontext"]
+)
+def test_a_file_without_a_config_gets_one_when_it_is_resized(
+    writer: str, bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """PEFT reads neither magnitudes nor biases that its config does not announce."""
+    adapter = write(tmp_path / "a", WRITERS[writer])
+    loratool.resize(adapter, tmp_path / "r", rank=RANK)
+    usual, found = (merged(bases[0], each, tmp_path / f"{each.name}.safetensors") for each in (adapter, tmp_path / "r"))
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in usual.items())
+
+
 def test_a_bias_of_fused_rows_is_added_and_taken_back(bases: tuple[Path, Path], tmp_path: Path) -> None:
     """diffusers' to_k is rows 8 to 16 of the single file's qkv, and its bias too."""
     module = "transformer.transformer_blocks.0.attn.to_k"
