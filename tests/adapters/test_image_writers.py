@@ -336,3 +336,73 @@ def test_a_control_lora_needs_a_base_of_more_inputs(
     assert result.exit_code == 3 and ("img_in.weight", "x_embedder.weight")[i] in result.stderr
     assert "8 inputs" in result.stderr and "4 columns of zeros" in result.stderr
     assert not (tmp_path / "m").exists()
+
+
+# Wan's modules under diffusers' names, with what tells the family
+WAN = {
+    "condition_embedder.time_proj.weight": (48, 8),
+    "patch_embedding.weight": (8, 4, 1, 2, 2),
+    "blocks.0.norm2.weight": (8,),
+    "blocks.0.norm2.bias": (8,),
+    "blocks.0.attn1.norm_q.weight": (8,),
+    "blocks.0.attn1.to_q.weight": (8, 8),
+    "blocks.0.attn1.to_q.bias": (8,),
+}
+SELF_Q = "blocks.0.self_attn.q"
+# ai-toolkit's file of both denoisers, and lightx2v's with differences of norms and of a convolution
+OF_WAN: dict[str, tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...]]] = {
+    "ai-toolkit": (
+        {
+            **pair(f"diffusion_model.transformer_1.{SELF_Q}"),
+            **pair(f"diffusion_model.transformer_2.{SELF_Q}"),
+        },
+        ({"blocks.0.attn1.to_q.weight": B @ A}, {"blocks.0.attn1.to_q.weight": B @ A}),
+    ),
+    "lightx2v": (
+        {
+            **pair(f"diffusion_model.{SELF_Q}", DOWN, diff_b=BIAS),
+            "diffusion_model.blocks.0.norm3.diff": BIAS,
+            "diffusion_model.blocks.0.norm3.diff_b": MAGNITUDE,
+            "diffusion_model.blocks.0.self_attn.norm_q.diff": BIAS,
+            "diffusion_model.patch_embedding.diff": numbers(8, 4, 1, 2, 2, seed=9),
+        },
+        (
+            {
+                "blocks.0.attn1.to_q.weight": B @ A,
+                "blocks.0.attn1.to_q.bias": BIAS,
+                "blocks.0.norm2.weight": BIAS,
+                "blocks.0.norm2.bias": MAGNITUDE,
+                "blocks.0.attn1.norm_q.weight": BIAS,
+                "patch_embedding.weight": numbers(8, 4, 1, 2, 2, seed=9),
+            },
+            {},
+        ),
+    ),
+    "DiffSynth-Studio": (
+        pair(SELF_Q, (".lora_A.default.weight", ".lora_B.default.weight")),
+        ({"blocks.0.attn1.to_q.weight": B @ A}, {}),
+    ),
+    "diffusers, the second": (
+        pair("transformer_2.blocks.0.attn1.to_q"),
+        ({}, {"blocks.0.attn1.to_q.weight": B @ A}),
+    ),
+}
+
+
+@pytest.mark.parametrize("writer", OF_WAN)
+def test_wans_two_denoisers(writer: str, tmp_path: Path) -> None:
+    tensors, changes = OF_WAN[writer]
+    base, parts = tmp_path / "b", ("transformer", "transformer_2")
+    base.mkdir()
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **{p: ["", ""] for p in parts}}))
+    for seed, part in enumerate(parts):
+        (base / part).mkdir()
+        (base / part / "config.json").write_text("{}")
+        own = {name: numbers(*shape, seed=10 + seed) for name, shape in WAN.items()}
+        save_file(own, base / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    loratool.merge(base, write(tmp_path / "a", Case(tensors, {})), tmp_path / "m", undo=False)
+    for part, changed in zip(parts, changes, strict=True):
+        before, after = load_model(base / part), load_model(tmp_path / "m" / part)
+        assert {name for name in before if not torch.equal(before[name], after[name])} == changed.keys()
+        for name, change in changed.items():
+            assert torch.allclose(after[name], before[name] + change, atol=1e-5)
