@@ -16,7 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
-from ..architectures.image import components_of, image_modules
+from ..architectures.image import SCALE, components_of, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical, expert_part
 from ..errors import InputError, NeedsFlag
@@ -159,10 +159,13 @@ def _resolve_image(
     for module, update in adapter.updates.items():
         components, path = components_of(module)
         flat = adapter.flattened or "." not in path
-        found = (modules.find(each, path, flat) for each in components or ("unet", "text_encoder"))
+        of = path.removesuffix(SCALE) if update.cls is ReplaceTensor else path
+        found = (modules.find(each, of, flat) for each in components or ("unet", "text_encoder"))
         where = next(filter(None, found), ())
-        if where and not update.cls.whole:
+        if where and (update.additive or not update.cls.whole):
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
+        elif update.cls is ReplaceTensor and len(where) == 1 and where[0].whole == specs[where[0].tensor].shape[0]:
+            matches[module] = (Match(where[0].tensor),)
         else:
             (absent if components and (update.rank or modules.holds(path, flat)) else rest).append(module)
     return matches, rest, absent

@@ -14,8 +14,7 @@ from typing import TypeGuard
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import is_adapter, open_adapter
-from ..adapters.formats.peft import WEIGHTS_NAMES
-from ..adapters.formats.peft_config import base_mutating_init
+from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank

@@ -314,7 +314,7 @@ def _fits(placement: Placement, spec: TensorSpec) -> bool:
     update, shape = placement.update, placement.update.shape
     if update.cls.stack is not (placement.expert is not None):
         return False
-    if update.cls.whole:
+    if update.cls.whole and not update.additive:
         takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
         if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False

@@ -39,8 +39,8 @@ from .other_methods import (
     is_embeddings,
     other_method,
 )
-from .peft import WEIGHTS_NAMES, Peft
-from .peft_config import CONFIG_NAME, find_config
+from .peft import Peft
+from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
