@@ -1,0 +1,181 @@
+"""Give a denoiser's tensors its maker's names or diffusers', as a checkpoint that is streamed like any other.
+
+Both hold the same numbers in the same types: rows are cut, put together and moved, as bytes. Of a file that has text
+encoders and a VAE as well, the denoiser alone is taken, if --drop says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...architectures.families import FAMILIES
+from ...architectures.families.table import ModelFamily, Naming
+from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
+from ...architectures.renamed_tensors import RenamedTensor, rename_tensors
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import SINGLE_NAMES, Checkpoint
+from ...files.dtypes import DTYPES, TensorSpec
+from ...files.output import check_output_name
+from ...files.regrouped import RegroupedFile, StoredRows
+from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
+from .shared_tensors import find_shared_storage
+from .source_modules import known_families
+
+(COMPONENTS,) = DENOISER_DROP_CHOICES
+
+FOLDER_NAMING, FILE_NAMING = MODEL_NAMINGS
+
+
+@dataclass(frozen=True)
+class RenamedDenoiser:
+    """A denoiser under other names."""
+
+    family: ModelFamily
+    checkpoint: Checkpoint  # of one file that is nowhere
+    left_out: tuple[str, ...]  # tensors of the input that it does not have
+    renamed: int  # tensors that have another name now, but for a prefix
+    regrouped: int  # tensors that are not one tensor of the input as it was
+
+    def lacks_config(self, to: str) -> str:
+        """Return diffusers' class, if its loader needs a config that is not there; else nothing."""
+        return self.family.diffusers_class if to == FOLDER_NAMING and not self.checkpoint.config else ""
+
+
+def place_denoiser(out: str | os.PathLike[str] | None, to: str) -> tuple[Path, bool]:
+    """Return the output's path, and whether it is a single file.
+
+    Raises:
+        UsageError: a folder for the naming of single files.
+    """
+    if out is None:
+        return (Path("converted"), False) if to == FOLDER_NAMING else (Path("converted.safetensors"), True)
+    path, is_file = check_output_name(out)
+    if to == FILE_NAMING and not is_file:
+        raise UsageError(f"--to {to} is a file", culprit=str(path), remedy="name a .safetensors file with -o")
+    return path, is_file
+
+
+def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: bool) -> RenamedDenoiser:
+    """Return the denoiser of a checkpoint under the names of `to`, a key of MODEL_NAMINGS.
+
+    Args:
+        removed: tensors that are left out in any case.
+        alone: whether all that is beside the denoiser is left out, too.
+
+    Raises:
+        NeedsFlag: there is more than the denoiser.
+        InputError: there is no known denoiser, it is quantized, or its tensors are not those of the tables.
+    """
+    _refuse(base, removed)
+    specs = {name: spec for name, spec in base.stored.items() if name not in removed}
+    family, prefix, tensors, unused = _rename(base, specs, "diffusers" if to == FOLDER_NAMING else "maker")
+    inside = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
+    beside = [name for name in specs if name not in inside]
+    if beside and not alone:
+        parts = ", ".join(dict.fromkeys(f"{name.partition('.')[0]}.*" for name in beside))
+        raise NeedsFlag(
+            f"has {len(beside)} tensors beside its denoiser ({parts})",
+            culprit=str(base.path),
+            remedy=f"add --drop {COMPONENTS}, which leaves them out",
+        )
+    shapes = {name: spec.shape for name, spec in inside.items()}
+    rows = {
+        name: [StoredRows(base.shard_of[each.tensor], each.tensor, each.start, each.stop) for each in tensor.rows]
+        for name, tensor in tensors.items()
+    }
+    new = {name: TensorSpec(_dtype_of(name, tensor, specs), tensor.shape) for name, tensor in tensors.items()}
+    metadata = {key: value for shard in base.shards for key, value in (shard.metadata or {"format": "pt"}).items()}
+    file = RegroupedFile(base.shards[0], base.folder / SINGLE_NAMES[1], new, rows, metadata)
+    configured = to == FOLDER_NAMING and "_class_name" in base.config
+    config = base.config if configured else {}
+    whole = [
+        name for name, each in tensors.items() if len(each.rows) == 1 and each.shape == shapes[each.rows[0].tensor]
+    ]
+    return RenamedDenoiser(
+        family,
+        Checkpoint(base.path, base.folder, not configured, (file,), None, config),
+        (*(name for name in base.stored if name in removed), *(beside if alone else ()), *unused),
+        sum(tensors[name].rows[0].tensor != prefix + name for name in whole),
+        len(tensors) - len(whole),
+    )
+
+
+def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
+    """Raise InputError for what cannot be renamed tensor by tensor."""
+    culprit = str(base.path)
+    if base.parts:
+        own = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
+        raise InputError(
+            "is a pipeline, of which one component is converted", culprit=culprit, remedy=f"pass {own}" if own else None
+        )
+    if base.weights or base.coded or base.declared:
+        raise InputError(
+            f"is quantized ({base.quantized}), and its scales are of whole tensors under their names",
+            culprit=culprit,
+            remedy="convert the model as it was before",
+        )
+    shared = find_shared_storage(base, removed)
+    if shared:
+        name, kept = next(iter(shared.items()))
+        raise InputError(f"is one storage with {kept}, which no denoiser's table has", culprit=name)
+
+
+def _rename(
+    base: Checkpoint, specs: Mapping[str, TensorSpec], to: Naming
+) -> tuple[ModelFamily, str, dict[str, RenamedTensor], tuple[str, ...]]:
+    """Return the denoiser's family, the prefix of its tensors, these under their new names, and what has none.
+
+    It is the family that has all of the tensors, if the config of a diffusers folder names its class; of several with
+    the same new names the one that names and widths tell, or else the first.
+
+    Raises:
+        InputError: no family has all of the tensors, or two have other names for them.
+    """
+    found = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
+    if found is None or found.table is None:
+        raise InputError(f"has no denoiser that is known ({known_families()})", culprit=str(base.path))
+    path, name = next(iter(found.tensors.items()))
+    prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
+    shapes = {name: spec.shape for name, spec in specs.items() if name.startswith(prefix)}
+    marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in shapes)]
+    told = [family for family in marked if family.diffusers_class == base.config.get("_class_name", "")]
+    made, error = {}, None
+    for family in sorted(told or marked, key=lambda family: family is not found.table):
+        try:
+            made[family] = rename_tensors(family, shapes, to, prefix)
+        except InputError as refusal:
+            error = error or refusal
+    if not made:
+        raise error or InputError(f"is no denoiser of diffusers' {base.config['_class_name']}", culprit=str(base.path))
+    first, *others = made
+    other = next((family for family in others if made[family] != made[first]), None)
+    if other:
+        raise InputError(
+            f"can be {first.title} or {other.title} by its names, and these call tensors otherwise",
+            culprit=str(base.path),
+            remedy="put the model's config.json beside it" if base.folder and not base.given_as_file else None,
+        )
+    return first, prefix, *made[first]
+
+
+def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec]) -> str:
+    """Return the dtype of a tensor.
+
+    Raises:
+        InputError: its rows have several, or are not whole bytes.
+    """
+    first, *others = (each.tensor for each in tensor.rows)
+    dtype = specs[first].dtype
+    other = next((each for each in others if specs[each].dtype != dtype), None)
+    if other:
+        raise InputError(
+            f"is {dtype} and {other} is {specs[other].dtype}, and both are rows of {name}",
+            culprit=first,
+            remedy="first loratool convert with --dtype alone",
+        )
+    if DTYPES[dtype] < 8:
+        raise InputError(f"has dtype {dtype}, whose rows need not be whole bytes", culprit=first)
+    return dtype
