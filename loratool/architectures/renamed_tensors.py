@@ -52,23 +52,21 @@ def rename_tensors(
     Raises:
         InputError: a tensor is in no table, two become one, rows are missing, or they do not add up.
     """
-    own = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    if family.up_attention:
-        family = _as_unet(family, own, prefix)
-    unused = [path for path in own if any(_number_in(each, path) is not None for each in family.unused)]
-    pieces: dict[str, list[ModuleRows]] = {}
-    unknown = []
-    for path in (path for path in own if path not in unused):
-        spans = _spans(family, path, own, prefix)
-        if spans is None:
-            unknown.append(prefix + path)
-        for span in spans or ():
-            rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.whole)
-            pieces.setdefault(span.module, []).append(rows)
+    unknown = unknown_tensors(family, shapes, prefix)
     if unknown:
         names = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if unknown[NAMES_SHOWN:] else "")
         more = f" (nor are others, {len(unknown)} in all: {names})" if unknown[1:] else ""
         raise InputError(f"is in no table of {family.title}{more}: its other name is not known", culprit=unknown[0])
+    own = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    if family.up_attention:
+        family = _as_unet(family, own, prefix)
+    naming = _naming_of(family, own)
+    unused = [path for path in own if _is_unused(family, path)]
+    pieces: dict[str, list[ModuleRows]] = {}
+    for path in (path for path in own if path not in unused):
+        for span in _spans(family, path, naming, own, prefix):
+            rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.whole)
+            pieces.setdefault(span.module, []).append(rows)
     whole = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
     if to == "diffusers":
         return {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}, tuple(
@@ -76,6 +74,24 @@ def rename_tensors(
         )
     kept = {path: _joined(path, [_all_rows(prefix + path, own[path])], shapes) for path in unused}
     return {**_in_maker_names(family, whole, shapes), **kept}, ()
+
+
+def unknown_tensors(family: ModelFamily, names: Iterable[str], prefix: str = "") -> list[str]:
+    """Return the tensors that a family's table has under no name."""
+    paths = [name.removeprefix(prefix) for name in names]
+    naming = _naming_of(family, paths)
+    return [prefix + path for path in paths if not _is_known(family, path, naming)]
+
+
+def _is_known(family: ModelFamily, path: str, naming: Naming | None) -> bool:
+    if _is_unused(family, path) or _both_names(family, path):
+        return True
+    stem, _, leaf = path.rpartition(".")
+    return leaf in LEAVES and locate(family, stem, naming) is not None
+
+
+def _is_unused(family: ModelFamily, path: str) -> bool:
+    return any(_number_in(each, path) is not None for each in family.unused)
 
 
 def _as_unet(family: ModelFamily, shapes: Mapping[str, Shape], prefix: str) -> ModelFamily:
@@ -100,17 +116,28 @@ def _as_unet(family: ModelFamily, shapes: Mapping[str, Shape], prefix: str) -> M
     return replace(family, up_attention=tuple(level in attends for level in range(levels)) or family.up_attention)
 
 
-def _spans(family: ModelFamily, path: str, shapes: Mapping[str, Shape], prefix: str) -> tuple[Span, ...] | None:
-    """Return which rows of diffusers' tensors the rows of a tensor are; None if no table has it."""
+def _naming_of(family: ModelFamily, paths: Iterable[str]) -> Naming | None:
+    """Return the naming of most tensors, for names that two namings have for different modules; None if none prevails.
+
+    Hunyuan-DiT has such names: norms 2 and 3 of its blocks change places.
+    """
+    located = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
+    more = sum((each.path in each.diffusers) - (each.path in each.maker) for each in located)
+    return "diffusers" if more > 0 else "maker" if more else None
+
+
+def _spans(
+    family: ModelFamily, path: str, naming: Naming | None, shapes: Mapping[str, Shape], prefix: str
+) -> tuple[Span, ...]:
+    """Return which rows of diffusers' tensors the rows of a tensor are."""
     shape = shapes[path]
     rows = shape[0] if shape else 1
     names = _both_names(family, path)
     if names:
         return (Span(0, rows, names[1], 0, rows),)
     stem, _, leaf = path.rpartition(".")
-    located = locate(family, stem) if leaf in LEAVES else None
-    if located is None:
-        return None
+    located = locate(family, stem, naming)
+    assert located
     matrix = shapes.get(f"{stem}.weight", shape)
     columns = matrix[1] if len(matrix) > 1 else 1
     spans = parts_of(located, columns, rows)
@@ -160,7 +187,7 @@ def _in_maker_names(
             parts[names[0]] = (Span(0, _rows(tensor), name, 0, _rows(tensor)),)
             continue
         stem, _, leaf = name.rpartition(".")
-        located = locate(family, stem)
+        located = locate(family, stem, "diffusers")
         for maker in located.maker if located else ():
             new = f"{maker}.{leaf}"
             if new not in parts and (spans := _parts_of_maker(family, maker, leaf, whole)):
@@ -186,7 +213,7 @@ def _parts_of_maker(
     Raises:
         InputError: some of these tensors are not there, or their rows do not add up.
     """
-    located = locate(family, module)
+    located = locate(family, module, "maker")
     assert located
     there = {each: whole[f"{each}.{leaf}"] for each in located.diffusers if f"{each}.{leaf}" in whole}
     matrix = next(whole.get(f"{each}.weight", tensor).shape for each, tensor in there.items())

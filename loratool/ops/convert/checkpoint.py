@@ -270,14 +270,11 @@ def _with_denoiser(
     options: CheckpointOptions,
 ) -> CheckpointConvertReport:
     """Return the report on a denoiser's new file with what only the files that it is made of tell."""
-    notes = [*_unread(opened, options), *report.warnings]
-    if lacks := denoiser.lacks_config(to):
-        notes.append(f"diffusers loads it with a config.json of its {lacks} beside it, which no weights tell")
     return replace(
         report,
         to=to,
         source_format=_container_of(opened),
-        warnings=tuple(notes),
+        warnings=(*_unread(opened, options), *report.warnings, *denoiser.notes(to)),
         left_out=(*denoiser.left_out, *_dropped_beside(opened, options)),
         family=denoiser.family.key,
         renamed=denoiser.renamed,

@@ -7,14 +7,14 @@ encoders and a VAE as well, the denoiser alone is taken, if --drop says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
-from ...architectures.renamed_tensors import RenamedTensor, rename_tensors
+from ...architectures.renamed_tensors import RenamedTensor, rename_tensors, unknown_tensors
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import SINGLE_NAMES, Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
@@ -39,9 +39,14 @@ class RenamedDenoiser:
     renamed: int  # tensors that have another name now, but for a prefix
     regrouped: int  # tensors that are not one tensor of the input as it was
 
-    def lacks_config(self, to: str) -> str:
-        """Return diffusers' class, if its loader needs a config that is not there; else nothing."""
-        return self.family.diffusers_class if to == FOLDER_NAMING and not self.checkpoint.config else ""
+    lacking: tuple[str, ...]  # of the maker's tensors, those that diffusers does not have
+
+    def notes(self, to: str) -> Iterator[str]:
+        """Yield what loaders need beside the tensors."""
+        if to == FOLDER_NAMING and not self.checkpoint.config:
+            yield f"diffusers loads it with the config.json of its {self.family.diffusers_class} beside it"
+        if self.lacking:
+            yield f"the maker's own file also has {', '.join(self.lacking)}, for which diffusers has no tensor"
 
 
 def place_denoiser(out: str | os.PathLike[str] | None, to: str) -> tuple[Path, bool]:
@@ -89,7 +94,8 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     new = {name: TensorSpec(_dtype_of(name, tensor, specs), tensor.shape) for name, tensor in tensors.items()}
     metadata = {key: value for shard in base.shards for key, value in (shard.metadata or {"format": "pt"}).items()}
     file = RegroupedFile(base.shards[0], base.folder / SINGLE_NAMES[1], new, rows, metadata)
-    configured = to == FOLDER_NAMING and "_class_name" in base.config
+    own_config = base.config.get("_class_name") == family.diffusers_class or not base.given_as_file
+    configured = to == FOLDER_NAMING and "_class_name" in base.config and own_config
     config = base.config if configured else {}
     whole = [
         name for name, each in tensors.items() if len(each.rows) == 1 and each.shape == shapes[each.rows[0].tensor]
@@ -100,6 +106,7 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
         (*(name for name in base.stored if name in removed), *(beside if alone else ()), *unused),
         sum(tensors[name].rows[0].tensor != prefix + name for name in whole),
         len(tensors) - len(whole),
+        tuple(name for name in family.unused if to == FILE_NAMING and name not in tensors),
     )
 
 
@@ -128,11 +135,12 @@ def _rename(
 ) -> tuple[ModelFamily, str, dict[str, RenamedTensor], tuple[str, ...]]:
     """Return the denoiser's family, the prefix of its tensors, these under their new names, and what has none.
 
-    It is the family that has all of the tensors, if the config of a diffusers folder names its class; of several with
-    the same new names the one that names and widths tell, or else the first.
+    It is the family whose table has all of the tensors, and whose class the config names, if there is one. Of several
+    the widths tell, where their tables do not differ in these tensors; else the tensors outside of the blocks, of which
+    a base lacks none that its family's table lists.
 
     Raises:
-        InputError: no family has all of the tensors, or two have other names for them.
+        InputError: no family has all of the tensors, two call them otherwise, or one's tensors are not complete.
     """
     found = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
     if found is None or found.table is None:
@@ -141,22 +149,28 @@ def _rename(
     prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
     shapes = {name: spec.shape for name, spec in specs.items() if name.startswith(prefix)}
     marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in shapes)]
-    told = [family for family in marked if family.diffusers_class == base.config.get("_class_name", "")]
-    made, error = {}, None
-    for family in sorted(told or marked, key=lambda family: family is not found.table):
+    marked.sort(key=lambda family: family is not found.table)
+    told = [family for family in marked if family.diffusers_class == base.config.get("_class_name", "")] or marked
+    fitting = [family for family in told if not unknown_tensors(family, shapes, prefix)] or told[:1]
+    made, errors = {}, {}
+    for family in fitting:
         try:
             made[family] = rename_tensors(family, shapes, to, prefix)
-        except InputError as refusal:
-            error = error or refusal
-    if not made:
-        raise error or InputError(f"is no denoiser of diffusers' {base.config['_class_name']}", culprit=str(base.path))
-    first, *others = made
-    other = next((family for family in others if made[family] != made[first]), None)
+        except InputError as error:
+            errors[family] = error
+    if errors or any(made[family] != made[fitting[0]] for family in fitting):
+        paths = {name.removeprefix(prefix) for name in shapes}
+        complete = [f for f in fitting if all(not paths.isdisjoint(names) for names in f.outside_tensors.items())]
+        fitting = complete or fitting
+    first, *others = fitting
+    if first in errors and not any(family in made for family in others):
+        raise errors[first]
+    other = next((family for family in others if made.get(family) != made.get(first)), None)
     if other:
         raise InputError(
             f"can be {first.title} or {other.title} by its names, and these call tensors otherwise",
             culprit=str(base.path),
-            remedy="put the model's config.json beside it" if base.folder and not base.given_as_file else None,
+            remedy="put the model's config.json beside it",
         )
     return first, prefix, *made[first]
 
