@@ -28,6 +28,12 @@ from .source_modules import known_families
 
 FOLDER_NAMING, FILE_NAMING = MODEL_NAMINGS
 
+# Family -> how tensors of a component of their own in diffusers start, which in a single file are the denoiser's
+OWN_COMPONENTS = {
+    "anima": ("llm_adapter.",),
+    "ltx2": ("video_embeddings_connector.", "audio_embeddings_connector."),
+}
+
 
 @dataclass(frozen=True)
 class RenamedDenoiser:
@@ -77,8 +83,7 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     _refuse(base, removed)
     specs = {name: spec for name, spec in base.stored.items() if name not in removed}
     family, prefix, tensors, unused = _rename(base, specs, "diffusers" if to == FOLDER_NAMING else "maker")
-    inside = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
-    beside = [name for name in specs if name not in inside]
+    beside = [name for name in specs if not _is_inside(name, prefix)]
     if beside and not alone:
         parts = ", ".join(dict.fromkeys(f"{name.partition('.')[0]}.*" for name in beside))
         raise NeedsFlag(
@@ -86,7 +91,6 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
             culprit=str(base.path),
             remedy=f"add --drop {COMPONENTS}, which leaves them out",
         )
-    shapes = {name: spec.shape for name, spec in inside.items()}
     rows = {
         name: [StoredRows(base.shard_of[each.tensor], each.tensor, each.start, each.stop) for each in tensor.rows]
         for name, tensor in tensors.items()
@@ -106,7 +110,7 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
         (*(name for name in base.stored if name in removed), *(beside if alone else ()), *unused),
         sum(tensors[name].rows[0].tensor != prefix + name for name in whole),
         len(tensors) - len(whole),
-        tuple(name for name in family.unused if to == FILE_NAMING and name not in tensors),
+        tuple(name for name in maker_only if to == FILE_NAMING and name not in tensors),
     )
 
 
@@ -130,6 +134,12 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
         raise InputError(f"is one storage with {kept}, which no denoiser's table has", culprit=name)
 
 
+def _is_inside(name: str, prefix: str) -> bool:
+    """Return whether a tensor is one of the denoiser."""
+    starts = (start for each in OWN_COMPONENTS.values() for start in each)
+    return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(starts))
+
+
 def _rename(
     base: Checkpoint, specs: Mapping[str, TensorSpec], to: Naming
 ) -> tuple[ModelFamily, str, dict[str, RenamedTensor], tuple[str, ...]]:
@@ -147,8 +157,8 @@ def _rename(
         raise InputError(f"has no denoiser that is known ({known_families()})", culprit=str(base.path))
     path, name = next(iter(found.tensors.items()))
     prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
-    shapes = {name: spec.shape for name, spec in specs.items() if name.startswith(prefix)}
-    marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in shapes)]
+    shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}
+    marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in specs)]
     marked.sort(key=lambda family: family is not found.table)
     told = [family for family in marked if family.diffusers_class == base.config.get("_class_name", "")] or marked
     fitting = [family for family in told if not unknown_tensors(family, shapes, prefix)] or told[:1]
