@@ -68,7 +68,7 @@ def rename_tensors(
             rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.whole)
             pieces.setdefault(span.module, []).append(rows)
     whole = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
-    if to == "diffusers":
+    if to is Naming.DIFFUSERS:
         return {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}, tuple(
             prefix + path for path in unused
         )
@@ -123,7 +123,7 @@ def _naming_of(family: ModelFamily, paths: Iterable[str]) -> Naming | None:
     """
     located = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
     more = sum((each.path in each.diffusers) - (each.path in each.maker) for each in located)
-    return "diffusers" if more > 0 else "maker" if more else None
+    return Naming.DIFFUSERS if more > 0 else Naming.MAKER if more else None
 
 
 def _spans(
@@ -187,7 +187,7 @@ def _in_maker_names(
             parts[names[0]] = (Span(0, _rows(tensor), name, 0, _rows(tensor)),)
             continue
         stem, _, leaf = name.rpartition(".")
-        located = locate(family, stem, "diffusers")
+        located = locate(family, stem, Naming.DIFFUSERS)
         for maker in located.maker if located else ():
             new = f"{maker}.{leaf}"
             if new not in parts and (spans := _parts_of_maker(family, maker, leaf, whole)):
@@ -213,7 +213,7 @@ def _parts_of_maker(
     Raises:
         InputError: some of these tensors are not there, or their rows do not add up.
     """
-    located = locate(family, module, "maker")
+    located = locate(family, module, Naming.MAKER)
     assert located
     there = {each: whole[f"{each}.{leaf}"] for each in located.diffusers if f"{each}.{leaf}" in whole}
     matrix = next(whole.get(f"{each}.weight", tensor).shape for each, tensor in there.items())

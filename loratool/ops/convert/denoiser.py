@@ -82,7 +82,7 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     """
     _refuse(base, removed)
     specs = {name: spec for name, spec in base.stored.items() if name not in removed}
-    family, prefix, tensors, unused = _rename(base, specs, "diffusers" if to == FOLDER_NAMING else "maker")
+    family, prefix, tensors, unused = _rename(base, specs, Naming.DIFFUSERS if to == FOLDER_NAMING else Naming.MAKER)
     beside = [name for name in specs if not _is_inside(name, prefix)]
     if beside and not alone:
         parts = ", ".join(dict.fromkeys(f"{name.partition('.')[0]}.*" for name in beside))

@@ -127,8 +127,9 @@ def choose_family(
             titles = " and ".join(FAMILIES[each].title for each in families)
             raise InputError(f"is of {titles}, and {base} of {FAMILIES[found].title}", culprit=name)
         return found
-    meanings = {each: _meaning(sources, each, to) for each in families}
-    other = next((each for each in families if meanings[each] != meanings[families[0]]), None)
+    denoisers = [source for source in sources if source.component in DENOISERS]
+    meanings = {each: _meaning(denoisers, each, to) for each in families if not FAMILIES[each].up_attention}
+    other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
     if other:
         raise NeedsFlag(
             f"has modules of both {FAMILIES[families[0]].title} and {FAMILIES[other].title}, which {to.key}'s files "
