@@ -101,9 +101,8 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     own_config = base.config.get("_class_name") == family.diffusers_class or not base.given_as_file
     configured = to == FOLDER_NAMING and "_class_name" in base.config and own_config
     config = base.config if configured else {}
-    whole = [
-        name for name, each in tensors.items() if len(each.rows) == 1 and each.shape == shapes[each.rows[0].tensor]
-    ]
+    whole = [n for n, each in tensors.items() if len(each.rows) == 1 and each.shape == specs[each.rows[0].tensor].shape]
+    maker_only = (*family.unused, *(f"{start}*" for start in OWN_COMPONENTS.get(family.key, ())))
     return RenamedDenoiser(
         family,
         Checkpoint(base.path, base.folder, not configured, (file,), None, config),
