@@ -107,8 +107,8 @@ def _as_unet(family: ModelFamily, shapes: Mapping[str, Shape], prefix: str) -> M
             message = f"has no {second} beside it, and blocks of one layer are not numbered as those of two"
             raise InputError(message, culprit=prefix + name)
     label = shapes.get("label_emb.0.0.weight", ())
-    if label and label[1] not in ADDED_EMBEDDING:
-        message = f"has {label[1]} columns and not {' or '.join(map(str, ADDED_EMBEDDING))} as in SDXL"
+    if label and label[-1] not in ADDED_EMBEDDING:
+        message = f"has {label[-1]} columns and not {' or '.join(map(str, ADDED_EMBEDDING))} as in SDXL"
         raise InputError(f"{message}: its name in diffusers is not known", culprit=f"{prefix}label_emb.0.0.weight")
     up = [path.split(".") for path in former if path.startswith("up_blocks.")]
     attends = {int(level) for _, level, kind, *_ in up if kind == "attentions"}

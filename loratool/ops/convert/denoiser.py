@@ -35,6 +35,10 @@ OWN_COMPONENTS = {
 }
 
 
+# Models of another one's family -> how a tensor of theirs starts, whose makers use diffusers' names for all tensors
+DIFFUSERS_NAMES = {"FramePack": "clean_x_embedder."}
+
+
 @dataclass(frozen=True)
 class RenamedDenoiser:
     """A denoiser under other names."""
@@ -83,6 +87,13 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     _refuse(base, removed)
     specs = {name: spec for name, spec in base.stored.items() if name not in removed}
     family, prefix, tensors, unused = _rename(base, specs, Naming.DIFFUSERS if to == FOLDER_NAMING else Naming.MAKER)
+    for model, start in DIFFUSERS_NAMES.items():
+        if to == FILE_NAMING and any(name.startswith(start) for name in tensors):
+            raise InputError(
+                f"is {model}, whose maker uses diffusers' names",
+                culprit=str(base.path),
+                remedy=f"--to {FOLDER_NAMING} -o X.safetensors writes a file with them",
+            )
     beside = [name for name in specs if not _is_inside(name, prefix)]
     if beside and not alone:
         parts = ", ".join(dict.fromkeys(f"{name.partition('.')[0]}.*" for name in beside))
