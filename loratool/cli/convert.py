@@ -108,8 +108,8 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
       loratool convert model/ --to torch -o old-style/
-      loratool convert flux1-dev.safetensors --to diffusers -o transformer/
-      loratool convert flux/transformer --to single-file -o flux.safetensors
+      loratool convert sdxl.safetensors --to diffusers --drop components -o unet/
+      loratool convert unet/ --to single-file -o unet.safetensors
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --exclude 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/

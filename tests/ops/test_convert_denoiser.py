@@ -157,6 +157,12 @@ def test_config_and_license_stay_with_the_folder(tmp_path: Path) -> None:
         "config.json", "LICENSE.md", "diffusion_pytorch_model.safetensors"
     }  # fmt: skip
     assert (report.not_copied, report.warnings, report.regrouped) == (("notes.txt",), (), 0)
+    # of another model than the file it stands beside
+    (base / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    file = save(base / "flux.safetensors", tensors())
+    assert convert(file, tmp_path / "c", to="diffusers").warnings and not (tmp_path / "c" / "config.json").exists()
+    (base / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert not convert(file, tmp_path / "d", to="diffusers").warnings and (tmp_path / "d" / "config.json").exists()
 
 
 def test_torch_files_and_means(tmp_path: Path) -> None:

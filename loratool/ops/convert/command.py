@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, WrittenFormat, holds_adapter, open_adapter, written_formats
+from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
@@ -93,7 +93,7 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    to: WrittenFormat,
+    to: AdapterFormat,
     from_format: str | None = None,
     exclude: Sequence[str] = (),
     drop: Sequence[str] = (),
