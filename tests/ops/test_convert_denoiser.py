@@ -374,6 +374,47 @@ def converted(case: str, single: Mapping[str, Tensor], config: Mapping[str, Any]
     return found
 
 
+# ComfyUI's `HunyuanVideo.process_unet_state_dict` (comfy/supported_models.py): the maker's text -> its own, in order
+COMFY = {
+    "txt_in.t_embedder.mlp.0.": "txt_in.t_embedder.in_layer.",
+    "txt_in.t_embedder.mlp.2.": "txt_in.t_embedder.out_layer.",
+    "txt_in.c_embedder.linear_1.": "txt_in.c_embedder.in_layer.",
+    "txt_in.c_embedder.linear_2.": "txt_in.c_embedder.out_layer.",
+    "_mod.linear.": "_mod.lin.",
+    "_attn_qkv.": "_attn.qkv.",
+    "mlp.fc1.": "mlp.0.",
+    "mlp.fc2.": "mlp.2.",
+    "_attn_q_norm.weight": "_attn.norm.query_norm.scale",
+    "_attn_k_norm.weight": "_attn.norm.key_norm.scale",
+    ".q_norm.weight": ".norm.query_norm.scale",
+    ".k_norm.weight": ".norm.key_norm.scale",
+    "_attn_proj.": "_attn.proj.",
+    ".modulation.linear.": ".modulation.lin.",
+    "_in.mlp.2.": "_in.out_layer.",
+    "_in.mlp.0.": "_in.in_layer.",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["hunyuan_video", "hunyuan_image/distilled"])
+def test_comfys_own_names_are_read(tmp_path: Path, case: str) -> None:
+    from dit_models import build
+
+    state = dict(build(case).state_dict())
+    convert(folder(tmp_path / "t", state), tmp_path / "a.safetensors", to="single-file")
+    own = load_file(tmp_path / "a.safetensors")
+    theirs = {}
+    for name, tensor in own.items():
+        for text, other in COMFY.items():
+            name = name.replace(text, other)
+        theirs[f"model.model.{name}"] = tensor
+    base = save(tmp_path / "b.safetensors", theirs)
+    convert(base, tmp_path / "c.safetensors", to="single-file")
+    require_equal(load_file(tmp_path / "c.safetensors"), own)
+    convert(base, tmp_path / "d.safetensors", to="diffusers")
+    require_equal(load_file(tmp_path / "d.safetensors"), state)
+
+
 @pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_unets_go_there_and_back(tmp_path: Path, family: str) -> None:
     diffusers_models = pytest.importorskip("diffusers_models")
