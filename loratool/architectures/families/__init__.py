@@ -126,6 +126,12 @@ NUMBER = re.compile(r"[0-9]+")
 PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
 
 
+# Modules that image models share with vision transformers (timm's) and language models, whose files say no component
+COMMON = re.compile(
+    r"(blocks|layers)\.[0-9]+\.(attn\.(qkv|proj)|mlp\.(fc[12]|(gate|up|down|gate_up)_proj)|feed_forward\.w[123])"
+)
+
+
 # What the flattened names of a UNet's modules start with
 UNET_STARTS = (
     *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
@@ -280,8 +286,13 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
     if family.up_attention:
         return any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and path.endswith(end)]
+    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
+
+
+def _ends_with(path: str, *ends: str) -> bool:
+    """Return whether a path has one of these ends, be it flattened or with the dots of another naming."""
+    return path.replace(".", "_").endswith(tuple(end.replace(".", "_") for end in ends))
 
 
 def _evidence(
@@ -290,14 +301,20 @@ def _evidence(
     """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
-    widths = [
-        shape[1] in width.columns
+    columns = [
+        (
+            width,
+            [
+                shape[1]
+                for c, path, shape in modules
+                if c == width.component and len(shape) > 1 and _ends_with(path, *width.ends)
+            ],
+        )
         for width in family.widths
-        for component, path, shape in modules
-        if len(shape) > 1 and component == width.component and path.endswith(width.ends)
     ]
+    widths = [any(each in width.columns for each in found) for width, found in columns if found]
     own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
+    return int(telling), (1 if all(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
 
 
 def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:

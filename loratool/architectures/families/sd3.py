@@ -50,6 +50,7 @@ FAMILY = ModelFamily(
     },
     alike=("context_embedder",),
     outside_tensors={"pos_embed": "pos_embed.pos_embed"},
+    diffusers_class="SD3Transformer2DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
@@ -59,6 +60,5 @@ FAMILY = ModelFamily(
     marks=("joint_blocks.", "norm1_context."),
     widths=(Width("unet", ("",), (1536, 2432)),),
     kernels={"pos_embed.proj": (2, 2)},
-    diffusers_class="SD3Transformer2DModel",
     kohya_network="networks.lora_sd3",
 )
