@@ -48,8 +48,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
-# keys of `written_formats`, for type checkers
-WrittenFormat = Literal["peft", "kohya", "diffusers", "comfy", "loralib"]
+# keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
+AdapterFormat = Literal["peft", "kohya", "comfy", "loralib"]
+WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 
 def written_formats() -> dict[str, Format]:

@@ -166,15 +166,15 @@ class Span:
     whole: int  # how many rows it has
 
 
-def locate(family: ModelFamily, path: str) -> Located | None:
+def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Located | None:
     """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such.
 
-    None as well for a name that two namings have for different modules.
+    None as well for a name that two namings have for different modules, if `naming` does not tell which one is meant.
     """
     flat = path.replace(".", "_")
     if family.up_attention:
         return _unet_index(family).get(flat) if flat.startswith(UNET_STARTS) else None
-    found = _of_table(family, flat)
+    found = _of_table(family, flat, naming)
     return next((each for each in found if each.path == path), *found[:1]) if found else _locate_by_end(family, path)
 
 
@@ -420,7 +420,7 @@ class _Name:
 
 
 @lru_cache(maxsize=65536)
-def _of_table(family: ModelFamily, flat: str) -> tuple[Located, ...]:
+def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Located, ...]:
     """Return what a flattened name is in the namings that have it; nothing if that is not one module."""
     numbers = NUMBER.findall(flat)
     found: list[Located] = []
@@ -430,6 +430,7 @@ def _of_table(family: ModelFamily, flat: str) -> tuple[Located, ...]:
         own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
         if own == numbers and all(number == str(int(number)) for number in block):
             found.append(name.located(family, *block))
+    found = [each for each in found if naming and each.path in each.names(naming)] or found
     return tuple(found) if all(each.rows == found[0].rows for each in found) else ()
 
 
