@@ -19,7 +19,8 @@ import dit_models
 import pytest
 import torch
 from conftest import load_model
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -393,15 +394,223 @@ def merged_by_peft(model: Any) -> dict[str, Tensor]:
 
 
 def check_merge(subject: Subject, spelling: str, layout: str) -> None:
-    """Merge a spelling onto a layout: the bits of the plainest, and PEFT's numbers."""
+    """Merge a spelling onto a layout: the bits of the plainest, and so PEFT's numbers."""
     found = subject.read(subject.merged(subject.adapter(spelling), layout), layout)
     same(found, subject.renamed(LAYOUTS[layout].naming, subject.usual))
 
 
-def outcome(check: Callable[..., None], *args: Any) -> tuple[str, str]:
+def check_verify(subject: Subject, spelling: str, layout: str) -> None:
+    """What was merged is proven, and the base itself is wrong."""
+    base, adapter = subject.base_in(layout), subject.adapter(spelling)
+    for model, status in ((subject.merged(adapter, layout), "proven"), (base, "wrong")):
+        if (found := loratool.verify(base, adapter, model).status) != status:
+            raise WrongError(f"{status} is called {found}")
+
+
+def check_unmerge(subject: Subject, spelling: str, layout: str) -> None:
+    """The base's files come back byte for byte."""
+    base, adapter = subject.base_in(layout), subject.adapter(spelling)
+    suffix = "" if LAYOUTS[layout].folder else ".safetensors"
+    merged, back = subject.place(suffix), subject.place(suffix)
+    loratool.merge(base, adapter, merged)
+    loratool.unmerge(merged, adapter, back)
+    if files_of(back) != files_of(base):
+        raise WrongError("other bytes than the base's")
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    return {each.relative_to(path).as_posix() if each != path else "": each.read_bytes() for each in files}
+
+
+def check_inspect(subject: Subject, spelling: str, layout: str) -> None:
+    """Every module binds and nothing is called a problem."""
+    report = loratool.inspect(subject.adapter(spelling), base=subject.base_in(layout))
+    if report.coverage is None or report.coverage.unbound or report.problems or report.rank != RANK:
+        raise WrongError(f"{report.coverage} {report.problems} rank {report.rank}")
+
+
+def check_diff(subject: Subject, spelling: str) -> None:
+    """A spelling is at no distance from the plainest, and both have the change's norm."""
+    report = loratool.diff(subject.adapter(spelling), subject.adapter("diffusers"))
+    norm = sum((SCALE * B @ A).double().square().sum() for A, B in subject.factors.values()) ** 0.5
+    if report.only_a or report.only_b or report.relative > 1e-6 or abs(report.norm_a / norm - 1) > 1e-5:
+        raise WrongError(f"relative distance {report.relative}, norm {report.norm_a}, not {norm}, {report.only_a[:3]}")
+
+
+def suffix_of(to: str) -> str:
+    return "" if to == "peft" else ".safetensors"
+
+
+def check_convert(subject: Subject, spelling: str, to: str) -> None:
+    """The output makes the same change in a folder and in the maker's file, and so does what it becomes on its way back.
+
+    Names of diffusers' in its own format are exactly those of its layers.
+    """
+    out, back = subject.place(suffix_of(to)), subject.place(".safetensors")
+    loratool.convert(subject.adapter(spelling), out, to=to, base=subject.base_in("component"))
+    loratool.convert(out, back, to="diffusers", base=subject.base_in("component"))
+    for layout in ("component", "bare"):
+        expected = subject.renamed(LAYOUTS[layout].naming, subject.usual)
+        same(subject.read(subject.merged(out, layout), layout), expected)
+        same(subject.read(subject.merged(back, layout), layout), expected)
+    names = {f"transformer.{path}.lora_{x}.weight" for path in subject.factors for x in "AB"}
+    if (found := set(load_model(back))) != names:
+        raise WrongError(f"other names: {sorted(found ^ names)[:4]}")
+
+
+def check_format_names(subject: Subject, to: str) -> None:
+    """The modules of a written file are those that its readers look for: each tensor of a base is found once."""
+    out = subject.place(suffix_of(to))
+    loratool.convert(subject.adapter("diffusers"), out, to=to, base=subject.base_in("component"))
+    if to == "peft":
+        prefix, naming, flat = "base_model.model.", "diffusers", False
+    elif to == "diffusers":
+        prefix, naming, flat = "transformer.", "diffusers", False
+    elif to == "comfy":
+        prefix, naming, flat = "diffusion_model.", "comfy" if "comfy" in subject.namings else "maker", False
+    else:
+        prefix, naming, flat = "lora_unet_", subject.family.kohya, True
+    modules = {
+        name.removesuffix(".weight")
+        for name, pieces in subject.namings[naming].items()
+        if {piece.name.removesuffix(".weight") for piece in pieces} <= subject.factors.keys()
+    }
+    expected = {prefix + (name.replace(".", "_") if flat else name) for name in modules}
+    ends = r"\.(lora_(A|B|up|down)\.weight|alpha)$"
+    if (found := {re.sub(ends, "", name) for name in load_model(out)}) != expected:
+        raise WrongError(f"other modules in {to}: {sorted(found ^ expected)[:4]}")
+
+
+def check_load(subject: Subject, spelling: str) -> None:
+    """Diffusers loads what `--to diffusers` writes: every tensor in its layer, and the change is the same."""
+    out = subject.place(".safetensors")
+    loratool.convert(subject.adapter(spelling), out, to="diffusers", base=subject.base_in("component"))
+    same(merged_by_peft(loaded(subject, out)), subject.fused, 1e-6)
+
+
+def loaded(subject: Subject, path: Path) -> Any:
+    """Return the model with a file of diffusers' format; a tensor that no layer took raises WrongError."""
+    model, tensors = dit_models.build(subject.case), load_file(path)
+    with safe_open(path, "pt") as file:
+        fields = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    if hasattr(model, "load_lora_adapter"):
+        model.load_lora_adapter(str(path), prefix="transformer", adapter_name="default")
+    else:  # its pipelines load none, and PEFT does
+        own = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        config = {name.removeprefix("transformer."): value for name, value in fields.items()}
+        rank = next(iter(own.values())).shape[0]
+        config = config or {"r": rank, "lora_alpha": rank, "target_modules": sorted({n.split(".lora_")[0] for n in own})}
+        peft.inject_adapter_in_model(peft.LoraConfig(**config), model, state_dict=own)
+        peft.set_peft_model_state_dict(model, own)
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        own_name = name.removeprefix("transformer.").replace(".weight", ".default.weight")
+        if own_name not in state or not torch.equal(state[own_name], tensor):
+            raise WrongError(f"{name} is in no layer of diffusers'")
+    if extra := sum("lora_" in name for name in state) - len(tensors):
+        raise WrongError(f"{extra} layers of diffusers' have factors that the file has not")
+    return model
+
+
+def check_extract(subject: Subject, layout: str, to: str) -> None:
+    """The change of a merge comes back, to float32's rounding, in the same layout and in diffusers' folder."""
+    out = subject.place(suffix_of(to))
+    merged = subject.merged(subject.adapter("diffusers"), layout)
+    loratool.extract(subject.base_in(layout), merged, out, rank=RANK, to=to)
+    for each in dict.fromkeys((layout, "component")):
+        found = subject.read(subject.merged(out, each), each)
+        same(found, subject.renamed(LAYOUTS[each].naming, subject.usual), 1e-5)
+    if to == "diffusers":
+        same(merged_by_peft(loaded(subject, out)), subject.fused, 1e-5)
+
+
+def check_init(subject: Subject, layout: str, to: str) -> None:
+    """A new adapter changes nothing, has every layer's factors, and diffusers loads its own format."""
+    out = subject.place(suffix_of(to))
+    loratool.init(subject.base_in(layout), out, rank=2, to=to)
+    for each in dict.fromkeys((layout, "component")):
+        same(subject.read(subject.merged(out, each), each), subject.renamed(LAYOUTS[each].naming, subject.base))
+    report = loratool.inspect(out, base=subject.base_in("component"))
+    if report.coverage is None or report.coverage.unbound or report.coverage.bound != len(report.details):
+        raise WrongError(f"{report.coverage}")
+    if to == "diffusers":
+        loaded(subject, out)
+
+
+def check_combine(subject: Subject, spelling: str, to: str) -> None:
+    """The sum of the plainest spelling and another, of which half is taken off, is half the change more."""
+    out = subject.place(suffix_of(to))
+    loratool.combine([(subject.adapter("diffusers"), 1.0), (subject.adapter(spelling), 0.5)], out, to=to)
+    found = subject.read(subject.merged(out, "component"), "component")
+    same(found, {n: W + 1.5 * (subject.fused[n] - W) for n, W in subject.base.items()}, 1e-5)
+
+
+def check_resize(subject: Subject, spelling: str, to: str) -> None:
+    """At its own rank the change stays, in another format too."""
+    out = subject.place(suffix_of(to))
+    loratool.resize(subject.adapter(spelling), out, rank=RANK, to=to)
+    same(subject.read(subject.merged(out, "component"), "component"), subject.usual, 1e-5)
+
+
+def check_truncate(subject: Subject, spelling: str) -> None:
+    """At half its rank each module of the spelling's naming has the best of that rank, by an SVD in float64."""
+    out, rank = subject.place(".safetensors"), RANK // 2
+    loratool.resize(subject.adapter(spelling), out, rank=rank)
+    expected = {name: tensor.clone() for name, tensor in subject.base.items()}
+    for pieces in subject.namings[SPELLINGS[spelling].naming].values():
+        paths = [piece.name.removesuffix(".weight") for piece in pieces]
+        if set(paths) <= subject.factors.keys():
+            B = torch.cat([subject.factors[path][1][p.start : p.stop] for path, p in zip(paths, pieces, strict=True)])
+            U, S, V = torch.linalg.svd((SCALE * B @ subject.factors[paths[0]][0]).double(), full_matrices=False)
+            rows = ((U[:, :rank] * S[:rank]) @ V[:rank]).split([p.stop - p.start for p in pieces])
+            for piece, part in zip(pieces, rows, strict=True):
+                expected[piece.name][piece.start : piece.stop] += part
+    same(subject.read(subject.merged(out, "component"), "component"), expected, 1e-5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One check of a subject, with the row and column that it counts for."""
+
+    verb: str
+    spelling: str  # empty where no adapter is read
+    check: Callable[..., None]
+    args: tuple[str, ...]
+
+
+FORMATS = ("kohya", "diffusers", "comfy", "peft")
+
+
+def cells(subject: Subject) -> Iterator[Cell]:
+    """Yield every check of a subject: each spelling with each layout for merge, and with each format for the rest."""
+    layouts, spellings = subject.layouts(), subject.spellings()
+    for spelling in spellings:
+        for layout in layouts:
+            yield Cell("merge", spelling, check_merge, (spelling, layout))
+        for verb, check in (("verify", check_verify), ("unmerge", check_unmerge), ("inspect", check_inspect)):
+            for layout in ("component", "bare"):
+                yield Cell(verb, spelling, check, (spelling, layout))
+        yield Cell("diff", spelling, check_diff, (spelling,))
+        for to in FORMATS:
+            yield Cell("convert", spelling, check_convert, (spelling, to))
+        yield Cell("convert", spelling, check_load, (spelling,))
+        yield Cell("combine", spelling, check_combine, (spelling, "diffusers"))
+        yield Cell("resize", spelling, check_resize, (spelling, "diffusers"))
+        yield Cell("resize", spelling, check_truncate, (spelling,))
+    for to in FORMATS:
+        yield Cell("convert", "", check_format_names, (to,))
+        yield Cell("combine", "", check_combine, ("kohya, maker's", to))
+        yield Cell("resize", "", check_resize, ("kohya, maker's", to))
+        for layout in layouts:
+            yield Cell("extract", "", check_extract, (layout, to))
+            yield Cell("init", "", check_init, (layout, to))
+
+
+def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     """Return (`right`, `refused` or `wrong`, the message)."""
     try:
-        check(*args)
+        cell.check(subject, *cell.args)
     except loratool.LoratoolError as e:
         return "refused", f"{e}"
     except WrongError as e:
