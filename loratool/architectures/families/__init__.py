@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import clip, flux, gpt2, phi3, sd1, sd2, sd3, sdxl, t5
-from .table import Block, Fused, ModelFamily, Rows, Run
-from .unet import STEMS, diffusers_to_sgm, sgm_to_diffusers, unet_paths
+from .table import DENOISERS, Fused, ModelFamily, Naming, Rows, Run
+from .unet import SGM_OUTSIDE, STEMS, diffusers_to_sgm, sgm_to_diffusers, unet_paths
 
 # Where nothing tells two families apart, the first counts.
 FAMILIES: dict[str, ModelFamily] = {f.key: f for f in (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY, sd3.FAMILY, flux.FAMILY)}
@@ -26,6 +26,17 @@ ENCODERS: dict[str, ModelFamily] = {f.key: f for f in (clip.FAMILY, t5.FAMILY)}
 LAYOUTS: dict[str, ModelFamily] = {f.key: f for f in (phi3.FAMILY, gpt2.FAMILY)}
 
 
+NUMBER = re.compile(r"[0-9]+")
+PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
+
+
+# What the flattened names of a UNet's modules start with
+UNET_STARTS = (
+    *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
+    *(name.replace(".", "_") for name in (*SGM_OUTSIDE, *SGM_OUTSIDE.values())),
+)
+
+
 @dataclass(frozen=True)
 class Located:
     """A module of a family, found under any of its names."""
@@ -35,6 +46,11 @@ class Located:
     maker: tuple[str, ...]  # the maker's modules that have rows of it
     diffusers: tuple[str, ...]  # diffusers' modules that have rows of it
     rows: tuple[tuple[int, Fused], ...] = ()  # (rows / columns, what it is of diffusers' then); 0 is any other ratio
+    comfy: tuple[str, ...] = ()  # ComfyUI's modules that have rows of it
+
+    def names(self, naming: Naming) -> tuple[str, ...]:
+        """Return the modules of a naming that have rows of it."""
+        return {"maker": self.maker, "diffusers": self.diffusers, "comfy": self.comfy}[naming]
 
 
 @dataclass(frozen=True)
@@ -48,13 +64,16 @@ class Span:
     whole: int  # how many rows it has
 
 
-def locate(family: ModelFamily, path: str, blocks: int = 0) -> Located | None:
+def locate(family: ModelFamily, path: str) -> Located | None:
     """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such.
 
-    Args:
-        blocks: how many blocks a stack has at least; by default as many as the largest known model.
+    None as well for a name that two namings have for different modules.
     """
-    return _index(family, blocks).get(path.replace(".", "_")) or _locate_by_end(family, path)
+    flat = path.replace(".", "_")
+    if family.up_attention:
+        return _unet_index(family).get(flat) if flat.startswith(UNET_STARTS) else None
+    found = _of_table(family, flat)
+    return next((each for each in found if each.path == path), *found[:1]) if found else _locate_by_end(family, path)
 
 
 def to_diffusers(family: ModelFamily, path: str) -> tuple[str, ...]:
@@ -74,8 +93,8 @@ def to_maker(family: ModelFamily, path: str) -> tuple[str, ...]:
 def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
     """Return the kernel of the convolution that a module is; empty for a linear layer, and where it is not known."""
     names = to_diffusers(family, path)
-    size = next((size for end, size in family.kernels.items() for name in names if f".{name}".endswith(f".{end}")), 0)
-    return (size, size) if size else ()
+    kernels = family.kernels.items()
+    return next((kernel for end, kernel in kernels for name in names if f".{name}".endswith(f".{end}")), ())
 
 
 def parts_of(
@@ -140,18 +159,24 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
         numbered: whether a prefix numbers the first text encoder, as only families with several have it.
     """
     every = list(modules)
-    paths = [path for component, path, _ in every if component == "unet"]
-    texts = [path for component, path, _ in every if component != "unet"]
+    paths = [path for component, path, _ in every if component in DENOISERS]
+    texts = [path for component, path, _ in every if component not in DENOISERS]
     if paths:
         fitting = [family for family in FAMILIES.values() if _fits(family, every, paths)]
     else:
         in_encoder = any(locate(encoder, path) for encoder in ENCODERS.values() for path in texts)
         fitting = list(FAMILIES.values()) if in_encoder else []
-    has = {component for component, _, _ in every}
-    several = [f for f in fitting if has <= {c.name for c in f.components} and (not numbered or len(f.components) > 2)]
+    t5 = {path for path in texts if locate(ENCODERS["t5"], path)}
+    has = {"t5" if path in t5 else component for component, path, _ in every}
+    several = [f for f in fitting if has <= _parts(f) and (not numbered or len(f.components) > 2)]
     fitting = several or fitting
     scores = [_evidence(family, every, paths) for family in fitting]
     return tuple(family for family, score in zip(fitting, scores, strict=True) if score == max(scores))
+
+
+def _parts(family: ModelFamily) -> set[str]:
+    """Return the names of a family's components, that of a T5 without its number."""
+    return {"t5" if component.encoder == "t5" else component.name for component in family.components}
 
 
 def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: Iterable[str]) -> bool:
@@ -173,54 +198,66 @@ def _evidence(
         shape[1] in width.columns
         for width in family.widths
         for component, path, shape in modules
-        if shape and component == width.component and path.endswith(width.ends)
+        if len(shape) > 1 and component == width.component and path.endswith(width.ends)
     ]
-    own = family.kohya_maker_names and any(path not in to_diffusers(family, path) for path in paths)
+    own = family.kohya == "maker" and any(path not in to_diffusers(family, path) for path in paths)
     return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)
 
 
-def family_of_names(paths: Iterable[str]) -> ModelFamily | None:
-    """Return the image family of a base's denoiser, by the paths of its modules; None if it is of no known one."""
-    every = list(paths)
-    marked = [f for f in FAMILIES.values() if any(mark in path for mark in f.marks for path in every)]
-    blocks = count_blocks(every)
-    return max(marked, key=lambda family: sum(bool(locate(family, path, blocks)) for path in every), default=None)
+def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:
+    """Return the image family of a base's denoiser; None if it is of no known one.
+
+    Of the families with a mark in the names it is the one that has most of the modules, then the one whose widths
+    agree, then the first.
+
+    Args:
+        shapes: path of each module, in any naming -> shape of its weight.
+    """
+    names = "\n".join(shapes)
+    marked = [family for family in FAMILIES.values() if any(mark in names for mark in family.marks)]
+    scores = [
+        (sum(locate(family, path) is not None for path in shapes), _widths_agree(family, shapes)) for family in marked
+    ]
+    return next((f for f, score in zip(marked, scores, strict=True) if score == max(scores) and score[0]), None)
 
 
-def count_blocks(paths: Iterable[str]) -> int:
-    """Return how many blocks a stack has at most, by the numbers in the names; 0 where all tables have as many."""
-    most = max((int(each) for path in paths for each in re.findall(r"\b\d{1,3}\b", path)), default=0) + 1
-    return most if any(most > block.count for f in FAMILIES.values() for block in f.blocks) else 0
+def _widths_agree(family: ModelFamily, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return 1 if a module has a width that tells the family, -1 if one has another, else 0."""
+    return _evidence(family, [("unet", path, shape) for path, shape in shapes.items()], [])[1]
 
 
 def names_maker(family: ModelFamily, path: str) -> bool:
-    """Return whether a path is in the maker's naming and not in diffusers' too."""
+    """Return whether a path is in the maker's naming, or ComfyUI's, and not in diffusers' too."""
     if family.up_attention:
         return sgm_to_diffusers(path) != path
     found = locate(family, path)
-    return found is not None and path in found.maker and path not in found.diffusers
+    return found is not None and path in (*found.maker, *found.comfy) and path not in found.diffusers
 
 
-def names_of(family: ModelFamily, blocks: int) -> Mapping[str, Located]:
-    """Return every name of a family, flattened, with the module that it means, at least up to a number of blocks."""
-    return _index(family, blocks)
+def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
+    """Return every name of a family, flattened, with the module that it means, for so many blocks of each stack."""
+    if family.up_attention:
+        return _unet_index(family)
+    paths = [
+        name.template.replace("{i}", str(number))
+        for names in _index(family).values()
+        for name in names
+        for number in range(blocks if "{i}" in name.template else 1)
+    ]
+    found = {path.replace(".", "_"): locate(family, path) for path in paths}
+    return {flat: each for flat, each in found.items() if each}
 
 
-@lru_cache(maxsize=256)
-def _index(family: ModelFamily, blocks: int) -> dict[str, Located]:
-    found = _unet_index(family) if family.up_attention else _table_index(family, blocks)
-    return {path.replace(".", "_"): each for path, each in found.items()}
-
-
+@lru_cache(maxsize=16)
 def _unet_index(family: ModelFamily) -> dict[str, Located]:
     found: dict[str, Located] = {}
     for path in unet_paths():
         sgm = _sgm_of(family, path)
-        each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),))
+        each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),), (sgm,))
         # An upsampler has two numbers, by whether its block has attention: in another UNet it may be the other.
         spellings = {path, sgm, diffusers_to_sgm(path), diffusers_to_sgm(path, False)}
         found |= {name: replace(each, path=name) for name in spellings}
-    return found
+    return {path.replace(".", "_"): each for path, each in found.items()}
 
 
 def _sgm_of(family: ModelFamily, path: str) -> str:
@@ -233,42 +270,99 @@ def _sgm_of(family: ModelFamily, path: str) -> str:
 Alternatives = tuple[tuple[int, Fused], ...]
 
 
-def _table_index(family: ModelFamily, blocks: int) -> dict[str, Located]:
-    maker: dict[str, Alternatives] = {}
-    aliases: dict[str, Alternatives] = {}
-    for number, block in _numbered(family, blocks):
-        maker_stem, stem = (each.replace("{i}", number) for each in (block.maker, block.diffusers))
-        names = {**block.names, **{name: name for name in block.alike}}
-        for name, rows in names.items():
-            plain: Alternatives = ((0, _absolute(stem, rows)),)
-            ratio, other = block.by_ratio.get(name, (0, rows))
-            maker[_join(maker_stem, name)] = ((ratio, _absolute(stem, other)), *plain) if ratio else plain
-        aliases |= {_join(maker_stem, n): ((0, _absolute(stem, rows)),) for n, rows in block.aliases.items()}
-        modules = dict.fromkeys(run.module for rows in names.values() for run in _runs(_absolute("", rows)))
-        for other_stem in block.stems:
-            further = other_stem.replace("{i}", number)
-            aliases |= {_join(further, m): ((0, _absolute(stem, m)),) for m in modules}
-    maker |= {name: ((0, _absolute("", rows)),) for name, rows in family.outside.items()}
-    maker |= {name: ((0, _absolute("", name)),) for name in family.alike}
-    aliases |= {name: ((0, _absolute("", rows)),) for name, rows in family.outside_aliases.items()}
-    makers: dict[str, dict[str, None]] = {}
-    for name, each in maker.items():
-        for module in _modules(each):
-            makers.setdefault(module, {})[name] = None
-    own: dict[str, Alternatives] = {module: ((0, _absolute("", module)),) for module in makers}
-    found = {}
-    for name, each in {**own, **aliases, **maker}.items():
-        modules_of = _modules(each)
-        theirs = tuple(dict.fromkeys(name for module in modules_of for name in makers[module]))
-        found[name] = Located(family, name, (name,) if name in maker else theirs, modules_of, each)
-    return found
+@dataclass(frozen=True)
+class _Name:
+    """A row of a table under one of its names, in all of which `{i}` is the block's number."""
+
+    template: str
+    rows: Alternatives
+    maker: tuple[str, ...]
+    comfy: tuple[str, ...]
+
+    def located(self, family: ModelFamily, number: str = "") -> Located:
+        """Return the module in the block of a number; empty for one outside of the blocks."""
+
+        def fill(text: str) -> str:
+            return text.replace("{i}", number)
+
+        rows = tuple(
+            (ratio, replace(fused, runs=tuple(replace(run, module=fill(run.module)) for run in _runs(fused))))
+            for ratio, fused in self.rows
+        )
+        maker, comfy = (tuple(fill(each) for each in names) for names in (self.maker, self.comfy))
+        return Located(family, fill(self.template), maker, _modules(rows), rows, comfy)
 
 
-def _numbered(family: ModelFamily, blocks: int) -> Iterator[tuple[str, Block]]:
-    """Yield every block with each of its numbers."""
-    for block in family.blocks:
-        for number in range(max(block.count, blocks) if block.maker != "*" else 0):
-            yield str(number), block
+@lru_cache(maxsize=65536)
+def _of_table(family: ModelFamily, flat: str) -> tuple[Located, ...]:
+    """Return what a flattened name is in the namings that have it; nothing if that is not one module."""
+    numbers = NUMBER.findall(flat)
+    found: list[Located] = []
+    for name in _index(family).get(NUMBER.sub("#", flat), ()):
+        places = PLACE.findall(name.template)
+        block = {number for place, number in zip(places, numbers, strict=True) if place == "{i}"}
+        own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
+        if own == numbers and all(number == str(int(number)) for number in block):
+            found.append(name.located(family, *block))
+    return tuple(found) if all(each.rows == found[0].rows for each in found) else ()
+
+
+@lru_cache(maxsize=256)
+def _index(family: ModelFamily) -> dict[str, list[_Name]]:
+    """Return the names of a table by what they are when flattened and without numbers."""
+    every: dict[str, list[_Name]] = {}
+    for name in _names(family):
+        others = every.setdefault(PLACE.sub("#", name.template.replace(".", "_")), [])
+        if not any(other.template == name.template and other.rows == name.rows for other in others):
+            others.append(name)
+    return every
+
+
+def _names(family: ModelFamily) -> Iterator[_Name]:
+    """Yield every name of a table; of equal ones the maker's comes first."""
+    rows: dict[str, dict[str, Alternatives]] = {"maker": {}, "comfy": {}, "alias": {}, "diffusers": {}}
+    for block in (block for block in family.blocks if block.maker != "*"):
+        for name, each in {**block.names, **{name: name for name in block.alike}}.items():
+            ratio, other = block.by_ratio.get(name, (0, each))
+            plain: Alternatives = ((0, _absolute(block.diffusers, each)),)
+            first: Alternatives = ((ratio, _absolute(block.diffusers, other)),) if ratio else ()
+            rows["maker"][_join(block.maker, name)] = first + plain
+        for maker, own in block.tensors.items():
+            rows["maker"][_join(block.maker, _leafless(maker))] = ((0, _absolute(block.diffusers, _leafless(own))),)
+        for name, each in block.comfy.items():
+            rows["comfy"][_join(block.comfy_stem or block.maker, name)] = ((0, _absolute(block.diffusers, each)),)
+        for name, each in block.aliases.items():
+            rows["alias"][_join(block.maker, name)] = ((0, _absolute(block.diffusers, each)),)
+        for stem in block.stems:
+            own_names = dict.fromkeys(
+                run.module for each in (*block.names.values(), *block.alike) for run in _runs(_absolute("", each))
+            )
+            rows["alias"] |= {_join(stem, name): ((0, _absolute(block.diffusers, name)),) for name in own_names}
+    outside = {**family.outside, **{name: name for name in family.alike}}
+    outside |= {_leafless(maker): _leafless(own) for maker, own in family.outside_tensors.items()}
+    rows["maker"] |= {name: ((0, _absolute("", each)),) for name, each in outside.items()}
+    rows["comfy"] |= {name: ((0, _absolute("", each)),) for name, each in family.outside_comfy.items()}
+    rows["alias"] |= {name: ((0, _absolute("", each)),) for name, each in family.outside_aliases.items()}
+    owners: dict[str, dict[str, list[str]]] = {"maker": {}, "comfy": {}}
+    for naming, by_module in owners.items():
+        for name, alternatives in rows[naming].items():
+            for module in _modules(alternatives):
+                by_module.setdefault(module, []).append(name)
+    owners["comfy"] = owners["maker"] | owners["comfy"]
+    rows["diffusers"] = {module: ((0, _absolute("", module)),) for module in owners["maker"]}
+    for naming, named in rows.items():
+        for name, alternatives in named.items():
+            of_it = {
+                each: tuple(dict.fromkeys(n for m in _modules(alternatives) for n in by_module.get(m, ())))
+                for each, by_module in owners.items()
+            }
+            of_it |= {each: (name,) for each, names in of_it.items() if each == naming or name in names}
+            yield _Name(name, alternatives, of_it["maker"], of_it["comfy"])
+
+
+def _leafless(tensor: str) -> str:
+    """Return the path of the module whose weight a tensor is; the name of one that is no module's weight."""
+    return tensor.removesuffix(".weight").removesuffix(".scale")
 
 
 def _locate_by_end(family: ModelFamily, path: str) -> Located | None:

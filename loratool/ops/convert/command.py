@@ -19,6 +19,7 @@ from ...adapters.formats import FORMATS, WrittenFormat, holds_adapter, open_adap
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
+from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_path, naming_output
@@ -308,7 +309,7 @@ def _plan_low_rank(
     wanted = [each for each in sources if not selection.selects(each.module)]
     family = family or detect_family(sources) or detect_family(wanted)
     single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
-    if single and not any(each.component == "unet" for each in sources):
+    if single and not any(each.component in DENOISERS for each in sources):
         family = None  # a text encoder alone is converted as a language model
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
