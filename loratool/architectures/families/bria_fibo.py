@@ -68,6 +68,6 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("caption_projection.0.linear.",),
+    marks=("caption_projection.0.linear",),
     telling=r"^caption_projection\.\d+\.linear",
 )

@@ -94,7 +94,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
-    marks=("mixins.adaln_layer.", "patch_embed.text_proj."),
+    marks=("mixins.adaln_layer.", "patch_embed.text_proj"),
     widths=(Width("unet", ("attn1.to_q",), (1920, 3072)),),
     kohya="diffusers",  # as CogVideoX-Fun writes them
 )

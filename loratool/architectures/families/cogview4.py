@@ -43,7 +43,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("mixins.adaln.", "patch_embed.text_proj."),
+    marks=("mixins.adaln.", "patch_embed.text_proj"),
     widths=(Width("unet", ("attn1.to_q",), (4096,)),),
     kohya="diffusers",
 )

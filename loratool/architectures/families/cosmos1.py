@@ -57,6 +57,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
-    marks=("blocks.block0.", "learnable_pos_embed."),
-    widths=(Width("unet", ("attn2.to_k",), (1024,)),),
+    marks=("blocks.block0.", "time_embed.t_embedder."),
+    # Cosmos-Predict2 has the same names of diffusers.
+    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)),),
 )

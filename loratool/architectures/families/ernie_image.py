@@ -43,7 +43,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("adaLN_sa_ln.",),
+    marks=("adaLN_sa_ln",),
     kernels={"x_embedder.proj": (1, 1)},
     kohya_network="networks.lora_ernie_image",
 )

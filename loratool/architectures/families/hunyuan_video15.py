@@ -112,7 +112,7 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
-    marks=("cond_type_embedding.", "cond_type_embed."),
+    marks=("cond_type_embedding", "cond_type_embed"),
     # As many blocks has Qwen-Image, which is wider.
     telling=r"^transformer_blocks\.[45]\d\.",
     widths=(

@@ -50,7 +50,7 @@ FAMILY = ModelFamily(
         Component("unconditional_transformer", "", "", "unconditional_transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("embed_image_indicator.",),
+    marks=("embed_image_indicator",),
     widths=(Width("unet", ("attention.qkv", "attention.to_q", "feed_forward.w1"), (4608,)),),
     kohya_network="networks.lora_ideogram4",
 )

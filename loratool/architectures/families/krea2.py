@@ -5,7 +5,7 @@ Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/krea2/mode
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 _NAMES = {
     "attn.wq": "attn.to_q",
@@ -69,4 +69,5 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("txtfusion.", "text_fusion."),
+    widths=(Width("unet", ("attn.to_q",), (6144,)),),
 )

@@ -107,7 +107,7 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
         Component("connectors", "", "text_embedding_projection.", "connectors.", "ltx2_connectors"),
     ),
-    marks=("audio_patchify_proj.", "audio_time_embed."),
+    marks=("audio_patchify_proj", "audio_time_embed."),
     telling=r"audio_|prompt_adaln|to_gate_logits",
     widths=(Width("unet", ("attn2.to_k",), (4096,)),),
 )

@@ -7,7 +7,7 @@ which nothing in a file tells.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, swapped
+from .table import Block, Component, Fused, ModelFamily, Width, swapped
 
 _NAMES = {
     "attn.qkv_proj": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
@@ -50,5 +50,6 @@ FAMILY = ModelFamily(
     alike=("token_refiner.final_norm",),
     diffusers_class="MiniMaxH3Transformer3DModel",
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
-    marks=("adaln_proj.linear.",),
+    marks=("adaln_proj.linear",),
+    widths=(Width("unet", ("attn.to_q",), (5376,)),),
 )

@@ -61,7 +61,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("img_mlp.gate_proj.", "context_embedder_norm."),
+    marks=("img_mlp.gate_proj", "context_embedder_norm"),
     # Flux has these names with other ratios.
     ratios={".linear1": 11, ".proj_mlp": 8},
 )

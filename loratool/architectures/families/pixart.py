@@ -47,7 +47,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),
     ),
-    marks=("cross_attn.kv_linear.", "adaln_single.emb."),
+    marks=("cross_attn.kv_linear", "adaln_single.emb."),
     widths=(Width("unet", ("attn1.to_q", "attn2.to_k", "attn.qkv", "cross_attn.q_linear"), (1152,)),),
     kernels={"pos_embed.proj": (2, 2)},
 )

@@ -41,5 +41,5 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("img_qkv_proj.",),
+    marks=("img_qkv_proj",),
 )

@@ -51,7 +51,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te_", "text_encoders.qwen25_7b.transformer.", "text_encoder."),
     ),
-    marks=("txt_mod.1.",),
+    marks=("txt_mod.1",),
     # Flux, as wide, has the names of its attention in fewer blocks.
     telling=r"^transformer_blocks\.[45]\d\.",
     kohya_network="networks.lora_qwen_image",

@@ -45,7 +45,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("txt_in.text_norm.",),
+    marks=("txt_in.text_norm",),
     widths=(Width("unet", ("attn.to_q",), (4096,)),),
     kohya_network="networks.lora_qwen_image_21",
 )

@@ -45,7 +45,7 @@ FAMILY = ModelFamily(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te_", "", "text_encoder."),
     ),
-    marks=("mlp.inverted_conv.", "ff.conv_inverted."),
+    marks=("mlp.inverted_conv.", "ff.conv_inverted"),
     widths=(Width("unet", ("attn1.to_q", "attn2.to_k", "attn.qkv", "cross_attn.q_linear"), (1152, 2240)),),
     kernels={"patch_embed.proj": (1, 1), "ff.conv_inverted": (1, 1), "ff.conv_depth": (3, 3), "ff.conv_point": (1, 1)},
 )

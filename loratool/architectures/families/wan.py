@@ -71,7 +71,7 @@ FAMILY = ModelFamily(
         Component("transformer_2", "", "", "transformer_2."),
         Component("text_encoder", "", "text_encoders.umt5xxl.transformer.", "text_encoder.", "t5"),
     ),
-    marks=("time_projection.", "condition_embedder.time_proj."),
+    marks=("time_projection.", "condition_embedder.time_proj"),
     kernels={"patch_embedding": (1, 2, 2), "vace_patch_embedding": (1, 2, 2)},
     kohya_network="networks.lora_wan",
 )
