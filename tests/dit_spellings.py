@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,6 +83,7 @@ def pieces_of(rows: str | Fused, stem: str, i: str, leaf: str, shapes: Shapes) -
 def block_rows(block: Block, shapes: Shapes) -> Iterator[tuple[str, tuple[Piece, ...]]]:
     """Yield the tensors of a stack of blocks in the maker's naming."""
     for i in numbers((block.diffusers,), shapes):
+        ends = {filled(block.maker, name, i): filled(block.diffusers, theirs, i) for name, theirs in block.tensors.items()}
         for name, rows in {**block.names, **{each: each for each in block.alike}}.items():
             for leaf in ("weight", "bias"):
                 pieces = pieces_of(rows, block.diffusers, i, leaf, shapes)
@@ -90,11 +92,9 @@ def block_rows(block: Block, shapes: Shapes) -> Iterator[tuple[str, tuple[Piece,
                     weight = shapes.get(f"{filled(block.diffusers, modules_of(other)[0], i)}.weight", (0, 1))
                     if weight[0] == ratio * weight[1]:
                         pieces = pieces_of(other, block.diffusers, i, leaf, shapes)
-                if pieces:
+                if pieces and pieces[0].name not in ends.values():
                     yield f"{filled(block.maker, name, i)}.{leaf}", pieces
-        for name, theirs in block.tensors.items():
-            if (full := filled(block.diffusers, theirs, i)) in shapes:
-                yield filled(block.maker, name, i), whole(full, shapes)
+        yield from ((name, whole(theirs, shapes)) for name, theirs in ends.items() if theirs in shapes)
 
 
 def modules_of(rows: str | Fused) -> list[str]:
@@ -105,11 +105,17 @@ def maker_rows(family: ModelFamily, shapes: Shapes) -> dict[str, tuple[Piece, ..
     """Return a model's tensors in the maker's naming, each row of diffusers' once."""
     outside = Block("", "", family.outside, alike=family.alike, tensors=family.outside_tensors)
     found = dict(row for block in (*family.blocks, outside) for row in block_rows(block, shapes))
-    rows = [(piece.name, i) for pieces in found.values() for piece in pieces for i in range(piece.start, piece.stop)]
+    return each_once(found, shapes)
+
+
+def each_once(naming: dict[str, tuple[Piece, ...]], shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+    """Return a naming that has every row of diffusers' once."""
+    rows = [(piece.name, i) for pieces in naming.values() for piece in pieces for i in range(piece.start, piece.stop)]
     expected = {(name, i) for name, shape in shapes.items() for i in range(shape[0] if shape else 1)}
-    assert len(rows) == len(set(rows)), "rows that two names of the maker have"
-    assert set(rows) == expected, f"no name of the maker: {sorted({name for name, _ in expected ^ set(rows)})}"
-    return found
+    twice = {name for (name, _), count in Counter(rows).items() if count > 1}
+    none = {name for name, _ in expected ^ set(rows)}
+    assert not twice and not none, f"under several names: {sorted(twice)}, under none: {sorted(none)}"
+    return naming
 
 
 def comfy_rows(family: ModelFamily, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
@@ -124,7 +130,7 @@ def comfy_rows(family: ModelFamily, shapes: Shapes) -> dict[str, tuple[Piece, ..
                         own[f"{filled(block.comfy_stem or block.maker, name, i)}.{leaf}"] = pieces
     covered = {piece.name for pieces in own.values() for piece in pieces}
     rest = {n: p for n, p in maker_rows(family, shapes).items() if not covered & {piece.name for piece in p}}
-    return {**rest, **own}
+    return each_once({**rest, **own}, shapes)
 
 
 @dataclass(frozen=True)
@@ -286,11 +292,11 @@ class Subject:
 
     def shaped(self, name: str, pieces: tuple[Piece, ...], tensor: Tensor) -> Tensor:
         """Return a tensor in the maker's shape, where that is another than diffusers'."""
-        flat = [end for end in self.family.reshaped if pieces[0].name.endswith(end)]
         own = self.shapes[pieces[0].name]
+        flat = any(re.search(each.replace("{i}", "[0-9]+") + "$", pieces[0].name) for each in self.family.reshaped)
         if flat and name not in self.namings["diffusers"]:
             return tensor.reshape(-1)
-        return tensor.reshape(own) if not own else tensor
+        return tensor if own else tensor.reshape(own)
 
     def adapter(self, name: str) -> Path:
         """Write the adapter in a spelling, once."""
@@ -426,8 +432,10 @@ def files_of(path: Path) -> dict[str, bytes]:
 def check_inspect(subject: Subject, spelling: str, layout: str) -> None:
     """Every module binds and nothing is called a problem."""
     report = loratool.inspect(subject.adapter(spelling), base=subject.base_in(layout))
-    if report.coverage is None or report.coverage.unbound or report.problems or report.rank != RANK:
-        raise WrongError(f"{report.coverage} {report.problems} rank {report.rank}")
+    if report.problems or report.coverage is None or report.coverage.unbound:
+        raise loratool.InputError(f"{report.problems} {report.coverage}")
+    if report.rank != RANK:
+        raise WrongError(f"rank {report.rank}")
 
 
 def check_diff(subject: Subject, spelling: str) -> None:
@@ -448,8 +456,8 @@ def check_convert(subject: Subject, spelling: str, to: str) -> None:
     Names of diffusers' in its own format are exactly those of its layers.
     """
     out, back = subject.place(suffix_of(to)), subject.place(".safetensors")
-    loratool.convert(subject.adapter(spelling), out, to=to, base=subject.base_in("component"))
-    loratool.convert(out, back, to="diffusers", base=subject.base_in("component"))
+    loratool.convert(subject.adapter(spelling), out, to=to)
+    loratool.convert(out, back, to="diffusers")
     for layout in ("component", "bare"):
         expected = subject.renamed(LAYOUTS[layout].naming, subject.usual)
         same(subject.read(subject.merged(out, layout), layout), expected)
@@ -462,7 +470,7 @@ def check_convert(subject: Subject, spelling: str, to: str) -> None:
 def check_format_names(subject: Subject, to: str) -> None:
     """The modules of a written file are those that its readers look for: each tensor of a base is found once."""
     out = subject.place(suffix_of(to))
-    loratool.convert(subject.adapter("diffusers"), out, to=to, base=subject.base_in("component"))
+    loratool.convert(subject.adapter("diffusers"), out, to=to)
     if to == "peft":
         prefix, naming, flat = "base_model.model.", "diffusers", False
     elif to == "diffusers":
@@ -485,7 +493,7 @@ def check_format_names(subject: Subject, to: str) -> None:
 def check_load(subject: Subject, spelling: str) -> None:
     """Diffusers loads what `--to diffusers` writes: every tensor in its layer, and the change is the same."""
     out = subject.place(".safetensors")
-    loratool.convert(subject.adapter(spelling), out, to="diffusers", base=subject.base_in("component"))
+    loratool.convert(subject.adapter(spelling), out, to="diffusers")
     same(merged_by_peft(loaded(subject, out)), subject.fused, 1e-6)
 
 
@@ -580,28 +588,30 @@ class Cell:
 
 
 FORMATS = ("kohya", "diffusers", "comfy", "peft")
+# The spellings that differ in what a verb after reading could mistake: all are read by the same code.
+READ = ("diffusers", "kohya, maker's", "ComfyUI, maker's", "kohya, ComfyUI's", "PEFT")
 
 
 def cells(subject: Subject) -> Iterator[Cell]:
-    """Yield every check of a subject: each spelling with each layout for merge, and with each format for the rest."""
+    """Yield every check of a subject: each spelling with each layout for merge, and a few of them for the rest."""
     layouts, spellings = subject.layouts(), subject.spellings()
     for spelling in spellings:
         for layout in layouts:
             yield Cell("merge", spelling, check_merge, (spelling, layout))
-        for verb, check in (("verify", check_verify), ("unmerge", check_unmerge), ("inspect", check_inspect)):
-            for layout in ("component", "bare"):
-                yield Cell(verb, spelling, check, (spelling, layout))
+        yield Cell("inspect", spelling, check_inspect, (spelling, "component"))
         yield Cell("diff", spelling, check_diff, (spelling,))
+        yield Cell("convert", spelling, check_load, (spelling,))
+    for spelling in [each for each in READ if each in spellings]:
+        for layout in ("component", "bare"):
+            yield Cell("verify", spelling, check_verify, (spelling, layout))
+            yield Cell("unmerge", spelling, check_unmerge, (spelling, layout))
         for to in FORMATS:
             yield Cell("convert", spelling, check_convert, (spelling, to))
-        yield Cell("convert", spelling, check_load, (spelling,))
-        yield Cell("combine", spelling, check_combine, (spelling, "diffusers"))
-        yield Cell("resize", spelling, check_resize, (spelling, "diffusers"))
+            yield Cell("combine", spelling, check_combine, (spelling, to))
+            yield Cell("resize", spelling, check_resize, (spelling, to))
         yield Cell("resize", spelling, check_truncate, (spelling,))
     for to in FORMATS:
         yield Cell("convert", "", check_format_names, (to,))
-        yield Cell("combine", "", check_combine, ("kohya, maker's", to))
-        yield Cell("resize", "", check_resize, ("kohya, maker's", to))
         for layout in layouts:
             yield Cell("extract", "", check_extract, (layout, to))
             yield Cell("init", "", check_init, (layout, to))

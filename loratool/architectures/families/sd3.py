@@ -48,6 +48,7 @@ FAMILY = ModelFamily(
         "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
     },
     alike=("context_embedder",),
+    outside_tensors={"pos_embed": "pos_embed.pos_embed"},
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
