@@ -503,7 +503,8 @@ def loaded(subject: Subject, path: Path) -> Any:
     with safe_open(path, "pt") as file:
         fields = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     if hasattr(model, "load_lora_adapter"):
-        model.load_lora_adapter(str(path), prefix="transformer", adapter_name="default")
+        # With a name of a file it reads the metadata, which has the alphas; of a path alone it does not.
+        model.load_lora_adapter(path.parent, weight_name=path.name, prefix="transformer", adapter_name="default")
     else:  # its pipelines load none, and PEFT does
         own = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         config = {name.removeprefix("transformer."): value for name, value in fields.items()}

@@ -207,7 +207,7 @@ class ImageModules:
 
     @property
     def has_maker_names(self) -> bool:
-        """Whether the denoiser has names that are not diffusers'."""
+        """True if the denoiser has names that are not diffusers'."""
         parts = [part for name, part in self.parts.items() if name in DENOISERS]
         return any(names_maker(part.table, path) for part in parts if part.table for path in part.tensors)
 
@@ -319,22 +319,33 @@ def _encoder_of(paths: Iterable[str]) -> ModelFamily | None:
 
 def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | None, str, str]]:
     """Yield (component, its table, path, tensor) for every tensor that an adapter can change."""
+    # Two models can differ in a table of positions alone, which no adapter changes.
+    paths = {name: _path_of(name) for name, shape in shapes.items() if shape and not name.endswith("bias")}
     modules = {
-        name: _path_of(name)
-        for name, shape in shapes.items()
-        if shape and name.endswith(("weight", SCALE)) and not name.startswith("first_stage_model.")
+        name: path
+        for name, path in paths.items()
+        if name.endswith(("weight", SCALE))
+        and not name.startswith("first_stage_model.")
+        and not (name.endswith(SCALE) and f"{path}.weight" in shapes)
     }
-    modules = {n: p for n, p in modules.items() if not (n.endswith(SCALE) and f"{p}.weight" in shapes)}
     if any("/" in name for name in modules):
         for folder, component in FOLDERS.items():
-            inside = {n: path.removeprefix(f"{folder}/") for n, path in modules.items() if n.startswith(f"{folder}/")}
+            inside = {n: path.removeprefix(f"{folder}/") for n, path in paths.items() if n.startswith(f"{folder}/")}
             own = {path: shapes[name] for name, path in inside.items()}
             table = family_of_names(own) if component in DENOISERS else _encoder_of(own)
-            yield from ((component, table, path, name) for name, path in inside.items())
+            yield from ((component, table, path, name) for name, path in inside.items() if name in modules)
         return
-    prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in modules.items()})
+    prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in paths.items()})
     theirs = denoiser.components[1:] if denoiser else ()
-    encoders = PREFIXES | {each.comfy: (each.name, each.encoder) for each in theirs if each.comfy}
+    own_prefix = "diffusion_model."  # of the denoiser in ComfyUI's repacks, and of what stands in it
+    encoders = PREFIXES | {
+        (prefix + each.comfy[len(own_prefix) :] if each.comfy.startswith(own_prefix) else each.comfy): (
+            each.name,
+            each.encoder,
+        )
+        for each in theirs
+        if each.comfy
+    }
     prefixes = {name: next((p for p in encoders if name.startswith(p)), "") for name in modules}
     has_encoders = any(prefixes.values())
     is_clip = denoiser is None and any(mark in name for name in shapes for mark in ENCODERS["clip"].marks)

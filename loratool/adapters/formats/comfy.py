@@ -40,7 +40,7 @@ class Comfy(DottedFormat):
         return FAMILIES[family].component(component, path).comfy + text_model_path(component, path)
 
     def naming(self, family: str) -> Naming:
-        return "comfy"
+        return Naming.COMFY
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)

@@ -93,7 +93,7 @@ class Format(ABC):
 
     def naming(self, family: str) -> Naming:
         """Return whose names a denoiser's modules have: its maker's (sgm's, Black Forest Labs'), or another's."""
-        return "diffusers"
+        return Naming.DIFFUSERS
 
     @final
     def tensor_name(self, module: str, role: str) -> str:

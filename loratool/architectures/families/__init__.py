@@ -28,7 +28,6 @@ from . import (
     flux,
     flux2,
     flux3,
-    framepack,
     glm_image,
     gpt2,
     hidream,
@@ -78,9 +77,9 @@ FAMILIES: dict[str, ModelFamily] = {
         chroma,
         qwen_image,
         hunyuan_video,
-        framepack,
         hunyuan_image,
         hunyuan_video15,
+        qwen_image21,
         flux2,
         flux3,
         bria,
@@ -92,19 +91,18 @@ FAMILIES: dict[str, ModelFamily] = {
         z_image,
         lumina2,
         ideogram4,
+        cogvideox,
+        mochi,
+        cogview4,
         ltx,
         ltx2,
         anima,
         cosmos_predict2,
         cosmos1,
-        cogvideox,
-        mochi,
-        cogview4,
         pixart,
         allegro,
         sana,
         glm_image,
-        qwen_image21,
         auraflow,
         hidream,
         krea2,
@@ -148,7 +146,7 @@ class Located:
 
     def names(self, naming: Naming) -> tuple[str, ...]:
         """Return the modules of a naming that have rows of it."""
-        return {"maker": self.maker, "diffusers": self.diffusers, "comfy": self.comfy}[naming]
+        return {Naming.MAKER: self.maker, Naming.DIFFUSERS: self.diffusers, Naming.COMFY: self.comfy}[naming]
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     """Return the image families that modules are of; several, in the table's order, where nothing tells them apart.
 
     A family is of them if it has every module of the denoiser and every component. Then names that only one has decide,
-    then widths, then the naming that kohya's files have.
+    then widths, then the number of blocks, then the naming that kohya's files have.
 
     Args:
         modules: (component, path in any naming, shape of the matrix, empty if it is not known).
@@ -288,8 +286,8 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
 
 def _evidence(
     family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: list[str]
-) -> tuple[int, int, int]:
-    """Return (names, widths, naming): 1 for what only this family has, -1 for a width that it has not, else 0."""
+) -> tuple[int, int, int, int]:
+    """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
     widths = [
@@ -298,8 +296,21 @@ def _evidence(
         for component, path, shape in modules
         if len(shape) > 1 and component == width.component and path.endswith(width.ends)
     ]
-    own = family.kohya == "maker" and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)
+    own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
+    return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
+
+
+def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:
+    """Return 1 if of each stack the last block of a known model is there, -1 if one is there that none has, else 0."""
+    every = list(names)
+    found = []
+    for block in family.blocks if not family.up_attention else ():
+        stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]+)") + r"\.")
+        numbers = [int(match[1]) for name in every if (match := stem.match(name))]
+        if numbers and block.counts:
+            last = max(numbers) + 1
+            found.append(-1 if last > max(block.counts) else int(last in block.counts))
+    return min(found, default=0)
 
 
 def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:
@@ -418,44 +429,52 @@ def _index(family: ModelFamily) -> dict[str, list[_Name]]:
 
 def _names(family: ModelFamily) -> Iterator[_Name]:
     """Yield every name of a table; of equal ones the maker's comes first."""
-    rows: dict[str, dict[str, Alternatives]] = {"maker": {}, "comfy": {}, "alias": {}, "diffusers": {}}
+    maker: dict[str, Alternatives] = {}
+    comfy: dict[str, Alternatives] = {}
+    alias: dict[str, Alternatives] = {}
     for block in (block for block in family.blocks if block.maker != "*"):
-        for name, each in {**block.names, **{name: name for name in block.alike}}.items():
-            ratio, other = block.by_ratio.get(name, (0, each))
-            plain: Alternatives = ((0, _absolute(block.diffusers, each)),)
-            first: Alternatives = ((ratio, _absolute(block.diffusers, other)),) if ratio else ()
-            rows["maker"][_join(block.maker, name)] = first + plain
-        for maker, own in block.tensors.items():
-            rows["maker"][_join(block.maker, _leafless(maker))] = ((0, _absolute(block.diffusers, _leafless(own))),)
-        for name, each in block.comfy.items():
-            rows["comfy"][_join(block.comfy_stem or block.maker, name)] = ((0, _absolute(block.diffusers, each)),)
-        for name, each in block.aliases.items():
-            rows["alias"][_join(block.maker, name)] = ((0, _absolute(block.diffusers, each)),)
-        for stem in block.stems:
-            own_names = dict.fromkeys(
-                run.module for each in (*block.names.values(), *block.alike) for run in _runs(_absolute("", each))
-            )
-            rows["alias"] |= {_join(stem, name): ((0, _absolute(block.diffusers, name)),) for name in own_names}
+        own = block.diffusers
+        for name, rows in {**block.names, **{name: name for name in block.alike}}.items():
+            ratio, other = block.by_ratio.get(name, (0, rows))
+            first: Alternatives = ((ratio, _absolute(own, other)),) if ratio else ()
+            maker[_join(block.maker, name)] = (*first, (0, _absolute(own, rows)))
+        maker |= {
+            _join(block.maker, _leafless(name)): ((0, _absolute(own, _leafless(tensor))),)
+            for name, tensor in block.tensors.items()
+        }
+        stem = block.comfy_stem or block.maker
+        comfy |= {_join(stem, name): ((0, _absolute(own, rows)),) for name, rows in block.comfy.items()}
+        alias |= {_join(block.maker, name): ((0, _absolute(own, rows)),) for name, rows in block.aliases.items()}
+        modules = [run.module for rows in (*block.names.values(), *block.alike) for run in _runs(_absolute("", rows))]
+        alias |= {_join(each, name): ((0, _absolute(own, name)),) for each in block.stems for name in modules}
     outside = {**family.outside, **{name: name for name in family.alike}}
-    outside |= {_leafless(maker): _leafless(own) for maker, own in family.outside_tensors.items()}
-    rows["maker"] |= {name: ((0, _absolute("", each)),) for name, each in outside.items()}
-    rows["comfy"] |= {name: ((0, _absolute("", each)),) for name, each in family.outside_comfy.items()}
-    rows["alias"] |= {name: ((0, _absolute("", each)),) for name, each in family.outside_aliases.items()}
-    owners: dict[str, dict[str, list[str]]] = {"maker": {}, "comfy": {}}
-    for naming, by_module in owners.items():
-        for name, alternatives in rows[naming].items():
-            for module in _modules(alternatives):
-                by_module.setdefault(module, []).append(name)
-    owners["comfy"] = owners["maker"] | owners["comfy"]
-    rows["diffusers"] = {module: ((0, _absolute("", module)),) for module in owners["maker"]}
-    for naming, named in rows.items():
-        for name, alternatives in named.items():
-            of_it = {
-                each: tuple(dict.fromkeys(n for m in _modules(alternatives) for n in by_module.get(m, ())))
-                for each, by_module in owners.items()
-            }
-            of_it |= {each: (name,) for each, names in of_it.items() if each == naming or name in names}
-            yield _Name(name, alternatives, of_it["maker"], of_it["comfy"])
+    outside |= {_leafless(name): _leafless(tensor) for name, tensor in family.outside_tensors.items()}
+    for found, named in ((maker, outside), (comfy, family.outside_comfy), (alias, family.outside_aliases)):
+        found |= {name: ((0, _absolute("", rows)),) for name, rows in named.items()}
+    makers, comfys = (_names_by_module(found) for found in (maker, comfy))
+    comfys = makers | comfys
+    diffusers: dict[str, Alternatives] = {module: ((0, _absolute("", module)),) for module in makers}
+    for naming in (maker, comfy, alias, diffusers):
+        for name, alternatives in naming.items():
+            makers_names, comfys_names = (
+                tuple(dict.fromkeys(each for module in _modules(alternatives) for each in names.get(module, ())))
+                for names in (makers, comfys)
+            )
+            yield _Name(
+                name,
+                alternatives,
+                (name,) if naming is maker else makers_names,
+                (name,) if naming is comfy or name in comfys_names else comfys_names,
+            )
+
+
+def _names_by_module(naming: Mapping[str, Alternatives]) -> dict[str, list[str]]:
+    """Return diffusers' module -> the names of a naming that have rows of it."""
+    found: dict[str, list[str]] = {}
+    for name, rows in naming.items():
+        for module in _modules(rows):
+            found.setdefault(module, []).append(name)
+    return found
 
 
 def _leafless(tensor: str) -> str:

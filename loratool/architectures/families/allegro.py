@@ -27,6 +27,7 @@ FAMILY = ModelFamily(
                 "ff.net.2",
             ),
             tensors={"scale_shift_table": "scale_shift_table"},
+            counts=(32,),
         ),
     ),
     alike=(

@@ -33,6 +33,7 @@ FAMILY = ModelFamily(
                 "modX.1": "norm1.linear",
                 "modC.1": "norm1_context.linear",
             },
+            counts=(4,),
         ),
         Block(
             "single_layers.{i}",
@@ -47,6 +48,7 @@ FAMILY = ModelFamily(
                 "mlp.c_proj": "ff.out_projection",
                 "modCX.1": "norm1.linear",
             },
+            counts=(32,),
         ),
     ),
     outside={

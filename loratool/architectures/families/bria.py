@@ -34,6 +34,7 @@ FAMILY = ModelFamily(
                 "ff_context.net.0.proj",
                 "ff_context.net.2",
             ),
+            counts=(19,),
         ),
         Block(
             "single_transformer_blocks.{i}",
@@ -48,6 +49,7 @@ FAMILY = ModelFamily(
                 "attn.to_k",
                 "attn.to_v",
             ),
+            counts=(38,),
         ),
     ),
     alike=(
@@ -64,4 +66,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("single_transformer_blocks.",),
+    # Ovis has these names with other ratios.
+    ratios={".proj_mlp": 4},
 )

@@ -34,6 +34,7 @@ FAMILY = ModelFamily(
                 "ff_context.net.0.proj",
                 "ff_context.net.2",
             ),
+            counts=(19,),
         ),
         Block(
             "single_transformer_blocks.{i}",
@@ -48,6 +49,7 @@ FAMILY = ModelFamily(
                 "attn.to_k",
                 "attn.to_v",
             ),
+            counts=(38,),
         ),
         Block(
             "caption_projection.{i}",
@@ -70,4 +72,6 @@ FAMILY = ModelFamily(
     ),
     marks=("caption_projection.0.linear",),
     telling=r"^caption_projection\.\d+\.linear",
+    # Ovis has these names with other ratios.
+    ratios={".proj_mlp": 4},
 )

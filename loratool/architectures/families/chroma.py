@@ -16,6 +16,7 @@ FAMILY = ModelFamily(
             "distilled_guidance_layer.layers.{i}",
             "distilled_guidance_layer.layers.{i}",
             {"in_layer": "linear_1", "out_layer": "linear_2"},
+            counts=(5,),
         ),
         Block(
             "double_blocks.{i}",
@@ -40,6 +41,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
                 "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
             },
+            counts=(19,),
         ),
         Block(
             "single_blocks.{i}",
@@ -51,11 +53,13 @@ FAMILY = ModelFamily(
                 "norm.key_norm": "attn.norm_k",
             },
             tensors={"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
+            counts=(38,),
         ),
         Block(
             "distilled_guidance_layer.norms.{i}",
             "distilled_guidance_layer.norms.{i}",
             tensors={"scale": "weight"},
+            counts=(5,),
         ),
     ),
     outside={"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"},

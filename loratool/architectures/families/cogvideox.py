@@ -6,7 +6,7 @@ Sources: THUDM/CogVideo `sat/dit_video_concat.py`; diffusers `scripts/convert_co
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Run, Width
+from .table import Block, Component, Fused, ModelFamily, Naming, Run, Width
 
 FAMILY = ModelFamily(
     key="cogvideox",
@@ -38,6 +38,7 @@ FAMILY = ModelFamily(
                 "norm2.linear": "norm2.linear",
             },
             comfy_stem="blocks.{i}",
+            counts=(30, 42),
         ),
         Block(
             "mixins.adaln_layer.adaLN_modulations.{i}",
@@ -52,16 +53,19 @@ FAMILY = ModelFamily(
                     )
                 )
             },
+            counts=(30, 42),
         ),
         Block(
             "mixins.adaln_layer.query_layernorm_list.{i}",
             "transformer_blocks.{i}",
             {"": "attn1.norm_q"},
+            counts=(30, 42),
         ),
         Block(
             "mixins.adaln_layer.key_layernorm_list.{i}",
             "transformer_blocks.{i}",
             {"": "attn1.norm_k"},
+            counts=(30, 42),
         ),
     ),
     outside={
@@ -95,6 +99,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("mixins.adaln_layer.", "patch_embed.text_proj"),
-    widths=(Width("unet", ("attn1.to_q",), (1920, 3072)),),
-    kohya="diffusers",  # as CogVideoX-Fun writes them
+    widths=(Width("unet", ("attn1.to_q", "attention.query_key_value"), (1920, 3072)),),
+    kohya=Naming.DIFFUSERS,  # as CogVideoX-Fun writes them
 )

@@ -6,7 +6,7 @@ take turns.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import Block, Component, Fused, ModelFamily, Naming, Width, swapped
 
 FAMILY = ModelFamily(
     key="cogview4",
@@ -21,11 +21,13 @@ FAMILY = ModelFamily(
                 "mlp.dense_h_to_4h": "ff.net.0.proj",
                 "mlp.dense_4h_to_h": "ff.net.2",
             },
+            counts=(28,),
         ),
         Block(
             "mixins.adaln.adaln_modules.{i}",
             "transformer_blocks.{i}",
             {"1": "norm1.linear"},
+            counts=(28,),
         ),
     ),
     outside={
@@ -44,6 +46,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("mixins.adaln.", "patch_embed.text_proj"),
-    widths=(Width("unet", ("attn1.to_q",), (4096,)),),
-    kohya="diffusers",
+    widths=(Width("unet", ("attn1.to_q", "attention.query_key_value"), (4096,)),),
+    kohya=Naming.DIFFUSERS,
 )

@@ -36,6 +36,7 @@ FAMILY = ModelFamily(
                 "blocks.1.block.attn.to_q.1": "attn2.norm_q",
                 "blocks.1.block.attn.to_k.1": "attn2.norm_k",
             },
+            counts=(28, 36),
         ),
     ),
     outside={

@@ -36,6 +36,7 @@ FAMILY = ModelFamily(
                 "cross_attn.q_norm": "attn2.norm_q",
                 "cross_attn.k_norm": "attn2.norm_k",
             },
+            counts=(28, 36),
         ),
     ),
     outside={

@@ -27,6 +27,7 @@ FAMILY = ModelFamily(
                 "mlp.up_proj",
                 "mlp.linear_fc2",
             ),
+            counts=(24,),
         ),
     ),
     alike=(

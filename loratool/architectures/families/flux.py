@@ -36,6 +36,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
                 "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
             },
+            counts=(19,),
         ),
         Block(
             "single_blocks.{i}",
@@ -50,6 +51,7 @@ FAMILY = ModelFamily(
             # XLabs' and ComfyUI's name of the first rows of linear1
             aliases={"linear1_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1))},
             tensors={"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
+            counts=(38,),
         ),
     ),
     outside={

@@ -35,6 +35,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
                 "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
             },
+            counts=(5, 8),
         ),
         Block(
             "single_blocks.{i}",
@@ -46,6 +47,7 @@ FAMILY = ModelFamily(
                 "norm.key_norm": "attn.norm_k",
             },
             tensors={"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
+            counts=(20, 24, 48),
         ),
     ),
     outside={

@@ -29,24 +29,28 @@ FAMILY = ModelFamily(
             "mode_blocks.image.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(5,),
         ),
         Block(
             "content_mode_blocks.image_cond.{i}",
             "mode_blocks.image_cond.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(5,),
         ),
         Block(
             "txt_mode_blocks.{i}",
             "txt_mode_blocks.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(5,),
         ),
         Block(
             "single_blocks.{i}",
             "single_transformer_blocks.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(28,),
         ),
     ),
     outside={

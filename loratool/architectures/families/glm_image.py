@@ -23,6 +23,7 @@ FAMILY = ModelFamily(
                 "ff.net.0.proj",
                 "ff.net.2",
             ),
+            counts=(30,),
         ),
     ),
     alike=(

@@ -53,11 +53,13 @@ FAMILY = ModelFamily(
                 "block.ff_t.w2",
                 "block.ff_t.w3",
             ),
+            counts=(16,),
         ),
         Block(
             "single_stream_blocks.{i}",
             "single_stream_blocks.{i}",
             alike=_ALIKE,
+            counts=(32,),
         ),
         Block(
             "caption_projection.{i}",

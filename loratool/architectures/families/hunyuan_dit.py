@@ -33,6 +33,7 @@ FAMILY = ModelFamily(
                 "attn2.k_norm": "attn2.norm_k",
             },
             alike=("skip_linear", "skip_norm"),
+            counts=(40,),
         ),
     ),
     outside={

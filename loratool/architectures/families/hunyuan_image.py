@@ -29,6 +29,7 @@ FAMILY = ModelFamily(
                 "mlp.0": "ff.net.0.proj",
                 "mlp.2": "ff.net.2",
             },
+            counts=(2,),
         ),
         Block(
             "double_blocks.{i}",
@@ -65,6 +66,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(20,),
         ),
         Block(
             "single_blocks.{i}",
@@ -77,6 +79,7 @@ FAMILY = ModelFamily(
                 "k_norm": "attn.norm_k",
             },
             comfy={"modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"},
+            counts=(40,),
         ),
     ),
     outside={
@@ -118,13 +121,14 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
     marks=("individual_token_refiner.", "context_embedder.token_refiner."),
-    # Flux has the same names in fewer blocks.
-    telling=r"^transformer_blocks\.19\.|^single_transformer_blocks\.3[89]\.",
+    # Flux has the same names of diffusers in fewer blocks.
+    telling=r"^single_transformer_blocks\.3[89]\.",
     widths=(
         Width(
             "unet", ("attn.to_q", "attn.add_q_proj", "img_attn.qkv", "txt_attn.qkv", "attn_qkv", ".linear1"), (3584,)
         ),
     ),
+    ratios={".linear1": 7, ".proj_mlp": 4},
     kernels={"x_embedder.proj": (1, 1)},
     kohya_network="networks.lora_hunyuan_image",
 )

@@ -1,7 +1,7 @@
-"""Name the modules of HunyuanVideo as Tencent, diffusers and ComfyUI do.
+"""Name the modules of HunyuanVideo, and of FramePack that is made of it, as Tencent, diffusers and ComfyUI do.
 
-Sources: Tencent/HunyuanVideo `hyvideo/modules/models.py`; diffusers `loaders/single_file_utils.py`; ComfyUI
-`comfy/ldm/hunyuan_video/model.py`.
+Sources: Tencent/HunyuanVideo `hyvideo/modules/models.py`; diffusers `loaders/single_file_utils.py`,
+`models/transformers/transformer_hunyuan_video_framepack.py`; ComfyUI `comfy/ldm/hunyuan_video/model.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from .table import Block, Component, Fused, ModelFamily, swapped
 
 FAMILY = ModelFamily(
     key="hunyuan_video",
-    title="HunyuanVideo",
+    title="HunyuanVideo or FramePack",
     blocks=(
         Block(
             "txt_in.individual_token_refiner.blocks.{i}",
@@ -29,6 +29,7 @@ FAMILY = ModelFamily(
                 "mlp.0": "ff.net.0.proj",
                 "mlp.2": "ff.net.2",
             },
+            counts=(2,),
         ),
         Block(
             "double_blocks.{i}",
@@ -65,6 +66,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(20,),
         ),
         Block(
             "single_blocks.{i}",
@@ -77,6 +79,7 @@ FAMILY = ModelFamily(
                 "k_norm": "attn.norm_k",
             },
             comfy={"modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"},
+            counts=(40,),
         ),
     ),
     outside={
@@ -105,6 +108,14 @@ FAMILY = ModelFamily(
         "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
         "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     },
+    # Of FramePack, which has HunyuanVideo's modules besides
+    alike=(
+        "clean_x_embedder.proj",
+        "clean_x_embedder.proj_2x",
+        "clean_x_embedder.proj_4x",
+        "image_projection.up",
+        "image_projection.down",
+    ),
     diffusers_class="HunyuanVideoTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
@@ -112,7 +123,13 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "lora_te2_", "text_encoders.clip_l.transformer.", "text_encoder_2.", "clip"),
     ),
     marks=("individual_token_refiner.", "context_embedder.token_refiner."),
-    # Flux has the same names in fewer blocks.
-    telling=r"^transformer_blocks\.19\.|^single_transformer_blocks\.3[89]\.",
-    kernels={"x_embedder.proj": (1, 2, 2)},
+    # Flux has the same names of diffusers in fewer blocks.
+    telling=r"^single_transformer_blocks\.3[89]\.",
+    ratios={".linear1": 7, ".proj_mlp": 4},
+    kernels={
+        "x_embedder.proj": (1, 2, 2),
+        "clean_x_embedder.proj": (1, 2, 2),
+        "clean_x_embedder.proj_2x": (2, 4, 4),
+        "clean_x_embedder.proj_4x": (4, 8, 8),
+    },
 )

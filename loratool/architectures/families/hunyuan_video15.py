@@ -30,6 +30,7 @@ FAMILY = ModelFamily(
                 "mlp.0": "ff.net.0.proj",
                 "mlp.2": "ff.net.2",
             },
+            counts=(2,),
         ),
         Block(
             "double_blocks.{i}",
@@ -75,6 +76,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(54,),
         ),
     ),
     outside={

@@ -31,6 +31,7 @@ FAMILY = ModelFamily(
                 "ffn_norm1",
                 "ffn_norm2",
             ),
+            counts=(34,),
         ),
     ),
     alike=(

@@ -26,6 +26,7 @@ FAMILY = ModelFamily(
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ),
+            counts=(2,),
         ),
         Block(
             "visual_transformer_blocks.{i}",
@@ -47,6 +48,7 @@ FAMILY = ModelFamily(
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ),
+            counts=(32,),
         ),
     ),
     alike=(

@@ -33,18 +33,21 @@ FAMILY = ModelFamily(
             "text_fusion.layerwise_blocks.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(2,),
         ),
         Block(
             "txtfusion.refiner_blocks.{i}",
             "text_fusion.refiner_blocks.{i}",
             _NAMES,
             tensors=_TENSORS,
+            counts=(2,),
         ),
         Block(
             "blocks.{i}",
             "transformer_blocks.{i}",
             _NAMES,
             tensors={**_TENSORS, "mod.lin": "scale_shift_table"},
+            counts=(28,),
         ),
     ),
     outside={

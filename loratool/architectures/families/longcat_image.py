@@ -22,4 +22,5 @@ FAMILY = ModelFamily(
     marks=("single_transformer_blocks.",),
     # Bria has the same names.
     widths=(Width("unet", ("context_embedder",), (3584,)),),
+    ratios={".proj_mlp": 4},
 )

@@ -34,6 +34,7 @@ FAMILY = ModelFamily(
                 "ff.net.2",
             ),
             tensors={"scale_shift_table": "scale_shift_table"},
+            counts=(28, 48),
         ),
     ),
     outside={

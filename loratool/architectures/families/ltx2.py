@@ -85,6 +85,7 @@ FAMILY = ModelFamily(
                 "prompt_scale_shift_table": "prompt_scale_shift_table",
                 "audio_prompt_scale_shift_table": "audio_prompt_scale_shift_table",
             },
+            counts=(48,),
         ),
     ),
     outside={

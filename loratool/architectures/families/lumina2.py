@@ -5,9 +5,9 @@ Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/lumina/mod
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width
+from .table import Block, Component, Fused, ModelFamily, Rows, Width
 
-_NAMES = {
+_NAMES: dict[str, Rows] = {
     "attention.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, None, None)),
     "attention.out": "attn.to_out.0",
     "feed_forward.w1": "feed_forward.linear_1",
@@ -28,18 +28,21 @@ FAMILY = ModelFamily(
             "noise_refiner.{i}",
             {**_NAMES, "adaLN_modulation.1": "norm1.linear", "attention_norm1": "norm1.norm"},
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "context_refiner.{i}",
             "context_refiner.{i}",
             {**_NAMES, "attention_norm1": "norm1"},
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "layers.{i}",
             "layers.{i}",
             {**_NAMES, "adaLN_modulation.1": "norm1.linear", "attention_norm1": "norm1.norm"},
             alike=_ALIKE,
+            counts=(26,),
         ),
     ),
     outside={

@@ -7,9 +7,9 @@ which nothing in a file tells.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from .table import Block, Component, Fused, ModelFamily, Rows, Width, swapped
 
-_NAMES = {
+_NAMES: dict[str, Rows] = {
     "attn.qkv_proj": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
     "attn.out_proj": "attn.to_out.0",
     "mlp.fc1": swapped("ff.net.0.proj"),
@@ -28,12 +28,14 @@ FAMILY = ModelFamily(
             "token_refiner.refiner_blocks.{i}",
             _NAMES,
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "blocks.{i}",
             "transformer_blocks.{i}",
             _NAMES,
             alike=(*_ALIKE, "adaln_proj.linear"),
+            counts=(50,),
         ),
     ),
     outside={

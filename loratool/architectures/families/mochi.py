@@ -33,6 +33,7 @@ FAMILY = ModelFamily(
             },
             # The last has only a scale.
             by_ratio={"mod_y": (2, "norm1_context.linear")},
+            counts=(48,),
         ),
     ),
     outside={

@@ -19,6 +19,7 @@ FAMILY = ModelFamily(
                 "self_attn.o_proj": "self_attn.to_out.0",
             },
             alike=("mlp.gate_up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
+            counts=(32,),
         ),
     ),
     outside={

@@ -30,21 +30,25 @@ FAMILY = ModelFamily(
             "noise_refiner.{i}",
             "noise_refiner.{i}",
             alike=(*_ALIKE, "norm1.linear", "norm1.norm"),
+            counts=(2,),
         ),
         Block(
             "ref_image_refiner.{i}",
             "ref_image_refiner.{i}",
             alike=(*_ALIKE, "norm1.linear", "norm1.norm"),
+            counts=(2,),
         ),
         Block(
             "context_refiner.{i}",
             "context_refiner.{i}",
             alike=(*_ALIKE, "norm1"),
+            counts=(2,),
         ),
         Block(
             "layers.{i}",
             "layers.{i}",
             alike=(*_ALIKE, "norm1.linear", "norm1.norm"),
+            counts=(32,),
         ),
     ),
     alike=(

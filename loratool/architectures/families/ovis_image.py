@@ -33,6 +33,7 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(6,),
         ),
         Block(
             "single_blocks.{i}",
@@ -44,6 +45,7 @@ FAMILY = ModelFamily(
                 "norm.query_norm": "attn.norm_q",
                 "norm.key_norm": "attn.norm_k",
             },
+            counts=(27,),
         ),
     ),
     outside={

@@ -25,6 +25,7 @@ FAMILY = ModelFamily(
                 "cross_attn.proj": "attn2.to_out.0",
             },
             tensors={"scale_shift_table": "scale_shift_table"},
+            counts=(28,),
         ),
     ),
     outside={

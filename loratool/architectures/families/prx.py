@@ -26,6 +26,7 @@ FAMILY = ModelFamily(
                 "down_proj",
                 "modulation.lin",
             ),
+            counts=(16,),
         ),
     ),
     alike=(

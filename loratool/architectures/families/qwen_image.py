@@ -34,6 +34,7 @@ FAMILY = ModelFamily(
                 "txt_mlp.net.0.proj",
                 "txt_mlp.net.2",
             ),
+            counts=(60,),
         ),
     ),
     alike=(
@@ -54,5 +55,6 @@ FAMILY = ModelFamily(
     marks=("txt_mod.1",),
     # Flux, as wide, has the names of its attention in fewer blocks.
     telling=r"^transformer_blocks\.[45]\d\.",
+    ratios={".attn.to_q": 1},
     kohya_network="networks.lora_qwen_image",
 )

@@ -27,6 +27,7 @@ FAMILY = ModelFamily(
                 "img_mlp.gate_layer",
             ),
             comfy={"img_mlp.gate_up": Fused(("img_mlp.gate_layer", "img_mlp.proj"))},
+            counts=(32,),
         ),
     ),
     alike=(

@@ -26,6 +26,7 @@ FAMILY = ModelFamily(
                 "cross_attn.proj": "attn2.to_out.0",
             },
             tensors={"scale_shift_table": "scale_shift_table"},
+            counts=(20, 28),
         ),
     ),
     outside={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .table import Component, ModelFamily
+from .table import Component, ModelFamily, Naming
 from .unet import KERNELS
 
 # Modules that SDXL does not have: its innermost blocks are the third, and have attention.
@@ -22,7 +22,7 @@ FAMILY = ModelFamily(
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
-    kohya="diffusers",
+    kohya=Naming.DIFFUSERS,
     kernels={**KERNELS, "proj_in": (1, 1), "proj_out": (1, 1)},  # which are linear in later families
     kohya_version="sd_v1",
 )

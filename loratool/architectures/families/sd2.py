@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .sd1 import FOUR_LEVELS, UNET
-from .table import Component, ModelFamily, Width
+from .table import Component, ModelFamily, Naming, Width
 from .unet import KERNELS
 
 FAMILY = ModelFamily(
@@ -17,7 +17,7 @@ FAMILY = ModelFamily(
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
     widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
-    kohya="diffusers",
+    kohya=Naming.DIFFUSERS,
     kernels=KERNELS,
     kohya_version="sd_v2",
 )

@@ -36,6 +36,7 @@ FAMILY = ModelFamily(
             },
             # The last block's has only a shift and a scale.
             by_ratio={"context_block.adaLN_modulation.1": (2, swapped("norm1_context.linear"))},
+            counts=(24, 38),
         ),
     ),
     outside={

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal
 
 from ...errors import InputError
 
-Naming = Literal["maker", "diffusers", "comfy"]
+
+class Naming(Enum):
+    """Whose names a denoiser's modules have."""
+
+    MAKER = auto()
+    DIFFUSERS = auto()
+    COMFY = auto()  # ComfyUI's own; the maker's where it has none
 
 
 # The components that are a denoiser, with the modules of the family's table
@@ -60,6 +67,7 @@ class Block:
     tensors: Mapping[str, str] = field(default_factory=dict)  # maker's tensor -> diffusers', where one ends otherwise
     comfy: Mapping[str, Rows] = field(default_factory=dict)  # as names, for what ComfyUI does not call as the maker
     comfy_stem: str = ""  # of those; by default the maker's
+    counts: tuple[int, ...] = ()  # how many of them the known models have
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class ModelFamily:
     telling: str = ""  # a regular expression of diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
-    kohya: Naming = "maker"  # whose names kohya's files have
+    kohya: Naming = Naming.MAKER  # whose names kohya's files have
     # End of a convolution's path in diffusers' names -> its kernel
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size

@@ -40,12 +40,14 @@ FAMILY = ModelFamily(
                 "cross_attn.norm_k_img": "attn2.norm_added_k",
             },
             tensors={"modulation": "scale_shift_table"},
+            counts=(30, 40),
         ),
         Block(
             "vace_blocks.{i}",
             "vace_blocks.{i}",
             {**_NAMES, "before_proj": "proj_in", "after_proj": "proj_out"},
             tensors={"modulation": "scale_shift_table"},
+            counts=(8,),
         ),
     ),
     outside={

@@ -5,9 +5,9 @@ Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/lumina/mod
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width
+from .table import Block, Component, Fused, ModelFamily, Naming, Rows, Width
 
-_NAMES = {
+_NAMES: dict[str, Rows] = {
     "attention.qkv": Fused(("attention.to_q", "attention.to_k", "attention.to_v")),
     "attention.out": "attention.to_out.0",
     "attention.q_norm": "attention.norm_q",
@@ -32,18 +32,21 @@ FAMILY = ModelFamily(
             "noise_refiner.{i}",
             _NAMES,
             alike=(*_ALIKE, "adaLN_modulation.0"),
+            counts=(2,),
         ),
         Block(
             "context_refiner.{i}",
             "context_refiner.{i}",
             _NAMES,
             alike=_ALIKE,
+            counts=(2,),
         ),
         Block(
             "layers.{i}",
             "layers.{i}",
             _NAMES,
             alike=(*_ALIKE, "adaLN_modulation.0"),
+            counts=(30,),
         ),
     ),
     outside={
@@ -61,6 +64,6 @@ FAMILY = ModelFamily(
     ),
     marks=("noise_refiner.",),
     widths=(Width("unet", ("attention.qkv", "attention.to_q", "feed_forward.w1"), (3840,)),),
-    kohya="diffusers",  # as musubi-tuner writes them
+    kohya=Naming.DIFFUSERS,  # as musubi-tuner writes them
     kohya_network="networks.lora_zimage",
 )

@@ -5,20 +5,25 @@ The VAE, norms, biases and embeddings get none. `image` plans what is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from dataclasses import replace
 
 from ...adapters.formats import FORMATS, usual_format, written_formats
 from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
 from ...architectures.image import DENOISER_PREFIXES, ImageModules, image_modules, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...errors import InputError
-from ...files.checkpoint import Checkpoint, require_one_model
+from ...errors import InputError, NeedsFlag
+from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
-from .source_modules import detect_family, known_families, make_source_module
+from .module_map import plan_target_modules
+from .source_modules import SourceModule, detect_family, known_families, make_source_module
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -100,13 +105,63 @@ def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:
     return ("first_stage_model.*", *sorted(rest))
 
 
+def choose_family(
+    name: str, families: Sequence[str], sources: list[SourceModule], base: str | os.PathLike[str] | None, to: Format
+) -> str | None:
+    """Return the image family of an adapter, a key of FAMILIES, or None if its modules are of no such model.
+
+    Args:
+        name: of the adapter, for messages.
+        families: those that its modules fit.
+        base: the model, which tells the family where the modules do not.
+        to: the format to write.
+
+    Raises:
+        NeedsFlag: the modules are in several families, for which different files would be written.
+        InputError: the base is of none of them.
+    """
+    if base is not None and len(families) > 1:
+        with closing(open_checkpoint(base)) as model:
+            found = family_of(model)
+        if found not in families:
+            titles = " and ".join(FAMILIES[each].title for each in families)
+            raise InputError(f"is of {titles}, and {base} of {FAMILIES[found].title}", culprit=name)
+        return found
+    denoisers = [source for source in sources if source.component in DENOISERS]
+    meanings = {each: _meaning(denoisers, each, to) for each in families if not FAMILIES[each].up_attention}
+    other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
+    if other:
+        raise NeedsFlag(
+            f"has modules of both {FAMILIES[families[0]].title} and {FAMILIES[other].title}, which {to.key}'s files "
+            "name in different ways",
+            culprit=name,
+            remedy="add --base BASE with the model",
+        )
+    return next(iter(families), None)
+
+
+def _meaning(sources: list[SourceModule], family: str, to: Format) -> object:
+    """Return what would be written for the modules of a family: the names, and the rows that each is made of."""
+    plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
+    try:
+        return {
+            to.module_name(target.component, target.path, family): [
+                (part.source.module, part.start, part.stop, part.at) for part in target.parts
+            ]
+            for target in plan_target_modules(plain, family, to.naming(family))
+        }
+    except InputError as error:
+        return error.message
+
+
 def family_of(base: Checkpoint) -> str:
     """Return the family of an image model's base, a key of FAMILIES.
 
     Raises:
         InputError: it is of no known one.
     """
-    if known := _image(base).family:
+    known = _image(base).family
+    if known and not known.up_attention:  # the UNets of different families may have the same modules
         return known.key
     one = {role: TensorSpec("F32", (1, 1)) for role in ("A", "B")}
     sources = []

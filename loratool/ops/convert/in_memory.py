@@ -16,7 +16,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, capabilities, usual_format, written_formats
 from ...adapters.formats.format import ReadOptions
 from ...architectures.families import FAMILIES
-from ...architectures.families.table import DENOISERS
+from ...architectures.families.table import DENOISERS, Naming
 from ...binding.resolve import exclude_options
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
@@ -202,7 +202,7 @@ def _targets(adapter: Adapter) -> list[TargetModule]:
     sources, _ = read_source_modules(adapter)
     family = detect_family(sources)
     plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
-    return plan_target_modules(plain, family, "diffusers") if family else []
+    return plan_target_modules(plain, family, Naming.DIFFUSERS) if family else []
 
 
 def common_family(adapters: Sequence[Adapter]) -> str | None:
@@ -267,7 +267,7 @@ def by_meaning(
         with request_for("diff"):
             targets = {
                 _name(target.component, target.path, family): target
-                for target in plan_target_modules(kept, family, "diffusers")
+                for target in plan_target_modules(kept, family, Naming.DIFFUSERS)
             }
         named = {
             _name(value.source.component, path, family) + value.end: (value, spans)

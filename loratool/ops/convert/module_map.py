@@ -57,7 +57,7 @@ def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming
     for source, table, each in spans:
         for span in each:
             placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
-            if naming != "diffusers" and table is FAMILIES[family]:
+            if naming is not Naming.DIFFUSERS and table is FAMILIES[family]:
                 placed = _in_naming(source, table, span, whole, naming)
             for path, size, part in placed:
                 slices.setdefault((source.component, path), []).append(part)

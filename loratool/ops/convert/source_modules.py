@@ -92,7 +92,7 @@ def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
 
 
 def detect_family(sources: Sequence[SourceModule]) -> str | None:
-    """Return the image family, a key of FAMILIES, or None if the modules are of no such model."""
+    """Return the likeliest image family, a key of FAMILIES, or None if the modules are of no such model."""
     return next(iter(detect_families(sources)), None)
 
 
