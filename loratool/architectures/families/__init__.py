@@ -280,8 +280,13 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
     if family.up_attention:
         return any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and path.endswith(end)]
+    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
+
+
+def _ends_with(path: str, *ends: str) -> bool:
+    """Return whether a path has one of these ends, be it flattened or with the dots of another naming."""
+    return path.replace(".", "_").endswith(tuple(end.replace(".", "_") for end in ends))
 
 
 def _evidence(
@@ -294,7 +299,7 @@ def _evidence(
         shape[1] in width.columns
         for width in family.widths
         for component, path, shape in modules
-        if len(shape) > 1 and component == width.component and path.endswith(width.ends)
+        if len(shape) > 1 and component == width.component and _ends_with(path, *width.ends)
     ]
     own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
     return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)

@@ -50,6 +50,7 @@ FAMILY = ModelFamily(
     },
     alike=("context_embedder",),
     outside_tensors={"pos_embed": "pos_embed.pos_embed"},
+    diffusers_class="SD3Transformer2DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
