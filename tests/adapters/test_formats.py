@@ -402,3 +402,16 @@ def test_what_is_refused_by_a_tensors_name_is_said_of_which_adapter(tmp_path: Pa
     with pytest.raises(InputError) as caught:
         open_adapter(folder)
     assert str(folder) in str(caught.value) and key.rpartition(".")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("to", "family", "component", "what"),
+    [
+        ("kohya", "bria", "unet", "the denoiser of Bria 3"),
+        ("comfy", "bria_fibo", "unet", "the denoiser of Bria FIBO"),
+        ("kohya", "wan", "text_encoder", "text_encoder of Wan"),
+    ],
+)
+def test_a_model_that_a_format_has_no_files_of_is_refused(to: str, family: str, component: str, what: str) -> None:
+    with pytest.raises(InputError, match=f"is of {what}, of which there are no {to} files"):
+        FORMATS[to].module_name(component, "proj_out", family)

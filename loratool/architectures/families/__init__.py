@@ -295,14 +295,20 @@ def _evidence(
     """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
-    widths = [
-        shape[1] in width.columns
+    columns = [
+        (
+            width,
+            [
+                shape[1]
+                for c, path, shape in modules
+                if c == width.component and len(shape) > 1 and _ends_with(path, *width.ends)
+            ],
+        )
         for width in family.widths
-        for component, path, shape in modules
-        if len(shape) > 1 and component == width.component and _ends_with(path, *width.ends)
     ]
+    widths = [any(each in width.columns for each in found) for width, found in columns if found]
     own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
+    return int(telling), (1 if all(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
 
 
 def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:

@@ -23,6 +23,6 @@ FAMILY = ModelFamily(
     ),
     # The transformer alone is one of Cosmos-Predict2.
     marks=("llm_adapter.blocks.",),
-    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048,)),),
+    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048,)), cosmos_predict2.TEXT),
     kohya_network="networks.lora_anima",
 )

@@ -60,5 +60,5 @@ FAMILY = ModelFamily(
     ),
     marks=("blocks.block0.", "time_embed.t_embedder."),
     # Cosmos-Predict2 has the same names of diffusers.
-    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)),),
+    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)), Width("unet", ("attn2.to_k",), (1024,))),
 )

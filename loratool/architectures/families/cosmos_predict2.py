@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from .table import Block, Component, ModelFamily, Width
 
+TEXT = Width("unet", ("attn2.to_k", "cross_attn.k_proj"), (1024,))
+
 FAMILY = ModelFamily(
     key="cosmos_predict2",
     title="Cosmos-Predict2",
@@ -54,5 +56,5 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("adaln_modulation_self_attn.", "time_embed.t_embedder."),
-    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048, 5120)),),
+    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048, 5120)), TEXT),
 )
