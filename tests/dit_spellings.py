@@ -478,7 +478,7 @@ def check_format_names(subject: Subject, to: str) -> None:
     elif to == "comfy":
         prefix, naming, flat = "diffusion_model.", "comfy" if "comfy" in subject.namings else "maker", False
     else:
-        prefix, naming, flat = "lora_unet_", subject.family.kohya, True
+        prefix, naming, flat = "lora_unet_", subject.family.kohya.name.lower(), True
     modules = {
         name.removesuffix(".weight")
         for name, pieces in subject.namings[naming].items()
@@ -613,7 +613,8 @@ def cells(subject: Subject) -> Iterator[Cell]:
         yield Cell("resize", spelling, check_truncate, (spelling,))
     for to in FORMATS:
         yield Cell("convert", "", check_format_names, (to,))
-        for layout in layouts:
+        # PEFT's adapters are of one model, and none of a pipeline's is chosen for the user
+        for layout in [each for each in layouts if (each, to) != ("pipeline", "peft")]:
             yield Cell("extract", "", check_extract, (layout, to))
             yield Cell("init", "", check_init, (layout, to))
 
