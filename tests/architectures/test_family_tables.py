@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, factors, write_peft
 
+import loratool
 from loratool.architectures.families import FAMILIES, detect, locate, names_of
 from loratool.architectures.families.table import Fused, ModelFamily, Rows, Run
 from loratool.architectures.image import DENOISER_PREFIXES, component_of, image_modules
@@ -266,6 +267,18 @@ def test_a_mark_is_in_no_other_model(key: str) -> None:
 def test_no_language_model_is_an_image_model() -> None:
     names = [name for name in OTHERS.split() if "text_model" not in name]  # of CLIP, which is read as a text encoder
     assert not image_modules({f"{name}.weight": (8, 8) for name in names})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("blocks.0.attn.qkv", "blocks.0.attn.proj"), ("layers.0.mlp.gate_proj",), ("layers.0.feed_forward.w1",)],
+    ids=["timm", "transformers", "Meta"],
+)
+def test_modules_of_many_models_tell_no_family(names: tuple[str, ...], tmp_path: Path) -> None:
+    """PixArt, ERNIE-Image and Lumina 2 have them, and transformers that are no image model's."""
+    modules = {name: factors(12, 4, 2) for name in names}
+    assert loratool.convert(write_peft(tmp_path / "a", modules), tmp_path / "b", to="peft").family is None
+    assert detect(("unet", name, (12, 4)) for name in names)
 
 
 def test_a_number_is_found_at_once_whatever_it_is() -> None:

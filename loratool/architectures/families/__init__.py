@@ -126,6 +126,12 @@ NUMBER = re.compile(r"[0-9]+")
 PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
 
 
+# Modules that image models share with vision transformers (timm's) and language models, whose files say no component
+COMMON = re.compile(
+    r"(blocks|layers)\.[0-9]+\.(attn\.(qkv|proj)|mlp\.(fc[12]|(gate|up|down|gate_up)_proj)|feed_forward\.w[123])"
+)
+
+
 # What the flattened names of a UNet's modules start with
 UNET_STARTS = (
     *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
