@@ -188,6 +188,10 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "HunyuanVideoTransformer3DModel",
         {**HUNYUAN1, "in_channels": 9, "guidance_embeds": False, "image_condition_type": "latent_concat"},
     ),
+    "hunyuan_video/framepack": (
+        "HunyuanVideoFramepackTransformer3DModel",
+        {**HUNYUAN1, "has_image_proj": True, "image_proj_dim": 28, "has_clean_x_embedder": True},
+    ),
     "hunyuan_video15": (
         "HunyuanVideo15Transformer3DModel",
         {**HUNYUAN, "text_embed_2_dim": 12, "image_embed_dim": 28},
@@ -203,10 +207,6 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan_dit": ("HunyuanDiT2DModel", {**HUNYUAN_DIT, "use_style_cond_and_image_meta_size": False}),
     "hunyuan_dit/1.1": ("HunyuanDiT2DModel", {**HUNYUAN_DIT, "use_style_cond_and_image_meta_size": True}),
-    "framepack": (
-        "HunyuanVideoFramepackTransformer3DModel",
-        {**HUNYUAN1, "has_image_proj": True, "image_proj_dim": 28, "has_clean_x_embedder": True},
-    ),
     "ltx": ("LTXVideoTransformer3DModel", LTX),
     "ltx2": ("LTX2VideoTransformer3DModel", LTX2),
     "ltx2/2.3": ("LTX2VideoTransformer3DModel", LTX2_3),
