@@ -7,14 +7,14 @@ encoders and a VAE as well, the denoiser alone is taken, if --drop says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...architectures.families import FAMILIES
+from ...architectures.families import FAMILIES, detect
 from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
-from ...architectures.renamed_tensors import RenamedTensor, rename_tensors, unknown_tensors
+from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import SINGLE_NAMES, Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
@@ -156,8 +156,8 @@ def _rename(
     """Return the denoiser's family, the prefix of its tensors, these under their new names, and what has none.
 
     It is the family whose table has all of the tensors, and whose class the config names, if there is one. Of several
-    the widths tell, where their tables do not differ in these tensors; else the tensors outside of the blocks, of which
-    a base lacks none that its family's table lists.
+    that call them otherwise it is the one for which widths and numbers of blocks speak, and which lacks the fewest
+    modules outside of the blocks, if both are the same.
 
     Raises:
         InputError: no family has all of the tensors, two call them otherwise, or one's tensors are not complete.
@@ -179,9 +179,7 @@ def _rename(
         except InputError as error:
             errors[family] = error
     if errors or any(made[family] != made[fitting[0]] for family in fitting):
-        paths = {name.removeprefix(prefix) for name in shapes}
-        complete = [f for f in fitting if all(not paths.isdisjoint(names) for names in f.outside_tensors.items())]
-        fitting = complete or fitting
+        fitting = _likeliest(fitting, shapes, prefix) or fitting
     first, *others = fitting
     if first in errors and not any(family in made for family in others):
         raise errors[first]
@@ -193,6 +191,17 @@ def _rename(
             remedy="put the model's config.json beside it",
         )
     return first, prefix, *made[first]
+
+
+def _likeliest(
+    families: Sequence[ModelFamily], shapes: Mapping[str, tuple[int, ...]], prefix: str
+) -> list[ModelFamily]:
+    """Return the families for which sizes speak and which lack the fewest modules; none if these are others."""
+    weights = {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+    modules = [("unet", name.removeprefix(prefix).removesuffix(".weight"), shape) for name, shape in weights.items()]
+    likely = set(families).intersection(detect(modules)) or set(families)
+    missing = {family: count_missing(family, shapes, prefix) for family in families}
+    return [family for family in families if family in likely and missing[family] == min(missing.values())]
 
 
 def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec]) -> str:
