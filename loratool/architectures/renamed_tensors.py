@@ -83,6 +83,19 @@ def unknown_tensors(family: ModelFamily, names: Iterable[str], prefix: str = "")
     return [prefix + path for path in paths if not _is_known(family, path, naming)]
 
 
+def count_missing(family: ModelFamily, names: Iterable[str], prefix: str = "") -> int:
+    """Return how many modules and tensors outside of the blocks, of those that a family's table lists, are not there.
+
+    Some are of variants only, so that a base can lack them.
+    """
+    paths = {name.removeprefix(prefix) for name in names}
+    found = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
+    there = {module for each in found for module in each.diffusers}
+    outside = filter(None, (locate(family, name, Naming.MAKER) for name in (*family.outside, *family.alike)))
+    listed = {module for each in outside for module in each.diffusers}
+    return len(listed - there) + sum(paths.isdisjoint(names) for names in family.outside_tensors.items())
+
+
 def _is_known(family: ModelFamily, path: str, naming: Naming | None) -> bool:
     if _is_unused(family, path) or _both_names(family, path):
         return True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ FLUX = {
     "final_layer.adaLN_modulation.1.weight": (2 * WIDTH, WIDTH),
     "img_in.weight": (WIDTH, 4),
     "time_in.in_layer.weight": (WIDTH, 6),
+    "vector_in.in_layer.weight": (WIDTH, 6),
 }
 
 
@@ -55,6 +57,7 @@ def as_diffusers(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "transformer_blocks.0.ff.net.0.proj.weight": own["double_blocks.0.img_mlp.0.weight"],
         "x_embedder.weight": own["img_in.weight"],
         "time_text_embed.timestep_embedder.linear_1.weight": own["time_in.in_layer.weight"],
+        "time_text_embed.text_embedder.linear_1.weight": own["vector_in.in_layer.weight"],
     }
     shift, scale = own["final_layer.adaLN_modulation.1.weight"].split(WIDTH)
     found["norm_out.linear.weight"] = torch.cat([scale.clone(), shift.clone()])
@@ -102,11 +105,11 @@ def test_rows_move_as_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     own = tensors(dtype) | {"img_in.weight": weights(WIDTH, 4, dtype=torch.float32)}  # mixed types stay mixed
     there = convert(save(tmp_path / "a.safetensors", own), tmp_path / "transformer", to="diffusers")
     require_equal(load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), as_diffusers(own))
-    assert (there.family, there.renamed, there.regrouped, there.copied) == ("flux", 4, 18, 22)
+    assert (there.family, there.renamed, there.regrouped, there.copied) == ("flux", 5, 18, 23)
     assert there.warnings == ("diffusers loads it with the config.json of its FluxTransformer2DModel beside it",)
     back = convert(tmp_path / "transformer", tmp_path / "b.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "b.safetensors"), own)
-    assert (back.renamed, back.regrouped, back.warnings) == (4, 6, ())
+    assert (back.renamed, back.regrouped, back.warnings) == (5, 6, ())
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model."])
@@ -245,6 +248,11 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a pipeline") as found:
         convert(tmp_path / "pipe", tmp_path / "out.safetensors", to="single-file")
     assert found.value.remedy == f"pass {tmp_path / 'pipe' / 'transformer'}"
+    tokens = {"model.diffusion_model.llm_adapter.blocks.0.x.weight": weights(4)}
+    predict2 = {"blocks.0.adaln_modulation_self_attn.1.weight": (8, 8), "blocks.0.self_attn.q_proj.weight": (8, 2048)}
+    anima = {f"model.diffusion_model.{name}": weights(*shape) for name, shape in predict2.items()} | tokens
+    with pytest.raises(NeedsFlag, match=r"1 tensors beside its denoiser \(model\.diffusion_model\.llm_adapter\.\*\)"):
+        convert(save(tmp_path / "anima.safetensors", anima), tmp_path / "out", to="diffusers")
     # one layer a block, as a distilled UNet has them: sgm's numbers would be those of other blocks
     unet = {f"down_blocks.0.resnets.0.conv{i}.weight": weights(4, 4, 3, 3) for i in (1, 2)}
     with pytest.raises(InputError, match=r"has no down_blocks\.0\.resnets\.1\.conv1 beside it"):
@@ -256,8 +264,9 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_names_of_two_families_need_the_config(tmp_path: Path) -> None:
-    state = {
-        "transformer_blocks.0.attn1.to_q.weight": weights(8, 8),
+    """PixArt's width is its own, but Allegro lists fewer modules that are not there."""
+    state = {f"transformer_blocks.0.attn1.to_{x}.weight": weights(8, 1152) for x in "qkv"}
+    state |= {
         "transformer_blocks.0.scale_shift_table": weights(6, 8),
         "adaln_single.emb.timestep_embedder.linear_1.weight": weights(8, 8),
         "scale_shift_table": weights(2, 8),
@@ -267,15 +276,15 @@ def test_names_of_two_families_need_the_config(tmp_path: Path) -> None:
         convert(base, tmp_path / "b.safetensors", to="single-file")
     assert found.value.remedy == "put the model's config.json beside it"
     (base / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
-    with pytest.raises(InputError, match="to_k.weight is not there"):
-        convert(base, tmp_path / "b.safetensors", to="single-file")
+    assert convert(base, tmp_path / "b.safetensors", to="single-file").family == "pixart"
+    assert "blocks.0.attn.qkv.weight" in load_file(tmp_path / "b.safetensors")
 
 
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     base = save(tmp_path / "a.safetensors", tensors())
     result = run_command("convert", base, "--to", "diffusers", "-o", tmp_path / "t")
     assert result.exit_code == 0
-    assert "4 tensors of flux were renamed, 18 made of rows of others" in result.stdout
+    assert "5 tensors of flux were renamed, 18 made of rows of others" in result.stdout
     result = run_command("convert", base, "--to", "single-file", "-o", tmp_path / "t", "--json")
     assert result.exit_code == 2 and json.loads(result.stdout)["error"]["remedy"] == "name a .safetensors file with -o"
 
@@ -328,8 +337,10 @@ QUICK = ("flux", "sd3/3.5-medium", "krea2", "hunyuan_dit")  # one of each way to
 
 
 def cases() -> list[Any]:
-    from dit_models import MODELS
-
+    try:
+        from dit_models import MODELS
+    except pytest.skip.Exception:  # without diffusers
+        return []
     return [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in MODELS]
 
 
@@ -347,6 +358,10 @@ def test_diffusers_models_go_there_and_back(tmp_path: Path, case: str) -> None:
     there = convert(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
     assert there.family == family_of(case) or (case, there.family) == ("anima", "cosmos_predict2")
     single = load_file(tmp_path / "single.safetensors")
+    if case == "longcat_image":  # of which a Flux without what LongCat has not could have the names, but for its width
+        with pytest.raises(InputError, match="can be Flux or LongCat-Image"):
+            convert(tmp_path / "single.safetensors", tmp_path / "back", to="diffusers")
+        shutil.copy(tmp_path / "transformer" / "config.json", tmp_path)
     convert(tmp_path / "single.safetensors", tmp_path / "back", to="diffusers", force=True)
     require_equal(load_model(tmp_path / "back"), state)
     if case in CONVERTERS:

@@ -7,14 +7,14 @@ encoders and a VAE as well, the denoiser alone is taken, if --drop says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...architectures.families import FAMILIES
+from ...architectures.families import FAMILIES, detect
 from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
-from ...architectures.renamed_tensors import RenamedTensor, rename_tensors, unknown_tensors
+from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import SINGLE_NAMES, Checkpoint
 from ...files.dtypes import DTYPES, TensorSpec
@@ -54,7 +54,7 @@ class RenamedDenoiser:
     def notes(self, to: str) -> Iterator[str]:
         """Yield what loaders need beside the tensors."""
         if to == FOLDER_NAMING and not self.checkpoint.config:
-            yield f"diffusers loads it with the config.json of its {self.family.diffusers_class} beside it"
+            yield f"diffusers loads it with the config.json of its {_class_of(self.family)} beside it"
         if self.lacking:
             yield f"the maker's own file also has {', '.join(self.lacking)}, for which diffusers has no tensor"
 
@@ -87,6 +87,8 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     _refuse(base, removed)
     specs = {name: spec for name, spec in base.stored.items() if name not in removed}
     family, prefix, tensors, unused = _rename(base, specs, Naming.DIFFUSERS if to == FOLDER_NAMING else Naming.MAKER)
+    if to == FOLDER_NAMING and not _class_of(family):
+        raise InputError(f"is {family.title}, for which diffusers has no class", culprit=str(base.path))
     for model, start in DIFFUSERS_NAMES.items():
         if to == FILE_NAMING and any(name.startswith(start) for name in tensors):
             raise InputError(
@@ -94,9 +96,14 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
                 culprit=str(base.path),
                 remedy=f"--to {FOLDER_NAMING} -o X.safetensors writes a file with them",
             )
+    new = {name: TensorSpec(_dtype_of(name, tensor, specs), tensor.shape) for name, tensor in tensors.items()}
     beside = [name for name in specs if not _is_inside(name, prefix)]
     if beside and not alone:
-        parts = ", ".join(dict.fromkeys(f"{name.partition('.')[0]}.*" for name in beside))
+        starts = (prefix if name.startswith(prefix) else "" for name in beside)
+        firsts = (
+            start + name.removeprefix(start).partition(".")[0] for start, name in zip(starts, beside, strict=True)
+        )
+        parts = ", ".join(f"{first}.*" for first in dict.fromkeys(firsts))
         raise NeedsFlag(
             f"has {len(beside)} tensors beside its denoiser ({parts})",
             culprit=str(base.path),
@@ -106,10 +113,9 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
         name: [StoredRows(base.shard_of[each.tensor], each.tensor, each.start, each.stop) for each in tensor.rows]
         for name, tensor in tensors.items()
     }
-    new = {name: TensorSpec(_dtype_of(name, tensor, specs), tensor.shape) for name, tensor in tensors.items()}
     metadata = {key: value for shard in base.shards for key, value in (shard.metadata or {"format": "pt"}).items()}
     file = RegroupedFile(base.shards[0], base.folder / SINGLE_NAMES[1], new, rows, metadata)
-    own_config = base.config.get("_class_name") == family.diffusers_class or not base.given_as_file
+    own_config = base.config.get("_class_name") == _class_of(family) or not base.given_as_file
     configured = to == FOLDER_NAMING and "_class_name" in base.config and own_config
     config = base.config if configured else {}
     whole = [n for n, each in tensors.items() if len(each.rows) == 1 and each.shape == specs[each.rows[0].tensor].shape]
@@ -122,6 +128,11 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
         len(tensors) - len(whole),
         tuple(name for name in maker_only if to == FILE_NAMING and name not in tensors),
     )
+
+
+def _class_of(family: ModelFamily) -> str:
+    """Return diffusers' class of the denoiser; empty if there is none."""
+    return "UNet2DConditionModel" if family.up_attention else family.diffusers_class
 
 
 def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
@@ -156,8 +167,8 @@ def _rename(
     """Return the denoiser's family, the prefix of its tensors, these under their new names, and what has none.
 
     It is the family whose table has all of the tensors, and whose class the config names, if there is one. Of several
-    the widths tell, where their tables do not differ in these tensors; else the tensors outside of the blocks, of which
-    a base lacks none that its family's table lists.
+    that call them otherwise it is the one for which widths and numbers of blocks speak, and which lacks the fewest
+    modules outside of the blocks, if both are the same.
 
     Raises:
         InputError: no family has all of the tensors, two call them otherwise, or one's tensors are not complete.
@@ -169,8 +180,8 @@ def _rename(
     prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
     shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}
     marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in specs)]
-    marked.sort(key=lambda family: family is not found.table)
-    told = [family for family in marked if family.diffusers_class == base.config.get("_class_name", "")] or marked
+    marked = [found.table, *(family for family in marked if family is not found.table)]
+    told = [family for family in marked if _class_of(family) == base.config.get("_class_name")] or marked
     fitting = [family for family in told if not unknown_tensors(family, shapes, prefix)] or told[:1]
     made, errors = {}, {}
     for family in fitting:
@@ -179,9 +190,7 @@ def _rename(
         except InputError as error:
             errors[family] = error
     if errors or any(made[family] != made[fitting[0]] for family in fitting):
-        paths = {name.removeprefix(prefix) for name in shapes}
-        complete = [f for f in fitting if all(not paths.isdisjoint(names) for names in f.outside_tensors.items())]
-        fitting = complete or fitting
+        fitting = _likeliest(fitting, shapes, prefix) or fitting
     first, *others = fitting
     if first in errors and not any(family in made for family in others):
         raise errors[first]
@@ -193,6 +202,17 @@ def _rename(
             remedy="put the model's config.json beside it",
         )
     return first, prefix, *made[first]
+
+
+def _likeliest(
+    families: Sequence[ModelFamily], shapes: Mapping[str, tuple[int, ...]], prefix: str
+) -> list[ModelFamily]:
+    """Return the families for which sizes speak and which lack the fewest modules; none if these are others."""
+    weights = {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+    modules = [("unet", name.removeprefix(prefix).removesuffix(".weight"), shape) for name, shape in weights.items()]
+    likely = set(families).intersection(detect(modules)) or set(families)
+    missing = {family: count_missing(family, shapes, prefix) for family in families}
+    return [family for family in families if family in likely and missing[family] == min(missing.values())]
 
 
 def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec]) -> str:
