@@ -8,28 +8,19 @@ rows of one tensor or of several.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from .families import (
-    ENCODERS,
-    FAMILIES,
-    Located,
-    count_blocks,
-    family_of_names,
-    locate,
-    names_maker,
-    names_of,
-    parts_of,
-)
-from .families.table import ModelFamily
+from .families import ENCODERS, FAMILIES, Located, family_of_names, locate, names_maker, parts_of
+from .families.table import DENOISERS, Component, ModelFamily
 from .families.unet import diffusers_to_sgm, sgm_to_diffusers
 from .prefixes import PEFT_PREFIX
 
 Shape = tuple[int, ...]
 
 
-# Prefix of a tensor's name in a single file -> its component and the key of its encoder's table, empty for the
-# denoiser; longest first.
+# Prefix of a tensor's name in a single file -> its component and the key of its encoder's table; longest first. Those
+# of ComfyUI's repacks are in the families' tables.
 PREFIXES = {
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
     "conditioner.embedders.1.model.": ("text_encoder_2", "clip"),
@@ -39,90 +30,89 @@ PREFIXES = {
     "text_encoders.clip_l.transformer.": ("text_encoder", "clip"),
     "text_encoders.clip_g.transformer.": ("text_encoder_2", "clip"),
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
-    "model.diffusion_model.": ("unet", ""),
 }
+
+
+# Prefixes of a denoiser's names in single files
+DENOISER_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.model.",
+    "net.",
+    "transformer.",
+    "conditional_transformer.",
+    "",
+)
+
+
+SCALE = ".scale"  # how the makers' names of the weights of some norms end
+
+
+CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
+
+
+def _components() -> Iterator[Component]:
+    return (component for family in FAMILIES.values() for component in family.components)
 
 
 # Folder of a diffusers pipeline, before the slash in a tensor's name -> component; no adapter targets the VAE.
 FOLDERS = {
     "unet": "unet",
     "transformer": "unet",
-    "text_encoder": "text_encoder",
-    "text_encoder_2": "text_encoder_2",
-    "text_encoder_3": "text_encoder_3",
+    **{folder: folder for each in _components() if (folder := each.diffusers[:-1]) not in ("", "unet", "transformer")},
 }
 
 
-# A name in the single files of other transformers, in the maker's naming -> the model. Without a conversion no loader
-# applies an adapter under these names.
-MAKERS = {
-    "blocks.0.cross_attn.q_linear.weight": "Sana",
-    "blocks.0.cross_attn.kv_linear.weight": "PixArt",
-    "blocks.0.mlp.layer1.weight": "Cosmos-Predict2",
-    "blocks.block0.blocks.0.block.attn.to_q.0.weight": "Cosmos",
-    "double_layers.0.attn.w1q.weight": "AuraFlow",
-    "embed_image_indicator.weight": "Ideogram 4",
-    "head.modulation": "Wan",
-    "layers.0.attention.qkv.weight": "Z-Image or Lumina 2",
-    "mixins.adaln.adaln_modules.0.1.weight": "CogView 4",
-    "mixins.adaln_layer.adaLN_modulations.0.1.weight": "CogVideoX",
-    "mlp_t5.0.weight": "Hunyuan-DiT",
-    "patchify_proj.weight": "LTX",
-    "t5_yproj.weight": "Mochi",
-    "time_token.mlp.0.weight": "OmniGen",
-    "txtfusion.projector.weight": "Krea 2",
-    "video_patch_proj.weight": "MiniMax H3",
-}
+def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {
+        "lora_unet_": ("unet",),
+        "lora_unet__": ("unet",),  # VideoX-Fun's
+        "lora_unet_unet_": ("unet",),  # in published files that were converted wrong: no path begins with unet
+        "lora_transformer_": ("unet",),
+        "lora_te_": ("text_encoder",),
+        "lora_te1_": ("text_encoder",),
+        "lora_te2_": ("text_encoder_2",),
+        "lora_te3_": ("text_encoder_3",),
+        "lora_te4_": ("text_encoder_4",),
+        "unet.": ("unet",),
+        "transformer.": ("unet",),
+        "conditional_transformer.": ("unet",),
+        "diffusion_model.": ("unet",),
+        "diffusion_model.transformer_1.": ("unet",),  # ai-toolkit's file of both of Wan 2.2's denoisers
+        "diffusion_model.transformer_2.": ("transformer_2",),
+        "model.diffusion_model.": ("unet",),
+        "net.": ("unet",),
+        "text_encoders.clip_h.transformer.": ("text_encoder",),
+    }
+    for each in _components():
+        for prefix in filter(None, (each.kohya, each.diffusers)):
+            found.setdefault(prefix, (each.name,))
+        if each.comfy and each.name not in found.get(each.comfy, ()):
+            found[each.comfy] = (*found.get(each.comfy, ()), each.name)
+    return found
 
 
-# Prefixes that single files of all kinds put before a denoiser's names.
-SINGLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
-
-
-RMS_SCALE = "_norm.scale"  # how Black Forest Labs' names of the weights of norms end
-
-
-CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
-
-
-# Prefix of an adapter's module -> its component. After those that end in `_` the path is flattened. In which naming the
-# path is no prefix tells: it is looked up in all.
-ADAPTER_PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_unet_unet_": "unet",  # in published files that were converted wrong: no module's path begins with unet
-    "lora_transformer_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-    "unet.": "unet",
-    "transformer.": "unet",
-    "diffusion_model.": "unet",
-    "model.diffusion_model.": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoder_3.": "text_encoder_3",
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_h.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "text_encoders.t5xxl.transformer.": "text_encoder_3",
-}
+# Prefix of an adapter's module -> the components that it can be, the likeliest first. After those that end in `_` the
+# path is flattened. In which naming the path is no prefix tells: it is looked up in all.
+ADAPTER_PREFIXES = _adapter_prefixes()
 
 
 _LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
 
 
 # Prefixes that tell no component, before those that do
-CONTAINERS = (PEFT_PREFIX, "lycoris_")
+CONTAINERS = (f"unet.{PEFT_PREFIX}", PEFT_PREFIX, "lycoris_")
 
 
 # A name in `ADAPTER:0.8,te=0.4` -> the components that it weighs; the later, narrower name wins.
 WEIGHED = {
     "unet": ("unet",),
-    "te": ("text_encoder", "text_encoder_2", "text_encoder_3"),
+    "unet2": ("transformer_2",),
+    "te": ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
     "te1": ("text_encoder",),
     "te2": ("text_encoder_2",),
     "te3": ("text_encoder_3",),
+    "te4": ("text_encoder_4",),
 }
 
 
@@ -137,36 +127,127 @@ class ModuleRows:
     whole: int  # how many rows the module has
 
 
-Modules = dict[tuple[str, str], tuple[ModuleRows, ...]]
+@dataclass(frozen=True)
+class _Part:
+    """The modules of one component of a base."""
+
+    table: ModelFamily | None
+    tensors: Mapping[str, str]  # path in the base's naming -> tensor of its weight
+    shapes: Mapping[str, Shape]  # of all tensors of the base
+
+    def rows(self, path: str, flat: bool) -> tuple[ModuleRows, ...]:
+        """Return the rows of a module's weight under any name; none if it is not there."""
+        own = self._spellings_flat.get(path) if flat else self._spellings.get(path)
+        if own is not None:
+            return (_all_rows(self.tensors[own], self.shapes),)
+        if self.table is None:
+            end, paths = ("_", self._spellings_flat) if flat else (".", self._spellings)
+            ending = [each for name, each in paths.items() if name.endswith(end + path)]
+            return (_all_rows(self.tensors[ending[0]], self.shapes),) if len(ending) == 1 else ()
+        located = None if self.table.up_attention else locate(self.table, path)
+        there = [module for module in located.diffusers if module in self._whole] if located else []
+        return _rows_in_base(located, self._columns[there[0]], self._whole, self._pieces) if located and there else ()
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """Every name that one of the base's tensors has as a whole -> its path."""
+        found = {path: path for path in self.tensors}
+        for path in self.tensors:
+            others: tuple[str, ...] = ()
+            if self.table is ENCODERS["clip"] and not names_maker(self.table, path):
+                others = (path.removeprefix("text_model."), f"text_model.{path.removeprefix('text_model.')}")
+            elif self.table and self.table.up_attention:
+                plain = sgm_to_diffusers(path)
+                others = (plain,) if plain != path else (diffusers_to_sgm(path), diffusers_to_sgm(path, False))
+            for other in others:
+                found.setdefault(other, path)
+        return found
+
+    @cached_property
+    def _spellings_flat(self) -> dict[str, str]:
+        return {name.replace(".", "_"): path for name, path in self._spellings.items()}
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[ModuleRows]]:
+        """diffusers' module -> the rows of the base's tensors that are rows of it."""
+        found: dict[str, list[ModuleRows]] = {}
+        for path, name in self.tensors.items():
+            located = locate(self.table, path) if self.table else None
+            rows, width, *_ = (*self.shapes[name], 1)
+            for span in (parts_of(located, width, rows) if located else None) or ():
+                piece = ModuleRows(name, span.start, span.stop, span.skip, span.whole)
+                found.setdefault(span.module, []).append(piece)
+        return found
+
+    @cached_property
+    def _whole(self) -> dict[str, int]:
+        """diffusers' module -> its rows, if all of them are there."""
+        whole = {module: rows[0].whole for module, rows in self._pieces.items()}
+        return {m: whole[m] for m, rows in self._pieces.items() if sum(r.stop - r.start for r in rows) == whole[m]}
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {module: (*self.shapes[rows[0].tensor], 1)[1] for module, rows in self._pieces.items()}
 
 
-def image_modules(shapes: Mapping[str, Shape]) -> Modules:
-    """Return (component, path) -> rows for every module under every name; empty if the base is not an image model.
+@dataclass(frozen=True)
+class ImageModules:
+    """The modules of an image model, each found under every name that it has."""
 
-    A path with `.bias` behind it is the bias of that module, in the same rows as the weight. A name that two namings
-    use for different modules means the module that the base itself calls so.
+    shapes: Mapping[str, Shape]
+    parts: Mapping[str, _Part] = field(default_factory=dict)  # by component; empty if the base is no image model
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    @property
+    def family(self) -> ModelFamily | None:
+        """The family of the denoiser; None if there is none, or of no known family."""
+        return next((part.table for name, part in self.parts.items() if name in DENOISERS), None)
+
+    @property
+    def has_maker_names(self) -> bool:
+        """True if the denoiser has names that are not diffusers'."""
+        parts = [part for name, part in self.parts.items() if name in DENOISERS]
+        return any(names_maker(part.table, path) for part in parts if part.table for path in part.tensors)
+
+    def find(self, component: str, path: str, flat: bool = False) -> tuple[ModuleRows, ...]:
+        """Return the rows of the base's tensors that a module consists of; none if it is not there.
+
+        A path with `.bias` behind it is the bias of that module, in the same rows as the weight. A name that two
+        namings use for different modules means the module that the base itself calls so.
+
+        Args:
+            flat: whether the path's dots are written as `_`.
+        """
+        part = self.parts.get(component)
+        if part is None:
+            return ()
+        end = "_bias" if flat else ".bias"
+        found = part.rows(path, flat)
+        return found or (_biases(part.rows(path.removesuffix(end), flat), self.shapes) if path.endswith(end) else ())
+
+    def holds(self, path: str, flat: bool) -> bool:
+        """Return whether any component has the module."""
+        return any(self.find(component, path, flat) for component in self.parts)
+
+
+def image_modules(shapes: Mapping[str, Shape]) -> ImageModules:
+    """Return the modules of a base, of none if it is not an image model.
 
     Args:
         shapes: tensor -> shape of the base.
     """
-    found: Modules = {}
-    if not any(name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for name in shapes) and not _is_marked(
-        shapes
-    ):
-        return found
-    parts: dict[tuple[str, ModelFamily | None], dict[str, str]] = {}
+    found: dict[str, _Part] = {}
+    tensors: dict[tuple[str, ModelFamily | None], dict[str, str]] = {}
     for component, table, path, name in _split(shapes):
-        found[component, path] = (_all_rows(name, shapes),)
-        parts.setdefault((component, table), {})[path] = name
-    for (component, table), names in parts.items():
-        for path, where in _other_names(table, names, shapes):
-            found.setdefault((component, path), where)
-        if table is ENCODERS["t5"]:  # kohya counts it third, a Flux pipeline second
-            for path in names:
-                found.setdefault(("text_encoder_2", path), found[component, path])
-                found.setdefault(("text_encoder_3", path), found[component, path])
-    biases = {(component, f"{path}.bias"): _biases(where, shapes) for (component, path), where in found.items()}
-    return found | {module: where for module, where in biases.items() if where}
+        tensors.setdefault((component, table), {})[path] = name
+    for (component, table), names in tensors.items():
+        found[component] = _Part(table, names, shapes)
+    t5 = next((part for part in found.values() if part.table is ENCODERS["t5"]), None)
+    if t5:  # kohya counts it third, a Flux pipeline second
+        found = {"text_encoder_3": t5, "text_encoder_2": t5, **found}
+    return ImageModules(shapes, found)
 
 
 def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
@@ -174,24 +255,24 @@ def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
 
     Empty if the base is not an image model.
     """
-    if not _is_marked(shapes):
-        return {}
     weights = {name for name, shape in shapes.items() if len(shape) > 1 and name.endswith("weight")}
-    return {name: (component, path) for component, _, path, name in _split(shapes) if name in weights}
+    parts = [(component, table, path, name) for component, table, path, name in _split(shapes) if name in weights]
+    return {name: (component, path) for component, _, path, name in parts} if any(t for _, t, _, _ in parts) else {}
 
 
-def _is_marked(names: Iterable[str]) -> bool:
-    marks = [mark for family in (*FAMILIES.values(), ENCODERS["clip"]) for mark in family.marks]
-    return any(mark in name for name in names for mark in marks)
-
-
-def component_of(module: str) -> tuple[str | None, str]:
-    """Split an adapter's module into the component that its prefix names, None without one, and its path there."""
+def components_of(module: str) -> tuple[tuple[str, ...], str]:
+    """Split an adapter's module into the components that its prefix can mean, none without one, and its path there."""
     path = next((module.removeprefix(p) for p in CONTAINERS if module.startswith(p)), module)
     for prefix in _LONGEST_FIRST:
         if path.startswith(prefix):
             return ADAPTER_PREFIXES[prefix], path.removeprefix(prefix)
-    return None, path
+    return (), path
+
+
+def component_of(module: str) -> tuple[str | None, str]:
+    """Split an adapter's module into the likeliest component of its prefix, None without one, and its path there."""
+    components, path = components_of(module)
+    return next(iter(components), None), path
 
 
 def weighed_component(module: str) -> str | None:
@@ -212,8 +293,7 @@ def spell_weight(weight: float, components: Mapping[str, float]) -> str:
 
 def _path_of(weight: str) -> str:
     """Return the path of the module whose weight a tensor is."""
-    own = ".scale" if weight.endswith(RMS_SCALE) else ".weight"
-    return weight.removesuffix(own).removesuffix("_weight")
+    return weight.removesuffix(SCALE).removesuffix(".weight").removesuffix("_weight")
 
 
 def _bias_of(weight: str) -> str:
@@ -237,66 +317,61 @@ def _encoder_of(paths: Iterable[str]) -> ModelFamily | None:
     return next((encoder for encoder in ENCODERS.values() if any(locate(encoder, path) for path in every)), None)
 
 
-def _split(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, ModelFamily | None, str, str]]:
+def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | None, str, str]]:
     """Yield (component, its table, path, tensor) for every tensor that an adapter can change."""
+    # Two models can differ in a table of positions alone, which no adapter changes.
+    paths = {name: _path_of(name) for name, shape in shapes.items() if shape and not name.endswith("bias")}
     modules = {
-        name: _path_of(name)
-        for name, shape in shapes.items()
-        if shape and name.endswith(("weight", RMS_SCALE)) and not name.startswith("first_stage_model.")
+        name: path
+        for name, path in paths.items()
+        if name.endswith(("weight", SCALE))
+        and not name.startswith("first_stage_model.")
+        and not (name.endswith(SCALE) and f"{path}.weight" in shapes)
     }
     if any("/" in name for name in modules):
         for folder, component in FOLDERS.items():
-            inside = {n: path.removeprefix(f"{folder}/") for n, path in modules.items() if n.startswith(f"{folder}/")}
-            table = (family_of_names if component == "unet" else _encoder_of)(inside.values())
-            yield from ((component, table, path, name) for name, path in inside.items())
+            inside = {n: path.removeprefix(f"{folder}/") for n, path in paths.items() if n.startswith(f"{folder}/")}
+            own = {path: shapes[name] for name, path in inside.items()}
+            table = family_of_names(own) if component in DENOISERS else _encoder_of(own)
+            yield from ((component, table, path, name) for name, path in inside.items() if name in modules)
         return
-    prefix_of = {name: next((prefix for prefix in PREFIXES if name.startswith(prefix)), "") for name in shapes}
-    has_prefixes = any(prefix_of.values())
-    denoiser = family_of_names(path.removeprefix(prefix_of[name]) for name, path in modules.items())
+    prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in paths.items()})
+    theirs = denoiser.components[1:] if denoiser else ()
+    own_prefix = "diffusion_model."  # of the denoiser in ComfyUI's repacks, and of what stands in it
+    encoders = PREFIXES | {
+        (prefix + each.comfy[len(own_prefix) :] if each.comfy.startswith(own_prefix) else each.comfy): (
+            each.name,
+            each.encoder,
+        )
+        for each in theirs
+        if each.comfy
+    }
+    prefixes = {name: next((p for p in encoders if name.startswith(p)), "") for name in modules}
+    has_encoders = any(prefixes.values())
     is_clip = denoiser is None and any(mark in name for name in shapes for mark in ENCODERS["clip"].marks)
-    if not denoiser and not (is_clip and (has_prefixes or any(name.startswith(CLIP_STARTS) for name in shapes))):
+    if not denoiser and not (is_clip and (has_encoders or any(name.startswith(CLIP_STARTS) for name in shapes))):
         return
-    alone = ("text_encoder", ENCODERS["clip"]) if is_clip else ("unet", denoiser)
     for name, path in modules.items():
-        prefix = prefix_of[name]
-        component, encoder = PREFIXES.get(prefix, (alone[0], ""))
-        if prefix or not has_prefixes:
-            yield component, ENCODERS[encoder] if encoder else alone[1], path.removeprefix(prefix), name
+        if prefixes[name]:
+            component, encoder = encoders[prefixes[name]]
+            yield component, ENCODERS.get(encoder), path.removeprefix(prefixes[name]), name
+        elif denoiser and path.startswith(prefix):
+            yield "unet", denoiser, path.removeprefix(prefix), name
+        elif is_clip and not has_encoders:
+            yield "text_encoder", ENCODERS["clip"], path, name
 
 
-def _other_names(
-    table: ModelFamily | None, names: Mapping[str, str], shapes: Mapping[str, Shape]
-) -> Iterator[tuple[str, tuple[ModuleRows, ...]]]:
-    """Yield the names of a component's modules in all namings, each with the rows of the base's tensors that it means.
-
-    Args:
-        names: path in the base's naming -> tensor.
-    """
-    for path, name in names.items():
-        every = (_all_rows(name, shapes),)
-        if table is ENCODERS["clip"] and not names_maker(table, path):
-            yield path.removeprefix("text_model."), every
-            yield f"text_model.{path.removeprefix('text_model.')}", every
-        elif table and table.up_attention:
-            plain = sgm_to_diffusers(path)
-            spellings = (plain,) if plain != path else (diffusers_to_sgm(path), diffusers_to_sgm(path, False))
-            yield from ((spelling, every) for spelling in spellings)
-    if table is None or table.up_attention:
-        return
-    blocks = count_blocks(names)
-    pieces: dict[str, list[ModuleRows]] = {}  # by diffusers' module
-    columns: dict[str, int] = {}
-    for path, name in names.items():
-        located = locate(table, path, blocks)
-        rows, width, *_ = (*shapes[name], 1)
-        for span in (parts_of(located, width, rows) if located else None) or ():
-            pieces.setdefault(span.module, []).append(ModuleRows(name, span.start, span.stop, span.skip, span.whole))
-            columns[span.module] = width
-    whole = {m: rows[0].whole for m, rows in pieces.items() if sum(r.stop - r.start for r in rows) == rows[0].whole}
-    for other in names_of(table, blocks).values():
-        there = [module for module in other.diffusers if module in whole]
-        found = _rows_in_base(other, columns[there[0]], whole, pieces) if there else ()
-        yield from [(other.path, found)] if found else []
+def _find_denoiser(shapes: Mapping[str, Shape]) -> tuple[str, ModelFamily | None]:
+    """Return the prefix of the denoiser's modules in a single file, and its family; None if there is no known one."""
+    found: tuple[str, ModelFamily | None] = "", None
+    most = 0
+    for prefix in DENOISER_PREFIXES:
+        inside = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
+        family = family_of_names(inside) if inside else None
+        count = sum(locate(family, path) is not None for path in inside) if family else 0
+        if count > most:
+            found, most = (prefix, family), count
+    return found
 
 
 def _rows_in_base(

@@ -16,7 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
-from ..architectures.image import component_of, image_modules
+from ..architectures.image import components_of, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical, expert_part
 from ..errors import InputError, NeedsFlag
@@ -147,20 +147,18 @@ def _resolve_image(
     modules = image_modules({name: spec.shape for name, spec in specs.items()})
     if not modules:
         return {}, list(adapter.updates), []
-    flat = {(component, path.replace(".", "_")): where for (component, path), where in modules.items()}
-    paths = {path for _, path in (*modules, *flat)}
     matches: dict[str, tuple[Match, ...]] = {}
     rest: list[str] = []
     absent: list[str] = []
     for module, update in adapter.updates.items():
-        component, path = component_of(module)
-        components = [component] if component else ["unet", "text_encoder"]
-        index = flat if adapter.flattened or "." not in path else modules
-        where = next((index[each, path] for each in components if (each, path) in index), None)
+        components, path = components_of(module)
+        flat = adapter.flattened or "." not in path
+        found = (modules.find(each, path, flat) for each in components or ("unet", "text_encoder"))
+        where = next(filter(None, found), ())
         if where and not update.cls.whole:
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
         else:
-            (absent if component and (update.rank or path in paths) else rest).append(module)
+            (absent if components and (update.rank or modules.holds(path, flat)) else rest).append(module)
     return matches, rest, absent
 
 

@@ -13,10 +13,12 @@ from ..adapters.formats.format import Format
 DROP_CHOICES = {
     "extras": "embeddings of tokens, which no weight could hold",
     "unet": "an image model's denoiser",
+    "unet2": "its second denoiser",
     "te": "its text encoders",
     "te1": "the first",
     "te2": "the second",
     "te3": "the third",
+    "te4": "the fourth",
 }
 
 

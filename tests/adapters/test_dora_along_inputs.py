@@ -156,7 +156,7 @@ def test_inspect_and_resize(tmp_path: Path) -> None:
 
 def flux_pipeline(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """A diffusers folder whose matrices are those that the adapter changes (their names by the list's own)."""
-    names = {flat: each.path for f in (*FAMILIES.values(), *ENCODERS.values()) for flat, each in names_of(f, 0).items()}
+    names = {flat: each.path for f in (*FAMILIES.values(), *ENCODERS.values()) for flat, each in names_of(f).items()}
     parts = {"lora_transformer_": "transformer", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
     weights_of: dict[str, dict[str, Tensor]] = {}
     for key in (k for k in tensors if k.endswith(".lora_up.weight")):

@@ -103,7 +103,7 @@ def test_a_base_answers_to_both_spellings(unet: tuple[Any, int, int, dict[str, s
     for path, own in names.items():
         for found, tensor in ((single, f"{PREFIX}{own}.weight"), (folder, f"{path}.weight")):
             for spelling in (path, own):
-                (rows,) = found["unet", spelling]
+                (rows,) = found.find("unet", spelling)
                 assert rows.tensor == tensor and (rows.start, rows.stop, rows.skip) == (0, shapes[path][0], 0)
         for spelling in (path, own):
             located = locate(FAMILIES["sdxl"], spelling.replace(".", "_"))
@@ -127,7 +127,7 @@ def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], compone
     modules = image_modules({name: tuple(t.shape) for name, t in single.items()})
     checked = set()
     for name, tensor in found.items():
-        where = modules.get((component, name.removesuffix(".weight")))
+        where = modules.find(component, name.removesuffix(".weight"))
         if where:
             ours = torch.full((len(tensor),), -1.0)
             for rows in where:

@@ -75,7 +75,7 @@ def test_weights_of_components() -> None:
         ({"a": 10**400}, "a: the weight inf is not a finite number"),
         (("a", 1, {"te": math.nan}), "a: the weight nan is not a finite number"),
         (("a", 1, {"te": True}), "a: the weight True is not a number"),
-        (("a", 1, {3: 0.5}), "a: 3 is none of unet, te, te1"),
+        (("a", 1, {3: 0.5}), "a: 3 is none of unet, unet2, te, te1"),
     ],
     ids=lambda value: repr(value)[:40],
 )

@@ -11,6 +11,7 @@ from typing import Any, final
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
+from ...architectures.families.table import Naming
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
 from .format import Capabilities
@@ -38,8 +39,8 @@ class Comfy(DottedFormat):
     def module_name(self, component: str, path: str, family: str) -> str:
         return FAMILIES[family].component(component, path).comfy + text_model_path(component, path)
 
-    def uses_maker_names(self, family: str) -> bool:
-        return True
+    def naming(self, family: str) -> Naming:
+        return Naming.COMFY
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)

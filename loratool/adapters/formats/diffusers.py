@@ -11,6 +11,7 @@ from typing import Any, final
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
+from ...architectures.families.table import DENOISERS
 from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors, metadata_of, split_component
 from .format import Capabilities
@@ -50,8 +51,12 @@ class Diffusers(DottedFormat):
         by_component = metadata_of({part: config_of_component(of) for part, of in parts.items()})
         return {}, {**former, "format": "pt", **by_component}
 
-    def notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
-        t5 = [name for name, module in modules.items() if module.component == "text_encoder_3"]
-        if not t5:
+    def notes(self, family: str, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+        encoders = {each.name: each.encoder for each in FAMILIES[family].components[1:] if each.name not in DENOISERS}
+        unread = [name for name, module in modules.items() if encoders.get(module.component, "clip") != "clip"]
+        if not unread:
             return ()
-        return (f"diffusers loads no adapter of a T5: {len(t5)} modules will not be read, {t5[0]} the first",)
+        t5 = all(encoders[modules[name].component] == "t5" for name in unread)
+        what = "T5" if t5 else "text encoder that is no CLIP"
+        first = f"{len(unread)} modules will not be read, {unread[0]} the first"
+        return (f"diffusers loads no adapter of a {what}: {first}",)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 from ...adapters.updates.update import Update
+from ...architectures.families.table import Naming
 from ...errors import UsageError
 from ...files.output import CONTAINERS, check_output_name
 from ...files.weights_file import WeightsFile
@@ -85,14 +86,14 @@ class Format(ABC):
         """Return an image model's module in this format's names.
 
         Args:
-            path: in diffusers' names, or in the makers' where `uses_maker_names`.
+            path: in the names of `naming`.
             family: a key of FAMILIES.
         """
         return path
 
-    def uses_maker_names(self, family: str) -> bool:
-        """Return whether a denoiser's modules have its makers' names (sgm's, Black Forest Labs'), not diffusers'."""
-        return False
+    def naming(self, family: str) -> Naming:
+        """Return whose names a denoiser's modules have: its maker's (sgm's, Black Forest Labs'), or another's."""
+        return Naming.DIFFUSERS
 
     @final
     def tensor_name(self, module: str, role: str) -> str:
@@ -117,7 +118,7 @@ class Format(ABC):
         """
         return config_of_component(modules), {**former, "format": "pt"}
 
-    def notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
+    def notes(self, family: str, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
         """Return sentences for the user on what loaders do not read of an image adapter."""
         return ()
 

@@ -17,6 +17,7 @@ from typing import Any, final
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...architectures.families import FAMILIES
+from ...architectures.families.table import Naming
 from ...architectures.prefixes import KOHYA_PREFIXES
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
@@ -87,8 +88,8 @@ class Kohya(Format):
         prefix = FAMILIES[family].component(component, path).kohya
         return prefix + text_model_path(component, path).replace(".", "_")
 
-    def uses_maker_names(self, family: str) -> bool:
-        return FAMILIES[family].kohya_maker_names
+    def naming(self, family: str) -> Naming:
+        return FAMILIES[family].kohya
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, 1, *ones)

@@ -12,18 +12,125 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from . import clip, flux, gpt2, phi3, sd1, sd2, sd3, sdxl, t5
-from .table import Block, Fused, ModelFamily, Rows, Run
-from .unet import STEMS, diffusers_to_sgm, sgm_to_diffusers, unet_paths
+from . import (
+    allegro,
+    anima,
+    auraflow,
+    bria,
+    bria_fibo,
+    chroma,
+    clip,
+    cogvideox,
+    cogview4,
+    cosmos1,
+    cosmos_predict2,
+    ernie_image,
+    flux,
+    flux2,
+    flux3,
+    glm_image,
+    gpt2,
+    hidream,
+    hunyuan_dit,
+    hunyuan_image,
+    hunyuan_video,
+    hunyuan_video15,
+    ideogram4,
+    kandinsky5,
+    krea2,
+    longcat_image,
+    ltx,
+    ltx2,
+    ltx2_connectors,
+    lumina2,
+    minimax_h3,
+    mochi,
+    omnigen,
+    omnigen2,
+    ovis_image,
+    phi3,
+    pixart,
+    prx,
+    qwen_image,
+    qwen_image21,
+    sana,
+    sd1,
+    sd2,
+    sd3,
+    sdxl,
+    t5,
+    wan,
+    z_image,
+)
+from .table import DENOISERS, Fused, ModelFamily, Naming, Rows, Run
+from .unet import SGM_OUTSIDE, STEMS, diffusers_to_sgm, sgm_to_diffusers, unet_paths
 
 # Where nothing tells two families apart, the first counts.
-FAMILIES: dict[str, ModelFamily] = {f.key: f for f in (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY, sd3.FAMILY, flux.FAMILY)}
+FAMILIES: dict[str, ModelFamily] = {
+    module.FAMILY.key: module.FAMILY
+    for module in (
+        sd1,
+        sd2,
+        sdxl,
+        sd3,
+        flux,
+        chroma,
+        qwen_image,
+        hunyuan_video,
+        hunyuan_image,
+        hunyuan_video15,
+        qwen_image21,
+        flux2,
+        flux3,
+        bria,
+        longcat_image,
+        bria_fibo,
+        ovis_image,
+        wan,
+        hunyuan_dit,
+        z_image,
+        lumina2,
+        ideogram4,
+        cogvideox,
+        mochi,
+        cogview4,
+        ltx,
+        ltx2,
+        anima,
+        cosmos_predict2,
+        cosmos1,
+        pixart,
+        allegro,
+        sana,
+        glm_image,
+        auraflow,
+        hidream,
+        krea2,
+        minimax_h3,
+        kandinsky5,
+        ernie_image,
+        omnigen,
+        omnigen2,
+        prx,
+    )
+}
 
 
-ENCODERS: dict[str, ModelFamily] = {f.key: f for f in (clip.FAMILY, t5.FAMILY)}
+ENCODERS: dict[str, ModelFamily] = {f.key: f for f in (clip.FAMILY, t5.FAMILY, ltx2_connectors.FAMILY)}
 
 
 LAYOUTS: dict[str, ModelFamily] = {f.key: f for f in (phi3.FAMILY, gpt2.FAMILY)}
+
+
+NUMBER = re.compile(r"[0-9]+")
+PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
+
+
+# What the flattened names of a UNet's modules start with
+UNET_STARTS = (
+    *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
+    *(name.replace(".", "_") for name in (*SGM_OUTSIDE, *SGM_OUTSIDE.values())),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +142,11 @@ class Located:
     maker: tuple[str, ...]  # the maker's modules that have rows of it
     diffusers: tuple[str, ...]  # diffusers' modules that have rows of it
     rows: tuple[tuple[int, Fused], ...] = ()  # (rows / columns, what it is of diffusers' then); 0 is any other ratio
+    comfy: tuple[str, ...] = ()  # ComfyUI's modules that have rows of it
+
+    def names(self, naming: Naming) -> tuple[str, ...]:
+        """Return the modules of a naming that have rows of it."""
+        return {Naming.MAKER: self.maker, Naming.DIFFUSERS: self.diffusers, Naming.COMFY: self.comfy}[naming]
 
 
 @dataclass(frozen=True)
@@ -48,13 +160,16 @@ class Span:
     whole: int  # how many rows it has
 
 
-def locate(family: ModelFamily, path: str, blocks: int = 0) -> Located | None:
+def locate(family: ModelFamily, path: str) -> Located | None:
     """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such.
 
-    Args:
-        blocks: how many blocks a stack has at least; by default as many as the largest known model.
+    None as well for a name that two namings have for different modules.
     """
-    return _index(family, blocks).get(path.replace(".", "_")) or _locate_by_end(family, path)
+    flat = path.replace(".", "_")
+    if family.up_attention:
+        return _unet_index(family).get(flat) if flat.startswith(UNET_STARTS) else None
+    found = _of_table(family, flat)
+    return next((each for each in found if each.path == path), *found[:1]) if found else _locate_by_end(family, path)
 
 
 def to_diffusers(family: ModelFamily, path: str) -> tuple[str, ...]:
@@ -74,8 +189,8 @@ def to_maker(family: ModelFamily, path: str) -> tuple[str, ...]:
 def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
     """Return the kernel of the convolution that a module is; empty for a linear layer, and where it is not known."""
     names = to_diffusers(family, path)
-    size = next((size for end, size in family.kernels.items() for name in names if f".{name}".endswith(f".{end}")), 0)
-    return (size, size) if size else ()
+    kernels = family.kernels.items()
+    return next((kernel for end, kernel in kernels for name in names if f".{name}".endswith(f".{end}")), ())
 
 
 def parts_of(
@@ -133,25 +248,31 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     """Return the image families that modules are of; several, in the table's order, where nothing tells them apart.
 
     A family is of them if it has every module of the denoiser and every component. Then names that only one has decide,
-    then widths, then the naming that kohya's files have.
+    then widths, then the number of blocks, then the naming that kohya's files have.
 
     Args:
         modules: (component, path in any naming, shape of the matrix, empty if it is not known).
         numbered: whether a prefix numbers the first text encoder, as only families with several have it.
     """
     every = list(modules)
-    paths = [path for component, path, _ in every if component == "unet"]
-    texts = [path for component, path, _ in every if component != "unet"]
+    paths = [path for component, path, _ in every if component in DENOISERS]
+    texts = [path for component, path, _ in every if component not in DENOISERS]
     if paths:
         fitting = [family for family in FAMILIES.values() if _fits(family, every, paths)]
     else:
         in_encoder = any(locate(encoder, path) for encoder in ENCODERS.values() for path in texts)
         fitting = list(FAMILIES.values()) if in_encoder else []
-    has = {component for component, _, _ in every}
-    several = [f for f in fitting if has <= {c.name for c in f.components} and (not numbered or len(f.components) > 2)]
+    t5 = {path for path in texts if locate(ENCODERS["t5"], path)}
+    has = {"t5" if path in t5 else component for component, path, _ in every}
+    several = [f for f in fitting if has <= _parts(f) and (not numbered or len(f.components) > 2)]
     fitting = several or fitting
     scores = [_evidence(family, every, paths) for family in fitting]
     return tuple(family for family, score in zip(fitting, scores, strict=True) if score == max(scores))
+
+
+def _parts(family: ModelFamily) -> set[str]:
+    """Return the names of a family's components, that of a T5 without its number."""
+    return {"t5" if component.encoder == "t5" else component.name for component in family.components}
 
 
 def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: Iterable[str]) -> bool:
@@ -165,62 +286,87 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
 
 def _evidence(
     family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: list[str]
-) -> tuple[int, int, int]:
-    """Return (names, widths, naming): 1 for what only this family has, -1 for a width that it has not, else 0."""
+) -> tuple[int, int, int, int]:
+    """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
     widths = [
         shape[1] in width.columns
         for width in family.widths
         for component, path, shape in modules
-        if shape and component == width.component and path.endswith(width.ends)
+        if len(shape) > 1 and component == width.component and path.endswith(width.ends)
     ]
-    own = family.kohya_maker_names and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if any(widths) else -1) if widths else 0, int(own)
+    own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
+    return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
 
 
-def family_of_names(paths: Iterable[str]) -> ModelFamily | None:
-    """Return the image family of a base's denoiser, by the paths of its modules; None if it is of no known one."""
-    every = list(paths)
-    marked = [f for f in FAMILIES.values() if any(mark in path for mark in f.marks for path in every)]
-    blocks = count_blocks(every)
-    return max(marked, key=lambda family: sum(bool(locate(family, path, blocks)) for path in every), default=None)
+def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:
+    """Return 1 if of each stack the last block of a known model is there, -1 if one is there that none has, else 0."""
+    every = list(names)
+    found = []
+    for block in family.blocks if not family.up_attention else ():
+        stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]+)") + r"\.")
+        numbers = [int(match[1]) for name in every if (match := stem.match(name))]
+        if numbers and block.counts:
+            last = max(numbers) + 1
+            found.append(-1 if last > max(block.counts) else int(last in block.counts))
+    return min(found, default=0)
 
 
-def count_blocks(paths: Iterable[str]) -> int:
-    """Return how many blocks a stack has at most, by the numbers in the names; 0 where all tables have as many."""
-    most = max((int(each) for path in paths for each in re.findall(r"\b\d{1,3}\b", path)), default=0) + 1
-    return most if any(most > block.count for f in FAMILIES.values() for block in f.blocks) else 0
+def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:
+    """Return the image family of a base's denoiser; None if it is of no known one.
+
+    Of the families with a mark in the names it is the one that has most of the modules, then the one whose widths
+    agree, then the first.
+
+    Args:
+        shapes: path of each module, in any naming -> shape of its weight.
+    """
+    names = "\n".join(shapes)
+    marked = [family for family in FAMILIES.values() if any(mark in names for mark in family.marks)]
+    scores = [
+        (sum(locate(family, path) is not None for path in shapes), _widths_agree(family, shapes)) for family in marked
+    ]
+    return next((f for f, score in zip(marked, scores, strict=True) if score == max(scores) and score[0]), None)
+
+
+def _widths_agree(family: ModelFamily, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return 1 if a module has a width that tells the family, -1 if one has another, else 0."""
+    return _evidence(family, [("unet", path, shape) for path, shape in shapes.items()], [])[1]
 
 
 def names_maker(family: ModelFamily, path: str) -> bool:
-    """Return whether a path is in the maker's naming and not in diffusers' too."""
+    """Return whether a path is in the maker's naming, or ComfyUI's, and not in diffusers' too."""
     if family.up_attention:
         return sgm_to_diffusers(path) != path
     found = locate(family, path)
-    return found is not None and path in found.maker and path not in found.diffusers
+    return found is not None and path in (*found.maker, *found.comfy) and path not in found.diffusers
 
 
-def names_of(family: ModelFamily, blocks: int) -> Mapping[str, Located]:
-    """Return every name of a family, flattened, with the module that it means, at least up to a number of blocks."""
-    return _index(family, blocks)
+def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
+    """Return every name of a family, flattened, with the module that it means, for so many blocks of each stack."""
+    if family.up_attention:
+        return _unet_index(family)
+    paths = [
+        name.template.replace("{i}", str(number))
+        for names in _index(family).values()
+        for name in names
+        for number in range(blocks if "{i}" in name.template else 1)
+    ]
+    found = {path.replace(".", "_"): locate(family, path) for path in paths}
+    return {flat: each for flat, each in found.items() if each}
 
 
-@lru_cache(maxsize=256)
-def _index(family: ModelFamily, blocks: int) -> dict[str, Located]:
-    found = _unet_index(family) if family.up_attention else _table_index(family, blocks)
-    return {path.replace(".", "_"): each for path, each in found.items()}
-
-
+@lru_cache(maxsize=16)
 def _unet_index(family: ModelFamily) -> dict[str, Located]:
     found: dict[str, Located] = {}
     for path in unet_paths():
         sgm = _sgm_of(family, path)
-        each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),))
+        each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),), (sgm,))
         # An upsampler has two numbers, by whether its block has attention: in another UNet it may be the other.
         spellings = {path, sgm, diffusers_to_sgm(path), diffusers_to_sgm(path, False)}
         found |= {name: replace(each, path=name) for name in spellings}
-    return found
+    return {path.replace(".", "_"): each for path, each in found.items()}
 
 
 def _sgm_of(family: ModelFamily, path: str) -> str:
@@ -233,42 +379,107 @@ def _sgm_of(family: ModelFamily, path: str) -> str:
 Alternatives = tuple[tuple[int, Fused], ...]
 
 
-def _table_index(family: ModelFamily, blocks: int) -> dict[str, Located]:
+@dataclass(frozen=True)
+class _Name:
+    """A row of a table under one of its names, in all of which `{i}` is the block's number."""
+
+    template: str
+    rows: Alternatives
+    maker: tuple[str, ...]
+    comfy: tuple[str, ...]
+
+    def located(self, family: ModelFamily, number: str = "") -> Located:
+        """Return the module in the block of a number; empty for one outside of the blocks."""
+
+        def fill(text: str) -> str:
+            return text.replace("{i}", number)
+
+        rows = tuple(
+            (ratio, replace(fused, runs=tuple(replace(run, module=fill(run.module)) for run in _runs(fused))))
+            for ratio, fused in self.rows
+        )
+        maker, comfy = (tuple(fill(each) for each in names) for names in (self.maker, self.comfy))
+        return Located(family, fill(self.template), maker, _modules(rows), rows, comfy)
+
+
+@lru_cache(maxsize=65536)
+def _of_table(family: ModelFamily, flat: str) -> tuple[Located, ...]:
+    """Return what a flattened name is in the namings that have it; nothing if that is not one module."""
+    numbers = NUMBER.findall(flat)
+    found: list[Located] = []
+    for name in _index(family).get(NUMBER.sub("#", flat), ()):
+        places = PLACE.findall(name.template)
+        block = {number for place, number in zip(places, numbers, strict=True) if place == "{i}"}
+        own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
+        if own == numbers and all(number == str(int(number)) for number in block):
+            found.append(name.located(family, *block))
+    return tuple(found) if all(each.rows == found[0].rows for each in found) else ()
+
+
+@lru_cache(maxsize=256)
+def _index(family: ModelFamily) -> dict[str, list[_Name]]:
+    """Return the names of a table by what they are when flattened and without numbers."""
+    every: dict[str, list[_Name]] = {}
+    for name in _names(family):
+        others = every.setdefault(PLACE.sub("#", name.template.replace(".", "_")), [])
+        if not any(other.template == name.template and other.rows == name.rows for other in others):
+            others.append(name)
+    return every
+
+
+def _names(family: ModelFamily) -> Iterator[_Name]:
+    """Yield every name of a table; of equal ones the maker's comes first."""
     maker: dict[str, Alternatives] = {}
-    aliases: dict[str, Alternatives] = {}
-    for number, block in _numbered(family, blocks):
-        maker_stem, stem = (each.replace("{i}", number) for each in (block.maker, block.diffusers))
-        names = {**block.names, **{name: name for name in block.alike}}
-        for name, rows in names.items():
-            plain: Alternatives = ((0, _absolute(stem, rows)),)
+    comfy: dict[str, Alternatives] = {}
+    alias: dict[str, Alternatives] = {}
+    for block in (block for block in family.blocks if block.maker != "*"):
+        own = block.diffusers
+        for name, rows in {**block.names, **{name: name for name in block.alike}}.items():
             ratio, other = block.by_ratio.get(name, (0, rows))
-            maker[_join(maker_stem, name)] = ((ratio, _absolute(stem, other)), *plain) if ratio else plain
-        aliases |= {_join(maker_stem, n): ((0, _absolute(stem, rows)),) for n, rows in block.aliases.items()}
-        modules = dict.fromkeys(run.module for rows in names.values() for run in _runs(_absolute("", rows)))
-        for other_stem in block.stems:
-            further = other_stem.replace("{i}", number)
-            aliases |= {_join(further, m): ((0, _absolute(stem, m)),) for m in modules}
-    maker |= {name: ((0, _absolute("", rows)),) for name, rows in family.outside.items()}
-    maker |= {name: ((0, _absolute("", name)),) for name in family.alike}
-    aliases |= {name: ((0, _absolute("", rows)),) for name, rows in family.outside_aliases.items()}
-    makers: dict[str, dict[str, None]] = {}
-    for name, each in maker.items():
-        for module in _modules(each):
-            makers.setdefault(module, {})[name] = None
-    own: dict[str, Alternatives] = {module: ((0, _absolute("", module)),) for module in makers}
-    found = {}
-    for name, each in {**own, **aliases, **maker}.items():
-        modules_of = _modules(each)
-        theirs = tuple(dict.fromkeys(name for module in modules_of for name in makers[module]))
-        found[name] = Located(family, name, (name,) if name in maker else theirs, modules_of, each)
+            first: Alternatives = ((ratio, _absolute(own, other)),) if ratio else ()
+            maker[_join(block.maker, name)] = (*first, (0, _absolute(own, rows)))
+        maker |= {
+            _join(block.maker, _leafless(name)): ((0, _absolute(own, _leafless(tensor))),)
+            for name, tensor in block.tensors.items()
+        }
+        stem = block.comfy_stem or block.maker
+        comfy |= {_join(stem, name): ((0, _absolute(own, rows)),) for name, rows in block.comfy.items()}
+        alias |= {_join(block.maker, name): ((0, _absolute(own, rows)),) for name, rows in block.aliases.items()}
+        modules = [run.module for rows in (*block.names.values(), *block.alike) for run in _runs(_absolute("", rows))]
+        alias |= {_join(each, name): ((0, _absolute(own, name)),) for each in block.stems for name in modules}
+    outside = {**family.outside, **{name: name for name in family.alike}}
+    outside |= {_leafless(name): _leafless(tensor) for name, tensor in family.outside_tensors.items()}
+    for found, named in ((maker, outside), (comfy, family.outside_comfy), (alias, family.outside_aliases)):
+        found |= {name: ((0, _absolute("", rows)),) for name, rows in named.items()}
+    makers, comfys = (_names_by_module(found) for found in (maker, comfy))
+    comfys = makers | comfys
+    diffusers: dict[str, Alternatives] = {module: ((0, _absolute("", module)),) for module in makers}
+    for naming in (maker, comfy, alias, diffusers):
+        for name, alternatives in naming.items():
+            makers_names, comfys_names = (
+                tuple(dict.fromkeys(each for module in _modules(alternatives) for each in names.get(module, ())))
+                for names in (makers, comfys)
+            )
+            yield _Name(
+                name,
+                alternatives,
+                (name,) if naming is maker else makers_names,
+                (name,) if naming is comfy or name in comfys_names else comfys_names,
+            )
+
+
+def _names_by_module(naming: Mapping[str, Alternatives]) -> dict[str, list[str]]:
+    """Return diffusers' module -> the names of a naming that have rows of it."""
+    found: dict[str, list[str]] = {}
+    for name, rows in naming.items():
+        for module in _modules(rows):
+            found.setdefault(module, []).append(name)
     return found
 
 
-def _numbered(family: ModelFamily, blocks: int) -> Iterator[tuple[str, Block]]:
-    """Yield every block with each of its numbers."""
-    for block in family.blocks:
-        for number in range(max(block.count, blocks) if block.maker != "*" else 0):
-            yield str(number), block
+def _leafless(tensor: str) -> str:
+    """Return the path of the module whose weight a tensor is; the name of one that is no module's weight."""
+    return tensor.removesuffix(".weight").removesuffix(".scale")
 
 
 def _locate_by_end(family: ModelFamily, path: str) -> Located | None:

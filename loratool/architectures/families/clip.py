@@ -11,7 +11,6 @@ FAMILY = ModelFamily(
         Block(
             "transformer.resblocks.{i}",
             "text_model.encoder.layers.{i}",
-            32,
             {
                 "attn.in_proj": Fused(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
                 "attn.out_proj": "self_attn.out_proj",

@@ -14,7 +14,6 @@ FAMILY = ModelFamily(
         Block(
             "double_blocks.{i}",
             "transformer_blocks.{i}",
-            19,
             {
                 "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
                 "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
@@ -31,11 +30,11 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            counts=(19,),
         ),
         Block(
             "single_blocks.{i}",
             "single_transformer_blocks.{i}",
-            38,
             {
                 "linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, None)),
                 "linear2": "proj_out",
@@ -45,6 +44,7 @@ FAMILY = ModelFamily(
             },
             # XLabs' and ComfyUI's name of the first rows of linear1
             aliases={"linear1_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1))},
+            counts=(38,),
         ),
     ),
     outside={
@@ -61,8 +61,8 @@ FAMILY = ModelFamily(
     },
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
-        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder."),
-        Component("text_encoder_3", "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_2."),
+        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
+        Component("text_encoder_3", "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_2.", "t5"),
     ),
     marks=("double_blocks.", "single_transformer_blocks."),
     # Flux 2 has names of Flux, with other ratios.

@@ -7,6 +7,6 @@ from .table import Block, Fused, ModelFamily
 FAMILY = ModelFamily(
     key="gpt2",
     title="GPT-2",
-    blocks=(Block("*", "*", 0, {"attn.c_attn": Fused(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (1, 1, 1))}),),
+    blocks=(Block("*", "*", {"attn.c_attn": Fused(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (1, 1, 1))}),),
     conv1d=("attn.c_attn",),
 )

@@ -11,7 +11,6 @@ FAMILY = ModelFamily(
         Block(
             "*",
             "*",
-            0,
             {
                 "self_attn.qkv_proj": Fused(
                     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("queries", None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .table import Component, ModelFamily
+from .table import Component, ModelFamily, Naming
 from .unet import KERNELS
 
 # Modules that SDXL does not have: its innermost blocks are the third, and have attention.
@@ -18,11 +18,11 @@ FAMILY = ModelFamily(
     up_attention=(False, True, True, True),
     components=(
         UNET,
-        Component("text_encoder", "lora_te_", "text_encoders.clip_l.transformer.", "text_encoder."),
+        Component("text_encoder", "lora_te_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
-    kohya_maker_names=False,
-    kernels={**KERNELS, "proj_in": 1, "proj_out": 1},  # which are linear in later families
+    kohya=Naming.DIFFUSERS,
+    kernels={**KERNELS, "proj_in": (1, 1), "proj_out": (1, 1)},  # which are linear in later families
     kohya_version="sd_v1",
 )

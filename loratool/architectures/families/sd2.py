@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .sd1 import FOUR_LEVELS, UNET
-from .table import Component, ModelFamily, Width
+from .table import Component, ModelFamily, Naming, Width
 from .unet import KERNELS
 
 FAMILY = ModelFamily(
@@ -12,12 +12,12 @@ FAMILY = ModelFamily(
     up_attention=(False, True, True, True),
     components=(
         UNET,
-        Component("text_encoder", "lora_te_", "text_encoders.clip_h.transformer.", "text_encoder."),
+        Component("text_encoder", "lora_te_", "text_encoders.clip_h.transformer.", "text_encoder.", "clip"),
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
     widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
-    kohya_maker_names=False,
+    kohya=Naming.DIFFUSERS,
     kernels=KERNELS,
     kohya_version="sd_v2",
 )

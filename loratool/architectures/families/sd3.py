@@ -14,7 +14,6 @@ FAMILY = ModelFamily(
         Block(
             "joint_blocks.{i}",
             "transformer_blocks.{i}",
-            38,
             {
                 "x_block.attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
                 "x_block.attn2.qkv": Fused(("attn2.to_q", "attn2.to_k", "attn2.to_v")),
@@ -37,6 +36,7 @@ FAMILY = ModelFamily(
             },
             # The last block's has only a shift and a scale.
             by_ratio={"context_block.adaLN_modulation.1": (2, swapped("norm1_context.linear"))},
+            counts=(24, 38),
         ),
     ),
     outside={
@@ -51,12 +51,12 @@ FAMILY = ModelFamily(
     alike=("context_embedder",),
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
-        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder."),
-        Component("text_encoder_2", "lora_te2_", "text_encoders.clip_g.transformer.", "text_encoder_2."),
-        Component("text_encoder_3", "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_3."),
+        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
+        Component("text_encoder_2", "lora_te2_", "text_encoders.clip_g.transformer.", "text_encoder_2.", "clip"),
+        Component("text_encoder_3", "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_3.", "t5"),
     ),
     marks=("joint_blocks.", "norm1_context."),
     widths=(Width("unet", ("",), (1536, 2432)),),
-    kernels={"pos_embed.proj": 2},
+    kernels={"pos_embed.proj": (2, 2)},
     kohya_network="networks.lora_sd3",
 )

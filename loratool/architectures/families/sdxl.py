@@ -12,8 +12,8 @@ FAMILY = ModelFamily(
     up_attention=(True, True, False),
     components=(
         UNET,
-        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder."),
-        Component("text_encoder_2", "lora_te2_", "text_encoders.clip_g.transformer.", "text_encoder_2."),
+        Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),
+        Component("text_encoder_2", "lora_te2_", "text_encoders.clip_g.transformer.", "text_encoder_2.", "clip"),
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding",

@@ -11,7 +11,6 @@ FAMILY = ModelFamily(
         Block(
             "encoder.block.{i}",
             "encoder.block.{i}",
-            24,
             {},
             alike=(
                 "layer.0.SelfAttention.q",

@@ -1,4 +1,4 @@
-"""Say what the table of a model family consists of: names in two namings, the rows of what is fused, telling widths.
+"""Say what the table of a model family consists of: names in all namings, the rows of what is fused, telling widths.
 
 Every other naming is told by diffusers' modules: a maker's module is a run of rows after the other, each of one of
 them. So a plain rename, a fused matrix, one with its halves swapped and a part of a matrix are one thing.
@@ -8,9 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal
 
 from ...errors import InputError
+
+
+class Naming(Enum):
+    """Whose names a denoiser's modules have."""
+
+    MAKER = auto()
+    DIFFUSERS = auto()
+    COMFY = auto()  # ComfyUI's own; the maker's where it has none
+
+
+# The components that are a denoiser, with the modules of the family's table
+DENOISERS = ("unet", "transformer_2", "unconditional_transformer")
 
 
 @dataclass(frozen=True)
@@ -46,22 +59,29 @@ class Block:
 
     maker: str  # stem of the maker's names
     diffusers: str  # stem of diffusers' names
-    count: int  # how many the largest model has; 0 under `*`
-    names: Mapping[str, Rows]  # maker's name -> what it is of diffusers'
+    names: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> what it is of diffusers'
     aliases: Mapping[str, Rows] = field(default_factory=dict)  # as names, in further namings, under the maker's stem
     alike: tuple[str, ...] = ()  # names that are the same in both
     stems: tuple[str, ...] = ()  # other stems that diffusers' names have
     by_ratio: Mapping[str, tuple[int, Rows]] = field(default_factory=dict)  # what a name is if rows / columns is this
+    tensors: Mapping[str, str] = field(default_factory=dict)  # maker's tensor -> diffusers', where one ends otherwise
+    comfy: Mapping[str, Rows] = field(default_factory=dict)  # as names, for what ComfyUI does not call as the maker
+    comfy_stem: str = ""  # of those; by default the maker's
+    counts: tuple[int, ...] = ()  # how many of them the known models have
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the pipeline that has adapters, with the prefixes of its modules in the files of each ecosystem."""
+    """A part of the pipeline that has adapters, with the prefixes of its modules in the files of each ecosystem.
+
+    A prefix is empty where no file has such modules.
+    """
 
     name: str  # `unet` for any denoiser, `text_encoder`, `text_encoder_2`, ...
     kohya: str  # `lora_te1_`, before flattened paths
     comfy: str  # `text_encoders.clip_l.transformer.`
     diffusers: str  # the folder in a pipeline and a dot
+    encoder: str = ""  # key of ENCODERS; empty for what has the same names everywhere
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,12 @@ class ModelFamily:
     outside: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> what it is of diffusers'
     outside_aliases: Mapping[str, Rows] = field(default_factory=dict)
     alike: tuple[str, ...] = ()  # names outside of the blocks that are the same in both
+    outside_tensors: Mapping[str, str] = field(default_factory=dict)  # as Block.tensors
+    outside_comfy: Mapping[str, Rows] = field(default_factory=dict)  # as Block.comfy
+    unused: tuple[str, ...] = ()  # maker's tensors that diffusers does not have
+    # End of diffusers' tensor -> its shape, where the maker stores the same numbers in another; -1 is any size.
+    reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    diffusers_class: str = ""  # of the denoiser
     # Of a UNet, which has blocks that `unet` numbers: whether each block of the way up has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first
@@ -91,8 +117,9 @@ class ModelFamily:
     telling: str = ""  # a regular expression of diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
-    kohya_maker_names: bool = True  # sd-scripts' files have the maker's names, not diffusers'
-    kernels: Mapping[str, int] = field(default_factory=dict)  # end of a convolution's path in diffusers' names -> size
+    kohya: Naming = Naming.MAKER  # whose names kohya's files have
+    # End of a convolution's path in diffusers' names -> its kernel
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
     kohya_network: str = "networks.lora"  # sd-scripts' module
 

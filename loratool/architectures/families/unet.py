@@ -33,7 +33,10 @@ SGM_OUTSIDE = {
 
 
 # names of its convolutions in diffusers (`models/resnet.py`, `downsampling.py`, `upsampling.py`) -> size of the kernel
-KERNELS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
+KERNELS = {
+    **dict.fromkeys(("conv", "conv1", "conv2", "conv_in", "conv_out"), (3, 3)),
+    "conv_shortcut": (1, 1),
+}
 
 
 # diffusers' names of a block's attentions and of a layer in them, and of the block's norms

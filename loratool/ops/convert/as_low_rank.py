@@ -26,6 +26,7 @@ from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import FAMILIES, kernel_of
+from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import TensorSpec
@@ -128,7 +129,7 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
     """Return the kernel of the convolution that an update is of, which LoHa's and LoKr's flattened factors hide."""
     if len(update.shape) > 2:
         return update.shape[2:]
-    if source is None or family is None or source.component != "unet":
+    if source is None or family is None or source.component not in DENOISERS:
         if "conv" in update.module.lower():
             raise NeedsFlag(
                 f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",

@@ -19,6 +19,7 @@ from ...adapters.formats import FORMATS, WrittenFormat, holds_adapter, open_adap
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
+from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_path, naming_output
@@ -31,10 +32,11 @@ from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_chec
 from .dora_to_lora import dora_to_lora
 from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
+from .image_base import choose_family
 from .language import plan_language
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import detect_family, known_families, read_source_modules, refuse_unknown_blocks
+from .source_modules import detect_families, known_families, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 
 Container = Literal["safetensors", "torch"]  # the keys of CONTAINERS
@@ -193,7 +195,8 @@ def convert(
         initial: with `plain`: the adapter before training, which is subtracted exactly, at twice the rank.
         rank: with `plain`: truncate to this rank; DoRA is truncated to its own without it.
         layout: a key of QKV_LAYOUTS, of a language model's fused modules.
-        base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA.
+        base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
+            the family of an image model that the modules do not tell.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
@@ -245,8 +248,6 @@ def _convert_adapter(
         raise UsageError(f"layout {options.layout!r} is none of {', '.join(QKV_LAYOUTS)}")
     if options.layout is not None and options.plain:
         raise UsageError("--for and --plain are two conversions: one after the other")
-    if options.layout is None and not options.plain and options.base is not None:
-        raise UsageError("--base is for --for, and with --plain for DoRA")
     with ExitStack() as opened:
         source = open_adapter(adapter, options.alpha, format=options.from_format, enabled=options.enable_lora)
         opened.callback(source.file.close)
@@ -306,13 +307,18 @@ def _plan_low_rank(
     sources, _ = read_source_modules(source)
     selection = Selection(request.exclude or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
-    family = family or detect_family(sources) or detect_family(wanted)
+    families = (family,) if family else detect_families(sources) or detect_families(wanted)
+    tells_family = request.base is not None and len(families) > 1
+    family = choose_family(source.name, families, wanted, request.base, FORMATS[request.to])
     single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
-    if single and not any(each.component == "unet" for each in sources):
+    if single and not any(each.component in DENOISERS for each in sources):
         family = None  # a text encoder alone is converted as a language model
     if family is not None:
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
+    dora = request.plain and any(each.update.cls is DoRA for each in wanted)
+    if request.base is not None and not (request.layout or dora or tells_family):
+        raise UsageError("--base is for --for, with --plain for DoRA, and for modules that several image models have")
     source, approximated = _without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
@@ -365,8 +371,7 @@ def _without_dora(
         message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
         option = "--base BASE" if request.plain else "--plain --base BASE"
         raise NeedsFlag(message, culprit=dora[0], remedy=f"add {option} with the model")
-    if request.base is None:
-        return source, {}
     if not dora:
-        raise UsageError("--base is for --for, and with --plain for DoRA, of which the adapter has none")
+        return source, {}
+    assert request.base is not None
     return dora_to_lora(source, request.base, request.rank, folder, opened)

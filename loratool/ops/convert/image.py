@@ -18,6 +18,7 @@ from ...adapters.formats.content import AdapterContent, NewModule
 from ...adapters.formats.single_file import STALE_KEYS
 from ...adapters.stacked import round_factors
 from ...adapters.updates.dora import DoRA
+from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag
 from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
@@ -87,7 +88,7 @@ class _ImagePlan:
         self._image, self._request, family = image, request, image.family
         self._format = FORMATS[request.to]
         wanted = self._wanted(sources, impossible + find_unknown_modules(sources, family))
-        targets = plan_target_modules(wanted, family, self._format.uses_maker_names(family))
+        targets = plan_target_modules(wanted, family, self._format.naming(family))
         for target in targets:
             module = target.parts[0].source.module
             if (init := image.start(module)) and target.how != "exact":
@@ -235,7 +236,7 @@ class _ImagePlan:
         former = {k: v for k, v in self._image.metadata.items() if k not in (*STALE_KEYS, "loratool")}
         config, metadata = self._format.describe(self._image.family, former, modules)
         content = AdapterContent(specs, lambda key: self._load(*of_tensor[key]), config, metadata)
-        notes = (*alpha_notes(self._request.to, rows), *self._format.notes(modules))
+        notes = (*alpha_notes(self._request.to, rows), *self._format.notes(self._image.family, modules))
         return AdapterOutput(content, tuple(rows), self._dropped, notes, self._image.family)
 
     def _load(self, name: str, role: str) -> Tensor:
@@ -281,7 +282,8 @@ def _one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], lis
 
     A PEFT adapter is for one model only.
     """
-    first = "unet" if any(s.component == "unet" for s in sources) else sources[0].component if sources else ""
+    components = [source.component for source in sources]
+    first = next((each for each in DENOISERS if each in components), next(iter(components), ""))
     return [s for s in sources if s.component == first], [s.module for s in sources if s.component != first]
 
 

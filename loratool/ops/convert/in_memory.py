@@ -16,6 +16,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, capabilities, usual_format, written_formats
 from ...adapters.formats.format import ReadOptions
 from ...architectures.families import FAMILIES
+from ...architectures.families.table import DENOISERS, Naming
 from ...binding.resolve import exclude_options
 from ...binding.selection import Selection, matches_pattern
 from ...errors import InputError, NeedsFlag, UsageError
@@ -160,7 +161,7 @@ def are_alike(adapters: Sequence[Adapter]) -> bool:
 
 def _naming(adapter: Adapter) -> tuple[object, ...]:
     """Return the format, the suffixes, and whether the denoiser's names are other than diffusers'."""
-    renamed = any(t.component == "unet" and t.path != t.parts[0].source.path for t in _targets(adapter))
+    renamed = any(t.component in DENOISERS and t.path != t.parts[0].source.path for t in _targets(adapter))
     return adapter.format, _factor_suffixes(adapter), renamed
 
 
@@ -201,7 +202,7 @@ def _targets(adapter: Adapter) -> list[TargetModule]:
     sources, _ = read_source_modules(adapter)
     family = detect_family(sources)
     plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
-    return plan_target_modules(plain, family, False) if family else []
+    return plan_target_modules(plain, family, Naming.DIFFUSERS) if family else []
 
 
 def common_family(adapters: Sequence[Adapter]) -> str | None:
@@ -217,7 +218,7 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
     for adapter in adapters:
         modules = sources[id(adapter)]
         families = detect_families(modules)
-        if not families or any(each.component == "unet" for each in modules):
+        if not families or any(each.component in DENOISERS for each in modules):
             fitting.append((adapter, families))
     for (first, one), (second, two) in combinations(fitting, 2):
         if (one or two) and set(one).isdisjoint(two):
@@ -266,7 +267,7 @@ def by_meaning(
         with request_for("diff"):
             targets = {
                 _name(target.component, target.path, family): target
-                for target in plan_target_modules(kept, family, False)
+                for target in plan_target_modules(kept, family, Naming.DIFFUSERS)
             }
         named = {
             _name(value.source.component, path, family) + value.end: (value, spans)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from ...adapters.updates.dora import DoRA
 from ...architectures.families import ENCODERS, FAMILIES, Span, locate, names_maker, parts_of
-from ...architectures.families.table import ModelFamily
+from ...architectures.families.table import DENOISERS, ModelFamily, Naming
 from ...errors import InputError, NeedsFlag
-from .source_modules import SourceModule
+from .source_modules import SourceModule, settle_components
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,28 @@ class TargetModule:
     how: str  # `exact` (the stored factors), `split`, `fused` or `swapped`
 
 
-def plan_target_modules(sources: list[SourceModule], family: str, maker_names: bool) -> list[TargetModule]:
-    """Return the targets that an image adapter's modules become, under diffusers' or the makers' names.
+def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming) -> list[TargetModule]:
+    """Return the targets that an image adapter's modules become, under the names of a naming.
 
     Args:
         family: a key of FAMILIES.
-        maker_names: whether to use the makers' names (sgm's, Black Forest Labs'), not diffusers'.
+        naming: of the denoiser's modules; text encoders have one only.
 
     Raises:
         InputError: two modules would become one, or rows do not fit.
         NeedsFlag: DoRA could not be split or fused.
     """
-    spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in sources]
+    settled = settle_components(sources, FAMILIES[family])
+    spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in settled]
     _refuse_twice(spans)
-    whole = {span.module: span.whole for source, _, each in spans if source.component == "unet" for span in each}
+    whole = {span.module: span.whole for source, _, each in spans if source.component in DENOISERS for span in each}
     slices: dict[tuple[str, str], list[RowSlice]] = {}
     rows: dict[tuple[str, str], int] = {}
     for source, table, each in spans:
         for span in each:
             placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
-            if maker_names and table is FAMILIES[family]:
-                placed = _in_maker_names(source, table, span, whole)
+            if naming is not Naming.DIFFUSERS and table is FAMILIES[family]:
+                placed = _in_naming(source, table, span, whole, naming)
             for path, size, part in placed:
                 slices.setdefault((source.component, path), []).append(part)
                 rows[source.component, path] = size
@@ -92,7 +93,7 @@ def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[
 
 def _table_of(source: SourceModule, family: str) -> ModelFamily | None:
     """Return the table that names a module's rows; None for a module that keeps its name."""
-    if source.component == "unet":
+    if source.component in DENOISERS:
         return FAMILIES[family]
     return ENCODERS["clip"] if names_maker(ENCODERS["clip"], source.path) else None
 
@@ -110,19 +111,19 @@ def _spans(source: SourceModule, table: ModelFamily | None) -> tuple[Span, ...]:
     return spans
 
 
-def _in_maker_names(
-    source: SourceModule, table: ModelFamily, span: Span, whole: Mapping[str, int]
+def _in_naming(
+    source: SourceModule, table: ModelFamily, span: Span, whole: Mapping[str, int], naming: Naming
 ) -> list[tuple[str, int, RowSlice]]:
-    """Return (path, rows, slice) for the maker's modules that some rows of diffusers' module are in.
+    """Return (path, rows, slice) for the modules of a naming that some rows of diffusers' module are in.
 
     Args:
         whole: diffusers' module -> its rows.
     """
     found: list[tuple[str, int, RowSlice]] = []
     located = locate(table, span.module)
-    for path in located.maker if located else ():
-        makers = locate(table, path)
-        parts = parts_of(makers, source.update.shape[1], known=whole) if makers else None
+    for path in located.names(naming) if located else ():
+        other = locate(table, path)
+        parts = parts_of(other, source.update.shape[1], known=whole) if other else None
         if parts is None:
             raise InputError(f"has {span.whole} rows, too many for its part of {path}", culprit=source.module)
         for part in parts:

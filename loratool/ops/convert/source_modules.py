@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.families import ENCODERS, FAMILIES, detect, locate
-from ...architectures.image import component_of
+from ...architectures.families.table import DENOISERS, ModelFamily
+from ...architectures.image import component_of, components_of
 from ...errors import InputError
 
 BIGG_WIDTH = 1280  # of SDXL's second text encoder
@@ -59,8 +60,23 @@ def _which_clip(update: UpdateSpec, path: str) -> str:
 
 def make_source_module(module: str, update: UpdateSpec, component: str, path: str) -> SourceModule:
     """Make a SourceModule; a T5 is the third text encoder, whatever number it has in the adapter."""
-    third = component != "unet" and locate(ENCODERS["t5"], path) is not None
+    third = component not in DENOISERS and locate(ENCODERS["t5"], path) is not None
     return SourceModule(module, update, "text_encoder_3" if third else component, path)
+
+
+def settle_components(sources: Iterable[SourceModule], family: ModelFamily) -> list[SourceModule]:
+    """Return modules with the components that a family has, where a prefix can mean several."""
+    return [replace(source, component=_settled(source, family)) for source in sources]
+
+
+def _settled(source: SourceModule, family: ModelFamily) -> str:
+    own = {component.name: component for component in family.components}
+    if source.component in DENOISERS or source.component == "":
+        return source.component
+    if locate(ENCODERS["t5"], source.path):
+        return next((name for name, each in own.items() if each.encoder == "t5"), source.component)
+    can_be, _ = components_of(source.module)
+    return source.component if source.component in own else next((n for n in can_be if n in own), source.component)
 
 
 def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
@@ -76,7 +92,7 @@ def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
 
 
 def detect_family(sources: Sequence[SourceModule]) -> str | None:
-    """Return the image family, a key of FAMILIES, or None if the modules are of no such model."""
+    """Return the likeliest image family, a key of FAMILIES, or None if the modules are of no such model."""
     return next(iter(detect_families(sources)), None)
 
 
@@ -84,9 +100,9 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
     """Raise InputError for a block that is in no known transformer, even if dropped: the model is another one."""
     if FAMILIES[family].up_attention:
         return
-    known = {s.module for s in sources if s.component != "unet" or locate(FAMILIES[family], s.path)}
+    known = {s.module for s in sources if s.component not in DENOISERS or locate(FAMILIES[family], s.path)}
     for module, update in adapter.updates.items():
-        is_block = component_of(module)[0] in (None, "unet") and _in_block(module)
+        is_block = component_of(module)[0] in (None, *DENOISERS) and _in_block(module)
         if update.rank and not update.cls.stack and is_block and module not in known:
             message = f"is in no image model that is known ({known_families()})"
             raise InputError(message, culprit=module, remedy=f"{adapter.name} is for another model")
@@ -101,4 +117,4 @@ def _in_block(module: str) -> bool:
 
 def find_unknown_modules(sources: list[SourceModule], family: str) -> list[str]:
     """Return the denoiser's modules that the family does not have."""
-    return [s.module for s in sources if s.component == "unet" and locate(FAMILIES[family], s.path) is None]
+    return [s.module for s in sources if s.component in DENOISERS and locate(FAMILIES[family], s.path) is None]

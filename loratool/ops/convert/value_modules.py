@@ -15,6 +15,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.diff import Diff
 from ...adapters.updates.ia3 import IA3
 from ...architectures.families import ENCODERS, FAMILIES, Span, locate, parts_of
+from ...architectures.families.table import DENOISERS
 from ...architectures.image import component_of
 from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
@@ -56,7 +57,7 @@ def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | N
     None if the family has no such module, or if the columns of its matrix would decide and are not known.
     """
     source = value.source
-    tables = [FAMILIES[family]] if source.component == "unet" else [*ENCODERS.values()]
+    tables = [FAMILIES[family]] if source.component in DENOISERS else [*ENCODERS.values()]
     located = next((each for table in tables if (each := locate(table, source.path))), None)
     if located is None:
         return None

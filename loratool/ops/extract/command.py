@@ -29,7 +29,7 @@ from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, difference
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
-from ..convert.image_base import choose_format, unsupported_patterns
+from ..convert.image_base import choose_format, is_image_adapter, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
 from ..machine import require_ieee
@@ -183,7 +183,7 @@ def extract(
         sides = [open_model(name, "extract compares two models", opened) for name in (base, tuned)]
         output_format = choose_format(sides[0], to)
         path, is_file = output_format.output(out, "adapter")
-        whole_model = output_format.can.components == "one"  # in the model's own names
+        whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
         pairs = pair_tensors(*sides)

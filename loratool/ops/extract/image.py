@@ -16,7 +16,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ...ops.convert.factors import ModuleFactors
 from ..convert.image import ImageAdapter, plan_image
-from ..convert.image_base import _family, image_weights
+from ..convert.image_base import family_of, image_weights
 from ..convert.request import ConvertRequest
 from ..convert.source_modules import SourceModule, make_source_module
 from ..factor_spool import FactorSpool, SpooledFactors
@@ -50,7 +50,7 @@ def plan_image_adapter(
         A, B = spool.tensors(factored[each.module], plan.ranks[each.module], dtype)
         return ModuleFactors(A, B, 1.0)
 
-    family = _family(base, weights)
+    family = family_of(base)
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
         raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")

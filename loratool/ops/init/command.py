@@ -38,7 +38,7 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..convert.image_base import choose_format, weights_for_format
+from ..convert.image_base import choose_format, is_image_adapter, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
 from ..machine import require_ieee
@@ -184,7 +184,7 @@ def init(
         if dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key}'s files hold no DoRA")
         path, is_file = output_format.output(out, "adapter")
-        has_config = output_format.can.alpha == "config"
+        has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
         inputs = [shard.path for shard in checkpoint.shards]
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))

@@ -10,7 +10,7 @@ from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft, virtual_adapter
 from ...files.checkpoint import Checkpoint
 from ..convert.image import ImageAdapter, plan_image
-from ..convert.image_base import _family, image_weights
+from ..convert.image_base import family_of, image_weights, is_image_adapter
 from ..convert.language import plan_language
 from ..convert.request import AdapterOutput, ConvertRequest, low_rank_modules, request_for, select_updates
 from ..convert.source_modules import make_source_module
@@ -26,15 +26,16 @@ def plan_start(
 ) -> AdapterOutput:
     """Plan the tensors that `init` writes in format `to`; `config` is PEFT's adapter_config.json."""
     specs = {**starter.specs, **starter.magnitude_specs}
-    if to.key == Peft.key:
+    is_image = is_image_adapter(base, to)
+    if to.key == Peft.key and not is_image:
         return AdapterOutput(AdapterContent(specs, starter.load, config), (), (), ())
     adapter = virtual_adapter(str(base.path), base.shards[0], AdapterContent(specs, starter.load_any, config))
     request = ConvertRequest(to.key)
-    if to.can.components == "one":
+    if not is_image:
         with request_for("init"):
             return plan_language(adapter, request, *select_updates(adapter, request), {})
     weights, weight_of = image_weights(base), {adapted.wrapper: adapted.weight.name for adapted in adapted_weights}
-    family = _family(base, weights)
+    family = family_of(base)
     sources = [make_source_module(m, update, *weights[weight_of[m]]) for m, update in adapter.updates.items()]
     return plan_image(
         ImageAdapter(adapter.name, {}, family, lambda each: low_rank_modules(adapter, each)), request, sources, []

@@ -1,0 +1,52 @@
+"""Name the modules of Allegro as Rhymes and diffusers do, which is the same.
+
+Source: diffusers' class `AllegroTransformer3DModel`, alone: no other naming was seen.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, ModelFamily, Width
+
+FAMILY = ModelFamily(
+    key="allegro",
+    title="Allegro",
+    blocks=(
+        Block(
+            "transformer_blocks.{i}",
+            "transformer_blocks.{i}",
+            alike=(
+                "attn1.to_q",
+                "attn1.to_k",
+                "attn1.to_v",
+                "attn1.to_out.0",
+                "attn2.to_q",
+                "attn2.to_k",
+                "attn2.to_v",
+                "attn2.to_out.0",
+                "ff.net.0.proj",
+                "ff.net.2",
+            ),
+            tensors={"scale_shift_table": "scale_shift_table"},
+            counts=(32,),
+        ),
+    ),
+    alike=(
+        "pos_embed.proj",
+        "proj_out",
+        "adaln_single.emb.timestep_embedder.linear_1",
+        "adaln_single.emb.timestep_embedder.linear_2",
+        "adaln_single.linear",
+        "caption_projection.linear_1",
+        "caption_projection.linear_2",
+    ),
+    outside_tensors={"scale_shift_table": "scale_shift_table"},
+    diffusers_class="AllegroTransformer3DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "", "", "text_encoder.", "t5"),
+    ),
+    marks=("adaln_single.emb.",),
+    # PixArt has the same names.
+    widths=(Width("unet", ("attn1.to_q", "attn2.to_k"), (2304,)),),
+    kernels={"pos_embed.proj": (2, 2)},
+)

@@ -1,0 +1,28 @@
+"""Name the modules of Anima, which are those of Cosmos-Predict2, as NVIDIA and diffusers do.
+
+Sources: diffusers `scripts/convert_anima_to_diffusers.py` and `loaders/single_file_utils.py`; ComfyUI
+`comfy/ldm/anima/model.py`. The modules of the text conditioner, which have the same names everywhere, were not
+listed.
+"""
+
+from __future__ import annotations
+
+from . import cosmos_predict2
+from .table import Component, ModelFamily, Width
+
+FAMILY = ModelFamily(
+    key="anima",
+    title="Anima",
+    blocks=cosmos_predict2.FAMILY.blocks,
+    outside=cosmos_predict2.FAMILY.outside,
+    diffusers_class="CosmosTransformer3DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "lora_te_", "text_encoders.qwen3_06b.transformer.model.", "text_encoder."),
+        Component("text_conditioner", "lora_unet_llm_adapter_", "diffusion_model.llm_adapter.", "text_conditioner."),
+    ),
+    # The transformer alone is one of Cosmos-Predict2.
+    marks=("llm_adapter.blocks.",),
+    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048,)),),
+    kohya_network="networks.lora_anima",
+)

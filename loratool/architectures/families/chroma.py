@@ -1,0 +1,77 @@
+"""Name the modules of Chroma, a Flux without modulation, as its maker and diffusers do.
+
+Sources: lodestone-rock/flow `src/models/chroma/model.py`; diffusers `loaders/single_file_utils.py`; ComfyUI
+`comfy/ldm/chroma/model.py`. Not checked: Chroma Radiance, which has other modules outside of the blocks.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, Fused, ModelFamily
+
+FAMILY = ModelFamily(
+    key="chroma",
+    title="Chroma",
+    blocks=(
+        Block(
+            "distilled_guidance_layer.layers.{i}",
+            "distilled_guidance_layer.layers.{i}",
+            {"in_layer": "linear_1", "out_layer": "linear_2"},
+            counts=(5,),
+        ),
+        Block(
+            "double_blocks.{i}",
+            "transformer_blocks.{i}",
+            {
+                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+                "img_attn.proj": "attn.to_out.0",
+                "txt_attn.proj": "attn.to_add_out",
+                "img_mlp.0": "ff.net.0.proj",
+                "img_mlp.2": "ff.net.2",
+                "txt_mlp.0": "ff_context.net.0.proj",
+                "txt_mlp.2": "ff_context.net.2",
+                "img_attn.norm.query_norm": "attn.norm_q",
+                "img_attn.norm.key_norm": "attn.norm_k",
+                "txt_attn.norm.query_norm": "attn.norm_added_q",
+                "txt_attn.norm.key_norm": "attn.norm_added_k",
+            },
+            tensors={
+                "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+                "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+                "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+                "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+            },
+            counts=(19,),
+        ),
+        Block(
+            "single_blocks.{i}",
+            "single_transformer_blocks.{i}",
+            {
+                "linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, None)),
+                "linear2": "proj_out",
+                "norm.query_norm": "attn.norm_q",
+                "norm.key_norm": "attn.norm_k",
+            },
+            tensors={"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
+            counts=(38,),
+        ),
+        Block(
+            "distilled_guidance_layer.norms.{i}",
+            "distilled_guidance_layer.norms.{i}",
+            tensors={"scale": "weight"},
+            counts=(5,),
+        ),
+    ),
+    outside={"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"},
+    alike=("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj"),
+    diffusers_class="ChromaTransformer2DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),
+    ),
+    marks=("distilled_guidance_layer.",),
+    telling=r"^distilled_guidance_layer\.",
+    # As in Flux: Flux 2 and Ovis have these names with other ratios.
+    ratios={".linear1": 7, "_mlp.0": 4, ".ff.net.0.proj": 4, ".ff_context.net.0.proj": 4, ".proj_mlp": 4},
+    kohya_network="networks.lora_flux",
+)

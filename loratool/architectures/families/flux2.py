@@ -1,0 +1,76 @@
+"""Name the modules of Flux 2 (dev, klein) as Black Forest Labs and diffusers do.
+
+Sources: black-forest-labs/flux2 `src/flux2/model.py`; diffusers `scripts/convert_flux2_to_diffusers.py` and
+`loaders/single_file_utils.py`. ComfyUI's class was not run.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, Fused, ModelFamily, Width, swapped
+
+FAMILY = ModelFamily(
+    key="flux2",
+    title="Flux 2",
+    blocks=(
+        Block(
+            "double_blocks.{i}",
+            "transformer_blocks.{i}",
+            {
+                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+                "img_attn.proj": "attn.to_out.0",
+                "txt_attn.proj": "attn.to_add_out",
+                "img_mlp.0": "ff.linear_in",
+                "img_mlp.2": "ff.linear_out",
+                "txt_mlp.0": "ff_context.linear_in",
+                "txt_mlp.2": "ff_context.linear_out",
+                "img_attn.norm.query_norm": "attn.norm_q",
+                "img_attn.norm.key_norm": "attn.norm_k",
+                "txt_attn.norm.query_norm": "attn.norm_added_q",
+                "txt_attn.norm.key_norm": "attn.norm_added_k",
+            },
+            tensors={
+                "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+                "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+                "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+                "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+            },
+            counts=(5, 8),
+        ),
+        Block(
+            "single_blocks.{i}",
+            "single_transformer_blocks.{i}",
+            {
+                "linear1": "attn.to_qkv_mlp_proj",
+                "linear2": "attn.to_out",
+                "norm.query_norm": "attn.norm_q",
+                "norm.key_norm": "attn.norm_k",
+            },
+            tensors={"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
+            counts=(20, 24, 48),
+        ),
+    ),
+    outside={
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+    },
+    diffusers_class="Flux2Transformer2DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "", "", "text_encoder."),
+    ),
+    marks=("double_stream_modulation_img.",),
+    # klein 4B is 3072 wide, as Flux is.
+    widths=(Width("unet", ("img_attn.qkv", "txt_attn.qkv", "attn.to_q", "attn.add_q_proj"), (4096, 6144)),),
+    ratios={".linear1": 9, "_mlp.0": 6},
+    kohya_network="networks.lora_flux_2",
+)

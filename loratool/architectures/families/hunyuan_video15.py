@@ -1,0 +1,125 @@
+"""Name the modules of HunyuanVideo 1.5 as Tencent, diffusers and ComfyUI do.
+
+Sources: Tencent-Hunyuan/HunyuanVideo-1.5 `hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py`; diffusers
+`scripts/convert_hunyuan_video1_5_to_diffusers.py`; ComfyUI `comfy/ldm/hunyuan_video/model.py`. ComfyUI's names were
+read and not run. Not checked: the meanflow variant.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, Fused, ModelFamily, Width, swapped
+
+FAMILY = ModelFamily(
+    key="hunyuan_video15",
+    title="HunyuanVideo 1.5",
+    blocks=(
+        Block(
+            "txt_in.individual_token_refiner.blocks.{i}",
+            "context_embedder.token_refiner.refiner_blocks.{i}",
+            {
+                "self_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "self_attn_proj": "attn.to_out.0",
+                "mlp.fc1": "ff.net.0.proj",
+                "mlp.fc2": "ff.net.2",
+                "adaLN_modulation.1": "norm_out.linear",
+            },
+            alike=("norm1", "norm2"),
+            comfy={
+                "self_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "self_attn.proj": "attn.to_out.0",
+                "mlp.0": "ff.net.0.proj",
+                "mlp.2": "ff.net.2",
+            },
+            counts=(2,),
+        ),
+        Block(
+            "double_blocks.{i}",
+            "transformer_blocks.{i}",
+            {
+                "img_attn_q": "attn.to_q",
+                "txt_attn_q": "attn.add_q_proj",
+                "img_attn_k": "attn.to_k",
+                "txt_attn_k": "attn.add_k_proj",
+                "img_attn_v": "attn.to_v",
+                "txt_attn_v": "attn.add_v_proj",
+                "img_attn_proj": "attn.to_out.0",
+                "txt_attn_proj": "attn.to_add_out",
+                "img_mlp.fc1": "ff.net.0.proj",
+                "img_mlp.fc2": "ff.net.2",
+                "txt_mlp.fc1": "ff_context.net.0.proj",
+                "txt_mlp.fc2": "ff_context.net.2",
+                "img_mod.linear": "norm1.linear",
+                "txt_mod.linear": "norm1_context.linear",
+                "img_attn_q_norm": "attn.norm_q",
+                "img_attn_k_norm": "attn.norm_k",
+                "txt_attn_q_norm": "attn.norm_added_q",
+                "txt_attn_k_norm": "attn.norm_added_k",
+            },
+            # In files that were packed for ComfyUI
+            aliases={
+                "img_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "txt_attn_qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+            },
+            comfy={
+                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "img_attn.proj": "attn.to_out.0",
+                "img_mlp.0": "ff.net.0.proj",
+                "img_mlp.2": "ff.net.2",
+                "img_mod.lin": "norm1.linear",
+                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+                "txt_attn.proj": "attn.to_add_out",
+                "txt_mlp.0": "ff_context.net.0.proj",
+                "txt_mlp.2": "ff_context.net.2",
+                "txt_mod.lin": "norm1_context.linear",
+                "img_attn.norm.query_norm": "attn.norm_q",
+                "img_attn.norm.key_norm": "attn.norm_k",
+                "txt_attn.norm.query_norm": "attn.norm_added_q",
+                "txt_attn.norm.key_norm": "attn.norm_added_k",
+            },
+            counts=(54,),
+        ),
+    ),
+    outside={
+        "img_in.proj": "x_embedder.proj",
+        "time_in.mlp.0": "time_embed.timestep_embedder.linear_1",
+        "time_in.mlp.2": "time_embed.timestep_embedder.linear_2",
+        "txt_in.input_embedder": "context_embedder.proj_in",
+        "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+        "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+        "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+        "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+        "byt5_in.layernorm": "context_embedder_2.norm",
+        "byt5_in.fc1": "context_embedder_2.linear_1",
+        "byt5_in.fc2": "context_embedder_2.linear_2",
+        "byt5_in.fc3": "context_embedder_2.linear_3",
+        "vision_in.proj.0": "image_embedder.norm_in",
+        "vision_in.proj.1": "image_embedder.linear_1",
+        "vision_in.proj.3": "image_embedder.linear_2",
+        "vision_in.proj.4": "image_embedder.norm_out",
+        "cond_type_embedding": "cond_type_embed",
+    },
+    outside_comfy={
+        "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+        "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+        "txt_in.c_embedder.in_layer": "context_embedder.time_text_embed.text_embedder.linear_1",
+        "txt_in.c_embedder.out_layer": "context_embedder.time_text_embed.text_embedder.linear_2",
+        "time_in.in_layer": "time_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_embed.timestep_embedder.linear_2",
+    },
+    diffusers_class="HunyuanVideo15Transformer3DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "", "", "text_encoder."),
+        Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
+    ),
+    marks=("cond_type_embedding", "cond_type_embed"),
+    # As many blocks has Qwen-Image, which is wider.
+    telling=r"^transformer_blocks\.[45]\d\.",
+    widths=(
+        Width("unet", ("attn.to_q", "attn.add_q_proj", "img_attn_q", "txt_attn_q", "attn_qkv", "attn.qkv"), (2048,)),
+    ),
+    kernels={"x_embedder.proj": (1, 1, 1)},
+    kohya_network="networks.lora_hv_1_5",
+)

@@ -1,0 +1,73 @@
+"""Name the modules of Kandinsky 5 as its makers and diffusers do, which is the same.
+
+Sources: kandinskylab/kandinsky-5 `kandinsky/models/dit.py`; diffusers' class `Kandinsky5Transformer3DModel`; ComfyUI
+`comfy/ldm/kandinsky5/model.py`.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, ModelFamily
+
+FAMILY = ModelFamily(
+    key="kandinsky5",
+    title="Kandinsky 5",
+    blocks=(
+        Block(
+            "text_transformer_blocks.{i}",
+            "text_transformer_blocks.{i}",
+            alike=(
+                "text_modulation.out_layer",
+                "self_attention.to_query",
+                "self_attention.to_key",
+                "self_attention.to_value",
+                "self_attention.query_norm",
+                "self_attention.key_norm",
+                "self_attention.out_layer",
+                "feed_forward.in_layer",
+                "feed_forward.out_layer",
+            ),
+            counts=(2,),
+        ),
+        Block(
+            "visual_transformer_blocks.{i}",
+            "visual_transformer_blocks.{i}",
+            alike=(
+                "visual_modulation.out_layer",
+                "self_attention.to_query",
+                "self_attention.to_key",
+                "self_attention.to_value",
+                "self_attention.query_norm",
+                "self_attention.key_norm",
+                "self_attention.out_layer",
+                "cross_attention.to_query",
+                "cross_attention.to_key",
+                "cross_attention.to_value",
+                "cross_attention.query_norm",
+                "cross_attention.key_norm",
+                "cross_attention.out_layer",
+                "feed_forward.in_layer",
+                "feed_forward.out_layer",
+            ),
+            counts=(32,),
+        ),
+    ),
+    alike=(
+        "time_embeddings.in_layer",
+        "time_embeddings.out_layer",
+        "text_embeddings.in_layer",
+        "text_embeddings.norm",
+        "pooled_text_embeddings.in_layer",
+        "pooled_text_embeddings.norm",
+        "visual_embeddings.in_layer",
+        "out_layer.modulation.out_layer",
+        "out_layer.out_layer",
+    ),
+    diffusers_class="Kandinsky5Transformer3DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "", "", "text_encoder."),
+        Component("text_encoder_2", "", "", "text_encoder_2.", "clip"),
+    ),
+    marks=("visual_transformer_blocks.",),
+    kohya_network="networks.lora_kandinsky",
+)

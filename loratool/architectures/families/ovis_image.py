@@ -1,0 +1,69 @@
+"""Name the modules of Ovis-Image as AIDC and diffusers do.
+
+Sources: diffusers `scripts/convert_ovis_image_to_diffusers.py`; ComfyUI `comfy/model_detection.py`, which was read
+and not run.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, Fused, ModelFamily, Run, swapped
+
+FAMILY = ModelFamily(
+    key="ovis_image",
+    title="Ovis-Image",
+    blocks=(
+        Block(
+            "double_blocks.{i}",
+            "transformer_blocks.{i}",
+            {
+                "img_mod.lin": "norm1.linear",
+                "txt_mod.lin": "norm1_context.linear",
+                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+                "img_attn.proj": "attn.to_out.0",
+                "txt_attn.proj": "attn.to_add_out",
+                "img_mlp.up_proj": Fused((Run("ff.net.0.proj", 0, 2),)),
+                "img_mlp.gate_proj": Fused((Run("ff.net.0.proj", 1, 2),)),
+                "img_mlp.down_proj": "ff.net.2",
+                "txt_mlp.up_proj": Fused((Run("ff_context.net.0.proj", 0, 2),)),
+                "txt_mlp.gate_proj": Fused((Run("ff_context.net.0.proj", 1, 2),)),
+                "txt_mlp.down_proj": "ff_context.net.2",
+                "img_attn.norm.query_norm": "attn.norm_q",
+                "img_attn.norm.key_norm": "attn.norm_k",
+                "txt_attn.norm.query_norm": "attn.norm_added_q",
+                "txt_attn.norm.key_norm": "attn.norm_added_k",
+            },
+            counts=(6,),
+        ),
+        Block(
+            "single_blocks.{i}",
+            "single_transformer_blocks.{i}",
+            {
+                "modulation.lin": "norm.linear",
+                "linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, None)),
+                "linear2": "proj_out",
+                "norm.query_norm": "attn.norm_q",
+                "norm.key_norm": "attn.norm_k",
+            },
+            counts=(27,),
+        ),
+    ),
+    outside={
+        "time_in.in_layer": "timestep_embedder.linear_1",
+        "time_in.out_layer": "timestep_embedder.linear_2",
+        "semantic_txt_in": "context_embedder",
+        "img_in": "x_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+        "semantic_txt_norm": "context_embedder_norm",
+    },
+    outside_comfy={"txt_in": "context_embedder", "txt_norm": "context_embedder_norm"},
+    diffusers_class="OvisImageTransformer2DModel",
+    components=(
+        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("text_encoder", "", "", "text_encoder."),
+    ),
+    marks=("img_mlp.gate_proj", "context_embedder_norm"),
+    # Flux has these names with other ratios.
+    ratios={".linear1": 11, ".proj_mlp": 8},
+)
