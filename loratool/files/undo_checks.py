@@ -72,10 +72,11 @@ def checked_spec(entry: Any) -> TensorSpec:
 
 
 def check_adapter(adapter: Mapping[str, Any]) -> None:
-    components = adapter.get("components", {})
+    components, listed = adapter.get("components", {}), adapter.get("module_weights", [])
     require(are_hashes([adapter["sha256"], adapter["scales_sha256"]], 2), "an adapter without hashes")
     require(isinstance(adapter["name"], str) and is_number(adapter["weight"]), "an adapter without name or weight")
     require(all(map(is_number, components.values())), "an adapter's weights")
+    require(all(isinstance(name, str) and is_number(weight) for name, weight in listed), "an adapter's weights")
 
 
 def check_placement(name: str, placement: Sequence[Any], adapters: int) -> None:

@@ -189,12 +189,14 @@ def _file_items(
         if (source.weight or source.spec.dtype != new.dtype) and new.size:
             yield from _row_items(source, place, 1, 1, _cast_rows(0, new.size, 1))
             continue
-        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes, checked)
-        if span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
-            span = replace(span, nbytes=span.nbytes + copy.nbytes)
-        else:
-            yield from _copy_items(span)
-            span = copy
+        for origin, begin, nbytes in source.file.extents(source.name):
+            copy = CopyBytes(origin, begin, target, offset, nbytes, checked)
+            offset += nbytes
+            if span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
+                span = replace(span, nbytes=span.nbytes + copy.nbytes)
+            else:
+                yield from _copy_items(span)
+                span = copy
     yield from _copy_items(span)
 
 

@@ -32,6 +32,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..binding.merge_plan import MergePlan
+from ..binding.module_weights import record_weights
 from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
@@ -196,15 +197,13 @@ def _encoded(index: Mapping[str, Any]) -> bytes:
 
 def sort_adapters(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
     """Sort adapters and weights by their hashes, so that the order does not depend on the command line."""
-    return sorted(
-        adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].component_weights.items()))
-    )
+    return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], p[0].module_weights))
 
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-    """Return the index's entry of an adapter, with its components only if one has a weight of its own."""
+    """Return the index's entry of an adapter, with weights of its modules only if some have their own."""
     entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
-    return {**entry, "components": dict(adapter.component_weights)} if adapter.component_weights else entry
+    return {**entry, **record_weights(adapter.module_weights)}
 
 
 def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
@@ -315,7 +314,7 @@ def _fits(placement: Placement, spec: TensorSpec) -> bool:
     update, shape = placement.update, placement.update.shape
     if update.cls.stack is not (placement.expert is not None):
         return False
-    if update.cls.whole:
+    if update.cls.whole and not update.additive:
         takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
         if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False

@@ -37,7 +37,8 @@ class Comfy(DottedFormat):
         return has_dotted_factors(names) and any(name.startswith(PREFIXES) for name in names)
 
     def module_name(self, component: str, path: str, family: str) -> str:
-        return FAMILIES[family].component(component, path).comfy + text_model_path(component, path)
+        prefix = self.require_prefix(FAMILIES[family].component(component, path).comfy, component, path, family)
+        return prefix + text_model_path(component, path)
 
     def naming(self, family: str) -> Naming:
         return Naming.COMFY

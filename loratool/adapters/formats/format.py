@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 from ...adapters.updates.update import Update
-from ...architectures.families.table import Naming
-from ...errors import UsageError
+from ...architectures.families import FAMILIES
+from ...architectures.families.table import DENOISERS, Naming
+from ...errors import InputError, UsageError
 from ...files.output import CONTAINERS, check_output_name
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
@@ -90,6 +91,19 @@ class Format(ABC):
             family: a key of FAMILIES.
         """
         return path
+
+    @final
+    def require_prefix(self, prefix: str, component: str, path: str, family: str) -> str:
+        """Return what a component's modules begin with in this format's files.
+
+        Raises:
+            InputError: it is empty, as there are no such files of that model.
+        """
+        if not prefix:
+            part = "the denoiser" if component in DENOISERS else component
+            message = f"is of {part} of {FAMILIES[family].title}, of which there are no {self.key} files"
+            raise InputError(message, culprit=path, remedy="convert to diffusers")
+        return prefix
 
     def naming(self, family: str) -> Naming:
         """Return whose names a denoiser's modules have: its maker's (sgm's, Black Forest Labs'), or another's."""

@@ -85,7 +85,7 @@ class Kohya(Format):
         return Adapter(name, self.key, file, config, updates, flattened=True)
 
     def module_name(self, component: str, path: str, family: str) -> str:
-        prefix = FAMILIES[family].component(component, path).kohya
+        prefix = self.require_prefix(FAMILIES[family].component(component, path).kohya, component, path, family)
         return prefix + text_model_path(component, path).replace(".", "_")
 
     def naming(self, family: str) -> Naming:

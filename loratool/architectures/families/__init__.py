@@ -126,6 +126,12 @@ NUMBER = re.compile(r"[0-9]+")
 PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
 
 
+# Modules that image models share with vision transformers (timm's) and language models, whose files say no component
+COMMON = re.compile(
+    r"(blocks|layers)\.[0-9]+\.(attn\.(qkv|proj)|mlp\.(fc[12]|(gate|up|down|gate_up)_proj)|feed_forward\.w[123])"
+)
+
+
 # What the flattened names of a UNet's modules start with
 UNET_STARTS = (
     *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
@@ -160,15 +166,15 @@ class Span:
     whole: int  # how many rows it has
 
 
-def locate(family: ModelFamily, path: str) -> Located | None:
+def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Located | None:
     """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such.
 
-    None as well for a name that two namings have for different modules.
+    None as well for a name that two namings have for different modules, if `naming` does not tell which one is meant.
     """
     flat = path.replace(".", "_")
     if family.up_attention:
         return _unet_index(family).get(flat) if flat.startswith(UNET_STARTS) else None
-    found = _of_table(family, flat)
+    found = _of_table(family, flat, naming)
     return next((each for each in found if each.path == path), *found[:1]) if found else _locate_by_end(family, path)
 
 
@@ -280,8 +286,13 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
     if family.up_attention:
         return any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and path.endswith(end)]
+    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
+
+
+def _ends_with(path: str, *ends: str) -> bool:
+    """Return whether a path has one of these ends, be it flattened or with the dots of another naming."""
+    return path.replace(".", "_").endswith(tuple(end.replace(".", "_") for end in ends))
 
 
 def _evidence(
@@ -290,14 +301,20 @@ def _evidence(
     """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
-    widths = [
-        shape[1] in width.columns
+    columns = [
+        (
+            width,
+            [
+                shape[1]
+                for c, path, shape in modules
+                if c == width.component and len(shape) > 1 and _ends_with(path, *width.ends)
+            ],
+        )
         for width in family.widths
-        for component, path, shape in modules
-        if len(shape) > 1 and component == width.component and path.endswith(width.ends)
     ]
+    widths = [any(each in width.columns for each in found) for width, found in columns if found]
     own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if any(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
+    return int(telling), (1 if all(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
 
 
 def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:
@@ -403,7 +420,7 @@ class _Name:
 
 
 @lru_cache(maxsize=65536)
-def _of_table(family: ModelFamily, flat: str) -> tuple[Located, ...]:
+def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Located, ...]:
     """Return what a flattened name is in the namings that have it; nothing if that is not one module."""
     numbers = NUMBER.findall(flat)
     found: list[Located] = []
@@ -413,6 +430,7 @@ def _of_table(family: ModelFamily, flat: str) -> tuple[Located, ...]:
         own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
         if own == numbers and all(number == str(int(number)) for number in block):
             found.append(name.located(family, *block))
+    found = [each for each in found if naming and each.path in each.names(naming)] or found
     return tuple(found) if all(each.rows == found[0].rows for each in found) else ()
 
 

@@ -15,6 +15,7 @@ FAMILY = ModelFamily(
     title="Anima",
     blocks=cosmos_predict2.FAMILY.blocks,
     outside=cosmos_predict2.FAMILY.outside,
+    unused=cosmos_predict2.FAMILY.unused,
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
@@ -23,6 +24,6 @@ FAMILY = ModelFamily(
     ),
     # The transformer alone is one of Cosmos-Predict2.
     marks=("llm_adapter.blocks.",),
-    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048,)),),
+    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048,)), cosmos_predict2.TEXT),
     kohya_network="networks.lora_anima",
 )

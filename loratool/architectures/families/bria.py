@@ -62,7 +62,7 @@ FAMILY = ModelFamily(
     ),
     diffusers_class="BriaTransformer2DModel",
     components=(
-        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("unet", "", "", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("single_transformer_blocks.",),

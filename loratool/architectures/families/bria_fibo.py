@@ -67,7 +67,7 @@ FAMILY = ModelFamily(
     ),
     diffusers_class="BriaFiboTransformer2DModel",
     components=(
-        Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
+        Component("unet", "", "", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("caption_projection.0.linear",),

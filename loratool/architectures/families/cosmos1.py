@@ -53,6 +53,16 @@ FAMILY = ModelFamily(
         "extra_pos_embedder.pos_emb_h": "learnable_pos_embed.pos_emb_h",
         "extra_pos_embedder.pos_emb_w": "learnable_pos_embed.pos_emb_w",
     },
+    # Counters of its training, and what positions are computed from
+    unused=(
+        "accum_video_sample_counter",
+        "accum_image_sample_counter",
+        "accum_iteration",
+        "accum_train_in_hours",
+        "pos_embedder.seq",
+        "pos_embedder.dim_spatial_range",
+        "pos_embedder.dim_temporal_range",
+    ),
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
@@ -60,5 +70,5 @@ FAMILY = ModelFamily(
     ),
     marks=("blocks.block0.", "time_embed.t_embedder."),
     # Cosmos-Predict2 has the same names of diffusers.
-    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)),),
+    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)), Width("unet", ("attn2.to_k",), (1024,))),
 )

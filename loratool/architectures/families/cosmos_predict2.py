@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from .table import Block, Component, ModelFamily, Width
 
+TEXT = Width("unet", ("attn2.to_k", "cross_attn.k_proj"), (1024,))
+
 FAMILY = ModelFamily(
     key="cosmos_predict2",
     title="Cosmos-Predict2",
@@ -48,11 +50,21 @@ FAMILY = ModelFamily(
         "final_layer.linear": "proj_out",
         "t_embedding_norm": "time_embed.norm",
     },
+    # Counters of its training, and what positions are computed from
+    unused=(
+        "accum_video_sample_counter",
+        "accum_image_sample_counter",
+        "accum_iteration",
+        "accum_train_in_hours",
+        "pos_embedder.seq",
+        "pos_embedder.dim_spatial_range",
+        "pos_embedder.dim_temporal_range",
+    ),
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("adaln_modulation_self_attn.", "time_embed.t_embedder."),
-    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048, 5120)),),
+    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048, 5120)), TEXT),
 )

@@ -30,6 +30,12 @@ FAMILY = ModelFamily(
                 "txt_attn.norm.query_norm": "attn.norm_added_q",
                 "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
+            tensors={
+                "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+                "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+                "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+                "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+            },
             counts=(19,),
         ),
         Block(
@@ -44,6 +50,7 @@ FAMILY = ModelFamily(
             },
             # XLabs' and ComfyUI's name of the first rows of linear1
             aliases={"linear1_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1))},
+            tensors={"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
             counts=(38,),
         ),
     ),
@@ -59,6 +66,7 @@ FAMILY = ModelFamily(
         "final_layer.linear": "proj_out",
         "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
     },
+    diffusers_class="FluxTransformer2DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),

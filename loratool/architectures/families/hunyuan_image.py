@@ -121,8 +121,6 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
     marks=("individual_token_refiner.", "context_embedder.token_refiner."),
-    # Flux has the same names of diffusers in fewer blocks.
-    telling=r"^single_transformer_blocks\.3[89]\.",
     widths=(
         Width(
             "unet", ("attn.to_q", "attn.add_q_proj", "img_attn.qkv", "txt_attn.qkv", "attn_qkv", ".linear1"), (3584,)

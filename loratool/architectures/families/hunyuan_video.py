@@ -123,8 +123,6 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "lora_te2_", "text_encoders.clip_l.transformer.", "text_encoder_2.", "clip"),
     ),
     marks=("individual_token_refiner.", "context_embedder.token_refiner."),
-    # Flux has the same names of diffusers in fewer blocks.
-    telling=r"^single_transformer_blocks\.3[89]\.",
     ratios={".linear1": 7, ".proj_mlp": 4},
     kernels={
         "x_embedder.proj": (1, 2, 2),

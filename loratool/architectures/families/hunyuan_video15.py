@@ -115,8 +115,6 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
     marks=("cond_type_embedding", "cond_type_embed"),
-    # As many blocks has Qwen-Image, which is wider.
-    telling=r"^transformer_blocks\.[45]\d\.",
     widths=(
         Width("unet", ("attn.to_q", "attn.add_q_proj", "img_attn_q", "txt_attn_q", "attn_qkv", "attn.qkv"), (2048,)),
     ),

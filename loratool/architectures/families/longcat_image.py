@@ -1,26 +1,33 @@
-"""Name the modules of LongCat-Image as Meituan and diffusers do, which is the same.
+"""Name the modules of LongCat-Image as ComfyUI, which calls them as Flux's are, and Meituan and diffusers do.
 
-Source: diffusers' class `LongCatImageTransformer2DModel`, alone: no other naming was seen. ComfyUI gives it Flux's
-names: such a file is read by the table of Flux.
+Sources: diffusers' class `LongCatImageTransformer2DModel`; ComfyUI `comfy/model_base.py`, by which it is a Flux without
+vector and guidance, and which was read and not run.
 """
 
 from __future__ import annotations
 
-from . import bria
-from .table import Component, ModelFamily, Width
+from . import flux
+from .table import Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="longcat_image",
     title="LongCat-Image",
-    blocks=bria.FAMILY.blocks,
-    alike=bria.FAMILY.alike,
+    blocks=flux.FAMILY.blocks,
+    outside={
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_embed.timestep_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+    },
     diffusers_class="LongCatImageTransformer2DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),
     ),
-    marks=("single_transformer_blocks.",),
-    # Bria has the same names.
-    widths=(Width("unet", ("context_embedder",), (3584,)),),
-    ratios={".proj_mlp": 4},
+    marks=flux.FAMILY.marks,
+    # Bria has the same names of diffusers.
+    widths=(Width("unet", ("context_embedder", "txt_in"), (3584,)),),
+    ratios=flux.FAMILY.ratios,
 )

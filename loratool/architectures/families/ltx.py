@@ -51,7 +51,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("patchify_proj", "time_embed.emb."),
-    widths=(Width("unet", ("attn1.to_q",), (2048, 4096)),),
     # Cosmos has the same names of diffusers, and text of another width.
-    ratios={".attn2.to_k": 1},
+    widths=(Width("unet", ("attn1.to_q",), (2048, 4096)), Width("unet", ("attn2.to_k",), (2048, 4096))),
 )

@@ -53,8 +53,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "lora_te_", "text_encoders.qwen25_7b.transformer.", "text_encoder."),
     ),
     marks=("txt_mod.1",),
-    # Flux, as wide, has the names of its attention in fewer blocks.
-    telling=r"^transformer_blocks\.[45]\d\.",
     ratios={".attn.to_q": 1},
     kohya_network="networks.lora_qwen_image",
 )

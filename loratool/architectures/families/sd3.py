@@ -49,6 +49,8 @@ FAMILY = ModelFamily(
         "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
     },
     alike=("context_embedder",),
+    outside_tensors={"pos_embed": "pos_embed.pos_embed"},
+    diffusers_class="SD3Transformer2DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),

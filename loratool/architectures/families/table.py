@@ -86,7 +86,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Width:
-    """Modules whose number of columns tells the family."""
+    """Modules of which one at least has a number of columns that tells the family."""
 
     component: str
     ends: tuple[str, ...]  # of their paths in either naming

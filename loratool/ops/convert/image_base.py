@@ -128,7 +128,9 @@ def choose_family(
             raise InputError(f"is of {titles}, and {base} of {FAMILIES[found].title}", culprit=name)
         return found
     denoisers = [source for source in sources if source.component in DENOISERS]
-    meanings = {each: _meaning(denoisers, each, to) for each in families if not FAMILIES[each].up_attention}
+    families = [each for each in families if _has_files(each, denoisers, to)] or families
+    apart = families if denoisers else ()  # text encoders alone have the names that the first has
+    meanings = {each: _meaning(denoisers, each, to) for each in apart if not FAMILIES[each].up_attention}
     other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
     if other:
         raise NeedsFlag(
@@ -138,6 +140,15 @@ def choose_family(
             remedy="add --base BASE with the model",
         )
     return next(iter(families), None)
+
+
+def _has_files(family: str, sources: list[SourceModule], to: Format) -> bool:
+    """Return whether there are files of a family in a format."""
+    own = {component.name for component in FAMILIES[family].components}
+    try:
+        return all(to.module_name(each, "", family) for each in {source.component for source in sources} & own)
+    except InputError:
+        return False
 
 
 def _meaning(sources: list[SourceModule], family: str, to: Format) -> object:

@@ -74,8 +74,9 @@ def merge(
 
     Args:
         base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
-        adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components,
-            like {"te": 0.4}), or all as {path: weight}; they are added in one pass and rounded once.
+        adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components
+            and of modules by pattern, like {"te": 0.4, "mlp": 0}, of which the last that matches a module wins), or all
+            as {path: weight}; they are added in one pass and rounded once.
         out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
         dtype: a key of MERGE_DTYPES.
         max_shard_bytes: split the output into shards of at most this size; by default it has the base's shards.

@@ -39,8 +39,11 @@ def _divisor(placement: Placement) -> int:
 
 
 def _transposed(placement: Placement) -> Placement | None:
-    a_matrix = placement.update.additive and not placement.update.cls.whole
-    return replace(placement, transposed=not placement.transposed) if a_matrix else placement
+    if not placement.update.additive or placement.update.cls.whole:
+        return placement
+    rows, columns = placement.update.shape[0 if placement.expert is None else 1 :][:2]
+    # What is fused is no square, though the tensor may be that has some rows of it.
+    return replace(placement, transposed=not placement.transposed) if rows == columns else placement
 
 
 def _without_norm(placement: Placement) -> Placement | None:
