@@ -84,12 +84,25 @@ exclude_option = click.option(
 )
 
 
+class _Words(click.Choice[str]):
+    """Some of the choices, separated by commas."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        words = [super(_Words, self).convert(word, param, ctx) for word in str(value).split(",")]
+        return ",".join(words)
+
+
+def _split_words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for words in value for word in words.split(","))
+
+
 def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
     """Make the option --drop for some kinds of things; `words` are their names with their meanings."""
     return click.option(
         "--drop",
         multiple=True,
-        type=click.Choice(list(words)),
+        type=_Words(list(words)),
+        callback=_split_words,
         help="Leave out " + "; ".join(f"{word}: {meaning}" for word, meaning in words.items()) + ".",
     )
 
