@@ -298,6 +298,51 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# family -> the argument that is the width of its text, or of what else only one layer reads. Real models' widths tell
+# families apart whose names are alike; here this one does, which no other number of any model is.
+TELLING: Mapping[str, tuple[str, int]] = {
+    "flux": ("joint_attention_dim", 302),
+    "flux2": ("joint_attention_dim", 304),
+    "flux3": ("joint_attention_dim", 306),
+    "chroma": ("joint_attention_dim", 308),
+    "sd3": ("joint_attention_dim", 310),
+    "qwen_image": ("joint_attention_dim", 312),
+    "qwen_image21": ("context_in_dim", 314),
+    "z_image": ("cap_feat_dim", 316),
+    "lumina2": ("cap_feat_dim", 318),
+    "hidream": ("text_emb_dim", 322),
+    "wan": ("text_dim", 324),
+    "hunyuan_video": ("text_embed_dim", 326),
+    "hunyuan_video15": ("text_embed_dim", 328),
+    "hunyuan_image": ("text_embed_dim", 330),
+    "hunyuan_dit": ("cross_attention_dim_t5", 332),
+    "ltx": ("caption_channels", 334),
+    "ltx2": ("in_channels", 338),
+    "cogvideox": ("text_embed_dim", 340),
+    "cogview4": ("text_embed_dim", 342),
+    "mochi": ("text_embed_dim", 344),
+    "auraflow": ("joint_attention_dim", 346),
+    "pixart": ("caption_channels", 348),
+    "sana": ("caption_channels", 350),
+    "omnigen": ("time_step_dim", 354),
+    "cosmos1": ("text_embed_dim", 356),
+    "cosmos_predict2": ("text_embed_dim", 358),
+    "anima": ("text_embed_dim", 360),
+    "krea2": ("timestep_embed_dim", 362),
+    "ideogram4": ("llm_features_dim", 364),
+    "minimax_h3": ("text_dim", 366),
+    "kandinsky5": ("in_text_dim", 370),
+    "ernie_image": ("text_in_dim", 372),
+    "ovis_image": ("joint_attention_dim", 374),
+    "longcat_image": ("joint_attention_dim", 376),
+    "allegro": ("caption_channels", 378),
+    "bria": ("joint_attention_dim", 380),
+    "bria_fibo": ("joint_attention_dim", 382),
+    "prx": ("context_in_dim", 386),
+    "glm_image": ("text_embed_dim", 388),
+}
+
+
 def family_of(case: str) -> str:
     return case.partition("/")[0]
 
@@ -305,7 +350,8 @@ def family_of(case: str) -> str:
 def build(case: str) -> Any:
     """Return the model of a case in float32, every parameter and stored buffer a random number of its own."""
     name, config = MODELS[case]
-    model = getattr(diffusers, name)(**config).eval()
+    argument, width = TELLING[family_of(case)]
+    model = getattr(diffusers, name)(**{**config, argument: width}).eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():

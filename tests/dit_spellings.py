@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 
 import loratool
 from loratool.architectures.families import FAMILIES
-from loratool.architectures.families.table import Block, Fused, ModelFamily, Run
+from loratool.architectures.families.table import Block, Fused, ModelFamily, Run, Width
 
 peft = pytest.importorskip("peft")
 
@@ -83,7 +84,9 @@ def pieces_of(rows: str | Fused, stem: str, i: str, leaf: str, shapes: Shapes) -
 def block_rows(block: Block, shapes: Shapes) -> Iterator[tuple[str, tuple[Piece, ...]]]:
     """Yield the tensors of a stack of blocks in the maker's naming."""
     for i in numbers((block.diffusers,), shapes):
-        ends = {filled(block.maker, name, i): filled(block.diffusers, theirs, i) for name, theirs in block.tensors.items()}
+        ends = {
+            filled(block.maker, name, i): filled(block.diffusers, theirs, i) for name, theirs in block.tensors.items()
+        }
         for name, rows in {**block.names, **{each: each for each in block.alike}}.items():
             for leaf in ("weight", "bias"):
                 pieces = pieces_of(rows, block.diffusers, i, leaf, shapes)
@@ -193,6 +196,18 @@ LAYOUTS: Mapping[str, Layout] = {
     "model.model.": Layout("comfy", "model.model."),
 }
 OF_NET = ("cosmos1", "cosmos_predict2", "anima")
+
+
+@contextmanager
+def telling_widths() -> Iterator[None]:
+    """Let the tables' widths be those of the tiny models: by the real ones, none of them is of its family."""
+    families = [FAMILIES[key] for key in dit_models.TELLING]
+    before = [family.widths for family in families]
+    for family in families:
+        object.__setattr__(family, "widths", (Width("unet", ("",), (dit_models.TELLING[family.key][1],)),))
+    yield
+    for family, widths in zip(families, before, strict=True):
+        object.__setattr__(family, "widths", widths)
 
 
 class WrongError(Exception):
@@ -509,7 +524,11 @@ def loaded(subject: Subject, path: Path) -> Any:
         own = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         config = {name.removeprefix("transformer."): value for name, value in fields.items()}
         rank = next(iter(own.values())).shape[0]
-        config = config or {"r": rank, "lora_alpha": rank, "target_modules": sorted({n.split(".lora_")[0] for n in own})}
+        config = config or {
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted({n.split(".lora_")[0] for n in own}),
+        }
         peft.inject_adapter_in_model(peft.LoraConfig(**config), model, state_dict=own)
         peft.set_peft_model_state_dict(model, own)
     state = model.state_dict()
