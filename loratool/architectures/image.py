@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from .families import ENCODERS, FAMILIES, Located, family_of_names, locate, names_maker, parts_of
+from .families import ENCODERS, FAMILIES
+from .families.detect import family_of_names
+from .families.lookup import Located, locate, names_maker, parts_of
 from .families.table import DENOISERS, Component, ModelFamily
 from .families.unet import diffusers_to_sgm, sgm_to_diffusers
 from .prefixes import PEFT_PREFIX
@@ -74,6 +76,9 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
         "lora_te2_": ("text_encoder_2",),
         "lora_te3_": ("text_encoder_3",),
         "lora_te4_": ("text_encoder_4",),
+        "lora_te.": ("text_encoder",),  # ai-toolkit's
+        "lora_te1.": ("text_encoder",),
+        "lora_te2.": ("text_encoder_2",),
         "unet.": ("unet",),
         "transformer.": ("unet",),
         "conditional_transformer.": ("unet",),

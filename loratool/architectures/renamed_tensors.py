@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import prod
 
 from ..errors import InputError
-from .families import Span, locate, parts_of
+from .families.lookup import Span, locate, parts_of
 from .families.table import ModelFamily, Naming
 from .families.unet import sgm_to_diffusers
 from .image import ModuleRows, Shape

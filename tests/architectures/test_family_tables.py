@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, factors, write_peft
 
 import loratool
-from loratool.architectures.families import FAMILIES, detect, locate, names_of
+from loratool.architectures.families import FAMILIES
+from loratool.architectures.families.detect import detect
+from loratool.architectures.families.lookup import locate, names_of
 from loratool.architectures.families.table import Fused, ModelFamily, Rows, Run
 from loratool.architectures.image import DENOISER_PREFIXES, component_of, image_modules
 

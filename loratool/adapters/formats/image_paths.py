@@ -9,17 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ...architectures.families import FAMILIES, locate
+from ...architectures.families import FAMILIES
+from ...architectures.families.detect import SHARED
+from ...architectures.families.lookup import locate
 from ...architectures.families.table import DENOISERS
 from ...architectures.image import component_of
 
-# Modules of blocks that families share with models of other kinds: a ViT (`timm/models/vision_transformer.py`), MPT
-# (`llmfoundry/models/mpt`), Meta's Llama (`llama/model.py`), and Phi-3, which is a part of OmniGen.
-SHARED = re.compile(
-    r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.fc[12])"
-    r"|layers\.\d+\.(?:feed_forward\.w[123]|attention_norm|ffn_norm)"
-    r"|(?:llm\.)?layers\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
-)
 IN_BLOCK = re.compile(r"\.\d+\.")
 
 

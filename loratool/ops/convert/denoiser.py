@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...architectures.families import FAMILIES, detect
+from ...architectures.families import FAMILIES
+from ...architectures.families.detect import detect
 from ...architectures.families.table import ModelFamily, Naming
 from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
 from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
