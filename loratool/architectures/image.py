@@ -332,7 +332,7 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
         for folder, component in FOLDERS.items():
             inside = {n: path.removeprefix(f"{folder}/") for n, path in paths.items() if n.startswith(f"{folder}/")}
             own = {path: shapes[name] for name, path in inside.items()}
-            table = family_of_names(own) if component in DENOISERS else _encoder_of(own)
+            table = _of_folders(family_of_names(own), shapes) if component in DENOISERS else _encoder_of(own)
             yield from ((component, table, path, name) for name, path in inside.items() if name in modules)
         return
     prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in paths.items()})
@@ -359,6 +359,15 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
             yield "unet", denoiser, path.removeprefix(prefix), name
         elif is_clip and not has_encoders:
             yield "text_encoder", ENCODERS["clip"], path, name
+
+
+def _of_folders(family: ModelFamily | None, names: Iterable[str]) -> ModelFamily | None:
+    """Return of the families that have the same blocks the one that has most of a pipeline's folders."""
+    if family is None:
+        return None
+    folders = {name.partition("/")[0] for name in names}
+    alike = [family, *(each for each in FAMILIES.values() if each.blocks and each.blocks is family.blocks)]
+    return max(alike, key=lambda each: sum(component.diffusers[:-1] in folders for component in each.components))
 
 
 def _find_denoiser(shapes: Mapping[str, Shape]) -> tuple[str, ModelFamily | None]:
