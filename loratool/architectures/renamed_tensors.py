@@ -57,6 +57,9 @@ def rename_tensors(
         names = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if unknown[NAMES_SHOWN:] else "")
         more = f" (nor are others, {len(unknown)} in all: {names})" if unknown[1:] else ""
         raise InputError(f"is in no table of {family.title}{more}: its other name is not known", culprit=unknown[0])
+    empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+    if empty is not None:
+        raise InputError("has no numbers", culprit=empty)
     own = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     if family.up_attention:
         family = _as_unet(family, own, prefix)
