@@ -44,6 +44,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 NAMES = {E4M3: "e4m3", E5M2: "e5m2", BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 PREFIX = "base_model.model."
+KEPT = (FP64, E4M3, E5M2)  # to which --dtype casts nothing
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class Factors:
 
 def stored(values: Any, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float64)).to(dtype)
+
+
+def flipped(x: Tensor, dim: int) -> Tensor:
+    """Return a tensor turned around, of 8 bits too, for which torch has few functions."""
+    return x.flip(dim) if x.itemsize > 1 else x.view(torch.uint8).flip(dim).view(x.dtype)
+
+
+def plus_zero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, torch.zeros_like(x), x)
 
 
 def from_codes(values: Any, dtype: torch.dtype) -> Tensor:
@@ -295,7 +305,7 @@ def dora(cases: Mapping[str, Factors], factor: torch.dtype, out: torch.dtype, we
     B[1], A[:, 2] = 0, 0
     made = {"even": even, "zeros": Factors(W, A, B, even.alpha)}
     made |= {name: case for name, case in cases.items() if name not in ("largest", "hugescale", "tinyfactors")}
-    made = {name: Factors(case.W + 0.0, case.A, case.B, case.alpha) for name, case in made.items()}  # without -0.0
+    made = {name: Factors(plus_zero(case.W), case.A, case.B, case.alpha) for name, case in made.items()}  # without -0.0
     for number, ((name, case), layout) in enumerate(zip(made.items(), itertools.cycle(LAYOUTS), strict=False)):
         W, tensors, D = placed(case, layout)
         by_columns = layout in ("Conv1D", "embedding")
@@ -331,7 +341,7 @@ def values(base: torch.dtype, factor: torch.dtype, out: torch.dtype, weight: flo
     layers = []
     for name in ("rank1", "ties", "subnormal", "anybits", "special"):
         case = cases[name]
-        W, V = case.W[:, 0].clone(), case.W.flip(1)[:, 1]
+        W, V = case.W[:, 0].clone(), flipped(case.W, 1)[:, 1].double()
         V = torch.where(V.isfinite(), V, 1.0).to(factor)
         V = torch.where(V.isfinite() & (V != 0), V, 1.0)
         bias = case.B[:, 0] if name != "anybits" else V
@@ -372,7 +382,7 @@ def experts(cases: Mapping[str, Factors]) -> Model:
     weights = (1 / 3, 1.0)
     for number, case in enumerate(cases.values()):
         shared = f"model.layers.{number}.mlp.experts"
-        W = torch.stack([case.W, case.W.flip(0), case.W.flip(1)])
+        W = torch.stack([case.W, flipped(case.W, 0), flipped(case.W, 1)])
         W = W.mT.contiguous() if number % 2 else W
         changes = []
         for adapter, weight in enumerate(weights):
@@ -409,7 +419,7 @@ def wrong_layers(model: Model, out: torch.dtype, folder: Path) -> list[str]:
     keeps = all(layer.W.dtype == out for layer in model.layers)
     base, adapters = model.write(folder)
     merged = folder / ("merged" if model.config else "merged.safetensors")
-    loratool.merge(base, adapters, merged, dtype="keep" if out == FP64 else NAMES[out], undo=keeps)
+    loratool.merge(base, adapters, merged, dtype="keep" if out in KEPT else NAMES[out], undo=keeps)
     found = load_file(merged / "model.safetensors" if model.config else merged)
     wrong = []
     for layer in model.layers:
@@ -440,6 +450,8 @@ SOME = [
     ("plain", FP64, FP64, FP64, 1.0),
     ("plain", BF16, FP64, FP32, 1.0),
     ("plain", E4M3, FP32, FP16, 1.0),
+    ("plain", E4M3, FP32, E4M3, 1.0),
+    ("plain", E5M2, BF16, E5M2, 1.0),
     ("several", BF16, FP32, BF16, 1.0),
     ("several", FP32, FP16, FP32, 1.0),
     ("several", FP64, FP32, FP16, 1.0),
@@ -447,6 +459,8 @@ SOME = [
     ("dora", FP16, BF16, FP16, -0.7),
     ("dora", FP32, FP32, FP32, 0.5),
     ("dora", FP32, BF16, BF16, 1.0),
+    ("dora", E4M3, BF16, E4M3, 0.5),
+    ("values", E4M3, BF16, E4M3, -0.7),
     ("values", BF16, FP32, BF16, 0.5),
     ("values", FP16, FP32, FP16, 1.0),
     ("values", FP32, BF16, FP32, -0.7),
@@ -456,13 +470,13 @@ SOME = [
 ]
 WEIGHTS = {"dora": (1.0, 0.5, -0.7), "values": (1.0, 0.5, -0.7, 1 / 3)}
 OUTPUTS = {
-    base: (BF16, FP16, FP32, *((FP64,) if base == FP64 else ())) for base in (BF16, FP16, FP32, FP64, E4M3, E5M2)
+    base: (BF16, FP16, FP32, *((base,) if base in KEPT else ())) for base in (BF16, FP16, FP32, FP64, E4M3, E5M2)
 }
 EVERY = [
     (kind, base, factor, out, weight)
     for base, outputs in OUTPUTS.items()
     for factor, out in itertools.product((BF16, FP16, FP32, FP64), outputs)
-    for kind in (("plain", "several") if base in (E4M3, E5M2) else KINDS)
+    for kind in (("plain", "several") if base in (E4M3, E5M2) and base != out else KINDS)
     for weight in WEIGHTS.get(kind, (1.0,))
 ]
 SETTINGS = ("kind", "base", "factor", "out", "weight")
@@ -490,15 +504,15 @@ def check_refusals(tmp_path: Path, base: torch.dtype, factor: torch.dtype, out: 
     refused = [layer for layer in layers if not fits(layer, out)]
     for layer in refused:
         path, adapters = Model([layer]).write(tmp_path / layer.name)
-        with pytest.raises((InputError, NeedsFlag), match="infinite"):
+        with pytest.raises((InputError, NeedsFlag), match="infinite|beyond the largest"):
             loratool.merge(
-                path, adapters, tmp_path / "out.safetensors", dtype="keep" if out == FP64 else NAMES[out], undo=False
+                path, adapters, tmp_path / "out.safetensors", dtype="keep" if out in KEPT else NAMES[out], undo=False
             )
         assert not (tmp_path / "out.safetensors").exists()
     return len(refused)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=id_of)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64, E4M3, E5M2], ids=id_of)
 def test_what_would_become_infinite_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     """A sum halfway between the largest number and the next that there is not rounds to inf, one below it does not."""
     assert check_refusals(tmp_path, dtype, FP32, dtype)

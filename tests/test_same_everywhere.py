@@ -27,6 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+TYPES["e4m3"] = torch.float8_e4m3fn
 PREFIX = "base_model.model."
 LORA = {"linear": (24, 40), "Conv1D": (40, 24), "conv": (12, 6, 3, 2)}  # module -> the shape of its weight
 EMBEDDING = (50, 16)  # (vocabulary, dimension)
@@ -74,6 +75,16 @@ TABLE = {
     "experts fp64": "c297e4417a1ec1c1 ed8f489767d2d7ef",
     "norms fp64": "2fc36140dd80baf6 3ee7269e434262bc",
     "sdxl fp64": "206d7415f71a61a2 12eb2b83c213795b",
+    "lora e4m3": "eaaf133bac392403 ef76d12baf82e15f",
+    "two e4m3": "e6ef0b0a149de9da c13630499fc06b19",
+    "dora e4m3": "f425df160c7f0c24 125d29553a9f1d45",
+    "dora and lora e4m3": "7d6e4ba30698dd2d 42ac681f3c4c4520",
+    "values e4m3": "3ed645dfe96b2e32 90b8a52b1e0ba5e5",
+    "half values e4m3": "5765ffa3b849d69d 0eaf3b094724ae5c",
+    "experts e4m3": "94942933fb03310d 7e96e0ff548eb480",
+    "norms e4m3": "9a77a3992f3ed6c2 6ed1a0fa90b1fd41",
+    "wide e4m3": "140d507debd561fc aaa519c256a9599f",
+    "sdxl e4m3": "8fe4303fd4bda9d6 4f61470300b24e54",
 }
 
 
@@ -82,7 +93,7 @@ def numbers(name: str, shape: Sequence[int], size: float = 1.0, dtype: torch.dty
     data = hashlib.shake_256(name.encode()).digest(8 * math.prod(shape))
     found = np.frombuffer(data, "<i8").astype(np.float64) * (size * 2.0**-63)
     # to 16 bits by way of float32, as processors cast from float64 in one rounding or two
-    return torch.from_numpy(found).reshape(tuple(shape)).to(torch.float32 if dtype.itemsize == 2 else dtype).to(dtype)
+    return torch.from_numpy(found).reshape(tuple(shape)).to(torch.float32 if dtype.itemsize <= 2 else dtype).to(dtype)
 
 
 def weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -90,7 +101,7 @@ def weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     W = numbers(name, shape, 0.05, dtype)
     rows = W.view(len(W), -1)
     least = torch.from_numpy(np.arange(2 * len(W)).reshape(-1, 2) % 50 + 1)
-    least = least.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
+    least = least.to({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
     rows[:, 0], rows[:, 1], rows[:, 2:4] = 0.0, -0.0, least
     return W
 

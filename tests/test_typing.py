@@ -14,6 +14,7 @@ from conftest import ROOT
 import loratool
 from loratool.adapters.formats import WrittenFormat, written_formats
 from loratool.files.output import CONTAINERS
+from loratool.ops.choices import MODEL_NAMINGS
 from loratool.ops.convert.command import Container
 
 pytest.importorskip("mypy")
@@ -37,12 +38,14 @@ unmerged: loratool.UnmergeReport = loratool.unmerge("merged", "adapter", "again"
 print(unmerged.restored + unmerged.nbytes, unmerged.exact_files)
 verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allow=["inconclusive"])
 print(verdict.status.upper())
-adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="diffusers", exclude=["text_encoder*"])
+adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="comfy", exclude=["text_encoder*"])
 print(adapter.family, [module.alpha for module in adapter.modules])
 model: loratool.CheckpointConvertReport = loratool.convert("model", dtype="bf16", max_shard_bytes=5 * 10**9)
 print(model.source_format, loratool.convert("model", "old", to="torch").warnings)
 chosen: str = input()
 either: loratool.ConvertReport | loratool.CheckpointConvertReport = loratool.convert("model", to=chosen)
+either = loratool.convert("either", to="diffusers")
+single: loratool.CheckpointConvertReport = loratool.convert("model", to="single-file")
 sum_: loratool.CombineReport = loratool.combine(weights, "both", method="ties", density=0.3, rank=16)
 print(sum_.warnings)
 resized: loratool.ResizeReport = loratool.resize("adapter", rank_rule=("sv_fro", 0.9), max_rank=8)
@@ -108,7 +111,10 @@ def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> No
 
 
 def test_formats_and_containers_are_all_that_convert_writes() -> None:
-    assert set(get_args(WrittenFormat)) == set(written_formats()) and set(get_args(Container)) == set(CONTAINERS)
+    assert set(get_args(WrittenFormat)) == set(written_formats()) and set(get_args(Container)) == {
+        *CONTAINERS,
+        *MODEL_NAMINGS.keys() - written_formats().keys(),
+    }
 
 
 def test_the_package_says_that_it_is_typed() -> None:

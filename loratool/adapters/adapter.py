@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
-from ..architectures.image import weighed_component
 from ..files.fileio import sha256_file
 from ..files.weights_file import WeightsFile
 from .config import AdapterConfig, is_in_listed_module
 from .updates.replace import ReplaceTensor
 from .updates.update import Update, UpdateSpec
+
+# (key of WEIGHED, or pattern; weight): the last that matches a module wins (`module_weights.weight_of`)
+ModuleWeights = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Adapter:
     flattened: bool = False  # the paths are kohya's, with `_` for dots
     notes: tuple[str, ...] = ()  # sentences for the user
     missing: tuple[str, ...] = ()  # sentences on what the config announces and the file does not have
-    component_weights: Mapping[str, float] = field(default_factory=dict)  # component -> weight, if not the adapter's
+    module_weights: ModuleWeights = ()  # where they are not the adapter's
     extras: tuple[str, ...] = ()  # tensors that no weight could hold, which stand in the file and not in its specs
     left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
 
@@ -42,11 +44,6 @@ class Adapter:
         if not isinstance(base, str) or not base or not base.isprintable():
             return ""
         return f"{self.name} says it was trained on {base}"
-
-    def weight_of(self, module: str, weight: float) -> float:
-        """Return the weight of one module of an adapter whose weight is `weight`."""
-        component = weighed_component(module) if self.component_weights else None
-        return self.component_weights.get(component, weight) if component else weight
 
     def load(self, spec: UpdateSpec) -> Update:
         """Read the tensors of one update.

@@ -24,8 +24,8 @@ from .adapter import Adapter
 from .formats import FORMATS, usual_format
 from .formats.content import AdapterContent
 from .formats.format import Format
-from .formats.peft import WEIGHTS_NAMES, adapter_names
-from .formats.peft_config import base_mutating_init_of, lora_config
+from .formats.peft import adapter_names
+from .formats.peft_config import WEIGHTS_NAMES, base_mutating_init_of, lora_config
 from .formats.single_file import STALE_KEYS
 from .updates.add import AddDelta
 from .updates.diff import Diff
@@ -214,6 +214,10 @@ def write_edited(edited: EditedAdapter, path: Path, is_file: bool, inputs: Colle
     edited.format.write(path, is_file, content, inputs)
 
 
+# How PEFT's names of tensors end -> the field without which it does not read them, where the template has no config
+SAID_BY_FIELDS = {".lora_magnitude_vector": "use_dora", ".lora_B.bias": "lora_bias"}
+
+
 def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     """Return the template's config fields with the new ranks and scales."""
     stacks = {module for module, update in edited.updates.items() if update.cls.stack}
@@ -221,4 +225,6 @@ def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     new = lora_config(modules, {module: edited.ranks[module] for module in sorted(stacks)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     rest = {key: value for key, value in edited.template.config.extra.items() if key not in keys}
+    there = edited.specs()
+    new |= {field: True for mark, field in SAID_BY_FIELDS.items() if any(name.endswith(mark) for name in there)}
     return {**{k: v for k, v in new.items() if k not in rest}, **rest, **edited.fields, "peft_type": "LORA"}

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from .families import ENCODERS, FAMILIES, Located, family_of_names, locate, names_maker, parts_of
+from .families import ENCODERS, FAMILIES
+from .families.detect import family_of_names
+from .families.lookup import Located, locate, names_maker, parts_of
 from .families.table import DENOISERS, Component, ModelFamily
 from .families.unet import diffusers_to_sgm, sgm_to_diffusers
 from .prefixes import PEFT_PREFIX
@@ -74,6 +76,9 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
         "lora_te2_": ("text_encoder_2",),
         "lora_te3_": ("text_encoder_3",),
         "lora_te4_": ("text_encoder_4",),
+        "lora_te.": ("text_encoder",),  # ai-toolkit's
+        "lora_te1.": ("text_encoder",),
+        "lora_te2.": ("text_encoder_2",),
         "unet.": ("unet",),
         "transformer.": ("unet",),
         "conditional_transformer.": ("unet",),
@@ -285,12 +290,6 @@ def weighed_component(module: str) -> str | None:
     return component or ("text_encoder" if any(mark in path for mark in ENCODERS["clip"].marks) else None)
 
 
-def spell_weight(weight: float, components: Mapping[str, float]) -> str:
-    """Format a weight as the command line takes it: `0.8`, `0.8,te1=0.4`."""
-    names = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) == 1}
-    return ",".join([f"{weight:g}", *(f"{names[each]}={value:g}" for each, value in sorted(components.items()))])
-
-
 def _path_of(weight: str) -> str:
     """Return the path of the module whose weight a tensor is."""
     return weight.removesuffix(SCALE).removesuffix(".weight").removesuffix("_weight")
@@ -332,7 +331,7 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
         for folder, component in FOLDERS.items():
             inside = {n: path.removeprefix(f"{folder}/") for n, path in paths.items() if n.startswith(f"{folder}/")}
             own = {path: shapes[name] for name, path in inside.items()}
-            table = family_of_names(own) if component in DENOISERS else _encoder_of(own)
+            table = _of_folders(family_of_names(own), shapes) if component in DENOISERS else _encoder_of(own)
             yield from ((component, table, path, name) for name, path in inside.items() if name in modules)
         return
     prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in paths.items()})
@@ -359,6 +358,15 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
             yield "unet", denoiser, path.removeprefix(prefix), name
         elif is_clip and not has_encoders:
             yield "text_encoder", ENCODERS["clip"], path, name
+
+
+def _of_folders(family: ModelFamily | None, names: Iterable[str]) -> ModelFamily | None:
+    """Return of the families that have the same blocks the one that has most of a pipeline's folders."""
+    if family is None:
+        return None
+    folders = {name.partition("/")[0] for name in names}
+    alike = [family, *(each for each in FAMILIES.values() if each.blocks and each.blocks is family.blocks)]
+    return max(alike, key=lambda each: sum(component.diffusers[:-1] in folders for component in each.components))
 
 
 def _find_denoiser(shapes: Mapping[str, Shape]) -> tuple[str, ModelFamily | None]:

@@ -14,9 +14,8 @@ from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TORCH_FLOATS
 from ..files.tensor_ref import TensorRef
-from .peft_names import namer, role_in_model
+from .peft_names import is_plain, namer, role_in_model
 from .selection import Selection, matches_pattern
 
 
@@ -51,8 +50,7 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
     roles = {
-        n: weight_role(module_path(n), len(base.specs[n].shape), base.specs[n].dtype in TORCH_FLOATS)
-        for n in among or ()
+        n: weight_role(module_path(n), len(base.specs[n].shape), is_plain(base, n, base.specs[n])) for n in among or ()
     }
     in_model = namer(base) if among is None else str
     eligible = _find_eligible(base, in_model) if among is None else {name: role for name, role in roles.items() if role}

@@ -16,6 +16,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.codecs import RAW, codec_of
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.output import OutputEdits
+from ..files.quantized import SCALED_FILE
 from ..files.side_files import tokenizer_files
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
@@ -247,20 +248,22 @@ def _plan_edits(
 
 
 def decode_changed(plan: MergePlan, dtype: str | None) -> OutputEdits:
-    """Return the edits with changed weights that are stored as codes in `dtype`, since almost no update survives there.
+    """Return the edits with changed weights of 8 bits, and those that are stored as codes, in `dtype`.
 
     Raises:
-        NeedsFlag: there are such weights, and `dtype` is None.
+        NeedsFlag: `dtype` is None, and a changed weight is stored as codes, in which almost no update survives, or is
+            of 8 bits among scaled ones.
     """
     specs, base = dict(plan.edits.specs), plan.base
     plain = {spec.dtype for name, spec in base.specs.items() if name not in base.weights} & TORCH_FLOATS.keys()
+    scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
     for name in plan.changed:
         spec = specs.get(name) or base.specs[name]
         weight = base.weights.get(name) or plan.sources[name].weight
         codec = weight.codec if weight else codec_of(spec)
-        if codec is not RAW and dtype is None:
+        if dtype is None and (weight or (scaled and codec is not RAW)):
             raise NeedsFlag(
-                f"is {codec.key if weight else spec.dtype}, too coarse for a change",
+                f"is {codec.key}, too coarse for a change" if weight else f"is {spec.dtype}, without others' scale",
                 culprit=name,
                 remedy="add --dtype bf16" if codec.encodes and plain <= {"BF16"} else "add --dtype bf16 --no-undo",
             )

@@ -28,7 +28,7 @@ from ..architectures.renames import canonical, expert_part
 from ..architectures.roles import weight_role
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.dtypes import FLOATS, TensorSpec
 from .resolve import strip_wrappers
 from .selection import matches_pattern
 
@@ -69,13 +69,18 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     single input channel looks the same), and for nn.MultiheadAttention, of which PEFT wraps both matrices or neither.
     """
     module = module_path(in_model)
-    role = weight_role(module, len(spec.shape), spec.dtype in TORCH_FLOATS and spec.size > 0)
+    role = weight_role(module, len(spec.shape), is_plain(base, name, spec) and spec.size > 0)
     inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
     if role == "experts":
         return role
     if not in_model.endswith(".weight") or inside in base.specs or is_bare_router(base, module):
         return ""
     return "" if role == "conv" and spec.shape[1] == 1 < spec.shape[0] else role
+
+
+def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
+    """Return whether a tensor has numbers and no codes."""
+    return spec.dtype in FLOATS and name not in base.formats
 
 
 def is_bare_router(base: Checkpoint, module: str) -> bool:
@@ -94,7 +99,7 @@ def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, 
         module = in_model(name).rpartition(".")[0]
         if is_bare_router(base, module):
             owners.setdefault(module, []).append(name)
-    whole = [names for names in owners.values() if all(base.specs[n].dtype in TORCH_FLOATS for n in names)]
+    whole = [names for names in owners.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
     return {name: tuple(names) for names in whole for name in names}
 
 

@@ -15,14 +15,19 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.conv1d import stores_transposed
+from ..architectures.prefixes import module_path
 from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.roles import EMBEDDINGS, HEADS
 from ..architectures.ties import MASKED_HEADS
 from ..errors import InputError
-from ..files.dtypes import FLOAT8, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 
 # The last names of modules that have one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
+
+
+# How the modules end that take a denoiser's latent image, beside which a control model takes another
+LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embedding patchify_proj conv_in".split())
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Placement:
 
     adapter: Adapter
     update: UpdateSpec
-    weight: float  # of the adapter, or of this component
+    weight: float  # of the adapter, or of this module
     transposed: bool  # the base stores (in, out)
     rows: int  # all rows of the matrix
     start: int  # the rows of the matrix that the update covers
@@ -71,8 +76,7 @@ def place_update(
         InputError: the shapes contradict each other, or the base's type cannot be added to.
     """
     update, spec = adapter.updates[module], specs[match.name]
-    known = spec.dtype in TORCH_FLOATS or spec.dtype in FLOAT8
-    if not known and (update.cls is not ReplaceTensor or update.specs["value"].dtype != spec.dtype):
+    if spec.dtype not in FLOATS and (update.cls is not ReplaceTensor or update.specs["value"].dtype != spec.dtype):
         raise InputError(
             f"is {spec.dtype}, which cannot be added to",
             culprit=match.name,
@@ -82,12 +86,12 @@ def place_update(
     if own.shape != spec.shape:
         _check_rows_alone_differ(adapter, own, spec, match.name)
     rows = own.shape[0] if own.shape else 1
-    if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in TORCH_FLOATS):
+    if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in FLOATS):
         raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
     if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
-    if update.cls.whole:
+    if update.cls.whole and not match.rows:
         _check_value(adapter, update, own, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.along_inputs:
@@ -107,9 +111,17 @@ def _place_rows(
     """Place a module that is some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
     start, stop, skip, whole = covered
     if not update.cls.fits(update, (whole, *spec.shape[1:])):
-        raise _shape_error(
+        error = _shape_error(
             adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else ""
         )
+        first_two = update.shape[:2]
+        if module_path(base).endswith(LATENT_INPUTS) and first_two[:1] == spec.shape[:1] and first_two > spec.shape[:2]:
+            error.remedy = (
+                f"it is for a base of {first_two[1]} inputs here, as one with a control image has: pass that base, "
+                f"which is this one with {first_two[1] - spec.shape[1]} columns of zeros behind its own, and the new "
+                "number in its config"
+            )
+        raise error
     return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
 
 

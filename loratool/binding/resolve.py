@@ -16,12 +16,13 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
-from ..architectures.image import components_of, image_modules
+from ..architectures.image import SCALE, components_of, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical, expert_part
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
+from .module_weights import require_patterns_used, weight_of
 from .placement import Match, Placement, place_update
 from .selection import NAMES_SHOWN, Selection, matches_pattern
 
@@ -65,11 +66,16 @@ def bind(
             update = adapter.updates[module]
             key = update.tensors["value"]
             name = module + key.removeprefix(module_path(key))
-            if name in added or adapter.weight_of(module, weight) != 1:
+            if name in added or weight_of(adapter, weight, module) != 1:
                 raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
             added[name] = adapter, update
     if any(missing):
         raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added)
+    require_patterns_used(
+        (adapter, {*adapter.updates, *(module_path(match.name) for each in matches.values() for match in each)})
+        for adapter, _, matches, _ in resolved
+        if adapter.module_weights
+    )
     placements: dict[str, list[Placement]] = {}
     quantized: dict[str, tuple[Adapter, str, str]] = {}
     for (adapter, weight, _, _), selected in zip(resolved, chosen, strict=True):
@@ -84,7 +90,7 @@ def bind(
                 if match.name in formats:
                     quantized[module] = (adapter, match.name, formats[match.name])
                     continue
-                own = adapter.weight_of(module, weight)
+                own = weight_of(adapter, weight, module, module_path(match.name))
                 found = place_update(adapter, module, own, match, specs, model_types, selected)
                 placements.setdefault(match.name, []).extend(found)
     if not placements and not added and not quantized:
@@ -153,10 +159,13 @@ def _resolve_image(
     for module, update in adapter.updates.items():
         components, path = components_of(module)
         flat = adapter.flattened or "." not in path
-        found = (modules.find(each, path, flat) for each in components or ("unet", "text_encoder"))
+        of = path.removesuffix(SCALE) if update.cls is ReplaceTensor else path
+        found = (modules.find(each, of, flat) for each in components or ("unet", "text_encoder"))
         where = next(filter(None, found), ())
-        if where and not update.cls.whole:
+        if where and (update.additive or not update.cls.whole):
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
+        elif update.cls is ReplaceTensor and len(where) == 1 and where[0].whole == specs[where[0].tensor].shape[0]:
+            matches[module] = (Match(where[0].tensor),)
         else:
             (absent if components and (update.rank or modules.holds(path, flat)) else rest).append(module)
     return matches, rest, absent

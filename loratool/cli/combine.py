@@ -26,6 +26,7 @@ from .options import (
     library_arguments,
     out_option,
     quiet_option,
+    target_option,
     to_option,
 )
 
@@ -73,6 +74,7 @@ from .options import (
     help=f"Rank rule of each module: one of {', '.join(RANK_RULES)}.",
 )
 @click.option("--max-rank", type=click.IntRange(1), metavar="N", help="Upper limit for any module.")
+@target_option
 @exclude_option
 @to_option
 @click.option(
@@ -96,12 +98,14 @@ def combine(quiet: bool, json: bool, **options: Any) -> None:
 
     By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
     negative. The other methods act on the changes B A themselves, module by module, and keep the best of --rank.
-    Image models' adapters may be of several formats: their modules meet by what they mean.
+    Image models' adapters may be of several formats: their modules meet by what they mean. Components and modules
+    take weights of their own, as in merge, by the names of each adapter's own file.
 
     \b
       loratool combine style/:0.7 task/:0.3 -o both/
       loratool combine style/ task/ --method ties --density 0.3 --rank 16 -o ties/
       loratool combine kohya.safetensors diffusers.safetensors:0.5 --to comfy -o both.safetensors
+      loratool combine kohya.safetensors:0.8,te=0.4 "diffusers.safetensors:1,*.fc1=0" -o some.safetensors
 
     The report has a line a module. |D|: the size of the method's result. energy: the share of |D|^2 that the rank
     keeps. error: the size of what is lost beside |D|, as written.

@@ -9,7 +9,7 @@ import click
 
 from ..adapters.formats import FORMATS, written_formats
 from ..files.output import CONTAINERS
-from ..ops.choices import DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
+from ..ops.choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, MODEL_NAMINGS, QKV_LAYOUTS
 from .options import (
     FORMATS_HELP,
     PATH,
@@ -38,8 +38,12 @@ from .options import (
 )
 @click.option(
     "--to",
-    type=click.Choice([*written_formats(), *CONTAINERS]),
-    help="Of an adapter: " + FORMATS_HELP + ". Of a checkpoint: safetensors (the default) or torch.",
+    type=click.Choice(list(dict.fromkeys([*written_formats(), *CONTAINERS, *MODEL_NAMINGS]))),
+    help="Of an adapter: "
+    + FORMATS_HELP
+    + ". Of a checkpoint: safetensors (the default) or torch. Of an image model's denoiser: "
+    + "; ".join(f"{name}: {meaning}" for name, meaning in MODEL_NAMINGS.items())
+    + ".",
 )
 @click.option(
     "--max-shard-size",
@@ -81,7 +85,7 @@ from .options import (
     help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
 )
 @exclude_option
-@make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES})
+@make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
 @alpha_option
 @force_option
@@ -94,7 +98,8 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     or loralib's, or as plain LoRA. What is in the files decides which.
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
-    otherwise, and the numbers that it flushes to zero are counted by name.
+    otherwise, and the numbers that it flushes to zero are counted by name. The denoiser of an image model gets
+    diffusers' names for its tensors, or its maker's, with rows cut and put together as these have them.
 
     Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
     cut or put together, exactly. What the other format cannot hold stops the conversion unless --exclude names it.
@@ -103,6 +108,8 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
       loratool convert model/ --to torch -o old-style/
+      loratool convert sdxl.safetensors --to diffusers --drop components -o unet/
+      loratool convert unet/ --to single-file -o unet.safetensors
       loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
       loratool convert pytorch_lora_weights.safetensors --to kohya --exclude 'text_encoder*'
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/

@@ -68,13 +68,15 @@ def merge(quiet: bool, json: bool, **options: Any) -> None:
 
     BASE is a file (.safetensors, or torch's .bin, .pt, .ckpt), a folder, or org/model in the local Hugging Face
     cache; ADAPTER a PEFT folder or a LoRA file. Several adapters are added in one pass, each with its weight; each
-    merged weight is the number nearest to the exact sum, so the output's bytes are the same on every machine. Of an
-    image model's adapter unet, te, te1, te2 and te3 take weights of their own.
+    merged weight is the number nearest to the exact sum, so the output's bytes are the same on every machine. Modules
+    take weights of their own by pattern, as in --target, and those of an image model by component: unet, te, te1, te2
+    and so on. The last that matches wins.
 
     \b
       loratool merge base/ adapter/ -o merged/
       loratool merge base/ style/:0.7 task/:-0.2 -o mixed/ --dtype fp32 --no-undo
       loratool merge sdxl.safetensors style.safetensors:0.8,te=0.4 -o styled.safetensors
+      loratool merge base/ "style/:0.8,*.layers.0.*=0,mlp=0.5" -o parts/
 
     The report has a line a tensor. scale: alpha / rank, times the weight. |D|/|W|: the size of the change beside
     the base. changed: the share of weights that differ now. kept: how much of the change rounding has left.

@@ -84,12 +84,25 @@ exclude_option = click.option(
 )
 
 
+class _Words(click.Choice[str]):
+    """Some of the choices, separated by commas."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        words = [super(_Words, self).convert(word, param, ctx) for word in str(value).split(",")]
+        return ",".join(words)
+
+
+def _split_words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for words in value for word in words.split(","))
+
+
 def make_drop_option(words: Mapping[str, str]) -> Callable[[Any], Any]:
     """Make the option --drop for some kinds of things; `words` are their names with their meanings."""
     return click.option(
         "--drop",
         multiple=True,
-        type=click.Choice(list(words)),
+        type=_Words(list(words)),
+        callback=_split_words,
         help="Leave out " + "; ".join(f"{word}: {meaning}" for word, meaning in words.items()) + ".",
     )
 
@@ -228,10 +241,28 @@ class RuleValue(click.ParamType[tuple[str, float]]):
 Weighted = tuple[str, float] | tuple[str, float, dict[str, float]]
 
 
-class WeightedPath(click.ParamType[Weighted]):
-    """An adapter and its weight: `PATH`, `PATH:WEIGHT`, or `PATH:WEIGHT,te=WEIGHT` with weights of components.
+# A component or pattern, and its weight; an expression ends before the first `=` with a number behind it
+_MODULE_WEIGHT = re.compile(r"(re:.+?|[^,:=]*)=(\s*[-+]?(?:[\d.]+(?:e[-+]?\d+)?|inf|nan)\s*)(?:,|$)", re.IGNORECASE)
 
-    Only a last colon before numbers counts: `C:\\x.safetensors` is a path.
+
+def _parse_weights(text: str) -> tuple[float, list[tuple[str, float]]] | None:
+    """Parse `0.8,te=0.4,PATTERN=0.5`, where the first is 1 if it is left out; return None for anything else."""
+    first, comma, rest = text.partition(",")
+    pairs, at = list[tuple[str, float]](), 0
+    try:
+        weight, rest = (1.0, text) if _MODULE_WEIGHT.match(text) else (float(first), rest)
+        while found := _MODULE_WEIGHT.match(rest, at):
+            pairs.append((found[1].strip(), float(found[2])))
+            at = found.end()
+    except ValueError:
+        return None
+    return None if at < len(rest) or (comma and text.endswith(",")) else (weight, pairs)
+
+
+class WeightedPath(click.ParamType[Weighted]):
+    """An adapter and its weight: `PATH`, `PATH:WEIGHT`, or `PATH:WEIGHT,te=WEIGHT,PATTERN=WEIGHT` for some modules.
+
+    Only a colon before nothing but weights counts: `C:\\x.safetensors` is a path.
     """
 
     name = "adapter[:weight]"
@@ -239,21 +270,19 @@ class WeightedPath(click.ParamType[Weighted]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:
         if isinstance(value, tuple):
             return value
-        path, colon, text = value.rpartition(":")
-        if not colon or os.path.exists(value):
+        if os.path.exists(value):
             return value, 1.0
-        first, *rest = text.split(",")
-        pairs = [part.partition("=")[::2] for part in ([first] if "=" in first else []) + rest]
-        try:
-            weight = 1.0 if "=" in first else float(first)
-            parts = {name: float(number) for name, number in pairs}
-        except ValueError:
+        splits = [(value[: at.start()], value[at.end() :]) for at in re.finditer(":", value)]
+        for path, text in splits:
+            if found := _parse_weights(text):
+                weight, pairs = found
+                if len(dict(pairs)) < len(pairs):
+                    self.fail(f"{text!r} weighs a component or pattern twice", param, ctx)
+                return (path, weight, dict(pairs)) if pairs else (path, weight)
+        for path, text in reversed(splits):
             if os.path.exists(path):
                 self.fail(f"{text!r} is not a weight, like 0.7", param, ctx)
-            return value, 1.0
-        if len(parts) < len(pairs):
-            self.fail(f"{text!r} weighs a component twice", param, ctx)
-        return (path, weight, parts) if parts else (path, weight)
+        return value, 1.0
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="file")]

@@ -44,12 +44,13 @@ DTYPES = {
 
 DATA_ORDER = {name: place for place, name in enumerate(reversed(DTYPES))}
 
-# The types that a merge can add to -> torch's name
+# The types of 16 bits or more, which --dtype casts -> torch's name
 TORCH_FLOATS = {name: DTYPE_NAMES[name] for name in ("F16", "BF16", "F32", "F64")}
 
-# Read as numbers where no scale is beside them, never written by arithmetic -> torch's name
+# Numbers where no scale is beside them; no other type is cast to them -> torch's name
 FLOAT8 = {name: DTYPE_NAMES[name] for name in ("F8_E4M3", "F8_E5M2")}
 
+# The types that a merge can add to
 FLOATS = (*TORCH_FLOATS, *FLOAT8)
 
 # torch's name -> safetensors' name, of `TORCH_FLOATS`

@@ -92,6 +92,9 @@ DUMMY_SCALE = ".scale_weight"
 
 SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_input", frozenset(TORCH_FLOATS), None)
 
+# ComfyUI's tensor in files whose float8 weights have scales
+SCALED_FILE = "scaled_fp8"
+
 # Keys of a safetensors file's metadata that name its quantized tensors: ComfyUI's layers, torchao's tensors.
 LISTING = "_quantization_metadata"
 

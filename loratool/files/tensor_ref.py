@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -30,6 +30,7 @@ class TensorRef:
     name: str  # of the tensor there
     weight: StoredWeight | None = None  # None where the tensor's type alone tells the codec
     companions: tuple[StoredTensor, ...] = ()  # those of `weight.tensors` that follow the codes
+    undecoded: bool = False  # rows have the stored type, of 8 bits too
 
     @property
     def spec(self) -> TensorSpec:
@@ -37,6 +38,8 @@ class TensorRef:
 
     @property
     def codec(self) -> Codec:
+        if self.undecoded:
+            return RAW
         return self.weight.codec if self.weight else codec_of(self.spec)
 
     @property
@@ -48,6 +51,11 @@ class TensorRef:
         name = DTYPE_NAMES.get(self.spec.dtype, "uint8") if codec is RAW else codec.numbers
         found: torch.dtype = getattr(torch, name)
         return found
+
+    def as_stored(self, dtype: torch.dtype) -> TensorRef:
+        """Return the tensor as one whose rows are read in its stored type, if that is `dtype`, otherwise as it is."""
+        own = DTYPE_NAMES.get(self.spec.dtype)
+        return replace(self, undecoded=True) if not self.weight and str(dtype) == f"torch.{own}" else self
 
     def read_rows(self, start: int, out: torch.Tensor) -> None:
         """Read rows from `start` on into `out`, the weight seen as a matrix of as many columns as `out` has.

@@ -130,7 +130,10 @@ _CALLS: dict[str, Callable[..., Any]] = {
     ),
 }
 
-_KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)}
+# Classes that keys of dicts beside the weights are: Lightning 1.0 to 1.5 wrote its callbacks so, as in sd-v1-4.ckpt
+_KEYS = {"pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"}
+
+_KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES), *_KEYS}
 
 
 class Machine:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .dtypes import DTYPES, TORCH_FLOATS, TensorSpec
+from .dtypes import DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
 RECORD = 1 << 22  # weights of a record, one row at least
@@ -72,10 +72,11 @@ def checked_spec(entry: Any) -> TensorSpec:
 
 
 def check_adapter(adapter: Mapping[str, Any]) -> None:
-    components = adapter.get("components", {})
+    components, listed = adapter.get("components", {}), adapter.get("module_weights", [])
     require(are_hashes([adapter["sha256"], adapter["scales_sha256"]], 2), "an adapter without hashes")
     require(isinstance(adapter["name"], str) and is_number(adapter["weight"]), "an adapter without name or weight")
     require(all(map(is_number, components.values())), "an adapter's weights")
+    require(all(isinstance(name, str) and is_number(weight) for name, weight in listed), "an adapter's weights")
 
 
 def check_placement(name: str, placement: Sequence[Any], adapters: int) -> None:
@@ -97,7 +98,7 @@ def tiling(
         spec: the merged tensor's.
         was: the base tensor's.
     """
-    is_float = was.dtype in TORCH_FLOATS
+    is_float = was.dtype in FLOATS
     if placements:
         require(spec == was and is_float, f"{name} is {spec}, and was {was}")
         _check_rows(name, was, placements)

@@ -103,7 +103,7 @@ def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int,
     Args:
         records: the rows of each record, as (start, stop).
     """
-    spec, rows = spec_of(entry["spec"]), _rows(entry)
+    spec, rows = spec_of(entry["spec"]), counted_rows(entry)
     done = 0
     for start, stop in [*sorted(records), (rows, rows)]:
         first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
@@ -123,7 +123,7 @@ class _Kept(WeightsFile):
         self.path, self.file, self.specs, self.begin = undo.path, undo.file, specs, begin
 
 
-def _rows(entry: Mapping[str, Any]) -> int:
+def counted_rows(entry: Mapping[str, Any]) -> int:
     """Return the number of rows that the records of a changed tensor count."""
     rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
     return rows
@@ -271,7 +271,7 @@ class UndoFile:
             tiled = coded_tiling(name, spec, was, codes, entry["placements"])
         else:
             tiled, copied = tiling(name, spec, was, entry["placements"])
-        height = record_rows(spec.size // max(1, _rows(entry)))
+        height = record_rows(spec.size // max(1, counted_rows(entry)))
         check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]), height)
         extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
         if weight:
@@ -395,7 +395,7 @@ class UndoFile:
         if model.specs != self.merged_specs:
             return False
         for name, spec in changed.items():
-            width = spec.nbytes // max(1, _rows(self.index["tensors"][name]))
+            width = spec.nbytes // max(1, counted_rows(self.index["tensors"][name]))
             for record in self.records(name):
                 at = model.begin[name] + record.start * width
                 if sum_range(model.file, at, (record.stop - record.start) * width) != record.sum:

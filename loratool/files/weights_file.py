@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -53,6 +53,10 @@ class WeightsFile:
 
     def close(self) -> None:
         self.file.close()
+
+    def extents(self, name: str) -> Iterator[tuple[BinaryIO, int, int]]:
+        """Yield where the bytes of a tensor are, in order: the file, the first byte and how many."""
+        yield self.file, self.begin[name], self.specs[name].nbytes
 
     def read(self, name: str) -> memoryview:
         """Read the bytes of a tensor."""

@@ -246,12 +246,15 @@ def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) ->
 
 def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
     """Settle what two casts settle of results of 16 bits: torch casts in two roundings, so the bound has float32's."""
-    if form.bits > 11 or form.bits == 4:  # torch's cast to e4m3 stops at the largest number
+    if form.bits > 11:
         return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
     kind = next(kind for kind, its in FORMS.items() if its == form)
     low, high = (codes(torch.from_numpy(end).to(kind)) for end in (total - reach, total + reach))
-    return high, (high == low) & np.isfinite(total)
+    sure = (high == low) & np.isfinite(total)
+    if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
+        sure &= (high & form.size) < form.inf - 1
+    return high, sure
 
 
 def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .decide import Reals
-from .forms import FORMS, Codes, Positions, bits, codes, fraction
+from .forms import FORMS, Codes, Positions, bits, codes, fraction, widen
 from .products import LEAST_OF, UNIT_OF, ProductRows
 from .workspace import Workspace
 
@@ -128,7 +128,7 @@ class DenseRows:
     def fill(self, base: Tensor, row: int, shift: float, work: Workspace) -> tuple[Tensor, Tensor, float]:
         """Return a * W + D + shift and D + shift of some rows from row `row` on, and <W, W>, in buffers of `work`."""
         total, change = (work.take(name, self.kind, *base.shape) for name in ("total", "change"))
-        total.copy_(base)
+        widen(base, total)
         squared = float(torch.dot(total.view(-1), total.view(-1)))
         self.delta.fill(slice(row, row + len(base)), shift, change)
         if self.factor:
@@ -146,7 +146,11 @@ class DenseRows:
         else:
             out.copy_(upper)
             lower.copy_(upper.sub_(bounds.span))  # in place: a third stream of numbers would not stay in the cache
-        return differ(out, lower, hit)
+        differ(out, lower, hit)
+        form = FORMS[out.dtype]
+        if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
+            hit |= (bits(out) & form.size) >= form.inf - 1
+        return hit
 
 
 def differ(one: Tensor, two: Tensor, hit: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ zero, has a say.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,26 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bits(x: Tensor) -> Tensor:
     """Return the bit patterns of a tensor as signed integers, a view in its shape."""
     return x.view(_INTEGERS[x.element_size()])
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return where a tensor is neither inf nor nan; torch's own function knows no e4m3."""
+    form = FORMS[x.dtype]
+    return (bits(x) & form.size) < form.inf
+
+
+@cache
+def _numbers_of_8_bits(x: torch.dtype, out: torch.dtype) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = torch.arange(256, dtype=torch.uint8).view(x).to(out).numpy()
+    return found
+
+
+def widen(x: Tensor, out: Tensor) -> Tensor:
+    """Write numbers into `out`, of a wider type, and return it: those of 8 bits by a table, as torch is slow there."""
+    if x.itemsize > 1 or x.is_cuda:
+        return out.copy_(x)
+    np.take(_numbers_of_8_bits(x.dtype, out.dtype), x.view(torch.uint8).numpy(), out=out.numpy(), mode="wrap")
+    return out
 
 
 def codes(x: Tensor) -> Codes:

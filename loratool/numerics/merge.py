@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .decide import Reals, decide
 from .dense import Bounds, DenseRows, mask_apart, midpoints
-from .forms import FORMS, Codes, Positions, bits, codes, wide
+from .forms import FORMS, Codes, Positions, bits, codes, finite, wide, widen
 from .rounding_stats import RoundingStats, count_different, dot, set_quiet_nan
 from .workspace import Workspace
 
@@ -105,7 +105,7 @@ class RowMerge:
             ties = midpoints(upper, work) if watcher else None
         else:
             hit = dense.settle(upper, bounds, out, work)
-        if self._to.bits in (4, 53):  # torch's cast to e4m3 stops at the largest number
+        if self._to.bits == 53:
             hit.fill_(True)
         kept, own = self._sums(base, out, upper, change, first, bounds, work)
         stats = RoundingStats(squared, own, kept, count_different(out, base, work))
@@ -123,20 +123,20 @@ class RowMerge:
         squares = self.dense.delta.squares
         if squares is not None and not self.x.factor and not bounds.slight:
             own = float(squares[first : first + len(base)].sum())
-            result = out if out.itemsize > 1 else out.to(upper.dtype)  # torch mixes no 8 bits with others
-            return own - dot(upper.sub_(result), change), own
-        moved = work.take("end", upper.dtype, *upper.shape).copy_(out).sub_(base)
+            return own - dot(upper.sub_(_mixable(out, upper.dtype, work)), change), own
+        weight = _mixable(base, upper.dtype, work)
+        moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             own = float(squares[first : first + len(base)].sum())
             return dot(moved, change) - bounds.shift * float(moved.sum()), own
-        asked = upper.sub_(base) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
+        asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot(moved, asked), dot(asked, asked)
 
     def _not_finite(
         self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: float, hit: Tensor, work: Workspace
     ) -> RoundingStats:
         """Copy the inf and nan of W that count, and leave what else is not finite to `decide`."""
-        odd = ~base.isfinite()
+        odd = ~finite(base)
         if self.x.factor:
             a = torch.from_numpy(self.x.factor.value)
             a = a[first : first + len(base), None] if self.x.factor.axis == 0 else a[None]
@@ -149,7 +149,7 @@ class RowMerge:
         infinite = (bits(out) & self._to.size) >= self._to.inf
         hit |= infinite
         hit &= ~odd
-        fine = base.isfinite() & ~infinite
+        fine = finite(base) & ~infinite
         weight, result = (torch.where(fine, x.double(), 0.0) for x in (base, out))
         moved = torch.where(fine, change.double() - shift, 0.0)
         if self.x.factor:
@@ -179,6 +179,11 @@ class RowMerge:
         if self._to == self._form:
             return int(np.count_nonzero(made != code))
         return int(np.count_nonzero(wide(made, self._to) != wide(code, self._form)))
+
+
+def _mixable(x: Tensor, kind: torch.dtype, work: Workspace) -> Tensor:
+    """Return numbers that torch subtracts from those of a type: of 8 bits it mixes none with others."""
+    return x if x.itemsize > 1 else widen(x, work.take("mixable", kind, *x.shape))
 
 
 def positions(hit: Tensor) -> Positions:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .decide import CHUNK, nearest
-from .forms import FORMS, bits, codes
+from .forms import FORMS, bits, codes, finite
 from .workspace import Workspace
 
 
@@ -54,18 +54,20 @@ SUMMED = ("base_squared", "change_squared", "kept", "changed", "not_finite", "ov
 
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
     """Write RN(base) into `out`, for any two float types; only the overflow is counted."""
-    if base.dtype == torch.float64 and out.dtype in FORMS and out.itemsize < 4:
+    form = FORMS[out.dtype]
+    if base.dtype == torch.float64 and out.itemsize < 4:
         _cast_double(base, out)
+    elif form.inf == form.size and base.dtype != out.dtype:  # where there is no inf, torch stops at the largest number
+        _cast_double(base.double(), out)
     elif base.itemsize == out.itemsize and base.dtype != out.dtype:  # torch is slow between two types of 16 bits
         out.copy_(work.take("narrow", torch.float32, *base.shape).copy_(base))
     else:
         out.copy_(base)  # torch goes through float32, which holds every value of base: one rounding
     if out.itemsize > 1 and math.isfinite(float(out.abs().max())):
         return RoundingStats()
-    form = FORMS[out.dtype]
     if out.dtype != base.dtype:
         set_quiet_nan(out, base.isnan())
-    lost = ((bits(out) & form.size) >= form.inf).logical_and_(base.isfinite())
+    lost = ((bits(out) & form.size) >= form.inf).logical_and_(finite(base))
     count = int(lost.sum())
     return RoundingStats(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
 
@@ -78,7 +80,7 @@ def set_quiet_nan(out: Tensor, where: Tensor) -> None:
 
 @np.errstate(all="ignore")
 def _cast_double(base: Tensor, out: Tensor) -> None:
-    """Cast float64 in one rounding, where torch takes two on some processors."""
+    """Cast float64 in one rounding, where torch takes two on some processors; what overflows gets the code of inf."""
     out.copy_(base)
     flat, result, form = base.reshape(-1).cpu().numpy(), torch.empty(base.shape, dtype=out.dtype), FORMS[out.dtype]
     made = codes(result).reshape(-1)

@@ -6,7 +6,7 @@ a table with the same keys.
 
 from __future__ import annotations
 
-from ..adapters.formats import written_formats
+from ..adapters.formats import usual_format, written_formats
 from ..adapters.formats.format import Format
 
 # --drop of an adapter, implemented by `inputs.leave_out`; the components are those of WEIGHED
@@ -26,6 +26,19 @@ DROP_CHOICES = {
 MODEL_DROP_CHOICES = {
     "ema": "a checkpoint's running mean, beside its weights",
     "optimizer": "its optimizer's state",
+}
+
+
+# --drop of a denoiser whose tensors are renamed, implemented by `convert.denoiser`
+DENOISER_DROP_CHOICES = {
+    "components": "of an image model's file all but the denoiser",
+}
+
+
+# --to of a denoiser: whose names its tensors get, implemented by `convert.denoiser`; diffusers' first, then the maker's
+MODEL_NAMINGS = {
+    usual_format("pipeline").key: "diffusers' names, in a folder",
+    "single-file": "its maker's names, in a file as ComfyUI loads it",
 }
 
 

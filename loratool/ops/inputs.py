@@ -14,12 +14,12 @@ from typing import TypeGuard
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats import is_adapter, open_adapter
-from ..adapters.formats.peft import WEIGHTS_NAMES
-from ..adapters.formats.peft_config import base_mutating_init
+from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
 from ..architectures.image import WEIGHED, weighed_component
+from ..binding.module_weights import resolve_weights
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.fileio import sha256_file
@@ -43,7 +43,10 @@ AdapterWeights = Mapping[str, float] | Mapping[Path, float] | Mapping[AdapterPat
 Adapters = AdapterArgument | Sequence[AdapterArgument] | Iterator[AdapterArgument] | AdapterWeights
 
 
-TAKEN = "a path, (path, weight), (path, weight, {component: weight}), several of these in a list, or {path: weight}"
+TAKEN = (
+    "a path, (path, weight), (path, weight, {component or pattern: weight}), several of these in a list, or "
+    "{path: weight}"
+)
 
 
 NAMES_SHOWN = 4
@@ -55,7 +58,7 @@ class AdapterRequest:
 
     path: str
     weight: float = 1.0
-    component_weights: Mapping[str, float] = field(default_factory=dict)  # by keys of `WEIGHED`
+    module_weights: Mapping[str, float] = field(default_factory=dict)  # by keys of `WEIGHED` and patterns, in order
     drop: tuple[str, ...] = ()  # keys of DROP_CHOICES, the same for all adapters of a command
 
 
@@ -94,8 +97,8 @@ def _parse_one(argument: object) -> AdapterRequest:
     if not isinstance(name, str) or not isinstance(parts, Mapping):
         raise _unknown_form(argument)
     for part in parts:
-        if part not in WEIGHED:
-            raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}", culprit=name)
+        if not isinstance(part, str):
+            raise UsageError(f"{part!r} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
     return AdapterRequest(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
 
 
@@ -123,17 +126,10 @@ def open_inputs(
 
     Raises:
         InputError: `open_base` or `open_adapters` refuses a file.
-        UsageError: the product of a weight and a scale is not finite.
     """
     checkpoint = open_base(base, "the first argument is the base model", opened, requests)
-    weighted = []
-    for adapter, each in zip(open_adapters(requests, alpha, opened), requests, strict=True):
-        for module, update in adapter.updates.items():
-            weight = adapter.weight_of(module, each.weight)
-            if not math.isfinite(weight * update.scale):
-                raise UsageError(f"the weight {weight} times the scale {update.scale} is too large", culprit=module)
-        weighted.append((adapter, each.weight))
-    return checkpoint, tuple(weighted)
+    adapters = open_adapters(requests, alpha, opened)
+    return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
 def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
@@ -209,7 +205,7 @@ def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opene
 
     Raises:
         NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
-        UsageError: --alpha was given, and every adapter has its own.
+        UsageError: --alpha was given, and every adapter has its own; or a component with a weight is not there.
         InputError: as `leave_out`.
     """
     adapters, used = [], len(requests) == 1
@@ -225,7 +221,10 @@ def open_adapters(requests: Sequence[AdapterRequest], alpha: float | None, opene
     if alpha is not None and not used:
         raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
     left = leave_out(adapters, requests[0].drop if requests else ())
-    return [_with_components(one, each.component_weights) for one, each in zip(left, requests, strict=True)]
+    return [
+        replace(adapter, module_weights=resolve_weights(adapter, each.module_weights))
+        for adapter, each in zip(left, requests, strict=True)
+    ]
 
 
 def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]:
@@ -280,24 +279,10 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if names[NAMES_SHOWN:] else "")
 
 
-def _with_components(adapter: Adapter, parts: Mapping[str, float]) -> Adapter:
-    """Return the adapter with weights for the components that it has; a single component's weight has precedence."""
-    if not parts:
-        return adapter
-    there = {weighed_component(module) for module in adapter.updates}
-    components: dict[str, float] = {}
-    for name in (name for name in WEIGHED if name in parts):
-        own = [component for component in WEIGHED[name] if component in there]
-        if not own:
-            raise UsageError(f"has no module that {name}={parts[name]:g} could weigh", culprit=adapter.name)
-        components |= dict.fromkeys(own, parts[name])
-    return replace(adapter, component_weights=components) if components else adapter
-
-
 def negate_weights(weighted: WeightedAdapter) -> WeightedAdapter:
     """Return the adapters with negated weights, so that adding them subtracts their updates."""
     return tuple(
-        (replace(a, component_weights={c: -w for c, w in a.component_weights.items()}), -weight)
+        (replace(a, module_weights=tuple((name, -own) for name, own in a.module_weights)), -weight)
         for a, weight in weighted
     )
 
@@ -357,7 +342,7 @@ def subtract_initial(
     _check_initial(adapter, initial_adapter)
     return (
         *weighted,
-        *negate_weights(((replace(initial_adapter, component_weights=adapter.component_weights), mutating[0][1]),)),
+        *negate_weights(((replace(initial_adapter, module_weights=adapter.module_weights), mutating[0][1]),)),
     )
 
 

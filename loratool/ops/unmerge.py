@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..architectures.image import spell_weight
 from ..binding.merge_plan import plan_merge
+from ..binding.module_weights import recorded_weights, spell_weight
 from ..binding.selection import Selection
 from ..errors import InputError, UsageError
 from ..files.checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
@@ -181,8 +181,8 @@ def match_adapters(
     for recorded in undo.index["adapters"]:
         same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
         scaled = [pair for pair in same if pair[0].scales_sha256 == recorded["scales_sha256"]]
-        weighed = recorded["weight"], recorded.get("components", {})
-        match = next((pair for pair in scaled if (pair[1], pair[0].component_weights) == weighed), None)
+        weighed = recorded["weight"], recorded_weights(recorded)
+        match = next((pair for pair in scaled if (pair[1], pair[0].module_weights) == weighed), None)
         if match is None:
             raise _missing_adapter(undo, recorded, left, same, scaled)
         left.remove(match)
@@ -199,11 +199,11 @@ def _missing_adapter(
     same: Sequence[tuple[Adapter, float]],
     scaled: Sequence[tuple[Adapter, float]],
 ) -> InputError:
-    name, weight = recorded["name"], spell_weight(recorded["weight"], recorded.get("components", {}))
+    name, weight = recorded["name"], spell_weight(recorded["weight"], recorded_weights(recorded))
     if scaled:
         other, its = scaled[0]
         return InputError(
-            f"was merged with weight {weight}, not {spell_weight(its, other.component_weights)}", culprit=other.name
+            f"was merged with weight {weight}, not {spell_weight(its, other.module_weights)}", culprit=other.name
         )
     if same:
         return InputError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
 from ..files.codecs.codec import StoredTensor
-from ..files.dtypes import DTYPE_NAMES, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
 from ..files.undo_file import Record, UndoFile
@@ -39,7 +39,7 @@ def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> d
         moved = base is not None and base != plan.sources[name]
         if not plan.sources[name].spec.size:
             continue
-        if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in TORCH_FLOATS):
+        if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in FLOATS):
             found[name] = merge_tensor(base, plan.sources[name], placements, load, record)
     return found
 
@@ -128,7 +128,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
     def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
         first = start + row
-        weight = base.rows(first, first + len(value)).to(out.device)
+        weight = base.as_stored(out.dtype).rows(first, first + len(value)).to(out.device)
         stats = replaced_change(weight, value, out, work, done)
         if not record:
             return stats
@@ -146,7 +146,7 @@ def restore_tensor(
     entry, records = undo.index["tensors"][name], undo.records(name)
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
     columns = spec.size // rows if rows else 0
-    dtype = getattr(torch, TORCH_FLOATS.get(spec.dtype, "uint8"))
+    dtype = getattr(torch, DTYPE_NAMES[spec.dtype] if spec.dtype in FLOATS else "uint8")
 
     weight = undo.weights.get(name)
     companions = undo.kept(name) if weight else ()

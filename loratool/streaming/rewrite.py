@@ -24,6 +24,10 @@ from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from .workers import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
 
+# The --dtype that holds what overflows in a type
+WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
+
+
 CAST_BLOCK = 1 << 17  # numbers cast at a time
 
 
@@ -124,8 +128,10 @@ def refuse_overflow(
         return
     old, new = sources[tensor].spec.dtype, output.specs[tensor].dtype
     message = f"{count} weights become infinite in {new}"
-    if largest < torch.finfo(torch.float32).max and new in ("F16", "BF16"):
-        flags = "--dtype fp32 --no-undo" if output.undo else "--dtype fp32"
+    if new == "F8_E4M3":
+        message = f"{count} weights are beyond the largest number of {new}"
+    if largest < torch.finfo(torch.float32).max and new in WIDER:
+        flags = f"--dtype {WIDER[new]}" + " --no-undo" * bool(output.undo)
         raise NeedsFlag(message, culprit=tensor, remedy=f"add {flags}, which holds them")
     remedy = (
         f"leave out --dtype: {old} holds them" if old != new else "is this the adapter's base, and its alpha right?"
@@ -183,12 +189,14 @@ def _file_items(
         if (source.weight or source.spec.dtype != new.dtype) and new.size:
             yield from _row_items(source, place, 1, 1, _cast_rows(0, new.size, 1))
             continue
-        copy = CopyBytes(source.file.file, source.file.begin[source.name], target, offset, new.nbytes, checked)
-        if span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
-            span = replace(span, nbytes=span.nbytes + copy.nbytes)
-        else:
-            yield from _copy_items(span)
-            span = copy
+        for origin, begin, nbytes in source.file.extents(source.name):
+            copy = CopyBytes(origin, begin, target, offset, nbytes, checked)
+            offset += nbytes
+            if span and span.source is copy.source and span.end == (copy.source_offset, copy.target_offset):
+                span = replace(span, nbytes=span.nbytes + copy.nbytes)
+            else:
+                yield from _copy_items(span)
+                span = copy
     yield from _copy_items(span)
 
 
@@ -235,7 +243,7 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
         new = getattr(torch, DTYPE_NAMES[place.spec.dtype])
         yield MapRows(
             place.name,
-            source,
+            source.as_stored(new),
             columns,
             place.target,
             place.offset + start * written * new.itemsize,

@@ -31,7 +31,7 @@ from ..files.dtypes import TensorSpec
 from ..files.fileio import word_sum
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, bits, number, place, wide
+from ..numerics.forms import FORMS, Codes, Form, Positions, bits, finite, number, place, wide, widen
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -226,10 +226,11 @@ def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
     the cell on the grid: a tie, which no step with a bound above 0 decides.
     """
     form = FORMS[result.dtype]
+    exponent = form.size & -(1 << (form.bits - 1))
     if result.is_cuda:
-        return near | ((bits(result) & form.inf) >= (bits(like) & form.size))
+        return near | ((bits(result) & exponent) >= (bits(like) & form.size))
     hit = near.numpy()
-    one, two = bits(result).numpy() & form.code(form.inf), bits(like).numpy() & form.code(form.size)
+    one, two = bits(result).numpy() & form.code(exponent), bits(like).numpy() & form.code(form.size)
     hit |= one >= two
     return near
 
@@ -330,7 +331,7 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
             put(out, at, _without_delta(merged, at, x, 0, form))
             doubtful += int((runs.count > 1).sum())
             farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
-    lost = ~out.isfinite() & merged.isfinite()
+    lost = ~finite(out) & finite(merged)
     largest = float(merged[lost].double().abs().max()) if bool(lost.any()) else 0.0
     return Doubted(RoundingStats(overflowed=int(lost.sum()), largest=2 * largest), doubtful, farthest - 1)
 
@@ -496,7 +497,7 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
         upper, change, squared = dense.fill(result, row, bounds.shift, work)
         hit = None
         if dense.factor is None and math.isfinite(both):
-            upper.copy_(result).sub_(change)
+            widen(result, upper).sub_(change)
             if bounds.apart:
                 weight.copy_(upper)
                 hit = mask_apart(result, row, bounds.apart, work)
@@ -506,6 +507,6 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
                 hit = dense.settle(upper.add_(both), replace(bounds, span=2 * both), weight, work)
             hit = may_have_several(result, weight, hit)
             if not (math.isfinite(squared) and math.isfinite(float(upper.sum()))):
-                hit |= ~(result.isfinite() & weight.isfinite() & upper.isfinite())
+                hit |= ~(finite(result) & finite(weight) & upper.isfinite())
         found.append(_taken(hit, change.view(-1), bounds.shift, row * merged.shape[1]))
     return _Asked(*_joined(found), reach_of(dense, bounds, 0, len(merged)))

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,15 +32,28 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..binding.merge_plan import MergePlan
+from ..binding.module_weights import record_weights
 from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
 from ..files.safetensors_file import TensorFile
-from ..files.undo_file import END, HASH_PART, MAGIC, TRAILER, VERSION, UnrecordedBytes, kept_tensors, unrecorded
+from ..files.undo_checks import coded_tiling, record_rows, spec_of, tiling
+from ..files.undo_file import (
+    END,
+    HASH_PART,
+    MAGIC,
+    TRAILER,
+    VERSION,
+    UnrecordedBytes,
+    counted_rows,
+    kept_tensors,
+    unrecorded,
+)
+from .records import UNIT
 
 
 class UndoWriter:
@@ -95,14 +108,12 @@ class UndoWriter:
                 for tensor in kept_tensors(plan.base.weights[name], entry):
                     place, at = _copy(plan.base, tensor, 0, target, at)
                     entry["coded"]["kept"].append(place)
-        blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
-        blobs += [(index["side"], name) for name in sorted(index["side"])]
-        for owner, key in blobs:
+        for owner, key in _blobs(index):
             data = owner[key]
             owner[key] = [at, len(data), hashlib.sha256(data).hexdigest()]
             write_at(target, memoryview(data), at)
             at += len(data)
-        data = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
+        data = _encoded(index)
         end = TRAILER.pack(at, len(data), hashlib.sha256(data).digest(), END)
         write_at(target, memoryview(data + end), at)
         return at + len(data) + len(end)
@@ -111,17 +122,88 @@ class UndoWriter:
         self._spool.close()
 
 
+FAR, HASH, WORDS = 1 << 48, "f" * 64, (1 << 64) - 1  # in the index of `largest_undo`: nothing takes more digits
+
+
+def largest_undo(plan: MergePlan, output: Output) -> int:
+    """Return the most bytes that the undo file of a merge can have: no number but the longest is stored of any weight.
+
+    A merge that keeps most of the base's digits stores a hundredth of that, but only the weights tell.
+    """
+    index, size = make_index(plan, output), len(MAGIC) + TRAILER.size
+
+    def hashes(nbytes: int) -> list[str]:
+        return [HASH] * -(-nbytes // HASH_PART)
+
+    copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.changed and spec.nbytes}
+    index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
+    for name, entry in index["tensors"].items():
+        places = list(_record_places(plan, name, entry))
+        size += sum(_largest_record(plan, name, entry, *place) for place in places)
+        entry["records"] = [[start, stop, FAR, FAR, HASH, WORDS] for _, start, stop in places]
+        entry["written"] = [HASH for _ in unrecorded(name, entry, [place[1:] for place in places])]
+        if "copied" in entry:
+            was, row = plan.base.specs[name], entry["copied"]
+            nbytes = was.nbytes - (row * (was.nbytes // was.shape[0]) if row else 0)
+            size, entry["copied"] = size + nbytes, [row, FAR, hashes(nbytes)]
+        if "coded" in entry:
+            kept = [plan.base.stored[tensor].nbytes for tensor in kept_tensors(plan.base.weights[name], entry)]
+            size, entry["coded"]["kept"] = size + sum(kept), [[FAR, hashes(nbytes)] for nbytes in kept]
+    for owner, key in _blobs(index):
+        size, owner[key] = size + len(owner[key]), [FAR, len(owner[key]), HASH]
+    return size + len(_encoded(index))
+
+
+def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """Yield each record of a changed tensor: the first row of its run, and the rows that it starts and stops at."""
+    if name not in plan.base.specs:
+        return
+    spec, was, weight = spec_of(entry["spec"]), plan.base.specs[name], plan.base.weights.get(name)
+    if weight:
+        runs = coded_tiling(name, spec, was, plan.base.stored[weight.tensors[0]], entry["placements"])
+    else:
+        runs, _ = tiling(name, spec, was, entry["placements"])
+    height = record_rows(spec.size // max(1, counted_rows(entry)))
+    for first, last in runs:
+        yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
+
+
+def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first: int, start: int, stop: int) -> int:
+    """Return the most bytes of one record: a number of the stored type for each weight, and what precedes numbers."""
+    was, weight = plan.base.specs[name], plan.base.weights.get(name)
+    columns = spec_of(entry["spec"]).size // counted_rows(entry)
+    count, norms = (stop - start) * columns, 0
+    for p in plan.placements.get(name, ()) if not entry["replaced"] else ():
+        axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
+        norms = max(norms, 8 * (stop - start) if axis == 0 else 8 * columns if axis == 1 and start == first else 0)
+    if weight:
+        codes = plan.base.stored[weight.tensors[0]]
+        nbytes = count * codes.nbytes // codes.size * codes.size // was.size
+        return norms + nbytes + -(-nbytes // UNIT)
+    if entry["replaced"] or was.dtype == "F64":
+        return norms + count * DTYPES[was.dtype] // 8 + -(-count // UNIT)
+    return norms + -(-count * (DTYPES[was.dtype] + 1) // 8)  # a bit tells of each that it is not 0.0
+
+
+def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """Return where the index of `make_index` has headers and side files, as (owner, key)."""
+    blobs = [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
+    return blobs + [(index["side"], name) for name in sorted(index["side"])]
+
+
+def _encoded(index: Mapping[str, Any]) -> bytes:
+    return json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
+
+
 def sort_adapters(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
     """Sort adapters and weights by their hashes, so that the order does not depend on the command line."""
-    return sorted(
-        adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], sorted(p[0].component_weights.items()))
-    )
+    return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], p[0].module_weights))
 
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-    """Return the index's entry of an adapter, with its components only if one has a weight of its own."""
+    """Return the index's entry of an adapter, with weights of its modules only if some have their own."""
     entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
-    return {**entry, "components": dict(adapter.component_weights)} if adapter.component_weights else entry
+    return {**entry, **record_weights(adapter.module_weights)}
 
 
 def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
@@ -183,7 +265,7 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     entry["replaced"] = source != plan.base.ref(name)
     if weight:
         entry["coded"] = {"codec": weight.codec.key, "kept": []}
-    elif entry["replaced"] and (was.dtype not in TORCH_FLOATS or not was.shape or not was.size):
+    elif entry["replaced"] and (was.dtype not in FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:
         entry["copied"] = spec.shape[0]
@@ -232,7 +314,7 @@ def _fits(placement: Placement, spec: TensorSpec) -> bool:
     update, shape = placement.update, placement.update.shape
     if update.cls.stack is not (placement.expert is not None):
         return False
-    if update.cls.whole:
+    if update.cls.whole and not update.additive:
         takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
         if not takes_all_rows or placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False

@@ -21,7 +21,8 @@ from torch import Tensor
 import loratool
 from loratool import NeedsFlag
 from loratool.adapters.formats import open_adapter
-from loratool.architectures.families import ENCODERS, FAMILIES, names_of
+from loratool.architectures.families import ENCODERS, FAMILIES
+from loratool.architectures.families.lookup import names_of
 
 NAME = "transformer_blocks.0.attn.to_q"
 KOHYA, COMFY = f"lora_transformer_{NAME.replace('.', '_')}", "diffusion_model.double_blocks.0.img_attn.proj"

@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, factors, write_peft
 
 import loratool
-from loratool.architectures.families import FAMILIES, detect, locate, names_of
+from loratool.architectures.families import FAMILIES
+from loratool.architectures.families.detect import detect
+from loratool.architectures.families.lookup import locate, names_of
 from loratool.architectures.families.table import Fused, ModelFamily, Rows, Run
 from loratool.architectures.image import DENOISER_PREFIXES, component_of, image_modules
 
@@ -217,6 +219,9 @@ def test_anima_is_told_by_its_text_conditioner() -> None:
         ):
             component, path = component_of(module)
             assert component == "text_conditioner" and found.find(component, path)
+    folder = {f"transformer/{name}.weight": shape_of(family, name) for name in paths_of(family, "diffusers")}
+    assert image_modules(folder).family is FAMILIES["cosmos_predict2"]
+    assert image_modules(folder | {"text_conditioner/embed.weight": (8, 8)}).family is family
 
 
 # Families of the same names, of which the first counts

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from loratool.architectures.families import FAMILIES, locate
+from loratool.architectures.families import FAMILIES
+from loratool.architectures.families.lookup import locate
 from loratool.architectures.families.unet import diffusers_to_sgm, sgm_to_diffusers
 from loratool.architectures.image import image_modules
 

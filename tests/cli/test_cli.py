@@ -257,10 +257,35 @@ def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
         ("a/:te1=-1,unet=2", ("a/", 1.0, {"te1": -1.0, "unet": 2.0})),
         ("a:0.7,te", ("a:0.7,te", 1.0)),
         ("org/name:2", ("org/name", 2.0)),
+        ("a:1:2", ("a:1", 2.0)),
+        ("a=b.safetensors", ("a=b.safetensors", 1.0)),
+        ("a=b.safetensors:-2,te=0", ("a=b.safetensors", -2.0, {"te": 0.0})),
+        ("a,b=1.safetensors", ("a,b=1.safetensors", 1.0)),
+        (r"C:\x:0.8,te=0.4,up_blocks.*=.5, mlp = -1", (r"C:\x", 0.8, {"te": 0.4, "up_blocks.*": 0.5, "mlp": -1.0})),
+        ("a:q_proj=1,te=2", ("a", 1.0, {"q_proj": 1.0, "te": 2.0})),
+        (r"C:\x:1,re:(?:q|k)_proj=0.5,te=2", (r"C:\x", 1.0, {"re:(?:q|k)_proj": 0.5, "te": 2.0})),
+        (r"a:re:layers\.[0,1]\.(?!x=)=1e-3", ("a", 1.0, {r"re:layers\.[0,1]\.(?!x=)": 1e-3})),
+        ("a:0.7,q_proj,v_proj=1", ("a:0.7,q_proj,v_proj=1", 1.0)),
+        ("a:0.7,te=1,", ("a:0.7,te=1,", 1.0)),
     ],
 )
 def test_weighted_paths(text: str, expected: tuple[object, ...]) -> None:
     assert WeightedPath().convert(text, None, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (":0,5", "'0,5' is not a weight, like 0.7"),
+        (":0.7,q_proj,v_proj=1", "'0.7,q_proj,v_proj=1' is not a weight"),
+        (":te=1,te=2", "'te=1,te=2' weighs a component or pattern twice"),
+        (":1,re:x=1,re:x=1", "weighs a component or pattern twice"),
+    ],
+)
+def test_weights_that_are_none(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(click.BadParameter, match=says):
+        WeightedPath().convert(f"{tmp_path / 'a'}{text}", None, None)
 
 
 def test_a_path_that_exists_is_never_split(tmp_path: Path) -> None:

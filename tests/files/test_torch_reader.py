@@ -10,9 +10,11 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import types
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,24 @@ def test_strides_decide_as_torch_decides(save: Callable[..., Path]) -> None:
 def test_other_objects_are_refused_by_name(save: Callable[..., Path], make: Callable[[], Any], name: str) -> None:
     text = refusal(save(make()))
     assert f"wants to run {name}" in text and "safetensors" in text
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's, which its checkpoints name as a key, and older ones of Stable Diffusion too."""
+
+
+def test_a_class_that_is_a_key_is_a_name_and_is_not_run(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    home.ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", home.__name__):
+        monkeypatch.setitem(sys.modules, name, home)
+    monkeypatch.setattr(ModelCheckpoint, "__module__", home.__name__)
+    callbacks = {ModelCheckpoint: {"best_model_score": torch.ones(())}}
+    with closing(TorchFile(save({"state_dict": {"w": torch.ones(2)}, "callbacks": callbacks}))) as file:
+        assert list(file.specs) == ["w"] and file.ignored == ("callbacks",)
+    refusal(save({"w": torch.ones(2), "x": Call(ModelCheckpoint)}))
 
 
 class Call:

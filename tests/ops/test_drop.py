@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, load_model, write_model, write_peft
+from conftest import factors, load_model, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -282,4 +282,31 @@ class TestOfACheckpoint:
         known = run("convert", tmp_path / "x.ckpt", "-o", tmp_path / "b.safetensors", *flags)
         assert known.exit_code == 0 and "also holds epoch, which is not read" in known.stderr
         assert "left out: optimizer_states\nleft out: params_ema\n" in known.stdout
-        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        together = run("convert", tmp_path / "x.ckpt", "-o", tmp_path / "c.safetensors", "--drop", "ema,optimizer")
+        assert together.exit_code == 0 and together.stderr == known.stderr
+        assert len({(tmp_path / f"{name}.safetensors").read_bytes() for name in "abc"}) == 1
+        wrong = run("convert", tmp_path / "x.ckpt", "-o", tmp_path / "d.safetensors", "--drop", "ema,optimiser")
+        assert wrong.exit_code == 2 and "'optimiser' is not one of" in wrong.stderr
+
+    def test_a_checkpoint_of_stable_diffusion_in_training(self, tmp_path: Path) -> None:
+        """Names as LDM's `LitEma` writes them, and what Lightning has beside the weights."""
+        W = {"model.diffusion_model.input_blocks.0.0.weight": weights(4, 4), "first_stage_model.decoder.x": weights(3)}
+        means = {
+            "model_ema.diffusion_modelinput_blocks00weight": weights(4, 4),
+            "model_ema.decay": torch.tensor(0.9999),
+        }
+        means["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int32)
+        step = {"exp_avg": weights(4, 4), "step": torch.tensor(7.0)}
+        beside = {
+            "epoch": 1, "global_step": 7, "pytorch-lightning_version": "1.4.2", "callbacks": {"x": {"best": 0.1}},
+            "optimizer_states": [{"state": {0: step}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}],
+            "lr_schedulers": [{"base_lrs": [1e-4], "lr_lambdas": [None]}],
+        }  # fmt: skip
+        torch.save({"state_dict": {**W, **means}, **beside}, tmp_path / "x.ckpt")
+        out = tmp_path / "x.safetensors"
+        report = loratool.convert(tmp_path / "x.ckpt", out, drop=["ema", "optimizer"], dtype="fp16")
+        found = load_file(out)
+        assert found.keys() == W.keys() and all(torch.equal(found[name], x.half()) for name, x in W.items())
+        assert set(report.left_out) == {*means, "optimizer_states"}
+        (line,) = report.warnings
+        assert "epoch, global_step, pytorch-lightning_version, callbacks, lr_schedulers, which is not read" in line

@@ -94,15 +94,15 @@ def test_the_same_merge_from_torch_files(plain: Any, tmp_path: Path, kind: str) 
     assert pair.holds(tmp_path / "out")
 
 
-def test_eight_bit_floats_without_scales_are_copied_and_changed_only_into_wider_ones(tmp_path: Path) -> None:
-    """A float8 matrix without scales is a plain cast, not a code, but too coarse for an update."""
+def test_eight_bit_floats_without_scales_are_copied_and_changed_into_wider_ones(tmp_path: Path) -> None:
+    """A float8 matrix without scales is a plain cast, not a code; `test_merge_float8` keeps its type."""
     codes, (A, B) = weights(6, 4, seed=1).to(torch.float8_e4m3fn), factors(6, 4, 2)
     base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), "y.weight": codes})
     loratool.merge(base, write_peft(tmp_path / "a", {"x": (A, B)}), tmp_path / "out")
     assert torch.equal(bits(load_model(tmp_path / "out")["y.weight"]), bits(codes))
     adapter = write_peft(tmp_path / "b", {"y": (A, B)})
-    with pytest.raises(NeedsFlag, match="y.weight: .*(\n.*)?--dtype"):
-        loratool.merge(base, adapter, tmp_path / "no")
+    with pytest.raises(NeedsFlag, match="y.weight: .*(\n.*)?--no-undo"):
+        loratool.merge(base, adapter, tmp_path / "no", dtype="fp32")
     loratool.merge(base, adapter, tmp_path / "wide", undo=False, dtype="fp32")
     wanted = round_reference(to_longdouble(codes) + change_reference(A, B, 1.0), torch.float32)
     assert torch.equal(load_model(tmp_path / "wide")["y.weight"], wanted)

@@ -429,9 +429,7 @@ def test_the_same_weights_in_other_words_are_the_same(tmp_path: Path) -> None:
     adapter(tmp_path / "b.safetensors", True, ("unet",))
     with pytest.raises(UsageError, match=r"b\.safetensors: has no module that te=0\.4 could weigh"):
         loratool.merge(base, (tmp_path / "b.safetensors", 0.8, {"te": 0.4}), tmp_path / "out")
-    with pytest.raises(UsageError, match="'vae' is none of unet, unet2, te"):
+    with pytest.raises(UsageError, match=r"a\.safetensors: has no module that vae=0\.4 could weigh"):
         loratool.merge(base, (a, 0.8, {"vae": 0.4}), tmp_path / "out")
     with pytest.raises(UsageError, match="not a finite number"):
         loratool.merge(base, (a, 0.8, {"te": float("nan")}), tmp_path / "out")
-    with pytest.raises(UsageError, match="whole adapters"):
-        loratool.combine([(a, 0.8, {"te": 0.4}), a], out=tmp_path / "c.safetensors")

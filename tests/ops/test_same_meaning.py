@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.architectures.families import FAMILIES, Located, names_of, parts_of
+from loratool.architectures.families import FAMILIES
+from loratool.architectures.families.lookup import Located, names_of, parts_of
 from loratool.errors import InputError, NeedsFlag
 
 RANK = 3

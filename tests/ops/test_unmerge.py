@@ -369,11 +369,31 @@ def test_the_undo_file_is_the_same_whatever_the_workers(tmp_path: Path) -> None:
     assert files[0] == files[1] == files[2]
 
 
-def test_a_dry_run_gives_a_bound(tmp_path: Path) -> None:
-    arguments = (FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "out")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "sdxl"])
+def test_a_dry_run_gives_a_bound(tmp_path: Path, name: str) -> None:
+    end = ".safetensors" if name == "sdxl" else ""
+    arguments = (FIXTURES / name / f"base{end}", FIXTURES / name / f"adapter{end}", tmp_path / f"out{end}")
     bound = loratool.merge(*arguments, dry_run=True).undo_bytes
     size = loratool.merge(*arguments).undo_bytes
     assert bound is not None and size is not None and 0 < size <= bound
+    assert bound <= 1.07 * sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) + 20_000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"])
+def test_a_change_that_drowns_the_weights_comes_near_the_bound(tmp_path: Path, dtype: str) -> None:
+    """All digits of W are stored then, and of the other tensor the differences to what replaced it."""
+    kind = getattr(torch, dtype)
+    small = 1.0 if kind.itemsize == 1 else 2.0**-14
+    W, (A, B) = weights(300, 1000) * small, factors(300, 1000, 1)
+    base = write_model(tmp_path / "base", {"x.weight": W.to(kind), "y.weight": weights(200, 300).to(kind)})
+    adapter = write_peft(tmp_path / "a", {"x": (A.sign() * 20, B.sign() * 20)})
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.y.weight": -weights(200, 300)}, file)
+    bound = loratool.merge(base, adapter, tmp_path / "out", dry_run=True).undo_bytes
+    size = loratool.merge(base, adapter, tmp_path / "out").undo_bytes
+    assert bound is not None and size is not None and size <= bound
+    if dtype != "float64":
+        assert size > 0.85 * bound
 
 
 @pytest.mark.parametrize(("relative", "bits"), [(1e-3, 0.006), (1e-2, 0.04), (1e-1, 0.22)])

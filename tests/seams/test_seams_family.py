@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.architectures import families
-from loratool.architectures.families import ENCODERS, FAMILIES, LAYOUTS, detect, locate, names_of, parts_of
+from loratool.architectures.families import ENCODERS, FAMILIES, LAYOUTS, lookup
+from loratool.architectures.families.detect import detect
+from loratool.architectures.families.lookup import locate, names_of, parts_of
 from loratool.architectures.families.table import Block, Component, Fused, ModelFamily, Run, swapped
 
 WIDTH, RANK = 6, 2
@@ -172,7 +173,7 @@ def test_a_table_is_a_bijection(key: str) -> None:
     """Every row of diffusers' modules is a row of just one of the maker's, and every name finds itself."""
     family = TABLES[key]
     if not family.up_attention:
-        for name in (name for names in families._index(family).values() for name in names):
+        for name in (name for names in lookup._index(family).values() for name in names):
             path = name.template.replace("{i}", "7")
             found = locate(family, path)
             if (key, name.template) not in TWO_MEANINGS:

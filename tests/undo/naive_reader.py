@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from fractions import Fraction as F
 
 FORMS = {"BF16": (16, 8, -133), "F16": (16, 11, -24), "F32": (32, 24, -149), "F64": (64, 53, -1074)}
+FORMS |= {"F8_E4M3": (8, 4, -9), "F8_E5M2": (8, 3, -16)}
 
 
 def swap(p, bits):  # a place for a code, or a code for a place
@@ -46,6 +47,7 @@ def restore(data, merged, adapters):
 def read(record, merged, form, updates, start, columns):
     """Return the codes of a record's rows of W from the places of W'; updates: (placement, the adapter's numbers)."""
     bits, inf = form[0], ((1 << (form[0] - form[1])) - 1) << (form[1] - 1)
+    inf = 127 if form == FORMS["F8_E4M3"] else inf  # which has no inf: all codes but that of nan are finite
     norms = [
         n for _, u in updates if "m" in u for (n,) in struct.iter_unpack("<d", record[: len(merged) // columns * 8])
     ]

@@ -27,6 +27,7 @@ from undo_bytes import TRAILER, add_blob, join_undo, split_undo
 
 import loratool
 from loratool.errors import InputError
+from loratool.ops.inputs import Adapters
 
 KEPT = 2  # tensors of a kind whose entries are changed: the others' are no others
 WRONG: tuple[Any, ...] = (None, "x", 5, -1, 1 << 62, 1 << 70, math.nan, math.inf, 0.5, True, [], {}, [[]], "x" * 300)
@@ -37,7 +38,7 @@ class Case:
     """A merge, and its undo file in sections."""
 
     base: Path
-    adapter: Path
+    adapter: Adapters
     merged: Path
     body: bytes  # the records and blobs
     index: dict[str, Any]
@@ -46,7 +47,7 @@ class Case:
         return join_undo(self.body if body is None else body, index)
 
 
-def read_case(base: Path, adapter: Path, merged: Path) -> Case:
+def read_case(base: Path, adapter: Adapters, merged: Path) -> Case:
     loratool.merge(base, adapter, merged)
     undo = merged / "loratool.undo" if merged.is_dir() else merged.with_suffix(".undo")
     return Case(base, adapter, merged, *split_undo(undo.read_bytes()))
@@ -78,7 +79,11 @@ def cases(folder: Path) -> dict[str, Case]:
     return {
         "llama": read_case(llama / "base", llama / "adapter", folder / "llama"),
         "gpt2": read_case(gpt2 / "base" / "model.safetensors", gpt2 / "adapter", folder / "gpt2.safetensors"),
-        "sdxl": read_case(sdxl / "base.safetensors", sdxl / "adapter.safetensors", folder / "sdxl.safetensors"),
+        "sdxl": read_case(
+            sdxl / "base.safetensors",
+            (sdxl / "adapter.safetensors", 1, {"te": 0.5, "*fc1": 2}),
+            folder / "sdxl.safetensors",
+        ),
         "resized": read_case(resized / "base", resized / "adapter", folder / "cut"),
         "torch": read_case(pickled / "base", pickled / "adapter", folder / "pickled"),
     }

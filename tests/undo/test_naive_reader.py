@@ -17,6 +17,7 @@ import loratool
 
 PREFIX = "base_model.model."
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
+E4M3 = torch.float8_e4m3fn
 
 
 def codes(x: Tensor) -> list[int]:
@@ -58,13 +59,14 @@ def numbers(tensors: dict[str, Tensor], rows: dict[str, list[int]]) -> dict[str,
 
 
 def hard(x: Tensor) -> Tensor:
-    """Put zeros of both signs, inf, a power of two and the least number among weights."""
-    x[0, :5] = torch.tensor([0.0, -0.0, torch.inf, 0.25, torch.finfo(x.dtype).smallest_normal * 2.0**-7], dtype=x.dtype)
+    """Put zeros of both signs, inf or nan, a power of two and the least number among weights."""
+    odd = torch.nan if x.dtype == E4M3 else torch.inf
+    x[0, :5] = torch.tensor([0.0, -0.0, odd, 0.25, torch.finfo(x.dtype).smallest_normal * 2.0**-7], dtype=x.dtype)
     return x
 
 
 def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
-    types = {"b": BF16, "h": FP16, "s": torch.float32, "w": FP64}
+    types = {"b": BF16, "h": FP16, "s": torch.float32, "w": FP64, "e": E4M3, "f": torch.float8_e5m2}
     base = {f"{name}.weight": hard(weights(4, 6, dtype=dtype)) for name, dtype in types.items()}
     base |= {"d.weight": weights(4, 6, dtype=BF16), "both.weight": weights(6, 4, dtype=BF16)}
     base |= {"norm.weight": weights(5, dtype=FP16), "tokens.weight": weights(6, 3, dtype=BF16)}
@@ -73,7 +75,7 @@ def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
     rows = {"tokens": [4, 1], "both": [5, 0]}
     plain = {
         key: x
-        for name, size in zip("bhsw", (9.0, 30.0, 1.0, 2.0), strict=True)
+        for name, size in zip("bhswef", (9.0, 30.0, 1.0, 2.0, 3.0, 9.0), strict=True)
         for key, x in lora(name, (4, 6), size).items()
     }
     plain |= {"norm.weight": weights(5, seed=3), "tokens.token_adapter.trainable_tokens_delta": weights(2, 3, seed=9)}

@@ -39,8 +39,8 @@ from .other_methods import (
     is_embeddings,
     other_method,
 )
-from .peft import WEIGHTS_NAMES, Peft
-from .peft_config import CONFIG_NAME, find_config
+from .peft import Peft
+from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 
 # key -> format; of several that claim a file the first one reads it
 FORMATS: dict[str, Format] = {
@@ -48,8 +48,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
-# keys of `written_formats`, for type checkers
-WrittenFormat = Literal["peft", "kohya", "diffusers", "comfy", "loralib"]
+# keys of `written_formats`, for type checkers; with the last, models are converted as well as adapters
+AdapterFormat = Literal["peft", "kohya", "comfy", "loralib"]
+WrittenFormat = Literal[AdapterFormat, "diffusers"]
 
 
 def written_formats() -> dict[str, Format]:

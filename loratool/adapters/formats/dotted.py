@@ -1,7 +1,8 @@
 """Read image adapters with dotted names: diffusers' old and current ones, ComfyUI's, ai-toolkit's, XLabs'.
 
 A name is `<component>.<module path>` and one of `suffixes.SUFFIXES`; formats that differ only there are one. The scale
-is alpha / r if the file has an alpha, as a tensor or in the metadata's `lora_adapter_metadata`, otherwise 1.
+is alpha / r if there is an alpha, as a tensor, in the metadata's `lora_adapter_metadata` or in an adapter_config.json
+beside the file, as diffusion-pipe has it; otherwise 1.
 Defined by diffusers: `loaders/lora_base.py`, `loaders/lora_conversion_utils.py`; ComfyUI: `comfy/lora.py`.
 """
 
@@ -16,20 +17,28 @@ from dataclasses import replace
 from typing import Any, final
 
 from ...adapters.updates.dora import DoRA
-from ...architectures.image import ADAPTER_PREFIXES
+from ...architectures.image import ADAPTER_PREFIXES, component_of
 from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from .format import Format, ReadOptions
+from .image_paths import are_of_image_model
 from .module_updates import module_updates
 from .other_methods import refused_tensor
-from .peft_config import base_mutating_init, base_mutating_init_of, lora_config, parse_config
+from .peft_config import base_mutating_init, base_mutating_init_of, config_beside, lora_config, parse_config
 from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
 
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
+
+
+# Prefixes that begin paths of other models, too: GPT-2, MPT, DBRX, XLNet, DistilBERT, OpenELM, ChatGLM, and any `net`
+ANYONES = (
+    "net.",
+    *(f"transformer.{stem}." for stem in ("h", "blocks", "layer", "layers", "encoder.layers")),
+)
 
 
 # The fields of PEFT's config that a file's metadata has
@@ -78,7 +87,8 @@ class DottedFormat(Format, ABC):
                 raise InputError("has an alpha and no factors", culprit=module)
             for spec in module_updates(path, roles, file, config, f"{path}.bias", options.lenient):
                 if config.extra.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
-                    raise InputError("has no magnitude, but the metadata sets use_dora", culprit=module)
+                    said = "config" if "" in configs else "metadata"
+                    raise InputError(f"has no magnitude, but the {said} sets use_dora", culprit=module)
                 whole = module + spec.module.removeprefix(path)
                 if whole in updates:
                     raise InputError(f"{name} has two updates for it", culprit=whole)
@@ -87,6 +97,8 @@ class DottedFormat(Format, ABC):
         common_alpha = alphas.pop() if len(alphas) == 1 else None
         # diffusers repeats these on the base when it loads the file
         inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
+        if "" in inits:
+            inits = dict.fromkeys((module.partition(".")[0] for module in found), inits[""])
         return Adapter(name, self.key, file, AdapterConfig(alpha=common_alpha, base_mutating_inits=inits), updates)
 
     @final
@@ -113,19 +125,21 @@ class DottedFormat(Format, ABC):
 def has_dotted_factors(names: Iterable[str]) -> bool:
     """Return whether a factor's name has a component's prefix or a processor in it, or all names are bare."""
     names, factors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
-    return _are_bare(names) or any(
-        name.endswith(factors) and (name.startswith(COMPONENTS) or ".processor." in name)
-        for name in names
-        if not name.startswith("transformer.h.")  # GPT-2's own modules
-    )
+    named = [n for n in names if n.endswith(factors) and (n.startswith(COMPONENTS) or ".processor." in n)]
+    if named and all(name.startswith(ANYONES) for name in named):
+        named = named if are_of_image_model(split_suffix(name)[0] for name in named) else []
+    return bool(named) or _are_bare(names)
 
 
 def _are_bare(names: Sequence[str]) -> bool:
     """Return whether all names are paths with suffixes that PEFT's names do not have, a factor's among them.
 
-    With PEFT's prefix, a suffix must be one that PEFT never writes.
+    With PEFT's prefix, a suffix must be one that PEFT never writes. Nor does it write an alpha beside its factors, as
+    OneTrainer does.
     """
-    if any(name.endswith(PEFTS) for name in names):
+    there = set(names)
+    alphas = any(f"{name.removesuffix('.alpha')}.lora_A.weight" in there for name in names if name.endswith(".alpha"))
+    if any(name.endswith(PEFTS) for name in names) and not alphas:
         return False
     if any(name.startswith(PEFT_PREFIX) for name in names) and not any(name.endswith(NOT_PEFTS) for name in names):
         return False
@@ -171,10 +185,15 @@ def _module_of(module: str) -> str:
 
 
 def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
-    """Return the configs in the metadata by component; empty without this metadata."""
+    """Return the configs by component, from the metadata or else from the file beside; under "" one for every module.
+
+    Raises:
+        InputError: one is damaged, or not of a method that is read.
+    """
     text = (file.metadata or {}).get("lora_adapter_metadata")
     if text is None:
-        return {}
+        fields = config_beside(file)
+        return {"": parse_config(name, fields, None)} if fields else {}
     try:
         flat = json.loads(text)
     except ValueError as error:
@@ -183,10 +202,10 @@ def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
         raise InputError("its metadata lora_adapter_metadata is not a JSON object", culprit=name)
     fields_of: dict[str, dict[str, object]] = {}
     for key, value in flat.items():
-        component, _, field = key.partition(".")
-        fields_of.setdefault(component, {})[field] = value
+        component, dot, field = key.partition(".")
+        fields_of.setdefault(component if dot else "", {})[field if dot else key] = value
     return {
-        component: parse_config(name, {**fields, "peft_type": "LORA"}, None) for component, fields in fields_of.items()
+        component: parse_config(name, {"peft_type": "LORA", **fields}, None) for component, fields in fields_of.items()
     }
 
 
@@ -200,17 +219,35 @@ def _config_of(
 ) -> tuple[AdapterConfig, str]:
     """Return the config that decides a module's rank and scale, and the path to look up in it.
 
-    A stored alpha comes before the metadata's, and that before --alpha; without any, alpha is the rank.
+    A stored alpha comes before the config's, which it must not contradict, and that before --alpha; without any, alpha
+    is the rank.
     """
     stored = file.scalar(roles["alpha"]) if "alpha" in roles else None
     if stored is not None and not math.isfinite(stored):
         raise InputError(f"is {stored}", culprit=roles["alpha"])
     component, _, path = module.partition(".")
-    if stored is None and component in configs:
-        config = configs[component]
+    config = configs.get(component)
+    if config is None and "" in configs:
+        config, path = configs[""], component_of(module)[1]
+    if stored is None and config is not None:
         if alpha is not None and config.alpha is not None and alpha != config.alpha:
-            raise UsageError(f"--alpha {alpha:g} contradicts the metadata's {config.alpha:g}", culprit=name)
+            said = "config" if "" in configs else "metadata"
+            raise UsageError(f"--alpha {alpha:g} contradicts the {said}'s {config.alpha:g}", culprit=name)
         return (config if config.alpha is not None else replace(config, alpha=alpha)), path
+    if stored is not None and config is not None:
+        _refuse_contradiction(roles["alpha"], stored, config, path)
     if stored is not None and alpha is not None and stored != alpha:
         raise UsageError(f"--alpha {alpha:g} contradicts the file's {roles['alpha']} = {stored:g}", culprit=name)
     return AdapterConfig(alpha=alpha if stored is None else stored, rank_is_alpha=True), module
+
+
+def _refuse_contradiction(tensor: str, stored: float, config: AdapterConfig, path: str) -> None:
+    """Raise InputError if a stored alpha is another than the config's, by more than what bf16 makes of that."""
+    said = config.for_module(path).alpha
+    if said is not None and (config.use_rslora or not math.isclose(said, stored, rel_tol=2**-8)):
+        scaled = ", divided by the root of the rank (use_rslora)" if config.use_rslora else ""
+        raise InputError(
+            f"is {stored:g}, but the config says {said:g}{scaled}",
+            culprit=tensor,
+            remedy="which of them its trainer meant, the file does not say: remove the other",
+        )

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...files.checkpoint import is_torch_weights, refuse_training_state
-from . import peft
-from .peft_config import CONFIG_NAME
+from .peft_config import CONFIG_NAME, WEIGHTS_NAMES
 
 # AdapterHub's names, beside which the head's weights are in a separate file, and MLX's, beside earlier checkpoints
 OTHERS_NAMES = ("adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
@@ -42,7 +41,7 @@ def find_adapter_file(path: Path) -> Path:
 
 def _in_folder(path: Path) -> list[Path]:
     """Return the file with a known name, else all safetensors files, else all torch files."""
-    for name in (*peft.WEIGHTS_NAMES, *OTHERS_NAMES):
+    for name in (*WEIGHTS_NAMES, *OTHERS_NAMES):
         if (path / name).is_file():
             return [path / name]
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())

@@ -1,6 +1,7 @@
 """Read loralib's format: the state dict of `loralib.lora_state_dict`, in any container.
 
-Tensors are `<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored. For an
+Tensors are `<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored, and the rank
+for an image model's, which Genmo's trainer of Mochi writes so (`demos/fine_tuner`). For an
 Embedding, which only the path tells, they are (r, rows) and (width, r), and the delta is transposed. A MergedLinear
 adapts n of the equal slices of its rows, with A (r * n, in) and B (out / slices * n, r); which ones is not stored.
 Any other tensor replaces the base's. Defined by microsoft/LoRA: `loralib/layers.py`, `loralib/utils.py`.
@@ -23,6 +24,7 @@ from ..config import AdapterConfig
 from ..updates.headers import spec_from_roles
 from ..updates.update import Unpaired, UpdateSpec
 from .format import Capabilities, Format, ReadOptions
+from .image_paths import are_of_image_model
 from .peft import adapter_names, saved_name
 
 ENDS = {"A": "lora_A", "B": "lora_B"}
@@ -68,7 +70,7 @@ class Loralib(Format):
                 updates[module_path(tensor)] = UpdateSpec(
                     ReplaceTensor, module_path(tensor), {"value": tensor}, {"value": spec}
                 )
-        config = AdapterConfig(alpha=options.alpha)
+        config = AdapterConfig(alpha=options.alpha, rank_is_alpha=are_of_image_model(found))
         for module, roles in found.items():
             if module in updates:
                 raise InputError(

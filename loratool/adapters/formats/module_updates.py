@@ -11,15 +11,18 @@ from collections.abc import Iterator, Mapping
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
+from ..updates.add import AddDelta
 from ..updates.diff import Diff
 from ..updates.headers import spec_from_roles, unpaired
+from ..updates.replace import ReplaceTensor
 from ..updates.update import Unpaired, UpdateSpec
 from .other_methods import EXTRACT_REMEDY
 
-BIAS_ROLES = ("diff_b",)
+BIAS_ROLES = ("diff_b", "bias")
 
 # roles -> (the method that has them, why no merge can have it)
-MULTIPLYING = {
+REFUSED = {
+    ("reshape",): ("ComfyUI's LoRA of a model that has grown", "changes the shape of its weight"),
     ("oft_blocks", "rescale"): ("OFT", "multiplies the weight by a matrix"),
     ("a1", "a2"): ("GLoRA with a part that multiplies", "multiplies the weight by a matrix"),
     ("q_layer", "p_layer", "lambda_layer"): ("T-LoRA", "has other factors at each step of the diffusion"),
@@ -40,10 +43,19 @@ def module_updates(
         InputError: the roles are of no kind that can be merged, or as `spec_from_roles`.
     """
     own = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
-    for role in BIAS_ROLES:
-        if role in roles:
-            tensors = {"diff": roles[role]}
-            yield UpdateSpec(Diff, bias, tensors, {"diff": file.specs[roles[role]]}, transposed=False)
+    if key := roles.get("diff_b"):
+        yield UpdateSpec(Diff, bias, {"diff": key}, {"diff": file.specs[key]}, transposed=False)
+    if key := roles.get("bias"):  # PEFT's, of the layer whose weight is B
+        rank = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
+        if not lenient and not (rank and rank[0]):
+            raise InputError(f"has no partner: the A factor of {module} is missing or empty", culprit=key)
+        scale = config.scale_of(module, rank[0]) if rank and rank[0] else 1.0
+        yield UpdateSpec(AddDelta, bias, {"value": key}, {"value": file.specs[key]}, scale)
+    if "set" in own:  # ComfyUI's, of a weight that its owner has replaced
+        if len(own) > 1:
+            raise InputError("is there beside factors, which it would undo", culprit=own["set"])
+        yield UpdateSpec(ReplaceTensor, module, {"value": own["set"]}, {"value": file.specs[own["set"]]})
+        return
     if not own:
         return
     try:
@@ -57,7 +69,7 @@ def module_updates(
 def _of_weight(
     module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
 ) -> UpdateSpec:
-    _refuse_multiplying(roles)
+    _refuse_methods(roles)
     if {"b1", "b2"} <= roles.keys():  # GLoRA without the part that multiplies is LoRA
         rest = {role: name for role, name in roles.items() if role not in ("b1", "b2")}
         if {"A", "B"} & rest.keys():
@@ -75,8 +87,8 @@ def _of_weight(
     return spec_from_roles(module, roles, file, config, False, along_inputs=along_inputs, lenient=lenient)
 
 
-def _refuse_multiplying(roles: Mapping[str, str]) -> None:
-    for marks, (method, reason) in MULTIPLYING.items():
+def _refuse_methods(roles: Mapping[str, str]) -> None:
+    for marks, (method, reason) in REFUSED.items():
         found = next((role for role in marks if role in roles), None)
         if found:
             raise InputError(f"is a tensor of {method}, which {reason}", culprit=roles[found], remedy=EXTRACT_REMEDY)

@@ -33,9 +33,11 @@ from ..updates.headers import spec_from_roles
 from ..updates.update import Unpaired, UpdateSpec
 from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
+from .image_paths import are_of_image_model
 from .other_methods import find_marks, other_method
 from .peft_config import (
     CONFIG_NAME,
+    WEIGHTS_NAMES,
     announced_but_absent,
     find_config,
     parse_config,
@@ -43,9 +45,6 @@ from .peft_config import (
 )
 from .single_file import file_size, write_single_file
 from .suffixes import PLAIN_ENDS
-
-WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*{re.escape(PEFT_PREFIX)}")
 
@@ -143,7 +142,9 @@ class Peft(Format):
                 culprit=name,
                 remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
             )
-        must_say = len(fields) == 1 and options.alpha is None and not options.lenient
+        ends = (_end_of(WRAPPED.sub("", key)) for key in file.specs if ".lora_" in key) if len(fields) == 1 else ()
+        of_image = are_of_image_model(match.string[: match.start()] for match, _ in ends if match)
+        must_say = len(fields) == 1 and options.alpha is None and not options.lenient and not of_image
         has_marks = any(mark in key for key in file.specs for mark in MARKS)  # whose kinds say what they miss
         if must_say and not has_marks and any(".lora_" in key for key in file.specs):
             raise NeedsFlag(
@@ -151,7 +152,7 @@ class Peft(Format):
                 culprit=name,
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
             )
-        config = parse_config(name, fields, options.alpha)
+        config = dataclasses.replace(parse_config(name, fields, options.alpha), rank_is_alpha=of_image)
         found: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
@@ -338,7 +339,7 @@ def _updates(
         raise InputError(f"{path} has updates of two sorts", culprit=roles[(found or others)[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
-        if not extra.get("lora_bias"):
+        if not extra.get("lora_bias") and not config.rank_is_alpha:
             raise InputError("is there, but the config does not set lora_bias", culprit=roles["bias"])
         rank = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
         if not lenient and not (rank and rank[0]):

@@ -26,6 +26,7 @@ from .content import NewModule
 from .other_methods import READ, method_of_peft_type, peft_type
 
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 # Field -> how it changes the arithmetic. A field that is null, false or empty does not count.
@@ -61,6 +62,8 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
             return stored, ""
     if "lora_adapter_metadata" in metadata:
         flat = _parse_metadata(file, "lora_adapter_metadata")
+        if not any("." in key for key in flat):  # of `save_lora_adapter`, which is called on the component itself
+            return flat, ""
         components = sorted({key.partition(".")[0] for key in flat})
         if len(components) != 1:
             raise InputError(
@@ -71,6 +74,16 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
         return {"peft_type": "LORA", **{key.partition(".")[2]: value for key, value in flat.items()}}, components[0]
     beside = file.path.parent / CONFIG_NAME
     return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
+
+
+def config_beside(file: WeightsFile) -> dict[str, Any]:
+    """Return the fields of the config of a file of image modules; empty without one.
+
+    diffusion-pipe saves one beside its `adapter_model.safetensors` of ComfyUI's names. Beside a file of any other name
+    it is a stranger's, which no loader of such files reads.
+    """
+    beside = file.path.parent / CONFIG_NAME
+    return read_json_file(beside) if file.path.name in WEIGHTS_NAMES and beside.is_file() else {}
 
 
 def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:

@@ -26,6 +26,9 @@ SUFFIXES: Mapping[str, str] = {
     ".lora_linear_layer.up.weight": "B",
     "_lora.down.weight": "A",
     "_lora.up.weight": "B",
+    ".lora_B.bias": "bias",
+    ".set_weight": "set",
+    ".reshape_weight": "reshape",
     ".alpha": "alpha",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
@@ -49,7 +52,9 @@ PLAIN_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_mag
 PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
 # those that tell an adapter: a weight alone may be a model's
-FACTORS = tuple(suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "weight"))
+FACTORS = tuple(
+    suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "weight", "bias", "reshape")
+)
 # those that PEFT's names have too
 PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
 # those that none of PEFT's names has; LoHa's and LoKr's are alike

@@ -15,6 +15,7 @@ FAMILY = ModelFamily(
     title="Anima",
     blocks=cosmos_predict2.FAMILY.blocks,
     outside=cosmos_predict2.FAMILY.outside,
+    unused=cosmos_predict2.FAMILY.unused,
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),

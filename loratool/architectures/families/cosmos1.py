@@ -53,6 +53,16 @@ FAMILY = ModelFamily(
         "extra_pos_embedder.pos_emb_h": "learnable_pos_embed.pos_emb_h",
         "extra_pos_embedder.pos_emb_w": "learnable_pos_embed.pos_emb_w",
     },
+    # Counters of its training, and what positions are computed from
+    unused=(
+        "accum_video_sample_counter",
+        "accum_image_sample_counter",
+        "accum_iteration",
+        "accum_train_in_hours",
+        "pos_embedder.seq",
+        "pos_embedder.dim_spatial_range",
+        "pos_embedder.dim_temporal_range",
+    ),
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),

@@ -50,6 +50,16 @@ FAMILY = ModelFamily(
         "final_layer.linear": "proj_out",
         "t_embedding_norm": "time_embed.norm",
     },
+    # Counters of its training, and what positions are computed from
+    unused=(
+        "accum_video_sample_counter",
+        "accum_image_sample_counter",
+        "accum_iteration",
+        "accum_train_in_hours",
+        "pos_embedder.seq",
+        "pos_embedder.dim_spatial_range",
+        "pos_embedder.dim_temporal_range",
+    ),
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),

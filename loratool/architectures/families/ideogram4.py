@@ -1,7 +1,7 @@
 """Name the modules of Ideogram 4 as Ideogram and diffusers do.
 
 Sources: diffusers' class `Ideogram4Transformer2DModel` and `loaders/lora_conversion_utils.py`; ComfyUI
-`comfy/ldm/ideogram4/model.py`. Not checked: the maker's names outside of the blocks.
+`comfy/ldm/ideogram4/model.py`, whose names outside of the blocks are diffusers' too.
 """
 
 from __future__ import annotations

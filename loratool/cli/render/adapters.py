@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ...architectures.numbered_names import grouped
+from ...binding.module_weights import by_name, spell_weight
 from ...files.fileio import size
 from .pictures import is_ascii_terminal, strips
 from .text import grouped_digits, print_lines, print_picture, print_table
@@ -124,7 +125,8 @@ def print_resize(report: ResizeReport) -> None:
 
 def print_combine(report: CombineReport) -> None:
     density = "" if report.density is None else f", density {report.density:g}"
-    terms = (f"{weight:g} {name}" for weight, name in zip(report.weights, report.adapters, strict=True))
+    weights = map(spell_weight, report.weights, map(by_name, report.components))
+    terms = (f"{weight} {name}" for weight, name in zip(weights, report.adapters, strict=True))
     print_lines(f"{report.method}{density} of {' + '.join(terms)}")
     rows = [
         [m.name, " + ".join(map(str, m.ranks)), str(m.rank), f"{m.norm:.3g}", f"{m.kept:.2%}", f"{m.error:.1e}"]

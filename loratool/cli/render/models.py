@@ -68,6 +68,11 @@ def print_checkpoint_convert(report: CheckpointConvertReport) -> None:
         done = "would be cast" if report.dry_run else "cast"
         zeros = "" if report.dry_run else f"; {sum(flushed):,} numbers became 0"
         print_lines(f"{len(flushed)} tensors {done} from {old} to {new}{zeros}")
+    if report.family:
+        done = "would be" if report.dry_run else "were"
+        print_lines(
+            f"{report.renamed} tensors of {report.family} {done} renamed, {report.regrouped} made of rows of others"
+        )
     print_lines(f"{report.copied} tensors {'would keep' if report.dry_run else 'keep'} their bytes")
     for modules in grouped(report.left_out):
         print_lines(f"left out: {modules}")

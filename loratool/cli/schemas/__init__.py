@@ -78,7 +78,7 @@ WORDS: dict[str, Sequence[str]] = {
     "outcome": tuple(OUTCOMES),
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
-    "CheckpointConvertReport.to": tuple(CONTAINERS),
+    "CheckpointConvertReport.to": (*CONTAINERS, *choices.MODEL_NAMINGS),
     "CheckpointConvertReport.source_format": tuple(CONTAINERS),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),

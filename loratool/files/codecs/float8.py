@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Float8(Codec):
-    """A float8 tensor, which a merge writes in a wider type: almost no change survives in 8 bits."""
+    """A float8 tensor, which a merge that keeps its type reads as it is stored (`TensorRef.as_stored`)."""
 
     key = "float8"
     dtypes = frozenset(FLOAT8)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
-from ..dtypes import TORCH_FLOATS, TensorSpec
+from ..dtypes import FLOATS, TensorSpec
 from .codec import Codec, StoredTensor
 
 if TYPE_CHECKING:
@@ -23,6 +23,6 @@ class Raw(Codec):
 
     def read_rows(self, stored: Sequence[StoredTensor], start: int, out: torch.Tensor) -> None:
         (tensor,) = stored
-        if tensor.spec.dtype not in TORCH_FLOATS:
+        if tensor.spec.dtype not in FLOATS:
             raise InputError(f"has dtype {tensor.spec.dtype}, not a floating-point type", culprit=tensor.name)
         tensor.read(start, out)

@@ -30,6 +30,7 @@ from ...binding.selection import Selection
 from ...errors import InputError, LoratoolError, NeedsFlag
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
+from ..convert.in_memory import CommonFormat
 from ..inputs import WeightedAdapter
 
 ROUNDING = 1e-9  # tolerance for the sum 1 of decimal weights
@@ -37,11 +38,12 @@ ROUNDING = 1e-9  # tolerance for the sum 1 of decimal weights
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """An adapter's update of a module, with the adapter's weight."""
+    """An adapter's update of a module, with its weight there."""
 
     adapter: Adapter
     weight: float
     update: UpdateSpec
+    origins: tuple[str, ...]  # the modules of the adapter's file that it is made of
 
     def source(self, role: str) -> TensorRef:
         return TensorRef(self.adapter.file, self.update.tensors[role])
@@ -58,28 +60,37 @@ class AlignedAdapters:
     updates: Mapping[str, UpdateSpec]  # module -> the update with the output's tensor names and shapes
     carried: Mapping[str, CarriedTensor]  # tensor of the output -> its sum, for tensors other than factors
     fields: Mapping[str, object]  # of PEFT's config, that differ from the first adapter's
-    left_out: tuple[str, ...]  # modules that --exclude selects
+    left_out: tuple[str, ...]  # modules that --target and --exclude leave out
     warnings: tuple[str, ...]
 
 
-def align_adapters(loaded: WeightedAdapter, exclude: tuple[str, ...] = ()) -> AlignedAdapters:
+def align_adapters(
+    alike: CommonFormat, weights: Sequence[Mapping[str, float]], target: tuple[str, ...]
+) -> AlignedAdapters:
     """Align adapters of one format and naming.
 
     Args:
-        exclude: patterns of modules to leave out.
+        weights: of each adapter, module of its file -> weight.
+        target: patterns of modules to combine, by their names in the output or in a file; empty for all.
 
     Raises:
-        InputError: the adapters are of different bases, or have no factors to combine.
+        InputError: the adapters are of different bases, or have no factors to combine; or a module is made of some
+            with other weights, or of which only some are targets.
         NeedsFlag: some updates have no sum, and would have to be excluded.
     """
+    loaded, found = alike.loaded, dict[str, list[WeightedUpdate]]()
     _check_together(loaded)
-    found: dict[str, list[WeightedUpdate]] = {}
-    for adapter, weight in loaded:
+    for (adapter, _), own, origins in zip(loaded, weights, alike.origins, strict=True):
+        of_all = set(own.values())
         for module, update in adapter.updates.items():
-            found.setdefault(module, []).append(WeightedUpdate(adapter, weight, update))
-    selection = Selection(exclude=exclude)
-    selection.require_used(found, " and ".join(adapter.name for adapter, _ in loaded))
-    kept = {module: tuple(group) for module, group in found.items() if selection.selects(module)}
+            of = origins.get(module, (module,))
+            weight = next(iter(of_all)) if len(of_all) == 1 else _common_weight(adapter, module, of, own)
+            found.setdefault(module, []).append(WeightedUpdate(adapter, weight, update, of))
+    names = " and ".join(adapter.name for adapter, _ in loaded)
+    selection, targets = Selection(exclude=alike.exclude), Selection(target)
+    selection.require_used(found, names)
+    targets.require_used({*found, *(o for group in found.values() for each in group for o in each.origins)}, names)
+    kept = {m: tuple(g) for m, g in found.items() if selection.selects(m) and _is_target(targets, m, g)}
     problems = _problems(kept, loaded)
     groups = {module: group for module, group in kept.items() if group[0].update.rank and module not in problems}
     if problems:
@@ -93,6 +104,36 @@ def align_adapters(loaded: WeightedAdapter, exclude: tuple[str, ...] = ()) -> Al
     fields = _config_fields(loaded, {m: g[0].update for m, g in kept.items()}) if has_config else {}
     left_out = tuple(module for module in found if module not in kept)
     return AlignedAdapters(groups, _with_nesting(groups), carried, fields, left_out, _warnings(loaded))
+
+
+def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weights: Mapping[str, float]) -> float:
+    """Return the weight of a module; raise InputError if those that it is made of have several."""
+    if lost := next((origin for origin in origins if origin not in weights), None):
+        raise InputError(f"is {lost} in no file, so none of {adapter.name}'s weights is its own", culprit=module)
+    of = {weights[origin]: origin for origin in origins}
+    if len(of) > 1:
+        (one, a), (two, b), *_ = of.items()
+        raise InputError(
+            f"is made of {a} and {b} of {adapter.name}, whose weights are {one:g} and {two:g}",
+            culprit=module,
+            remedy="give them one weight, or name a format with --to that has them apart",
+        )
+    return next(iter(of))
+
+
+def _is_target(selection: Selection, module: str, group: Sequence[WeightedUpdate]) -> bool:
+    """Return whether a module is selected by one of its names; InputError if a part of it is."""
+    if selection.selects(module):
+        return True
+    found = {member.adapter.name: [selection.selects(origin) for origin in member.origins] for member in group}
+    part = next((name for name, selected in found.items() if any(selected) and not all(selected)), None)
+    if part:
+        raise InputError(
+            f"is made of modules of {part} of which --target names only some",
+            culprit=module,
+            remedy="name all of them, or a format with --to that has them apart",
+        )
+    return any(any(selected) for selected in found.values())
 
 
 def _check_together(loaded: WeightedAdapter) -> None:

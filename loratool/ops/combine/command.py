@@ -25,6 +25,7 @@ from ...adapters.edited import (
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors
 from ...adapters.updates.update import UpdateSpec
+from ...binding.module_weights import by_component, require_patterns_used, weight_of
 from ...errors import InputError, UsageError
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_ref import is_finite
@@ -66,7 +67,8 @@ class ModuleCombine:
 @dataclass(frozen=True)
 class CombineReport:
     """The result of `combine`. kept, error: over all modules; carried: tensors beside the factors, added up or as they
-    were; left_out: what --drop and --exclude named; parameters, nbytes: of the output.
+    were; left_out: what --drop, --target and --exclude leave out; parameters, nbytes: of the output. components: of
+    each adapter, components and patterns with another weight than its own; the last that matches a module wins.
     """
 
     adapters: tuple[str, ...]
@@ -83,6 +85,7 @@ class CombineReport:
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    components: tuple[Mapping[str, float], ...]
 
 
 @require_ieee
@@ -99,6 +102,7 @@ def combine(
     size: int | None = None,
     rank_rule: tuple[str, float] | None = None,
     max_rank: int | None = None,
+    target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     to: str | None = None,
     dtype: str = "fp32",
@@ -113,14 +117,15 @@ def combine(
     """Combine several adapters into one that does what they do with their weights.
 
     Args:
-        adapters: paths, (path, weight) pairs, or {path: weight}.
+        adapters: one or several, each a path, (path, weight) or (path, weight, weights of its components and of modules
+            by pattern, like {"te": 0.4, "down_proj": 0}), or all as {path: weight}.
         out: a folder, or a file if it ends in .safetensors.
         method: a key of COMBINE_METHODS.
         density: the share of entries that the method keeps, 0.5 by default.
         seed: of the random numbers, which follow from it, the module's name and the adapter's content.
         rank, energy, params, size, rank_rule, max_rank: as in `resize`; by default a module's rank is the sum of the
             adapters' ranks.
-        exclude: patterns of modules to leave out.
+        target, exclude: patterns of modules to combine, and of those to leave out (`selection.Selection`).
         drop: keys of DROP_CHOICES, of what is left out of the adapters.
         to: a key of `written_formats`, by default the first adapter's format; adapters of other formats are converted.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
@@ -137,17 +142,18 @@ def combine(
     """
     rule = read_rule({"rank": rank, "energy": energy, "params": params, "size": size}, rank_rule, max_rank)
     given = parse_adapters(adapters, drop)
-    for each in given:
-        if each.component_weights:
-            raise UsageError("combine weighs whole adapters, not their components", culprit=each.path)
     check_target(to)
     for word in allow:
         if word not in COMBINE_ALLOW:
             raise UsageError(f"allow {word!r} is none of {', '.join(COMBINE_ALLOW)}")
-    density = _check(method, density, dtype, rule, [each.weight for each in given])
+    weights = [weight for each in given for weight in (each.weight, *each.module_weights.values())]
+    density = _check(method, density, dtype, rule, weights)
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, alpha, opened), (each.weight for each in given), strict=True))
         dropped = [name for adapter, _ in loaded for name in adapter.left_out]
+        require_patterns_used((adapter, adapter.updates) for adapter, _ in loaded)
+        of_modules = [{m: weight_of(adapter, weight, m) for m in adapter.updates} for adapter, weight in loaded]
+        components = tuple(by_component(adapter.module_weights) for adapter, _ in loaded)
         if to is None:
             require_writable(loaded[0][0])
         path, is_file = edited_output(loaded[0][0], to, out, "combined")
@@ -155,19 +161,19 @@ def combine(
         with request_for("combine"):
             found = [as_low_rank(adapter, exclude) for adapter, _ in loaded]
         loaded = tuple((each.adapter, weight) for each, (_, weight) in zip(found, loaded, strict=True))
-        loaded, patterns, made = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
-        aligned = align_adapters(loaded, patterns)
+        alike = convert_to_common_format(loaded, to, tuple(exclude), path.absolute().parent, opened)
+        loaded, aligned = alike.loaded, align_adapters(alike, of_modules, tuple(target))
         aligned = replace(
             aligned,
             left_out=(
                 *dropped,
-                *(module for each in made for module in each.dropped),
+                *(module for each in alike.made for module in each.dropped),
                 *aligned.left_out,
             ),
             warnings=(
                 *aligned.warnings,
                 *dict.fromkeys(line for each in found for line in each.warnings()),
-                *conversion_warnings(made),
+                *conversion_warnings(alike.made),
             ),
         )
         work = _Combination(loaded, aligned, method, density, seed, choose_device(device), DTYPES[dtype], progress)
@@ -180,7 +186,7 @@ def combine(
         else:
             opened.enter_context(naming_output(path))
             write_edited(work.edited(), path, is_file, [adapter.file for adapter, _ in loaded])
-        return work.report(str(path), dry_run)
+        return work.report(str(path), dry_run, components)
 
 
 def _check(
@@ -349,7 +355,7 @@ class _Combination:
         for each in self._aligned.carried.values():
             each.load()
 
-    def report(self, out: str, dry_run: bool) -> CombineReport:
+    def report(self, out: str, dry_run: bool, components: tuple[Mapping[str, float], ...]) -> CombineReport:
         specs, aligned = self.edited().specs(), self._aligned
         rows = tuple(self._row(module) for module in self._ranks)
         total = math.fsum(row.norm**2 for row in rows)
@@ -368,6 +374,7 @@ class _Combination:
             carried=tuple(aligned.carried),
             left_out=aligned.left_out,
             warnings=(*aligned.warnings, *rank_notes(self._loaded[0][0], self._ranks)),
+            components=components,
         )
 
     def _row(self, module: str) -> ModuleCombine:

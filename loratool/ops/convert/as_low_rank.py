@@ -25,7 +25,8 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.experts import Experts
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.families import FAMILIES, kernel_of
+from ...architectures.families import FAMILIES
+from ...architectures.families.lookup import kernel_of
 from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...streaming.workers import Progress, worker_count
+from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
+from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
 from .shared_tensors import dropped_names, find_shared_storage
 
 
@@ -49,7 +51,9 @@ class CastTensor:
 class CheckpointConvertReport:
     """The result of `convert` of a checkpoint. `copied` counts the tensors that keep their bytes.
 
-    left_out: what --drop left out.
+    left_out: what --drop left out, and tensors for which the other naming of a denoiser has no place.
+    family: of a denoiser whose tensors were renamed, a key of FAMILIES.
+    renamed: tensors with another name; regrouped: those that are rows of another tensor, or of several.
     shared: tensors that are another one -> that one: in a torch file its storage has both names; in a safetensors file
     it is written once, and its metadata says so.
     """
@@ -67,6 +71,9 @@ class CheckpointConvertReport:
     not_copied: tuple[str, ...]
     warnings: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    family: str | None = None
+    renamed: int = 0
+    regrouped: int = 0
 
 
 # A key of MODEL_DROP_CHOICES -> what the names of its tensors match as a whole, and of what a torch file has beside the
@@ -83,7 +90,7 @@ class CheckpointOptions:
 
     dtype: str  # a key of `dtypes.MERGE_DTYPES`, for all tensors of floats of 16 bits or more
     max_shard_bytes: int | None  # the size of the output's shards; None keeps those of the checkpoint
-    drop: tuple[str, ...]  # keys of DROPPED
+    drop: tuple[str, ...]  # keys of DROPPED, and of DENOISER_DROP_CHOICES where tensors are renamed
     force: bool
     dry_run: bool
 
@@ -101,10 +108,11 @@ def convert_checkpoint(
     progress: Progress | None,
     workers: int | None,
 ) -> CheckpointConvertReport:
-    """Write a checkpoint in another container, type or number of shards.
+    """Write a checkpoint in another container, type or number of shards, or a denoiser under other names.
 
     Args:
-        to: a key of CONTAINERS; by default the one that the suffix of `out` tells, else safetensors.
+        to: a key of CONTAINERS, or of MODEL_NAMINGS for a denoiser; by default the container that the suffix of `out`
+            tells, else safetensors.
 
     Raises:
         UsageError, InputError, NeedsFlag: before anything is written.
@@ -112,35 +120,51 @@ def convert_checkpoint(
     """
     if options.dtype.lower().removeprefix("torch.") not in MERGE_DTYPES:
         raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(MERGE_DTYPES)}")
+    words = (*DROPPED, *(DENOISER_DROP_CHOICES if to in MODEL_NAMINGS else ()))
     for word in options.drop:
-        if word not in DROPPED:
-            raise UsageError(f"--drop {word!r} is none of {', '.join(DROPPED)}, which are those of a checkpoint")
-    chosen = options.chosen
-    with closing(open_checkpoint(checkpoint)) as base:
-        to, path, is_file = _place(base, out, to)
-        _refuse_quantized(base, chosen, to, checkpoint)
-        removed = {name for name in base.stored if _is_dropped(name, options.drop)}
-        if len(removed) == len(base.stored):
+        if word not in words:
+            raise UsageError(f"--drop {word!r} is none of {', '.join(words)}, which are those of a checkpoint")
+    chosen, naming = options.chosen, to if to in MODEL_NAMINGS else None
+    with closing(open_checkpoint(checkpoint)) as opened:
+        if naming:
+            container, (path, is_file) = "safetensors", place_denoiser(out, naming)
+        else:
+            container, path, is_file = _place(opened, out, to)
+        _refuse_quantized(opened, chosen, container, checkpoint)
+        removed = {name for name in opened.stored if _is_dropped(name, options.drop)}
+        if len(removed) == len(opened.stored):
             raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
+        base, denoiser = opened, None
+        if naming:
+            denoiser = rename_denoiser(
+                opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
+            )
+            base, removed = denoiser.checkpoint, set()
         decoded = {
             name: TensorSpec(chosen, weight.spec.shape)
             for name, weight in base.weights.items()
             if chosen and name not in removed
         }
-        inputs = [shard.path for shard in base.shards]
+        inputs = [shard.path for shard in opened.shards]
         check_output_path(path, is_file, inputs, options.force, is_model=True)
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(decoded, shared=shared, left_out=dropped_names(base, shared), removed=removed)
-        origin = provenance("convert", {"dtype": chosen, "to": to}, base.metadata.get("loratool"))
-        output = plan_output(base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=to)
+        origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
+        output = plan_output(
+            base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
+        )
+        if denoiser:
+            not_copied = tuple(name for name in output.not_copied if name not in opened.weight_files)
+            output = replace(output, inputs=opened.shards, not_copied=not_copied)
         check_undo_files(output, inputs, options.force)
         output.require_space()
         flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
-        return _report(os.fspath(checkpoint), base, output, edits, to, options, flushed)
+        report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
+        return _with_denoiser(report, denoiser, opened, naming, options) if denoiser and naming else report
 
 
 def _is_dropped(name: str, drop: Collection[str]) -> bool:
-    return any(DROPPED[word].fullmatch(name) for word in drop)
+    return any(DROPPED[word].fullmatch(name) for word in drop if word in DROPPED)
 
 
 def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | os.PathLike[str]) -> None:
@@ -221,10 +245,9 @@ def _report(
         if spec.dtype != former[each]
     )
     apart = [name for name in edits.shared if to == "safetensors" and name not in edits.left_out]
-    beside = [name for shard in base.shards for name in shard.ignored if _is_dropped(name, options.drop)]
     return CheckpointConvertReport(
         name,
-        "torch" if any(isinstance(shard, TorchFile) for shard in base.shards) else "safetensors",
+        _container_of(base),
         str(output.path),
         to,
         flushed is None,
@@ -235,16 +258,49 @@ def _report(
         tuple(file.name for file in output.files),
         output.not_copied,
         tuple(_warnings(base, output, edits, to, apart, options)),
-        (*(name for name in base.stored if name in edits.removed), *beside),
+        (*(name for name in base.stored if name in edits.removed), *_dropped_beside(base, options)),
     )
+
+
+def _with_denoiser(
+    report: CheckpointConvertReport,
+    denoiser: RenamedDenoiser,
+    opened: Checkpoint,
+    to: str,
+    options: CheckpointOptions,
+) -> CheckpointConvertReport:
+    """Return the report on a denoiser's new file with what only the files that it is made of tell."""
+    return replace(
+        report,
+        to=to,
+        source_format=_container_of(opened),
+        warnings=(*_unread(opened, options), *report.warnings, *denoiser.notes(to)),
+        left_out=(*denoiser.left_out, *_dropped_beside(opened, options)),
+        family=denoiser.family.key,
+        renamed=denoiser.renamed,
+        regrouped=denoiser.regrouped,
+    )
+
+
+def _container_of(base: Checkpoint) -> str:
+    return "torch" if any(isinstance(shard, TorchFile) for shard in base.shards) else "safetensors"
+
+
+def _dropped_beside(base: Checkpoint, options: CheckpointOptions) -> list[str]:
+    """Return what --drop leaves out of what torch files have beside the weights."""
+    return [name for shard in base.shards for name in shard.ignored if _is_dropped(name, options.drop)]
+
+
+def _unread(base: Checkpoint, options: CheckpointOptions) -> Iterator[str]:
+    for shard in base.shards:
+        if ignored := [name for name in shard.ignored if not _is_dropped(name, options.drop)]:
+            yield f"{shard.place} also holds {', '.join(ignored)}, which is not read"
 
 
 def _warnings(
     base: Checkpoint, output: Output, edits: OutputEdits, to: str, apart: list[str], options: CheckpointOptions
 ) -> Iterator[str]:
-    for shard in base.shards:
-        if ignored := [name for name in shard.ignored if not _is_dropped(name, options.drop)]:
-            yield f"{shard.place} also holds {', '.join(ignored)}, which is not read"
+    yield from _unread(base, options)
     for name in apart:
         kept = edits.shared[name]
         yield f"{name} is one storage with {kept}, but not one that loaders are known to tie: both are written"

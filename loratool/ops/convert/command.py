@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, WrittenFormat, holds_adapter, open_adapter, written_formats
+from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
@@ -24,7 +24,7 @@ from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import CONTAINERS, check_output_path, naming_output
 from ...streaming.workers import Progress
-from ..choices import QKV_LAYOUTS
+from ..choices import MODEL_NAMINGS, QKV_LAYOUTS
 from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
@@ -39,7 +39,8 @@ from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, 
 from .source_modules import detect_families, known_families, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 
-Container = Literal["safetensors", "torch"]  # the keys of CONTAINERS
+# The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
+Container = Literal["safetensors", "torch", "single-file"]
 
 
 CONVERT_DTYPES = {"keep": None, **DTYPES}
@@ -92,7 +93,7 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    to: WrittenFormat,
+    to: AdapterFormat,
     from_format: str | None = None,
     exclude: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -179,7 +180,8 @@ def convert(
 
     Args:
         to: of an adapter a key of `written_formats`: of PEFT's `out` is a folder, or a file by its
-            ending; of the others it is a file. Of a checkpoint a key of CONTAINERS, safetensors by default.
+            ending; of the others it is a file. Of a checkpoint a key of CONTAINERS, safetensors by default; of an
+            image model's denoiser a key of MODEL_NAMINGS as well: whose names its tensors get.
         dtype: of the factors a key of CONVERT_DTYPES, of a checkpoint a key of MERGE_DTYPES.
         max_shard_bytes: of a checkpoint: split it into shards of at most this size; by default it keeps its own.
         force: replace an output that exists.
@@ -188,7 +190,8 @@ def convert(
         workers: of a checkpoint: threads that write; by default one for each core.
         from_format: a key of FORMATS; by default it is detected from the tensors' names.
         exclude: patterns of modules to leave out, which the target format may not hold.
-        drop: what to leave out: of an adapter keys of DROP_CHOICES, of a checkpoint keys of MODEL_DROP_CHOICES.
+        drop: what to leave out: of an adapter keys of DROP_CHOICES, of a checkpoint keys of MODEL_DROP_CHOICES,
+            and of DENOISER_DROP_CHOICES where a denoiser's tensors get other names.
         alpha: for an adapter file without an alpha.
         enable_lora: the slices of loralib's MergedLinear that have an update.
         plain: write standard LoRA, alpha being the rank everywhere.
@@ -206,7 +209,7 @@ def convert(
     options = AdapterOptions(from_format, tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
     given = options.given()
     is_one = bool(from_format) or holds_adapter(source)
-    if is_one or to in written_formats():
+    if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
         if max_shard_bytes is not None:
             raise UsageError("--max-shard-size is for checkpoints, not for adapters", culprit=os.fspath(source))
         if to not in written_formats():

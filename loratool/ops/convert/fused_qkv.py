@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...architectures.families import LAYOUTS, Located, locate, parts_of
+from ...architectures.families import LAYOUTS
+from ...architectures.families.lookup import Located, locate, parts_of
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import open_checkpoint, read_json_file
 from .module_map import RowSlice, TargetModule, fuse_modules

@@ -129,7 +129,8 @@ def choose_family(
         return found
     denoisers = [source for source in sources if source.component in DENOISERS]
     families = [each for each in families if _has_files(each, denoisers, to)] or families
-    meanings = {each: _meaning(denoisers, each, to) for each in families if not FAMILIES[each].up_attention}
+    apart = families if denoisers else ()  # text encoders alone have the names that the first has
+    meanings = {each: _meaning(denoisers, each, to) for each in apart if not FAMILIES[each].up_attention}
     other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
     if other:
         raise NeedsFlag(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -82,21 +82,28 @@ def rank_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
     return alpha_notes(like.format, [ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
 
 
+@dataclass(frozen=True)
+class CommonFormat:
+    """Adapters of one format and layout."""
+
+    loaded: WeightedAdapter
+    origins: tuple[Mapping[str, tuple[str, ...]], ...]  # of each adapter: module -> what it is made of, if renamed
+    exclude: tuple[str, ...]  # the patterns that apply to the new names
+    made: tuple[AdapterOutput, ...]  # the plans; empty if none was converted
+
+
 def convert_to_common_format(
     loaded: WeightedAdapter, to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
-) -> tuple[WeightedAdapter, tuple[str, ...], list[AdapterOutput]]:
+) -> CommonFormat:
     """Convert adapters to one format.
 
     Args:
         to: a key of `written_formats`; if None, adapters that differ in format or naming get the first one's.
         exclude: patterns of modules to leave out, by their names before or after.
-
-    Returns:
-        The weighted adapters, the patterns that apply to the new names, and the plans (empty if none was converted).
     """
     adapters = [adapter for adapter, _ in loaded]
     if to is None and are_alike(adapters):
-        return _in_one_layout(loaded), exclude, []
+        return _in_one_layout(loaded, [{}] * len(loaded), exclude, ())
     family = common_family(adapters)
     _require_known(adapters, family)
     to = to or adapters[0].format
@@ -110,18 +117,29 @@ def convert_to_common_format(
         for p in exclude
         if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in former)
     ]
-    return (
-        _in_one_layout([(adapter, w) for (adapter, _), (_, w) in zip(found, loaded, strict=True)]),
-        tuple(rest),
-        [m for _, m in found],
-    )
+    converted = [(adapter, weight) for (adapter, _), (_, weight) in zip(found, loaded, strict=True)]
+    made = tuple(plan for _, plan in found)
+    return _in_one_layout(converted, [{row.name: row.sources for row in plan.modules} for plan in made], rest, made)
 
 
-def _in_one_layout(loaded: Sequence[tuple[Adapter, float]]) -> WeightedAdapter:
+def _in_one_layout(
+    loaded: Sequence[tuple[Adapter, float]],
+    origins: Sequence[Mapping[str, tuple[str, ...]]],
+    exclude: Sequence[str],
+    made: tuple[AdapterOutput, ...],
+) -> CommonFormat:
     """Return adapters of one format with what is fused in the first fused in all, and what is split, split."""
     with request_for("combine"):
-        alike, _ = to_one_layout([adapter for adapter, _ in loaded], keep_first=True)
-    return tuple((adapter, weight) for adapter, (_, weight) in zip(alike, loaded, strict=True))
+        alike, names = to_one_layout([adapter for adapter, _ in loaded], keep_first=True)
+    all_origins = []
+    for (former, _), adapter, of in zip(loaded, alike, origins, strict=True):
+        found = dict(of)
+        for module in adapter.updates.keys() - former.updates.keys():
+            taken = [name for name in names[module] if name in former.updates]
+            found[module] = tuple(origin for name in taken for origin in of.get(name, (name,)))
+        all_origins.append(found)
+    weighted = tuple((adapter, weight) for adapter, (_, weight) in zip(alike, loaded, strict=True))
+    return CommonFormat(weighted, tuple(all_origins), tuple(exclude), made)
 
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...adapters.updates.dora import DoRA
-from ...architectures.families import ENCODERS, FAMILIES, Span, locate, names_maker, parts_of
+from ...architectures.families import ENCODERS, FAMILIES
+from ...architectures.families.lookup import Span, locate, names_maker, parts_of
 from ...architectures.families.table import DENOISERS, ModelFamily, Naming
 from ...errors import InputError, NeedsFlag
 from .source_modules import SourceModule, settle_components

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.families import Located, parts_of
+from ...architectures.families.lookup import Located, parts_of
 from ...architectures.prefixes import CONTAINER_PREFIXES
 from ...binding.resolve import strip_wrappers
 from ...errors import InputError

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.families import COMMON, ENCODERS, FAMILIES, detect, locate
+from ...architectures.families import ENCODERS, FAMILIES
+from ...architectures.families.detect import SHARED, detect
+from ...architectures.families.lookup import locate
 from ...architectures.families.table import DENOISERS, ModelFamily
 from ...architectures.image import component_of, components_of
 from ...errors import InputError
@@ -82,7 +84,7 @@ def _settled(source: SourceModule, family: ModelFamily) -> str:
 def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
     """Return the keys of the image families that modules fit best, the likeliest first; empty for no such model."""
     every = list(sources)
-    if all(component_of(source.module)[0] is None and COMMON.fullmatch(source.path) for source in every):
+    if all(component_of(source.module)[0] is None and SHARED.fullmatch(source.path) for source in every):
         return ()
     numbered = any(source.module.startswith("lora_te1_") for source in every)
     return tuple(f.key for f in detect([(s.component, s.path, _matrix_shape(s.update)) for s in every], numbered))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...architectures.families import rows_of_runs
+from ...architectures.families.lookup import rows_of_runs
 from ...architectures.families.table import Fused
 from ...architectures.prefixes import module_path
 from ...architectures.projections import projections

@@ -21,7 +21,7 @@ from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import TORCH_FLOATS
+from ...files.dtypes import FLOATS
 from ...files.tensor_compare import difference, same_values
 from ...files.tensor_ref import TensorRef
 
@@ -121,7 +121,7 @@ def _sort_tensor(
     found: SortedDeltas,
 ) -> None:
     """Put one tensor of both sides where its role says."""
-    floats = one.spec.dtype in TORCH_FLOATS and two.spec.dtype in TORCH_FLOATS
+    floats = one.spec.dtype in FLOATS and two.spec.dtype in FLOATS
     if not floats or not one.spec.size or not one.spec.shape:
         if one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name):
             found.unchanged += 1

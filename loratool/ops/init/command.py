@@ -19,8 +19,8 @@ import torch
 from ...adapters.formats import open_adapter
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
-from ...adapters.formats.peft import WEIGHTS_NAMES, Peft
-from ...adapters.formats.peft_config import CONFIG_NAME
+from ...adapters.formats.peft import Peft
+from ...adapters.formats.peft_config import CONFIG_NAME, WEIGHTS_NAMES
 from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX, module_path
 from ...architectures.renames import expert_part

@@ -19,7 +19,7 @@ from ...architectures.roles import weight_role
 from ...binding.tied_weights import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.dtypes import TORCH_FLOATS, TensorSpec
+from ...files.dtypes import FLOATS, TensorSpec
 from ...files.weights_file import WeightsFile
 from ..machine import require_ieee
 
@@ -229,7 +229,7 @@ def _groups(
 def _target(name: str, spec: TensorSpec) -> str:
     if not name.endswith(".weight") and ("expert" not in name or name.endswith("bias")):
         return ""
-    return weight_role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in TORCH_FLOATS)
+    return weight_role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in FLOATS)
 
 
 def _coded_target(weight: str, spec: TensorSpec) -> str:

@@ -38,7 +38,7 @@ from ...streaming.rewrite import refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
-from ...undo.writer import UndoWriter, adapter_entry, sort_adapters
+from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ..collector import uncollected
 from ..inputs import Adapters, open_inputs, parse_adapters, require_residual_base, subtract_initial
 from ..machine import require_ieee
@@ -74,8 +74,9 @@ def merge(
 
     Args:
         base: a file, a folder, an index JSON, or `org/model` in the local Hugging Face cache.
-        adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components,
-            like {"te": 0.4}), or all as {path: weight}; they are added in one pass and rounded once.
+        adapters: one or several, each a path, (path, weight) or (path, weight, weights of an image model's components
+            and of modules by pattern, like {"te": 0.4, "mlp": 0}, of which the last that matches a module wins), or all
+            as {path: weight}; they are added in one pass and rounded once.
         out: a folder, or a file if it ends in .safetensors; `merged` in the working folder by default.
         dtype: a key of MERGE_DTYPES.
         max_shard_bytes: split the output into shards of at most this size; by default it has the base's shards.
@@ -180,7 +181,7 @@ def write_merged(
     _check_factors(plan)
     output.require_space()
     if options.dry_run:
-        return build_report(plan, output, base, {}, _undo_bound(plan, output), dry_run=True)
+        return build_report(plan, output, base, {}, largest_undo(plan, output) if output.undo else None, dry_run=True)
     changes, size = _execute(plan, output, options)
     return build_report(plan, output, base, changes, size, dry_run=False)
 
@@ -228,14 +229,6 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
                 culprit=name,
                 remedy="add --no-undo",
             )
-
-
-def _undo_bound(plan: MergePlan, output: Output) -> int | None:
-    """Return an upper bound of the undo file's bytes: each changed weight itself, and a bit for each of its bytes."""
-    if output.undo is None:
-        return None
-    max_bytes = sum(plan.base.nbytes_of(name) for name in plan.changed if name in plan.base.specs)
-    return max_bytes + max_bytes // 8 + (1 << 20)
 
 
 def _execute(

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...binding.merge_plan import MergePlan
+from ...binding.module_weights import by_component
+from ...files.dtypes import FLOAT8
 from ...files.output import Output
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
@@ -43,7 +45,8 @@ class AdapterReport:
     """An adapter of the merge.
 
     Attributes:
-        components: of an image model, those with another weight than the adapter's.
+        components: those of an image model, and patterns, with another weight than the adapter's, in order: the last
+            that matches a module wins.
     """
 
     name: str
@@ -111,7 +114,8 @@ def build_report(
         dry_run,
         output.nbytes,
         tuple(
-            AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, a.component_weights) for a, w in plan.adapters
+            AdapterReport(a.name, a.format, w, len(a.updates), a.sha256, by_component(a.module_weights))
+            for a, w in plan.adapters
         ),
         tuple(rows),
         None if dry_run else sum(_is_changed(plan, row) for row in rows),
@@ -178,6 +182,7 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
     if weak:
         worst = min(weak, key=lambda row: row.kept or 0.0)
         wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
+        wider |= dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or ")
         warnings.append(
             f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
             f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "

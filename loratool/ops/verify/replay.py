@@ -17,7 +17,7 @@ from torch import Tensor
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import RowsOfDelta, Update
 from ...binding.placement import Placement
-from ...files.dtypes import FLOAT8
+from ...files.dtypes import DTYPE_NAMES
 from ...files.tensor_ref import TensorRef
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
@@ -67,6 +67,7 @@ class Replay:
 
     def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""
+        found = found.as_stored(getattr(torch, DTYPE_NAMES[found.spec.dtype]))  # compared in the type that it has
         work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
         edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
         for start, stop in pairwise(edges):
@@ -76,10 +77,8 @@ class Replay:
             piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, ROWS):
                 last = min(first + (ROWS // 4 if sample else ROWS), stop)
-                base = self.source.matrix_rows(self.rows, first, last)
                 merged = found.matrix_rows(self.rows, first, last)
-                if found.spec.dtype in FLOAT8:  # read as float32, but compared in the type that it is stored in
-                    merged = merged.to(getattr(torch, FLOAT8[found.spec.dtype]))
+                base = self.source.as_stored(merged.dtype).matrix_rows(self.rows, first, last)
                 yield ReplayBlock(first, inside, piece, base, merged, work)
 
 

@@ -1,0 +1,27 @@
+"""Tell an image model's modules from a language model's by their paths, where no prefix says which they are.
+
+Bare names without an alpha mean scale 1 to those who write them for image models (diffusers' `save_lora_adapter`,
+Black Forest Labs, fal, DiffSynth, Genmo), and to nobody else: PEFT's own files have a config, loralib's need an alpha.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ...architectures.families import FAMILIES
+from ...architectures.families.detect import SHARED
+from ...architectures.families.lookup import locate
+from ...architectures.families.table import DENOISERS
+from ...architectures.image import component_of
+
+IN_BLOCK = re.compile(r"\.\d+\.")
+
+
+def are_of_image_model(modules: Iterable[str]) -> bool:
+    """Return whether one image family's denoiser has all modules, and other models have not all that are in blocks."""
+    split = [component_of(module) for module in modules]
+    paths = [path for component, path in split if component in (None, *DENOISERS)]
+    if len(paths) < len(split) or not any(IN_BLOCK.search(path) and not SHARED.fullmatch(path) for path in paths):
+        return False
+    return any(all(locate(family, path) for path in paths) for family in FAMILIES.values())

@@ -1,0 +1,316 @@
+"""Look a module up in the table of its family: its names in all namings, and its rows.
+
+A path is looked up with its dots as `_`, so that kohya's flattened names are found as well: no two modules of a family
+are alike then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from .table import Fused, ModelFamily, Naming, Rows, Run
+from .unet import SGM_OUTSIDE, diffusers_to_sgm, sgm_to_diffusers, unet_paths
+
+NUMBER = re.compile(r"[0-9]+")
+PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
+
+
+# What the flattened names of a UNet's modules start with
+UNET_STARTS = (
+    *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
+    *(name.replace(".", "_") for name in (*SGM_OUTSIDE, *SGM_OUTSIDE.values())),
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A module of a family, found under any of its names."""
+
+    family: ModelFamily
+    path: str  # with its dots, in the naming that it was found in
+    maker: tuple[str, ...]  # the maker's modules that have rows of it
+    diffusers: tuple[str, ...]  # diffusers' modules that have rows of it
+    rows: tuple[tuple[int, Fused], ...] = ()  # (rows / columns, what it is of diffusers' then); 0 is any other ratio
+    comfy: tuple[str, ...] = ()  # ComfyUI's modules that have rows of it
+
+    def names(self, naming: Naming) -> tuple[str, ...]:
+        """Return the modules of a naming that have rows of it."""
+        return {Naming.MAKER: self.maker, Naming.DIFFUSERS: self.diffusers, Naming.COMFY: self.comfy}[naming]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of a module that are rows of diffusers' module."""
+
+    start: int  # rows [start, stop) of the module
+    stop: int
+    module: str  # diffusers'
+    skip: int  # its row that `start` is
+    whole: int  # how many rows it has
+
+
+def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Located | None:
+    """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such.
+
+    None as well for a name that two namings have for different modules, if `naming` does not tell which one is meant.
+    """
+    flat = path.replace(".", "_")
+    if family.up_attention:
+        return _unet_index(family).get(flat) if flat.startswith(UNET_STARTS) else None
+    found = _of_table(family, flat, naming)
+    return next((each for each in found if each.path == path), *found[:1]) if found else _locate_by_end(family, path)
+
+
+def to_diffusers(family: ModelFamily, path: str) -> tuple[str, ...]:
+    """Return diffusers' modules that a module's rows are of; a path that is not in the table is returned unchanged."""
+    found = locate(family, path)
+    return found.diffusers if found else (sgm_to_diffusers(path) if family.up_attention else path,)
+
+
+def to_maker(family: ModelFamily, path: str) -> tuple[str, ...]:
+    """Return the maker's modules that a module's rows are of; a path that is not in the table is returned unchanged."""
+    found = locate(family, path)
+    if found:
+        return found.maker
+    return (_sgm_of(family, sgm_to_diffusers(path)) if family.up_attention else path,)
+
+
+def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
+    """Return the kernel of the convolution that a module is; empty for a linear layer, and where it is not known."""
+    names = to_diffusers(family, path)
+    kernels = family.kernels.items()
+    return next((kernel for end, kernel in kernels for name in names if f".{name}".endswith(f".{end}")), ())
+
+
+def parts_of(
+    located: Located, columns: int, rows: int = 0, known: Mapping[str, int] | None = None, queries: int = 0
+) -> tuple[Span, ...] | None:
+    """Return which rows of diffusers' modules a module consists of, in its order; None if no such matrix is known.
+
+    Args:
+        columns: of the module's matrix.
+        rows: of the module's matrix; 0 if unknown.
+        known: diffusers' module -> its rows, as far as they are known.
+        queries: rows of a language model's query projection; 0 if unknown.
+    """
+    for ratio, fused in located.rows:
+        sizes = rows_of_runs(fused, columns, rows, known, queries)
+        if sizes is None and not rows:
+            whole = next((r * columns for end, r in located.family.ratios.items() if located.path.endswith(end)), 0)
+            sizes = rows_of_runs(fused, columns, whole, known, queries) if whole else None
+        if sizes is None or (ratio and sum(sizes) != ratio * columns):
+            continue
+        spans, start = [], 0
+        for run, size in zip(_runs(fused), sizes, strict=True):
+            spans.append(Span(start, start + size, run.module, run.part * size, run.parts * size))
+            start += size
+        return tuple(spans)
+    return None
+
+
+def rows_of_runs(
+    fused: Fused, columns: int, rows: int = 0, known: Mapping[str, int] | None = None, queries: int = 0
+) -> tuple[int, ...] | None:
+    """Return how many rows each run of a fused matrix has, with the arguments of `parts_of`; None as there."""
+    runs, rules = _runs(fused), fused.sizes or (None,) * len(fused.runs)
+    told = [(known or {}).get(run.module, 0) // run.parts for run in runs]
+    sizes = [
+        rule * columns if isinstance(rule, int) else (queries or size) if rule == "queries" else 0
+        for rule, size in zip(rules, told, strict=True)
+    ]
+    shares = [size for size, rule in zip(told, rules, strict=True) if rule is None and size]
+    open_runs = rules.count(None)
+    if "queries" in rules and not any(s for s, rule in zip(sizes, rules, strict=True) if rule == "queries"):
+        if not rows or not shares:
+            return None
+        sizes[rules.index("queries")] = rows - sum(sizes) - shares[0] * open_runs
+    if open_runs:
+        share, rest = (shares[0], 0) if shares else divmod(rows - sum(sizes), open_runs)
+        if rest:
+            return None
+        sizes = [share if rule is None else size for size, rule in zip(sizes, rules, strict=True)]
+    wrong = any(size and size != made for size, made in zip(told, sizes, strict=True))
+    return None if wrong or min(sizes) < 1 or (rows and sum(sizes) != rows) else tuple(sizes)
+
+
+def names_maker(family: ModelFamily, path: str) -> bool:
+    """Return whether a path is in the maker's naming, or ComfyUI's, and not in diffusers' too."""
+    if family.up_attention:
+        return sgm_to_diffusers(path) != path
+    found = locate(family, path)
+    return found is not None and path in (*found.maker, *found.comfy) and path not in found.diffusers
+
+
+def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
+    """Return every name of a family, flattened, with the module that it means, for so many blocks of each stack."""
+    if family.up_attention:
+        return _unet_index(family)
+    paths = [
+        name.template.replace("{i}", str(number))
+        for names in _index(family).values()
+        for name in names
+        for number in range(blocks if "{i}" in name.template else 1)
+    ]
+    found = {path.replace(".", "_"): locate(family, path) for path in paths}
+    return {flat: each for flat, each in found.items() if each}
+
+
+@lru_cache(maxsize=16)
+def _unet_index(family: ModelFamily) -> dict[str, Located]:
+    found: dict[str, Located] = {}
+    for path in unet_paths():
+        sgm = _sgm_of(family, path)
+        each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),), (sgm,))
+        # An upsampler has two numbers, by whether its block has attention: in another UNet it may be the other.
+        spellings = {path, sgm, diffusers_to_sgm(path), diffusers_to_sgm(path, False)}
+        found |= {name: replace(each, path=name) for name in spellings}
+    return {path.replace(".", "_"): each for path, each in found.items()}
+
+
+def _sgm_of(family: ModelFamily, path: str) -> str:
+    """Return sgm's path of a UNet's module from diffusers'."""
+    level = re.match(r"up_blocks\.(\d+)\.", path)
+    attends = not level or int(level[1]) >= len(family.up_attention) or family.up_attention[int(level[1])]
+    return diffusers_to_sgm(path, attends)
+
+
+Alternatives = tuple[tuple[int, Fused], ...]
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A row of a table under one of its names, in all of which `{i}` is the block's number."""
+
+    template: str
+    rows: Alternatives
+    maker: tuple[str, ...]
+    comfy: tuple[str, ...]
+
+    def located(self, family: ModelFamily, number: str = "") -> Located:
+        """Return the module in the block of a number; empty for one outside of the blocks."""
+
+        def fill(text: str) -> str:
+            return text.replace("{i}", number)
+
+        rows = tuple(
+            (ratio, replace(fused, runs=tuple(replace(run, module=fill(run.module)) for run in _runs(fused))))
+            for ratio, fused in self.rows
+        )
+        maker, comfy = (tuple(fill(each) for each in names) for names in (self.maker, self.comfy))
+        return Located(family, fill(self.template), maker, _modules(rows), rows, comfy)
+
+
+@lru_cache(maxsize=65536)
+def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Located, ...]:
+    """Return what a flattened name is in the namings that have it; nothing if that is not one module."""
+    numbers = NUMBER.findall(flat)
+    found: list[Located] = []
+    for name in _index(family).get(NUMBER.sub("#", flat), ()):
+        places = PLACE.findall(name.template)
+        block = {number for place, number in zip(places, numbers, strict=True) if place == "{i}"}
+        own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
+        if own == numbers and all(number == str(int(number)) for number in block):
+            found.append(name.located(family, *block))
+    found = [each for each in found if naming and each.path in each.names(naming)] or found
+    return tuple(found) if all(each.rows == found[0].rows for each in found) else ()
+
+
+@lru_cache(maxsize=256)
+def _index(family: ModelFamily) -> dict[str, list[_Name]]:
+    """Return the names of a table by what they are when flattened and without numbers."""
+    every: dict[str, list[_Name]] = {}
+    for name in _names(family):
+        others = every.setdefault(PLACE.sub("#", name.template.replace(".", "_")), [])
+        if not any(other.template == name.template and other.rows == name.rows for other in others):
+            others.append(name)
+    return every
+
+
+def _names(family: ModelFamily) -> Iterator[_Name]:
+    """Yield every name of a table; of equal ones the maker's comes first."""
+    maker: dict[str, Alternatives] = {}
+    comfy: dict[str, Alternatives] = {}
+    alias: dict[str, Alternatives] = {}
+    for block in (block for block in family.blocks if block.maker != "*"):
+        own = block.diffusers
+        for name, rows in {**block.names, **{name: name for name in block.alike}}.items():
+            ratio, other = block.by_ratio.get(name, (0, rows))
+            first: Alternatives = ((ratio, _absolute(own, other)),) if ratio else ()
+            maker[_join(block.maker, name)] = (*first, (0, _absolute(own, rows)))
+        maker |= {
+            _join(block.maker, _leafless(name)): ((0, _absolute(own, _leafless(tensor))),)
+            for name, tensor in block.tensors.items()
+        }
+        stem = block.comfy_stem or block.maker
+        comfy |= {_join(stem, name): ((0, _absolute(own, rows)),) for name, rows in block.comfy.items()}
+        alias |= {_join(block.maker, name): ((0, _absolute(own, rows)),) for name, rows in block.aliases.items()}
+        modules = [run.module for rows in (*block.names.values(), *block.alike) for run in _runs(_absolute("", rows))]
+        alias |= {_join(each, name): ((0, _absolute(own, name)),) for each in block.stems for name in modules}
+    outside = {**family.outside, **{name: name for name in family.alike}}
+    outside |= {_leafless(name): _leafless(tensor) for name, tensor in family.outside_tensors.items()}
+    for found, named in ((maker, outside), (comfy, family.outside_comfy), (alias, family.outside_aliases)):
+        found |= {name: ((0, _absolute("", rows)),) for name, rows in named.items()}
+    makers, comfys = (_names_by_module(found) for found in (maker, comfy))
+    comfys = makers | comfys
+    diffusers: dict[str, Alternatives] = {module: ((0, _absolute("", module)),) for module in makers}
+    for naming in (maker, comfy, alias, diffusers):
+        for name, alternatives in naming.items():
+            makers_names, comfys_names = (
+                tuple(dict.fromkeys(each for module in _modules(alternatives) for each in names.get(module, ())))
+                for names in (makers, comfys)
+            )
+            yield _Name(
+                name,
+                alternatives,
+                (name,) if naming is maker else makers_names,
+                (name,) if naming is comfy or name in comfys_names else comfys_names,
+            )
+
+
+def _names_by_module(naming: Mapping[str, Alternatives]) -> dict[str, list[str]]:
+    """Return diffusers' module -> the names of a naming that have rows of it."""
+    found: dict[str, list[str]] = {}
+    for name, rows in naming.items():
+        for module in _modules(rows):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def _leafless(tensor: str) -> str:
+    """Return the path of the module whose weight a tensor is; the name of one that is no module's weight."""
+    return tensor.removesuffix(".weight").removesuffix(".scale")
+
+
+def _locate_by_end(family: ModelFamily, path: str) -> Located | None:
+    """Find a module of a family whose blocks have any path, by the end of its name."""
+    for block in family.blocks if family.blocks and family.blocks[0].maker == "*" else ():
+        for name, rows in block.names.items():
+            for end in (name, *(run.module for run in _runs(_absolute("", rows)))):
+                if f".{path}".endswith(f".{end}"):
+                    stem = path.removesuffix(end).removesuffix(".")
+                    fused = _absolute(stem, rows)
+                    modules = tuple(run.module for run in _runs(fused))
+                    own = ((0, fused),) if end == name else ((0, Fused((path,))),)
+                    return Located(family, path, (_join(stem, name),), modules if end == name else (path,), own)
+    return None
+
+
+def _join(stem: str, name: str) -> str:
+    return ".".join(each for each in (stem, name) if each)
+
+
+def _absolute(stem: str, rows: Rows) -> Fused:
+    """Return what a name of the table stands for, with the paths below a stem."""
+    fused = rows if isinstance(rows, Fused) else Fused((rows,))
+    return replace(fused, runs=tuple(replace(run, module=_join(stem, run.module)) for run in _runs(fused)))
+
+
+def _runs(fused: Fused) -> tuple[Run, ...]:
+    return tuple(run if isinstance(run, Run) else Run(run) for run in fused.runs)
+
+
+def _modules(rows: Iterable[tuple[int, Fused]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.module for _, fused in rows for run in _runs(fused)))

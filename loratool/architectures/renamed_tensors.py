@@ -1,0 +1,312 @@
+"""Rename a denoiser's tensors to its maker's names or to diffusers', and tell the rows that each is then made of.
+
+All tensors are brought to diffusers' names first, by which the tables tell every other naming. Rows only move: a fused
+matrix is cut or put together, halves change places, and no number is computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+from ..errors import InputError
+from .families.lookup import Span, locate, parts_of
+from .families.table import ModelFamily, Naming
+from .families.unet import sgm_to_diffusers
+from .image import ModuleRows, Shape
+
+# How the tensors of modules end in any naming -> in diffusers'
+LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
+
+
+NAMES_SHOWN = 5  # of unknown tensors in a message
+
+
+# Columns of the embedding that SDXL and its refiner add to the time's. unCLIP of SD 2 has one under the same name in
+# sgm's naming, and under another in diffusers'.
+ADDED_EMBEDDING = (2816, 2560)
+
+
+@dataclass(frozen=True)
+class RenamedTensor:
+    """A tensor under its new name."""
+
+    shape: Shape
+    rows: tuple[ModuleRows, ...]  # of the former tensors, in the order of its own
+
+
+def rename_tensors(
+    family: ModelFamily, shapes: Mapping[str, Shape], to: Naming, prefix: str = ""
+) -> tuple[dict[str, RenamedTensor], tuple[str, ...]]:
+    """Return the tensors of a denoiser under the names of another naming, and those that have no place in it.
+
+    Args:
+        shapes: tensor -> shape, in any naming or in several.
+        to: the maker's naming or diffusers'.
+        prefix: before all these names; the new ones have none.
+
+    Raises:
+        InputError: a tensor is in no table, two become one, rows are missing, or they do not add up.
+    """
+    unknown = unknown_tensors(family, shapes, prefix)
+    if unknown:
+        names = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if unknown[NAMES_SHOWN:] else "")
+        more = f" (nor are others, {len(unknown)} in all: {names})" if unknown[1:] else ""
+        raise InputError(f"is in no table of {family.title}{more}: its other name is not known", culprit=unknown[0])
+    own = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    if family.up_attention:
+        family = _as_unet(family, own, prefix)
+    naming = _naming_of(family, own)
+    unused = [path for path in own if _is_unused(family, path)]
+    pieces: dict[str, list[ModuleRows]] = {}
+    for path in (path for path in own if path not in unused):
+        for span in _spans(family, path, naming, own, prefix):
+            rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.whole)
+            pieces.setdefault(span.module, []).append(rows)
+    whole = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
+    if to is Naming.DIFFUSERS:
+        return {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}, tuple(
+            prefix + path for path in unused
+        )
+    kept = {path: _joined(path, [_all_rows(prefix + path, own[path])], shapes) for path in unused}
+    return {**_in_maker_names(family, whole, shapes), **kept}, ()
+
+
+def unknown_tensors(family: ModelFamily, names: Iterable[str], prefix: str = "") -> list[str]:
+    """Return the tensors that a family's table has under no name."""
+    paths = [name.removeprefix(prefix) for name in names]
+    naming = _naming_of(family, paths)
+    return [prefix + path for path in paths if not _is_known(family, path, naming)]
+
+
+def count_missing(family: ModelFamily, names: Iterable[str], prefix: str = "") -> int:
+    """Return how many modules and tensors outside of the blocks, of those that a family's table lists, are not there.
+
+    Some are of variants only, so that a base can lack them.
+    """
+    paths = {name.removeprefix(prefix) for name in names}
+    found = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
+    there = {module for each in found for module in each.diffusers}
+    outside = filter(None, (locate(family, name, Naming.MAKER) for name in (*family.outside, *family.alike)))
+    listed = {module for each in outside for module in each.diffusers}
+    return len(listed - there) + sum(paths.isdisjoint(names) for names in family.outside_tensors.items())
+
+
+def _is_known(family: ModelFamily, path: str, naming: Naming | None) -> bool:
+    if _is_unused(family, path) or _both_names(family, path):
+        return True
+    stem, _, leaf = path.rpartition(".")
+    return leaf in LEAVES and locate(family, stem, naming) is not None
+
+
+def _is_unused(family: ModelFamily, path: str) -> bool:
+    return any(_number_in(each, path) is not None for each in family.unused)
+
+
+def _as_unet(family: ModelFamily, shapes: Mapping[str, Shape], prefix: str) -> ModelFamily:
+    """Return a UNet's family with attention in the blocks that have it, by which sgm numbers what follows.
+
+    Raises:
+        InputError: sgm's and diffusers' names do not tell each other for such a UNet.
+    """
+    former = {sgm_to_diffusers(path.rpartition(".")[0]): path for path in shapes}
+    for path, name in former.items():
+        second = path.replace(".resnets.0.", ".resnets.1.")
+        if path.endswith(".resnets.0.conv1") and second not in former:
+            message = f"has no {second} beside it, and blocks of one layer are not numbered as those of two"
+            raise InputError(message, culprit=prefix + name)
+    label = shapes.get("label_emb.0.0.weight", ())
+    if label and label[-1] not in ADDED_EMBEDDING:
+        message = f"has {label[-1]} columns and not {' or '.join(map(str, ADDED_EMBEDDING))} as in SDXL"
+        raise InputError(f"{message}: its name in diffusers is not known", culprit=f"{prefix}label_emb.0.0.weight")
+    up = [path.split(".") for path in former if path.startswith("up_blocks.")]
+    attends = {int(level) for _, level, kind, *_ in up if kind == "attentions"}
+    levels = max((int(level) + 1 for _, level, *_ in up), default=0)
+    return replace(family, up_attention=tuple(level in attends for level in range(levels)) or family.up_attention)
+
+
+def _naming_of(family: ModelFamily, paths: Iterable[str]) -> Naming | None:
+    """Return the naming of most tensors, for names that two namings have for different modules; None if none prevails.
+
+    Hunyuan-DiT has such names: norms 2 and 3 of its blocks change places.
+    """
+    located = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
+    more = sum((each.path in each.diffusers) - (each.path in each.maker) for each in located)
+    return Naming.DIFFUSERS if more > 0 else Naming.MAKER if more else None
+
+
+def _spans(
+    family: ModelFamily, path: str, naming: Naming | None, shapes: Mapping[str, Shape], prefix: str
+) -> tuple[Span, ...]:
+    """Return which rows of diffusers' tensors the rows of a tensor are."""
+    shape = shapes[path]
+    rows = shape[0] if shape else 1
+    names = _both_names(family, path)
+    if names:
+        return (Span(0, rows, names[1], 0, rows),)
+    stem, _, leaf = path.rpartition(".")
+    located = locate(family, stem, naming)
+    assert located
+    matrix = shapes.get(f"{stem}.weight", shape)
+    columns = matrix[1] if len(matrix) > 1 else 1
+    spans = parts_of(located, columns, rows)
+    if spans is None:
+        parts = " and ".join(located.diffusers)
+        raise InputError(f"has {rows} rows, which are not those of {parts} of {columns} columns", culprit=prefix + path)
+    return tuple(replace(span, module=f"{span.module}.{LEAVES[leaf]}") for span in spans)
+
+
+def _all_rows(tensor: str, shape: Shape) -> ModuleRows:
+    rows = shape[0] if shape else 1
+    return ModuleRows(tensor, 0, rows, 0, rows)
+
+
+def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) -> RenamedTensor:
+    """Return a tensor of rows that are all there and overlap nowhere.
+
+    Raises:
+        InputError: they are not, or their columns differ.
+    """
+    found = sorted(rows, key=lambda each: each.skip)
+    first, done = found[0], 0
+    shape = shapes[first.tensor]
+    for before, each in zip([first, *found], found, strict=False):
+        if each.skip < done or each.whole != first.whole:
+            raise InputError(f"is {name}, and so is {before.tensor}", culprit=each.tensor)
+        if each.skip > done:
+            break
+        if shapes[each.tensor][1:] != shape[1:]:
+            message = f"is {shapes[each.tensor]} and {first.tensor} is {shape}, and both are rows of {name}"
+            raise InputError(message, culprit=each.tensor)
+        done += each.stop - each.start
+    if done != first.whole:
+        message = f"has {done} rows of the {first.whole} of {name}, and no tensor has the others"
+        raise InputError(message, culprit=first.tensor)
+    return RenamedTensor((done, *shape[1:]) if shape else (), tuple(found))
+
+
+def _in_maker_names(
+    family: ModelFamily, whole: Mapping[str, RenamedTensor], shapes: Mapping[str, Shape]
+) -> dict[str, RenamedTensor]:
+    """Return the maker's tensors that are made of diffusers'."""
+    parts: dict[str, tuple[Span, ...]] = {}
+    for name, tensor in whole.items():
+        names = _both_names(family, name)
+        if names:
+            parts[names[0]] = (Span(0, _rows(tensor), name, 0, _rows(tensor)),)
+            continue
+        stem, _, leaf = name.rpartition(".")
+        located = locate(family, stem, Naming.DIFFUSERS)
+        for maker in located.maker if located else ():
+            new = f"{maker}.{leaf}"
+            if new not in parts and (spans := _parts_of_maker(family, maker, leaf, whole)):
+                parts[new] = spans
+    used: Counter[str] = Counter()
+    for spans in parts.values():
+        for span in spans:
+            used[span.module] += span.stop - span.start
+    for name, tensor in whole.items():
+        if used[name] != _rows(tensor):
+            message = f"is {name}, of which the maker's tensors have {used[name]} rows and not {_rows(tensor)}"
+            raise InputError(message, culprit=tensor.rows[0].tensor)
+    made = {new: _joined(new, _cut(spans, whole), shapes) for new, spans in parts.items()}
+    flat = {new: parts[new][0].module for new in made if _shape_in_diffusers(family, parts[new][0].module)}
+    return {new: replace(each, shape=(prod(each.shape),)) if new in flat else each for new, each in made.items()}
+
+
+def _parts_of_maker(
+    family: ModelFamily, module: str, leaf: str, whole: Mapping[str, RenamedTensor]
+) -> tuple[Span, ...]:
+    """Return the rows of diffusers' tensors that a module's weight or bias consists of.
+
+    Raises:
+        InputError: some of these tensors are not there, or their rows do not add up.
+    """
+    located = locate(family, module, Naming.MAKER)
+    assert located
+    there = {each: whole[f"{each}.{leaf}"] for each in located.diffusers if f"{each}.{leaf}" in whole}
+    matrix = next(whole.get(f"{each}.weight", tensor).shape for each, tensor in there.items())
+    columns = matrix[1] if len(matrix) > 1 else 1
+    spans = parts_of(located, columns, known={each: _rows(tensor) for each, tensor in there.items()})
+    first = next(iter(there.values())).rows[0].tensor
+    if spans is None:
+        sizes = ", ".join(f"{each} {_rows(tensor)}" for each, tensor in there.items())
+        raise InputError(f"cannot become {module}, of {columns} columns and these rows: {sizes}", culprit=first)
+    missing = next((span.module for span in spans if span.module not in there), None)
+    if missing is not None:
+        raise InputError(f"is a part of {module}.{leaf}, and {missing}.{leaf} is not there", culprit=first)
+    return tuple(replace(span, module=f"{span.module}.{leaf}") for span in spans)
+
+
+def _cut(spans: Sequence[Span], whole: Mapping[str, RenamedTensor]) -> list[ModuleRows]:
+    """Return the rows of the former tensors that rows of diffusers' tensors are."""
+    found = []
+    for span in spans:
+        last = span.skip + span.stop - span.start
+        for each in whole[span.module].rows:
+            low, high = max(span.skip, each.skip), min(last, each.skip + each.stop - each.start)
+            if low < high:
+                start, skip = each.start + low - each.skip, span.start + low - span.skip
+                found.append(ModuleRows(each.tensor, start, start + high - low, skip, spans[-1].stop))
+    return found
+
+
+def _rows(tensor: RenamedTensor) -> int:
+    return tensor.shape[0] if tensor.shape else 1
+
+
+def _reshaped(family: ModelFamily, name: str, shape: Shape) -> Shape:
+    """Return the shape of diffusers' tensor, of which the maker may store the same numbers in another."""
+    sizes = _shape_in_diffusers(family, name)
+    if not sizes:
+        return shape
+    rest = prod(size for size in sizes if size > 0)
+    if prod(shape) % rest:
+        raise InputError(f"has {prod(shape)} numbers, which do not make rows of {rest}", culprit=name)
+    return tuple(prod(shape) // rest if size < 0 else size for size in sizes)
+
+
+def _shape_in_diffusers(family: ModelFamily, name: str) -> tuple[int, ...]:
+    """Return diffusers' shape of a tensor that the maker stores flat, -1 being any size; empty for all others."""
+    return next((sizes for each, sizes in family.reshaped.items() if _number_in(each, name) is not None), ())
+
+
+def _both_names(family: ModelFamily, path: str) -> tuple[str, str] | None:
+    """Return (the maker's name, diffusers') of a tensor that a table lists by itself, given either; else None."""
+    for names in _listed(family):
+        number = next((n for each in reversed(names) if (n := _number_in(each, path)) is not None), None)
+        if number is not None:
+            maker, diffusers = (each.replace("{i}", number) for each in names)
+            return maker, diffusers
+    return None
+
+
+@lru_cache(maxsize=256)
+def _listed(family: ModelFamily) -> tuple[tuple[str, str], ...]:
+    """Return the tensors that a table lists by themselves: the maker's names and diffusers', with `{i}` in blocks."""
+    return (
+        *(
+            (f"{block.maker}.{maker}", f"{block.diffusers}.{diffusers}")
+            for block in family.blocks
+            for maker, diffusers in block.tensors.items()
+        ),
+        *family.outside_tensors.items(),
+    )
+
+
+def _number_in(template: str, path: str) -> str | None:
+    """Return the number that `{i}` is in a path, empty where a template has none; None if it is no such path."""
+    found = _pattern(template).fullmatch(path)
+    return "".join(found.groups()) if found else None
+
+
+@lru_cache(maxsize=4096)
+def _pattern(template: str) -> re.Pattern[str]:
+    start, *rest = map(re.escape, template.split("{i}"))
+    return re.compile(
+        "".join([start, *(f"(0|[1-9][0-9]*){each}" for each in rest[:1]), *(rf"\1{x}" for x in rest[1:])])
+    )

@@ -1,0 +1,123 @@
+"""Weigh an adapter's modules apart, by the components and patterns of `ADAPTER:0.8,te=0.4,PATTERN=0.5`.
+
+The last entry that matches a module wins, and none means the adapter's weight. A narrow component (`te1`) wins over a
+wide one (`te`) wherever they stand, as if the wide one did not name it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..adapters.adapter import Adapter, ModuleWeights
+from ..architectures.image import WEIGHED, weighed_component
+from ..errors import UsageError
+from .selection import NAMES_SHOWN, matches_pattern
+
+_NARROW = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) == 1}  # component -> its name
+
+
+def resolve_weights(adapter: Adapter, weights: Mapping[str, float]) -> ModuleWeights:
+    """Return an adapter's weights with each component that it has by itself, so that other words give the same entries.
+
+    Args:
+        weights: key of WEIGHED, or pattern -> weight, in the user's order.
+
+    Raises:
+        UsageError: the adapter has no module of a component.
+    """
+    there = {weighed_component(module) for module in adapter.updates} if WEIGHED.keys() & weights.keys() else set()
+    narrow = {WEIGHED[name][0] for name in weights if name in _NARROW.values()}
+    patterns, found = 0, list[tuple[int, str, str, float]]()
+    for name, weight in weights.items():
+        if name not in WEIGHED:
+            patterns += 1
+            found.append((patterns, "", name, weight))
+            continue
+        components = [component for component in WEIGHED[name] if component in there]
+        if not components:
+            raise _unused(adapter.name, name, weight, adapter.updates)
+        found += [(patterns, c, _NARROW[c], weight) for c in components if c not in narrow or name == _NARROW[c]]
+    return tuple((name, weight) for *_, name, weight in sorted(found, key=lambda entry: entry[:2]))
+
+
+def weight_of(adapter: Adapter, weight: float, module: str, *paths: str) -> float:
+    """Return the weight of a module of an adapter whose weight is `weight`; a bias has that of its module.
+
+    Args:
+        paths: the module's paths in the base, which patterns may match too.
+
+    Raises:
+        UsageError: it is too large for the module's scale, or a pattern is not a regular expression.
+    """
+    for name, own in reversed(adapter.module_weights):
+        if weighed_component(module) in WEIGHED[name] if name in WEIGHED else _names(name, (module, *paths)):
+            weight = own
+            break
+    if not math.isfinite(weight * adapter.updates[module].scale):
+        scale = adapter.updates[module].scale
+        raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
+    return weight
+
+
+def _names(pattern: str, paths: Iterable[str]) -> bool:
+    """Return whether a pattern names a module, or the module whose bias it is."""
+    return any(matches_pattern(pattern, each) for path in paths for each in {path, path.removesuffix(".bias")})
+
+
+def require_patterns_used(adapters: Iterable[tuple[Adapter, Iterable[str]]]) -> None:
+    """Raise UsageError for a pattern with a weight that names no module of its adapter.
+
+    Adapters with the same patterns count as one: of a trained one and its start, the start may have fewer modules.
+
+    Args:
+        adapters: each with the paths of its modules, its own and the base's.
+    """
+    found: dict[tuple[str, ...], tuple[Adapter, set[str]]] = {}
+    for adapter, paths in adapters:
+        patterns = tuple(name for name, _ in adapter.module_weights if name not in WEIGHED)
+        found.setdefault(patterns, (adapter, set()))[1].update(paths)
+    for patterns, (adapter, there) in found.items():
+        weights = dict(adapter.module_weights)
+        for pattern in patterns:
+            if not _names(pattern, there):
+                raise _unused(adapter.name, pattern, weights[pattern], there)
+
+
+def _unused(adapter: str, name: str, weight: float, paths: Iterable[str]) -> UsageError:
+    ends = sorted({path.removesuffix(".bias").rpartition(".")[2] for path in paths})
+    similar = difflib.get_close_matches(name, [*WEIGHED, *ends], 3, 0.4) or ends[:NAMES_SHOWN]
+    return UsageError(
+        f"has no module that {name}={weight:g} could weigh",
+        culprit=adapter,
+        remedy=f"a pattern is as in --target, and there are {', '.join(similar)}" if name not in WEIGHED else None,
+    )
+
+
+def spell_weight(weight: float, weights: ModuleWeights) -> str:
+    """Format a weight as the command line takes it: `0.8`, `0.8,te1=0.4,down_proj=0`."""
+    return ",".join([f"{weight:g}", *(f"{name}={own:g}" for name, own in weights)])
+
+
+def by_component(weights: ModuleWeights) -> dict[str, float]:
+    """Return component or pattern -> weight, in order."""
+    return {WEIGHED[name][0] if name in WEIGHED else name: own for name, own in weights}
+
+
+def by_name(components: Mapping[str, float]) -> ModuleWeights:
+    """Return the weights that `by_component` returned these of."""
+    return tuple((_NARROW.get(component, component), own) for component, own in components.items())
+
+
+def record_weights(weights: ModuleWeights) -> dict[str, object]:
+    """Return the fields of an undo file's adapter that hold its weights: `components` if no pattern has one."""
+    if all(name in WEIGHED for name, _ in weights):
+        return {"components": by_component(weights)} if weights else {}
+    return {"module_weights": [list(entry) for entry in weights]}
+
+
+def recorded_weights(fields: Mapping[str, Any]) -> ModuleWeights:
+    """Return the weights that `record_weights` made these fields of."""
+    return (*by_name(fields.get("components", {})), *((name, own) for name, own in fields.get("module_weights", ())))

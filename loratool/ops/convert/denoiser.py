@@ -1,0 +1,236 @@
+"""Give a denoiser's tensors its maker's names or diffusers', as a checkpoint that is streamed like any other.
+
+Both hold the same numbers in the same types: rows are cut, put together and moved, as bytes. Of a file that has text
+encoders and a VAE as well, the denoiser alone is taken, if --drop says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...architectures.families import FAMILIES
+from ...architectures.families.detect import detect
+from ...architectures.families.table import ModelFamily, Naming
+from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
+from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
+from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import SINGLE_NAMES, Checkpoint
+from ...files.dtypes import DTYPES, TensorSpec
+from ...files.output import check_output_name
+from ...files.regrouped import RegroupedFile, StoredRows
+from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
+from .shared_tensors import find_shared_storage
+from .source_modules import known_families
+
+(COMPONENTS,) = DENOISER_DROP_CHOICES
+
+FOLDER_NAMING, FILE_NAMING = MODEL_NAMINGS
+
+# Family -> how tensors of a component of their own in diffusers start, which in a single file are the denoiser's
+OWN_COMPONENTS = {
+    "anima": ("llm_adapter.",),
+    "ltx2": ("video_embeddings_connector.", "audio_embeddings_connector."),
+}
+
+
+# Models of another one's family -> how a tensor of theirs starts, whose makers use diffusers' names for all tensors
+DIFFUSERS_NAMES = {"FramePack": "clean_x_embedder."}
+
+
+@dataclass(frozen=True)
+class RenamedDenoiser:
+    """A denoiser under other names."""
+
+    family: ModelFamily
+    checkpoint: Checkpoint  # of one file that is nowhere
+    left_out: tuple[str, ...]  # tensors of the input that it does not have
+    renamed: int  # tensors that have another name now, but for a prefix
+    regrouped: int  # tensors that are not one tensor of the input as it was
+
+    lacking: tuple[str, ...]  # of the maker's tensors, those that diffusers does not have
+
+    def notes(self, to: str) -> Iterator[str]:
+        """Yield what loaders need beside the tensors."""
+        if to == FOLDER_NAMING and not self.checkpoint.config:
+            yield f"diffusers loads it with the config.json of its {_class_of(self.family)} beside it"
+        if self.lacking:
+            yield f"the maker's own file also has {', '.join(self.lacking)}, for which diffusers has no tensor"
+
+
+def place_denoiser(out: str | os.PathLike[str] | None, to: str) -> tuple[Path, bool]:
+    """Return the output's path, and whether it is a single file.
+
+    Raises:
+        UsageError: a folder for the naming of single files.
+    """
+    if out is None:
+        return (Path("converted"), False) if to == FOLDER_NAMING else (Path("converted.safetensors"), True)
+    path, is_file = check_output_name(out)
+    if to == FILE_NAMING and not is_file:
+        raise UsageError(f"--to {to} is a file", culprit=str(path), remedy="name a .safetensors file with -o")
+    return path, is_file
+
+
+def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: bool) -> RenamedDenoiser:
+    """Return the denoiser of a checkpoint under the names of `to`, a key of MODEL_NAMINGS.
+
+    Args:
+        removed: tensors that are left out in any case.
+        alone: whether all that is beside the denoiser is left out, too.
+
+    Raises:
+        NeedsFlag: there is more than the denoiser.
+        InputError: there is no known denoiser, it is quantized, or its tensors are not those of the tables.
+    """
+    _refuse(base, removed)
+    specs = {name: spec for name, spec in base.stored.items() if name not in removed}
+    family, prefix, tensors, unused = _rename(base, specs, Naming.DIFFUSERS if to == FOLDER_NAMING else Naming.MAKER)
+    if to == FOLDER_NAMING and not _class_of(family):
+        raise InputError(f"is {family.title}, for which diffusers has no class", culprit=str(base.path))
+    for model, start in DIFFUSERS_NAMES.items():
+        if to == FILE_NAMING and any(name.startswith(start) for name in tensors):
+            raise InputError(
+                f"is {model}, whose maker uses diffusers' names",
+                culprit=str(base.path),
+                remedy=f"--to {FOLDER_NAMING} -o X.safetensors writes a file with them",
+            )
+    new = {name: TensorSpec(_dtype_of(name, tensor, specs), tensor.shape) for name, tensor in tensors.items()}
+    beside = [name for name in specs if not _is_inside(name, prefix)]
+    if beside and not alone:
+        starts = (prefix if name.startswith(prefix) else "" for name in beside)
+        firsts = (
+            start + name.removeprefix(start).partition(".")[0] for start, name in zip(starts, beside, strict=True)
+        )
+        parts = ", ".join(f"{first}.*" for first in dict.fromkeys(firsts))
+        raise NeedsFlag(
+            f"has {len(beside)} tensors beside its denoiser ({parts})",
+            culprit=str(base.path),
+            remedy=f"add --drop {COMPONENTS}, which leaves them out",
+        )
+    rows = {
+        name: [StoredRows(base.shard_of[each.tensor], each.tensor, each.start, each.stop) for each in tensor.rows]
+        for name, tensor in tensors.items()
+    }
+    metadata = {key: value for shard in base.shards for key, value in (shard.metadata or {"format": "pt"}).items()}
+    file = RegroupedFile(base.shards[0], base.folder / SINGLE_NAMES[1], new, rows, metadata)
+    own_config = base.config.get("_class_name") == _class_of(family) or not base.given_as_file
+    configured = to == FOLDER_NAMING and "_class_name" in base.config and own_config
+    config = base.config if configured else {}
+    whole = [n for n, each in tensors.items() if len(each.rows) == 1 and each.shape == specs[each.rows[0].tensor].shape]
+    maker_only = (*family.unused, *(f"{start}*" for start in OWN_COMPONENTS.get(family.key, ())))
+    return RenamedDenoiser(
+        family,
+        Checkpoint(base.path, base.folder, not configured, (file,), None, config),
+        (*(name for name in base.stored if name in removed), *(beside if alone else ()), *unused),
+        sum(tensors[name].rows[0].tensor != prefix + name for name in whole),
+        len(tensors) - len(whole),
+        tuple(name for name in maker_only if to == FILE_NAMING and name not in tensors),
+    )
+
+
+def _class_of(family: ModelFamily) -> str:
+    """Return diffusers' class of the denoiser; empty if there is none."""
+    return "UNet2DConditionModel" if family.up_attention else family.diffusers_class
+
+
+def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
+    """Raise InputError for what cannot be renamed tensor by tensor."""
+    culprit = str(base.path)
+    if base.parts:
+        own = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
+        raise InputError(
+            "is a pipeline, of which one component is converted", culprit=culprit, remedy=f"pass {own}" if own else None
+        )
+    if base.weights or base.coded or base.declared:
+        raise InputError(
+            f"is quantized ({base.quantized}), and its scales are of whole tensors under their names",
+            culprit=culprit,
+            remedy="convert the model as it was before",
+        )
+    shared = find_shared_storage(base, removed)
+    if shared:
+        name, kept = next(iter(shared.items()))
+        raise InputError(f"is one storage with {kept}, which no denoiser's table has", culprit=name)
+
+
+def _is_inside(name: str, prefix: str) -> bool:
+    """Return whether a tensor is one of the denoiser."""
+    starts = (start for each in OWN_COMPONENTS.values() for start in each)
+    return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(starts))
+
+
+def _rename(
+    base: Checkpoint, specs: Mapping[str, TensorSpec], to: Naming
+) -> tuple[ModelFamily, str, dict[str, RenamedTensor], tuple[str, ...]]:
+    """Return the denoiser's family, the prefix of its tensors, these under their new names, and what has none.
+
+    It is the family whose table has all of the tensors, and whose class the config names, if there is one. Of several
+    that call them otherwise it is the one for which widths and numbers of blocks speak, and which lacks the fewest
+    modules outside of the blocks, if both are the same.
+
+    Raises:
+        InputError: no family has all of the tensors, two call them otherwise, or one's tensors are not complete.
+    """
+    found = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
+    if found is None or found.table is None:
+        raise InputError(f"has no denoiser that is known ({known_families()})", culprit=str(base.path))
+    path, name = next(iter(found.tensors.items()))
+    prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
+    shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}
+    marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in specs)]
+    marked = [found.table, *(family for family in marked if family is not found.table)]
+    told = [family for family in marked if _class_of(family) == base.config.get("_class_name")] or marked
+    fitting = [family for family in told if not unknown_tensors(family, shapes, prefix)] or told[:1]
+    made, errors = {}, {}
+    for family in fitting:
+        try:
+            made[family] = rename_tensors(family, shapes, to, prefix)
+        except InputError as error:
+            errors[family] = error
+    if errors or any(made[family] != made[fitting[0]] for family in fitting):
+        fitting = _likeliest(fitting, shapes, prefix) or fitting
+    first, *others = fitting
+    if first in errors and not any(family in made for family in others):
+        raise errors[first]
+    other = next((family for family in others if made.get(family) != made.get(first)), None)
+    if other:
+        raise InputError(
+            f"can be {first.title} or {other.title} by its names, and these call tensors otherwise",
+            culprit=str(base.path),
+            remedy="put the model's config.json beside it",
+        )
+    return first, prefix, *made[first]
+
+
+def _likeliest(
+    families: Sequence[ModelFamily], shapes: Mapping[str, tuple[int, ...]], prefix: str
+) -> list[ModelFamily]:
+    """Return the families for which sizes speak and which lack the fewest modules; none if these are others."""
+    weights = {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+    modules = [("unet", name.removeprefix(prefix).removesuffix(".weight"), shape) for name, shape in weights.items()]
+    likely = set(families).intersection(detect(modules)) or set(families)
+    missing = {family: count_missing(family, shapes, prefix) for family in families}
+    return [family for family in families if family in likely and missing[family] == min(missing.values())]
+
+
+def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec]) -> str:
+    """Return the dtype of a tensor.
+
+    Raises:
+        InputError: its rows have several, or are not whole bytes.
+    """
+    first, *others = (each.tensor for each in tensor.rows)
+    dtype = specs[first].dtype
+    other = next((each for each in others if specs[each].dtype != dtype), None)
+    if other:
+        raise InputError(
+            f"is {dtype} and {other} is {specs[other].dtype}, and both are rows of {name}",
+            culprit=first,
+            remedy="first loratool convert with --dtype alone",
+        )
+    if DTYPES[dtype] < 8:
+        raise InputError(f"has dtype {dtype}, whose rows need not be whole bytes", culprit=first)
+    return dtype
