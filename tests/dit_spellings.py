@@ -280,8 +280,7 @@ class Subject:
     def injected(self) -> Any:
         """Return the model with the adapter as PEFT injects it."""
         model = dit_models.build(self.case)
-        pattern = "|".join(re.escape(path) for path in self.factors)
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=f"^({pattern})$", init_lora_weights=False)
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=sorted(self.factors), init_lora_weights=False)
         if hasattr(model, "add_adapter"):
             model.add_adapter(config)
         else:
@@ -662,3 +661,8 @@ def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     except Exception as e:
         return "wrong", f"{type(e).__name__}: {e}"
     return "right", ""
+
+
+def known_refusal(cell: Cell, message: str) -> bool:
+    """Return whether a refusal is right: PEFT's own config cannot name a layer whose name ends another's."""
+    return cell.args[-1] == "peft" and "PEFT cannot tell" in message

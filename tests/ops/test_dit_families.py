@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dit_models
+import families
 import pytest
 import torch
-from dit_spellings import Subject, cells, outcome, same, telling_widths
+from dit_spellings import SPELLINGS, Cell, Subject, cells, known_refusal, outcome, same, telling_widths
 from torch import Tensor
 
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -49,7 +50,10 @@ CONVERTERS: dict[str, tuple[str, dict[str, str]]] = {
 # what the converter wants and diffusers' model has not
 WANTED = {"sana": ("pos_embed", "y_embedder.y_embedding")}
 # maker's names that the converter leaves, and that its own scripts and readers of LoRA do not
-LEFT = {"wan/flf2v": {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}, "ltx2/2.3": {"prompt_adaln_single": "prompt_adaln"}}
+LEFT = {
+    "wan/flf2v": {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"},
+    "ltx2/2.3": {"prompt_adaln_single": "prompt_adaln"},
+}
 
 DEFAULT = ("flux", "wan", "qwen_image", "z_image", "hunyuan_video")  # one of each shape of table
 
@@ -85,3 +89,82 @@ def test_the_makers_file_is_what_diffusers_converts(case: str, tmp_path: Path) -
     for theirs, ours in LEFT.get(case, {}).items():
         found = {each.replace(theirs, ours): tensor for each, tensor in found.items()}
     same(found, subject.base)
+
+
+# case of the default run -> verb -> the arguments of one check: each verb once or twice, on another shape of table
+QUICK: dict[str, dict[str, list[tuple[str, ...]]]] = {
+    "flux": {
+        "merge": [("kohya, maker's", "component"), ("SimpleTuner LyCORIS", "bare"), ("DiffSynth", "diffusion_model.")],
+        "convert": [("diffusers", "kohya")],
+    },
+    "wan": {
+        "merge": [("ComfyUI, alpha", "component"), ("VideoX-Fun", "pipeline"), ("PEFT", "model.diffusion_model.")],
+        "extract": [("bare", "diffusers")],
+        "unmerge": [("kohya, maker's", "component")],
+    },
+    "qwen_image": {
+        "merge": [("Lightning", "component"), ("OneTrainer legacy", "bare")],
+        "init": [("component", "diffusers")],
+        "inspect": [("Lightning", "component")],
+        "diff": [("SimpleTuner LyCORIS",)],
+    },
+    "z_image": {
+        "merge": [("save_lora_adapter", "bare"), ("kohya, maker's", "bare, diffusers'")],
+        "convert": [("ComfyUI, maker's",)],
+        "resize": [("kohya, maker's",)],
+    },
+    "hunyuan_video": {
+        "merge": [("ComfyUI", "component"), ("diffusion-pipe", "model.model.")],
+        "convert": [("comfy",)],
+        "combine": [("kohya, maker's", "comfy")],
+        "verify": [("ComfyUI, maker's", "bare")],
+    },
+}
+
+
+def hold(subject: Subject, chosen: list[Cell]) -> None:
+    found = {(cell.verb, *cell.args): (cell, *outcome(subject, cell)) for cell in chosen}
+    bad = {
+        args: f"{state}: {message}"
+        for args, (cell, state, message) in found.items()
+        if state != "right" and not (state == "refused" and known_refusal(cell, message))
+    }
+    assert not bad
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_each_shape_of_table(case: str, tmp_path: Path) -> None:
+    subject = Subject(case, tmp_path)
+    wanted = {(verb, args) for verb, every in QUICK[case].items() for args in every}
+    chosen = [cell for cell in cells(subject) if (cell.verb, cell.args) in wanted]
+    assert {(cell.verb, cell.args) for cell in chosen} == wanted
+    hold(subject, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dit_models.MODELS)
+def test_every_verb_on_every_family(case: str, tmp_path: Path) -> None:
+    subject = Subject(case, tmp_path)
+    hold(subject, list(cells(subject)))
+
+
+def test_a_wrong_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of Flux's table made wrong: the maker's file is another, and merging says so."""
+    subject = Subject("flux", tmp_path)
+    rows = dict(subject.namings["maker"])
+    first, second = "double_blocks.0.img_mlp.2.weight", "double_blocks.0.txt_mlp.2.weight"
+    rows[first], rows[second] = rows[second], rows[first]
+    subject.__dict__["namings"] = {**subject.namings, "maker": rows}
+    cell = next(c for c in cells(subject) if c.args == ("diffusers", "bare") and c.verb == "merge")
+    state, message = outcome(subject, cell)
+    assert state == "wrong" and "img_mlp.2" in message
+
+
+def test_the_guide_has_every_family_and_spelling() -> None:
+    """A family is counted if diffusers has its class; a UNet's is held by the tests of `families.unet`."""
+    text = families.GUIDE.read_text().partition(families.MARKS[0])[2].partition(families.MARKS[1])[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
+    for key, family in families.FAMILIES.items():
+        assert family.up_attention or key in dit_models.TELLING or not family.diffusers_class
+        assert (family.title in rows) == (key in dit_models.TELLING)
+    assert set(SPELLINGS) <= set(rows) and "0 wrong" in text
