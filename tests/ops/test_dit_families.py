@@ -1,0 +1,170 @@
+"""Hold every verb on every image and video family to diffusers' own models, in each spelling and each layout of a base.
+
+What is right is in `dit_spellings`; `python tests/families.py` counts the same checks. The maker's files come from our
+tables, so they are held to diffusers' converters first, which know nothing of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import dit_models
+import families
+import pytest
+import torch
+from dit_spellings import SPELLINGS, Cell, Subject, cells, known_refusal, outcome, same, telling_widths
+from torch import Tensor
+
+single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+
+# family -> diffusers' converter of its single files, and what of its text is another number in a tiny model
+CONVERTERS: dict[str, tuple[str, dict[str, str]]] = {
+    "sd3": ("convert_sd3_transformer_checkpoint_to_diffusers", {}),
+    "flux": ("convert_flux_transformer_checkpoint_to_diffusers", {"3072": "16"}),
+    "flux2": ("convert_flux2_transformer_checkpoint_to_diffusers", {}),
+    "flux3": ("convert_flux3_transformer_checkpoint_to_diffusers", {}),
+    "chroma": ("convert_chroma_transformer_checkpoint_to_diffusers", {"3072": "16"}),
+    "qwen_image21": ("convert_qwen_image21_transformer_checkpoint_to_diffusers", {}),
+    "z_image": ("convert_z_image_transformer_checkpoint_to_diffusers", {}),
+    "lumina2": ("convert_lumina2_to_diffusers", {"2304": "24", "768": "8"}),
+    "hidream": ("convert_hidream_transformer_to_diffusers", {}),
+    "wan": ("convert_wan_transformer_to_diffusers", {}),
+    "hunyuan_video": ("convert_hunyuan_video_transformer_to_diffusers", {"3072": "16"}),
+    "ltx": ("convert_ltx_transformer_checkpoint_to_diffusers", {}),
+    "ltx2": ("convert_ltx2_transformer_to_diffusers", {}),
+    "mochi": ("convert_mochi_transformer_checkpoint_to_diffusers", {"48": "3"}),
+    "auraflow": ("convert_auraflow_transformer_checkpoint_to_diffusers", {}),
+    "sana": ("convert_sana_transformer_to_diffusers", {}),
+    # It empties the file before it looks which Cosmos that is, and takes all for the second.
+    "cosmos1": (
+        "convert_cosmos_transformer_checkpoint_to_diffusers",
+        {'"net.blocks.block1.blocks.0.block.attn.to_q.0.weight" in checkpoint': "True"},
+    ),
+    "cosmos_predict2": ("convert_cosmos_transformer_checkpoint_to_diffusers", {}),
+    "krea2": ("convert_krea2_transformer_checkpoint_to_diffusers", {}),
+    "minimax_h3": ("convert_minimax_h3_transformer_checkpoint_to_diffusers", {}),
+    "ernie_image": ("convert_ernie_image_transformer_checkpoint_to_diffusers", {}),
+}
+# what the converter wants and diffusers' model has not
+WANTED = {"sana": ("pos_embed", "y_embedder.y_embedding")}
+# maker's names that the converter leaves, and that its own scripts and readers of LoRA do not
+LEFT = {
+    "wan/flf2v": {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"},
+    "ltx2/2.3": {"prompt_adaln_single": "prompt_adaln"},
+}
+
+DEFAULT = ("flux", "wan", "qwen_image", "z_image", "hunyuan_video")  # one of each shape of table
+
+
+def some(names: tuple[str, ...]) -> list[object]:
+    """Return the cases as parameters: those of the default run, and the rest slow."""
+    return [pytest.param(case, marks=() if case in names else pytest.mark.slow) for case in dit_models.MODELS]
+
+
+@pytest.fixture(autouse=True)
+def _tiny() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of matrices this small, threads are waited for
+    with telling_widths():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", [c for c in some(DEFAULT) if dit_models.family_of(c.values[0]) in CONVERTERS])  # type: ignore[attr-defined]
+def test_the_makers_file_is_what_diffusers_converts(case: str, tmp_path: Path) -> None:
+    """Every tensor of the maker's file becomes the one of diffusers' that it was made of, bit for bit."""
+    subject = Subject(case, tmp_path)
+    name, texts = CONVERTERS[subject.family.key]
+    source = inspect.getsource(getattr(single_file, name))
+    for theirs, ours in texts.items():
+        assert theirs in source
+        source = source.replace(theirs, ours)
+    space = dict(vars(single_file))
+    exec(source, space)
+    file = subject.renamed("maker", subject.base)
+    file |= {wanted: torch.zeros(1) for wanted in WANTED.get(subject.family.key, ())}
+    found: dict[str, Tensor] = space[name](file, config=dit_models.build(case).config)
+    for theirs, ours in LEFT.get(case, {}).items():
+        found = {each.replace(theirs, ours): tensor for each, tensor in found.items()}
+    same(found, subject.base)
+
+
+# case of the default run -> verb -> the arguments of one check: each verb once or twice, on another shape of table
+QUICK: dict[str, dict[str, list[tuple[str, ...]]]] = {
+    "flux": {
+        "merge": [("kohya, maker's", "component"), ("SimpleTuner LyCORIS", "bare"), ("DiffSynth", "diffusion_model.")],
+        "convert": [("diffusers", "kohya")],
+    },
+    "wan": {
+        "merge": [("ComfyUI, alpha", "component"), ("VideoX-Fun", "pipeline"), ("PEFT", "model.diffusion_model.")],
+        "extract": [("bare", "diffusers")],
+        "unmerge": [("kohya, maker's", "component")],
+    },
+    "qwen_image": {
+        "merge": [("Lightning", "component"), ("OneTrainer legacy", "bare")],
+        "init": [("component", "diffusers")],
+        "inspect": [("Lightning", "component")],
+        "diff": [("SimpleTuner LyCORIS",)],
+    },
+    "z_image": {
+        "merge": [("save_lora_adapter", "bare"), ("kohya, maker's", "bare, diffusers'")],
+        "convert": [("ComfyUI, maker's",)],
+        "resize": [("kohya, maker's",)],
+    },
+    "hunyuan_video": {
+        "merge": [("ComfyUI", "component"), ("diffusion-pipe", "model.model.")],
+        "convert": [("comfy",)],
+        "combine": [("kohya, maker's", "comfy")],
+        "verify": [("ComfyUI, maker's", "bare")],
+    },
+}
+
+
+def hold(subject: Subject, chosen: list[Cell]) -> None:
+    found = {(cell.verb, *cell.args): (cell, *outcome(subject, cell)) for cell in chosen}
+    bad = {
+        args: f"{state}: {message}"
+        for args, (cell, state, message) in found.items()
+        if state != "right" and not (state == "refused" and known_refusal(cell, message))
+    }
+    assert not bad
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_each_shape_of_table(case: str, tmp_path: Path) -> None:
+    subject = Subject(case, tmp_path)
+    wanted = {(verb, args) for verb, every in QUICK[case].items() for args in every}
+    chosen = [cell for cell in cells(subject) if (cell.verb, cell.args) in wanted]
+    assert {(cell.verb, cell.args) for cell in chosen} == wanted
+    hold(subject, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dit_models.MODELS)
+def test_every_verb_on_every_family(case: str, tmp_path: Path) -> None:
+    subject = Subject(case, tmp_path)
+    hold(subject, list(cells(subject)))
+
+
+def test_a_wrong_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of Flux's table made wrong: the maker's file is another, and merging says so."""
+    subject = Subject("flux", tmp_path)
+    rows = dict(subject.namings["maker"])
+    first, second = "double_blocks.0.img_mlp.2.weight", "double_blocks.0.txt_mlp.2.weight"
+    rows[first], rows[second] = rows[second], rows[first]
+    subject.__dict__["namings"] = {**subject.namings, "maker": rows}
+    cell = next(c for c in cells(subject) if c.args == ("diffusers", "bare") and c.verb == "merge")
+    state, message = outcome(subject, cell)
+    assert state == "wrong" and "img_mlp.2" in message
+
+
+def test_the_guide_has_every_family_and_spelling() -> None:
+    """A family is counted if diffusers has its class; a UNet's is held by the tests of `families.unet`."""
+    text = families.GUIDE.read_text().partition(families.MARKS[0])[2].partition(families.MARKS[1])[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
+    for key, family in families.FAMILIES.items():
+        assert family.up_attention or key in dit_models.TELLING or not family.diffusers_class
+        assert (family.title in rows) == (key in dit_models.TELLING)
+    assert set(SPELLINGS) <= set(rows) and "0 wrong" in text
