@@ -72,9 +72,8 @@ def rename_tensors(
             pieces.setdefault(span.module, []).append(rows)
     whole = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
     if to is Naming.DIFFUSERS:
-        return {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}, tuple(
-            prefix + path for path in unused
-        )
+        made = {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}
+        return made, tuple(prefix + path for path in unused)
     kept = {path: _joined(path, [_all_rows(prefix + path, own[path])], shapes) for path in unused}
     return {**_in_maker_names(family, whole, shapes), **kept}, ()
 

@@ -352,7 +352,7 @@ def test_diffusers_models_go_there_and_back(tmp_path: Path, case: str) -> None:
     model = build(case).bfloat16()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
-    if case == "framepack":
+    if case == "hunyuan_video/framepack":
         with pytest.raises(InputError, match="is FramePack, whose maker uses diffusers' names"):
             convert(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
         return
