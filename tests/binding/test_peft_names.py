@@ -150,10 +150,10 @@ SINGLE = {
     "layers.0.attention.to_q": {
         "layers.0.attention.qkv.weight": (24, 8),
         "layers.0.adaLN_modulation.0.weight": (32, 8),
-        "cap_embedder.1.weight": (8, 8),
+        "noise_refiner.0.attention.qkv.weight": (24, 8),
     },
     "proj_in": {"patchify_proj.weight": (8, 8), "transformer_blocks.0.attn1.to_q.weight": (8, 8)},
-    "transformer_blocks.0.img_mod.1": {"transformer_blocks.0.img_mod.1.weight": (8, 8), "txt_norm.weight": (8,)},
+    "transformer_blocks.0.img_mod.1": {f"transformer_blocks.0.{x}_mod.1.weight": (8, 8) for x in ("img", "txt")},
 }
 
 
