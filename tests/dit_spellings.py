@@ -551,6 +551,14 @@ def loaded(subject: Subject, path: Path) -> Any:
     return model
 
 
+def check_convert_base(subject: Subject, layout: str, to: str) -> None:
+    """The denoiser in the other layout is the one that was written there, bit for bit; the folder is diffusers' own."""
+    kept, suffix = ("component", "") if to == "diffusers" else ("bare", ".safetensors")
+    out = subject.place(suffix)
+    loratool.convert(subject.base_in(layout), out, to=to)
+    same(subject.read(out, kept), subject.renamed(LAYOUTS[kept].naming, subject.base))
+
+
 def check_extract(subject: Subject, layout: str, to: str) -> None:
     """The change of a merge comes back, to float32's rounding, in the same layout and in diffusers' folder."""
     out = subject.place(suffix_of(to))
@@ -640,6 +648,10 @@ def cells(subject: Subject) -> Iterator[Cell]:
             yield Cell("combine", spelling, check_combine, (spelling, to))
             yield Cell("resize", spelling, check_resize, (spelling, to))
         yield Cell("resize", spelling, check_truncate, (spelling,))
+    for layout in layouts:
+        if LAYOUTS[layout].naming != "diffusers" or layout == "component":
+            to = "single-file" if layout == "component" else "diffusers"
+            yield Cell("convert a base", "", check_convert_base, (layout, to))
     yield Cell("verify", "", check_verify_wrong, ("kohya, maker's", "component"))
     for to in FORMATS:
         yield Cell("convert", "", check_format_names, (to,))
