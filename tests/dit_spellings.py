@@ -675,6 +675,13 @@ def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     return "right", ""
 
 
+# part of a refusal's message -> why it is right
+REASONS: Mapping[str, str] = {
+    "PEFT cannot tell": "PEFT's config cannot name a layer whose whole name ends another's, like `proj_out` of Flux",
+    "whose maker uses diffusers' names": "FramePack has no single file in other names; `--to diffusers` writes one",
+}
+
+
 def known_refusal(cell: Cell, message: str) -> bool:
-    """Return whether a refusal is right: PEFT's own config cannot name a layer whose name ends another's."""
-    return cell.args[-1] == "peft" and "PEFT cannot tell" in message
+    """Return whether a refusal is right: PEFT's of what it cannot load, and of names that no one has."""
+    return any(reason in message for reason in REASONS) and cell.args[-1] in ("peft", "single-file")

@@ -15,18 +15,15 @@ EMBEDDINGS = frozenset(
 
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
-# Ends of weights that are parameters and no layer's, so that nothing trains or loads factors of them: HiDream's routers.
-PARAMETERS = (".ff_i.gate",)
-
 
 def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     """Return `linear` (peft's `all-linear` targets it), `embedding`, `head`, `experts` (3-D) or `conv`.
 
-    Empty for a vector, for a weight that is not of a float type, and for a matrix that is no layer's.
+    Empty for a vector and for a weight that is not of a float type.
     """
     path = module.rpartition("/")[2]  # of a pipeline's, without its folder
     last = path.rpartition(".")[2]
-    if not is_float or dimensions < 2 or module.endswith(PARAMETERS):
+    if not is_float or dimensions < 2:
         return ""
     if last in EMBEDDINGS:
         return "embedding"
