@@ -551,6 +551,14 @@ def loaded(subject: Subject, path: Path) -> Any:
     return model
 
 
+def check_convert_base(subject: Subject, layout: str, to: str) -> None:
+    """The denoiser in the other layout is the one that was written there, bit for bit; the folder is diffusers' own."""
+    kept, suffix = ("component", "") if to == "diffusers" else ("bare", ".safetensors")
+    out = subject.place(suffix)
+    loratool.convert(subject.base_in(layout), out, to=to)
+    same(subject.read(out, kept), subject.renamed(LAYOUTS[kept].naming, subject.base))
+
+
 def check_extract(subject: Subject, layout: str, to: str) -> None:
     """The change of a merge comes back, to float32's rounding, in the same layout and in diffusers' folder."""
     out = subject.place(suffix_of(to))
@@ -640,6 +648,10 @@ def cells(subject: Subject) -> Iterator[Cell]:
             yield Cell("combine", spelling, check_combine, (spelling, to))
             yield Cell("resize", spelling, check_resize, (spelling, to))
         yield Cell("resize", spelling, check_truncate, (spelling,))
+    for layout in layouts:
+        if LAYOUTS[layout].naming != "diffusers" or layout == "component":
+            to = "single-file" if layout == "component" else "diffusers"
+            yield Cell("convert a base", "", check_convert_base, (layout, to))
     yield Cell("verify", "", check_verify_wrong, ("kohya, maker's", "component"))
     for to in FORMATS:
         yield Cell("convert", "", check_format_names, (to,))
@@ -663,6 +675,13 @@ def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     return "right", ""
 
 
+# part of a refusal's message -> why it is right
+REASONS: Mapping[str, str] = {
+    "PEFT cannot tell": "PEFT's config cannot name a layer whose whole name ends another's, like `proj_out` of Flux",
+    "whose maker uses diffusers' names": "FramePack has no single file in other names; `--to diffusers` writes one",
+}
+
+
 def known_refusal(cell: Cell, message: str) -> bool:
-    """Return whether a refusal is right: PEFT's own config cannot name a layer whose name ends another's."""
-    return cell.args[-1] == "peft" and "PEFT cannot tell" in message
+    """Return whether a refusal is right: PEFT's of what it cannot load, and of names that no one has."""
+    return any(reason in message for reason in REASONS) and cell.args[-1] in ("peft", "single-file")

@@ -29,7 +29,19 @@ from loratool.architectures.families import FAMILIES
 
 GUIDE = ROOT / "loratool" / "guides" / "image-models.md"
 MARKS = ("<!-- from tests/families.py -->\n", "<!-- until here -->\n")
-VERBS = ("merge", "unmerge", "verify", "inspect", "diff", "convert", "extract", "init", "combine", "resize")
+VERBS = (
+    "merge",
+    "unmerge",
+    "verify",
+    "inspect",
+    "diff",
+    "convert",
+    "convert a base",
+    "extract",
+    "init",
+    "combine",
+    "resize",
+)
 STATES = ("right", "refused", "wrong")
 Row = tuple[str, str, str, str, str]  # case, verb, spelling, state, message with the arguments
 

@@ -8,7 +8,8 @@ EMBEDDINGS = frozenset(
     positions_embed audio_bos_eos_token bias_values column_embedder column_embeddings embed_tokens_per_layer embedding
     generation_embeddings input_embedding ngram_embeddings pos_embed position_embedding_table pronunciation_embed
     row_embedder row_embeddings segment_emb segment_embedding shape_embed tile_embedding visual_embeddings_table
-    word_embedding x_position_embeddings y_position_embeddings""".split()
+    word_embedding x_position_embeddings y_position_embeddings addition_t_embedding cond_type_embed
+    cond_type_embedding embed_image_indicator prior_token_embedding style_embedder""".split()
 )
 
 
@@ -20,11 +21,12 @@ def weight_role(module: str, dimensions: int, is_float: bool) -> str:
 
     Empty for a vector and for a weight that is not of a float type.
     """
-    last = module.rpartition(".")[2]
+    path = module.rpartition("/")[2]  # of a pipeline's, without its folder
+    last = path.rpartition(".")[2]
     if not is_float or dimensions < 2:
         return ""
     if last in EMBEDDINGS:
         return "embedding"
-    if last in HEADS and "." not in module.removeprefix("model.").removeprefix("transformer."):
+    if last in HEADS and "." not in path.removeprefix("model.").removeprefix("transformer."):
         return "head"
     return {2: "linear", 3: "experts" if "expert" in module else "conv"}.get(dimensions, "conv")

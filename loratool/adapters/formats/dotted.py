@@ -124,8 +124,14 @@ class DottedFormat(Format, ABC):
 
 def has_dotted_factors(names: Iterable[str]) -> bool:
     """Return whether a factor's name has a component's prefix or a processor in it, or all names are bare."""
-    names, factors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
-    named = [n for n in names if n.endswith(factors) and (n.startswith(COMPONENTS) or ".processor." in n)]
+    # `.down.weight` is XLabs' after a processor alone: Krea's MLPs have modules of that name.
+    names, processors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
+    named = [
+        name
+        for name in names
+        if (name.startswith(COMPONENTS) and name.endswith(FACTORS))
+        or (".processor." in name and name.endswith(processors))
+    ]
     if named and all(name.startswith(ANYONES) for name in named):
         named = named if are_of_image_model(split_suffix(name)[0] for name in named) else []
     return bool(named) or _are_bare(names)
