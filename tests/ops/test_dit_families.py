@@ -15,7 +15,11 @@ import families
 import pytest
 import torch
 from dit_spellings import SPELLINGS, Cell, Subject, cells, known_refusal, outcome, same, telling_widths
+from safetensors.torch import save_file
 from torch import Tensor
+
+from loratool.adapters.formats import holds_adapter
+from loratool.architectures.roles import weight_role
 
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 
@@ -94,8 +98,9 @@ def test_the_makers_file_is_what_diffusers_converts(case: str, tmp_path: Path) -
 # case of the default run -> verb -> the arguments of one check: each verb once or twice, on another shape of table
 QUICK: dict[str, dict[str, list[tuple[str, ...]]]] = {
     "flux": {
-        "merge": [("kohya, maker's", "component"), ("SimpleTuner LyCORIS", "bare"), ("DiffSynth", "diffusion_model.")],
+        "merge": [("SimpleTuner LyCORIS", "bare"), ("DiffSynth", "diffusion_model.")],
         "convert": [("diffusers", "kohya")],
+        "verify": [("kohya, maker's", "component")],
     },
     "wan": {
         "merge": [("ComfyUI, alpha", "component"), ("VideoX-Fun", "pipeline"), ("PEFT", "model.diffusion_model.")],
@@ -117,7 +122,7 @@ QUICK: dict[str, dict[str, list[tuple[str, ...]]]] = {
         "merge": [("ComfyUI", "component"), ("diffusion-pipe", "model.model.")],
         "convert": [("comfy",)],
         "combine": [("kohya, maker's", "comfy")],
-        "verify": [("ComfyUI, maker's", "bare")],
+        "convert a base": [("model.model.", "diffusers")],
     },
 }
 
@@ -148,16 +153,34 @@ def test_every_verb_on_every_family(case: str, tmp_path: Path) -> None:
     hold(subject, list(cells(subject)))
 
 
-def test_a_wrong_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row of Flux's table made wrong: the maker's file is another, and merging says so."""
-    subject = Subject("flux", tmp_path)
+def test_a_wrong_table_is_found(tmp_path: Path) -> None:
+    """Two rows that change places: the maker's file is another, and the check of a merge says so."""
+    subject = Subject("wan", tmp_path)
     rows = dict(subject.namings["maker"])
-    first, second = "double_blocks.0.img_mlp.2.weight", "double_blocks.0.txt_mlp.2.weight"
+    first, second = "blocks.0.self_attn.q.weight", "blocks.0.self_attn.k.weight"
     rows[first], rows[second] = rows[second], rows[first]
     subject.__dict__["namings"] = {**subject.namings, "maker": rows}
     cell = next(c for c in cells(subject) if c.args == ("diffusers", "bare") and c.verb == "merge")
     state, message = outcome(subject, cell)
-    assert state == "wrong" and "img_mlp.2" in message
+    assert state == "wrong" and "self_attn" in message
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_modules_called_up_and_down_are_no_adapter(prefix: str, tmp_path: Path) -> None:
+    """Krea's MLPs have these names, which are XLabs' factors only after a processor."""
+    names = [f"{prefix}blocks.0.mlp.{each}.weight" for each in ("up", "down")]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "a.safetensors")
+    assert not holds_adapter(tmp_path / "a.safetensors")
+    other = f"{prefix}double_blocks.0.processor.qkv_lora1.up.weight"
+    save_file({other: torch.ones(2, 2)}, tmp_path / "b.safetensors")
+    assert holds_adapter(tmp_path / "b.safetensors")
+
+
+def test_an_embedding_is_one_in_a_pipeline_too() -> None:
+    for name in ("embed_tokens", "time_text_embed.addition_t_embedding", "cond_type_embed"):
+        assert weight_role(name, 2, True) == weight_role(f"transformer/{name}", 2, True) == "embedding"
+    assert weight_role("text_encoder/lm_head", 2, True) == "head"
+    assert weight_role("transformer/proj_out", 2, True) == "linear"
 
 
 def test_the_guide_has_every_family_and_spelling() -> None:
