@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,18 @@ def run_command(*argv: object) -> Any:
         ctx.exit(_run(list(argv)))
 
     return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
+
+
+@pytest.fixture
+def narrow() -> Iterator[None]:
+    """Let some families have any widths: by those of their known models, narrow ones are of no family."""
+    families = [FAMILIES[key] for key in ("sd1", "sdxl", "flux", "hunyuan_video")]
+    before = [family.widths for family in families]
+    for family in families:
+        object.__setattr__(family, "widths", ())
+    yield
+    for family, widths in zip(families, before, strict=True):
+        object.__setattr__(family, "widths", widths)
 
 
 @pytest.fixture
