@@ -143,7 +143,7 @@ def run_command(*argv: object) -> Any:
 @pytest.fixture
 def narrow() -> Iterator[None]:
     """Let some families have any widths: by those of their known models, narrow ones are of no family."""
-    families = [FAMILIES[key] for key in ("sd1", "sdxl", "flux", "hunyuan_video")]
+    families = [family for family in FAMILIES.values() if family.key in ("sd1", "sdxl", "flux", "hunyuan_video")]
     before = [family.widths for family in families]
     for family in families:
         object.__setattr__(family, "widths", ())
@@ -153,10 +153,14 @@ def narrow() -> Iterator[None]:
 
 
 @pytest.fixture
-def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_families(narrow: None) -> Iterator[None]:
     """Know few image families, for modules so small or so few that others have them too."""
-    for key in FAMILIES.keys() - {"sd1", "sd2", "sdxl", "sd3", "flux"}:
-        monkeypatch.delitem(FAMILIES, key)
+    every = dict(FAMILIES)
+    for key in every.keys() - {"sd1", "sd2", "sdxl", "sd3", "flux"}:
+        del FAMILIES[key]
+    yield
+    FAMILIES.clear()  # their order counts
+    FAMILIES.update(every)
 
 
 @pytest.fixture
