@@ -84,7 +84,8 @@ def _widths_agree(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[i
     """Return whether no module has another number of columns than in every known model of a family."""
     for component, path, shape in modules if family.widths else ():
         part = "unet" if component in DENOISERS else component
-        names = to_diffusers(family, path) if component in DENOISERS else (path,)
+        located = locate(family, path) if component in DENOISERS else None
+        names = located.diffusers if located else () if component in DENOISERS else (path,)
         for width in family.widths if len(shape) > 1 else ():
             is_of_it = width.component == part and any(_ends_with(f".{name}", *width.ends) for name in names)
             if is_of_it and shape[1] not in width.columns:
