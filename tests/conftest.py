@@ -16,6 +16,8 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loratool.architectures.families import FAMILIES
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for each other's cores take twice the time
     torch.set_num_threads(1)
@@ -136,6 +138,13 @@ def run_command(*argv: object) -> Any:
         ctx.exit(_run(list(argv)))
 
     return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
+
+
+@pytest.fixture
+def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Know few image families, for modules so small or so few that others have them too."""
+    for key in FAMILIES.keys() - {"sd1", "sd2", "sdxl", "sd3", "flux"}:
+        monkeypatch.delitem(FAMILIES, key)
 
 
 @pytest.fixture

@@ -31,8 +31,10 @@ DOWN_UP, A_B = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B
 SDXL = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
 SGM = "input_blocks.4.1.transformer_blocks.1.attn1.to_q"
 LAYER = "text_model.encoder.layers.0.mlp.fc1"
-SPLIT = {f"transformer_blocks.0.attn.to_{x}": (6, 6) for x in "qkv"}
-FUSED = {"double_blocks.0.img_attn.qkv": (18, 6)}
+# Of the last blocks, whose numbers tell Flux from others with modules of these names
+SPLIT = {f"transformer_blocks.18.attn.to_{x}": (6, 6) for x in "qkv"}
+SPLIT |= {"single_transformer_blocks.37.proj_out": (6, 30)}
+FUSED = {"double_blocks.18.img_attn.qkv": (18, 6)}
 
 
 def _flat(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

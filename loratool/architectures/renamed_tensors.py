@@ -57,6 +57,9 @@ def rename_tensors(
         names = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if unknown[NAMES_SHOWN:] else "")
         more = f" (nor are others, {len(unknown)} in all: {names})" if unknown[1:] else ""
         raise InputError(f"is in no table of {family.title}{more}: its other name is not known", culprit=unknown[0])
+    empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+    if empty is not None:
+        raise InputError("has no numbers", culprit=empty)
     own = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     if family.up_attention:
         family = _as_unet(family, own, prefix)
@@ -69,9 +72,8 @@ def rename_tensors(
             pieces.setdefault(span.module, []).append(rows)
     whole = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
     if to is Naming.DIFFUSERS:
-        return {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}, tuple(
-            prefix + path for path in unused
-        )
+        made = {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}
+        return made, tuple(prefix + path for path in unused)
     kept = {path: _joined(path, [_all_rows(prefix + path, own[path])], shapes) for path in unused}
     return {**_in_maker_names(family, whole, shapes), **kept}, ()
 

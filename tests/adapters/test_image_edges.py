@@ -99,6 +99,7 @@ class TestZero:
             assert torch.equal(merged(tmp_path, tmp_path / f"{to}.safetensors"), weights(8, 6))
         assert load_file(tmp_path / "kohya.safetensors")[f"{KOHYA}.alpha"] == RANK
 
+    @pytest.mark.usefixtures("few_families")
     def test_factors_of_a_fresh_start_survive(self, tmp_path: Path) -> None:
         """B is zero before the first step, A is not: all ranks of both stay, where a fused module splits too."""
         A = factors(8, 6, RANK)[0]
@@ -223,6 +224,7 @@ def test_a_doubled_prefix(tmp_path: Path) -> None:
     assert found.coverage.bound == 1 and not found.problems  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("few_families")
 class TestFused:
     """Ranks do not grow by a way through split modules and back."""
 
@@ -301,27 +303,33 @@ class TestWhoseItIs:
     def test_flux_2_is_no_flux(self, tmp_path: Path) -> None:
         """It has blocks of the same names, with other rows to each input."""
         stem = "diffusion_model."
-        second = {"double_blocks.0.img_attn.qkv": (24, 8), "double_blocks.0.img_mlp.0": (48, 8)}
-        second |= {"single_blocks.0.linear1": (72, 8), "single_blocks.0.linear2": (8, 32)}
-        first = {**second, "double_blocks.0.img_mlp.0": (32, 8), "single_blocks.0.linear1": (56, 8)}
-        first |= {"single_blocks.0.linear2": (8, 40)}
+        second = {"double_blocks.7.img_attn.qkv": (24, 8), "double_blocks.7.img_mlp.0": (48, 8)}
+        second |= {"single_blocks.47.linear1": (72, 8), "single_blocks.47.linear2": (8, 32)}
+        first = {"double_blocks.18.img_attn.qkv": (24, 8), "double_blocks.18.img_mlp.0": (32, 8)}
+        first |= {"single_blocks.37.linear1": (56, 8), "single_blocks.37.linear2": (8, 40)}
         a, b = (
             shaped({stem + name: shape for name, shape in each.items()}, tmp_path / f"{i}.safetensors")
             for i, each in enumerate((first, second))
         )
-        report = loratool.convert(a, tmp_path / "o.safetensors", to="kohya")
-        assert report.family == "flux"  # type: ignore[union-attr]
-        for to in ("kohya", "diffusers", "peft"):
-            with pytest.raises(InputError, match="no adapter of an image model that is known"):
-                loratool.convert(b, tmp_path / "x.safetensors", to=to)
+        for file, family in ((a, "flux"), (b, "flux2")):
+            for to in ("kohya", "diffusers"):
+                report = loratool.convert(file, tmp_path / "o.safetensors", to=to, force=True)
+                assert report.family == family  # type: ignore[union-attr]
 
-    def test_a_block_that_flux_does_not_have(self, tmp_path: Path) -> None:
-        """HunyuanVideo's: what is left of it after --exclude would be taken for a Flux."""
-        names = [f"lora_unet_double_blocks_{i}_img_attn_qkv" for i in (0, 19)]
-        a = shaped(dict.fromkeys(names, (24, 8)), tmp_path / "a.safetensors", True)
-        for drop in ((), (names[1],)):
-            with pytest.raises(InputError, match=f"{names[1]}: is in no image model that is known"):
-                loratool.convert(a, tmp_path / "x.safetensors", to="diffusers", exclude=drop)
+    def test_the_number_of_blocks_tells(self, tmp_path: Path) -> None:
+        """HunyuanVideo has one block more than Flux, under the same names of diffusers and others of its maker."""
+        name = "transformer.transformer_blocks.{}.ff.net.0.proj"
+        for last, family in ((18, "flux"), (19, "hunyuan_video")):
+            a = shaped({name.format(i): (32, 8) for i in (0, last)}, tmp_path / "a.safetensors")
+            report = loratool.convert(a, tmp_path / f"{last}.safetensors", to="kohya")
+            assert report.family == family  # type: ignore[union-attr]
+        a = shaped({name.format(0): (32, 8)}, tmp_path / "a.safetensors")
+        with pytest.raises(NeedsFlag, match=r"(?s)both Flux and .*--base BASE"):
+            loratool.convert(a, tmp_path / "x.safetensors", to="kohya")
+        base = {"single_blocks.0.linear1.weight": torch.zeros(56, 8), "double_blocks.0.img_mlp.0.weight": torch.ones(4)}
+        save_file(base, tmp_path / "base.safetensors")
+        loratool.convert(a, tmp_path / "x.safetensors", to="kohya", base=tmp_path / "base.safetensors")
+        assert "lora_unet_double_blocks_0_img_mlp_0.alpha" in load_file(tmp_path / "x.safetensors")
 
     def test_what_is_dropped_still_tells(self, tmp_path: Path) -> None:
         te2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
@@ -431,8 +439,9 @@ def test_dora_that_the_metadata_announces_and_the_file_lacks(tmp_path: Path) -> 
         merged(tmp_path, tmp_path / "a.safetensors")
 
 
+@pytest.mark.usefixtures("few_families")
 def test_what_is_no_block_can_be_dropped(tmp_path: Path) -> None:
-    """Chroma's guidance layers, beside blocks that are Flux's."""
+    """Guidance layers that are no Flux's, beside blocks that are."""
     names = {"lora_unet_double_blocks_0_img_attn_qkv": (24, 8), "lora_unet_distilled_guidance_layer_in_proj": (8, 4)}
     a = shaped(names, tmp_path / "a.safetensors", True)
     with pytest.raises(NeedsFlag, match="distilled_guidance_layer_in_proj"):

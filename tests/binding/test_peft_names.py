@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_model, weights, write_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import build, perturb, tables
 
 import loratool
@@ -143,35 +144,45 @@ def test_experts_that_did_not_all_change(tmp_path: Path) -> None:
     loaded(kind, *paths[::2])
 
 
+# The tensors of a single file, and what diffusers calls the first of them
 SINGLE = {
-    "Wan": {"head.modulation": (1, 2, 8), "blocks.0.self_attn.q.weight": (8, 8)},
-    "Z-Image": {"layers.0.attention.qkv.weight": (24, 8), "layers.0.adaLN_modulation.0.weight": (8, 8)},
-    "LTX": {"patchify_proj.weight": (8, 8), "transformer_blocks.0.attn1.to_q.weight": (8, 8)},
-    "an image model": {"txt_norm.weight": (8,), "transformer_blocks.0.img_mod.1.weight": (8, 8)},  # Qwen-Image
+    "blocks.0.attn1.to_q": {"blocks.0.self_attn.q.weight": (8, 8), "time_projection.1.weight": (48, 8)},
+    "layers.0.attention.to_q": {
+        "layers.0.attention.qkv.weight": (24, 8),
+        "layers.0.adaLN_modulation.0.weight": (32, 8),
+        "noise_refiner.0.attention.qkv.weight": (24, 8),
+    },
+    "proj_in": {"patchify_proj.weight": (8, 8), "transformer_blocks.0.attn1.to_q.weight": (8, 8)},
+    "transformer_blocks.0.img_mod.1": {f"transformer_blocks.0.{x}_mod.1.weight": (8, 8) for x in ("img", "txt")},
 }
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("family", SINGLE)
-def test_single_files_with_their_makers_names(family: str, prefix: str, tmp_path: Path) -> None:
-    """Nothing loads a PEFT adapter of such names; Qwen-Image's are diffusers' own, but for the prefix."""
+@pytest.mark.parametrize("module", SINGLE)
+def test_single_files_with_their_makers_names(module: str, prefix: str, tmp_path: Path) -> None:
+    """PEFT's adapters are of diffusers' class: of Wan, Z-Image, LTX and Qwen-Image."""
     base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
-    tensors = {prefix + name: weights(*shape) for name, shape in SINGLE[family].items()}
+    tensors = {prefix + name: weights(*shape) for name, shape in SINGLE[module].items()}
     save_file(tensors, base)
     save_file({name: W * 1.1 for name, W in tensors.items()}, tuned)
-    calls = (
-        (lambda: loratool.extract(base, tuned, tmp_path / "a")),
-        (lambda: loratool.init(base, tmp_path / "a", rank=2)),
+    calls: tuple[Callable[..., Any], ...] = (
+        lambda: loratool.extract(base, tuned, tmp_path / "a", to="peft"),
+        lambda: loratool.init(base, tmp_path / "a", rank=2, to="peft"),
     )
     for call in calls:
-        if family == "an image model" and not prefix:
-            call()
-            assert (tmp_path / "a" / "adapter_config.json").exists()
-            shutil.rmtree(tmp_path / "a")
-            continue
-        with pytest.raises(InputError, match=rf"(?s)single file of {family}.*diffusers folder"):
-            call()
-        assert not (tmp_path / "a").exists()
+        call()
+        names = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        assert f"base_model.model.{module}.lora_A.weight" in names
+        assert (tmp_path / "a" / "adapter_config.json").exists()
+        shutil.rmtree(tmp_path / "a")
+
+
+def test_a_single_file_of_an_unknown_image_model(tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({"model.diffusion_model.stages.0.mix.weight": weights(8, 8)}, base)
+    with pytest.raises(InputError, match=r"(?s)single file of an image model that is not known.*diffusers folder"):
+        loratool.init(base, tmp_path / "a", rank=2)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

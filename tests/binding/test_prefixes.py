@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 
+pytestmark = pytest.mark.usefixtures("few_families")
+
 # One matrix under the names of the maker and of diffusers, and a further one that tells the base's family
 MODULES = {
     "flux": ("double_blocks.0.img_mlp.0", "transformer_blocks.0.ff.net.0.proj", "single_blocks.0.linear2"),

@@ -63,7 +63,10 @@ class TestCompletion:
             ("loratool merge base/ adapter/ --dtype ", ["keep", *FACTOR_DTYPES]),
             ("loratool merge base/ adapter/ --device c", ["cpu", "cuda"]),
             ("loratool merge base/ adapter/ --target q_proj,a", ["q_proj,all-linear", "q_proj,attention"]),
-            ("loratool convert a.safetensors --to ", [*written_formats(), *CONTAINERS]),
+            (
+                "loratool convert a.safetensors --to ",
+                list(dict.fromkeys([*written_formats(), *CONTAINERS, *choices.MODEL_NAMINGS])),
+            ),
             ("loratool convert a.safetensors --for ", list(choices.QKV_LAYOUTS)),
             ("loratool init base/ --method ", list(choices.INIT_CHOICES)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),

@@ -164,6 +164,7 @@ def test_names_and_bytes(family: str, source: str, to: str, tmp_path: Path) -> N
     assert equal(load_file(tmp_path / "c.safetensors"), load_file(start))
 
 
+@pytest.mark.usefixtures("few_families")
 class TestFlux:
     """Fused in kohya's files, split in diffusers'."""
 
@@ -348,13 +349,13 @@ class TestNames:
     @pytest.mark.parametrize(
         "names",
         [
-            ["transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.img_mlp.net.0.proj"],
-            ["transformer.transformer_blocks.0.attn1.to_q"],
-            ["transformer.blocks.0.attn1.to_q"],
+            ["transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.mlp_of_images.net.0.proj"],
+            ["transformer.transformer_blocks.0.attn9.to_q"],
+            ["transformer.single_transformer_blocks.0.attn9.to_q"],
         ],
     )
     def test_another_models_blocks_are_no_fluxs(self, names: list[str], tmp_path: Path) -> None:
-        """Qwen-Image, PixArt, Wan: half of a name that is known is no reason to guess the rest."""
+        """Half of a name that is known is no reason to guess the rest."""
         with pytest.raises(InputError, match="no adapter of an image model that is known"):
             loratool.convert(self.dotted(tmp_path / "a.safetensors", *names), tmp_path / "b.safetensors", to="kohya")
 
@@ -394,6 +395,7 @@ class TestNames:
         up = load_file(tmp_path / "b.safetensors")[f"{row.name}.lora_up.weight"]
         assert up.shape == (42, 2) and torch.equal(up[:18], B) and not up[18:].any()
 
+    @pytest.mark.usefixtures("few_families")
     @pytest.mark.parametrize("rows", [16, 19])
     def test_rows_that_are_no_thirds(self, rows: int, tmp_path: Path) -> None:
         A, B = factors(rows, 6, 2)

@@ -273,6 +273,7 @@ class TestDora:
         expected = (weights(8, seed=2).abs().double() / Vd.norm(dim=1))[:, None] * Vd
         assert torch.allclose(merged.get_submodule(self.NAME).weight.double(), expected, atol=1e-6)
 
+    @pytest.mark.usefixtures("few_families")
     def test_flux_comes_apart_and_together(self, tmp_path: Path) -> None:
         A, B = factors(18, 6, 4)
         name, m = "lora_unet_double_blocks_0_img_attn_qkv", weights(18, seed=1).abs() + 0.1
@@ -486,12 +487,12 @@ def test_an_overflow_is_refused_by_name(options: dict[str, Any], tmp_path: Path)
 def test_from_overrides_what_the_names_say(tmp_path: Path) -> None:
     """A language model whose modules begin as an image model's component does."""
     A, B = factors(6, 8, 2)
-    tensors = {"transformer.blocks.0.attn.lora_A.weight": A, "transformer.blocks.0.attn.lora_B.weight": B}
+    tensors = {"unet.blocks.0.attn.lora_A.weight": A, "unet.blocks.0.attn.lora_B.weight": B}
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="no adapter of an image model"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b", to="peft")
     loratool.convert(tmp_path / "a.safetensors", tmp_path / "b", to="peft", from_format="peft", alpha=3.0)
-    assert torch.equal(change(tmp_path / "b", "transformer.blocks.0.attn"), 1.5 * B.double() @ A.double())
+    assert torch.equal(change(tmp_path / "b", "unet.blocks.0.attn"), 1.5 * B.double() @ A.double())
     with pytest.raises(InputError, match="is no tensor|is none of"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "c", to="peft", from_format="kohya")
     with pytest.raises(UsageError, match="none of"):

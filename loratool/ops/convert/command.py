@@ -36,7 +36,7 @@ from .image_base import choose_family
 from .language import plan_language
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import detect_families, known_families, read_source_modules, refuse_unknown_blocks
+from .source_modules import KNOWN, detect_families, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 
 # The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
@@ -339,7 +339,7 @@ def _plan_low_rank(
             return plan_plain(source, request, kept, dropped, lost, opened)
         return plan_language(source, request, kept, dropped, lost)
     raise InputError(
-        f"is no adapter of an image model that is known ({known_families()}), with modules like "
+        f"is no adapter of an image model that is known ({KNOWN}), with modules like "
         + min(source.updates, default="none")
         + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing could load it as {request.to}"),
         culprit=source.name,

@@ -23,7 +23,7 @@ from ...files.output import check_output_name
 from ...files.regrouped import RegroupedFile, StoredRows
 from ..choices import DENOISER_DROP_CHOICES, MODEL_NAMINGS
 from .shared_tensors import find_shared_storage
-from .source_modules import known_families
+from .source_modules import KNOWN
 
 (COMPONENTS,) = DENOISER_DROP_CHOICES
 
@@ -176,7 +176,7 @@ def _rename(
     """
     found = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
     if found is None or found.table is None:
-        raise InputError(f"has no denoiser that is known ({known_families()})", culprit=str(base.path))
+        raise InputError(f"has no denoiser that is known ({KNOWN})", culprit=str(base.path))
     path, name = next(iter(found.tensors.items()))
     prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
     shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}

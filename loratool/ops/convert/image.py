@@ -174,11 +174,12 @@ class _ImagePlan:
     def _folds(self, scale: float, rank: int) -> bool:
         """Return whether a scale has to be folded into the factors.
 
-        It has to if its alpha is infinite in float32, or is 0 there, where a scale is not 0 or 0 stands for the rank.
+        It has to if its alpha is infinite in float32, or is 0 there, where a scale is not 0 or 0 stands for the rank;
+        and in files without alphas, which mean a scale of 1 where the modules are an image model's.
         """
         alpha = abs(float(torch.tensor(alpha_for_scale(scale, rank), dtype=torch.float32))) if self._has_alphas else 1.0
         lost = alpha == math.inf or (alpha == 0 and (self._format.can.zero_alpha_is_rank or scale != 0))
-        return self._request.plain or lost
+        return self._request.plain or self._format.can.alpha == "none" or lost
 
     def _scale(self, alpha: float, rank: int) -> float:
         """Return the scale that a reader of the output computes from this alpha."""

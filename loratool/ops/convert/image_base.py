@@ -23,7 +23,7 @@ from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
 from .module_map import plan_target_modules
-from .source_modules import SourceModule, detect_family, known_families, make_source_module
+from .source_modules import KNOWN, SourceModule, detect_family, make_source_module
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -182,5 +182,5 @@ def family_of(base: Checkpoint) -> str:
         sources.append(make_source_module(name, UpdateSpec(LowRank, name, {}, specs), component, path))
     family = detect_family(sources)
     if family is None:
-        raise InputError(f"is no image model that is known ({known_families()})", culprit=str(base.path))
+        raise InputError(f"is no image model that is known ({KNOWN})", culprit=str(base.path))
     return family

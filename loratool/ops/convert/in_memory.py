@@ -28,11 +28,11 @@ from .module_map import TargetModule, plan_target_modules
 from .request import AdapterOutput, ConvertRequest, ModuleConvert, alpha_notes, request_for
 from .same_layout import to_one_layout, with_targets
 from .source_modules import (
+    KNOWN,
     SourceModule,
     detect_families,
     detect_family,
     find_unknown_modules,
-    known_families,
     read_source_modules,
     refuse_unknown_blocks,
 )
@@ -144,18 +144,18 @@ def _in_one_layout(
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
     """Raise InputError for adapters of no known family whose formats or suffixes no loader takes together."""
-    first, known = adapters[0], known_families()
+    first = adapters[0]
     for adapter in adapters if family is None else ():
         if adapter.format != first.format and not (is_of_one(adapter) and is_of_one(first)):
             raise InputError(
                 f"is in the {adapter.format} format, {first.name} in {first.format}'s, and of no image model that is "
-                f"known ({known}): combine adapters of one format",
+                f"known ({KNOWN}): combine adapters of one format",
                 culprit=adapter.name,
             )
         if (one := _factor_suffixes(first)) != (two := _factor_suffixes(adapter)):
             raise InputError(
                 f"spells its factors {' '.join(two)}, {first.name} {' '.join(one)}, and is of no image model that is "
-                f"known ({known}): no loader takes both in one file",
+                f"known ({KNOWN}): no loader takes both in one file",
                 culprit=adapter.name,
             )
 

@@ -28,9 +28,7 @@ class SourceModule:
     path: str  # dotted, in the adapter's naming
 
 
-def known_families() -> str:
-    """Return the titles of the image families, for messages."""
-    return ", ".join(family.title for family in FAMILIES.values())
+KNOWN = "loratool guide image-models lists them"  # the image families, for messages
 
 
 def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]]:
@@ -108,7 +106,7 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
     for module, update in adapter.updates.items():
         is_block = component_of(module)[0] in (None, *DENOISERS) and _in_block(module)
         if update.rank and not update.cls.stack and is_block and module not in known:
-            message = f"is in no image model that is known ({known_families()})"
+            message = f"is in no image model that is known ({KNOWN})"
             raise InputError(message, culprit=module, remedy=f"{adapter.name} is for another model")
 
 
