@@ -710,13 +710,14 @@ def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     return "right", ""
 
 
-# part of a refusal's message -> why it is right
-REASONS: Mapping[str, str] = {
-    "PEFT cannot tell": "PEFT's config cannot name a layer whose whole name ends another's, like `proj_out` of Flux",
-    "whose maker uses diffusers' names": "FramePack has no single file in other names; `--to diffusers` writes one",
+# part of a refusal's message -> the formats that it is right for
+REASONS: Mapping[str, tuple[str, ...]] = {
+    "PEFT cannot tell": ("peft",),  # its config cannot name a layer whose whole name ends another's
+    "whose maker uses diffusers' names": ("single-file",),  # FramePack's
+    "of which there are no": ("kohya", "comfy"),  # Bria's LoRAs are diffusers' alone
 }
 
 
 def known_refusal(cell: Cell, message: str) -> bool:
-    """Return whether a refusal is right: PEFT's of what it cannot load, and of names that no one has."""
-    return any(reason in message for reason in REASONS) and not {"peft", "single-file"}.isdisjoint(cell.args)
+    """Return whether a refusal is right: of what a format cannot say, or of names that no one has."""
+    return any(reason in message and not set(to).isdisjoint(cell.args) for reason, to in REASONS.items())
