@@ -19,6 +19,8 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 # (kohya, diffusers, ComfyUI) -> (out, in, *kernel), of one family each
 SDXL = {
     (
