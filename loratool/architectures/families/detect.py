@@ -55,7 +55,12 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
     if family.up_attention:
         return any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
+    shapes = [
+        (ratio, shape)
+        for _, path, shape in modules
+        for end, ratio in ratios
+        if len(shape) > 1 and _ends_with(path, end)
+    ]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
 
 
