@@ -115,7 +115,7 @@ QUICK: dict[str, dict[str, list[tuple[str, ...]]]] = {
     },
     "z_image": {
         "merge": [("save_lora_adapter", "bare"), ("kohya, maker's", "bare, diffusers'")],
-        "convert": [("ComfyUI, maker's",)],
+        "convert": [("ComfyUI, maker's",), ("diffusers", "kohya", "apart")],
         "resize": [("kohya, maker's",)],
     },
     "hunyuan_video": {
