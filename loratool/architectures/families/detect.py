@@ -57,7 +57,12 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
         named = any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
         return named or all(locate(family, path) for path in paths)
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
+    shapes = [
+        (ratio, shape)
+        for _, path, shape in modules
+        for end, ratio in ratios
+        if len(shape) > 1 and _ends_with(path, end)
+    ]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
 
 
