@@ -15,7 +15,7 @@ from .unet import STEMS
 SHARED = re.compile(
     r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.fc[12])"
     r"|layers\.\d+\.(?:feed_forward\.w[123]|attention_norm|ffn_norm)"
-    r"|(?:llm\.)?(?:blocks|layers)\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
+    r"|(?:llm\.)?(?:blocks|layers)\.\d+\.(?:self_attn\.\w+_\w+|mlp\.\w+|\w+_layernorm)"
 )
 
 
