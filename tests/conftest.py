@@ -144,7 +144,7 @@ def run_command(*argv: object) -> Any:
 @pytest.fixture
 def narrow() -> Iterator[None]:
     """Let some families have any widths: by those of their known models, narrow ones are of no family."""
-    families = [FAMILIES[key] for key in ("sd1", "sdxl", "flux", "hunyuan_video")]
+    families = [family for family in FAMILIES.values() if family.key in ("sd1", "sdxl", "flux", "hunyuan_video")]
     before = [family.widths for family in families]
     for family in families:
         object.__setattr__(family, "widths", ())
@@ -154,7 +154,7 @@ def narrow() -> Iterator[None]:
 
 
 @pytest.fixture
-def few_families() -> Iterator[None]:
+def few_families(narrow: None) -> Iterator[None]:
     """Know few image families, for modules so small or so few that others have them too."""
     with only_families("sd1", "sd2", "sdxl", "sd3", "flux"):
         yield

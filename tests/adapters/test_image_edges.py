@@ -307,8 +307,8 @@ class TestWhoseItIs:
         stem = "diffusion_model."
         second = {"double_blocks.7.img_attn.qkv": (24, 8), "double_blocks.7.img_mlp.0": (48, 8)}
         second |= {"single_blocks.47.linear1": (72, 8), "single_blocks.47.linear2": (8, 32)}
-        first = {"double_blocks.18.img_attn.qkv": (24, 8), "double_blocks.18.img_mlp.0": (32, 8)}
-        first |= {"single_blocks.37.linear1": (56, 8), "single_blocks.37.linear2": (8, 40)}
+        first = {f"double_blocks.{i}.img_mlp.0": (32, 8) for i in range(19)}
+        first |= {f"single_blocks.{i}.linear1": (56, 8) for i in range(38)} | {"single_blocks.37.linear2": (8, 40)}
         a, b = (
             shaped({stem + name: shape for name, shape in each.items()}, tmp_path / f"{i}.safetensors")
             for i, each in enumerate((first, second))

@@ -35,7 +35,7 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "CogVideoXTransformer3DModel",
             {
                 "num_layers": 1,
-                "ofs_embed_dim": 8,
+                "ofs_embed_dim": 512,
                 "use_rotary_positional_embeddings": True,
                 "use_learned_positional_embeddings": True,
             },
@@ -157,13 +157,6 @@ def tensors_of(family: ModelFamily) -> dict[str, str]:
 def paths_of(family: ModelFamily, naming: str) -> list[str]:
     """Return the names of two blocks of each stack, and of all that is outside."""
     return sorted({name for located in names_of(family).values() for name in getattr(located, naming)})
-
-
-def widths_of(family: ModelFamily, path: str) -> tuple[int, ...]:
-    """Return the numbers of columns that a module has in the known models; none where the table does not say."""
-    names = [f".{name}".replace(".", "_") for name in to_diffusers(family, path)]
-    ends = [(tuple(end.replace(".", "_") for end in width.ends), width.columns) for width in family.widths]
-    return next((columns for end, columns in ends if any(name.endswith(end) for name in names)), ())
 
 
 def widths_of(family: ModelFamily, path: str) -> tuple[int, ...]:
