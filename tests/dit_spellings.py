@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +198,26 @@ LAYOUTS: Mapping[str, Layout] = {
 OF_NET = ("cosmos1", "cosmos_predict2", "anima")
 
 
+@cache
+def columns_of(key: str) -> tuple[int, ...]:
+    """Return every number of columns in a family's tiny models, the telling one first."""
+    argument, telling = dit_models.TELLING[key]
+    found = {telling: None}
+    for case, (name, config) in dit_models.MODELS.items():
+        if dit_models.family_of(case) == key:
+            with torch.device("meta"):
+                model = getattr(dit_models.diffusers, name)(**{**config, argument: telling})
+            found |= dict.fromkeys(tensor.shape[1] for tensor in model.state_dict().values() if tensor.ndim > 1)
+    return tuple(found)
+
+
 @contextmanager
 def telling_widths() -> Iterator[None]:
     """Let the tables' widths be those of the tiny models: by the real ones, none of them is of its family."""
     families = [FAMILIES[key] for key in dit_models.TELLING]
     before = [family.widths for family in families]
     for family in families:
-        object.__setattr__(family, "widths", (Width("unet", ("",), (dit_models.TELLING[family.key][1],)),))
+        object.__setattr__(family, "widths", (Width("unet", ("",), columns_of(family.key)),))
     yield
     for family, widths in zip(families, before, strict=True):
         object.__setattr__(family, "widths", widths)

@@ -34,7 +34,7 @@ LAYER = "text_model.encoder.layers.0.mlp.fc1"
 # Of the last blocks, whose numbers tell Flux from others with modules of these names
 SPLIT = {f"transformer_blocks.18.attn.to_{x}": (6, 6) for x in "qkv"}
 SPLIT |= {"single_transformer_blocks.37.proj_out": (6, 30)}
-FUSED = {"double_blocks.18.img_attn.qkv": (18, 6)}
+FUSED = {"double_blocks.18.img_attn.qkv": (18, 6), "single_blocks.37.linear2": (6, 30)}
 
 
 def _flat(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -115,7 +115,12 @@ READABLE: dict[str, Callable[[Path], Path]] = {
         p, {f"diffusion_model.{SGM}": (8, 8), f"text_encoders.clip_l.transformer.{LAYER}": (32, 8)}, DOWN_UP
     ),
     "ai-toolkit": lambda p: _image(p, {f"transformer.{n}": s for n, s in SPLIT.items()}, A_B, None),
-    "XLabs": lambda p: _image(p, {"double_blocks.0.processor.qkv_lora1": (18, 6)}, ("down.weight", "up.weight"), None),
+    "XLabs": lambda p: _image(
+        p,
+        {"double_blocks.18.processor.qkv_lora1": (18, 6), "single_blocks.37.processor.proj_lora": (6, 30)},
+        ("down.weight", "up.weight"),
+        None,
+    ),
     "OneTrainer": lambda p: _image(p, {f"lora_transformer_{n}": s for n, s in _flat(SPLIT).items()}, DOWN_UP),
     "cloneofsimo": _cloneofsimo,
 }

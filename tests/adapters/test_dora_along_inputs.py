@@ -121,6 +121,7 @@ def test_conversions(tmp_path: Path) -> None:
             assert torch.allclose(tensor, merged[key], atol=1e-6)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_part_of_a_fused_tensor_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
     """Its norms are over the rows of q alone."""
     file = write(tmp_path / "a.safetensors")

@@ -18,6 +18,8 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import open_adapter
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 KOHYA = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_q"
 COMFY = "diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_q"
 DIFFUSERS = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_q"
@@ -305,8 +307,8 @@ class TestWhoseItIs:
         stem = "diffusion_model."
         second = {"double_blocks.7.img_attn.qkv": (24, 8), "double_blocks.7.img_mlp.0": (48, 8)}
         second |= {"single_blocks.47.linear1": (72, 8), "single_blocks.47.linear2": (8, 32)}
-        first = {"double_blocks.18.img_attn.qkv": (24, 8), "double_blocks.18.img_mlp.0": (32, 8)}
-        first |= {"single_blocks.37.linear1": (56, 8), "single_blocks.37.linear2": (8, 40)}
+        first = {f"double_blocks.{i}.img_mlp.0": (32, 8) for i in range(19)}
+        first |= {f"single_blocks.{i}.linear1": (56, 8) for i in range(38)} | {"single_blocks.37.linear2": (8, 40)}
         a, b = (
             shaped({stem + name: shape for name, shape in each.items()}, tmp_path / f"{i}.safetensors")
             for i, each in enumerate((first, second))
@@ -317,12 +319,18 @@ class TestWhoseItIs:
                 assert report.family == family  # type: ignore[union-attr]
 
     def test_the_number_of_blocks_tells(self, tmp_path: Path) -> None:
-        """HunyuanVideo has one block more than Flux, under the same names of diffusers and others of its maker."""
-        name = "transformer.transformer_blocks.{}.ff.net.0.proj"
-        for last, family in ((18, "flux"), (19, "hunyuan_video")):
-            a = shaped({name.format(i): (32, 8) for i in (0, last)}, tmp_path / "a.safetensors")
-            report = loratool.convert(a, tmp_path / f"{last}.safetensors", to="kohya")
+        """HunyuanVideo has more blocks than Flux, under the same names of diffusers and others of its maker."""
+        name, a = "transformer.transformer_blocks.{}.ff.net.0.proj", tmp_path / "a.safetensors"
+        for blocks, family in ((19, "flux"), (20, "hunyuan_video")):
+            shapes = {name.format(i): (32, 8) for i in range(blocks)}
+            shapes |= {f"transformer.single_transformer_blocks.{i}.proj_mlp": (32, 8) for i in range(2 * blocks)}
+            report = loratool.convert(shaped(shapes, a), tmp_path / f"{family}.safetensors", to="kohya")
             assert report.family == family  # type: ignore[union-attr]
+        shaped({name.format(i): (32, 8) for i in (0, 19)}, a)
+        assert loratool.convert(a, tmp_path / "b.safetensors", to="kohya").family == "hunyuan_video"  # type: ignore[union-attr]
+        shaped({name.format(i): (32, 8) for i in (0, 18)}, a)  # of both
+        with pytest.raises(NeedsFlag, match="both Flux and HunyuanVideo"):
+            loratool.convert(a, tmp_path / "x.safetensors", to="kohya")
         a = shaped({name.format(0): (32, 8)}, tmp_path / "a.safetensors")
         with pytest.raises(NeedsFlag, match=r"(?s)both Flux and .*--base BASE"):
             loratool.convert(a, tmp_path / "x.safetensors", to="kohya")

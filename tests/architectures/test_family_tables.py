@@ -14,7 +14,7 @@ from conftest import ROOT, factors, write_peft
 import loratool
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.detect import detect
-from loratool.architectures.families.lookup import locate, names_of
+from loratool.architectures.families.lookup import locate, names_of, to_diffusers
 from loratool.architectures.families.table import Fused, ModelFamily, Rows, Run
 from loratool.architectures.image import DENOISER_PREFIXES, component_of, image_modules
 
@@ -35,7 +35,7 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "CogVideoXTransformer3DModel",
             {
                 "num_layers": 1,
-                "ofs_embed_dim": 8,
+                "ofs_embed_dim": 512,
                 "use_rotary_positional_embeddings": True,
                 "use_learned_positional_embeddings": True,
             },
@@ -159,9 +159,16 @@ def paths_of(family: ModelFamily, naming: str) -> list[str]:
     return sorted({name for located in names_of(family).values() for name in getattr(located, naming)})
 
 
+def widths_of(family: ModelFamily, path: str) -> tuple[int, ...]:
+    """Return the numbers of columns that a module has in the known models; none where the table does not say."""
+    names = [f".{name}".replace(".", "_") for name in to_diffusers(family, path)]
+    ends = [(tuple(end.replace(".", "_") for end in width.ends), width.columns) for width in family.widths]
+    return next((columns for end, columns in ends if any(name.endswith(end) for name in names)), ())
+
+
 def shape_of(family: ModelFamily, path: str) -> tuple[int, int]:
     """Make a shape that the family's table does not exclude."""
-    columns = next((width.columns[0] for width in family.widths if path.endswith(width.ends)), 8)
+    columns = next(iter(widths_of(family, path)), 8)
     return next((ratio * columns for end, ratio in family.ratios.items() if path.endswith(end)), 7), columns
 
 
@@ -177,7 +184,9 @@ def test_a_table_has_just_the_tensors_of_diffusers_class(key: str) -> None:
             pytest.skip(f"this diffusers has no {name}")
         with torch.device("meta"):
             model = getattr(diffusers, name)(**config)
-        for tensor in model.state_dict():
+        for tensor, value in model.state_dict().items():
+            known = widths_of(family, tensor.removesuffix(".weight")) if value.ndim == 2 else ()
+            assert not known or value.shape[1] in known, tensor
             pattern, stem = next(((p, s) for p, s in numbered if p.match(tensor)), (re.compile(""), ""))
             there.add(pattern.sub(lambda _, stem=stem: stem, tensor, count=1))
     assert family.diffusers_class in {name for name, _ in CLASSES[key]}

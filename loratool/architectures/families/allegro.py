@@ -46,7 +46,12 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("adaln_single.emb.",),
-    # PixArt has the same names.
-    widths=(Width("unet", ("attn1.to_q", "attn2.to_k"), (2304,)),),
+    widths=(
+        Width(
+            "unet", (".to_q", ".to_k", ".to_v", ".to_out.0", ".0.proj", ".proj_out", ".linear_2", ".linear"), (2304,)
+        ),
+        Width("unet", (".net.2",), (9216,)),
+        Width("unet", (".caption_projection.linear_1",), (4096,)),
+    ),
     kernels={"pos_embed.proj": (2, 2)},
 )

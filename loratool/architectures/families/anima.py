@@ -24,6 +24,23 @@ FAMILY = ModelFamily(
     ),
     # The transformer alone is one of Cosmos-Predict2.
     marks=("llm_adapter.blocks.",),
-    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048,)), cosmos_predict2.TEXT),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".linear_1",
+                ".t_embedder.linear_2",
+                ".proj_out",
+                ".to_q",
+                ".attn1.to_k",
+                ".attn1.to_v",
+                ".to_out.0",
+                ".0.proj",
+            ),
+            (2048,),
+        ),
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
+        Width("unet", (".net.2",), (8192,)),
+    ),
     kohya_network="networks.lora_anima",
 )

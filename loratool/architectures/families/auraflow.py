@@ -6,7 +6,7 @@ Sources: diffusers `scripts/convert_aura_flow_to_diffusers.py` and `loaders/sing
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily, swapped
+from .table import Block, Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="auraflow",
@@ -66,4 +66,8 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.pile_t5xl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("double_layers.", "joint_transformer_blocks."),
+    widths=(
+        Width("unet", (".linear_2", ".proj_out", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0"), (3072,)),
+        Width("unet", (".context_embedder",), (2048,)),
+    ),
 )

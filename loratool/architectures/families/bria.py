@@ -5,7 +5,7 @@ Source: diffusers' class `BriaTransformer2DModel`, alone: no other naming was se
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="bria",
@@ -66,6 +66,16 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("single_transformer_blocks.",),
+    widths=(
+        Width(
+            "unet",
+            (".linear_2", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".to_add_out", ".proj", ".proj_mlp"),
+            (3072,),
+        ),
+        Width("unet", (".context_embedder",), (4096,)),
+        Width("unet", (".net.2",), (12288,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+    ),
     # Ovis has these names with other ratios.
     ratios={".proj_mlp": 4},
 )

@@ -5,7 +5,7 @@ Source: diffusers' class `BriaFiboTransformer2DModel`, alone: no other naming wa
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="bria_fibo",
@@ -72,6 +72,29 @@ FAMILY = ModelFamily(
     ),
     marks=("caption_projection.0.linear",),
     telling=r"^caption_projection\.\d+\.linear",
+    widths=(
+        Width(
+            "unet",
+            (
+                ".linear_2",
+                ".norm1.linear",
+                ".norm1_context.linear",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".to_add_out",
+                ".proj",
+                ".norm.linear",
+                ".proj_mlp",
+                ".norm_out.linear",
+            ),
+            (3072,),
+        ),
+        Width("unet", (".context_embedder",), (4096,)),
+        Width("unet", (".net.2",), (12288,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+    ),
     # Ovis has these names with other ratios.
     ratios={".proj_mlp": 4},
 )

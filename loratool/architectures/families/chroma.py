@@ -6,7 +6,7 @@ Sources: lodestone-rock/flow `src/models/chroma/model.py`; diffusers `loaders/si
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily
+from .table import Block, Component, Fused, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="chroma",
@@ -71,6 +71,27 @@ FAMILY = ModelFamily(
     ),
     marks=("distilled_guidance_layer.",),
     telling=r"^distilled_guidance_layer\.",
+    widths=(
+        Width("unet", (".context_embedder",), (4096,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+        Width(
+            "unet",
+            (
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".add_q_proj",
+                ".add_k_proj",
+                ".add_v_proj",
+                ".to_out.0",
+                ".to_add_out",
+                ".0.proj",
+                ".proj_mlp",
+            ),
+            (3072,),
+        ),
+        Width("unet", (".net.2",), (12288,)),
+    ),
     # As in Flux: Flux 2 and Ovis have these names with other ratios.
     ratios={".linear1": 7, "_mlp.0": 4, ".ff.net.0.proj": 4, ".ff_context.net.0.proj": 4, ".proj_mlp": 4},
     kohya_network="networks.lora_flux",

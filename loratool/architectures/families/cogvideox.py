@@ -99,6 +99,14 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("mixins.adaln_layer.", "patch_embed.text_proj"),
-    widths=(Width("unet", ("attn1.to_q", "attention.query_key_value"), (1920, 3072)),),
+    widths=(
+        Width(
+            "unet",
+            (".time_embedding.linear_1", ".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0", ".0.proj"),
+            (1920, 3072),
+        ),
+        Width("unet", (".linear_2", ".linear"), (512,)),
+        Width("unet", (".net.2",), (7680, 12288)),
+    ),
     kohya=Naming.DIFFUSERS,  # as CogVideoX-Fun writes them
 )

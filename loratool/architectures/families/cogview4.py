@@ -46,6 +46,15 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("mixins.adaln.", "patch_embed.text_proj"),
-    widths=(Width("unet", ("attn1.to_q", "attention.query_key_value"), (4096,)),),
+    widths=(
+        Width(
+            "unet",
+            (".timestep_embedder.linear_1", ".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0", ".0.proj"),
+            (4096,),
+        ),
+        Width("unet", (".linear_2", ".linear"), (512,)),
+        Width("unet", (".condition_embedder.linear_1",), (1536,)),
+        Width("unet", (".net.2",), (16384,)),
+    ),
     kohya=Naming.DIFFUSERS,
 )

@@ -69,6 +69,22 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("blocks.block0.", "time_embed.t_embedder."),
-    # Cosmos-Predict2 has the same names of diffusers.
-    widths=(Width("unet", ("attn1.to_q",), (4096, 5120)), Width("unet", ("attn2.to_k",), (1024,))),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".linear_1",
+                ".t_embedder.linear_2",
+                ".proj_out",
+                ".to_q",
+                ".attn1.to_k",
+                ".attn1.to_v",
+                ".to_out.0",
+                ".0.proj",
+            ),
+            (4096, 5120),
+        ),
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
+        Width("unet", (".net.2",), (16384, 20480)),
+    ),
 )

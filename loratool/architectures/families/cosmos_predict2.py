@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from .table import Block, Component, ModelFamily, Width
 
-TEXT = Width("unet", ("attn2.to_k", "cross_attn.k_proj"), (1024,))
-
 FAMILY = ModelFamily(
     key="cosmos_predict2",
     title="Cosmos-Predict2",
@@ -66,5 +64,22 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("adaln_modulation_self_attn.", "time_embed.t_embedder."),
-    widths=(Width("unet", ("attn1.to_q", "self_attn.q_proj"), (2048, 5120)), TEXT),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".linear_1",
+                ".t_embedder.linear_2",
+                ".proj_out",
+                ".to_q",
+                ".attn1.to_k",
+                ".attn1.to_v",
+                ".to_out.0",
+                ".0.proj",
+            ),
+            (2048, 5120),
+        ),
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
+        Width("unet", (".net.2",), (8192, 20480)),
+    ),
 )

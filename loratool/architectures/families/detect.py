@@ -6,24 +6,25 @@ import re
 from collections.abc import Iterable, Mapping
 
 from . import ENCODERS, FAMILIES
-from .lookup import locate, to_diffusers
+from .lookup import Located, locate, to_diffusers
 from .table import DENOISERS, ModelFamily, Naming
 from .unet import STEMS
 
 # Modules of blocks that image models share with others: a ViT (`timm/models/vision_transformer.py`), MPT
 # (`llmfoundry/models/mpt`), Meta's Llama (`llama/model.py`), and Phi-3, which is a part of OmniGen.
 SHARED = re.compile(
-    r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.fc[12])"
+    r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.(?:fc[12]|\w+_proj))"
     r"|layers\.\d+\.(?:feed_forward\.w[123]|attention_norm|ffn_norm)"
-    r"|(?:llm\.)?(?:blocks|layers)\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
+    r"|(?:llm\.)?layers\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
 )
 
 
 def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool = False) -> tuple[ModelFamily, ...]:
     """Return the image families that modules are of; several, in the table's order, where nothing tells them apart.
 
-    A family is of them if it has every module of the denoiser and every component. Then names that only one has decide,
-    then widths, then the number of blocks, then the naming that kohya's files have.
+    A family is of them if it has every module of the denoiser and every component. Those are left out of which known
+    models have other widths or fewer blocks, then those of which the names are of several namings. Of the rest, names
+    that only one has decide, then that all blocks of a known model are there.
 
     Args:
         modules: (component, path in any naming, shape of the matrix, empty if it is not known).
@@ -53,9 +54,15 @@ def _parts(family: ModelFamily) -> set[str]:
 def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: Iterable[str]) -> bool:
     """Return whether a family has all of the denoiser's modules, or its UNet some, whose others are listed and left."""
     if family.up_attention:
-        return any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
+        named = any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
+        return named or all(locate(family, path) for path in paths)
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
+    shapes = [
+        (ratio, shape)
+        for _, path, shape in modules
+        for end, ratio in ratios
+        if len(shape) > 1 and _ends_with(path, end)
+    ]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
 
 
@@ -66,37 +73,53 @@ def _ends_with(path: str, *ends: str) -> bool:
 
 def _evidence(
     family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: list[str]
-) -> tuple[int, int, int, int]:
-    """Return (names, widths, counts, naming): 1 for what tells this family, -1 for what speaks against it, else 0."""
+) -> tuple[bool, bool, bool, bool]:
+    """Return (sizes, naming, names, blocks): whether each agrees with the family, or tells it, in this order."""
     names = [name for path in paths for name in to_diffusers(family, path)]
+    numbers = _numbers(family, names)
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
-    columns = [
-        (
-            width,
-            [
-                shape[1]
-                for c, path, shape in modules
-                if c == width.component and len(shape) > 1 and _ends_with(path, *width.ends)
-            ],
-        )
-        for width in family.widths
-    ]
-    widths = [any(each in width.columns for each in found) for width, found in columns if found]
-    own = family.kohya is Naming.MAKER and any(path not in to_diffusers(family, path) for path in paths)
-    return int(telling), (1 if all(widths) else -1) if widths else 0, _counts_agree(family, names), int(own)
+    known = all(max(found) < max(counts) for found, counts in numbers)
+    complete = [found == set(range(len(found))) and len(found) in counts for found, counts in numbers]
+    # The first blocks of another family's only stack can be as many as one of several stacks has.
+    whole = bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
+    return known and _widths_agree(family, modules), _is_of_one_naming(family, paths), telling, whole
 
 
-def _counts_agree(family: ModelFamily, names: Iterable[str]) -> int:
-    """Return 1 if of each stack the last block of a known model is there, -1 if one is there that none has, else 0."""
-    every = list(names)
-    found = []
+def _widths_agree(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:
+    """Return whether no module has another number of columns than in every known model of a family."""
+    for component, path, shape in modules if family.widths else ():
+        part = "unet" if component in DENOISERS else component
+        names = to_diffusers(family, path) if component in DENOISERS else (path,)
+        for width in family.widths if len(shape) > 1 else ():
+            is_of_it = width.component == part and any(_ends_with(f".{name}", *width.ends) for name in names)
+            if is_of_it and shape[1] not in width.columns:
+                return False
+    return True
+
+
+def _is_of_one_naming(family: ModelFamily, paths: Iterable[str]) -> bool:
+    """Return whether all paths are of the maker's naming, of diffusers' or of ComfyUI's, as those of one file are."""
+    if family.up_attention:
+        return True
+    found = [located for path in paths if (located := locate(family, path))]
+    own = [(each.path, each) for each in found]
+    return any(all(path in each.names(naming) or not _named(each) for path, each in own) for naming in Naming)
+
+
+def _named(located: Located) -> bool:
+    """Return whether a path is a name of one of the namings, and no alias."""
+    return any(located.path in located.names(naming) for naming in Naming)
+
+
+def _numbers(family: ModelFamily, names: Iterable[str]) -> list[tuple[set[int], tuple[int, ...]]]:
+    """Return of each stack that has blocks in names their numbers, and how many the known models have."""
+    every, found = list(names), []
     for block in family.blocks if not family.up_attention else ():
         stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]+)") + r"\.")
-        numbers = [int(match[1]) for name in every if (match := stem.match(name))]
+        numbers = {int(match[1]) for name in every if (match := stem.match(name))}
         if numbers and block.counts:
-            last = max(numbers) + 1
-            found.append(-1 if last > max(block.counts) else int(last in block.counts))
-    return min(found, default=0)
+            found.append((numbers, block.counts))
+    return found
 
 
 def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:
@@ -109,13 +132,9 @@ def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None
         shapes: path of each module, in any naming -> shape of its weight.
     """
     names = "\n".join(shapes)
+    modules = [("unet", path, shape) for path, shape in shapes.items()]
     marked = [family for family in FAMILIES.values() if any(mark in names for mark in family.marks)]
     scores = [
-        (sum(locate(family, path) is not None for path in shapes), _widths_agree(family, shapes)) for family in marked
+        (sum(locate(family, path) is not None for path in shapes), _widths_agree(family, modules)) for family in marked
     ]
     return next((f for f, score in zip(marked, scores, strict=True) if score == max(scores) and score[0]), None)
-
-
-def _widths_agree(family: ModelFamily, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return 1 if a module has a width that tells the family, -1 if one has another, else 0."""
-    return _evidence(family, [("unet", path, shape) for path, shape in shapes.items()], [])[1]

@@ -5,7 +5,7 @@ Sources: diffusers' class `ErnieImageTransformer2DModel`; ComfyUI `comfy/ldm/ern
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="ernie_image",
@@ -45,6 +45,7 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("adaLN_sa_ln",),
+    widths=(Width("unet", (".linear_1", ".linear_2", ".final_linear"), (3072,)),),
     kernels={"x_embedder.proj": (1, 1)},
     kohya_network="networks.lora_ernie_image",
 )

@@ -5,7 +5,7 @@ Sources: black-forest-labs/flux `src/flux/model.py`; diffusers `scripts/convert_
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, swapped
+from .table import Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="flux",
@@ -73,6 +73,28 @@ FAMILY = ModelFamily(
         Component("text_encoder_3", "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_2.", "t5"),
     ),
     marks=("double_blocks.", "single_transformer_blocks."),
+    widths=(
+        Width("unet", (".context_embedder",), (4096,)),
+        Width(
+            "unet",
+            (
+                ".timestep_embedder.linear_2",
+                ".text_embedder.linear_2",
+                ".linear",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".to_add_out",
+                ".proj",
+                ".proj_mlp",
+            ),
+            (3072,),
+        ),
+        Width("unet", (".text_embedder.linear_1",), (768,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+        Width("unet", (".net.2",), (12288,)),
+    ),
     # Flux 2 has names of Flux, with other ratios.
     ratios={
         ".linear1": 7,

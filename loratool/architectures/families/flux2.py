@@ -69,8 +69,30 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("double_stream_modulation_img.",),
-    # klein 4B is 3072 wide, as Flux is.
-    widths=(Width("unet", ("img_attn.qkv", "txt_attn.qkv", "attn.to_q", "attn.add_q_proj"), (4096, 6144)),),
+    widths=(
+        Width("unet", (".context_embedder",), (7680, 12288, 15360)),
+        Width(
+            "unet",
+            (
+                ".timestep_embedder.linear_2",
+                ".proj_out",
+                ".linear",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".add_q_proj",
+                ".add_k_proj",
+                ".add_v_proj",
+                ".to_out.0",
+                ".to_add_out",
+                ".linear_in",
+                ".to_qkv_mlp_proj",
+            ),
+            (3072, 4096, 6144),
+        ),
+        Width("unet", (".linear_out",), (9216, 12288, 18432)),
+        Width("unet", (".to_out",), (12288, 16384, 24576)),
+    ),
     ratios={".linear1": 9, "_mlp.0": 6},
     kohya_network="networks.lora_flux_2",
 )

@@ -6,7 +6,7 @@ Source: diffusers `loaders/single_file_utils.py`. Not checked: `ref_time_in` of 
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily, swapped
+from .table import Block, Component, ModelFamily, Width, swapped
 
 _NAMES = {
     "q_proj": "attn.to_q",
@@ -71,4 +71,8 @@ FAMILY = ModelFamily(
     diffusers_class="Flux3Transformer2DModel",
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("early_stream_modulations.",),
+    widths=(
+        Width("unet", (".linear_2", ".proj_out", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0"), (3072,)),
+        Width("unet", (".context_embedder",), (20480,)),
+    ),
 )

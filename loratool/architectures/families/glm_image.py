@@ -46,5 +46,10 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder.", "t5"),
     ),
     marks=("glyph_projector.",),
-    widths=(Width("unet", ("attn1.to_q",), (2560,)),),
+    widths=(
+        Width("unet", (".timestep_embedder.linear_1", ".linear_2", ".linear"), (512,)),
+        Width("unet", (".condition_embedder.linear_1",), (1024,)),
+        Width("unet", (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".proj_out"), (2560,)),
+        Width("unet", (".ff.net.2",), (10240,)),
+    ),
 )

@@ -6,7 +6,7 @@ Sources: HiDream-ai/HiDream-I1 `hi_diffusers/models/transformers/transformer_hid
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 _ALIKE = (
     "block.adaLN_modulation.1",
@@ -85,4 +85,5 @@ FAMILY = ModelFamily(
         Component("text_encoder_4", "lora_te4_", "text_encoders.llama.transformer.", "text_encoder_4."),
     ),
     marks=("double_stream_blocks.",),
+    widths=(Width("unet", (".final_layer.linear", ".adaLN_modulation.1"), (2560,)),),
 )

@@ -63,6 +63,24 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "", "", "text_encoder_2.", "t5"),
     ),
     marks=("mlp_t5.", "time_extra_emb."),
-    widths=(Width("unet", ("attn1.to_q",), (1408,)),),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".timestep_embedder.linear_2",
+                ".proj_out",
+                ".norm_out.linear",
+                ".to_q",
+                ".attn1.to_k",
+                ".attn1.to_v",
+                ".to_out.0",
+                ".0.proj",
+                ".norm1.linear",
+            ),
+            (1408,),
+        ),
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
+        Width("unet", (".net.2",), (6144,)),
+    ),
     kernels={"pos_embed.proj": (2, 2)},
 )

@@ -6,7 +6,7 @@ Sources: Tencent/HunyuanVideo `hyvideo/modules/models.py`; diffusers `loaders/si
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, swapped
+from .table import Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="hunyuan_video",
@@ -123,6 +123,31 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "lora_te2_", "text_encoders.clip_l.transformer.", "text_encoder_2.", "clip"),
     ),
     marks=("individual_token_refiner.", "context_embedder.token_refiner."),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".timestep_embedder.linear_2",
+                ".text_embedder.linear_2",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".0.proj",
+                ".linear",
+                ".add_k_proj",
+                ".add_v_proj",
+                ".add_q_proj",
+                ".to_add_out",
+                ".proj_mlp",
+            ),
+            (3072,),
+        ),
+        Width("unet", (".context_embedder.time_text_embed.text_embedder.linear_1",), (4096,)),
+        Width("unet", (".net.2",), (12288,)),
+        Width("unet", (".time_text_embed.text_embedder.linear_1",), (768,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+    ),
     ratios={".linear1": 7, ".proj_mlp": 4},
     kernels={
         "x_embedder.proj": (1, 2, 2),

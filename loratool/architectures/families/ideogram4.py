@@ -52,6 +52,9 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("embed_image_indicator",),
-    widths=(Width("unet", ("attention.qkv", "attention.to_q", "feed_forward.w1"), (4608,)),),
+    widths=(
+        Width("unet", (".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".w1", ".w3"), (4608,)),
+        Width("unet", (".w2",), (12288,)),
+    ),
     kohya_network="networks.lora_ideogram4",
 )

@@ -72,5 +72,8 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("txtfusion.", "text_fusion."),
-    widths=(Width("unet", ("attn.to_q",), (6144,)),),
+    widths=(
+        Width("unet", (".linear",), (6144,)),
+        Width("unet", (".to_q", ".to_k", ".to_v", ".to_out.0"), (2560, 6144)),
+    ),
 )

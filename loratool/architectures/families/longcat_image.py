@@ -27,7 +27,15 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=flux.FAMILY.marks,
-    # Bria has the same names of diffusers.
-    widths=(Width("unet", ("context_embedder", "txt_in"), (3584,)),),
+    widths=(
+        Width(
+            "unet",
+            (".linear_2", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".to_add_out", ".proj", ".proj_mlp"),
+            (3072,),
+        ),
+        Width("unet", (".context_embedder",), (3584,)),
+        Width("unet", (".net.2",), (12288,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+    ),
     ratios=flux.FAMILY.ratios,
 )

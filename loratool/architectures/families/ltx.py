@@ -51,6 +51,11 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("patchify_proj", "time_embed.emb."),
-    # Cosmos has the same names of diffusers, and text of another width.
-    widths=(Width("unet", ("attn1.to_q",), (2048, 4096)), Width("unet", ("attn2.to_k",), (2048, 4096))),
+    widths=(
+        Width(
+            "unet", (".linear_2", ".linear", ".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0", ".proj"), (2048, 4096)
+        ),
+        Width("unet", (".caption_projection.linear_1",), (4096,)),
+        Width("unet", (".net.2",), (8192, 16384)),
+    ),
 )

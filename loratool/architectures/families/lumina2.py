@@ -61,6 +61,23 @@ FAMILY = ModelFamily(
         Component("text_encoder", "lora_te_", "text_encoders.gemma2_2b.transformer.", "text_encoder."),
     ),
     marks=("noise_refiner.",),
-    widths=(Width("unet", ("attention.qkv", "attn.to_q", "feed_forward.w1", "feed_forward.linear_1"), (2304,)),),
+    widths=(
+        Width("unet", (".timestep_embedder.linear_2", ".norm_out.linear_1", ".linear"), (1024,)),
+        Width(
+            "unet",
+            (
+                ".caption_embedder.1",
+                ".norm_out.linear_2",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".feed_forward.linear_1",
+                ".linear_3",
+            ),
+            (2304,),
+        ),
+        Width("unet", (".feed_forward.linear_2",), (9216,)),
+    ),
     kohya_network="networks.lora_lumina",
 )

@@ -53,5 +53,11 @@ FAMILY = ModelFamily(
     diffusers_class="MiniMaxH3Transformer3DModel",
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("adaln_proj.linear",),
-    widths=(Width("unet", ("attn.to_q",), (5376,)),),
+    widths=(
+        Width("unet", (".context_embedder",), (5120,)),
+        Width("unet", (".linear",), (2688,)),
+        Width("unet", (".proj_out", ".to_q", ".to_k", ".to_v", ".proj"), (5376,)),
+        Width("unet", (".to_out.0",), (7168,)),
+        Width("unet", (".net.2",), (14336,)),
+    ),
 )

@@ -54,6 +54,15 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("t5_y_embedder.", "time_embed.pooler."),
-    widths=(Width("unet", ("attn1.to_q",), (3072,)),),
+    widths=(
+        Width(
+            "unet",
+            (".linear_2", ".linear", ".proj_out", ".attn1.to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj"),
+            (3072,),
+        ),
+        Width("unet", (".ff.net.2",), (8192,)),
+        Width("unet", (".ff_context.net.0.proj",), (1536,)),
+        Width("unet", (".ff_context.net.2",), (4096,)),
+    ),
     kernels={"patch_embed.proj": (2, 2)},
 )

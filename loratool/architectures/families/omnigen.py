@@ -5,7 +5,7 @@ Sources: VectorSpaceLab/OmniGen `OmniGen/model.py`; diffusers `scripts/convert_o
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily
+from .table import Block, Component, Fused, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="omnigen",
@@ -38,5 +38,6 @@ FAMILY = ModelFamily(
     diffusers_class="OmniGenTransformer2DModel",
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("time_token.",),
+    widths=(Width("unet", (".linear_2", ".linear", ".proj_out"), (3072,)),),
     kernels={"patch_embedding.output_image_proj": (2, 2), "patch_embedding.input_image_proj": (2, 2)},
 )

@@ -67,5 +67,14 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.qwen25_3b.transformer.", "mllm."),
     ),
     marks=("ref_image_refiner.",),
-    widths=(Width("unet", ("attn.to_q", "feed_forward.linear_1"), (2520,)),),
+    widths=(
+        Width("unet", (".timestep_embedder.linear_2", ".linear", ".norm_out.linear_1"), (1024,)),
+        Width("unet", (".caption_embedder.1",), (2048,)),
+        Width(
+            "unet",
+            (".to_q", ".to_k", ".to_v", ".to_out.0", ".feed_forward.linear_1", ".linear_3", ".norm_out.linear_2"),
+            (2520,),
+        ),
+        Width("unet", (".feed_forward.linear_2",), (10240,)),
+    ),
 )

@@ -6,7 +6,7 @@ and not run.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Run, swapped
+from .table import Block, Component, Fused, ModelFamily, Run, Width, swapped
 
 FAMILY = ModelFamily(
     key="ovis_image",
@@ -64,6 +64,16 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("img_mlp.gate_proj", "context_embedder_norm"),
+    widths=(
+        Width(
+            "unet",
+            (".linear_2", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".to_add_out", ".proj", ".proj_mlp"),
+            (3072,),
+        ),
+        Width("unet", (".context_embedder",), (2048,)),
+        Width("unet", (".proj_out",), (3072, 15360)),
+        Width("unet", (".net.2",), (12288,)),
+    ),
     # Flux has these names with other ratios.
     ratios={".linear1": 11, ".proj_mlp": 8},
 )

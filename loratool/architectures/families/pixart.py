@@ -49,6 +49,24 @@ FAMILY = ModelFamily(
         Component("text_encoder", "lora_te1_", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("cross_attn.kv_linear", "adaln_single.emb."),
-    widths=(Width("unet", ("attn1.to_q", "attn2.to_k", "attn.qkv", "cross_attn.q_linear"), (1152,)),),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".timestep_embedder.linear_2",
+                ".linear",
+                ".caption_projection.linear_2",
+                ".proj_out",
+                ".0.proj",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+            ),
+            (1152,),
+        ),
+        Width("unet", (".caption_projection.linear_1",), (4096,)),
+        Width("unet", (".net.2",), (4608,)),
+    ),
     kernels={"pos_embed.proj": (2, 2)},
 )

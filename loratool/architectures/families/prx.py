@@ -5,7 +5,7 @@ Source: diffusers' class `PRXTransformer2DModel`, alone: no other naming was see
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="prx",
@@ -43,4 +43,8 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("img_qkv_proj",),
+    widths=(
+        Width("unet", (".out_layer", ".linear", ".adaLN_modulation.1"), (1792,)),
+        Width("unet", (".txt_in",), (2304,)),
+    ),
 )

@@ -5,7 +5,7 @@ Sources: diffusers' class `QwenImageTransformer2DModel`; ComfyUI `comfy/ldm/qwen
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="qwen_image",
@@ -53,6 +53,26 @@ FAMILY = ModelFamily(
         Component("text_encoder", "lora_te_", "text_encoders.qwen25_7b.transformer.", "text_encoder."),
     ),
     marks=("txt_mod.1",),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".linear_2",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".add_k_proj",
+                ".add_v_proj",
+                ".add_q_proj",
+                ".to_out.0",
+                ".to_add_out",
+                ".linear",
+                ".proj_out",
+            ),
+            (3072,),
+        ),
+        Width("unet", (".txt_in",), (3584,)),
+    ),
     ratios={".attn.to_q": 1},
     kohya_network="networks.lora_qwen_image",
 )

@@ -47,6 +47,6 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("txt_in.text_norm",),
-    widths=(Width("unet", ("attn.to_q",), (4096,)),),
+    widths=(Width("unet", (".linear_2", ".to_q", ".to_k", ".to_v", ".to_out.0", ".linear", ".proj_out"), (4096,)),),
     kohya_network="networks.lora_qwen_image_21",
 )

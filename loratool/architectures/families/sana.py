@@ -26,7 +26,7 @@ FAMILY = ModelFamily(
                 "cross_attn.proj": "attn2.to_out.0",
             },
             tensors={"scale_shift_table": "scale_shift_table"},
-            counts=(20, 28),
+            counts=(20, 28, 60),
         ),
     ),
     outside={
@@ -47,6 +47,9 @@ FAMILY = ModelFamily(
         Component("text_encoder", "lora_te_", "", "text_encoder."),
     ),
     marks=("mlp.inverted_conv.", "ff.conv_inverted"),
-    widths=(Width("unet", ("attn1.to_q", "attn2.to_k", "attn.qkv", "cross_attn.q_linear"), (1152, 2240)),),
+    widths=(
+        Width("unet", (".linear_2", ".linear", ".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0"), (1152, 2240)),
+        Width("unet", (".caption_projection.linear_1",), (2304,)),
+    ),
     kernels={"patch_embed.proj": (1, 1), "ff.conv_inverted": (1, 1), "ff.conv_depth": (3, 3), "ff.conv_point": (1, 1)},
 )

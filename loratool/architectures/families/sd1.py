@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .table import Component, ModelFamily, Naming
+from .table import Component, ModelFamily, Naming, Width
 from .unet import KERNELS
 
 # Modules that SDXL does not have: its innermost blocks are the third, and have attention.
@@ -22,6 +22,10 @@ FAMILY = ModelFamily(
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
+    widths=(
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (768,)),
+        Width("text_encoder", ("q_proj", "k_proj", "v_proj", "out_proj", ".fc1"), (768,)),
+    ),
     kohya=Naming.DIFFUSERS,
     kernels={**KERNELS, "proj_in": (1, 1), "proj_out": (1, 1)},  # which are linear in later families
     kohya_version="sd_v1",

@@ -16,7 +16,10 @@ FAMILY = ModelFamily(
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=FOUR_LEVELS,
-    widths=(Width("unet", ("attn2.to_k", "attn2.to_v"), (1024,)), Width("text_encoder", ("",), (1024,))),
+    widths=(
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (1024,)),
+        Width("text_encoder", ("q_proj", "k_proj", "v_proj", "out_proj", ".fc1"), (1024,)),
+    ),
     kohya=Naming.DIFFUSERS,
     kernels=KERNELS,
     kohya_version="sd_v2",

@@ -17,7 +17,11 @@ FAMILY = ModelFamily(
     ),
     marks=("input_blocks.", "down_blocks."),
     telling=r"transformer_blocks\.[1-9]|^up_blocks\.0\.att|^add_embedding",
-    widths=(Width("unet", ("attn2.to_k",), (2048,)),),
+    widths=(
+        Width("unet", (".attn2.to_k", ".attn2.to_v"), (2048,)),
+        Width("text_encoder", ("q_proj", "k_proj", "v_proj", "out_proj", ".fc1"), (768,)),
+        Width("text_encoder_2", ("q_proj", "k_proj", "v_proj", "out_proj", ".fc1"), (1280,)),
+    ),
     kernels=KERNELS,
     kohya_version="sdxl_base_v1-0",
 )

@@ -86,10 +86,10 @@ class Component:
 
 @dataclass(frozen=True)
 class Width:
-    """Modules of which one at least has a number of columns that tells the family."""
+    """Modules that have one of these numbers of columns in every known model of the family."""
 
-    component: str
-    ends: tuple[str, ...]  # of their paths in either naming
+    component: str  # `unet` for any denoiser
+    ends: tuple[str, ...]  # of their paths, in diffusers' naming
     columns: tuple[int, ...]
 
 

@@ -6,7 +6,7 @@ Sources: Wan-Video/Wan2.1 `wan/modules/model.py`; diffusers `loaders/single_file
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 _NAMES = {
     "self_attn.q": "attn1.to_q",
@@ -74,6 +74,7 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.umt5xxl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("time_projection.", "condition_embedder.time_proj"),
+    widths=(Width("unet", (".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0"), (1536, 3072, 5120)),),
     kernels={"patch_embedding": (1, 2, 2), "vace_patch_embedding": (1, 2, 2)},
     kohya_network="networks.lora_wan",
 )

@@ -63,7 +63,12 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("noise_refiner.",),
-    widths=(Width("unet", ("attention.qkv", "attention.to_q", "feed_forward.w1"), (3840,)),),
+    widths=(
+        Width("unet", (".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".w1", ".w3"), (3840,)),
+        Width("unet", (".mlp.2",), (1024,)),
+        Width("unet", (".cap_embedder.1",), (2560,)),
+        Width("unet", (".w2",), (10240,)),
+    ),
     kohya=Naming.DIFFUSERS,  # as musubi-tuner writes them
     kohya_network="networks.lora_zimage",
 )

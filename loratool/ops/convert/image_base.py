@@ -130,7 +130,7 @@ def choose_family(
     denoisers = [source for source in sources if source.component in DENOISERS]
     families = [each for each in families if _has_files(each, denoisers, to)] or families
     apart = families if denoisers else ()  # text encoders alone have the names that the first has
-    meanings = {each: _meaning(denoisers, each, to) for each in apart if not FAMILIES[each].up_attention}
+    meanings = {each: _meaning(denoisers, each, to) for each in apart}
     other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
     if other:
         raise NeedsFlag(
