@@ -617,7 +617,7 @@ def check_extract(subject: Subject, layout: str, to: str) -> None:
 def check_init(subject: Subject, layout: str, to: str) -> None:
     """A new adapter changes nothing, has every layer's factors, and diffusers loads its own format."""
     out = subject.place(suffix_of(to))
-    loratool.init(subject.base_in(layout), out, rank=2, to=to)
+    loratool.init(subject.base_in(layout), out, rank=1, to=to)
     for each in dict.fromkeys((layout, "component")):
         same(subject.read(subject.merged(out, each), each), subject.renamed(LAYOUTS[each].naming, subject.base))
     report = loratool.inspect(out, base=subject.base_in("component"))
@@ -731,6 +731,14 @@ REASONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def known_refusal(cell: Cell, message: str) -> bool:
-    """Return whether a refusal is right: of what a format cannot say, or of names that no one has."""
+# Families whose maker's names begin as a language model's do (`transformer.layers.`, `llm.layers.`), and the spellings
+# that leave them bare: nobody writes these, and their alpha is asked for, or their modules are not found.
+LIKE_LANGUAGE = ("cogvideox", "cogview4", "omnigen")
+BARE = ("OneTrainer original", "DiffSynth, maker's", "Genmo")
+
+
+def known_refusal(subject: Subject, cell: Cell, message: str) -> bool:
+    """Return whether a refusal is right: of what a format cannot say, or of names that no one writes."""
+    if subject.family.key in LIKE_LANGUAGE and cell.spelling in BARE:
+        return True
     return any(reason in message and not set(to).isdisjoint(cell.args) for reason, to in REASONS.items())

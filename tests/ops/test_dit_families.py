@@ -132,7 +132,7 @@ def hold(subject: Subject, chosen: list[Cell]) -> None:
     bad = {
         args: f"{state}: {message}"
         for args, (cell, state, message) in found.items()
-        if state != "right" and not (state == "refused" and known_refusal(cell, message))
+        if state != "right" and not (state == "refused" and known_refusal(subject, cell, message))
     }
     assert not bad
 
