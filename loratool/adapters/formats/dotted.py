@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, final
 
 from ...adapters.updates.dora import DoRA
-from ...architectures.image import ADAPTER_PREFIXES, component_of
+from ...architectures.components import ADAPTER_PREFIXES, component_of
 from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
