@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,21 @@ def narrow() -> Iterator[None]:
 @pytest.fixture
 def few_families(narrow: None) -> Iterator[None]:
     """Know few image families, for modules so small or so few that others have them too."""
+    with only_families("sd1", "sd2", "sdxl", "sd3", "flux"):
+        yield
+
+
+@contextmanager
+def only_families(*keys: str) -> Iterator[None]:
+    """Know these image families only; the table's order, which counts, comes back with the others."""
     every = dict(FAMILIES)
-    for key in every.keys() - {"sd1", "sd2", "sdxl", "sd3", "flux"}:
+    for key in every.keys() - {*keys}:
         del FAMILIES[key]
-    yield
-    FAMILIES.clear()  # their order counts
-    FAMILIES.update(every)
+    try:
+        yield
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(every)
 
 
 @pytest.fixture

@@ -243,10 +243,14 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance:
 
 @dataclass(eq=False)
 class Subject:
-    """A model with an adapter: its numbers in diffusers' naming, and the same in the others."""
+    """A model with an adapter: its numbers in diffusers' naming, and the same in the others.
+
+    With `apart` no two layers have the same A, and their ranks differ: what is fused has a change of all their ranks.
+    """
 
     case: str
     folder: Path
+    apart: bool = False
     written: dict[str, Path] = field(default_factory=dict)
 
     @cached_property
@@ -276,7 +280,7 @@ class Subject:
         g = torch.Generator().manual_seed(1)
         found: dict[str, tuple[Tensor, Tensor]] = {}
         first = {path: path for path in dit_models.linears(dit_models.build(self.case))}
-        for naming in self.namings.values():
+        for naming in () if self.apart else self.namings.values():
             for pieces in naming.values():
                 paths = [piece.name.removesuffix(".weight") for piece in pieces]
                 if len(set(paths)) > 1 and set(paths) <= first.keys():
@@ -285,10 +289,17 @@ class Subject:
         shared: dict[str, Tensor] = {}
         for path, one in first.items():
             rows, columns = self.shapes[f"{path}.weight"]
+            rank = RANK - len(found) % 3 if self.apart else RANK
             if one not in shared:
-                shared[one] = torch.randn(RANK, columns, generator=g)
-            found[path] = (shared[one], torch.randn(rows, RANK, generator=g) * 0.1)
+                shared[one] = torch.randn(rank, columns, generator=g)
+            found[path] = (shared[one], torch.randn(rows, rank, generator=g) * 0.1)
         return found
+
+    @cached_property
+    def other(self) -> Subject:
+        folder = self.folder / "apart"
+        folder.mkdir()
+        return Subject(self.case, folder, apart=True)
 
     def injected(self) -> Any:
         """Return the model with the adapter as PEFT injects it."""
@@ -306,8 +317,11 @@ class Subject:
 
     @cached_property
     def fused(self) -> dict[str, Tensor]:
-        """The base with the adapter merged by PEFT, in diffusers' naming."""
-        return merged_by_peft(self.injected())
+        """The base with the adapter merged by PEFT, or where ranks differ by its formula, in diffusers' naming."""
+        if not self.apart:
+            return merged_by_peft(self.injected())
+        changes = {f"{path}.weight": ALPHA / len(A) * (B @ A) for path, (A, B) in self.factors.items()}
+        return {name: W + changes[name] if name in changes else W for name, W in self.base.items()}
 
     def renamed(self, naming: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return diffusers' tensors in another naming."""
@@ -358,7 +372,7 @@ class Subject:
             B = torch.cat([self.factors[path][1][p.start : p.stop] for path, p in zip(paths, pieces, strict=True)])
             folded = spelling.alpha not in ("tensor", "config")
             yield module + spelling.ends[0], A.clone()
-            yield module + spelling.ends[1], (B * SCALE if folded else B).contiguous()
+            yield module + spelling.ends[1], (B * (ALPHA / len(A)) if folded else B).contiguous()
             if spelling.alpha == "tensor":
                 yield f"{module}.alpha", torch.tensor(ALPHA)
 
@@ -486,6 +500,22 @@ def check_diff(subject: Subject, spelling: str) -> None:
         raise WrongError(f"relative distance {report.relative}, norm {report.norm_a}, not {norm}, {report.only_a[:3]}")
 
 
+def check_apart(subject: Subject, spelling: str, layout: str) -> None:
+    """Layers with factors and ranks of their own, into what is one matrix in the layout."""
+    other = subject.other
+    found = other.read(other.merged(other.adapter(spelling), layout), layout)
+    same(found, other.renamed(LAYOUTS[layout].naming, other.fused), 1e-6)
+
+
+def check_convert_apart(subject: Subject, spelling: str, to: str) -> None:
+    """The same in another format, where what is fused has the ranks of all its parts."""
+    other, out = subject.other, subject.place(suffix_of(to))
+    loratool.convert(other.adapter(spelling), out, to=to)
+    for layout in ("component", "bare"):
+        found = other.read(other.merged(out, layout), layout)
+        same(found, other.renamed(LAYOUTS[layout].naming, other.fused), 1e-6)
+
+
 def suffix_of(to: str) -> str:
     return "" if to == "peft" else ".safetensors"
 
@@ -587,7 +617,7 @@ def check_extract(subject: Subject, layout: str, to: str) -> None:
 def check_init(subject: Subject, layout: str, to: str) -> None:
     """A new adapter changes nothing, has every layer's factors, and diffusers loads its own format."""
     out = subject.place(suffix_of(to))
-    loratool.init(subject.base_in(layout), out, rank=2, to=to)
+    loratool.init(subject.base_in(layout), out, rank=1, to=to)
     for each in dict.fromkeys((layout, "component")):
         same(subject.read(subject.merged(out, each), each), subject.renamed(LAYOUTS[each].naming, subject.base))
     report = loratool.inspect(out, base=subject.base_in("component"))
@@ -630,7 +660,7 @@ def check_truncate(subject: Subject, spelling: str) -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """One check of a subject, with the row and column that it counts for."""
+    """One check of a subject, with the row and column that it counts for; an `apart` at the end is no argument."""
 
     verb: str
     spelling: str  # empty where no adapter is read
@@ -661,6 +691,11 @@ def cells(subject: Subject) -> Iterator[Cell]:
             yield Cell("combine", spelling, check_combine, (spelling, to))
             yield Cell("resize", spelling, check_resize, (spelling, to))
         yield Cell("resize", spelling, check_truncate, (spelling,))
+    for spelling in ("diffusers", "kohya, diffusers'"):
+        for layout in [each for each in layouts if each in ("component", "bare", "model.model.")]:
+            yield Cell("merge", spelling, check_apart, (spelling, layout, "apart"))
+        for to in FORMATS:
+            yield Cell("convert", spelling, check_convert_apart, (spelling, to, "apart"))
     for layout in layouts:
         if LAYOUTS[layout].naming != "diffusers" or layout == "component":
             to = "single-file" if layout == "component" else "diffusers"
@@ -678,7 +713,7 @@ def cells(subject: Subject) -> Iterator[Cell]:
 def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     """Return (`right`, `refused` or `wrong`, the message)."""
     try:
-        cell.check(subject, *cell.args)
+        cell.check(subject, *(each for each in cell.args if each != "apart"))
     except loratool.LoratoolError as e:
         return "refused", f"{e}"
     except WrongError as e:
@@ -688,13 +723,22 @@ def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
     return "right", ""
 
 
-# part of a refusal's message -> why it is right
-REASONS: Mapping[str, str] = {
-    "PEFT cannot tell": "PEFT's config cannot name a layer whose whole name ends another's, like `proj_out` of Flux",
-    "whose maker uses diffusers' names": "FramePack has no single file in other names; `--to diffusers` writes one",
+# part of a refusal's message -> the formats that it is right for
+REASONS: Mapping[str, tuple[str, ...]] = {
+    "PEFT cannot tell": ("peft",),  # its config cannot name a layer whose whole name ends another's
+    "whose maker uses diffusers' names": ("single-file",),  # FramePack's
+    "of which there are no": ("kohya", "comfy"),  # Bria's LoRAs are diffusers' alone
 }
 
 
-def known_refusal(cell: Cell, message: str) -> bool:
-    """Return whether a refusal is right: PEFT's of what it cannot load, and of names that no one has."""
-    return any(reason in message for reason in REASONS) and cell.args[-1] in ("peft", "single-file")
+# Families whose maker's names begin as a language model's do (`transformer.layers.`, `llm.layers.`), and the spellings
+# that leave them bare: nobody writes these, and their alpha is asked for, or their modules are not found.
+LIKE_LANGUAGE = ("cogvideox", "cogview4", "omnigen")
+BARE = ("OneTrainer original", "DiffSynth, maker's", "Genmo")
+
+
+def known_refusal(subject: Subject, cell: Cell, message: str) -> bool:
+    """Return whether a refusal is right: of what a format cannot say, or of names that no one writes."""
+    if subject.family.key in LIKE_LANGUAGE and cell.spelling in BARE:
+        return True
+    return any(reason in message and not set(to).isdisjoint(cell.args) for reason, to in REASONS.items())

@@ -31,10 +31,10 @@ DOWN_UP, A_B = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B
 SDXL = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
 SGM = "input_blocks.4.1.transformer_blocks.1.attn1.to_q"
 LAYER = "text_model.encoder.layers.0.mlp.fc1"
-# Of the last blocks, whose numbers tell Flux from others with modules of these names
-SPLIT = {f"transformer_blocks.18.attn.to_{x}": (6, 6) for x in "qkv"}
-SPLIT |= {"single_transformer_blocks.37.proj_out": (6, 30)}
-FUSED = {"double_blocks.18.img_attn.qkv": (18, 6)}
+# Of Flux's widths and last blocks, which tell it from others with modules of these names
+SPLIT = {f"transformer_blocks.18.attn.to_{x}": (3072, 3072) for x in "qkv"}
+SPLIT |= {"single_transformer_blocks.37.proj_out": (3072, 15360)}
+FUSED = {"double_blocks.18.img_attn.qkv": (9216, 3072), "single_blocks.37.linear2": (3072, 15360)}
 
 
 def _flat(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -115,7 +115,12 @@ READABLE: dict[str, Callable[[Path], Path]] = {
         p, {f"diffusion_model.{SGM}": (8, 8), f"text_encoders.clip_l.transformer.{LAYER}": (32, 8)}, DOWN_UP
     ),
     "ai-toolkit": lambda p: _image(p, {f"transformer.{n}": s for n, s in SPLIT.items()}, A_B, None),
-    "XLabs": lambda p: _image(p, {"double_blocks.0.processor.qkv_lora1": (18, 6)}, ("down.weight", "up.weight"), None),
+    "XLabs": lambda p: _image(
+        p,
+        {"double_blocks.18.processor.qkv_lora1": (9216, 3072), "single_blocks.37.processor.proj_lora": (3072, 15360)},
+        ("down.weight", "up.weight"),
+        None,
+    ),
     "OneTrainer": lambda p: _image(p, {f"lora_transformer_{n}": s for n, s in _flat(SPLIT).items()}, DOWN_UP),
     "cloneofsimo": _cloneofsimo,
 }

@@ -11,114 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from .components import DENOISER_PREFIXES, FOLDERS, PREFIXES
 from .families import ENCODERS, FAMILIES
 from .families.detect import family_of_names
 from .families.lookup import Located, locate, names_maker, parts_of
-from .families.table import DENOISERS, Component, ModelFamily
+from .families.table import DENOISERS, ModelFamily
 from .families.unet import diffusers_to_sgm, sgm_to_diffusers
-from .prefixes import PEFT_PREFIX
 
 Shape = tuple[int, ...]
-
-
-# Prefix of a tensor's name in a single file -> its component and the key of its encoder's table; longest first. Those
-# of ComfyUI's repacks are in the families' tables.
-PREFIXES = {
-    "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
-    "conditioner.embedders.1.model.": ("text_encoder_2", "clip"),
-    "conditioner.embedders.0.model.": ("text_encoder", "clip"),
-    "cond_stage_model.transformer.": ("text_encoder", "clip"),
-    "cond_stage_model.model.": ("text_encoder", "clip"),
-    "text_encoders.clip_l.transformer.": ("text_encoder", "clip"),
-    "text_encoders.clip_g.transformer.": ("text_encoder_2", "clip"),
-    "text_encoders.t5xxl.transformer.": ("text_encoder_3", "t5"),
-}
-
-
-# Prefixes of a denoiser's names in single files
-DENOISER_PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "model.model.",
-    "net.",
-    "transformer.",
-    "conditional_transformer.",
-    "",
-)
 
 
 SCALE = ".scale"  # how the makers' names of the weights of some norms end
 
 
 CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
-
-
-def _components() -> Iterator[Component]:
-    return (component for family in FAMILIES.values() for component in family.components)
-
-
-# Folder of a diffusers pipeline, before the slash in a tensor's name -> component; no adapter targets the VAE.
-FOLDERS = {
-    "unet": "unet",
-    "transformer": "unet",
-    **{folder: folder for each in _components() if (folder := each.diffusers[:-1]) not in ("", "unet", "transformer")},
-}
-
-
-def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {
-        "lora_unet_": ("unet",),
-        "lora_unet__": ("unet",),  # VideoX-Fun's
-        "lora_unet_unet_": ("unet",),  # in published files that were converted wrong: no path begins with unet
-        "lora_transformer_": ("unet",),
-        "lora_te_": ("text_encoder",),
-        "lora_te1_": ("text_encoder",),
-        "lora_te2_": ("text_encoder_2",),
-        "lora_te3_": ("text_encoder_3",),
-        "lora_te4_": ("text_encoder_4",),
-        "lora_te.": ("text_encoder",),  # ai-toolkit's
-        "lora_te1.": ("text_encoder",),
-        "lora_te2.": ("text_encoder_2",),
-        "unet.": ("unet",),
-        "transformer.": ("unet",),
-        "conditional_transformer.": ("unet",),
-        "diffusion_model.": ("unet",),
-        "diffusion_model.transformer_1.": ("unet",),  # ai-toolkit's file of both of Wan 2.2's denoisers
-        "diffusion_model.transformer_2.": ("transformer_2",),
-        "model.diffusion_model.": ("unet",),
-        "net.": ("unet",),
-        "text_encoders.clip_h.transformer.": ("text_encoder",),
-    }
-    for each in _components():
-        for prefix in filter(None, (each.kohya, each.diffusers)):
-            found.setdefault(prefix, (each.name,))
-        if each.comfy and each.name not in found.get(each.comfy, ()):
-            found[each.comfy] = (*found.get(each.comfy, ()), each.name)
-    return found
-
-
-# Prefix of an adapter's module -> the components that it can be, the likeliest first. After those that end in `_` the
-# path is flattened. In which naming the path is no prefix tells: it is looked up in all.
-ADAPTER_PREFIXES = _adapter_prefixes()
-
-
-_LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
-
-
-# Prefixes that tell no component, before those that do
-CONTAINERS = (f"unet.{PEFT_PREFIX}", PEFT_PREFIX, "lycoris_")
-
-
-# A name in `ADAPTER:0.8,te=0.4` -> the components that it weighs; the later, narrower name wins.
-WEIGHED = {
-    "unet": ("unet",),
-    "unet2": ("transformer_2",),
-    "te": ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
-    "te1": ("text_encoder",),
-    "te2": ("text_encoder_2",),
-    "te3": ("text_encoder_3",),
-    "te4": ("text_encoder_4",),
-}
 
 
 @dataclass(frozen=True)
@@ -263,31 +169,6 @@ def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
     weights = {name for name, shape in shapes.items() if len(shape) > 1 and name.endswith("weight")}
     parts = [(component, table, path, name) for component, table, path, name in _split(shapes) if name in weights]
     return {name: (component, path) for component, _, path, name in parts} if any(t for _, t, _, _ in parts) else {}
-
-
-def components_of(module: str) -> tuple[tuple[str, ...], str]:
-    """Split an adapter's module into the components that its prefix can mean, none without one, and its path there."""
-    path = next((module.removeprefix(p) for p in CONTAINERS if module.startswith(p)), module)
-    for prefix in _LONGEST_FIRST:
-        if path.startswith(prefix):
-            return ADAPTER_PREFIXES[prefix], path.removeprefix(prefix)
-    return (), path
-
-
-def component_of(module: str) -> tuple[str | None, str]:
-    """Split an adapter's module into the likeliest component of its prefix, None without one, and its path there."""
-    components, path = components_of(module)
-    return next(iter(components), None), path
-
-
-def weighed_component(module: str) -> str | None:
-    """Return the component whose weight applies to a module; None if neither prefix nor path tells it."""
-    component, path = component_of(module)
-    if component is None and any(locate(family, path) for family in FAMILIES.values()):
-        return "unet"
-    if component is None and any(mark in path for family in FAMILIES.values() for mark in family.marks):
-        return "unet"
-    return component or ("text_encoder" if any(mark in path for mark in ENCODERS["clip"].marks) else None)
 
 
 def _path_of(weight: str) -> str:

@@ -181,7 +181,7 @@ def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) 
             raise InputError(f"is {name}, and so is {before.tensor}", culprit=each.tensor)
         if each.skip > done:
             break
-        if shapes[each.tensor][1:] != shape[1:]:
+        if (len(shapes[each.tensor]), shapes[each.tensor][1:]) != (len(shape), shape[1:]):
             message = f"is {shapes[each.tensor]} and {first.tensor} is {shape}, and both are rows of {name}"
             raise InputError(message, culprit=each.tensor)
         done += each.stop - each.start

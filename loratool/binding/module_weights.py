@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..adapters.adapter import Adapter, ModuleWeights
-from ..architectures.image import WEIGHED, weighed_component
+from ..architectures.components import WEIGHED, weighed_component
 from ..errors import UsageError
 from .selection import NAMES_SHOWN, matches_pattern
 

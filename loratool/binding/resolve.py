@@ -16,7 +16,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
-from ..architectures.image import SCALE, components_of, image_modules
+from ..architectures.components import components_of
+from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ..architectures.renames import canonical, expert_part
 from ..errors import InputError, NeedsFlag

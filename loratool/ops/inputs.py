@@ -18,7 +18,7 @@ from ..adapters.formats.peft_config import WEIGHTS_NAMES, base_mutating_init
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
-from ..architectures.image import WEIGHED, weighed_component
+from ..architectures.components import WEIGHED, weighed_component
 from ..binding.module_weights import resolve_weights
 from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint

@@ -321,6 +321,25 @@ def test_an_alpha_that_was_given_must_not_contradict_the_config(tmp_path: Path) 
     open_adapter(folder, alpha=2.0).file.close()
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
+@pytest.mark.parametrize("others", [{"lora_alpha": 3}, {"use_rslora": True}, {"alpha_pattern": {"proj": 3}}])
+def test_metadata_must_not_contradict_the_config_beside(prefix: str, others: Mapping[str, Any], tmp_path: Path) -> None:
+    metadata = PIPELINE_METADATA if prefix == "transformer." else OWN_METADATA
+    folder = write(tmp_path / "a", one(pair(f"{prefix}{PROJ}"), PROJ, config=CONFIG, metadata=metadata))
+    open_adapter(folder).file.close()
+    (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **others}))
+    with pytest.raises(InputError, match=f"its metadata sets {next(iter(others))} to .* beside it to") as found:
+        open_adapter(folder)
+    assert found.value.remedy and found.value.remedy.endswith("remove the other")
+
+
+def test_what_only_the_config_has_is_said(tmp_path: Path) -> None:
+    case = one(pair(f"diffusion_model.{PROJ}"), PROJ, config={**CONFIG, "modules_to_save": ["img_in"]})
+    adapter = open_adapter(write(tmp_path / "a", case))
+    adapter.file.close()
+    assert adapter.missing == ("the config's modules_to_save names img_in, of which the file has nothing",)
+
+
 def test_two_prefixes_of_one_module(bases: tuple[Path, Path], tmp_path: Path) -> None:
     case = Case({**pair(f"diffusion_model.{PROJ}"), **pair(f"transformer.{PROJ}")}, {})
     with pytest.raises(InputError, match="both bind to it"):

@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT, factors, write_peft
 
 import loratool
+from loratool.architectures.components import DENOISER_PREFIXES, component_of
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.detect import detect
 from loratool.architectures.families.lookup import locate, names_of, to_diffusers
 from loratool.architectures.families.table import Fused, ModelFamily, Rows, Run
-from loratool.architectures.image import DENOISER_PREFIXES, component_of, image_modules
+from loratool.architectures.image import image_modules
 
 REFERENCE = ROOT.parent / "shared" / "reference" / "dit" / "tables"
 TABLES = {key: family for key, family in FAMILIES.items() if not family.up_attention}

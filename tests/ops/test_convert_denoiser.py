@@ -211,6 +211,11 @@ DIFFUSERS: list[tuple[dict[str, Any], str]] = [
     ({f"{QKV[1]}.bias": REMOVED}, r"is a part of double_blocks\.0\.img_attn\.qkv\.bias, and .*to_k\.bias is not there"),
     ({f"{QKV[1]}.weight": (16, 8)}, r"cannot become double_blocks\.0\.img_attn\.qkv, of 8 columns and these rows"),
     ({f"{QKV[1]}.weight": (8, 7)}, r"is \(8, 7\) and .*to_q\.weight is \(8, 8\), and both are rows of double_blocks"),
+    (
+        {f"{SINGLE[3]}.bias": ()},
+        r"is \(\) and .*to_q\.bias is \(8,\), and both are rows of single_blocks\.0\.linear1\.bias",
+    ),
+    ({f"{SINGLE[3]}.weight": (32,)}, r"is \(32,\) and .*to_q\.weight is \(8, 8\), and both are rows of single_blocks"),
     ({f"{SINGLE[0]}.weight": (16, 8)}, r"cannot become single_blocks\.0\.linear1"),
     ({f"{QKV[1]}.weight": torch.zeros(8, 8)}, r"is BF16 and .*to_k\.weight is F32, and both are rows of double_blocks"),
     ({"norm_out.linear.weight": (17, 8)}, r"of which the maker's tensors have 16 rows and not 17"),

@@ -38,12 +38,13 @@ def opened(path: Path, alpha: float = 2.0) -> Any:
 
 
 def rows(adapter: Any) -> dict[int, Tensor]:
-    """Return by width the sum of D^T D over the modules, which does not depend on the modules that the rows are in."""
+    """Return by width the sum of X^T D^T D X over the modules, which does not depend on those that the rows are in."""
     total: dict[int, Tensor] = {}
     for update in adapter.updates.values():
         B, A = (side[0] for side in adapter.load(update).factors())
-        D = B @ A
-        total[D.shape[1]] = total.get(D.shape[1], 0) + D.T @ D
+        width = A.shape[1]
+        D_X = B @ (A @ torch.randn(width, 16, dtype=A.dtype, generator=torch.Generator().manual_seed(0)))
+        total[width] = total.get(width, 0) + D_X.T @ D_X
     return total
 
 

@@ -115,7 +115,7 @@ QUICK: dict[str, dict[str, list[tuple[str, ...]]]] = {
     },
     "z_image": {
         "merge": [("save_lora_adapter", "bare"), ("kohya, maker's", "bare, diffusers'")],
-        "convert": [("ComfyUI, maker's",)],
+        "convert": [("ComfyUI, maker's",), ("diffusers", "kohya", "apart")],
         "resize": [("kohya, maker's",)],
     },
     "hunyuan_video": {
@@ -132,7 +132,7 @@ def hold(subject: Subject, chosen: list[Cell]) -> None:
     bad = {
         args: f"{state}: {message}"
         for args, (cell, state, message) in found.items()
-        if state != "right" and not (state == "refused" and known_refusal(cell, message))
+        if state != "right" and not (state == "refused" and known_refusal(subject, cell, message))
     }
     assert not bad
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
 from loratool.adapters.formats import open_adapter
-from loratool.architectures.image import WEIGHED
+from loratool.architectures.components import WEIGHED
 from loratool.ops.choices import DROP_CHOICES, MODEL_DROP_CHOICES
 from loratool.ops.convert.checkpoint import DROPPED
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, final
 
 from ...adapters.updates.dora import DoRA
-from ...architectures.image import ADAPTER_PREFIXES, component_of
+from ...architectures.components import ADAPTER_PREFIXES, component_of
 from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError, UsageError
 from ...files.weights_file import WeightsFile
@@ -27,7 +27,15 @@ from .format import Format, ReadOptions
 from .image_paths import are_of_image_model
 from .module_updates import module_updates
 from .other_methods import refused_tensor
-from .peft_config import base_mutating_init, base_mutating_init_of, config_beside, lora_config, parse_config
+from .peft_config import (
+    announced_but_absent,
+    base_mutating_init,
+    base_mutating_init_of,
+    config_beside,
+    lora_config,
+    parse_config,
+    refuse_other_config,
+)
 from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
 
 # Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
@@ -99,7 +107,9 @@ class DottedFormat(Format, ABC):
         inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
         if "" in inits:
             inits = dict.fromkeys((module.partition(".")[0] for module in found), inits[""])
-        return Adapter(name, self.key, file, AdapterConfig(alpha=common_alpha, base_mutating_inits=inits), updates)
+        missing = announced_but_absent(configs[""], updates) if "" in configs else ()
+        config = AdapterConfig(alpha=common_alpha, base_mutating_inits=inits)
+        return Adapter(name, self.key, file, config, updates, missing=missing)
 
     @final
     def spelling(self, tensor: str) -> str:
@@ -194,7 +204,7 @@ def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
     """Return the configs by component, from the metadata or else from the file beside; under "" one for every module.
 
     Raises:
-        InputError: one is damaged, or not of a method that is read.
+        InputError: one is damaged, not of a method that is read, or scales otherwise than the other.
     """
     text = (file.metadata or {}).get("lora_adapter_metadata")
     if text is None:
@@ -210,6 +220,8 @@ def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
     for key, value in flat.items():
         component, dot, field = key.partition(".")
         fields_of.setdefault(component if dot else "", {})[field if dot else key] = value
+    for fields in fields_of.values():
+        refuse_other_config(file, fields)
     return {
         component: parse_config(name, {"peft_type": "LORA", **fields}, None) for component, fields in fields_of.items()
     }

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ...architectures.components import component_of
 from ...architectures.families import FAMILIES
 from ...architectures.families.detect import SHARED
 from ...architectures.families.lookup import locate
 from ...architectures.families.table import DENOISERS
-from ...architectures.image import component_of
 
 IN_BLOCK = re.compile(r"\.\d+\.")
 

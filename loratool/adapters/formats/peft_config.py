@@ -28,6 +28,9 @@ from .other_methods import READ, method_of_peft_type, peft_type
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
+# Fields that the scale follows from, given the rank
+SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
+
 
 # Field -> how it changes the arithmetic. A field that is null, false or empty does not count.
 REFUSED_FIELDS = {
@@ -63,6 +66,7 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
     if "lora_adapter_metadata" in metadata:
         flat = _parse_metadata(file, "lora_adapter_metadata")
         if not any("." in key for key in flat):  # of `save_lora_adapter`, which is called on the component itself
+            refuse_other_config(file, flat)
             return flat, ""
         components = sorted({key.partition(".")[0] for key in flat})
         if len(components) != 1:
@@ -71,7 +75,9 @@ def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
                 culprit=str(file.path),
                 remedy="split the file by component first",
             )
-        return {"peft_type": "LORA", **{key.partition(".")[2]: value for key, value in flat.items()}}, components[0]
+        fields = {key.partition(".")[2]: value for key, value in flat.items()}
+        refuse_other_config(file, fields)
+        return {"peft_type": "LORA", **fields}, components[0]
     beside = file.path.parent / CONFIG_NAME
     return (read_json_file(beside), "") if beside.is_file() else ({"peft_type": "LORA"}, "")
 
@@ -84,6 +90,19 @@ def config_beside(file: WeightsFile) -> dict[str, Any]:
     """
     beside = file.path.parent / CONFIG_NAME
     return read_json_file(beside) if file.path.name in WEIGHTS_NAMES and beside.is_file() else {}
+
+
+def refuse_other_config(file: WeightsFile, fields: Mapping[str, Any]) -> None:
+    """Raise InputError if there is a config beside a file that scales otherwise than `fields` of its metadata."""
+    beside = config_beside(file)
+    for field in SCALING if beside else ():
+        one, two = fields.get(field) or None, beside.get(field) or None
+        if one != two and (field != "lora_alpha" or None not in (one, two)):
+            raise InputError(
+                f"its metadata sets {field} to {one!r}, and the {CONFIG_NAME} beside it to {two!r}",
+                culprit=str(file.path),
+                remedy="which of them its trainer meant, neither says: remove the other",
+            )
 
 
 def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:

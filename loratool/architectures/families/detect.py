@@ -13,9 +13,9 @@ from .unet import STEMS
 # Modules of blocks that image models share with others: a ViT (`timm/models/vision_transformer.py`), MPT
 # (`llmfoundry/models/mpt`), Meta's Llama (`llama/model.py`), and Phi-3, which is a part of OmniGen.
 SHARED = re.compile(
-    r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.fc[12])"
+    r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.(?:fc[12]|\w+_proj))"
     r"|layers\.\d+\.(?:feed_forward\.w[123]|attention_norm|ffn_norm)"
-    r"|(?:llm\.)?(?:blocks|layers)\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
+    r"|(?:llm\.)?layers\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
 )
 
 
@@ -57,7 +57,12 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
         named = any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
         return named or all(locate(family, path) for path in paths)
     ratios = family.ratios.items()
-    shapes = [(ratio, shape) for _, path, shape in modules for end, ratio in ratios if shape and _ends_with(path, end)]
+    shapes = [
+        (ratio, shape)
+        for _, path, shape in modules
+        for end, ratio in ratios
+        if len(shape) > 1 and _ends_with(path, end)
+    ]
     return all(shape[0] == ratio * shape[1] for ratio, shape in shapes) and all(locate(family, path) for path in paths)
 
 

@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...architectures.components import DENOISER_PREFIXES, FOLDERS
 from ...architectures.families import FAMILIES
 from ...architectures.families.detect import detect
 from ...architectures.families.table import ModelFamily, Naming
-from ...architectures.image import DENOISER_PREFIXES, FOLDERS, image_modules
+from ...architectures.image import image_modules
 from ...architectures.renamed_tensors import RenamedTensor, count_missing, rename_tensors, unknown_tensors
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import SINGLE_NAMES, Checkpoint

@@ -14,9 +14,10 @@ from ...adapters.formats import FORMATS, usual_format, written_formats
 from ...adapters.formats.format import Format
 from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.components import DENOISER_PREFIXES
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
-from ...architectures.image import DENOISER_PREFIXES, ImageModules, image_modules, image_parts
+from ...architectures.image import ImageModules, image_modules, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
 from ...errors import InputError, NeedsFlag

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
+from ...architectures.components import component_of, components_of
 from ...architectures.families import ENCODERS, FAMILIES
 from ...architectures.families.detect import SHARED, detect
 from ...architectures.families.lookup import locate
 from ...architectures.families.table import DENOISERS, ModelFamily
-from ...architectures.image import component_of, components_of
 from ...errors import InputError
 
 BIGG_WIDTH = 1280  # of SDXL's second text encoder

@@ -14,10 +14,10 @@ from torch import Tensor
 from ...adapters.adapter import Adapter
 from ...adapters.updates.diff import Diff
 from ...adapters.updates.ia3 import IA3
+from ...architectures.components import component_of
 from ...architectures.families import ENCODERS, FAMILIES
 from ...architectures.families.lookup import Span, locate, parts_of
 from ...architectures.families.table import DENOISERS
-from ...architectures.image import component_of
 from ...files.dtypes import TensorSpec
 from ...files.virtual import VirtualFile
 from .source_modules import SourceModule, dotted_path

@@ -18,7 +18,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.stacked import load_stacked_factors
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.image import component_of
+from ...architectures.components import component_of
 from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_COMPONENTS
 from ...architectures.renames import RENAMES, canonical
 from ...binding.model_pairs import missing_prefix

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
-from ...architectures.image import component_of
+from ...architectures.components import component_of
 from ...errors import InputError, NeedsFlag
 from ..convert.in_memory import common_family, is_of_one
 from ..convert.source_modules import detect_family, read_source_modules
