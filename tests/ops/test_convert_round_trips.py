@@ -24,6 +24,8 @@ from torch import Tensor
 
 import loratool
 
+pytestmark = pytest.mark.usefixtures("few_families")
+
 Shape = tuple[int, ...]
 
 
