@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, load_model, weights
+from conftest import FIXTURES, load_model, only_families, weights
 from reference import scale_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,9 +24,13 @@ from torch import Tensor
 
 import loratool
 
-pytestmark = pytest.mark.usefixtures("few_families")
-
 Shape = tuple[int, ...]
+
+
+@pytest.fixture(autouse=True)
+def _families_of_these_modules() -> Iterator[None]:
+    with only_families("sd1", "sd2", "sdxl", "sd3", "flux"):
+        yield
 
 
 @dataclass(frozen=True)
