@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, load_model, weights
+from conftest import FIXTURES, any_widths, load_model, only_families, weights
 from reference import scale_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -203,6 +203,14 @@ def write_base(path: Path, family: str) -> Path:
     shapes["first_stage_model.decoder.conv_in.weight"] = (8, 4, 3, 3)
     save_file({name: weights(*shape, seed=i).half() for i, (name, shape) in enumerate(shapes.items())}, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _narrow_family(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Know the family of a test only, as narrow as its models here."""
+    key = request.node.callspec.params.get("family", "flux") if hasattr(request.node, "callspec") else "flux"
+    with only_families(key), any_widths(key):
+        yield
 
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> tuple[Path, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import factors, load_model, weights, write_model, write_peft
+from conftest import factors, load_model, only_families, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,6 +72,13 @@ def pair(folder: Path, tensors: Mapping[str, Tensor], extras: Mapping[str, Tenso
     return plain, full
 
 
+@pytest.fixture
+def of_sdxl() -> Iterator[None]:
+    """Know no other family, which has these few modules too."""
+    with only_families("sdxl"):
+        yield
+
+
 def sdxl(folder: Path) -> Path:
     shapes = {
         **dict.fromkeys(OF_BASE.values(), (8, 8)),
@@ -83,6 +90,7 @@ def sdxl(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("of_sdxl")
 @pytest.mark.parametrize("form", FILES)
 def test_what_is_written_is_that_of_a_file_without_extras(form: str, tmp_path: Path) -> None:
     plain, full = pair(tmp_path, FILES[form]())
