@@ -141,16 +141,23 @@ def run_command(*argv: object) -> Any:
     return CliRunner().invoke(boundary, [str(a) for a in argv], catch_exceptions=False)
 
 
+@contextmanager
+def any_widths(*keys: str) -> Iterator[None]:
+    """Let these families have any widths: by those of their known models, narrow ones are of no family."""
+    before = {family: family.widths for key, family in FAMILIES.items() if key in keys}
+    for family in before:
+        object.__setattr__(family, "widths", ())
+    try:
+        yield
+    finally:
+        for family, widths in before.items():
+            object.__setattr__(family, "widths", widths)
+
+
 @pytest.fixture
 def narrow() -> Iterator[None]:
-    """Let some families have any widths: by those of their known models, narrow ones are of no family."""
-    families = [family for family in FAMILIES.values() if family.key in ("sd1", "sdxl", "flux", "hunyuan_video")]
-    before = [family.widths for family in families]
-    for family in families:
-        object.__setattr__(family, "widths", ())
-    yield
-    for family, widths in zip(families, before, strict=True):
-        object.__setattr__(family, "widths", widths)
+    with any_widths("sd1", "sdxl", "flux", "hunyuan_video"):
+        yield
 
 
 @pytest.fixture

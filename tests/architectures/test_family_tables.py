@@ -120,7 +120,7 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("SD3Transformer2DModel", {"num_layers": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}),
     ],
     "wan": [
-        ("WanTransformer3DModel", {"num_layers": 1, "image_dim": 8, "added_kv_proj_dim": 8, "pos_embed_seq_len": 4}),
+        ("WanTransformer3DModel", {"num_layers": 1, "image_dim": 8, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 4}),
         ("WanVACETransformer3DModel", {"num_layers": 2, "vace_layers": [0, 1]}),
     ],
     "z_image": [("ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1})],
@@ -162,9 +162,8 @@ def paths_of(family: ModelFamily, naming: str) -> list[str]:
 
 def widths_of(family: ModelFamily, path: str) -> tuple[int, ...]:
     """Return the numbers of columns that a module has in the known models; none where the table does not say."""
-    names = [f".{name}".replace(".", "_") for name in to_diffusers(family, path)]
-    ends = [(tuple(end.replace(".", "_") for end in width.ends), width.columns) for width in family.widths]
-    return next((columns for end, columns in ends if any(name.endswith(end) for name in names)), ())
+    names = [f".{name}" for name in to_diffusers(family, path)]
+    return next((w.columns for w in family.widths if any(name.endswith(w.ends) for name in names)), ())
 
 
 def shape_of(family: ModelFamily, path: str) -> tuple[int, int]:
@@ -246,6 +245,58 @@ def test_an_adapter_of_all_modules_tells_its_family(key: str) -> None:
         assert next(iter(detect(modules))) is FAMILIES[ADAPTERS.get(key, key)], naming
         flat = [("unet", path.replace(".", "_"), shape) for _, path, shape in modules]
         assert next(iter(detect(flat))) is FAMILIES[ADAPTERS.get(key, key)], naming
+
+
+Shapes = dict[str, tuple[int, int]]
+
+# what an adapter has of a known model -> modules with their shapes, and the families that can have them
+PARTS: dict[str, tuple[Shapes, set[str]]] = {
+    # As wide as Flux, whose double blocks have these names.
+    "Klein 4B, blocks": (
+        {f"transformer_blocks.{i}.attn.to_q": (3072, 3072) for i in range(5)}
+        | {f"single_transformer_blocks.{i}.attn.to_qkv_mlp_proj": (27648, 3072) for i in range(20)},
+        {"flux2"},
+    ),
+    # The last block of Flux 2, whose width this is too.
+    "Qwen-Image 2.1, a block": ({"transformer_blocks.7.attn.to_out.0": (4096, 4096)}, {"flux2", "qwen_image21"}),
+    "Qwen-Image, outside": (
+        {"img_in": (3072, 64), "txt_in": (3072, 3584), "norm_out.linear": (6144, 3072)},
+        {"qwen_image"},  # the maker's names of Flux, and diffusers'
+    ),
+    "Z-Image, outside": ({"cap_embedder.1": (3840, 2560), "final_layer.linear": (64, 3840)}, {"z_image"}),
+    "Mochi, text": ({"transformer_blocks.0.ff_context.net.0.proj": (8192, 1536)}, {"mochi", "sd3"}),
+    # AuraFlow's last block.
+    "HunyuanVideo, a block": (
+        {"single_transformer_blocks.31.attn.to_k": (3072, 3072)},
+        {"auraflow", "bria", "bria_fibo", "chroma", "flux", "hunyuan_video", "longcat_image"},
+    ),
+    "SD 1, middle": ({"middle_block.2.in_layers.2": (1280, 1280)}, {"sd1", "sd2", "sdxl"}),
+    "SDXL, outside": ({"label_emb.0.0": (1280, 2816)}, {"sdxl"}),
+    "LTX-2, audio": ({"transformer_blocks.0.audio_attn1.to_q": (2048, 2048)}, {"ltx2"}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_of_each_family_that_can_have_it(part: str) -> None:
+    """What a family has as well is never taken for its own, where a real model of another has it."""
+    shapes, families = PARTS[part]
+    assert {family.key for family in detect(("unet", path, shape) for path, shape in shapes.items())} == families
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("blocks.0.self_attn.q_proj", "blocks.0.cross_attn.q_proj"),
+        ("blocks.0.ffn.0",),
+        ("transformer_blocks.0.ff.net.0.proj",),
+        ("img_in",),
+    ],
+    ids=["Anima", "Wan", "Flux", "Flux, outside"],
+)
+def test_a_peft_adapter_of_no_known_size_keeps_its_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    start = write_peft(tmp_path / "a", {name: factors(12, 4, 2) for name in names})
+    report = loratool.convert(start, tmp_path / "b", to="peft")
+    assert {row.name for row in report.modules} == {*names} and report.family is None  # type: ignore[union-attr]
 
 
 # Tensors of models that are none of these: language models, and others of images, by transformers and timm

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, load_model, only_families, weights
+from conftest import FIXTURES, any_widths, load_model, only_families, weights
 from reference import scale_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,12 +25,6 @@ from torch import Tensor
 import loratool
 
 Shape = tuple[int, ...]
-
-
-@pytest.fixture(autouse=True)
-def _families_of_these_modules() -> Iterator[None]:
-    with only_families("sd1", "sd2", "sdxl", "sd3", "flux"):
-        yield
 
 
 @dataclass(frozen=True)
@@ -209,6 +203,14 @@ def write_base(path: Path, family: str) -> Path:
     shapes["first_stage_model.decoder.conv_in.weight"] = (8, 4, 3, 3)
     save_file({name: weights(*shape, seed=i).half() for i, (name, shape) in enumerate(shapes.items())}, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _narrow_family(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Know the family of a test only, as narrow as its models here."""
+    key = request.node.callspec.params.get("family", "flux") if hasattr(request.node, "callspec") else "flux"
+    with only_families(key), any_widths(key):
+        yield
 
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> tuple[Path, Any]:

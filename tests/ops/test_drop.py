@@ -72,6 +72,13 @@ def pair(folder: Path, tensors: Mapping[str, Tensor], extras: Mapping[str, Tenso
     return plain, full
 
 
+@pytest.fixture
+def of_sdxl() -> Iterator[None]:
+    """Know no other family, which has these few modules too."""
+    with only_families("sdxl"):
+        yield
+
+
 def sdxl(folder: Path) -> Path:
     shapes = {
         **dict.fromkeys(OF_BASE.values(), (8, 8)),
@@ -81,13 +88,6 @@ def sdxl(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(7)
     save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, file)
     return file
-
-
-@pytest.fixture
-def of_sdxl() -> Iterator[None]:
-    """Know no other family, for modules that SD 1 has as well."""
-    with only_families("sdxl"):
-        yield
 
 
 @pytest.mark.usefixtures("of_sdxl")

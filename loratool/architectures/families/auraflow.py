@@ -67,7 +67,26 @@ FAMILY = ModelFamily(
     ),
     marks=("double_layers.", "joint_transformer_blocks."),
     widths=(
-        Width("unet", (".linear_2", ".proj_out", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0"), (3072,)),
+        Width(
+            "unet",
+            (
+                ".linear_2",
+                ".proj_out",
+                ".linear",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".add_q_proj",
+                ".add_k_proj",
+                ".add_v_proj",
+                ".to_add_out",
+                ".ff.linear_1",
+                ".ff_context.linear_1",
+            ),
+            (3072,),
+        ),
         Width("unet", (".context_embedder",), (2048,)),
+        Width("unet", (".out_projection",), (8192,)),
     ),
 )

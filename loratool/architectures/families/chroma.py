@@ -74,6 +74,7 @@ FAMILY = ModelFamily(
     widths=(
         Width("unet", (".context_embedder",), (4096,)),
         Width("unet", (".proj_out",), (3072, 15360)),
+        Width("unet", (".linear_1", ".linear_2"), (5120,)),
         Width(
             "unet",
             (
@@ -85,7 +86,7 @@ FAMILY = ModelFamily(
                 ".add_v_proj",
                 ".to_out.0",
                 ".to_add_out",
-                ".0.proj",
+                ".proj",
                 ".proj_mlp",
             ),
             (3072,),

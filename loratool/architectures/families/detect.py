@@ -78,11 +78,18 @@ def _evidence(
     names = [name for path in paths for name in to_diffusers(family, path)]
     numbers = _numbers(family, names)
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
-    known = all(max(found) < max(counts) for found, counts in numbers)
     complete = [found == set(range(len(found))) and len(found) in counts for found, counts in numbers]
     # The first blocks of another family's only stack can be as many as one of several stacks has.
     whole = bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
-    return known and _widths_agree(family, modules), _is_of_one_naming(family, paths), telling, whole
+    return has_sizes(family, modules), _is_of_one_naming(family, paths), telling, whole
+
+
+def has_sizes(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:
+    """Return whether a known model of a family has as many blocks and columns as modules, given as to `detect`."""
+    every = list(modules)
+    names = [n for component, path, _ in every if component in DENOISERS for n in to_diffusers(family, path)]
+    fewer = all(max(found) < max(counts) for found, counts in _numbers(family, names))
+    return fewer and _widths_agree(family, every)
 
 
 def _widths_agree(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:
@@ -92,7 +99,7 @@ def _widths_agree(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[i
         located = locate(family, path) if component in DENOISERS else None
         names = located.diffusers if located else () if component in DENOISERS else (path,)
         for width in family.widths if len(shape) > 1 else ():
-            is_of_it = width.component == part and any(_ends_with(f".{name}", *width.ends) for name in names)
+            is_of_it = width.component == part and any(f".{name}".endswith(width.ends) for name in names)
             if is_of_it and shape[1] not in width.columns:
                 return False
     return True

@@ -45,7 +45,24 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("adaLN_sa_ln",),
-    widths=(Width("unet", (".linear_1", ".linear_2", ".final_linear"), (3072,)),),
+    widths=(
+        Width(
+            "unet",
+            (
+                ".linear_1",
+                ".linear_2",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".gate_proj",
+                ".up_proj",
+                ".final_linear",
+            ),
+            (3072,),
+        ),
+        Width("unet", (".linear_fc2",), (8192,)),
+    ),
     kernels={"x_embedder.proj": (1, 1)},
     kohya_network="networks.lora_ernie_image",
 )

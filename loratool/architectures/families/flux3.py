@@ -72,7 +72,10 @@ FAMILY = ModelFamily(
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("early_stream_modulations.",),
     widths=(
-        Width("unet", (".linear_2", ".proj_out", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0"), (3072,)),
+        Width(
+            "unet", (".linear_2", ".proj_out", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".linear_in"), (3072,)
+        ),
         Width("unet", (".context_embedder",), (20480,)),
+        Width("unet", (".linear_out",), (9216,)),
     ),
 )

@@ -145,7 +145,7 @@ FAMILY = ModelFamily(
         ),
         Width("unet", (".context_embedder.time_text_embed.text_embedder.linear_1",), (4096,)),
         Width("unet", (".net.2",), (12288,)),
-        Width("unet", (".time_text_embed.text_embedder.linear_1",), (768,)),
+        Width("unet", (), (768,)),
         Width("unet", (".proj_out",), (3072, 15360)),
     ),
     ratios={".linear1": 7, ".proj_mlp": 4},

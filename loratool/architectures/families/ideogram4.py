@@ -55,6 +55,7 @@ FAMILY = ModelFamily(
     widths=(
         Width("unet", (".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".w1", ".w3"), (4608,)),
         Width("unet", (".w2",), (12288,)),
+        Width("unet", (".adaln_modulation",), (512,)),
     ),
     kohya_network="networks.lora_ideogram4",
 )

@@ -48,7 +48,7 @@ FAMILY = ModelFamily(
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ),
-            counts=(32,),
+            counts=(32, 50, 60),
         ),
     ),
     alike=(

@@ -74,6 +74,7 @@ FAMILY = ModelFamily(
     marks=("txtfusion.", "text_fusion."),
     widths=(
         Width("unet", (".linear",), (6144,)),
-        Width("unet", (".to_q", ".to_k", ".to_v", ".to_out.0"), (2560, 6144)),
+        Width("unet", (".to_q", ".to_k", ".to_v", ".to_out.0", ".to_gate", ".gate", ".up"), (2560, 6144)),
+        Width("unet", (".down",), (6912, 16384)),
     ),
 )

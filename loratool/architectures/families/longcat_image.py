@@ -30,7 +30,20 @@ FAMILY = ModelFamily(
     widths=(
         Width(
             "unet",
-            (".linear_2", ".linear", ".to_q", ".to_k", ".to_v", ".to_out.0", ".to_add_out", ".proj", ".proj_mlp"),
+            (
+                ".linear_2",
+                ".linear",
+                ".to_q",
+                ".to_k",
+                ".to_v",
+                ".to_out.0",
+                ".add_q_proj",
+                ".add_k_proj",
+                ".add_v_proj",
+                ".to_add_out",
+                ".proj",
+                ".proj_mlp",
+            ),
             (3072,),
         ),
         Width("unet", (".context_embedder",), (3584,)),

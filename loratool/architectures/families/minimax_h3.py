@@ -56,7 +56,7 @@ FAMILY = ModelFamily(
     widths=(
         Width("unet", (".context_embedder",), (5120,)),
         Width("unet", (".linear",), (2688,)),
-        Width("unet", (".proj_out", ".to_q", ".to_k", ".to_v", ".proj"), (5376,)),
+        Width("unet", (".proj_out", ".audio_proj_out", ".to_q", ".to_k", ".to_v", ".proj"), (5376,)),
         Width("unet", (".to_out.0",), (7168,)),
         Width("unet", (".net.2",), (14336,)),
     ),

@@ -38,6 +38,13 @@ FAMILY = ModelFamily(
     diffusers_class="OmniGenTransformer2DModel",
     components=(Component("unet", "lora_unet_", "diffusion_model.", "transformer."),),
     marks=("time_token.",),
-    widths=(Width("unet", (".linear_2", ".linear", ".proj_out"), (3072,)),),
+    widths=(
+        Width(
+            "unet",
+            (".linear_2", ".linear", ".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0", ".gate_up_proj"),
+            (3072,),
+        ),
+        Width("unet", (".down_proj",), (8192,)),
+    ),
     kernels={"patch_embedding.output_image_proj": (2, 2), "patch_embedding.input_image_proj": (2, 2)},
 )

@@ -44,7 +44,22 @@ FAMILY = ModelFamily(
     ),
     marks=("img_qkv_proj",),
     widths=(
-        Width("unet", (".out_layer", ".linear", ".adaLN_modulation.1"), (1792,)),
+        Width(
+            "unet",
+            (
+                ".out_layer",
+                ".img_qkv_proj",
+                ".txt_kv_proj",
+                ".to_out.0",
+                ".gate_proj",
+                ".up_proj",
+                ".lin",
+                ".linear",
+                ".adaLN_modulation.1",
+            ),
+            (1792,),
+        ),
         Width("unet", (".txt_in",), (2304,)),
+        Width("unet", (".down_proj",), (6272,)),
     ),
 )

@@ -47,6 +47,13 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "", "text_encoder."),
     ),
     marks=("txt_in.text_norm",),
-    widths=(Width("unet", (".linear_2", ".to_q", ".to_k", ".to_v", ".to_out.0", ".linear", ".proj_out"), (4096,)),),
+    widths=(
+        Width(
+            "unet",
+            (".linear_2", ".to_q", ".to_k", ".to_v", ".to_out.0", ".proj", ".gate_layer", ".linear", ".proj_out"),
+            (4096,),
+        ),
+        Width("unet", (".out",), (12288,)),
+    ),
     kohya_network="networks.lora_qwen_image_21",
 )

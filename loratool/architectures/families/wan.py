@@ -74,7 +74,11 @@ FAMILY = ModelFamily(
         Component("text_encoder", "", "text_encoders.umt5xxl.transformer.", "text_encoder.", "t5"),
     ),
     marks=("time_projection.", "condition_embedder.time_proj"),
-    widths=(Width("unet", (".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0"), (1536, 3072, 5120)),),
+    widths=(
+        Width("unet", (".proj_out", ".to_q", ".to_k", ".to_v", ".to_out.0", ".ffn.net.0.proj"), (1536, 3072, 5120)),
+        Width("unet", (".ffn.net.2",), (8960, 13824, 14336)),
+        Width("unet", (".add_k_proj", ".add_v_proj"), (5120,)),
+    ),
     kernels={"patch_embedding": (1, 2, 2), "vace_patch_embedding": (1, 2, 2)},
     kohya_network="networks.lora_wan",
 )

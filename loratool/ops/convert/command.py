@@ -36,7 +36,7 @@ from .image_base import choose_family
 from .language import plan_language
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
-from .source_modules import KNOWN, detect_families, read_source_modules, refuse_unknown_blocks
+from .source_modules import KNOWN, detect_families, may_be_of_another, read_source_modules, refuse_unknown_blocks
 from .subtract_initial import subtract_init
 
 # The keys of CONTAINERS, and of MODEL_NAMINGS the one that no format of adapters has
@@ -311,9 +311,16 @@ def _plan_low_rank(
     selection = Selection(request.exclude or ("",))
     wanted = [each for each in sources if not selection.selects(each.module)]
     families = (family,) if family else detect_families(sources) or detect_families(wanted)
-    tells_family = request.base is not None and len(families) > 1
-    family = choose_family(source.name, families, wanted, request.base, FORMATS[request.to])
     single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
+    if single:
+        families = tuple(each for each in families if not may_be_of_another(sources, each))
+    tells_family = request.base is not None and len(families) > 1
+    try:
+        family = choose_family(source.name, families, wanted, request.base, FORMATS[request.to])
+    except NeedsFlag:
+        if not single:
+            raise
+        family = None  # the names that it has are those of its model
     if single and not any(each.component in DENOISERS for each in sources):
         family = None  # a text encoder alone is converted as a language model
     if family is not None:

@@ -10,7 +10,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.components import component_of, components_of
 from ...architectures.families import ENCODERS, FAMILIES
-from ...architectures.families.detect import SHARED, detect
+from ...architectures.families.detect import SHARED, detect, has_sizes
 from ...architectures.families.lookup import locate
 from ...architectures.families.table import DENOISERS, ModelFamily
 from ...errors import InputError
@@ -85,7 +85,20 @@ def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
     if all(component_of(source.module)[0] is None and SHARED.fullmatch(source.path) for source in every):
         return ()
     numbered = any(source.module.startswith("lora_te1_") for source in every)
-    return tuple(f.key for f in detect([(s.component, s.path, _matrix_shape(s.update)) for s in every], numbered))
+    return tuple(family.key for family in detect(_modules(every), numbered))
+
+
+def may_be_of_another(sources: Iterable[SourceModule], family: str) -> bool:
+    """Return whether modules can be another model's: no prefix says that they are of an image model, and no known one
+    of the family has their sizes.
+    """
+    every = list(sources)
+    prefixed = any(component_of(source.module)[0] for source in every)
+    return not prefixed and not has_sizes(FAMILIES[family], _modules(every))
+
+
+def _modules(sources: Iterable[SourceModule]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(source.component, source.path, _matrix_shape(source.update)) for source in sources]
 
 
 def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
