@@ -13,7 +13,7 @@ from .unet import STEMS
 # Modules of blocks that image models share with others: a ViT (`timm/models/vision_transformer.py`), MPT
 # (`llmfoundry/models/mpt`), Meta's Llama (`llama/model.py`), and Phi-3, which is a part of OmniGen.
 SHARED = re.compile(
-    r"blocks\.\d+\.(?:norm\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.(?:fc[12]|\w+_proj))"
+    r"blocks\.\d+\.(?:norm\d|ffn\.\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.(?:fc[12]|\w+_proj))"
     r"|layers\.\d+\.(?:feed_forward\.w[123]|attention_norm|ffn_norm)"
     r"|(?:llm\.)?layers\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
 )
