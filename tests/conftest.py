@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -170,6 +171,7 @@ def few_families(narrow: None) -> Iterator[None]:
 @contextmanager
 def only_families(*keys: str) -> Iterator[None]:
     """Know these image families only; the table's order, which counts, comes back with the others."""
+    importlib.import_module("loratool.adapters.formats")  # reads the table when it is imported
     every = dict(FAMILIES)
     for key in every.keys() - {*keys}:
         del FAMILIES[key]

@@ -44,7 +44,7 @@ def start_of(key: str, path: Path, count: int) -> Path:
     columns = next((n for width in family.widths if width.ends == ("",) for n in width.columns), 12)
     maker = [each for each in names_of(family, 2).values() if each.maker == (each.path,)]
     tensors: dict[str, Tensor] = {}
-    for i, located in enumerate(maker[:: len(maker) // count]):
+    for i, located in enumerate(maker[:: max(1, len(maker) // count)]):
         A, B = factors(rows_of(located, columns), columns, i)
         flat = f"lora_unet_{located.path.replace('.', '_')}"
         tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(1.5)}
