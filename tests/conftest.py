@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratool.architectures.families import FAMILIES
+from loratool.architectures.families.table import ModelFamily
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads that wait for each other's cores take twice the time
@@ -145,14 +148,18 @@ def run_command(*argv: object) -> Any:
 @contextmanager
 def any_widths(*keys: str) -> Iterator[None]:
     """Let these families have any widths: by those of their known models, narrow ones are of no family."""
-    before = {family: family.widths for key, family in FAMILIES.items() if key in keys}
-    for family in before:
-        object.__setattr__(family, "widths", ())
+    before = {key: FAMILIES[key] for key in keys if key in FAMILIES}
+    FAMILIES.update({key: without_widths(family) for key, family in before.items()})
     try:
         yield
     finally:
-        for family, widths in before.items():
-            object.__setattr__(family, "widths", widths)
+        FAMILIES.update(before)
+
+
+@cache
+def without_widths(family: ModelFamily) -> ModelFamily:
+    """Return a table whose index is kept for all tests."""
+    return replace(family, widths=())
 
 
 @pytest.fixture

@@ -310,5 +310,5 @@ def _number_in(template: str, path: str) -> str | None:
 def _pattern(template: str) -> re.Pattern[str]:
     start, *rest = map(re.escape, template.split("{i}"))
     return re.compile(
-        "".join([start, *(f"(0|[1-9][0-9]*){each}" for each in rest[:1]), *(rf"\1{x}" for x in rest[1:])])
+        "".join([start, *(f"(0|[1-9][0-9]{{0,8}}){each}" for each in rest[:1]), *(rf"\1{x}" for x in rest[1:])])
     )

@@ -666,7 +666,7 @@ def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str], ...
 def expert_part(name: str, model_types: Collection[str]) -> ExpertPart | None:
     """Locate the matrix of one expert in the fused parameter; None for any other tensor, scales and biases included."""
     path = canonical(name, model_types)
-    found = re.fullmatch(r"(.*\bexperts)\.(\d+)\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
+    found = re.fullmatch(r"(.*\bexperts)\.(\d{1,9})\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
     if found is None:
         return None
     for model_type, rows in EXPERTS.items():

@@ -16,6 +16,10 @@ EMBEDDINGS = frozenset(
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
 
+# How the modules end that take a denoiser's latent image, beside which a control model takes another
+LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embedding patchify_proj conv_in".split())
+
+
 def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     """Return `linear` (peft's `all-linear` targets it), `embedding`, `head`, `experts` (3-D) or `conv`.
 

@@ -17,17 +17,13 @@ from ..adapters.updates.update import UpdateSpec
 from ..architectures.conv1d import stores_transposed
 from ..architectures.prefixes import module_path
 from ..architectures.renames import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
-from ..architectures.roles import EMBEDDINGS, HEADS
+from ..architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
 from ..architectures.ties import MASKED_HEADS
 from ..errors import InputError
 from ..files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 
 # The last names of modules that have one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
-
-
-# How the modules end that take a denoiser's latent image, beside which a control model takes another
-LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embedding patchify_proj conv_in".split())
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,29 @@ class TestWhoseItIs:
                 report = loratool.convert(file, tmp_path / "o.safetensors", to=to, force=True)
                 assert report.family == family  # type: ignore[union-attr]
 
+    def test_what_is_assumed_is_said(self, tmp_path: Path) -> None:
+        """Bria has Flux's modules in diffusers' names, and no files of kohya's."""
+        names = {
+            f"transformer.{stem}.{i}.attn.to_q": (3072, 3072)
+            for stem, count in (("transformer_blocks", 19), ("single_transformer_blocks", 38))
+            for i in range(count)
+        }
+        names["transformer.single_transformer_blocks.37.proj_out"] = (3072, 15360)
+        a = shaped(names, tmp_path / "a.safetensors")
+        report: Any = loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
+        assert report.family == "flux" and "taken for Flux's: Bria 3" in report.notes[-1]
+        assert loratool.convert(a, tmp_path / "c.safetensors", to="diffusers").notes == ()
+
+    @pytest.mark.parametrize("number", ["9" * 5000, "007", "1_0"])
+    @pytest.mark.parametrize("stem", ["transformer.transformer_blocks.{}.attn.to_q", "unet.input_blocks.{}.1.proj_in"])
+    def test_no_number_of_a_block(self, stem: str, number: str, tmp_path: Path, run: Callable[..., Any]) -> None:
+        a = shaped({stem.format(number): (8, 8)}, tmp_path / "a.safetensors")
+        save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(24, 8)}, tmp_path / "base.safetensors")
+        out = tmp_path / "o.safetensors"
+        assert run("convert", a, "--to", "kohya", "-o", out).exit_code in (3, 4)
+        assert run("merge", tmp_path / "base.safetensors", a, "-o", out).exit_code == 3 and not out.exists()
+        assert run("diff", a, a).exit_code == 0
+
     def test_the_number_of_blocks_tells(self, tmp_path: Path) -> None:
         """HunyuanVideo has more blocks than Flux, under the same names of diffusers and others of its maker."""
         name, a = "transformer.transformer_blocks.{}.ff.net.0.proj", tmp_path / "a.safetensors"

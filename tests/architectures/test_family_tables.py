@@ -184,8 +184,6 @@ def test_a_table_has_just_the_tensors_of_diffusers_class(key: str) -> None:
     numbered = [(re.compile(re.escape(stem).replace(r"\{i\}", r"\d+") + r"\."), f"{stem}.") for stem in stems]
     there: set[str] = set()
     for name, config in CLASSES[key]:
-        if not hasattr(diffusers, name):
-            pytest.skip(f"this diffusers has no {name}")
         with torch.device("meta"):
             model = getattr(diffusers, name)(**config)
         for tensor, value in model.state_dict().items():
@@ -204,7 +202,7 @@ def test_a_table_has_just_the_tensors_of_diffusers_class(key: str) -> None:
 
 
 def test_every_class_is_tried() -> None:
-    assert {key for key, family in TABLES.items() if family.diffusers_class} == CLASSES.keys()
+    assert {key for key, each in TABLES.items() if each.diffusers_class and not each.up_attention} == CLASSES.keys()
 
 
 # What nothing in the denoiser tells: Anima has Cosmos-Predict2's, and a text conditioner beside it.

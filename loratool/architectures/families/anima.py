@@ -16,6 +16,7 @@ FAMILY = ModelFamily(
     blocks=cosmos_predict2.FAMILY.blocks,
     outside=cosmos_predict2.FAMILY.outside,
     unused=cosmos_predict2.FAMILY.unused,
+    beside=("llm_adapter.",),
     diffusers_class="CosmosTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),

@@ -5,52 +5,14 @@ Source: diffusers' class `BriaFiboTransformer2DModel`, alone: no other naming wa
 
 from __future__ import annotations
 
+from . import bria
 from .table import Block, Component, ModelFamily, Width
 
 FAMILY = ModelFamily(
     key="bria_fibo",
     title="Bria FIBO",
     blocks=(
-        Block(
-            "transformer_blocks.{i}",
-            "transformer_blocks.{i}",
-            alike=(
-                "norm1.linear",
-                "norm1_context.linear",
-                "attn.norm_q",
-                "attn.norm_k",
-                "attn.to_q",
-                "attn.to_k",
-                "attn.to_v",
-                "attn.to_out.0",
-                "attn.norm_added_q",
-                "attn.norm_added_k",
-                "attn.add_q_proj",
-                "attn.add_k_proj",
-                "attn.add_v_proj",
-                "attn.to_add_out",
-                "ff.net.0.proj",
-                "ff.net.2",
-                "ff_context.net.0.proj",
-                "ff_context.net.2",
-            ),
-            counts=(19,),
-        ),
-        Block(
-            "single_transformer_blocks.{i}",
-            "single_transformer_blocks.{i}",
-            alike=(
-                "norm.linear",
-                "proj_mlp",
-                "proj_out",
-                "attn.norm_q",
-                "attn.norm_k",
-                "attn.to_q",
-                "attn.to_k",
-                "attn.to_v",
-            ),
-            counts=(38,),
-        ),
+        *bria.FAMILY.blocks,
         Block(
             "caption_projection.{i}",
             "caption_projection.{i}",

@@ -123,7 +123,7 @@ def _numbers(family: ModelFamily, names: Iterable[str]) -> list[tuple[set[int], 
     """Return of each stack that has blocks in names their numbers, and how many the known models have."""
     every, found = list(names), []
     for block in family.blocks if not family.up_attention else ():
-        stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]+)") + r"\.")
+        stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]{1,9})") + r"\.")
         numbers = {int(match[1]) for name in every if (match := stem.match(name))}
         if numbers and block.counts:
             found.append((numbers, block.counts))

@@ -25,10 +25,6 @@ FAMILY = ModelFamily(
                 "txt_mlp.2": "ff_context.net.2",
                 "img_mod.lin": "norm1.linear",
                 "txt_mod.lin": "norm1_context.linear",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
             },
             tensors={
                 "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
@@ -45,8 +41,6 @@ FAMILY = ModelFamily(
                 "linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, None)),
                 "linear2": "proj_out",
                 "modulation.lin": "norm.linear",
-                "norm.query_norm": "attn.norm_q",
-                "norm.key_norm": "attn.norm_k",
             },
             # XLabs' and ComfyUI's name of the first rows of linear1
             aliases={"linear1_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1))},

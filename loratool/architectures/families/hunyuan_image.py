@@ -6,82 +6,13 @@ checked: the refiner.
 
 from __future__ import annotations
 
-from .table import Block, Component, Fused, ModelFamily, Width, swapped
+from . import hunyuan_video
+from .table import Component, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="hunyuan_image",
     title="HunyuanImage",
-    blocks=(
-        Block(
-            "txt_in.individual_token_refiner.blocks.{i}",
-            "context_embedder.token_refiner.refiner_blocks.{i}",
-            {
-                "self_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "self_attn_proj": "attn.to_out.0",
-                "mlp.fc1": "ff.net.0.proj",
-                "mlp.fc2": "ff.net.2",
-                "adaLN_modulation.1": "norm_out.linear",
-            },
-            alike=("norm1", "norm2"),
-            comfy={
-                "self_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "self_attn.proj": "attn.to_out.0",
-                "mlp.0": "ff.net.0.proj",
-                "mlp.2": "ff.net.2",
-            },
-            counts=(2,),
-        ),
-        Block(
-            "double_blocks.{i}",
-            "transformer_blocks.{i}",
-            {
-                "img_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "txt_attn_qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "img_attn_proj": "attn.to_out.0",
-                "txt_attn_proj": "attn.to_add_out",
-                "img_mlp.fc1": "ff.net.0.proj",
-                "img_mlp.fc2": "ff.net.2",
-                "txt_mlp.fc1": "ff_context.net.0.proj",
-                "txt_mlp.fc2": "ff_context.net.2",
-                "img_mod.linear": "norm1.linear",
-                "txt_mod.linear": "norm1_context.linear",
-                "img_attn_q_norm": "attn.norm_q",
-                "img_attn_k_norm": "attn.norm_k",
-                "txt_attn_q_norm": "attn.norm_added_q",
-                "txt_attn_k_norm": "attn.norm_added_k",
-            },
-            comfy={
-                "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "img_attn.proj": "attn.to_out.0",
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "img_mod.lin": "norm1.linear",
-                "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-                "txt_attn.proj": "attn.to_add_out",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-                "txt_mod.lin": "norm1_context.linear",
-                "img_attn.norm.query_norm": "attn.norm_q",
-                "img_attn.norm.key_norm": "attn.norm_k",
-                "txt_attn.norm.query_norm": "attn.norm_added_q",
-                "txt_attn.norm.key_norm": "attn.norm_added_k",
-            },
-            counts=(20,),
-        ),
-        Block(
-            "single_blocks.{i}",
-            "single_transformer_blocks.{i}",
-            {
-                "linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, None)),
-                "linear2": "proj_out",
-                "modulation.linear": "norm.linear",
-                "q_norm": "attn.norm_q",
-                "k_norm": "attn.norm_k",
-            },
-            comfy={"modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"},
-            counts=(40,),
-        ),
-    ),
+    blocks=hunyuan_video.FAMILY.blocks,
     outside={
         "img_in.proj": "x_embedder.proj",
         "time_in.mlp.0": "time_guidance_embed.timestep_embedder.linear_1",

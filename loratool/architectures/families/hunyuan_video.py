@@ -8,29 +8,33 @@ from __future__ import annotations
 
 from .table import Block, Component, Fused, ModelFamily, Width, swapped
 
+# The blocks between text encoder and denoiser, in all models of the kind
+REFINER = Block(
+    "txt_in.individual_token_refiner.blocks.{i}",
+    "context_embedder.token_refiner.refiner_blocks.{i}",
+    {
+        "self_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+        "self_attn_proj": "attn.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+        "adaLN_modulation.1": "norm_out.linear",
+    },
+    alike=("norm1", "norm2"),
+    comfy={
+        "self_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
+        "self_attn.proj": "attn.to_out.0",
+        "mlp.0": "ff.net.0.proj",
+        "mlp.2": "ff.net.2",
+    },
+    counts=(2,),
+)
+
+
 FAMILY = ModelFamily(
     key="hunyuan_video",
     title="HunyuanVideo or FramePack",
     blocks=(
-        Block(
-            "txt_in.individual_token_refiner.blocks.{i}",
-            "context_embedder.token_refiner.refiner_blocks.{i}",
-            {
-                "self_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "self_attn_proj": "attn.to_out.0",
-                "mlp.fc1": "ff.net.0.proj",
-                "mlp.fc2": "ff.net.2",
-                "adaLN_modulation.1": "norm_out.linear",
-            },
-            alike=("norm1", "norm2"),
-            comfy={
-                "self_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "self_attn.proj": "attn.to_out.0",
-                "mlp.0": "ff.net.0.proj",
-                "mlp.2": "ff.net.2",
-            },
-            counts=(2,),
-        ),
+        REFINER,
         Block(
             "double_blocks.{i}",
             "transformer_blocks.{i}",
@@ -116,6 +120,7 @@ FAMILY = ModelFamily(
         "image_projection.up",
         "image_projection.down",
     ),
+    unrenamed={"FramePack": "clean_x_embedder."},
     diffusers_class="HunyuanVideoTransformer3DModel",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
@@ -145,7 +150,6 @@ FAMILY = ModelFamily(
         ),
         Width("unet", (".context_embedder.time_text_embed.text_embedder.linear_1",), (4096,)),
         Width("unet", (".net.2",), (12288,)),
-        Width("unet", (), (768,)),
         Width("unet", (".proj_out",), (3072, 15360)),
     ),
     ratios={".linear1": 7, ".proj_mlp": 4},

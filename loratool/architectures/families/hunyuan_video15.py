@@ -7,31 +7,14 @@ read and not run. Not checked: the meanflow variant.
 
 from __future__ import annotations
 
+from . import hunyuan_video
 from .table import Block, Component, Fused, ModelFamily, Width, swapped
 
 FAMILY = ModelFamily(
     key="hunyuan_video15",
     title="HunyuanVideo 1.5",
     blocks=(
-        Block(
-            "txt_in.individual_token_refiner.blocks.{i}",
-            "context_embedder.token_refiner.refiner_blocks.{i}",
-            {
-                "self_attn_qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "self_attn_proj": "attn.to_out.0",
-                "mlp.fc1": "ff.net.0.proj",
-                "mlp.fc2": "ff.net.2",
-                "adaLN_modulation.1": "norm_out.linear",
-            },
-            alike=("norm1", "norm2"),
-            comfy={
-                "self_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
-                "self_attn.proj": "attn.to_out.0",
-                "mlp.0": "ff.net.0.proj",
-                "mlp.2": "ff.net.2",
-            },
-            counts=(2,),
-        ),
+        hunyuan_video.REFINER,
         Block(
             "double_blocks.{i}",
             "transformer_blocks.{i}",

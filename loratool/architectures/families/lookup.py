@@ -15,6 +15,7 @@ from .table import Fused, ModelFamily, Naming, Rows, Run
 from .unet import SGM_OUTSIDE, diffusers_to_sgm, sgm_to_diffusers, unet_paths
 
 NUMBER = re.compile(r"[0-9]+")
+BLOCK = re.compile(r"0|[1-9][0-9]{0,8}")  # the number of one
 PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
 
 
@@ -172,7 +173,7 @@ def _unet_index(family: ModelFamily) -> dict[str, Located]:
 
 def _sgm_of(family: ModelFamily, path: str) -> str:
     """Return sgm's path of a UNet's module from diffusers'."""
-    level = re.match(r"up_blocks\.(\d+)\.", path)
+    level = re.match(r"up_blocks\.(\d{1,9})\.", path)
     attends = not level or int(level[1]) >= len(family.up_attention) or family.up_attention[int(level[1])]
     return diffusers_to_sgm(path, attends)
 
@@ -212,7 +213,7 @@ def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Lo
         places = PLACE.findall(name.template)
         block = {number for place, number in zip(places, numbers, strict=True) if place == "{i}"}
         own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
-        if own == numbers and all(number == str(int(number)) for number in block):
+        if own == numbers and all(BLOCK.fullmatch(number) for number in block):
             found.append(name.located(family, *block))
     found = [each for each in found if naming and each.path in each.names(naming)] or found
     return tuple(found) if all(each.rows == found[0].rows for each in found) else ()

@@ -15,6 +15,7 @@ UNET = Component("unet", "lora_unet_", "diffusion_model.", "unet.")
 FAMILY = ModelFamily(
     key="sd1",
     title="SD 1",
+    diffusers_class="UNet2DConditionModel",
     up_attention=(False, True, True, True),
     components=(
         UNET,

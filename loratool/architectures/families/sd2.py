@@ -9,6 +9,7 @@ from .unet import KERNELS
 FAMILY = ModelFamily(
     key="sd2",
     title="SD 2",
+    diffusers_class="UNet2DConditionModel",
     up_attention=(False, True, True, True),
     components=(
         UNET,

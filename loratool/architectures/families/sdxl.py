@@ -9,6 +9,7 @@ from .unet import KERNELS
 FAMILY = ModelFamily(
     key="sdxl",
     title="SDXL",
+    diffusers_class="UNet2DConditionModel",
     up_attention=(True, True, False),
     components=(
         UNET,

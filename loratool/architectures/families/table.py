@@ -108,6 +108,10 @@ class ModelFamily:
     unused: tuple[str, ...] = ()  # maker's tensors that diffusers does not have
     # End of diffusers' tensor -> its shape, where the maker stores the same numbers in another; -1 is any size.
     reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # How tensors of other components start that stand among the denoiser's in a single file
+    beside: tuple[str, ...] = ()
+    # A model of these modules whose maker has diffusers' names -> how tensors start that only this one has
+    unrenamed: Mapping[str, str] = field(default_factory=dict)
     diffusers_class: str = ""  # of the denoiser
     # Of a UNet, which has blocks that `unet` numbers: whether each block of the way up has attention.
     up_attention: tuple[bool, ...] = ()

@@ -59,12 +59,12 @@ def sgm_to_diffusers(path: str) -> str:
     for sgm, diffusers in SGM_OUTSIDE.items():
         if path == sgm:
             return diffusers
-    block = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
+    block = re.fullmatch(r"(input|output)_blocks\.(\d{1,9})\.(\d{1,9})\.(.+)", path)
     middle = re.fullmatch(r"middle_block\.([012])\.(.+)", path)
     if middle:
         stem = ("resnets.0", "attentions.0", "resnets.1")[int(middle[1])]
         return f"mid_block.{stem}.{RESNET.get(middle[2], middle[2]) if stem[0] == 'r' else middle[2]}"
-    shortcut = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)", path)
+    shortcut = re.fullmatch(r"(input|output)_blocks\.(\d{1,9})\.(\d{1,9})", path)
     if not block and not shortcut:
         return path
     side, number, inner, rest = block.groups() if block else (*shortcut.groups(), "")  # type: ignore[union-attr]
@@ -92,7 +92,9 @@ def diffusers_to_sgm(path: str, attends: bool = True) -> str:
     if middle:
         number = 1 if middle[1] == "attentions" else 2 * int(middle[2])
         return f"middle_block.{number}.{resnet.get(middle[3], middle[3]) if middle[1] == 'resnets' else middle[3]}"
-    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
+    block = re.fullmatch(
+        r"(down|up)_blocks\.(\d{1,9})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,9})\.(.+)", path
+    )
     if not block:
         return path
     side, kind, rest = block[1], block[3], block[5]

@@ -19,6 +19,7 @@ from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adap
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
+from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
 from ...binding.selection import Selection
 from ...errors import InputError, NeedsFlag, UsageError
@@ -32,7 +33,7 @@ from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_chec
 from .dora_to_lora import dora_to_lora
 from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
-from .image_base import choose_family
+from .image_base import choose_family, without_files
 from .language import plan_language
 from .plain import plan_plain
 from .request import ADD_INITIAL, AdapterOutput, ConvertRequest, ModuleConvert, low_rank_modules, select_updates
@@ -339,7 +340,11 @@ def _plan_low_rank(
             functools.partial(base_mutating_init_of, source.config),
         )
         image = ImageAdapter(source.name, source.file.metadata or {}, family, load, lost, init_of)
-        return plan_image(image, request, *read_source_modules(source))
+        made = plan_image(image, request, *read_source_modules(source))
+        none = () if tells_family else without_files(families, wanted, FORMATS[request.to])
+        also = " and ".join(FAMILIES[each].title for each in none)
+        assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
+        return replace(made, notes=(*made.notes, assumed)) if also else made
     if single:
         kept, dropped = select_updates(source, request)
         if request.plain:

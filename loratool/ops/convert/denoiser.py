@@ -30,16 +30,6 @@ from .source_modules import KNOWN
 
 FOLDER_NAMING, FILE_NAMING = MODEL_NAMINGS
 
-# Family -> how tensors of a component of their own in diffusers start, which in a single file are the denoiser's
-OWN_COMPONENTS = {
-    "anima": ("llm_adapter.",),
-    "ltx2": ("video_embeddings_connector.", "audio_embeddings_connector."),
-}
-
-
-# Models of another one's family -> how a tensor of theirs starts, whose makers use diffusers' names for all tensors
-DIFFUSERS_NAMES = {"FramePack": "clean_x_embedder."}
-
 
 @dataclass(frozen=True)
 class RenamedDenoiser:
@@ -50,13 +40,12 @@ class RenamedDenoiser:
     left_out: tuple[str, ...]  # tensors of the input that it does not have
     renamed: int  # tensors that have another name now, but for a prefix
     regrouped: int  # tensors that are not one tensor of the input as it was
-
     lacking: tuple[str, ...]  # of the maker's tensors, those that diffusers does not have
 
     def notes(self, to: str) -> Iterator[str]:
         """Yield what loaders need beside the tensors."""
         if to == FOLDER_NAMING and not self.checkpoint.config:
-            yield f"diffusers loads it with the config.json of its {_class_of(self.family)} beside it"
+            yield f"diffusers loads it with the config.json of its {self.family.diffusers_class} beside it"
         if self.lacking:
             yield f"the maker's own file also has {', '.join(self.lacking)}, for which diffusers has no tensor"
 
@@ -89,9 +78,9 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     _refuse(base, removed)
     specs = {name: spec for name, spec in base.stored.items() if name not in removed}
     family, prefix, tensors, unused = _rename(base, specs, Naming.DIFFUSERS if to == FOLDER_NAMING else Naming.MAKER)
-    if to == FOLDER_NAMING and not _class_of(family):
+    if to == FOLDER_NAMING and not family.diffusers_class:
         raise InputError(f"is {family.title}, for which diffusers has no class", culprit=str(base.path))
-    for model, start in DIFFUSERS_NAMES.items():
+    for model, start in family.unrenamed.items():
         if to == FILE_NAMING and any(name.startswith(start) for name in tensors):
             raise InputError(
                 f"is {model}, whose maker uses diffusers' names",
@@ -117,11 +106,11 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     }
     metadata = {key: value for shard in base.shards for key, value in (shard.metadata or {"format": "pt"}).items()}
     file = RegroupedFile(base.shards[0], base.folder / SINGLE_NAMES[1], new, rows, metadata)
-    own_config = base.config.get("_class_name") == _class_of(family) or not base.given_as_file
+    own_config = base.config.get("_class_name") == family.diffusers_class or not base.given_as_file
     configured = to == FOLDER_NAMING and "_class_name" in base.config and own_config
     config = base.config if configured else {}
     whole = [n for n, each in tensors.items() if len(each.rows) == 1 and each.shape == specs[each.rows[0].tensor].shape]
-    maker_only = (*family.unused, *(f"{start}*" for start in OWN_COMPONENTS.get(family.key, ())))
+    maker_only = (*family.unused, *(f"{start}*" for start in family.beside))
     return RenamedDenoiser(
         family,
         Checkpoint(base.path, base.folder, not configured, (file,), None, config),
@@ -130,11 +119,6 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
         len(tensors) - len(whole),
         tuple(name for name in maker_only if to == FILE_NAMING and name not in tensors),
     )
-
-
-def _class_of(family: ModelFamily) -> str:
-    """Return diffusers' class of the denoiser; empty if there is none."""
-    return "UNet2DConditionModel" if family.up_attention else family.diffusers_class
 
 
 def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
@@ -159,7 +143,7 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
 
 def _is_inside(name: str, prefix: str) -> bool:
     """Return whether a tensor is one of the denoiser."""
-    starts = (start for each in OWN_COMPONENTS.values() for start in each)
+    starts = (start for family in FAMILIES.values() for start in family.beside)
     return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(starts))
 
 
@@ -183,7 +167,7 @@ def _rename(
     shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}
     marked = [f for f in FAMILIES.values() if any(mark in name for mark in f.marks for name in specs)]
     marked = [found.table, *(family for family in marked if family is not found.table)]
-    told = [family for family in marked if _class_of(family) == base.config.get("_class_name")] or marked
+    told = [family for family in marked if family.diffusers_class == base.config.get("_class_name")] or marked
     fitting = [family for family in told if not unknown_tensors(family, shapes, prefix)] or told[:1]
     made, errors = {}, {}
     for family in fitting:

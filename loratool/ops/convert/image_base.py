@@ -6,7 +6,7 @@ The VAE, norms, biases and embeddings get none. `image` plans what is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -129,7 +129,7 @@ def choose_family(
             raise InputError(f"is of {titles}, and {base} of {FAMILIES[found].title}", culprit=name)
         return found
     denoisers = [source for source in sources if source.component in DENOISERS]
-    families = [each for each in families if _has_files(each, denoisers, to)] or families
+    families = [each for each in families if each not in without_files(families, sources, to)] or families
     apart = families if denoisers else ()  # text encoders alone have the names that the first has
     meanings = {each: _meaning(denoisers, each, to) for each in apart}
     other = next((each for each in families[1:] if meanings.get(each) != meanings.get(families[0])), None)
@@ -143,13 +143,17 @@ def choose_family(
     return next(iter(families), None)
 
 
-def _has_files(family: str, sources: list[SourceModule], to: Format) -> bool:
-    """Return whether there are files of a family in a format."""
-    own = {component.name for component in FAMILIES[family].components}
-    try:
-        return all(to.module_name(each, "", family) for each in {source.component for source in sources} & own)
-    except InputError:
-        return False
+def without_files(families: Sequence[str], sources: Iterable[SourceModule], to: Format) -> list[str]:
+    """Return those of some families of whose denoiser there are no files in a format."""
+    there = {source.component for source in sources if source.component in DENOISERS}
+    found = []
+    for family in families:
+        try:
+            for component in there & {component.name for component in FAMILIES[family].components}:
+                to.module_name(component, "", family)
+        except InputError:
+            found.append(family)
+    return found
 
 
 def _meaning(sources: list[SourceModule], family: str, to: Format) -> object:
