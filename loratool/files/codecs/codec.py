@@ -2,7 +2,7 @@
 
 `Codec` reads rows as numbers, which is all that a plain type has. `CodeFormat` is a codec of codes: one small integer
 for each number, the same code for the same number wherever scale and offset are the same. From it follow reading,
-merging back into codes, and undo; its places in the file are the packing's matter (`packing`), its numbers the format's.
+merging back into codes, and undo; their places in the file are the packing's matter, their numbers the format's.
 """
 
 from __future__ import annotations
@@ -211,6 +211,42 @@ class Codec(ABC):
         """
 
 
+Piece = tuple[str, int, bytes]  # of a stored tensor: its role, the first byte, and the bytes from there on
+
+
+class Quantizer(ABC):
+    """Writes a weight in a format anew, with scales of its own, as the format's own software does.
+
+    Args:
+        parts: the weight as another model has it in this format, of which only layout, types and shapes count.
+
+    Attributes:
+        sees_all: whether all rows must be shown before the first is written.
+        together: rows that share a scale: calls begin at their multiples. 0 for all rows of the weight in one order.
+    """
+
+    sees_all: ClassVar[bool] = False
+
+    def __init__(self, parts: Parts, together: int = 1) -> None:
+        self.parts, self.together = parts, together
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the stored tensors that are written, by role."""
+        return {role: tensor.spec for role, tensor in self.parts.tensors.items()}
+
+    def see(self, rows: torch.Tensor) -> None:
+        """Look at rows, of a float type of 16 bits or more, in rising order; only if `sees_all`."""
+        raise TypeError("it does not look first")
+
+    @abstractmethod
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        """Return the codes of rows from `start` on, (rows, width), and what they are in the other tensors."""
+
+    def rest(self) -> list[Piece]:
+        """Return what is known once all rows were written; only if `together` is 0."""
+        return []
+
+
 class CodeFormat(Codec):
     """A codec of codes, with scales beside them.
 
@@ -284,6 +320,10 @@ class CodeFormat(Codec):
     @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
         """Return the codes of ordinals."""
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        """Return what writes a weight anew as `parts` is stored, None if that takes more than its numbers."""
+        return None
 
     def check(self, parts: Parts) -> None:
         """Read the companions of a weight that is to be changed.

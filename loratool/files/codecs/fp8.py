@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Mistral, DeepSeek-V4
 SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale")
 
+USUAL = 128  # the block of DeepSeek-V3, for a config that names none
+
 KEPT = (".input_scale", ".qscale_act", ".input_scale_inv")  # of activations, which go with the codes
 
 
@@ -75,14 +77,13 @@ def block_of(shape: tuple[int, ...], scale: TensorSpec, name: str, declared: Any
         raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
     high, wide = (*grid, 1)[:2]
     stated = declared.get("weight_block_size")
-    if isinstance(stated, list) and len(stated) == 2 and all(type(each) is int and each > 0 for each in stated):
-        if (high, wide) == (-(-rows // stated[0]), -(-columns // stated[1])):
-            return stated[0], stated[1]
+    is_stated = isinstance(stated, list) and len(stated) == 2 and all(type(x) is int and x > 0 for x in stated)
+    if is_stated and (high, wide) == (-(-rows // stated[0]), -(-columns // stated[1])):
+        return stated[0], stated[1]
     if (high, wide) == (rows, 1):
         return 1, 0
     if (high, wide) == (1, columns):
         return 0, 1
-    for size in (128, 64, 32, 16, 256):
-        if (high, wide) == (-(-rows // size), -(-columns // size)):
-            return size, size
+    if (high, wide) == (-(-rows // USUAL), -(-columns // USUAL)):
+        return USUAL, USUAL
     raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")

@@ -131,7 +131,7 @@ class Scaled(CodeFormat):
         """
         import numpy as np
 
-        matrices, rows, columns = parts.shape
+        _, rows, columns = parts.shape
         high, groups = (-(-size // each) if each else 1 for size, each in zip((rows, columns), block, strict=True))
         at = np.arange(start, stop)
         row = at // rows * high + (at % rows // block[0] if block[0] else 0)
