@@ -130,7 +130,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Return the stored tensors of one of `weights`."""
         weight = self.weights[name]
         tensors = [StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors]
-        return Parts(weight, dict(zip(weight.roles, tensors, strict=True)))
+        return Parts(weight, dict(zip(weight.roles, tensors, strict=True)), tensors[0].spec)
 
     def nbytes_of(self, name: str) -> int:
         """Return the bytes in which a weight is stored, those of its companions too."""

@@ -16,8 +16,8 @@ libraries differ in that.
 
 A merge writes a weight that was stored as codes as numbers. `coded` of its entry has the codec's name, and the places
 and hashes of stored tensors that follow its records unchanged: its companions, or all if its values were replaced. Its
-records have the differences of the codes, byte by byte, to those nearest to W' - D. `configs`, the config.json of each
-component, is there if anything was coded: the codec finds its weights anew in it.
+records have the differences of the codes, as the codec orders them, to those nearest to W' - D. `declared`, the
+quantization config of each component, is there if anything was coded: the codec finds its weights anew by it.
 """
 
 from __future__ import annotations
@@ -159,11 +159,13 @@ def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iter
     if name not in plan.base.specs:
         return
     spec, was, weight = spec_of(entry["spec"]), plan.base.specs[name], plan.base.weights.get(name)
+    if weight and entry["replaced"]:
+        return
     if weight:
         runs = coded_tiling(name, spec, was, plan.base.stored[weight.tensors[0]], entry["placements"])
     else:
         runs, _ = tiling(name, spec, was, entry["placements"])
-    height = record_rows(spec.size // max(1, counted_rows(entry)))
+    height = record_rows(spec.size // max(1, counted_rows(entry)), bool(weight))
     for first, last in runs:
         yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
 
@@ -177,9 +179,8 @@ def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first:
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
         norms = max(norms, 8 * (stop - start) if axis == 0 else 8 * columns if axis == 1 and start == first else 0)
     if weight:
-        codes = plan.base.stored[weight.tensors[0]]
-        nbytes = count * codes.nbytes // codes.size * codes.size // was.size
-        return norms + nbytes + -(-nbytes // UNIT)
+        codes = plan.base.stored[weight.tensors[0]].nbytes * 8 // max(1, was.size)  # bits a weight, padding included
+        return norms + count * max(9, codes + 2) // 8 + 4 * -(-count // UNIT) + 64
     if entry["replaced"] or was.dtype == "F64":
         return norms + count * DTYPES[was.dtype] // 8 + -(-count // UNIT)
     return norms + -(-count * (DTYPES[was.dtype] + 1) // 8)  # a bit tells of each that it is not 0.0
@@ -235,7 +236,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "side": side,
         "new_side": sorted(names - set(side)),
         "tensors": tensors,
-        **({"configs": {part.prefix: part.config for part in base.models}} if coded else {}),
+        **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
     }
 
 
@@ -264,7 +265,7 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     was, weight = plan.base.specs[name], plan.base.weights.get(name)
     entry["replaced"] = source != plan.base.ref(name)
     if weight:
-        entry["coded"] = {"codec": weight.codec.key, "kept": []}
+        entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors), "kept": []}
     elif entry["replaced"] and (was.dtype not in FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:

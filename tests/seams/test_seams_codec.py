@@ -23,8 +23,11 @@ from undo_bytes import forge, split_undo
 import loratool
 from loratool.errors import InputError, NeedsFlag
 from loratool.files import codecs
-from loratool.files.codecs.codec import Codec, StoredTensor, StoredWeight
+from loratool.files.codecs.codec import Found, Parts, StoredWeight
+from loratool.files.codecs.packing import Plain
+from loratool.files.codecs.scaled import Scaled, Scales
 from loratool.files.dtypes import TensorSpec
+from loratool.numerics.code_levels import Integers
 
 Q, K, V, NORM = (
     f"model.layers.0.{name}.weight" for name in "self_attn.q_proj self_attn.k_proj mlp.up_proj norm".split()
@@ -32,31 +35,25 @@ Q, K, V, NORM = (
 ROWS, COLUMNS, RANK, ALPHA, EMPTY = 48, 32, 4, 6, 3
 
 
-class Toy(Codec):
-    key, encodes = "toy int8", True
+class Toy(Scaled):
+    key, ends, code_dtypes, code, bits = "toy int8", ("", ".toy_codes"), frozenset(["I8"]), "int8", 8
 
-    def claims(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, StoredWeight]:
-        found = {}
-        for scale in (name for name in specs if name.endswith(".toy_scale")):
-            name = scale.removesuffix(".toy_scale")
-            codes = name if name in specs else f"{name}.toy_codes"
-            found[name] = StoredWeight(self, TensorSpec("F64", specs[codes].shape), (codes, scale))
-        return found
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        path = name.removesuffix(".toy_codes")
+        scale = f"{path}.toy_scale"
+        return StoredWeight(self, TensorSpec("F64", found.specs[name].shape), (name, scale), ("codes", "scales"))
 
-    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: Tensor) -> None:
-        codes = torch.empty(out.shape, dtype=torch.int8)
-        stored[0].read(start * out.shape[1], codes)
-        torch.mul(codes.double(), self._scales(stored[1], start, len(out)), out=out)
+    def weight_name(self, path: str, end: str) -> str:
+        return path.removesuffix(".toy_codes")
 
-    def encode(self, companions: Sequence[StoredTensor], start: int, rows: Tensor) -> Tensor:
-        near = (rows / self._scales(companions[0], start, len(rows))).round()
-        return near.nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
+    def packing(self, parts: Parts) -> Plain:
+        return Plain(parts.weight.spec.shape[-1], "int8")
 
-    @staticmethod
-    def _scales(stored: StoredTensor, start: int, count: int) -> Tensor:
-        scales = torch.empty(count, 1, dtype=torch.float32)
-        stored.read(start, scales)
-        return scales.double()
+    def levels(self, parts: Parts) -> Integers:
+        return Integers(-127, 127, "int8")
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return Scales(parts["scales"].floats(start, stop - start)[:, None], 0)
 
 
 @pytest.fixture(autouse=True)

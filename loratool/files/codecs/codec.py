@@ -163,6 +163,7 @@ class Parts:
 
     weight: StoredWeight
     tensors: Mapping[str, StoredTensor]  # by role
+    codes_spec: TensorSpec  # of the codes, which need not be among the tensors
 
     def __getitem__(self, role: str) -> StoredTensor:
         return self.tensors[role]
