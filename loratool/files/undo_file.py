@@ -26,6 +26,7 @@ from .codecs import find_stored
 from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
+from .quantized import QUANTIZERS
 from .safetensors_file import parse_json, read_layout, read_metadata
 from .side_files import TOKENIZER, UNDO_MARK
 from .undo_checks import (
@@ -328,7 +329,9 @@ class UndoFile:
             prefix, last = prefix_of(name), name.rpartition("/")[2]
             if last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
-            elif tokens and not prefix and any(fnmatch(last, pattern) for pattern in TOKENIZER):
+            elif (tokens and not prefix and any(fnmatch(last, pattern) for pattern in TOKENIZER)) or (
+                last in QUANTIZERS and name not in new
+            ):
                 continue
             elif name in new:
                 require(last in INDEX_NAMES, strange(name))
@@ -405,7 +408,9 @@ class UndoFile:
     def parts_of(self, name: str) -> Parts:
         """Return a coded weight with those of its stored tensors that are here unchanged."""
         weight, kept = self.weights[name], {tensor.name: tensor for tensor in self.kept(name)}
-        roles = {role: kept[tensor] for role, tensor in zip(weight.roles, weight.tensors, strict=True) if tensor in kept}
+        roles = {
+            role: kept[tensor] for role, tensor in zip(weight.roles, weight.tensors, strict=True) if tensor in kept
+        }
         return Parts(weight, roles, self.specs[weight.tensors[0]])
 
     @property

@@ -182,5 +182,3 @@ def _as_float(number: Fraction) -> float:
         return float(number)
     except OverflowError:
         return math.copysign(math.inf, number)
-
-

@@ -41,7 +41,13 @@ def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> d
         moved = base is not None and base != plan.sources[name]
         if not plan.sources[name].spec.size:
             continue
-        if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in FLOATS):
+        if name in plan.decoded and not record:
+            continue  # it is cast
+        if (
+            placements
+            or name in plan.decoded
+            or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in FLOATS)
+        ):
             found[name] = merge_tensor(base, plan.sources[name], placements, load, record)
     return found
 

@@ -418,7 +418,6 @@ class Reader:
         folded: Codes = half ^ -low
         return folded
 
-
     def rare(self, count: int, code: type) -> Codes:
         """Read what `_pack_rare` packed of so many numbers of a signed integer type."""
         kind = self.take(1)

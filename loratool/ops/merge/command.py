@@ -19,7 +19,8 @@ from typing import BinaryIO
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.merge_plan import MergePlan, decode_changed, plan_merge
+from ...binding.coded_bases import LOSSY, WAYS, plan_codes
+from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
@@ -64,6 +65,8 @@ def merge(
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
     residual_base: bool = False,
+    quantized: str = "mixed",
+    allow: Sequence[str] = (),
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -87,6 +90,8 @@ def merge(
         tied: a key of TIED.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
+        quantized: a key of WAYS, for the weights that the base stores as codes.
+        allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -107,6 +112,10 @@ def merge(
             raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
         if tied not in TIED:
             raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
+        if quantized not in WAYS:
+            raise UsageError(f"quantized {quantized!r} is none of {', '.join(WAYS)}")
+        if set(allow) - {LOSSY}:
+            raise UsageError(f"allow {', '.join(sorted(set(allow) - {LOSSY}))!r} is not {LOSSY}")
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
@@ -118,6 +127,8 @@ def merge(
             _provenance(plan),
             OutputOptions(
                 dtype=MERGE_DTYPES[chosen_dtype],
+                quantized=quantized,
+                allow=tuple(allow),
                 device=where,
                 max_shard_bytes=max_shard_bytes,
                 undo=undo,
@@ -137,6 +148,8 @@ class OutputOptions:
     device: torch.device
     undo: bool  # write an undo file
     force: bool  # replace an output that exists
+    quantized: str = "mixed"  # a key of WAYS
+    allow: tuple[str, ...] = ()
     max_shard_bytes: int | None = None  # None keeps the base's shards
     dry_run: bool = False  # write nothing
     progress: Progress | None = None
@@ -159,7 +172,7 @@ def write_merged(
         beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    edits = decode_changed(plan, options.dtype)
+    plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
@@ -171,7 +184,7 @@ def write_merged(
         plan.changed,
         options.dtype,
         options.max_shard_bytes,
-        edits,
+        plan.edits,
         options.undo,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
@@ -220,12 +233,9 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     for name, spec in plan.base.specs.items():
-        weight = plan.base.weights.get(name)
-        was = weight.codec.key if weight else spec.dtype
-        is_kept = output.specs[name].dtype == was if not weight else weight.codec.encodes or name not in plan.changed
-        if not is_kept:
+        if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(
-                f"is {was} in the base, and a merge into another type cannot be undone",
+                f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
                 culprit=name,
                 remedy="add --no-undo",
             )
