@@ -50,10 +50,21 @@ class MergePlan:
         replaced = {n for n, source in self.sources.items() if n not in own or source.file is not self.base.ref(n).file}
         return replaced | set(self.placements) | self.decoded.keys()
 
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The tensors of the output that have other bytes -> the weights that they are, or are the codes of."""
+        weights = self.base.weights
+        return {weights[name].tensors[0] if name in self.recoded else name: name for name in self.changed}
+
     def stored_sources(self, names: Iterable[str]) -> dict[str, TensorRef]:
-        """Return where each tensor of the output comes from; an unchanged weight's are stored as they are."""
+        """Return where each tensor of the output comes from; an unchanged weight's are stored as they are.
+
+        Codes that are written anew come from their weight.
+        """
+        coded = {self.base.weights[name].tensors[0]: self.base.ref(name) for name in self.recoded}
         read = self.sources.keys() - (self.base.weights.keys() - (self.changed - self.recoded))
-        return {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
+        found = {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
+        return found | coded
 
 
 def plan_merge(

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,6 +108,8 @@ def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int,
         records: the rows of each record, as (start, stop).
     """
     spec, rows = spec_of(entry["spec"]), counted_rows(entry)
+    if "recoded" in entry:  # the records tell codes, which need not lie row by row
+        rows, records = 1, ()
     done = 0
     for start, stop in [*sorted(records), (rows, rows)]:
         first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
@@ -123,6 +127,18 @@ class _Kept(WeightsFile):
 
     def __init__(self, undo: UndoFile, specs: dict[str, TensorSpec], begin: dict[str, int]) -> None:
         self.path, self.file, self.specs, self.begin = undo.path, undo.file, specs, begin
+
+
+def recoded_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Return rows and columns of a weight that was rounded to codes."""
+    size = prod(entry["recoded"]["shape"])
+    return counted_rows(entry), size // max(1, counted_rows(entry))
+
+
+def recoded_tiling(entry: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the runs of rows that its records must tile: all, split at each edge."""
+    edges = {0, counted_rows(entry), *(edge for *_, start, stop, _, _ in entry["placements"] for edge in (start, stop))}
+    return list(pairwise(sorted(edges)))
 
 
 def counted_rows(entry: Mapping[str, Any]) -> int:
@@ -280,6 +296,8 @@ class UndoFile:
             require(fits and type(words) is int and 0 <= words < 1 << 64, f"{name}: a record")
         for placement in entry["placements"]:
             check_placement(name, placement, len(self.index["adapters"]))
+        if "recoded" in entry:
+            return self._check_recoded(name, entry, spec)
         if was is None:
             require(not entry["records"] and not entry["placements"], f"{name}: a record of nothing")
             require("replaced" not in entry and "copied" not in entry, f"{name} was not in the base")
@@ -309,6 +327,19 @@ class UndoFile:
         fits = type(first) is int and first == copied and is_count(at) and are_hashes(hashes, -(-length // HASH_PART))
         require(fits, f"{name}: its copied rows")
         return [*extents, (at, length)]
+
+    def _check_recoded(self, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> list[tuple[int, int]]:
+        """Check the entry of codes that were written anew, and return its (first byte, length) ranges in the file."""
+        recoded = entry["recoded"]
+        shape = checked_spec(["F64", recoded["shape"]]).shape
+        fits = isinstance(recoded["weight"], str) and isinstance(recoded["codec"], str) and len(shape) > 1
+        require(fits and self.specs.get(name) == spec, f"{name}: codes of another type")
+        rows, columns = recoded_shape(entry)
+        require(bool(entry["placements"]) and rows * columns == prod(shape) > 0, f"{name}: its rows")
+        require(all(each[ROWS] == rows for each in entry["placements"]), f"{name}: its rows")
+        ranges = sorted((start, stop) for start, stop, *_ in entry["records"])
+        check_tiling(name, recoded_tiling(entry), ranges, record_rows(columns, True))
+        return [(at, length) for _, _, at, length, *_ in entry["records"]]
 
     def _check_written(self) -> None:
         """Check the hashes of unrecorded bytes, which all changed tensors have."""
@@ -427,7 +458,7 @@ class UndoFile:
             return False
         for name, spec in changed.items():
             width = spec.nbytes // max(1, counted_rows(self.index["tensors"][name]))
-            for record in self.records(name):
+            for record in () if "recoded" in self.index["tensors"][name] else self.records(name):
                 at = model.begin[name] + record.start * width
                 if sum_range(model.file, at, (record.stop - record.start) * width) != record.sum:
                     return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from .decide import Reals
 from .dense import DenseRows
 from .forms import FORMS, Codes, Wide, codes, fraction, widen
+from .rounding_stats import RoundingStats
 from .workspace import Workspace
 
 MARGIN = 2.0**-44  # of the largest number: more than scales, offsets and their roundings move a midpoint
@@ -40,31 +41,44 @@ class CodeGrid(Protocol):
 
 
 @np.errstate(all="ignore")
-def round_to_codes(x: Reals, base: Tensor, first: int, grid: CodeGrid, work: Workspace) -> Codes:
-    """Return the codes nearest to X, ties to even codes, (rows, n).
+def round_to_codes(
+    x: Reals, base: Tensor, former: Codes, grid: CodeGrid, work: Workspace
+) -> tuple[Codes, RoundingStats]:
+    """Return the codes nearest to X, ties to even codes, (rows, n), and what they did to the weights.
+
+    Where W is not finite, or X has W's own number as nearest, the former code stays: of -0, and of equal entries.
 
     Args:
-        base: W of the rows, (rows, n), float64; not finite W count as 0.
-        first: of its first row in `x`.
+        base: W of the rows of `x`, (rows, n), float64.
+        former: its codes, (rows, n).
     """
     dense = DenseRows(x, base.dtype, torch.float64, base.device)
-    bounds = dense.bounds(base, first)
+    bounds = dense.bounds(base, 0)
+    weight = base.cpu().numpy()
+    change = np.empty(base.shape)
 
     def parts() -> Iterator[tuple[slice, Wide, Wide]]:
         for here in _tiles(dense, base):
-            total, _, _ = dense.fill(base[here], first + here.start, bounds.shift, work)
+            total, _, _ = dense.fill(base[here], here.start, bounds.shift, work)
             upper = total.cpu().numpy()
+            change[here] = upper - bounds.shift - weight[here]
             margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
             yield here, upper - (bounds.span + margin), upper + margin
 
-    def exact(i: int, j: int) -> Fraction:
-        weight = float(base[i, j])
-        return x.exact(Fraction(weight) if math.isfinite(weight) else Fraction(0), first + i, j)
-
     found, doubt = _decide(grid, base.shape, parts())
     for i, j in doubt:
-        found[i, j] = _nearest_to(grid, exact(i, j), i, j, base.shape[1])
-    return found
+        if math.isfinite(weight[i, j]):
+            found[i, j] = _nearest_to(grid, x.exact(Fraction(float(weight[i, j])), i, j), i, j, base.shape[1])
+    fine = np.isfinite(weight)
+    moved = np.where(fine, grid.values(0, found) - weight, 0.0)
+    stays = moved == 0
+    found[stays] = former[stays]
+    change[~fine] = 0.0
+    size = np.where(fine, weight, 0.0)
+    sums = (float(np.vdot(*pair)) for pair in ((size, size), (change, change), (moved, change), (moved, moved)))
+    squared, asked, kept, gone = sums
+    changed, odd = int(np.count_nonzero(~stays)), int(np.count_nonzero(~fine))
+    return found, RoundingStats(squared, asked, kept, changed, odd, moved_squared=gone)
 
 
 @np.errstate(all="ignore")

@@ -33,9 +33,9 @@ from .workers import Locate, Scattered, Step
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
-    """Return every tensor that is not just copied or cast, by name."""
+    """Return every tensor that is not just copied or cast, nor written as codes, by name."""
     found = {}
-    for name in plan.sources:
+    for name in plan.sources.keys() - plan.recoded:
         base = plan.base.ref(name) if name in plan.base.specs else None
         placements = plan.placements.get(name, ())
         moved = base is not None and base != plan.sources[name]
@@ -71,7 +71,7 @@ def merge_tensor(
     record = record and not (base is not None and moved and base.weight)  # all of it is kept
 
     def ranges() -> Iterator[RowRange]:
-        for start, stop, inside in _segments(placements, {0, rows} if moved or codes else set()):
+        for start, stop, inside in segments(placements, {0, rows} if moved or codes else set()):
             segment = RowSegment(source, columns, start, stop, inside, load)
             if moved and base is not None and start < shared:
                 both = partial(_replace, base, segment if inside else None, record)
@@ -85,7 +85,7 @@ def merge_tensor(
     return ChangedTensor(rows, ranges)
 
 
-def _segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[int, int, list[Placement]]]:
+def segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[int, int, list[Placement]]]:
     """Yield the runs of rows with the same placements, and these."""
     edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
     for start, stop in pairwise(edges):
@@ -155,7 +155,7 @@ def restore_tensor(
     parts = undo.parts_of(name) if name in undo.weights else None
 
     def ranges() -> Iterator[RowRange | CopiedRows]:
-        for start, stop, inside in _segments(placements, {0, rows} if parts or not placements else set()):
+        for start, stop, inside in segments(placements, {0, rows} if parts or not placements else set()):
             segment = RowSegment(None, columns, start, stop, inside, load) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if segment and record.start == start:
@@ -255,7 +255,7 @@ def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: Up
         return step
 
     def ranges() -> Iterator[RowRange]:
-        for start, stop, inside in _segments(placements, set()):
+        for start, stop, inside in segments(placements, set()):
             if inside:
                 segment = RowSegment(source, columns, start, stop, inside, load)
                 yield RowRange(start, stop, partial(prepare, segment), height, height)

@@ -40,6 +40,7 @@ from .candidates import Runs, every, find_runs
 
 UNIT = 1 << 12  # differences of one width
 RARE = 32  # fewer than one in so many take less with their places
+SPARSE = 255  # in the place of a width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
 
@@ -121,19 +122,19 @@ class CodedRows:
         columns = guess.shape[1]
         apart = (self.ordinals(codes[:, :columns]) - self.ordinals(guess)).reshape(-1)
         zero = self._is_zero(guess)
-        padding = np.ascontiguousarray(codes[:, columns:]).reshape(-1).view(np.int8)
-        return b"".join(map(_pack_rare, (apart[~zero], apart[zero], padding)))
+        padding = codes[:, columns:].astype(np.int16).reshape(-1)
+        return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
         """Return the codes that `pack` packed."""
         zero = self._is_zero(guess)
         apart = np.empty(guess.size, np.int16)
-        apart[~zero] = reader.rare(int((~zero).sum()), np.int16)
-        apart[zero] = reader.rare(int(zero.sum()), np.int16)
+        apart[~zero] = reader.small(int((~zero).sum()))
+        apart[zero] = reader.small(int(zero.sum()))
         codes = self.from_ordinals((self.ordinals(guess).reshape(-1) + apart).reshape(-1)).reshape(guess.shape)
         width = self.format.width(self.parts)
-        padding = reader.rare(len(guess) * (width - guess.shape[1]), np.int8)
-        return np.concatenate((codes, padding.view(codes.dtype).reshape(len(guess), -1)), axis=1)
+        padding = reader.small(len(guess) * (width - guess.shape[1]))
+        return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(guess), -1)), axis=1)
 
     def _is_zero(self, guess: Codes) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = (self.values(0, guess) == 0).reshape(-1)
@@ -215,6 +216,15 @@ class Recorder:
         stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data
         digest = hashlib.sha256(stored).hexdigest()
         return RecordedBlock(change, self._payload, digest, word_sum(bytes_of(out)))
+
+
+def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
+    """Return the record of rows that were rounded to codes: what the former ones, (rows, width), are beside the new."""
+    columns = rows.parts.weight.spec.shape[-1]
+    digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
+    return RecordedBlock(
+        change, rows.pack(former, made[:, :columns]), digest, word_sum(bytes_of(torch.from_numpy(made)))
+    )
 
 
 def take_all(x: Tensor) -> Codes:
@@ -331,13 +341,24 @@ def pack_differences(difference: Codes) -> bytes:
     return b"".join(parts)
 
 
-def _pack_rare(difference: Codes) -> bytes:
-    """Pack signed integers that are nearly all 0, as those that are not and the gaps before them; a byte says so."""
+def _pack_small(difference: Codes) -> bytes:
+    """Pack int16 of which most are 0 or near it: a byte that says how, then the numbers.
+
+    SPARSE: those that are not 0, and the gaps before them. Otherwise the width of all, folded as `pack_differences`
+    does, the largest number of this width standing for one that follows in full.
+    """
     at = np.flatnonzero(difference)
-    if len(at) * RARE > len(difference):
-        return b"\0" + pack_differences(difference)
-    gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
-    return b"\1" + len(at).to_bytes(4, "little") + pack_differences(gaps) + pack_differences(difference[at])
+    if len(at) * RARE <= len(difference):
+        gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
+        numbers = pack_differences(gaps) + pack_differences(difference[at])
+        return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
+    folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
+    several = np.cumsum(np.bincount(folded, minlength=1 << 9)[::-1])[::-1]  # how many are so large, or larger
+    width = min(range(1, 9), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
+    escape = (1 << width) - 1
+    short = np.minimum(folded, escape)[:, None] >> np.arange(width, dtype=np.uint16)
+    data = np.packbits(short & 1 == 1, bitorder="little").tobytes()
+    return bytes([width]) + data + pack_differences(difference[folded >= escape])
 
 
 @dataclass(frozen=True)
@@ -418,18 +439,27 @@ class Reader:
         folded: Codes = half ^ -low
         return folded
 
-    def rare(self, count: int, code: type) -> Codes:
-        """Read what `_pack_rare` packed of so many numbers of a signed integer type."""
-        kind = self.take(1)
-        if kind == b"\0":
-            return self.differences(count, code)
-        found, some = np.zeros(count, code), int.from_bytes(self.take(4), "little")
-        if kind != b"\1" or some > count:
-            raise ValueError("is of no kind")
-        at = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
-        if some and (at[0] < 0 or at[-1] >= count or (np.diff(at) < 1).any()):
-            raise ValueError("has places that are none")
-        found[at] = self.differences(some, code)
+    def small(self, count: int) -> Codes:
+        """Read what `_pack_small` packed of so many numbers."""
+        width, found = self.take(1)[0], np.zeros(count, np.int16)
+        if width == SPARSE:
+            some = int.from_bytes(self.take(4), "little")
+            if some > count:
+                raise ValueError("has more places than numbers")
+            at = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
+            if some and (at[0] < 0 or at[-1] >= count or (np.diff(at) < 1).any()):
+                raise ValueError("has places that are none")
+            found[at] = self.differences(some, np.int16)
+            return found
+        if not 1 <= width <= 8:
+            raise ValueError(f"has numbers of {width} bits")
+        data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
+        short = (
+            data[: count * width].reshape(count, width).astype(np.uint16) << np.arange(width, dtype=np.uint16)
+        ).sum(1, dtype=np.uint16)
+        found[:] = (short >> 1).astype(np.int16) ^ -(short & 1).astype(np.int16)
+        escaped = np.flatnonzero(short == (1 << width) - 1)
+        found[escaped] = self.differences(len(escaped), np.int16)
         return found
 
 
@@ -507,6 +537,13 @@ class Restorer:
         index = _from_planes(data[read:], count)
         raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
         put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
+
+    def recoded(self, made: Codes, out: Tensor) -> None:
+        """Write the former codes into `out` from those that a merge wrote, both (rows, width)."""
+        assert self._rows
+        columns = self._rows.parts.weight.spec.shape[-1]
+        restored = self._rows.unpack(self._reader, np.ascontiguousarray(made[:, :columns]))
+        codes(out)[...] = restored.view(codes(out).dtype)
 
     def check(self, restored: Tensor, merged: Tensor) -> None:
         """Raise InputError if the rows are not those of the merge."""

@@ -51,6 +51,8 @@ from ..files.undo_file import (
     UnrecordedBytes,
     counted_rows,
     kept_tensors,
+    recoded_shape,
+    recoded_tiling,
     unrecorded,
 )
 from .records import UNIT
@@ -135,7 +137,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     def hashes(nbytes: int) -> list[str]:
         return [HASH] * -(-nbytes // HASH_PART)
 
-    copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.changed and spec.nbytes}
+    copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.written and spec.nbytes}
     index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
     for name, entry in index["tensors"].items():
         places = list(_record_places(plan, name, entry))
@@ -156,7 +158,11 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
 
 def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
     """Yield each record of a changed tensor: the first row of its run, and the rows that it starts and stops at."""
-    if name not in plan.base.specs:
+    if "recoded" in entry:
+        height = record_rows(recoded_shape(entry)[1], True)
+        for first, last in recoded_tiling(entry):
+            yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
+    if "recoded" in entry or name not in plan.base.specs:
         return
     spec, was, weight = spec_of(entry["spec"]), plan.base.specs[name], plan.base.weights.get(name)
     if weight and entry["replaced"]:
@@ -172,6 +178,9 @@ def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iter
 
 def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first: int, start: int, stop: int) -> int:
     """Return the most bytes of one record: a number of the stored type for each weight, and what precedes numbers."""
+    if "recoded" in entry:
+        count = (stop - start) * recoded_shape(entry)[1]
+        return count * 3 + 4 * -(-count // UNIT) + 64
     was, weight = plan.base.specs[name], plan.base.weights.get(name)
     columns = spec_of(entry["spec"]).size // counted_rows(entry)
     count, norms = (stop - start) * columns, 0
@@ -179,8 +188,8 @@ def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first:
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
         norms = max(norms, 8 * (stop - start) if axis == 0 else 8 * columns if axis == 1 and start == first else 0)
     if weight:
-        codes = plan.base.stored[weight.tensors[0]].nbytes * 8 // max(1, was.size)  # bits a weight, padding included
-        return norms + count * max(9, codes + 2) // 8 + 4 * -(-count // UNIT) + 64
+        padded = 1 + plan.base.stored[weight.tensors[0]].nbytes // max(1, was.size)
+        return norms + count * 3 * padded + 4 * -(-count // UNIT) + 64
     if entry["replaced"] or was.dtype == "F64":
         return norms + count * DTYPES[was.dtype] // 8 + -(-count // UNIT)
     return norms + -(-count * (DTYPES[was.dtype] + 1) // 8)  # a bit tells of each that it is not 0.0
@@ -216,7 +225,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
-    tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed}
+    tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
     coded = any("coded" in entry for entry in tensors.values())
     return {
         "version": VERSION,
@@ -258,8 +267,14 @@ def _read(path: Path) -> bytes:
 
 def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int]) -> dict[str, Any]:
     spec = output.specs[name]
-    source = plan.sources[name]
     entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
+    if plan.written[name] in plan.recoded:
+        weight = plan.written[name]
+        placements = sorted((_placement(p, numbers) for p in plan.placements[weight]), key=repr)
+        recoded = {"weight": weight, "shape": list(plan.base.specs[weight].shape)}
+        recoded["codec"] = plan.base.weights[weight].codec.key
+        return {**entry, "placements": placements, "recoded": recoded, "replaced": False}
+    source = plan.sources[name]
     if name not in plan.base.specs:
         return entry
     was, weight = plan.base.specs[name], plan.base.weights.get(name)

@@ -50,7 +50,7 @@ class Fp8(Scaled):
     def levels(self, parts: Parts) -> Levels:
         from ...numerics.code_levels import E4M3, E5M2
 
-        return E4M3 if parts["codes"].spec.dtype == "F8_E4M3" else E5M2
+        return E4M3 if parts.codes_spec.dtype == "F8_E4M3" else E5M2
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         block = parts.detail("block")

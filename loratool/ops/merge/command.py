@@ -35,6 +35,7 @@ from ...files.weights_file import WeightsFile
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
+from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
@@ -181,7 +182,7 @@ def write_merged(
         path,
         is_file,
         provenance,
-        plan.changed,
+        plan.written,
         options.dtype,
         options.max_shard_bytes,
         plan.edits,
@@ -252,7 +253,11 @@ def _execute(
         undo = UndoWriter(output.path.absolute().parent) if output.undo else None
         if undo:
             opened.callback(undo.close)
-        tensors = plan_changed_tensors(plan, UpdateLoader(options.device), undo is not None)
+        load = UpdateLoader(options.device)
+        tensors = plan_changed_tensors(plan, load, undo is not None)
+        for codes, name in plan.written.items():
+            if name in plan.recoded:
+                tensors[codes] = recode_tensor(plan.base.ref(name), plan.placements[name], load, undo is not None)
         size = None
 
         def finish(targets: Mapping[str, BinaryIO]) -> None:
@@ -261,7 +266,7 @@ def _execute(
                 _hash_the_rest(undo, plan, output, targets, workers)
                 size = undo.finish(targets[output.undo.name], plan, output)
 
-        copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
+        copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
         sources = plan.stored_sources(output.specs)
         runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
@@ -272,8 +277,9 @@ def _execute(
             if undo and isinstance(blocks[0], RecordedBlock):
                 undo.add(item.tensor, item.start, item.stop, blocks[0].payload, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
-            refuse_overflow(item.tensor, blocks, plan.sources, output)
-            changes[item.tensor] += blocks
+            if item.tensor in plan.written and plan.written[item.tensor] not in plan.recoded:
+                refuse_overflow(item.tensor, blocks, plan.sources, output)
+            changes[plan.written.get(item.tensor, item.tensor)] += blocks
             for block in blocks:
                 steps.update(block.steps)
     counts = (f"{steps[step]:,} {step}" for step in ("dense", "near", "nearer", "exact"))
