@@ -38,6 +38,12 @@ NOTES = (
         "layers changed",
         "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj",
     ),
+    Note(
+        "compressed-tensors",
+        "transformers takes the experts of all layers for codes where codes are packed (4 bits): this output is for "
+        "vLLM and SGLang",
+        "experts",
+    ),
     Note("bitsandbytes", "vLLM 0.33 does not read bitsandbytes"),
     Note("bitsandbytes", "SGLang takes all experts for bitsandbytes codes: this output is for transformers", "experts"),
     Note("torchao", "vLLM takes all experts of torchao for codes: this output is for transformers", "experts"),
