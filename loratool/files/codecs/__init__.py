@@ -7,14 +7,28 @@ from __future__ import annotations
 
 from ..dtypes import TensorSpec
 from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
+from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
 from .float8 import Float8
 from .fp8 import Fp8
 from .raw import Raw
+from .torchao import TorchaoFloat8, TorchaoInt8
 
 RAW = Raw()
 
 # The first that claims a tensor has it; `Raw` has what no other claims.
-CODECS: dict[str, Codec] = {codec.key: codec for codec in (Fp8(), Float8(), RAW)}
+CODECS: dict[str, Codec] = {
+    codec.key: codec
+    for codec in (
+        ComfyInt8(),
+        ComfyMxfp8(),
+        ComfyNvfp4(),
+        TorchaoInt8(),
+        TorchaoFloat8(),
+        Fp8(),
+        Float8(),
+        RAW,
+    )
+}
 
 
 def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
