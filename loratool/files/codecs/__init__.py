@@ -6,15 +6,37 @@ A new codec is one file here and one row of the table.
 from __future__ import annotations
 
 from ..dtypes import TensorSpec
+from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
 from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
 from .float8 import Float8
 from .fp8 import Fp8
+from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
+from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
+from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
 
 RAW = Raw()
 
 # The first that claims a tensor has it; `Raw` has what no other claims.
-CODECS: dict[str, Codec] = {codec.key: codec for codec in (Fp8(), Float8(), RAW)}
+CODECS: dict[str, Codec] = {
+    codec.key: codec
+    for codec in (
+        Fp8(),
+        Mxfp4(),
+        PackedMxfp4(),
+        DeepSeekFp4(),
+        PackedNvfp4(),
+        ModeloptNvfp4(),
+        Bitsandbytes4(),
+        BitsandbytesInt8(),
+        MlxAffine(),
+        MlxAffine8(),
+        MlxFp4(),
+        MlxFp8(),
+        Float8(),
+        RAW,
+    )
+}
 
 
 def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
