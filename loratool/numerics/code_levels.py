@@ -79,9 +79,9 @@ class Table:
 
     @cached_property
     def _order(self) -> Codes:
-        """The codes as their numbers rise, -0 before +0, nan last."""
+        """The codes as their numbers rise, -0 before +0, equal entries from the last code to the first, nan last."""
         size = self._wide + 0.0
-        return np.lexsort((~np.signbit(self._wide), size)).astype(np.int16)
+        return np.lexsort((-np.arange(len(size)), ~np.signbit(self._wide), size)).astype(np.int16)
 
     @cached_property
     def _ranks(self) -> Codes:
@@ -97,7 +97,7 @@ class Table:
         """
         order = self._order[np.isfinite(self._wide[self._order])]
         values = self._wide[order] + 0.0
-        last = np.append(values[1:] != values[:-1], True)  # of -0 and +0, and of equal entries, the last
+        last = np.append(values[1:] != values[:-1], True)  # of -0 and +0 the latter, of equal entries the least code
         codes, values = order[last], values[last]
         middles = (values[1:] + values[:-1]) / 2
         upper = codes[1:] % 2 == 0 if self.even else np.zeros(len(middles), np.bool_)

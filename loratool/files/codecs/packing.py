@@ -111,22 +111,30 @@ class Words:
 
 @dataclass(frozen=True)
 class HighNibbles:
-    """Two codes a byte, the first in the high nibble; an even number of columns."""
+    """Two codes a byte, the first in the high nibble, in one run: where the columns are odd, two rows share a byte."""
 
     columns: int
-    row_multiple = 1
 
     @property
     def width(self) -> int:
         return self.columns
 
+    @property
+    def row_multiple(self) -> int:
+        return 1 + self.columns % 2
+
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
-        half = self.columns // 2
-        data = _bytes(tensor, start * half, stop * half).reshape(-1, half)
-        return np.stack((data >> 4, data & 15), axis=2).reshape(len(data), self.columns)
+        first, last = start * self.columns, stop * self.columns
+        data = _bytes(tensor, first // 2, -(-last // 2))
+        codes = np.empty((len(data), 2), np.uint8)
+        np.right_shift(data, 4, out=codes[:, 0])
+        np.bitwise_and(data, 15, out=codes[:, 1])
+        flat: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first]
+        return flat.reshape(stop - start, self.columns)
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
-        yield start * self.columns // 2, ((codes[:, ::2] << 4) | codes[:, 1::2]).tobytes()
+        flat = codes.reshape(-1)
+        yield start * self.columns // 2, ((flat[::2] << 4) | flat[1::2]).tobytes()
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ class TurnedNibbles:
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         half, parts = self.rows // 2, []
-        for which, first, last in _matrices(start, stop, self.rows):
+        for which, first, last in matrices(start, stop, self.rows):
             low, high = first // 2, -(-last // 2)
             data = tensor.box(self.columns, half, low, high, which * self.columns * half)
             codes = np.stack((data & 15, data >> 4), axis=2).reshape(self.columns, -1)
@@ -152,7 +160,7 @@ class TurnedNibbles:
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         half, done = self.rows // 2, 0
-        for which, first, last in _matrices(start, start + len(codes), self.rows):
+        for which, first, last in matrices(start, start + len(codes), self.rows):
             part = codes[done : done + last - first]
             done += last - first
             data = np.ascontiguousarray((part[::2] | (part[1::2] << 4)).T)
@@ -212,7 +220,7 @@ class Octets:
             yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
 
 
-def _matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
+def matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
     """Yield the parts of a run of rows by matrices: (matrix, first row in it, row after the last)."""
     edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
     for first, last in pairwise(edges):
