@@ -143,7 +143,7 @@ class TurnedNibbles:
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         half, parts = self.rows // 2, []
-        for which, first, last in _matrices(start, stop, self.rows):
+        for which, first, last in matrices(start, stop, self.rows):
             low, high = first // 2, -(-last // 2)
             data = tensor.box(self.columns, half, low, high, which * self.columns * half)
             codes = np.stack((data & 15, data >> 4), axis=2).reshape(self.columns, -1)
@@ -152,7 +152,7 @@ class TurnedNibbles:
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         half, done = self.rows // 2, 0
-        for which, first, last in _matrices(start, start + len(codes), self.rows):
+        for which, first, last in matrices(start, start + len(codes), self.rows):
             part = codes[done : done + last - first]
             done += last - first
             data = np.ascontiguousarray((part[::2] | (part[1::2] << 4)).T)
@@ -212,7 +212,18 @@ class Octets:
             yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
 
 
-def _matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
+def span(start: int, stop: int, bits: int) -> tuple[int, int]:
+    """Return the words, first and behind the last, that hold codes start:stop of a stream and begin with a code."""
+    return start // 32 * bits, -(-stop * bits // 32)
+
+
+def cut(words: Codes, start: int, stop: int, bits: int) -> Codes:
+    """Return codes start:stop of streams, (streams, codes), of the words of their `span`, (streams, words)."""
+    data = np.ascontiguousarray(words).view(np.uint8)
+    return Words(words.shape[1] * 32 // bits, bits).unpack(data)[:, start % 32 : start % 32 + stop - start]
+
+
+def matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
     """Yield the parts of a run of rows by matrices: (matrix, first row in it, row after the last)."""
     edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
     for first, last in pairwise(edges):
