@@ -6,15 +6,20 @@ A new codec is one file here and one row of the table.
 from __future__ import annotations
 
 from ..dtypes import TensorSpec
+from .awq import Awq
 from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
+from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
+from .gptq import Gptq
 from .raw import Raw
 
 RAW = Raw()
 
 # The first that claims a tensor has it; `Raw` has what no other claims.
-CODECS: dict[str, Codec] = {codec.key: codec for codec in (Fp8(), Float8(), RAW)}
+CODECS: dict[str, Codec] = {
+    codec.key: codec for codec in (Fp8(), Awq(), Gptq(), PackedInts(), PlainInts(), Float8(), RAW)
+}
 
 
 def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
