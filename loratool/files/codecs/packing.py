@@ -129,8 +129,8 @@ class HighNibbles:
         codes = np.empty((len(data), 2), np.uint8)
         np.right_shift(data, 4, out=codes[:, 0])
         np.bitwise_and(data, 15, out=codes[:, 1])
-        flat: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first]
-        return flat.reshape(stop - start, self.columns)
+        found: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first].reshape(stop - start, self.columns)
+        return found
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         flat = codes.reshape(-1)
