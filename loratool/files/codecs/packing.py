@@ -103,7 +103,8 @@ class Words:
             return np.ascontiguousarray(codes)
         if self.bits in (1, 2, 4):
             spread = np.arange(0, 8, self.bits, dtype=np.uint8)
-            return np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+            found: Codes = np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+            return found
         apart = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=self.bits).reshape(len(codes), -1)
         apart = np.pad(apart, ((0, 0), (0, self.nbytes * 8 - apart.shape[1])))
         return np.packbits(apart, axis=1, bitorder="little")
