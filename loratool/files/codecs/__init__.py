@@ -8,12 +8,14 @@ from __future__ import annotations
 from ..dtypes import TensorSpec
 from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
 from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
+from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
 from .float8 import Float8
 from .fp8 import Fp8
 from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
+from .torchao import TorchaoFloat8, TorchaoInt8
 
 RAW = Raw()
 
@@ -21,7 +23,6 @@ RAW = Raw()
 CODECS: dict[str, Codec] = {
     codec.key: codec
     for codec in (
-        Fp8(),
         Mxfp4(),
         PackedMxfp4(),
         DeepSeekFp4(),
@@ -33,6 +34,12 @@ CODECS: dict[str, Codec] = {
         MlxAffine8(),
         MlxFp4(),
         MlxFp8(),
+        ComfyInt8(),
+        ComfyMxfp8(),
+        ComfyNvfp4(),
+        TorchaoInt8(),
+        TorchaoFloat8(),
+        Fp8(),
         Float8(),
         RAW,
     )
