@@ -6,11 +6,14 @@ A new codec is one file here and one row of the table.
 from __future__ import annotations
 
 from ..dtypes import TensorSpec
+from .awq import Awq
 from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
 from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
 from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
+from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
+from .gptq import Gptq
 from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
@@ -39,7 +42,11 @@ CODECS: dict[str, Codec] = {
         ComfyNvfp4(),
         TorchaoInt8(),
         TorchaoFloat8(),
+        Awq(),
+        Gptq(),
+        PackedInts(),
         Fp8(),
+        PlainInts(),
         Float8(),
         RAW,
     )

@@ -94,6 +94,15 @@ class StoredTensor:
             out[row] = self.integers(first + row * width + start, stop - start)
         return out
 
+    def float_box(self, rows: int, width: int, start: int, stop: int) -> Wide:
+        """Return the same of a float type as float64."""
+        import torch
+
+        from ...numerics.forms import FORMS, wide
+
+        form = FORMS[getattr(torch, DTYPE_NAMES[self.spec.dtype])]
+        return wide(self.box(rows, width, start, stop).view(form.code), form)
+
 
 @dataclass(frozen=True)
 class Found:

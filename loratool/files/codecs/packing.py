@@ -221,6 +221,17 @@ class Octets:
             yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
 
 
+def span(start: int, stop: int, bits: int) -> tuple[int, int]:
+    """Return the words, first and behind the last, that hold codes start:stop of a stream and begin with a code."""
+    return start // 32 * bits, -(-stop * bits // 32)
+
+
+def cut(words: Codes, start: int, stop: int, bits: int) -> Codes:
+    """Return codes start:stop of streams, (streams, codes), of the words of their `span`, (streams, words)."""
+    data = np.ascontiguousarray(words).view(np.uint8)
+    return Words(words.shape[1] * 32 // bits, bits).unpack(data)[:, start % 32 : start % 32 + stop - start]
+
+
 def matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
     """Yield the parts of a run of rows by matrices: (matrix, first row in it, row after the last)."""
     edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
