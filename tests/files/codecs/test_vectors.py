@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FIXTURES
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from loratool import InputError
@@ -43,6 +43,11 @@ def over(each: list[tuple[str, str]]) -> pytest.MarkDecorator:
 @cache
 def expected_numbers() -> dict[str, Tensor]:
     return load(lzma.decompress((CODED / "expected.safetensors.xz").read_bytes()))
+
+
+@cache
+def sources() -> dict[str, Tensor]:
+    return load(lzma.decompress((CODED / "source.safetensors.xz").read_bytes()))
 
 
 def write(vector: str, folder: Path) -> Path:
@@ -143,7 +148,7 @@ def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint,
     quantizer = codec.quantizer(parts)
     if quantizer is None:
         pytest.skip(f"{codec.key} is not written with scales of its own")
-    source = load_file(CODED / "source.safetensors")[known["weights"][name]["source"]]
+    source = sources()[known["weights"][name]["source"]]
     source = source.float() if "weights in float32" in known["made_by"] else source
     if quantizer.sees_all:
         quantizer.see(source)
@@ -158,6 +163,8 @@ def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint,
     for role, first, data in pieces:
         written[role][first : first + len(data)] = data
     stored = {role: bytes(opened.shard_of[each.name].read(each.name)) for role, each in parts.tensors.items()}
+    if "quant_state" in written:  # blanks behind its JSON
+        written["quant_state"] = written["quant_state"].rstrip(b" ")
     assert {role: bytes(data) for role, data in written.items()} == stored
 
 
