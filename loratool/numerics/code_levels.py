@@ -63,6 +63,8 @@ class Integers:
 class Table:
     """Codes that count the numbers of a table, of which any order and repeats are allowed; nan for codes not in use.
 
+    The numbers are of float32, so that the middles between them are exact.
+
     Attributes:
         even: whether a tie goes to the even code; otherwise to the lower number.
     """
@@ -76,9 +78,9 @@ class Table:
 
     @cached_property
     def _order(self) -> Codes:
-        """The codes as their numbers rise, -0 before +0, nan last."""
+        """The codes as their numbers rise, -0 before +0, equal entries from the last code to the first, nan last."""
         size = self._wide + 0.0
-        return np.lexsort((~np.signbit(self._wide), size)).astype(np.int16)
+        return np.lexsort((-np.arange(len(size)), ~np.signbit(self._wide), size)).astype(np.int16)
 
     @cached_property
     def _ranks(self) -> Codes:
@@ -87,32 +89,51 @@ class Table:
         return found
 
     @cached_property
-    def _steps(self) -> tuple[Codes, Wide, npt.NDArray[np.bool_]]:
-        """The codes of rising numbers without repeats, +0 alone of both zeros, the midpoints, and who has each."""
-        order = self._order[~np.isnan(self._wide[self._order])]
+    def _steps(self) -> tuple[Codes, Wide]:
+        """The codes of rising finite numbers without repeats, +0 alone of both zeros, and the least double of each.
+
+        The first has none; a nan follows the last, which no number reaches.
+        """
+        order = self._order[np.isfinite(self._wide[self._order])]
         values = self._wide[order] + 0.0
-        last = np.append(values[1:] != values[:-1], True)  # of -0 and +0, and of equal entries, the last
+        last = np.append(values[1:] != values[:-1], True)  # of -0 and +0 the latter, of equal entries the least code
         codes, values = order[last], values[last]
         middles = (values[1:] + values[:-1]) / 2
         upper = codes[1:] % 2 == 0 if self.even else np.zeros(len(middles), np.bool_)
-        return codes.astype(np.uint8), middles, upper
+        return codes.astype(np.uint8), np.append(np.where(upper, middles, np.nextafter(middles, np.inf)), np.nan)
+
+    @cached_property
+    def _cells(self) -> tuple[Codes, int]:
+        """The place in `_steps` of the least of all doubles that begin with 16 bits, and the most steps among them.
+
+        The middles between small floats end with these bits, so that one comparison is enough.
+        """
+        first = np.arange(1 << 16, dtype=np.uint64) << 48
+        last = first | ((1 << 48) - 1)
+        least, most = np.where(first < 1 << 63, (first, last), (last, first)).view(np.float64)
+        least, most = np.nan_to_num((least, most), nan=-np.inf)  # beside an infinity, whose cell the nans share
+        steps = self._steps[1][:-1]
+        found = np.searchsorted(steps, least, side="right")
+        spread = np.searchsorted(steps, most, side="right") - found
+        return found.astype(np.uint8), int(spread.max(initial=0))
 
     def values(self, codes: Codes) -> Wide:
         return self._wide.take(codes)
 
     def nearest(self, numbers: Wide) -> Codes:
-        codes, middles, upper = self._steps
-        at = np.searchsorted(middles, numbers, side="left")
-        tie = np.flatnonzero(middles.take(at, mode="clip") == numbers)
-        flat = at.reshape(-1)
-        flat[tie] += upper.take(flat[tie], mode="clip") & (flat[tie] < len(middles))
-        zero = self.nearest_to_zero
-        return np.where(np.isnan(numbers), zero, codes.take(at)).astype(np.uint8)
+        codes, steps = self._steps
+        cells, most = self._cells
+        at = cells.take(np.ascontiguousarray(numbers).view(np.uint64) >> 48)
+        for _ in range(most):
+            at += numbers >= steps.take(at)
+        found = codes.take(at)
+        found[np.isnan(numbers)] = self.nearest_to_zero
+        return found
 
     @cached_property
     def nearest_to_zero(self) -> int:
-        codes, middles, _ = self._steps
-        return int(codes[np.searchsorted(middles, 0.0)])
+        codes, steps = self._steps
+        return int(codes[np.searchsorted(steps[:-1], 0.0, side="right")])
 
     def ordinals(self, codes: Codes) -> Codes:
         return self._ranks.take(codes)
@@ -123,10 +144,6 @@ class Table:
 
 def _floats(kind: torch.dtype) -> tuple[float, ...]:
     return tuple(torch.arange(256, dtype=torch.uint8).view(kind).double().tolist())
-
-
-def _finite(numbers: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(x if abs(x) < float("inf") else float("nan") for x in numbers)
 
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

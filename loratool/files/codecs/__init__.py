@@ -7,18 +7,49 @@ from __future__ import annotations
 
 from ..dtypes import TensorSpec
 from .awq import Awq
+from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
 from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
+from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
 from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
 from .gptq import Gptq
+from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
+from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
+from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
+from .torchao import TorchaoFloat8, TorchaoInt8
 
 RAW = Raw()
 
 # The first that claims a tensor has it; `Raw` has what no other claims.
 CODECS: dict[str, Codec] = {
-    codec.key: codec for codec in (Fp8(), Awq(), Gptq(), PackedInts(), PlainInts(), Float8(), RAW)
+    codec.key: codec
+    for codec in (
+        Mxfp4(),
+        PackedMxfp4(),
+        DeepSeekFp4(),
+        PackedNvfp4(),
+        ModeloptNvfp4(),
+        Bitsandbytes4(),
+        BitsandbytesInt8(),
+        MlxAffine(),
+        MlxAffine8(),
+        MlxFp4(),
+        MlxFp8(),
+        ComfyInt8(),
+        ComfyMxfp8(),
+        ComfyNvfp4(),
+        TorchaoInt8(),
+        TorchaoFloat8(),
+        Awq(),
+        Gptq(),
+        PackedInts(),
+        Fp8(),
+        PlainInts(),
+        Float8(),
+        RAW,
+    )
 }
 
 

@@ -56,12 +56,18 @@ class StoredTensor:
         return out
 
     def integers(self, first: int = 0, count: int | None = None) -> Codes:
-        """Return the same of an integer type, or the bit patterns of another type, as unsigned integers."""
+        """Return the same of an integer type, or the bit patterns of another type, as unsigned integers.
+
+        Also of a type that an older torch does not have, as E8M0.
+        """
         import torch
 
-        found = self.numbers(first, count)
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.itemsize]
-        return found.view(width).numpy().view(f"u{found.itemsize}")
+        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+        out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
+        if out.numel():
+            self.read(first, out)
+        return out.numpy().view(f"u{itemsize}")
 
     def floats(self, first: int = 0, count: int | None = None) -> Wide:
         """Return the same as float64, flat. E8M0 and bytes that mean it are the format's matter."""

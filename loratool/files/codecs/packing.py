@@ -103,7 +103,8 @@ class Words:
             return np.ascontiguousarray(codes)
         if self.bits in (1, 2, 4):
             spread = np.arange(0, 8, self.bits, dtype=np.uint8)
-            return np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+            found: Codes = np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+            return found
         apart = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=self.bits).reshape(len(codes), -1)
         apart = np.pad(apart, ((0, 0), (0, self.nbytes * 8 - apart.shape[1])))
         return np.packbits(apart, axis=1, bitorder="little")
@@ -111,22 +112,30 @@ class Words:
 
 @dataclass(frozen=True)
 class HighNibbles:
-    """Two codes a byte, the first in the high nibble; an even number of columns."""
+    """Two codes a byte, the first in the high nibble, in one run: where the columns are odd, two rows share a byte."""
 
     columns: int
-    row_multiple = 1
 
     @property
     def width(self) -> int:
         return self.columns
 
+    @property
+    def row_multiple(self) -> int:
+        return 1 + self.columns % 2
+
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
-        half = self.columns // 2
-        data = _bytes(tensor, start * half, stop * half).reshape(-1, half)
-        return np.stack((data >> 4, data & 15), axis=2).reshape(len(data), self.columns)
+        first, last = start * self.columns, stop * self.columns
+        data = _bytes(tensor, first // 2, -(-last // 2))
+        codes = np.empty((len(data), 2), np.uint8)
+        np.right_shift(data, 4, out=codes[:, 0])
+        np.bitwise_and(data, 15, out=codes[:, 1])
+        found: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first].reshape(stop - start, self.columns)
+        return found
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
-        yield start * self.columns // 2, ((codes[:, ::2] << 4) | codes[:, 1::2]).tobytes()
+        flat = codes.reshape(-1)
+        yield start * self.columns // 2, ((flat[::2] << 4) | flat[1::2]).tobytes()
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,8 @@ def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint,
     for role, first, data in pieces:
         written[role][first : first + len(data)] = data
     stored = {role: bytes(opened.shard_of[each.name].read(each.name)) for role, each in parts.tensors.items()}
+    if "quant_state" in written:  # blanks behind its JSON
+        written["quant_state"] = written["quant_state"].rstrip(b" ")
     assert {role: bytes(data) for role, data in written.items()} == stored
 
 

@@ -1,0 +1,186 @@
+"""Read and write mxfp4, e2m1 with a power of two for each 32 columns: gpt-oss, compressed-tensors, DeepSeek-V4."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..dtypes import TensorSpec
+from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
+    from .packing import Packing
+
+GROUP = 32  # columns that have one scale
+
+KEPT = (".input_global_scale", ".input_scale")  # of activations, which go with the codes
+
+
+class Fp4(Scaled):
+    """Codes of e2m1, two a byte, the first in the low nibble, row after row."""
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Words
+
+        return Words(parts.weight.spec.shape[-1], 4, 8)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E2M1
+
+        return E2M1
+
+    def coded(self, name: str, companions: dict[str, str], found: Found, group: int) -> StoredWeight:
+        """Return the weight of these codes and companions, role -> name, of which "scales" has one for each group.
+
+        Raises:
+            Fault: the scales are of another shape.
+        """
+        for other in (name.replace(".weight_packed", end) for end in (".weight_zero_point", ".weight_g_idx")):
+            if other in found.specs and other != name:
+                raise Fault(f"{other} stands beside it, which no writer of the format writes")
+        *rows, half = found.specs[name].shape
+        if half * 2 % group:
+            raise Fault(f"{companions['scales']} is for groups of {group}, but rows have {half * 2}")
+        found.shaped(companions["scales"], (*rows, half * 2 // group))
+        tensors, roles = (name, *companions.values()), ("codes", *companions)
+        return StoredWeight(self, TensorSpec("F64", (*rows, half * 2)), tensors, roles)
+
+
+class RowMxfp4(Fp4):
+    """Scales that lie as the groups of a row do."""
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop), GROUP)
+
+
+class PackedMxfp4(RowMxfp4):
+    """What compressed-tensors calls mxfp4-pack-quantized (compressors/mxfp4)."""
+
+    key = "mxfp4-pack-quantized"
+    ends = (".weight_packed",)
+    code_dtypes = frozenset(("U8",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale = f"{path}.weight_scale"
+        if f"{path}.weight_global_scale" in found.specs or len(found.specs[name].shape) < 2:
+            return None
+        if found.need(scale).dtype not in ("U8", "F8_E8M0"):
+            return None
+        return self.coded(name, {"scales": scale, **kept(path, found)}, found, GROUP)
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return None if any(role.startswith("input") for role in parts.tensors) else PackedMxfp4Quantizer(parts)
+
+
+class DeepSeekFp4(RowMxfp4):
+    """The experts of DeepSeek-V4: bytes that are called I8 (transformers, integrations/finegrained_fp8.py)."""
+
+    key = "deepseek-fp4"
+    ends = (".weight",)
+    code_dtypes = frozenset(("I8",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale = found.specs.get(f"{path}.scale")
+        if scale is None or scale.dtype not in ("U8", "F8_E8M0") or len(found.specs[name].shape) < 2:
+            return None
+        return self.coded(name, {"scales": f"{path}.scale"}, found, GROUP)
+
+
+class Mxfp4(Fp4):
+    """The experts of gpt-oss (transformers, integrations/mxfp4.py).
+
+    Codes are (experts, out, in / 32, 16) bytes and scales (experts, out, in / 32), but the weight is (experts, in,
+    out), as the model has it: 32 of its rows share the scales.
+    """
+
+    key = "mxfp4"
+    ends = ("_blocks",)
+    code_dtypes = frozenset(("U8",))
+
+    def weight_name(self, path: str, end: str) -> str:
+        return path
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        shape = found.specs[name].shape
+        if len(shape) != 4 or shape[3] != GROUP // 2:
+            return None
+        experts, out, groups, _ = shape
+        found.shaped(f"{path}_scales", shape[:3], "U8", "F8_E8M0")
+        spec = TensorSpec("F64", (experts, groups * GROUP, out))
+        return StoredWeight(self, spec, (name, f"{path}_scales"), ("codes", "scales"))
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import TurnedNibbles
+
+        return TurnedNibbles(*parts.weight.spec.shape[1:])
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        import numpy as np
+
+        from ...numerics.code_levels import e8m0
+        from .packing import matrices
+
+        _, rows, columns = parts.shape
+        found, groups = [], rows // GROUP
+        for which, first, last in matrices(start, stop, rows):
+            low, high = first // GROUP, -(-last // GROUP)
+            scales = e8m0(parts["scales"].box(columns, groups, low, high, which * columns * groups))
+            found.append(scales.T.repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
+        return Scales(np.concatenate(found), 0)
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return Mxfp4Quantizer(parts, GROUP)
+
+
+class PackedMxfp4Quantizer(Quantizer):
+    """Encode as compressed-tensors does."""
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        codes, scales = encoded(rows.double().numpy().reshape(len(rows), -1, GROUP))
+        return codes.reshape(rows.shape), [("scales", start * scales.shape[1], scales.tobytes())]
+
+
+class Mxfp4Quantizer(Quantizer):
+    """Encode as compressed-tensors does, along the model's input, which is down the rows."""
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        from .packing import matrices
+
+        _, high, columns = self.parts.shape
+        codes, scales = encoded(rows.double().T.numpy().reshape(columns, -1, GROUP))
+        groups, done, pieces = high // GROUP, 0, list[Piece]()
+        for which, first, last in matrices(start, start + len(rows), high):
+            part = scales[:, done : done + (last - first) // GROUP]
+            done += part.shape[1]
+            for column, of_column in enumerate(part):
+                place = (which * columns + column) * groups + first // GROUP
+                pieces.append(("scales", place, of_column.tobytes()))
+        return codes.reshape(columns, -1).T, pieces
+
+
+def encoded(numbers: Wide) -> tuple[Codes, Codes]:
+    """Return the codes of groups, (rows, groups, GROUP), and the E8M0 scales, (rows, groups).
+
+    A scale takes the largest number to between 3.5 and 7, where 6 is the last code (compressed-tensors,
+    quantization/utils/mxfp_utils.py, `generate_mx_scales`). Negative numbers that round to zero are -0.
+    """
+    import numpy as np
+
+    from ...numerics.code_levels import E2M1, e8m0
+
+    fraction, exponent = np.frexp(np.abs(numbers).max(axis=2))
+    exponent += (fraction >= 1.75 / 2) - 3
+    scales = np.where(fraction == 0, 0, np.clip(exponent + 127, 0, 254)).astype(np.uint8)
+    codes = E2M1.nearest(numbers / e8m0(scales)[:, :, None])
+    codes[(codes == 0) & (numbers < 0)] = 8
+    return codes, scales
+
+
+def kept(path: str, found: Found) -> dict[str, str]:
+    """Return the companions of activations that are there, role -> name."""
+    names = [path + end for end in KEPT if path + end in found.specs]
+    return {f"input {at}": name for at, name in enumerate(names)}
