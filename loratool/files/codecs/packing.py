@@ -103,7 +103,8 @@ class Words:
             return np.ascontiguousarray(codes)
         if self.bits in (1, 2, 4):
             spread = np.arange(0, 8, self.bits, dtype=np.uint8)
-            return np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+            found: Codes = np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+            return found
         apart = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=self.bits).reshape(len(codes), -1)
         apart = np.pad(apart, ((0, 0), (0, self.nbytes * 8 - apart.shape[1])))
         return np.packbits(apart, axis=1, bitorder="little")
@@ -129,8 +130,8 @@ class HighNibbles:
         codes = np.empty((len(data), 2), np.uint8)
         np.right_shift(data, 4, out=codes[:, 0])
         np.bitwise_and(data, 15, out=codes[:, 1])
-        flat: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first]
-        return flat.reshape(stop - start, self.columns)
+        found: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first].reshape(stop - start, self.columns)
+        return found
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         flat = codes.reshape(-1)
