@@ -118,8 +118,12 @@ METHOD_NAMES = {
     "intel/auto-round": "auto-round",
     "bitsandbytes_4bit": "bitsandbytes",
     "bitsandbytes_8bit": "bitsandbytes",
-    "modelopt_fp4": "modelopt",
-    "modelopt_mixed": "modelopt",
+    # modelopt's `quant_algo`, which hf_quant_config.json has instead of a method
+    **dict.fromkeys(
+        """modelopt_fp4 modelopt_mixed FP8 FP8_PER_CHANNEL_PER_TOKEN FP8_PB_WO NVFP4 W4A16_NVFP4 MXFP8
+        MIXED_PRECISION""".split(),
+        "modelopt",
+    ),
 }
 
 
@@ -147,6 +151,8 @@ def extend_skip_lists(
         modules: full paths on disk, without `.weight`, of the modules whose weights were codes and are plain now;
             closed under `close_under_fusion`. If nothing coded is left, the config must go: `without_quantization`.
         plain: those of all other modules with plain weights of two dimensions or more: head, routers, vision tower, ...
+            Experts are plain by layer, so none of these may be in the `experts` of a layer that has codes; biases are
+            left out.
         model_types: those of config.json, for transformers' names.
 
     Raises:
@@ -157,7 +163,7 @@ def extend_skip_lists(
         message = f"no skip list is known for {method}: a runtime could not be told which modules are plain now"
         raise InputError(message, culprit="quantization_config", remedy="dequantize the whole model instead")
     names = skip_names(modules, model_types)
-    others = skip_names(plain, model_types)
+    others = skip_names([module for module in plain if not module.endswith("bias")], model_types)
     return _extend(config, skip_list, names, others)
 
 

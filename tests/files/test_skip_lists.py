@@ -26,6 +26,8 @@ from quantized_loading import (
     write_coded,
     write_config,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file
 from skip_matchers import LIBRARIES, RUNTIMES, Matcher, SchemesDiffer, sglang_modelopt, vllm_fp8
 
 from loratool import InputError
@@ -233,7 +235,7 @@ def test_a_missing_list_gets_every_plain_module(missing: dict[str, Any]) -> None
             {"ignored_layers": ["x", *SORTED], "modules_to_not_convert": ["y", *SORTED]},
         ),
         ("modelopt", {"quant_method": "modelopt", "ignore": ["x*"]}, {"ignore": ["x*", *SORTED]}),
-        ("modelopt_fp4", {"quant_algo": "NVFP4", "exclude_modules": None}, {"exclude_modules": SORTED}),
+        ("NVFP4", {"quant_algo": "NVFP4", "exclude_modules": None}, {"exclude_modules": SORTED}),
         ("modelopt", {"quant_algo": "NVFP4"}, {"exclude_modules": SORTED}),
         (
             "modelopt",
@@ -292,6 +294,12 @@ def test_experts_are_one_line_and_for_compressed_tensors_a_regular_expression() 
     assert extend_skip_lists({"bits": 4, "group_size": 64, **of_mlx}, "MLX", modules) == {"bits": 4, "group_size": 64}
 
 
+def test_biases_of_coded_experts_do_not_make_them_plain() -> None:
+    biases = ["model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.down_proj_bias"]
+    declared = extend_skip_lists({"quant_method": "mxfp4"}, "mxfp4", ["model.layers.1.mlp.experts.down_proj"], biases)
+    assert declared["modules_to_not_convert"] == ["model.layers.1.mlp.experts"]
+
+
 DECLARED = {"quant_method": "fp8", "modules_to_not_convert": ["x"]}
 PLACES: list[dict[str, Any]] = [
     {"quantization_config": DECLARED},
@@ -320,7 +328,7 @@ def test_a_field_that_is_no_config_stays() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["exl3", "unnamed", "NVFP4"])
+@pytest.mark.parametrize("method", ["exl3", "unnamed", "sparseml"])
 def test_an_unknown_method_is_refused_by_name(method: str) -> None:
     assert find_skip_list(method) is None
     with pytest.raises(InputError, match=f"no skip list is known for {method}"):
@@ -410,6 +418,29 @@ def test_transformers_loads_a_dense_model(method: str, tmp_path: Path) -> None:
             assert torch.equal(module.weight, changed[name])
     if method != "fp8":  # its kernels want a GPU
         assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_transformers_loads_torchao(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    tiny_llama().save_pretrained(tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    declared = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    coded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=declared)
+    coded.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = plain_metadata(file.metadata(), TOUCHED)
+    make_plain(tmp_path, TOUCHED, plain, metadata)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_config(tmp_path, extend_skip_lists(config, "torchao", TOUCHED, ["lm_head"]))
+    assert loading_faults(tmp_path) == []
+    model, _ = load_quantized(tmp_path)
+    for name, module in model.named_modules():
+        if name in linear_modules([f"{name}.weight"]):
+            assert (type(module.weight) is torch.nn.Parameter) == (name in TOUCHED), name
+    assert all(torch.equal(model.get_submodule(name).weight, plain[f"{name}.weight"]) for name in TOUCHED)
 
 
 @pytest.mark.parametrize("method", ["fp8", "compressed-tensors fp8"])
