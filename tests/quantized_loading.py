@@ -26,8 +26,8 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "ti
 FP8_MAX = 448.0
 
 
-def tiny_llama() -> Any:
-    return _model("LlamaForCausalLM", "LlamaConfig")
+def tiny_llama(**fields: Any) -> Any:
+    return _model("LlamaForCausalLM", "LlamaConfig", **fields)
 
 
 def tiny_moe() -> Any:
@@ -49,7 +49,7 @@ def tiny_llava() -> Any:
 def _model(cls: str, config: str, **fields: Any) -> Any:
     transformers = pytest.importorskip("transformers", minversion="5.0")
     torch.manual_seed(0)
-    made = getattr(transformers, cls)(getattr(transformers, config)(**SIZES, **HEADS, **fields))
+    made = getattr(transformers, cls)(getattr(transformers, config)(**{**SIZES, **HEADS, **fields}))
     return made.to(torch.bfloat16).eval()
 
 
