@@ -174,7 +174,10 @@ class Bitsandbytes4Quantizer(Quantizer):
         if len(rest):  # the last block is divided, and no absmax of it is 0
             last = np.maximum(np.abs(rest).max(), least)
             absmax, scaled = np.append(absmax, last), np.append(scaled, rest / last)
-        codes = order.astype(np.uint8)[np.searchsorted(middles, scaled)]
+        place = np.zeros(len(scaled), np.uint8)
+        for middle in middles:
+            place += scaled > middle
+        codes = order.astype(np.uint8)[place]
         return codes.reshape(rows.shape), absmax
 
     def same(self, *roles: str, start: int = 0) -> list[Piece]:
