@@ -75,11 +75,14 @@ class StoredTensor:
     def floats(self, first: int = 0, count: int | None = None) -> Wide:
         """Return the same as float64, flat. E8M0 and bytes that mean it are the format's matter."""
         import numpy as np
+        import torch
 
-        from ...numerics.forms import FORMS, codes, wide
+        from ...numerics.forms import FORMS, codes, wide, widen
 
         found = self.numbers(first, count)
         form = FORMS.get(found.dtype)
+        if form and found.itemsize == 1:  # of which `wide` knows no nan
+            return widen(found, torch.empty(found.shape, dtype=torch.float64)).numpy()
         return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
