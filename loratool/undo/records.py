@@ -148,9 +148,9 @@ class CodedRows:
         apart = np.empty(guess.size, np.int16)
         apart[~zero] = reader.small(int((~zero).sum()))
         apart[zero] = reader.small(int(zero.sum()))
-        codes, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
-        codes[at] = self.from_ordinals(self.ordinals(codes.take(at)) + apart.take(at))
-        codes = codes.reshape(len(guess) * self.fold, -1)
+        flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
+        flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
+        codes = flat.reshape(len(guess) * self.fold, -1)
         padding = reader.small(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
 

@@ -14,27 +14,36 @@ if TYPE_CHECKING:
     from ...ops.convert.checkpoint import CheckpointConvertReport
     from ...ops.count.command import CountReport
     from ...ops.inspect.command import CheckpointReport, Group, MethodReport
-    from ...ops.merge.report import MergeReport
+    from ...ops.merge.report import MergeReport, TensorReport
     from ...ops.unmerge import UnmergeReport
     from ...ops.verify.command import VerifyReport
 
 
+def _stored_as(row: TensorReport) -> str:
+    """Return the type of a merged tensor, with that in the base where it was another."""
+    return row.dtype if row.source_dtype in ("", row.dtype) else f"{row.source_dtype} -> {row.dtype}"
+
+
 def print_merge(report: MergeReport) -> None:
+    recoded = report.quantized == "requantize"
     rows = [
         [
             row.name,
             "x".join(map(str, row.shape)),
-            row.dtype,
+            _stored_as(row),
             row.update,
             str(row.rank) if row.rank else "-",
             ", ".join(f"{scale:g}" for scale in row.scales),
             "-" if row.relative is None else f"{row.relative:.2e}",
             percent(row.changed),
             percent(row.kept),
+            *([] if report.quantized is None else [size(row.nbytes)]),
+            *([f"{row.missed:.2f}" if row.missed is not None else "-"] if recoded else []),
         ]
         for row in report.tensors
     ]
-    titles = ("tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept")
+    titles = ["tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept"]
+    titles += ([] if report.quantized is None else ["size"]) + (["missed"] if recoded else [])
     print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
     changed, done = str(len(rows)), "would be changed" if report.dry_run else "changed"
     if report.changed is not None and report.changed < len(rows):
@@ -46,7 +55,10 @@ def print_merge(report: MergeReport) -> None:
         print_lines(f"left out: {modules}")
     if report.not_copied:
         print_lines(f"not copied: {', '.join(report.not_copied)}")
-    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+    was = "" if report.quantized is None else f", was {size(report.base_nbytes)}"
+    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)}{was})")
+    if report.dry_run and report.sizes:
+        print_lines("--quantized: " + ", ".join(f"{way} {size(nbytes)}" for way, nbytes in report.sizes.items()))
     if report.undo and report.undo_bytes is not None:
         bound = "at most " if report.dry_run else ""
         print_lines(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
