@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Return the stored tensors of one of `weights`."""
         weight = self.weights[name]
         tensors = [StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors]
-        return Parts(weight, dict(zip(weight.roles, tensors, strict=True)))
+        return Parts(weight, dict(zip(weight.roles, tensors, strict=True)), tensors[0].spec)
 
     def nbytes_of(self, name: str) -> int:
         """Return the bytes in which a weight is stored, those of its companions too."""
@@ -192,9 +192,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
         layers, plain = (listed_layers(shard.metadata or {}) for shard in self.shards), self._plain
         found = find_coded(plain, self.declared, {self.prefix + layer for each in layers for layer in each})
-        for name in self.faults:
-            if not any(name in coded.tensors for coded in found.values()):
-                found[name] = Coded("coded", (name,), plain[name], None)
+        holders = {coded.tensors[0]: weight for weight, coded in found.items()}
+        for name, fault in self.faults.items():
+            weight = holders.get(name, name)
+            known = found.get(weight) or Coded("codes of an unknown kind", (name,), plain[name], None)
+            found[weight] = replace(known, fault=fault)
         for name in (name for name in plain if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
             weight = plain.get(f"{path}.weight")

@@ -122,7 +122,7 @@ class TensorRef:
 def _alone(file: WeightsFile, name: str) -> Parts:
     """Return a weight of one tensor."""
     spec = file.specs[name]
-    return Parts(StoredWeight(codec_of(spec), spec, (name,)), {"codes": StoredTensor(file, name)})
+    return Parts(StoredWeight(codec_of(spec), spec, (name,)), {"codes": StoredTensor(file, name)}, spec)
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:

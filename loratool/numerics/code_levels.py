@@ -30,7 +30,7 @@ class Levels(Protocol):
         """Return integers that order codes as their numbers, -0 just below +0."""
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
-        """Return the codes of ordinals."""
+        """Return the codes of ordinals; IndexError if one is no code's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Integers:
         return codes.astype(np.int16)
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
+        _require_within(ordinals, self.low, self.high)
         return ordinals.astype(self.kind)
 
 
@@ -139,7 +140,13 @@ class Table:
         return self._ranks.take(codes)
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
+        _require_within(ordinals, 0, len(self.numbers) - 1)
         return self._order.take(ordinals).astype(np.uint8)
+
+
+def _require_within(ordinals: Codes, low: int, high: int) -> None:
+    if len(ordinals) and (int(ordinals.min()) < low or int(ordinals.max()) > high):
+        raise IndexError(f"has a code beyond {low} to {high}")
 
 
 def _floats(kind: torch.dtype) -> tuple[float, ...]:

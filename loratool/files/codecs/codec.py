@@ -189,6 +189,7 @@ class Parts:
 
     weight: StoredWeight
     tensors: Mapping[str, StoredTensor]  # by role
+    codes_spec: TensorSpec  # of the codes, which are not among the tensors on the way back: only `codes` reads them
 
     def __getitem__(self, role: str) -> StoredTensor:
         return self.tensors[role]

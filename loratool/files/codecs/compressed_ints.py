@@ -35,7 +35,7 @@ class CompressedInts(Scaled):
         from .packing import Plain, Words
 
         columns = parts.weight.spec.shape[-1]
-        packed = parts["codes"].spec.dtype == "I32"
+        packed = parts.codes_spec.dtype == "I32"
         return Words(columns, parts.detail("bits")) if packed else Plain(columns, "int8")
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:

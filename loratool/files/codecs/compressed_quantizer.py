@@ -18,8 +18,7 @@ from .codec import Parts, Piece, Quantizer
 from .packing import Words, matrices
 
 if TYPE_CHECKING:
-    from .codec import Codes
-    from .compressed_ints import CompressedInts
+    from .codec import CodeFormat, Codes
 
 KEPT = ("codes", "scales", "zeros")  # what is computed; other companions are the imitated model's
 
@@ -28,10 +27,10 @@ class IntQuantizer(Quantizer):
     """Scales of groups of columns, of rows, or of blocks.
 
     Args:
-        codec: of the layout; its `width` and packing count.
+        codec: of the layout, which says how wide rows of codes are, and of which type.
     """
 
-    def __init__(self, codec: CompressedInts, parts: Parts) -> None:
+    def __init__(self, codec: CodeFormat, parts: Parts) -> None:
         self.codec, self.bits, self.block = codec, parts.detail("bits"), parts.detail("block")
         self.dtype = getattr(torch, DTYPE_NAMES[parts["scales"].spec.dtype])
         self.is_symmetric = parts.get("zeros") is None

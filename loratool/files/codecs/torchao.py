@@ -83,7 +83,7 @@ class TorchaoFloat8(TorchaoInt8):
     def levels(self, parts: Parts) -> Levels:
         from ...numerics.code_levels import E4M3, E5M2
 
-        return E4M3 if parts["codes"].spec.dtype == "F8_E4M3" else E5M2
+        return E4M3 if parts.codes_spec.dtype == "F8_E4M3" else E5M2
 
 
 def _described(weight: str, found: Found) -> dict[str, Any]:

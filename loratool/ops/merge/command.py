@@ -10,20 +10,25 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.merge_plan import MergePlan, decode_changed, plan_merge
+from ...binding.coded_bases import LOSSY, WAYS, plan_codes
+from ...binding.likeness import plan_like
+from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
-from ...files.dtypes import MERGE_DTYPES
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.codecs.codec import CodeFormat, Quantizer
+from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import sha256_range
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
@@ -34,7 +39,9 @@ from ...files.weights_file import WeightsFile
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
-from ...streaming.rewrite import refuse_overflow, rewrite
+from ...streaming.encode import encode_tensor
+from ...streaming.recode import recode_tensor
+from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
@@ -64,6 +71,9 @@ def merge(
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
     residual_base: bool = False,
+    quantized: str = "mixed",
+    allow: Sequence[str] = (),
+    like: str | os.PathLike[str] | None = None,
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -87,6 +97,9 @@ def merge(
         tied: a key of TIED.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
+        quantized: a key of WAYS, for the weights that the base stores as codes.
+        like: a quantized model of the same base, in whose format the output is written, with scales of its own.
+        allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -107,6 +120,16 @@ def merge(
             raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
         if tied not in TIED:
             raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
+        if quantized not in WAYS:
+            raise UsageError(f"quantized {quantized!r} is none of {', '.join(WAYS)}")
+        if set(allow) - {LOSSY}:
+            raise UsageError(f"allow {', '.join(sorted(set(allow) - {LOSSY}))!r} is not {LOSSY}")
+        if like is not None and quantized != "mixed":
+            raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
+        imitated = None
+        if like is not None:
+            imitated = open_checkpoint(like)
+            opened.callback(imitated.close)
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
@@ -118,6 +141,9 @@ def merge(
             _provenance(plan),
             OutputOptions(
                 dtype=MERGE_DTYPES[chosen_dtype],
+                quantized=quantized,
+                allow=tuple(allow),
+                like=imitated,
                 device=where,
                 max_shard_bytes=max_shard_bytes,
                 undo=undo,
@@ -137,6 +163,9 @@ class OutputOptions:
     device: torch.device
     undo: bool  # write an undo file
     force: bool  # replace an output that exists
+    quantized: str = "mixed"  # a key of WAYS
+    allow: tuple[str, ...] = ()
+    like: Checkpoint | None = None  # a quantized model as which the output is stored
     max_shard_bytes: int | None = None  # None keeps the base's shards
     dry_run: bool = False  # write nothing
     progress: Progress | None = None
@@ -159,8 +188,15 @@ def write_merged(
         beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    edits = decode_changed(plan, options.dtype)
+    if options.like:
+        plan = plan_like(plan, options.like, options.dtype)
+        if options.undo:
+            message = "a merge that is written like another model cannot be undone"
+            raise NeedsFlag(message, culprit=str(options.like.path), remedy="add --no-undo")
+    else:
+        plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
+    inputs += [shard.path for shard in options.like.shards] if options.like else []
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -168,10 +204,10 @@ def write_merged(
         path,
         is_file,
         provenance,
-        plan.changed,
-        options.dtype,
+        plan.written,
+        None if plan.like else options.dtype,
         options.max_shard_bytes,
-        edits,
+        plan.edits,
         options.undo,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
@@ -220,12 +256,9 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     for name, spec in plan.base.specs.items():
-        weight = plan.base.weights.get(name)
-        was = weight.codec.key if weight else spec.dtype
-        is_kept = output.specs[name].dtype == was if not weight else weight.codec.encodes or name not in plan.changed
-        if not is_kept:
+        if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(
-                f"is {was} in the base, and a merge into another type cannot be undone",
+                f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
                 culprit=name,
                 remedy="add --no-undo",
             )
@@ -242,7 +275,13 @@ def _execute(
         undo = UndoWriter(output.path.absolute().parent) if output.undo else None
         if undo:
             opened.callback(undo.close)
-        tensors = plan_changed_tensors(plan, UpdateLoader(options.device), undo is not None)
+        load = UpdateLoader(options.device)
+        tensors = plan_changed_tensors(plan, load, undo is not None)
+        for codes, name in plan.written.items():
+            if name in plan.encoded:
+                tensors[codes] = _encode(plan, name, load)
+            elif name in plan.recoded:
+                tensors[codes] = recode_tensor(plan.base.ref(name), plan.placements[name], load, undo is not None)
         size = None
 
         def finish(targets: Mapping[str, BinaryIO]) -> None:
@@ -251,9 +290,10 @@ def _execute(
                 _hash_the_rest(undo, plan, output, targets, workers)
                 size = undo.finish(targets[output.undo.name], plan, output)
 
-        copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
-        sources = plan.stored_sources(output.specs)
-        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
+        copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
+        beside = plan.edits.beside.keys() - plan.written.keys()
+        sources = plan.stored_sources(output.specs.keys() - beside)
+        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied, beside)
         for item, blocks in opened.enter_context(closing(runs)):
             if isinstance(item, HashBytes):
                 if undo:
@@ -262,13 +302,24 @@ def _execute(
             if undo and isinstance(blocks[0], RecordedBlock):
                 undo.add(item.tensor, item.start, item.stop, blocks[0].payload, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
-            refuse_overflow(item.tensor, blocks, plan.sources, output)
-            changes[item.tensor] += blocks
+            if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
+                refuse_overflow(item.tensor, blocks, plan.sources, output)
+            changes[plan.written.get(item.tensor, item.tensor)] += blocks
             for block in blocks:
                 steps.update(block.steps)
     counts = (f"{steps[step]:,} {step}" for step in ("dense", "near", "nearer", "exact"))
     logger.debug("weights decided by the GEMM, and asked of each later step, by undo too: %s", ", ".join(counts))
     return changes, size
+
+
+def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
+    """Return the codes of a weight as the imitated model has it."""
+    assert plan.like
+    parts = plan.like.parts_of(name)
+    codec, dtype = parts.weight.codec, getattr(torch, DTYPE_NAMES[plan.encoded[name]])
+    assert isinstance(codec, CodeFormat)
+    make = cast("Callable[[], Quantizer]", partial(codec.quantizer, parts))
+    return encode_tensor(plan.sources[name], plan.placements.get(name, ()), dtype, make, load)
 
 
 def _hash_the_rest(
