@@ -58,7 +58,7 @@ def test_codes_cross_words(tmp_path: Path, bits: int, packed: tuple[int, ...]) -
     assert codec_of(parts).codes(parts, 0, 1)[0].tolist() == (count % (1 << bits)).tolist()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_affine_is_a_product_and_then_a_sum(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
     tensors = affine(2, 3, bits=bits, dtype=dtype)
@@ -107,6 +107,11 @@ def test_what_shapes_and_config_leave_open_is_no_weight(tmp_path: Path) -> None:
         assert not checkpoint.weights
         assert "m.x.scales" in checkpoint.faults["m.x.weight"]
         assert "2 bits in groups of 128 or 4 bits in groups of 64" in checkpoint.faults["m.x.weight"]
+
+
+def test_bits_that_mlx_does_not_have_are_not_read_as_others(tmp_path: Path) -> None:
+    checkpoint = stored(tmp_path, affine(3, bits=5, group=128), config(10, 64))  # 640 bits a group too
+    assert "(10, 64)" in checkpoint.faults["m.x.weight"]
 
 
 def test_a_module_that_the_config_leaves_out_is_read_if_it_is_coded(tmp_path: Path) -> None:
@@ -204,6 +209,12 @@ def damaged(folder: Path, tensors: dict[str, Tensor], stated: dict[str, Any], na
     assert error.value.culprit == name
 
 
+def test_weights_too_large_for_the_scales_are_refused(tmp_path: Path) -> None:
+    parts = only(stored(tmp_path, affine(8, dtype=torch.float16), config(4, 64)))
+    with pytest.raises(InputError, match="float16"):
+        written(parts, torch.full((8, 128), 1e5))
+
+
 def test_weights_are_encoded_in_the_type_of_the_scales(tmp_path: Path) -> None:
     parts = only(stored(tmp_path, affine(8), config(4, 64)))
     w = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))
@@ -213,7 +224,7 @@ def test_weights_are_encoded_in_the_type_of_the_scales(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_bytes_are_those_of_mlx(tmp_path: Path, bits: int, group: int, dtype: torch.dtype) -> None:
     mx = pytest.importorskip("mlx.core", reason="the package whose codes these are")
     seeded = torch.Generator().manual_seed(bits)
