@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, bits, factors, load_model, run_command, weights, write_peft
+from conftest import FIXTURES, bits, factors, load_model, weights, write_peft
 from reference import change_reference, round_reference, to_longdouble
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs.codec import CodeFormat
 
@@ -61,9 +60,11 @@ def numbers_of(folder: Path) -> dict[str, Tensor]:
         base.close()
 
 
-def write_adapter(folder: Path, numbers: Mapping[str, Tensor], size: float = 0.1) -> tuple[Path, dict[str, tuple[Tensor, Tensor]]]:
+def write_adapter(
+    folder: Path, numbers: Mapping[str, Tensor], size: float = 0.1
+) -> tuple[Path, dict[str, tuple[Tensor, Tensor]]]:
     """Write a LoRA on each matrix, which adds 2 B A; return A and B of each."""
-    made: dict[str, tuple[Tensor, Tensor]] = {}
+    made: Pairs = {}
     for seed, (name, W) in enumerate(numbers.items()):
         if W.dim() == 2:
             A, B = factors(*W.shape, RANK, seed=seed)
@@ -80,13 +81,13 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def is_nearest(found: Tensor, W: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether bfloat16 numbers are the nearest to W + 2 B A, ties to even; fractions decide what longdouble does not."""
+    """Whether bfloat16 numbers are the nearest to W + 2 B A; fractions decide what longdouble does not."""
     guess = round_reference(to_longdouble(W) + change_reference(A, B, 2.0), torch.bfloat16)
-    for i, j in np.argwhere((bits(found) != bits(guess)).numpy()):
+    for i, j in np.argwhere((found.view(torch.int16) != guess.view(torch.int16)).numpy()):
         pairs = zip(B[i].tolist(), A[:, j].tolist(), strict=True)
         exact = Fraction(float(W[i, j])) + 2 * sum(Fraction(b) * Fraction(a) for b, a in pairs)
         mine, other = (abs(Fraction(float(x[i, j])) - exact) for x in (found, guess))
-        if not (mine < other or (mine == other and int(bits(found)[i, j]) % 2 == 0)):
+        if not (mine < other or (mine == other and int(found.view(torch.int16)[i, j]) % 2 == 0)):
             return False
     return True
 
