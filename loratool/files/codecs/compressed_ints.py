@@ -70,10 +70,13 @@ class CompressedInts(Scaled):
         return np.concatenate(found).astype(np.float64) - float(1 << (bits - 1))
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        from .compressed_quantizer import IntQuantizer
+        from .compressed_quantizer import IntQuantizer, OneScaleQuantizer
 
-        is_of_blocks = parts.detail("block")[0] and not parts.get("groups")
-        return IntQuantizer(self, parts) if is_of_blocks else None
+        if parts.get("groups"):
+            return None
+        if parts.detail("block")[0]:
+            return IntQuantizer(self, parts)
+        return OneScaleQuantizer(self, parts) if parts.shape[0] == 1 else None
 
     def check(self, parts: Parts) -> None:
         self.require_finite(parts, "scales", parts["scales"])
@@ -99,7 +102,7 @@ class PackedInts(CompressedInts):
         stated = [bits for bits, _, _ in weights_of(found.declared)]
         bits = fitting[0] if len(fitting) == 1 else next((bits for bits in fitting if bits in stated), None)
         if bits is None:
-            raise Fault(f"{name} has the shape {packed}, for {shape[-1]} columns and a config of {stated} bits")
+            raise Fault(f"{path}.weight_shape says {shape}, which codes of no known width are in {name} of {packed}")
         note = f"the config says {stated[0]} bits, the tensors have {bits}" if stated and bits not in stated else ""
         return stored(self, path, name, found, shape, bits, note)
 
