@@ -154,7 +154,7 @@ def stored(
     roles = {"codes": name, "scales": scale}
     if zero in specs:
         words = (*stack, -(-rows * bits // 32), *specs[scale].shape[-1:])
-        is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32"
+        is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32" and block[0] == 1
         found.shaped(zero, words if is_packed else specs[scale].shape, "I32" if is_packed else "I8")
         roles["zeros"] = zero
     if index in specs:
