@@ -269,6 +269,23 @@ class Quantizer(ABC):
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         """Return the codes of rows from `start` on, (rows, width), and what they are in the other tensors."""
 
+    def rounded(self, rows: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        """Return rows rounded to a type, as float32, for software that encodes weights of this type.
+
+        Raises:
+            InputError: a number is too large for the type.
+        """
+        import torch
+
+        found = rows.to(kind).float()
+        if not torch.isfinite(found).all():
+            raise InputError(
+                f"has weights too large for {str(kind).removeprefix('torch.')}, in which they are encoded",
+                culprit=self.parts["codes"].name,
+                remedy="take a model in another format with --like",
+            )
+        return found
+
     def rest(self) -> list[Piece]:
         """Return what is known once all rows were written; only if `together` is 0."""
         return []
