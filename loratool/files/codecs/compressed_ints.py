@@ -45,7 +45,7 @@ class CompressedInts(Scaled):
         if parts.get("groups"):
             index, group = column_groups(parts, scale.shape[1])
             if not group:
-                return Scales(scale[:, index], 0, None if zero is None else zero[:, index])
+                return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
         return Scales(scale, block[1], zero)
 
     def zeros(self, parts: Parts, block: tuple[int, int], start: int, stop: int) -> Wide | None:

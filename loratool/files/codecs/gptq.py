@@ -76,7 +76,7 @@ class Gptq(Scaled):
         if parts.detail("group"):
             return Scales(scale, parts.detail("group"), zero)
         index, group = column_groups(parts, groups)
-        return Scales(scale, group, zero) if group else Scales(scale[:, index], 0, zero[:, index])
+        return Scales(scale, group, zero) if group else Scales(scale.take(index, axis=1), 0, zero.take(index, axis=1))
 
     def zeros(self, parts: Parts, start: int, stop: int) -> Wide:
         """Return the zero points of rows start:stop, (rows, groups).
