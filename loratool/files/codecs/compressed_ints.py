@@ -147,6 +147,8 @@ def stored(
     Raises:
         Fault: one of them is missing or of another shape.
     """
+    if found.declared.get("transform_config"):
+        raise Fault("the config's transform_config says that it is rotated, which is not undone")
     scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
     specs = found.specs
     block = scale_block(shape, found.need(scale, *FLOATS).shape, scale, found.declared)

@@ -252,6 +252,12 @@ def test_bits_of_tensors_win_over_the_config(tmp_path: Path) -> None:
     assert (weight.detail["bits"], weight.note) == (4, "the config says 8 bits, the tensors have 4")
 
 
+def test_rotated_weights_are_at_fault(tmp_path: Path) -> None:
+    rotated = {**config(4, 32), "transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}
+    assert "transform_config" in opened(tmp_path / "some", PACKED, rotated).faults["x.weight_packed"]
+    assert not opened(tmp_path / "none", PACKED, {**rotated, "transform_config": {}}).faults
+
+
 def written(codec: CodeFormat, parts: Parts, matrix: Tensor, step: int) -> dict[str, bytes]:
     """What the quantizer writes, tensor by tensor, `step` runs of its rows at a time."""
     quantizer = codec.quantizer(parts)

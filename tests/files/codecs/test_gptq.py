@@ -25,6 +25,8 @@ OUT, IN, GROUPS = 64, 96, 3
 
 Rows = list[list[int]]
 
+NAN, INF = float("nan"), float("inf")
+
 PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of a word's nibbles in AWQ, from the lowest
 
 
@@ -104,13 +106,11 @@ def test_values_between_codes_go_to_even_codes_and_stop_at_the_last(tmp_path: Pa
         "x.g_idx": torch.zeros(8, dtype=torch.int32),
     }
     codec, parts = coded(opened(tmp_path, tensors, V2), "x.weight")
-    numbers = np.array([[0.0, 0.25, 0.75, -0.25, 99.0, -99.0, 0.26, -0.0]])
+    numbers = np.array([[0.0, 0.25, 0.75, -0.25, 99.0, -99.0, 0.26, NAN]])
     assert codec.nearest(parts, 0, numbers).tolist() == [[8, 8, 10, 8, 15, 0, 9, 8]]
 
 
 GPTQ_TENSORS = gptq(4, SHUFFLED, 1)[0]
-
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
