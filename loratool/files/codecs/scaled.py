@@ -88,6 +88,7 @@ class Scaled(CodeFormat):
                 found *= scales.divisor
             _each(found, scales.scale, scales.group, "divide")
             if scales.zero is not None:
+                found[np.isnan(found)] = 0.0  # whose code is the zero point
                 _each(found, scales.zero, scales.group, "add")
             return self.levels(parts).nearest(found)
 
