@@ -170,3 +170,51 @@ class TestInspect:
 
         ours, twin = (spectra(base).modules for base in (fp8, plain))
         assert ours == twin and len(ours) == len(MODULES)
+
+
+class TestDiff:
+    @pytest.mark.parametrize("vector", ["bnb_nf4_nested", "fp8_blocks", "gptq_v1_4bit", "mxfp4_gpt_oss", "ct_nvfp4"])
+    def test_the_error_of_quantization(self, vector: str, tmp_path: Path) -> None:
+        """A model against others in 16 bits: that which its software reads in it, and one further away."""
+        numbers = {n: W.double() for n, W in expected(vector).items() if W.bfloat16().isfinite().all()}
+        assert numbers
+        near = {name: W.bfloat16() for name, W in numbers.items()}
+        far = {name: (W + weights(*W.shape, dtype=torch.float64) * W.std()).float() for name, W in numbers.items()}
+        coded = write_vector(vector, tmp_path / "coded")
+        for other, state in (("near", near), ("far", far)):
+            both = loratool.diff(write_model(tmp_path / other, state), coded), loratool.diff(coded, tmp_path / other)
+            for found in both:
+                assert found.kind == "checkpoints" and found.relative == both[0].relative
+                rows = {row.name: row for row in found.tensors}
+                for name, W in state.items():
+                    row, D = rows[name], W.double() - numbers[name]
+                    apart = D.norm() / max(W.double().norm(), numbers[name].norm())
+                    assert row.relative == pytest.approx(
+                        float(apart), rel=1e-6, abs=1e-7
+                    )  # some software reads in float32
+                    assert row.steps is None and {row.codec_a, row.codec_b} == {None, *(row.codec_a or row.codec_b,)}
+
+    def test_two_formats(self, plain: Path, fp8: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+        """What is the same number in both differs by its type alone, as float32 does from bfloat16."""
+        found = loratool.diff(plain, fp8)
+        assert found.kind == "checkpoints" and not found.same and not (found.only_a or found.only_b)
+        assert {row.name for row in found.tensors} == {f"{module}.weight" for module in MODULES}
+        assert found.worst == found.relative == 0 and not any(row.changed for row in found.tensors)
+        assert {(row.codec_a, row.codec_b) for row in found.tensors} == {(None, "fp8")}
+        assert "BF16 fp8" in run("diff", plain, fp8).stdout
+        doubled = as_fp8(plain_model())
+        scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
+        other = write_model(tmp_path / "other", {**doubled, scale: doubled[scale] * 2}, FP8_CONFIG)
+        (row,) = loratool.diff(fp8, other).tensors
+        assert row.name == "model.layers.1.mlp.up_proj.weight" and row.relative == 0.5 and row.codec_b == "fp8"
+
+    def test_the_size_of_a_change_under_adapters(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        a, b = (
+            write_peft(tmp_path / n, {m: factors(*s, 2, seed=seed) for m, s in MODULES.items()})
+            for n, seed in (("a", 1), ("b", 2))
+        )
+        ours, twin = (loratool.diff(a, b, base=base) for base in (fp8, plain))
+        assert ours.kind == twin.kind == "adapters"
+        for one, other in zip(ours.modules, twin.modules, strict=True):
+            assert one.size_a and (one.size_a, one.size_b) == pytest.approx((other.size_a, other.size_b), rel=1e-12)
+            assert one.amplification_a == pytest.approx(other.amplification_a, rel=1e-6)
