@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ...architectures.numbered_names import grouped
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from ...ops.merge.report import MergeReport, TensorReport
     from ...ops.unmerge import UnmergeReport
     from ...ops.verify.command import VerifyReport
+
+
+NOTES = 4  # on a checkpoint that are printed
 
 
 def _stored_as(row: TensorReport) -> str:
@@ -146,20 +150,24 @@ def print_verify(report: VerifyReport) -> None:
 
 def _print_groups(groups: Iterable[Group], last: str | None = None) -> None:
     """Print a table of groups; `last` is the title of a column for their roles."""
+    groups = list(groups)
+    coded = any(g.codec for g in groups)
     rows = [
         [
             g.name,
             "x".join(map(str, g.shape)) or "scalar",
-            g.dtype,
+            g.codec or g.dtype,
             str(g.tensors),
-            grouped_digits(g.parameters),
+            grouped_digits(g.parameters) if g.bits else "-",
             size(g.nbytes),
+            *(["-" if g.bits is None else f"{g.bits:.3g}"] if coded else []),
             *([g.role] if last else []),
         ]
         for g in groups
     ]
-    titles = ("tensor", "shape", "dtype", "count", "parameters", "bytes", *([last] if last else []))
-    print_table([(title, title in ("shape", "count", "parameters", "bytes")) for title in titles], rows)
+    sizes = ("count", "parameters", "bytes", *(["bits"] if coded else []))
+    titles = ("tensor", "shape", "dtype", *sizes, *([last] if last else []))
+    print_table([(title, title in ("shape", *sizes)) for title in titles], rows)
 
 
 def print_method(report: MethodReport) -> None:
@@ -179,10 +187,16 @@ def print_checkpoint(report: CheckpointReport) -> None:
     _print_groups(report.groups, "LoRA target")
     if report.uncounted:
         print_lines(f"\nnot counted: {report.uncounted} quantized weights, whose sizes the headers do not tell")
-    dtypes = ", ".join(f"{dtype} {grouped_digits(n)}" for dtype, n in report.dtypes.items())
-    print_lines(
-        f"\n{report.tensors} tensors, {grouped_digits(report.parameters)} parameters ({dtypes}), {size(report.nbytes)}"
-    )
+    kinds: Counter[str] = Counter()
+    for group in report.groups:
+        kinds[group.codec or group.dtype] += group.parameters
+    parameters = ", ".join(f"{kind} {grouped_digits(n)}" for kind, n in kinds.most_common() if n)
+    total = f"{grouped_digits(report.parameters)} parameters" + (f" ({parameters})" if parameters else "")
+    print_lines(f"\n{report.tensors} tensors, {total}, {size(report.nbytes)}")
+    for note in report.notes[:NOTES]:
+        print_lines(f"note: {note}")
+    if report.notes[NOTES:]:
+        print_lines(f"note: and {len(report.notes) - NOTES} more: --json has them")
 
 
 def print_count(report: CountReport) -> None:
