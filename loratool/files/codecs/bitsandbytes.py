@@ -174,7 +174,10 @@ class Bitsandbytes4Quantizer(Quantizer):
         if len(rest):  # the last block is divided, and no absmax of it is 0
             last = np.maximum(np.abs(rest).max(), least)
             absmax, scaled = np.append(absmax, last), np.append(scaled, rest / last)
-        codes = order.astype(np.uint8)[np.searchsorted(middles, scaled)]
+        place = np.zeros(len(scaled), np.uint8)
+        for middle in middles:
+            place += scaled > middle
+        codes = order.astype(np.uint8)[place]
         return codes.reshape(rows.shape), absmax
 
     def same(self, *roles: str, start: int = 0) -> list[Piece]:
@@ -213,7 +216,18 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         import numpy as np
 
         offset = np.float32(math.fsum(x for part in self.absmax for x in part.tolist()) / sum(map(len, self.absmax)))
-        absmax = np.concatenate(self.absmax) - offset
+        codes, outer = self.encoded_absmax(np.concatenate(self.absmax) - offset)
+        return [
+            ("absmax", 0, codes.tobytes()),
+            ("nested_absmax", 0, outer.tobytes()),
+            ("quant_state", 0, self.state(float(offset))),
+            *self.same("quant_map", "nested_quant_map"),
+        ]
+
+    def encoded_absmax(self, absmax: Codes) -> tuple[Codes, Codes]:
+        """Return the codes of absmax less their mean, and the absmax of their blocks, all in float32."""
+        import numpy as np
+
         each = self.parts.detail("nested")
         padded = np.pad(absmax, (0, -len(absmax) % each)).reshape(-1, each)
         outer = np.abs(padded).max(axis=1)
@@ -221,12 +235,7 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         place = ((scaled + 1) * np.float32(0.5)).astype(np.float64) * (STEPS - 1) + 0.5
         codes = self.nested_codes()[place.astype(np.float32).astype(np.int32)]
         codes[outer == 0] = 0
-        return [
-            ("absmax", 0, codes.reshape(-1)[: len(absmax)].tobytes()),
-            ("nested_absmax", 0, outer.tobytes()),
-            ("quant_state", 0, self.state(float(offset))),
-            *self.same("quant_map", "nested_quant_map"),
-        ]
+        return codes.reshape(-1)[: len(absmax)], outer
 
     def nested_codes(self) -> Codes:
         """Return the codes of the steps from -1 to 1 to which bitsandbytes rounds first."""
@@ -251,7 +260,7 @@ class Int8Quantizer(Quantizer):
                 culprit=self.parts["codes"].name,
                 remedy="take another format, such as fp8",
             )
-        factor = np.float32(127) / np.where(absmax == 0, 1, absmax)
+        factor = 1 / np.where(absmax == 0, 1, absmax) * np.float32(127)  # as torch has 127 / absmax
         codes = np.rint(half * factor[:, None]).astype(np.int8)
         marks = [("weight_format", 0, b"\0")] if start == 0 and self.parts.get("weight_format") else []
         return codes, [("scales", start * 4, absmax.tobytes()), *marks]

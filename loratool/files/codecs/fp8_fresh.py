@@ -6,6 +6,7 @@ Every operation is one of torch on single elements, or a maximum: the bytes are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..dtypes import DTYPE_NAMES
@@ -77,8 +78,8 @@ class Fp8Quantizer(Quantizer):
         if sizes.shape[1] % self.wide:
             sizes = torch.nn.functional.pad(sizes, (0, -sizes.shape[1] % self.wide))
         sizes = sizes.view(len(rows), self.across, self.wide).amax(2)
-        counts = np.unique(at, return_counts=True)[1].tolist()
-        return torch.stack([block.amax(0) for block in sizes.split(counts)])
+        edges = [0, *(np.flatnonzero(np.diff(at)) + 1).tolist(), len(rows)]
+        return torch.stack([sizes[first:last].amax(0) for first, last in pairwise(edges)])
 
 
 class Fp8Whole(Fp8Quantizer):
@@ -119,7 +120,7 @@ def _by_quotient(
     kind = torch.promote_types(rows.dtype, stored)
     scale = (largest.to(kind) / LARGEST).to(stored)
     scale[scale == 0] = torch.finfo(stored).eps
-    return scale, rows.to(kind) / spread(scale.to(kind))
+    return scale, rows.to(kind) / spread(scale.to(kind)) + 0  # the zero point, which makes +0 of -0
 
 
 def _by_inverse(
@@ -139,7 +140,7 @@ def _by_inverse(
     if power_of_two:
         fraction, exponent = torch.frexp(scale)
         exponent = (exponent - (fraction == 0.5).int()).clamp(-126, 127)
-        scale = stored = torch.ldexp(torch.ones(()), exponent)
+        scale = stored = torch.ldexp(torch.ones_like(scale), exponent)
     if dtype in E8M0:
         stored = (exponent + 127).to(torch.uint8)
     elif dtype != "F32":

@@ -128,9 +128,9 @@ class Mxfp4(Fp4):
         found, groups = [], rows // GROUP
         for which, first, last in matrices(start, stop, rows):
             low, high = first // GROUP, -(-last // GROUP)
-            scales = e8m0(parts["scales"].box(columns, groups, low, high, which * columns * groups))
-            found.append(scales.T.repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
-        return Scales(np.concatenate(found), 0)
+            codes = np.ascontiguousarray(parts["scales"].box(columns, groups, low, high, which * columns * groups).T)
+            found.append(e8m0(codes).repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
+        return Scales(found[0] if len(found) == 1 else np.concatenate(found), 0)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         return Mxfp4Quantizer(parts, GROUP)
@@ -140,7 +140,7 @@ class PackedMxfp4Quantizer(Quantizer):
     """Encode as compressed-tensors does."""
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
-        codes, scales = encoded(rows.double().numpy().reshape(len(rows), -1, GROUP))
+        codes, scales = encoded(rows.double().numpy().reshape(len(rows), -1, GROUP), 2)
         return codes.reshape(rows.shape), [("scales", start * scales.shape[1], scales.tobytes())]
 
 
@@ -151,19 +151,19 @@ class Mxfp4Quantizer(Quantizer):
         from .packing import matrices
 
         _, high, columns = self.parts.shape
-        codes, scales = encoded(rows.double().T.numpy().reshape(columns, -1, GROUP))
+        codes, scales = encoded(rows.double().numpy().reshape(-1, GROUP, columns), 1)
         groups, done, pieces = high // GROUP, 0, list[Piece]()
         for which, first, last in matrices(start, start + len(rows), high):
-            part = scales[:, done : done + (last - first) // GROUP]
-            done += part.shape[1]
-            for column, of_column in enumerate(part):
+            part = scales[done : done + (last - first) // GROUP]
+            done += len(part)
+            for column, of_column in enumerate(part.T):
                 place = (which * columns + column) * groups + first // GROUP
                 pieces.append(("scales", place, of_column.tobytes()))
-        return codes.reshape(columns, -1).T, pieces
+        return codes.reshape(rows.shape), pieces
 
 
-def encoded(numbers: Wide) -> tuple[Codes, Codes]:
-    """Return the codes of groups, (rows, groups, GROUP), and the E8M0 scales, (rows, groups).
+def encoded(numbers: Wide, axis: int) -> tuple[Codes, Codes]:
+    """Return the codes of numbers in their shape, and the E8M0 scales of the groups along an axis, without it.
 
     A scale takes the largest number to between 3.5 and 7, where 6 is the last code (compressed-tensors,
     quantization/utils/mxfp_utils.py, `generate_mx_scales`). Negative numbers that round to zero are -0.
@@ -172,10 +172,10 @@ def encoded(numbers: Wide) -> tuple[Codes, Codes]:
 
     from ...numerics.code_levels import E2M1, e8m0
 
-    fraction, exponent = np.frexp(np.abs(numbers).max(axis=2))
+    fraction, exponent = np.frexp(np.abs(numbers).max(axis=axis))
     exponent += (fraction >= 1.75 / 2) - 3
     scales = np.where(fraction == 0, 0, np.clip(exponent + 127, 0, 254)).astype(np.uint8)
-    codes = E2M1.nearest(numbers / e8m0(scales)[:, :, None])
+    codes = E2M1.nearest(numbers / np.expand_dims(e8m0(scales), axis))
     codes[(codes == 0) & (numbers < 0)] = 8
     return codes, scales
 

@@ -31,6 +31,13 @@ VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text
 # Vectors that programs of their format read in different ways -> what the error says
 REFUSED = {"gptq_v1_4bit_wrap": "as 0 or as 16"}
 
+# How far float64 may be from it where our formula rounds in another order: (e2m1 * scale) / global scale, and the
+# package divides first. By the vector's name.
+ROUNDED = {"ct_nvfp4": 2.0**-52}
+
+# Vectors whose weights are those of the file, padded with zeros: only ComfyUI's model knows their true shapes
+PADDED = {"comfy_nvfp4", "comfy_mxfp8"}
+
 EACH = [(vector, name) for vector in VECTORS if vector not in REFUSED for name in VECTORS[vector]["weights"]]
 
 FRESH = [each for each in EACH if VECTORS[each[0]]["weights"][each[1]].get("fresh")]
@@ -82,8 +89,11 @@ def all_codes(parts: Parts) -> tuple[Any, Any]:
 def test_numbers_are_those_of_the_software(opened: Checkpoint, vector: str, name: str) -> None:
     known = VECTORS[vector]["weights"][name]
     expected, found = packed("expected")[f"{vector}/{name}"].double(), opened[name].double()
+    if vector in PADDED:
+        assert all(size % 16 == 0 and size >= real for size, real in zip(found.shape, known["shape"], strict=True))
+        found = found[: known["shape"][0], : known["shape"][1]]
     assert list(found.shape) == known["shape"]
-    most = known.get("relative", 0.0) * expected.abs() + known.get("absolute", 0.0)
+    most = known.get("relative", ROUNDED.get(vector, 0.0)) * expected.abs() + known.get("absolute", 0.0)
     assert bool(((found - expected).abs() <= most).all())
     assert not opened.faults
     assert not any(weight.note for weight in opened.weights.values())
