@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ...ops.verify.command import VerifyReport
 
 
+SHOWN = 10  # lines of one kind
 NOTES = 4  # on a checkpoint that are printed
 
 
@@ -121,13 +122,17 @@ def print_unmerge(report: UnmergeReport) -> None:
 
 def print_verify(report: VerifyReport) -> None:
     """Print the verdict first, which no count contradicts: that nothing is wrong is said only if all is proven."""
-    if report.status == "inconclusive":
+    coded = [tensor for tensor in report.tensors if tensor.verdict == "requantized"]
+    if report.status == "inconclusive" and coded:
+        print_lines(f"not proven: codes of others' choice keep only a part of the change: {report.merged}")
+    elif report.status == "inconclusive":
         print_lines(
             "not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)"
         )
     else:
         print_lines(f"{report.status}: {report.merged}")
     counts = [f"{report.exact} tensors exact", f"{report.rounded} right with another rounding"]
+    counts += [f"{len(coded)} requantized"] if coded else []
     counts += [f"{report.wrong} wrong"] if report.wrong or report.status == "proven" else []
     counts += [f"{len(report.missing)} missing"] if report.missing else []
     counts += [f"{len(report.extra)} extra"] if report.extra else []
@@ -136,6 +141,10 @@ def print_verify(report: VerifyReport) -> None:
     for tensor in report.tensors:
         if tensor.verdict == "wrong":
             print_lines(f"wrong: {tensor.name}: {tensor.detail}")
+    for tensor in coded[:SHOWN]:
+        print_lines(f"{tensor.name}: {tensor.detail}")
+    if coded[SHOWN:]:
+        print_lines(f"... and {len(coded) - SHOWN} more, in --json")
     for name in report.missing:
         print_lines(f"missing: {name}")
     for name in report.extra:
