@@ -152,7 +152,7 @@ def token_losses(model: Any, windows: Tensor) -> Tensor:
     """Return the cross entropy in nats of each token but the first of each window, (windows, tokens - 1)."""
     losses = []
     for window in windows.split(1):
-        logits = model(window).logits[:, :-1]
+        logits = model(window).logits[:, :-1].float()
         losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))
     return torch.cat(losses)
 
@@ -257,4 +257,4 @@ def difference(losses: Tensor, target: Tensor) -> Difference:
 
 
 def perplexity(losses: Tensor) -> float:
-    return exp(losses.mean())
+    return exp(losses.double().mean())

@@ -1,4 +1,4 @@
-"""Hold each way to write a merge into a quantized base to a real model's loss: pytest -m slow -s, a quarter of an hour.
+"""Hold each way to write a merge into a quantized base to a real model's loss: pytest -m slow -s, ten minutes.
 
 LORATOOL_QUALITY_CACHE names a folder that keeps the model, the adapter and the losses that no command of ours changes
 for the next run. Empty it after a change of quantized_quality.py.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from benchmarks.quantized_quality import (
     CODECS,
     LAYERS,
@@ -21,6 +22,7 @@ from benchmarks.quantized_quality import (
     coded,
     difference,
     perplexity,
+    read,
     stored_tensors,
 )
 
@@ -78,6 +80,17 @@ def test_a_plain_merge_is_the_unmerged_adapter(trained: Trained, table: Table, t
     loratool.merge(trained.original, trained.adapter, tmp_path / "out", undo=False)
     losses = table["merged, 16 bits"]["original"] = trained.losses(tmp_path / "out")
     assert abs(difference(losses, trained.kept_losses("original", adapted=True)).mean) < BOUND / 10
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_codes_are_read_as_the_software_of_their_format_reads_them(
+    trained: Trained, tmp_path: Path, codec: str
+) -> None:
+    base, out = trained.quantized(codec), tmp_path / "out"
+    loratool.convert(base, out, dtype="fp32")
+    expected, found = read(base), stored_tensors(out)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("way", ["mixed", "dequantize"])
