@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,12 +11,10 @@ from ..adapters.adapter import Adapter
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.prefixes import module_path
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.codecs import RAW, codec_of
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.dtypes import TensorSpec
 from ..files.output import OutputEdits
-from ..files.quantized import SCALED_FILE
 from ..files.side_files import tokenizer_files
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
@@ -41,18 +39,32 @@ class MergePlan:
     untied: tuple[str, ...]  # tensors that the base stores under another name only
     warnings: tuple[str, ...]
     edits: OutputEdits  # types, shapes, config and files that differ from the base's
+    # of `coded_bases.plan_codes`
+    decoded: Mapping[str, str] = field(default_factory=dict)  # weights that only become numbers -> the module that asks
+    recoded: frozenset[str] = frozenset()  # weights that are written as codes with the base's scales
 
     @cached_property
     def changed(self) -> set[str]:
         """The tensors whose values need not be the base's."""
         own = self.base.specs
         replaced = {n for n, source in self.sources.items() if n not in own or source.file is not self.base.ref(n).file}
-        return replaced | set(self.placements)
+        return replaced | set(self.placements) | self.decoded.keys()
+
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The tensors of the output that have other bytes -> the weights that they are, or are the codes of."""
+        weights = self.base.weights
+        return {weights[name].tensors[0] if name in self.recoded else name: name for name in self.changed}
 
     def stored_sources(self, names: Iterable[str]) -> dict[str, TensorRef]:
-        """Return where each tensor of the output comes from; an unchanged weight's are stored as they are."""
-        read = self.sources.keys() - (self.base.weights.keys() - self.changed)
-        return {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
+        """Return where each tensor of the output comes from; an unchanged weight's are stored as they are.
+
+        Codes that are written anew come from their weight.
+        """
+        coded = {self.base.weights[name].tensors[0]: self.base.ref(name) for name in self.recoded}
+        read = self.sources.keys() - (self.base.weights.keys() - (self.changed - self.recoded))
+        found = {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
+        return found | coded
 
 
 def plan_merge(
@@ -108,9 +120,11 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
     for adapter, name, form in binding.quantized.values():
         count = len(binding.quantized)
         others = f", as are {count - 1} more that the adapter changes" if count > 1 else ""
+        coded = base.coded.get(name)
+        why = f": {coded.fault}" if coded and coded.fault else ", and its codes are no weights"
         is_its_base = adapter.config.base_model in (str(base.path), None)
         raise InputError(
-            f"is quantized ({form}), and its codes are no weights{others}",
+            f"is quantized ({form}){why}{others}",
             culprit=name,
             remedy="pass the original model in 16 or 32 bits" + ("" if is_its_base else f"; {adapter.base_hint}"),
         )
@@ -245,31 +259,6 @@ def _plan_edits(
         f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized
     )
     return OutputEdits(specs, config, files), notes
-
-
-def decode_changed(plan: MergePlan, dtype: str | None) -> OutputEdits:
-    """Return the edits with changed weights of 8 bits, and those that are stored as codes, in `dtype`.
-
-    Raises:
-        NeedsFlag: `dtype` is None, and a changed weight is stored as codes, in which almost no update survives, or is
-            of 8 bits among scaled ones.
-    """
-    specs, base = dict(plan.edits.specs), plan.base
-    plain = {spec.dtype for name, spec in base.specs.items() if name not in base.weights} & TORCH_FLOATS.keys()
-    scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
-    for name in plan.changed:
-        spec = specs.get(name) or base.specs[name]
-        weight = base.weights.get(name) or plan.sources[name].weight
-        codec = weight.codec if weight else codec_of(spec)
-        if dtype is None and (weight or (scaled and codec is not RAW)):
-            raise NeedsFlag(
-                f"is {codec.key}, too coarse for a change" if weight else f"is {spec.dtype}, without others' scale",
-                culprit=name,
-                remedy="add --dtype bf16" if codec.encodes and plain <= {"BF16"} else "add --dtype bf16 --no-undo",
-            )
-        if codec is not RAW and dtype is not None:
-            specs[name] = TensorSpec(dtype, spec.shape)
-    return replace(plan.edits, specs=specs)
 
 
 def _find_tokenizer(placements: list[Placement]) -> tuple[dict[str, Path], tuple[str, ...]]:

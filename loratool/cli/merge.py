@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..binding.coded_bases import LOSSY, WAYS
 from ..binding.tied_weights import TIED
 from .options import (
     PATH,
@@ -59,6 +60,21 @@ from .options import (
     "--initial", type=PATH, metavar="ADAPTER", help="A PiSSA-like adapter as it was before training, to be subtracted."
 )
 @click.option("--residual-base", is_flag=True, help="BASE is what a PiSSA-like adapter's initialization made of it.")
+@click.option(
+    "--quantized",
+    type=click.Choice(list(WAYS)),
+    default="mixed",
+    show_default=True,
+    help="What becomes of quantized weights that an adapter changes: "
+    + "; ".join(f"{way}: {meaning}" for way, meaning in WAYS.items())
+    + ".",
+)
+@click.option(
+    "--allow",
+    type=click.Choice([LOSSY]),
+    multiple=True,
+    help="lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a change.",
+)
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
 @device_option
 @quiet_option

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .codecs import find_stored
-from .codecs.codec import StoredTensor, StoredWeight
+from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .fileio import open_for_reading, reading
 from .hub_cache import resolve
@@ -95,15 +95,19 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         stored = {name: shard.specs[name] for name, shard in shard_of.items()}
         if self.parts:
             weights = {name: weight for part in self.parts for name, weight in part.weights.items()}
+            faults = {name: fault for part in self.parts for name, fault in part.faults.items()}
         else:
-            weights = find_stored(self.config, stored)
-        for field, value in (("shard_of", shard_of), ("stored", stored), ("weights", weights)):
+            metadata = {key: value for shard in self.shards for key, value in (shard.metadata or {}).items()}
+            found = Found(stored, self.declared, metadata, lambda name: bytes(shard_of[name].read(name)), self.prefix)
+            weights, faults = find_stored(found)
+        for field, value in (("shard_of", shard_of), ("stored", stored), ("weights", weights), ("faults", faults)):
             object.__setattr__(self, field, value)
         object.__setattr__(self, "specs", self.with_decoded(weights))
 
     shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]  # stored tensor -> the file that has it
     stored: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # in file order, shard by shard
     weights: Mapping[str, StoredWeight] = None  # type: ignore[assignment]  # those of several tensors, by logical name
+    faults: Mapping[str, str] = None  # type: ignore[assignment]  # of codes that make no weight: what is wrong
     specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # of the weights, in the order of `stored`
 
     def with_decoded(self, names: Collection[str]) -> dict[str, TensorSpec]:
@@ -119,8 +123,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         weight = self.weights.get(name)
         if weight is None:
             return self.stored_ref(name)
-        codes, *others = (StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors)
-        return TensorRef(codes.file, codes.name, weight, tuple(others))
+        parts = self.parts_of(name)
+        return TensorRef(parts["codes"].file, parts["codes"].name, parts)
+
+    def parts_of(self, name: str) -> Parts:
+        """Return the stored tensors of one of `weights`."""
+        weight = self.weights[name]
+        tensors = [StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors]
+        return Parts(weight, dict(zip(weight.roles, tensors, strict=True)), tensors[0].spec)
 
     def nbytes_of(self, name: str) -> int:
         """Return the bytes in which a weight is stored, those of its companions too."""
@@ -182,6 +192,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
         layers, plain = (listed_layers(shard.metadata or {}) for shard in self.shards), self._plain
         found = find_coded(plain, self.declared, {self.prefix + layer for each in layers for layer in each})
+        holders = {coded.tensors[0]: weight for weight, coded in found.items()}
+        for name, fault in self.faults.items():
+            weight = holders.get(name, name)
+            known = found.get(weight) or Coded("codes of an unknown kind", (name,), plain[name], None)
+            found[weight] = replace(known, fault=fault)
         for name in (name for name in plain if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
             weight = plain.get(f"{path}.weight")

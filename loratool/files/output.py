@@ -84,6 +84,10 @@ class OutputEdits:
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
     left_out: Collection[str] = ()  # of `shared`, those that a safetensors file does not store (a torch file: none)
     removed: Collection[str] = ()  # tensors of the base that no container stores
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component's prefix -> config.json
+    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name of a JSON side file -> its content
+    dropped: Collection[str] = ()  # side files that do not travel
+    decoded_modules: Collection[str] = ()  # modules whose weights are codes in the base, and numbers here
 
 
 def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: str) -> tuple[Path, bool]:

@@ -16,6 +16,7 @@ from .dtypes import TORCH_FLOATS, TensorSpec, with_dtype
 from .output import CONTAINERS, Output, OutputEdits, OutputFile
 from .safetensors_file import TensorFile, build_header, data_order, edit_metadata
 from .side_files import classify_checkpoint, edited_config, encode_json, undo_path
+from .skip_lists import plain_metadata
 from .torch_writer import plan_archive
 from .undo_places import undo_chain
 from .weights_file import WeightsFile
@@ -35,6 +36,7 @@ class _OutputRequest:
     max_shard_bytes: int | None  # None keeps the base's shards
     shared: Mapping[str, str]  # tensor -> the tensor whose bytes it shares
     absent: Collection[str]  # of `shared`, those that this container does not store by themselves
+    decoded_modules: Collection[str]  # modules whose weights are codes in the base, and numbers here
 
     @property
     def ending(self) -> str:
@@ -83,7 +85,9 @@ def plan_output(
         raise UsageError(f"{what} needs a folder as output", remedy="name a folder with -o")
     edits = edits or OutputEdits()
     absent = edits.shared if container == "torch" else edits.left_out
-    request = _OutputRequest(is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent)
+    request = _OutputRequest(
+        is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent, edits.decoded_modules
+    )
     decoded = base.weights.keys() & edits.specs.keys()
     parts = {tensor for name in base.weights.keys() - decoded for tensor in base.weights[name].tensors}
     parts |= base.formats.keys()
@@ -100,10 +104,17 @@ def plan_output(
         own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
         planned, index = _plan_files(part, request, own)
         files, extras = (*files, *planned), {**extras, **index}
-        config = edited_config(part.config, edits.config, TORCH_FLOATS[dtype] if dtype else None)
+        config = edited_config(
+            edits.configs.get(part.prefix, part.config), edits.config, TORCH_FLOATS[dtype] if dtype else None
+        )
         if config != part.config and f"{part.prefix}config.json" in travels:
             extras[f"{part.prefix}config.json"] = encode_json(config)
             del travels[f"{part.prefix}config.json"]
+    for name in travels.keys() & edits.extras.keys():
+        extras[name] = encode_json(edits.extras[name])
+        del travels[name]
+    not_copied += [name for name in edits.dropped if name in travels]
+    travels = {name: origin for name, origin in travels.items() if name not in edits.dropped}
     written = {name: spec for name, spec in specs.items() if name not in absent}
     lost = written.keys() - {name for file in files for name in file.begin}
     if lost:
@@ -216,13 +227,21 @@ def _tensor_file(
 ) -> OutputFile:
     members = {name: specs[name] for name in shard.members}
     same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
+    modules = [path.removeprefix(base.prefix) for path in request.decoded_modules]
     stale = (*STALE_METADATA, "loratool") if not same or any(name in request.changed for name in members) else ()
     if same and isinstance(shard.kept, TensorFile):
-        header = edit_metadata(shard.kept.header, stale, provenance)
+        former = shard.kept.metadata or {}
+        modules = [path.removeprefix(base.prefix) for path in request.decoded_modules]
+        told = plain_metadata(former, modules) if modules else former
+        gone = [key for key in former if key not in told]
+        header = edit_metadata(
+            shard.kept.header, (*stale, *gone), {**told, **provenance} if told != former else provenance
+        )
         shift = len(header) - shard.kept.data_start
         begin = {name: shard.kept.begin[name] + shift for name in members}
     else:
         metadata = {key: value for key, value in _metadata(base, shard).items() if key not in stale}
+        metadata = plain_metadata(metadata, modules) if modules else metadata
         shared = {
             _component_name(base, name): _component_name(base, to)
             for name, to in request.shared.items()

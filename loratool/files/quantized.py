@@ -103,6 +103,9 @@ CODED_METADATA = (LISTING, "tensor_names")
 # Files of tools that do not write their quantization into config.json -> the method
 CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
+# Files that mean nothing beside a model without codes
+QUANTIZERS = (*CONFIG_FILES, "recipe.yaml")
+
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
 
 DEPTH = 3  # levels of configs within config.json, like the text_config of a thinker_config
@@ -116,6 +119,7 @@ class Coded:
     tensors: tuple[str, ...]  # names of all tensors that it is stored in, the codes first
     spec: TensorSpec  # of the codes
     size: int | None  # the weight's number of elements; None: the headers cannot tell
+    fault: str = ""  # why a codec of the format could not read it
 
 
 def find_coded(

@@ -107,6 +107,11 @@ def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
     return entries, metadata
 
 
+def read_metadata(header: bytes, path: Path) -> dict[str, str]:
+    """Return the metadata of a header, given without its length bytes; empty if it has none."""
+    return _parse_header(header, path)[1] or {}
+
+
 def _are_whole(values: Any) -> bool:
     return isinstance(values, list) and not [v for v in values if type(v) is not int or not 0 <= v < 1 << 63]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .codecs import RAW, codec_of
-from .codecs.codec import Codec, StoredTensor, StoredWeight
+from .codecs.codec import Codec, Parts, StoredTensor, StoredWeight
 from .dtypes import DTYPE_NAMES, FLOATS, TORCH_FLOATS, TensorSpec
 from .fileio import read_into
 from .weights_file import WeightsFile
@@ -28,9 +28,12 @@ class TensorRef:
 
     file: WeightsFile  # that has it, or its codes
     name: str  # of the tensor there
-    weight: StoredWeight | None = None  # None where the tensor's type alone tells the codec
-    companions: tuple[StoredTensor, ...] = ()  # those of `weight.tensors` that follow the codes
+    parts: Parts | None = None  # of a weight of several tensors; None where the tensor's type alone tells the codec
     undecoded: bool = False  # rows have the stored type, of 8 bits too
+
+    @property
+    def weight(self) -> StoredWeight | None:
+        return self.parts.weight if self.parts else None
 
     @property
     def spec(self) -> TensorSpec:
@@ -67,14 +70,14 @@ class TensorRef:
             return
         import torch
 
-        codec, stored = self.codec, (StoredTensor(self.file, self.name), *self.companions)
+        codec, parts = self.codec, self.parts or _alone(self.file, self.name)
         columns, first = codec.columns(self.spec), start * out.shape[1]
         above, count = first % columns, out.numel()
         if not above and not count % columns:
-            codec.read_rows(stored, first // columns, out.view(-1, columns))
+            codec.read_rows(parts, first // columns, out.view(-1, columns))
             return
         whole = torch.empty(-(-(above + count) // columns), columns, dtype=out.dtype)
-        codec.read_rows(stored, first // columns, whole)
+        codec.read_rows(parts, first // columns, whole)
         out.copy_(whole.view(-1)[above : above + count].view(out.shape))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -114,6 +117,12 @@ class TensorRef:
         out = torch.empty(min(stop, rows) - start, self.spec.size // rows, dtype=self.dtype)
         self.read_rows(start, out)
         return out
+
+
+def _alone(file: WeightsFile, name: str) -> Parts:
+    """Return a weight of one tensor."""
+    spec = file.specs[name]
+    return Parts(StoredWeight(codec_of(spec), spec, (name,)), {"codes": StoredTensor(file, name)}, spec)
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:

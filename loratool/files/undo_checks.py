@@ -14,9 +14,13 @@ ROWS = 5  # the index of `rows` in a placement
 RECORD = 1 << 22  # weights of a record, one row at least
 
 
-def record_rows(columns: int) -> int:
-    """Return the rows of a record."""
-    return max(1, RECORD // max(1, columns))
+SHARED = 8  # rows of codes that can share bytes, at most (AWQ)
+
+
+def record_rows(columns: int, coded: bool = False) -> int:
+    """Return the rows of a record. coded: of a weight that is stored as codes."""
+    rows = max(1, RECORD // max(1, columns))
+    return max(SHARED, rows // SHARED * SHARED) if coded else rows
 
 
 def spec_of(entry: Iterable[Any]) -> TensorSpec:
@@ -116,17 +120,20 @@ def coded_tiling(
 ) -> list[tuple[int, int]]:
     """Return the runs of rows that the records of a weight that was stored as codes must tile: all, split at each edge.
 
+    Without placements it was only decoded.
+
     Args:
         spec: the merged tensor's.
         was: the weight's.
         codes: of the stored tensor.
     """
     require(spec.shape == was.shape and spec.dtype in TORCH_FLOATS, f"{name} is {spec}, and was {was}")
-    if not placements or not was.size:
+    if not was.size or not codes.size:
         return []
+    if not placements:
+        return [(0, was.shape[0])]
     _check_rows(name, was, placements)
     rows = placements[0][ROWS]
-    require(codes.size % rows == 0 and codes.nbytes % codes.size == 0, f"{name}: its codes")
     edges = sorted({0, rows, *(edge for *_, start, stop, _, _ in placements for edge in (start, stop))})
     return list(pairwise(edges))
 

@@ -14,6 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +25,11 @@ from ..architectures.ties import COPIES, INPUT_EMBEDDINGS, MASKED_HEADS
 from ..errors import InputError
 from .checkpoint import INDEX_NAMES, PICKLES
 from .codecs import find_stored
-from .codecs.codec import StoredTensor, StoredWeight
+from .codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .dtypes import TensorSpec
 from .fileio import open_for_reading, read_into, sha256_range, sum_range
-from .safetensors_file import parse_json, read_layout
+from .quantized import QUANTIZERS
+from .safetensors_file import parse_json, read_layout, read_metadata
 from .side_files import TOKENIZER, UNDO_MARK
 from .undo_checks import (
     ROWS,
@@ -104,6 +108,8 @@ def unrecorded(name: str, entry: Mapping[str, Any], records: Iterable[tuple[int,
         records: the rows of each record, as (start, stop).
     """
     spec, rows = spec_of(entry["spec"]), counted_rows(entry)
+    if "recoded" in entry:  # the records tell codes, which need not lie row by row
+        rows, records = 1, ()
     done = 0
     for start, stop in [*sorted(records), (rows, rows)]:
         first, last = (edge * (spec.nbytes // max(1, rows)) for edge in (done, start))
@@ -121,6 +127,18 @@ class _Kept(WeightsFile):
 
     def __init__(self, undo: UndoFile, specs: dict[str, TensorSpec], begin: dict[str, int]) -> None:
         self.path, self.file, self.specs, self.begin = undo.path, undo.file, specs, begin
+
+
+def recoded_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Return rows and columns of a weight that was rounded to codes."""
+    size = prod(entry["recoded"]["shape"])
+    return counted_rows(entry), size // max(1, counted_rows(entry))
+
+
+def recoded_tiling(entry: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the runs of rows that its records must tile: all, split at each edge."""
+    edges = {0, counted_rows(entry), *(edge for *_, start, stop, _, _ in entry["placements"] for edge in (start, stop))}
+    return list(pairwise(sorted(edges)))
 
 
 def counted_rows(entry: Mapping[str, Any]) -> int:
@@ -194,6 +212,7 @@ class UndoFile:
         self.headers: list[bytes | None] = []
         self.specs: dict[str, TensorSpec] = {}
         self._holder: dict[str, str] = {}
+        self._metadata: dict[str, dict[str, str]] = {}  # of the files, by component
         for shard in index["shards"]:
             self._check_shard(shard)
         self.weights = self._find_weights()
@@ -210,17 +229,33 @@ class UndoFile:
 
     def _find_weights(self) -> dict[str, StoredWeight]:
         """Return the weights that the index says were stored as codes, found anew by the base's tensors."""
-        entries = {name: entry["coded"] for name, entry in self.index["tensors"].items() if "coded" in entry}
-        configs, found = self.index.get("configs", {}), {}
+        entries = {name: entry for name, entry in self.index["tensors"].items() if "coded" in entry}
+        found: dict[str, StoredWeight] = {}
         for prefix in {prefix_of(shard["name"]) for shard in self.index["shards"]} if entries else ():
-            own = {name: spec for name, spec in self.specs.items() if prefix_of(self._holder[name]) == prefix}
-            found.update(find_stored(configs[prefix], own))
+            own = [e["coded"] | {"all": e["replaced"]} for n, e in entries.items() if n.startswith(prefix)]
+            specs = {tensor: spec for tensor, spec in self.specs.items() if prefix_of(self._holder[tensor]) == prefix}
+            kept = {
+                tensor: place[0]
+                for coded in own
+                for tensor, place in zip(coded["tensors"][0 if coded["all"] else 1 :], coded["kept"], strict=True)
+            }
+            read = partial(self._read_kept, kept)
+            metadata = self._metadata.get(prefix, {})
+            found |= find_stored(Found(specs, self.index["declared"][prefix], metadata, read, prefix))[0]
         for name, entry in entries.items():
-            fits = name in found and found[name].codec.encodes and found[name].codec.key == entry["codec"]
-            require(fits, f"{name} was not stored as codes of {entry['codec']}")
+            coded = entry["coded"]
+            fits = name in found and found[name].codec.key == coded["codec"]
+            fits = fits and list(found[name].tensors) == coded["tensors"]
+            require(fits, f"{name} was not stored as codes of {coded['codec']}")
             both = self.index["tensors"].keys() - {name} & set(found[name].tensors)
             require(not both, f"{name}: an entry of its own for a part of it")
         return {name: found[name] for name in entries}
+
+    def _read_kept(self, kept: Mapping[str, int], name: str) -> bytes:
+        if name not in kept:
+            raise Fault(f"{name} is of a weight that the merge did not change")
+        require(is_count(kept[name]), f"{name}: its place")
+        return self.bytes(kept[name], self.specs[name].nbytes)
 
     def _blob(self, place: Sequence[Any]) -> bytes:
         """Read the bytes of a header or a side file."""
@@ -240,6 +275,7 @@ class UndoFile:
         require((header is None) is not (specs is None), f"{name} has no header, or two")
         if header is not None:
             self.headers.append(data := self._blob(header))
+            self._metadata.setdefault(prefix, {}).update(read_metadata(data, self.path))
             own = {prefix + key: spec for key, spec in read_layout(data, self.path)[0].items()}
         else:
             self.headers.append(None)
@@ -260,18 +296,21 @@ class UndoFile:
             require(fits and type(words) is int and 0 <= words < 1 << 64, f"{name}: a record")
         for placement in entry["placements"]:
             check_placement(name, placement, len(self.index["adapters"]))
+        if "recoded" in entry:
+            return self._check_recoded(name, entry, spec)
         if was is None:
             require(not entry["records"] and not entry["placements"], f"{name}: a record of nothing")
             require("replaced" not in entry and "copied" not in entry, f"{name} was not in the base")
             return []
         replaced = entry["replaced"]
-        require(type(replaced) is bool and replaced is not bool(entry["placements"]), f"{name}: no recipe")
+        recipe = type(replaced) is bool and not (replaced and entry["placements"])
+        require(recipe and (replaced or bool(entry["placements"]) or bool(weight)), f"{name}: no recipe")
         if weight:
             codes, copied = self.specs[weight.tensors[0]], None
-            tiled = coded_tiling(name, spec, was, codes, entry["placements"])
+            tiled = [] if replaced else coded_tiling(name, spec, was, codes, entry["placements"])
         else:
             tiled, copied = tiling(name, spec, was, entry["placements"])
-        height = record_rows(spec.size // max(1, counted_rows(entry)))
+        height = record_rows(spec.size // max(1, counted_rows(entry)), bool(weight))
         check_tiling(name, tiled, sorted((start, stop) for start, stop, *_ in entry["records"]), height)
         extents = [(at, length) for _, _, at, length, *_ in entry["records"]]
         if weight:
@@ -288,6 +327,19 @@ class UndoFile:
         fits = type(first) is int and first == copied and is_count(at) and are_hashes(hashes, -(-length // HASH_PART))
         require(fits, f"{name}: its copied rows")
         return [*extents, (at, length)]
+
+    def _check_recoded(self, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> list[tuple[int, int]]:
+        """Check the entry of codes that were written anew, and return its (first byte, length) ranges in the file."""
+        recoded = entry["recoded"]
+        shape = checked_spec(["F64", recoded["shape"]]).shape
+        fits = isinstance(recoded["weight"], str) and isinstance(recoded["codec"], str) and len(shape) > 1
+        require(fits and self.specs.get(name) == spec, f"{name}: codes of another type")
+        rows, columns = recoded_shape(entry)
+        require(bool(entry["placements"]) and rows * columns == prod(shape) > 0, f"{name}: its rows")
+        require(all(each[ROWS] == rows for each in entry["placements"]), f"{name}: its rows")
+        ranges = sorted((start, stop) for start, stop, *_ in entry["records"])
+        check_tiling(name, recoded_tiling(entry), ranges, record_rows(columns, True))
+        return [(at, length) for _, _, at, length, *_ in entry["records"]]
 
     def _check_written(self) -> None:
         """Check the hashes of unrecorded bytes, which all changed tensors have."""
@@ -308,7 +360,9 @@ class UndoFile:
             prefix, last = prefix_of(name), name.rpartition("/")[2]
             if last == "config.json":
                 require(name in new or "weight_map" not in parse_json(self.side[name], self.path), f"{name} is none")
-            elif tokens and not prefix and any(fnmatch(last, pattern) for pattern in TOKENIZER):
+            elif (tokens and not prefix and any(fnmatch(last, pattern) for pattern in TOKENIZER)) or (
+                last in QUANTIZERS and name not in new
+            ):
                 continue
             elif name in new:
                 require(last in INDEX_NAMES, strange(name))
@@ -382,6 +436,14 @@ class UndoFile:
         file = _Kept(self, {tensor: self.specs[tensor] for tensor in places}, places)
         return tuple(StoredTensor(file, tensor) for tensor in places)
 
+    def parts_of(self, name: str) -> Parts:
+        """Return a coded weight with those of its stored tensors that are here unchanged."""
+        weight, kept = self.weights[name], {tensor.name: tensor for tensor in self.kept(name)}
+        roles = {
+            role: kept[tensor] for role, tensor in zip(weight.roles, weight.tensors, strict=True) if tensor in kept
+        }
+        return Parts(weight, roles, self.specs[weight.tensors[0]])
+
     @property
     def merged_specs(self) -> dict[str, TensorSpec]:
         """Return the stored tensors of the merged model."""
@@ -396,7 +458,7 @@ class UndoFile:
             return False
         for name, spec in changed.items():
             width = spec.nbytes // max(1, counted_rows(self.index["tensors"][name]))
-            for record in self.records(name):
+            for record in () if "recoded" in self.index["tensors"][name] else self.records(name):
                 at = model.begin[name] + record.start * width
                 if sum_range(model.file, at, (record.stop - record.start) * width) != record.sum:
                     return False

@@ -29,6 +29,7 @@ class RoundingStats:
         not_finite: base weights that are inf or nan, which are copied unchanged.
         overflowed: finite weights that would become inf.
         largest: the largest |X| of those.
+        moved_squared: <W' - W, W' - W>, only of weights that are rounded to codes.
         steps: how many weights each step of `decide` was asked for; it depends on the machine, so no report has it.
     """
 
@@ -39,6 +40,7 @@ class RoundingStats:
     not_finite: int = 0
     overflowed: int = 0
     largest: float = 0.0
+    moved_squared: float = 0.0
     steps: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -49,7 +51,7 @@ class RoundingStats:
         return cls(**sums, largest=max((part.largest for part in parts), default=0.0), steps=steps)
 
 
-SUMMED = ("base_squared", "change_squared", "kept", "changed", "not_finite", "overflowed")
+SUMMED = ("base_squared", "change_squared", "kept", "changed", "not_finite", "overflowed", "moved_squared")
 
 
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:

@@ -21,6 +21,7 @@ from ..binding.module_weights import recorded_weights, spell_weight
 from ..binding.selection import Selection
 from ..errors import InputError, UsageError
 from ..files.checkpoint import SINGLE_NAMES, Checkpoint, open_checkpoint
+from ..files.codecs.codec import Parts
 from ..files.dtypes import TensorSpec
 from ..files.fileio import sha256_range
 from ..files.output import Output, OutputFile, check_output_path, check_undo_files, output_path
@@ -33,6 +34,7 @@ from ..files.undo_file import UndoFile, UnrecordedBytes
 from ..files.undo_places import undo_chain
 from ..numerics.merge import ARITHMETIC_VERSION
 from ..streaming.apply import restore_codes, restore_tensor, subtract_tensor
+from ..streaming.recode import restore_recoded
 from ..streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ..streaming.segment import UpdateLoader
 from ..streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
@@ -308,7 +310,11 @@ def _plan_tensors(
         if merged.stored.get(name) != expected:
             found = merged.stored.get(name, "not there")
             raise InputError(f"is {found}, but the merge wrote {expected}: it was edited since", culprit=name)
-    for name in undo.index["tensors"]:
+    for name, entry in undo.index["tensors"].items():
+        if "recoded" in entry:
+            tensors[name] = restore_recoded(_recoded_parts(merged, undo, name), undo, name)
+            sources[name] = merged.ref(entry["recoded"]["weight"])
+            continue
         weight = undo.weights.get(name)
         if weight or name in specs:
             spec = weight.spec if weight else specs[name]
@@ -320,6 +326,18 @@ def _plan_tensors(
             tensors[name] = restore_tensor(spec, undo, name, placements, load)
     sources |= {name: merged.stored_ref(name) for name in specs if name not in sources}
     return sources, tensors
+
+
+def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
+    """Return a weight that the merge wrote as codes, as the merged model stores it."""
+    recoded = undo.index["tensors"][name]["recoded"]
+    weight = merged.weights.get(recoded["weight"])
+    fits = weight and weight.tensors[0] == name and weight.codec.key == recoded["codec"]
+    if not fits or list(weight.spec.shape) != recoded["shape"]:
+        raise InputError(
+            f"is no weight of {recoded['codec']}, as the merge wrote it: it was edited since", culprit=name
+        )
+    return merged.parts_of(recoded["weight"])
 
 
 def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:

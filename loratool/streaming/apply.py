@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
-from ..files.codecs.codec import StoredTensor
+from ..files.codecs.codec import CodeFormat, Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
+from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
 from ..files.undo_file import Record, UndoFile
@@ -27,19 +29,25 @@ from ..numerics.workspace import Workspace
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .segment import RowSegment, UpdateLoader
-from .workers import Step
+from .workers import Locate, Scattered, Step
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
-    """Return every tensor that is not just copied or cast, by name."""
+    """Return every tensor that is not just copied or cast, nor written as codes, by name."""
     found = {}
-    for name in plan.sources:
+    for name in plan.sources.keys() - plan.recoded:
         base = plan.base.ref(name) if name in plan.base.specs else None
         placements = plan.placements.get(name, ())
         moved = base is not None and base != plan.sources[name]
         if not plan.sources[name].spec.size:
             continue
-        if placements or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in FLOATS):
+        if name in plan.decoded and not record:
+            continue  # it is cast
+        if (
+            placements
+            or name in plan.decoded
+            or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in FLOATS)
+        ):
             found[name] = merge_tensor(base, plan.sources[name], placements, load, record)
     return found
 
@@ -56,14 +64,14 @@ def merge_tensor(
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
-    height = record_rows(columns)
+    height = record_rows(columns, bool(base and base.weight))
     moved = base is not None and base != source
     shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
     codes = source if record and base == source and source.weight else None
     record = record and not (base is not None and moved and base.weight)  # all of it is kept
 
     def ranges() -> Iterator[RowRange]:
-        for start, stop, inside in _segments(placements, {0, rows} if moved or codes else set()):
+        for start, stop, inside in segments(placements, {0, rows} if moved or codes else set()):
             segment = RowSegment(source, columns, start, stop, inside, load)
             if moved and base is not None and start < shared:
                 both = partial(_replace, base, segment if inside else None, record)
@@ -77,20 +85,11 @@ def merge_tensor(
     return ChangedTensor(rows, ranges)
 
 
-def _segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[int, int, list[Placement]]]:
+def segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[int, int, list[Placement]]]:
     """Yield the runs of rows with the same placements, and these."""
     edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
     for start, stop in pairwise(edges):
         yield start, stop, [p for p in placements if p.start <= start and stop <= p.stop]
-
-
-def _codes(source: TensorRef, row: int, base: Tensor) -> tuple[CodedRows, Tensor]:
-    """Return how rows from `row` on are stored, and their codes. base: the rows decoded."""
-    assert source.weight
-    codes, first = source.file.specs[source.name], row * base.shape[1]
-    found = torch.empty(base.numel() * codes.size // source.spec.size, dtype=getattr(torch, DTYPE_NAMES[codes.dtype]))
-    source.file.read_numbers(source.name, first * codes.size // source.spec.size, found)
-    return CodedRows(source.codec, source.spec, source.companions, first), found
 
 
 def _decode(source: TensorRef, start: int, stop: int) -> Step:
@@ -98,11 +97,16 @@ def _decode(source: TensorRef, start: int, stop: int) -> Step:
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RecordedBlock:
         stats = cast_rounded(base, out, work)
-        recorder = Recorder(base.dtype, _codes(source, start + row, base))
+        recorder = Recorder(base.dtype, _rows_of(source, start + row), work)
         recorder.difference(base, out)
         return recorder.result(stats, base, out)
 
     return step
+
+
+def _rows_of(source: TensorRef, start: int) -> CodedRows:
+    assert source.parts
+    return CodedRows(source.parts, start)
 
 
 def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: int, stop: int) -> Step:
@@ -112,7 +116,7 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
         if not record:
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
-        recorder = Recorder(base.dtype, _codes(codes, start + row, base) if codes else None)
+        recorder = Recorder(base.dtype, _rows_of(codes, start + row) if codes else None, work)
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
         stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
@@ -148,16 +152,15 @@ def restore_tensor(
     columns = spec.size // rows if rows else 0
     dtype = getattr(torch, DTYPE_NAMES[spec.dtype] if spec.dtype in FLOATS else "uint8")
 
-    weight = undo.weights.get(name)
-    companions = undo.kept(name) if weight else ()
+    parts = undo.parts_of(name) if name in undo.weights else None
 
     def ranges() -> Iterator[RowRange | CopiedRows]:
-        for start, stop, inside in _segments(placements, {0, rows} if weight or not placements else set()):
+        for start, stop, inside in segments(placements, {0, rows} if parts or not placements else set()):
             segment = RowSegment(None, columns, start, stop, inside, load) if inside else None
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if segment and record.start == start:
                     segment.stored_norms = partial(_read_norms, undo, record, name, dtype)
-                codes = CodedRows(weight.codec, spec, companions, record.start * columns) if weight else None
+                codes = CodedRows(parts, record.start) if parts else None
                 prepare = partial(_restore, undo, record, name, dtype, segment, codes)
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height)
@@ -165,7 +168,21 @@ def restore_tensor(
             first, at = entry["copied"][:2]
             yield CopiedRows(first, rows, undo.file, at)
 
-    return ChangedTensor(rows, ranges, columns)
+    return ChangedTensor(rows, ranges, columns, scattered_codes(parts) if parts else None)
+
+
+def scattered_codes(parts: Parts) -> Scattered:
+    """Return how the codes of a weight are written."""
+    codec, codes = parts.weight.codec, parts.weight.tensors[0]
+    assert isinstance(codec, CodeFormat)
+
+    def write(locate: Locate, start: int, out: Tensor, result: Any) -> Any:
+        target, offset = locate(codes)
+        for at, data in codec.places(parts, start, out.numpy()):
+            write_at(target, memoryview(data), offset + at)
+        return result
+
+    return Scattered(getattr(torch, codec.code), codec.width(parts), parts.codes_spec.nbytes, write)
 
 
 def restore_codes(
@@ -211,7 +228,7 @@ def _restore(
     def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
         with restorer.damage():
             if segment is None:
-                restorer.replaced(merged, out)
+                restorer.replaced(merged, out, work)
             else:
                 norms = None
                 if segment.norms_of_rows:
@@ -238,7 +255,7 @@ def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: Up
         return step
 
     def ranges() -> Iterator[RowRange]:
-        for start, stop, inside in _segments(placements, set()):
+        for start, stop, inside in segments(placements, set()):
             if inside:
                 segment = RowSegment(source, columns, start, stop, inside, load)
                 yield RowRange(start, stop, partial(prepare, segment), height, height)

@@ -22,7 +22,7 @@ from ..files.output import Output, OutputFile, open_output
 from ..files.tensor_ref import TensorRef
 from ..files.undo_file import HASH_PART
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
-from .workers import CopyBytes, HashBytes, Item, MapRows, Prepare, Progress, Step, run
+from .workers import CopyBytes, HashBytes, Item, Locate, MapRows, Prepare, Progress, Scattered, Step, run
 
 # The --dtype that holds what overflows in a type
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
@@ -67,7 +67,8 @@ class ChangedTensor:
 
     rows: int
     ranges: Callable[[], Iterable[RowRange | CopiedRows]]
-    columns: int = 0  # of the source; 0 for as many as the output has, which has others where the steps write codes
+    columns: int = 0  # of the source; 0 for as many as the output has
+    scattered: Scattered | None = None  # if the steps write codes; the ranges are then all rows
 
 
 def rewrite(
@@ -79,6 +80,7 @@ def rewrite(
     progress: Progress | None = None,
     finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
     hashed: Collection[str] = (),
+    beside: Collection[str] = (),
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
@@ -88,6 +90,7 @@ def rewrite(
     Args:
         sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast
         finish: called with the open files, by name, when all rows are written
+        beside: tensors that the steps of others write
         hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
 
     Raises:
@@ -97,7 +100,7 @@ def rewrite(
     done = 0
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
     with open_output(output) as targets, ExitStack() as writing:
-        items = _items(output, sources, changed, targets, hashed)
+        items = _items(output, sources, changed, targets, hashed, beside)
         runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
         for item, results in runs:
@@ -145,10 +148,15 @@ def _items(
     changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
+    beside: Collection[str],
 ) -> Iterator[Item]:
     """Yield the items of the output, one of each file in turn, as threads that write one file wait for its lock."""
     waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
-    waiting += [_file_items(output, file, targets[file.name], sources, changed) for file in output.files]
+    begin = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
+    waiting += [
+        _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, beside)
+        for file in output.files
+    ]
     while waiting:
         for source in list(waiting):
             item = next(source, None)
@@ -176,15 +184,19 @@ def _file_items(
     target: BinaryIO,
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
+    locate: Locate,
+    beside: Collection[str],
 ) -> Iterator[Item]:
     """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
     span: CopyBytes | None = None
     checked = file.archive is not None
     for name, offset in file.begin.items():
+        if name in beside:
+            continue
         source, new = sources[name], output.specs[name]
         place = _Place(name, new, target, offset, checked)
         if name in changed and new.size:
-            yield from _changed_items(source, place, changed[name])
+            yield from _changed_items(source, place, changed[name], locate)
             continue
         if (source.weight or source.spec.dtype != new.dtype) and new.size:
             yield from _row_items(source, place, 1, 1, _cast_rows(0, new.size, 1))
@@ -211,8 +223,11 @@ class _Place:
     checked: bool
 
 
-def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor) -> Iterator[Item]:
+def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, locate: Locate) -> Iterator[Item]:
     """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
+    if changed.scattered:
+        yield from _scattered_items(source, place, changed, changed.scattered, locate)
+        return
     written = place.spec.size // changed.rows
     columns = changed.columns or written
     end = _cast_rows(changed.rows, changed.rows, columns)
@@ -226,6 +241,29 @@ def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor) -> 
         else:
             yield from _row_items(source, place, columns, written, part)
         done = part.stop
+
+
+def _scattered_items(
+    source: TensorRef, place: _Place, changed: ChangedTensor, how: Scattered, locate: Locate
+) -> Iterator[Item]:
+    for part in changed.ranges():
+        assert isinstance(part, RowRange)
+        for start in range(part.start, part.stop, part.item_rows):
+            stop = min(start + part.item_rows, part.stop)
+            yield MapRows(
+                place.name,
+                source,
+                changed.columns,
+                place.target,
+                place.offset,
+                how.dtype,
+                how.width,
+                start,
+                stop,
+                part.prepare,
+                part.block_rows,
+                scattered=(how, locate, changed.rows),
+            )
 
 
 def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:

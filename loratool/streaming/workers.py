@@ -83,6 +83,27 @@ Step = Callable[[Tensor, int, Tensor, Workspace], Any]
 Prepare = Callable[[int, int], Step]
 
 
+# Return where a tensor of the output lies: its file, and its first byte there.
+Locate = Callable[[str], tuple[BinaryIO, int]]
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """How steps write codes, which need not lie in the order of rows, nor in one tensor.
+
+    Attributes:
+        dtype, width: `out` of a step is (rows, width) of this type.
+        nbytes: of all rows, roughly.
+        write: writes `out`, whose first row is the second argument, by the step's result, and returns what is left of
+            this.
+    """
+
+    dtype: torch.dtype
+    width: int
+    nbytes: int
+    write: Callable[[Locate, int, Tensor, Any], Any]
+
+
 @dataclass(frozen=True)
 class MapRows:
     """An item that passes rows `start:stop` of a weight, seen as a matrix, through a step, to a place in a file."""
@@ -93,15 +114,18 @@ class MapRows:
     target: BinaryIO
     target_offset: int  # of row `start`
     target_dtype: torch.dtype
-    target_columns: int  # as many, unless the step writes codes
+    target_columns: int
     start: int
     stop: int
     prepare: Prepare
     block_rows: int  # rows of a block, read, computed and written at a time
     checked: bool = False  # the results begin with the CRC-32 of what was written
+    scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
 
     @property
     def nbytes(self) -> int:
+        if self.scattered:
+            return (self.stop - self.start) * self.scattered[0].nbytes // self.scattered[2]
         return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
 
 
@@ -150,6 +174,9 @@ class Worker:
             result = step(moved, row, on_device, self.work)
             out.copy_(on_device, non_blocking=True)
             self.stream.synchronize()
+        if item.scattered:
+            scattered, locate, _ = item.scattered
+            return scattered.write(locate, item.start + row, out, result)
         if item.checked:
             self._crc = zlib.crc32(_bytes(out), self._crc)
         write_at(item.target, _bytes(out), item.target_offset + row * item.target_columns * out.itemsize)

@@ -8,7 +8,8 @@ planes: the lowest bit of each, the next bit of each whose run has more than two
 as one after the other, and four times as fast to write.
 
 For float64, and for tensors that were replaced, a record is the difference of W's place to one that the reader knows
-too, in units of one width (`pack_differences`). DoRA's norms, float64, precede what they are needed for.
+too, in units of one width (`pack_differences`). So it is for a weight that is stored as codes (`CodedRows`). DoRA's
+norms, float64, precede what they are needed for.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files.codecs.codec import Codec, StoredTensor
-from ..files.dtypes import TensorSpec
+from ..files.codecs.codec import CodeFormat, Parts
 from ..files.fileio import word_sum
+from ..numerics.code_grid import guess_codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, bits, finite, number, place, wide, widen
+from ..numerics.forms import FORMS, Codes, Form, Positions, bits, codes, finite, number, place, wide, widen
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
 
 UNIT = 1 << 12  # differences of one width
+RARE = 32  # fewer than one in so many take less with their places
+SPARSE = 255  # in the place of a width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
 
@@ -79,31 +82,63 @@ class _Asked:
             yield np.arange(start, start + len(some)) if self.at is None else self.at[start : start + ASKED], some
 
 
+@dataclass(frozen=True)
 class CodedRows:
-    """The codes of some rows of a weight that its codec can encode, as a matrix of their bytes.
+    """The grid of some rows of a weight that is stored as codes, from row `start` on (`numerics.code_grid.CodeGrid`).
 
-    A coded weight lies far from its neighbors, so that rounding W' - D to codes finds nearly all of them again.
-
-    Args:
-        codec: of the weight.
-        spec: of the weight.
-        companions: its stored tensors but the codes.
-        first: the first number of the rows.
+    A code's number lies far from its neighbors', so that the code nearest to W' - D is nearly always W's.
     """
 
-    def __init__(self, codec: Codec, spec: TensorSpec, companions: Sequence[StoredTensor], first: int) -> None:
-        self._codec, self._columns, self._companions = codec, codec.columns(spec), companions
-        self._start = first // self._columns
+    parts: Parts
+    start: int
 
-    def nearest(self, guess: Tensor) -> Codes:
-        """Return the bytes of the codes nearest to float64 numbers, flat and signed."""
-        return take_bytes(self._codec.encode(self._companions, self._start, guess.reshape(-1, self._columns)))
+    @property
+    def format(self) -> CodeFormat:
+        assert isinstance(self.parts.weight.codec, CodeFormat)
+        return self.parts.weight.codec
 
+    def nearest(self, row: int, numbers: npt.NDArray[np.float64]) -> Codes:
+        return self.format.nearest(self.parts, self.start + row, numbers)
 
-def take_bytes(x: Tensor) -> Codes:
-    """Return all bytes of a tensor, flat and signed."""
-    found: Codes = x.contiguous().view(-1).view(torch.int8).cpu().numpy()
-    return found
+    def values(self, row: int, codes: Codes) -> npt.NDArray[np.float64]:
+        return self.format.values(self.parts, self.start + row, codes)
+
+    def ordinals(self, codes: Codes) -> Codes:
+        return self.format.ordinals(self.parts, codes)
+
+    def from_ordinals(self, ordinals: Codes) -> Codes:
+        return self.format.from_ordinals(self.parts, ordinals)
+
+    def read(self, count: int) -> Codes:
+        """Return the codes of so many rows, (rows, width)."""
+        return self.format.codes(self.parts, self.start, self.start + count)
+
+    def pack(self, codes: Codes, guess: Codes) -> bytes:
+        """Pack what codes, (rows, width), are beside a guess, (rows, columns).
+
+        Where the guess is 0, they have runs of their own: there a code is +0 or -0, and elsewhere nearly always the
+        guess.
+        """
+        columns = guess.shape[1]
+        apart = (self.ordinals(codes[:, :columns]) - self.ordinals(guess)).reshape(-1)
+        zero = self._is_zero(guess)
+        padding = codes[:, columns:].astype(np.int16).reshape(-1)
+        return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
+
+    def unpack(self, reader: Reader, guess: Codes) -> Codes:
+        """Return the codes that `pack` packed."""
+        zero = self._is_zero(guess)
+        apart = np.empty(guess.size, np.int16)
+        apart[~zero] = reader.small(int((~zero).sum()))
+        apart[zero] = reader.small(int(zero.sum()))
+        codes = self.from_ordinals((self.ordinals(guess).reshape(-1) + apart).reshape(-1)).reshape(guess.shape)
+        width = self.format.width(self.parts)
+        padding = reader.small(len(guess) * (width - guess.shape[1]))
+        return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(guess), -1)), axis=1)
+
+    def _is_zero(self, guess: Codes) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = (self.values(0, guess) == 0).reshape(-1)
+        return found
 
 
 class Recorder:
@@ -111,11 +146,13 @@ class Recorder:
 
     Args:
         dtype: of W.
-        codes: how the rows are stored, and the codes themselves; None if W is stored as it is.
+        rows: how W is stored as codes; None if it is stored as it is.
+        work: for those.
     """
 
-    def __init__(self, dtype: torch.dtype, codes: tuple[CodedRows, Tensor] | None = None) -> None:
-        self._form, self._codes = FORMS[dtype], codes
+    def __init__(self, dtype: torch.dtype, rows: CodedRows | None = None, work: Workspace | None = None) -> None:
+        self._form, self._rows, self._work = FORMS[dtype], rows, work
+        self._codes: Codes | None = None
         self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
         self._payload = b""
 
@@ -124,7 +161,7 @@ class Recorder:
         self._payload += norms.astype("<f8").tobytes()
 
     def tile(self, tile: Tile, dense: DenseRows) -> None:
-        if self._form.bits == 53:
+        if self._form.bits == 53 or self._rows:
             return
         change = tile.change.view(-1)
         if tile.ties is not None:
@@ -137,12 +174,12 @@ class Recorder:
         self._found.append(_taken(hit, change, tile.shift, tile.start))
 
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
+        if self._rows:
+            self._record_codes(out, x, first)
+            return
         if self._form.bits == 53:
             guess = guess_double(out, x, first)
-            if self._codes:
-                self._differ_in_codes(torch.from_numpy(guess.view(np.float64)))
-            else:
-                self._payload += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
+            self._payload += pack_differences(place(take_all(base), self._form) - place(guess, self._form))
             return
         asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
         zero_bits, index, count = [], [], []
@@ -164,26 +201,30 @@ class Recorder:
 
     def difference(self, base: Tensor, out: Tensor) -> None:
         """Record a block whose values were replaced, or of codes that were only decoded."""
-        if self._codes:
-            self._differ_in_codes(widened(out))
+        if self._rows:
+            self._record_codes(out, None, 0)
         else:
             self._payload += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
 
-    def _differ_in_codes(self, guess: Tensor) -> None:
-        assert self._codes
-        rows, codes = self._codes
-        self._payload += pack_differences(take_bytes(codes) - rows.nearest(guess))
+    def _record_codes(self, out: Tensor, x: Reals | None, first: int) -> None:
+        assert self._rows and self._work
+        self._codes = self._rows.read(len(out))
+        self._payload += self._rows.pack(self._codes, guess_codes(out, x, first, self._rows, self._work))
 
     def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
         """Return what was recorded of a block, W in `base` and W' in `out`."""
-        stored = self._codes[1] if self._codes else base
-        digest = hashlib.sha256(bytes_of(stored)).hexdigest()
+        stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data
+        digest = hashlib.sha256(stored).hexdigest()
         return RecordedBlock(change, self._payload, digest, word_sum(bytes_of(out)))
 
 
-def widened(x: Tensor) -> Tensor:
-    """Return float64 numbers of a tensor, subnormal ones included where this thread flushes them."""
-    return torch.from_numpy(wide(take_all(x), FORMS[x.dtype]).copy())
+def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
+    """Return the record of rows that were rounded to codes: what the former ones, (rows, width), are beside the new."""
+    columns = rows.parts.weight.spec.shape[-1]
+    digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
+    return RecordedBlock(
+        change, rows.pack(former, made[:, :columns]), digest, word_sum(bytes_of(torch.from_numpy(made)))
+    )
 
 
 def take_all(x: Tensor) -> Codes:
@@ -300,6 +341,26 @@ def pack_differences(difference: Codes) -> bytes:
     return b"".join(parts)
 
 
+def _pack_small(difference: Codes) -> bytes:
+    """Pack int16 of which most are 0 or near it: a byte that says how, then the numbers.
+
+    SPARSE: those that are not 0, and the gaps before them. Otherwise the width of all, folded as `pack_differences`
+    does, the largest number of this width standing for one that follows in full.
+    """
+    at = np.flatnonzero(difference)
+    if len(at) * RARE <= len(difference):
+        gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
+        numbers = pack_differences(gaps) + pack_differences(difference[at])
+        return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
+    folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
+    several = np.cumsum(np.bincount(folded, minlength=1 << 9)[::-1])[::-1]  # how many are so large, or larger
+    width = min(range(1, 9), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
+    escape = (1 << width) - 1
+    short = np.minimum(folded, escape)[:, None] >> np.arange(width, dtype=np.uint16)
+    data = np.packbits(short & 1 == 1, bitorder="little").tobytes()
+    return bytes([width]) + data + pack_differences(difference[folded >= escape])
+
+
 @dataclass(frozen=True)
 class Doubted:
     """The result of a block from which an update was subtracted without a record.
@@ -378,19 +439,42 @@ class Reader:
         folded: Codes = half ^ -low
         return folded
 
+    def small(self, count: int) -> Codes:
+        """Read what `_pack_small` packed of so many numbers."""
+        width, found = self.take(1)[0], np.zeros(count, np.int16)
+        if width == SPARSE:
+            some = int.from_bytes(self.take(4), "little")
+            if some > count:
+                raise ValueError("has more places than numbers")
+            at = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
+            if some and (at[0] < 0 or at[-1] >= count or (np.diff(at) < 1).any()):
+                raise ValueError("has places that are none")
+            found[at] = self.differences(some, np.int16)
+            return found
+        if not 1 <= width <= 8:
+            raise ValueError(f"has numbers of {width} bits")
+        data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
+        short = (
+            data[: count * width].reshape(count, width).astype(np.uint16) << np.arange(width, dtype=np.uint16)
+        ).sum(1, dtype=np.uint16)
+        found[:] = (short >> 1).astype(np.int16) ^ -(short & 1).astype(np.int16)
+        escaped = np.flatnonzero(short == (1 << width) - 1)
+        found[escaped] = self.differences(len(escaped), np.int16)
+        return found
+
 
 class Restorer:
     """Restores some rows from their record, and checks them against its hash and sum.
 
     Args:
         dtype: of W.
-        codes: how W is stored, as codes that are to be restored; None if it is stored as it is.
+        rows: how W is stored, as codes that are to be restored; None if it is stored as it is.
     """
 
     def __init__(
-        self, name: str, dtype: torch.dtype, data: bytes, sha256: str, sum: int, codes: CodedRows | None = None
+        self, name: str, dtype: torch.dtype, data: bytes, sha256: str, sum: int, rows: CodedRows | None = None
     ) -> None:
-        self._name, self._form, self._codes = name, FORMS[dtype], codes
+        self._name, self._form, self._rows = name, FORMS[dtype], rows
         self._sha256, self._sum = sha256, sum
         self._reader = Reader(data)
 
@@ -412,17 +496,16 @@ class Restorer:
             raise ValueError("has norms that are none")
         return found
 
-    def replaced(self, merged: Tensor, out: Tensor) -> None:
+    def replaced(self, merged: Tensor, out: Tensor, work: Workspace) -> None:
         """Write W into `out`, for a block whose values were replaced, or of codes that were only decoded."""
-        if self._codes:
-            self._to_codes(self._codes, widened(merged), out)
+        if self._rows:
+            self._to_codes(self._rows, merged, None, out, work)
         else:
             self._from_guess(take_all(merged), out)
 
-    def _to_codes(self, rows: CodedRows, guess: Tensor, out: Tensor) -> None:
-        near = rows.nearest(guess)
-        restored = torch.from_numpy(near + self._reader.differences(len(near), np.int8))
-        out.view(torch.int8).copy_(restored.view(out.view(torch.int8).shape))
+    def _to_codes(self, rows: CodedRows, merged: Tensor, x: Reals | None, out: Tensor, work: Workspace) -> None:
+        restored = rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work))
+        codes(out)[...] = restored.view(codes(out).dtype)
 
     def _from_guess(self, guess: Codes, out: Tensor) -> None:
         restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form.code), self._form)
@@ -430,9 +513,8 @@ class Restorer:
 
     def block(self, merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> None:
         """Write W into `out` from W', `merged`; both (rows, n), of one type, the rows of `x`."""
-        if self._codes:
-            guess = guess_double(merged, x, 0).view(np.float64)
-            return self._to_codes(self._codes, torch.from_numpy(guess), out)
+        if self._rows:
+            return self._to_codes(self._rows, merged, x, out, work)
         if self._form.bits == 53:
             return self._from_guess(guess_double(merged, x, 0), out)
         asked = go_back(merged, x, out, work)
@@ -455,6 +537,13 @@ class Restorer:
         index = _from_planes(data[read:], count)
         raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
         put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
+
+    def recoded(self, made: Codes, out: Tensor) -> None:
+        """Write the former codes into `out` from those that a merge wrote, both (rows, width)."""
+        assert self._rows
+        columns = self._rows.parts.weight.spec.shape[-1]
+        restored = self._rows.unpack(self._reader, np.ascontiguousarray(made[:, :columns]))
+        codes(out)[...] = restored.view(codes(out).dtype)
 
     def check(self, restored: Tensor, merged: Tensor) -> None:
         """Raise InputError if the rows are not those of the merge."""

@@ -16,8 +16,8 @@ libraries differ in that.
 
 A merge writes a weight that was stored as codes as numbers. `coded` of its entry has the codec's name, and the places
 and hashes of stored tensors that follow its records unchanged: its companions, or all if its values were replaced. Its
-records have the differences of the codes, byte by byte, to those nearest to W' - D. `configs`, the config.json of each
-component, is there if anything was coded: the codec finds its weights anew in it.
+records have the differences of the codes, as the codec orders them, to those nearest to W' - D. `declared`, the
+quantization config of each component, is there if anything was coded: the codec finds its weights anew by it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from ..files.undo_file import (
     UnrecordedBytes,
     counted_rows,
     kept_tensors,
+    recoded_shape,
+    recoded_tiling,
     unrecorded,
 )
 from .records import UNIT
@@ -135,7 +137,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     def hashes(nbytes: int) -> list[str]:
         return [HASH] * -(-nbytes // HASH_PART)
 
-    copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.changed and spec.nbytes}
+    copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.written and spec.nbytes}
     index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
     for name, entry in index["tensors"].items():
         places = list(_record_places(plan, name, entry))
@@ -156,20 +158,29 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
 
 def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
     """Yield each record of a changed tensor: the first row of its run, and the rows that it starts and stops at."""
-    if name not in plan.base.specs:
+    if "recoded" in entry:
+        height = record_rows(recoded_shape(entry)[1], True)
+        for first, last in recoded_tiling(entry):
+            yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
+    if "recoded" in entry or name not in plan.base.specs:
         return
     spec, was, weight = spec_of(entry["spec"]), plan.base.specs[name], plan.base.weights.get(name)
+    if weight and entry["replaced"]:
+        return
     if weight:
         runs = coded_tiling(name, spec, was, plan.base.stored[weight.tensors[0]], entry["placements"])
     else:
         runs, _ = tiling(name, spec, was, entry["placements"])
-    height = record_rows(spec.size // max(1, counted_rows(entry)))
+    height = record_rows(spec.size // max(1, counted_rows(entry)), bool(weight))
     for first, last in runs:
         yield from ((first, start, min(start + height, last)) for start in range(first, last, height))
 
 
 def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first: int, start: int, stop: int) -> int:
     """Return the most bytes of one record: a number of the stored type for each weight, and what precedes numbers."""
+    if "recoded" in entry:
+        count = (stop - start) * recoded_shape(entry)[1]
+        return count * 3 + 4 * -(-count // UNIT) + 64
     was, weight = plan.base.specs[name], plan.base.weights.get(name)
     columns = spec_of(entry["spec"]).size // counted_rows(entry)
     count, norms = (stop - start) * columns, 0
@@ -177,9 +188,8 @@ def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first:
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
         norms = max(norms, 8 * (stop - start) if axis == 0 else 8 * columns if axis == 1 and start == first else 0)
     if weight:
-        codes = plan.base.stored[weight.tensors[0]]
-        nbytes = count * codes.nbytes // codes.size * codes.size // was.size
-        return norms + nbytes + -(-nbytes // UNIT)
+        padded = 1 + plan.base.stored[weight.tensors[0]].nbytes // max(1, was.size)
+        return norms + count * 3 * padded + 4 * -(-count // UNIT) + 64
     if entry["replaced"] or was.dtype == "F64":
         return norms + count * DTYPES[was.dtype] // 8 + -(-count // UNIT)
     return norms + -(-count * (DTYPES[was.dtype] + 1) // 8)  # a bit tells of each that it is not 0.0
@@ -211,11 +221,11 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(adapters)}
-    names = {*output.extras, *plan.edits.files}
+    names = {*output.extras, *plan.edits.files, *plan.edits.dropped}
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     side = {name: _read(base.folder / name) for name in sorted(names) if (base.folder / name).is_file()}
-    tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.changed}
+    tensors = {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
     coded = any("coded" in entry for entry in tensors.values())
     return {
         "version": VERSION,
@@ -235,7 +245,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "side": side,
         "new_side": sorted(names - set(side)),
         "tensors": tensors,
-        **({"configs": {part.prefix: part.config for part in base.models}} if coded else {}),
+        **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
     }
 
 
@@ -257,14 +267,20 @@ def _read(path: Path) -> bytes:
 
 def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int]) -> dict[str, Any]:
     spec = output.specs[name]
-    source = plan.sources[name]
     entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
+    if plan.written[name] in plan.recoded:
+        weight = plan.written[name]
+        placements = sorted((_placement(p, numbers) for p in plan.placements[weight]), key=repr)
+        recoded = {"weight": weight, "shape": list(plan.base.specs[weight].shape)}
+        recoded["codec"] = plan.base.weights[weight].codec.key
+        return {**entry, "placements": placements, "recoded": recoded, "replaced": False}
+    source = plan.sources[name]
     if name not in plan.base.specs:
         return entry
     was, weight = plan.base.specs[name], plan.base.weights.get(name)
     entry["replaced"] = source != plan.base.ref(name)
     if weight:
-        entry["coded"] = {"codec": weight.codec.key, "kept": []}
+        entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors), "kept": []}
     elif entry["replaced"] and (was.dtype not in FLOATS or not was.shape or not was.size):
         entry["copied"] = 0
     elif entry["replaced"] and was.shape[0] > spec.shape[0]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, factors, load_model, run_command, weights, write_model, write_peft
+from conftest import bits, factors, load_model, weights, write_model, write_peft
 from reference import change_reference, round_reference, to_longdouble
 from safetensors.torch import load_file, save_file
 from test_structure import PACKAGE
@@ -21,42 +21,39 @@ from torch import Tensor
 from undo_bytes import forge, split_undo
 
 import loratool
-from loratool.errors import InputError, NeedsFlag
+from loratool.errors import InputError
 from loratool.files import codecs
-from loratool.files.codecs.codec import Codec, StoredTensor, StoredWeight
+from loratool.files.codecs.codec import Found, Parts, StoredWeight
+from loratool.files.codecs.packing import Plain
+from loratool.files.codecs.scaled import Scaled, Scales
 from loratool.files.dtypes import TensorSpec
+from loratool.numerics.code_levels import Integers
 
 Q, K, V, NORM = (
-    f"model.layers.0.{name}.weight" for name in "self_attn.q_proj self_attn.k_proj mlp.up_proj norm".split()
+    f"model.layers.0.{name}.weight" for name in "self_attn.q_proj self_attn.o_proj mlp.up_proj norm".split()
 )
 ROWS, COLUMNS, RANK, ALPHA, EMPTY = 48, 32, 4, 6, 3
 
 
-class Toy(Codec):
-    key, encodes = "toy int8", True
+class Toy(Scaled):
+    key, ends, code_dtypes, code, bits = "toy int8", ("", ".toy_codes"), frozenset(["I8"]), "int8", 8
 
-    def claims(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, StoredWeight]:
-        found = {}
-        for scale in (name for name in specs if name.endswith(".toy_scale")):
-            name = scale.removesuffix(".toy_scale")
-            codes = name if name in specs else f"{name}.toy_codes"
-            found[name] = StoredWeight(self, TensorSpec("F64", specs[codes].shape), (codes, scale))
-        return found
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        path = name.removesuffix(".toy_codes")
+        scale = f"{path}.toy_scale"
+        return StoredWeight(self, TensorSpec("F64", found.specs[name].shape), (name, scale), ("codes", "scales"))
 
-    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: Tensor) -> None:
-        codes = torch.empty(out.shape, dtype=torch.int8)
-        stored[0].read(start * out.shape[1], codes)
-        torch.mul(codes.double(), self._scales(stored[1], start, len(out)), out=out)
+    def weight_name(self, path: str, end: str) -> str:
+        return path.removesuffix(".toy_codes")
 
-    def encode(self, companions: Sequence[StoredTensor], start: int, rows: Tensor) -> Tensor:
-        near = (rows / self._scales(companions[0], start, len(rows))).round()
-        return near.nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
+    def packing(self, parts: Parts) -> Plain:
+        return Plain(parts.weight.spec.shape[-1], "int8")
 
-    @staticmethod
-    def _scales(stored: StoredTensor, start: int, count: int) -> Tensor:
-        scales = torch.empty(count, 1, dtype=torch.float32)
-        stored.read(start, scales)
-        return scales.double()
+    def levels(self, parts: Parts) -> Integers:
+        return Integers(-127, 127, "int8")
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return Scales(parts["scales"].floats(start, stop - start)[:, None], 0)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +136,7 @@ def test_merge_rounds_the_decoded_weight_once_and_unmerge_brings_the_codes_back(
         assert torch.equal(bits(found[name]), bits(stored[name]))
     undo = (tmp_path / "out" / "loratool.undo").read_bytes()
     payload = sum(entry[3] for entry in split_undo(undo)[1]["tensors"][Q]["records"])
-    assert payload == 1  # W' - D tells all codes: the width 0 of their differences
+    assert payload < 40  # W' - D tells all codes, and no padding follows them
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(base)
 
@@ -177,7 +174,7 @@ def test_convert_to_a_type_decodes_and_without_one_copies(tmp_path: Path, ends: 
 
 
 @ENDS
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"modules_to_save": ["k_proj"]}], ids=["dora", "replaced"])
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"modules_to_save": ["o_proj"]}], ids=["dora", "replaced"])
 def test_other_updates_come_off(tmp_path: Path, ends: str, config: dict[str, Any]) -> None:
     base, _ = write_base(tmp_path / "base", ends)
     adapter, _ = write_adapter(tmp_path / "adapter", Q, size=0.1, **config)
@@ -209,25 +206,17 @@ def test_rows_that_no_update_covers_are_recorded_too(tmp_path: Path) -> None:
     assert files_of(tmp_path / "back") == files_of(base)
 
 
-def test_what_is_not_possible_says_the_flag_that_makes_it_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, _ = write_base(tmp_path / "base", "")
-    adapter, _ = write_adapter(tmp_path / "adapter", Q)
-    with pytest.raises(NeedsFlag, match="toy int8, too coarse for a change") as error:
-        loratool.merge(base, adapter, tmp_path / "out")
-    assert error.value.remedy == "add --dtype bf16"
-    monkeypatch.setattr(Toy, "encodes", False)
-    with pytest.raises(NeedsFlag) as error:
-        loratool.merge(base, adapter, tmp_path / "out")
-    assert error.value.remedy == "add --dtype bf16 --no-undo"
-    with pytest.raises(NeedsFlag, match="toy int8 in the base") as error:
-        loratool.merge(base, adapter, tmp_path / "out", dtype="bf16")
-    assert error.value.remedy == "add --no-undo"
-    loratool.merge(base, adapter, tmp_path / "out", dtype="bf16", undo=False)
-    told = run_command("merge", base, adapter, "-o", tmp_path / "other")
-    assert told.exit_code == 4 and "--dtype bf16 --no-undo" in told.stderr
+@ENDS
+def test_by_default_what_changes_takes_the_type_of_the_plain_weights(tmp_path: Path, ends: str) -> None:
+    base, numbers = write_base(tmp_path / "base", ends)
+    adapter, made = write_adapter(tmp_path / "adapter", Q)
+    loratool.merge(base, adapter, tmp_path / "out")
+    found = load_model(tmp_path / "out")
+    assert torch.equal(bits(found[Q]), bits(merged_reference(numbers[Q], made, Q, torch.bfloat16)))
+    assert torch.equal(found[K + ends], load_model(base)[K + ends])
 
 
-@pytest.mark.parametrize("what", ["record", "scales", "codec", "kept", "configs", "part"])
+@pytest.mark.parametrize("what", ["record", "scales", "codec", "kept", "declared", "part"])
 def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> None:
     """A record's hash is of the codes: those of a row whose scale is 0 all decode to one number."""
     base, _ = write_base(tmp_path / "base", "")
@@ -244,7 +233,7 @@ def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> 
         changes: dict[str, Any] = {
             "codec": lambda index: index["tensors"][K]["coded"].update(codec="float8"),
             "kept": lambda index: index["tensors"][K]["coded"].update(kept=[]),
-            "configs": lambda index: index.pop("configs"),
+            "declared": lambda index: index.pop("declared"),
             "part": lambda index: index["tensors"].update({f"{K}.toy_scale": index["tensors"][K]}),
         }
         forge(undo, changes[what])

@@ -196,7 +196,7 @@ class TestRoundTrips:
         recorder.difference(W, out)
         record = recorder.result(RoundingStats(), W, out)
         restorer, back = Restorer("x", dtype, record.payload, record.sha256, record.sum), torch.empty_like(W)
-        restorer.replaced(out, back)
+        restorer.replaced(out, back, Workspace(torch.device("cpu")))
         restorer.check(back, out)
         assert torch.equal(bits(back), bits(W))
 
@@ -396,7 +396,7 @@ class TestBrokenRecords:
         assert data[0] == 5 and len(data) == 1 + (5 * count + 7) // 8
 
         def replaced(restorer: Restorer) -> None:
-            restorer.replaced(out, back)
+            restorer.replaced(out, back, Workspace(torch.device("cpu")))
 
         assert f"has numbers of {size + 1} bits" in refusal(dtype, bytes([size + 1]) + bytes(1000), replaced)
         assert "has numbers of 255 bits" in refusal(dtype, b"\xff" + bytes(1000), replaced)
@@ -404,7 +404,7 @@ class TestBrokenRecords:
             assert "ends too early" in refusal(dtype, data[:end], replaced)
         assert "longer than it should be" in refusal(dtype, data[:-1] + bytes([data[-1] | 0x80]), replaced)
         longer = Restorer("x", dtype, data + b"\0", "", 0)
-        longer.replaced(out, back)
+        longer.replaced(out, back, Workspace(torch.device("cpu")))
         with pytest.raises(InputError, match="x: "):
             longer.check(back, out)
 

@@ -5,31 +5,77 @@ A new codec is one file here and one row of the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ..dtypes import TensorSpec
-from .codec import Codec, StoredWeight
+from .awq import Awq
+from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
+from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
+from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
+from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
+from .fp8 import Fp8
+from .gptq import Gptq
+from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
+from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
+from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
+from .torchao import TorchaoFloat8, TorchaoInt8
 
 RAW = Raw()
 
 # The first that claims a tensor has it; `Raw` has what no other claims.
-CODECS: dict[str, Codec] = {codec.key: codec for codec in (Float8(), RAW)}
+CODECS: dict[str, Codec] = {
+    codec.key: codec
+    for codec in (
+        ComfyInt8(),
+        ComfyMxfp8(),
+        ComfyNvfp4(),
+        TorchaoInt8(),
+        TorchaoFloat8(),
+        Fp8(),
+        Awq(),
+        Gptq(),
+        PackedInts(),
+        PlainInts(),
+        Mxfp4(),
+        PackedMxfp4(),
+        DeepSeekFp4(),
+        PackedNvfp4(),
+        ModeloptNvfp4(),
+        Bitsandbytes4(),
+        BitsandbytesInt8(),
+        MlxAffine(),
+        MlxAffine8(),
+        MlxFp4(),
+        MlxFp8(),
+        Float8(),
+        RAW,
+    )
+}
 
 
-def find_stored(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, StoredWeight]:
-    """Return the weights that names or config tell, by their logical names; the type alone tells the others."""
-    found: dict[str, StoredWeight] = {}
-    left = dict(specs)
-    for codec in CODECS.values():
-        claimed = codec.claims(config, left)
-        found |= claimed
-        for weight in claimed.values():
-            for name in weight.tensors:
-                del left[name]
-    return found
+def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
+    """Return the weights of several tensors by their logical names, and what is wrong with others, by their codes.
+
+    The type alone tells all weights that are of one tensor.
+    """
+    formats = [codec for codec in CODECS.values() if isinstance(codec, CodeFormat)]
+    of_dtype = {dtype: [f for f in formats if dtype in f.code_dtypes] for f in formats for dtype in f.code_dtypes}
+    weights: dict[str, StoredWeight] = {}
+    faults: dict[str, str] = {}
+    for name, spec in found.specs.items():
+        for codec in of_dtype.get(spec.dtype, ()):
+            end = next((end for end in codec.ends if name.endswith(end)), None)
+            if end is None:
+                continue
+            try:
+                weight = codec.claim(name.removesuffix(end), name, found)
+            except Fault as fault:
+                faults[name] = str(fault)
+                break
+            if weight:
+                weights[codec.weight_name(name.removesuffix(end), end)] = weight
+                break
+    return weights, faults
 
 
 def codec_of(spec: TensorSpec) -> Codec:

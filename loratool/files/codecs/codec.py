@@ -1,17 +1,33 @@
-"""Define the seam of a codec: how the tensors that a file stores make up one weight, a matrix of numbers."""
+"""Define the seam of a codec: how the tensors that a file stores make up one weight, a matrix of numbers.
+
+`Codec` reads rows as numbers, which is all that a plain type has. `CodeFormat` is a codec of codes: one small integer
+for each number, the same code for the same number wherever scale and offset are the same. From it follow reading,
+merging back into codes, and undo; their places in the file are the packing's matter, their numbers the format's.
+"""
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..dtypes import TensorSpec
+from ...errors import InputError
+from ..dtypes import DTYPE_NAMES, TensorSpec
 from ..weights_file import WeightsFile
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
+
+    Codes = npt.NDArray[Any]  # unsigned or signed integers, one code a number
+    Wide = npt.NDArray[np.float64]
+
+
+class Fault(ValueError):
+    """What is wrong with the tensors of a coded weight; it counts only if the weight is touched."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,120 @@ class StoredTensor:
         """Read numbers of the stored type into `out`, which is contiguous, from the number `first` on."""
         self.file.read_numbers(self.name, first, out)
 
+    def numbers(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Return numbers of the stored type, flat, from the number `first` on; by default all that follow."""
+        import torch
+
+        kind = getattr(torch, DTYPE_NAMES[self.spec.dtype])
+        out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
+        if out.numel():
+            self.read(first, out)
+        return out
+
+    def integers(self, first: int = 0, count: int | None = None) -> Codes:
+        """Return the same of an integer type, or the bit patterns of another type, as unsigned integers.
+
+        Also of a type that an older torch does not have, as E8M0.
+        """
+        import torch
+
+        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+        out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
+        if out.numel():
+            self.read(first, out)
+        return out.numpy().view(f"u{itemsize}")
+
+    def floats(self, first: int = 0, count: int | None = None) -> Wide:
+        """Return the same as float64, flat. E8M0 and bytes that mean it are the format's matter."""
+        import numpy as np
+
+        from ...numerics.forms import FORMS, codes, wide
+
+        found = self.numbers(first, count)
+        form = FORMS.get(found.dtype)
+        return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
+
+    def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
+        """Return columns start:stop of `rows` rows of so many columns, from the number `first` on, as `integers`.
+
+        A narrow part of long rows is read row by row, so that no more than about the box is in memory.
+        """
+        import numpy as np
+
+        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        if (stop - start) * 4 >= width:
+            return self.integers(first, rows * width).reshape(rows, width)[:, start:stop]
+        out = np.empty((rows, stop - start), f"u{itemsize}")
+        for row in range(rows):
+            out[row] = self.integers(first + row * width + start, stop - start)
+        return out
+
+    def float_box(self, rows: int, width: int, start: int, stop: int) -> Wide:
+        """Return the same of a float type as float64."""
+        import torch
+
+        from ...numerics.forms import FORMS, wide
+
+        form = FORMS[getattr(torch, DTYPE_NAMES[self.spec.dtype])]
+        return wide(self.box(rows, width, start, stop).view(form.code), form)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a codec looks at to tell the weights of a checkpoint."""
+
+    specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has yet
+    declared: Mapping[str, Any] = field(default_factory=dict)  # the quantization config
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the files
+    read: Callable[[str], bytes] = lambda name: b""  # the bytes of a small tensor
+    prefix: str = ""  # of a pipeline's component, before all names
+
+    def one_of(self, *names: str) -> str | None:
+        """Return the first of these tensors that is there."""
+        return next((name for name in names if name in self.specs), None)
+
+    def need(self, name: str, *dtypes: str) -> TensorSpec:
+        """Return the spec of a tensor that a weight cannot do without.
+
+        Raises:
+            Fault: it is missing, or of none of these types.
+        """
+        spec = self.specs.get(name)
+        if spec is None:
+            raise Fault(f"{name} is missing beside it")
+        if dtypes and spec.dtype not in dtypes:
+            raise Fault(f"{name} is {spec.dtype}, not {' or '.join(dtypes)}")
+        return spec
+
+    def shaped(self, name: str, shape: tuple[int, ...], *dtypes: str) -> TensorSpec:
+        """Return the same of a tensor that must have a shape; one number has any shape of size 1."""
+        spec = self.need(name, *dtypes)
+        if spec.shape != shape and not (spec.size == 1 and set(shape) <= {1}):
+            raise Fault(f"{name} has the shape {spec.shape}, not {shape}")
+        return spec
+
+    def json(self, name: str) -> Mapping[str, Any]:
+        """Read a tensor whose bytes are a JSON object.
+
+        Raises:
+            Fault: they are not.
+        """
+        self.need(name, "U8", "I8")
+        try:
+            value = json.loads(self.read(name))
+        except (ValueError, RecursionError) as error:
+            raise Fault(f"{name} holds no JSON: it is cut off or damaged") from error
+        if not isinstance(value, dict):
+            raise Fault(f"{name} holds no JSON object")
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Read a small tensor of I32 or I64."""
+        spec = self.need(name, "I32", "I64")
+        data, width = self.read(name), spec.nbytes // max(1, spec.size)
+        return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
+
 
 @dataclass(frozen=True)
 class StoredWeight:
@@ -36,7 +166,41 @@ class StoredWeight:
 
     codec: Codec
     spec: TensorSpec  # of the weight: its shape, and "F64", or a narrower type that holds all its numbers
-    tensors: tuple[str, ...]  # names, the codes first; what the others are is their order's matter, or their names'
+    tensors: tuple[str, ...]  # names, the codes first
+    roles: tuple[str, ...] = ("codes",)  # what each of them is to the codec
+    detail: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its layout is, as the codec needs it
+    note: str = ""  # what the user should know: that the config says otherwise
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A coded weight with its stored tensors, to be read."""
+
+    weight: StoredWeight
+    tensors: Mapping[str, StoredTensor]  # by role
+    codes_spec: TensorSpec  # of the codes, which are not among the tensors on the way back: only `codes` reads them
+
+    def __getitem__(self, role: str) -> StoredTensor:
+        return self.tensors[role]
+
+    def get(self, role: str) -> StoredTensor | None:
+        return self.tensors.get(role)
+
+    def detail(self, key: str) -> Any:
+        return self.weight.detail[key]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The weight as a stack of matrices: (matrices, rows, columns)."""
+        *stack, rows, columns = self.weight.spec.shape
+        count = 1
+        for size in stack:
+            count *= size
+        return count, rows, columns
+
+    def damaged(self, role: str, what: str) -> InputError:
+        """Return the error for a companion that no writer of the format writes."""
+        return InputError(what, culprit=self.tensors[role].name, remedy="download the checkpoint anew")
 
 
 class Codec(ABC):
@@ -49,44 +213,141 @@ class Codec(ABC):
     key: ClassVar[str]  # the name in CODECS, in undo files, messages and reports
     dtypes: ClassVar[frozenset[str]] = frozenset()  # types whose tensors are weights of this codec by themselves
     numbers: ClassVar[str] = "float64"  # torch's name of the type that rows are decoded to
-    encodes: ClassVar[bool] = False  # whether `encode` can be called, without which no merge of a weight is undone
-
-    def claims(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, StoredWeight]:
-        """Return the weights that are stored in several tensors, or told by name or config, by their logical names.
-
-        Args:
-            config: config.json.
-            specs: the tensors that no codec before this one has claimed.
-        """
-        return {}
 
     def columns(self, spec: TensorSpec) -> int:
         """Return the numbers of a row of a weight: of its last dimension, unless a codec decodes more or fewer."""
         return spec.shape[-1]
 
     @abstractmethod
-    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: torch.Tensor) -> None:
+    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
         """Decode rows from `start` on into `out`, the same bits on every machine.
 
         Args:
-            stored: in the order of `StoredWeight.tensors`.
             out: (rows, columns), contiguous, on the CPU, of the type `numbers`.
         """
 
-    def encode(self, companions: Sequence[StoredTensor], start: int, rows: torch.Tensor) -> torch.Tensor:
-        """Return the codes nearest to rows from `start` on, the same on every machine; only if `encodes`.
 
-        An undo file keeps the companions and the differences of the codes to these, so that what is not nearest costs
-        bytes and nothing else. Rows must then be parts of the last dimension, and their codes lie one after the other.
+Piece = tuple[str, int, bytes]  # of a stored tensor: its role, the first byte, and the bytes from there on
+
+
+class Quantizer(ABC):
+    """Writes a weight in a format anew, with scales of its own, as the format's own software does.
+
+    Args:
+        parts: the weight as another model has it in this format, of which only layout, types and shapes count.
+
+    Attributes:
+        sees_all: whether all rows must be shown before the first is written.
+        together: rows that share a scale: calls begin at their multiples. 0 for all rows of the weight in one order.
+    """
+
+    sees_all: ClassVar[bool] = False
+
+    def __init__(self, parts: Parts, together: int = 1) -> None:
+        self.parts, self.together = parts, together
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the stored tensors that are written, by role."""
+        return {role: tensor.spec for role, tensor in self.parts.tensors.items()}
+
+    def see(self, rows: torch.Tensor) -> None:
+        """Look at rows, of a float type of 16 bits or more, in rising order; only if `sees_all`."""
+        raise TypeError("it does not look first")
+
+    @abstractmethod
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        """Return the codes of rows from `start` on, (rows, width), and what they are in the other tensors."""
+
+    def rest(self) -> list[Piece]:
+        """Return what is known once all rows were written; only if `together` is 0."""
+        return []
+
+
+class CodeFormat(Codec):
+    """A codec of codes, with scales beside them.
+
+    Rows are those of all matrices of a stack, one after the other. Codes are integers of the type `code`; a row of
+    them may be wider than the weight's (`width`), by the padding of its last word.
+    """
+
+    ends: ClassVar[tuple[str, ...]]  # of the names of codes
+    code_dtypes: ClassVar[frozenset[str]]  # of the tensors that hold codes
+    code: ClassVar[str] = "uint8"  # numpy's name of the type of one code
+    bits: ClassVar[int] = 4  # of a code, at most: fewer than 8 are too coarse for a LoRA's change
+
+    @abstractmethod
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        """Return the weight whose codes are the tensor `name`, None if they are another format's.
 
         Args:
-            companions: the stored tensors but the codes.
-            rows: (rows, columns) in float64; inf and nan may be among them.
-
-        Returns:
-            The codes of the rows as the file has them: of the stored type, contiguous, row by row.
+            path: the name without its end.
 
         Raises:
-            TypeError: the codec does not encode. A merge asks `encodes` first.
+            Fault: they are of this format, but a companion is missing or of another shape.
         """
-        raise TypeError(f"{self.key} does not encode")
+
+    def weight_name(self, path: str, end: str) -> str:
+        """Return the name that a weight has in a model that is not quantized. end: of the codes' name."""
+        return f"{path}.weight"
+
+    def width(self, parts: Parts) -> int:
+        """Return the codes of a row, padding included."""
+        return parts.weight.spec.shape[-1]
+
+    def row_multiple(self, parts: Parts) -> int:
+        """Return the number of rows whose codes share bytes: rows are written by so many at a time."""
+        return 1
+
+    @abstractmethod
+    def codes(self, parts: Parts, start: int, stop: int) -> Codes:
+        """Return the codes of rows start:stop, (rows, width)."""
+
+    @abstractmethod
+    def places(self, parts: Parts, start: int, codes: Codes) -> Iterator[tuple[int, bytes]]:
+        """Yield what codes of rows from `start` on are in the tensor of codes: (first byte, bytes).
+
+        Args:
+            start: and the number of rows, multiples of `row_multiple`.
+            codes: (rows, width).
+        """
+
+    @abstractmethod
+    def values(self, parts: Parts, start: int, codes: Codes) -> Wide:
+        """Return the numbers that codes of rows from `start` on mean: (rows, columns); padding is left out."""
+
+    @abstractmethod
+    def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:
+        """Return the codes nearest to numbers of rows from `start` on; ties to even codes, 0.0 is +0.
+
+        Of numbers beyond the range it is the last code, of nan that of 0. Where a rounding of float64 decides between
+        two neighbors, it may be either, but the same on every machine.
+
+        Args:
+            numbers: (rows, columns).
+
+        Returns:
+            (rows, columns), without padding.
+        """
+
+    @abstractmethod
+    def ordinals(self, parts: Parts, codes: Codes) -> Codes:
+        """Return int16 that order codes as their numbers, -0 just below +0."""
+
+    @abstractmethod
+    def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
+        """Return the codes of ordinals."""
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        """Return what writes a weight anew as `parts` is stored, None if that takes more than its numbers."""
+        return None
+
+    def check(self, parts: Parts) -> None:
+        """Read the companions of a weight that is to be changed.
+
+        Raises:
+            InputError: a number among them is one that no writer of the format writes, nan for one.
+        """
+
+    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
+        found = self.values(parts, start, self.codes(parts, start, start + len(out)))
+        out.numpy()[...] = found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..dtypes import FLOAT8, TensorSpec
-from .codec import Codec, StoredTensor
+from .codec import Codec, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +21,10 @@ class Float8(Codec):
     def columns(self, spec: TensorSpec) -> int:
         return 1
 
-    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: torch.Tensor) -> None:
+    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
         import torch
 
-        (tensor,) = stored
+        tensor = parts["codes"]
         codes = torch.empty(out.shape, dtype=getattr(torch, FLOAT8[tensor.spec.dtype]))
         tensor.read(start, codes)
         out.copy_(codes)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ..dtypes import FLOATS, TensorSpec
-from .codec import Codec, StoredTensor
+from .codec import Codec, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +20,8 @@ class Raw(Codec):
     def columns(self, spec: TensorSpec) -> int:
         return 1
 
-    def read_rows(self, stored: Sequence[StoredTensor], start: int, out: torch.Tensor) -> None:
-        (tensor,) = stored
+    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
+        tensor = parts["codes"]
         if tensor.spec.dtype not in FLOATS:
             raise InputError(f"has dtype {tensor.spec.dtype}, not a floating-point type", culprit=tensor.name)
         tensor.read(start, out)

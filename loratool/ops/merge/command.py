@@ -19,7 +19,8 @@ from typing import BinaryIO
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.merge_plan import MergePlan, decode_changed, plan_merge
+from ...binding.coded_bases import LOSSY, WAYS, plan_codes
+from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
@@ -34,6 +35,7 @@ from ...files.weights_file import WeightsFile
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
+from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
@@ -64,6 +66,8 @@ def merge(
     tied: str = "untie",
     initial: str | os.PathLike[str] | None = None,
     residual_base: bool = False,
+    quantized: str = "mixed",
+    allow: Sequence[str] = (),
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -87,6 +91,8 @@ def merge(
         tied: a key of TIED.
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
+        quantized: a key of WAYS, for the weights that the base stores as codes.
+        allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -107,6 +113,10 @@ def merge(
             raise UsageError(f"dtype {dtype!r} is none of {', '.join(MERGE_DTYPES)}")
         if tied not in TIED:
             raise UsageError(f"tied {tied!r} is none of {', '.join(TIED)}")
+        if quantized not in WAYS:
+            raise UsageError(f"quantized {quantized!r} is none of {', '.join(WAYS)}")
+        if set(allow) - {LOSSY}:
+            raise UsageError(f"allow {', '.join(sorted(set(allow) - {LOSSY}))!r} is not {LOSSY}")
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
@@ -118,6 +128,8 @@ def merge(
             _provenance(plan),
             OutputOptions(
                 dtype=MERGE_DTYPES[chosen_dtype],
+                quantized=quantized,
+                allow=tuple(allow),
                 device=where,
                 max_shard_bytes=max_shard_bytes,
                 undo=undo,
@@ -137,6 +149,8 @@ class OutputOptions:
     device: torch.device
     undo: bool  # write an undo file
     force: bool  # replace an output that exists
+    quantized: str = "mixed"  # a key of WAYS
+    allow: tuple[str, ...] = ()
     max_shard_bytes: int | None = None  # None keeps the base's shards
     dry_run: bool = False  # write nothing
     progress: Progress | None = None
@@ -159,7 +173,7 @@ def write_merged(
         beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    edits = decode_changed(plan, options.dtype)
+    plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
@@ -168,10 +182,10 @@ def write_merged(
         path,
         is_file,
         provenance,
-        plan.changed,
+        plan.written,
         options.dtype,
         options.max_shard_bytes,
-        edits,
+        plan.edits,
         options.undo,
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
@@ -220,12 +234,9 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     for name, spec in plan.base.specs.items():
-        weight = plan.base.weights.get(name)
-        was = weight.codec.key if weight else spec.dtype
-        is_kept = output.specs[name].dtype == was if not weight else weight.codec.encodes or name not in plan.changed
-        if not is_kept:
+        if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(
-                f"is {was} in the base, and a merge into another type cannot be undone",
+                f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
                 culprit=name,
                 remedy="add --no-undo",
             )
@@ -242,7 +253,11 @@ def _execute(
         undo = UndoWriter(output.path.absolute().parent) if output.undo else None
         if undo:
             opened.callback(undo.close)
-        tensors = plan_changed_tensors(plan, UpdateLoader(options.device), undo is not None)
+        load = UpdateLoader(options.device)
+        tensors = plan_changed_tensors(plan, load, undo is not None)
+        for codes, name in plan.written.items():
+            if name in plan.recoded:
+                tensors[codes] = recode_tensor(plan.base.ref(name), plan.placements[name], load, undo is not None)
         size = None
 
         def finish(targets: Mapping[str, BinaryIO]) -> None:
@@ -251,7 +266,7 @@ def _execute(
                 _hash_the_rest(undo, plan, output, targets, workers)
                 size = undo.finish(targets[output.undo.name], plan, output)
 
-        copied = [name for name in output.specs if undo and name not in plan.changed and output.specs[name].nbytes]
+        copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
         sources = plan.stored_sources(output.specs)
         runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
@@ -262,8 +277,9 @@ def _execute(
             if undo and isinstance(blocks[0], RecordedBlock):
                 undo.add(item.tensor, item.start, item.stop, blocks[0].payload, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
-            refuse_overflow(item.tensor, blocks, plan.sources, output)
-            changes[item.tensor] += blocks
+            if item.tensor in plan.written and plan.written[item.tensor] not in plan.recoded:
+                refuse_overflow(item.tensor, blocks, plan.sources, output)
+            changes[plan.written.get(item.tensor, item.tensor)] += blocks
             for block in blocks:
                 steps.update(block.steps)
     counts = (f"{steps[step]:,} {step}" for step in ("dense", "near", "nearer", "exact"))

@@ -99,7 +99,8 @@ def build_report(
     Args:
         stats: tensor -> the statistics of its blocks; empty in a dry run.
     """
-    names = [name for name in output.specs if name in plan.requested or name in plan.added or name in plan.untied]
+    weights = [plan.written.get(name, name) for name in output.specs]
+    names = [name for name in weights if name in plan.requested or name in plan.added or name in plan.untied]
     rows = [_row(plan, output, name, stats.get(name, [])) for name in names]
     kept = _sum(block.kept for blocks in stats.values() for block in blocks)
     total = _ratio(kept, _sum(block.change_squared for blocks in stats.values() for block in blocks))
@@ -136,7 +137,9 @@ def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
 
 
 def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingStats]) -> TensorReport:
-    spec = output.specs[name]
+    spec = output.specs[name] if name not in plan.recoded else plan.base.specs[name]
+    weight = plan.base.weights.get(name)
+    dtype = weight.codec.key if weight and name in plan.recoded else spec.dtype
     updates = {id(p.update): (p.weight, p.update) for p in plan.requested.get(name, ())}.values()
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
@@ -144,7 +147,7 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
     return TensorReport(
         name,
         spec.shape,
-        spec.dtype,
+        dtype,
         "+".join(dict.fromkeys(kinds)),
         sum(update.rank for _, update in updates),
         tuple(weight * update.scale for weight, update in updates),

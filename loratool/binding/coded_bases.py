@@ -1,0 +1,194 @@
+"""Decide what becomes of a base's coded weights in a merge: which become plain numbers, and what configs say then."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..architectures.fusion_groups import close_under_fusion
+from ..architectures.prefixes import module_path
+from ..errors import InputError, NeedsFlag
+from ..files.checkpoint import Checkpoint, read_json_file
+from ..files.codecs import RAW, codec_of
+from ..files.codecs.codec import CodeFormat, StoredWeight
+from ..files.dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
+from ..files.output import OutputEdits
+from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method
+from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization
+from .merge_plan import MergePlan
+
+# The values of --quantized -> what they do to the coded weights that an adapter changes
+WAYS = {
+    "mixed": "they become plain numbers, and all others keep their codes",
+    "dequantize": "all coded weights become plain numbers, others too",
+    "requantize": "they keep codes and scales, each weight rounded to the nearest code",
+}
+
+# The values of --allow
+LOSSY = "lossy"
+
+COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
+
+
+def code_bits(weight: StoredWeight) -> int:
+    """Return the bits of a code of a weight."""
+    assert isinstance(weight.codec, CodeFormat)
+    return int(weight.detail.get("bits", weight.codec.bits))
+
+
+def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[str] = ()) -> MergePlan:
+    """Return the plan with what the output has as plain numbers, and with its configs.
+
+    Args:
+        way: a key of WAYS.
+        dtype: the safetensors name of the type of all plain weights; None for those that the base has.
+        allow: what would be refused otherwise, of LOSSY.
+
+    Raises:
+        NeedsFlag, InputError: a weight cannot be written so.
+    """
+    base = plan.base
+    touched = [name for name in plan.changed if name in base.weights]
+    if way == "dequantize":
+        _refuse_unread(base)
+        decoded = dict.fromkeys(base.weights, "") if base.weights or base.quantized else {}
+    elif way == "requantize":
+        _refuse_lossy(plan, touched, allow)
+        return replace(plan, edits=_widen_float8(plan, dtype), recoded=frozenset(touched))
+    else:
+        groups = close_under_fusion([module_path(n) for n in touched], [module_path(n) for n in base.weights])
+        siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
+        decoded = {**dict.fromkeys(touched, ""), **siblings}
+    edits = _widen_float8(plan, dtype)
+    if not decoded and way != "dequantize":
+        return replace(plan, edits=edits)
+    specs = dict(edits.specs)
+    for part in base.models:
+        own = [name for name in decoded if name.startswith(part.prefix)]
+        kind = dtype or plain_dtype(part)
+        for name in own:
+            spec = specs.get(name) or base.specs[name]
+            specs[name] = TensorSpec(kind, spec.shape)
+    edits = _edit_configs(plan, replace(edits, specs=specs), decoded)
+    # siblings that no update touches
+    others = {name: why for name, why in decoded.items() if name not in plan.changed}
+    return replace(plan, edits=edits, decoded=others, warnings=(*plan.warnings, *_notes(plan, decoded, others)))
+
+
+def plain_dtype(base: Checkpoint) -> str:
+    """Return the safetensors name of the type that most plain numbers of a model have, else its config's, else bf16."""
+    sizes: Counter[str] = Counter()
+    for name, spec in base.specs.items():
+        if spec.dtype in TORCH_FLOATS and name not in base.weights and name not in base.formats:
+            sizes[spec.dtype] += spec.size
+    configs = (base.config, *(value for value in base.config.values() if isinstance(value, Mapping)))
+    stated = [CONFIG_DTYPES.get(str(config.get(field))) for config in configs for field in ("dtype", "torch_dtype")]
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else next(filter(None, stated), "BF16")
+
+
+def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
+    """Return the edits with changed plain weights of 8 bits in `dtype`.
+
+    Raises:
+        NeedsFlag: `dtype` is None, and such a weight is among scaled ones.
+    """
+    specs, base = dict(plan.edits.specs), plan.base
+    scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
+    for name in plan.changed:
+        spec = specs.get(name) or base.specs[name]
+        if name in base.weights or codec_of(spec) is RAW:
+            continue
+        if dtype is None and scaled:
+            message = f"is {spec.dtype}, without others' scale"
+            raise NeedsFlag(message, culprit=name, remedy="add --dtype bf16 --no-undo")
+        if dtype is not None:
+            specs[name] = TensorSpec(dtype, spec.shape)
+    return replace(plan.edits, specs=specs)
+
+
+def _refuse_unread(base: Checkpoint) -> None:
+    """Raise InputError for a weight whose format no codec reads."""
+    for name, coded in base.coded.items():
+        raise InputError(
+            f"is quantized ({coded.format}), which cannot be read{': ' + coded.fault if coded.fault else ''}",
+            culprit=name,
+            remedy="pass the original model in 16 or 32 bits, or leave its codes with --quantized mixed",
+        )
+
+
+def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[str]) -> None:
+    """Raise for what keeps next to nothing of a change, or has no codes for it."""
+    for name in touched:
+        weight = plan.base.weights[name]
+        source = plan.sources[name]
+        if source != plan.base.ref(name):
+            message = "is replaced by an adapter's own values, which have no codes"
+            raise InputError(message, culprit=name, remedy="use --quantized mixed")
+        if code_bits(weight) < COARSE and LOSSY not in allow:
+            raise NeedsFlag(
+                f"has codes of {code_bits(weight)} bits ({weight.codec.key}), in which next to nothing of a change "
+                "survives: merge into the 16-bit original with --like, or with --quantized mixed",
+                culprit=name,
+                remedy="add --allow lossy",
+            )
+
+
+def _edit_configs(plan: MergePlan, edits: OutputEdits, decoded: Mapping[str, str]) -> OutputEdits:
+    """Return the edits with configs that say what is plain now."""
+    base = plan.base
+    configs: dict[str, Mapping[str, Any]] = {}
+    extras: dict[str, Mapping[str, Any]] = {}
+    dropped: list[str] = []
+    for part in base.models:
+        own = [name for name in decoded if name.startswith(part.prefix)]
+        left = [name for name in (*part.weights, *part.coded) if name not in decoded]
+        present = [name for name in QUANTIZERS if part.declared and (part.folder / name).is_file()]
+        if part.declared and not left:
+            configs[part.prefix] = without_quantization(part.config)
+            dropped += [part.prefix + name for name in present]
+            continue
+        if not part.declared or not own:
+            continue
+        modules = [module_path(name).removeprefix(part.prefix) for name in own]
+        plain = [
+            module_path(name).removeprefix(part.prefix)
+            for name, spec in part.specs.items()
+            if name.endswith(".weight")
+            and len(spec.shape) > 1
+            and name not in part.weights
+            and name not in part.formats
+        ]
+        method = declared_method(part.declared) or ""
+        configs[part.prefix] = extend_skip_lists(part.config, method, modules, plain, part.model_types)
+        for name in present:
+            if name in CONFIG_FILES:
+                content = read_json_file(part.folder / name)
+                extras[part.prefix + name] = extend_skip_lists(content, method, modules, plain, part.model_types)
+    paths = {module_path(name) for name in decoded}
+    return replace(edits, configs=configs, extras=extras, dropped=tuple(dropped), decoded_modules=frozenset(paths))
+
+
+def _plain_matrices(base: Checkpoint) -> list[str]:
+    """Return the weights with rows and columns that the files have as numbers."""
+    coded = base.weights.keys() | base.formats.keys()
+    return [n for n, spec in base.specs.items() if n.endswith(".weight") and len(spec.shape) > 1 and n not in coded]
+
+
+def _notes(plan: MergePlan, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what the user should know of weights that become plain numbers."""
+    base, notes = plan.base, []
+    said = {base.weights[name].note for name in decoded if base.weights[name].note}
+    notes += sorted(said)
+    if any(others.values()):
+        first = min(name for name, why in others.items() if why)
+        notes.append(
+            f"{sum(map(bool, others.values()))} weights are written as numbers without a change, since runtimes keep "
+            f"them in one matrix with changed ones: {first}, ..."
+        )
+    for part in base.models:
+        gone = part.declared and not [name for name in (*part.weights, *part.coded) if name not in decoded]
+        if gone and quantizes_kv_cache(part.declared):
+            notes.append("the removed quantization config also quantized the cache of keys and values")
+    return tuple(notes)

@@ -1,0 +1,67 @@
+"""Read and write AWQ as AutoAWQ's GEMM kernels have it: matrices (in, out) of nibbles, eight columns turned a word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..dtypes import TensorSpec
+from .codec import Found, Parts, StoredWeight
+from .gptq import FLOATS, group_size, matrix
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .packing import Packing
+
+
+class Awq(Scaled):
+    """A number is its code less its group's zero point, times its group's scale.
+
+    Other versions (gemv, gemv_fast, llm-awq, marlin) have other layouts and are not read.
+    Source: AutoAWQ 0.2.9, utils/packing_utils.py (dequantize_gemm).
+    """
+
+    key = "awq"
+    ends = (".qweight",)
+    code_dtypes = frozenset(("I32",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale, zero = f"{path}.scales", f"{path}.qzeros"
+        shape, of_scales = found.specs[name].shape, found.specs.get(scale)
+        version = found.declared.get("version") or found.declared.get("format") or "gemm"
+        is_awq = found.declared.get("quant_method") == "awq"
+        if is_awq and str(version).lower() != "gemm":
+            return None
+        if not is_awq and (of_scales is None or of_scales.shape[-1:] != (8 * shape[-1],)):
+            return None  # GPTQ's
+        columns, words = matrix(name, found.specs[name])
+        groups, _ = matrix(scale, found.need(scale, *FLOATS))
+        found.shaped(scale, (groups, 8 * words))
+        found.shaped(zero, (groups, words), "I32")
+        detail = {"bits": 4, "group": group_size(scale, columns, groups, found.declared)}
+        stated = found.declared.get("quant_method", "awq")
+        note = "" if stated == "awq" else f"the config says {stated}, the tensors are AWQ's"
+        spec = TensorSpec("F64", (8 * words, columns))
+        return StoredWeight(self, spec, (name, scale, zero), ("codes", "scales", "zeros"), detail, note)
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Octets
+
+        _, rows, columns = parts.shape
+        return Octets(rows, columns)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import Integers
+
+        return Integers(0, 15)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        from .packing import Octets
+
+        groups, out = parts["scales"].spec.shape
+        scale = parts["scales"].float_box(groups, out, start, stop).T
+        zero = Octets(out, groups).read(parts["zeros"], start, stop).astype("float64")
+        return Scales(scale, parts.detail("group"), zero)
+
+    def check(self, parts: Parts) -> None:
+        self.require_finite(parts, "scales", parts["scales"])

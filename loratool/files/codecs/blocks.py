@@ -1,0 +1,101 @@
+"""Tell which numbers of a weight share a scale, from the shape of the scales.
+
+A config's block size, if it fits, tells how a last block is cut off. Without one, blocks are squares or groups of
+columns whose side is a power of two, as all writers make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..dtypes import TensorSpec
+from .codec import Fault, Found, Parts
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from .codec import Wide
+
+# A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
+COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
+
+POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
+
+
+def block_scales(codec: Scaled, parts: Parts, start: int, stop: int) -> Scales:
+    """Return the scales and zero points of rows whose blocks the detail names."""
+    high, wide = parts.detail("block")
+    found: dict[str, Wide] = {}
+    for role in ("scales", "zeros"):
+        tensor = parts.get(role)
+        if tensor and tensor.spec.size == 1:
+            found[role] = codec.decoded(role, tensor, 0, 1).reshape(1, 1)
+        elif tensor:
+            found[role] = codec.grid(parts, role, (high, wide), start, stop)
+    return Scales(found["scales"], 0 if wide == 1 else wide, found.get("zeros"))
+
+
+def refuse_column_scales(path: str, found: Found) -> None:
+    """Raise Fault if a weight's columns have scales or an order of their own."""
+    for end in COLUMN_SCALES:
+        if path + end in found.specs:
+            raise Fault(f"{path + end} is beside it, and weights with one are not read")
+
+
+def block_of(
+    shape: tuple[int, ...], scale: TensorSpec, name: str, stated: list[tuple[int, int]], is_turned: bool = False
+) -> tuple[int, int]:
+    """Return the rows and columns that have one scale, 0 for all of them.
+
+    Args:
+        stated: the blocks that a config names; the tensors decide.
+        is_turned: whether square experts, stored (in, out), have a scale for each column (fbgemm, Llama-4).
+
+    Raises:
+        Fault: the scales are of no blocks of the weight.
+    """
+    *stack, rows, columns = shape
+    grid = scale.shape
+    if scale.size == 1:
+        stack, grid = [], (1,) * 2
+    elif len(grid) == len(shape) + 2 and grid[1::2] == (1, 1):  # modelopt: (rows / block, 1, columns / block, 1)
+        grid = grid[::2]
+    elif grid in (tuple(stack), (*stack, 1)) or (not stack and len(grid) == 1):
+        grid = (*grid, 1, 1)[: len(shape)]
+    if len(grid) != len(stack) + 2 or grid[:-2] != tuple(stack):
+        raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
+    if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
+        return 0, 1
+    for high, wide in (*stated, *_usual_blocks(rows, columns, bool(stack))):
+        if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
+            return high, wide
+    raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")
+
+
+def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int, int]]:
+    """Yield the blocks that writers make; two of them have one grid only in a stack of columns fewer than a block's."""
+    yield from ((0, 0), (1, 0), (0, 1))
+    if is_stack and rows % 2 == 0:
+        yield rows // 2, 0  # transformers: gate and up of an expert, each with one scale
+    yield from ((1, side) for side in POWERS)
+    yield from ((side, side) for side in POWERS)
+
+
+def stated_blocks(declared: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Read the blocks that a config names: of transformers' fp8, and of compressed-tensors' groups."""
+    groups = declared.get("config_groups")
+    schemes = groups.values() if isinstance(groups, Mapping) else ()
+    weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
+    found = [declared.get("weight_block_size")]
+    for each in (weight for weight in weights if isinstance(weight, Mapping)):
+        found += [each.get("block_structure"), [1, each.get("group_size")]]
+    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
+    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) > 0]
+
+
+def contradiction(block: tuple[int, int], stated: list[tuple[int, int]]) -> str:
+    """Return what to say of a config that names other blocks than the tensors have; empty if it names these or none."""
+    if not stated or block in stated:
+        return ""
+    found, said = (f"{high or 'all'} x {wide or 'all'}" for high, wide in (block, stated[0]))
+    return f"the scales are of blocks of {found} and count; the quantization config says {said}"

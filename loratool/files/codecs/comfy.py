@@ -1,0 +1,224 @@
+"""Read and write the quantized layers of ComfyUI's files, which say what they are: in a tensor or in the metadata.
+
+Its float8 with one scale is `Fp8`. Layers whose columns are rotated ("convrot") or whose codes are laid out for one
+kernel are not read: their codes are not of W.
+
+Sources: ComfyUI, comfy/ops.py and comfy/quant_ops.py; comfy-kitchen, backends/eager/quantization.py.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..dtypes import TensorSpec
+from .blocks import block_of, block_scales, refuse_column_scales
+from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
+    from .packing import Packing
+
+LISTING = "_quantization_metadata"  # the key of a file's metadata that lists its layers
+
+MARKER = ".comfy_quant"  # the end of a tensor whose bytes are a layer's description
+
+HIGH, WIDE = 128, 4  # rows and columns of a tile of scales
+
+
+def layer_config(path: str, found: Found) -> Mapping[str, Any] | None:
+    """Return ComfyUI's description of a layer, from the metadata or else from the tensor beside it; None without one.
+
+    Raises:
+        Fault: the tensor holds no JSON.
+    """
+    listed = _listed(found.metadata.get(LISTING, "{}")).get(path.removeprefix(found.prefix))
+    if listed is not None:
+        return listed if isinstance(listed, Mapping) else {}
+    return found.json(path + MARKER) if path + MARKER in found.specs else None
+
+
+@lru_cache(maxsize=8)
+def _listed(text: str) -> Mapping[str, Any]:
+    try:
+        layers = json.loads(text)["layers"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    return layers if isinstance(layers, Mapping) else {}
+
+
+class ComfyLayer(Scaled):
+    """A layer whose description names its format."""
+
+    format: ClassVar[str]  # ComfyUI's name
+    ends = (".weight",)
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        config = layer_config(path, found)
+        if config is None or config.get("format") != self.format:
+            return None
+        params = config.get("params")
+        if config.get("convrot") or (isinstance(params, Mapping) and params.get("convrot")):
+            return None
+        if len(found.specs[name].shape) < 2:
+            return None
+        refuse_column_scales(path, found)
+        shape, companions, detail = self.layout(path, found.specs[name].shape, found)
+        ends = {"input": ".input_scale", "marker": MARKER}
+        others = {role: path + end for role, end in ends.items() if path + end in found.specs}
+        tensors = {"codes": name, **companions, **others}
+        return StoredWeight(self, TensorSpec("F64", shape), tuple(tensors.values()), tuple(tensors), detail)
+
+    @abstractmethod
+    def layout(
+        self, path: str, shape: tuple[int, ...], found: Found
+    ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
+        """Return the weight's shape, its companions by role, and the detail of the weight.
+
+        Args:
+            shape: of the codes.
+
+        Raises:
+            Fault: a companion is missing or of another shape.
+        """
+
+
+class ComfyInt8(ComfyLayer):
+    """Integers times one scale, or one for each row."""
+
+    key = "comfy_int8"
+    format = "int8_tensorwise"
+    code_dtypes = frozenset(("I8",))
+    code = "int8"
+    bits = 8
+
+    def layout(
+        self, path: str, shape: tuple[int, ...], found: Found
+    ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
+        scale = path + ".weight_scale"
+        block = block_of(shape, found.need(scale, "F32", "F16", "BF16"), scale, [])
+        return shape, {"scales": scale}, {"block": block}
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Plain
+
+        return Plain(parts.weight.spec.shape[-1], self.code)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import INT8
+
+        return INT8
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return block_scales(self, parts, start, stop)
+
+
+class ComfyTiled(ComfyLayer):
+    """A layer with one scale for each `group` columns of a row, stored in tiles as cuBLAS reads them.
+
+    ComfyUI pads weights to whole groups and tiles; the shape is the padded one, as the file has no other.
+    """
+
+    group: ClassVar[int]
+    scale_types: ClassVar[tuple[str, ...]]  # "U8" where an old file has their bytes
+
+    def tiles(self, path: str, rows: int, columns: int, found: Found) -> dict[str, str]:
+        """Return the scales by role."""
+        if columns % self.group:
+            raise Fault(f"its {columns} columns are no whole groups of {self.group}")
+        padded = (-(-rows // HIGH) * HIGH, -(-columns // self.group // WIDE) * WIDE)
+        found.shaped(path + ".weight_scale", padded, *self.scale_types)
+        return {"scales": path + ".weight_scale"}
+
+    def scale_codes(self, parts: Parts, start: int, stop: int) -> Codes:
+        """Return the codes of the scales of rows start:stop, (rows, groups).
+
+        A tile is 32 times 16 bytes: row r of it has its four bytes in line r % 32, at r // 32.
+        """
+        groups = parts.shape[2] // self.group
+        across, low, high = -(-groups // WIDE), start // HIGH, -(-stop // HIGH)
+        band = HIGH * WIDE * across
+        stored = parts["scales"].integers(low * band, (high - low) * band)
+        tiles = stored.reshape(high - low, across, 32, HIGH // 32, WIDE).transpose(0, 3, 2, 1, 4)
+        return tiles.reshape((high - low) * HIGH, across * WIDE)[start - low * HIGH : stop - low * HIGH, :groups]
+
+
+class ComfyMxfp8(ComfyTiled):
+    """e4m3 times a power of two."""
+
+    key = "comfy_mxfp8"
+    format = "mxfp8"
+    code_dtypes = frozenset(("F8_E4M3",))
+    bits = 8
+    group = 32
+    scale_types = ("F8_E8M0", "U8")
+
+    def layout(
+        self, path: str, shape: tuple[int, ...], found: Found
+    ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
+        if len(shape) != 2:
+            raise Fault(f"it has the shape {shape}, not that of a matrix")
+        return shape, self.tiles(path, *shape, found), {}
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Plain
+
+        return Plain(parts.weight.spec.shape[-1])
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E4M3
+
+        return E4M3
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        from ...numerics.code_levels import e8m0
+
+        return Scales(e8m0(self.scale_codes(parts, start, stop)), self.group)
+
+
+class ComfyNvfp4(ComfyTiled):
+    """e2m1, the first code in the high nibble, times e4m3, times one scale of the whole weight."""
+
+    key = "comfy_nvfp4"
+    format = "nvfp4"
+    code_dtypes = frozenset(("U8",))
+    bits = 4
+    group = 16
+    scale_types = ("F8_E4M3", "U8")
+
+    def layout(
+        self, path: str, shape: tuple[int, ...], found: Found
+    ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
+        if len(shape) != 2:
+            raise Fault(f"it has the shape {shape}, not that of a matrix")
+        rows, columns = shape[0], 2 * shape[1]
+        scales = self.tiles(path, rows, columns, found)
+        found.shaped(path + ".weight_scale_2", (1,), "F32")
+        return (rows, columns), {**scales, "scale_of_scales": path + ".weight_scale_2"}, {}
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import HighNibbles
+
+        return HighNibbles(parts.weight.spec.shape[-1])
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E2M1
+
+        return E2M1
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        from ...numerics.code_levels import E4M3
+
+        scale = E4M3.values(self.scale_codes(parts, start, stop)) * parts["scale_of_scales"].floats()
+        return Scales(scale, self.group)
+
+    def decoded(self, role: str, tensor: StoredTensor, first: int, count: int) -> Wide:
+        from ...numerics.code_levels import E4M3
+
+        is_coded = role == "scales"
+        return E4M3.values(tensor.integers(first, count)) if is_coded else super().decoded(role, tensor, first, count)

@@ -1,0 +1,194 @@
+"""Read and write integers of compressed-tensors: packed in words, or a byte each; modelopt's int8 is the same.
+
+Scales and zero points are of groups of columns, rows, blocks or the whole tensor. Sources: compressed-tensors 0.20,
+compressors/pack_quantized, compressors/naive_quantized, quantization/lifecycle/forward_helpers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..dtypes import TensorSpec
+from .codec import Fault, Found, Parts, StoredWeight
+from .gptq import column_groups
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
+    from .packing import Packing
+
+FLOATS = ("F16", "BF16", "F32", "F64")  # of scales
+
+# Of other layouts beside the same codes: 2:4 sparse ones, marlin's, ComfyUI's, bitsandbytes'
+OTHERS = (".bitmask", ".compressed", ".scale_packed", ".meta", ".comfy_quant", ".SCB")
+
+# Of activations, which go with the codes
+KEPT = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
+
+
+class CompressedInts(Scaled):
+    """A number is its code less a zero point, times a scale, in both layouts."""
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Plain, Words
+
+        columns = parts.weight.spec.shape[-1]
+        packed = parts.codes_spec.dtype == "I32"
+        return Words(columns, parts.detail("bits")) if packed else Plain(columns, "int8")
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        block = parts.detail("block")
+        scale = self.grid(parts, "scales", block, start, stop)
+        zero = self.zeros(parts, block, start, stop)
+        if parts.get("groups"):
+            index, group = column_groups(parts, scale.shape[1])
+            if not group:
+                return Scales(scale[:, index], 0, None if zero is None else zero[:, index])
+        return Scales(scale, block[1], zero)
+
+    def zeros(self, parts: Parts, block: tuple[int, int], start: int, stop: int) -> Wide | None:
+        """Return the zero points of rows start:stop, (rows, groups) or (1, groups), None if all are 0.
+
+        Words of them go down the rows of each matrix.
+        """
+        import numpy as np
+
+        from .packing import cut, matrices, span
+
+        zeros = parts.get("zeros")
+        if zeros is None or zeros.spec.dtype == "I8":
+            return None if zeros is None else self.grid(parts, "zeros", block, start, stop)
+        bits, rows = parts.detail("bits"), parts.shape[1]
+        words, groups = zeros.spec.shape[-2:]
+        found: list[Codes] = []
+        for which, first, last in matrices(start, stop, rows):
+            low, high = span(first, last, bits)
+            data = zeros.integers((which * words + low) * groups, (high - low) * groups).reshape(-1, groups)
+            found.append(cut(data.T, first, last, bits).T)
+        return np.concatenate(found).astype(np.float64) - float(1 << (bits - 1))
+
+    def check(self, parts: Parts) -> None:
+        self.require_finite(parts, "scales", parts["scales"])
+        if parts.get("groups"):
+            column_groups(parts, parts["scales"].spec.shape[-1])
+
+
+class PackedInts(CompressedInts):
+    """`pack-quantized`: codes of 1 to 8 bits are streams of bits in words, and hold numbers plus 2**(bits - 1)."""
+
+    key = "pack-quantized"
+    ends = (".weight_packed",)
+    code_dtypes = frozenset(("I32",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        if found.one_of(*(path + end for end in OTHERS)):
+            return None
+        shape = found.integers(f"{path}.weight_shape")
+        packed = found.specs[name].shape
+        if len(shape) != len(packed) or len(shape) < 2 or shape[:-1] != packed[:-1] or min(shape) <= 0:
+            raise Fault(f"{path}.weight_shape says {shape}, for {name} of {packed}")
+        fitting = [bits for bits in range(1, 9) if -(-shape[-1] * bits // 32) == packed[-1]]
+        stated = [bits for bits, _, _ in weights_of(found.declared)]
+        bits = fitting[0] if len(fitting) == 1 else next((bits for bits in fitting if bits in stated), None)
+        if bits is None:
+            raise Fault(f"{name} has the shape {packed}, for {shape[-1]} columns and a config of {stated} bits")
+        note = f"the config says {stated[0]} bits, the tensors have {bits}" if stated and bits not in stated else ""
+        return stored(self, path, name, found, shape, bits, note)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import Integers
+
+        bits = parts.detail("bits")
+        return Integers(0, (1 << bits) - 1, offset=1 << (bits - 1))
+
+
+class PlainInts(CompressedInts):
+    """`int-quantized` and `naive-quantized`: signed integers of 8 bits, or of fewer in a byte each."""
+
+    key = "int-quantized"
+    ends = (".weight",)
+    code_dtypes = frozenset(("I8",))
+    code = "int8"
+    bits = 8
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        shape = found.specs[name].shape
+        others = found.one_of(*(path + end for end in OTHERS)) or "_quantization_metadata" in found.metadata
+        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2:
+            return None
+        if f"{path}.pre_quant_scale" in found.specs:
+            raise Fault(f"{path}.pre_quant_scale is a part of it that is not read")
+        bits = max((bits for bits, _, form in weights_of(found.declared) if form != PackedInts.key), default=8)
+        return stored(self, path, name, found, shape, bits)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import Integers
+
+        half = 1 << (parts.detail("bits") - 1)
+        return Integers(-half, half - 1, "int8")
+
+
+def stored(
+    codec: CompressedInts, path: str, name: str, found: Found, shape: tuple[int, ...], bits: int, note: str = ""
+) -> StoredWeight:
+    """Return the weight with the companions that both layouts may have.
+
+    Raises:
+        Fault: one of them is missing or of another shape.
+    """
+    scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
+    specs = found.specs
+    block = scale_block(shape, found.need(scale, *FLOATS).shape, scale, found.declared)
+    *stack, rows, _ = shape
+    roles = {"codes": name, "scales": scale}
+    if zero in specs:
+        words = (*stack, -(-rows * bits // 32), *specs[scale].shape[-1:])
+        is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32"
+        found.shaped(zero, words if is_packed else specs[scale].shape, "I32" if is_packed else "I8")
+        roles["zeros"] = zero
+    if index in specs:
+        found.shaped(index, shape[-1:], "I32", "I64")
+        if block[0] != 1 or len(shape) != 2:
+            raise Fault(f"{index} stands beside {scale} of {specs[scale].shape}, which has no groups")
+        roles["groups"] = index
+    roles |= {"shape": logical} if logical in specs else {}
+    roles |= {f"input {at}": path + end for at, end in enumerate(KEPT) if path + end in specs}
+    detail = {"bits": bits, "block": block}
+    return StoredWeight(codec, TensorSpec("F64", shape), tuple(roles.values()), tuple(roles), detail, note)
+
+
+def weights_of(declared: Mapping[str, Any]) -> Iterator[tuple[int, tuple[int, int] | None, Any]]:
+    """Yield what the config says of integers as weights, group by group: bits, rows and columns of a scale, format."""
+    groups = declared.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
+            continue
+        bits, block = weights.get("num_bits"), weights.get("block_structure") or [1, weights.get("group_size")]
+        is_block = isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block)
+        if type(bits) is int and 1 <= bits <= 8:
+            yield bits, (block[0], block[1]) if is_block else None, group.get("format") or declared.get("format")
+
+
+def scale_block(
+    shape: tuple[int, ...], grid: tuple[int, ...], name: str, declared: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the rows and columns that have one scale, 0 for all of them; the config's blocks, if the scales fit them.
+
+    Raises:
+        Fault: the scales are of no groups, rows or blocks of the weight.
+    """
+    *stack, rows, columns = shape
+    each = grid[len(stack) :]
+    high, wide = (*each, 1, 1)[:2]
+    if grid[: len(stack)] == tuple(stack) and len(each) <= 2:
+        if (high, wide) == (1, 1):
+            return 0, 0
+        for _, block, _ in weights_of(declared):
+            if block and (high, wide) == (-(-rows // block[0]), -(-columns // block[1])):
+                return block
+        if high == rows and columns % wide == 0:
+            return 1, columns // wide if wide > 1 else 0
+    raise Fault(f"{name} has the shape {grid}, for a weight of {shape}")

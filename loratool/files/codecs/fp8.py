@@ -1,0 +1,95 @@
+"""Read and write float8 with scales: of blocks (DeepSeek-V3), groups, rows, a whole tensor, of stacked experts.
+
+Files of one format differ in the names of the tensors beside the codes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..dtypes import TensorSpec
+from .blocks import block_of, block_scales, contradiction, refuse_column_scales, stated_blocks
+from .codec import Fault, Found, Parts, StoredWeight
+from .comfy import layer_config
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .packing import Packing
+
+# The ends of the scales' name behind the weight's path: DeepSeek-V3 and transformers; compressed-tensors, modelopt,
+# fbgemm and ComfyUI; Mistral; DeepSeek-V4; ComfyUI's old files
+SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", ".scale_weight")
+
+STACKED = ("_scale_inv", "_scale")  # behind the name of a parameter that is no module, `experts.gate_up_proj`
+
+# Ends of what else goes with the codes: scales of inputs, which are kept
+INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "qscale_act", "scale_input")
+
+E8M0 = ("F8_E8M0", "U8")
+
+SCALE_TYPES = ("F32", "F16", "BF16", *E8M0)
+
+COMFY_TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's name of a format -> of the codes
+
+
+class Fp8(Scaled):
+    """Codes of e4m3 or e5m2; a number is its code's, less the zero point if there is one, times the scale.
+
+    Sources: transformers, integrations/finegrained_fp8.py and fbgemm_fp8.py; compressed-tensors,
+    compressors/naive_quantized; ComfyUI, comfy/ops.py and `convert_old_quants` of comfy/utils.py.
+    """
+
+    key = "fp8"
+    ends = (".weight", "")
+    code_dtypes = frozenset(("F8_E4M3", "F8_E5M2"))
+    bits = 8
+
+    def weight_name(self, path: str, end: str) -> str:
+        return path + end
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        spec, dot = found.specs[name], "_" if path == name else "."
+        ends = STACKED if path == name else SCALES
+        config = layer_config(path, found)
+        if config is not None and COMFY_TYPES.get(str(config.get("format"))) != spec.dtype:
+            return None
+        scales = [path + end for end in ends if path + end in found.specs]
+        if config is not None and not scales:
+            raise Fault(f"{path}.weight_scale is missing beside it")
+        if not scales or len(spec.shape) < 2:
+            return None
+        if len(scales) > 1:
+            raise Fault(f"{scales[0]} and {scales[1]} are both beside it")
+        refuse_column_scales(path, found)
+        scale = found.need(scales[0], *SCALE_TYPES)
+        is_turned = found.declared.get("quant_method") == "fbgemm_fp8"
+        stated = stated_blocks(found.declared)
+        block = block_of(spec.shape, scale, scales[0], stated, is_turned)
+        tensors = {"codes": name, "scales": scales[0]}
+        if path + ".weight_zero_point" in found.specs:
+            found.shaped(path + ".weight_zero_point", scale.shape)
+            tensors["zeros"] = path + ".weight_zero_point"
+        others = ((end, path + dot + end) for end in (*INPUTS, "comfy_quant"))
+        tensors.update((end, each) for end, each in others if each in found.specs)
+        return StoredWeight(
+            self,
+            TensorSpec("F64", spec.shape),
+            tuple(tensors.values()),
+            tuple(tensors),
+            {"block": block, "power_of_two": scale.dtype in E8M0 or found.declared.get("scale_fmt") == "ue8m0"},
+            contradiction(block, stated),
+        )
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Plain
+
+        return Plain(parts.weight.spec.shape[-1])
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E4M3, E5M2
+
+        return E4M3 if parts.codes_spec.dtype == "F8_E4M3" else E5M2
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return block_scales(self, parts, start, stop)

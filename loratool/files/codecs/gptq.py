@@ -1,0 +1,167 @@
+"""Read and write GPTQ: matrices (in, out) of codes and zero points in words, and a scale for each group of columns.
+
+The group of each column stands in `g_idx`, in any order (act-order); without it, groups follow each other. Zero points
+are stored less 1 where the config's `checkpoint_format` is "gptq" or none, and as they are where it is "gptq_v2".
+No tensor tells the two apart.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError
+from ..dtypes import TensorSpec
+from .codec import Fault, Found, Parts, StoredWeight
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
+    from .packing import Packing
+
+BITS = (2, 3, 4, 8)
+
+FLOATS = ("F16", "BF16", "F32")  # of scales
+
+
+class Gptq(Scaled):
+    """A number is its code less its group's zero point, times its group's scale.
+
+    Sources: AutoGPTQ 0.7.1, nn_modules/qlinear/qlinear_cuda.py; GPTQModel 7.7, utils/model.py (v1 and v2).
+    """
+
+    key = "gptq"
+    ends = (".qweight",)
+    code_dtypes = frozenset(("I32",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale, zero, index = (f"{path}.{each}" for each in ("scales", "qzeros", "g_idx"))
+        if found.one_of(scale, zero, index) is None or found.declared.get("quant_method") == "awq":
+            return None
+        rows, out = matrix(name, found.specs[name])
+        groups, width = matrix(scale, found.need(scale, *FLOATS))
+        if width == out * 8:
+            return None  # AWQ's, whatever the config says
+        _, words = matrix(zero, found.need(zero, "I32"))
+        bits = next((bits for bits in BITS if words * 32 == out * bits), None)
+        if bits is None or rows * 32 % bits:
+            raise Fault(f"{zero} has the shape {found.specs[zero].shape}, for {name} of {found.specs[name].shape}")
+        found.shaped(scale, (groups, out))
+        found.shaped(zero, (groups, words))
+        columns = rows * 32 // bits
+        detail = {"bits": bits, "less": stored_less(found.declared), "group": 0}
+        if index in found.specs:
+            found.shaped(index, (columns,), "I32", "I64")
+        else:
+            detail["group"] = group_size(scale, columns, groups, found.declared)
+        tensors = [each for each in (name, scale, zero, index) if each in found.specs]
+        note = disagreement(found.declared, bits)
+        roles = ("codes", "scales", "zeros", "groups")[: len(tensors)]
+        return StoredWeight(self, TensorSpec("F64", (out, columns)), tuple(tensors), roles, detail, note)
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Down
+
+        _, rows, columns = parts.shape
+        return Down(rows, columns, parts.detail("bits"))
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import Integers
+
+        return Integers(0, (1 << parts.detail("bits")) - 1)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        groups, out = parts["scales"].spec.shape
+        scale, zero = parts["scales"].float_box(groups, out, start, stop).T, self.zeros(parts, start, stop)
+        if parts.detail("group"):
+            return Scales(scale, parts.detail("group"), zero)
+        index, group = column_groups(parts, groups)
+        return Scales(scale, group, zero) if group else Scales(scale[:, index], 0, zero[:, index])
+
+    def zeros(self, parts: Parts, start: int, stop: int) -> Wide:
+        """Return the zero points of rows start:stop, (rows, groups).
+
+        Raises:
+            InputError: one is stored less 1 and below 0, which some readers take as 0 and others as 2**bits.
+        """
+        from .packing import cut, span
+
+        bits, less = parts.detail("bits"), parts.detail("less")
+        groups, width = parts["zeros"].spec.shape
+        words = parts["zeros"].box(groups, width, *span(start, stop, bits))
+        stored = cut(words, start, stop, bits).T
+        if less and (stored == (1 << bits) - 1).any():
+            raise InputError(
+                f"holds a zero point of {(1 << bits) - 1}, less 1: programs read it as 0 or as {1 << bits}",
+                culprit=parts["zeros"].name,
+                remedy="save the model as gptq_v2 by the program that made it",
+            )
+        found: Wide = stored + float(less)
+        return found
+
+    def check(self, parts: Parts) -> None:
+        self.require_finite(parts, "scales", parts["scales"])
+        self.zeros(parts, 0, parts.weight.spec.shape[0])
+        if not parts.detail("group"):
+            column_groups(parts, parts["scales"].spec.shape[0])
+
+
+def matrix(name: str, spec: TensorSpec) -> tuple[int, int]:
+    """Return the rows and columns of a tensor that must have both.
+
+    Raises:
+        Fault: it has not.
+    """
+    if len(spec.shape) != 2 or not spec.size:
+        raise Fault(f"{name} has the shape {spec.shape}, which is no matrix")
+    return spec.shape[0], spec.shape[1]
+
+
+def stored_less(declared: Any) -> int:
+    """Return what zero points are stored less: 1 in GPTQ's first format, 0 in its second.
+
+    Raises:
+        Fault: the config does not say which it is, or another.
+    """
+    if declared.get("quant_method") != "gptq":
+        raise Fault("no quantization config says whether its zero points are those of gptq or of gptq_v2")
+    form = declared.get("checkpoint_format") or declared.get("format") or "gptq"
+    if form not in ("gptq", "gptq_v2"):
+        raise Fault(f"its checkpoint_format {form!r} is neither gptq nor gptq_v2")
+    return int(form == "gptq")
+
+
+def group_size(name: str, columns: int, groups: int, declared: Any) -> int:
+    """Return the columns that share a scale, where groups follow each other; the config's, if the scales fit it.
+
+    Raises:
+        Fault: so many columns make no such groups.
+    """
+    stated = declared.get("group_size", declared.get("q_group_size"))
+    if type(stated) is int and stated > 0 and -(-columns // stated) == groups:
+        return stated
+    if columns % groups:
+        raise Fault(f"{name} has {groups} groups, for a weight of {columns} columns")
+    return columns // groups
+
+
+def column_groups(parts: Parts, groups: int) -> tuple[Codes, int]:
+    """Return the group of each column, and the size of groups that follow each other, 0 if they do not.
+
+    Raises:
+        InputError: a column has a group that there is not.
+    """
+    import numpy as np
+
+    index = parts["groups"].numbers().numpy()
+    if index.min() < 0 or index.max() >= groups:
+        raise parts.damaged("groups", f"names a group that is not among the {groups} of the scales")
+    size = int(np.argmax(index != index[0])) or len(index)
+    return index, size if np.array_equal(index, np.arange(len(index)) // size) else 0
+
+
+def disagreement(declared: Any, bits: int) -> str:
+    """Return what to tell of a config that has another number of bits for all modules."""
+    stated = declared.get("bits", bits)
+    is_other = stated != bits and not declared.get("dynamic")
+    return f"the config says {stated} bits, the tensors have {bits}" if is_other else ""

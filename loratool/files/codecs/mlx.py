@@ -1,0 +1,182 @@
+"""Read and write MLX's quantized weights: affine ones of 2 to 8 bits, and its float modes mxfp4, nvfp4 and mxfp8.
+
+The words of a row are one stream of bits. Shapes tell only the product of bits and group, so that the config decides:
+`quantization` with `group_size`, `bits` and `mode`, and for single modules a config of their own, or false.
+
+Source: mlx, mlx/ops.cpp (`quantize`); mlx-lm, utils.py (`load_model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..dtypes import TensorSpec
+from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .codec import Wide
+    from .packing import Packing
+
+WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine weights
+
+MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # of floats -> bits, group size
+
+E4M3_SCALES = "e4m3 scales"  # the role of bytes that mean e4m3, where others mean powers of two
+
+PER_GLOBAL = 448.0 * 6.0  # nvfp4's global scale is the largest number, that of e4m3 times that of e2m1
+
+
+class MlxAffine(Scaled):
+    """`code * scale + bias`, one pair for each group of columns; scales may be negative."""
+
+    key = "mlx"
+    ends = (".weight",)
+    code_dtypes = frozenset(("U32",))
+    bits = 6  # at most
+    widths: ClassVar[tuple[int, ...]] = WIDTHS[:-1]
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale, bias = f"{path}.scales", f"{path}.biases"
+        spec = found.specs[name]
+        if not found.one_of(scale, bias) or len(spec.shape) < 2:
+            return None
+        if found.need(scale, "F32", "F16", "BF16", "U8").dtype == "U8":
+            return None
+        groups = _groups(spec, found, scale)
+        found.shaped(bias, found.specs[scale].shape, "F32", "F16", "BF16")
+        width, group, note = self.layout(path, groups, spec.shape[-1], found)
+        if width not in self.widths:
+            return None
+        shape = (*spec.shape[:-1], groups * group)
+        roles, detail = ("codes", "scales", "biases"), {"bits": width, "group": group}
+        return StoredWeight(self, TensorSpec("F64", shape), (name, scale, bias), roles, detail, note)
+
+    def layout(self, path: str, groups: int, words: int, found: Found) -> tuple[int, int, str]:
+        """Return the bits, the group size, and where the config contradicts them."""
+        fits = [(width, size) for width in WIDTHS for size in GROUPS if width * size * groups == 32 * words]
+        stated = _stated(path, found)
+        says = (stated.get("bits", 4), stated.get("group_size", 64)) if stated else None  # MLX's own defaults
+        if says in fits:
+            is_off = found.declared.get(path.removeprefix(found.prefix)) is False
+            return *says, f"{path} is stored as codes, though the config says that it is not" if is_off else ""
+        if len(fits) != 1:
+            which = " or ".join(f"{width} bits in groups of {size}" for width, size in fits) or "no bits that MLX has"
+            raise Fault(f"{path}.scales, {groups} a row, and {words} words mean {which}; the config does not say it")
+        width, size = fits[0]
+        return width, size, f"{path} is stored with {width} bits in groups of {size}, of which the config says nothing"
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Words
+
+        return Words(parts.weight.spec.shape[-1], parts.detail("bits"))
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import Integers
+
+        return Integers(0, (1 << parts.detail("bits")) - 1)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        group = parts.detail("group")
+        scale, bias = (self.grid(parts, role, (1, group), start, stop) for role in ("scales", "biases"))
+        return Scales(scale, group, bias=bias)
+
+
+class MlxAffine8(MlxAffine):
+    """The same with codes of 8 bits."""
+
+    key = "mlx-8bit"
+    bits = 8
+    widths = WIDTHS[-1:]
+
+
+class MlxFp4(Scaled):
+    """`code * scale`; nvfp4 may have a global scale for each matrix: `(code * scale * global) / 2688`."""
+
+    key = "mlx-fp4"
+    ends = (".weight",)
+    code_dtypes = frozenset(("U32",))
+    modes: ClassVar[tuple[str, ...]] = ("mxfp4", "nvfp4")
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale, whole, spec = f"{path}.scales", f"{path}.global_scale", found.specs[name]
+        if len(spec.shape) < 2 or scale not in found.specs or found.specs[scale].dtype != "U8":
+            return None
+        groups = _groups(spec, found, scale)
+        mode = next((m for m, (w, g) in MODES.items() if w * g * groups == 32 * spec.shape[-1]), None)
+        if mode is None or f"{path}.biases" in found.specs:
+            raise Fault(f"{scale} has the shape {found.specs[scale].shape}, for which MLX has no mode")
+        if mode not in self.modes:
+            return None
+        shape = (*spec.shape[:-1], groups * MODES[mode][1])
+        says = _stated(path, found).get("mode", mode)
+        note = "" if says == mode else f"{path} is stored as {mode}, though the config says {says}"
+        names = {"codes": name, E4M3_SCALES if mode == "nvfp4" else "scales": scale}
+        if whole in found.specs:
+            matrices = TensorSpec("F64", shape[:-2]).size
+            if found.need(whole, "F32").size != matrices or mode != "nvfp4":
+                raise Fault(f"{whole} has the shape {found.specs[whole].shape}, for {matrices} matrices of {mode}")
+            names["scale_of_scales"] = whole
+        return StoredWeight(self, TensorSpec("F64", shape), tuple(names.values()), tuple(names), {"mode": mode}, note)
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Words
+
+        return Words(parts.weight.spec.shape[-1], MODES[parts.detail("mode")][0])
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E2M1
+
+        return E2M1
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        import numpy as np
+
+        group, whole = MODES[parts.detail("mode")][1], parts.get("scale_of_scales")
+        role = E4M3_SCALES if parts.get(E4M3_SCALES) else "scales"
+        found = self.grid(parts, role, (1, group), start, stop)
+        if whole is None:
+            return Scales(found, group)
+        of_row = whole.floats()[np.arange(start, stop) // parts.shape[1]]
+        return Scales(found * of_row[:, None], group, divisor=PER_GLOBAL)
+
+    def check(self, parts: Parts) -> None:
+        super().check(parts)
+        if parts.get(E4M3_SCALES):
+            self.require_finite(parts, E4M3_SCALES, parts[E4M3_SCALES])
+
+    def decoded(self, role: str, tensor: StoredTensor, first: int, count: int) -> Wide:
+        from ...numerics.code_levels import E4M3
+
+        if role == E4M3_SCALES:
+            return E4M3.values(tensor.integers(first, count))
+        return super().decoded(role, tensor, first, count)
+
+
+class MlxFp8(MlxFp4):
+    """The same with codes of e4m3."""
+
+    key = "mlx-mxfp8"
+    bits = 8
+    modes = ("mxfp8",)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E4M3
+
+        return E4M3
+
+
+def _groups(spec: TensorSpec, found: Found, scale: str) -> int:
+    """Return the scales of a row."""
+    shape = found.specs[scale].shape
+    if shape[:-1] != spec.shape[:-1]:
+        raise Fault(f"{scale} has the shape {shape}, for words of {spec.shape}")
+    return shape[-1]
+
+
+def _stated(path: str, found: Found) -> Mapping[str, Any]:
+    """Return what the config says of a module."""
+    each = found.declared.get(path.removeprefix(found.prefix))
+    return each if isinstance(each, Mapping) else found.declared

@@ -1,0 +1,129 @@
+"""Read and write mxfp4, e2m1 with a power of two for each 32 columns: gpt-oss, compressed-tensors, DeepSeek-V4."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..dtypes import TensorSpec
+from .codec import Fault, Found, Parts, StoredWeight
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .packing import Packing
+
+GROUP = 32  # columns that have one scale
+
+KEPT = (".input_global_scale", ".input_scale")  # of activations, which go with the codes
+
+
+class Fp4(Scaled):
+    """Codes of e2m1, two a byte, the first in the low nibble, row after row."""
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Words
+
+        return Words(parts.weight.spec.shape[-1], 4, 8)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E2M1
+
+        return E2M1
+
+    def coded(self, name: str, companions: dict[str, str], found: Found, group: int) -> StoredWeight:
+        """Return the weight of these codes and companions, role -> name, of which "scales" has one for each group.
+
+        Raises:
+            Fault: the scales are of another shape.
+        """
+        for other in (name.replace(".weight_packed", end) for end in (".weight_zero_point", ".weight_g_idx")):
+            if other in found.specs and other != name:
+                raise Fault(f"{other} stands beside it, which no writer of the format writes")
+        *rows, half = found.specs[name].shape
+        if half * 2 % group:
+            raise Fault(f"{companions['scales']} is for groups of {group}, but rows have {half * 2}")
+        found.shaped(companions["scales"], (*rows, half * 2 // group))
+        tensors, roles = (name, *companions.values()), ("codes", *companions)
+        return StoredWeight(self, TensorSpec("F64", (*rows, half * 2)), tensors, roles)
+
+
+class PackedMxfp4(Fp4):
+    """What compressed-tensors calls mxfp4-pack-quantized (compressors/mxfp4)."""
+
+    key = "mxfp4-pack-quantized"
+    ends = (".weight_packed",)
+    code_dtypes = frozenset(("U8",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale = f"{path}.weight_scale"
+        if f"{path}.weight_global_scale" in found.specs or len(found.specs[name].shape) < 2:
+            return None
+        if found.need(scale).dtype not in ("U8", "F8_E8M0"):
+            return None
+        return self.coded(name, {"scales": scale, **kept(path, found)}, found, GROUP)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop), GROUP)
+
+
+class DeepSeekFp4(PackedMxfp4):
+    """The experts of DeepSeek-V4: bytes that are called I8 (transformers, integrations/finegrained_fp8.py)."""
+
+    key = "deepseek-fp4"
+    ends = (".weight",)
+    code_dtypes = frozenset(("I8",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale = found.specs.get(f"{path}.scale")
+        if scale is None or scale.dtype not in ("U8", "F8_E8M0") or len(found.specs[name].shape) < 2:
+            return None
+        return self.coded(name, {"scales": f"{path}.scale"}, found, GROUP)
+
+
+class Mxfp4(Fp4):
+    """The experts of gpt-oss (transformers, integrations/mxfp4.py).
+
+    Codes are (experts, out, in / 32, 16) bytes and scales (experts, out, in / 32), but the weight is (experts, in,
+    out), as the model has it: 32 of its rows share the scales.
+    """
+
+    key = "mxfp4"
+    ends = ("_blocks",)
+    code_dtypes = frozenset(("U8",))
+
+    def weight_name(self, path: str, end: str) -> str:
+        return path
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        shape = found.specs[name].shape
+        if len(shape) != 4 or shape[3] != GROUP // 2:
+            return None
+        experts, out, groups, _ = shape
+        found.shaped(f"{path}_scales", shape[:3], "U8", "F8_E8M0")
+        spec = TensorSpec("F64", (experts, groups * GROUP, out))
+        return StoredWeight(self, spec, (name, f"{path}_scales"), ("codes", "scales"))
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import TurnedNibbles
+
+        return TurnedNibbles(*parts.weight.spec.shape[1:])
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        import numpy as np
+
+        from ...numerics.code_levels import e8m0
+        from .packing import matrices
+
+        _, rows, columns = parts.shape
+        found, groups = [], rows // GROUP
+        for which, first, last in matrices(start, stop, rows):
+            low, high = first // GROUP, -(-last // GROUP)
+            scales = e8m0(parts["scales"].box(columns, groups, low, high, which * columns * groups))
+            found.append(scales.T.repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
+        return Scales(np.concatenate(found), 0)
+
+
+def kept(path: str, found: Found) -> dict[str, str]:
+    """Return the companions of activations that are there, role -> name."""
+    names = [path + end for end in KEPT if path + end in found.specs]
+    return {f"input {at}": name for at, name in enumerate(names)}

@@ -1,0 +1,65 @@
+"""Read and write nvfp4: e2m1 with an e4m3 scale for each 16 columns and one float32 scale of them all.
+
+compressed-tensors divides by that one, modelopt multiplies with it.
+"""
+
+from __future__ import annotations
+
+from ..quantized import listed_layers
+from .codec import Fault, Found, Parts, StoredWeight
+from .mxfp4 import Fp4, kept
+from .scaled import Scales
+
+GROUP = 16  # columns that have one scale
+
+ROTATED = (".pre_quant_scale", ".input_quantizer._pre_quant_scale")  # the codes are of W times it
+
+
+class PackedNvfp4(Fp4):
+    """What compressed-tensors calls nvfp4-pack-quantized (compressors/nvfp4): `(code * scale) / global scale`."""
+
+    key = "nvfp4-pack-quantized"
+    ends = (".weight_packed",)
+    code_dtypes = frozenset(("U8",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale, whole = f"{path}.weight_scale", f"{path}.weight_global_scale"
+        if len(found.specs[name].shape) < 2 or (whole not in found.specs and found.need(scale).dtype != "F8_E4M3"):
+            return None
+        found.need(scale, "F8_E4M3")
+        found.shaped(whole, (1,), "F32")
+        return self.coded(name, {"scales": scale, "scale_of_scales": whole, **kept(path, found)}, found, GROUP)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        divisor = float(parts["scale_of_scales"].floats()[0])
+        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop), GROUP, divisor=divisor)
+
+    def check(self, parts: Parts) -> None:
+        super().check(parts)
+        if not parts["scale_of_scales"].floats().all():
+            raise parts.damaged("scale_of_scales", "is 0, by which the weight is divided")
+
+
+class ModeloptNvfp4(Fp4):
+    """What modelopt writes: `code * scale * second scale`."""
+
+    key = "nvfp4"
+    ends = (".weight",)
+    code_dtypes = frozenset(("U8",))
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        scale, second = f"{path}.weight_scale", f"{path}.weight_scale_2"
+        if second not in found.specs or len(found.specs[name].shape) < 2:
+            return None
+        if f"{path}.comfy_quant" in found.specs or path.removeprefix(found.prefix) in listed_layers(found.metadata):
+            return None  # ComfyUI has another order of nibbles and scales
+        rotated = found.one_of(*(path + end for end in ROTATED))
+        if rotated:
+            raise Fault(f"{rotated} stands beside it, which loratool does not apply")
+        found.need(scale, "F8_E4M3")
+        found.shaped(second, (1,), "F32")
+        return self.coded(name, {"scales": scale, "scale_of_scales": second, **kept(path, found)}, found, GROUP)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        whole = parts["scale_of_scales"].floats()[0]
+        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop) * whole, GROUP)

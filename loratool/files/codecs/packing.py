@@ -1,0 +1,247 @@
+"""Say where the codes of a weight lie in the bytes of a tensor: plain, in nibbles, in words, and turned.
+
+A packing knows nothing of numbers. Rows are those of a stack of matrices, one after the other; a row may be padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .codec import StoredTensor
+
+Codes = npt.NDArray[Any]
+Place = tuple[int, bytes]  # the first byte in the tensor, and the bytes from there on
+
+OCTET = (0, 4, 1, 5, 2, 6, 3, 7)  # AWQ: the nibble of a word that has column k of eight (AutoAWQ, packing_utils.py)
+
+
+class Packing(Protocol):
+    """The codes of matrices of so many rows and columns, (matrices * rows, width)."""
+
+    @property
+    def width(self) -> int:
+        """The codes of a row, padding included."""
+
+    @property
+    def row_multiple(self) -> int:
+        """The rows that share bytes."""
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        """Return the codes of rows start:stop, (rows, width)."""
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        """Yield the bytes of codes, (rows, width), of rows from `start` on, both multiples of `row_multiple`."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One byte a code, row after row. kind: numpy's name of the type."""
+
+    columns: int
+    kind: str = "uint8"
+    row_multiple = 1
+
+    @property
+    def width(self) -> int:
+        return self.columns
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        found = tensor.integers(start * self.columns, (stop - start) * self.columns)
+        return found.view(self.kind).reshape(stop - start, self.columns)
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        yield start * self.columns, np.ascontiguousarray(codes).tobytes()
+
+
+@dataclass(frozen=True)
+class Words:
+    """A row's codes as a stream of bits in words of 32, the lowest bit first; a last word is padded.
+
+    Nibbles with the low one first are such a stream, whatever their tensor's type.
+    """
+
+    columns: int
+    bits: int
+    unit: int = 32  # bits to whose multiple a row is padded
+    row_multiple = 1
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of a row."""
+        return -(-self.columns * self.bits // self.unit) * self.unit // 8
+
+    @property
+    def width(self) -> int:
+        return self.nbytes * 8 // self.bits
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        return self.unpack(_bytes(tensor, start * self.nbytes, stop * self.nbytes).reshape(-1, self.nbytes))
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        yield start * self.nbytes, self.pack(codes).tobytes()
+
+    def unpack(self, data: Codes) -> Codes:
+        """Return the codes, (rows, width), of rows of bytes."""
+        if self.bits == 8:
+            return data
+        if self.bits in (1, 2, 4):
+            spread = np.arange(0, 8, self.bits, dtype=np.uint8)
+            return ((data[:, :, None] >> spread) & ((1 << self.bits) - 1)).reshape(len(data), -1)
+        apart = np.unpackbits(data, axis=1, bitorder="little")[:, : self.width * self.bits]
+        apart = apart.reshape(len(data), self.width, self.bits)
+        return np.packbits(apart, axis=2, bitorder="little")[:, :, 0]
+
+    def pack(self, codes: Codes) -> Codes:
+        """Return rows of bytes of codes, (rows, width)."""
+        if self.bits == 8:
+            return np.ascontiguousarray(codes)
+        if self.bits in (1, 2, 4):
+            spread = np.arange(0, 8, self.bits, dtype=np.uint8)
+            return np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
+        apart = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=self.bits).reshape(len(codes), -1)
+        apart = np.pad(apart, ((0, 0), (0, self.nbytes * 8 - apart.shape[1])))
+        return np.packbits(apart, axis=1, bitorder="little")
+
+
+@dataclass(frozen=True)
+class HighNibbles:
+    """Two codes a byte, the first in the high nibble, in one run: where the columns are odd, two rows share a byte."""
+
+    columns: int
+
+    @property
+    def width(self) -> int:
+        return self.columns
+
+    @property
+    def row_multiple(self) -> int:
+        return 1 + self.columns % 2
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        first, last = start * self.columns, stop * self.columns
+        data = _bytes(tensor, first // 2, -(-last // 2))
+        codes = np.empty((len(data), 2), np.uint8)
+        np.right_shift(data, 4, out=codes[:, 0])
+        np.bitwise_and(data, 15, out=codes[:, 1])
+        flat: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first]
+        return flat.reshape(stop - start, self.columns)
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        flat = codes.reshape(-1)
+        yield start * self.columns // 2, ((flat[::2] << 4) | flat[1::2]).tobytes()
+
+
+@dataclass(frozen=True)
+class TurnedNibbles:
+    """Matrices that are stored transposed, (columns, rows / 2) bytes each, the first code in the low nibble."""
+
+    rows: int
+    columns: int
+    row_multiple = 2
+
+    @property
+    def width(self) -> int:
+        return self.columns
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        half, parts = self.rows // 2, []
+        for which, first, last in matrices(start, stop, self.rows):
+            low, high = first // 2, -(-last // 2)
+            data = tensor.box(self.columns, half, low, high, which * self.columns * half)
+            codes = np.stack((data & 15, data >> 4), axis=2).reshape(self.columns, -1)
+            parts.append(codes[:, first - 2 * low : last - 2 * low].T)
+        return np.concatenate(parts)
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        half, done = self.rows // 2, 0
+        for which, first, last in matrices(start, start + len(codes), self.rows):
+            part = codes[done : done + last - first]
+            done += last - first
+            data = np.ascontiguousarray((part[::2] | (part[1::2] << 4)).T)
+            yield from (((which * self.columns + at) * half + first // 2, row.tobytes()) for at, row in enumerate(data))
+
+
+@dataclass(frozen=True)
+class Down:
+    """GPTQ's matrix, stored transposed: the words of a row's stream one below the other, (words, rows)."""
+
+    rows: int
+    columns: int
+    bits: int
+    row_multiple = 1
+
+    @property
+    def _words(self) -> Words:
+        return Words(self.columns, self.bits)
+
+    @property
+    def width(self) -> int:
+        return self._words.width
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        words = tensor.box(self._words.nbytes // 4, self.rows, start, stop)
+        return self._words.unpack(np.ascontiguousarray(words.T).view(np.uint8))
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        words = np.ascontiguousarray(self._words.pack(codes).view(np.uint32).T)
+        yield from (((at * self.rows + start) * 4, row.tobytes()) for at, row in enumerate(words))
+
+
+@dataclass(frozen=True)
+class Octets:
+    """AWQ's matrix, stored transposed: words of eight rows' codes in the order OCTET, (columns, rows / 8)."""
+
+    rows: int
+    columns: int
+    row_multiple = 8
+
+    @property
+    def width(self) -> int:
+        return self.columns
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        low, high = start // 8, -(-stop // 8)
+        words = tensor.box(self.columns, self.rows // 8, low, high)
+        shifts = np.array([4 * place for place in OCTET], words.dtype)
+        codes = ((words[:, :, None] >> shifts) & 15).astype(np.uint8).reshape(self.columns, -1)
+        return np.ascontiguousarray(codes[:, start - 8 * low : stop - 8 * low].T)
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        shifts = np.array([4 * place for place in OCTET], np.uint32)
+        octets = codes.T.reshape(self.columns, -1, 8).astype(np.uint32) << shifts
+        words = np.bitwise_or.reduce(octets, axis=2).astype("<u4")
+        for column, row in enumerate(words):
+            yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
+
+
+def span(start: int, stop: int, bits: int) -> tuple[int, int]:
+    """Return the words, first and behind the last, that hold codes start:stop of a stream and begin with a code."""
+    return start // 32 * bits, -(-stop * bits // 32)
+
+
+def cut(words: Codes, start: int, stop: int, bits: int) -> Codes:
+    """Return codes start:stop of streams, (streams, codes), of the words of their `span`, (streams, words)."""
+    data = np.ascontiguousarray(words).view(np.uint8)
+    return Words(words.shape[1] * 32 // bits, bits).unpack(data)[:, start % 32 : start % 32 + stop - start]
+
+
+def matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the parts of a run of rows by matrices: (matrix, first row in it, row after the last)."""
+    edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
+    for first, last in pairwise(edges):
+        if last > first:
+            yield first // rows, first % rows, first % rows + last - first
+
+
+def _bytes(tensor: StoredTensor, start: int, stop: int) -> Codes:
+    """Return bytes of a tensor."""
+    itemsize = tensor.spec.nbytes // max(1, tensor.spec.size)
+    low, high = start // itemsize, -(-stop // itemsize)
+    data = tensor.integers(low, high - low).view(np.uint8)
+    return data[start - low * itemsize : stop - low * itemsize]

@@ -1,0 +1,154 @@
+"""Decode and encode what most formats have: levels of codes, times a scale for each group of columns of a row.
+
+A format's file says which tensors these are and how they lie; the numbers are worked out here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .codec import CodeFormat, Parts, StoredTensor
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
+    from .packing import Packing
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of some rows.
+
+    A number is `(level - zero) * scale + bias`, or, if `divisor` is set, `(level * scale) / divisor`.
+
+    Attributes:
+        scale, zero, bias: (rows, groups), or (rows, 1) or (1, 1); None for no zero and no bias.
+        group: columns of a group; the last may be shorter. 0 if the scales are (rows, columns).
+    """
+
+    scale: Wide
+    group: int
+    zero: Wide | None = None
+    bias: Wide | None = None
+    divisor: float | None = None
+
+
+class Scaled(CodeFormat):
+    """A format whose numbers are levels times scales."""
+
+    @abstractmethod
+    def packing(self, parts: Parts) -> Packing:
+        """Return where the codes lie."""
+
+    @abstractmethod
+    def levels(self, parts: Parts) -> Levels:
+        """Return the numbers of codes."""
+
+    @abstractmethod
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        """Return the scales of rows start:stop."""
+
+    def width(self, parts: Parts) -> int:
+        return self.packing(parts).width
+
+    def row_multiple(self, parts: Parts) -> int:
+        return self.packing(parts).row_multiple
+
+    def codes(self, parts: Parts, start: int, stop: int) -> Codes:
+        return self.packing(parts).read(parts["codes"], start, stop)
+
+    def places(self, parts: Parts, start: int, codes: Codes) -> Iterator[tuple[int, bytes]]:
+        return self.packing(parts).places(start, codes)
+
+    def values(self, parts: Parts, start: int, codes: Codes) -> Wide:
+        columns = parts.weight.spec.shape[-1]
+        scales = self.scales(parts, start, start + len(codes))
+        found = self.levels(parts).values(codes[:, :columns])
+        if scales.zero is not None:
+            _each(found, scales.zero, scales.group, "subtract")
+        _each(found, scales.scale, scales.group, "multiply")
+        if scales.divisor is not None:
+            found /= scales.divisor
+        if scales.bias is not None:
+            _each(found, scales.bias, scales.group, "add")
+        return found
+
+    def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:
+        import numpy as np
+
+        scales = self.scales(parts, start, start + len(numbers))
+        with np.errstate(all="ignore"):
+            found = numbers.copy()
+            if scales.bias is not None:
+                _each(found, scales.bias, scales.group, "subtract")
+            if scales.divisor is not None:
+                found *= scales.divisor
+            _each(found, scales.scale, scales.group, "divide")
+            if scales.zero is not None:
+                _each(found, scales.zero, scales.group, "add")
+            return self.levels(parts).nearest(found)
+
+    def ordinals(self, parts: Parts, codes: Codes) -> Codes:
+        return self.levels(parts).ordinals(codes)
+
+    def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
+        return self.levels(parts).from_ordinals(ordinals)
+
+    def check(self, parts: Parts) -> None:
+        """Raise InputError for a scale, zero point or bias that is nan or infinite."""
+        for role in ("scales", "zeros", "biases", "scale_of_scales"):
+            tensor = parts.get(role)
+            if tensor is not None:
+                self.require_finite(parts, role, tensor)
+
+    def require_finite(self, parts: Parts, role: str, tensor: StoredTensor) -> None:
+        """Raise InputError if a companion has numbers that are nan or infinite, in a type that can have them."""
+        import numpy as np
+
+        size, step = tensor.spec.size, 1 << 20
+        for first in range(0, size, step):
+            if not np.isfinite(self.decoded(role, tensor, first, min(step, size - first))).all():
+                raise parts.damaged(role, "holds nan or inf, so that its weight has no numbers")
+
+    def decoded(self, role: str, tensor: StoredTensor, first: int, count: int) -> Wide:
+        """Return numbers of a companion; E8M0, which the floats do not have, is 2**(code - 127)."""
+        from ...numerics.code_levels import e8m0
+
+        is_e8m0 = role == "scales" and tensor.spec.dtype in ("U8", "F8_E8M0")
+        return e8m0(tensor.integers(first, count)) if is_e8m0 else tensor.floats(first, count)
+
+    def grid(self, parts: Parts, role: str, block: tuple[int, int], start: int, stop: int) -> Wide:
+        """Return a companion's numbers for rows start:stop, one for each block of so many rows and columns.
+
+        The companion has one number for each block of a matrix, (matrices, ceil(rows / block), ceil(columns / block)),
+        where a size of 0 stands for one block in that direction.
+
+        Returns:
+            (rows, groups), or (1, groups) where all rows have the same.
+        """
+        import numpy as np
+
+        _, rows, columns = parts.shape
+        high, groups = (-(-size // each) if each else 1 for size, each in zip((rows, columns), block, strict=True))
+        at = np.arange(start, stop)
+        row = at // rows * high + (at % rows // block[0] if block[0] else 0)
+        first, last = int(row[0]), int(row[-1]) + 1
+        found = self.decoded(role, parts[role], first * groups, (last - first) * groups).reshape(-1, groups)
+        return found if len(found) == 1 else found[row - first]
+
+
+def _each(numbers: Wide, by: Wide, group: int, operation: str) -> None:
+    """Apply an operation to numbers, (rows, columns), in place, with one number for each group of columns of a row."""
+    import numpy as np
+
+    apply, columns = getattr(np, operation), numbers.shape[1]
+    if by.shape[1] == 1 or not group:
+        apply(numbers, by, out=numbers)
+    elif columns == by.shape[1] * group:
+        parts = numbers.reshape(len(numbers), by.shape[1], group)
+        apply(parts, by[:, :, None], out=parts)
+    else:
+        apply(numbers, np.repeat(by, group, axis=1)[:, :columns], out=numbers)

@@ -1,0 +1,108 @@
+"""Read and write the int8 and float8 weights of torchao's safetensors files, which its metadata describe.
+
+A weight `X.weight` is stored as `X._weight_qdata` and others of that beginning; the metadata have its class and block
+size, by its name. The other classes of torchao lie as one kernel needs them, or have codes of fewer bits: not read.
+
+Source: torchao, prototype/safetensors/safetensors_support.py; quantization/quantize_/workflows/int8 and float8.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..dtypes import TensorSpec
+from .blocks import block_of, block_scales
+from .codec import Fault, Found, Parts, StoredWeight
+from .scaled import Scaled, Scales
+
+if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
+    from .packing import Packing
+
+OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go with the codes
+
+COLUMN_SCALE = "_act_pre_scale"  # which inputs are multiplied by, a part of what the weight means
+
+
+class TorchaoInt8(Scaled):
+    """Integers, less a zero point, times the scale of their block."""
+
+    key = "torchao_int8"
+    kind: ClassVar[str] = "Int8Tensor"  # torchao's class
+    ends = ("_qdata",)
+    code_dtypes = frozenset(("I8",))
+    code = "int8"
+    bits = 8
+
+    def weight_name(self, path: str, end: str) -> str:
+        module, _, parameter = path.rpartition("._")
+        return f"{module}.{parameter}"
+
+    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+        shape = found.specs[name].shape
+        if "._" not in path or len(shape) < 2:
+            return None
+        described = _described(self.weight_name(path, self.ends[0]), found)
+        if described.get("_type") != self.kind:
+            return None
+        if path + COLUMN_SCALE in found.specs:
+            raise Fault(f"{path + COLUMN_SCALE} is beside it, and weights with one are not read")
+        scale = found.need(f"{path}_scale", "F32", "F16", "BF16")
+        tensors = {"codes": name, "scales": f"{path}_scale"}
+        if f"{path}_zero_point" in found.specs:
+            found.shaped(f"{path}_zero_point", scale.shape)
+            tensors["zeros"] = f"{path}_zero_point"
+        tensors.update((end[1:], path + end) for end in OTHERS if path + end in found.specs)
+        block = block_of(shape, scale, f"{path}_scale", _stated(described, shape))
+        spec = TensorSpec("F64", shape)
+        return StoredWeight(self, spec, tuple(tensors.values()), tuple(tensors), {"block": block})
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Plain
+
+        return Plain(parts.weight.spec.shape[-1], self.code)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import INT8
+
+        return INT8
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return block_scales(self, parts, start, stop)
+
+
+class TorchaoFloat8(TorchaoInt8):
+    """Codes of e4m3 or e5m2 times the scale of their block."""
+
+    key = "torchao_float8"
+    kind = "Float8Tensor"
+    code_dtypes = frozenset(("F8_E4M3", "F8_E5M2"))
+    code = "uint8"
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E4M3, E5M2
+
+        return E4M3 if parts.codes_spec.dtype == "F8_E4M3" else E5M2
+
+
+def _described(weight: str, found: Found) -> dict[str, Any]:
+    """Return the class and fields of a weight, by its name, from the metadata.
+
+    Raises:
+        Fault: the metadata do not have them; torchao could not read the file either.
+    """
+    try:
+        described = json.loads(found.metadata[weight.removeprefix(found.prefix)])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise Fault(f"the file's metadata do not say what {weight} is") from error
+    return described if isinstance(described, dict) else {}
+
+
+def _stated(described: dict[str, Any], shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the block that the metadata name, none if they name none of a matrix."""
+    data = described.get("_data")
+    block = data.get("block_size") if isinstance(data, dict) else None
+    if not isinstance(block, list) or len(block) != len(shape) or not all(type(x) is int and x > 0 for x in block):
+        return []
+    return [(block[-2], block[-1])]

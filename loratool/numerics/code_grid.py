@@ -1,0 +1,198 @@
+"""Find the codes that are nearest to exact reals: those of a merge, W' = RN(X) on a grid of codes, and on the way back.
+
+A GEMM with a bound gives an interval for each real. Where both of its ends have one nearest code, so has the real, as
+nearest is monotone; the few others are worked out as fractions. So no machine shows in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decide import Reals
+from .dense import DenseRows
+from .forms import FORMS, Codes, Wide, codes, fraction, widen
+from .rounding_stats import RoundingStats
+from .workspace import Workspace
+
+MARGIN = 2.0**-44  # of the largest number: more than scales, offsets and their roundings move a midpoint
+
+
+class CodeGrid(Protocol):
+    """The numbers that some rows can have: those of their codes. `row` counts from the first of these rows."""
+
+    def nearest(self, row: int, numbers: Wide) -> Codes:
+        """Return the codes nearest to numbers of rows from `row` on, (rows, n): monotone, the same on every machine."""
+
+    def values(self, row: int, codes: Codes) -> Wide:
+        """Return the numbers of codes of rows from `row` on, (rows, n)."""
+
+    def ordinals(self, codes: Codes) -> Codes:
+        """Return integers that order codes as their numbers."""
+
+    def from_ordinals(self, ordinals: Codes) -> Codes:
+        """Return the codes of integers that `ordinals` can have returned."""
+
+
+@np.errstate(all="ignore")
+def round_to_codes(
+    x: Reals, base: Tensor, former: Codes, grid: CodeGrid, work: Workspace
+) -> tuple[Codes, RoundingStats]:
+    """Return the codes nearest to X, ties to even codes, (rows, n), and what they did to the weights.
+
+    Where W is not finite, or X has W's own number as nearest, the former code stays: of -0, and of equal entries.
+
+    Args:
+        base: W of the rows of `x`, (rows, n), float64.
+        former: its codes, (rows, n).
+    """
+    dense = DenseRows(x, base.dtype, torch.float64, base.device)
+    bounds = dense.bounds(base, 0)
+    weight = base.cpu().numpy()
+    change = np.empty(base.shape)
+
+    def parts() -> Iterator[tuple[slice, Wide, Wide]]:
+        for here in _tiles(dense, base):
+            total, _, _ = dense.fill(base[here], here.start, bounds.shift, work)
+            upper = total.cpu().numpy()
+            change[here] = upper - bounds.shift - weight[here]
+            margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
+            yield here, upper - (bounds.span + margin), upper + margin
+
+    found, doubt = _decide(grid, base.shape, parts())
+    for i, j in doubt:
+        if math.isfinite(weight[i, j]):
+            found[i, j] = _nearest_to(grid, x.exact(Fraction(float(weight[i, j])), i, j), i, j, base.shape[1])
+    fine = np.isfinite(weight)
+    moved = np.where(fine, grid.values(0, found) - weight, 0.0)
+    stays = moved == 0
+    found[stays] = former[stays]
+    change[~fine] = 0.0
+    size = np.where(fine, weight, 0.0)
+    sums = (float(np.vdot(*pair)) for pair in ((size, size), (change, change), (moved, change), (moved, moved)))
+    squared, asked, kept, gone = sums
+    changed, odd = int(np.count_nonzero(~stays)), int(np.count_nonzero(~fine))
+    return found, RoundingStats(squared, asked, kept, changed, odd, moved_squared=gone)
+
+
+@np.errstate(all="ignore")
+def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, work: Workspace) -> Codes:
+    """Return the codes nearest to (W' - D) / a, which nearly always are W's own; of W' itself where `x` is None.
+
+    Where a is 0 or W' not finite, nothing is known of W, and 0 is as good a guess as any.
+
+    Args:
+        merged: W', (rows, n).
+        first: of its first row in `x`.
+    """
+    if x is None:
+        wide = torch.from_numpy(np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
+        return grid.nearest(0, wide.numpy())
+    kind = merged.dtype if merged.itemsize <= 2 else torch.float64  # float32 has a way of its own, without a bound
+    dense = DenseRows(x, merged.dtype, kind, merged.device)
+    bounds = dense.bounds(merged, first, backward=True)
+    both = bounds.shift + bounds.span
+    size = merged.shape
+    a = _factor(x, slice(first, first + len(merged)))
+
+    def parts() -> Iterator[tuple[slice, Wide, Wide]]:
+        for here in _tiles(dense, merged):
+            total, change, _ = dense.fill(merged[here], first + here.start, bounds.shift, work)
+            widen(merged[here], total).sub_(change)
+            middle = total.double().cpu().numpy() + bounds.shift
+            low, high = middle - 2 * both, middle + 2 * both
+            if a is not None:
+                by = a[here] if a.shape[0] > 1 else a
+                one, two = low / by, high / by
+                reach = np.maximum(np.abs(one), np.abs(two)) * 2.0**-40  # a's own error is within it
+                low, high = np.minimum(one, two) - reach, np.maximum(one, two) + reach
+            odd = ~(np.isfinite(low) & np.isfinite(high))
+            yield here, np.where(odd, -np.inf, low), np.where(odd, np.inf, high)
+
+    form = FORMS[merged.dtype]
+    stored = codes(merged.cpu())
+
+    def exact(i: int, j: int) -> float:
+        if (stored[i, j] & form.size) >= form.inf:
+            return 0.0
+        by = Fraction(1) if x.factor is None else x.factor.exact((first + i, j)[x.factor.axis])
+        return _as_float((fraction(stored[i, j], form) - x.delta.exact(first + i, j)) / by) if by else 0.0
+
+    found, doubt = _decide(grid, size, parts())
+    for i, j in doubt:
+        numbers = np.zeros((1, size[1]))
+        numbers[0, j] = exact(i, j)
+        found[i, j] = grid.nearest(i, numbers)[0, j]
+    return found
+
+
+def _factor(x: Reals, rows: slice) -> Wide | None:
+    if x.factor is None:
+        return None
+    return x.factor.value[rows, None] if x.factor.axis == 0 else x.factor.value[None]
+
+
+def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
+    height = dense.height(rows.shape[1], rows.device)
+    yield from (slice(row, min(row + height, len(rows))) for row in range(0, len(rows), height))
+
+
+def _decide(
+    grid: CodeGrid, shape: torch.Size, parts: Iterator[tuple[slice, Wide, Wide]]
+) -> tuple[Codes, list[tuple[int, int]]]:
+    """Return the codes of both ends of intervals where they agree, and the places where they do not."""
+    found: Codes | None = None
+    doubt: list[tuple[int, int]] = []
+    for here, low, high in parts:
+        one, two = grid.nearest(here.start, low), grid.nearest(here.start, high)
+        if found is None:
+            found = np.empty(tuple(shape), one.dtype)
+        found[here] = one
+        at = np.argwhere(grid.ordinals(one) != grid.ordinals(two))
+        doubt += [(here.start + int(i), int(j)) for i, j in at]
+    return np.empty(tuple(shape), np.uint8) if found is None else found, doubt
+
+
+def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, columns: int) -> Any:
+    """Return the code nearest to a number at one place; of two, the even one, or else the lower."""
+    row = np.zeros((1, columns))
+    row[0, j] = _as_float(number)
+    near = grid.nearest(i, row)
+    about = grid.ordinals(near)[0, j]
+    best: tuple[Fraction, bool, int] | None = None
+    chosen = near[0, j]
+    for ordinal in (about - 1, about, about + 1):
+        candidate = _code(grid, ordinal)
+        if candidate is None:
+            continue
+        near[0, j] = candidate
+        value = float(grid.values(i, near)[0, j])
+        if not math.isfinite(value):
+            continue
+        key = abs(number - Fraction(value)), bool(int(candidate) & 1), int(ordinal)
+        if best is None or key < best:
+            best, chosen = key, candidate
+    return chosen
+
+
+def _code(grid: CodeGrid, ordinal: Any) -> Any:
+    """Return the code of an ordinal, None if there is none."""
+    try:
+        code = grid.from_ordinals(np.array([ordinal]))[0]
+    except IndexError:
+        return None
+    return code if grid.ordinals(np.array([code]))[0] == ordinal else None
+
+
+def _as_float(number: Fraction) -> float:
+    """Return the nearest float64, inf for what is beyond."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number)

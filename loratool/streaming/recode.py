@@ -1,0 +1,87 @@
+"""Merge rows of a coded weight back into codes, with the base's scales, and restore the former codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..binding.placement import Placement
+from ..files.codecs.codec import Parts
+from ..files.tensor_ref import TensorRef
+from ..files.undo_checks import record_rows
+from ..files.undo_file import UndoFile
+from ..numerics.code_grid import round_to_codes
+from ..numerics.rounding_stats import RoundingStats
+from ..numerics.workspace import Workspace
+from ..undo.records import CodedRows, RecordedBlock, Restorer, record_recoded
+from .apply import scattered_codes, segments
+from .rewrite import ChangedTensor, RowRange
+from .segment import RowSegment, UpdateLoader
+from .workers import Step
+
+
+def recode_tensor(
+    source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, record: bool
+) -> ChangedTensor:
+    """Return the codes of a weight with its placements merged in.
+
+    Args:
+        source: the weight.
+        record: the steps return a `RecordedBlock` instead of `RoundingStats`.
+    """
+    assert source.parts
+    parts, rows = source.parts, placements[0].rows
+    columns = source.spec.size // max(1, rows)
+    height = record_rows(columns, coded=True)
+
+    def ranges() -> Iterator[RowRange]:
+        for start, stop, inside in segments(placements, {0, rows}):
+            segment = RowSegment(source, columns, start, stop, inside, load) if inside else None
+            yield RowRange(start, stop, partial(_recode, parts, segment, record), height, height)
+
+    return ChangedTensor(rows, ranges, columns, scattered_codes(parts))
+
+
+def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
+        first = start + row
+        rows = CodedRows(parts, first)
+        former, made = rows.read(len(base)), out.numpy()
+        made[...] = former
+        stats = RoundingStats()
+        if segment:
+            x, _ = segment.reals_of(first, first + len(base), base, work)
+            columns = base.shape[1]
+            made[:, :columns], stats = round_to_codes(x, base, former[:, :columns], rows, work)
+        return record_recoded(rows, former, made, stats) if record else stats
+
+    return step
+
+
+def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
+    """Return the former codes of a weight that a merge rounded to codes. parts: as the merged model stores it."""
+    _, rows, columns = parts.shape
+    rows *= parts.shape[0]
+
+    def ranges() -> Iterator[RowRange]:
+        for record in undo.records(name):
+            data = undo.bytes(record.at, record.length)
+            coded = CodedRows(parts, record.start)
+            restorer = Restorer(name, torch.float64, data, record.sha256, record.sum, coded)
+            height = record.stop - record.start
+            yield RowRange(record.start, record.stop, partial(_restore, restorer, coded), height, height)
+
+    return ChangedTensor(rows, ranges, columns, scattered_codes(parts))
+
+
+def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step:
+    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
+        made = rows.read(stop - start)
+        with restorer.damage():
+            restorer.recoded(made, out)
+        restorer.check(out, torch.from_numpy(made))
+
+    return step

@@ -1,0 +1,174 @@
+"""Hold every codec against what the software of its format reads: fixtures/coded, made once by its `make.py`.
+
+A vector is a checkpoint of a format, and what the format's own software reads in it. Here it is opened as any
+checkpoint: its numbers must be the software's, within the rounding that the index states for software that rounds.
+Then the codes must come back from the numbers, the bytes from the codes, and fresh encodings be the software's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+from loratool import InputError
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs import CODECS
+from loratool.files.codecs.codec import CodeFormat, Parts
+
+CODED = FIXTURES / "coded"
+
+VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text())["vectors"]
+
+# Vectors that programs of their format read in different ways -> what the error says
+REFUSED = {"gptq_v1_4bit_wrap": "as 0 or as 16"}
+
+EACH = [(vector, name) for vector in VECTORS if vector not in REFUSED for name in VECTORS[vector]["weights"]]
+
+FRESH = [each for each in EACH if VECTORS[each[0]]["weights"][each[1]].get("fresh")]
+
+
+def over(each: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("vector", "name"), each, ids=["-".join(one) for one in each])
+
+
+@cache
+def expected_numbers() -> dict[str, Tensor]:
+    return load(lzma.decompress((CODED / "expected.safetensors.xz").read_bytes()))
+
+
+def write(vector: str, folder: Path) -> Path:
+    """Write a vector as a model folder."""
+    known = VECTORS[vector]
+    (folder / "model.safetensors").write_bytes((CODED / known["file"]).read_bytes())
+    for name, content in {"config.json": known["config"], **known.get("side_files", {})}.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def opened(vector: str, tmp_path: Path) -> Checkpoint:
+    return open_checkpoint(write(vector, tmp_path))
+
+
+@pytest.fixture
+def parts(opened: Checkpoint, name: str) -> Parts:
+    if CODECS["float8"].dtypes >= {opened.specs[name].dtype} or opened.specs[name].dtype == "BF16":
+        pytest.skip("a weight of one tensor has no codes beside scales")
+    return opened.parts_of(name)
+
+
+def codec_of(parts: Parts) -> CodeFormat:
+    assert isinstance(parts.weight.codec, CodeFormat)
+    return parts.weight.codec
+
+
+def all_codes(parts: Parts) -> tuple[Any, Any]:
+    """The codes of all rows, and their numbers."""
+    matrices, rows, _ = parts.shape
+    codes = codec_of(parts).codes(parts, 0, matrices * rows)
+    return codes, codec_of(parts).values(parts, 0, codes)
+
+
+@over(EACH)
+def test_numbers_are_those_of_the_software(opened: Checkpoint, vector: str, name: str) -> None:
+    known = VECTORS[vector]["weights"][name]
+    expected, found = expected_numbers()[f"{vector}/{name}"].double(), opened[name].double()
+    assert list(found.shape) == known["shape"]
+    most = known.get("relative", 0.0) * expected.abs() + known.get("absolute", 0.0)
+    assert bool(((found - expected).abs() <= most).all())
+    assert not opened.faults
+    assert not any(weight.note for weight in opened.weights.values())
+
+
+@over(EACH)
+def test_rows_are_the_same_in_any_run(parts: Parts) -> None:
+    codec, (codes, values) = codec_of(parts), all_codes(parts)
+    nearest = codec.nearest(parts, 0, values)
+    for start, stop in np.sort(np.random.default_rng(5).integers(0, len(codes) + 1, (8, 2))).tolist():
+        if start < stop:
+            assert np.array_equal(codec.codes(parts, start, stop), codes[start:stop])
+            assert np.array_equal(codec.values(parts, start, codes[start:stop]), values[start:stop])
+            assert np.array_equal(codec.nearest(parts, start, values[start:stop]), nearest[start:stop])
+
+
+@over(EACH)
+def test_codes_come_back_from_their_numbers(parts: Parts) -> None:
+    codec, (codes, values) = codec_of(parts), all_codes(parts)
+    again = codes.copy()
+    again[:, : values.shape[1]] = codec.nearest(parts, 0, values)
+    assert np.array_equal(codec.values(parts, 0, again), values)  # where codes differ, both mean the same number
+    assert again.dtype == codes.dtype == codec.code
+
+
+@over(EACH)
+def test_codes_are_ordered_as_their_numbers(parts: Parts) -> None:
+    codec, (codes, _) = codec_of(parts), all_codes(parts)
+    ordinals = codec.ordinals(parts, codes)
+    assert np.array_equal(codec.from_ordinals(parts, ordinals), codes)
+    rising = codec.from_ordinals(parts, np.unique(ordinals))
+    numbers = [codec.values(parts, 0, np.full_like(codes[:1], code))[0] for code in rising]
+    steps = np.diff(numbers, axis=0)  # up in every column, or down where its scale is negative
+    assert ((steps >= 0).all(axis=0) | (steps <= 0).all(axis=0)).all()
+
+
+@over(EACH)
+def test_bytes_come_back_from_codes(parts: Parts, opened: Checkpoint) -> None:
+    codec, (codes, _) = codec_of(parts), all_codes(parts)
+    stored = bytes(opened.shard_of[parts["codes"].name].read(parts["codes"].name))
+    for step in (len(codes), codec.row_multiple(parts)):
+        written = bytearray(each ^ 0xFF for each in stored)
+        for start in range(0, len(codes), step):
+            for first, data in codec.places(parts, start, codes[start : start + step]):
+                written[first : first + len(data)] = data
+        assert bytes(written) == stored
+
+
+@over(EACH)
+def test_companions_are_sound(parts: Parts) -> None:
+    codec_of(parts).check(parts)
+
+
+@over(FRESH)
+def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint, vector: str, name: str) -> None:
+    codec, known = codec_of(parts), VECTORS[vector]
+    quantizer = codec.quantizer(parts)
+    if quantizer is None:
+        pytest.skip(f"{codec.key} is not written with scales of its own")
+    source = load_file(CODED / "source.safetensors")[known["weights"][name]["source"]]
+    source = source.float() if "weights in float32" in known["made_by"] else source
+    if quantizer.sees_all:
+        quantizer.see(source)
+    together = quantizer.together or len(source)
+    step = np.lcm(together, codec.row_multiple(parts))
+    pieces = []
+    for start in range(0, len(source), step):
+        codes, more = quantizer.rows(start, source[start : start + step])
+        pieces += more + [("codes", first, data) for first, data in codec.places(parts, start, codes)]
+    pieces += quantizer.rest()
+    written = {role: bytearray(spec.nbytes) for role, spec in quantizer.specs().items()}
+    for role, first, data in pieces:
+        written[role][first : first + len(data)] = data
+    stored = {role: bytes(opened.shard_of[each.name].read(each.name)) for role, each in parts.tensors.items()}
+    assert {role: bytes(data) for role, data in written.items()} == stored
+
+
+@over([(vector, name) for vector in REFUSED for name in VECTORS[vector]["weights"]])
+def test_what_programs_read_in_two_ways_is_refused(parts: Parts, opened: Checkpoint, vector: str, name: str) -> None:
+    for read in (lambda: opened[name], lambda: codec_of(parts).check(parts)):
+        with pytest.raises(InputError, match=REFUSED[vector]):
+            read()
+
+
+def test_every_codec_has_a_vector(tmp_path: Path) -> None:
+    checkpoints = [open_checkpoint(write(vector, tmp_path)) for vector in VECTORS]
+    found = {weight.codec.key for checkpoint in checkpoints for weight in checkpoint.weights.values()}
+    assert found == CODECS.keys() - {"raw", "float8"}
