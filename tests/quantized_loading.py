@@ -26,8 +26,8 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "ti
 FP8_MAX = 448.0
 
 
-def tiny_llama() -> Any:
-    return _model("LlamaForCausalLM", "LlamaConfig")
+def tiny_llama(**fields: Any) -> Any:
+    return _model("LlamaForCausalLM", "LlamaConfig", **fields)
 
 
 def tiny_moe() -> Any:
@@ -49,7 +49,7 @@ def tiny_llava() -> Any:
 def _model(cls: str, config: str, **fields: Any) -> Any:
     transformers = pytest.importorskip("transformers", minversion="5.0")
     torch.manual_seed(0)
-    made = getattr(transformers, cls)(getattr(transformers, config)(**SIZES, **HEADS, **fields))
+    made = getattr(transformers, cls)(getattr(transformers, config)(**{**SIZES, **HEADS, **fields}))
     return made.to(torch.bfloat16).eval()
 
 
@@ -165,20 +165,20 @@ def write_coded(model: Any, folder: Path, method: str, **declared: Any) -> tuple
     return plain, modules
 
 
-def save(tensors: Tensors, folder: Path) -> None:
+def save(tensors: Tensors, folder: Path, metadata: dict[str, str] | None = None) -> None:
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt", **(metadata or {})})
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_plain(folder: Path, modules: Collection[str], plain: Tensors) -> None:
+def make_plain(folder: Path, modules: Collection[str], plain: Tensors, metadata: dict[str, str] | None = None) -> None:
     """Put the plain weights of some modules into the place of their codes and companions."""
     stored = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in stored.items() if not any(name.startswith(f"{m}.") for m in modules)}
-    save({**kept, **{f"{module}.weight": plain[f"{module}.weight"] for module in modules}}, folder)
+    save({**kept, **{f"{module}.weight": plain[f"{module}.weight"] for module in modules}}, folder, metadata)
 
 
 def load_quantized(folder: Path) -> tuple[Any, dict[str, Any]]:

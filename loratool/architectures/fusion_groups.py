@@ -61,10 +61,10 @@ def close_under_fusion(touched: Collection[str], coded: Collection[str]) -> dict
         touched: module paths, coded or not, with or without the folder of a pipeline's component.
         coded: the paths of all modules whose weights are codes.
     """
-    touched_in: dict[tuple[str, str], str] = {}
+    inside, touched_in = set(touched), dict[tuple[str, str], str]()
     for module in sorted(touched):
         touched_in.setdefault(_group(module), module)
-    others = (module for module in coded if module not in touched)
+    others = (module for module in coded if module not in inside)
     return {module: touched_in[group] for module in others if (group := _group(module)) in touched_in}
 
 

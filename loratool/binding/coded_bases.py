@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from ..files.checkpoint import Checkpoint, read_json_file
 from ..files.codecs import RAW, codec_of
 from ..files.codecs.codec import CodeFormat, StoredWeight
 from ..files.dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
+from ..files.mixed_notes import mixed_notes
 from ..files.output import OutputEdits
-from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method
+from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
 from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization
 from .merge_plan import MergePlan
 
@@ -137,37 +138,40 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
 
 def _edit_configs(plan: MergePlan, edits: OutputEdits, decoded: Mapping[str, str]) -> OutputEdits:
     """Return the edits with configs that say what is plain now."""
-    base = plan.base
     configs: dict[str, Mapping[str, Any]] = {}
     extras: dict[str, Mapping[str, Any]] = {}
     dropped: list[str] = []
-    for part in base.models:
-        own = [name for name in decoded if name.startswith(part.prefix)]
-        left = [name for name in (*part.weights, *part.coded) if name not in decoded]
+    for part in plan.base.models:
         present = [name for name in QUANTIZERS if part.declared and (part.folder / name).is_file()]
-        if part.declared and not left:
+        if is_decoded(part, decoded):
             configs[part.prefix] = without_quantization(part.config)
             dropped += [part.prefix + name for name in present]
-            continue
-        if not part.declared or not own:
-            continue
-        modules = [module_path(name).removeprefix(part.prefix) for name in own]
-        plain = [
-            module_path(name).removeprefix(part.prefix)
-            for name, spec in part.specs.items()
-            if name.endswith(".weight")
-            and len(spec.shape) > 1
-            and name not in part.weights
-            and name not in part.formats
-        ]
-        method = declared_method(part.declared) or ""
-        configs[part.prefix] = extend_skip_lists(part.config, method, modules, plain, part.model_types)
-        for name in present:
-            if name in CONFIG_FILES:
-                content = read_json_file(part.folder / name)
-                extras[part.prefix + name] = extend_skip_lists(content, method, modules, plain, part.model_types)
+        elif part.declared and any(name.startswith(part.prefix) for name in decoded):
+            contents = {"config.json": part.config} if find_declared(part.config) else {}
+            contents |= {name: read_json_file(part.folder / name) for name in present if name in CONFIG_FILES}
+            for name, content in contents.items():
+                extras[part.prefix + name] = _extended(part, content, decoded)
+            configs[part.prefix] = extras.pop(f"{part.prefix}config.json", part.config)
     paths = {module_path(name) for name in decoded}
     return replace(edits, configs=configs, extras=extras, dropped=tuple(dropped), decoded_modules=frozenset(paths))
+
+
+def is_decoded(base: Checkpoint, decoded: Collection[str]) -> bool:
+    """Return whether no coded weight of a model is left."""
+    return bool(base.declared) and not [name for name in (*base.weights, *base.coded) if name not in decoded]
+
+
+def _extended(base: Checkpoint, content: Mapping[str, Any], decoded: Collection[str]) -> dict[str, Any]:
+    """Return a config of a model that says which weights are plain now."""
+
+    def paths(names: Iterable[str]) -> list[str]:
+        return [module_path(name).removeprefix(base.prefix) for name in names if name.startswith(base.prefix)]
+
+    coded = (name for name in (*base.weights, *base.coded) if name not in decoded)
+    method = declared_method(base.declared) or ""
+    return extend_skip_lists(
+        content, method, paths(decoded), paths(_plain_matrices(base)), paths(coded), base.model_types
+    )
 
 
 def _plain_matrices(base: Checkpoint) -> list[str]:
@@ -178,17 +182,18 @@ def _plain_matrices(base: Checkpoint) -> list[str]:
 
 def _notes(plan: MergePlan, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:
     """Return what the user should know of weights that become plain numbers."""
-    base, notes = plan.base, []
-    said = {base.weights[name].note for name in decoded if base.weights[name].note}
-    notes += sorted(said)
-    if any(others.values()):
-        first = min(name for name, why in others.items() if why)
+    base = plan.base
+    notes = sorted({base.weights[name].note for name in decoded} - {""})
+    pulled = sorted(name for name, why in others.items() if why)
+    if pulled:
         notes.append(
-            f"{sum(map(bool, others.values()))} weights are written as numbers without a change, since runtimes keep "
-            f"them in one matrix with changed ones: {first}, ..."
+            f"{len(pulled)} weights are written as numbers without a change, since runtimes keep them in one matrix "
+            f"with changed ones: {pulled[0]}, ..."
         )
     for part in base.models:
-        gone = part.declared and not [name for name in (*part.weights, *part.coded) if name not in decoded]
-        if gone and quantizes_kv_cache(part.declared):
-            notes.append("the removed quantization config also quantized the cache of keys and values")
+        if is_decoded(part, decoded):
+            if quantizes_kv_cache(part.declared):
+                notes.append("the removed quantization config also quantized the cache of keys and values")
+        elif part.declared:
+            notes += mixed_notes(declared_method(part.declared) or "", [module_path(name) for name in decoded])
     return tuple(notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,26 +42,36 @@ class MergePlan:
     # of `coded_bases.plan_codes`
     decoded: Mapping[str, str] = field(default_factory=dict)  # weights that only become numbers -> the module that asks
     recoded: frozenset[str] = frozenset()  # weights that are written as codes with the base's scales
+    # of `likeness.plan_like`
+    encoded: Mapping[str, str] = field(default_factory=dict)  # weights that become codes -> their type before that
+    like: Checkpoint | None = None  # the model that has these codes
 
     @cached_property
     def changed(self) -> set[str]:
         """The tensors whose values need not be the base's."""
         own = self.base.specs
         replaced = {n for n, source in self.sources.items() if n not in own or source.file is not self.base.ref(n).file}
-        return replaced | set(self.placements) | self.decoded.keys()
+        return replaced | set(self.placements) | self.decoded.keys() | self.encoded.keys()
 
     @cached_property
     def written(self) -> dict[str, str]:
         """The tensors of the output that have other bytes -> the weights that they are, or are the codes of."""
-        weights = self.base.weights
-        return {weights[name].tensors[0] if name in self.recoded else name: name for name in self.changed}
+        stored = {name: self.base.weights[name].tensors[0] for name in self.recoded}
+        if self.like:
+            stored = {name: self.like.weights[name].tensors[0] for name in self.encoded}
+        return {stored.get(name, name): name for name in self.changed}
+
+    @property
+    def coded(self) -> Collection[str]:
+        """The weights that are written as codes."""
+        return self.recoded or self.encoded.keys()
 
     def stored_sources(self, names: Iterable[str]) -> dict[str, TensorRef]:
         """Return where each tensor of the output comes from; an unchanged weight's are stored as they are.
 
         Codes that are written anew come from their weight.
         """
-        coded = {self.base.weights[name].tensors[0]: self.base.ref(name) for name in self.recoded}
+        coded = {codes: self.sources[name] for codes, name in self.written.items() if name in self.coded}
         read = self.sources.keys() - (self.base.weights.keys() - (self.changed - self.recoded))
         found = {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
         return found | coded

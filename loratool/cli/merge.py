@@ -70,6 +70,12 @@ from .options import (
     + ".",
 )
 @click.option(
+    "--like",
+    type=PATH,
+    metavar="QUANTIZED",
+    help="Write the merge in the format of this quantized model of BASE, with scales of its own.",
+)
+@click.option(
     "--allow",
     type=click.Choice([LOSSY]),
     multiple=True,

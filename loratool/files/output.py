@@ -87,6 +87,8 @@ class OutputEdits:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component's prefix -> config.json
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name of a JSON side file -> its content
     dropped: Collection[str] = ()  # side files that do not travel
+    beside: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the base's, in whose file it is
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of all files, before the base's
     decoded_modules: Collection[str] = ()  # modules whose weights are codes in the base, and numbers here
 
 

@@ -34,9 +34,8 @@ class _OutputRequest:
     provenance: str  # the value of the metadata key `loratool`
     changed: Collection[str]  # tensors whose values change
     max_shard_bytes: int | None  # None keeps the base's shards
-    shared: Mapping[str, str]  # tensor -> the tensor whose bytes it shares
-    absent: Collection[str]  # of `shared`, those that this container does not store by themselves
-    decoded_modules: Collection[str]  # modules whose weights are codes in the base, and numbers here
+    absent: Collection[str]  # of `edits.shared`, those that this container does not store by themselves
+    edits: OutputEdits
 
     @property
     def ending(self) -> str:
@@ -85,9 +84,7 @@ def plan_output(
         raise UsageError(f"{what} needs a folder as output", remedy="name a folder with -o")
     edits = edits or OutputEdits()
     absent = edits.shared if container == "torch" else edits.left_out
-    request = _OutputRequest(
-        is_file, container, provenance, changed, max_shard_bytes, edits.shared, absent, edits.decoded_modules
-    )
+    request = _OutputRequest(is_file, container, provenance, changed, max_shard_bytes, absent, edits)
     decoded = base.weights.keys() & edits.specs.keys()
     parts = {tensor for name in base.weights.keys() - decoded for tensor in base.weights[name].tensors}
     parts |= base.formats.keys()
@@ -159,7 +156,7 @@ def _plan_files(
     is_kept = is_kept and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
     provenance = {} if indexed or is_kept else {"loratool": request.provenance}
     if request.is_torch:
-        files = tuple(_torch_file(base, shard, specs, request.shared) for shard in shards)
+        files = tuple(_torch_file(base, shard, specs, request.edits.shared) for shard in shards)
     else:
         files = tuple(_tensor_file(base, shard, own, request, provenance) for shard in shards)
     if not indexed:
@@ -203,7 +200,13 @@ def _numbered(
 def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request: _OutputRequest) -> list[_ShardPlan]:
     """Plan the base's files again, under loaders' names if the container changes or the base is a single file."""
     names = {weight.tensors[0]: name for name, weight in base.weights.items() if name in specs}
-    groups = [[n for n in (names.get(name, name) for name in shard.specs) if n in specs] for shard in base.shards]
+    following: dict[str, list[str]] = {}
+    for name, first in request.edits.beside.items():
+        following.setdefault(first, []).append(name)
+    written = [
+        [n for name in shard.specs for n in following.get(name, [names.get(name, name)])] for shard in base.shards
+    ]
+    groups = [[n for n in each if n in specs] for each in written]
     same = (
         not base.given_as_file and not request.is_torch and all(isinstance(shard, TensorFile) for shard in base.shards)
     )
@@ -227,11 +230,11 @@ def _tensor_file(
 ) -> OutputFile:
     members = {name: specs[name] for name in shard.members}
     same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
-    modules = [path.removeprefix(base.prefix) for path in request.decoded_modules]
+    modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]
     stale = (*STALE_METADATA, "loratool") if not same or any(name in request.changed for name in members) else ()
     if same and isinstance(shard.kept, TensorFile):
         former = shard.kept.metadata or {}
-        modules = [path.removeprefix(base.prefix) for path in request.decoded_modules]
+        modules = [path.removeprefix(base.prefix) for path in request.edits.decoded_modules]
         told = plain_metadata(former, modules) if modules else former
         gone = [key for key in former if key not in told]
         header = edit_metadata(
@@ -240,11 +243,12 @@ def _tensor_file(
         shift = len(header) - shard.kept.data_start
         begin = {name: shard.kept.begin[name] + shift for name in members}
     else:
-        metadata = {key: value for key, value in _metadata(base, shard).items() if key not in stale}
+        kept = {key: value for key, value in _metadata(base, shard).items() if key not in stale}
+        metadata = {**kept, **request.edits.metadata}
         metadata = plain_metadata(metadata, modules) if modules else metadata
         shared = {
             _component_name(base, name): _component_name(base, to)
-            for name, to in request.shared.items()
+            for name, to in request.edits.shared.items()
             if to in members
         }
         own = {_component_name(base, name): spec for name, spec in members.items()}
@@ -304,7 +308,7 @@ def _index(
     if request.is_torch:
         holder |= {
             _component_name(base, n): holder[_component_name(base, to)]
-            for n, to in request.shared.items()
+            for n, to in request.edits.shared.items()
             if _component_name(base, to) in holder
         }
     order = old_index.get("weight_map", {})

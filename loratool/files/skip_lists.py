@@ -18,15 +18,21 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..architectures.fusion_groups import experts_module, fused_paths
 from ..architectures.renames import canonical
+from ..architectures.ties import DECODER_HEADS, MASKED_HEAD_OF
 from ..errors import InputError
 from .quantized import CONFIG_FIELDS, LISTING, find_declared
 
 # Edits what a quantization config says of single modules: (the config, the modules' names) -> the config.
 Edit = Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]
+
+
+_Kind = TypeVar("_Kind", list[Any], dict[str, Any])
+
+_BLOCKS = "modules_in_block_to_quantize"
 
 
 @dataclass(frozen=True)
@@ -39,24 +45,22 @@ class SkipList:
 
 
 def _exclude_dynamically(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Exclude modules in GPTQModel's `dynamic`: regular expressions, of which the first that matches counts."""
+    """Exclude modules in GPTQModel's `dynamic`: regular expressions, of which the first that matches counts.
+
+    `modules_in_block_to_quantize` loses full paths of these modules; kinds of modules in it (self_attn.q_proj) stay.
+    """
     patterns: dict[str, Any] = {rf"-:{re.escape(name)}(?:\.|$)": {} for name in names}
-    return {**declared, "dynamic": patterns | dict(declared.get("dynamic") or {})}
-
-
-def _leave_blocks(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Also remove full paths from `modules_in_block_to_quantize`; kinds of modules (self_attn.q_proj) stay there."""
-    blocks = declared.get("modules_in_block_to_quantize")
-    if isinstance(blocks, list):
-        kept = [[n for n in each if n not in names] if isinstance(each, list) else each for each in blocks]
-        blocks = [each for each in kept if each and each not in names]
-        declared = {**declared, "modules_in_block_to_quantize": blocks}
-    return _exclude_dynamically(declared, names)
+    changed = {**declared, "dynamic": patterns | _entry(declared, "dynamic", dict)}
+    blocks, gone = _entry(declared, _BLOCKS, list), set(names)
+    if blocks:
+        kept = [[n for n in each if n not in gone] if isinstance(each, list) else each for each in blocks]
+        changed[_BLOCKS] = [each for each in kept if each and (isinstance(each, list) or each not in gone)]
+    return changed
 
 
 def _set_16_bits(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     plain = {name: {"bits": 16, "data_type": "float"} for name in names}
-    return {**declared, "extra_config": {**(declared.get("extra_config") or {}), **plain}}
+    return {**declared, "extra_config": _entry(declared, "extra_config", dict) | plain}
 
 
 def _drop_entries(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -67,10 +71,8 @@ def _drop_entries(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str
 
 def _drop_layers(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Remove modules from modelopt's `quantized_layers`, which has one entry a module in its mixed precision."""
-    layers = declared.get("quantized_layers")
-    return (
-        {**declared, "quantized_layers": _drop_entries(layers, names)} if isinstance(layers, Mapping) else {**declared}
-    )
+    layers = _entry(declared, "quantized_layers", dict)
+    return {**declared, "quantized_layers": _drop_entries(layers, names)} if layers else dict(declared)
 
 
 def _set_no_config(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -84,6 +86,14 @@ def _set_no_config(declared: Mapping[str, Any], names: Sequence[str]) -> dict[st
     return changed
 
 
+def _entry(declared: Mapping[str, Any], field: str, kind: type[_Kind]) -> _Kind:
+    """Return a field's value, empty if it is missing or null; InputError if it is of another kind."""
+    value = declared.get(field)
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"is no {kind.__name__}", culprit=f"quantization config: {field}")
+    return value if value is not None else kind()
+
+
 _BY_FIELD = SkipList("modules_to_not_convert")
 
 # method -> its list. Sources: the config classes of transformers 5.24, vLLM 0.33, SGLang 0.5.23, mlx-lm 0.32.2.
@@ -94,7 +104,7 @@ SKIP_LISTS: dict[str, SkipList] = {
     "compressed-tensors": SkipList("ignore", regexes=True),
     "modelopt": SkipList("ignore exclude_modules", edit=_drop_layers),  # the second in hf_quant_config.json
     "bitsandbytes": SkipList("llm_int8_skip_modules"),
-    "gptq": SkipList("", edit=_leave_blocks),
+    "gptq": SkipList("", edit=_exclude_dynamically),
     "awq": _BY_FIELD,
     "torchao": SkipList("modules_to_not_convert", edit=_set_no_config),
     "auto-round": SkipList("", edit=_set_16_bits),
@@ -118,8 +128,12 @@ METHOD_NAMES = {
     "intel/auto-round": "auto-round",
     "bitsandbytes_4bit": "bitsandbytes",
     "bitsandbytes_8bit": "bitsandbytes",
-    "modelopt_fp4": "modelopt",
-    "modelopt_mixed": "modelopt",
+    # modelopt's `quant_algo`, which hf_quant_config.json has instead of a method
+    **dict.fromkeys(
+        """modelopt_fp4 modelopt_mixed FP8 FP8_PER_CHANNEL_PER_TOKEN FP8_PB_WO NVFP4 W4A16_NVFP4 MXFP8
+        MIXED_PRECISION""".split(),
+        "modelopt",
+    ),
 }
 
 
@@ -132,33 +146,39 @@ def extend_skip_lists(
     config: Mapping[str, Any],
     method: str,
     modules: Collection[str],
-    plain: Collection[str] = (),
+    plain: Collection[str],
+    coded: Collection[str],
     model_types: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return a config that says that some modules have plain weights; nothing else in it changes.
 
     Existing entries keep their order, new ones follow sorted, and nothing stands there twice. A missing, null or empty
-    list means the runtime's own default, which a list replaces: it then gets all modules with plain weights.
+    list means the runtime's own default, which a list replaces: it then gets all modules with plain weights, and the
+    head, which the default has and a file with tied weights has not.
+
+    All paths are full, as on disk, without `.weight`, and in a pipeline without the component's folder.
 
     Args:
         config: config.json's content, in which every quantization config is extended; or, if it declares none, a
             quantization config itself, like that in quantize_config.json.
         method: the quantization method, as `declared_method` or `CONFIG_FILES` tell.
-        modules: full paths on disk, without `.weight`, of the modules whose weights were codes and are plain now;
-            closed under `close_under_fusion`. If nothing coded is left, the config must go: `without_quantization`.
-        plain: those of all other modules with plain weights of two dimensions or more: head, routers, vision tower, ...
+        modules: those whose weights were codes and are plain now; closed under `close_under_fusion`.
+        plain: all others with plain weights of two dimensions or more: head, routers, vision tower, ...
+        coded: those whose weights stay codes. If there are none, the config must go: `without_quantization`.
         model_types: those of config.json, for transformers' names.
 
     Raises:
-        InputError: no list is known for the method.
+        InputError: no list is known for the method, or the list is none.
     """
     skip_list = find_skip_list(method)
     if skip_list is None:
         message = f"no skip list is known for {method}: a runtime could not be told which modules are plain now"
         raise InputError(message, culprit="quantization_config", remedy="dequantize the whole model instead")
-    names = skip_names(modules, model_types)
-    others = skip_names(plain, model_types)
-    return _extend(config, skip_list, names, others)
+    heads = {DECODER_HEADS.get(each, MASKED_HEAD_OF.get(each, "lm_head")) for each in model_types or ("",)}
+    heads = {head for head in heads if not any(f".{module}".endswith(f".{head}") for module in coded)}
+    experts = {experts_module(module) for module in coded} - {None}  # their biases are plain, and change nothing
+    others = heads.union(module for module in plain if experts_module(module) not in experts)
+    return _extend(config, skip_list, skip_names(modules, model_types), skip_names(others, model_types))
 
 
 def skip_names(modules: Collection[str], model_types: Collection[str] = ()) -> list[str]:
@@ -240,11 +260,16 @@ def _extend_list(
 ) -> dict[str, Any]:
     changed = skip_list.edit(declared, names) if skip_list.edit else dict(declared)
     fields = skip_list.fields.split()
-    found = [field for field in fields if declared.get(field)]
-    if not found:
+    lists = {field: _entry(declared, field, list) for field in fields if field in declared}
+    if any(lists.values()):
+        lists = {field: listed for field, listed in lists.items() if listed}
+    elif fields:
         names = sorted({*names, *others})
         # hf_quant_config.json does not name its method, and has modelopt's second field
-        found = [f for f in fields if f in declared] or (fields[:1] if "quant_method" in declared else fields[-1:])
+        lists = lists or {fields[0 if "quant_method" in declared else -1]: []}
     if skip_list.regexes:
         names = names + [rf"re:{re.escape(name)}\..*" for name in names if name == experts_module(name)]
-    return changed | {field: list(dict.fromkeys([*(declared.get(field) or ()), *names])) for field in found}
+    for field, listed in lists.items():
+        known = {entry for entry in listed if isinstance(entry, str)}
+        changed[field] = listed + [name for name in names if name not in known]
+    return changed

@@ -97,16 +97,16 @@ def _decode(source: TensorRef, start: int, stop: int) -> Step:
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RecordedBlock:
         stats = cast_rounded(base, out, work)
-        recorder = Recorder(base.dtype, _rows_of(source, start + row), work)
+        recorder = Recorder(base.dtype, _rows_of(source, start + row, base.shape[1]), work)
         recorder.difference(base, out)
         return recorder.result(stats, base, out)
 
     return step
 
 
-def _rows_of(source: TensorRef, start: int) -> CodedRows:
+def _rows_of(source: TensorRef, start: int, columns: int) -> CodedRows:
     assert source.parts
-    return CodedRows(source.parts, start)
+    return CodedRows(source.parts, start, columns)
 
 
 def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: int, stop: int) -> Step:
@@ -116,7 +116,7 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
         if not record:
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
-        recorder = Recorder(base.dtype, _rows_of(codes, start + row) if codes else None, work)
+        recorder = Recorder(base.dtype, _rows_of(codes, start + row, base.shape[1]) if codes else None, work)
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
         stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
@@ -160,7 +160,7 @@ def restore_tensor(
             for record in (r for r in records if start <= r.start and r.stop <= stop):
                 if segment and record.start == start:
                     segment.stored_norms = partial(_read_norms, undo, record, name, dtype)
-                codes = CodedRows(parts, record.start) if parts else None
+                codes = CodedRows(parts, record.start, columns) if parts else None
                 prepare = partial(_restore, undo, record, name, dtype, segment, codes)
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height)
@@ -168,21 +168,22 @@ def restore_tensor(
             first, at = entry["copied"][:2]
             yield CopiedRows(first, rows, undo.file, at)
 
-    return ChangedTensor(rows, ranges, columns, scattered_codes(parts) if parts else None)
+    return ChangedTensor(rows, ranges, columns, scattered_codes(parts, columns) if parts else None)
 
 
-def scattered_codes(parts: Parts) -> Scattered:
-    """Return how the codes of a weight are written."""
+def scattered_codes(parts: Parts, columns: int) -> Scattered:
+    """Return how the codes of a weight are written. columns: of its rows, each one or more rows of the codec's."""
     codec, codes = parts.weight.codec, parts.weight.tensors[0]
     assert isinstance(codec, CodeFormat)
+    fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
     def write(locate: Locate, start: int, out: Tensor, result: Any) -> Any:
         target, offset = locate(codes)
-        for at, data in codec.places(parts, start, out.numpy()):
+        for at, data in codec.places(parts, start * fold, out.numpy().reshape(-1, width)):
             write_at(target, memoryview(data), offset + at)
         return result
 
-    return Scattered(getattr(torch, codec.code), codec.width(parts), parts.codes_spec.nbytes, write)
+    return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
 
 
 def restore_codes(

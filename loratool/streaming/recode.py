@@ -12,7 +12,7 @@ from ..binding.placement import Placement
 from ..files.codecs.codec import Parts
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
-from ..files.undo_file import UndoFile
+from ..files.undo_file import UndoFile, recoded_shape
 from ..numerics.code_grid import round_to_codes
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -42,20 +42,21 @@ def recode_tensor(
             segment = RowSegment(source, columns, start, stop, inside, load) if inside else None
             yield RowRange(start, stop, partial(_recode, parts, segment, record), height, height)
 
-    return ChangedTensor(rows, ranges, columns, scattered_codes(parts))
+    return ChangedTensor(rows, ranges, columns, scattered_codes(parts, columns))
 
 
 def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         first = start + row
-        rows = CodedRows(parts, first)
-        former, made = rows.read(len(base)), out.numpy()
+        rows = CodedRows(parts, first, base.shape[1])
+        former = rows.read(len(base))
+        made, stats = out.numpy().reshape(former.shape), RoundingStats()
         made[...] = former
-        stats = RoundingStats()
         if segment:
             x, _ = segment.reals_of(first, first + len(base), base, work)
-            columns = base.shape[1]
-            made[:, :columns], stats = round_to_codes(x, base, former[:, :columns], rows, work)
+            found, stats = round_to_codes(x, base, rows.without_padding(former), rows, work)
+            columns = parts.weight.spec.shape[-1]
+            made[:, :columns] = found.reshape(-1, columns)
         return record_recoded(rows, former, made, stats) if record else stats
 
     return step
@@ -63,18 +64,17 @@ def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, 
 
 def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
     """Return the former codes of a weight that a merge rounded to codes. parts: as the merged model stores it."""
-    _, rows, columns = parts.shape
-    rows *= parts.shape[0]
+    rows, columns = recoded_shape(undo.index["tensors"][name])
 
     def ranges() -> Iterator[RowRange]:
         for record in undo.records(name):
             data = undo.bytes(record.at, record.length)
-            coded = CodedRows(parts, record.start)
+            coded = CodedRows(parts, record.start, columns)
             restorer = Restorer(name, torch.float64, data, record.sha256, record.sum, coded)
             height = record.stop - record.start
             yield RowRange(record.start, record.stop, partial(_restore, restorer, coded), height, height)
 
-    return ChangedTensor(rows, ranges, columns, scattered_codes(parts))
+    return ChangedTensor(rows, ranges, columns, scattered_codes(parts, columns))
 
 
 def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step:

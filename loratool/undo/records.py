@@ -87,21 +87,32 @@ class CodedRows:
     """The grid of some rows of a weight that is stored as codes, from row `start` on (`numerics.code_grid.CodeGrid`).
 
     A code's number lies far from its neighbors', so that the code nearest to W' - D is nearly always W's.
+
+    Attributes:
+        start: counted in rows of so many `columns`, of which each is one or more rows of the codec's.
     """
 
     parts: Parts
     start: int
+    columns: int
 
     @property
     def format(self) -> CodeFormat:
         assert isinstance(self.parts.weight.codec, CodeFormat)
         return self.parts.weight.codec
 
+    @property
+    def fold(self) -> int:
+        """The codec's rows in a row."""
+        return self.columns // self.parts.weight.spec.shape[-1]
+
     def nearest(self, row: int, numbers: npt.NDArray[np.float64]) -> Codes:
-        return self.format.nearest(self.parts, self.start + row, numbers)
+        apart = numbers.reshape(len(numbers) * self.fold, -1)
+        return self.format.nearest(self.parts, (self.start + row) * self.fold, apart).reshape(numbers.shape)
 
     def values(self, row: int, codes: Codes) -> npt.NDArray[np.float64]:
-        return self.format.values(self.parts, self.start + row, codes)
+        apart = codes.reshape(len(codes) * self.fold, -1)
+        return self.format.values(self.parts, (self.start + row) * self.fold, apart).reshape(codes.shape)
 
     def ordinals(self, codes: Codes) -> Codes:
         return self.format.ordinals(self.parts, codes)
@@ -110,19 +121,23 @@ class CodedRows:
         return self.format.from_ordinals(self.parts, ordinals)
 
     def read(self, count: int) -> Codes:
-        """Return the codes of so many rows, (rows, width)."""
-        return self.format.codes(self.parts, self.start, self.start + count)
+        """Return the codes of so many rows, as the codec has them: (rows * fold, width)."""
+        return self.format.codes(self.parts, self.start * self.fold, (self.start + count) * self.fold)
+
+    def without_padding(self, codes: Codes) -> Codes:
+        """Return what `read` returned as (rows, columns)."""
+        columns = self.parts.weight.spec.shape[-1]
+        return np.ascontiguousarray(codes[:, :columns]).reshape(-1, self.columns)
 
     def pack(self, codes: Codes, guess: Codes) -> bytes:
-        """Pack what codes, (rows, width), are beside a guess, (rows, columns).
+        """Pack what codes, as `read` returns them, are beside a guess, (rows, columns).
 
         Where the guess is 0, they have runs of their own: there a code is +0 or -0, and elsewhere nearly always the
         guess.
         """
-        columns = guess.shape[1]
-        apart = (self.ordinals(codes[:, :columns]) - self.ordinals(guess)).reshape(-1)
+        apart = (self.ordinals(self.without_padding(codes)) - self.ordinals(guess)).reshape(-1)
         zero = self._is_zero(guess)
-        padding = codes[:, columns:].astype(np.int16).reshape(-1)
+        padding = codes[:, self.columns // self.fold :].astype(np.int16).reshape(-1)
         return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
@@ -131,10 +146,10 @@ class CodedRows:
         apart = np.empty(guess.size, np.int16)
         apart[~zero] = reader.small(int((~zero).sum()))
         apart[zero] = reader.small(int(zero.sum()))
-        codes = self.from_ordinals((self.ordinals(guess).reshape(-1) + apart).reshape(-1)).reshape(guess.shape)
-        width = self.format.width(self.parts)
-        padding = reader.small(len(guess) * (width - guess.shape[1]))
-        return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(guess), -1)), axis=1)
+        codes = self.from_ordinals((self.ordinals(guess).reshape(-1) + apart).reshape(-1))
+        codes = codes.reshape(len(guess) * self.fold, -1)
+        padding = reader.small(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
+        return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
 
     def _is_zero(self, guess: Codes) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = (self.values(0, guess) == 0).reshape(-1)
@@ -219,7 +234,7 @@ class Recorder:
 
 
 def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
-    """Return the record of rows that were rounded to codes: what the former ones, (rows, width), are beside the new."""
+    """Return the record of rows that were rounded to codes: what the former ones are beside the new."""
     columns = rows.parts.weight.spec.shape[-1]
     digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
     return RecordedBlock(
@@ -505,7 +520,7 @@ class Restorer:
 
     def _to_codes(self, rows: CodedRows, merged: Tensor, x: Reals | None, out: Tensor, work: Workspace) -> None:
         restored = rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work))
-        codes(out)[...] = restored.view(codes(out).dtype)
+        _put_codes(restored, out)
 
     def _from_guess(self, guess: Codes, out: Tensor) -> None:
         restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form.code), self._form)
@@ -539,11 +554,9 @@ class Restorer:
         put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
 
     def recoded(self, made: Codes, out: Tensor) -> None:
-        """Write the former codes into `out` from those that a merge wrote, both (rows, width)."""
+        """Write the former codes into `out` from those that a merge wrote, as `CodedRows.read` returns them."""
         assert self._rows
-        columns = self._rows.parts.weight.spec.shape[-1]
-        restored = self._rows.unpack(self._reader, np.ascontiguousarray(made[:, :columns]))
-        codes(out)[...] = restored.view(codes(out).dtype)
+        _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(made)), out)
 
     def check(self, restored: Tensor, merged: Tensor) -> None:
         """Raise InputError if the rows are not those of the merge."""
@@ -554,6 +567,10 @@ class Restorer:
                 "does not come back as it was: the merged file, the undo file or an adapter is another",
                 culprit=self._name,
             )
+
+
+def _put_codes(restored: Codes, out: Tensor) -> None:
+    codes(out)[...] = restored.view(codes(out).dtype).reshape(tuple(out.shape))
 
 
 def _from_planes(data: npt.NDArray[np.bool_], count: Codes) -> Codes:

@@ -26,6 +26,8 @@ from quantized_loading import (
     write_coded,
     write_config,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file
 from skip_matchers import LIBRARIES, RUNTIMES, Matcher, SchemesDiffer, sglang_modelopt, vllm_fp8
 
 from loratool import InputError
@@ -40,6 +42,18 @@ from loratool.files.skip_lists import (
     quantizes_kv_cache,
     without_quantization,
 )
+
+
+def extend(
+    config: Mapping[str, Any],
+    method: str,
+    modules: Collection[str],
+    plain: Collection[str] = (),
+    model_types: Collection[str] = (),
+    coded: Collection[str] = (),
+) -> dict[str, Any]:
+    return extend_skip_lists(config, method, modules, plain, coded, model_types)
+
 
 QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 LATENT = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"), **QKV}
@@ -173,7 +187,9 @@ def test_runtimes_keep_what_was_rewritten_and_nothing_else(
     model = MODELS[name]
     changed = rewritten(model, touched)
     config = {"quantization_config": declared_with(method, ["lm_head"] if has_list else None)}
-    extended = extend_skip_lists(config, method, changed, model.plain, model.types)["quantization_config"]
+    extended = extend(config, method, changed, model.plain, model.types, set(model.coded) - changed)[
+        "quantization_config"
+    ]
     packed = {} if is_library else model.packed
     asked = model.asked(model.library if is_library else model.runtime, packed)
     for path, modules in asked.items():
@@ -195,12 +211,12 @@ def test_what_no_list_can_mend_is_in_the_notes(matcher: str, name: str, touched:
 
 def test_sglang_leaves_latent_projections_of_modelopt_plain_in_all_layers() -> None:
     changed = rewritten(MODELS["deepseek"], "model.layers.1.self_attn.q_a_proj")
-    declared = extend_skip_lists({"quant_method": "modelopt"}, "modelopt", changed, ["lm_head"])
+    declared = extend({"quant_method": "modelopt"}, "modelopt", changed, ["lm_head"])
     assert sglang_modelopt("model.layers.11.self_attn.fused_qkv_a_proj_with_mqa", declared, {})
 
 
 def test_without_closing_the_group_a_runtime_refuses() -> None:
-    declared = extend_skip_lists({"quant_method": "fp8"}, "fp8", ["model.layers.1.self_attn.q_proj"])
+    declared = extend({"quant_method": "fp8"}, "fp8", ["model.layers.1.self_attn.q_proj"])
     with pytest.raises(SchemesDiffer):
         vllm_fp8("model.layers.1.self_attn.qkv_proj", declared, QKV)
 
@@ -211,15 +227,15 @@ SORTED = NAMES[::-1]
 
 def test_order_stays_and_nothing_stands_twice() -> None:
     listed = ["z", NAMES[0], "a"]
-    declared = extend_skip_lists({"quant_method": "fp8", "modules_to_not_convert": listed}, "fp8", NAMES, ["lm_head"])
+    declared = extend({"quant_method": "fp8", "modules_to_not_convert": listed}, "fp8", NAMES, ["lm_head"])
     assert declared["modules_to_not_convert"] == [*listed, NAMES[1]]
     assert listed == ["z", NAMES[0], "a"]
-    assert extend_skip_lists(declared, "fp8", NAMES, ["lm_head"]) == declared
+    assert extend(declared, "fp8", NAMES, ["lm_head"]) == declared
 
 
 @pytest.mark.parametrize("missing", [{}, {"modules_to_not_convert": None}, {"modules_to_not_convert": []}])
 def test_a_missing_list_gets_every_plain_module(missing: dict[str, Any]) -> None:
-    declared = extend_skip_lists({"quant_method": "awq", **missing}, "awq", NAMES, ["visual.merger", "lm_head"])
+    declared = extend({"quant_method": "awq", **missing}, "awq", NAMES, ["visual.merger", "lm_head"])
     assert declared == {"quant_method": "awq", "modules_to_not_convert": ["lm_head", *SORTED, "visual.merger"]}
 
 
@@ -233,8 +249,8 @@ def test_a_missing_list_gets_every_plain_module(missing: dict[str, Any]) -> None
             {"ignored_layers": ["x", *SORTED], "modules_to_not_convert": ["y", *SORTED]},
         ),
         ("modelopt", {"quant_method": "modelopt", "ignore": ["x*"]}, {"ignore": ["x*", *SORTED]}),
-        ("modelopt_fp4", {"quant_algo": "NVFP4", "exclude_modules": None}, {"exclude_modules": SORTED}),
-        ("modelopt", {"quant_algo": "NVFP4"}, {"exclude_modules": SORTED}),
+        ("NVFP4", {"quant_algo": "NVFP4", "exclude_modules": None}, {"exclude_modules": ["lm_head", *SORTED]}),
+        ("modelopt", {"quant_algo": "NVFP4"}, {"exclude_modules": ["lm_head", *SORTED]}),
         (
             "modelopt",
             {"ignore": ["x"], "quantized_layers": {NAMES[0]: {"quant_algo": "FP8"}, "y": {"quant_algo": "NVFP4"}}},
@@ -272,7 +288,7 @@ def test_a_missing_list_gets_every_plain_module(missing: dict[str, Any]) -> None
 )
 def test_each_method_says_it_in_its_own_way(method: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     untouched = deepcopy(before)
-    extended = extend_skip_lists(before, method, NAMES)
+    extended = extend(before, method, NAMES)
     assert extended == {key: value for key, value in before.items() if key not in NAMES} | after
     assert list(extended.get("dynamic", {})) == list(after.get("dynamic", {})), "the first that matches counts"
     assert before == untouched
@@ -280,16 +296,50 @@ def test_each_method_says_it_in_its_own_way(method: str, before: dict[str, Any],
 
 def test_gptq_keeps_kinds_of_modules_and_loses_full_paths() -> None:
     before = {"modules_in_block_to_quantize": [["self_attn.o_proj"], [NAMES[0]], [NAMES[1], "mlp.up_proj"]]}
-    after = extend_skip_lists(before, "gptq", NAMES)
+    after = extend(before, "gptq", NAMES)
     assert after["modules_in_block_to_quantize"] == [["self_attn.o_proj"], ["mlp.up_proj"]]
 
 
 def test_experts_are_one_line_and_for_compressed_tensors_a_regular_expression() -> None:
     modules = [f"model.layers.3.mlp.experts.{e}.{name}" for e in range(4) for name in DENSE.split()]
-    extended = extend_skip_lists({"ignore": ["lm_head"]}, "compressed-tensors", modules)
+    extended = extend({"ignore": ["lm_head"]}, "compressed-tensors", modules)
     assert extended["ignore"] == ["lm_head", "model.layers.3.mlp.experts", r"re:model\.layers\.3\.mlp\.experts\..*"]
     of_mlx = {name: {"bits": 8} for name in modules}
-    assert extend_skip_lists({"bits": 4, "group_size": 64, **of_mlx}, "MLX", modules) == {"bits": 4, "group_size": 64}
+    assert extend({"bits": 4, "group_size": 64, **of_mlx}, "MLX", modules) == {"bits": 4, "group_size": 64}
+
+
+def test_biases_of_coded_experts_do_not_make_them_plain() -> None:
+    biases = ["model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.down_proj_bias"]
+    changed, coded = ["model.layers.1.mlp.experts.down_proj"], ["model.layers.0.mlp.experts.down_proj"]
+    declared = extend({"quant_method": "mxfp4"}, "mxfp4", changed, [*biases, "lm_head"], (), coded)
+    assert declared["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.experts"]
+
+
+@pytest.mark.parametrize(
+    ("types", "coded", "head"),
+    [
+        (["llama"], [], ["lm_head"]),
+        ([], [], ["lm_head"]),
+        (["whisper"], [], ["proj_out"]),
+        (["bert"], [], ["cls.predictions.decoder"]),
+        (["llama"], ["lm_head"], []),
+        (["llava", "llama"], ["language_model.lm_head"], []),
+    ],
+)
+def test_a_made_list_has_the_head_unless_it_is_coded(types: list[str], coded: list[str], head: list[str]) -> None:
+    declared = extend({"quant_method": "fp8"}, "fp8", NAMES, (), types, coded)
+    assert [name for name in declared["modules_to_not_convert"] if "layers" not in name] == head
+    listed = extend({"quant_method": "fp8", "modules_to_not_convert": ["x"]}, "fp8", NAMES, (), types, coded)
+    assert [name for name in listed["modules_to_not_convert"] if "layers" not in name] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [("fp8", "modules_to_not_convert"), ("gptq", "dynamic"), ("auto-round", "extra_config"), ("fp8", "ignored_layers")],
+)
+def test_a_field_of_another_kind_is_refused(method: str, field: str) -> None:
+    with pytest.raises(InputError, match=f"quantization config: {field}"):
+        extend({"quant_method": method, field: "lm_head"}, method, NAMES)
 
 
 DECLARED = {"quant_method": "fp8", "modules_to_not_convert": ["x"]}
@@ -305,7 +355,7 @@ PLACES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("config", PLACES, ids=[" ".join(place) for place in PLACES])
 def test_the_config_is_found_wherever_it_is(config: dict[str, Any]) -> None:
     text = json.dumps(config)
-    extended = extend_skip_lists(config, "fp8", NAMES, ["lm_head"])
+    extended = extend(config, "fp8", NAMES, ["lm_head"])
     assert json.dumps(extended) == text.replace('["x"]', json.dumps(["x", *SORTED]))
     assert json.dumps(config) == text
     plain = without_quantization(config)
@@ -320,11 +370,11 @@ def test_a_field_that_is_no_config_stays() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["exl3", "unnamed", "NVFP4"])
+@pytest.mark.parametrize("method", ["exl3", "unnamed", "sparseml"])
 def test_an_unknown_method_is_refused_by_name(method: str) -> None:
     assert find_skip_list(method) is None
     with pytest.raises(InputError, match=f"no skip list is known for {method}"):
-        extend_skip_lists({"quantization_config": {"quant_method": method}}, method, NAMES)
+        extend({"quantization_config": {"quant_method": method}}, method, NAMES)
 
 
 def test_a_quantized_kv_cache_is_seen() -> None:
@@ -390,7 +440,7 @@ def mixed_folder(model: Any, folder: Path, method: str, touched: Collection[str]
     others = {name.removesuffix(".weight") for name, tensor in plain.items() if tensor.ndim > 1} - set(modules)
     named = declared_method(config["quantization_config"])
     assert named is not None
-    write_config(folder, extend_skip_lists(config, named, changed, others, types))
+    write_config(folder, extend(config, named, changed, others, types, set(modules) - changed))
     return {name: plain[f"{name}.weight"] for name in changed}
 
 
@@ -410,6 +460,38 @@ def test_transformers_loads_a_dense_model(method: str, tmp_path: Path) -> None:
             assert torch.equal(module.weight, changed[name])
     if method != "fp8":  # its kernels want a GPU
         assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes nf4"])
+def test_a_tied_head_that_is_in_no_file_stays_plain(method: str, tmp_path: Path) -> None:
+    require(method)
+    mixed_folder(tiny_llama(tie_word_embeddings=True), tmp_path, method, TOUCHED)
+    assert loading_faults(tmp_path) == []
+    model, _ = load_quantized(tmp_path)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_transformers_loads_torchao(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    tiny_llama().save_pretrained(tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    declared = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    coded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=declared)
+    coded.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = plain_metadata(file.metadata(), TOUCHED)
+    make_plain(tmp_path, TOUCHED, plain, metadata)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_config(tmp_path, extend(config, "torchao", TOUCHED, ["lm_head"]))
+    assert loading_faults(tmp_path) == []
+    model, _ = load_quantized(tmp_path)
+    for name, module in model.named_modules():
+        if name in linear_modules([f"{name}.weight"]):
+            assert (type(module.weight) is torch.nn.Parameter) == (name in TOUCHED), name
+    assert all(torch.equal(model.get_submodule(name).weight, plain[f"{name}.weight"]) for name in TOUCHED)
 
 
 @pytest.mark.parametrize("method", ["fp8", "compressed-tensors fp8"])

@@ -26,16 +26,6 @@ RAW = Raw()
 CODECS: dict[str, Codec] = {
     codec.key: codec
     for codec in (
-        ComfyInt8(),
-        ComfyMxfp8(),
-        ComfyNvfp4(),
-        TorchaoInt8(),
-        TorchaoFloat8(),
-        Fp8(),
-        Awq(),
-        Gptq(),
-        PackedInts(),
-        PlainInts(),
         Mxfp4(),
         PackedMxfp4(),
         DeepSeekFp4(),
@@ -47,6 +37,16 @@ CODECS: dict[str, Codec] = {
         MlxAffine8(),
         MlxFp4(),
         MlxFp8(),
+        ComfyInt8(),
+        ComfyMxfp8(),
+        ComfyNvfp4(),
+        TorchaoInt8(),
+        TorchaoFloat8(),
+        Awq(),
+        Gptq(),
+        PackedInts(),
+        Fp8(),
+        PlainInts(),
         Float8(),
         RAW,
     )

@@ -10,16 +10,23 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ...errors import InputError
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, StoredWeight
+from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
 from .scaled import Scaled, Scales
 
 if TYPE_CHECKING:
+    import torch
+
     from ...numerics.code_levels import Levels
-    from .codec import Wide
+    from .codec import Codes, Wide
     from .packing import Packing
 
 TYPES = ("nf4", "fp4")
+
+LONGEST = 24  # characters of a float in JSON
+
+STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up (csrc/cpu_ops.cpp)
 
 
 class Bitsandbytes4(Scaled):
@@ -92,6 +99,9 @@ class Bitsandbytes4(Scaled):
         found: Wide = (product + np.float32(parts.detail("offset"))).astype(np.float64)
         return found
 
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return NestedQuantizer(parts) if parts.get("nested_absmax") else Bitsandbytes4Quantizer(parts)
+
     def check(self, parts: Parts) -> None:
         for role in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
             tensor = parts.get(role)
@@ -112,7 +122,7 @@ class BitsandbytesInt8(Scaled):
         layout, shape = f"{path}.weight_format", found.specs[name].shape
         if not found.one_of(f"{path}.SCB", layout) or len(shape) != 2:
             return None
-        found.shaped(f"{path}.SCB", shape[:1], "F32", "F16", "BF16")
+        found.shaped(f"{path}.SCB", shape[:1], "F32")
         if layout not in found.specs:
             return StoredWeight(self, TensorSpec("F64", shape), (name, f"{path}.SCB"), ("codes", "scales"))
         if found.need(layout, "U8").size != 1 or any(found.read(layout)):
@@ -132,6 +142,128 @@ class BitsandbytesInt8(Scaled):
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         return Scales(self.grid(parts, "scales", (1, 0), start, stop), 0, divisor=127.0)
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return Int8Quantizer(parts)
+
+
+class Bitsandbytes4Quantizer(Quantizer):
+    """Encode as `functional.quantize_4bit` does, in float32 (backends/default/ops.py)."""
+
+    def __init__(self, parts: Parts) -> None:
+        columns, self.block = parts.shape[2], parts.detail("block")
+        super().__init__(parts, self.block // math.gcd(columns, self.block))
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        codes, absmax = self.encoded(rows)
+        first = start * rows.shape[1] // self.block
+        return codes, [("absmax", first * 4, absmax.tobytes()), *self.same("quant_map", "quant_state", start=start)]
+
+    def encoded(self, rows: torch.Tensor) -> tuple[Codes, Codes]:
+        """Return the codes, (rows, columns), and the absmax of their blocks in float32."""
+        import numpy as np
+
+        table = self.parts["quant_map"].floats().astype(np.float32)
+        order = table.argsort(kind="stable")
+        middles = (table[order[1:]] + table[order[:-1]]) / 2
+        flat = rows.float().numpy().reshape(-1)
+        whole = len(flat) // self.block * self.block
+        blocks, rest, least = flat[:whole].reshape(-1, self.block), flat[whole:], np.float32(1e-38)
+        absmax = np.abs(blocks).max(axis=1)
+        scaled = (blocks * (1 / np.maximum(absmax, least))[:, None]).reshape(-1)
+        if len(rest):  # the last block is divided, and no absmax of it is 0
+            last = np.maximum(np.abs(rest).max(), least)
+            absmax, scaled = np.append(absmax, last), np.append(scaled, rest / last)
+        place = np.zeros(len(scaled), np.uint8)
+        for middle in middles:
+            place += scaled > middle
+        codes = order.astype(np.uint8)[place]
+        return codes.reshape(rows.shape), absmax
+
+    def same(self, *roles: str, start: int = 0) -> list[Piece]:
+        """Return tensors that are as the other model has them, with the first rows."""
+        return [] if start else [(role, 0, self.parts[role].integers().tobytes()) for role in roles]
+
+
+class NestedQuantizer(Bitsandbytes4Quantizer):
+    """The same with absmax encoded too, less their mean, as `functional.quantize_blockwise` does on the CPU.
+
+    The mean is that of the exact sum. bitsandbytes reads the state from its JSON, which is padded with blanks, so that
+    its length is known before the mean is.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.together = 0
+        self.absmax: list[Codes] = []
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {**super().specs(), "quant_state": TensorSpec("U8", (len(self.state(0.0)),))}
+
+    def state(self, offset: float) -> bytes:
+        import json
+
+        found = json.loads(self.parts["quant_state"].integers().tobytes())
+        blank = len(json.dumps({**found, "nested_offset": ""})) + LONGEST - 2
+        return json.dumps({**found, "nested_offset": offset}).ljust(blank).encode()
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        codes, absmax = self.encoded(rows)
+        self.absmax.append(absmax)
+        return codes, []
+
+    def rest(self) -> list[Piece]:
+        import numpy as np
+
+        offset = np.float32(math.fsum(x for part in self.absmax for x in part.tolist()) / sum(map(len, self.absmax)))
+        codes, outer = self.encoded_absmax(np.concatenate(self.absmax) - offset)
+        return [
+            ("absmax", 0, codes.tobytes()),
+            ("nested_absmax", 0, outer.tobytes()),
+            ("quant_state", 0, self.state(float(offset))),
+            *self.same("quant_map", "nested_quant_map"),
+        ]
+
+    def encoded_absmax(self, absmax: Codes) -> tuple[Codes, Codes]:
+        """Return the codes of absmax less their mean, and the absmax of their blocks, all in float32."""
+        import numpy as np
+
+        each = self.parts.detail("nested")
+        padded = np.pad(absmax, (0, -len(absmax) % each)).reshape(-1, each)
+        outer = np.abs(padded).max(axis=1)
+        scaled = (padded * (1 / np.where(outer == 0, 1, outer))[:, None]).clip(-1, 1)
+        place = ((scaled + 1) * np.float32(0.5)).astype(np.float64) * (STEPS - 1) + 0.5
+        codes = self.nested_codes()[place.astype(np.float32).astype(np.int32)]
+        codes[outer == 0] = 0
+        return codes.reshape(-1)[: len(absmax)], outer
+
+    def nested_codes(self) -> Codes:
+        """Return the codes of the steps from -1 to 1 to which bitsandbytes rounds first."""
+        import numpy as np
+
+        table = self.parts["nested_quant_map"].floats().astype(np.float32)
+        steps = np.arange(STEPS, dtype=np.float32) / np.float32(STEPS - 1) * 2 - 1
+        return np.searchsorted((table[1:] + table[:-1]) / 2, steps).astype(np.uint8)
+
+
+class Int8Quantizer(Quantizer):
+    """Encode as `nn.Linear8bitLt` does: the weights in float16, then in float32 (`int8_vectorwise_quant`)."""
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        import numpy as np
+
+        half = rows.half().float().numpy()
+        absmax = np.abs(half).max(axis=1)
+        if not np.isfinite(absmax).all():
+            raise InputError(
+                "has weights too large for float16, in which bitsandbytes encodes",
+                culprit=self.parts["codes"].name,
+                remedy="take another format, such as fp8",
+            )
+        factor = 1 / np.where(absmax == 0, 1, absmax) * np.float32(127)  # as torch has 127 / absmax
+        codes = np.rint(half * factor[:, None]).astype(np.int8)
+        marks = [("weight_format", 0, b"\0")] if start == 0 and self.parts.get("weight_format") else []
+        return codes, [("scales", start * 4, absmax.tobytes()), *marks]
 
 
 @cache

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     Wide = npt.NDArray[np.float64]
 
 
+LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
+
+
 class Fault(ValueError):
     """What is wrong with the tensors of a coded weight; it counts only if the weight is touched."""
 
@@ -72,26 +75,34 @@ class StoredTensor:
     def floats(self, first: int = 0, count: int | None = None) -> Wide:
         """Return the same as float64, flat. E8M0 and bytes that mean it are the format's matter."""
         import numpy as np
+        import torch
 
-        from ...numerics.forms import FORMS, codes, wide
+        from ...numerics.forms import FORMS, codes, wide, widen
 
         found = self.numbers(first, count)
         form = FORMS.get(found.dtype)
+        if form and found.itemsize == 1:  # of which `wide` knows no nan
+            return widen(found, torch.empty(found.shape, dtype=torch.float64)).numpy()
         return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
         """Return columns start:stop of `rows` rows of so many columns, from the number `first` on, as `integers`.
 
-        A narrow part of long rows is read row by row, so that no more than about the box is in memory.
+        Some rows are read at a time, and of long ones only the columns, so that little more than the box is in memory.
         """
         import numpy as np
 
         itemsize = self.spec.nbytes // max(1, self.spec.size)
-        if (stop - start) * 4 >= width:
-            return self.integers(first, rows * width).reshape(rows, width)[:, start:stop]
         out = np.empty((rows, stop - start), f"u{itemsize}")
-        for row in range(rows):
-            out[row] = self.integers(first + row * width + start, stop - start)
+        if width * itemsize > LONG_ROW and (stop - start) * 4 < width:
+            for row in range(rows):
+                out[row] = self.integers(first + row * width + start, stop - start)
+            return out
+        step = max(1, STRIP // max(1, width * itemsize))
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            strip = self.integers(first + row * width, count * width).reshape(count, width)
+            out[row : row + count] = strip[:, start:stop]
         return out
 
     def float_box(self, rows: int, width: int, start: int, stop: int) -> Wide:

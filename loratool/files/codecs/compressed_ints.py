@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, StoredWeight
+from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .gptq import column_groups
 from .scaled import Scaled, Scales
 
@@ -68,6 +68,12 @@ class CompressedInts(Scaled):
             data = zeros.integers((which * words + low) * groups, (high - low) * groups).reshape(-1, groups)
             found.append(cut(data.T, first, last, bits).T)
         return np.concatenate(found).astype(np.float64) - float(1 << (bits - 1))
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        from .compressed_quantizer import IntQuantizer
+
+        is_of_blocks = parts.detail("block")[0] and not parts.get("groups")
+        return IntQuantizer(self, parts) if is_of_blocks else None
 
     def check(self, parts: Parts) -> None:
         self.require_finite(parts, "scales", parts["scales"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
 from .blocks import block_of, block_scales, contradiction, refuse_column_scales, stated_blocks
-from .codec import Fault, Found, Parts, StoredWeight
+from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .comfy import layer_config
 from .scaled import Scaled, Scales
 
@@ -93,3 +93,12 @@ class Fp8(Scaled):
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         return block_scales(self, parts, start, stop)
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        """Write anew what has no zero points; scales of powers of two only as transformers rounds them."""
+        from .fp8_fresh import Fp8Quantizer, Fp8Whole
+
+        is_rounded = parts.detail("power_of_two") and not parts["scales"].name.endswith("_scale_inv")
+        if is_rounded or parts.get("zeros") or parts["codes"].spec.dtype != "F8_E4M3":
+            return None
+        return Fp8Quantizer(parts) if parts.detail("block")[0] else Fp8Whole(parts)

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from ..dtypes import DTYPE_NAMES, TensorSpec
+from .codec import Fault, Found, Parts, Piece, Quantizer, StoredTensor, StoredWeight
 from .scaled import Scaled, Scales
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
     from ...numerics.code_levels import Levels
-    from .codec import Wide
+    from .codec import Codes, Wide
     from .packing import Packing
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine weights
@@ -83,6 +87,9 @@ class MlxAffine(Scaled):
         scale, bias = (self.grid(parts, role, (1, group), start, stop) for role in ("scales", "biases"))
         return Scales(scale, group, bias=bias)
 
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return MlxQuantizer(parts)
+
 
 class MlxAffine8(MlxAffine):
     """The same with codes of 8 bits."""
@@ -90,6 +97,33 @@ class MlxAffine8(MlxAffine):
     key = "mlx-8bit"
     bits = 8
     widths = WIDTHS[-1:]
+
+
+class MlxQuantizer(Quantizer):
+    """Encode as `mx.quantize` does on the CPU: in float32, of weights in the type of the scales.
+
+    The number of largest magnitude and zero are codes' numbers, if that leaves a scale.
+    """
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        import numpy as np
+        import torch
+
+        group, top = self.parts.detail("group"), np.float32((1 << self.parts.detail("bits")) - 1)
+        kind = getattr(torch, DTYPE_NAMES[self.parts["scales"].spec.dtype])
+        numbers = rows.to(kind).float().numpy().reshape(len(rows), -1, group)
+        least, most = numbers.min(axis=2), numbers.max(axis=2)
+        step = np.maximum((most - least) / top, np.float32(1e-7))
+        is_low = np.abs(least) > np.abs(most)
+        step, edge = np.where(is_low, step, -step), np.where(is_low, least, most)
+        count = np.rint(edge / step)
+        is_zero = count == 0
+        scale = np.where(is_zero, step, edge / np.where(is_zero, 1, count))
+        bias = np.where(is_zero, np.float32(0), edge)
+        codes = np.rint((numbers - bias[:, :, None]) / scale[:, :, None]).clip(0, top).astype(np.uint8)
+        pieces = [("scales", scale), ("biases", bias)]
+        width = scale.shape[1] * self.parts["scales"].spec.nbytes // self.parts["scales"].spec.size
+        return codes.reshape(rows.shape), [(role, start * width, _bytes(of, kind)) for role, of in pieces]
 
 
 class MlxFp4(Scaled):
@@ -166,6 +200,13 @@ class MlxFp8(MlxFp4):
         from ...numerics.code_levels import E4M3
 
         return E4M3
+
+
+def _bytes(numbers: npt.NDArray[np.float32], kind: torch.dtype) -> bytes:
+    import torch
+
+    found: bytes = torch.from_numpy(numbers).to(kind).view(torch.uint8).numpy().tobytes()
+    return found
 
 
 def _groups(spec: TensorSpec, found: Found, scale: str) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, StoredWeight
+from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
 from .scaled import Scaled, Scales
 
 if TYPE_CHECKING:
+    import torch
+
     from ...numerics.code_levels import Levels
+    from .codec import Codes, Wide
     from .packing import Packing
 
 GROUP = 32  # columns that have one scale
@@ -47,7 +50,14 @@ class Fp4(Scaled):
         return StoredWeight(self, TensorSpec("F64", (*rows, half * 2)), tensors, roles)
 
 
-class PackedMxfp4(Fp4):
+class RowMxfp4(Fp4):
+    """Scales that lie as the groups of a row do."""
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop), GROUP)
+
+
+class PackedMxfp4(RowMxfp4):
     """What compressed-tensors calls mxfp4-pack-quantized (compressors/mxfp4)."""
 
     key = "mxfp4-pack-quantized"
@@ -62,11 +72,11 @@ class PackedMxfp4(Fp4):
             return None
         return self.coded(name, {"scales": scale, **kept(path, found)}, found, GROUP)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
-        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop), GROUP)
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return None if any(role.startswith("input") for role in parts.tensors) else PackedMxfp4Quantizer(parts)
 
 
-class DeepSeekFp4(PackedMxfp4):
+class DeepSeekFp4(RowMxfp4):
     """The experts of DeepSeek-V4: bytes that are called I8 (transformers, integrations/finegrained_fp8.py)."""
 
     key = "deepseek-fp4"
@@ -118,9 +128,56 @@ class Mxfp4(Fp4):
         found, groups = [], rows // GROUP
         for which, first, last in matrices(start, stop, rows):
             low, high = first // GROUP, -(-last // GROUP)
-            scales = e8m0(parts["scales"].box(columns, groups, low, high, which * columns * groups))
-            found.append(scales.T.repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
-        return Scales(np.concatenate(found), 0)
+            codes = np.ascontiguousarray(parts["scales"].box(columns, groups, low, high, which * columns * groups).T)
+            found.append(e8m0(codes).repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
+        return Scales(found[0] if len(found) == 1 else np.concatenate(found), 0)
+
+    def quantizer(self, parts: Parts) -> Quantizer | None:
+        return Mxfp4Quantizer(parts, GROUP)
+
+
+class PackedMxfp4Quantizer(Quantizer):
+    """Encode as compressed-tensors does."""
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        codes, scales = encoded(rows.double().numpy().reshape(len(rows), -1, GROUP), 2)
+        return codes.reshape(rows.shape), [("scales", start * scales.shape[1], scales.tobytes())]
+
+
+class Mxfp4Quantizer(Quantizer):
+    """Encode as compressed-tensors does, along the model's input, which is down the rows."""
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        from .packing import matrices
+
+        _, high, columns = self.parts.shape
+        codes, scales = encoded(rows.double().numpy().reshape(-1, GROUP, columns), 1)
+        groups, done, pieces = high // GROUP, 0, list[Piece]()
+        for which, first, last in matrices(start, start + len(rows), high):
+            part = scales[done : done + (last - first) // GROUP]
+            done += len(part)
+            for column, of_column in enumerate(part.T):
+                place = (which * columns + column) * groups + first // GROUP
+                pieces.append(("scales", place, of_column.tobytes()))
+        return codes.reshape(rows.shape), pieces
+
+
+def encoded(numbers: Wide, axis: int) -> tuple[Codes, Codes]:
+    """Return the codes of numbers in their shape, and the E8M0 scales of the groups along an axis, without it.
+
+    A scale takes the largest number to between 3.5 and 7, where 6 is the last code (compressed-tensors,
+    quantization/utils/mxfp_utils.py, `generate_mx_scales`). Negative numbers that round to zero are -0.
+    """
+    import numpy as np
+
+    from ...numerics.code_levels import E2M1, e8m0
+
+    fraction, exponent = np.frexp(np.abs(numbers).max(axis=axis))
+    exponent += (fraction >= 1.75 / 2) - 3
+    scales = np.where(fraction == 0, 0, np.clip(exponent + 127, 0, 254)).astype(np.uint8)
+    codes = E2M1.nearest(numbers / np.expand_dims(e8m0(scales), axis))
+    codes[(codes == 0) & (numbers < 0)] = 8
+    return codes, scales
 
 
 def kept(path: str, found: Found) -> dict[str, str]:

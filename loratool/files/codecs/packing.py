@@ -91,22 +91,38 @@ class Words:
         if self.bits == 8:
             return data
         if self.bits in (1, 2, 4):
-            spread = np.arange(0, 8, self.bits, dtype=np.uint8)
-            return ((data[:, :, None] >> spread) & ((1 << self.bits) - 1)).reshape(len(data), -1)
-        apart = np.unpackbits(data, axis=1, bitorder="little")[:, : self.width * self.bits]
-        apart = apart.reshape(len(data), self.width, self.bits)
-        return np.packbits(apart, axis=2, bitorder="little")[:, :, 0]
+            codes = np.empty((*data.shape, 8 // self.bits), np.uint8)
+            for at in range(codes.shape[2]):
+                np.right_shift(data, at * self.bits, out=codes[:, :, at])
+            codes &= (1 << self.bits) - 1
+            return codes.reshape(len(data), -1)
+        octets = np.zeros((len(data), -(-data.shape[1] // self.bits), 8), np.uint8)  # eight codes are `bits` bytes
+        for at in range(self.bits):
+            part = data[:, at :: self.bits]
+            octets[:, : part.shape[1], at] = part
+        words = octets.view("<u8")[:, :, 0]
+        codes = np.empty(octets.shape, np.uint8)
+        for at in range(8):
+            codes[:, :, at] = words >> (at * self.bits)
+        codes &= (1 << self.bits) - 1
+        return codes.reshape(len(data), -1)[:, : self.width]
 
     def pack(self, codes: Codes) -> Codes:
         """Return rows of bytes of codes, (rows, width)."""
         if self.bits == 8:
             return np.ascontiguousarray(codes)
         if self.bits in (1, 2, 4):
-            spread = np.arange(0, 8, self.bits, dtype=np.uint8)
-            return np.bitwise_or.reduce(codes.reshape(len(codes), -1, len(spread)) << spread, axis=2)
-        apart = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=self.bits).reshape(len(codes), -1)
-        apart = np.pad(apart, ((0, 0), (0, self.nbytes * 8 - apart.shape[1])))
-        return np.packbits(apart, axis=1, bitorder="little")
+            each = 8 // self.bits
+            data: Codes = codes[:, ::each].copy()
+            for at in range(1, each):
+                data |= codes[:, at::each] << (at * self.bits)
+            return data
+        octets = np.zeros((len(codes), -(-self.width // 8)), "<u8")
+        for at in range(8):
+            part = codes[:, at::8].astype(np.uint64)
+            octets[:, : part.shape[1]] |= part << (at * self.bits)
+        data = octets.view(np.uint8).reshape(*octets.shape, 8)[:, :, : self.bits].reshape(len(codes), -1)
+        return np.pad(data, ((0, 0), (0, max(0, self.nbytes - data.shape[1]))))[:, : self.nbytes]
 
 
 @dataclass(frozen=True)
@@ -129,8 +145,8 @@ class HighNibbles:
         codes = np.empty((len(data), 2), np.uint8)
         np.right_shift(data, 4, out=codes[:, 0])
         np.bitwise_and(data, 15, out=codes[:, 1])
-        flat: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first]
-        return flat.reshape(stop - start, self.columns)
+        found: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first].reshape(stop - start, self.columns)
+        return found
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         flat = codes.reshape(-1)
@@ -153,10 +169,12 @@ class TurnedNibbles:
         half, parts = self.rows // 2, []
         for which, first, last in matrices(start, stop, self.rows):
             low, high = first // 2, -(-last // 2)
-            data = tensor.box(self.columns, half, low, high, which * self.columns * half)
-            codes = np.stack((data & 15, data >> 4), axis=2).reshape(self.columns, -1)
-            parts.append(codes[:, first - 2 * low : last - 2 * low].T)
-        return np.concatenate(parts)
+            data = np.ascontiguousarray(tensor.box(self.columns, half, low, high, which * self.columns * half).T)
+            codes = np.empty((high - low, 2, self.columns), np.uint8)
+            np.bitwise_and(data, 15, out=codes[:, 0])
+            np.right_shift(data, 4, out=codes[:, 1])
+            parts.append(codes.reshape(-1, self.columns)[first - 2 * low : last - 2 * low])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         half, done = self.rows // 2, 0

@@ -10,21 +10,25 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
 from ...binding.coded_bases import LOSSY, WAYS, plan_codes
+from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
-from ...files.dtypes import MERGE_DTYPES
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.codecs.codec import CodeFormat, Quantizer
+from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import sha256_range
 from ...files.output import Output, check_output_path, check_undo_files, output_path
 from ...files.output_plan import plan_output
@@ -35,8 +39,9 @@ from ...files.weights_file import WeightsFile
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
+from ...streaming.encode import encode_tensor
 from ...streaming.recode import recode_tensor
-from ...streaming.rewrite import refuse_overflow, rewrite
+from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import HashBytes, Progress, choose_device, map_in_order, worker_count
 from ...undo.records import RecordedBlock
@@ -68,6 +73,7 @@ def merge(
     residual_base: bool = False,
     quantized: str = "mixed",
     allow: Sequence[str] = (),
+    like: str | os.PathLike[str] | None = None,
     undo: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -92,6 +98,7 @@ def merge(
         initial: the adapter before training, which is subtracted, if its initialization changed the base (PiSSA, ...).
         residual_base: instead of `initial`, if `base` is the changed one.
         quantized: a key of WAYS, for the weights that the base stores as codes.
+        like: a quantized model of the same base, in whose format the output is written, with scales of its own.
         allow: words of what would be refused otherwise: `lossy`, to requantize to codes of fewer than 8 bits.
         undo: write the undo file, which `unmerge` needs to restore the base.
         force: replace an output that exists.
@@ -117,6 +124,12 @@ def merge(
             raise UsageError(f"quantized {quantized!r} is none of {', '.join(WAYS)}")
         if set(allow) - {LOSSY}:
             raise UsageError(f"allow {', '.join(sorted(set(allow) - {LOSSY}))!r} is not {LOSSY}")
+        if like is not None and quantized != "mixed":
+            raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
+        imitated = None
+        if like is not None:
+            imitated = open_checkpoint(like)
+            opened.callback(imitated.close)
         path, is_file = output_path(out, checkpoint, "merged")
         where = choose_device(device)
         selection = Selection(tuple(target), tuple(exclude), parse_layers(layers))
@@ -130,6 +143,7 @@ def merge(
                 dtype=MERGE_DTYPES[chosen_dtype],
                 quantized=quantized,
                 allow=tuple(allow),
+                like=imitated,
                 device=where,
                 max_shard_bytes=max_shard_bytes,
                 undo=undo,
@@ -151,6 +165,7 @@ class OutputOptions:
     force: bool  # replace an output that exists
     quantized: str = "mixed"  # a key of WAYS
     allow: tuple[str, ...] = ()
+    like: Checkpoint | None = None  # a quantized model as which the output is stored
     max_shard_bytes: int | None = None  # None keeps the base's shards
     dry_run: bool = False  # write nothing
     progress: Progress | None = None
@@ -173,8 +188,15 @@ def write_merged(
         beside: name in the output's folder -> a file that is copied there.
     """
     path, is_file = place
-    plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
+    if options.like:
+        plan = plan_like(plan, options.like, options.dtype)
+        if options.undo:
+            message = "a merge that is written like another model cannot be undone"
+            raise NeedsFlag(message, culprit=str(options.like.path), remedy="add --no-undo")
+    else:
+        plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
+    inputs += [shard.path for shard in options.like.shards] if options.like else []
     check_output_path(path, is_file, inputs, options.force, is_model=True)
     lay_out = uncollected(plan_output)
     output = lay_out(
@@ -183,7 +205,7 @@ def write_merged(
         is_file,
         provenance,
         plan.written,
-        options.dtype,
+        None if plan.like else options.dtype,
         options.max_shard_bytes,
         plan.edits,
         options.undo,
@@ -256,7 +278,9 @@ def _execute(
         load = UpdateLoader(options.device)
         tensors = plan_changed_tensors(plan, load, undo is not None)
         for codes, name in plan.written.items():
-            if name in plan.recoded:
+            if name in plan.encoded:
+                tensors[codes] = _encode(plan, name, load)
+            elif name in plan.recoded:
                 tensors[codes] = recode_tensor(plan.base.ref(name), plan.placements[name], load, undo is not None)
         size = None
 
@@ -267,8 +291,9 @@ def _execute(
                 size = undo.finish(targets[output.undo.name], plan, output)
 
         copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
-        sources = plan.stored_sources(output.specs)
-        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
+        beside = plan.edits.beside.keys() - plan.written.keys()
+        sources = plan.stored_sources(output.specs.keys() - beside)
+        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied, beside)
         for item, blocks in opened.enter_context(closing(runs)):
             if isinstance(item, HashBytes):
                 if undo:
@@ -277,7 +302,7 @@ def _execute(
             if undo and isinstance(blocks[0], RecordedBlock):
                 undo.add(item.tensor, item.start, item.stop, blocks[0].payload, blocks[0].sha256, blocks[0].sum)
                 blocks = [block.change for block in blocks]
-            if item.tensor in plan.written and plan.written[item.tensor] not in plan.recoded:
+            if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
                 refuse_overflow(item.tensor, blocks, plan.sources, output)
             changes[plan.written.get(item.tensor, item.tensor)] += blocks
             for block in blocks:
@@ -285,6 +310,16 @@ def _execute(
     counts = (f"{steps[step]:,} {step}" for step in ("dense", "near", "nearer", "exact"))
     logger.debug("weights decided by the GEMM, and asked of each later step, by undo too: %s", ", ".join(counts))
     return changes, size
+
+
+def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
+    """Return the codes of a weight as the imitated model has it."""
+    assert plan.like
+    parts = plan.like.parts_of(name)
+    codec, dtype = parts.weight.codec, getattr(torch, DTYPE_NAMES[plan.encoded[name]])
+    assert isinstance(codec, CodeFormat)
+    make = cast("Callable[[], Quantizer]", partial(codec.quantizer, parts))
+    return encode_tensor(plan.sources[name], plan.placements.get(name, ()), dtype, make, load)
 
 
 def _hash_the_rest(

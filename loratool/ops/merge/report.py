@@ -137,9 +137,9 @@ def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
 
 
 def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingStats]) -> TensorReport:
-    spec = output.specs[name] if name not in plan.recoded else plan.base.specs[name]
-    weight = plan.base.weights.get(name)
-    dtype = weight.codec.key if weight and name in plan.recoded else spec.dtype
+    spec = output.specs[name] if name not in plan.coded else plan.sources[name].spec
+    holder = plan.like or plan.base
+    dtype = holder.weights[name].codec.key if name in plan.coded else spec.dtype
     updates = {id(p.update): (p.weight, p.update) for p in plan.requested.get(name, ())}.values()
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)

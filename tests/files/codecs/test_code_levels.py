@@ -25,9 +25,8 @@ TABLES = {
 }
 
 
-def nearest_number(table: Table, x: float) -> tuple[Fraction, ...]:
-    """The numbers of a table that are nearest to x, two if it is in the middle."""
-    levels = sorted({Fraction(v) for v in table.numbers if math.isfinite(v)})
+def nearest_number(levels: list[Fraction], x: float) -> tuple[Fraction, ...]:
+    """The numbers of a rising list that are nearest to x, two if it is in the middle."""
     if math.isinf(x):
         return (levels[-1] if x > 0 else levels[0],)
     exact = Fraction(x)
@@ -51,8 +50,9 @@ def test_nearest_is_that_of_exact_arithmetic(name: str) -> None:
     table = TABLES[name]
     numbers = hard_numbers(table)
     codes = table.nearest(numbers.reshape(1, -1))[0]
+    levels = sorted({Fraction(v) for v in table.numbers if math.isfinite(v)})
     for x, code in zip(numbers.tolist(), codes.tolist(), strict=True):
-        found, best = table.numbers[code], nearest_number(table, x)
+        found, best = table.numbers[code], nearest_number(levels, x)
         assert Fraction(found) in best, x
         if len(best) == 2 and not table.even:
             assert Fraction(found) == best[0], x

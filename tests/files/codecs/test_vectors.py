@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FIXTURES
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from loratool import InputError
@@ -31,6 +31,13 @@ VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text
 # Vectors that programs of their format read in different ways -> what the error says
 REFUSED = {"gptq_v1_4bit_wrap": "as 0 or as 16"}
 
+# How far float64 may be from it where our formula rounds in another order: (e2m1 * scale) / global scale, and the
+# package divides first. By the vector's name.
+ROUNDED = {"ct_nvfp4": 2.0**-52}
+
+# Vectors whose weights are those of the file, padded with zeros: only ComfyUI's model knows their true shapes
+PADDED = {"comfy_nvfp4", "comfy_mxfp8"}
+
 EACH = [(vector, name) for vector in VECTORS if vector not in REFUSED for name in VECTORS[vector]["weights"]]
 
 FRESH = [each for each in EACH if VECTORS[each[0]]["weights"][each[1]].get("fresh")]
@@ -41,8 +48,8 @@ def over(each: list[tuple[str, str]]) -> pytest.MarkDecorator:
 
 
 @cache
-def expected_numbers() -> dict[str, Tensor]:
-    return load(lzma.decompress((CODED / "expected.safetensors.xz").read_bytes()))
+def packed(name: str) -> dict[str, Tensor]:
+    return load(lzma.decompress((CODED / f"{name}.safetensors.xz").read_bytes()))
 
 
 def write(vector: str, folder: Path) -> Path:
@@ -81,9 +88,12 @@ def all_codes(parts: Parts) -> tuple[Any, Any]:
 @over(EACH)
 def test_numbers_are_those_of_the_software(opened: Checkpoint, vector: str, name: str) -> None:
     known = VECTORS[vector]["weights"][name]
-    expected, found = expected_numbers()[f"{vector}/{name}"].double(), opened[name].double()
+    expected, found = packed("expected")[f"{vector}/{name}"].double(), opened[name].double()
+    if vector in PADDED:
+        assert all(size % 16 == 0 and size >= real for size, real in zip(found.shape, known["shape"], strict=True))
+        found = found[: known["shape"][0], : known["shape"][1]]
     assert list(found.shape) == known["shape"]
-    most = known.get("relative", 0.0) * expected.abs() + known.get("absolute", 0.0)
+    most = known.get("relative", ROUNDED.get(vector, 0.0)) * expected.abs() + known.get("absolute", 0.0)
     assert bool(((found - expected).abs() <= most).all())
     assert not opened.faults
     assert not any(weight.note for weight in opened.weights.values())
@@ -143,7 +153,7 @@ def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint,
     quantizer = codec.quantizer(parts)
     if quantizer is None:
         pytest.skip(f"{codec.key} is not written with scales of its own")
-    source = load_file(CODED / "source.safetensors")[known["weights"][name]["source"]]
+    source = packed("source")[known["weights"][name]["source"]]
     source = source.float() if "weights in float32" in known["made_by"] else source
     if quantizer.sees_all:
         quantizer.see(source)
@@ -158,6 +168,8 @@ def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint,
     for role, first, data in pieces:
         written[role][first : first + len(data)] = data
     stored = {role: bytes(opened.shard_of[each.name].read(each.name)) for role, each in parts.tensors.items()}
+    if "quant_state" in written:  # blanks behind its JSON
+        written["quant_state"] = written["quant_state"].rstrip(b" ")
     assert {role: bytes(data) for role, data in written.items()} == stored
 
 

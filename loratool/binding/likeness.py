@@ -1,0 +1,94 @@
+"""Plan a merge that is written as another model is stored: each weight in its format, with scales of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
+from ..files.codecs.codec import CodeFormat, Quantizer
+from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.quantized import QUANTIZERS
+from .merge_plan import MergePlan
+
+
+def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan:
+    """Return the plan with an output that has the tensors, types and configs of `like`.
+
+    Args:
+        dtype: the safetensors name of the type to which weights are rounded before they become codes, and of plain
+            weights; None for the base's, and for `like`'s plain weights.
+
+    Raises:
+        InputError: the base is quantized itself, the two are of different models, or a format takes more than numbers.
+    """
+    base = plan.base
+    if base.weights or base.coded:
+        name = next(iter(base.weights or base.coded))
+        message = f"{base.path} is quantized itself: a merge like {like.path} starts from the original"
+        raise InputError(message, culprit=name, remedy="pass the model in 16 or 32 bits as BASE")
+    if not like.weights or like.parts or base.parts:
+        why = "is a pipeline" if like.parts or base.parts else "has no quantized weights that can be read"
+        raise InputError(f"{why}, so that nothing can be written like it", culprit=str(like.path))
+    quantizers = {name: _quantizer(like, name) for name in like.weights}
+    _require_same(plan, like)
+    specs, removed, beside = {}, [], {}
+    for name, source in plan.sources.items():
+        if name in quantizers:
+            weight = like.weights[name]
+            names = dict(zip(weight.roles, weight.tensors, strict=True))
+            made = {names[role]: spec for role, spec in quantizers[name].specs().items()}
+            specs |= made
+            beside |= dict.fromkeys(made, name)
+            removed += [] if name in made else [name]
+        else:
+            stored = like.stored[name].dtype
+            kind = dtype or (stored if stored in TORCH_FLOATS else source.spec.dtype)
+            specs[name] = TensorSpec(
+                kind if source.spec.dtype in TORCH_FLOATS else source.spec.dtype, source.spec.shape
+            )
+    files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
+    told = (like.shards[0].metadata or {}).get("format", "pt")
+    edits = replace(
+        plan.edits,
+        specs=specs,
+        removed=tuple(removed),
+        configs={"": {**like.config, **{k: v for k, v in base.config.items() if k in ("_name_or_path",)}}},
+        files={**plan.edits.files, **files},
+        beside=beside,
+        metadata={"format": told},
+    )
+    types = {name: dtype or plan.sources[name].spec.dtype for name in quantizers}
+    return replace(plan, edits=edits, encoded=types, like=like)
+
+
+def _quantizer(like: Checkpoint, name: str) -> Quantizer:
+    parts = like.parts_of(name)
+    codec = parts.weight.codec
+    found = codec.quantizer(parts) if isinstance(codec, CodeFormat) else None
+    if found is None:
+        raise InputError(
+            f"is {codec.key}, whose codes take more than the weights to make: calibration data, or a kernel's layout",
+            culprit=name,
+            remedy="merge without --like, and quantize the result with the format's own software",
+        )
+    return found
+
+
+def _require_same(plan: MergePlan, like: Checkpoint) -> None:
+    """Raise InputError for two models that do not have the same weights."""
+    for name in like.coded:
+        raise InputError(f"is {like.coded[name].format}, which cannot be written", culprit=name)
+    own, other = plan.sources, like.specs
+    for one, two, path in ((own, other, like.path), (other, own, plan.base.path)):
+        lacking = next((name for name in one if name not in two), None)
+        if lacking is not None:
+            raise InputError(
+                f"is not in {path}: the two are no twins, or their names are of different tools",
+                culprit=lacking,
+                remedy="pass a quantized model of the same base, with the same names",
+            )
+    for name, source in own.items():
+        if source.spec.shape != other[name].shape:
+            message = f"has the shape {source.spec.shape}, but {other[name].shape} in {like.path}"
+            raise InputError(message, culprit=name, remedy="pass a quantized model of the same base")

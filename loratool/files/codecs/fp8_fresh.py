@@ -1,0 +1,151 @@
+"""Write float8 anew, with scales from the largest number of each block, as the formats' own software does.
+
+Every operation is one of torch on single elements, or a maximum: the bytes are the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ..dtypes import DTYPE_NAMES
+from .codec import Parts, Piece, Quantizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from .codec import Codes
+
+    Spread = Callable[[torch.Tensor], torch.Tensor]  # numbers of blocks -> one for each row and column
+
+LARGEST = 448.0  # of e4m3
+
+E8M0 = ("F8_E8M0", "U8")
+
+
+class Fp8Quantizer(Quantizer):
+    """e4m3 with one scale for each block of rows and columns."""
+
+    def __init__(self, parts: Parts) -> None:
+        matrices, rows, columns = parts.shape
+        high, wide = parts.detail("block")
+        if parts["scales"].spec.size == 1:
+            matrices, rows = 1, matrices * rows
+        self.height, self.high, self.wide = rows, high or rows, wide or columns  # of a matrix, and of a block
+        self.down, self.across = -(-rows // self.high), -(-columns // self.wide)  # blocks of a matrix
+        self.blocks = matrices * self.down
+        super().__init__(parts, self.high if matrices == 1 or rows % self.high == 0 else rows)
+
+    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+        import torch
+
+        at = self.blocks_of(start, len(rows))
+        first = int(at[0])
+
+        def spread(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers[torch.from_numpy(at - first)].repeat_interleave(self.wide, 1)[:, : rows.shape[1]]
+
+        scales, largest = self.parts["scales"], self.largest(at, rows)
+        if scales.name.endswith("_scale_inv"):
+            scale, scaled = _by_inverse(rows, largest, spread, scales.spec.dtype, self.parts.detail("power_of_two"))
+        else:
+            scale, scaled = _by_quotient(rows, largest, spread, scales.spec.dtype)
+        codes = scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        place = first * self.across * scale.itemsize
+        return codes, [*self.kept(start), ("scales", place, scale.view(torch.uint8).numpy().tobytes())]
+
+    def kept(self, start: int) -> list[Piece]:
+        """Return, with the first row, what is taken over: scales of inputs, ComfyUI's description."""
+        others = [role for role in self.parts.tensors if role not in ("codes", "scales")] if start == 0 else []
+        return [(role, 0, self.parts[role].integers().tobytes()) for role in others]
+
+    def blocks_of(self, start: int, count: int) -> npt.NDArray[np.intp]:
+        """Return the block of each of some rows, counted over all matrices."""
+        import numpy as np
+
+        at = np.arange(start, start + count)
+        return at // self.height * self.down + at % self.height // self.high
+
+    def largest(self, at: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
+        """Return the largest absolute value of each block that these rows are in, (blocks, across)."""
+        import numpy as np
+        import torch
+
+        sizes = rows.abs()
+        if sizes.shape[1] % self.wide:
+            sizes = torch.nn.functional.pad(sizes, (0, -sizes.shape[1] % self.wide))
+        sizes = sizes.view(len(rows), self.across, self.wide).amax(2)
+        edges = [0, *(np.flatnonzero(np.diff(at)) + 1).tolist(), len(rows)]
+        return torch.stack([sizes[first:last].amax(0) for first, last in pairwise(edges)])
+
+
+class Fp8Whole(Fp8Quantizer):
+    """e4m3 with scales that all rows of a matrix share, which are seen first."""
+
+    sees_all = True
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.together, self.seen = 1, 0
+        self.known: dict[int, torch.Tensor] = {}  # the largest values of a block of rows, (across)
+
+    def see(self, rows: torch.Tensor) -> None:
+        import torch
+
+        at = self.blocks_of(self.seen, len(rows))
+        for block, largest in zip(range(at[0], at[-1] + 1), super().largest(at, rows), strict=True):
+            self.known[block] = torch.maximum(largest, self.known.get(block, largest))
+        self.seen += len(rows)
+
+    def largest(self, at: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.stack([self.known[block] for block in range(at[0], at[-1] + 1)])
+
+
+def _by_quotient(
+    rows: torch.Tensor, largest: torch.Tensor, spread: Spread, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales, amax / 448, and x / scale, in the type of rows and scales; for zeros the type's epsilon.
+
+    Source: compressed-tensors, `calculate_qparams` in quantization/utils/helpers.py and `_quantize` in
+    quantization/lifecycle/forward_helpers.py.
+    """
+    import torch
+
+    stored = getattr(torch, DTYPE_NAMES[dtype])
+    kind = torch.promote_types(rows.dtype, stored)
+    scale = (largest.to(kind) / LARGEST).to(stored)
+    scale[scale == 0] = torch.finfo(stored).eps
+    return scale, rows.to(kind) / spread(scale.to(kind)) + 0  # the zero point, which makes +0 of -0
+
+
+def _by_inverse(
+    rows: torch.Tensor, largest: torch.Tensor, spread: Spread, dtype: str, power_of_two: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales, 1 / (448 / amax), and x * (448 / amax), in float32; for zeros 1.
+
+    A scale that is stored as a power of two, the least that is not below, or in another type, is the one that x is
+    divided by.
+    Source: transformers, `Fp8Quantize` in integrations/finegrained_fp8.py.
+    """
+    import torch
+
+    factor = LARGEST / largest.float()
+    factor[largest == 0] = 1
+    scale = stored = 1 / factor
+    if power_of_two:
+        fraction, exponent = torch.frexp(scale)
+        exponent = (exponent - (fraction == 0.5).int()).clamp(-126, 127)
+        scale = stored = torch.ldexp(torch.ones_like(scale), exponent)
+    if dtype in E8M0:
+        stored = (exponent + 127).to(torch.uint8)
+    elif dtype != "F32":
+        stored = scale.to(getattr(torch, DTYPE_NAMES[dtype]))
+        scale = stored.float()
+    if power_of_two or dtype != "F32":
+        factor = 1 / scale
+    return stored, rows.float() * spread(factor)

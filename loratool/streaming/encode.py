@@ -1,0 +1,120 @@
+"""Merge a weight and write it in a format of codes, with scales of its own (`files.codecs.codec.Quantizer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..binding.placement import Placement
+from ..files.codecs.codec import CodeFormat, Parts, Piece, Quantizer
+from ..files.fileio import write_at
+from ..files.tensor_ref import TensorRef
+from ..files.undo_checks import record_rows
+from ..numerics.rounding_stats import RoundingStats, cast_rounded
+from ..numerics.workspace import Workspace
+from .apply import segments
+from .rewrite import ChangedTensor, RowRange
+from .segment import RowSegment, UpdateLoader
+from .workers import Locate, Scattered, Step
+
+# A block's statistics, and what its rows are in the tensors beside the codes
+Encoded = tuple[RoundingStats, list[Piece]]
+
+
+class MergedRows:
+    """The rows of a weight under its placements, rounded to a type, in blocks of any rows.
+
+    Args:
+        source: where W comes from, (rows, columns) as its last dimension is.
+        dtype: of W'.
+    """
+
+    def __init__(
+        self, source: TensorRef, placements: Sequence[Placement], dtype: torch.dtype, load: UpdateLoader
+    ) -> None:
+        self.source, self.dtype = source, dtype
+        self.rows = placements[0].rows if placements else source.spec.size // max(1, source.spec.shape[-1])
+        self.columns = source.spec.size // max(1, self.rows)
+        self._parts = [
+            (start, stop, RowSegment(source, self.columns, start, stop, inside, load) if inside else None)
+            for start, stop, inside in segments(placements, {0, self.rows})
+        ]
+
+    def merge(self, base: Tensor, start: int, work: Workspace) -> tuple[Tensor, RoundingStats]:
+        """Return W' of rows from `start` on, and what rounding did to them. base: their W."""
+        out, stats = torch.empty(base.shape, dtype=self.dtype), []
+        for first, last, segment in self._parts:
+            low, high = max(start, first), min(start + len(base), last)
+            if low < high:
+                here = slice(low - start, high - start)
+                stats.append(
+                    segment.merge(base[here], low, out[here], work)
+                    if segment
+                    else cast_rounded(base[here], out[here], work)
+                )
+        return out, RoundingStats.of(stats)
+
+
+def encode_tensor(
+    source: TensorRef,
+    placements: Sequence[Placement],
+    dtype: torch.dtype,
+    quantizer: Callable[[], Quantizer],
+    load: UpdateLoader,
+) -> ChangedTensor:
+    """Return the codes of a merged weight; the steps write the tensors beside them too, and return RoundingStats.
+
+    Args:
+        dtype: to which W' is rounded before it is encoded.
+        quantizer: makes one for each item.
+    """
+    merged, like = MergedRows(source, placements, dtype, load), quantizer()
+    fold = merged.columns // source.spec.shape[-1]
+    whole = like.sees_all or not like.together
+    together = max(1, like.together) // fold if like.together % fold == 0 else max(1, like.together)
+    height = record_rows(merged.columns, coded=True)
+    height = max(together, height // together * together)
+
+    def ranges() -> Iterator[RowRange]:
+        prepare = partial(_encode, merged, quantizer)
+        yield RowRange(0, merged.rows, prepare, height, merged.rows if whole else height)
+
+    return ChangedTensor(merged.rows, ranges, merged.columns, _scattered(like.parts, fold))
+
+
+def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop: int) -> Step:
+    quantizer, width = make(), merged.source.spec.shape[-1]
+    if quantizer.sees_all:
+        step, work = record_rows(merged.columns), Workspace(torch.device("cpu"))
+        for first in range(start, stop, step):
+            base = merged.source.matrix_rows(merged.rows, first, min(first + step, stop))
+            quantizer.see(merged.merge(base, first, work)[0].view(-1, width))
+
+    def step_of(base: Tensor, row: int, out: Tensor, work: Workspace) -> Encoded:
+        found, stats = merged.merge(base.cpu(), start + row, work)
+        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), found.view(-1, width))
+        out.numpy()[...] = codes.reshape(tuple(out.shape))
+        return stats, [*pieces, *(quantizer.rest() if start + row + len(base) == merged.rows else ())]
+
+    return step_of
+
+
+def _scattered(parts: Parts, fold: int) -> Scattered:
+    """Return how codes are written, and the tensors beside them by the pieces that a step returns."""
+    codec, names = parts.weight.codec, dict(zip(parts.weight.roles, parts.weight.tensors, strict=True))
+    assert isinstance(codec, CodeFormat)
+    width = codec.width(parts)
+
+    def write(locate: Locate, start: int, out: Tensor, result: Encoded) -> Any:
+        stats, pieces = result
+        codes = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
+        for role, at, data in [*(("codes", *place) for place in codes), *pieces]:
+            target, offset = locate(names[role])
+            write_at(target, memoryview(data), offset + at)
+        return stats
+
+    return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
