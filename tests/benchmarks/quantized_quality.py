@@ -149,7 +149,10 @@ def model_of(original: Path, weights: dict[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def token_losses(model: Any, windows: Tensor) -> Tensor:
-    """Return the cross entropy in nats of each token but the first of each window, (windows, tokens - 1)."""
+    """Return the cross entropy in nats of each token but the first of each window, (windows, tokens - 1), in float32.
+
+    The logits are what the model makes them: transformers' bitsandbytes layers give bfloat16.
+    """
     losses = []
     for window in windows.split(1):
         logits = model(window).logits[:, :-1].float()
@@ -226,6 +229,9 @@ class Trained:
         model = model_of(self.original, read(weights))
         if adapted:
             model = PeftModel.from_pretrained(model, self.adapter).eval()
+        return self.losses_of(model)
+
+    def losses_of(self, model: Any) -> Tensor:
         _, windows = texts(self.original)
         return token_losses(model, windows)
 

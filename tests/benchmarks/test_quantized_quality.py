@@ -106,6 +106,19 @@ def test_sixteen_bits_where_it_is_touched_keep_the_change(
     assert written == ({name for name in kept if int(name.split(".")[2]) not in LAYERS} if way == "mixed" else set())
 
 
+def test_transformers_computes_a_mixed_model_on_its_own_quantized_path(trained: Trained, tmp_path: Path) -> None:
+    """Loading is not enough: a head that a skip list leaves out is found coded by its first forward."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM
+
+    loratool.merge(trained.quantized("nf4"), trained.adapter, tmp_path / "out", undo=False)
+    model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loaded.values())
+    found = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert found == coded(stored_tensors(tmp_path / "out"), CODECS["nf4"])
+    assert abs(difference(trained.losses_of(model), trained.kept_losses("nf4", adapted=True)).mean) < BOUND
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_original_merged_and_quantized_anew_keeps_the_change(
     trained: Trained, table: Table, tmp_path: Path, codec: str
