@@ -40,6 +40,7 @@ from .candidates import Runs, every, find_runs
 
 UNIT = 1 << 12  # differences of one width
 RARE = 32  # fewer than one in so many take less with their places
+WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
 SPARSE = 255  # in the place of a width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
@@ -367,8 +368,8 @@ def _pack_small(difference: Codes) -> bytes:
         numbers = pack_differences(gaps) + pack_differences(difference[at])
         return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
     folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
-    several = np.cumsum(np.bincount(folded, minlength=1 << 9)[::-1])[::-1]  # how many are so large, or larger
-    width = min(range(1, 9), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
+    several = np.cumsum(np.bincount(folded, minlength=1 << WIDEST)[::-1])[::-1]  # how many are so large, or larger
+    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
     escape = (1 << width) - 1
     short = np.minimum(folded, escape)[:, None] >> np.arange(width, dtype=np.uint16)
     data = np.packbits(short & 1 == 1, bitorder="little").tobytes()
@@ -465,7 +466,7 @@ class Reader:
                 raise ValueError("has places that are none")
             found[at] = self.differences(some, np.int16)
             return found
-        if not 1 <= width <= 8:
+        if not 1 <= width <= WIDEST:
             raise ValueError(f"has numbers of {width} bits")
         data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
         short = (

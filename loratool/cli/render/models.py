@@ -55,7 +55,10 @@ def print_merge(report: MergeReport) -> None:
         changed = f"{report.changed} of {len(rows)}"
     kept = "" if report.kept is None else f"; kept {percent(report.kept)} of the change"
     nothing = "; the merge changes nothing" if report.changed == 0 else ""
-    print_lines(f"\n{changed} tensors {done}, {report.copied} copied as they are{nothing}{kept}")
+    others = ""
+    if report.decoded:
+        others = f", {report.decoded} others {'encoded' if report.quantized == 'like' else 'decoded'}"
+    print_lines(f"\n{changed} tensors {done}{others}, {report.copied} copied as they are{nothing}{kept}")
     for modules in grouped(report.left_out):
         print_lines(f"left out: {modules}")
     if report.not_copied:

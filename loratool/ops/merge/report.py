@@ -76,6 +76,7 @@ class MergeReport:
         undo_bytes: of the undo file; in a dry run the most that it can have.
         quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
         base_nbytes: of the base's tensors.
+        decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
         sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
     """
 
@@ -97,6 +98,7 @@ class MergeReport:
     quantized: str | None = None
     base_nbytes: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
+    decoded: int = 0
 
 
 @uncollected
@@ -118,6 +120,7 @@ def build_report(
     rows = [_row(plan, output, name, stats.get(name, [])) for name in names]
     kept = _sum(block.kept for blocks in stats.values() for block in blocks)
     total = _ratio(kept, _sum(block.change_squared for blocks in stats.values() for block in blocks))
+    beside = plan.edits.beside.keys() - plan.written.keys()
     warnings = [*plan.warnings, *_warnings(plan, output, rows, total)]
     for name, blocks in stats.items():
         not_finite = sum(block.not_finite for block in blocks)
@@ -135,7 +138,7 @@ def build_report(
         tuple(rows),
         None if dry_run else sum(_is_changed(plan, row) for row in rows),
         total,
-        len(output.specs) - len(rows),
+        len(output.specs) - len(plan.written) - len(beside),
         str(output.undo) if output.undo else None,
         undo_bytes,
         plan.left_out,
@@ -145,6 +148,7 @@ def build_report(
         "like" if plan.like else plan.way,
         sum(spec.nbytes for spec in plan.base.stored.values()),
         {} if plan.like else sizes_of_ways(plan),
+        len(set(plan.written.values()) - set(names)),
     )
 
 
@@ -236,7 +240,13 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
         warnings.append(
             f"{len(unchanged)} tensors stay as they are, since their change is zero or rounds away: {unchanged[0]}, ..."
         )
-    narrow = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
+    models = [each for each in (plan.base, plan.like) if each]
+    codes = {tensor for each in models for weight in each.weights.values() for tensor in weight.tensors}
+    narrow = [
+        name
+        for name, spec in output.specs.items()
+        if spec.dtype.startswith(("F8_", "F6_", "F4")) and name not in codes and name not in plan.base.formats
+    ]
     if narrow and output.specs != plan.base.stored:
         warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
     return warnings
