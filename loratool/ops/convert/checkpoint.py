@@ -147,7 +147,8 @@ def convert_checkpoint(
         inputs = [shard.path for shard in opened.shards]
         check_output_path(path, is_file, inputs, options.force, is_model=True)
         shared = find_shared_storage(base, removed)
-        edits, notes = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed), ()
+        edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
+        notes: tuple[str, ...] = ()
         if chosen and is_quantized:
             removed |= {name for name in base.stored if is_marker(name)}
             edits, notes = decode_all(base, edits, chosen)
