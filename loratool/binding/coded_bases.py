@@ -55,14 +55,32 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     base = plan.base
     touched = [name for name in plan.changed if name in base.weights]
     edits = _widen_float8(plan, dtype)
+    copies = [name for name in plan.changed - base.weights.keys() if plan.sources[name].weight]  # of an untied side
+    made = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
+    edits = replace(edits, specs={**edits.specs, **made})
     if way == "requantize" and touched:
         _refuse_lossy(plan, touched, allow)
         return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
     if way == "dequantize":
-        _refuse_unread(base)
+        refuse_unread(base, "with --quantized mixed")
     decoded = decoded_weights(plan, way)
     if not decoded and not (way == "dequantize" and base.quantized):
         return replace(plan, edits=edits)
+    edits = _decode(base, edits, decoded, dtype)
+    # siblings that no update touches
+    others = {name: why for name, why in decoded.items() if name not in plan.changed}
+    notes = _notes(base, decoded, others)
+    return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
+
+
+def decode_all(base: Checkpoint, edits: OutputEdits, dtype: str) -> tuple[OutputEdits, tuple[str, ...]]:
+    """Return the edits of an output in which all weights are plain numbers of a type, and what the user should know."""
+    decoded = dict.fromkeys(base.weights, "")
+    return _decode(base, edits, decoded, dtype), _notes(base, decoded, {})
+
+
+def _decode(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str], dtype: str | None) -> OutputEdits:
+    """Return the edits with coded weights as numbers of `dtype`, else of the model's, and configs that say so."""
     specs = dict(edits.specs)
     for part in base.models:
         own = [name for name in decoded if name.startswith(part.prefix)]
@@ -70,11 +88,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
         for name in own:
             spec = specs.get(name) or base.specs[name]
             specs[name] = TensorSpec(kind, spec.shape)
-    edits = _edit_configs(plan, replace(edits, specs=specs), decoded)
-    # siblings that no update touches
-    others = {name: why for name, why in decoded.items() if name not in plan.changed}
-    notes = _notes(plan, decoded, others)
-    return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
+    return _edit_configs(base, replace(edits, specs=specs), decoded)
 
 
 def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
@@ -139,13 +153,13 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
     return replace(plan.edits, specs=specs)
 
 
-def _refuse_unread(base: Checkpoint) -> None:
-    """Raise InputError for a weight whose format no codec reads."""
+def refuse_unread(base: Checkpoint, how: str) -> None:
+    """Raise InputError for a weight whose format no codec reads; `how` says how its codes could be kept."""
     for name, coded in base.coded.items():
         raise InputError(
             f"is quantized ({coded.format}), which cannot be read{': ' + coded.fault if coded.fault else ''}",
             culprit=name,
-            remedy="pass the original model in 16 or 32 bits, or leave its codes with --quantized mixed",
+            remedy=f"pass the original model in 16 or 32 bits, or leave its codes as they are {how}",
         )
 
 
@@ -185,12 +199,12 @@ def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
             raise NeedsFlag(message, culprit=name, remedy=remedy)
 
 
-def _edit_configs(plan: MergePlan, edits: OutputEdits, decoded: Mapping[str, str]) -> OutputEdits:
+def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str]) -> OutputEdits:
     """Return the edits with configs that say what is plain now."""
     configs: dict[str, Mapping[str, Any]] = {}
     extras: dict[str, Mapping[str, Any]] = {}
     dropped: list[str] = []
-    for part in plan.base.models:
+    for part in base.models:
         present = [name for name in QUANTIZERS if part.declared and (part.folder / name).is_file()]
         if is_decoded(part, decoded):
             configs[part.prefix] = without_quantization(part.config)
@@ -229,23 +243,22 @@ def _plain_matrices(base: Checkpoint) -> list[str]:
     return [n for n, spec in base.specs.items() if n.endswith(".weight") and len(spec.shape) > 1 and n not in coded]
 
 
-def _better(plan: MergePlan, touched: int, pulled: Sequence[str]) -> str:
+def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
     """Return a better way for a mixture of experts, of which a few touched ones make whole layers plain."""
     if len(pulled) < MANY * touched:
         return ""
-    fine = all(code_bits(plan.base.weights[name]) >= COARSE for name in pulled)
+    fine = all(code_bits(base.weights[name]) >= COARSE for name in pulled)
     what = "--quantized requantize keeps their size" if fine else "merging the original with --like keeps their size"
     return f"; {what}"
 
 
-def _notes(plan: MergePlan, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:
+def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:
     """Return what the user should know of weights that become plain numbers."""
-    base = plan.base
     notes = sorted({base.weights[name].note for name in decoded} - {""})
     pulled = sorted(name for name, why in others.items() if why)
     if pulled:
         note = f"{len(pulled)} weights are written as numbers without a change, since runtimes keep them in one matrix "
-        notes.append(f"{note}with changed ones: {pulled[0]}, ...{_better(plan, len(decoded) - len(others), pulled)}")
+        notes.append(f"{note}with changed ones: {pulled[0]}, ...{_better(base, len(decoded) - len(others), pulled)}")
     for part in base.models:
         if is_decoded(part, decoded):
             if quantizes_kv_cache(part.declared):

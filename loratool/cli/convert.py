@@ -98,7 +98,8 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     or loralib's, or as plain LoRA. What is in the files decides which.
 
     A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
-    otherwise, and the numbers that it flushes to zero are counted by name. The denoiser of an image model gets
+    otherwise, and the numbers that it flushes to zero are counted by name. With --dtype a quantized model becomes one
+    of plain numbers. The denoiser of an image model gets
     diffusers' names for its tensors, or its maker's, with rows cut and put together as these have them.
 
     Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
@@ -107,6 +108,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
     \b
       loratool convert pytorch_model.bin -o model.safetensors
       loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
+      loratool convert model-nf4/ --dtype bf16 -o dequantized/
       loratool convert model/ --to torch -o old-style/
       loratool convert sdxl.safetensors --to diffusers --drop components -o unet/
       loratool convert unet/ --to single-file -o unet.safetensors

@@ -70,6 +70,8 @@ class TensorRef:
             return
         import torch
 
+        if self.parts:
+            self.parts.require_sound()
         codec, parts = self.codec, self.parts or _alone(self.file, self.name)
         columns, first = codec.columns(self.spec), start * out.shape[1]
         above, count = first % columns, out.numel()

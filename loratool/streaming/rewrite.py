@@ -129,7 +129,8 @@ def refuse_overflow(
     count, largest = sum(block.overflowed for block in blocks), max((block.largest for block in blocks), default=0.0)
     if not count:
         return
-    old, new = sources[tensor].spec.dtype, output.specs[tensor].dtype
+    source, new = sources[tensor], output.specs[tensor].dtype
+    old = source.weight.codec.key if source.weight else source.spec.dtype
     message = f"{count} weights become infinite in {new}"
     if new == "F8_E4M3":
         message = f"{count} weights are beyond the largest number of {new}"

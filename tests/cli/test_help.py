@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FIXTURES
 from stage import set_stage
 
 from loratool.cli import COMMANDS
@@ -48,6 +49,8 @@ def test_the_examples_of_each_verb(verb: str, stage: Path, run: Run) -> None:
         assert run(*line.split()).exit_code == 0
     if verb == "convert":
         shutil.copytree(stage / "start", stage / "pissa")
+        (stage / "model-nf4").mkdir()
+        shutil.copy(FIXTURES / "coded" / "bnb_nf4.safetensors", stage / "model-nf4" / "model.safetensors")
     found = examples(run(verb, "-h").stdout)
     assert len(found) >= 2 and all(argv[0] == verb for argv in found)
     for argv in found:

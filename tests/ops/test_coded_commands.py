@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, weights, write_model, write_peft
-from safetensors.torch import load
+from conftest import FIXTURES, bits, factors, load_model, weights, write_model, write_peft
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 import loratool
+from loratool.files.checkpoint import open_checkpoint
+from loratool.ops.convert.checkpoint import CheckpointConvertReport
 
 CODED = FIXTURES / "coded"
 
@@ -39,6 +42,16 @@ def write_vector(vector: str, folder: Path) -> Path:
     (folder / "model.safetensors").write_bytes((CODED / known["file"]).read_bytes())
     for name, content in {"config.json": known["config"], **known.get("side_files", {})}.items():
         (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def tame(folder: Path) -> Path:
+    """Take the powers of two that float32 does not hold out of a vector of mxfp4."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_model(folder)
+    powers = [name for name, t in state.items() if name.endswith(("_scale", "_scales")) and t.dtype == torch.uint8]
+    save_file(state | {name: state[name].clamp(40, 200) for name in powers}, folder / "model.safetensors", metadata)
     return folder
 
 
@@ -218,3 +231,80 @@ class TestDiff:
         for one, other in zip(ours.modules, twin.modules, strict=True):
             assert one.size_a and (one.size_a, one.size_b) == pytest.approx((other.size_a, other.size_b), rel=1e-12)
             assert one.amplification_a == pytest.approx(other.amplification_a, rel=1e-6)
+
+
+class TestConvert:
+    @pytest.mark.parametrize("vector", LAYOUTS)
+    def test_every_format_becomes_plain_numbers(self, vector: str, tmp_path: Path) -> None:
+        folder = tame(write_vector(vector, tmp_path / "m"))
+        before, numbers = load_model(folder), open_checkpoint(folder)
+        report = loratool.convert(folder, tmp_path / "out", dtype="fp32")
+        assert isinstance(report, CheckpointConvertReport)
+        found = load_model(tmp_path / "out")
+        for name in VECTORS[vector]["weights"]:
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name], numbers[name].float()) and found[name].shape == numbers[name].shape
+        plain = {n for n, t in before.items() if t.dtype == torch.bfloat16 and n.endswith(("weight", "bias"))}
+        assert found.keys() == {*VECTORS[vector]["weights"], *plain}
+        assert "quantiz" not in (tmp_path / "out" / "config.json").read_text()
+        with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+            assert not {"_quantization_metadata"} & file.metadata().keys()
+        again = loratool.inspect(tmp_path / "out")
+        assert again.kind == "checkpoint" and again.quantization is None and not any(g.codec for g in again.groups)
+        for name in VECTORS[vector].get("side_files", {}):
+            assert not (tmp_path / "out" / name).exists() and name in report.not_copied
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16"])
+    def test_it_loads_as_the_twin(self, dtype: str, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        """All numbers of the tiny model fit each type, so that both ways give one file."""
+        (fp8 / "recipe.yaml").write_text("quant")
+        report = loratool.convert(fp8, tmp_path / "a", dtype=dtype, max_shard_bytes=2500)
+        loratool.convert(plain, tmp_path / "b", dtype=dtype, max_shard_bytes=2500)
+        ours, twin = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+        assert ours.keys() == twin.keys() and len(report.files) > 3 and report.not_copied == ("recipe.yaml",)
+        assert all(torch.equal(bits(ours[name]), bits(twin[name])) for name in twin)
+        configs = [json.loads((tmp_path / n / "config.json").read_text()) for n in "ab"]
+        assert configs[0] == configs[1]
+
+    def test_without_a_type_it_is_copied(self, fp8: Path, tmp_path: Path) -> None:
+        loratool.convert(fp8, tmp_path / "out", max_shard_bytes=2500)
+        ours, before = load_model(tmp_path / "out"), load_model(fp8)
+        assert ours.keys() == before.keys()
+        assert all(torch.equal(bits(ours[n].view(-1)), bits(W.view(-1))) for n, W in before.items())
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+            (fp8 / "config.json").read_text()
+        )
+
+    def test_a_torch_file(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        loratool.convert(fp8, tmp_path / "out", to="torch", dtype="bf16")
+        found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+        assert all(torch.equal(found[name], W) for name, W in plain_model().items()) and len(found) == len(
+            plain_model()
+        )
+
+    def test_what_is_not_read_is_refused_by_name(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        state = plain_model() | {
+            "model.layers.0.mlp.up_proj.weight": torch.ones(HIDDEN, INNER, dtype=torch.int8),
+            "model.layers.0.mlp.up_proj.weight_scales": torch.ones(INNER).half(),
+        }
+        base = write_model(tmp_path / "m", state, {**CONFIG, "quantization_config": {"quant_method": "eetq"}})
+        result = run("convert", base, "-o", tmp_path / "out", "--dtype", "bf16")
+        assert result.exit_code == 3 and not (tmp_path / "out").exists()
+        assert "model.layers.0.mlp.up_proj.weight: is quantized (EETQ int8), which cannot be read" in result.stderr
+        assert run("convert", base, "-o", tmp_path / "out").exit_code == 0
+
+    def test_a_damaged_scale_is_found_before_anything_is_written(self, tmp_path: Path, run: Callable[..., Any]) -> None:
+        scale = "model.layers.1.mlp.down_proj.weight_scale_inv"
+        base = write_model(tmp_path / "m", as_fp8(plain_model()) | {scale: torch.tensor(torch.nan)}, FP8_CONFIG)
+        for command in (("convert", base, "-o", tmp_path / "o", "--dtype", "bf16"), ("diff", base, base, "--json")):
+            result = run(*command)
+            assert result.exit_code == 3 and scale in result.output + result.stderr, result.output
+        assert not (tmp_path / "o").exists()
+
+    def test_the_stream_is_the_same_whatever_the_blocks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = tame(write_vector("mxfp4_gpt_oss", tmp_path / "m"))
+        loratool.convert(folder, tmp_path / "a", dtype="bf16")
+        monkeypatch.setattr("loratool.ops.convert.checkpoint.CAST_BLOCK", 50)
+        loratool.convert(folder, tmp_path / "b", dtype="bf16")
+        files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
+        assert files[0] == files[1]

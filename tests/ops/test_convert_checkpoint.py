@@ -260,7 +260,7 @@ class TestCast:
     def test_a_quantized_model_keeps_its_types(self, tmp_path: Path) -> None:
         state = {"q.qweight": torch.ones(2, 2, dtype=torch.int32), "q.scales": torch.ones(2).half()}
         base = write_model(tmp_path / "base", state, {"quantization_config": {"quant_method": "gptq"}})
-        with pytest.raises(InputError, match=r"is quantized \(gptq\), and its scales must keep their types"):
+        with pytest.raises(InputError, match=r"q.weight: is quantized \(.*GPTQ\), which cannot be read"):
             convert(base, tmp_path / "out", dtype="bf16")
         convert(base, tmp_path / "out", to="torch")
         require_equal(load_torch(tmp_path / "out"), state)

@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
@@ -212,6 +213,16 @@ class Parts:
             count *= size
         return count, rows, columns
 
+    def require_sound(self) -> None:
+        """Read the companions once, as `CodeFormat.check` does; raise InputError if they are damaged."""
+        assert self._is_sound
+
+    @cached_property
+    def _is_sound(self) -> bool:
+        assert isinstance(self.weight.codec, CodeFormat)
+        self.weight.codec.check(self)
+        return True
+
     def damaged(self, role: str, what: str) -> InputError:
         """Return the error for a companion that no writer of the format writes."""
         return InputError(what, culprit=self.tensors[role].name, remedy="download the checkpoint anew")
@@ -377,7 +388,7 @@ class CodeFormat(Codec):
         return None
 
     def check(self, parts: Parts) -> None:
-        """Read the companions of a weight that is to be changed.
+        """Read the companions of a weight that is to be read or changed.
 
         Raises:
             InputError: a number among them is one that no writer of the format writes, nan for one.

@@ -1,7 +1,8 @@
 """Convert a checkpoint to another container, dtype or number of shards, streamed like a merge.
 
-Tensors that need no cast keep their bytes. Numbers that a cast makes 0 are counted for each tensor; a number that would
-become infinite stops the conversion.
+Tensors that need no cast keep their bytes. With a type, quantized weights become plain numbers of it, and configs no
+longer speak of quantization. Numbers that a cast makes 0 are counted for each tensor; a number that would become
+infinite stops the conversion.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...binding.coded_bases import decode_all, refuse_unread
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.dtypes import FLOAT8, MERGE_DTYPES, TensorSpec
+from ...files.dtypes import FLOAT8, MERGE_DTYPES
 from ...files.output import CONTAINERS, Output, OutputEdits, check_output_name, check_output_path, check_undo_files
 from ...files.output_plan import plan_output
-from ...files.quantized import CODED_METADATA
+from ...files.quantized import CODED_METADATA, is_marker
 from ...files.side_files import provenance
+from ...files.tensor_ref import TensorRef
 from ...files.torch_reader import TorchFile
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
@@ -88,7 +91,7 @@ DROPPED = {
 class CheckpointOptions:
     """The options of `convert` that say what of a checkpoint is written, and how."""
 
-    dtype: str  # a key of `dtypes.MERGE_DTYPES`, for all tensors of floats of 16 bits or more
+    dtype: str  # a key of `dtypes.MERGE_DTYPES`, for all floats of 16 bits or more and all quantized weights
     max_shard_bytes: int | None  # the size of the output's shards; None keeps those of the checkpoint
     drop: tuple[str, ...]  # keys of DROPPED, and of DENOISER_DROP_CHOICES where tensors are renamed
     force: bool
@@ -131,24 +134,26 @@ def convert_checkpoint(
         else:
             container, path, is_file = _place(opened, out, to)
         _refuse_quantized(opened, chosen, container, checkpoint)
-        removed = {name for name in opened.stored if _is_dropped(name, options.drop)}
-        if len(removed) == len(opened.stored):
+        removed = {name for name in (*opened.stored, *opened.weights) if _is_dropped(name, options.drop)}
+        if removed.issuperset(opened.stored):
             raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
         base, denoiser = opened, None
+        is_quantized = bool(opened.weights) or any(part.declared for part in opened.models)
         if naming:
             denoiser = rename_denoiser(
                 opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
             )
             base, removed = denoiser.checkpoint, set()
-        decoded = {
-            name: TensorSpec(chosen, weight.spec.shape)
-            for name, weight in base.weights.items()
-            if chosen and name not in removed
-        }
         inputs = [shard.path for shard in opened.shards]
         check_output_path(path, is_file, inputs, options.force, is_model=True)
         shared = find_shared_storage(base, removed)
-        edits = OutputEdits(decoded, shared=shared, left_out=dropped_names(base, shared), removed=removed)
+        edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
+        notes: tuple[str, ...] = ()
+        if chosen and is_quantized:
+            removed |= {name for name in base.stored if is_marker(name)}
+            edits, notes = decode_all(base, edits, chosen)
+            for name in base.weights.keys() - removed:
+                base.parts_of(name).require_sound()
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
         output = plan_output(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
@@ -160,6 +165,7 @@ def convert_checkpoint(
         output.require_space()
         flushed = None if options.dry_run else _execute(base, output, edits, progress, workers or worker_count())
         report = _report(os.fspath(checkpoint), base, output, edits, container, options, flushed)
+        report = replace(report, warnings=(*report.warnings, *notes))
         return _with_denoiser(report, denoiser, opened, naming, options) if denoiser and naming else report
 
 
@@ -168,18 +174,16 @@ def _is_dropped(name: str, drop: Collection[str]) -> bool:
 
 
 def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | os.PathLike[str]) -> None:
+    """Raise InputError for codes that cannot be read, or that a container could not say the meaning of."""
+    if dtype:
+        refuse_unread(base, "without --dtype")
+        return
     lost = [key for key in CODED_METADATA if to == "torch" and any(key in (s.metadata or {}) for s in base.shards)]
     if lost:
         raise InputError(
             f"says by its metadata {lost[0]} how it is quantized, for which a torch file has no place",
             culprit=os.fspath(name),
-            remedy="keep it in safetensors",
-        )
-    if dtype and (base.coded or any(part.declared for part in base.models)):
-        raise InputError(
-            f"is quantized ({base.quantized}), and its scales must keep their types",
-            culprit=os.fspath(name),
-            remedy="leave out --dtype",
+            remedy="keep it in safetensors, or make it plain numbers with --dtype",
         )
 
 
@@ -200,7 +204,7 @@ def _execute(
     """Write the output; return for each tensor that is cast how many numbers became 0."""
     sources = {name: base.ref(name) if name in edits.specs else base.stored_ref(name) for name in output.specs}
     cast = {
-        name: ChangedTensor(spec.size, partial(_all_numbers, spec.size))
+        name: _cast_tensor(sources[name])
         for name, spec in output.specs.items()
         if spec.size and spec.dtype != sources[name].spec.dtype
     }
@@ -212,8 +216,13 @@ def _execute(
     return flushed
 
 
-def _all_numbers(size: int) -> list[RowRange]:
-    return [RowRange(0, size, lambda start, stop: _cast, CAST_BLOCK)]
+def _cast_tensor(source: TensorRef) -> ChangedTensor:
+    columns = source.codec.columns(source.spec) if source.weight else 1
+    return ChangedTensor(source.spec.size // columns, partial(_all_rows, source.spec.size // columns, columns))
+
+
+def _all_rows(rows: int, columns: int) -> list[RowRange]:
+    return [RowRange(0, rows, lambda start, stop: _cast, max(1, CAST_BLOCK // columns))]
 
 
 def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:

@@ -368,17 +368,33 @@ def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
 
 
 def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
-    sides = one, two
-    dtypes = [side.parts.codes_spec.dtype if side.parts else side.spec.dtype for side in sides]
-    codecs = [side.weight.codec.key if side.weight else None for side in sides]
-    shapes = one.spec.shape, two.spec.shape
+    row = TensorDiff(
+        name,
+        one.parts.codes_spec.dtype if one.parts else one.spec.dtype,
+        two.parts.codes_spec.dtype if two.parts else two.spec.dtype,
+        one.spec.shape,
+        two.spec.shape,
+        1.0,
+        None,
+        None,
+        max(one.spec.size, two.spec.size),
+        0,
+        one.weight.codec.key if one.weight else None,
+        two.weight.codec.key if two.weight else None,
+    )
     if found is None:
-        return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0, *codecs)
+        return row
     relative = _relative(*found.norms)
     if found.not_finite or (found.changed and not relative):
         relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
-    counts = found.max_ulps, found.changed, found.not_finite
-    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, *counts, *codecs)
+    return replace(
+        row,
+        relative=relative,
+        largest=found.largest,
+        steps=found.max_ulps,
+        changed=found.changed,
+        odd=found.not_finite,
+    )
 
 
 def _relative(one: float, two: float, between: float) -> float:
