@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs.blocks import stated_blocks
 from loratool.files.codecs.codec import CodeFormat, Parts
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -263,6 +264,37 @@ def test_tensors_win_over_the_config(tmp_path: Path) -> None:
     assert "1 x all" in weight.note and "128 x 128" in weight.note
     assert not opened(tmp_path, {**state, "x.weight_scale": torch.ones(2, 2)}, stated).weights["x.weight"].note
     assert not opened(tmp_path, {"x.weight": W, "x.weight_scale": torch.ones(1)}, stated).weights["x.weight"].note
+
+
+@pytest.mark.parametrize(
+    ("declared", "blocks"),
+    [
+        ({}, []),
+        ({"weight_block_size": [64, 32]}, [(64, 32)]),
+        ({"weight_block_size": "64x32", "config_groups": []}, []),
+        ({"weight_block_size": [-1, 32], "config_groups": {"a": None, "b": {"weights": 3}}}, []),
+        ({"weight_block_size": [1.5, True]}, []),
+        ({"config_groups": {"a": {"weights": {"strategy": "channel", "group_size": None}}}}, [(1, 0)]),
+        (
+            {"config_groups": {"a": {"weights": {"strategy": "tensor"}}, "b": {"weights": {"group_size": 32}}}},
+            [(0, 0), (1, 32)],
+        ),
+    ],
+)
+def test_blocks_of_a_config(declared: dict[str, Any], blocks: list[tuple[int, int]]) -> None:
+    assert stated_blocks(declared) == blocks
+
+
+def test_what_goes_with_experts(tmp_path: Path) -> None:
+    inputs = torch.full((3,), 0.5)
+    state = {"e.up": every_code(3, 8, 8), "e.up_scale_inv": torch.ones(3, 1, 1), "e.up_activation_scale": inputs}
+    weight = opened(tmp_path, {**state, "e.up_bias": torch.ones(3, 8)}).weights["e.up"]
+    assert weight.tensors == tuple(state) and weight.roles == ("codes", "scales", "activation_scale")
+
+
+def test_a_description_of_megabytes_is_not_read(tmp_path: Path) -> None:
+    state = {"x.weight": W, "x.weight_scale": torch.ones(1), "x.comfy_quant": torch.zeros(1 << 20, dtype=torch.uint8)}
+    assert "x.comfy_quant has 1048576 bytes" in opened(tmp_path, state).faults["x.weight"]
 
 
 def test_what_is_no_weight_with_a_scale(tmp_path: Path) -> None:
