@@ -393,6 +393,40 @@ def test_numbers_without_a_code_are_refused(bad: float, scale: Tensor, tmp_path:
     assert caught.value.culprit == "x.weight"
 
 
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (40, 1), (3, 2)], ids=str)
+def test_experts_are_written_anew_as_single_matrices(grid: tuple[int, int], end: str, tmp_path: Path) -> None:
+    """With one scale each, two, one a row, and ragged blocks of 16."""
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    state = {"e.up": every_code(3, 40, 24), f"e.up{end}": torch.ones(3, *grid)}
+    found = written(opened(tmp_path, state).parts_of("e.up"), weight)
+    declared = {"weight_block_size": [20, 24]} if grid == (2, 1) else {}
+    apart = []
+    for expert in weight:
+        state = {"x.weight": every_code(40, 24), f"x.weight{end}": torch.ones(grid)}
+        apart.append(written(opened(tmp_path, state, declared).parts_of("x.weight"), expert))
+    assert found == {role: b"".join(each[role] for each in apart) for role in found}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 24), (3, 24, 1)], ids=str)
+def test_columns_are_written_anew_as_rows(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    state = {"e.up": every_code(3, 40, 24), "e.up_scale": torch.ones(shape)}
+    found = written(opened(tmp_path, state).parts_of("e.up"), weight)
+    turned = {"e.up": every_code(3, 24, 40), "e.up_scale": torch.ones(3, 24, 1)}
+    known = written(opened(tmp_path, turned).parts_of("e.up"), weight.mT.contiguous())
+    codes = torch.frombuffer(bytearray(known["codes"]), dtype=torch.uint8).reshape(3, 24, 40)
+    assert found == {"codes": raw(codes.mT), "scales": known["scales"]}
+
+
+def test_one_scale_of_all_experts(tmp_path: Path) -> None:
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    stacked = opened(tmp_path, {"e.up": every_code(3, 40, 24), "e.up_scale": torch.ones(())})
+    found = written(stacked.parts_of("e.up"), weight)
+    flat = opened(tmp_path, {"x.weight": every_code(120, 24), "x.weight_scale": torch.ones(())})
+    assert found == written(flat.parts_of("x.weight"), weight.reshape(120, 24))
+
+
 def test_inputs_scales_are_taken_over(tmp_path: Path) -> None:
     state = {"x.weight": W, "x.weight_scale": torch.ones(64, 1), "x.input_scale": torch.tensor([0.25])}
     parts = opened(tmp_path, state).parts_of("x.weight")
