@@ -279,6 +279,23 @@ class Quantizer(ABC):
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         """Return the codes of rows from `start` on, (rows, width), and what they are in the other tensors."""
 
+    def rounded(self, rows: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        """Return rows rounded to a type, as float32, for software that encodes weights of this type.
+
+        Raises:
+            InputError: a number is too large for the type.
+        """
+        import torch
+
+        found = rows.to(kind).float()
+        if not torch.isfinite(found).all():
+            raise InputError(
+                f"has weights too large for {str(kind).removeprefix('torch.')}, in which they are encoded",
+                culprit=self.parts["codes"].name,
+                remedy="take a model in another format with --like",
+            )
+        return found
+
     def rest(self) -> list[Piece]:
         """Return what is known once all rows were written; only if `together` is 0."""
         return []
@@ -353,6 +370,10 @@ class CodeFormat(Codec):
     @abstractmethod
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
         """Return int16 that order codes as their numbers, -0 just below +0."""
+
+    @abstractmethod
+    def zero(self, parts: Parts) -> int:
+        """Return the code of +0, or of 0 with a zero point of 0: where it is the nearest, a code may be -0 instead."""
 
     @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
