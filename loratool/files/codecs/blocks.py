@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
 COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
 
+STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
+
 POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
 
 
@@ -91,9 +93,9 @@ def stated_blocks(declared: Mapping[str, Any]) -> list[tuple[int, int]]:
     weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
     found = [declared.get("weight_block_size")]
     for each in (weight for weight in weights if isinstance(weight, Mapping)):
-        found += [each.get("block_structure"), [1, each.get("group_size")]]
+        found += [each.get("block_structure"), [1, each.get("group_size")], STRATEGIES.get(str(each.get("strategy")))]
     pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
-    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) > 0]
+    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) >= 0]
 
 
 def contradiction(block: tuple[int, int], stated: list[tuple[int, int]]) -> str:

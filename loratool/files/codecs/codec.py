@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     Wide = npt.NDArray[np.float64]
 
 
-LONG_JSON = 1 << 16  # bytes: more than any writer's
-
 LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
+
+
+SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
 
 
 class Fault(ValueError):
@@ -145,6 +146,13 @@ class Found:
             raise Fault(f"{name} is {spec.dtype}, not {' or '.join(dtypes)}")
         return spec
 
+    def need_small(self, name: str, *dtypes: str) -> TensorSpec:
+        """Return the same of a tensor that is read when the checkpoint is opened; Fault if it is large."""
+        spec = self.need(name, *dtypes)
+        if spec.nbytes > SMALL:
+            raise Fault(f"{name} has {spec.nbytes} bytes, where a few hundred belong")
+        return spec
+
     def shaped(self, name: str, shape: tuple[int, ...], *dtypes: str) -> TensorSpec:
         """Return the same of a tensor that must have a shape; one number has any shape of size 1."""
         spec = self.need(name, *dtypes)
@@ -158,8 +166,7 @@ class Found:
         Raises:
             Fault: they are not.
         """
-        if self.need(name, "U8", "I8").nbytes > LONG_JSON:
-            raise Fault(f"{name} is {self.specs[name].nbytes} bytes long, too long for its JSON")
+        self.need_small(name, "U8", "I8")
         try:
             value = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
@@ -170,7 +177,7 @@ class Found:
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a small tensor of I32 or I64."""
-        spec = self.need(name, "I32", "I64")
+        spec = self.need_small(name, "I32", "I64")
         data, width = self.read(name), spec.nbytes // max(1, spec.size)
         return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
 
