@@ -95,6 +95,9 @@ SCALED_FLOAT = Coding("ComfyUI scaled weights", ".weight", DUMMY_SCALE, ".scale_
 # ComfyUI's tensor in files whose float8 weights have scales
 SCALED_FILE = "scaled_fp8"
 
+# Scales of the cache of keys and values
+CACHE_SCALES = (".k_scale", ".v_scale")
+
 # Keys of a safetensors file's metadata that name its quantized tensors: ComfyUI's layers, torchao's tensors.
 LISTING = "_quantization_metadata"
 
@@ -146,6 +149,11 @@ def find_coded(
         if coding is not None:
             found[coding.weight(path)] = coded_as(coding, path, name, specs, declared)
     return found
+
+
+def is_marker(name: str) -> bool:
+    """Return whether a tensor that belongs to no quantized weight is no parameter, but speaks of quantization."""
+    return name.rpartition(".")[2] == SCALED_FILE or name.endswith((DUMMY_SCALE, *CACHE_SCALES))
 
 
 def _companions(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .dtypes import FLOATS, TORCH_FLOATS
 from .fileio import read_into
-from .tensor_ref import BLOCK, TensorRef, _blocks, norm
+from .tensor_ref import BLOCK, TensorRef, norm
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,8 @@ def same_values(one: TensorRef, two: TensorRef) -> bool:
         return False
     if not one.spec.shape or not one.spec.size or one.spec.dtype not in FLOATS:
         return one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
-    for start, stop in _blocks(one.spec):
-        a, b = one.rows(start, stop), two.rows(start, stop)
-        if not torch.equal(a.to(b.dtype), b):
-            return False
-    return True
+    pairs = zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True)
+    return all(torch.equal(a.to(b.dtype), b) for a, b in pairs)
 
 
 def same_bytes(one: TensorRef, two: TensorRef) -> bool:
@@ -116,7 +113,7 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
 class Comparison:
     """The distance between two tensors of one shape."""
 
-    equal: bool  # same dtype and same values
+    equal: bool  # same dtype or format of codes, and same values
     norms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # ||ONE||, ||TWO||, ||TWO - ONE||, over finite numbers
     largest: float = 0.0  # max|TWO - ONE|
     max_ulps: int | None = 0  # None for float64, for what is no float, and if the dtypes differ
@@ -131,7 +128,7 @@ def compare(one: TensorRef, two: TensorRef) -> Comparison:
     """
     import torch
 
-    same_type = one.spec.dtype == two.spec.dtype
+    same_type = one.spec.dtype == two.spec.dtype and one.codec is two.codec
     if not one.spec.size or not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
         changed = _count_different_bits(one, two) if same_type else one.spec.size
         return Comparison(same_type and not changed, max_ulps=None, changed=changed)

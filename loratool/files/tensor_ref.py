@@ -100,15 +100,19 @@ class TensorRef:
         return self.rows(0, self.spec.shape[0]).view(self.spec.shape)
 
     def blocks(self, most: int) -> Iterator[torch.Tensor]:
-        """Yield the tensor, which must be of a float type and not empty, as (rows, columns) of about `most` numbers."""
+        """Yield the tensor, which must be of a float type and not empty, as (rows, columns) of about `most` numbers.
+
+        A row is what is in the first dimension, or of matrices larger than that a row of theirs.
+        """
         spec = self.spec
         if not spec.shape:
             yield self.tensor().view(1, 1)
             return
-        rows = spec.shape[0]
-        step = max(1, most // (spec.size // rows))
+        columns = spec.size // spec.shape[0]
+        columns = columns if columns <= most else spec.shape[-1]
+        rows, step = spec.size // columns, max(1, most // columns)
         for start in range(0, rows, step):
-            yield self.rows(start, min(start + step, rows))
+            yield self.matrix_rows(rows, start, start + step)
 
     def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
         """Return rows start:stop of the tensor viewed as (rows, columns), also if it is a stack of matrices."""
@@ -125,19 +129,11 @@ def _alone(file: WeightsFile, name: str) -> Parts:
     return Parts(StoredWeight(codec_of(spec), spec, (name,)), {"codes": StoredTensor(file, name)}, spec)
 
 
-def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    rows = spec.shape[0]
-    step = max(1, BLOCK // (spec.size // rows))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 def squared_norm(source: TensorRef) -> float:
     """Return ||W||^2 in float64; 0 if the dtype is no float."""
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
-    rows = (source.rows(start, stop).double() for start, stop in _blocks(source.spec))
-    return math.fsum(float(block.square().sum()) for block in rows)
+    return math.fsum(float(block.double().square().sum()) for block in source.blocks(BLOCK))
 
 
 def norm(x: torch.Tensor) -> float:
@@ -171,8 +167,8 @@ def require_finite(source: TensorRef) -> None:
     spec = source.spec
     if spec.dtype not in FLOATS or not spec.size or not spec.shape:
         return
-    for start, stop in _blocks(spec):
-        if not is_finite(source.rows(start, stop)):
+    for block in source.blocks(BLOCK):
+        if not is_finite(block):
             raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
 
 

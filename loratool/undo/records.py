@@ -135,25 +135,24 @@ class CodedRows:
         Where the guess is 0, they have runs of their own: there a code is +0 or -0, and elsewhere nearly always the
         guess.
         """
-        apart = (self.ordinals(self.without_padding(codes)) - self.ordinals(guess)).reshape(-1)
-        zero = self._is_zero(guess)
+        own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
+        apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
+        apart[at] = self.ordinals(own.take(at)) - self.ordinals(near.take(at))
+        zero = near == self.format.zero(self.parts)
         padding = codes[:, self.columns // self.fold :].astype(np.int16).reshape(-1)
         return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
         """Return the codes that `pack` packed."""
-        zero = self._is_zero(guess)
+        zero = guess.reshape(-1) == self.format.zero(self.parts)
         apart = np.empty(guess.size, np.int16)
         apart[~zero] = reader.small(int((~zero).sum()))
         apart[zero] = reader.small(int(zero.sum()))
-        codes = self.from_ordinals((self.ordinals(guess).reshape(-1) + apart).reshape(-1))
-        codes = codes.reshape(len(guess) * self.fold, -1)
+        flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
+        flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
+        codes = flat.reshape(len(guess) * self.fold, -1)
         padding = reader.small(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
-
-    def _is_zero(self, guess: Codes) -> npt.NDArray[np.bool_]:
-        found: npt.NDArray[np.bool_] = (self.values(0, guess) == 0).reshape(-1)
-        return found
 
 
 class Recorder:

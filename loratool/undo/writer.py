@@ -269,10 +269,10 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     spec = output.specs[name]
     entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
     if plan.written[name] in plan.recoded:
-        weight = plan.written[name]
-        placements = sorted((_placement(p, numbers) for p in plan.placements[weight]), key=repr)
-        recoded = {"weight": weight, "shape": list(plan.base.specs[weight].shape)}
-        recoded["codec"] = plan.base.weights[weight].codec.key
+        own = plan.written[name]
+        placements = sorted((_placement(p, numbers) for p in plan.placements[own]), key=repr)
+        codec, shape = plan.base.weights[own].codec.key, list(plan.base.specs[own].shape)
+        recoded = {"weight": own, "shape": shape, "codec": codec}
         return {**entry, "placements": placements, "recoded": recoded, "replaced": False}
     source = plan.sources[name]
     if name not in plan.base.specs:

@@ -228,11 +228,11 @@ def test_no_report_holds_nan(value: float, tmp_path: Path, run: Callable[..., An
     assert run("diff", odd, odd, "--base", write_model(tmp_path / "base", W), "--json").exit_code == 3
 
 
-def test_a_quantized_base_tells_no_sizes(tmp_path: Path) -> None:
-    W = {f"{m}.weight": torch.ones(shape).to(torch.float8_e4m3fn) for m, shape in MODULES.items()}
-    W |= {f"{name}_scale_inv": torch.ones(1, 1) for name in W}
+def test_codes_that_are_not_read_tell_no_sizes(tmp_path: Path) -> None:
+    W = {f"{m}.weight": torch.ones(shape).to(torch.int8) for m, shape in MODULES.items()}
+    W |= {f"{name}_scales": torch.ones(W[name].shape[1]).half() for name in list(W)}
     a = write_peft(tmp_path / "a", pairs(4))
-    with pytest.raises(InputError, match="quantized"):
+    with pytest.raises(InputError, match=r"is quantized \(EETQ int8\)"):
         loratool.diff(a, a, base=write_model(tmp_path / "base", W))
 
 

@@ -108,7 +108,7 @@ def print_checkpoint_diff(report: CheckpointDiff) -> None:
         rows = [
             [
                 t.name,
-                t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} {t.dtype_b}",
+                " ".join(dict.fromkeys((t.codec_a or t.dtype_a, t.codec_b or t.dtype_b))),
                 " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in (t.shape_a, t.shape_b))),
                 f"{t.relative:.2e}",
                 _number(t.largest, ".2e"),

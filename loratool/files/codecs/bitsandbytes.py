@@ -99,7 +99,9 @@ class Bitsandbytes4(Scaled):
         return found
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        return NestedQuantizer(parts) if parts.get("nested_absmax") else Bitsandbytes4Quantizer(parts)
+        if parts.get("nested_absmax") is None:
+            return Bitsandbytes4Quantizer(parts)
+        return CrossingQuantizer(parts) if parts.shape[2] % parts.detail("block") else NestedQuantizer(parts)
 
     def check(self, parts: Parts) -> None:
         for role in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
@@ -193,7 +195,7 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.together = 0
+        self.together = self.together if self.sees_all else 0
         self.absmax: list[Codes] = []
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -243,6 +245,15 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         table = self.parts["nested_quant_map"].floats().astype(np.float32)
         steps = np.arange(STEPS, dtype=np.float32) / np.float32(STEPS - 1) * 2 - 1
         return np.searchsorted((table[1:] + table[:-1]) / 2, steps).astype(np.uint8)
+
+
+class CrossingQuantizer(NestedQuantizer):
+    """Encode blocks that cross rows so. They are shown first for their order alone: then calls begin with a block."""
+
+    sees_all = True
+
+    def see(self, rows: torch.Tensor) -> None:
+        pass
 
 
 class Int8Quantizer(Quantizer):

@@ -7,6 +7,7 @@ columns whose side is a power of two, as all writers make them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
@@ -66,7 +67,7 @@ def block_of(
         raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
     if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
         return 0, 1
-    for high, wide in (*stated, *_usual_blocks(rows, columns, bool(stack))):
+    for high, wide in chain(stated, _usual_blocks(rows, columns, bool(stack))):
         if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
             return high, wide
     raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")
@@ -74,7 +75,9 @@ def block_of(
 
 def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int, int]]:
     """Yield the blocks that writers make; two of them have one grid only in a stack of columns fewer than a block's."""
-    yield from ((0, 0), (1, 0), (0, 1))
+    yield from ((0, 0), (1, 0))
+    if is_stack:
+        yield 0, 1  # fbgemm
     if is_stack and rows % 2 == 0:
         yield rows // 2, 0  # transformers: gate and up of an expert, each with one scale
     yield from ((1, side) for side in POWERS)

@@ -362,6 +362,10 @@ class CodeFormat(Codec):
         """Return int16 that order codes as their numbers, -0 just below +0."""
 
     @abstractmethod
+    def zero(self, parts: Parts) -> int:
+        """Return the code of +0, or of 0 with a zero point of 0: where it is the nearest, a code may be -0 instead."""
+
+    @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
         """Return the codes of ordinals."""
 

@@ -95,6 +95,11 @@ class Scaled(CodeFormat):
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
         return self.levels(parts).ordinals(codes)
 
+    def zero(self, parts: Parts) -> int:
+        import numpy as np
+
+        return int(self.levels(parts).nearest(np.zeros(1))[0])
+
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
         return self.levels(parts).from_ordinals(ordinals)
 

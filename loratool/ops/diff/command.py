@@ -89,14 +89,16 @@ class AdapterDiff:
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """A tensor that differs between two checkpoints.
+    """A tensor that differs between two checkpoints; of quantized weights the numbers are compared, not the codes.
 
     Attributes:
+        dtype_a, dtype_b: of a quantized weight, that of its codes.
         relative: ||B - A|| / max(||A||, ||B||); 1 if the shapes differ or nan or inf came or went.
         largest: the largest absolute difference; None if the shapes differ.
         steps: the most ulps between two values; None for float64 and if the types or the shapes differ.
         changed: how many values differ.
         odd: how many are nan or inf on one side and not so on the other.
+        codec_a, codec_b: the format of a quantized weight, None for a plain tensor.
     """
 
     name: str
@@ -109,6 +111,8 @@ class TensorDiff:
     steps: int | None
     changed: int
     odd: int
+    codec_a: str | None = None
+    codec_b: str | None = None
 
 
 @dataclass(frozen=True)
@@ -347,7 +351,7 @@ def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: 
     for name in differing:
         if name in codes:
             raise InputError(
-                f"differs and is quantized ({codes[name]}) in {' or '.join(models)}, and its codes are no weights",
+                f"differs and is quantized ({codes[name]}) in {' or '.join(models)}, in codes that cannot be read",
                 culprit=name,
                 remedy="pass the models in 16 or 32 bits, or leave the quantized weights out with --exclude",
             )
@@ -364,13 +368,17 @@ def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
 
 
 def _tensor_diff(name: str, one: TensorRef, two: TensorRef, found: Comparison | None) -> TensorDiff:
-    dtypes, shapes = (one.spec.dtype, two.spec.dtype), (one.spec.shape, two.spec.shape)
+    sides = one, two
+    dtypes = [side.parts.codes_spec.dtype if side.parts else side.spec.dtype for side in sides]
+    codecs = [side.weight.codec.key if side.weight else None for side in sides]
+    shapes = one.spec.shape, two.spec.shape
     if found is None:
-        return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0)
+        return TensorDiff(name, *dtypes, *shapes, 1.0, None, None, max(one.spec.size, two.spec.size), 0, *codecs)
     relative = _relative(*found.norms)
     if found.not_finite or (found.changed and not relative):
         relative = max(relative, 1.0)  # nan, inf, or values that are no numbers
-    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, found.max_ulps, found.changed, found.not_finite)
+    counts = found.max_ulps, found.changed, found.not_finite
+    return TensorDiff(name, *dtypes, *shapes, relative, found.largest, *counts, *codecs)
 
 
 def _relative(one: float, two: float, between: float) -> float:

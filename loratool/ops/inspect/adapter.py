@@ -25,6 +25,7 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
+from ...binding.coded_bases import plain_dtype
 from ...binding.placement import Placement
 from ...binding.resolve import Binding, absent_from_adapter, bind, nearest_names, resolve_modules
 from ...binding.selection import Selection
@@ -151,6 +152,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         problems += adapter.missing
         weights = _weights(checkpoint, binding)
         details = {m: _measure(adapter, m, weights.get(m, ()), problems) for m in adapter.updates}
+        coded = _coded_note(checkpoint, weights) if checkpoint is not None else ()
     finally:
         if checkpoint is not None:
             checkpoint.close()
@@ -172,7 +174,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         adapter.config.base_model,
         coverage,
         tuple(problems),
-        (*notes, *adapter.notes),
+        (*notes, *adapter.notes, *coded),
         adapter.extras,
     )
 
@@ -198,7 +200,7 @@ def _hold_against(
         return coverage, None
     if binding.quantized:
         formats = ", ".join(dict.fromkeys(each for _, _, each in binding.quantized.values()))
-        what = f"modules are quantized in the base ({formats}), and a merge cannot add to codes"
+        what = f"modules are quantized in the base ({formats}), and nothing here reads their codes"
         problems.append(f"{len(binding.quantized)} {what}: {_shortened([*binding.quantized])}")
     problems += [
         line for line in absent_from_adapter(base.specs, adapter, binding.placements) if line not in adapter.missing
@@ -236,6 +238,18 @@ def _weights(base: Checkpoint | None, binding: Binding | None) -> dict[str, list
         for placement in placements:
             found.setdefault(placement.update.module, []).append((base.ref(stored), placement))
     return found
+
+
+def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[tuple[TensorRef, Placement]]]) -> tuple[str, ...]:
+    """Say which of the modules change a quantized weight, and what a merge makes of it."""
+    codecs = {m: [ref.weight.codec.key for ref, _ in placed if ref.weight] for m, placed in weights.items()}
+    coded = [module for module, keys in codecs.items() if keys]
+    if not coded:
+        return ()
+    formats = ", ".join(dict.fromkeys(key for module in coded for key in codecs[module]))
+    plain = ", ".join(dict.fromkeys(map(plain_dtype, base.models)))
+    what = f"{len(coded)} of {len(weights)} modules are quantized in the base ({formats})"
+    return (f"{what}: a merge writes them as numbers of {plain}, and keeps the codes of all others",)
 
 
 def _measure(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.formats import holds_adapter, open_adapter, open_other
@@ -20,6 +20,7 @@ from ...binding.tied_weights import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS, TensorSpec
+from ...files.quantized import Coded, is_marker
 from ...files.weights_file import WeightsFile
 from ..machine import require_ieee
 
@@ -32,9 +33,13 @@ class Group:
     """Tensors of one dtype and shape whose names differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`.
 
     Attributes:
-        tensors: how many there are.
+        dtype: of a quantized weight, that of its codes.
+        shape: that of the weights; of those in a format that is not read, that of their codes.
+        tensors: how many there are; a quantized weight is one, with the scales and others that belong to it.
         parameters, nbytes: of all of them.
         role: what kind of LoRA target they are, empty for none.
+        codec: the format of quantized weights, None for plain tensors.
+        bits: in which a number is stored, those of scales included; None where the headers do not tell.
     """
 
     name: str
@@ -44,6 +49,8 @@ class Group:
     parameters: int
     nbytes: int
     role: str
+    codec: str | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,13 @@ class CheckpointReport:
     """The result of `inspect` of a checkpoint.
 
     Attributes:
-        parameters: weights, however they are stored: of a quantized one its codes stand for all that there are, scales
-            for none.
+        tensors: how many there are; a quantized weight is one.
+        parameters: weights, however they are stored: of a quantized one all numbers that its codes are, scales none.
         dtypes: dtype -> parameters.
         tied: whether the file has no head because it is the embedding.
         quantization: the method's name.
         uncounted: quantized weights of which headers do not tell how many numbers they are.
+        notes: where the config contradicts the tensors, and what cannot be read.
     """
 
     path: str
@@ -71,6 +79,7 @@ class CheckpointReport:
     quantization: str | None
     uncounted: int
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
     kind: str = "checkpoint"
 
 
@@ -157,7 +166,7 @@ def _inspect_method(
         method.title,
         method.outcome,
         f"{verdict}; {method.remedy}" if method.remedy else verdict,
-        tuple(_groups(specs)),
+        tuple(_plain_groups(specs)),
         len(specs),
         sum(spec.size for spec in specs.values()),
         sum(spec.nbytes for spec in specs.values()),
@@ -166,72 +175,103 @@ def _inspect_method(
     )
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor that is a weight by itself, or a quantized weight with all of its tensors."""
+
+    spec: TensorSpec  # as in `Group`
+    size: int | None  # numbers; None where the headers do not tell
+    nbytes: int
+    codec: str | None = None
+    dimensions: int = 0  # of the weight
+
+
 def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
-    keys = {name: weight.codec.key for name, weight in checkpoint.weights.items()}
-    specs = {name: TensorSpec(keys.get(name, spec.dtype), spec.shape) for name, spec in checkpoint.specs.items()}
-    sizes = {name: spec.size for name, spec in specs.items()}
-    nbytes = {name: checkpoint.nbytes_of(name) for name in specs}
-    codes = {coded.tensors[0]: weight for weight, coded in checkpoint.coded.items()} | {name: name for name in keys}
-    for coded in checkpoint.coded.values():
-        sizes |= dict.fromkeys(coded.tensors, 0) | {coded.tensors[0]: coded.size or 0}
+    weights = [*_weights(checkpoint)]
     dtypes: Counter[str] = Counter()
-    for name, spec in specs.items():
-        dtypes[spec.dtype] += sizes[name]
+    for _, weight in weights:
+        dtypes[weight.spec.dtype] += weight.size or 0
     return CheckpointReport(
         path,
         checkpoint.model_type,
         tuple(shard.place for shard in checkpoint.shards),
-        tuple(_groups(specs, sizes, nbytes, {name: codes.get(name, "") for name in (*checkpoint.formats, *keys)})),
-        len(specs),
-        sum(sizes.values()),
-        sum(nbytes.values()),
+        tuple(_groups(weights)),
+        len(weights),
+        sum(dtypes.values()),
+        sum(weight.nbytes for _, weight in weights),
         {dtype: size for dtype, size in dtypes.most_common() if size or not checkpoint.coded},
         head_is_missing(checkpoint),
         checkpoint.quantized,
         sum(coded.size is None for coded in checkpoint.coded.values()),
         {str(key): str(value) for key, value in checkpoint.metadata.items()},
+        tuple(_notes(checkpoint)),
     )
 
 
-def _groups(
-    specs: Mapping[str, TensorSpec],
-    sizes: Mapping[str, int] | None = None,
-    nbytes: Mapping[str, int] | None = None,
-    weights: Mapping[str, str] | None = None,
-) -> Iterable[Group]:
-    """Group tensors whose names differ only in numbers, in the order in which a group's first one comes.
+def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
+    """Yield every weight under its own name, in the order of the files."""
+    unread = {coded.tensors[0]: (name, coded) for name, coded in checkpoint.coded.items()}
+    companions = {tensor for coded in checkpoint.coded.values() for tensor in coded.tensors[1:]} - unread.keys()
+    for name, spec in checkpoint.specs.items():
+        stored = checkpoint.weights.get(name)
+        if stored:
+            codes = TensorSpec(checkpoint.stored[stored.tensors[0]].dtype, spec.shape)
+            yield name, _Weight(codes, spec.size, checkpoint.nbytes_of(name), stored.codec.key, len(spec.shape))
+        elif name in unread:
+            weight, coded = unread[name]
+            yield weight, _unread_weight(checkpoint, coded)
+        elif name not in companions:
+            plain = _plain_weight(spec)
+            yield name, replace(plain, size=0) if is_marker(name) else plain
 
-    Args:
-        sizes: how many weights each stands for, where that is not its own size.
-        nbytes: in which each is stored, where that is not its own.
-        weights: for a tensor that belongs to a quantized weight, the weight's name if it is the codes, else "".
-    """
-    members: dict[tuple[tuple[str, ...], TensorSpec, int, int, str | None], list[tuple[int, ...]]] = {}
-    for name, spec in specs.items():
+
+def _plain_weight(spec: TensorSpec) -> _Weight:
+    return _Weight(spec, spec.size, spec.nbytes, None, len(spec.shape))
+
+
+def _unread_weight(checkpoint: Checkpoint, coded: Coded) -> _Weight:
+    nbytes = sum(checkpoint.stored[tensor].nbytes for tensor in coded.tensors)
+    dimensions = min(max(len(coded.spec.shape), 2), 3)  # codes may have others than the weight
+    return _Weight(coded.spec, coded.size, nbytes, coded.format, dimensions)
+
+
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    yield from dict.fromkeys(weight.note for weight in checkpoint.weights.values() if weight.note)
+    for name, coded in checkpoint.coded.items():
+        if coded.fault:
+            yield f"{name} cannot be read: {coded.fault}"
+
+
+def _plain_groups(specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
+    return _groups((name, _plain_weight(spec)) for name, spec in specs.items())
+
+
+def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
+    """Group weights whose names differ only in numbers, in the order in which a group's first one comes."""
+    members: dict[tuple[tuple[str, ...], _Weight], list[tuple[int, ...]]] = {}
+    sizes: Counter[tuple[tuple[str, ...], _Weight]] = Counter()
+    for name, weight in weights:
         parts, numbers = split_numbers(name)
-        size, stored = sizes[name] if sizes else spec.size, nbytes[name] if nbytes else spec.nbytes
-        weight = weights.get(name) if weights else None
-        weight = weight and "0".join(split_numbers(weight)[0])
-        members.setdefault((parts, spec, size, stored, weight), []).append(numbers)
-    for (parts, spec, size, stored, weight), found in members.items():
-        count = len(found)
+        key = parts, replace(weight, nbytes=0)  # bitsandbytes has digits of a number in a companion, more or fewer
+        members.setdefault(key, []).append(numbers)
+        sizes[key] += weight.nbytes
+    for (parts, weight), found in members.items():
+        parameters, nbytes = len(found) * (weight.size or 0), sizes[parts, weight]
         yield Group(
             with_ranges(parts, found),
-            spec.dtype,
-            spec.shape,
-            count,
-            count * size,
-            count * stored,
-            _target("0".join(parts), spec) if weight is None else _coded_target(weight, spec),
+            weight.spec.dtype,
+            weight.spec.shape,
+            len(found),
+            parameters,
+            nbytes,
+            _target("0".join(parts), weight),
+            weight.codec,
+            nbytes * 8 / parameters if parameters else None,
         )
 
 
-def _target(name: str, spec: TensorSpec) -> str:
+def _target(name: str, weight: _Weight) -> str:
     if not name.endswith(".weight") and ("expert" not in name or name.endswith("bias")):
         return ""
-    return weight_role(name.removesuffix(".weight"), len(spec.shape), spec.dtype in FLOATS)
-
-
-def _coded_target(weight: str, spec: TensorSpec) -> str:
-    """Return what a quantized weight is for; its codes may have other dimensions than it has."""
-    return weight_role(weight.removesuffix(".weight"), min(max(len(spec.shape), 2), 3), True) if weight else ""
+    is_numbers = weight.codec is not None or weight.spec.dtype in FLOATS
+    return weight_role(name.removesuffix(".weight"), weight.dimensions, is_numbers)

@@ -1,0 +1,220 @@
+"""Run every command on coded weights: they are numbers as any others, of their own shapes, and no codes.
+
+The checkpoints are the vectors of fixtures/coded, whose numbers their formats' own software read, and twins of tiny
+models: the same weights once as fp8 with a power of two beside each (exact in bfloat16), once as plain numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors, weights, write_model, write_peft
+from safetensors.torch import load
+from torch import Tensor
+
+import loratool
+
+CODED = FIXTURES / "coded"
+
+VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text())["vectors"]
+
+# A vector of each layout that headers tell otherwise. (Of ComfyUI's padded weights they tell the padded shape alone.)
+LAYOUTS = (
+    "fp8_blocks ct_mxfp4 ct_nvfp4 ct_pack3_group_asym ct_pack4_act_order ct_int8_channel mxfp4_gpt_oss nvfp4_modelopt "
+    "comfy_float8 comfy_scaled_fp8 bnb_nf4_nested bnb_fp4 bnb_int8 gptq_v1_4bit awq_gemm mlx_affine6_64 "
+    "mlx_mxfp4 torchao_int8 fbgemm_fp8 fp4_deepseek_v4"
+).split()
+
+
+def write_vector(vector: str, folder: Path) -> Path:
+    known = VECTORS[vector]
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((CODED / known["file"]).read_bytes())
+    for name, content in {"config.json": known["config"], **known.get("side_files", {})}.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@cache
+def expected_numbers() -> dict[str, Tensor]:
+    return load(lzma.decompress((CODED / "expected.safetensors.xz").read_bytes()))
+
+
+def expected(vector: str) -> dict[str, Tensor]:
+    """The numbers of a vector's weights as the software of its format reads them."""
+    return {name: expected_numbers()[f"{vector}/{name}"] for name in VECTORS[vector]["weights"]}
+
+
+HIDDEN, INNER = 16, 32
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+FP8_CONFIG = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
+LINEAR = {
+    **{f"self_attn.{m}_proj": (HIDDEN, HIDDEN) for m in "qkvo"},
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+MODULES = {f"model.layers.{i}.{m}": shape for i in range(2) for m, shape in LINEAR.items()}
+
+
+def plain_model() -> dict[str, Tensor]:
+    """A tiny Llama whose linear weights are numbers of e4m3 times 1/64, in bfloat16."""
+    state = {
+        "model.embed_tokens.weight": weights(24, HIDDEN, seed=90, dtype=torch.bfloat16),
+        "model.norm.weight": weights(HIDDEN, seed=91, dtype=torch.bfloat16),
+        "lm_head.weight": weights(24, HIDDEN, seed=92, dtype=torch.bfloat16),
+    }
+    for i in range(2):
+        for j, norm in enumerate(("input_layernorm", "post_attention_layernorm")):
+            state[f"model.layers.{i}.{norm}.weight"] = weights(HIDDEN, seed=93 + j, dtype=torch.bfloat16)
+    for seed, (module, shape) in enumerate(MODULES.items()):
+        state[f"{module}.weight"] = weights(*shape, seed=seed).to(torch.float8_e4m3fn).bfloat16() / 64
+    return state
+
+
+def as_fp8(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers as fp8 with one scale a matrix."""
+    coded = dict(state)
+    for module in MODULES:
+        coded[f"{module}.weight"] = (state[f"{module}.weight"] * 64).to(torch.float8_e4m3fn)
+        coded[f"{module}.weight_scale_inv"] = torch.tensor(1 / 64)
+    return coded
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "plain", plain_model(), CONFIG)
+
+
+@pytest.fixture
+def fp8(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "fp8", as_fp8(plain_model()), FP8_CONFIG)
+
+
+class TestInspect:
+    @pytest.mark.parametrize("vector", LAYOUTS)
+    def test_a_row_for_each_weight_in_its_own_shape(self, vector: str, tmp_path: Path) -> None:
+        report = loratool.inspect(write_vector(vector, tmp_path / "m"))
+        assert report.kind == "checkpoint" and report.quantization and not report.uncounted
+        found = {group.name: group for group in report.groups}
+        for name, known in VECTORS[vector]["weights"].items():
+            group = found[name]
+            assert group.shape == tuple(known["shape"]) and group.tensors == 1
+            assert bool(group.role) == (len(group.shape) > 1)
+            assert group.parameters == expected(vector)[name].numel()
+        assert report.nbytes == sum(group.nbytes for group in report.groups)
+
+    def test_parameters_are_those_of_the_plain_twin(self, plain: Path, fp8: Path, run: Callable[..., Any]) -> None:
+        twin, report = loratool.inspect(plain), loratool.inspect(fp8)
+        assert twin.kind == report.kind == "checkpoint"
+        assert (report.parameters, report.tensors) == (twin.parameters, twin.tensors)
+        sizes = {(g.name, g.shape, g.tensors, g.parameters, g.role) for g in report.groups}
+        assert sizes == {(g.name, g.shape, g.tensors, g.parameters, g.role) for g in twin.groups}
+        coded = [g for g in report.groups if g.codec == "fp8"]
+        assert sum(g.tensors for g in coded) == len(MODULES)
+        assert all(g.bits == 8 + 32 * g.tensors / g.parameters and g.dtype == "F8_E4M3" for g in coded)
+        assert {(g.codec, g.bits) for g in twin.groups} == {(None, 16)}
+        assert "bits" in run("inspect", fp8).stdout and "weight_scale_inv" not in run("inspect", fp8).stdout
+
+    def test_a_companion_of_another_length_is_no_other_group(self, tmp_path: Path) -> None:
+        """bitsandbytes writes an offset as JSON, whose digits differ from layer to layer."""
+        state = {}
+        for i in range(3):
+            packed = {k: v for k, v in load((CODED / "bnb_nf4_nested.safetensors").read_bytes()).items() if ".1." in k}
+            for name, tensor in packed.items():
+                if ".quant_state." in name:
+                    state_json = json.loads(tensor.numpy().tobytes()) | {"nested_offset": 0.1 + i * 0.1 ** (i + 1)}
+                    tensor = torch.tensor([*json.dumps(state_json).encode()], dtype=torch.uint8)
+                state[name.replace("layers.1.", f"layers.{i}.")] = tensor
+        report = loratool.inspect(write_model(tmp_path / "m", state))
+        assert report.kind == "checkpoint" and [g.tensors for g in report.groups] == [3]
+        assert report.groups[0].nbytes == sum(t.nbytes for t in state.values())
+
+    def test_what_a_config_says_otherwise_and_what_is_damaged(self, tmp_path: Path) -> None:
+        folder = write_vector("awq_gemm", tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["quant_method"] = "gptq"
+        (folder / "config.json").write_text(json.dumps(config))
+        report = loratool.inspect(folder)
+        assert report.kind == "checkpoint" and any("tensors are AWQ's" in note for note in report.notes)
+        state = {k: v for k, v in as_fp8(plain_model()).items() if "0.mlp.up_proj" not in k or "scale" not in k}
+        state["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(3)
+        report = loratool.inspect(write_model(tmp_path / "n", state, FP8_CONFIG))
+        assert report.kind == "checkpoint" and report.parameters == sum(t.numel() for t in plain_model().values())
+        assert any(note.startswith("model.layers.0.mlp.up_proj.weight cannot be read") for note in report.notes)
+
+    def test_an_adapter_against_it(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        adapter = write_peft(tmp_path / "a", {m: factors(*MODULES[m], 2, seed=i) for i, m in enumerate(MODULES)})
+        ours, twin = (loratool.inspect(adapter, base=base) for base in (fp8, plain))
+        assert ours.kind == twin.kind == "adapter" and not ours.problems
+        assert ours.coverage and (ours.coverage.bound, ours.coverage.unbound) == (len(MODULES), {})
+        for one, other in zip(ours.details, twin.details, strict=True):
+            assert one.relative == pytest.approx(other.relative, rel=1e-12) and one.relative
+        (note,) = set(ours.notes) - set(twin.notes)
+        assert note.startswith("14 of 14 modules are quantized in the base (fp8)") and "BF16" in note
+
+    def test_spectra(self, plain: Path, fp8: Path) -> None:
+        from loratool.ops.inspect.spectra import spectra
+
+        ours, twin = (spectra(base).modules for base in (fp8, plain))
+        assert ours == twin and len(ours) == len(MODULES)
+
+
+class TestDiff:
+    @pytest.mark.parametrize("vector", ["bnb_nf4_nested", "fp8_blocks", "gptq_v1_4bit", "mxfp4_gpt_oss", "ct_nvfp4"])
+    def test_the_error_of_quantization(self, vector: str, tmp_path: Path) -> None:
+        """A model against others in 16 bits: that which its software reads in it, and one further away."""
+        numbers = {n: W.double() for n, W in expected(vector).items() if W.bfloat16().isfinite().all()}
+        assert numbers
+        near = {name: W.bfloat16() for name, W in numbers.items()}
+        far = {name: (W + weights(*W.shape, dtype=torch.float64) * W.std()).float() for name, W in numbers.items()}
+        coded = write_vector(vector, tmp_path / "coded")
+        for other, state in (("near", near), ("far", far)):
+            both = loratool.diff(write_model(tmp_path / other, state), coded), loratool.diff(coded, tmp_path / other)
+            for found in both:
+                assert found.kind == "checkpoints" and found.relative == both[0].relative
+                rows = {row.name: row for row in found.tensors}
+                for name, W in state.items():
+                    row, D = rows[name], W.double() - numbers[name]
+                    apart = D.norm() / max(W.double().norm(), numbers[name].norm())
+                    assert row.relative == pytest.approx(
+                        float(apart), rel=1e-6, abs=1e-7
+                    )  # some software reads in float32
+                    assert row.steps is None and {row.codec_a, row.codec_b} == {None, *(row.codec_a or row.codec_b,)}
+
+    def test_two_formats(self, plain: Path, fp8: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+        """What is the same number in both differs by its type alone, as float32 does from bfloat16."""
+        found = loratool.diff(plain, fp8)
+        assert found.kind == "checkpoints" and not found.same and not (found.only_a or found.only_b)
+        assert {row.name for row in found.tensors} == {f"{module}.weight" for module in MODULES}
+        assert found.worst == found.relative == 0 and not any(row.changed for row in found.tensors)
+        assert {(row.codec_a, row.codec_b) for row in found.tensors} == {(None, "fp8")}
+        assert "BF16 fp8" in run("diff", plain, fp8).stdout
+        doubled = as_fp8(plain_model())
+        scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
+        other = write_model(tmp_path / "other", {**doubled, scale: doubled[scale] * 2}, FP8_CONFIG)
+        (row,) = loratool.diff(fp8, other).tensors
+        assert row.name == "model.layers.1.mlp.up_proj.weight" and row.relative == 0.5 and row.codec_b == "fp8"
+
+    def test_the_size_of_a_change_under_adapters(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        a, b = (
+            write_peft(tmp_path / n, {m: factors(*s, 2, seed=seed) for m, s in MODULES.items()})
+            for n, seed in (("a", 1), ("b", 2))
+        )
+        ours, twin = (loratool.diff(a, b, base=base) for base in (fp8, plain))
+        assert ours.kind == twin.kind == "adapters"
+        for one, other in zip(ours.modules, twin.modules, strict=True):
+            assert one.size_a and (one.size_a, one.size_b) == pytest.approx((other.size_a, other.size_b), rel=1e-12)
+            assert one.amplification_a == pytest.approx(other.amplification_a, rel=1e-6)
