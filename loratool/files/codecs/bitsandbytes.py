@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TYPES = ("nf4", "fp4")
 
+LARGEST = 4096  # block of bitsandbytes
+
 LONGEST = 24  # characters of a float in JSON
 
 STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up
@@ -287,7 +289,7 @@ def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def _count(state: Mapping[str, Any], key: str, name: str) -> int:
     value = state.get(key)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= LARGEST:
         raise Fault(f"{name} says the {key} {value}")
     return value
 

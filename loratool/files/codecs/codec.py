@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     Wide = npt.NDArray[np.float64]
 
 
+LONG_JSON = 1 << 16  # bytes: more than any writer's
+
 LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
 
 
@@ -155,7 +157,8 @@ class Found:
         Raises:
             Fault: they are not.
         """
-        self.need(name, "U8", "I8")
+        if self.need(name, "U8", "I8").nbytes > LONG_JSON:
+            raise Fault(f"{name} is {self.specs[name].nbytes} bytes long, too long for its JSON")
         try:
             value = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:

@@ -105,6 +105,8 @@ STATE = "x.weight.quant_state.bitsandbytes__nf4"
         (STATE, bytes_of({"blocksize": 64})),
         (STATE, bytes_of({"blocksize": 64, "shape": [20, 999]})),
         (STATE, bytes_of({"blocksize": 0, "shape": [20, 1000]})),
+        (STATE, bytes_of({"blocksize": 1 << 60, "shape": [20, 1000]})),
+        (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "padding": " " * (1 << 16)})),
         (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "nested_blocksize": 256})),
         (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "nested_blocksize": 256, "nested_offset": math.nan})),
         ("x.weight.absmax", None),
