@@ -32,7 +32,7 @@ class Awq(Scaled):
         is_awq = found.declared.get("quant_method") == "awq"
         if is_awq and str(version).lower() != "gemm":
             return None
-        if not is_awq and (of_scales is None or of_scales.shape[-1:] != (8 * shape[-1],)):
+        if not is_awq and (of_scales is None or not shape or of_scales.shape[-1:] != (8 * shape[-1],)):
             return None  # GPTQ's
         columns, words = matrix(name, found.specs[name])
         groups, _ = matrix(scale, found.need(scale, *FLOATS))

@@ -178,7 +178,7 @@ class Found:
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a small tensor of I32 or I64."""
         spec = self.need_small(name, "I32", "I64")
-        data, width = self.read(name), spec.nbytes // max(1, spec.size)
+        data, width = self.read(name) if spec.size else b"", {"I32": 4, "I64": 8}[spec.dtype]
         return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
 
 

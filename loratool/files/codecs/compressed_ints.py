@@ -125,7 +125,7 @@ class PlainInts(CompressedInts):
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
         shape = found.specs[name].shape
         others = found.one_of(*(path + end for end in OTHERS)) or "_quantization_metadata" in found.metadata
-        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2:
+        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2 or 0 in shape:
             return None
         if f"{path}.pre_quant_scale" in found.specs:
             raise Fault(f"{path}.pre_quant_scale is a part of it that is not read")
@@ -200,6 +200,6 @@ def scale_block(
         for _, block, _ in weights_of(declared):
             if block and (high, wide) == (-(-rows // block[0]), -(-columns // block[1])):
                 return block
-        if high == rows and columns % wide == 0:
+        if high == rows and wide and columns % wide == 0:
             return 1, columns // wide if wide > 1 else 0
     raise Fault(f"{name} has the shape {grid}, for a weight of {shape}")
