@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint, read_json_file
 from ..files.codecs import RAW, codec_of
 from ..files.codecs.codec import CodeFormat, StoredWeight
-from ..files.dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
+from ..files.dtypes import CONFIG_DTYPES, DTYPES, TORCH_FLOATS, TensorSpec
 from ..files.mixed_notes import mixed_notes
 from ..files.output import OutputEdits
 from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
@@ -29,6 +29,8 @@ WAYS = {
 
 # The values of --allow
 LOSSY = "lossy"
+
+MANY = 3  # weights that become plain for each that changes, from which on another way is better
 
 COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
 
@@ -52,23 +54,23 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     """
     base = plan.base
     touched = [name for name in plan.changed if name in base.weights]
+    edits = _widen_float8(plan, dtype)
+    copies = [name for name in plan.changed - base.weights.keys() if plan.sources[name].weight]  # of an untied side
+    made = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
+    edits = replace(edits, specs={**edits.specs, **made})
+    if way == "requantize" and touched:
+        _refuse_lossy(plan, touched, allow)
+        return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
     if way == "dequantize":
         refuse_unread(base, "with --quantized mixed")
-        decoded = dict.fromkeys(base.weights, "") if base.weights or base.quantized else {}
-    elif way == "requantize":
-        _refuse_lossy(plan, touched, allow)
-        return replace(plan, edits=_widen_float8(plan, dtype), recoded=frozenset(touched))
-    else:
-        groups = close_under_fusion([module_path(n) for n in touched], [module_path(n) for n in base.weights])
-        siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
-        decoded = {**dict.fromkeys(touched, ""), **siblings}
-    edits = _widen_float8(plan, dtype)
-    if not decoded and way != "dequantize":
+    decoded = decoded_weights(plan, way)
+    if not decoded and not (way == "dequantize" and base.quantized):
         return replace(plan, edits=edits)
     edits = _decode(base, edits, decoded, dtype)
     # siblings that no update touches
     others = {name: why for name, why in decoded.items() if name not in plan.changed}
-    return replace(plan, edits=edits, decoded=others, warnings=(*plan.warnings, *_notes(base, decoded, others)))
+    notes = _notes(base, decoded, others)
+    return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
 
 
 def decode_all(base: Checkpoint, edits: OutputEdits, dtype: str) -> tuple[OutputEdits, tuple[str, ...]]:
@@ -87,6 +89,37 @@ def _decode(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str], dt
             spec = specs.get(name) or base.specs[name]
             specs[name] = TensorSpec(kind, spec.shape)
     return _edit_configs(base, replace(edits, specs=specs), decoded)
+
+
+def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
+    """Return the weights that become plain numbers -> the touched module that asks for it, if none touches them."""
+    base = plan.base
+    if way == "dequantize":
+        return dict.fromkeys(base.weights, "")
+    touched = [name for name in plan.placements.keys() | plan.changed if name in base.weights]
+    if way == "requantize" or not touched:
+        return {}
+    groups = close_under_fusion([module_path(name) for name in touched], [module_path(name) for name in base.weights])
+    siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
+    return {**dict.fromkeys(touched, ""), **siblings}
+
+
+def sizes_of_ways(plan: MergePlan) -> dict[str, int]:
+    """Return the bytes of the output's tensors in each way that can be had; empty if the merge touches no codes."""
+    base = plan.base
+    if plan.way is None:
+        return {}
+    stored, found = sum(spec.nbytes for spec in base.stored.values()), {}
+    for way in WAYS:
+        decoded = decoded_weights(plan, way)
+        grown = 0
+        for part in base.models:
+            width = DTYPES[plain_dtype(part)] // 8
+            own = [name for name in decoded if name.startswith(part.prefix)]
+            grown += sum(base.specs[name].size * width - base.nbytes_of(name) for name in own)
+        if way != "dequantize" or not base.coded:
+            found[way] = stored + grown
+    return found
 
 
 def plain_dtype(base: Checkpoint) -> str:
@@ -138,6 +171,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         if source != plan.base.ref(name):
             message = "is replaced by an adapter's own values, which have no codes"
             raise InputError(message, culprit=name, remedy="use --quantized mixed")
+        _require_whole_bytes(plan, name, "add --quantized mixed")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
                 f"has codes of {code_bits(weight)} bits ({weight.codec.key}), in which next to nothing of a change "
@@ -145,6 +179,24 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
                 culprit=name,
                 remedy="add --allow lossy",
             )
+
+
+def require_undoable(plan: MergePlan) -> None:
+    """Raise NeedsFlag if codes cannot be restored."""
+    for name in plan.placements:
+        if name in plan.base.weights:
+            _require_whole_bytes(plan, name, "add --no-undo")
+
+
+def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
+    """Raise NeedsFlag for an update of rows whose codes share bytes with those of others."""
+    parts = plan.base.parts_of(name)
+    assert isinstance(parts.weight.codec, CodeFormat)
+    together, rows = parts.weight.codec.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
+    for each in plan.placements[name]:
+        if any(edge * (rows // each.rows) % together for edge in (each.start, each.stop) if edge != each.rows):
+            message = f"has rows {each.start} to {each.stop} changed, and {together} rows of its codes share bytes"
+            raise NeedsFlag(message, culprit=name, remedy=remedy)
 
 
 def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str]) -> OutputEdits:
@@ -191,15 +243,22 @@ def _plain_matrices(base: Checkpoint) -> list[str]:
     return [n for n, spec in base.specs.items() if n.endswith(".weight") and len(spec.shape) > 1 and n not in coded]
 
 
+def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
+    """Return a better way for a mixture of experts, of which a few touched ones make whole layers plain."""
+    if len(pulled) < MANY * touched:
+        return ""
+    fine = all(code_bits(base.weights[name]) >= COARSE for name in pulled)
+    what = "--quantized requantize keeps their size" if fine else "merging the original with --like keeps their size"
+    return f"; {what}"
+
+
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:
     """Return what the user should know of weights that become plain numbers."""
     notes = sorted({base.weights[name].note for name in decoded} - {""})
     pulled = sorted(name for name, why in others.items() if why)
     if pulled:
-        notes.append(
-            f"{len(pulled)} weights are written as numbers without a change, since runtimes keep them in one matrix "
-            f"with changed ones: {pulled[0]}, ..."
-        )
+        note = f"{len(pulled)} weights are written as numbers without a change, since runtimes keep them in one matrix "
+        notes.append(f"{note}with changed ones: {pulled[0]}, ...{_better(base, len(decoded) - len(others), pulled)}")
     for part in base.models:
         if is_decoded(part, decoded):
             if quantizes_kv_cache(part.declared):

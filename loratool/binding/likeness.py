@@ -32,7 +32,9 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         raise InputError(f"{why}, so that nothing can be written like it", culprit=str(like.path))
     quantizers = {name: _quantizer(like, name) for name in like.weights}
     _require_same(plan, like)
-    specs, removed, beside = {}, [], {}
+    specs: dict[str, TensorSpec] = {}
+    removed: list[str] = []
+    beside: dict[str, str] = {}
     for name, source in plan.sources.items():
         if name in quantizers:
             weight = like.weights[name]

@@ -40,6 +40,7 @@ class MergePlan:
     warnings: tuple[str, ...]
     edits: OutputEdits  # types, shapes, config and files that differ from the base's
     # of `coded_bases.plan_codes`
+    way: str | None = None  # a key of WAYS; None if nothing coded is touched
     decoded: Mapping[str, str] = field(default_factory=dict)  # weights that only become numbers -> the module that asks
     recoded: frozenset[str] = frozenset()  # weights that are written as codes with the base's scales
     # of `likeness.plan_like`

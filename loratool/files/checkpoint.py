@@ -199,8 +199,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             found[weight] = replace(known, fault=fault)
         for name in (name for name in plain if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
-            weight = plain.get(f"{path}.weight")
-            if weight and weight.dtype in TORCH_FLOATS and not self._is_one(name):
+            spec = plain.get(f"{path}.weight")
+            if spec and spec.dtype in TORCH_FLOATS and not self._is_one(name):
                 found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", plain, self.declared)
         return found
 

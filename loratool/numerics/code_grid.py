@@ -104,16 +104,18 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
     def parts() -> Iterator[tuple[slice, Wide, Wide]]:
         for here in _tiles(dense, merged):
             total, change, _ = dense.fill(merged[here], first + here.start, bounds.shift, work)
-            widen(merged[here], total).sub_(change)
-            middle = total.double().cpu().numpy() + bounds.shift
-            low, high = middle - 2 * both, middle + 2 * both
+            low = widen(merged[here], total).sub_(change).double().cpu().numpy()
+            low += bounds.shift - 2 * both
+            high = low + 4 * both
             if a is not None:
                 by = a[here] if a.shape[0] > 1 else a
                 one, two = low / by, high / by
                 reach = np.maximum(np.abs(one), np.abs(two)) * 2.0**-40  # a's own error is within it
                 low, high = np.minimum(one, two) - reach, np.maximum(one, two) + reach
-            odd = ~(np.isfinite(low) & np.isfinite(high))
-            yield here, np.where(odd, -np.inf, low), np.where(odd, np.inf, high)
+            if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
+                odd = ~(np.isfinite(low) & np.isfinite(high))
+                low[odd], high[odd] = -np.inf, np.inf
+            yield here, low, high
 
     form = FORMS[merged.dtype]
     stored = codes(merged.cpu())

@@ -124,7 +124,8 @@ class Table:
     def nearest(self, numbers: Wide) -> Codes:
         codes, steps = self._steps
         cells, most = self._cells
-        at = cells.take(np.ascontiguousarray(numbers).view(np.uint64) >> 48)
+        begin = np.ascontiguousarray(numbers).view(np.uint64) >> 48
+        at = cells.take(begin.view(np.int64))  # numpy before 2 takes no unsigned 64 bits
         for _ in range(most):
             at += numbers >= steps.take(at)
         found = codes.take(at)

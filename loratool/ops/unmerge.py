@@ -332,8 +332,8 @@ def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
     """Return a weight that the merge wrote as codes, as the merged model stores it."""
     recoded = undo.index["tensors"][name]["recoded"]
     weight = merged.weights.get(recoded["weight"])
-    fits = weight and weight.tensors[0] == name and weight.codec.key == recoded["codec"]
-    if not fits or list(weight.spec.shape) != recoded["shape"]:
+    fits = weight and (weight.tensors[0], weight.codec.key) == (name, recoded["codec"])
+    if not weight or not fits or list(weight.spec.shape) != recoded["shape"]:
         raise InputError(
             f"is no weight of {recoded['codec']}, as the merge wrote it: it was edited since", culprit=name
         )

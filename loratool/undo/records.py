@@ -40,6 +40,7 @@ from .candidates import Runs, every, find_runs
 
 UNIT = 1 << 12  # differences of one width
 RARE = 32  # fewer than one in so many take less with their places
+WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
 SPARSE = 255  # in the place of a width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
@@ -135,25 +136,24 @@ class CodedRows:
         Where the guess is 0, they have runs of their own: there a code is +0 or -0, and elsewhere nearly always the
         guess.
         """
-        apart = (self.ordinals(self.without_padding(codes)) - self.ordinals(guess)).reshape(-1)
-        zero = self._is_zero(guess)
+        own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
+        apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
+        apart[at] = self.ordinals(own.take(at)) - self.ordinals(near.take(at))
+        zero = near == self.format.zero(self.parts)
         padding = codes[:, self.columns // self.fold :].astype(np.int16).reshape(-1)
         return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
         """Return the codes that `pack` packed."""
-        zero = self._is_zero(guess)
+        zero = guess.reshape(-1) == self.format.zero(self.parts)
         apart = np.empty(guess.size, np.int16)
         apart[~zero] = reader.small(int((~zero).sum()))
         apart[zero] = reader.small(int(zero.sum()))
-        codes = self.from_ordinals((self.ordinals(guess).reshape(-1) + apart).reshape(-1))
-        codes = codes.reshape(len(guess) * self.fold, -1)
+        flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
+        flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
+        codes = flat.reshape(len(guess) * self.fold, -1)
         padding = reader.small(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
-
-    def _is_zero(self, guess: Codes) -> npt.NDArray[np.bool_]:
-        found: npt.NDArray[np.bool_] = (self.values(0, guess) == 0).reshape(-1)
-        return found
 
 
 class Recorder:
@@ -368,8 +368,8 @@ def _pack_small(difference: Codes) -> bytes:
         numbers = pack_differences(gaps) + pack_differences(difference[at])
         return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
     folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
-    several = np.cumsum(np.bincount(folded, minlength=1 << 9)[::-1])[::-1]  # how many are so large, or larger
-    width = min(range(1, 9), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
+    several = np.cumsum(np.bincount(folded, minlength=1 << WIDEST)[::-1])[::-1]  # how many are so large, or larger
+    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
     escape = (1 << width) - 1
     short = np.minimum(folded, escape)[:, None] >> np.arange(width, dtype=np.uint16)
     data = np.packbits(short & 1 == 1, bitorder="little").tobytes()
@@ -466,7 +466,7 @@ class Reader:
                 raise ValueError("has places that are none")
             found[at] = self.differences(some, np.int16)
             return found
-        if not 1 <= width <= 8:
+        if not 1 <= width <= WIDEST:
             raise ValueError(f"has numbers of {width} bits")
         data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
         short = (

@@ -37,6 +37,7 @@ from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
+from ..files.codecs.codec import CodeFormat
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
@@ -55,7 +56,7 @@ from ..files.undo_file import (
     recoded_tiling,
     unrecorded,
 )
-from .records import UNIT
+from .records import UNIT, WIDEST
 
 
 class UndoWriter:
@@ -179,8 +180,8 @@ def _record_places(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Iter
 def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first: int, start: int, stop: int) -> int:
     """Return the most bytes of one record: a number of the stored type for each weight, and what precedes numbers."""
     if "recoded" in entry:
-        count = (stop - start) * recoded_shape(entry)[1]
-        return count * 3 + 4 * -(-count // UNIT) + 64
+        name = entry["recoded"]["weight"]
+        return _largest_codes(plan.base, name, (stop - start) * recoded_shape(entry)[1])
     was, weight = plan.base.specs[name], plan.base.weights.get(name)
     columns = spec_of(entry["spec"]).size // counted_rows(entry)
     count, norms = (stop - start) * columns, 0
@@ -188,11 +189,19 @@ def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first:
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
         norms = max(norms, 8 * (stop - start) if axis == 0 else 8 * columns if axis == 1 and start == first else 0)
     if weight:
-        padded = 1 + plan.base.stored[weight.tensors[0]].nbytes // max(1, was.size)
-        return norms + count * 3 * padded + 4 * -(-count // UNIT) + 64
+        return norms + _largest_codes(plan.base, name, count)
     if entry["replaced"] or was.dtype == "F64":
         return norms + count * DTYPES[was.dtype] // 8 + -(-count // UNIT)
     return norms + -(-count * (DTYPES[was.dtype] + 1) // 8)  # a bit tells of each that it is not 0.0
+
+
+def _largest_codes(base: Checkpoint, name: str, count: int) -> int:
+    """Return the most bytes of a record of so many weights of a coded one: WIDEST bits a code, padding included."""
+    parts = base.parts_of(name)
+    assert isinstance(parts.weight.codec, CodeFormat)
+    columns = parts.weight.spec.shape[-1]
+    codes = -(-count // columns) * parts.weight.codec.width(parts)
+    return -(-codes * WIDEST // 8) + 3 * 16  # what begins and ends the runs
 
 
 def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:
@@ -269,10 +278,10 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     spec = output.specs[name]
     entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "records": [], "placements": []}
     if plan.written[name] in plan.recoded:
-        weight = plan.written[name]
-        placements = sorted((_placement(p, numbers) for p in plan.placements[weight]), key=repr)
-        recoded = {"weight": weight, "shape": list(plan.base.specs[weight].shape)}
-        recoded["codec"] = plan.base.weights[weight].codec.key
+        own = plan.written[name]
+        placements = sorted((_placement(p, numbers) for p in plan.placements[own]), key=repr)
+        codec, shape = plan.base.weights[own].codec.key, list(plan.base.specs[own].shape)
+        recoded = {"weight": own, "shape": shape, "codec": codec}
         return {**entry, "placements": placements, "recoded": recoded, "replaced": False}
     source = plan.sources[name]
     if name not in plan.base.specs:

@@ -60,9 +60,10 @@ def numbers_of(folder: Path) -> dict[str, Tensor]:
         base.close()
 
 
-def write_adapter(
-    folder: Path, numbers: Mapping[str, Tensor], size: float = 0.1
-) -> tuple[Path, dict[str, tuple[Tensor, Tensor]]]:
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def write_adapter(folder: Path, numbers: Mapping[str, Tensor], size: float = 0.1) -> tuple[Path, Pairs]:
     """Write a LoRA on each matrix, which adds 2 B A; return A and B of each."""
     made: Pairs = {}
     for seed, (name, W) in enumerate(numbers.items()):

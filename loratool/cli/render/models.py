@@ -15,42 +15,58 @@ if TYPE_CHECKING:
     from ...ops.convert.checkpoint import CheckpointConvertReport
     from ...ops.count.command import CountReport
     from ...ops.inspect.command import CheckpointReport, Group, MethodReport
-    from ...ops.merge.report import MergeReport
+    from ...ops.merge.report import MergeReport, TensorReport
     from ...ops.unmerge import UnmergeReport
     from ...ops.verify.command import VerifyReport
 
 
+SHOWN = 10  # lines of one kind
 NOTES = 4  # on a checkpoint that are printed
 
 
+def _stored_as(row: TensorReport) -> str:
+    """Return the type of a merged tensor, with that in the base where it was another."""
+    return row.dtype if row.source_dtype in ("", row.dtype) else f"{row.source_dtype} -> {row.dtype}"
+
+
 def print_merge(report: MergeReport) -> None:
+    recoded = report.quantized == "requantize"
     rows = [
         [
             row.name,
             "x".join(map(str, row.shape)),
-            row.dtype,
+            _stored_as(row),
             row.update,
             str(row.rank) if row.rank else "-",
             ", ".join(f"{scale:g}" for scale in row.scales),
             "-" if row.relative is None else f"{row.relative:.2e}",
             percent(row.changed),
             percent(row.kept),
+            *([] if report.quantized is None else [size(row.nbytes)]),
+            *([f"{row.missed:.2f}" if row.missed is not None else "-"] if recoded else []),
         ]
         for row in report.tensors
     ]
-    titles = ("tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept")
+    titles = ["tensor", "shape", "dtype", "update", "rank", "scale", "|D|/|W|", "changed", "kept"]
+    titles += ([] if report.quantized is None else ["size"]) + (["missed"] if recoded else [])
     print_table([(title, title not in ("tensor", "dtype", "update")) for title in titles], rows)
     changed, done = str(len(rows)), "would be changed" if report.dry_run else "changed"
     if report.changed is not None and report.changed < len(rows):
         changed = f"{report.changed} of {len(rows)}"
     kept = "" if report.kept is None else f"; kept {percent(report.kept)} of the change"
     nothing = "; the merge changes nothing" if report.changed == 0 else ""
-    print_lines(f"\n{changed} tensors {done}, {report.copied} copied as they are{nothing}{kept}")
+    others = ""
+    if report.decoded:
+        others = f", {report.decoded} others {'encoded' if report.quantized == 'like' else 'decoded'}"
+    print_lines(f"\n{changed} tensors {done}{others}, {report.copied} copied as they are{nothing}{kept}")
     for modules in grouped(report.left_out):
         print_lines(f"left out: {modules}")
     if report.not_copied:
         print_lines(f"not copied: {', '.join(report.not_copied)}")
-    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)})")
+    was = "" if report.quantized is None else f", was {size(report.base_nbytes)}"
+    print_lines(f"{'would write' if report.dry_run else 'wrote'} {report.out} ({size(report.nbytes)}{was})")
+    if report.dry_run and report.sizes:
+        print_lines("--quantized: " + ", ".join(f"{way} {size(nbytes)}" for way, nbytes in report.sizes.items()))
     if report.undo and report.undo_bytes is not None:
         bound = "at most " if report.dry_run else ""
         print_lines(f"undo: {report.undo} ({bound}{size(report.undo_bytes)})")
@@ -109,13 +125,17 @@ def print_unmerge(report: UnmergeReport) -> None:
 
 def print_verify(report: VerifyReport) -> None:
     """Print the verdict first, which no count contradicts: that nothing is wrong is said only if all is proven."""
-    if report.status == "inconclusive":
+    coded = [tensor for tensor in report.tensors if tensor.verdict == "requantized"]
+    if report.status == "inconclusive" and coded:
+        print_lines(f"not proven: codes of others' choice keep only a part of the change: {report.merged}")
+    elif report.status == "inconclusive":
         print_lines(
             "not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)"
         )
     else:
         print_lines(f"{report.status}: {report.merged}")
     counts = [f"{report.exact} tensors exact", f"{report.rounded} right with another rounding"]
+    counts += [f"{len(coded)} requantized"] if coded else []
     counts += [f"{report.wrong} wrong"] if report.wrong or report.status == "proven" else []
     counts += [f"{len(report.missing)} missing"] if report.missing else []
     counts += [f"{len(report.extra)} extra"] if report.extra else []
@@ -124,6 +144,10 @@ def print_verify(report: VerifyReport) -> None:
     for tensor in report.tensors:
         if tensor.verdict == "wrong":
             print_lines(f"wrong: {tensor.name}: {tensor.detail}")
+    for tensor in coded[:SHOWN]:
+        print_lines(f"{tensor.name}: {tensor.detail}")
+    if coded[SHOWN:]:
+        print_lines(f"... and {len(coded) - SHOWN} more, in --json")
     for name in report.missing:
         print_lines(f"missing: {name}")
     for name in report.extra:

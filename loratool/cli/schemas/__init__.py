@@ -95,7 +95,7 @@ WORDS: dict[str, Sequence[str]] = {
     "ValueDiff.kind": tuple(UPDATES),
     "ModuleReport.kind": (*UPDATES, Unpaired.kind),
     "AdapterGroup.kind": (*UPDATES, Unpaired.kind),
-    "TensorVerdict.verdict": ("exact", "rounding", "wrong"),
+    "TensorVerdict.verdict": ("exact", "rounding", "requantized", "wrong"),
     "VerifyReport.status": ("proven", *STATUSES["verify"]),
 }
 

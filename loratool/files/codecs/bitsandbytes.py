@@ -1,16 +1,15 @@
 """Read and write what bitsandbytes stores: 4-bit codes of a table with scales of flat blocks, and int8 rows.
 
-Source: bitsandbytes, functional.py (`QuantState.as_dict`), nn/modules.py (`Linear8bitLt`).
+Source: bitsandbytes, functional.py (class QuantState), nn/modules.py (class Linear8bitLt).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InputError
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
 from .scaled import Scaled, Scales
@@ -24,9 +23,11 @@ if TYPE_CHECKING:
 
 TYPES = ("nf4", "fp4")
 
+LARGEST = 4096  # block of bitsandbytes
+
 LONGEST = 24  # characters of a float in JSON
 
-STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up (csrc/cpu_ops.cpp)
+STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up
 
 
 class Bitsandbytes4(Scaled):
@@ -100,7 +101,9 @@ class Bitsandbytes4(Scaled):
         return found
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        return NestedQuantizer(parts) if parts.get("nested_absmax") else Bitsandbytes4Quantizer(parts)
+        if parts.get("nested_absmax") is None:
+            return Bitsandbytes4Quantizer(parts)
+        return CrossingQuantizer(parts) if parts.shape[2] % parts.detail("block") else NestedQuantizer(parts)
 
     def check(self, parts: Parts) -> None:
         for role in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
@@ -148,7 +151,7 @@ class BitsandbytesInt8(Scaled):
 
 
 class Bitsandbytes4Quantizer(Quantizer):
-    """Encode as `functional.quantize_4bit` does, in float32 (backends/default/ops.py)."""
+    """Encode as bitsandbytes does, in float32 (backends/default/ops.py, quantize_4bit)."""
 
     def __init__(self, parts: Parts) -> None:
         columns, self.block = parts.shape[2], parts.detail("block")
@@ -186,7 +189,7 @@ class Bitsandbytes4Quantizer(Quantizer):
 
 
 class NestedQuantizer(Bitsandbytes4Quantizer):
-    """The same with absmax encoded too, less their mean, as `functional.quantize_blockwise` does on the CPU.
+    """Encode absmax too, less their mean, as bitsandbytes does on the CPU (csrc/cpu_ops.cpp, quantize_cpu).
 
     The mean is that of the exact sum. bitsandbytes reads the state from its JSON, which is padded with blanks, so that
     its length is known before the mean is.
@@ -194,7 +197,7 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.together = 0
+        self.together = self.together if self.sees_all else 0
         self.absmax: list[Codes] = []
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -246,27 +249,31 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         return np.searchsorted((table[1:] + table[:-1]) / 2, steps).astype(np.uint8)
 
 
+class CrossingQuantizer(NestedQuantizer):
+    """Encode blocks that cross rows so. They are shown first for their order alone: then calls begin with a block."""
+
+    sees_all = True
+
+    def see(self, rows: torch.Tensor) -> None:
+        pass
+
+
 class Int8Quantizer(Quantizer):
-    """Encode as `nn.Linear8bitLt` does: the weights in float16, then in float32 (`int8_vectorwise_quant`)."""
+    """Encode as bitsandbytes does: the weights in float16, then in float32 (int8_vectorwise_quant)."""
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         import numpy as np
+        import torch
 
-        half = rows.half().float().numpy()
+        half = self.rounded(rows, torch.float16).numpy()
         absmax = np.abs(half).max(axis=1)
-        if not np.isfinite(absmax).all():
-            raise InputError(
-                "has weights too large for float16, in which bitsandbytes encodes",
-                culprit=self.parts["codes"].name,
-                remedy="take another format, such as fp8",
-            )
         factor = 1 / np.where(absmax == 0, 1, absmax) * np.float32(127)  # as torch has 127 / absmax
         codes = np.rint(half * factor[:, None]).astype(np.int8)
         marks = [("weight_format", 0, b"\0")] if start == 0 and self.parts.get("weight_format") else []
         return codes, [("scales", start * 4, absmax.tobytes()), *marks]
 
 
-@cache
+@lru_cache(8)
 def _table(numbers: tuple[float, ...]) -> Levels:
     from ...numerics.code_levels import Table
 
@@ -282,7 +289,7 @@ def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def _count(state: Mapping[str, Any], key: str, name: str) -> int:
     value = state.get(key)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= LARGEST:
         raise Fault(f"{name} says the {key} {value}")
     return value
 

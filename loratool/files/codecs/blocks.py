@@ -7,6 +7,7 @@ columns whose side is a power of two, as all writers make them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
 COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
+
+STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
 
 POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
 
@@ -66,7 +69,7 @@ def block_of(
         raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
     if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
         return 0, 1
-    for high, wide in (*stated, *_usual_blocks(rows, columns, bool(stack))):
+    for high, wide in chain(stated, _usual_blocks(rows, columns, bool(stack))):
         if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
             return high, wide
     raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")
@@ -74,7 +77,9 @@ def block_of(
 
 def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int, int]]:
     """Yield the blocks that writers make; two of them have one grid only in a stack of columns fewer than a block's."""
-    yield from ((0, 0), (1, 0), (0, 1))
+    yield from ((0, 0), (1, 0))
+    if is_stack:
+        yield 0, 1  # fbgemm
     if is_stack and rows % 2 == 0:
         yield rows // 2, 0  # transformers: gate and up of an expert, each with one scale
     yield from ((1, side) for side in POWERS)
@@ -88,9 +93,9 @@ def stated_blocks(declared: Mapping[str, Any]) -> list[tuple[int, int]]:
     weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
     found = [declared.get("weight_block_size")]
     for each in (weight for weight in weights if isinstance(weight, Mapping)):
-        found += [each.get("block_structure"), [1, each.get("group_size")]]
+        found += [each.get("block_structure"), [1, each.get("group_size")], STRATEGIES.get(str(each.get("strategy")))]
     pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
-    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) > 0]
+    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) >= 0]
 
 
 def contradiction(block: tuple[int, int], stated: list[tuple[int, int]]) -> str:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
 
 
+SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
+
+
 class Fault(ValueError):
     """What is wrong with the tensors of a coded weight; it counts only if the weight is touched."""
 
@@ -143,6 +146,13 @@ class Found:
             raise Fault(f"{name} is {spec.dtype}, not {' or '.join(dtypes)}")
         return spec
 
+    def need_small(self, name: str, *dtypes: str) -> TensorSpec:
+        """Return the same of a tensor that is read when the checkpoint is opened; Fault if it is large."""
+        spec = self.need(name, *dtypes)
+        if spec.nbytes > SMALL:
+            raise Fault(f"{name} has {spec.nbytes} bytes, where a few hundred belong")
+        return spec
+
     def shaped(self, name: str, shape: tuple[int, ...], *dtypes: str) -> TensorSpec:
         """Return the same of a tensor that must have a shape; one number has any shape of size 1."""
         spec = self.need(name, *dtypes)
@@ -156,7 +166,7 @@ class Found:
         Raises:
             Fault: they are not.
         """
-        self.need(name, "U8", "I8")
+        self.need_small(name, "U8", "I8")
         try:
             value = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
@@ -167,7 +177,7 @@ class Found:
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a small tensor of I32 or I64."""
-        spec = self.need(name, "I32", "I64")
+        spec = self.need_small(name, "I32", "I64")
         data, width = self.read(name), spec.nbytes // max(1, spec.size)
         return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
 
@@ -280,6 +290,23 @@ class Quantizer(ABC):
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         """Return the codes of rows from `start` on, (rows, width), and what they are in the other tensors."""
 
+    def rounded(self, rows: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        """Return rows rounded to a type, as float32, for software that encodes weights of this type.
+
+        Raises:
+            InputError: a number is too large for the type.
+        """
+        import torch
+
+        found = rows.to(kind).float()
+        if not torch.isfinite(found).all():
+            raise InputError(
+                f"has weights too large for {str(kind).removeprefix('torch.')}, in which they are encoded",
+                culprit=self.parts["codes"].name,
+                remedy="take a model in another format with --like",
+            )
+        return found
+
     def rest(self) -> list[Piece]:
         """Return what is known once all rows were written; only if `together` is 0."""
         return []
@@ -354,6 +381,10 @@ class CodeFormat(Codec):
     @abstractmethod
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
         """Return int16 that order codes as their numbers, -0 just below +0."""
+
+    @abstractmethod
+    def zero(self, parts: Parts) -> int:
+        """Return the code of +0, or of 0 with a zero point of 0: where it is the nearest, a code may be -0 instead."""
 
     @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:

@@ -45,7 +45,7 @@ class CompressedInts(Scaled):
         if parts.get("groups"):
             index, group = column_groups(parts, scale.shape[1])
             if not group:
-                return Scales(scale[:, index], 0, None if zero is None else zero[:, index])
+                return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
         return Scales(scale, block[1], zero)
 
     def zeros(self, parts: Parts, block: tuple[int, int], start: int, stop: int) -> Wide | None:
@@ -70,10 +70,13 @@ class CompressedInts(Scaled):
         return np.concatenate(found).astype(np.float64) - float(1 << (bits - 1))
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        from .compressed_quantizer import IntQuantizer
+        from .compressed_quantizer import IntQuantizer, OneScaleQuantizer
 
-        is_of_blocks = parts.detail("block")[0] and not parts.get("groups")
-        return IntQuantizer(self, parts) if is_of_blocks else None
+        if parts.get("groups"):
+            return None
+        if parts.detail("block")[0]:
+            return IntQuantizer(self, parts)
+        return OneScaleQuantizer(self, parts) if parts.shape[0] == 1 else None
 
     def check(self, parts: Parts) -> None:
         self.require_finite(parts, "scales", parts["scales"])
@@ -99,7 +102,7 @@ class PackedInts(CompressedInts):
         stated = [bits for bits, _, _ in weights_of(found.declared)]
         bits = fitting[0] if len(fitting) == 1 else next((bits for bits in fitting if bits in stated), None)
         if bits is None:
-            raise Fault(f"{name} has the shape {packed}, for {shape[-1]} columns and a config of {stated} bits")
+            raise Fault(f"{path}.weight_shape says {shape}, which codes of no known width are in {name} of {packed}")
         note = f"the config says {stated[0]} bits, the tensors have {bits}" if stated and bits not in stated else ""
         return stored(self, path, name, found, shape, bits, note)
 
@@ -144,6 +147,8 @@ def stored(
     Raises:
         Fault: one of them is missing or of another shape.
     """
+    if found.declared.get("transform_config"):
+        raise Fault("the config's transform_config says that it is rotated, which is not undone")
     scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
     specs = found.specs
     block = scale_block(shape, found.need(scale, *FLOATS).shape, scale, found.declared)
@@ -151,7 +156,7 @@ def stored(
     roles = {"codes": name, "scales": scale}
     if zero in specs:
         words = (*stack, -(-rows * bits // 32), *specs[scale].shape[-1:])
-        is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32"
+        is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32" and block[0] == 1
         found.shaped(zero, words if is_packed else specs[scale].shape, "I32" if is_packed else "I8")
         roles["zeros"] = zero
     if index in specs:

@@ -50,7 +50,7 @@ class IntQuantizer(Quantizer):
         done = 0
         for which, first, last in matrices(start, start + len(rows), height):
             numbers = rows[done : done + last - first].to(self.dtype)
-            scale, zero = qparams(*self.bounds(numbers), self.bits, self.is_symmetric)
+            scale, zero = self.qparams(numbers)
             if not torch.isfinite(scale).all():
                 raise InputError("has numbers that its type of scales does not have", culprit=self.parts["codes"].name)
             codes[done : done + last - first, :columns] = self.coded(numbers, scale, zero)
@@ -58,13 +58,13 @@ class IntQuantizer(Quantizer):
             done += last - first
         return codes, pieces
 
-    def bounds(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the least and the largest number of each block, (blocks down, blocks across)."""
+    def qparams(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scales and zero points of each block, (blocks down, blocks across)."""
         high, wide = self.block[0], self.block[1] or numbers.shape[1]
         below, beside = -len(numbers) % high, -numbers.shape[1] % wide
         whole = torch.nn.functional.pad(numbers, (0, beside, 0, below)) if below or beside else numbers
         tiles = whole.reshape(len(whole) // high, high, -1, wide)
-        return tiles.amin((1, 3)), tiles.amax((1, 3))
+        return qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), self.bits, self.is_symmetric)
 
     def coded(self, numbers: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
         """Return the codes of numbers as they are stored, (rows, columns)."""
@@ -105,12 +105,32 @@ class IntQuantizer(Quantizer):
         return [(role, 0, tensor.numbers().view(torch.uint8).numpy().tobytes()) for role, tensor in others.items()]
 
 
+class OneScaleQuantizer(IntQuantizer):
+    """One scale of a whole matrix."""
+
+    sees_all = True
+
+    def __init__(self, codec: CodeFormat, parts: Parts) -> None:
+        super().__init__(codec, parts)
+        self.block, self.together = (parts.shape[1], 0), 1
+        self.least, self.most = torch.zeros((), dtype=self.dtype), torch.zeros((), dtype=self.dtype)
+
+    def see(self, rows: Tensor) -> None:
+        numbers = rows.to(self.dtype)
+        self.least, self.most = torch.minimum(self.least, numbers.amin()), torch.maximum(self.most, numbers.amax())
+
+    def qparams(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero = qparams(self.least, self.most, self.bits, self.is_symmetric)
+        return scale.view(1, 1), None if zero is None else zero.view(1, 1)
+
+
 def qparams(least: Tensor, most: Tensor, bits: int, is_symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Return the scales of blocks with these bounds, of the same type, and zero points as int8, None for none.
 
-    A block of zeros has the type's epsilon as its scale, and 0 as its zero point.
+    A block of zeros has the type's epsilon as its scale, and 0 as its zero point. Of bounds without dimensions the zero
+    point comes by float32, to which torch widens them, as in the package.
     """
-    least, most, low = least.clamp(max=0), most.clamp(min=0), -(1 << (bits - 1))
+    least, most, low = least.clamp(max=0), most.clamp(min=0), torch.tensor(-(1 << (bits - 1)), dtype=torch.float32)
     range_ = torch.tensor(2**bits - 1, dtype=least.dtype)
     scale, zero = torch.maximum(-least, most) / (range_ / 2), None
     if not is_symmetric:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # fbgemm and ComfyUI; Mistral; DeepSeek-V4; ComfyUI's old files
 SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", ".scale_weight")
 
-STACKED = ("_scale_inv", "_scale")  # behind the name of a parameter that is no module, `experts.gate_up_proj`
+# Behind the name of a parameter that is no module, such as gate_up_proj of experts
+STACKED = ("_scale_inv", "_scale", "_weight_scale")
 
 # Ends of what else goes with the codes: scales of inputs, which are kept
 INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "qscale_act", "scale_input")
@@ -96,9 +97,9 @@ class Fp8(Scaled):
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         """Write anew what has no zero points; scales of powers of two only as transformers rounds them."""
-        from .fp8_fresh import Fp8Quantizer, Fp8Whole
+        from .fp8_fresh import INVERSE, Fp8Quantizer, Fp8Whole
 
-        is_rounded = parts.detail("power_of_two") and not parts["scales"].name.endswith("_scale_inv")
-        if is_rounded or parts.get("zeros") or parts["codes"].spec.dtype != "F8_E4M3":
+        is_rounded = parts.detail("power_of_two") and not parts["scales"].name.endswith(INVERSE)
+        if is_rounded or parts.get("zeros") or parts.codes_spec.dtype != "F8_E4M3":
             return None
         return Fp8Quantizer(parts) if parts.detail("block")[0] else Fp8Whole(parts)

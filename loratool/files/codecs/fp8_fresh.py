@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from ...errors import InputError
 from ..dtypes import DTYPE_NAMES
 from .codec import Parts, Piece, Quantizer
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 LARGEST = 448.0  # of e4m3
 
 E8M0 = ("F8_E8M0", "U8")
+
+INVERSE = ("_scale_inv", ".scale")  # ends of scales of DeepSeek's models, which transformers writes
 
 
 class Fp8Quantizer(Quantizer):
@@ -49,10 +52,13 @@ class Fp8Quantizer(Quantizer):
             return numbers[torch.from_numpy(at - first)].repeat_interleave(self.wide, 1)[:, : rows.shape[1]]
 
         scales, largest = self.parts["scales"], self.largest(at, rows)
-        if scales.name.endswith("_scale_inv"):
+        if scales.name.endswith(INVERSE):
             scale, scaled = _by_inverse(rows, largest, spread, scales.spec.dtype, self.parts.detail("power_of_two"))
         else:
             scale, scaled = _by_quotient(rows, largest, spread, scales.spec.dtype)
+        if not (largest.isfinite().all() and (scale.dtype == torch.uint8 or scale.isfinite().all())):
+            culprit = self.parts["codes"].name
+            raise InputError("has numbers that its type of scales does not have", culprit=culprit)
         codes = scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         place = first * self.across * scale.itemsize
         return codes, [*self.kept(start), ("scales", place, scale.view(torch.uint8).numpy().tobytes())]
@@ -135,7 +141,7 @@ def _by_inverse(
     import torch
 
     factor = LARGEST / largest.float()
-    factor[largest == 0] = 1
+    factor[factor.isinf()] = 1  # of zeros, and of numbers too small for a scale
     scale = stored = 1 / factor
     if power_of_two:
         fraction, exponent = torch.frexp(scale)

@@ -76,7 +76,7 @@ class Gptq(Scaled):
         if parts.detail("group"):
             return Scales(scale, parts.detail("group"), zero)
         index, group = column_groups(parts, groups)
-        return Scales(scale, group, zero) if group else Scales(scale[:, index], 0, zero[:, index])
+        return Scales(scale, group, zero) if group else Scales(scale.take(index, axis=1), 0, zero.take(index, axis=1))
 
     def zeros(self, parts: Parts, start: int, stop: int) -> Wide:
         """Return the zero points of rows start:stop, (rows, groups).
@@ -162,6 +162,6 @@ def column_groups(parts: Parts, groups: int) -> tuple[Codes, int]:
 
 def disagreement(declared: Any, bits: int) -> str:
     """Return what to tell of a config that has another number of bits for all modules."""
-    stated = declared.get("bits", bits)
-    is_other = stated != bits and not declared.get("dynamic")
+    stated = declared.get("bits")
+    is_other = type(stated) is int and stated != bits and not declared.get("dynamic")
     return f"the config says {stated} bits, the tensors have {bits}" if is_other else ""

@@ -1,9 +1,9 @@
-"""Read and write MLX's quantized weights: affine ones of 2 to 8 bits, and its float modes mxfp4, nvfp4 and mxfp8.
+"""Read and write MLX's quantized weights: affine ones of 1 to 8 bits, and its float modes mxfp4, nvfp4 and mxfp8.
 
 The words of a row are one stream of bits. Shapes tell only the product of bits and group, so that the config decides:
 `quantization` with `group_size`, `bits` and `mode`, and for single modules a config of their own, or false.
 
-Source: mlx, mlx/ops.cpp (`quantize`); mlx-lm, utils.py (`load_model`).
+Source: mlx, mlx/ops.cpp (quantize); mlx-lm, utils.py (load_model).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .codec import Codes, Wide
     from .packing import Packing
 
-WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine weights
+WIDTHS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine weights
 
 MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # of floats -> bits, group size
 
@@ -66,9 +66,9 @@ class MlxAffine(Scaled):
         if says in fits:
             is_off = found.declared.get(path.removeprefix(found.prefix)) is False
             return *says, f"{path} is stored as codes, though the config says that it is not" if is_off else ""
-        if len(fits) != 1:
+        if len(fits) != 1 or (says and _product(*says) == 32 * words // groups):
             which = " or ".join(f"{width} bits in groups of {size}" for width, size in fits) or "no bits that MLX has"
-            raise Fault(f"{path}.scales, {groups} a row, and {words} words mean {which}; the config does not say it")
+            raise Fault(f"{path}.scales, {groups} a row, and {words} words mean {which}; the config says {says}")
         width, size = fits[0]
         return width, size, f"{path} is stored with {width} bits in groups of {size}, of which the config says nothing"
 
@@ -92,7 +92,7 @@ class MlxAffine(Scaled):
 
 
 class MlxAffine8(MlxAffine):
-    """The same with codes of 8 bits."""
+    """`MlxAffine` with codes of 8 bits."""
 
     key = "mlx-8bit"
     bits = 8
@@ -100,9 +100,9 @@ class MlxAffine8(MlxAffine):
 
 
 class MlxQuantizer(Quantizer):
-    """Encode as `mx.quantize` does on the CPU: in float32, of weights in the type of the scales.
+    """Encode as mlx does on the CPU: in float32, of weights in the type of the scales.
 
-    The number of largest magnitude and zero are codes' numbers, if that leaves a scale.
+    The number of largest magnitude and zero are codes' numbers, if that leaves a scale; with one bit the extremes are.
     """
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
@@ -111,7 +111,7 @@ class MlxQuantizer(Quantizer):
 
         group, top = self.parts.detail("group"), np.float32((1 << self.parts.detail("bits")) - 1)
         kind = getattr(torch, DTYPE_NAMES[self.parts["scales"].spec.dtype])
-        numbers = rows.to(kind).float().numpy().reshape(len(rows), -1, group)
+        numbers = self.rounded(rows, kind).numpy().reshape(len(rows), -1, group)
         least, most = numbers.min(axis=2), numbers.max(axis=2)
         step = np.maximum((most - least) / top, np.float32(1e-7))
         is_low = np.abs(least) > np.abs(most)
@@ -120,6 +120,8 @@ class MlxQuantizer(Quantizer):
         is_zero = count == 0
         scale = np.where(is_zero, step, edge / np.where(is_zero, 1, count))
         bias = np.where(is_zero, np.float32(0), edge)
+        if top == 1:
+            scale, bias = np.maximum(most - least, np.float32(1e-7)), least
         codes = np.rint((numbers - bias[:, :, None]) / scale[:, :, None]).clip(0, top).astype(np.uint8)
         pieces = [("scales", scale), ("biases", bias)]
         width = scale.shape[1] * self.parts["scales"].spec.nbytes // self.parts["scales"].spec.size
@@ -190,7 +192,7 @@ class MlxFp4(Scaled):
 
 
 class MlxFp8(MlxFp4):
-    """The same with codes of e4m3."""
+    """`MlxFp4` with codes of e4m3."""
 
     key = "mlx-mxfp8"
     bits = 8
@@ -215,6 +217,10 @@ def _groups(spec: TensorSpec, found: Found, scale: str) -> int:
     if shape[:-1] != spec.shape[:-1]:
         raise Fault(f"{scale} has the shape {shape}, for words of {spec.shape}")
     return shape[-1]
+
+
+def _product(width: Any, size: Any) -> int:
+    return width * size if type(width) is type(size) is int else 0
 
 
 def _stated(path: str, found: Found) -> Mapping[str, Any]:

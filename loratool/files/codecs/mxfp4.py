@@ -58,7 +58,7 @@ class RowMxfp4(Fp4):
 
 
 class PackedMxfp4(RowMxfp4):
-    """What compressed-tensors calls mxfp4-pack-quantized (compressors/mxfp4)."""
+    """Codes and scales of compressed-tensors' mxfp4-pack-quantized (compressors/mxfp4)."""
 
     key = "mxfp4-pack-quantized"
     ends = (".weight_packed",)
@@ -166,7 +166,7 @@ def encoded(numbers: Wide, axis: int) -> tuple[Codes, Codes]:
     """Return the codes of numbers in their shape, and the E8M0 scales of the groups along an axis, without it.
 
     A scale takes the largest number to between 3.5 and 7, where 6 is the last code (compressed-tensors,
-    quantization/utils/mxfp_utils.py, `generate_mx_scales`). Negative numbers that round to zero are -0.
+    quantization/utils/mxfp_utils.py). Negative numbers that round to zero are -0.
     """
     import numpy as np
 

@@ -16,7 +16,7 @@ ROTATED = (".pre_quant_scale", ".input_quantizer._pre_quant_scale")  # the codes
 
 
 class PackedNvfp4(Fp4):
-    """What compressed-tensors calls nvfp4-pack-quantized (compressors/nvfp4): `(code * scale) / global scale`."""
+    """`(code * scale) / global scale`: compressed-tensors' nvfp4-pack-quantized (compressors/nvfp4)."""
 
     key = "nvfp4-pack-quantized"
     ends = (".weight_packed",)
@@ -41,7 +41,7 @@ class PackedNvfp4(Fp4):
 
 
 class ModeloptNvfp4(Fp4):
-    """What modelopt writes: `code * scale * second scale`."""
+    """`code * scale * second scale`: modelopt's."""
 
     key = "nvfp4"
     ends = (".weight",)

@@ -225,15 +225,18 @@ class Octets:
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         low, high = start // 8, -(-stop // 8)
-        words = tensor.box(self.columns, self.rows // 8, low, high)
-        shifts = np.array([4 * place for place in OCTET], words.dtype)
-        codes = ((words[:, :, None] >> shifts) & 15).astype(np.uint8).reshape(self.columns, -1)
-        return np.ascontiguousarray(codes[:, start - 8 * low : stop - 8 * low].T)
+        words = np.ascontiguousarray(tensor.box(self.columns, self.rows // 8, low, high).T)
+        codes = np.empty((high - low, 8, self.columns), np.uint8)
+        for at, place in enumerate(OCTET):
+            codes[:, at] = words >> (4 * place)
+        codes &= 15
+        return codes.reshape(-1, self.columns)[start - 8 * low : stop - 8 * low]
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
-        shifts = np.array([4 * place for place in OCTET], np.uint32)
-        octets = codes.T.reshape(self.columns, -1, 8).astype(np.uint32) << shifts
-        words = np.bitwise_or.reduce(octets, axis=2).astype("<u4")
+        octets = codes.reshape(-1, 8, self.columns)
+        words = np.zeros((self.columns, len(octets)), "<u4")
+        for at, place in enumerate(OCTET):
+            words |= octets[:, at].T.astype(np.uint32) << (4 * place)
         for column, row in enumerate(words):
             yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
 

@@ -88,11 +88,17 @@ class Scaled(CodeFormat):
                 found *= scales.divisor
             _each(found, scales.scale, scales.group, "divide")
             if scales.zero is not None:
+                found[np.isnan(found)] = 0.0  # whose code is the zero point
                 _each(found, scales.zero, scales.group, "add")
             return self.levels(parts).nearest(found)
 
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
         return self.levels(parts).ordinals(codes)
+
+    def zero(self, parts: Parts) -> int:
+        import numpy as np
+
+        return int(self.levels(parts).nearest(np.zeros(1))[0])
 
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
         return self.levels(parts).from_ordinals(ordinals)

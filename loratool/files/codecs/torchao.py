@@ -1,6 +1,6 @@
 """Read and write the int8 and float8 weights of torchao's safetensors files, which its metadata describe.
 
-A weight `X.weight` is stored as `X._weight_qdata` and others of that beginning; the metadata have its class and block
+The codes of X.weight are X._weight_qdata, its other tensors begin like them; the metadata have its class and block
 size, by its name. The other classes of torchao lie as one kernel needs them, or have codes of fewer bits: not read.
 
 Source: torchao, prototype/safetensors/safetensors_support.py; quantization/quantize_/workflows/int8 and float8.

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.coded_bases import LOSSY, WAYS, plan_codes
+from ...binding.coded_bases import LOSSY, WAYS, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
@@ -215,6 +215,7 @@ def write_merged(
     _check_undo(plan, output)
     check_undo_files(output, inputs, options.force)
     _check_factors(plan)
+    _check_scales(plan)
     output.require_space()
     if options.dry_run:
         return build_report(plan, output, base, {}, largest_undo(plan, output) if output.undo else None, dry_run=True)
@@ -251,10 +252,19 @@ def _check_factors(plan: MergePlan) -> None:
         require_finite(plan.sources[name])
 
 
+def _check_scales(plan: MergePlan) -> None:
+    """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
+    for name in plan.changed & plan.base.weights.keys():
+        parts = plan.base.parts_of(name)
+        assert isinstance(parts.weight.codec, CodeFormat)
+        parts.weight.codec.check(parts)
+
+
 def _check_undo(plan: MergePlan, output: Output) -> None:
     """Raise NeedsFlag if the undo file cannot be written."""
     if output.undo is None:
         return
+    require_undoable(plan)
     for name, spec in plan.base.specs.items():
         if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(

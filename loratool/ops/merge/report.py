@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ...binding.coded_bases import sizes_of_ways
 from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
 from ...files.dtypes import FLOAT8
@@ -13,6 +14,7 @@ from ...files.output import Output
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
 
+HALF = 0.5  # the share of it, below which requantizing is not worth it
 KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
 
 
@@ -27,6 +29,9 @@ class TensorReport:
         relative: ||D|| / ||W||.
         changed: the share of weights that differ.
         kept: <W' - W, D> / <D, D>, what rounding left of the delta (1 is all of it).
+        source_dtype: the type of W as the base stores it, or the codec of its codes; empty if the base has none.
+        nbytes: in the output, with the tensors beside codes.
+        missed: ||W' - (W + D)|| / ||D||, only of weights that are rounded to codes with the base's scales.
     """
 
     name: str
@@ -38,6 +43,9 @@ class TensorReport:
     relative: float | None = None
     changed: float | None = None
     kept: float | None = None
+    source_dtype: str = ""
+    nbytes: int = 0
+    missed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,10 @@ class MergeReport:
         kept: over all adapted tensors.
         copied: how many tensors are untouched.
         undo_bytes: of the undo file; in a dry run the most that it can have.
+        quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
+        base_nbytes: of the base's tensors.
+        decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
+        sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
     """
 
     base: str
@@ -83,6 +95,10 @@ class MergeReport:
     files: tuple[str, ...]
     not_copied: tuple[str, ...]
     warnings: tuple[str, ...]
+    quantized: str | None = None
+    base_nbytes: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    decoded: int = 0
 
 
 @uncollected
@@ -104,6 +120,7 @@ def build_report(
     rows = [_row(plan, output, name, stats.get(name, [])) for name in names]
     kept = _sum(block.kept for blocks in stats.values() for block in blocks)
     total = _ratio(kept, _sum(block.change_squared for blocks in stats.values() for block in blocks))
+    beside = plan.edits.beside.keys() - plan.written.keys()
     warnings = [*plan.warnings, *_warnings(plan, output, rows, total)]
     for name, blocks in stats.items():
         not_finite = sum(block.not_finite for block in blocks)
@@ -121,13 +138,17 @@ def build_report(
         tuple(rows),
         None if dry_run else sum(_is_changed(plan, row) for row in rows),
         total,
-        len(output.specs) - len(rows),
+        len(output.specs) - len(plan.written) - len(beside),
         str(output.undo) if output.undo else None,
         undo_bytes,
         plan.left_out,
         tuple(file.name for file in output.files),
         output.not_copied,
         tuple(warnings),
+        "like" if plan.like else plan.way,
+        sum(spec.nbytes for spec in plan.base.stored.values()),
+        {} if plan.like else sizes_of_ways(plan),
+        len(set(plan.written.values()) - set(names)),
     )
 
 
@@ -137,13 +158,19 @@ def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
 
 
 def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingStats]) -> TensorReport:
-    spec = output.specs[name] if name not in plan.coded else plan.sources[name].spec
-    holder = plan.like or plan.base
-    dtype = holder.weights[name].codec.key if name in plan.coded else spec.dtype
+    spec, holder = plan.sources[name].spec, plan.like or plan.base
+    if name in plan.coded:
+        dtype, stored = holder.weights[name].codec.key, holder.weights[name].tensors
+    else:
+        spec, stored = output.specs[name], (name,)
+        dtype = spec.dtype
+    own = plan.base.weights.get(name)
+    was = own.codec.key if own else plan.base.specs[name].dtype if name in plan.base.specs else ""
     updates = {id(p.update): (p.weight, p.update) for p in plan.requested.get(name, ())}.values()
     kinds = (
         [update.kind for _, update in updates] + ["untied"] * (name in plan.untied) + ["added"] * (name in plan.added)
     )
+    relative, changed, kept = _block_measures(spec.size, blocks) if blocks else (None, None, None)
     return TensorReport(
         name,
         spec.shape,
@@ -151,8 +178,19 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
         "+".join(dict.fromkeys(kinds)),
         sum(update.rank for _, update in updates),
         tuple(weight * update.scale for weight, update in updates),
-        *(_block_measures(spec.size, blocks) if blocks else ()),
+        relative,
+        changed,
+        kept,
+        was,
+        sum(output.specs[each].nbytes for each in stored),
+        _missed(blocks) if name in plan.recoded else None,
     )
+
+
+def _missed(blocks: Sequence[RoundingStats]) -> float | None:
+    asked, moved = (_sum(getattr(b, field) for b in blocks) for field in ("change_squared", "moved_squared"))
+    missed = _ratio(asked + moved - 2 * _sum(block.kept for block in blocks), asked)
+    return None if missed is None else math.sqrt(max(0.0, missed))
 
 
 def _block_measures(size: int, blocks: Sequence[RoundingStats]) -> tuple[float | None, float, float | None]:
@@ -182,7 +220,13 @@ def _ratio(x: float, y: float) -> float | None:
 def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kept: float | None) -> list[str]:
     warnings = []
     weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
-    if weak:
+    if weak and plan.recoded:
+        worst = min(weak, key=lambda row: row.kept or 0.0)
+        better = "; merging the original with --like, or --quantized mixed, keeps all" if (kept or 0) < HALF else ""
+        warnings.append(
+            f"the codes keep {kept or 0:.1%} of the change in all, {worst.kept or 0:.1%} in {worst.name}{better}"
+        )
+    elif weak:
         worst = min(weak, key=lambda row: row.kept or 0.0)
         wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
         wider |= dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or ")
@@ -196,7 +240,13 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
         warnings.append(
             f"{len(unchanged)} tensors stay as they are, since their change is zero or rounds away: {unchanged[0]}, ..."
         )
-    narrow = [name for name, spec in output.specs.items() if spec.dtype.startswith(("F8_", "F6_", "F4"))]
+    models = [each for each in (plan.base, plan.like) if each]
+    codes = {tensor for each in models for weight in each.weights.values() for tensor in weight.tensors}
+    narrow = [
+        name
+        for name, spec in output.specs.items()
+        if spec.dtype.startswith(("F8_", "F6_", "F4")) and name not in codes and name not in plan.base.formats
+    ]
     if narrow and output.specs != plan.base.stored:
         warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
     return warnings

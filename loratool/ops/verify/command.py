@@ -2,11 +2,12 @@
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
 rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
-says how.
+says how. Codes are judged by `codes`: of those that others chose, only the share of the change that they keep is told.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +32,15 @@ from ...streaming.segment import UpdateLoader
 from ...streaming.workers import Progress, worker_count
 from ..inputs import Adapters, open_inputs, parse_adapters, refuse_adapter, require_residual_base, subtract_initial
 from ..machine import require_ieee
+from .codes import describe_share, judge_codes
 from .diagnosis import describe_ulps, diagnose
 from .replay import Replay
 from .trial import max_ulps_off, same_bits, try_roundings
 
 ALLOWED = ("inconclusive",)
+
+
+LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
 
 
 NOTHING_REQUESTED = "the change is zero everywhere: the base itself is the base with these adapters"
@@ -46,8 +51,8 @@ class TensorVerdict:
     """The verdict on one tensor.
 
     Attributes:
-        verdict: exact, rounding or wrong.
-        detail: which rounding, or what is wrong.
+        verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
+        detail: which rounding, what is wrong, or how codes were made and which share of the change they keep.
     """
 
     name: str
@@ -137,7 +142,11 @@ def verify(
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
-    """Raise InputError for a merged model that was quantized since the merge, whose weights cannot be compared."""
+    """Raise InputError for a merged model that was quantized since the merge, to codes that cannot be read."""
+    known = {tensor for weight in base.weights.values() for tensor in weight.tensors}
+    for coded in merged.coded.values():
+        if coded.fault and known & {*coded.tensors}:
+            raise InputError(f"cannot be read in {merged.path}: {coded.fault}", culprit=coded.tensors[0])
     for name in sorted(merged.formats.keys() - base.formats.keys()):
         raise InputError(
             f"is quantized ({merged.formats[name]}) and was not in {base.path}",
@@ -181,7 +190,9 @@ def _report(
     status = "proven"
     if count["wrong"] or missing or extra:
         status = "wrong"
-    elif verifier.has_delta and not verifier.changes_weights and "inconclusive" not in allow:
+    elif any(t.verdict == "requantized" for t in tensors) or (
+        verifier.has_delta and not verifier.changes_weights and "inconclusive" not in allow
+    ):
         status = "inconclusive"
     return VerifyReport(
         base,
@@ -196,9 +207,22 @@ def _report(
         missing,
         extra,
         not_compared,
-        plan.warnings if verifier.has_delta else (*plan.warnings, NOTHING_REQUESTED),
+        (*plan.warnings, *_notes(verifier)),
         tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
     )
+
+
+def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:
+    """Return what the user should know of the change as a whole."""
+    if not verifier.has_delta:
+        return (NOTHING_REQUESTED,)
+    asked, kept = (math.fsum(sums) for sums in zip(*verifier.recoded, strict=True)) if verifier.recoded else (0.0, 0.0)
+    if kept < LITTLE * asked:
+        return (
+            f"the codes are right, but keep {describe_share(kept / asked)} of the change: merge with "
+            "--quantized mixed, or into the original with --like",
+        )
+    return ()
 
 
 def _may_be_missing(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
@@ -238,6 +262,7 @@ class _TensorVerifier:
         self._kinds = _stored_types(plan, found)
         # Some requested delta is not zero; some replayed weight is not the base's: the first alone proves nothing
         self.has_delta = self.changes_weights = False
+        self.recoded: list[tuple[float, float]] = []  # <D, D> and <W' - W, D> of weights with the base's scales
 
     def __call__(self, name: str) -> TensorVerdict | None:
         source, found = self._plan.sources[name], self._found.ref(name)
@@ -247,6 +272,8 @@ class _TensorVerifier:
         if source.spec.shape != found.spec.shape:
             return TensorVerdict(name, "wrong", f"its shape is {found.spec.shape} and should be {source.spec.shape}")
         floats = source.spec.dtype in FLOATS and found.spec.dtype in FLOATS
+        if found.weight and floats and source.spec.size:
+            return self._judge_codes(name, found)
         if not floats or not source.spec.shape or not source.spec.size:
             same = source.spec == found.spec and source.file.read(source.name) == found.file.read(name)
             if same:
@@ -255,25 +282,40 @@ class _TensorVerifier:
         wrong, ulps_off, lost = self._compare(name, found)
         if not wrong:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, found, lost)
+        if source.weight and not changed and _decoded_in_float32(self._replay(name), found):
+            return TensorVerdict(name, "rounding", "codes read in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(name, "wrong", f"{wrong} weights of {what} were altered, {describe_ulps(ulps_off)}")
-        outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source))
+        outcome = try_roundings(self._replay(name), found, self._load, self._stored(name, source, found))
         if outcome.title is not None:
             return TensorVerdict(name, "rounding", outcome.title)
         beyond = ulps_off if outcome.outside == wrong else outcome.beyond
         return TensorVerdict(name, "wrong", diagnose(self._plan, name, found, outcome.outside, beyond))
 
+    def _judge_codes(self, name: str, found: TensorRef) -> TensorVerdict | None:
+        judged = judge_codes(self._plan, name, found, self._load, self.changes_weights)
+        self.has_delta |= judged.asked > 0
+        self.changes_weights |= judged.moves and judged.asked > 0
+        if judged.kept is not None:
+            self.recoded.append((judged.asked, judged.kept))
+        return TensorVerdict(name, judged.verdict, judged.detail) if judged.verdict else None
+
     def _replay(self, name: str) -> Replay:
         return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
-    def _stored(self, name: str, source: TensorRef) -> list[torch.dtype]:
-        """Return the other float types that the weight has in the base and in adapters that replace it."""
+    def _stored(self, name: str, source: TensorRef, found: TensorRef) -> list[torch.dtype]:
+        """Return the other float types that the weight has in the base and in adapters that replace it.
+
+        Codes have those that others decode them to.
+        """
         base = self._plan.base.specs.get(name)
         kinds = [base.dtype] if base else []
         for placement in self._plan.requested.get(name, ()):
             if placement.update.base:
                 kinds.append(placement.adapter.file.specs[placement.update.base].dtype)
+        if source.weight:
+            kinds += [found.spec.dtype, "F32"]
         others = dict.fromkeys(kind for kind in kinds if kind != source.spec.dtype and kind in TORCH_FLOATS)
         return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
 
@@ -284,6 +326,8 @@ class _TensorVerifier:
             lost: how many weights of the base the merged tensor's type cannot hold.
         """
         one, two = source.spec.dtype, found.spec.dtype
+        if source.weight:
+            return TensorVerdict(name, "exact", f"codes are written as plain numbers, {two}, without a change")
         if one == two:
             return None
         if self._kinds[one] == {two}:
@@ -313,11 +357,18 @@ class _TensorVerifier:
         return wrong, ulps_off, lost
 
 
+def _decoded_in_float32(replay: Replay, found: TensorRef) -> bool:
+    """Return whether all weights are those of a base of codes, rounded to float32 first, as others decode them."""
+    return all(
+        bool(same_bits(block.base.float().to(block.merged.dtype), block.merged).all()) for block in replay.blocks(found)
+    )
+
+
 def _stored_types(plan: MergePlan, found: Checkpoint) -> dict[str, set[str]]:
     """Map each type in the base to the types that such tensors have in the merged model."""
     kinds: dict[str, set[str]] = {}
     for name in plan.sources:
-        if name in found.specs:
+        if name in found.specs and not plan.sources[name].weight and name not in found.weights:
             like = plan.base.specs.get(name) or plan.sources[name].spec
             kinds.setdefault(like.dtype, set()).add(found.specs[name].dtype)
     return kinds

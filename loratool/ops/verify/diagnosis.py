@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
 from ...files.tensor_ref import TensorRef
 from ...streaming.segment import UpdateLoader
-from .replay import Replay, adds
+from ...undo.records import CodedRows
+from .replay import Replay, ReplayBlock, adds
 
 
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
@@ -92,15 +94,13 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
         outside: how many weights no rounding explains.
         ulps_off: by how many ulps the farthest of them is off.
     """
-    requested = _replay(plan, name, plan.placements[name])
-    misses = _distance(requested, found)
-    fault, nearest = _likeliest_fault(plan, name, found, misses)
-    if nearest < NEARER * misses:
+    fault = find_fault(plan, name, found)
+    if fault:
         return fault
     if outside <= max(64, found.spec.size // 1000):
         return f"{outside} weights were altered, {describe_ulps(ulps_off)}"
     E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
-    for block in requested.blocks(found):
+    for block in _replay(plan, name, plan.placements[name]).blocks(found):
         W = block.base.double()
         E, D = ((x - W).nan_to_num(0, 0, 0) for x in (block.merged.double(), block.reals[0]))
         E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
@@ -111,14 +111,29 @@ def diagnose(plan: MergePlan, name: str, found: TensorRef, outside: int, ulps_of
     return "it is not this base with this adapter"
 
 
+def find_fault(plan: MergePlan, name: str, found: TensorRef) -> str | None:
+    """Return the fault that tells by far better than the requested merge what a tensor is; None for none."""
+    misses = _distance(_replay(plan, name, plan.placements[name]), found)
+    fault, nearest = _likeliest_fault(plan, name, found, misses)
+    return fault if nearest < NEARER * misses else None
+
+
 def _replay(plan: MergePlan, name: str, placements: Sequence[Placement]) -> Replay:
     return Replay(plan.sources[name], placements, UpdateLoader(torch.device("cpu")))
 
 
 def _distance(replay: Replay, found: TensorRef, sample: bool = False) -> float:
     """Return the sum of the squared differences between a tensor and a rounded replay."""
-    blocks = ((block.expected[0], block.merged) for block in replay.blocks(found, sample))
+    blocks = ((_rounded(block, found), block.merged) for block in replay.blocks(found, sample))
     return sum(float((x.double() - y.double()).nan_to_num(0, 0, 0).square().sum()) for x, y in blocks)
+
+
+def _rounded(block: ReplayBlock, found: TensorRef) -> Tensor:
+    """Return the rows of a replay in the merged tensor's type, or as the nearest of its codes have them."""
+    if found.parts is None:
+        return block.expected[0]
+    grid, X = CodedRows(found.parts, block.first, block.base.shape[1]), block.reals[0].numpy()
+    return torch.from_numpy(grid.values(0, grid.nearest(0, X)))
 
 
 def _likeliest_fault(plan: MergePlan, name: str, found: TensorRef, misses: float) -> tuple[str, float]:

@@ -27,7 +27,9 @@ from ...streaming.segment import RowSegment, UpdateLoader
 F32 = 2.0**-24  # half an ulp of float32, relative
 
 
-ROWS = 128  # of a block
+ROWS = 128  # of a block, unless these are more than NUMBERS
+
+NUMBERS = 1 << 21
 
 
 WAYS = 3  # to compute a delta in float32
@@ -64,19 +66,22 @@ class Replay:
     def __init__(self, source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> None:
         self.source, self.placements, self._load = source, tuple(placements), load
         self.rows = placements[0].rows if placements else source.spec.shape[0]
+        if source.weight and not placements:  # each matrix of a stack by its rows
+            self.rows = source.spec.size // source.spec.shape[-1]
 
     def blocks(self, found: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """Yield the blocks of a tensor beside `found`; with `sample` one small block from the middle only."""
         found = found.as_stored(getattr(torch, DTYPE_NAMES[found.spec.dtype]))  # compared in the type that it has
         work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
+        height = max(1, min(ROWS, NUMBERS // max(1, columns)))
         edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
         for start, stop in pairwise(edges):
             inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
             if sample and not start <= self.rows // 2 < stop:
                 continue
             piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
-            for first in [self.rows // 2] if sample else range(start, stop, ROWS):
-                last = min(first + (ROWS // 4 if sample else ROWS), stop)
+            for first in [self.rows // 2] if sample else range(start, stop, height):
+                last = min(first + (max(1, height // 4) if sample else height), stop)
                 merged = found.matrix_rows(self.rows, first, last)
                 base = self.source.as_stored(merged.dtype).matrix_rows(self.rows, first, last)
                 yield ReplayBlock(first, inside, piece, base, merged, work)

@@ -52,6 +52,9 @@ def written(parts: Parts, rows: Tensor, step: int | None = None) -> dict[str, by
     found = {role: bytearray(b"\xaa" * spec.nbytes) for role, spec in quantizer.specs().items()}
     pieces = []
     step = step or len(rows)
+    assert step >= len(rows) or step % (quantizer.together or 1) == 0
+    if quantizer.sees_all:
+        quantizer.see(rows)
     for start in range(0, len(rows), step):
         codes, more = quantizer.rows(start, rows[start : start + step])
         pieces += [*more, *(("codes", *place) for place in codec.places(parts, start, codes))]

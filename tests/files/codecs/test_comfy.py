@@ -19,7 +19,8 @@ from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
 
-E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+E4M3 = torch.float8_e4m3fn
+E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # which an older torch does not have
 CODED = FIXTURES / "coded"
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 PREFIX = "model.diffusion_model.blocks.0"

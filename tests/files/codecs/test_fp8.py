@@ -17,9 +17,11 @@ from torch import Tensor
 
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs.blocks import stated_blocks
 from loratool.files.codecs.codec import CodeFormat, Parts
 
-E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # which an older torch does not have
 
 
 def opened(folder: Path, tensors: Mapping[str, Tensor], declared: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -109,6 +111,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], str, torch.dtype, tuple[int, ...], dic
         lambda e, i, j: e * 2 + i // 20,
     ),
     "rows of experts": ((3, 40, 24), "_scale", torch.float32, (3, 40, 1), {}, lambda e, i, j: e * 40 + i),
+    "Llama-4 of modelopt": ((3, 40, 24), "_weight_scale", torch.float32, (1,), {}, lambda e, i, j: 0),
     "columns of experts": ((3, 40, 24), "_scale", torch.float32, (3, 1, 24), {}, lambda e, i, j: e * 24 + j),
     "columns of experts, turned": ((3, 40, 24), "_scale", torch.float32, (3, 24, 1), {}, lambda e, i, j: e * 24 + j),
     "square experts": ((3, 24, 24), "_scale", torch.float32, (3, 24, 1), {}, lambda e, i, j: e * 24 + i),
@@ -210,6 +213,7 @@ W, ONES = every_code(64, 64), torch.ones
 BROKEN = {
     "a grid of no blocks": ({"x.weight_scale_inv": ONES(7, 2)}, "x.weight_scale_inv has the shape"),
     "columns": ({"x.weight_scale": ONES(3)}, "x.weight_scale has the shape"),
+    "one a column of a square": ({"x.weight_scale": ONES(1, 64)}, "x.weight_scale has the shape"),
     "integers": ({"x.weight_scale": torch.ones(64, 1, dtype=torch.int32)}, "x.weight_scale is I32"),
     "two scales": ({"x.weight_scale": ONES(1), "x.weight_scale_inv": ONES(1)}, "x.weight_scale"),
     "scales of columns": ({"x.weight_scale": ONES(1), "x.pre_quant_scale": ONES(64)}, "x.pre_quant_scale"),
@@ -262,6 +266,37 @@ def test_tensors_win_over_the_config(tmp_path: Path) -> None:
     assert not opened(tmp_path, {"x.weight": W, "x.weight_scale": torch.ones(1)}, stated).weights["x.weight"].note
 
 
+@pytest.mark.parametrize(
+    ("declared", "blocks"),
+    [
+        ({}, []),
+        ({"weight_block_size": [64, 32]}, [(64, 32)]),
+        ({"weight_block_size": "64x32", "config_groups": []}, []),
+        ({"weight_block_size": [-1, 32], "config_groups": {"a": None, "b": {"weights": 3}}}, []),
+        ({"weight_block_size": [1.5, True]}, []),
+        ({"config_groups": {"a": {"weights": {"strategy": "channel", "group_size": None}}}}, [(1, 0)]),
+        (
+            {"config_groups": {"a": {"weights": {"strategy": "tensor"}}, "b": {"weights": {"group_size": 32}}}},
+            [(0, 0), (1, 32)],
+        ),
+    ],
+)
+def test_blocks_of_a_config(declared: dict[str, Any], blocks: list[tuple[int, int]]) -> None:
+    assert stated_blocks(declared) == blocks
+
+
+def test_what_goes_with_experts(tmp_path: Path) -> None:
+    inputs = torch.full((3,), 0.5)
+    state = {"e.up": every_code(3, 8, 8), "e.up_scale_inv": torch.ones(3, 1, 1), "e.up_activation_scale": inputs}
+    weight = opened(tmp_path, {**state, "e.up_bias": torch.ones(3, 8)}).weights["e.up"]
+    assert weight.tensors == tuple(state) and weight.roles == ("codes", "scales", "activation_scale")
+
+
+def test_a_description_of_megabytes_is_not_read(tmp_path: Path) -> None:
+    state = {"x.weight": W, "x.weight_scale": torch.ones(1), "x.comfy_quant": torch.zeros(1 << 20, dtype=torch.uint8)}
+    assert "x.comfy_quant has 1048576 bytes" in opened(tmp_path, state).faults["x.weight"]
+
+
 def test_what_is_no_weight_with_a_scale(tmp_path: Path) -> None:
     state = {
         "plain.weight": W,  # a cast
@@ -310,27 +345,86 @@ def some_weights(*shape: int, dtype: torch.dtype) -> Tensor:
     return made.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("blocks", [(128, 128), (192, 140), (320, 300)], ids=str)
-def test_blocks_written_anew_are_a_fraction_of_a_step_off(
-    dtype: torch.dtype, blocks: tuple[int, int], tmp_path: Path
+@pytest.mark.parametrize("end", [".weight_scale_inv", ".weight_scale"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(128, 128), (192, 140), (320, 300)], ids=str)
+def test_numbers_written_anew_are_half_a_step_off(
+    shape: tuple[int, int], dtype: torch.dtype, stored: torch.dtype, end: str, tmp_path: Path
 ) -> None:
-    """Each number is within half a step of e4m3, and each block's largest is 448."""
-    weight = some_weights(*blocks, dtype=dtype)
-    scale = torch.ones(-(-blocks[0] // 128), -(-blocks[1] // 128))
-    checkpoint = opened(tmp_path, {"x.weight": every_code(*blocks), "x.weight_scale_inv": scale})
-    found = written(checkpoint.parts_of("x.weight"), weight)
-    codes = torch.frombuffer(bytearray(found["codes"]), dtype=torch.uint8).view(E4M3).reshape(blocks)
-    scales = torch.frombuffer(bytearray(found["scales"]), dtype=torch.float32).reshape(scale.shape)
-    opened(tmp_path, {"x.weight": codes, "x.weight_scale_inv": scales})
-    back = open_checkpoint(tmp_path)["x.weight"]
-    spread = scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[: blocks[0], : blocks[1]]
-    off = (back - weight.double()).abs()
-    assert bool((off <= torch.maximum(weight.double().abs() * 2**-4, spread * 2**-10) * (1 + 1e-6)).all())
-    for i in range(scale.shape[0]):
-        for j in range(scale.shape[1]):
+    """And the largest of each block has the last code, but for the rounding of the scale."""
+    weight, grid = some_weights(*shape, dtype=dtype), (-(-shape[0] // 128), -(-shape[1] // 128))
+    state = {"x.weight": every_code(*shape), f"x{end}": torch.ones(grid, dtype=stored)}
+    found = written(opened(tmp_path, state).parts_of("x.weight"), weight)
+    codes = torch.frombuffer(bytearray(found["codes"]), dtype=E4M3).reshape(shape)
+    scales = torch.frombuffer(bytearray(found["scales"]), dtype=stored).reshape(grid)
+    back = opened(tmp_path, {"x.weight": codes, f"x{end}": scales})["x.weight"]
+    spread = scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
+    most = torch.maximum(weight.double().abs() * 2**-4, spread * 2**-10)
+    rounding = 2**-8 if torch.bfloat16 in (dtype, stored) else 1e-6
+    assert bool(((back - weight.double()).abs() <= most * (1 + 16 * rounding)).all())
+    for i in range(grid[0]):
+        for j in range(grid[1]):
             box = weight.double()[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128].abs().max()
-            assert abs(float(scales[i, j]) * 448 / float(box) - 1) < 1e-6
+            assert abs(float(scales[i, j]) * 448 / float(box) - 1) < rounding
+
+
+@pytest.mark.parametrize("end", [".weight_scale_inv", ".weight_scale"])
+def test_blocks_without_a_scale_are_zeros(end: str, tmp_path: Path) -> None:
+    """Of zeros, and of numbers that are too small to have a scale."""
+    state = {"x.weight": every_code(2, 256), f"x{end}": torch.ones(1, 2)}
+    parts = opened(tmp_path, state, {"weight_block_size": [128, 128]}).parts_of("x.weight")
+    weight = torch.zeros(2, 256)
+    weight[0, 0], weight[:, 128:] = 1e-44, -0.25
+    found = written(parts, weight)
+    codes = np.frombuffer(found["codes"], np.uint8).reshape(2, 256)
+    assert not codes[:, :128].any() and (codes[:, 128:] == 0xFE).all()
+    assert np.isfinite(np.frombuffer(found["scales"], np.float32)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [torch.ones(2, 1), torch.full((2, 1), 120, dtype=torch.uint8).view(E8M0)], ids=str)
+def test_numbers_without_a_code_are_refused(bad: float, scale: Tensor, tmp_path: Path) -> None:
+    parts = opened(tmp_path, {"x.weight": every_code(2, 8), "x.weight_scale_inv": scale}).parts_of("x.weight")
+    weight = torch.ones(2, 8)
+    weight[1, 3] = bad
+    with pytest.raises(InputError, match="does not have") as caught:
+        written(parts, weight)
+    assert caught.value.culprit == "x.weight"
+
+
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (40, 1), (3, 2)], ids=str)
+def test_experts_are_written_anew_as_single_matrices(grid: tuple[int, int], end: str, tmp_path: Path) -> None:
+    """With one scale each, two, one a row, and ragged blocks of 16."""
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    state = {"e.up": every_code(3, 40, 24), f"e.up{end}": torch.ones(3, *grid)}
+    found = written(opened(tmp_path, state).parts_of("e.up"), weight)
+    declared = {"weight_block_size": [20, 24]} if grid == (2, 1) else {}
+    apart = []
+    for expert in weight:
+        state = {"x.weight": every_code(40, 24), f"x.weight{end}": torch.ones(grid)}
+        apart.append(written(opened(tmp_path, state, declared).parts_of("x.weight"), expert))
+    assert found == {role: b"".join(each[role] for each in apart) for role in found}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 24), (3, 24, 1)], ids=str)
+def test_columns_are_written_anew_as_rows(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    state = {"e.up": every_code(3, 40, 24), "e.up_scale": torch.ones(shape)}
+    found = written(opened(tmp_path, state).parts_of("e.up"), weight)
+    turned = {"e.up": every_code(3, 24, 40), "e.up_scale": torch.ones(3, 24, 1)}
+    known = written(opened(tmp_path, turned).parts_of("e.up"), weight.mT.contiguous())
+    codes = torch.frombuffer(bytearray(known["codes"]), dtype=torch.uint8).reshape(3, 24, 40)
+    assert found == {"codes": raw(codes.mT), "scales": known["scales"]}
+
+
+def test_one_scale_of_all_experts(tmp_path: Path) -> None:
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    stacked = opened(tmp_path, {"e.up": every_code(3, 40, 24), "e.up_scale": torch.ones(())})
+    found = written(stacked.parts_of("e.up"), weight)
+    flat = opened(tmp_path, {"x.weight": every_code(120, 24), "x.weight_scale": torch.ones(())})
+    assert found == written(flat.parts_of("x.weight"), weight.reshape(120, 24))
 
 
 def test_inputs_scales_are_taken_over(tmp_path: Path) -> None:

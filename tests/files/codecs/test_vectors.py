@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,14 @@ def write(vector: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def open_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    return cache(lambda vector: open_checkpoint(write(vector, tmp_path_factory.mktemp(vector))))
+
+
 @pytest.fixture
-def opened(vector: str, tmp_path: Path) -> Checkpoint:
-    return open_checkpoint(write(vector, tmp_path))
+def opened(vector: str, open_once: Callable[[str], Checkpoint]) -> Checkpoint:
+    return open_once(vector)
 
 
 @pytest.fixture
@@ -180,7 +186,6 @@ def test_what_programs_read_in_two_ways_is_refused(parts: Parts, opened: Checkpo
             read()
 
 
-def test_every_codec_has_a_vector(tmp_path: Path) -> None:
-    checkpoints = [open_checkpoint(write(vector, tmp_path)) for vector in VECTORS]
-    found = {weight.codec.key for checkpoint in checkpoints for weight in checkpoint.weights.values()}
+def test_every_codec_has_a_vector(open_once: Callable[[str], Checkpoint]) -> None:
+    found = {weight.codec.key for vector in VECTORS for weight in open_once(vector).weights.values()}
     assert found == CODECS.keys() - {"raw", "float8"}

@@ -1,0 +1,295 @@
+"""Judge a weight that the merged model stores as codes: by the codes that a merge writes, else by what they keep.
+
+A merge rounds to codes in two ways that have one result: with the scales of a base of codes, and anew from plain
+numbers. Its steps run here again, and their codes are compared. Scales of others' making leave only a measure: whether
+each code is about the nearest to the merge that its scales allow, and which share of the change is in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...binding.merge_plan import MergePlan
+from ...binding.placement import Placement
+from ...files.codecs.codec import CodeFormat, Parts, Quantizer, StoredTensor
+from ...files.tensor_ref import TensorRef
+from ...files.undo_checks import record_rows
+from ...numerics.rounding_stats import RoundingStats
+from ...numerics.workspace import Workspace
+from ...streaming.encode import encode_tensor
+from ...streaming.recode import recode_tensor
+from ...streaming.rewrite import ChangedTensor, RowRange
+from ...streaming.segment import UpdateLoader
+from ...undo.records import CodedRows
+from .diagnosis import find_fault
+from .replay import Replay
+
+Flags = npt.NDArray[np.bool_]
+
+BYTES = 1 << 22  # compared at a time
+
+FEW = 64  # so many wrong codes, or one in a thousand, were altered; more have another cause
+
+EXPLAINED = 4.0  # |W' - X|^2 in units of what the nearest codes are off: calibrated codes are not the nearest
+
+NEAR = 2.0**-7  # of a row's largest number, by which others' arithmetic may move it before they round it to a code
+
+# The types that a merge rounds to before it encodes
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class CodesVerdict:
+    """The verdict on a weight of codes.
+
+    Attributes:
+        verdict: as `TensorVerdict.verdict`; empty for a weight that is the base's, and should be.
+        asked: <D, D>.
+        kept: <W' - W, D>, where the codes have the base's scales, else None.
+        moves: whether the merge changes codes or numbers.
+    """
+
+    verdict: str
+    detail: str = ""
+    asked: float = 0.0
+    kept: float | None = None
+    moves: bool = True
+
+
+@dataclass
+class CodeCount:
+    """What differs between the codes of a merge and those that are stored."""
+
+    shape: tuple[int, ...]  # of the weight
+    columns: int  # of its last dimension
+    differ: int = 0  # codes that differ
+    wrong: int = 0  # of those, codes of other numbers
+    first: int = -1  # the place of the first of those
+    stats: list[RoundingStats] = field(default_factory=list)
+
+    def add(self, row: int, differ: Flags, wrong: Flags) -> None:
+        """Count codes of rows of the last dimension, from `row` on; `differ` has padding too."""
+        self.differ += int(np.count_nonzero(differ))
+        self.wrong += int(np.count_nonzero(wrong))
+        if self.first < 0 and wrong.any():
+            self.first = row * self.columns + int(np.flatnonzero(wrong)[0])
+
+    def describe(self, verb: str = "are") -> str:
+        """Return in words how many codes are wrong, and where the first is."""
+        *above, row, column = (int(i) for i in np.unravel_index(self.first, self.shape))
+        matrix = f" of matrix {', '.join(map(str, above))}" if above else ""
+        if self.wrong == 1:
+            return f"1 code, in row {row}, column {column}{matrix}, {'is' if verb == 'are' else 'was'}"
+        return f"{self.wrong} codes, the first in row {row}, column {column}{matrix}, {verb}"
+
+
+def describe_share(share: float) -> str:
+    """Return a share as a percentage, with a decimal below ten."""
+    digits = 0 if abs(share) > 0.0995 else 1
+    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"
+
+
+def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader, sure: bool) -> CodesVerdict:
+    """Return the verdict on a weight that the merged model stores as codes.
+
+    Args:
+        sure: another weight has shown already that the merge changes the model, so that this need not be asked.
+    """
+    source, placements = plan.sources[name], plan.placements.get(name, ())
+    own, theirs = source.parts, found.parts
+    assert theirs
+    key = theirs.weight.codec.key
+    if own is None:
+        known = _judge_encoded(source, placements, theirs, load, sure)
+        return known or _measure(plan, name, found, f"quantized as {key}", load)
+    if _layout(own) != _layout(theirs):
+        again = "with fresh scales" if own.weight.codec is theirs.weight.codec else f"as {key}"
+        return _measure(plan, name, found, f"requantized {again}", load)
+    altered = [theirs[r].name for r in own.weight.roles[1:] if not _same(own[r], theirs[r])]
+    if not placements and not altered and _same(own["codes"], theirs["codes"]):
+        return CodesVerdict("")
+    count = _count_codes(source, placements, theirs, load)
+    if altered and count.wrong:
+        return _measure(plan, name, found, "requantized with fresh scales", load)
+    stats = RoundingStats.of(count.stats)
+    sums = CodesVerdict("", "", stats.change_squared, stats.kept, bool(stats.changed))
+    if altered:
+        return _with(sums, "wrong", f"not the base's: {', '.join(altered)}")
+    if count.wrong:
+        fault = find_fault(plan, name, found) if placements else None
+        goal = "the nearest to the merge" if placements else "the base's"
+        return _with(sums, "wrong", fault or f"{count.describe()} not {goal}")
+    if count.differ:
+        return _with(sums, "rounding", "other codes of the same numbers")
+    kept = f": keeps {describe_share(stats.kept / stats.change_squared)} of the change" if stats.change_squared else ""
+    return _with(sums, "exact", f"the nearest codes with the base's scales{kept}")
+
+
+def _with(sums: CodesVerdict, verdict: str, detail: str) -> CodesVerdict:
+    return CodesVerdict(verdict, detail, sums.asked, sums.kept, sums.moves)
+
+
+def _layout(parts: Parts) -> tuple[Any, ...]:
+    """Return what two weights share whose codes mean the same numbers if their other tensors are equal."""
+    weight = parts.weight
+    specs = [parts[role].spec for role in weight.roles]
+    return weight.codec.key, weight.spec, weight.roles, dict(weight.detail), specs
+
+
+def _same(one: StoredTensor, two: StoredTensor) -> bool:
+    """Return whether two stored tensors have the same type, shape and bytes."""
+    if one.spec != two.spec:
+        return False
+    size = one.spec.size
+    step = max(1, BYTES * size // max(1, one.spec.nbytes))
+    ranges = ((first, min(step, size - first)) for first in range(0, size, step))
+    return all(np.array_equal(one.integers(*each), two.integers(*each)) for each in ranges)
+
+
+def _steps(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor, Any]]:
+    """Run a merge's steps on all rows; yield the first row of each block, its codes, and the step's result."""
+    work, form = Workspace(torch.device("cpu")), tensor.scattered
+    assert form
+    for part in tensor.ranges():
+        assert isinstance(part, RowRange)
+        for start in range(part.start, part.stop, part.item_rows):
+            stop = min(start + part.item_rows, part.stop)
+            step = part.prepare(start, stop)
+            for first in range(start, stop, part.block_rows):
+                rows = source.matrix_rows(tensor.rows, first, min(first + part.block_rows, stop))
+                out = torch.empty(len(rows), form.width, dtype=form.dtype)
+                result = step(rows, first - start, out, work)
+                yield first, out, result
+
+
+def _codec(parts: Parts) -> CodeFormat:
+    assert isinstance(parts.weight.codec, CodeFormat)
+    return parts.weight.codec
+
+
+def _count_codes(source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader) -> CodeCount:
+    """Compare the codes of a merge into codes with those that are stored."""
+    own, codec, shape = source.parts, _codec(theirs), source.spec.shape
+    assert own
+    count = CodeCount(shape, shape[-1])
+    for row, made in _merged_codes(source, placements, load, count.stats):
+        found = codec.codes(theirs, row, row + len(made))
+        if not np.array_equal(made, found):
+            numbers = (codec.values(own, row, codes) for codes in (made, found))
+            count.add(row, made != found, np.not_equal(*numbers))
+    return count
+
+
+def _merged_codes(
+    source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, stats: list[RoundingStats]
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the codes of a merge, (rows of the last dimension, width), and their first row."""
+    own, columns = source.parts, source.spec.shape[-1]
+    assert own
+    codec = _codec(own)
+    if not placements:
+        rows, height = source.spec.size // columns, record_rows(columns, coded=True)
+        for row in range(0, rows, height):
+            yield row, codec.codes(own, row, min(row + height, rows))
+        return
+    tensor = recode_tensor(source, placements, load, record=False)
+    for first, out, result in _steps(tensor, source):
+        stats.append(result)
+        yield first * (tensor.columns // columns), out.numpy().reshape(-1, codec.width(own))
+
+
+def _judge_encoded(
+    source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, sure: bool
+) -> CodesVerdict | None:
+    """Return the verdict on plain numbers that became codes, if they are what a merge encodes anew; else None."""
+    codec = _codec(theirs)
+    quantizer = codec.quantizer(theirs)
+    if quantizer is None or quantizer.specs() != {role: tensor.spec for role, tensor in theirs.tensors.items()}:
+        return None
+    make = cast("Callable[[], Quantizer]", partial(codec.quantizer, theirs))
+    for dtype in dict.fromkeys((source.dtype, *TYPES)):
+        stats = _encoded(encode_tensor(source, placements, dtype, make, load), source, theirs)
+        if stats is not None:
+            break
+    else:
+        return None
+    moves = bool(placements)
+    if moves and not sure:
+        moves = _encoded(encode_tensor(source, (), dtype, make, load), source, theirs) is None
+    via = "" if dtype == source.dtype else f", rounded to {str(dtype).removeprefix('torch.')} first"
+    detail = f"quantized anew as {codec.key}{via}"
+    return CodesVerdict("exact", detail, RoundingStats.of(stats).change_squared, moves=moves)
+
+
+def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[RoundingStats] | None:
+    """Return what rounding did to the blocks of a merge that is encoded as it is stored; None if it is not."""
+    codec, found = _codec(theirs), []
+    fold = tensor.columns // source.spec.shape[-1]
+    for first, out, (stats, pieces) in _steps(tensor, source):
+        stored = codec.codes(theirs, first * fold, (first + len(out)) * fold)
+        if not np.array_equal(out.numpy().reshape(stored.shape), stored):
+            return None
+        if not all(_holds(theirs[role], at, data) for role, at, data in pieces):
+            return None
+        found.append(stats)
+    return found
+
+
+def _holds(tensor: StoredTensor, at: int, data: bytes) -> bool:
+    """Return whether a stored tensor has these bytes from the byte `at` on."""
+    size = tensor.spec.nbytes // max(1, tensor.spec.size)
+    if at + len(data) > tensor.spec.nbytes or (at + len(data)) % size:
+        return False
+    return tensor.integers(at // size, len(data) // size).tobytes() == data
+
+
+@dataclass
+class _Measure:
+    """How far numbers of codes are from a merge: sums over a weight."""
+
+    base: float = 0.0  # <W, W>
+    asked: float = 0.0  # <D, D>
+    kept: float = 0.0  # <W' - W, D>
+    moved: float = 0.0  # |W' - W|^2
+    off: float = 0.0  # |W' - X|^2
+    least: float = 0.0  # the same of the nearest codes
+
+
+@np.errstate(all="ignore")
+def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: UpdateLoader) -> CodesVerdict:
+    """Return the verdict on codes that no merge of ours writes, by their numbers. how: they were made, in words."""
+    replay = Replay(plan.sources[name], plan.placements.get(name, ()), load)
+    sums, shape = _Measure(), found.spec.shape
+    count = CodeCount(shape, shape[-1])
+    assert found.parts
+    for block in replay.blocks(found):
+        W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
+        grid = CodedRows(found.parts, block.first, W.shape[1])
+        nearest = grid.values(0, grid.nearest(0, X))
+        D, E, off, least = (np.nan_to_num(x, posinf=0, neginf=0) for x in (X - W, merged - W, merged - X, nearest - X))
+        size = np.nan_to_num(np.abs(X), posinf=0)
+        stray = (np.abs(off) > np.abs(least) + NEAR * size.max(1, keepdims=True)) | (np.isnan(merged) != np.isnan(W))
+        count.add(block.first * grid.fold, stray, stray)
+        pairs = (W, W), (D, D), (E, D), (E, E), (off, off), (least, least)
+        for each, (x, y) in zip(vars(sums), pairs, strict=True):
+            setattr(sums, each, getattr(sums, each) + float(np.vdot(np.nan_to_num(x), np.nan_to_num(y))))
+    verdict = CodesVerdict("requantized", how, sums.asked, moves=sums.moved > 0)
+    if 0 < count.wrong <= max(FEW, found.spec.size // 1000):
+        return _with(verdict, "wrong", f"{how}: {count.describe('were')} altered")
+    if sums.off > EXPLAINED * sums.least and count.wrong:
+        fault = find_fault(plan, name, found) if name in plan.placements else None
+        times = f"its numbers are {math.sqrt(sums.off / sums.least):.1f} times as far" if sums.least else "they are far"
+        return _with(verdict, "wrong", f"{how}: {fault or f'{times} from the merge as rounding to codes puts them'}")
+    if sums.asked:
+        return _with(verdict, "requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the change")
+    apart = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
+    return _with(verdict, "requantized", f"{how}: {describe_share(apart)} off the base's numbers")
