@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 import loratool
+from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
 from loratool.ops.convert.checkpoint import CheckpointConvertReport
 
@@ -308,3 +311,26 @@ class TestConvert:
         loratool.convert(folder, tmp_path / "b", dtype="bf16")
         files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]
+
+
+class TestCount:
+    def test_all_is_as_of_the_plain_twin(self, plain: Path, fp8: Path) -> None:
+        ours, twin = (loratool.count(base, rank=4, target=["all-linear"]) for base in (fp8, plain))
+        assert ours.source == twin.source == "checkpoint"
+        (note,) = ours.notes
+        assert note == "quantized (fp8): 14 weights are counted as numbers of BF16" and not twin.notes
+        assert replace(ours, path=twin.path, notes=()) == twin
+
+    @pytest.mark.parametrize("vector", ["bnb_nf4_nested", "gptq_v1_4bit_act_order", "awq_gemm", "comfy_scaled_fp8"])
+    def test_codes_of_many_shapes(self, vector: str, tmp_path: Path) -> None:
+        report = loratool.count(write_vector(vector, tmp_path / "m"), rank=1, target=["all-linear"])
+        shapes = [tuple(known["shape"]) for known in VECTORS[vector]["weights"].values()]
+        assert report.parameters == sum(math.prod(shape) for shape in shapes) and report.dtype == "BF16"
+        lora = next(method for method in report.methods if method.method == "lora")
+        assert lora.parameters == sum(sum(shape) for shape in shapes if len(shape) == 2)
+        assert lora.nbytes == 2 * lora.parameters
+
+    def test_codes_that_are_not_read(self, tmp_path: Path) -> None:
+        state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
+        with pytest.raises(InputError, match=r"the codes of x.weight \(EETQ int8\) do not tell its shape"):
+            loratool.count(write_model(tmp_path / "m", state))
