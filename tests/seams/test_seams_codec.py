@@ -25,7 +25,7 @@ from loratool.errors import InputError
 from loratool.files import codecs
 from loratool.files.codecs.codec import Found, Parts, StoredWeight
 from loratool.files.codecs.packing import Plain
-from loratool.files.codecs.scaled import Scaled, Scales
+from loratool.files.codecs.scaled import ScaledCodes, Scales
 from loratool.files.dtypes import TensorSpec
 from loratool.numerics.code_levels import Integers
 
@@ -35,7 +35,7 @@ Q, K, V, NORM = (
 ROWS, COLUMNS, RANK, ALPHA, EMPTY = 48, 32, 4, 6, 3
 
 
-class Toy(Scaled):
+class Toy(ScaledCodes):
     key, ends, code_dtypes, code, bits = "toy int8", ("", ".toy_codes"), frozenset(["I8"]), "int8", 8
 
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
