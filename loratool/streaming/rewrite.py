@@ -87,7 +87,8 @@ def rewrite(
     stays.
 
     Args:
-        sources: where each tensor's rows come from, but of those that the steps of others write; rows in no range of a changed tensor are copied or cast
+        sources: where each tensor's rows come from, but for those that the steps of others write; rows in no range of
+            a changed tensor are copied or cast
         finish: called with the open files, by name, when all rows are written
         hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
 
