@@ -199,7 +199,7 @@ class Parts:
     """A coded weight with its stored tensors, to be read."""
 
     weight: StoredWeight
-    tensors: Mapping[str, StoredTensor]  # by role
+    tensors: Mapping[str, StoredTensor] = field(hash=False)  # by role
     codes_spec: TensorSpec  # of the codes, which are not among the tensors on the way back: only `codes` reads them
 
     def __getitem__(self, role: str) -> StoredTensor:

@@ -245,9 +245,9 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     for spec in specs.values():
         dtypes[spec.dtype] += spec.size
     found = [dtype for dtype, _ in dtypes.most_common()]
-    notes: tuple[str, ...] = (
-        (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",) if len(found) > 1 else ()
-    )
+    notes: tuple[str, ...] = ()
+    if len(found) > 1:
+        notes += (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",)
     if checkpoint.weights:
         count = len(checkpoint.weights.keys() & specs.keys())
         notes += (f"quantized ({checkpoint.quantized}): {count} weights are counted as numbers of {plain}",)
