@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
-from ..dtypes import DTYPE_NAMES, TensorSpec
+from ..dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class StoredTensor:
         """
         import torch
 
-        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        itemsize = DTYPES[self.spec.dtype] // 8
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
         out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
         if out.numel():
@@ -96,7 +96,7 @@ class StoredTensor:
         """
         import numpy as np
 
-        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        itemsize = DTYPES[self.spec.dtype] // 8
         out = np.empty((rows, stop - start), f"u{itemsize}")
         if width * itemsize > LONG_ROW and (stop - start) * 4 < width:
             for row in range(rows):

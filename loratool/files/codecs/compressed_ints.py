@@ -60,8 +60,8 @@ class CompressedInts(ScaledCodes):
         zeros = parts.get("zeros")
         if zeros is None or zeros.spec.dtype == "I8":
             return None if zeros is None else self.grid(parts, "zeros", block, start, stop)
-        bits, rows = parts.detail("bits"), parts.shape[1]
-        words, groups = zeros.spec.shape[-2:]
+        bits, rows, groups = parts.detail("bits"), parts.shape[1], parts["scales"].spec.shape[-1]
+        words = -(-rows * bits // 32)
         found: list[Codes] = []
         for which, first, last in matrices(start, stop, rows):
             low, high = span(first, last, bits)
@@ -137,6 +137,11 @@ class PlainInts(CompressedInts):
 
         half = 1 << (parts.detail("bits") - 1)
         return Integers(-half, half - 1, "int8")
+
+    def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
+        from ...numerics.code_levels import INT8
+
+        return INT8.from_ordinals(ordinals)  # also of codes that the config has too few bits for
 
 
 def stored(
