@@ -115,7 +115,7 @@ def test_inspect_lists_the_weight_and_hides_its_companions(tmp_path: Path, ends:
     report: Any = loratool.inspect(base)
     rows = {group.name: group for group in report.groups}
     assert rows.keys() == {Q, K, V, NORM}
-    assert (rows[Q].dtype, rows[Q].shape, rows[Q].role) == ("toy int8", (ROWS, COLUMNS), "linear")
+    assert (rows[Q].codec, rows[Q].shape, rows[Q].role) == ("toy int8", (ROWS, COLUMNS), "linear")
     assert rows[Q].parameters == ROWS * COLUMNS and rows[Q].nbytes == ROWS * COLUMNS + 4 * ROWS
     assert report.nbytes == sum(t.nbytes for t in load_model(base).values()) and report.quantization == "toy int8"
 
