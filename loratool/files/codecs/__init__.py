@@ -63,7 +63,7 @@ def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     weights: dict[str, StoredWeight] = {}
     faults: dict[str, str] = {}
     for name, spec in found.specs.items():
-        for codec in of_dtype.get(spec.dtype, ()):
+        for codec in of_dtype.get(spec.dtype, ()) if spec.size else ():
             end = next((end for end in codec.ends if name.endswith(end)), None)
             if end is None:
                 continue

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
-from ..dtypes import DTYPE_NAMES, TensorSpec
+from ..dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
 
 
 class Fault(ValueError):
-    """What is wrong with the tensors of a coded weight; it counts only if the weight is touched."""
+    """A fault of the tensors of a coded weight; it counts only if the weight is touched."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StoredTensor:
         """
         import torch
 
-        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        itemsize = DTYPES[self.spec.dtype] // 8
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
         out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
         if out.numel():
@@ -96,7 +96,7 @@ class StoredTensor:
         """
         import numpy as np
 
-        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        itemsize = DTYPES[self.spec.dtype] // 8
         out = np.empty((rows, stop - start), f"u{itemsize}")
         if width * itemsize > LONG_ROW and (stop - start) * 4 < width:
             for row in range(rows):
@@ -121,7 +121,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Found:
-    """What a codec looks at to tell the weights of a checkpoint."""
+    """All that a codec looks at to tell the weights of a checkpoint."""
 
     specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has yet
     declared: Mapping[str, Any] = field(default_factory=dict)  # the quantization config
@@ -178,7 +178,7 @@ class Found:
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a small tensor of I32 or I64."""
         spec = self.need_small(name, "I32", "I64")
-        data, width = self.read(name), spec.nbytes // max(1, spec.size)
+        data, width = self.read(name) if spec.size else b"", {"I32": 4, "I64": 8}[spec.dtype]
         return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
 
 

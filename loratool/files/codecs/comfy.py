@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..dtypes import TensorSpec
 from .blocks import block_of, block_scales, refuse_column_scales
 from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -52,7 +52,7 @@ def _listed(text: str) -> Mapping[str, Any]:
     return layers if isinstance(layers, Mapping) else {}
 
 
-class ComfyLayer(Scaled):
+class ComfyLayer(ScaledCodes):
     """A layer whose description names its format."""
 
     format: ClassVar[str]  # ComfyUI's name

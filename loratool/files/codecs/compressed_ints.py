@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .gptq import column_groups
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -28,7 +28,7 @@ OTHERS = (".bitmask", ".compressed", ".scale_packed", ".meta", ".comfy_quant", "
 KEPT = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
 
 
-class CompressedInts(Scaled):
+class CompressedInts(ScaledCodes):
     """A number is its code less a zero point, times a scale, in both layouts."""
 
     def packing(self, parts: Parts) -> Packing:
@@ -60,8 +60,8 @@ class CompressedInts(Scaled):
         zeros = parts.get("zeros")
         if zeros is None or zeros.spec.dtype == "I8":
             return None if zeros is None else self.grid(parts, "zeros", block, start, stop)
-        bits, rows = parts.detail("bits"), parts.shape[1]
-        words, groups = zeros.spec.shape[-2:]
+        bits, rows, groups = parts.detail("bits"), parts.shape[1], parts["scales"].spec.shape[-1]
+        words = -(-rows * bits // 32)
         found: list[Codes] = []
         for which, first, last in matrices(start, stop, rows):
             low, high = span(first, last, bits)
@@ -125,7 +125,7 @@ class PlainInts(CompressedInts):
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
         shape = found.specs[name].shape
         others = found.one_of(*(path + end for end in OTHERS)) or "_quantization_metadata" in found.metadata
-        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2:
+        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2 or 0 in shape:
             return None
         if f"{path}.pre_quant_scale" in found.specs:
             raise Fault(f"{path}.pre_quant_scale is a part of it that is not read")
@@ -137,6 +137,11 @@ class PlainInts(CompressedInts):
 
         half = 1 << (parts.detail("bits") - 1)
         return Integers(-half, half - 1, "int8")
+
+    def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
+        from ...numerics.code_levels import INT8
+
+        return INT8.from_ordinals(ordinals)  # also of codes that the config has too few bits for
 
 
 def stored(
@@ -200,6 +205,6 @@ def scale_block(
         for _, block, _ in weights_of(declared):
             if block and (high, wide) == (-(-rows // block[0]), -(-columns // block[1])):
                 return block
-        if high == rows and columns % wide == 0:
+        if high == rows and wide and columns % wide == 0:
             return 1, columns // wide if wide > 1 else 0
     raise Fault(f"{name} has the shape {grid}, for a weight of {shape}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dtypes import DTYPE_NAMES, TensorSpec
 from .codec import Fault, Found, Parts, Piece, Quantizer, StoredTensor, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ E4M3_SCALES = "e4m3 scales"  # the role of bytes that mean e4m3, where others me
 PER_GLOBAL = 448.0 * 6.0  # nvfp4's global scale is the largest number, that of e4m3 times that of e2m1
 
 
-class MlxAffine(Scaled):
+class MlxAffine(ScaledCodes):
     """`code * scale + bias`, one pair for each group of columns; scales may be negative."""
 
     key = "mlx"
@@ -128,7 +128,7 @@ class MlxQuantizer(Quantizer):
         return codes.reshape(rows.shape), [(role, start * width, _bytes(of, kind)) for role, of in pieces]
 
 
-class MlxFp4(Scaled):
+class MlxFp4(ScaledCodes):
     """`code * scale`; nvfp4 may have a global scale for each matrix: `(code * scale * global) / 2688`."""
 
     key = "mlx-fp4"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..dtypes import TensorSpec
 from .blocks import block_of, block_scales
 from .codec import Fault, Found, Parts, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -25,7 +25,7 @@ OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go wi
 COLUMN_SCALE = "_act_pre_scale"  # which inputs are multiplied by, a part of what the weight means
 
 
-class TorchaoInt8(Scaled):
+class TorchaoInt8(ScaledCodes):
     """Integers, less a zero point, times the scale of their block."""
 
     key = "torchao_int8"
