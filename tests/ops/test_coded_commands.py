@@ -23,7 +23,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool import InputError
+from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.tensor_compare import difference
 from loratool.ops.convert.checkpoint import CheckpointConvertReport
