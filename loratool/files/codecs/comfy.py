@@ -91,7 +91,7 @@ class ComfyLayer(ScaledCodes):
 class ComfyInt8(ComfyLayer):
     """Integers times one scale, or one for each row."""
 
-    key = "comfy_int8"
+    key = "comfy-int8"
     format = "int8_tensorwise"
     code_dtypes = frozenset(("I8",))
     code = "int8"
@@ -151,7 +151,7 @@ class ComfyTiled(ComfyLayer):
 class ComfyMxfp8(ComfyTiled):
     """e4m3 times a power of two."""
 
-    key = "comfy_mxfp8"
+    key = "comfy-mxfp8"
     format = "mxfp8"
     code_dtypes = frozenset(("F8_E4M3",))
     bits = 8
@@ -184,7 +184,7 @@ class ComfyMxfp8(ComfyTiled):
 class ComfyNvfp4(ComfyTiled):
     """e2m1, the first code in the high nibble, times e4m3, times one scale of the whole weight."""
 
-    key = "comfy_nvfp4"
+    key = "comfy-nvfp4"
     format = "nvfp4"
     code_dtypes = frozenset(("U8",))
     bits = 4

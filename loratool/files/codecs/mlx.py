@@ -39,8 +39,6 @@ class MlxAffine(ScaledCodes):
     key = "mlx"
     ends = (".weight",)
     code_dtypes = frozenset(("U32",))
-    bits = 6  # at most
-    widths: ClassVar[tuple[int, ...]] = WIDTHS[:-1]
 
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
         scale, bias = f"{path}.scales", f"{path}.biases"
@@ -52,8 +50,6 @@ class MlxAffine(ScaledCodes):
         groups = _groups(spec, found, scale)
         found.shaped(bias, found.specs[scale].shape, "F32", "F16", "BF16")
         width, group, note = self.layout(path, groups, spec.shape[-1], found)
-        if width not in self.widths:
-            return None
         shape = (*spec.shape[:-1], groups * group)
         roles, detail = ("codes", "scales", "biases"), {"bits": width, "group": group}
         return StoredWeight(self, TensorSpec("F64", shape), (name, scale, bias), roles, detail, note)
@@ -89,14 +85,6 @@ class MlxAffine(ScaledCodes):
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         return MlxQuantizer(parts)
-
-
-class MlxAffine8(MlxAffine):
-    """`MlxAffine` with codes of 8 bits."""
-
-    key = "mlx-8bit"
-    bits = 8
-    widths = WIDTHS[-1:]
 
 
 class MlxQuantizer(Quantizer):

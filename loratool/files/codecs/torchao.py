@@ -28,7 +28,7 @@ COLUMN_SCALE = "_act_pre_scale"  # which inputs are multiplied by, a part of wha
 class TorchaoInt8(ScaledCodes):
     """Integers, less a zero point, times the scale of their block."""
 
-    key = "torchao_int8"
+    key = "torchao-int8"
     kind: ClassVar[str] = "Int8Tensor"  # torchao's class
     ends = ("_qdata",)
     code_dtypes = frozenset(("I8",))
@@ -75,7 +75,7 @@ class TorchaoInt8(ScaledCodes):
 class TorchaoFloat8(TorchaoInt8):
     """Codes of e4m3 or e5m2 times the scale of their block."""
 
-    key = "torchao_float8"
+    key = "torchao-float8"
     kind = "Float8Tensor"
     code_dtypes = frozenset(("F8_E4M3", "F8_E5M2"))
     code = "uint8"
