@@ -444,7 +444,7 @@ def test_the_terminal_says_what_is_not_proven(tmp_path: Path) -> None:
     out, _ = requantize_anew(base, tmp_path / "out", added)
     shown = run_command("verify", base, adapter, out)
     lines = shown.stdout.splitlines()
-    assert shown.exit_code == 1 and lines[0].startswith("not proven: codes of others' choice")
+    assert shown.exit_code == 1 and lines[0].startswith("not proven: codes that another program chose")
     assert lines[1].startswith("0 tensors exact, 0 right with another rounding, 3 requantized; 1 are the base's")
     assert any(line.startswith(f"{Q}.weight: requantized with fresh scales: keeps ") for line in lines)
     told = json.loads(run_command("verify", base, adapter, out, "--json").stdout)
@@ -463,6 +463,7 @@ def test_many_tensors_are_counted_and_not_all_listed(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(30)]
     base = write_int8(tmp_path / "base", {n: weights(ROWS, COLUMNS, seed=i) for i, n in enumerate(names)})
     made = {n: factors(ROWS, COLUMNS, RANK, seed=i) for i, n in enumerate(names)}
+    made = {n: (A * 0.002 * (i + 1), B) for i, (n, (A, B)) in enumerate(made.items())}
     adapter = write_peft(tmp_path / "adapter", made)
     out = tmp_path / "out"
     shutil.copytree(base, out)
@@ -473,7 +474,7 @@ def test_many_tensors_are_counted_and_not_all_listed(tmp_path: Path) -> None:
         sums[name] += B.double() @ A.double()
     write_int8(out, sums, 126.0)
     lines = run_command("verify", base, adapter, out).stdout.splitlines()
-    assert len(lines) <= 25 and lines[-1] == "... and 20 more, in --json"
+    assert len(lines) <= 25 and lines[-1].startswith("... and ") and lines[-1].endswith(" more, in --json")
 
 
 def test_numbers_that_bfloat16_cannot_hold_are_not_the_merges(tmp_path: Path) -> None:
