@@ -198,6 +198,15 @@ def at(row: int, column: int, by: int) -> Any:
     return function
 
 
+def test_codes_that_no_change_moves_under_scales_of_others_are_requantized(tmp_path: Path) -> None:
+    """Scales that are computed again may be a float32 apart."""
+    base, adapter, _ = write_pair(tmp_path, 1e-6)
+    out = shutil.copytree(base, tmp_path / "out")
+    change(out, {f"{n}.weight_scale": lambda x: torch.nextafter(x, torch.ones(1)) for n in (Q, K, OUT)})
+    report: Any = loratool.verify(base, adapter, out)
+    assert report.status == "inconclusive" and {verdict for verdict, _ in details(report).values()} == {"requantized"}
+
+
 EDITS: dict[str, tuple[dict[str, Any], str, str]] = {
     "code": ({f"{Q}.weight": at(2, 5, 3)}, Q, "1 code, in row 2, column 5, is not the nearest to the merge"),
     "codes": (

@@ -121,9 +121,11 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
     altered = [theirs[r].name for r in own.weight.roles[1:] if not _same(own[r], theirs[r])]
     if not placements and not altered and _same(own["codes"], theirs["codes"]):
         return CodesVerdict("")
-    count = _count_codes(source, placements, theirs, load)
+    count = _count_codes(source, placements, theirs, load, not altered)
     if altered and count.wrong:
-        return _measure(plan, name, found, "requantized with fresh scales", load)
+        known = _measure(plan, name, found, "requantized with fresh scales", load)
+        if count.differ or known.verdict != "wrong":
+            return known
     stats = RoundingStats.of(count.stats)
     sums = CodesVerdict("", "", stats.change_squared, stats.kept, bool(stats.changed))
     if altered:
@@ -180,16 +182,18 @@ def _codec(parts: Parts) -> CodeFormat:
     return parts.weight.codec
 
 
-def _count_codes(source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader) -> CodeCount:
-    """Compare the codes of a merge into codes with those that are stored."""
+def _count_codes(
+    source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, alike: bool
+) -> CodeCount:
+    """Compare the codes of a merge into codes with those that are stored. alike: all other tensors are equal."""
     own, codec, shape = source.parts, _codec(theirs), source.spec.shape
     assert own
     count = CodeCount(shape, shape[-1])
     for row, made in _merged_codes(source, placements, load, count.stats):
         found = codec.codes(theirs, row, row + len(made))
-        if not np.array_equal(made, found):
-            numbers = (codec.values(own, row, codes) for codes in (made, found))
-            count.add(row, made != found, np.not_equal(*numbers))
+        if not (alike and np.array_equal(made, found)):
+            one, two = codec.values(own, row, made), codec.values(theirs, row, found)
+            count.add(row, made != found, (one != two) & ~(np.isnan(one) & np.isnan(two)))
     return count
 
 
