@@ -88,7 +88,7 @@ class MlxAffine(Scaled):
         return Scales(scale, group, bias=bias)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        return MlxQuantizer(parts)
+        return MlxQuantizer(parts) if parts["scales"].spec.dtype == parts["biases"].spec.dtype else None
 
 
 class MlxAffine8(MlxAffine):

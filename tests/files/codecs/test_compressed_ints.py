@@ -154,7 +154,8 @@ def test_plain_integers_read_their_formula(tmp_path: Path, scales: str, asymmetr
     tensors, weight = plain(SCALES[scales], zeros if asymmetric else None)
     more = {"ragged": {"block_structure": [3, 4]}, "blocks": {"block_structure": [2, 4]}}.get(scales, {})
     tensors |= {"x.input_scale": torch.ones(1), "x.bias": torch.ones(6)}
-    checkpoint = opened(tmp_path, tensors, config(8, form="int-quantized", **more))
+    group = 2 if scales == "groups" else None
+    checkpoint = opened(tmp_path, tensors, config(8, group, form="int-quantized", **more))
     holds(checkpoint, weight)
     assert set(checkpoint.weights["x.weight"].tensors) == tensors.keys() - {"x.bias"}
 
