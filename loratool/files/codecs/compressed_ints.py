@@ -73,11 +73,12 @@ class CompressedInts(Scaled):
     def quantizer(self, parts: Parts) -> Quantizer | None:
         from .compressed_quantizer import IntQuantizer, OneScaleQuantizer
 
-        if parts.get("groups"):
+        block, matrices = tuple(parts.detail("block")), parts.shape[0]
+        if parts.get("groups") or (matrices > 1 and parts["scales"].spec.size == 1):
             return None
-        if parts.detail("block")[0]:
+        if block[0]:
             return IntQuantizer(self, parts)
-        return OneScaleQuantizer(self, parts) if parts.shape[0] == 1 else None
+        return OneScaleQuantizer(self, parts) if matrices == 1 and block == (0, 0) else None
 
     def check(self, parts: Parts) -> None:
         self.require_finite(parts, "scales", parts["scales"])
