@@ -43,11 +43,12 @@ class CompressedInts(Scaled):
         block = parts.detail("block")
         scale = self.grid(parts, "scales", block, start, stop)
         zero = self.zeros(parts, block, start, stop)
-        if parts.get("groups"):
-            index, group = column_groups(parts, scale.shape[1])
-            if not group:
-                return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
-        return Scales(scale, block[1], zero)
+        if not parts.get("groups"):
+            return Scales(scale, block[1], zero)
+        index, group = column_groups(parts, scale.shape[1])
+        if group:
+            return Scales(scale, group, zero)
+        return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
 
     def zeros(self, parts: Parts, block: tuple[int, int], start: int, stop: int) -> Wide | None:
         """Return the zero points of rows start:stop, (rows, groups) or (1, groups), None if all are 0.

@@ -110,6 +110,10 @@ def test_columns_in_groups_of_any_order(tmp_path: Path) -> None:
     tensors, weight = pack(4, (8, 64), sorted(index), True)
     tensors["x.weight_g_idx"] = torch.tensor(sorted(index), dtype=torch.int32)
     holds(opened(tmp_path / "rising", tensors, config(4, 16)), weight)
+    uneven = [at // 20 for at in range(64)]  # the last of four groups is shorter than the config's sixteen
+    tensors, weight = pack(4, (8, 64), uneven, True)
+    tensors["x.weight_g_idx"] = torch.tensor(uneven, dtype=torch.int32)
+    holds(opened(tmp_path / "uneven", tensors, config(4, 16)), weight)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
