@@ -53,7 +53,8 @@ def verify(context: click.Context, /, quiet: bool, json: bool, **options: Any) -
     """Prove that MERGED is BASE with the adapters added, or say what is wrong with it.
 
     Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
-    applied, applied twice, at another scale, transposed, swapped, altered since. Exit 0 is proven, 1 is wrong or
+    applied, applied twice, at another scale, transposed, swapped, altered since. Codes are exact if they are those
+    that merge writes; of others', `verify` tells how much of the change they keep. Exit 0 is proven, 1 is wrong or
     cannot be told. What --target, --exclude and --layers leave out must be the base's.
 
     \b

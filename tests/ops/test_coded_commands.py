@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ import pytest
 import torch
 from conftest import FIXTURES, bits, factors, load_model, weights, write_model, write_peft
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
 from loratool.ops.convert.checkpoint import CheckpointConvertReport
 
@@ -308,3 +311,94 @@ class TestConvert:
         loratool.convert(folder, tmp_path / "b", dtype="bf16")
         files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]
+
+
+class TestCount:
+    def test_all_is_as_of_the_plain_twin(self, plain: Path, fp8: Path) -> None:
+        ours, twin = (loratool.count(base, rank=4, target=["all-linear"]) for base in (fp8, plain))
+        assert ours.source == twin.source == "checkpoint"
+        (note,) = ours.notes
+        assert note == "quantized (fp8): 14 weights are counted as numbers of BF16" and not twin.notes
+        assert replace(ours, path=twin.path, notes=()) == twin
+
+    @pytest.mark.parametrize("vector", ["bnb_nf4_nested", "gptq_v1_4bit_act_order", "awq_gemm", "comfy_scaled_fp8"])
+    def test_codes_of_many_shapes(self, vector: str, tmp_path: Path) -> None:
+        report = loratool.count(write_vector(vector, tmp_path / "m"), rank=1, target=["all-linear"])
+        shapes = [tuple(known["shape"]) for known in VECTORS[vector]["weights"].values()]
+        assert report.parameters == sum(math.prod(shape) for shape in shapes) and report.dtype == "BF16"
+        lora = next(method for method in report.methods if method.method == "lora")
+        assert lora.parameters == sum(sum(shape) for shape in shapes if len(shape) == 2)
+        assert lora.nbytes == 2 * lora.parameters
+
+    def test_codes_that_are_not_read(self, tmp_path: Path) -> None:
+        state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
+        with pytest.raises(InputError, match=r"the codes of x.weight \(EETQ int8\) do not tell its shape"):
+            loratool.count(write_model(tmp_path / "m", state))
+
+
+class TestInit:
+    """QLoRA: factors on coded weights, whose shapes and numbers are those of the twin."""
+
+    @pytest.mark.parametrize("method", ["lora", "orthogonal", "mica"])
+    def test_the_adapter_is_the_twins(self, method: str, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        ours = loratool.init(fp8, tmp_path / "a", method=method, rank=4)
+        twin = loratool.init(plain, tmp_path / "b", method=method, rank=4)
+        assert {each.name.removesuffix(".weight") for each in ours.modules} == MODULES.keys()
+        assert ours.modules == twin.modules and ours.nbytes == twin.nbytes and not ours.warnings
+        files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]
+        assert files[0] == files[1]
+
+    @pytest.mark.parametrize(
+        "vector", ["bnb_nf4_nested", "gptq_v1_4bit", "awq_gemm", "ct_pack4_group", "mlx_affine4_64"]
+    )
+    def test_all_linear_are_the_coded_layers(self, vector: str, tmp_path: Path) -> None:
+        report = loratool.init(write_vector(vector, tmp_path / "m"), tmp_path / "out", rank=2)
+        shapes = {name: tuple(known["shape"]) for name, known in VECTORS[vector]["weights"].items()}
+        assert {module.name: module.shape for module in report.modules} == shapes
+        assert loratool.inspect(tmp_path / "out", base=tmp_path / "m").coverage.unbound == {}
+
+    def test_magnitudes_are_the_norms_of_the_numbers(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        for name, base in (("a", fp8), ("b", plain)):
+            loratool.init(base, tmp_path / name, dora=True, rank=2)
+        found = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        twin = load_file(tmp_path / "b" / "adapter_model.safetensors")
+        assert found.keys() == twin.keys() and all(torch.equal(found[name], twin[name]) for name in twin)
+
+    @pytest.mark.parametrize("method", ["pissa", "olora", "milora"])
+    def test_a_residual_is_plain_where_it_has_factors(
+        self, method: str, plain: Path, fp8: Path, tmp_path: Path
+    ) -> None:
+        """What is taken out of a coded weight leaves numbers, as a merge does; all else keeps its codes."""
+        target = [f"layers.0.{module}" for module in LINEAR if module.startswith("mlp")]
+        options: dict[str, Any] = {"method": method, "rank": 4, "target": target}
+        ours = loratool.init(fp8, tmp_path / "a", residual=tmp_path / "ra", **options)
+        twin = loratool.init(plain, tmp_path / "b", residual=tmp_path / "rb", **options)
+        assert ours.residual and twin.residual and ours.modules == twin.modules
+        assert (ours.residual.error, ours.residual.dtypes) == (twin.residual.error, ("BF16",))
+        residual, theirs, before = load_model(tmp_path / "ra"), load_model(tmp_path / "rb"), load_model(fp8)
+        taken = {f"model.layers.0.{module}.weight" for module in LINEAR if module.startswith("mlp")}
+        gone = {f"{name}_scale_inv" for name in taken}
+        assert residual.keys() == before.keys() - gone
+        for name, W in residual.items():
+            assert torch.equal(bits(W.view(-1)), bits((theirs if name in taken else before)[name].view(-1)))
+        assert any("3 weights with factors are codes" in line for line in ours.warnings)
+        planned = loratool.init(fp8, tmp_path / "c", residual=tmp_path / "rc", dry_run=True, **options)
+        assert planned.residual and planned.residual.nbytes == sum(W.nbytes for W in residual.values())
+        config = json.loads((tmp_path / "ra" / "config.json").read_text())["quantization_config"]
+        assert "model.layers.0.mlp.up_proj" in config["modules_to_not_convert"]
+        undo = loratool.unmerge(tmp_path / "ra", (tmp_path / "ra" / "initial_adapter", -1), tmp_path / "back")
+        assert undo.exact_files
+        assert (tmp_path / "back" / "model.safetensors").read_bytes() == (fp8 / "model.safetensors").read_bytes()
+
+    def test_another_type_of_residual(self, fp8: Path, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"method": "pissa", "residual": tmp_path / "r", "dtype": "fp32"}
+        with pytest.raises(NeedsFlag, match="a change of type cannot be undone"):
+            loratool.init(fp8, tmp_path / "a", **options)
+        report = loratool.init(fp8, tmp_path / "a", undo=False, **options)
+        assert report.residual and report.residual.dtypes == ("F32",) and report.residual.error < 1e-6
+        assert all(W.dtype == torch.float32 for W in load_model(tmp_path / "r").values())
+
+    def test_codes_that_are_not_read(self, tmp_path: Path) -> None:
+        state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
+        with pytest.raises(InputError, match=r"is quantized \(EETQ int8\)"):
+            loratool.init(write_model(tmp_path / "m", state), tmp_path / "out")

@@ -429,6 +429,16 @@ def test_codes_without_their_scales_are_refused_by_name(tmp_path: Path) -> None:
         loratool.verify(base, adapter, out)
 
 
+def test_what_only_quantized_models_have_beside_weights_is_not_compared(tmp_path: Path) -> None:
+    base, adapter, parts = write_plain(tmp_path)
+    out = write_int8(tmp_path / "out", {n: W + D for n, (W, D) in parts.items()}, 120.0)
+    cache = f"{K}.k_scale"
+    stored = load_model(out) | {cache: torch.ones(1)}
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    report: Any = loratool.verify(base, adapter, out)
+    assert report.not_compared == (cache,) and report.status == "inconclusive"
+
+
 def test_the_terminal_says_what_is_not_proven(tmp_path: Path) -> None:
     base, adapter, added = write_pair(tmp_path)
     out, _ = requantize_anew(base, tmp_path / "out", added)

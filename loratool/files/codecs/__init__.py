@@ -14,7 +14,7 @@ from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
 from .gptq import Gptq
-from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
+from .mlx import MlxAffine, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
@@ -34,7 +34,6 @@ CODECS: dict[str, Codec] = {
         Bitsandbytes4(),
         BitsandbytesInt8(),
         MlxAffine(),
-        MlxAffine8(),
         MlxFp4(),
         MlxFp8(),
         ComfyInt8(),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from .codec import Wide
@@ -25,7 +25,7 @@ STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the
 POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
 
 
-def block_scales(codec: Scaled, parts: Parts, start: int, stop: int) -> Scales:
+def block_scales(codec: ScaledCodes, parts: Parts, start: int, stop: int) -> Scales:
     """Return the scales and zero points of rows whose blocks the detail names."""
     high, wide = parts.detail("block")
     found: dict[str, Wide] = {}

@@ -34,7 +34,7 @@ SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
 
 
 class Fault(ValueError):
-    """What is wrong with the tensors of a coded weight; it counts only if the weight is touched."""
+    """A fault of the tensors of a coded weight; it counts only if the weight is touched."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Found:
-    """What a codec looks at to tell the weights of a checkpoint."""
+    """All that a codec looks at to tell the weights of a checkpoint."""
 
     specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has yet
     declared: Mapping[str, Any] = field(default_factory=dict)  # the quantization config
@@ -199,7 +199,7 @@ class Parts:
     """A coded weight with its stored tensors, to be read."""
 
     weight: StoredWeight
-    tensors: Mapping[str, StoredTensor]  # by role
+    tensors: Mapping[str, StoredTensor] = field(hash=False)  # by role
     codes_spec: TensorSpec  # of the codes, which are not among the tensors on the way back: only `codes` reads them
 
     def __getitem__(self, role: str) -> StoredTensor:

@@ -13,7 +13,7 @@ from ..dtypes import TensorSpec
 from .blocks import block_of, contradiction, stated_blocks
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .gptq import column_groups
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -29,7 +29,7 @@ OTHERS = (".bitmask", ".compressed", ".scale_packed", ".meta", ".comfy_quant", "
 KEPT = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
 
 
-class CompressedInts(Scaled):
+class CompressedInts(ScaledCodes):
     """A number is its code less a zero point, times a scale, in both layouts."""
 
     def packing(self, parts: Parts) -> Packing:

@@ -36,7 +36,7 @@ class Scales:
     divisor: float | None = None
 
 
-class Scaled(CodeFormat):
+class ScaledCodes(CodeFormat):
     """A format whose numbers are levels times scales."""
 
     @abstractmethod

@@ -25,6 +25,7 @@ from ...binding.tied_weights import TIED, find_tie, stored_copies
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
+from ...files.quantized import CACHE_SCALES, SCALED_FILE
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import require_unchanged
@@ -69,7 +70,8 @@ class VerifyReport:
         tensors: those that the adapters change, and all that are wrong.
         untouched: how many tensors are the base's, and should be.
         rounding: the ways of rounding that were found.
-        not_compared: buffers and pretraining heads that one of the models may be without, and is.
+        not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
+            quantized model has beside its weights.
         left_out: what --drop left out of the adapters.
     """
 
@@ -182,7 +184,7 @@ def _report(
     missing = tuple(n for n in plan.sources if n not in found.specs and not _is_tied_on_load(plan, found, n))
     extra = tuple(name for name in found.specs if name not in plan.sources and not _is_copy(plan, found, name))
     idle = {n for n in missing if n not in plan.changed and _may_be_missing(found, n, plan.sources[n].spec)}
-    idle |= {n for n in extra if _may_be_missing(plan.base, n, found.specs[n])}
+    idle |= {n for n in extra if _may_be_missing(plan.base, n, found.specs[n]) or _goes_with_codes(plan, found, n)}
     not_compared = tuple(name for name in (*missing, *extra) if name in idle)
     missing, extra = (tuple(name for name in names if name not in idle) for names in (missing, extra))
     tensors = tuple(verdict for verdict in verdicts.values() if verdict)
@@ -227,6 +229,11 @@ def _notes(verifier: _TensorVerifier) -> tuple[str, ...]:
 
 def _may_be_missing(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
     return is_optional(name, spec.shape, declared_class(model.config))
+
+
+def _goes_with_codes(plan: MergePlan, found: Checkpoint, name: str) -> bool:
+    """Return whether a tensor is no weight, but what a quantized model has beside them: its marker, a cache's scale."""
+    return bool(found.weights) and not plan.base.weights and name.endswith((SCALED_FILE, *CACHE_SCALES))
 
 
 def _is_tied_on_load(plan: MergePlan, found: Checkpoint, name: str) -> bool:
@@ -295,8 +302,9 @@ class _TensorVerifier:
 
     def _judge_codes(self, name: str, found: TensorRef) -> TensorVerdict | None:
         judged = judge_codes(self._plan, name, found, self._load, self.changes_weights)
-        self.has_delta |= judged.asked > 0
-        self.changes_weights |= judged.moves and judged.asked > 0
+        asked = judged.asked > 0 and any(placement.weight for placement in self._plan.placements.get(name, ()))
+        self.has_delta |= asked
+        self.changes_weights |= judged.moves and asked
         if judged.kept is not None:
             self.recoded.append((judged.asked, judged.kept))
         return TensorVerdict(name, judged.verdict, judged.detail) if judged.verdict else None
