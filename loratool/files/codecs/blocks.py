@@ -56,10 +56,8 @@ def block_of(
     """
     *stack, rows, columns = shape
     grid = scale.shape
-    if scale.size == 1 and stack:
-        return 0, 0
     if scale.size == 1:
-        grid = (1, 1)
+        stack, grid = [], (1,) * 2
     elif len(grid) == len(shape) + 2 and grid[1::2] == (1, 1):  # modelopt: (rows / block, 1, columns / block, 1)
         grid = grid[::2]
     elif grid in (tuple(stack), (*stack, 1)) or (not stack and len(grid) == 1):
