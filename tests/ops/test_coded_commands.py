@@ -25,6 +25,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.tensor_compare import difference
 from loratool.ops.convert.checkpoint import CheckpointConvertReport
 
 CODED = FIXTURES / "coded"
@@ -402,3 +403,56 @@ class TestInit:
         state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
         with pytest.raises(InputError, match=r"is quantized \(EETQ int8\)"):
             loratool.init(write_model(tmp_path / "m", state), tmp_path / "out")
+
+
+class TestExtract:
+    """The change is that of the numbers, whichever side has codes."""
+
+    TARGET = "model.layers.1.self_attn.q_proj"
+
+    def tuned(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        A, B = factors(*MODULES[self.TARGET], 2, dtype=torch.float64)
+        name = f"{self.TARGET}.weight"
+        return {**state, name: (state[name].double() + B @ A / 500).bfloat16()}
+
+    def test_from_a_coded_base(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        tuned = write_model(tmp_path / "tuned", self.tuned(plain_model()), CONFIG)
+        ours = loratool.extract(fp8, tuned, tmp_path / "a", rank=4)
+        twin = loratool.extract(plain, tuned, tmp_path / "b", rank=4)
+        assert [each.name for each in ours.modules] == [f"{self.TARGET}.weight"] and ours.unchanged == twin.unchanged
+        assert ours.modules == twin.modules and ours.kept == twin.kept and not ours.left_out
+        files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]
+        assert files[0] == files[1]
+
+    def test_to_a_coded_model_and_between_two(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        coded, scale = as_fp8(plain_model()), f"{self.TARGET}.weight_scale_inv"
+        tuned = write_model(tmp_path / "tuned", {**coded, scale: coded[scale] * 1.125}, FP8_CONFIG)
+        for n, base in (("a", plain), ("b", fp8)):
+            report = loratool.extract(base, tuned, tmp_path / n, rank=16)
+            (module,) = report.modules
+            assert module.name == f"{self.TARGET}.weight" and report.relative == pytest.approx(0.125)
+            found = load_file(tmp_path / n / "adapter_model.safetensors")
+            A, B = (found[f"base_model.model.{self.TARGET}.lora_{side}.weight"].double() for side in "AB")
+            W = plain_model()[f"{self.TARGET}.weight"].double()
+            assert torch.allclose(B @ A, W / 8, rtol=0, atol=1e-6 * float(W.norm()))
+
+    @pytest.mark.parametrize("way", ["mixed", "dequantize"])
+    def test_rounding_what_did_not_change_is_no_change(self, way: str, tmp_path: Path) -> None:
+        """bfloat16 holds no e4m3 number times 0.0123, so that a merge that dequantizes all rounds all."""
+        state = {n: t if t.dim() else torch.tensor(0.0123) for n, t in as_fp8(plain_model()).items()}
+        base = write_model(tmp_path / "base", state, FP8_CONFIG)
+        A, B = factors(*MODULES[self.TARGET], 2)
+        adapter = write_peft(tmp_path / "x", {self.TARGET: (A / 500, B)})
+        loratool.merge(base, adapter, tmp_path / "merged", quantized=way)
+        for n, sides in (("a", ("base", "merged")), ("b", ("merged", "base"))):
+            report = loratool.extract(*(tmp_path / side for side in sides), tmp_path / n, rank=2)
+            assert [each.name for each in report.modules] == [f"{self.TARGET}.weight"] and not report.left_out
+
+    def test_the_noise_of_codes(self, tmp_path: Path) -> None:
+        """Of whole numbers times a scale it is that of rounding to multiples of the scale."""
+        scales = torch.tensor([[0.5]] * 16 + [[0.25]] * 16)
+        q = torch.randint(-100, 100, (32, 64), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+        write_model(tmp_path / "coded", {"x.weight": q, "x.weight_scale": scales})
+        write_model(tmp_path / "plain", {"x.weight": torch.zeros(32, 64)})
+        one, two = (open_checkpoint(tmp_path / n).ref("x.weight") for n in ("plain", "coded"))
+        assert two.weight and difference(one, two, torch.device("cpu")).noise == (0.5**2 + 0.25**2) / 2 / 12

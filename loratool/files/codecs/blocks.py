@@ -56,7 +56,10 @@ def block_of(
     """
     *stack, rows, columns = shape
     grid = scale.shape
+    squares = [(-(-rows // high), -(-columns // wide)) for high, wide in stated if min(high, wide) > 1]
     if scale.size == 1:
+        if len(grid) == 2 and squares and (1, 1) not in squares:  # a grid that was cut off would pass for one scale
+            raise Fault(f"{name} has the shape {grid}, but the config's blocks make a grid of {squares[0]}")
         stack, grid = [], (1,) * 2
     elif len(grid) == len(shape) + 2 and grid[1::2] == (1, 1):  # modelopt: (rows / block, 1, columns / block, 1)
         grid = grid[::2]
