@@ -127,7 +127,7 @@ def print_verify(report: VerifyReport) -> None:
     """Print the verdict first, which no count contradicts: that nothing is wrong is said only if all is proven."""
     coded = [tensor for tensor in report.tensors if tensor.verdict == "requantized"]
     if report.status == "inconclusive" and coded:
-        print_lines(f"not proven: codes of others' choice keep only a part of the change: {report.merged}")
+        print_lines(f"not proven: codes that another program chose show the merge only about: {report.merged}")
     elif report.status == "inconclusive":
         print_lines(
             "not proven: the change is below half a step of every weight (--allow inconclusive takes it for proven)"
@@ -144,10 +144,15 @@ def print_verify(report: VerifyReport) -> None:
     for tensor in report.tensors:
         if tensor.verdict == "wrong":
             print_lines(f"wrong: {tensor.name}: {tensor.detail}")
-    for tensor in coded[:SHOWN]:
-        print_lines(f"{tensor.name}: {tensor.detail}")
-    if coded[SHOWN:]:
-        print_lines(f"... and {len(coded) - SHOWN} more, in --json")
+    alike: dict[str, list[str]] = {}
+    for tensor in coded:
+        alike.setdefault(tensor.detail, []).append(tensor.name)
+    details = sorted(alike, key=lambda detail: len(alike[detail]))
+    lines = [f"{name}: {detail}" for detail in details for name in grouped(alike[detail])]
+    for line in lines[:SHOWN]:
+        print_lines(line)
+    if lines[SHOWN:]:
+        print_lines(f"... and {len(lines) - SHOWN} more, in --json")
     for name in report.missing:
         print_lines(f"missing: {name}")
     for name in report.extra:

@@ -30,10 +30,7 @@ def block_scales(codec: ScaledCodes, parts: Parts, start: int, stop: int) -> Sca
     high, wide = parts.detail("block")
     found: dict[str, Wide] = {}
     for role in ("scales", "zeros"):
-        tensor = parts.get(role)
-        if tensor and tensor.spec.size == 1:
-            found[role] = codec.decoded(role, tensor, 0, 1).reshape(1, 1)
-        elif tensor:
+        if parts.get(role):
             found[role] = codec.grid(parts, role, (high, wide), start, stop)
     return Scales(found["scales"], 0 if wide == 1 else wide, found.get("zeros"))
 
@@ -59,8 +56,13 @@ def block_of(
     """
     *stack, rows, columns = shape
     grid = scale.shape
+    squares = [(-(-rows // high), -(-columns // wide)) for high, wide in stated if min(high, wide) > 1]
+    if scale.size == 1 and len(grid) == 2 and squares and (1, 1) not in squares:  # one that was cut off
+        raise Fault(f"{name} has the shape {grid}, but the config's blocks make a grid of {squares[0]}")
+    if scale.size == 1 and stack:
+        return 0, 0
     if scale.size == 1:
-        stack, grid = [], (1,) * 2
+        grid = (1, 1)
     elif len(grid) == len(shape) + 2 and grid[1::2] == (1, 1):  # modelopt: (rows / block, 1, columns / block, 1)
         grid = grid[::2]
     elif grid in (tuple(stack), (*stack, 1)) or (not stack and len(grid) == 1):

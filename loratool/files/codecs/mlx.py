@@ -84,7 +84,7 @@ class MlxAffine(ScaledCodes):
         return Scales(scale, group, bias=bias)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        return MlxQuantizer(parts)
+        return MlxQuantizer(parts) if parts["scales"].spec.dtype == parts["biases"].spec.dtype else None
 
 
 class MlxQuantizer(Quantizer):

@@ -41,7 +41,11 @@ FEW = 64  # so many wrong codes, or one in a thousand, were altered; more have a
 
 EXPLAINED = 4.0  # |W' - X|^2 in units of what the nearest codes are off: calibrated codes are not the nearest
 
-NEAR = 2.0**-7  # of a row's largest number, by which others' arithmetic may move it before they round it to a code
+# Others' arithmetic may move a number by so much of its row's largest before they round it to a code, and scales that
+# they round after that may move the nearest code by a step: by two ordinals across zero, which has two
+NEAR = 2.0**-7
+
+STEPS = 2
 
 # The types that a merge rounds to before it encodes
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,9 +121,11 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
     altered = [theirs[r].name for r in own.weight.roles[1:] if not _same(own[r], theirs[r])]
     if not placements and not altered and _same(own["codes"], theirs["codes"]):
         return CodesVerdict("")
-    count = _count_codes(source, placements, theirs, load)
+    count = _count_codes(source, placements, theirs, load, not altered)
     if altered and count.wrong:
-        return _measure(plan, name, found, "requantized with fresh scales", load)
+        known = _measure(plan, name, found, "requantized with fresh scales", load)
+        if count.differ or known.verdict != "wrong":
+            return known
     stats = RoundingStats.of(count.stats)
     sums = CodesVerdict("", "", stats.change_squared, stats.kept, bool(stats.changed))
     if altered:
@@ -176,16 +182,18 @@ def _codec(parts: Parts) -> CodeFormat:
     return parts.weight.codec
 
 
-def _count_codes(source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader) -> CodeCount:
-    """Compare the codes of a merge into codes with those that are stored."""
+def _count_codes(
+    source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, alike: bool
+) -> CodeCount:
+    """Compare the codes of a merge into codes with those that are stored. alike: all other tensors are equal."""
     own, codec, shape = source.parts, _codec(theirs), source.spec.shape
     assert own
     count = CodeCount(shape, shape[-1])
     for row, made in _merged_codes(source, placements, load, count.stats):
         found = codec.codes(theirs, row, row + len(made))
-        if not np.array_equal(made, found):
-            numbers = (codec.values(own, row, codes) for codes in (made, found))
-            count.add(row, made != found, np.not_equal(*numbers))
+        if not (alike and np.array_equal(made, found)):
+            one, two = codec.values(own, row, made), codec.values(theirs, row, found)
+            count.add(row, made != found, (one != two) & ~(np.isnan(one) & np.isnan(two)))
     return count
 
 
@@ -274,21 +282,25 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
     for block in replay.blocks(found):
         W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
         grid = CodedRows(found.parts, block.first, W.shape[1])
-        nearest = grid.values(0, grid.nearest(0, X))
+        codes = grid.nearest(0, X)
+        nearest = grid.values(0, codes)
+        steps = grid.ordinals(grid.without_padding(grid.read(len(X)))).astype(np.int32) - grid.ordinals(codes)
         D, E, off, least = (np.nan_to_num(x, posinf=0, neginf=0) for x in (X - W, merged - W, merged - X, nearest - X))
         size = np.nan_to_num(np.abs(X), posinf=0)
-        stray = (np.abs(off) > np.abs(least) + NEAR * size.max(1, keepdims=True)) | (np.isnan(merged) != np.isnan(W))
+        stray = (np.abs(off) > np.abs(least) + NEAR * size.max(1, keepdims=True)) & (np.abs(steps) > STEPS)
+        stray |= np.isnan(merged) != np.isnan(W)
         count.add(block.first * grid.fold, stray, stray)
         pairs = (W, W), (D, D), (E, D), (E, E), (off, off), (least, least)
         for each, (x, y) in zip(vars(sums), pairs, strict=True):
             setattr(sums, each, getattr(sums, each) + float(np.vdot(np.nan_to_num(x), np.nan_to_num(y))))
     verdict = CodesVerdict("requantized", how, sums.asked, moves=sums.moved > 0)
-    if 0 < count.wrong <= max(FEW, found.spec.size // 1000):
-        return _with(verdict, "wrong", f"{how}: {count.describe('were')} altered")
-    if sums.off > EXPLAINED * sums.least and count.wrong:
+    few = count.wrong <= max(FEW, found.spec.size // 1000)
+    if count.wrong and (few or sums.off > EXPLAINED * sums.least):
         fault = find_fault(plan, name, found) if name in plan.placements else None
-        times = f"its numbers are {math.sqrt(sums.off / sums.least):.1f} times as far" if sums.least else "they are far"
-        return _with(verdict, "wrong", f"{how}: {fault or f'{times} from the merge as rounding to codes puts them'}")
+        times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
+        altered = f"{count.describe('were')} altered"
+        far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"
+        return _with(verdict, "wrong", f"{how}: {fault or (altered if few else far)}")
     if sums.asked:
         return _with(verdict, "requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the change")
     apart = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
