@@ -301,6 +301,11 @@ def test_what_is_wrong_in_codes_with_scales_of_others_is_found(tmp_path: Path) -
     assert details(report)[Q][0] == "wrong" and "applied twice" in details(report)[Q][1]
     out, _ = requantize_anew(base, tmp_path / "none", {})
     assert "is not applied" in details(loratool.verify(base, adapter, out))[OUT][1]
+    small = tmp_path / "small"
+    small.mkdir()
+    same, tiny, _ = write_pair(small, 0.02)  # less than half a step
+    out, _ = requantize_anew(same, small / "none", {})
+    assert "is not applied" in details(loratool.verify(same, tiny, out))[OUT][1]
     out = write_int8(tmp_path / "other", {n: weights(ROWS, COLUMNS, seed=50 + i) for i, n in enumerate((Q, K, OUT))})
     report = loratool.verify(base, adapter, out)
     assert {details(report)[n][0] for n in (Q, K, OUT)} == {"wrong"}
