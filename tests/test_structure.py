@@ -47,7 +47,7 @@ LIGHT = (
     "errors architectures files binding adapters.adapter adapters.updates adapters.patterns adapters.expressions "
     "adapters.formats ops.choices ops.rank_rules ops.inputs ops.guide ops.count ops.inspect.command cli"
 ).split()
-HEAVY = ("binding.candidates", "files.tensor_compare")
+HEAVY = ("binding.candidates", "files.tensor_compare", "files.codecs.packing", "files.codecs.compressed_quantizer")
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors"}
 # Packages that hold more than a docstring: tables and faces.
 FULL_PACKAGES = (

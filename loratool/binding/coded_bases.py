@@ -99,6 +99,11 @@ def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
     touched = [name for name in plan.placements.keys() | plan.changed if name in base.weights]
     if way == "requantize" or not touched:
         return {}
+    return with_siblings(base, touched)
+
+
+def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
+    """Return touched coded weights, and those that runtimes keep in one matrix with them -> the module that asks."""
     groups = close_under_fusion([module_path(name) for name in touched], [module_path(name) for name in base.weights])
     siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
     return {**dict.fromkeys(touched, ""), **siblings}

@@ -74,8 +74,8 @@ class MergePlan:
         """
         coded = {codes: self.sources[name] for codes, name in self.written.items() if name in self.coded}
         read = self.sources.keys() - (self.base.weights.keys() - (self.changed - self.recoded))
-        found = {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in names}
-        return found | coded
+        plain = (name for name in names if name not in coded)
+        return coded | {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in plain}
 
 
 def plan_merge(

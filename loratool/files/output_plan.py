@@ -34,7 +34,7 @@ class _OutputRequest:
     provenance: str  # the value of the metadata key `loratool`
     changed: Collection[str]  # tensors whose values change
     max_shard_bytes: int | None  # None keeps the base's shards
-    absent: Collection[str]  # of `edits.shared`, those that this container does not store by themselves
+    absent: Collection[str]  # shared tensors that this container does not store by themselves
     edits: OutputEdits
 
     @property

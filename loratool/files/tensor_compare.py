@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .codecs.codec import CodeFormat, Parts
 from .dtypes import FLOATS, TORCH_FLOATS
 from .fileio import read_into
 from .tensor_ref import BLOCK, TensorRef, norm
@@ -24,7 +25,21 @@ def same_values(one: TensorRef, two: TensorRef) -> bool:
     if not one.spec.shape or not one.spec.size or one.spec.dtype not in FLOATS:
         return one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
     pairs = zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True)
-    return all(torch.equal(a.to(b.dtype), b) for a, b in pairs)
+    return all(torch.equal(_round(a, b.dtype), b) for a, b in pairs)
+
+
+def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return RN(x), also of the float64 numbers of codes, which torch would round twice."""
+    import torch
+
+    if x.dtype != torch.float64:
+        return x.to(dtype)
+    from ..numerics.rounding_stats import cast_rounded
+    from ..numerics.workspace import Workspace
+
+    out = torch.empty(x.shape, dtype=dtype)
+    cast_rounded(x, out, Workspace(x.device))
+    return out
 
 
 def same_bytes(one: TensorRef, two: TensorRef) -> bool:
@@ -47,6 +62,8 @@ READ = 1 << 22  # numbers read at a time
 
 SPARSE = 16  # the rounding noise is estimated from one row in so many
 
+SPANS = 8  # of codes in so many runs of rows, as single ones can be slow to read
+
 # dtype -> (mantissa bits, least exponent of a normal number)
 _MANTISSA = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022)}
 
@@ -57,7 +74,7 @@ class Difference:
 
     D: torch.Tensor  # tuned - base in float32, with the base's shape
     base_squared: float  # ||base||^2
-    noise: float  # variance of rounding to the tuned model's dtype: the mean of ulp^2 / 12, over some rows
+    noise: float  # variance of rounding to the tuned model's dtype or codes: the mean of ulp^2 / 12, over some rows
 
 
 def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Difference:
@@ -79,7 +96,7 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         one, two = (side.rows(start, stop).to(device) for side in (base, tuned))
-        ulp = _ulp(two[::SPARSE], tuned.spec.dtype)
+        ulp = _code_steps(tuned.parts, start, stop) if tuned.parts else _ulp(two[::SPARSE], tuned.spec.dtype)
         wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
         one, two = one.to(wide), two.to(wide)
         out[start:stop] = two.sub_(one)
@@ -107,6 +124,33 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
     wide = x.float()
     exponent = torch.frexp(wide)[1].masked_fill_(wide == 0, least + 1).clamp_(min=least + 1)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1 - mantissa)
+
+
+def _code_steps(parts: Parts, start: int, stop: int) -> torch.Tensor:
+    """Return how far numbers are from those of a neighboring code, of one in SPARSE of the rows start:stop."""
+    import torch
+
+    inside = math.prod(parts.weight.spec.shape[1:-1])  # rows of codes in one of the first dimension
+    first, count = start * inside, (stop - start) * inside
+    sample = max(1, count // SPARSE)
+    spans = min(SPANS, sample)
+    starts = [first + i * count // spans for i in range(spans)]
+    return torch.cat([_steps_of_rows(parts, at, at + sample // spans) for at in starts])
+
+
+def _steps_of_rows(parts: Parts, start: int, stop: int) -> torch.Tensor:
+    """Return the same of all numbers of some rows of codes; it is the neighbor towards the middle of their codes."""
+    import numpy as np
+    import torch
+
+    codec = parts.weight.codec
+    assert isinstance(codec, CodeFormat)
+    codes = codec.codes(parts, start, stop)
+    ordinals = codec.ordinals(parts, codes)
+    low, high = int(ordinals.min()), int(ordinals.max())
+    towards = np.where(ordinals * 2 < low + high, 1, -1).astype(ordinals.dtype) * (low < high)
+    near = codec.from_ordinals(parts, ordinals + towards)
+    return torch.from_numpy(np.abs(codec.values(parts, start, codes) - codec.values(parts, start, near)))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,6 @@ def rewrite(
     progress: Progress | None = None,
     finish: Callable[[Mapping[str, BinaryIO]], None] | None = None,
     hashed: Collection[str] = (),
-    beside: Collection[str] = (),
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
@@ -88,9 +87,9 @@ def rewrite(
     stays.
 
     Args:
-        sources: where each tensor's rows come from; rows in no range of a changed tensor are copied or cast
+        sources: where each tensor's rows come from, but for those that the steps of others write; rows in no range of
+            a changed tensor are copied or cast
         finish: called with the open files, by name, when all rows are written
-        beside: tensors that the steps of others write
         hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
 
     Raises:
@@ -100,7 +99,7 @@ def rewrite(
     done = 0
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
     with open_output(output) as targets, ExitStack() as writing:
-        items = _items(output, sources, changed, targets, hashed, beside)
+        items = _items(output, sources, changed, targets, hashed)
         runs = writing.enter_context(closing(run(items, device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
         for item, results in runs:
@@ -149,14 +148,12 @@ def _items(
     changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
-    beside: Collection[str],
 ) -> Iterator[Item]:
     """Yield the items of the output, one of each file in turn, as threads that write one file wait for its lock."""
     waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
     begin = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
     waiting += [
-        _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, beside)
-        for file in output.files
+        _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__) for file in output.files
     ]
     while waiting:
         for source in list(waiting):
@@ -186,13 +183,12 @@ def _file_items(
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
     locate: Locate,
-    beside: Collection[str],
 ) -> Iterator[Item]:
     """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
     span: CopyBytes | None = None
     checked = file.archive is not None
     for name, offset in file.begin.items():
-        if name in beside:
+        if name not in sources:
             continue
         source, new = sources[name], output.specs[name]
         place = _Place(name, new, target, offset, checked)

@@ -6,12 +6,13 @@ for the next run. Empty it after a change of quantized_quality.py.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from benchmarks.quantized_quality import (
     coded,
     difference,
     perplexity,
+    quantize,
     read,
     stored_tensors,
 )
@@ -127,6 +129,24 @@ def test_the_original_merged_and_quantized_anew_keeps_the_change(
     loratool.merge(trained.original, trained.adapter, out, like=trained.quantized(codec), undo=False)
     losses = table["like"][codec] = trained.losses(out)
     assert abs(difference(losses, trained.kept_losses(codec, adapted=True)).mean) < BOUND
+
+
+def test_the_format_of_another_is_what_its_software_makes_of_the_merged(trained: Trained, tmp_path: Path) -> None:
+    """All 106 million codes and their scales are the same bytes; the state's JSON has the same offset, and spaces."""
+    merged, anew, out = tmp_path / "merged", tmp_path / "anew", tmp_path / "out"
+    anew.mkdir()
+    loratool.merge(trained.original, trained.adapter, merged, undo=False)
+    quantize(merged, CODECS["nf4"], anew)
+    loratool.merge(trained.original, trained.adapter, out, like=trained.quantized("nf4"), undo=False)
+    expected, found = stored_tensors(anew), stored_tensors(out)
+    assert found.keys() == expected.keys()
+    states = {name for name in found if name.endswith(".quant_state.bitsandbytes__nf4")}
+    assert [name for name in found.keys() - states if not torch.equal(found[name], expected[name])] == []
+    assert [name for name in states if json_of(found[name]) != json_of(expected[name])] == []
+
+
+def json_of(state: Tensor) -> Any:
+    return json.loads(bytes(state.tolist()))
 
 
 def test_fp8_codes_of_the_merged_keep_most_of_the_change(trained: Trained, table: Table, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
-"""Hold quantization to its tensor: codes are refused where an update is for them, else copied, and counted right."""
+"""Hold quantization to its tensor: codes that no codec reads are refused where an update is for them, else copied.
+
+What is read is held to its formats' software in tests/files/codecs and tests/ops/test_merge_quantized.py.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError
+from loratool.files.checkpoint import open_checkpoint
 from loratool.files.quantized import CODINGS
 
 OUT, IN = 64, 128
@@ -135,6 +140,13 @@ STORED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "an fp8 format that is not known": ({"x.weight": FP8, "x.some_scales": ones(3)}, {}),
     "ComfyUI scaled weights": ({"x.weight": ones(OUT, IN, dtype=torch.bfloat16), "x.scale_weight": ones(1)}, {}),
 }
+# Those that a codec reads as they stand here
+READ = (
+    "ComfyUI scaled fp8", "modelopt nvfp4", "fp8", "fp8 of Mistral", "fp8 of DeepSeek-V4", "fp8 by channel", "int8",
+    "DeepSeek fp4", "MLX", "MLX by layer", "compressed-tensors 4-bit", "compressed-tensors", "GPTQ", "AWQ or GPTQ",
+    "mxfp4", "fp8 experts",
+)  # fmt: skip
+UNREAD = "EETQ int8"
 UNCOUNTED = ("quanto", "HQQ", "AQLM", "VPTQ", "exl3")
 PLAIN = {"model.y.weight": weights(8, 6, dtype=torch.bfloat16), "model.norm.weight": weights(6)}
 
@@ -154,16 +166,24 @@ def stored_format(tensors: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_codes_are_refused_where_they_are_touched_and_else_copied(
-    name: str, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_codes_are_read_or_refused_where_they_are_touched(name: str, tmp_path: Path, run: Callable[..., Any]) -> None:
     tensors, config = STORED[name]
     base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)
+    with closing(open_checkpoint(base)) as opened:
+        assert (len(opened.weights), len(opened.coded)) == ((1, 0) if name in READ else (0, 1))
+    if name in READ:
+        return
     touching = write_peft(tmp_path / "x", {"x": factors(OUT, IN, 2)})
     for options in ((), ("--dtype", "bf16", "--no-undo")):
         result = run("merge", base, touching, "-o", tmp_path / "out", *options)
         assert result.exit_code == 3 and not (tmp_path / "out").exists(), result.output
         assert "is quantized (" in result.stderr and "pass the original model in 16 or 32 bits" in result.stderr
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_codes_are_copied_where_nothing_is_for_them(name: str, tmp_path: Path, run: Callable[..., Any]) -> None:
+    tensors, config = STORED[name]
+    base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)
     apart = write_peft(tmp_path / "y", {"model.y": factors(8, 6, 2)})
     for options in ((), ("--dtype", "fp32", "--no-undo")):
         assert run("merge", base, apart, "-o", tmp_path / "out", "--force", *options).exit_code == 0
@@ -193,7 +213,7 @@ def test_weights_are_counted_and_not_their_codes(name: str, tmp_path: Path) -> N
 
 
 def test_inspect_with_a_base_divides_by_no_codes(tmp_path: Path, run: Callable[..., Any]) -> None:
-    tensors, config = STORED["fp8"]
+    tensors, config = STORED[UNREAD]
     base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)
     adapter = write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2), "model.y": factors(8, 6, 2)})
     report = loratool.inspect(adapter, base=base)
@@ -201,7 +221,7 @@ def test_inspect_with_a_base_divides_by_no_codes(tmp_path: Path, run: Callable[.
     relative = {each.name: each.relative for each in report.details}
     assert relative["x"] is None and relative["model.y"] is not None
     assert report.coverage is not None and (report.coverage.bound, report.coverage.unbound) == (2, {})
-    assert any("1 modules are quantized in the base (fp8)" in line for line in report.problems)
+    assert any("1 modules are quantized in the base (EETQ int8)" in line for line in report.problems)
     assert run("inspect", adapter, "--base", base, "--strict").exit_code == 1
 
 
@@ -273,11 +293,11 @@ def test_layers_that_only_the_metadata_lists(tmp_path: Path) -> None:
 
 
 def test_a_quantized_embedding_is_so_under_the_name_of_its_head(tmp_path: Path) -> None:
-    state = {"model.embed_tokens.weight": FP8, "model.embed_tokens.weight_scale": ones(1), **PLAIN}
+    state = {n.replace("x.", "model.embed_tokens."): tensor for n, tensor in STORED[UNREAD][0].items()} | PLAIN
     base = write_model(tmp_path / "base", state, {"model_type": "llama", "tie_word_embeddings": True})
     adapter = write_peft(tmp_path / "a", {"lm_head": factors(OUT, IN, 2)})
     for tied in ("untie", "share"):
-        with pytest.raises(InputError, match=r"lm_head.weight: is quantized \(fp8\)"):
+        with pytest.raises(InputError, match=r"lm_head.weight: is quantized \(EETQ int8\)"):
             loratool.merge(base, adapter, tmp_path / "out", dtype="bf16", undo=False, tied=tied)
     report = loratool.inspect(adapter, base=base)
     assert report.kind == "adapter" and report.details[0].relative is None
@@ -286,15 +306,17 @@ def test_a_quantized_embedding_is_so_under_the_name_of_its_head(tmp_path: Path) 
 def test_a_model_that_was_quantized_after_its_merge_is_not_verified(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {**PLAIN, "x.weight": weights(OUT, IN)})
     adapter = write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2)})
-    merged = write_model(tmp_path / "merged", {**PLAIN, **STORED["fp8 by channel"][0]})
-    with pytest.raises(InputError, match=r"x\..*is quantized \(fp8\) and was not in"):
+    merged = write_model(tmp_path / "merged", {**PLAIN, **STORED[UNREAD][0]})
+    with pytest.raises(InputError, match=r"x\..*is quantized \(EETQ int8\) and was not in"):
         loratool.verify(base, adapter, merged)
 
 
 def test_codes_that_differ_are_not_compared(tmp_path: Path) -> None:
-    tensors, config = STORED["fp8"]
+    tensors, config = STORED[UNREAD]
     base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)
-    other = write_model(tmp_path / "other", {**PLAIN, **tensors, "x.weight_scale_inv": ones(1, 1) * 2}, config)
+    other = write_model(
+        tmp_path / "other", {**PLAIN, **tensors, "x.weight_scales": tensors["x.weight_scales"] * 2}, config
+    )
     apart = {**PLAIN, **tensors, "model.y.weight": weights(8, 6, seed=3, dtype=torch.bfloat16)}
     tuned = write_model(tmp_path / "tuned", apart, config)
     with pytest.raises(InputError, match="differs and is quantized"):
@@ -346,5 +368,5 @@ def test_an_attention_adapter_on_gpt_oss(tmp_path: Path) -> None:
     report = loratool.inspect(base)
     assert report.kind == "checkpoint" and report.parameters == sum(p.numel() for p in model.parameters())
     roles = {group.name.rpartition(".")[2]: group.role for group in report.groups if ".experts." in group.name}
-    assert roles["gate_up_proj_blocks"] == roles["down_proj_blocks"] == "experts"
-    assert not any(role for name, role in roles.items() if not name.endswith("_blocks"))
+    assert roles["gate_up_proj"] == roles["down_proj"] == "experts"
+    assert not any(role for name, role in roles.items() if name.endswith("_bias"))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import pytest
 import torch
 from conftest import FIXTURES, bits, factors, load_model, weights, write_model, write_peft
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.tensor_compare import difference
 from loratool.ops.convert.checkpoint import CheckpointConvertReport
 
 CODED = FIXTURES / "coded"
@@ -308,3 +312,147 @@ class TestConvert:
         loratool.convert(folder, tmp_path / "b", dtype="bf16")
         files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]
+
+
+class TestCount:
+    def test_all_is_as_of_the_plain_twin(self, plain: Path, fp8: Path) -> None:
+        ours, twin = (loratool.count(base, rank=4, target=["all-linear"]) for base in (fp8, plain))
+        assert ours.source == twin.source == "checkpoint"
+        (note,) = ours.notes
+        assert note == "quantized (fp8): 14 weights are counted as numbers of BF16" and not twin.notes
+        assert replace(ours, path=twin.path, notes=()) == twin
+
+    @pytest.mark.parametrize("vector", ["bnb_nf4_nested", "gptq_v1_4bit_act_order", "awq_gemm", "comfy_scaled_fp8"])
+    def test_codes_of_many_shapes(self, vector: str, tmp_path: Path) -> None:
+        report = loratool.count(write_vector(vector, tmp_path / "m"), rank=1, target=["all-linear"])
+        shapes = [tuple(known["shape"]) for known in VECTORS[vector]["weights"].values()]
+        assert report.parameters == sum(math.prod(shape) for shape in shapes) and report.dtype == "BF16"
+        lora = next(method for method in report.methods if method.method == "lora")
+        assert lora.parameters == sum(sum(shape) for shape in shapes if len(shape) == 2)
+        assert lora.nbytes == 2 * lora.parameters
+
+    def test_codes_that_are_not_read(self, tmp_path: Path) -> None:
+        state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
+        with pytest.raises(InputError, match=r"the codes of x.weight \(EETQ int8\) do not tell its shape"):
+            loratool.count(write_model(tmp_path / "m", state))
+
+
+class TestInit:
+    """QLoRA: factors on coded weights, whose shapes and numbers are those of the twin."""
+
+    @pytest.mark.parametrize("method", ["lora", "orthogonal", "mica"])
+    def test_the_adapter_is_the_twins(self, method: str, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        ours = loratool.init(fp8, tmp_path / "a", method=method, rank=4)
+        twin = loratool.init(plain, tmp_path / "b", method=method, rank=4)
+        assert {each.name.removesuffix(".weight") for each in ours.modules} == MODULES.keys()
+        assert ours.modules == twin.modules and ours.nbytes == twin.nbytes and not ours.warnings
+        files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]
+        assert files[0] == files[1]
+
+    @pytest.mark.parametrize(
+        "vector", ["bnb_nf4_nested", "gptq_v1_4bit", "awq_gemm", "ct_pack4_group", "mlx_affine4_64"]
+    )
+    def test_all_linear_are_the_coded_layers(self, vector: str, tmp_path: Path) -> None:
+        report = loratool.init(write_vector(vector, tmp_path / "m"), tmp_path / "out", rank=2)
+        shapes = {name: tuple(known["shape"]) for name, known in VECTORS[vector]["weights"].items()}
+        assert {module.name: module.shape for module in report.modules} == shapes
+        assert loratool.inspect(tmp_path / "out", base=tmp_path / "m").coverage.unbound == {}
+
+    def test_magnitudes_are_the_norms_of_the_numbers(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        for name, base in (("a", fp8), ("b", plain)):
+            loratool.init(base, tmp_path / name, dora=True, rank=2)
+        found = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        twin = load_file(tmp_path / "b" / "adapter_model.safetensors")
+        assert found.keys() == twin.keys() and all(torch.equal(found[name], twin[name]) for name in twin)
+
+    @pytest.mark.parametrize("method", ["pissa", "olora", "milora"])
+    def test_a_residual_is_plain_where_it_has_factors(
+        self, method: str, plain: Path, fp8: Path, tmp_path: Path
+    ) -> None:
+        """What is taken out of a coded weight leaves numbers, as a merge does; all else keeps its codes."""
+        target = [f"layers.0.{module}" for module in LINEAR if module.startswith("mlp")]
+        options: dict[str, Any] = {"method": method, "rank": 4, "target": target}
+        ours = loratool.init(fp8, tmp_path / "a", residual=tmp_path / "ra", **options)
+        twin = loratool.init(plain, tmp_path / "b", residual=tmp_path / "rb", **options)
+        assert ours.residual and twin.residual and ours.modules == twin.modules
+        assert (ours.residual.error, ours.residual.dtypes) == (twin.residual.error, ("BF16",))
+        residual, theirs, before = load_model(tmp_path / "ra"), load_model(tmp_path / "rb"), load_model(fp8)
+        taken = {f"model.layers.0.{module}.weight" for module in LINEAR if module.startswith("mlp")}
+        gone = {f"{name}_scale_inv" for name in taken}
+        assert residual.keys() == before.keys() - gone
+        for name, W in residual.items():
+            assert torch.equal(bits(W.view(-1)), bits((theirs if name in taken else before)[name].view(-1)))
+        assert any("3 weights with factors are codes" in line for line in ours.warnings)
+        planned = loratool.init(fp8, tmp_path / "c", residual=tmp_path / "rc", dry_run=True, **options)
+        assert planned.residual and planned.residual.nbytes == sum(W.nbytes for W in residual.values())
+        config = json.loads((tmp_path / "ra" / "config.json").read_text())["quantization_config"]
+        assert "model.layers.0.mlp.up_proj" in config["modules_to_not_convert"]
+        undo = loratool.unmerge(tmp_path / "ra", (tmp_path / "ra" / "initial_adapter", -1), tmp_path / "back")
+        assert undo.exact_files
+        assert (tmp_path / "back" / "model.safetensors").read_bytes() == (fp8 / "model.safetensors").read_bytes()
+
+    def test_another_type_of_residual(self, fp8: Path, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"method": "pissa", "residual": tmp_path / "r", "dtype": "fp32"}
+        with pytest.raises(NeedsFlag, match="a change of type cannot be undone"):
+            loratool.init(fp8, tmp_path / "a", **options)
+        report = loratool.init(fp8, tmp_path / "a", undo=False, **options)
+        assert report.residual and report.residual.dtypes == ("F32",) and report.residual.error < 1e-6
+        assert all(W.dtype == torch.float32 for W in load_model(tmp_path / "r").values())
+
+    def test_codes_that_are_not_read(self, tmp_path: Path) -> None:
+        state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
+        with pytest.raises(InputError, match=r"is quantized \(EETQ int8\)"):
+            loratool.init(write_model(tmp_path / "m", state), tmp_path / "out")
+
+
+class TestExtract:
+    """The change is that of the numbers, whichever side has codes."""
+
+    TARGET = "model.layers.1.self_attn.q_proj"
+
+    def tuned(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        A, B = factors(*MODULES[self.TARGET], 2, dtype=torch.float64)
+        name = f"{self.TARGET}.weight"
+        return {**state, name: (state[name].double() + B @ A / 500).bfloat16()}
+
+    def test_from_a_coded_base(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        tuned = write_model(tmp_path / "tuned", self.tuned(plain_model()), CONFIG)
+        ours = loratool.extract(fp8, tuned, tmp_path / "a", rank=4)
+        twin = loratool.extract(plain, tuned, tmp_path / "b", rank=4)
+        assert [each.name for each in ours.modules] == [f"{self.TARGET}.weight"] and ours.unchanged == twin.unchanged
+        assert ours.modules == twin.modules and ours.kept == twin.kept and not ours.left_out
+        files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]
+        assert files[0] == files[1]
+
+    def test_to_a_coded_model_and_between_two(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        coded, scale = as_fp8(plain_model()), f"{self.TARGET}.weight_scale_inv"
+        tuned = write_model(tmp_path / "tuned", {**coded, scale: coded[scale] * 1.125}, FP8_CONFIG)
+        for n, base in (("a", plain), ("b", fp8)):
+            report = loratool.extract(base, tuned, tmp_path / n, rank=16)
+            (module,) = report.modules
+            assert module.name == f"{self.TARGET}.weight" and report.relative == pytest.approx(0.125)
+            found = load_file(tmp_path / n / "adapter_model.safetensors")
+            A, B = (found[f"base_model.model.{self.TARGET}.lora_{side}.weight"].double() for side in "AB")
+            W = plain_model()[f"{self.TARGET}.weight"].double()
+            assert torch.allclose(B @ A, W / 8, rtol=0, atol=1e-6 * float(W.norm()))
+
+    @pytest.mark.parametrize("way", ["mixed", "dequantize"])
+    def test_rounding_what_did_not_change_is_no_change(self, way: str, tmp_path: Path) -> None:
+        """bfloat16 holds no e4m3 number times 0.0123, so that a merge that dequantizes all rounds all."""
+        state = {n: t if t.dim() else torch.tensor(0.0123) for n, t in as_fp8(plain_model()).items()}
+        base = write_model(tmp_path / "base", state, FP8_CONFIG)
+        A, B = factors(*MODULES[self.TARGET], 2)
+        adapter = write_peft(tmp_path / "x", {self.TARGET: (A / 500, B)})
+        loratool.merge(base, adapter, tmp_path / "merged", quantized=way)
+        for n, sides in (("a", ("base", "merged")), ("b", ("merged", "base"))):
+            report = loratool.extract(*(tmp_path / side for side in sides), tmp_path / n, rank=2)
+            assert [each.name for each in report.modules] == [f"{self.TARGET}.weight"] and not report.left_out
+
+    def test_the_noise_of_codes(self, tmp_path: Path) -> None:
+        """Of whole numbers times a scale it is that of rounding to multiples of the scale."""
+        scales = torch.tensor([[0.5]] * 16 + [[0.25]] * 16)
+        q = torch.randint(-100, 100, (32, 64), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+        write_model(tmp_path / "coded", {"x.weight": q, "x.weight_scale": scales})
+        write_model(tmp_path / "plain", {"x.weight": torch.zeros(32, 64)})
+        one, two = (open_checkpoint(tmp_path / n).ref("x.weight") for n in ("plain", "coded"))
+        assert two.weight and difference(one, two, torch.device("cpu")).noise == (0.5**2 + 0.25**2) / 2 / 12

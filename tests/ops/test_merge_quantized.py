@@ -7,7 +7,8 @@ numbers that codes mean are held to that software in tests/files/codecs/test_vec
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import lzma
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, bits, factors, load_model, weights, write_peft
+from conftest import FIXTURES, bits, factors, load_model, run_command, weights, write_peft
 from reference import change_reference, round_reference, to_longdouble
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs.codec import CodeFormat
 
@@ -159,3 +161,217 @@ def all_numbers(codec: CodeFormat, parts: Any, rows: int) -> list[np.ndarray]:
         values = codec.values(parts, 0, codes).astype(np.longdouble)
         found.append(np.where(np.isnan(values), np.inf, values))
     return found
+
+
+def sources() -> dict[str, Tensor]:
+    return load(lzma.decompress((CODED / "source.safetensors.xz").read_bytes()))
+
+
+LIKE = (
+    "fp8_blocks ct_fp8_tensor ct_mxfp4 ct_pack4_group_asym ct_int8_channel bnb_nf4_nested bnb_int8 mlx_affine5_64"
+).split()
+WRITTEN = ("fp8_blocks", "ct_fp8", "ct_mxfp4", "ct_pack", "ct_int8", "ct_naive", "bnb", "mlx_affine")
+FRESH = [
+    pytest.param(name, marks=() if name in LIKE else pytest.mark.slow)
+    for name in READ
+    if name.startswith(WRITTEN) and any("source" in weight for weight in VECTORS[name]["weights"].values())
+]
+
+
+def write_twins(vector: str, folder: Path) -> tuple[Path, Path, Path]:
+    """Return an original in bf16, an adapter on it whose change is 0, and what the format's software made of it."""
+    known = {name: weight for name, weight in VECTORS[vector]["weights"].items() if "source" in weight}
+    quantized = write_base(vector, folder / "quantized")
+    checkpoint = open_checkpoint(quantized)
+    others = {tensor for name in checkpoint.weights.keys() - known for tensor in checkpoint.weights[name].tensors}
+    file = quantized / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n not in others}, file, metadata={"format": "pt"})
+    plain = {name: weights(*shape, seed=seed).bfloat16() for seed, (name, shape) in enumerate(PLAIN.items())}
+    original = {name: sources()[weight["source"]].reshape(weight["shape"]) for name, weight in known.items()}
+    (folder / "original").mkdir()
+    save_file(original | plain, folder / "original" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "original" / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    made = {}
+    for name, W in original.items():
+        A, B = factors(*W.shape[-2:], RANK)
+        made[name.removesuffix(".weight")] = A, torch.zeros_like(B)
+    return folder / "original", write_peft(folder / "adapter", made), quantized
+
+
+@pytest.mark.parametrize("vector", FRESH)
+def test_like_writes_the_bytes_of_the_formats_own_software(vector: str, tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins(vector, tmp_path)
+    loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False)
+    out, expected = load_model(tmp_path / "out"), load_model(quantized)
+    assert out.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if ".quant_state." in name:  # the same JSON, with blanks behind it
+            found, own = (json.loads(bytes(x.tolist())) for x in (out[name], tensor))
+            assert found.pop("nested_offset", 0.0) == pytest.approx(own.pop("nested_offset", 0.0), rel=1e-6)
+            assert found == own
+        else:
+            assert same(out[name], tensor), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (quantized / "config.json").read_text()
+    )
+
+
+def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("bnb_nf4", tmp_path)
+    out = tmp_path / "out"
+    with pytest.raises(NeedsFlag, match="cannot be undone") as error:
+        loratool.merge(original, adapter, out, like=quantized)
+    assert error.value.remedy == "add --no-undo"
+    with pytest.raises(InputError, match="is quantized itself"):
+        loratool.merge(quantized, adapter, out, like=quantized, undo=False)
+    with pytest.raises(InputError, match="no quantized weights"):
+        loratool.merge(original, adapter, out, like=original, undo=False)
+    with pytest.raises(UsageError, match="leave out --quantized"):
+        loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
+    gptq = write_base("gptq_v1_4bit", tmp_path / "gptq")
+    with pytest.raises(InputError, match="calibration data"):
+        loratool.merge(original, adapter, out, like=gptq, undo=False)
+    other = write_base("bnb_fp4", tmp_path / "other")
+    file = other / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="no twins") as error2:
+        loratool.merge(original, adapter, out, like=other, undo=False)
+    assert error2.value.culprit == "lm_head.weight"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4", "awq_gemm"])
+def test_codes_of_few_bits_are_requantized_only_if_asked_for(vector: str, tmp_path: Path) -> None:
+    base = write_base(vector, tmp_path / "base")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    told = run_command("merge", base, adapter, "-o", tmp_path / "out", "--quantized", "requantize")
+    if vector == "fp8_blocks":
+        assert told.exit_code == 0 and "missed" in told.stdout
+    else:
+        assert told.exit_code == 4 and "--allow lossy" in told.stderr and not (tmp_path / "out").exists()
+        again = run_command(
+            "merge", base, adapter, "-o", tmp_path / "out", "--quantized", "requantize", "--allow", "lossy"
+        )
+        assert again.exit_code == 0 and "--quantized mixed, keeps all" in again.stderr
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
+def test_stacks_of_experts(way: str, tmp_path: Path) -> None:
+    """Of gpt-oss, whose numbers bfloat16 holds: so the same merge into its plain twin is known to be right."""
+    base = write_base("mxfp4_gpt_oss", tmp_path / "base", model_type="gpt_oss")
+    tensors = load_file(base / "model.safetensors")
+    tensors |= {name: scales.clamp(100, 150) for name, scales in tensors.items() if name.endswith("_scales")}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    numbers = numbers_of(base)
+    plain = {name: W.bfloat16() for name, W in numbers.items()}
+    assert all(torch.equal(plain[name].double(), W) for name, W in numbers.items())
+    stack = "model.layers.0.mlp.experts"
+    A, B = {}, {}
+    for at, kind in enumerate(("gate_up_proj", "down_proj")):
+        W = numbers[f"{stack}.{kind}"]
+        experts, rows, columns = W.shape
+        A[kind], B[kind] = factors(columns, rows, RANK * experts, seed=at)
+    keys = {f"{stack}.base_layer.lora_{side}.weight": of["gate_up_proj"] for side, of in (("A", A), ("B", B))}
+    keys |= {f"{stack}.lora_{side}.weight": of["down_proj"] for side, of in (("A", A), ("B", B))}
+    (tmp_path / "adapter").mkdir()
+    stored = {f"base_model.model.{key}": (value * 0.05).contiguous() for key, value in keys.items()}
+    save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": [], "peft_version": "0.19.0"}
+    fields["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    rest = {n: t for n, t in load_model(base).items() if n in PLAIN or n.endswith("_bias")}
+    save_file(plain | rest, twin / "model.safetensors", metadata={"format": "pt"})
+    (twin / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "dtype": "bfloat16"}))
+    loratool.merge(twin, tmp_path / "adapter", tmp_path / "expected")
+    loratool.merge(base, tmp_path / "adapter", tmp_path / "out", quantized=way, allow=["lossy"])
+    if way == "requantize":
+        assert load_model(tmp_path / "out").keys() == load_model(base).keys()
+    else:
+        out, expected = load_model(tmp_path / "out"), load_model(tmp_path / "expected")
+        assert out.keys() == expected.keys() and all(same(out[name], expected[name]) for name in out)
+    loratool.unmerge(tmp_path / "out", tmp_path / "adapter", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
+def damaged(vector: str, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> tuple[Path, Path]:
+    """Return a base that was damaged after its adapter was made."""
+    base = write_base(vector, folder / "base")
+    adapter, _ = write_adapter(folder / "adapter", sized(numbers_of(base)))
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base, adapter
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def fill(name: str, value: float) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors[name].view(-1)[:1].fill_(value)  # type: ignore[func-returns-value]
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.pop(name)  # type: ignore[func-returns-value]
+
+
+def cut(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    return change
+
+
+STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("vector", "change", "culprit"),
+    [
+        ("fp8_blocks", fill(f"{Q}.weight_scale_inv", float("nan")), f"{Q}.weight_scale_inv"),
+        ("fp8_blocks", fill(f"{Q}.weight_scale_inv", float("inf")), f"{Q}.weight_scale_inv"),
+        ("fp8_blocks", cut(f"{Q}.weight_scale_inv"), f"{Q}.weight"),
+        ("ct_nvfp4", fill(f"{Q}.weight_global_scale", 0.0), f"{Q}.weight_global_scale"),
+        ("ct_nvfp4", drop(f"{Q}.weight_global_scale"), f"{Q}.weight"),
+        ("bnb_nf4", drop(f"{Q}.weight.quant_map"), f"{Q}.weight"),
+        ("bnb_nf4", cut(STATE), f"{Q}.weight"),
+        ("bnb_nf4", fill(f"{Q}.weight.absmax", float("nan")), f"{Q}.weight.absmax"),
+        ("gptq_v1_4bit_act_order", fill(f"{Q}.g_idx", 1 << 20), f"{Q}.g_idx"),
+        ("gptq_v1_4bit_act_order", drop(f"{Q}.scales"), f"{Q}.weight"),
+        ("awq_gemm", cut(f"{Q}.scales"), f"{Q}.weight"),
+        ("ct_pack4_group", drop(f"{Q}.weight_shape"), f"{Q}.weight"),
+        ("mlx_affine4_64", fill(f"{Q}.biases", float("inf")), f"{Q}.biases"),
+    ],
+)
+@pytest.mark.parametrize("way", ["mixed", "requantize"])
+def test_a_damaged_base_is_refused_by_name_before_the_first_byte(
+    vector: str, change: Callable[[dict[str, Tensor]], None], culprit: str, way: str, tmp_path: Path
+) -> None:
+    base, adapter = damaged(vector, tmp_path, change)
+    told = run_command("merge", base, adapter, "-o", tmp_path / "out", "--quantized", way, "--allow", "lossy")
+    assert told.exit_code == 3 and culprit in told.stderr, told.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_merge_that_touches_plain_tensors_runs_on_any_checkpoint(tmp_path: Path) -> None:
+    """Codes of an unknown format are copied, and the config stays; only an update of theirs is refused."""
+    coded = {"model.layers.0.mlp.up_proj.W_q": torch.randint(0, 255, (8, 16), dtype=torch.uint8)}
+    coded |= {"model.layers.0.mlp.up_proj.scale": torch.rand(4, 1), "model.layers.0.mlp.up_proj.zero": torch.rand(4, 1)}
+    W = weights(16, 8).bfloat16()
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({**coded, f"{Q}.weight": W}, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    adapter, changes = write_adapter(tmp_path / "adapter", {f"{Q}.weight": W.double()})
+    loratool.merge(base, adapter, tmp_path / "out")
+    out = load_model(tmp_path / "out")
+    assert all(same(out[name], tensor) for name, tensor in coded.items())
+    assert is_nearest(out[f"{Q}.weight"], W.double(), *changes[f"{Q}.weight"])
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    touching, _ = write_adapter(tmp_path / "touching", {"model.layers.0.mlp.up_proj.weight": weights(16, 8).double()})
+    with pytest.raises(InputError, match="HQQ") as error:
+        loratool.merge(base, touching, tmp_path / "other")
+    assert "model.layers.0.mlp.up_proj" in str(error.value.culprit)
+    with pytest.raises(InputError, match="HQQ"):
+        loratool.merge(base, adapter, tmp_path / "other", quantized="dequantize")

@@ -25,7 +25,7 @@ from loratool.errors import InputError
 from loratool.files import codecs
 from loratool.files.codecs.codec import Found, Parts, StoredWeight
 from loratool.files.codecs.packing import Plain
-from loratool.files.codecs.scaled import Scaled, Scales
+from loratool.files.codecs.scaled import ScaledCodes, Scales
 from loratool.files.dtypes import TensorSpec
 from loratool.numerics.code_levels import Integers
 
@@ -35,7 +35,7 @@ Q, K, V, NORM = (
 ROWS, COLUMNS, RANK, ALPHA, EMPTY = 48, 32, 4, 6, 3
 
 
-class Toy(Scaled):
+class Toy(ScaledCodes):
     key, ends, code_dtypes, code, bits = "toy int8", ("", ".toy_codes"), frozenset(["I8"]), "int8", 8
 
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
@@ -115,7 +115,7 @@ def test_inspect_lists_the_weight_and_hides_its_companions(tmp_path: Path, ends:
     report: Any = loratool.inspect(base)
     rows = {group.name: group for group in report.groups}
     assert rows.keys() == {Q, K, V, NORM}
-    assert (rows[Q].dtype, rows[Q].shape, rows[Q].role) == ("toy int8", (ROWS, COLUMNS), "linear")
+    assert (rows[Q].codec, rows[Q].shape, rows[Q].role) == ("toy int8", (ROWS, COLUMNS), "linear")
     assert rows[Q].parameters == ROWS * COLUMNS and rows[Q].nbytes == ROWS * COLUMNS + 4 * ROWS
     assert report.nbytes == sum(t.nbytes for t in load_model(base).values()) and report.quantization == "toy int8"
 

@@ -14,7 +14,7 @@ from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
 from .gptq import Gptq
-from .mlx import MlxAffine, MlxAffine8, MlxFp4, MlxFp8
+from .mlx import MlxAffine, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
@@ -34,7 +34,6 @@ CODECS: dict[str, Codec] = {
         Bitsandbytes4(),
         BitsandbytesInt8(),
         MlxAffine(),
-        MlxAffine8(),
         MlxFp4(),
         MlxFp8(),
         ComfyInt8(),
@@ -63,7 +62,7 @@ def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     weights: dict[str, StoredWeight] = {}
     faults: dict[str, str] = {}
     for name, spec in found.specs.items():
-        for codec in of_dtype.get(spec.dtype, ()):
+        for codec in of_dtype.get(spec.dtype, ()) if spec.size else ():
             end = next((end for end in codec.ends if name.endswith(end)), None)
             if end is None:
                 continue

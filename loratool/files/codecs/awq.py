@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from ..dtypes import TensorSpec
 from .codec import Found, Parts, StoredWeight
 from .gptq import FLOATS, group_size, matrix
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
     from .packing import Packing
 
 
-class Awq(Scaled):
+class Awq(ScaledCodes):
     """A number is its code less its group's zero point, times its group's scale.
 
     Other versions (gemv, gemv_fast, llm-awq, marlin) have other layouts and are not read.
@@ -32,7 +32,7 @@ class Awq(Scaled):
         is_awq = found.declared.get("quant_method") == "awq"
         if is_awq and str(version).lower() != "gemm":
             return None
-        if not is_awq and (of_scales is None or of_scales.shape[-1:] != (8 * shape[-1],)):
+        if not is_awq and (of_scales is None or not shape or of_scales.shape[-1:] != (8 * shape[-1],)):
             return None  # GPTQ's
         columns, words = matrix(name, found.specs[name])
         groups, _ = matrix(scale, found.need(scale, *FLOATS))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ LONGEST = 24  # characters of a float in JSON
 STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up
 
 
-class Bitsandbytes4(Scaled):
+class Bitsandbytes4(ScaledCodes):
     """nf4 and fp4: `table[code] * absmax`, one absmax for each block of the flat weight, whose rows a block may cross.
 
     Nested scales are codes too: `absmax = float32(nested_table[code] * nested_absmax) + offset` in float32, which is
@@ -112,7 +112,7 @@ class Bitsandbytes4(Scaled):
                 self.require_finite(parts, role, tensor)
 
 
-class BitsandbytesInt8(Scaled):
+class BitsandbytesInt8(ScaledCodes):
     """LLM.int8() (Dettmers et al. 2022): `(code * SCB) / 127`, one SCB a row."""
 
     key = "bitsandbytes-int8"

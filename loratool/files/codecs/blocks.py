@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from .codec import Wide
@@ -20,18 +20,17 @@ if TYPE_CHECKING:
 # A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
 COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
 
+STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
+
 POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
 
 
-def block_scales(codec: Scaled, parts: Parts, start: int, stop: int) -> Scales:
+def block_scales(codec: ScaledCodes, parts: Parts, start: int, stop: int) -> Scales:
     """Return the scales and zero points of rows whose blocks the detail names."""
     high, wide = parts.detail("block")
     found: dict[str, Wide] = {}
     for role in ("scales", "zeros"):
-        tensor = parts.get(role)
-        if tensor and tensor.spec.size == 1:
-            found[role] = codec.decoded(role, tensor, 0, 1).reshape(1, 1)
-        elif tensor:
+        if parts.get(role):
             found[role] = codec.grid(parts, role, (high, wide), start, stop)
     return Scales(found["scales"], 0 if wide == 1 else wide, found.get("zeros"))
 
@@ -57,8 +56,13 @@ def block_of(
     """
     *stack, rows, columns = shape
     grid = scale.shape
+    squares = [(-(-rows // high), -(-columns // wide)) for high, wide in stated if min(high, wide) > 1]
+    if scale.size == 1 and len(grid) == 2 and squares and (1, 1) not in squares:  # one that was cut off
+        raise Fault(f"{name} has the shape {grid}, but the config's blocks make a grid of {squares[0]}")
+    if scale.size == 1 and stack:
+        return 0, 0
     if scale.size == 1:
-        stack, grid = [], (1,) * 2
+        grid = (1, 1)
     elif len(grid) == len(shape) + 2 and grid[1::2] == (1, 1):  # modelopt: (rows / block, 1, columns / block, 1)
         grid = grid[::2]
     elif grid in (tuple(stack), (*stack, 1)) or (not stack and len(grid) == 1):
@@ -91,9 +95,9 @@ def stated_blocks(declared: Mapping[str, Any]) -> list[tuple[int, int]]:
     weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
     found = [declared.get("weight_block_size")]
     for each in (weight for weight in weights if isinstance(weight, Mapping)):
-        found += [each.get("block_structure"), [1, each.get("group_size")]]
+        found += [each.get("block_structure"), [1, each.get("group_size")], STRATEGIES.get(str(each.get("strategy")))]
     pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
-    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) > 0]
+    return [(high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) >= 0]
 
 
 def contradiction(block: tuple[int, int], stated: list[tuple[int, int]]) -> str:

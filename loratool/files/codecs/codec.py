@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
-from ..dtypes import DTYPE_NAMES, TensorSpec
+from ..dtypes import DTYPE_NAMES, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     Wide = npt.NDArray[np.float64]
 
 
-LONG_JSON = 1 << 16  # bytes: more than any writer's
-
 LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
 
 
+SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
+
+
 class Fault(ValueError):
-    """What is wrong with the tensors of a coded weight; it counts only if the weight is touched."""
+    """A fault of the tensors of a coded weight; it counts only if the weight is touched."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class StoredTensor:
         """
         import torch
 
-        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        itemsize = DTYPES[self.spec.dtype] // 8
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
         out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
         if out.numel():
@@ -95,7 +96,7 @@ class StoredTensor:
         """
         import numpy as np
 
-        itemsize = self.spec.nbytes // max(1, self.spec.size)
+        itemsize = DTYPES[self.spec.dtype] // 8
         out = np.empty((rows, stop - start), f"u{itemsize}")
         if width * itemsize > LONG_ROW and (stop - start) * 4 < width:
             for row in range(rows):
@@ -120,7 +121,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Found:
-    """What a codec looks at to tell the weights of a checkpoint."""
+    """All that a codec looks at to tell the weights of a checkpoint."""
 
     specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has yet
     declared: Mapping[str, Any] = field(default_factory=dict)  # the quantization config
@@ -145,6 +146,13 @@ class Found:
             raise Fault(f"{name} is {spec.dtype}, not {' or '.join(dtypes)}")
         return spec
 
+    def need_small(self, name: str, *dtypes: str) -> TensorSpec:
+        """Return the same of a tensor that is read when the checkpoint is opened; Fault if it is large."""
+        spec = self.need(name, *dtypes)
+        if spec.nbytes > SMALL:
+            raise Fault(f"{name} has {spec.nbytes} bytes, where a few hundred belong")
+        return spec
+
     def shaped(self, name: str, shape: tuple[int, ...], *dtypes: str) -> TensorSpec:
         """Return the same of a tensor that must have a shape; one number has any shape of size 1."""
         spec = self.need(name, *dtypes)
@@ -158,8 +166,7 @@ class Found:
         Raises:
             Fault: they are not.
         """
-        if self.need(name, "U8", "I8").nbytes > LONG_JSON:
-            raise Fault(f"{name} is {self.specs[name].nbytes} bytes long, too long for its JSON")
+        self.need_small(name, "U8", "I8")
         try:
             value = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
@@ -170,8 +177,8 @@ class Found:
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a small tensor of I32 or I64."""
-        spec = self.need(name, "I32", "I64")
-        data, width = self.read(name), spec.nbytes // max(1, spec.size)
+        spec = self.need_small(name, "I32", "I64")
+        data, width = self.read(name) if spec.size else b"", {"I32": 4, "I64": 8}[spec.dtype]
         return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
 
 
@@ -192,7 +199,7 @@ class Parts:
     """A coded weight with its stored tensors, to be read."""
 
     weight: StoredWeight
-    tensors: Mapping[str, StoredTensor]  # by role
+    tensors: Mapping[str, StoredTensor] = field(hash=False)  # by role
     codes_spec: TensorSpec  # of the codes, which are not among the tensors on the way back: only `codes` reads them
 
     def __getitem__(self, role: str) -> StoredTensor:

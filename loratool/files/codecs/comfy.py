@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..dtypes import TensorSpec
 from .blocks import block_of, block_scales, refuse_column_scales
 from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -52,7 +52,7 @@ def _listed(text: str) -> Mapping[str, Any]:
     return layers if isinstance(layers, Mapping) else {}
 
 
-class ComfyLayer(Scaled):
+class ComfyLayer(ScaledCodes):
     """A layer whose description names its format."""
 
     format: ClassVar[str]  # ComfyUI's name
@@ -91,7 +91,7 @@ class ComfyLayer(Scaled):
 class ComfyInt8(ComfyLayer):
     """Integers times one scale, or one for each row."""
 
-    key = "comfy_int8"
+    key = "comfy-int8"
     format = "int8_tensorwise"
     code_dtypes = frozenset(("I8",))
     code = "int8"
@@ -151,7 +151,7 @@ class ComfyTiled(ComfyLayer):
 class ComfyMxfp8(ComfyTiled):
     """e4m3 times a power of two."""
 
-    key = "comfy_mxfp8"
+    key = "comfy-mxfp8"
     format = "mxfp8"
     code_dtypes = frozenset(("F8_E4M3",))
     bits = 8
@@ -184,7 +184,7 @@ class ComfyMxfp8(ComfyTiled):
 class ComfyNvfp4(ComfyTiled):
     """e2m1, the first code in the high nibble, times e4m3, times one scale of the whole weight."""
 
-    key = "comfy_nvfp4"
+    key = "comfy-nvfp4"
     format = "nvfp4"
     code_dtypes = frozenset(("U8",))
     bits = 4

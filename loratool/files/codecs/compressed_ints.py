@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
+from .blocks import block_of, contradiction, stated_blocks
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .gptq import column_groups
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -28,7 +29,7 @@ OTHERS = (".bitmask", ".compressed", ".scale_packed", ".meta", ".comfy_quant", "
 KEPT = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
 
 
-class CompressedInts(Scaled):
+class CompressedInts(ScaledCodes):
     """A number is its code less a zero point, times a scale, in both layouts."""
 
     def packing(self, parts: Parts) -> Packing:
@@ -42,11 +43,12 @@ class CompressedInts(Scaled):
         block = parts.detail("block")
         scale = self.grid(parts, "scales", block, start, stop)
         zero = self.zeros(parts, block, start, stop)
-        if parts.get("groups"):
-            index, group = column_groups(parts, scale.shape[1])
-            if not group:
-                return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
-        return Scales(scale, block[1], zero)
+        if not parts.get("groups"):
+            return Scales(scale, block[1], zero)
+        index, group = column_groups(parts, scale.shape[1])
+        if group:
+            return Scales(scale, group, zero)
+        return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
 
     def zeros(self, parts: Parts, block: tuple[int, int], start: int, stop: int) -> Wide | None:
         """Return the zero points of rows start:stop, (rows, groups) or (1, groups), None if all are 0.
@@ -60,8 +62,8 @@ class CompressedInts(Scaled):
         zeros = parts.get("zeros")
         if zeros is None or zeros.spec.dtype == "I8":
             return None if zeros is None else self.grid(parts, "zeros", block, start, stop)
-        bits, rows = parts.detail("bits"), parts.shape[1]
-        words, groups = zeros.spec.shape[-2:]
+        bits, (_, rows, columns) = parts.detail("bits"), parts.shape
+        words, groups = -(-rows * bits // 32), -(-columns // (block[1] or columns))
         found: list[Codes] = []
         for which, first, last in matrices(start, stop, rows):
             low, high = span(first, last, bits)
@@ -72,11 +74,12 @@ class CompressedInts(Scaled):
     def quantizer(self, parts: Parts) -> Quantizer | None:
         from .compressed_quantizer import IntQuantizer, OneScaleQuantizer
 
-        if parts.get("groups"):
+        block, matrices = tuple(parts.detail("block")), parts.shape[0]
+        if parts.get("groups") or (matrices > 1 and parts["scales"].spec.size == 1):
             return None
-        if parts.detail("block")[0]:
+        if block[0]:
             return IntQuantizer(self, parts)
-        return OneScaleQuantizer(self, parts) if parts.shape[0] == 1 else None
+        return OneScaleQuantizer(self, parts) if matrices == 1 and block == (0, 0) else None
 
     def check(self, parts: Parts) -> None:
         self.require_finite(parts, "scales", parts["scales"])
@@ -99,7 +102,7 @@ class PackedInts(CompressedInts):
         if len(shape) != len(packed) or len(shape) < 2 or shape[:-1] != packed[:-1] or min(shape) <= 0:
             raise Fault(f"{path}.weight_shape says {shape}, for {name} of {packed}")
         fitting = [bits for bits in range(1, 9) if -(-shape[-1] * bits // 32) == packed[-1]]
-        stated = [bits for bits, _, _ in weights_of(found.declared)]
+        stated = [bits for bits, _ in weights_of(found.declared)]
         bits = fitting[0] if len(fitting) == 1 else next((bits for bits in fitting if bits in stated), None)
         if bits is None:
             raise Fault(f"{path}.weight_shape says {shape}, which codes of no known width are in {name} of {packed}")
@@ -125,11 +128,11 @@ class PlainInts(CompressedInts):
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
         shape = found.specs[name].shape
         others = found.one_of(*(path + end for end in OTHERS)) or "_quantization_metadata" in found.metadata
-        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2:
+        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2 or 0 in shape:
             return None
         if f"{path}.pre_quant_scale" in found.specs:
             raise Fault(f"{path}.pre_quant_scale is a part of it that is not read")
-        bits = max((bits for bits, _, form in weights_of(found.declared) if form != PackedInts.key), default=8)
+        bits = max((bits for bits, form in weights_of(found.declared) if form != PackedInts.key), default=8)
         return stored(self, path, name, found, shape, bits)
 
     def levels(self, parts: Parts) -> Levels:
@@ -137,6 +140,11 @@ class PlainInts(CompressedInts):
 
         half = 1 << (parts.detail("bits") - 1)
         return Integers(-half, half - 1, "int8")
+
+    def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
+        from ...numerics.code_levels import INT8
+
+        return INT8.from_ordinals(ordinals)  # also of codes that the config has too few bits for
 
 
 def stored(
@@ -151,11 +159,12 @@ def stored(
         raise Fault("the config's transform_config says that it is rotated, which is not undone")
     scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
     specs = found.specs
-    block = scale_block(shape, found.need(scale, *FLOATS).shape, scale, found.declared)
-    *stack, rows, _ = shape
+    stated = stated_blocks(found.declared)
+    block = block_of(shape, found.need(scale, *FLOATS), scale, stated)
+    *stack, rows, columns = shape
     roles = {"codes": name, "scales": scale}
     if zero in specs:
-        words = (*stack, -(-rows * bits // 32), *specs[scale].shape[-1:])
+        words = (*stack, -(-rows * bits // 32), -(-columns // (block[1] or columns)))
         is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32" and block[0] == 1
         found.shaped(zero, words if is_packed else specs[scale].shape, "I32" if is_packed else "I8")
         roles["zeros"] = zero
@@ -167,39 +176,21 @@ def stored(
     roles |= {"shape": logical} if logical in specs else {}
     roles |= {f"input {at}": path + end for at, end in enumerate(KEPT) if path + end in specs}
     detail = {"bits": bits, "block": block}
-    return StoredWeight(codec, TensorSpec("F64", shape), tuple(roles.values()), tuple(roles), detail, note)
+    return StoredWeight(
+        codec,
+        TensorSpec("F64", shape),
+        tuple(roles.values()),
+        tuple(roles),
+        detail,
+        note or contradiction(block, stated),
+    )
 
 
-def weights_of(declared: Mapping[str, Any]) -> Iterator[tuple[int, tuple[int, int] | None, Any]]:
-    """Yield what the config says of integers as weights, group by group: bits, rows and columns of a scale, format."""
+def weights_of(declared: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+    """Yield the bits of integers that the config has as weights, and their format, group by group."""
     groups = declared.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
-            continue
-        bits, block = weights.get("num_bits"), weights.get("block_structure") or [1, weights.get("group_size")]
-        is_block = isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block)
+        bits = weights.get("num_bits") if isinstance(weights, Mapping) and weights.get("type", "int") == "int" else None
         if type(bits) is int and 1 <= bits <= 8:
-            yield bits, (block[0], block[1]) if is_block else None, group.get("format") or declared.get("format")
-
-
-def scale_block(
-    shape: tuple[int, ...], grid: tuple[int, ...], name: str, declared: Mapping[str, Any]
-) -> tuple[int, int]:
-    """Return the rows and columns that have one scale, 0 for all of them; the config's blocks, if the scales fit them.
-
-    Raises:
-        Fault: the scales are of no groups, rows or blocks of the weight.
-    """
-    *stack, rows, columns = shape
-    each = grid[len(stack) :]
-    high, wide = (*each, 1, 1)[:2]
-    if grid[: len(stack)] == tuple(stack) and len(each) <= 2:
-        if (high, wide) == (1, 1):
-            return 0, 0
-        for _, block, _ in weights_of(declared):
-            if block and (high, wide) == (-(-rows // block[0]), -(-columns // block[1])):
-                return block
-        if high == rows and columns % wide == 0:
-            return 1, columns // wide if wide > 1 else 0
-    raise Fault(f"{name} has the shape {grid}, for a weight of {shape}")
+            yield bits, group.get("format") or declared.get("format")

@@ -96,7 +96,7 @@ class IntQuantizer(Quantizer):
         codes = np.zeros((groups, stream.width), np.uint8)
         codes[:, : len(zero)] = zero.numpy().T + np.int16(1 << (self.bits - 1))
         words = stream.pack(codes).view(np.uint32).T
-        above = which * self.parts["zeros"].spec.shape[-2] + first * self.bits // 32
+        above = which * -(-self.parts.shape[1] * self.bits // 32) + first * self.bits // 32
         return [*pieces, ("zeros", above * groups * 4, np.ascontiguousarray(words).tobytes())]
 
     def kept(self) -> list[Piece]:

@@ -11,7 +11,7 @@ from ..dtypes import TensorSpec
 from .blocks import block_of, block_scales, contradiction, refuse_column_scales, stated_blocks
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .comfy import layer_config
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -34,7 +34,7 @@ SCALE_TYPES = ("F32", "F16", "BF16", *E8M0)
 COMFY_TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's name of a format -> of the codes
 
 
-class Fp8(Scaled):
+class Fp8(ScaledCodes):
     """Codes of e4m3 or e5m2; a number is its code's, less the zero point if there is one, times the scale.
 
     Sources: transformers, integrations/finegrained_fp8.py and fbgemm_fp8.py; compressed-tensors,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -24,7 +24,7 @@ BITS = (2, 3, 4, 8)
 FLOATS = ("F16", "BF16", "F32")  # of scales
 
 
-class Gptq(Scaled):
+class Gptq(ScaledCodes):
     """A number is its code less its group's zero point, times its group's scale.
 
     Sources: AutoGPTQ 0.7.1, nn_modules/qlinear/qlinear_cuda.py; GPTQModel 7.7, utils/model.py (v1 and v2).

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dtypes import DTYPE_NAMES, TensorSpec
 from .codec import Fault, Found, Parts, Piece, Quantizer, StoredTensor, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,14 +33,12 @@ E4M3_SCALES = "e4m3 scales"  # the role of bytes that mean e4m3, where others me
 PER_GLOBAL = 448.0 * 6.0  # nvfp4's global scale is the largest number, that of e4m3 times that of e2m1
 
 
-class MlxAffine(Scaled):
+class MlxAffine(ScaledCodes):
     """`code * scale + bias`, one pair for each group of columns; scales may be negative."""
 
     key = "mlx"
     ends = (".weight",)
     code_dtypes = frozenset(("U32",))
-    bits = 6  # at most
-    widths: ClassVar[tuple[int, ...]] = WIDTHS[:-1]
 
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
         scale, bias = f"{path}.scales", f"{path}.biases"
@@ -52,8 +50,6 @@ class MlxAffine(Scaled):
         groups = _groups(spec, found, scale)
         found.shaped(bias, found.specs[scale].shape, "F32", "F16", "BF16")
         width, group, note = self.layout(path, groups, spec.shape[-1], found)
-        if width not in self.widths:
-            return None
         shape = (*spec.shape[:-1], groups * group)
         roles, detail = ("codes", "scales", "biases"), {"bits": width, "group": group}
         return StoredWeight(self, TensorSpec("F64", shape), (name, scale, bias), roles, detail, note)
@@ -88,15 +84,7 @@ class MlxAffine(Scaled):
         return Scales(scale, group, bias=bias)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        return MlxQuantizer(parts)
-
-
-class MlxAffine8(MlxAffine):
-    """`MlxAffine` with codes of 8 bits."""
-
-    key = "mlx-8bit"
-    bits = 8
-    widths = WIDTHS[-1:]
+        return MlxQuantizer(parts) if parts["scales"].spec.dtype == parts["biases"].spec.dtype else None
 
 
 class MlxQuantizer(Quantizer):
@@ -128,7 +116,7 @@ class MlxQuantizer(Quantizer):
         return codes.reshape(rows.shape), [(role, start * width, _bytes(of, kind)) for role, of in pieces]
 
 
-class MlxFp4(Scaled):
+class MlxFp4(ScaledCodes):
     """`code * scale`; nvfp4 may have a global scale for each matrix: `(code * scale * global) / 2688`."""
 
     key = "mlx-fp4"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
 from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ GROUP = 32  # columns that have one scale
 KEPT = (".input_global_scale", ".input_scale")  # of activations, which go with the codes
 
 
-class Fp4(Scaled):
+class Fp4(ScaledCodes):
     """Codes of e2m1, two a byte, the first in the low nibble, row after row."""
 
     def packing(self, parts: Parts) -> Packing:

@@ -36,7 +36,7 @@ class Scales:
     divisor: float | None = None
 
 
-class Scaled(CodeFormat):
+class ScaledCodes(CodeFormat):
     """A format whose numbers are levels times scales."""
 
     @abstractmethod
@@ -130,13 +130,15 @@ class Scaled(CodeFormat):
         """Return a companion's numbers for rows start:stop, one for each block of so many rows and columns.
 
         The companion has one number for each block of a matrix, (matrices, ceil(rows / block), ceil(columns / block)),
-        where a size of 0 stands for one block in that direction.
+        where a size of 0 stands for one block in that direction; or one number for all matrices.
 
         Returns:
             (rows, groups), or (1, groups) where all rows have the same.
         """
         import numpy as np
 
+        if parts[role].spec.size == 1:
+            return self.decoded(role, parts[role], 0, 1).reshape(1, 1)
         _, rows, columns = parts.shape
         high, groups = (-(-size // each) if each else 1 for size, each in zip((rows, columns), block, strict=True))
         at = np.arange(start, stop)

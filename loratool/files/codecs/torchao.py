@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..dtypes import TensorSpec
 from .blocks import block_of, block_scales
 from .codec import Fault, Found, Parts, StoredWeight
-from .scaled import Scaled, Scales
+from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
@@ -25,10 +25,10 @@ OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go wi
 COLUMN_SCALE = "_act_pre_scale"  # which inputs are multiplied by, a part of what the weight means
 
 
-class TorchaoInt8(Scaled):
+class TorchaoInt8(ScaledCodes):
     """Integers, less a zero point, times the scale of their block."""
 
-    key = "torchao_int8"
+    key = "torchao-int8"
     kind: ClassVar[str] = "Int8Tensor"  # torchao's class
     ends = ("_qdata",)
     code_dtypes = frozenset(("I8",))
@@ -75,7 +75,7 @@ class TorchaoInt8(Scaled):
 class TorchaoFloat8(TorchaoInt8):
     """Codes of e4m3 or e5m2 times the scale of their block."""
 
-    key = "torchao_float8"
+    key = "torchao-float8"
     kind = "Float8Tensor"
     code_dtypes = frozenset(("F8_E4M3", "F8_E5M2"))
     code = "uint8"

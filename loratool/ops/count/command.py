@@ -24,6 +24,7 @@ from ...architectures.config_tensors import (
 )
 from ...architectures.numbered_names import grouped
 from ...architectures.ties import COPIES
+from ...binding.coded_bases import plain_dtype
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import InputError, UsageError
@@ -31,7 +32,7 @@ from ...files.checkpoint import Checkpoint, is_torch_weights, open_checkpoint, r
 from ...files.dtypes import CONFIG_DTYPES, DTYPES, TensorSpec
 from ...files.fileio import reading
 from ...files.hub_cache import resolve
-from ...files.quantized import declared_method, find_declared
+from ...files.quantized import declared_method, find_declared, is_marker
 from ..machine import require_ieee
 from .formulas import FORMULAS, TOP_LAYERS, CountedMatrix, Formula, Outline, largest_size
 from .outline import Matrix, find_blocks, find_matrices, find_targets, make_outline, names_one, parameters_of
@@ -188,8 +189,9 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
             return _from_checkpoint(checkpoint)
         method = checkpoint.quantized
         if checkpoint.model_type not in CONFIG_FAMILIES:
+            name, coded = next(iter(checkpoint.coded.items()))
             raise InputError(
-                f"is quantized ({method}), so that its shapes are not those of its matrices",
+                f"is quantized ({method}), and the codes of {name} ({coded.format}) do not tell its shape",
                 culprit=os.fspath(path),
                 remedy="name the checkpoint that it was made from",
             )
@@ -225,7 +227,12 @@ def _from_config(config: Mapping[str, Any]) -> Model:
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Model:
-    specs = parameters_of(checkpoint.specs)
+    plain = plain_dtype(checkpoint)
+    specs = {
+        name: TensorSpec(plain, spec.shape) if name in checkpoint.weights else spec
+        for name, spec in parameters_of(checkpoint.specs).items()
+        if not is_marker(name)
+    }
     tie, tied = find_tie(checkpoint), None
     if tie is not None and tie.embedding in specs:
         tied = tie.embedding, tie.head if tie.separable else tie.embedding
@@ -238,7 +245,12 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     for spec in specs.values():
         dtypes[spec.dtype] += spec.size
     found = [dtype for dtype, _ in dtypes.most_common()]
-    notes = (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",) if len(found) > 1 else ()
+    notes: tuple[str, ...] = ()
+    if len(found) > 1:
+        notes += (f"dtypes are mixed ({', '.join(found)}): bytes are as of {found[0]}",)
+    if checkpoint.weights:
+        count = len(checkpoint.weights.keys() & specs.keys())
+        notes += (f"quantized ({checkpoint.quantized}): {count} weights are counted as numbers of {plain}",)
     configs = (checkpoint.config, checkpoint.config.get("text_config"))
     fields = [config.get(name) for config in configs if isinstance(config, dict) for name in CONTEXT_FIELDS]
     context = next((value for value in fields if type(value) is int and value > 0), None)

@@ -135,7 +135,7 @@ def _sort_tensor(
     grown = one.spec.shape != two.spec.shape
     if grown and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
-    if not grown and same_values(one, two) and (one.spec == two.spec or same_values(two, one)):
+    if not grown and _is_unchanged(one, two):
         found.unchanged += 1
         return
     selected = selection.selects(module)
@@ -153,6 +153,14 @@ def _sort_tensor(
         if not grown:
             _measure(found, name, one, two)
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+
+
+def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
+    """Return whether both have the same numbers, where one alone is coded as far as the other's type holds them."""
+    if (one.weight is None) != (two.weight is None):
+        coded, plain = (one, two) if one.weight else (two, one)
+        return same_values(coded, plain)
+    return same_values(one, two) and (one.spec == two.spec or same_values(two, one))
 
 
 def _is_bias_or_norm(name: str, one: TensorRef) -> bool:

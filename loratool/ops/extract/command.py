@@ -64,7 +64,7 @@ class ModuleExtract:
         gap: how far `kept` is from the best of this rank, relative.
         how: how `gap` is known: exact, certified or an estimate.
         effective_rank: that of the factors.
-        noise: the largest singular value that rounding the tuned model to its type can have made.
+        noise: the largest singular value that rounding the tuned model to its type or codes can have made.
         above_noise: how many of the computed singular values are larger than `noise`.
         stored: the relative error that the factors' type adds.
         rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
@@ -144,7 +144,7 @@ def extract(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Write the delta TUNED - BASE as an adapter.
+    """Write the delta TUNED - BASE as an adapter; quantized weights of either are the numbers that their codes mean.
 
     The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
     model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
@@ -169,7 +169,8 @@ def extract(
         progress: called with the matrices done and the matrices in all.
 
     Raises:
-        InputError: the models do not belong together, are quantized or equal, or hold nan. Nothing is written then.
+        InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
+            Nothing is written then.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")

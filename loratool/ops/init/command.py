@@ -25,13 +25,14 @@ from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX, module_path
 from ...architectures.renames import expert_part
 from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
+from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, with_dtype
+from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS, TensorSpec, with_dtype
 from ...files.fileio import require_free_space, scratch_folder, scratch_path, sha256_file
 from ...files.output import check_output_name, check_output_path, naming_output
 from ...files.safetensors_file import TensorFile
@@ -280,7 +281,8 @@ def _check_residual(
     one, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
     if any(one == other or one in other.parents or other in one.parents for other in others):
         raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
-    cast = [name for name, spec in base.specs.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
+    plain = {name: spec for name, spec in base.specs.items() if name not in base.weights}
+    cast = [name for name, spec in plain.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
     if dtype and undo and cast:
         raise NeedsFlag(
             f"is {base.specs[cast[0]].dtype} in the base, and a change of type cannot be undone",
@@ -319,7 +321,7 @@ class _Initialization:
         self, place: Path, adapter: tuple[Path, bool], dtype: str | None, undo: bool, force: bool, dry_run: bool
     ) -> ResidualReport:
         """Write the residual base with the initial adapter in it, then the adapter, which has DoRA's magnitudes too."""
-        size = sum(with_dtype(spec, dtype).nbytes for spec in self._base.specs.values())
+        size = self._residual_bytes(dtype)
         factors = sum(spec.nbytes for spec in self._starter.specs.values())
         require_free_space(place.absolute().parent, size + 2 * factors)
         require_free_space(adapter[0].absolute().parent, factors)
@@ -340,6 +342,15 @@ class _Initialization:
             specs = {**self._starter.specs, **self._starter.magnitude_specs}
             Peft().write(*adapter, AdapterContent(specs, load, self._config), self._base.shards)
         return self._residual
+
+    def _residual_bytes(self, dtype: str | None) -> int:
+        """Return the size of the residual's tensors: what gets factors is plain in it, and what is fused with that."""
+        base = self._base
+        coded = [each.weight.name for each in self._adapted_weights if each.weight.name in base.weights]
+        kept = base.weights.keys() - with_siblings(base, coded)
+        plain = {n: TensorSpec(plain_dtype(base), s.shape) if n in base.weights else s for n, s in base.specs.items()}
+        sizes = (base.nbytes_of(n) if n in kept else with_dtype(spec, dtype).nbytes for n, spec in plain.items())
+        return sum(sizes)
 
     def _subtract(self, initial: Path, place: Path, dtype: str | None, undo: bool, force: bool) -> ResidualReport:
         adapter = open_adapter(initial)
@@ -368,7 +379,9 @@ class _Initialization:
         )
 
     def _dtypes(self, dtype: str | None) -> tuple[str, ...]:
-        return tuple(sorted({dtype or adapted.weight.source.spec.dtype for adapted in self._adapted_weights}))
+        sources = [adapted.weight.source for adapted in self._adapted_weights]
+        own = {plain_dtype(self._base) if source.weight else source.spec.dtype for source in sources}
+        return (dtype,) if dtype else tuple(sorted(own))
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
         """Return what made the residual, with the hashes of the base's files."""
@@ -412,6 +425,12 @@ class _Initialization:
         ):
             found.append(
                 f"the head {tie.head} is the same matrix as {tie.embedding}; the adapter is on the latter alone"
+            )
+        coded = [adapted for adapted in self._adapted_weights if adapted.weight.source.weight]
+        if coded and INITS[self._method].mutates_base:
+            found.append(
+                f"{len(coded)} weights with factors are codes in the base and plain numbers in the residual: it takes "
+                "their full size in memory"
             )
         residual = self._residual
         if residual and residual.error and residual.error > COARSE:

@@ -303,7 +303,7 @@ def _execute(
         copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
         beside = plan.edits.beside.keys() - plan.written.keys()
         sources = plan.stored_sources(output.specs.keys() - beside)
-        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied, beside)
+        runs = rewrite(output, sources, tensors, options.device, workers, options.progress, finish, copied)
         for item, blocks in opened.enter_context(closing(runs)):
             if isinstance(item, HashBytes):
                 if undo:

@@ -77,7 +77,7 @@ class CodesVerdict:
 
 @dataclass
 class CodeCount:
-    """What differs between the codes of a merge and those that are stored."""
+    """The differences between the codes of a merge and those that are stored."""
 
     shape: tuple[int, ...]  # of the weight
     columns: int  # of its last dimension

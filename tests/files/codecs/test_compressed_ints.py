@@ -110,6 +110,10 @@ def test_columns_in_groups_of_any_order(tmp_path: Path) -> None:
     tensors, weight = pack(4, (8, 64), sorted(index), True)
     tensors["x.weight_g_idx"] = torch.tensor(sorted(index), dtype=torch.int32)
     holds(opened(tmp_path / "rising", tensors, config(4, 16)), weight)
+    uneven = [at // 20 for at in range(64)]  # the last of four groups is shorter than the config's sixteen
+    tensors, weight = pack(4, (8, 64), uneven, True)
+    tensors["x.weight_g_idx"] = torch.tensor(uneven, dtype=torch.int32)
+    holds(opened(tmp_path / "uneven", tensors, config(4, 16)), weight)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -154,7 +158,8 @@ def test_plain_integers_read_their_formula(tmp_path: Path, scales: str, asymmetr
     tensors, weight = plain(SCALES[scales], zeros if asymmetric else None)
     more = {"ragged": {"block_structure": [3, 4]}, "blocks": {"block_structure": [2, 4]}}.get(scales, {})
     tensors |= {"x.input_scale": torch.ones(1), "x.bias": torch.ones(6)}
-    checkpoint = opened(tmp_path, tensors, config(8, form="int-quantized", **more))
+    group = 2 if scales == "groups" else None
+    checkpoint = opened(tmp_path, tensors, config(8, group, form="int-quantized", **more))
     holds(checkpoint, weight)
     assert set(checkpoint.weights["x.weight"].tensors) == tensors.keys() - {"x.bias"}
 

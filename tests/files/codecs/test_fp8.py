@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs.blocks import stated_blocks
 from loratool.files.codecs.codec import CodeFormat, Parts
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -265,6 +266,37 @@ def test_tensors_win_over_the_config(tmp_path: Path) -> None:
     assert not opened(tmp_path, {"x.weight": W, "x.weight_scale": torch.ones(1)}, stated).weights["x.weight"].note
 
 
+@pytest.mark.parametrize(
+    ("declared", "blocks"),
+    [
+        ({}, []),
+        ({"weight_block_size": [64, 32]}, [(64, 32)]),
+        ({"weight_block_size": "64x32", "config_groups": []}, []),
+        ({"weight_block_size": [-1, 32], "config_groups": {"a": None, "b": {"weights": 3}}}, []),
+        ({"weight_block_size": [1.5, True]}, []),
+        ({"config_groups": {"a": {"weights": {"strategy": "channel", "group_size": None}}}}, [(1, 0)]),
+        (
+            {"config_groups": {"a": {"weights": {"strategy": "tensor"}}, "b": {"weights": {"group_size": 32}}}},
+            [(0, 0), (1, 32)],
+        ),
+    ],
+)
+def test_blocks_of_a_config(declared: dict[str, Any], blocks: list[tuple[int, int]]) -> None:
+    assert stated_blocks(declared) == blocks
+
+
+def test_what_goes_with_experts(tmp_path: Path) -> None:
+    inputs = torch.full((3,), 0.5)
+    state = {"e.up": every_code(3, 8, 8), "e.up_scale_inv": torch.ones(3, 1, 1), "e.up_activation_scale": inputs}
+    weight = opened(tmp_path, {**state, "e.up_bias": torch.ones(3, 8)}).weights["e.up"]
+    assert weight.tensors == tuple(state) and weight.roles == ("codes", "scales", "activation_scale")
+
+
+def test_a_description_of_megabytes_is_not_read(tmp_path: Path) -> None:
+    state = {"x.weight": W, "x.weight_scale": torch.ones(1), "x.comfy_quant": torch.zeros(1 << 20, dtype=torch.uint8)}
+    assert "x.comfy_quant has 1048576 bytes" in opened(tmp_path, state).faults["x.weight"]
+
+
 def test_what_is_no_weight_with_a_scale(tmp_path: Path) -> None:
     state = {
         "plain.weight": W,  # a cast
@@ -359,6 +391,40 @@ def test_numbers_without_a_code_are_refused(bad: float, scale: Tensor, tmp_path:
     with pytest.raises(InputError, match="does not have") as caught:
         written(parts, weight)
     assert caught.value.culprit == "x.weight"
+
+
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (40, 1), (3, 2)], ids=str)
+def test_experts_are_written_anew_as_single_matrices(grid: tuple[int, int], end: str, tmp_path: Path) -> None:
+    """With one scale each, two, one a row, and ragged blocks of 16."""
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    state = {"e.up": every_code(3, 40, 24), f"e.up{end}": torch.ones(3, *grid)}
+    found = written(opened(tmp_path, state).parts_of("e.up"), weight)
+    declared = {"weight_block_size": [20, 24]} if grid == (2, 1) else {}
+    apart = []
+    for expert in weight:
+        state = {"x.weight": every_code(40, 24), f"x.weight{end}": torch.ones(grid)}
+        apart.append(written(opened(tmp_path, state, declared).parts_of("x.weight"), expert))
+    assert found == {role: b"".join(each[role] for each in apart) for role in found}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 24), (3, 24, 1)], ids=str)
+def test_columns_are_written_anew_as_rows(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    state = {"e.up": every_code(3, 40, 24), "e.up_scale": torch.ones(shape)}
+    found = written(opened(tmp_path, state).parts_of("e.up"), weight)
+    turned = {"e.up": every_code(3, 24, 40), "e.up_scale": torch.ones(3, 24, 1)}
+    known = written(opened(tmp_path, turned).parts_of("e.up"), weight.mT.contiguous())
+    codes = torch.frombuffer(bytearray(known["codes"]), dtype=torch.uint8).reshape(3, 24, 40)
+    assert found == {"codes": raw(codes.mT), "scales": known["scales"]}
+
+
+def test_one_scale_of_all_experts(tmp_path: Path) -> None:
+    weight = some_weights(3, 40, 24, dtype=torch.bfloat16)
+    stacked = opened(tmp_path, {"e.up": every_code(3, 40, 24), "e.up_scale": torch.ones(())})
+    found = written(stacked.parts_of("e.up"), weight)
+    flat = opened(tmp_path, {"x.weight": every_code(120, 24), "x.weight_scale": torch.ones(())})
+    assert found == written(flat.parts_of("x.weight"), weight.reshape(120, 24))
 
 
 def test_inputs_scales_are_taken_over(tmp_path: Path) -> None:

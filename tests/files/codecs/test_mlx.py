@@ -92,7 +92,7 @@ def test_a_module_may_have_a_config_of_its_own(tmp_path: Path) -> None:
         parts = only(stored(tmp_path, tensors, config(4, 64, **{"m.x": own})))
         assert parts.weight.spec.shape == (3, 64)
         assert parts.weight.note == ""
-        assert parts.weight.codec.bits == 8  # type: ignore[attr-defined]
+        assert parts.detail("bits") == 8
 
 
 def test_shapes_win_over_a_config_and_that_is_said(tmp_path: Path) -> None:
