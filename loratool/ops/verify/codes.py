@@ -49,9 +49,9 @@ NEAR = 2.0**-7
 
 STEPS = 2
 
-MOST = (
-    8  # if one code in so many is not the nearest, what is far was not altered: they are of another base, or calibrated
-)
+ENOUGH = 8  # codes that must tell a merge from its base before one can say that it is the base
+
+MOST = 8  # where one code in so many is not the nearest, none was altered: they are of another base, or calibrated
 
 # The types that a merge rounds to before it encodes
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -280,6 +280,7 @@ class _Measure:
     least: float = 0.0  # the same of the codes nearest to X
     misses: float = 0.0  # |W' - those|^2
     idle: float = 0.0  # |W' - the codes nearest to W|^2
+    tell: int = 0  # codes that are not nearest to both, X and W
 
     def add(self, block: ReplayBlock, parts: Parts) -> None:
         """Add some rows. parts: of the codes."""
@@ -302,7 +303,9 @@ class _Measure:
         self.least += _squared(least)
         if block.inside:
             self.misses += _squared(_finite(merged - nearest))
-            self.idle += _squared(_finite(merged - grid.values(0, grid.nearest(0, W))))
+            before = grid.nearest(0, W)
+            self.idle += _squared(_finite(merged - grid.values(0, before)))
+            self.tell += int(np.count_nonzero(before != codes))
 
 
 def _finite(x: Wide) -> Wide:
@@ -322,7 +325,7 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
     for block in Replay(plan.sources[name], placements, load).blocks(found):
         sums.add(block, found.parts)
     verdict = CodesVerdict("requantized", how, sums.asked, moves=sums.moved > 0)
-    if sums.idle < NEARER * sums.misses:
+    if sums.tell >= ENOUGH and sums.idle < NEARER * sums.misses:
         return _with(verdict, "wrong", f"{how}: the change is not applied")
     few = sums.strays.wrong <= max(FEW, found.spec.size // 1000) and sums.apart * MOST < found.spec.size
     if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
