@@ -37,7 +37,7 @@ VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text
 # A vector of each layout that headers tell otherwise. (Of ComfyUI's padded weights they tell the padded shape alone.)
 LAYOUTS = (
     "fp8_blocks ct_mxfp4 ct_nvfp4 ct_pack3_group_asym ct_pack4_act_order ct_int8_channel mxfp4_gpt_oss nvfp4_modelopt "
-    "comfy_float8 comfy_scaled_fp8 bnb_nf4_nested bnb_fp4 bnb_int8 gptq_v1_4bit awq_gemm mlx_affine6_64 "
+    "comfy_float8_metadata comfy_scaled_fp8 bnb_nf4_nested bnb_fp4 bnb_int8 gptq_v1_4bit awq_gemm mlx_affine6_64 "
     "mlx_mxfp4 torchao_int8 fbgemm_fp8 fp4_deepseek_v4"
 ).split()
 
@@ -245,7 +245,9 @@ class TestConvert:
     def test_every_format_becomes_plain_numbers(self, vector: str, tmp_path: Path) -> None:
         folder = tame(write_vector(vector, tmp_path / "m"))
         before, numbers = load_model(folder), open_checkpoint(folder)
+        planned = loratool.convert(folder, tmp_path / "out", dtype="fp32", dry_run=True)
         report = loratool.convert(folder, tmp_path / "out", dtype="fp32")
+        assert isinstance(planned, CheckpointConvertReport) and planned.nbytes == report.nbytes
         assert isinstance(report, CheckpointConvertReport)
         found = load_model(tmp_path / "out")
         for name in VECTORS[vector]["weights"]:
