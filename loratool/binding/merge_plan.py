@@ -130,7 +130,7 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
     """Raise InputError for an update of a quantized weight."""
     for adapter, name, form in binding.quantized.values():
         count = len(binding.quantized)
-        others = f", as are {count - 1} more that the adapter changes" if count > 1 else ""
+        others = f"; {count - 1} more that the adapter changes are, too" if count > 1 else ""
         coded = base.coded.get(name)
         why = f": {coded.fault}" if coded and coded.fault else ", and its codes are no weights"
         is_its_base = adapter.config.base_model in (str(base.path), None)

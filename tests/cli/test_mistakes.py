@@ -77,7 +77,7 @@ MISTAKES = {
     """,
     "quantized base": """
         loratool merge four-bit adapter -o out -> 3
-        model.layers.0.mlp.down_proj.weight: is quantized (bitsandbytes 4-bit), and its codes are no weights, as are 20 more that the adapter changes
+        model.layers.0.mlp.down_proj.weight: is quantized (bitsandbytes 4-bit): model.layers.0.mlp.down_proj.weight.quant_state.bitsandbytes__nf4 is missing beside it; 20 more that the adapter changes are, too
         pass the original model in 16 or 32 bits; adapter says it was trained on fixtures/llama/base
 
         loratool init four-bit -o out -> 3

@@ -301,6 +301,11 @@ def test_what_is_wrong_in_codes_with_scales_of_others_is_found(tmp_path: Path) -
     assert details(report)[Q][0] == "wrong" and "applied twice" in details(report)[Q][1]
     out, _ = requantize_anew(base, tmp_path / "none", {})
     assert "is not applied" in details(loratool.verify(base, adapter, out))[OUT][1]
+    small = tmp_path / "small"
+    small.mkdir()
+    same, tiny, _ = write_pair(small, 0.02)  # less than half a step
+    out, _ = requantize_anew(same, small / "none", {})
+    assert "is not applied" in details(loratool.verify(same, tiny, out))[OUT][1]
     out = write_int8(tmp_path / "other", {n: weights(ROWS, COLUMNS, seed=50 + i) for i, n in enumerate((Q, K, OUT))})
     report = loratool.verify(base, adapter, out)
     assert {details(report)[n][0] for n in (Q, K, OUT)} == {"wrong"}
@@ -436,6 +441,63 @@ def test_codes_without_their_scales_are_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="cannot be read in .*quant_map is missing"):
         loratool.verify(base, adapter, out)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_pefts_own_merge_into_codes_is_told_by_the_kept_share(tmp_path: Path, nested: bool) -> None:
+    """peft's Linear4bit decodes, adds and encodes with scales of its own; so does transformers, of a merged model."""
+    functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
+    peft = pytest.importorskip("peft")
+    from bitsandbytes.nn import Linear4bit
+
+    def linear(W: Tensor) -> Any:
+        layer = Linear4bit(*reversed(W.shape), bias=False, compress_statistics=nested, quant_type="nf4")
+        layer.load_state_dict({"weight": W})
+        return layer.to("cpu")
+
+    def write(folder: Path, modules: dict[str, Any]) -> Path:
+        stored = {f"{n}.{k}": v.contiguous() for n, m in modules.items() for k, v in m.state_dict().items()}
+        method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        return write_model(folder, stored, {"model_type": "llama", "quantization_config": method})
+
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"]
+    modules = {n: linear(weights(128, 256, seed=i).bfloat16()) for i, n in enumerate(names)}
+    base = write(tmp_path / "base", modules)
+    made = {n: factors(128, 256, 8, seed=i) for i, n in enumerate(names)}
+    for size, low, high in ((1.0, 0.8, 1.2), (0.005, -0.2, 0.3)):
+        adapter = write_peft(tmp_path / f"adapter {size}", {n: (A * size, B) for n, (A, B) in made.items()})
+        model = torch.nn.Module()
+        model.is_loaded_in_4bit = True
+        model.q_proj, model.o_proj = (linear(weights(128, 256, seed=i).bfloat16()) for i in range(2))
+        wrapped = peft.inject_adapter_in_model(
+            peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "o_proj"]), model
+        )
+        merged = {}
+        for name, (A, B) in made.items():
+            layer = getattr(wrapped, name.rpartition(".")[2])
+            layer.lora_A["default"].weight.data.copy_(A * size)
+            layer.lora_B["default"].weight.data.copy_(B)
+            layer.merge()
+            merged[name] = layer.base_layer
+        out = write(tmp_path / f"out {size}", merged)
+        report: Any = loratool.verify(base, adapter, out)
+        assert report.status == "inconclusive" and not report.wrong, report.tensors
+        for name, (A, B) in made.items():
+            D = B.double() @ A.double() * size
+            old, new = (decode_nf4(functional, load_model(folder), name) for folder in (base, out))
+            share = float(((new - old) * D).sum() / (D * D).sum())
+            told = details(report)[name][1]
+            assert low < share < high
+            assert told.startswith("requantized with fresh scales: keeps ")
+            assert float(told.split()[-5]) / 100 == pytest.approx(share, abs=0.006)
+
+
+def decode_nf4(functional: Any, stored: dict[str, Tensor], name: str) -> Tensor:
+    parts = {k.removeprefix(f"{name}.weight."): v for k, v in stored.items() if k.startswith(f"{name}.weight.")}
+    state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+    state.dtype = torch.float32
+    found: Tensor = functional.dequantize_4bit(stored[f"{name}.weight"], state)
+    return found.double()
 
 
 def test_what_only_quantized_models_have_beside_weights_is_not_compared(tmp_path: Path) -> None:

@@ -157,6 +157,23 @@ def test_verify_proves_the_merge_and_finds_a_wrong_weight(tmp_path: Path, ends: 
 
 
 @ENDS
+def test_verify_proves_requantized_codes_and_names_a_wrong_one(tmp_path: Path, ends: str) -> None:
+    base, _ = write_base(tmp_path / "base", ends, 1)
+    adapter, _ = write_adapter(tmp_path / "adapter", Q, K, size=0.1)
+    loratool.merge(base, adapter, tmp_path / "out", quantized="requantize", undo=False)
+    report = loratool.verify(base, adapter, tmp_path / "out")
+    assert report.status == "proven" and report.exact == 2
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[K + ends][5, 7] += 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    wrong = [
+        (t.name, t.detail) for t in loratool.verify(base, adapter, tmp_path / "out").tensors if t.verdict == "wrong"
+    ]
+    assert wrong == [(K, "1 code, in row 5, column 7, is not the nearest to the merge")]
+
+
+@ENDS
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_convert_to_a_type_decodes_and_without_one_copies(tmp_path: Path, ends: str, dtype: str) -> None:
     base, numbers = write_base(tmp_path / "base", ends)

@@ -30,10 +30,12 @@ from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, RowRange
 from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
-from .diagnosis import find_fault
-from .replay import Replay
+from .diagnosis import NEARER, find_fault
+from .replay import Replay, ReplayBlock
 
 Flags = npt.NDArray[np.bool_]
+
+Wide = npt.NDArray[np.float64]
 
 BYTES = 1 << 22  # compared at a time
 
@@ -46,6 +48,10 @@ EXPLAINED = 4.0  # |W' - X|^2 in units of what the nearest codes are off: calibr
 NEAR = 2.0**-7
 
 STEPS = 2
+
+ENOUGH = 8  # codes that must tell a merge from its base before one can say that it is the base
+
+MOST = 8  # where one code in so many is not the nearest, none was altered: they are of another base, or calibrated
 
 # The types that a merge rounds to before it encodes
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -262,46 +268,73 @@ def _holds(tensor: StoredTensor, at: int, data: bytes) -> bool:
 
 @dataclass
 class _Measure:
-    """How far numbers of codes are from a merge: sums over a weight."""
+    """How far numbers of codes, W', are from a merge, X = W + D: sums over a weight."""
 
+    strays: CodeCount  # codes far from the nearest to X
+    apart: int = 0  # codes that are not the nearest
     base: float = 0.0  # <W, W>
     asked: float = 0.0  # <D, D>
     kept: float = 0.0  # <W' - W, D>
     moved: float = 0.0  # |W' - W|^2
     off: float = 0.0  # |W' - X|^2
-    least: float = 0.0  # the same of the nearest codes
+    least: float = 0.0  # the same of the codes nearest to X
+    misses: float = 0.0  # |W' - those|^2
+    idle: float = 0.0  # |W' - the codes nearest to W|^2
+    tell: int = 0  # codes that are not nearest to both, X and W
+
+    def add(self, block: ReplayBlock, parts: Parts) -> None:
+        """Add some rows. parts: of the codes."""
+        W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
+        grid = CodedRows(parts, block.first, W.shape[1])
+        codes = grid.nearest(0, X)
+        steps = grid.ordinals(grid.without_padding(grid.read(len(X)))).astype(np.int32) - grid.ordinals(codes)
+        nearest = grid.values(0, codes)
+        D, E, off, least = _finite(X - W), _finite(merged - W), _finite(merged - X), _finite(nearest - X)
+        reach = NEAR * _finite(np.abs(X)).max(1, keepdims=True)
+        stray = (np.abs(off) > np.abs(least) + reach) & (np.abs(steps) > STEPS)
+        stray |= np.isnan(merged) != np.isnan(W)
+        self.strays.add(block.first * grid.fold, stray, stray)
+        self.apart += int(np.count_nonzero(steps))
+        self.base += _squared(_finite(W))
+        self.asked += _squared(D)
+        self.kept += float(np.vdot(E, D))
+        self.moved += _squared(E)
+        self.off += _squared(off)
+        self.least += _squared(least)
+        if block.inside:
+            self.misses += _squared(_finite(merged - nearest))
+            before = grid.nearest(0, W)
+            self.idle += _squared(_finite(merged - grid.values(0, before)))
+            self.tell += int(np.count_nonzero(before != codes))
+
+
+def _finite(x: Wide) -> Wide:
+    return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _squared(x: Wide) -> float:
+    return float(np.vdot(x, x))
 
 
 @np.errstate(all="ignore")
 def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: UpdateLoader) -> CodesVerdict:
     """Return the verdict on codes that no merge of ours writes, by their numbers. how: they were made, in words."""
-    replay = Replay(plan.sources[name], plan.placements.get(name, ()), load)
-    sums, shape = _Measure(), found.spec.shape
-    count = CodeCount(shape, shape[-1])
+    placements, shape = plan.placements.get(name, ()), found.spec.shape
+    sums = _Measure(CodeCount(shape, shape[-1]))
     assert found.parts
-    for block in replay.blocks(found):
-        W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
-        grid = CodedRows(found.parts, block.first, W.shape[1])
-        codes = grid.nearest(0, X)
-        nearest = grid.values(0, codes)
-        steps = grid.ordinals(grid.without_padding(grid.read(len(X)))).astype(np.int32) - grid.ordinals(codes)
-        D, E, off, least = (np.nan_to_num(x, posinf=0, neginf=0) for x in (X - W, merged - W, merged - X, nearest - X))
-        size = np.nan_to_num(np.abs(X), posinf=0)
-        stray = (np.abs(off) > np.abs(least) + NEAR * size.max(1, keepdims=True)) & (np.abs(steps) > STEPS)
-        stray |= np.isnan(merged) != np.isnan(W)
-        count.add(block.first * grid.fold, stray, stray)
-        pairs = (W, W), (D, D), (E, D), (E, E), (off, off), (least, least)
-        for each, (x, y) in zip(vars(sums), pairs, strict=True):
-            setattr(sums, each, getattr(sums, each) + float(np.vdot(np.nan_to_num(x), np.nan_to_num(y))))
+    for block in Replay(plan.sources[name], placements, load).blocks(found):
+        sums.add(block, found.parts)
     verdict = CodesVerdict("requantized", how, sums.asked, moves=sums.moved > 0)
-    few = count.wrong <= max(FEW, found.spec.size // 1000)
-    if count.wrong and (few or sums.off > EXPLAINED * sums.least):
-        fault = find_fault(plan, name, found) if name in plan.placements else None
+    if sums.tell >= ENOUGH and sums.idle < NEARER * sums.misses:
+        return _with(verdict, "wrong", f"{how}: the change is not applied")
+    few = sums.strays.wrong <= max(FEW, found.spec.size // 1000) and sums.apart * MOST < found.spec.size
+    if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
+        fault = find_fault(plan, name, found) if placements else None
         times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
-        altered = f"{count.describe('were')} altered"
+        altered = f"{sums.strays.describe('were')} altered"
         far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"
         return _with(verdict, "wrong", f"{how}: {fault or (altered if few else far)}")
     if sums.asked:
         return _with(verdict, "requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the change")
-    apart = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
-    return _with(verdict, "requantized", f"{how}: {describe_share(apart)} off the base's numbers")
+    distance = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
+    return _with(verdict, "requantized", f"{how}: {describe_share(distance)} off the base's numbers")
