@@ -48,7 +48,7 @@ def diff(context: click.Context, /, fail_above: float | None, quiet: bool, json:
 
     Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
     distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Models are compared tensor by
-    tensor, streaming.
+    tensor, streaming; quantized weights by their numbers, so that of a model and its quantization it is the error.
 
     \b
       loratool diff style/ task/ --base base/

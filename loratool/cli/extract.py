@@ -84,7 +84,7 @@ def extract(quiet: bool, json: bool, **options: Any) -> None:
 
     Every matrix gets the top of its change's SVD; biases and norms are kept exactly. The energy kept is exact, and how
     far it can be from the best is estimated, or proven with --certify. What is not in the adapter is named with its
-    norm.
+    norm. Either model may be quantized.
 
     \b
       loratool extract base/ tuned/ --rank 8 -o extracted/

@@ -54,9 +54,9 @@ def inspect(
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
     Matrices are grouped over layers. For a checkpoint, from headers alone: shapes, dtypes, sizes, what is tied or
-    quantized, which weights LoRA could target. For an adapter, from its factors too: format, rank, alpha, scale,
-    the size and effective rank of its change, and problems: factors that are zero, nan or inf, a config that does
-    not fit them, and with --base modules and shapes that do not fit the model.
+    quantized and in how many bits a weight, which weights LoRA could target. For an adapter, from its factors too:
+    format, rank, alpha, scale, the size and effective rank of its change, and problems: factors that are zero, nan or
+    inf, a config that does not fit them, and with --base modules and shapes that do not fit the model.
 
     With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
     and stable rank, and the ranks that hold 50, 90 and 99 % of the energy.

@@ -133,18 +133,19 @@ def open_inputs(
 
 
 def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
-    """Open a model none of whose weights is quantized.
+    """Open a model all of whose weights can be read as numbers.
 
     Args:
         what: a clause that names this argument, for the message.
 
     Raises:
-        InputError: a weight is quantized, or `open_base` refuses the model.
+        InputError: a weight is quantized in a format that no codec reads, or `open_base` refuses the model.
     """
     model = open_base(name, what, opened)
     for weight, coded in model.coded.items():
+        why = f": {coded.fault}" if coded.fault else ""
         raise InputError(
-            f"is quantized ({coded.format}), and the codes of {weight} are no weights",
+            f"is quantized ({coded.format}), and the codes of {weight} cannot be read{why}",
             culprit=os.fspath(name),
             remedy="pass the original model in 16 or 32 bits",
         )

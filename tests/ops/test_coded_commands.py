@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import lzma
 import math
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, bits, factors, load_model, weights, write_model, write_peft
+from conftest import FIXTURES, MEASURED, bits, factors, load_model, weights, write_model, write_peft
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
@@ -35,7 +37,7 @@ VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text
 # A vector of each layout that headers tell otherwise. (Of ComfyUI's padded weights they tell the padded shape alone.)
 LAYOUTS = (
     "fp8_blocks ct_mxfp4 ct_nvfp4 ct_pack3_group_asym ct_pack4_act_order ct_int8_channel mxfp4_gpt_oss nvfp4_modelopt "
-    "comfy_float8 comfy_scaled_fp8 bnb_nf4_nested bnb_fp4 bnb_int8 gptq_v1_4bit awq_gemm mlx_affine6_64 "
+    "comfy_float8_metadata comfy_scaled_fp8 bnb_nf4_nested bnb_fp4 bnb_int8 gptq_v1_4bit awq_gemm mlx_affine6_64 "
     "mlx_mxfp4 torchao_int8 fbgemm_fp8 fp4_deepseek_v4"
 ).split()
 
@@ -143,6 +145,7 @@ class TestInspect:
         assert sum(g.tensors for g in coded) == len(MODULES)
         assert all(g.bits == 8 + 32 * g.tensors / g.parameters and g.dtype == "F8_E4M3" for g in coded)
         assert {(g.codec, g.bits) for g in twin.groups} == {(None, 16)}
+        assert any("as numbers of BF16" in note for note in report.notes) and not twin.notes
         assert "bits" in run("inspect", fp8).stdout and "weight_scale_inv" not in run("inspect", fp8).stdout
 
     def test_a_companion_of_another_length_is_no_other_group(self, tmp_path: Path) -> None:
@@ -242,7 +245,9 @@ class TestConvert:
     def test_every_format_becomes_plain_numbers(self, vector: str, tmp_path: Path) -> None:
         folder = tame(write_vector(vector, tmp_path / "m"))
         before, numbers = load_model(folder), open_checkpoint(folder)
+        planned = loratool.convert(folder, tmp_path / "out", dtype="fp32", dry_run=True)
         report = loratool.convert(folder, tmp_path / "out", dtype="fp32")
+        assert isinstance(planned, CheckpointConvertReport) and planned.nbytes == report.nbytes
         assert isinstance(report, CheckpointConvertReport)
         found = load_model(tmp_path / "out")
         for name in VECTORS[vector]["weights"]:
@@ -312,6 +317,35 @@ class TestConvert:
         loratool.convert(folder, tmp_path / "b", dtype="bf16")
         files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
         assert files[0] == files[1]
+
+    def test_a_pipeline(self, plain: Path, fp8: Path, tmp_path: Path) -> None:
+        for n, model in (("a", fp8), ("b", plain)):
+            for part in ("transformer", "text_encoder"):
+                shutil.copytree(model if part == "transformer" else plain, tmp_path / n / part)
+            index = {part: ["transformers", "LlamaForCausalLM"] for part in ("transformer", "text_encoder")}
+            (tmp_path / n / "model_index.json").write_text(json.dumps(index))
+            loratool.convert(tmp_path / n, tmp_path / f"{n} out", dtype="bf16")
+        for part in ("transformer", "text_encoder"):
+            ours, twin = (tmp_path / f"{n} out" / part for n in "ab")
+            configs = [json.loads((folder / "config.json").read_text()) for folder in (ours, twin)]
+            assert configs[0] == configs[1]
+            found, theirs = load_model(ours), load_model(twin)
+            assert found.keys() == theirs.keys() and all(torch.equal(found[name], W) for name, W in theirs.items())
+
+    @pytest.mark.slow
+    def test_memory_does_not_grow_with_a_stack_of_experts(self, tmp_path: Path) -> None:
+        """The larger one has 67 million weights, which are 537 MB of float64."""
+        peaks = []
+        for experts in (2, 16):
+            path, folder = "model.layers.0.mlp.experts.gate_up_proj", tmp_path / str(experts)
+            codes = torch.randint(0, 256, (experts, 2048, 64, 16), dtype=torch.uint8)
+            stack = {f"{path}_blocks": codes, f"{path}_scales": torch.full((experts, 2048, 64), 120, dtype=torch.uint8)}
+            write_model(folder, stack, {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})
+            calls = (["convert", folder, "-o", tmp_path / "out", "--dtype", "bf16", "--force"],)
+            calls += (["diff", folder, tmp_path / "out"],)
+            runs = [subprocess.run([*MEASURED, *map(str, call)], capture_output=True, text=True) for call in calls]
+            peaks.append([int(each.stderr.split()[-1]) for each in runs])
+        assert all(large < small + 50_000 for small, large in zip(*peaks, strict=True)), peaks  # kB
 
 
 class TestCount:

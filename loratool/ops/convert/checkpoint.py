@@ -138,7 +138,6 @@ def convert_checkpoint(
         if removed.issuperset(opened.stored):
             raise InputError("has nothing left after --drop", culprit=os.fspath(checkpoint))
         base, denoiser = opened, None
-        is_quantized = bool(opened.weights) or any(part.declared for part in opened.models)
         if naming:
             denoiser = rename_denoiser(
                 opened, naming, removed, not DENOISER_DROP_CHOICES.keys().isdisjoint(options.drop)
@@ -148,12 +147,7 @@ def convert_checkpoint(
         check_output_path(path, is_file, inputs, options.force, is_model=True)
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
-        notes: tuple[str, ...] = ()
-        if chosen and is_quantized:
-            removed |= {name for name in base.stored if is_marker(name)}
-            edits, notes = decode_all(base, edits, chosen)
-            for name in base.weights.keys() - removed:
-                base.parts_of(name).require_sound()
+        edits, notes = _decode(base, edits, chosen)
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
         output = plan_output(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
@@ -185,6 +179,20 @@ def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | 
             culprit=os.fspath(name),
             remedy="keep it in safetensors, or make it plain numbers with --dtype",
         )
+
+
+def _decode(base: Checkpoint, edits: OutputEdits, dtype: str | None) -> tuple[OutputEdits, tuple[str, ...]]:
+    """Return the edits with all quantized weights as numbers and without marks, and notes; companions are checked.
+
+    Args:
+        dtype: None keeps the codes.
+    """
+    if dtype is None or not (base.weights or any(part.declared for part in base.models)):
+        return edits, ()
+    for name in base.weights.keys() - edits.removed:
+        base.parts_of(name).require_sound()
+    marks = {name for name in base.stored if is_marker(name)}
+    return decode_all(base, replace(edits, removed={*edits.removed, *marks}), dtype)
 
 
 def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None) -> tuple[str, Path, bool]:

@@ -133,7 +133,7 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
         raise InputError(
             f"is quantized ({base.quantized}), and its scales are of whole tensors under their names",
             culprit=culprit,
-            remedy="convert the model as it was before",
+            remedy="make it plain numbers first, with convert --dtype bf16",
         )
     shared = find_shared_storage(base, removed)
     if shared:

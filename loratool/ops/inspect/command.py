@@ -16,6 +16,7 @@ from ...adapters.formats import holds_adapter, open_adapter, open_other
 from ...adapters.formats.other_methods import OTHER_METHODS, OUTCOMES, OtherMethod, describe_bottlenecks, find_marks
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...architectures.roles import weight_role
+from ...binding.coded_bases import plain_dtype
 from ...binding.tied_weights import head_is_missing
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -64,7 +65,7 @@ class CheckpointReport:
         tied: whether the file has no head because it is the embedding.
         quantization: the method's name.
         uncounted: quantized weights of which headers do not tell how many numbers they are.
-        notes: where the config contradicts the tensors, and what cannot be read.
+        notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
     """
 
     path: str
@@ -236,6 +237,9 @@ def _unread_weight(checkpoint: Checkpoint, coded: Coded) -> _Weight:
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.weights:
+        plain = " or ".join(dict.fromkeys(plain_dtype(part) for part in checkpoint.models if part.weights))
+        yield f"a merge writes the quantized weights that it changes as numbers of {plain}, and keeps all other codes"
     yield from dict.fromkeys(weight.note for weight in checkpoint.weights.values() if weight.note)
     for name, coded in checkpoint.coded.items():
         if coded.fault:

@@ -93,7 +93,7 @@ def spectra(
         progress: called with the matrices done and the matrices in all.
 
     Raises:
-        InputError: nothing is selected, the model is quantized, or a tensor holds nan or inf.
+        InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
     """
     where, numbers = choose_device(device), parse_layers(layers)
     with ExitStack() as opened:
