@@ -198,6 +198,27 @@ def at(row: int, column: int, by: int) -> Any:
     return function
 
 
+def test_codes_that_others_rounded_with_the_bases_scales_are_right(tmp_path: Path) -> None:
+    scale = 2.0**-10
+    codes = torch.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) % 255 - 127
+    codes[:, 0], codes[2, 5] = 127, 100  # the first gives each row this scale
+    base = write_int8(tmp_path / "base", {Q: codes * scale})
+    assert torch.equal(load_model(base)[f"{Q}.weight"], codes.to(torch.int8))
+    A, B = torch.zeros(1, COLUMNS), torch.zeros(ROWS, 1)
+    A[0, 5], B[2, 0] = 1.0, scale / 2 * (1 + 2.0**-22)  # just above the middle of two codes, which float32 rounds to
+    adapter = write_peft(tmp_path / "tie", {Q: (A, B)})
+    out = shutil.copytree(base, tmp_path / "out")
+    report: Any = loratool.verify(base, adapter, out, allow=["inconclusive"])
+    assert details(report)[Q] == ("rounding", "the nearest codes to a float32 sum")
+    A, B = factors(ROWS, COLUMNS, RANK)
+    adapter = write_peft(tmp_path / "adapter", {Q: (A, B * 10)})
+    for kind, told in ((torch.float64, "the nearest codes with"), (torch.bfloat16, "the nearest codes to a sum of 16")):
+        total = ((codes * scale).to(kind) + (10 * B.double() @ A.double()).to(kind)).double()
+        made = (total / scale).round().clamp(-128, 127).to(torch.int8)
+        report = loratool.verify(base, adapter, change(out, {f"{Q}.weight": lambda _, made=made: made}))
+        assert report.status == "proven" and details(report)[Q][1].startswith(told), report.tensors
+
+
 def test_codes_that_no_change_moves_under_scales_of_others_are_requantized(tmp_path: Path) -> None:
     """Scales that are computed again may be a float32 apart."""
     base, adapter, _ = write_pair(tmp_path, 1e-6)
