@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.conv1d import stores_transposed
+from ..architectures.prefixes import module_path
 from ..errors import InputError
 from .codecs import find_stored
 from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
@@ -77,6 +79,10 @@ TRAINING_STATES = {
 }
 
 
+# of the layers of GPT-2: their weights are (in, out), but the layers that quantizers put in their place are not
+TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
+
+
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, "torch.Tensor"]):
     """A model's weights by name, read when they are asked for."""
@@ -100,6 +106,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             metadata = {key: value for shard in self.shards for key, value in (shard.metadata or {}).items()}
             found = Found(stored, self.declared, metadata, lambda name: bytes(shard_of[name].read(name)), self.prefix)
             weights, faults = find_stored(found)
+            for name in [name for name in weights if stores_transposed(self.model_types, module_path(name))]:
+                faults[weights.pop(name).tensors[0]] = TURNED
         for field, value in (("shard_of", shard_of), ("stored", stored), ("weights", weights), ("faults", faults)):
             object.__setattr__(self, field, value)
         object.__setattr__(self, "specs", self.with_decoded(weights))

@@ -57,7 +57,9 @@ SUMMED = ("base_squared", "change_squared", "kept", "changed", "not_finite", "ov
 def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
     """Write RN(base) into `out`, for any two float types; only the overflow is counted."""
     form = FORMS[out.dtype]
-    if base.dtype == torch.float64 and out.itemsize < 4:
+    if base.dtype == torch.float64 and out.itemsize == 2:
+        out.copy_(_round_to_odd(base))
+    elif base.dtype == torch.float64 and out.itemsize == 1:
         _cast_double(base, out)
     elif form.inf == form.size and base.dtype != out.dtype:  # where there is no inf, torch stops at the largest number
         _cast_double(base.double(), out)
@@ -78,6 +80,18 @@ def set_quiet_nan(out: Tensor, where: Tensor) -> None:
     """Set the format's quiet nan, positive and without a payload: which bits a cast gives depends on the processor."""
     form = FORMS[out.dtype]
     bits(out).masked_fill_(where, form.inf | 1 << (form.bits - 2))
+
+
+def _round_to_odd(x: Tensor) -> Tensor:
+    """Return float64 as float32, of the two neighbors of a number between two the one whose last bit is 1.
+
+    Rounding that to 16 bits gives what rounding x itself would (Boldo and Melquiond 2008, theorem 3), where torch's own
+    cast is through the nearest float32, on some processors.
+    """
+    near = x.float()
+    back, pattern = near.double(), near.view(torch.int32)
+    pattern.sub_((back.abs() > x.abs()).int()).bitwise_or_((back != x).int())
+    return near
 
 
 @np.errstate(all="ignore")

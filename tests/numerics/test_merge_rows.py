@@ -261,3 +261,17 @@ def test_a_cast_of_float64_keeps_the_sign_of_zero(dtype: torch.dtype) -> None:
     x, out = torch.tensor([[-0.0, 0.0, -1e-320, 1e-320]], dtype=torch.float64), torch.empty(1, 4, dtype=dtype)
     cast_rounded(x, out, Workspace(CPU))
     assert not out.any() and torch.signbit(out).tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_cast_of_float64_rounds_once(dtype: torch.dtype) -> None:
+    """Halfway between all neighbors, and the next float64 on both sides of that, where float32 has but one number."""
+    numbers = torch.arange(FORMS[dtype].inf, dtype=torch.int16).view(dtype)  # rising from 0, the last bit even and odd
+    low, high = numbers[:-1], numbers[1:]
+    middle = (low.double() + high.double()) / 2
+    even = torch.where(torch.arange(len(low)) % 2 == 0, low, high)
+    above, below = (middle.nextafter(torch.tensor(end, dtype=FP64)) for end in (math.inf, -math.inf))
+    for x, wanted in ((middle, even), (above, high), (below, low), (-above, -high), (-below, -low)):
+        out = torch.empty(1, len(x), dtype=dtype)
+        cast_rounded(x[None], out, Workspace(CPU))
+        assert torch.equal(out[0], wanted)

@@ -375,3 +375,18 @@ def test_a_merge_that_touches_plain_tensors_runs_on_any_checkpoint(tmp_path: Pat
     assert "model.layers.0.mlp.up_proj" in str(error.value.culprit)
     with pytest.raises(InputError, match="HQQ"):
         loratool.merge(base, adapter, tmp_path / "other", quantized="dequantize")
+
+
+def test_codes_of_a_layer_that_stores_in_by_out_are_refused(tmp_path: Path) -> None:
+    """Quantizers put linear layers in the place of GPT-2's Conv1D; a square matrix does not tell which it is."""
+    name = "transformer.h.0.attn.c_proj"
+    tensors = {f"{name}.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), f"{name}.weight_scale": torch.ones(1)}
+    for model_type in ("gpt2", "llama"):
+        base = tmp_path / model_type
+        base.mkdir()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        (base / "config.json").write_text(json.dumps({"model_type": model_type}))
+        adapter, _ = write_adapter(tmp_path / "adapter", {f"{name}.weight": torch.ones(4, 4).double()})
+        told = run_command("merge", base, adapter, "-o", tmp_path / f"out-{model_type}")
+        assert told.exit_code == (3 if model_type == "gpt2" else 0), told.stderr
+        assert model_type == "llama" or (f"{name}.weight" in told.stderr and "stores (in, out)" in told.stderr)

@@ -20,6 +20,7 @@ from ...adapters.formats.other_methods import OUTCOMES
 from ...adapters.updates import UPDATES
 from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
+from ...binding.coded_bases import WAYS
 from ...files.dtypes import DTYPES
 from ...files.output import CONTAINERS
 from ...ops import choices, guide, resize, unmerge
@@ -87,6 +88,8 @@ WORDS: dict[str, Sequence[str]] = {
     "CountReport.source": ("config", "checkpoint"),
     "SpectraReport.what": ("adapter", "checkpoint"),
     "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "expanded", "rounded", "truncated"),
+    "MergeReport.quantized": (*WAYS, "like"),
+    "MergeReport.sizes": tuple(WAYS),
     "ModuleExtract.how": ("exact", "certified", "estimate"),
     "ModuleExtract.kind": tuple(WEIGHT_KINDS),
     "ModuleInit.kind": tuple(WEIGHT_KINDS),
@@ -193,7 +196,7 @@ def _field(owner: type, field: Field[Any], hint: Any, definitions: dict[str, Any
     if owner is merge_report.TensorReport and field.name == "update":
         each = "|".join(CHANGED_BY)
         return {"type": "string", "pattern": rf"^({each})(\+({each}))*$"}
-    if hint is str and field.default is not MISSING:  # what tells a command's reports apart
+    if field.name == "kind" and field.default is not MISSING:  # what tells a command's reports apart
         return {"const": field.default}
     return _hinted(hint, words, definitions)
 
