@@ -173,6 +173,32 @@ def test_stacked_experts_are_proven_and_their_wrong_codes_named(tmp_path: Path, 
     assert detail.startswith("1 code, in row 3, column 7 of matrix 2, is not" if way == "requantize" else "1 weights")
 
 
+def test_stacked_experts_like_another_model_are_proven(tmp_path: Path) -> None:
+    stack, size = "model.layers.0.mlp.experts.gate_up_proj", 16
+    W = weights(3, 2 * size, COLUMNS).bfloat16()
+    W[2, 3, 7] = 0.03
+    scale = W.float().abs().reshape(3, 2, size, 2, -1).amax((2, 4)) / 448
+    spread = scale.repeat_interleave(size, 1).repeat_interleave(COLUMNS // 2, 2)
+    declared = {"quant_method": "fp8", "weight_block_size": [size, COLUMNS // 2]}
+    stored = {stack: (W / spread).to(torch.float8_e4m3fn), f"{stack}_scale_inv": scale}
+    like = write_model(tmp_path / "like", stored, {"model_type": "qwen3_moe", "quantization_config": declared})
+    base = write_model(tmp_path / "base", {stack: W}, {"model_type": "qwen3_moe", "dtype": "bfloat16"})
+    A, B = factors(size, COLUMNS, RANK)
+    adapter = write_peft(tmp_path / "adapter", {"model.layers.0.mlp.experts.1.up_proj": (A * 20, B)})
+    out = tmp_path / "out"
+    loratool.merge(base, adapter, out, like=like, undo=False)
+    report: Any = loratool.verify(base, adapter, out)
+    assert report.status == "proven" and details(report)[stack] == ("exact", "quantized anew as fp8")
+
+    def alter(x: Tensor) -> Tensor:
+        x.view(torch.uint8)[2, 3, 7] ^= 0x80
+        return x
+
+    report = loratool.verify(base, adapter, change(out, {stack: alter}))
+    told = "quantized as fp8: 1 code, in row 3, column 7 of matrix 2, was altered"
+    assert details(report)[stack] == ("wrong", told)
+
+
 def test_requantized_codes_are_exact_and_the_share_that_they_keep_is_told(tmp_path: Path) -> None:
     base, adapter, added = write_pair(tmp_path, 0.006)
     out = tmp_path / "out"
