@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.codecs.codec import CodeFormat, Quantizer
+from ..files.codecs.codec import Quantizer
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.quantized import QUANTIZERS
 from .merge_plan import MergePlan
+
+OWN_KEYS = ("_name_or_path",)  # of config.json: those that tell where a model comes from stay the base's
 
 
 def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan:
@@ -34,28 +36,26 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     _require_same(plan, like)
     specs: dict[str, TensorSpec] = {}
     removed: list[str] = []
-    beside: dict[str, str] = {}
+    beside: dict[str, str] = {}  # stored tensor -> the weight with whose codes it is written
     for name, source in plan.sources.items():
         if name in quantizers:
-            weight = like.weights[name]
-            names = dict(zip(weight.roles, weight.tensors, strict=True))
+            names = like.weights[name].names
             made = {names[role]: spec for role, spec in quantizers[name].specs().items()}
             specs |= made
             beside |= dict.fromkeys(made, name)
             removed += [] if name in made else [name]
         else:
             stored = like.stored[name].dtype
-            kind = dtype or (stored if stored in TORCH_FLOATS else source.spec.dtype)
-            specs[name] = TensorSpec(
-                kind if source.spec.dtype in TORCH_FLOATS else source.spec.dtype, source.spec.shape
-            )
+            own = source.spec.dtype
+            kind = (dtype or (stored if stored in TORCH_FLOATS else own)) if own in TORCH_FLOATS else own
+            specs[name] = TensorSpec(kind, source.spec.shape)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
     edits = replace(
         plan.edits,
         specs=specs,
         removed=tuple(removed),
-        configs={"": {**like.config, **{k: v for k, v in base.config.items() if k in ("_name_or_path",)}}},
+        configs={"": {**like.config, **{key: base.config[key] for key in OWN_KEYS if key in base.config}}},
         files={**plan.edits.files, **files},
         beside=beside,
         metadata={"format": told},
@@ -66,11 +66,11 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
 
 def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     parts = like.parts_of(name)
-    codec = parts.weight.codec
-    found = codec.quantizer(parts) if isinstance(codec, CodeFormat) else None
+    found = parts.weight.format.quantizer(parts)
     if found is None:
         raise InputError(
-            f"is {codec.key}, whose codes take more than the weights to make: calibration data, or a kernel's layout",
+            f"is {parts.weight.codec.key}, whose codes take more than the weights to make: calibration data, or a "
+            "kernel's layout",
             culprit=name,
             remedy="merge without --like, and quantize the result with the format's own software",
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
-from ..files.codecs.codec import CodeFormat, Parts, StoredTensor
+from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
 from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
@@ -173,8 +173,7 @@ def restore_tensor(
 
 def scattered_codes(parts: Parts, columns: int) -> Scattered:
     """Return how the codes of a weight are written. columns: of its rows, each one or more rows of the codec's."""
-    codec, codes = parts.weight.codec, parts.weight.tensors[0]
-    assert isinstance(codec, CodeFormat)
+    codec, codes = parts.weight.format, parts.weight.tensors[0]
     fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
     def write(locate: Locate, start: int, out: Tensor, result: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..binding.placement import Placement
-from ..files.codecs.codec import CodeFormat, Parts, Piece, Quantizer
+from ..files.codecs.codec import Parts, Piece, Quantizer
 from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
@@ -105,8 +105,7 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
 
 def _scattered(parts: Parts, fold: int) -> Scattered:
     """Return how codes are written, and the tensors beside them by the pieces that a step returns."""
-    codec, names = parts.weight.codec, dict(zip(parts.weight.roles, parts.weight.tensors, strict=True))
-    assert isinstance(codec, CodeFormat)
+    codec, names = parts.weight.format, parts.weight.names
     width = codec.width(parts)
 
     def write(locate: Locate, start: int, out: Tensor, result: Encoded) -> Any:
