@@ -249,6 +249,7 @@ class TestConvert:
         report = loratool.convert(folder, tmp_path / "out", dtype="fp32")
         assert isinstance(planned, CheckpointConvertReport) and planned.nbytes == report.nbytes
         assert isinstance(report, CheckpointConvertReport)
+        assert all(name.endswith(("scaled_fp8", "norm.scale_weight")) for name in report.left_out)
         found = load_model(tmp_path / "out")
         for name in VECTORS[vector]["weights"]:
             assert found[name].dtype == torch.float32
