@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -390,3 +392,67 @@ def test_codes_of_a_layer_that_stores_in_by_out_are_refused(tmp_path: Path) -> N
         told = run_command("merge", base, adapter, "-o", tmp_path / f"out-{model_type}")
         assert told.exit_code == (3 if model_type == "gpt2" else 0), told.stderr
         assert model_type == "llama" or (f"{name}.weight" in told.stderr and "stores (in, out)" in told.stderr)
+
+
+@pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4_nested", "awq_gemm"])
+def test_the_plan_says_what_each_way_weighs(vector: str, tmp_path: Path) -> None:
+    base = write_base(vector, tmp_path / "base")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    plan = loratool.merge(base, adapter, tmp_path / "out", dry_run=True)
+    assert plan.quantized == "mixed" and plan.base_nbytes == sum(t.nbytes for t in load_model(base).values())
+    assert plan.undo_bytes is not None
+    for way, size in plan.sizes.items():
+        planned = loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"], dry_run=True)
+        report = loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+        assert sum(t.nbytes for t in load_model(tmp_path / way).values()) == size
+        assert report.undo_bytes is not None and planned.undo_bytes is not None
+        assert report.undo_bytes <= planned.undo_bytes and report.nbytes == planned.nbytes
+    assert list(plan.sizes) == ["mixed", "dequantize", "requantize"]
+
+
+def test_one_expert_that_makes_a_layer_plain_is_told_with_a_better_way(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for expert in range(6):
+        for kind in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.experts.{expert}.{kind}"
+            tensors[f"{name}.weight"] = weights(16, 16, seed=expert).to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale_inv"] = torch.ones(1, 1)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {"model_type": "qwen3_moe", "dtype": "bfloat16", "quantization_config": quantized}
+    (base / "config.json").write_text(json.dumps(config))
+    one = "model.layers.0.mlp.experts.2.up_proj.weight"
+    adapter, _ = write_adapter(tmp_path / "adapter", {one: numbers_of(base)[one]})
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert report.decoded == 17 and not open_checkpoint(tmp_path / "out").weights
+    (note,) = [line for line in report.warnings if "without a change" in line]
+    assert note.startswith("17 weights") and note.endswith("--quantized requantize keeps their size")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+    assert loratool.verify(base, adapter, tmp_path / "out").status == "proven"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_largest_weight(tmp_path: Path) -> None:
+    """Of rows that are decoded, merged, recorded and written a few at a time: not a matrix of half a gigabyte."""
+    rows, columns = 1 << 13, 1 << 14
+    codes = torch.randint(0, 120, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.down_proj"
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {f"{name}.weight": codes, f"{name}.weight_scale": torch.full((rows, 1), 1e-3)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    A, B = factors(rows, columns, RANK)
+    adapter = write_peft(tmp_path / "adapter", {name: (A * 1e-2, B)})
+    code = f"""
+import resource, loratool
+for way in ("mixed", "requantize"):
+    loratool.merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path)!r} + "/" + way, quantized=way, workers=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 700

@@ -173,6 +173,32 @@ def test_stacked_experts_are_proven_and_their_wrong_codes_named(tmp_path: Path, 
     assert detail.startswith("1 code, in row 3, column 7 of matrix 2, is not" if way == "requantize" else "1 weights")
 
 
+def test_stacked_experts_like_another_model_are_proven(tmp_path: Path) -> None:
+    stack, size = "model.layers.0.mlp.experts.gate_up_proj", 16
+    W = weights(3, 2 * size, COLUMNS).bfloat16()
+    W[2, 3, 7] = 0.03
+    scale = W.float().abs().reshape(3, 2, size, 2, -1).amax((2, 4)) / 448
+    spread = scale.repeat_interleave(size, 1).repeat_interleave(COLUMNS // 2, 2)
+    declared = {"quant_method": "fp8", "weight_block_size": [size, COLUMNS // 2]}
+    stored = {stack: (W / spread).to(torch.float8_e4m3fn), f"{stack}_scale_inv": scale}
+    like = write_model(tmp_path / "like", stored, {"model_type": "qwen3_moe", "quantization_config": declared})
+    base = write_model(tmp_path / "base", {stack: W}, {"model_type": "qwen3_moe", "dtype": "bfloat16"})
+    A, B = factors(size, COLUMNS, RANK)
+    adapter = write_peft(tmp_path / "adapter", {"model.layers.0.mlp.experts.1.up_proj": (A * 20, B)})
+    out = tmp_path / "out"
+    loratool.merge(base, adapter, out, like=like, undo=False)
+    report: Any = loratool.verify(base, adapter, out)
+    assert report.status == "proven" and details(report)[stack] == ("exact", "quantized anew as fp8")
+
+    def alter(x: Tensor) -> Tensor:
+        x.view(torch.uint8)[2, 3, 7] ^= 0x80
+        return x
+
+    report = loratool.verify(base, adapter, change(out, {stack: alter}))
+    told = "quantized as fp8: 1 code, in row 3, column 7 of matrix 2, was altered"
+    assert details(report)[stack] == ("wrong", told)
+
+
 def test_requantized_codes_are_exact_and_the_share_that_they_keep_is_told(tmp_path: Path) -> None:
     base, adapter, added = write_pair(tmp_path, 0.006)
     out = tmp_path / "out"
@@ -196,6 +222,27 @@ def at(row: int, column: int, by: int) -> Any:
         return codes
 
     return function
+
+
+def test_codes_that_others_rounded_with_the_bases_scales_are_right(tmp_path: Path) -> None:
+    scale = 2.0**-10
+    codes = torch.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) % 255 - 127
+    codes[:, 0], codes[2, 5] = 127, 100  # the first gives each row this scale
+    base = write_int8(tmp_path / "base", {Q: codes * scale})
+    assert torch.equal(load_model(base)[f"{Q}.weight"], codes.to(torch.int8))
+    A, B = torch.zeros(1, COLUMNS), torch.zeros(ROWS, 1)
+    A[0, 5], B[2, 0] = 1.0, scale / 2 * (1 + 2.0**-22)  # just above the middle of two codes, which float32 rounds to
+    adapter = write_peft(tmp_path / "tie", {Q: (A, B)})
+    out = shutil.copytree(base, tmp_path / "out")
+    report: Any = loratool.verify(base, adapter, out, allow=["inconclusive"])
+    assert details(report)[Q] == ("rounding", "the nearest codes to a float32 sum")
+    A, B = factors(ROWS, COLUMNS, RANK)
+    adapter = write_peft(tmp_path / "adapter", {Q: (A, B * 10)})
+    for kind, told in ((torch.float64, "the nearest codes with"), (torch.bfloat16, "the nearest codes to a sum of 16")):
+        total = ((codes * scale).to(kind) + (10 * B.double() @ A.double()).to(kind)).double()
+        made = (total / scale).round().clamp(-128, 127).to(torch.int8)
+        report = loratool.verify(base, adapter, change(out, {f"{Q}.weight": lambda _, made=made: made}))
+        assert report.status == "proven" and details(report)[Q][1].startswith(told), report.tensors
 
 
 def test_codes_that_no_change_moves_under_scales_of_others_are_requantized(tmp_path: Path) -> None:

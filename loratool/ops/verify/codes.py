@@ -49,6 +49,10 @@ NEAR = 2.0**-7
 
 STEPS = 2
 
+# With the base's scales a sum in float32 makes codes that are farther than the nearest by so much of |W| + |D|, and one
+# in 16 bits, which does it to many; a few in this reach were altered
+TIED, HALVED = 2.0**-20, 2.0**-7
+
 ENOUGH = 8  # codes that must tell a merge from its base before one can say that it is the base
 
 MOST = 8  # where one code in so many is not the nearest, none was altered: they are of another base, or calibrated
@@ -137,6 +141,9 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
     if altered:
         return _with(sums, "wrong", f"not the base's: {', '.join(altered)}")
     if count.wrong:
+        way = _rounded_before(Replay(source, placements, load), found, count.wrong) if placements else None
+        if way:
+            return _with(sums, "rounding", way)
         fault = find_fault(plan, name, found) if placements else None
         goal = "the nearest to the merge" if placements else "the base's"
         return _with(sums, "wrong", fault or f"{count.describe()} not {goal}")
@@ -201,6 +208,34 @@ def _count_codes(
             one, two = codec.values(own, row, made), codec.values(theirs, row, found)
             count.add(row, made != found, (one != two) & ~(np.isnan(one) & np.isnan(two)))
     return count
+
+
+@np.errstate(all="ignore")
+def _rounded_before(replay: Replay, found: TensorRef, wrong: int) -> str | None:
+    """Return how a sum was rounded before codes with the base's scales were made of it; None if that explains no code.
+
+    Args:
+        wrong: codes that are not the nearest to the exact sum.
+    """
+    farthest = 0.0
+    assert found.parts
+    for block in replay.blocks(found):
+        W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
+        grid = CodedRows(found.parts, block.first, W.shape[1])
+        beyond = np.abs(merged - X) - np.abs(grid.values(0, grid.nearest(0, X)) - X)
+        off = beyond > 0
+        off |= np.isnan(merged) != np.isnan(W)
+        far = beyond[off] / (np.abs(W) + np.abs(X - W))[off]
+        farthest = max(farthest, float(np.nan_to_num(far, nan=np.inf).max(initial=0.0)))
+    if farthest <= TIED:
+        return "the nearest codes to a float32 sum"
+    if farthest <= HALVED and not _is_few(wrong, found):
+        return "the nearest codes to a sum of 16 bits"
+    return None
+
+
+def _is_few(count: int, found: TensorRef) -> bool:
+    return count <= max(FEW, found.spec.size // 1000)
 
 
 def _merged_codes(
@@ -327,7 +362,7 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
     verdict = CodesVerdict("requantized", how, sums.asked, moves=sums.moved > 0)
     if sums.tell >= ENOUGH and sums.idle < NEARER * sums.misses:
         return _with(verdict, "wrong", f"{how}: the change is not applied")
-    few = sums.strays.wrong <= max(FEW, found.spec.size // 1000) and sums.apart * MOST < found.spec.size
+    few = _is_few(sums.strays.wrong, found) and sums.apart * MOST < found.spec.size
     if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
         fault = find_fault(plan, name, found) if placements else None
         times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
