@@ -41,6 +41,7 @@ from .candidates import Runs, every, find_runs
 UNIT = 1 << 12  # differences of one width
 RARE = 32  # fewer than one in so many take less with their places
 WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
+IN_FULL = 20  # bits of a difference that follows in full, about
 SPARSE = 255  # in the place of a width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
@@ -133,26 +134,26 @@ class CodedRows:
     def pack(self, codes: Codes, guess: Codes) -> bytes:
         """Pack what codes, as `read` returns them, are beside a guess, (rows, columns).
 
-        Where the guess is 0, they have runs of their own: there a code is +0 or -0, and elsewhere nearly always the
-        guess.
+        Where the guess is the code of 0, they have a list of their own: there a code is +0 or -0, and elsewhere nearly
+        always the guess.
         """
         own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
         apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
         apart[at] = self.ordinals(own.take(at)) - self.ordinals(near.take(at))
         zero = near == self.format.zero(self.parts)
         padding = codes[:, self.columns // self.fold :].astype(np.int16).reshape(-1)
-        return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
+        return b"".join(map(pack_code_differences, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
         """Return the codes that `pack` packed."""
         zero = guess.reshape(-1) == self.format.zero(self.parts)
         apart = np.empty(guess.size, np.int16)
-        apart[~zero] = reader.small(int((~zero).sum()))
-        apart[zero] = reader.small(int(zero.sum()))
+        apart[~zero] = reader.code_differences(int((~zero).sum()))
+        apart[zero] = reader.code_differences(int(zero.sum()))
         flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
         flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
         codes = flat.reshape(len(guess) * self.fold, -1)
-        padding = reader.small(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
+        padding = reader.code_differences(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
 
 
@@ -345,18 +346,34 @@ def pack_differences(difference: Codes) -> bytes:
 
     A difference d of n bits, taken modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
     """
-    size = 8 * difference.itemsize
-    folded = ((difference << 1) ^ (difference >> (size - 1))).view(f"u{difference.itemsize}")
-    parts = []
+    folded, parts = _folded(difference), []
     for start in range(0, len(folded), UNIT):
         unit = folded[start : start + UNIT]
         width = int(unit.max()).bit_length()
-        spread = np.arange(width, dtype=unit.dtype)
-        parts += [bytes([width]), np.packbits((unit[:, None] >> spread) & 1 == 1, bitorder="little").tobytes()]
+        parts += [bytes([width]), _in_bits(unit, width)]
     return b"".join(parts)
 
 
-def _pack_small(difference: Codes) -> bytes:
+def _folded(difference: Codes) -> Codes:
+    """Return 2 d for d >= 0 and -2 d - 1 for d < 0, unsigned."""
+    found: Codes = ((difference << 1) ^ (difference >> (8 * difference.itemsize - 1))).view(f"u{difference.itemsize}")
+    return found
+
+
+def _unfolded(numbers: Codes) -> Codes:
+    """Return what `_folded` folded."""
+    signed = f"i{numbers.itemsize}"
+    found: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
+    return found
+
+
+def _in_bits(numbers: Codes, width: int) -> bytes:
+    """Return unsigned integers in so many bits each; zeros fill the last byte."""
+    flags = (numbers[:, None] >> np.arange(width, dtype=numbers.dtype)) & 1 == 1
+    return np.packbits(flags, bitorder="little").tobytes()
+
+
+def pack_code_differences(difference: Codes) -> bytes:
     """Pack int16 of which most are 0 or near it: a byte that says how, then the numbers.
 
     SPARSE: those that are not 0, and the gaps before them. Otherwise the width of all, folded as `pack_differences`
@@ -367,13 +384,12 @@ def _pack_small(difference: Codes) -> bytes:
         gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
         numbers = pack_differences(gaps) + pack_differences(difference[at])
         return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
-    folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
+    folded = _folded(difference)
     several = np.cumsum(np.bincount(folded, minlength=1 << WIDEST)[::-1])[::-1]  # how many are so large, or larger
-    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
+    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * IN_FULL)
     escape = (1 << width) - 1
-    short = np.minimum(folded, escape)[:, None] >> np.arange(width, dtype=np.uint16)
-    data = np.packbits(short & 1 == 1, bitorder="little").tobytes()
-    return bytes([width]) + data + pack_differences(difference[folded >= escape])
+    short = _in_bits(np.minimum(folded, np.uint16(escape)), width)
+    return bytes([width]) + short + pack_differences(difference[folded >= escape])
 
 
 @dataclass(frozen=True)
@@ -443,19 +459,24 @@ class Reader:
             width = self.take(1)[0]
             if width > 8 * kind.itemsize:
                 raise ValueError(f"has numbers of {width} bits")
-            data = np.unpackbits(np.frombuffer(self.take((len(unit) * width + 7) // 8), np.uint8), bitorder="little")
-            rows, padding = np.split(data, [len(unit) * width])
-            if padding.any():
-                raise ValueError("is longer than it should be")
-            rows = rows.reshape(len(unit), width)
-            unit[...] = (rows.astype(unit.dtype) << np.arange(width, dtype=unit.dtype)).sum(1, dtype=unit.dtype)
-        half: Any = (found >> 1).view(kind)
-        low: Any = (found & 1).astype(kind)
-        folded: Codes = half ^ -low
-        return folded
+            self._from_bits(width, unit)
+        return _unfolded(found)
 
-    def small(self, count: int) -> Codes:
-        """Read what `_pack_small` packed of so many numbers."""
+    def _from_bits(self, width: int, out: Codes) -> None:
+        """Read unsigned integers of so many bits each into `out`.
+
+        Raises:
+            ValueError: the bits are too few, or the last byte is filled with more than zeros.
+        """
+        data = np.frombuffer(self.take((len(out) * width + 7) // 8), np.uint8)
+        numbers, padding = np.split(np.unpackbits(data, bitorder="little"), [len(out) * width])
+        if padding.any():
+            raise ValueError("is longer than it should be")
+        rows = numbers.reshape(len(out), width).astype(out.dtype)
+        out[...] = (rows << np.arange(width, dtype=out.dtype)).sum(1, dtype=out.dtype)
+
+    def code_differences(self, count: int) -> Codes:
+        """Read what `pack_code_differences` packed of so many numbers."""
         width, found = self.take(1)[0], np.zeros(count, np.int16)
         if width == SPARSE:
             some = int.from_bytes(self.take(4), "little")
@@ -468,11 +489,9 @@ class Reader:
             return found
         if not 1 <= width <= WIDEST:
             raise ValueError(f"has numbers of {width} bits")
-        data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
-        short = (
-            data[: count * width].reshape(count, width).astype(np.uint16) << np.arange(width, dtype=np.uint16)
-        ).sum(1, dtype=np.uint16)
-        found[:] = (short >> 1).astype(np.int16) ^ -(short & 1).astype(np.int16)
+        short = np.empty(count, np.uint16)
+        self._from_bits(width, short)
+        found = _unfolded(short)
         escaped = np.flatnonzero(short == (1 << width) - 1)
         found[escaped] = self.differences(len(escaped), np.int16)
         return found

@@ -201,7 +201,7 @@ def _largest_codes(base: Checkpoint, name: str, count: int) -> int:
     assert isinstance(parts.weight.codec, CodeFormat)
     columns = parts.weight.spec.shape[-1]
     codes = -(-count // columns) * parts.weight.codec.width(parts)
-    return -(-codes * WIDEST // 8) + 3 * 16  # what begins and ends the runs
+    return -(-codes * WIDEST // 8) + 3 * 16  # what begins and ends the three lists
 
 
 def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:

@@ -7,13 +7,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from conftest import factors, load_model, weights, write_model
-from naive_reader import restore
-from safetensors.torch import save_file
+from conftest import FIXTURES, factors, load_model, weights, write_model
+from naive_reader import Coded, restore
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs.codec import CodeFormat
 
 PREFIX = "base_model.model."
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
@@ -65,6 +69,13 @@ def hard(x: Tensor) -> Tensor:
     return x
 
 
+def read_back(out: Path, merged: dict[str, list[int]], told: dict[str, Any], coded: Any = None) -> dict[str, Any]:
+    """Restore a merge; told: of the adapters, by the names of their folders."""
+    data = (out / "loratool.undo").read_bytes()
+    index = json.loads(data[int.from_bytes(data[-56:-48], "little") : -56])
+    return restore(data, merged, [told[adapter["name"]] for adapter in index["adapters"]], coded)
+
+
 def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
     types = {"b": BF16, "h": FP16, "s": torch.float32, "w": FP64, "e": E4M3, "f": torch.float8_e5m2}
     base = {f"{name}.weight": hard(weights(4, 6, dtype=dtype)) for name, dtype in types.items()}
@@ -90,10 +101,78 @@ def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
         (write_adapter(tmp_path / "3", values), 1.0),
     ]
     loratool.merge(model, adapters, tmp_path / "out")
-    data = (tmp_path / "out" / "loratool.undo").read_bytes()
     told = dict(zip("0123", (numbers(each, rows) for each in (plain, *others, values)), strict=True))
-    order = [adapter["name"] for adapter in json.loads(data[int.from_bytes(data[-56:-48], "little") : -56])["adapters"]]
-    found = restore(
-        data, {name: codes(x) for name, x in load_model(tmp_path / "out").items()}, [told[n] for n in order]
-    )
+    found = read_back(tmp_path / "out", {name: codes(x) for name, x in load_model(tmp_path / "out").items()}, told)
     assert found == {name: codes(x) for name, x in base.items() if name != "same"}
+
+
+# The numbers of codes before scale and zero point, by the formats' definitions
+E2M1 = [sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+LEVELS: dict[str, list[float]] = {
+    "fp8": torch.arange(256, dtype=torch.uint8).view(E4M3).double().tolist(),
+    "ct_mxfp4": E2M1,
+    "awq_gemm": list(range(16)),
+    "gptq_v1_4bit_act_order": list(range(16)),
+    "ct_pack3_channel_ragged": list(range(-4, 4)),
+}
+Q, K, V = (f"model.layers.0.self_attn.{each}_proj" for each in "qkv")
+
+
+def write_coded(vector: str, folder: Path) -> Path:
+    """Write a base of codes: part of a model of blocks of e4m3, or a vector, with a plain tensor that says its type."""
+    source = FIXTURES / ("llama/fp8/model.safetensors" if vector == "fp8" else f"coded/{vector}.safetensors")
+    known = load_file(source)
+    config = json.loads((FIXTURES / "coded" / "index.json").read_text())["vectors"].get(vector, {}).get("config")
+    if vector == "fp8":
+        config = json.loads((source.parent / "config.json").read_text())
+        known = {name: x for name, x in known.items() if name.startswith((K, V))}
+        known[f"{K}.weight"].view(torch.uint8)[0, :4] = torch.tensor([128, 127, 255, 0])  # -0, both nan, 0
+        known[f"{K}.weight_scale_inv"][1, 1] = 0.0
+    known = {name: x for name, x in known.items() if "down_proj" not in name}
+    return write_model(folder, known | {"model.norm.weight": weights(8, dtype=BF16)}, {"model_type": "llama", **config})
+
+
+def read_codes(base: Checkpoint, name: str) -> list[int]:
+    parts = base.parts_of(name)
+    codec, (_, rows, _) = parts.weight.codec, parts.shape
+    assert isinstance(codec, CodeFormat)
+    return [int(code) for code in codec.codes(parts, 0, rows).reshape(-1)]
+
+
+def told_of_codes(base: Checkpoint, name: str, levels: list[float]) -> Coded:
+    """Return what the reader is told of a coded weight, with the numbers that its codec gives each code everywhere."""
+    parts = base.parts_of(name)
+    codec, (_, rows, _) = parts.weight.codec, parts.shape
+    assert isinstance(codec, CodeFormat)
+    width, count = codec.width(parts), len(levels)
+    each = [codec.values(parts, 0, np.full((rows, width), code, codec.code)) for code in range(count)]
+    places = np.stack(each, axis=2).tolist()
+    table = [[dict(enumerate(values)) for values in row] for row in places]
+    return Coded(dict(enumerate(levels)), table, width, codec.key == "bitsandbytes-4bit")
+
+
+@pytest.mark.parametrize(
+    ("vector", "way"),
+    [("fp8", "dequantize"), *((vector, way) for vector in LEVELS for way in ("mixed", "requantize"))],
+)
+def test_it_restores_codes(vector: str, way: str, tmp_path: Path) -> None:
+    base = open_checkpoint(write_coded(vector, tmp_path / "base"))
+    changed = K if f"{K}.weight" in base.weights else Q
+    size, dora = 2.0 * float(base[f"{changed}.weight"].nan_to_num().abs().median()), vector == "awq_gemm"
+    shape = base.specs[f"{changed}.weight"].shape
+    adapter = lora(changed, (shape[0], shape[1]), size)
+    adapter |= {f"{changed}.lora_magnitude_vector": weights(shape[0]).abs() + 1.0} if dora else {}
+    folder = write_adapter(tmp_path / "0", adapter, use_dora=dora)
+    loratool.merge(tmp_path / "base", folder, tmp_path / "out", quantized=way, allow=["lossy"])
+    out = open_checkpoint(tmp_path / "out")
+    merged = {n: read_codes(out, n) if n in out.weights else codes(out[n]) for n in out.specs}
+    coded = {name: told_of_codes(base, name, LEVELS[vector]) for name in base.weights}
+    gone = [f"{changed}.weight"] if way == "requantize" else list(base.weights)  # q, k and v are of one kind
+    expected: dict[str, Any] = {name: read_codes(base, name) for name in gone}
+    if way != "requantize":
+        stored = load_model(tmp_path / "base")
+        companions = [tensor for name in gone for tensor in base.weights[name].tensors[1:]]
+        expected |= {name: bytes(stored[name].reshape(-1).view(torch.uint8).numpy()) for name in companions}
+    assert read_back(tmp_path / "out", merged, {"0": numbers(adapter, {})}, coded) == expected
+    base.close()
+    out.close()

@@ -25,7 +25,16 @@ from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Stored, Sum
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
-from loratool.undo.records import UNIT, Reader, RecordedBlock, Recorder, Restorer, pack_differences, subtract
+from loratool.undo.records import (
+    UNIT,
+    Reader,
+    RecordedBlock,
+    Recorder,
+    Restorer,
+    pack_code_differences,
+    pack_differences,
+    subtract,
+)
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -412,6 +421,19 @@ class TestBrokenRecords:
         """A difference of places may need one bit more than its type has; taken modulo 2**n it is right."""
         change = np.array([2**63 - 1, -(2**63), -1, 0, 1])
         assert (Reader(pack_differences(change)).differences(5, np.int64) == change).all()
+
+    @pytest.mark.parametrize(
+        ("numbers", "data"),
+        [([5, -3, 2], [4, 0x5A, 0x04]), ([0] * 99 + [-300], [255, 1, 0, 0, 0, 8, 198, 10, 599 & 255, 599 >> 8])],
+    )
+    def test_differences_of_codes(self, numbers: list[int], data: list[int]) -> None:
+        assert pack_code_differences(np.array(numbers, np.int16)) == bytes(data)
+        assert Reader(bytes(data)).code_differences(len(numbers)).tolist() == numbers
+        for end in range(len(data)):
+            with pytest.raises(ValueError, match="ends too early"):
+                Reader(bytes(data[:end])).code_differences(len(numbers))
+        with pytest.raises(ValueError, match="longer than it should be"):
+            Reader(bytes([*data[:-1], data[-1] | 0x80])).code_differences(len(numbers))
 
     @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, -0.5])
     def test_norms_that_are_none(self, norm: float) -> None:
