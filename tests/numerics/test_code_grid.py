@@ -11,7 +11,7 @@ import torch
 from hostile_reals import CPU, changes, normal
 
 from loratool.numerics.code_grid import guess_codes, round_to_codes
-from loratool.numerics.code_levels import E4M3, INT8, Codes, Levels, Wide
+from loratool.numerics.code_levels import E4M3, INT8, Codes, Integers, Levels, Wide
 from loratool.numerics.decide import Reals
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
@@ -38,7 +38,7 @@ class Grid:
         return self.levels.from_ordinals(ordinals)
 
 
-LEVELS = {"e4m3": E4M3, "int8": INT8}
+LEVELS: dict[str, Levels] = {"e4m3": E4M3, "int8": INT8, "uint8": Integers(0, 255)}
 SCALES = np.array([0.25, 1e-3, 0.0, -0.5, 1e-40, 3e30])
 M, N = len(SCALES), 40
 
@@ -78,7 +78,7 @@ def test_no_code_is_nearer(levels: str, size: str) -> None:
 @pytest.mark.parametrize("levels", LEVELS)
 def test_the_guess_is_nearest_to_what_is_left(levels: str, size: str) -> None:
     """Where W is finite, and its sum within bfloat16."""
-    grid, former, W, terms = hard_case(levels, SIZES[size])
+    grid, _, W, terms = hard_case(levels, SIZES[size])
     D = changes(terms)
     merged = torch.tensor([float(F(float(w)) + d) for w, d in zip(W.flatten().nan_to_num(), D, strict=True)])
     merged = merged.bfloat16().view(M, N)
