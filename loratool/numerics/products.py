@@ -67,7 +67,7 @@ class _Side:
 
     @property
     def is_power(self) -> bool:
-        """Whether the scale is a power of two; the product of a scale and a weight may be next to one."""
+        """Return whether the scale is a power of two; the product of a scale and a weight may be next to one."""
         return abs(self.significand) == 0.5 and not self.tail
 
 
