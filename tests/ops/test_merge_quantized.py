@@ -240,6 +240,45 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("bnb_nf4", tmp_path)
+    out, wide = tmp_path / "out", tmp_path / "wide"
+    report = loratool.merge(original, adapter, out, like=quantized, undo=False)
+    assert not any("config" in note for note in report.warnings)
+    loratool.merge(original, adapter, wide, like=quantized, undo=False, dtype="fp32")
+    assert {load_model(wide)[name].dtype for name in PLAIN} == {torch.float32}
+    assert config_of(wide) == {**config_of(out), "dtype": "float32"}
+    for folder, theta in ((original, 10000.0), (quantized, 5000.0)):
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), "rope_theta": theta}))
+    report = loratool.merge(original, adapter, out, like=quantized, undo=False, force=True)
+    assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize", "like"])
+def test_a_single_file_says_that_the_config_beside_the_base_is_wrong_for_it(way: str, tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
+    out = tmp_path / "out.safetensors"
+    if way == "like":
+        report = loratool.merge(original, adapter, out, like=quantized, undo=False)
+    else:
+        report = loratool.merge(quantized, adapter, out, quantized=way)
+    assert any("name a folder" in note for note in report.warnings) == (way != "requantize")
+    if way == "dequantize":
+        converted = loratool.convert(quantized, tmp_path / "plain.safetensors", dtype="bf16")
+        assert any("name a folder" in note for note in converted.warnings)
+        assert loratool.convert(quantized, tmp_path / "same.safetensors").warnings == ()
+
+
+def test_requantize_says_when_it_has_nothing_to_do(tmp_path: Path) -> None:
+    original, adapter, _ = write_twins("fp8_blocks", tmp_path)
+    report = loratool.merge(original, adapter, tmp_path / "out", quantized="requantize")
+    assert any("nothing to do" in note for note in report.warnings) and report.quantized is None
+
+
 @pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4", "awq_gemm"])
 def test_codes_of_few_bits_are_requantized_only_if_asked_for(vector: str, tmp_path: Path) -> None:
     base = write_base(vector, tmp_path / "base")
