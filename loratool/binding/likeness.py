@@ -12,6 +12,8 @@ from ..files.quantized import CONFIG_FIELDS, QUANTIZERS
 from ..files.side_files import edited_config
 from .merge_plan import MergePlan
 
+CALIBRATED = ("gptq", "awq")
+
 
 def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan:
     """Return the plan with an output that has the tensors, types and configs of `like`.
@@ -82,8 +84,9 @@ def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     codec = parts.weight.codec
     found = codec.quantizer(parts) if isinstance(codec, CodeFormat) else None
     if found is None:
+        why = "whose codes follow from calibration data" if codec.key in CALIBRATED else "which --like does not write"
         raise InputError(
-            f"is {codec.key}, whose codes take more than the weights to make: calibration data, or a kernel's layout",
+            f"is {codec.key}, {why}",
             culprit=name,
             remedy="merge without --like, and quantize the result with the format's own software",
         )

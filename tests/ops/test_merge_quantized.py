@@ -228,9 +228,9 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=original, undo=False)
     with pytest.raises(UsageError, match="leave out --quantized"):
         loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
-    gptq = write_base("gptq_v1_4bit", tmp_path / "gptq")
-    with pytest.raises(InputError, match="calibration data"):
-        loratool.merge(original, adapter, out, like=gptq, undo=False)
+    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
+        with pytest.raises(InputError, match=why):
+            loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
     other = write_base("bnb_fp4", tmp_path / "other")
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
