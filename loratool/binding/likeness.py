@@ -64,7 +64,8 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         beside=beside,
         metadata={"format": told},
     )
-    types = {name: dtype or plan.sources[name].spec.dtype for name in quantizers}
+    former = {name: base.specs.get(name, plan.sources[name].spec) for name in quantizers}  # an adapter's may be wider
+    types = {name: dtype or spec.dtype for name, spec in former.items()}
     return replace(plan, edits=edits, encoded=types, like=like, warnings=(*plan.warnings, *_differences(base, like)))
 
 

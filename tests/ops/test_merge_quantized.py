@@ -258,6 +258,23 @@ def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_p
     assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
 
 
+def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_are_codes(tmp_path: Path) -> None:
+    original, _, quantized = write_twins("bnb_nf4", tmp_path)
+    name = next(name for name, weight in VECTORS["bnb_nf4"]["weights"].items() if "source" in weight)
+    module, own = name.removesuffix(".weight"), load_model(original)[name].float()
+    saved = {}
+    for precision, values in (("wide", own * (1 + 2**-9)), ("narrow", (own * (1 + 2**-9)).bfloat16().float())):
+        adapter = tmp_path / precision
+        adapter.mkdir()
+        save_file({f"base_model.model.{name}": values}, adapter / "adapter_model.safetensors")
+        fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["x"]}
+        fields["modules_to_save"] = [module.rpartition(".")[2]]
+        (adapter / "adapter_config.json").write_text(json.dumps(fields))
+        loratool.merge(original, adapter, tmp_path / f"out-{precision}", like=quantized, undo=False)
+        saved[precision] = load_model(tmp_path / f"out-{precision}")
+    assert all(same(tensor, saved["narrow"][key]) for key, tensor in saved["wide"].items())
+
+
 @pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize", "like"])
 def test_a_single_file_says_that_the_config_beside_the_base_is_wrong_for_it(way: str, tmp_path: Path) -> None:
     original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
