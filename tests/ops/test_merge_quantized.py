@@ -230,9 +230,9 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=original, undo=False)
     with pytest.raises(UsageError, match="leave out --quantized"):
         loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
-    gptq = write_base("gptq_v1_4bit", tmp_path / "gptq")
-    with pytest.raises(InputError, match="calibration data"):
-        loratool.merge(original, adapter, out, like=gptq, undo=False)
+    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
+        with pytest.raises(InputError, match=why):
+            loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
     other = write_base("bnb_fp4", tmp_path / "other")
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
@@ -240,6 +240,62 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=other, undo=False)
     assert error2.value.culprit == "lm_head.weight"
     assert not out.exists()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("bnb_nf4", tmp_path)
+    out, wide = tmp_path / "out", tmp_path / "wide"
+    report = loratool.merge(original, adapter, out, like=quantized, undo=False)
+    assert not any("config" in note for note in report.warnings)
+    loratool.merge(original, adapter, wide, like=quantized, undo=False, dtype="fp32")
+    assert {load_model(wide)[name].dtype for name in PLAIN} == {torch.float32}
+    assert config_of(wide) == {**config_of(out), "dtype": "float32"}
+    for folder, theta in ((original, 10000.0), (quantized, 5000.0)):
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), "rope_theta": theta}))
+    report = loratool.merge(original, adapter, out, like=quantized, undo=False, force=True)
+    assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
+
+
+def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_are_codes(tmp_path: Path) -> None:
+    original, _, quantized = write_twins("bnb_nf4", tmp_path)
+    name = next(name for name, weight in VECTORS["bnb_nf4"]["weights"].items() if "source" in weight)
+    module, own = name.removesuffix(".weight"), load_model(original)[name].float()
+    saved = {}
+    for precision, values in (("wide", own * (1 + 2**-9)), ("narrow", (own * (1 + 2**-9)).bfloat16().float())):
+        adapter = tmp_path / precision
+        adapter.mkdir()
+        save_file({f"base_model.model.{name}": values}, adapter / "adapter_model.safetensors")
+        fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["x"]}
+        fields["modules_to_save"] = [module.rpartition(".")[2]]
+        (adapter / "adapter_config.json").write_text(json.dumps(fields))
+        loratool.merge(original, adapter, tmp_path / f"out-{precision}", like=quantized, undo=False)
+        saved[precision] = load_model(tmp_path / f"out-{precision}")
+    assert all(same(tensor, saved["narrow"][key]) for key, tensor in saved["wide"].items())
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize", "like"])
+def test_a_single_file_says_that_the_config_beside_the_base_is_wrong_for_it(way: str, tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
+    out = tmp_path / "out.safetensors"
+    if way == "like":
+        report = loratool.merge(original, adapter, out, like=quantized, undo=False)
+    else:
+        report = loratool.merge(quantized, adapter, out, quantized=way)
+    assert any("name a folder" in note for note in report.warnings) == (way != "requantize")
+    if way == "dequantize":
+        converted = loratool.convert(quantized, tmp_path / "plain.safetensors", dtype="bf16")
+        assert any("name a folder" in note for note in converted.warnings)
+        assert loratool.convert(quantized, tmp_path / "same.safetensors").warnings == ()
+
+
+def test_requantize_says_when_it_has_nothing_to_do(tmp_path: Path) -> None:
+    original, adapter, _ = write_twins("fp8_blocks", tmp_path)
+    report = loratool.merge(original, adapter, tmp_path / "out", quantized="requantize")
+    assert any("nothing to do" in note for note in report.warnings) and report.quantized is None
 
 
 @pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4", "awq_gemm"])
