@@ -60,6 +60,9 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     if way == "requantize" and touched:
         _refuse_lossy(plan, touched, allow)
         return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
+    if way == "requantize":
+        note = "no quantized weight is changed, so that --quantized requantize has nothing to do"
+        return replace(plan, edits=edits, warnings=(*plan.warnings, note))
     if way == "dequantize":
         refuse_unread(base, "with --quantized mixed")
     decoded = decoded_weights(plan, way)
@@ -253,6 +256,12 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
     fine = all(code_bits(base.weights[name]) >= COARSE for name in pulled)
     what = "--quantized requantize keeps their size" if fine else "merging the original with --like keeps their size"
     return f"; {what}"
+
+
+def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
+    """Return what the user should know of an output that is a single file, without the config that goes with it."""
+    note = "a single file has no config, and that of the base is wrong about what is quantized: name a folder with -o"
+    return (note,) if edits.configs else ()
 
 
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:

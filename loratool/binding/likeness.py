@@ -8,8 +8,11 @@ from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.codecs.codec import Quantizer
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
-from ..files.quantized import QUANTIZERS
+from ..files.quantized import CONFIG_FIELDS, QUANTIZERS
+from ..files.side_files import edited_config
 from .merge_plan import MergePlan
+
+CALIBRATED = ("gptq", "awq")  # keys of codecs whose codes follow from data
 
 OWN_KEYS = ("_name_or_path",)  # of config.json: those that tell where a model comes from stay the base's
 
@@ -51,26 +54,40 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
             specs[name] = TensorSpec(kind, source.spec.shape)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
+    origin = {key: base.config[key] for key in OWN_KEYS if key in base.config}
     edits = replace(
         plan.edits,
         specs=specs,
         removed=tuple(removed),
-        configs={"": {**like.config, **{key: base.config[key] for key in OWN_KEYS if key in base.config}}},
+        configs={"": edited_config({**like.config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
         files={**plan.edits.files, **files},
         beside=beside,
         metadata={"format": told},
     )
-    types = {name: dtype or plan.sources[name].spec.dtype for name in quantizers}
-    return replace(plan, edits=edits, encoded=types, like=like)
+    former = {name: base.specs.get(name, plan.sources[name].spec) for name in quantizers}  # an adapter's may be wider
+    types = {name: dtype or spec.dtype for name, spec in former.items()}
+    return replace(plan, edits=edits, encoded=types, like=like, warnings=(*plan.warnings, *_differences(base, like)))
+
+
+# Fields of config.json that say how a model was stored or saved, not what it is
+_OF_STORAGE = frozenset((*CONFIG_FIELDS, "dtype", "torch_dtype", "transformers_version", "_name_or_path"))
+
+
+def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
+    """Return what a user should know of two configs that say different things of one model."""
+    own, other = base.config, like.config
+    names = sorted(key for key in own.keys() & other.keys() - _OF_STORAGE if own[key] != other[key])
+    return (f"the config is that of {like.path}, which has another {', '.join(names)} than BASE",) if names else ()
 
 
 def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     parts = like.parts_of(name)
-    found = parts.weight.format.quantizer(parts)
+    codec = parts.weight.format
+    found = codec.quantizer(parts)
     if found is None:
+        why = "whose codes follow from calibration data" if codec.key in CALIBRATED else "which --like does not write"
         raise InputError(
-            f"is {parts.weight.codec.key}, whose codes take more than the weights to make: calibration data, or a "
-            "kernel's layout",
+            f"is {codec.key}, {why}",
             culprit=name,
             remedy="merge without --like, and quantize the result with the format's own software",
         )

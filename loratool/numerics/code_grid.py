@@ -63,7 +63,7 @@ def round_to_codes(
             upper = total.cpu().numpy()
             change[here] = upper - bounds.shift - weight[here]
             margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
-            yield here, upper - (bounds.span + margin), upper + margin
+            yield here, *_ends(upper - (bounds.span + margin), upper + margin)
 
     found, doubt = _decide(grid, base.shape, parts())
     for i, j in doubt:
@@ -120,10 +120,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
                 one, two = low / by, high / by
                 reach = np.maximum(np.abs(one), np.abs(two)) * 2.0**-40  # a's own error is within it
                 low, high = np.minimum(one, two) - reach, np.maximum(one, two) + reach
-            if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
-                odd = ~(np.isfinite(low) & np.isfinite(high))
-                low[odd], high[odd] = -np.inf, np.inf
-            yield here, low, high
+            yield here, *_ends(low, high)
 
     form = FORMS[merged.dtype]
     stored = codes(merged.cpu())
@@ -146,6 +143,14 @@ def _factor(x: Reals, rows: slice) -> Wide | None:
     if x.factor is None:
         return None
     return x.factor.value[rows, None] if x.factor.axis == 0 else x.factor.value[None]
+
+
+def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
+    """Return the ends of intervals, of what is not known all numbers."""
+    if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
+        odd = ~(np.isfinite(low) & np.isfinite(high))
+        low[odd], high[odd] = -np.inf, np.inf
+    return low, high
 
 
 def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
@@ -205,4 +210,4 @@ def _as_float(number: Fraction) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf

@@ -48,7 +48,7 @@ class MergedRows:
 
     def merge(self, base: Tensor, start: int, work: Workspace) -> tuple[Tensor, RoundingStats]:
         """Return W' of rows from `start` on, and what rounding did to them. base: their W."""
-        out, stats = torch.empty(base.shape, dtype=self.dtype), []
+        out, stats = torch.empty(base.shape, dtype=self.dtype, device=base.device), []
         for first, last, segment in self._parts:
             low, high = max(start, first), min(start + len(base), last)
             if low < high:
@@ -97,8 +97,8 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
             quantizer.see(merged.merge(base, first, work)[0].view(-1, width))
 
     def step_of(base: Tensor, row: int, out: Tensor, work: Workspace) -> Encoded:
-        found, stats = merged.merge(base.cpu(), start + row, work)
-        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), found.view(-1, width))
+        found, stats = merged.merge(base, start + row, work)
+        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), found.cpu().view(-1, width))
         out.numpy()[...] = codes.reshape(tuple(out.shape))
         return stats, [*pieces, *(quantizer.rest() if start + row + len(base) == merged.rows else ())]
 

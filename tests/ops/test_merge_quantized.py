@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -228,9 +230,9 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=original, undo=False)
     with pytest.raises(UsageError, match="leave out --quantized"):
         loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
-    gptq = write_base("gptq_v1_4bit", tmp_path / "gptq")
-    with pytest.raises(InputError, match="calibration data"):
-        loratool.merge(original, adapter, out, like=gptq, undo=False)
+    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
+        with pytest.raises(InputError, match=why):
+            loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
     other = write_base("bnb_fp4", tmp_path / "other")
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
@@ -238,6 +240,62 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=other, undo=False)
     assert error2.value.culprit == "lm_head.weight"
     assert not out.exists()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("bnb_nf4", tmp_path)
+    out, wide = tmp_path / "out", tmp_path / "wide"
+    report = loratool.merge(original, adapter, out, like=quantized, undo=False)
+    assert not any("config" in note for note in report.warnings)
+    loratool.merge(original, adapter, wide, like=quantized, undo=False, dtype="fp32")
+    assert {load_model(wide)[name].dtype for name in PLAIN} == {torch.float32}
+    assert config_of(wide) == {**config_of(out), "dtype": "float32"}
+    for folder, theta in ((original, 10000.0), (quantized, 5000.0)):
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), "rope_theta": theta}))
+    report = loratool.merge(original, adapter, out, like=quantized, undo=False, force=True)
+    assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
+
+
+def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_are_codes(tmp_path: Path) -> None:
+    original, _, quantized = write_twins("bnb_nf4", tmp_path)
+    name = next(name for name, weight in VECTORS["bnb_nf4"]["weights"].items() if "source" in weight)
+    module, own = name.removesuffix(".weight"), load_model(original)[name].float()
+    saved = {}
+    for precision, values in (("wide", own * (1 + 2**-9)), ("narrow", (own * (1 + 2**-9)).bfloat16().float())):
+        adapter = tmp_path / precision
+        adapter.mkdir()
+        save_file({f"base_model.model.{name}": values}, adapter / "adapter_model.safetensors")
+        fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["x"]}
+        fields["modules_to_save"] = [module.rpartition(".")[2]]
+        (adapter / "adapter_config.json").write_text(json.dumps(fields))
+        loratool.merge(original, adapter, tmp_path / f"out-{precision}", like=quantized, undo=False)
+        saved[precision] = load_model(tmp_path / f"out-{precision}")
+    assert all(same(tensor, saved["narrow"][key]) for key, tensor in saved["wide"].items())
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize", "like"])
+def test_a_single_file_says_that_the_config_beside_the_base_is_wrong_for_it(way: str, tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
+    out = tmp_path / "out.safetensors"
+    if way == "like":
+        report = loratool.merge(original, adapter, out, like=quantized, undo=False)
+    else:
+        report = loratool.merge(quantized, adapter, out, quantized=way)
+    assert any("name a folder" in note for note in report.warnings) == (way != "requantize")
+    if way == "dequantize":
+        converted = loratool.convert(quantized, tmp_path / "plain.safetensors", dtype="bf16")
+        assert any("name a folder" in note for note in converted.warnings)
+        assert loratool.convert(quantized, tmp_path / "same.safetensors").warnings == ()
+
+
+def test_requantize_says_when_it_has_nothing_to_do(tmp_path: Path) -> None:
+    original, adapter, _ = write_twins("fp8_blocks", tmp_path)
+    report = loratool.merge(original, adapter, tmp_path / "out", quantized="requantize")
+    assert any("nothing to do" in note for note in report.warnings) and report.quantized is None
 
 
 @pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4", "awq_gemm"])
@@ -390,3 +448,67 @@ def test_codes_of_a_layer_that_stores_in_by_out_are_refused(tmp_path: Path) -> N
         told = run_command("merge", base, adapter, "-o", tmp_path / f"out-{model_type}")
         assert told.exit_code == (3 if model_type == "gpt2" else 0), told.stderr
         assert model_type == "llama" or (f"{name}.weight" in told.stderr and "stores (in, out)" in told.stderr)
+
+
+@pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4_nested", "awq_gemm"])
+def test_the_plan_says_what_each_way_weighs(vector: str, tmp_path: Path) -> None:
+    base = write_base(vector, tmp_path / "base")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    plan = loratool.merge(base, adapter, tmp_path / "out", dry_run=True)
+    assert plan.quantized == "mixed" and plan.base_nbytes == sum(t.nbytes for t in load_model(base).values())
+    assert plan.undo_bytes is not None
+    for way, size in plan.sizes.items():
+        planned = loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"], dry_run=True)
+        report = loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+        assert sum(t.nbytes for t in load_model(tmp_path / way).values()) == size
+        assert report.undo_bytes is not None and planned.undo_bytes is not None
+        assert report.undo_bytes <= planned.undo_bytes and report.nbytes == planned.nbytes
+    assert list(plan.sizes) == ["mixed", "dequantize", "requantize"]
+
+
+def test_one_expert_that_makes_a_layer_plain_is_told_with_a_better_way(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for expert in range(6):
+        for kind in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.experts.{expert}.{kind}"
+            tensors[f"{name}.weight"] = weights(16, 16, seed=expert).to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale_inv"] = torch.ones(1, 1)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {"model_type": "qwen3_moe", "dtype": "bfloat16", "quantization_config": quantized}
+    (base / "config.json").write_text(json.dumps(config))
+    one = "model.layers.0.mlp.experts.2.up_proj.weight"
+    adapter, _ = write_adapter(tmp_path / "adapter", {one: numbers_of(base)[one]})
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert report.decoded == 17 and not open_checkpoint(tmp_path / "out").weights
+    (note,) = [line for line in report.warnings if "without a change" in line]
+    assert note.startswith("17 weights") and note.endswith("--quantized requantize keeps their size")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+    assert loratool.verify(base, adapter, tmp_path / "out").status == "proven"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_largest_weight(tmp_path: Path) -> None:
+    """Of rows that are decoded, merged, recorded and written a few at a time: not a matrix of half a gigabyte."""
+    rows, columns = 1 << 13, 1 << 14
+    codes = torch.randint(0, 120, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.down_proj"
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {f"{name}.weight": codes, f"{name}.weight_scale": torch.full((rows, 1), 1e-3)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    A, B = factors(rows, columns, RANK)
+    adapter = write_peft(tmp_path / "adapter", {name: (A * 1e-2, B)})
+    code = f"""
+import resource, loratool
+for way in ("mixed", "requantize"):
+    loratool.merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path)!r} + "/" + way, quantized=way, workers=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 700

@@ -24,6 +24,8 @@ COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
 
 STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
 
+LONGEST = 1 << 16  # side of a block that a config may name
+
 POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
 
 
@@ -86,7 +88,8 @@ def block_of(
         raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
     if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
         return 0, 1
-    for high, wide in chain(stated, _usual_blocks(rows, columns, bool(stack))):
+    named = [block for block in stated if max(block) <= LONGEST]
+    for high, wide in chain(named, _usual_blocks(rows, columns, bool(stack))):
         if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
             return high, wide
     raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")

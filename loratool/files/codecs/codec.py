@@ -230,7 +230,7 @@ class Parts:
 
     def require_sound(self) -> None:
         """Read the companions once, as `CodeFormat.check` does; raise InputError if they are damaged."""
-        assert self._is_sound
+        _ = self._is_sound
 
     @cached_property
     def _is_sound(self) -> bool:

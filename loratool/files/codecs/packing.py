@@ -63,7 +63,8 @@ class Plain:
 class Words:
     """A row's codes as a stream of bits in words of 32, the lowest bit first; a last word is padded.
 
-    Nibbles with the low one first are such a stream, whatever their tensor's type.
+    Bits that are left of it are one more code, so that they come back too. Nibbles with the low one first are such a
+    stream, whatever their tensor's type.
     """
 
     columns: int
@@ -78,7 +79,7 @@ class Words:
 
     @property
     def width(self) -> int:
-        return self.nbytes * 8 // self.bits
+        return -(-self.nbytes * 8 // self.bits)
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         return self.unpack(_bytes(tensor, start * self.nbytes, stop * self.nbytes).reshape(-1, self.nbytes))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...binding.coded_bases import decode_all, refuse_unread
+from ...binding.coded_bases import decode_all, note_of_a_file, refuse_unread
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.dtypes import FLOAT8, MERGE_DTYPES
@@ -148,6 +148,7 @@ def convert_checkpoint(
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
+        notes += note_of_a_file(edits) if is_file else ()
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
         output = plan_output(
             base, path, is_file, origin, (), chosen, options.max_shard_bytes, edits, container=container
@@ -191,7 +192,7 @@ def _decode(base: Checkpoint, edits: OutputEdits, dtype: str | None) -> tuple[Ou
         return edits, ()
     for name in base.weights.keys() - edits.removed:
         base.parts_of(name).require_sound()
-    marks = {name for name in base.stored if is_marker(name)}
+    marks = {name for name in base.specs if is_marker(name)}  # not those of weights
     return decode_all(base, replace(edits, removed={*edits.removed, *marks}), dtype)
 
 

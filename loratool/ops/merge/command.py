@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 import torch
 
 from ...adapters.updates.replace import ReplaceTensor
-from ...binding.coded_bases import LOSSY, WAYS, plan_codes, require_undoable
+from ...binding.coded_bases import LOSSY, WAYS, note_of_a_file, plan_codes, require_undoable
 from ...binding.likeness import plan_like
 from ...binding.merge_plan import MergePlan, plan_merge
 from ...binding.selection import Selection, parse_layers
@@ -195,6 +195,7 @@ def write_merged(
             raise NeedsFlag(message, culprit=str(options.like.path), remedy="add --no-undo")
     else:
         plan = plan_codes(plan, options.quantized, options.dtype, options.allow)
+    plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = [shard.path for shard in plan.base.shards] + [adapter.file.path for adapter, _ in plan.adapters]
     inputs += [shard.path for shard in options.like.shards] if options.like else []
     check_output_path(path, is_file, inputs, options.force, is_model=True)

@@ -92,6 +92,17 @@ def test_packed_integers_read_their_formula(tmp_path: Path, bits: int, asymmetri
     holds(opened(tmp_path / "rows", tensors, config(bits)), weight)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_all_bits_of_a_padded_row_come_back(tmp_path: Path, bits: int) -> None:
+    """Also those that are left of its last word, which no code of the weight has."""
+    tensors, _ = pack(bits, (5, 45), [0] * 45, False)
+    packed = tensors["x.weight_packed"]
+    packed.copy_(torch.randint(-(2**31), 2**31, packed.shape, generator=torch.Generator().manual_seed(0)))
+    codec, parts = coded(opened(tmp_path, tensors, config(bits)), "x.weight")
+    ((first, data),) = codec.places(parts, 1, codec.codes(parts, 1, 5))
+    assert (first, data) == (packed[0].nbytes, packed[1:].numpy().tobytes())
+
+
 def test_packed_integers_by_hand(tmp_path: Path) -> None:
     """Three bits: -4 to 3, four times over in three words."""
     tensors = {

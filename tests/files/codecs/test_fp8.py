@@ -266,6 +266,14 @@ def test_tensors_win_over_the_config(tmp_path: Path) -> None:
     assert not opened(tmp_path, {"x.weight": W, "x.weight_scale": torch.ones(1)}, stated).weights["x.weight"].note
 
 
+def test_a_block_that_no_integer_holds_counts_as_none(tmp_path: Path) -> None:
+    state = {"x.weight": W, "x.weight_scale": torch.full((1,), 0.5)}
+    for stated in ([1 << 70, 1 << 70], [128, 1 << 40]):
+        checkpoint = opened(tmp_path, state, {"weight_block_size": stated})
+        assert "the quantization config says" in checkpoint.weights["x.weight"].note
+        assert torch.equal(checkpoint["x.weight"], W.double() / 2)
+
+
 @pytest.mark.parametrize(
     ("declared", "blocks"),
     [
