@@ -55,8 +55,8 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     touched = _touched(plan)
     edits = _widen_float8(plan, dtype)
     copies = [name for name in plan.changed - base.weights.keys() if plan.sources[name].weight]  # of an untied side
-    made = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
-    edits = replace(edits, specs={**edits.specs, **made})
+    plain = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
+    edits = replace(edits, specs={**edits.specs, **plain})
     if way == "requantize" and touched:
         _refuse_lossy(plan, touched, allow)
         return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
@@ -152,7 +152,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
     """
     specs, base = dict(plan.edits.specs), plan.base
     scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
-    for name in plan.changed:
+    for name in sorted(plan.changed):
         spec = specs.get(name) or base.specs[name]
         if name in base.weights or codec_of(spec) is RAW:
             continue

@@ -23,6 +23,7 @@ from ...binding.placement import Placement
 from ...files.codecs.codec import Parts, Quantizer, StoredTensor
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import record_rows
+from ...numerics.forms import Codes, Wide
 from ...numerics.rounding_stats import RoundingStats
 from ...numerics.workspace import Workspace
 from ...streaming.encode import encode_tensor
@@ -34,8 +35,6 @@ from .diagnosis import NEARER, find_fault
 from .replay import Replay, ReplayBlock
 
 Flags = npt.NDArray[np.bool_]
-
-Wide = npt.NDArray[np.float64]
 
 BYTES = 1 << 22  # compared at a time
 
@@ -231,7 +230,7 @@ def _is_few(count: int, found: TensorRef) -> bool:
 
 def _merged_codes(
     source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, stats: list[RoundingStats]
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+) -> Iterator[tuple[int, Codes]]:
     """Yield the codes of a merge, (rows of the last dimension, width), and their first row."""
     own, columns = source.parts, source.spec.shape[-1]
     assert own
