@@ -12,7 +12,7 @@ from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint, read_json_file
 from ..files.codecs import RAW, codec_of
-from ..files.codecs.codec import CodeFormat, StoredWeight
+from ..files.codecs.codec import StoredWeight
 from ..files.dtypes import CONFIG_DTYPES, DTYPES, TORCH_FLOATS, TensorSpec
 from ..files.mixed_notes import mixed_notes
 from ..files.output import OutputEdits
@@ -37,8 +37,7 @@ COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
 
 def code_bits(weight: StoredWeight) -> int:
     """Return the bits of a code of a weight."""
-    assert isinstance(weight.codec, CodeFormat)
-    return int(weight.detail.get("bits", weight.codec.bits))
+    return int(weight.detail.get("bits", weight.format.bits))
 
 
 def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[str] = ()) -> MergePlan:
@@ -199,8 +198,7 @@ def require_undoable(plan: MergePlan) -> None:
 def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
     """Raise NeedsFlag for an update of rows whose codes share bytes with those of others."""
     parts = plan.base.parts_of(name)
-    assert isinstance(parts.weight.codec, CodeFormat)
-    together, rows = parts.weight.codec.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
+    together, rows = parts.weight.format.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
     for each in plan.placements[name]:
         if any(edge * (rows // each.rows) % together for edge in (each.start, each.stop) if edge != each.rows):
             message = f"has rows {each.start} to {each.stop} changed, and {together} rows of its codes share bytes"

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.codecs.codec import CodeFormat, Quantizer
+from ..files.codecs.codec import Quantizer
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.quantized import CONFIG_FIELDS, QUANTIZERS
 from ..files.side_files import edited_config
 from .merge_plan import MergePlan
 
-CALIBRATED = ("gptq", "awq")
+CALIBRATED = ("gptq", "awq")  # formats whose scales and codes are chosen by a model's activations
+
+OWN_KEYS = ("_name_or_path",)  # of config.json: those that tell where a model comes from stay the base's
 
 
 def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan:
@@ -37,24 +39,22 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     _require_same(plan, like)
     specs: dict[str, TensorSpec] = {}
     removed: list[str] = []
-    beside: dict[str, str] = {}
+    beside: dict[str, str] = {}  # stored tensor -> the weight with whose codes it is written
     for name, source in plan.sources.items():
         if name in quantizers:
-            weight = like.weights[name]
-            names = dict(zip(weight.roles, weight.tensors, strict=True))
+            names = like.weights[name].names
             made = {names[role]: spec for role, spec in quantizers[name].specs().items()}
             specs |= made
             beside |= dict.fromkeys(made, name)
             removed += [] if name in made else [name]
         else:
             stored = like.stored[name].dtype
-            kind = dtype or (stored if stored in TORCH_FLOATS else source.spec.dtype)
-            specs[name] = TensorSpec(
-                kind if source.spec.dtype in TORCH_FLOATS else source.spec.dtype, source.spec.shape
-            )
+            own = source.spec.dtype
+            kind = (dtype or (stored if stored in TORCH_FLOATS else own)) if own in TORCH_FLOATS else own
+            specs[name] = TensorSpec(kind, source.spec.shape)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
-    origin = {key: base.config[key] for key in ("_name_or_path",) if key in base.config}
+    origin = {key: base.config[key] for key in OWN_KEYS if key in base.config}
     edits = replace(
         plan.edits,
         specs=specs,
@@ -82,8 +82,8 @@ def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
 
 def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     parts = like.parts_of(name)
-    codec = parts.weight.codec
-    found = codec.quantizer(parts) if isinstance(codec, CodeFormat) else None
+    codec = parts.weight.format
+    found = codec.quantizer(parts)
     if found is None:
         why = "whose codes follow from calibration data" if codec.key in CALIBRATED else "which --like does not write"
         raise InputError(

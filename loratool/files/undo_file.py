@@ -439,9 +439,7 @@ class UndoFile:
     def parts_of(self, name: str) -> Parts:
         """Return a coded weight with those of its stored tensors that are here unchanged."""
         weight, kept = self.weights[name], {tensor.name: tensor for tensor in self.kept(name)}
-        roles = {
-            role: kept[tensor] for role, tensor in zip(weight.roles, weight.tensors, strict=True) if tensor in kept
-        }
+        roles = {role: kept[tensor] for role, tensor in weight.names.items() if tensor in kept}
         return Parts(weight, roles, self.specs[weight.tensors[0]])
 
     @property

@@ -69,16 +69,24 @@ def round_to_codes(
     for i, j in doubt:
         if math.isfinite(weight[i, j]):
             found[i, j] = _nearest_to(grid, x.exact(Fraction(float(weight[i, j])), i, j), i, j, base.shape[1])
-    fine = np.isfinite(weight)
-    moved = np.where(fine, grid.values(0, found) - weight, 0.0)
+    moved = np.where(np.isfinite(weight), grid.values(0, found) - weight, 0.0)
     stays = moved == 0
     found[stays] = former[stays]
-    change[~fine] = 0.0
-    size = np.where(fine, weight, 0.0)
-    sums = (float(np.vdot(*pair)) for pair in ((size, size), (change, change), (moved, change), (moved, moved)))
-    squared, asked, kept, gone = sums
-    changed, odd = int(np.count_nonzero(~stays)), int(np.count_nonzero(~fine))
-    return found, RoundingStats(squared, asked, kept, changed, odd, moved_squared=gone)
+    return found, _sums(weight, change, moved)
+
+
+def _sums(weight: Wide, change: Wide, moved: Wide) -> RoundingStats:
+    """Return what codes did to weights: W, D and W' - W, which is 0 where W is not finite."""
+    fine = np.isfinite(weight)
+    W, D = np.where(fine, weight, 0.0), np.where(fine, change, 0.0)
+    return RoundingStats(
+        base_squared=float(np.vdot(W, W)),
+        change_squared=float(np.vdot(D, D)),
+        kept=float(np.vdot(moved, D)),
+        changed=int(np.count_nonzero(moved)),
+        not_finite=int(np.count_nonzero(~fine)),
+        moved_squared=float(np.vdot(moved, moved)),
+    )
 
 
 @np.errstate(all="ignore")

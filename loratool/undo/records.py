@@ -100,8 +100,7 @@ class CodedRows:
 
     @property
     def format(self) -> CodeFormat:
-        assert isinstance(self.parts.weight.codec, CodeFormat)
-        return self.parts.weight.codec
+        return self.parts.weight.format
 
     @property
     def fold(self) -> int:

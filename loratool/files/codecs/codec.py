@@ -8,6 +8,7 @@ merging back into codes, and undo; their places in the file are the packing's ma
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 
 LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
-
 
 SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
 
@@ -193,6 +193,17 @@ class StoredWeight:
     detail: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its layout is, as the codec needs it
     note: str = ""  # what the user should know: that the config says otherwise
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of its tensors by role."""
+        return dict(zip(self.roles, self.tensors, strict=True))
+
+    @property
+    def format(self) -> CodeFormat:
+        """The codec of a weight that is stored as codes, as all weights of several tensors are."""
+        assert isinstance(self.codec, CodeFormat)
+        return self.codec
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -215,10 +226,7 @@ class Parts:
     def shape(self) -> tuple[int, int, int]:
         """The weight as a stack of matrices: (matrices, rows, columns)."""
         *stack, rows, columns = self.weight.spec.shape
-        count = 1
-        for size in stack:
-            count *= size
-        return count, rows, columns
+        return math.prod(stack), rows, columns
 
     def require_sound(self) -> None:
         """Read the companions once, as `CodeFormat.check` does; raise InputError if they are damaged."""
@@ -226,8 +234,7 @@ class Parts:
 
     @cached_property
     def _is_sound(self) -> bool:
-        assert isinstance(self.weight.codec, CodeFormat)
-        self.weight.codec.check(self)
+        self.weight.format.check(self)
         return True
 
     def damaged(self, role: str, what: str) -> InputError:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
-from ...files.codecs.codec import CodeFormat, Parts, Quantizer, StoredTensor
+from ...files.codecs.codec import Parts, Quantizer, StoredTensor
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import record_rows
 from ...numerics.rounding_stats import RoundingStats
@@ -190,16 +190,11 @@ def _steps(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tens
                 yield first, out, result
 
 
-def _codec(parts: Parts) -> CodeFormat:
-    assert isinstance(parts.weight.codec, CodeFormat)
-    return parts.weight.codec
-
-
 def _count_codes(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, alike: bool
 ) -> CodeCount:
     """Compare the codes of a merge into codes with those that are stored. alike: all other tensors are equal."""
-    own, codec, shape = source.parts, _codec(theirs), source.spec.shape
+    own, codec, shape = source.parts, theirs.weight.format, source.spec.shape
     assert own
     count = CodeCount(shape, shape[-1])
     for row, made in _merged_codes(source, placements, load, count.stats):
@@ -244,7 +239,7 @@ def _merged_codes(
     """Yield the codes of a merge, (rows of the last dimension, width), and their first row."""
     own, columns = source.parts, source.spec.shape[-1]
     assert own
-    codec = _codec(own)
+    codec = own.weight.format
     if not placements:
         rows, height = source.spec.size // columns, record_rows(columns, coded=True)
         for row in range(0, rows, height):
@@ -260,7 +255,7 @@ def _judge_encoded(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, sure: bool
 ) -> CodesVerdict | None:
     """Return the verdict on plain numbers that became codes, if they are what a merge encodes anew; else None."""
-    codec = _codec(theirs)
+    codec = theirs.weight.format
     quantizer = codec.quantizer(theirs)
     if quantizer is None or quantizer.specs() != {role: tensor.spec for role, tensor in theirs.tensors.items()}:
         return None
@@ -281,7 +276,7 @@ def _judge_encoded(
 
 def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[RoundingStats] | None:
     """Return what rounding did to the blocks of a merge that is encoded as it is stored; None if it is not."""
-    codec, found = _codec(theirs), []
+    codec, found = theirs.weight.format, []
     fold = tensor.columns // source.spec.shape[-1]
     for first, out, (stats, pieces) in _steps(tensor, source):
         stored = codec.codes(theirs, first * fold, (first + len(out)) * fold)
