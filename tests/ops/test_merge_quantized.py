@@ -412,6 +412,25 @@ def test_a_damaged_base_is_refused_by_name_before_the_first_byte(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
+def test_a_shard_of_scales_alone_is_gone_with_them(tmp_path: Path) -> None:
+    """Of an empty file no index tells, so that the merge after it would lose it, and unmerge with it."""
+    base, shards = write_base("ct_fp8_channel", tmp_path / "base"), ("one.safetensors", "two.safetensors")
+    tensors = load_file(base / "model.safetensors")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    (base / "model.safetensors").unlink()
+    weight_map = {name: shards[name.endswith("_scale")] for name in tensors}
+    for shard in shards:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, base / shard, metadata={"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loratool.merge(base, adapter, tmp_path / "once", quantized="dequantize")
+    loratool.merge(tmp_path / "once", adapter, tmp_path / "twice")
+    assert [path.name for path in (tmp_path / "twice").glob("*.safetensors")] == ["one.safetensors"]
+    loratool.unmerge(tmp_path / "twice", adapter, tmp_path / "once-again")
+    assert files_of(tmp_path / "once-again") == files_of(tmp_path / "once")
+    loratool.unmerge(tmp_path / "once-again", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
 def test_a_merge_that_touches_plain_tensors_runs_on_any_checkpoint(tmp_path: Path) -> None:
     """Codes of an unknown format are copied, and the config stays; only an update of theirs is refused."""
     coded = {"model.layers.0.mlp.up_proj.W_q": torch.randint(0, 255, (8, 16), dtype=torch.uint8)}
