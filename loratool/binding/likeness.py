@@ -99,6 +99,10 @@ def _require_same(plan: MergePlan, like: Checkpoint) -> None:
     for name in like.coded:
         raise InputError(f"is {like.coded[name].format}, which cannot be written", culprit=name)
     own, other = plan.sources, like.specs
+    for name in plan.untied:
+        if name not in other:
+            message = f"is tied to the embedding in {like.path}, and an adapter changes one of the two"
+            raise InputError(message, culprit=name, remedy="merge without --like, or change both with --tied share")
     for one, two, path in ((own, other, like.path), (other, own, plan.base.path)):
         lacking = next((name for name in one if name not in two), None)
         if lacking is not None:

@@ -275,6 +275,29 @@ def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_ar
     assert all(same(tensor, saved["narrow"][key]) for key, tensor in saved["wide"].items())
 
 
+def test_an_untied_head_has_no_place_in_a_model_like_a_tied_one(tmp_path: Path) -> None:
+    original, _, quantized = write_twins("bnb_nf4", tmp_path)
+    for folder in (original, quantized):
+        tensors = load_model(folder)
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), "tie_word_embeddings": True}))
+    words, width = PLAIN["model.embed_tokens.weight"]
+    A, B = factors(width, words, RANK)  # of the transposed embedding, as peft has it
+    adapter = tmp_path / "on-embedding"
+    adapter.mkdir()
+    stored = {"embedding_A": A, "embedding_B": B}
+    keys = {f"base_model.model.model.embed_tokens.lora_{key}": tensor for key, tensor in stored.items()}
+    save_file(keys, adapter / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="is tied to the embedding") as error:
+        loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False)
+    assert error.value.culprit == "lm_head.weight" and "--tied share" in str(error.value.remedy)
+    loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False, tied="share")
+    assert load_model(tmp_path / "out").keys() == load_model(quantized).keys()
+
+
 @pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize", "like"])
 def test_a_single_file_says_that_the_config_beside_the_base_is_wrong_for_it(way: str, tmp_path: Path) -> None:
     original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
