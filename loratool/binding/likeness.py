@@ -30,8 +30,11 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         name = next(iter(base.weights or base.coded))
         message = f"{base.path} is quantized itself: a merge like {like.path} starts from the original"
         raise InputError(message, culprit=name, remedy="pass the model in 16 or 32 bits as BASE")
+    for name, coded in like.coded.items():
+        why = f": {coded.fault}" if coded.fault else ""
+        raise InputError(f"is {coded.format} in {like.path}, which cannot be written{why}", culprit=name)
     if not like.weights or like.parts or base.parts:
-        why = "is a pipeline" if like.parts or base.parts else "has no quantized weights that can be read"
+        why = "is a pipeline" if like.parts or base.parts else "has no quantized weights"
         raise InputError(f"{why}, so that nothing can be written like it", culprit=str(like.path))
     quantizers = {name: _quantizer(like, name) for name in like.weights}
     _require_same(plan, like)
@@ -96,8 +99,6 @@ def _quantizer(like: Checkpoint, name: str) -> Quantizer:
 
 def _require_same(plan: MergePlan, like: Checkpoint) -> None:
     """Raise InputError for two models that do not have the same weights."""
-    for name in like.coded:
-        raise InputError(f"is {like.coded[name].format}, which cannot be written", culprit=name)
     own, other = plan.sources, like.specs
     for name in plan.untied:
         if name not in other:

@@ -231,6 +231,12 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
     for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
         with pytest.raises(InputError, match=why):
             loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
+    folder = write_base("bnb_nf4", tmp_path / "gpt2", model_type="gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    turned = {n.replace("model.layers.0.self_attn.q_proj", "h.0.attn.c_attn"): t for n, t in tensors.items()}
+    save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="stores .in, out."):
+        loratool.merge(original, adapter, out, like=folder, undo=False)
     other = write_base("bnb_fp4", tmp_path / "other")
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
