@@ -57,12 +57,13 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
             )
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
+    config = like.config or base.config  # a file without one says nothing of its codes
     origin = {key: base.config[key] for key in ("_name_or_path",) if key in base.config}
     edits = replace(
         plan.edits,
         specs=specs,
         removed=tuple(removed),
-        configs={"": edited_config({**like.config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
+        configs={"": edited_config({**config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
         files={**plan.edits.files, **files},
         beside=beside,
         metadata={"format": told},
@@ -79,6 +80,8 @@ _OF_STORAGE = frozenset((*CONFIG_FIELDS, "dtype", "torch_dtype", "transformers_v
 def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
     """Return what a user should know of two configs that say different things of one model."""
     own, other = base.config, like.config
+    if own and not other:
+        return (f"{like.path} has no config, so that the output's does not say what is quantized, and how",)
     names = sorted(key for key in own.keys() & other.keys() - _OF_STORAGE if own[key] != other[key])
     return (f"the config is that of {like.path}, which has another {', '.join(names)} than BASE",) if names else ()
 

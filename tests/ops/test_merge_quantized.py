@@ -264,6 +264,14 @@ def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_p
     assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
 
 
+def test_a_model_like_a_file_without_a_config_keeps_its_own(tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
+    (quantized / "config.json").unlink()
+    report = loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False)
+    assert any("has no config" in note for note in report.warnings)
+    assert config_of(tmp_path / "out") == config_of(original)
+
+
 def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_are_codes(tmp_path: Path) -> None:
     original, _, quantized = write_twins("bnb_nf4", tmp_path)
     name = next(name for name, weight in VECTORS["bnb_nf4"]["weights"].items() if "source" in weight)
