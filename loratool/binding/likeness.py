@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
@@ -79,11 +81,16 @@ _OF_STORAGE = frozenset((*CONFIG_FIELDS, "dtype", "torch_dtype", "transformers_v
 
 def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
     """Return what a user should know of two configs that say different things of one model."""
-    own, other = base.config, like.config
-    if own and not other:
+    if base.config and not like.config:
         return (f"{like.path} has no config, so that the output's does not say what is quantized, and how",)
-    names = sorted(key for key in own.keys() & other.keys() - _OF_STORAGE if own[key] != other[key])
+    own, other = _of_the_model(base.config), _of_the_model(like.config)
+    names = sorted(key for key in own.keys() & other.keys() if own[key] != other[key])
     return (f"the config is that of {like.path}, which has another {', '.join(names)} than BASE",) if names else ()
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in _OF_STORAGE}
+    return {key: _of_the_model(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def _quantizer(like: Checkpoint, name: str) -> Quantizer:

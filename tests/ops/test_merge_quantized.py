@@ -258,10 +258,12 @@ def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_p
     loratool.merge(original, adapter, wide, like=quantized, undo=False, dtype="fp32")
     assert {load_model(wide)[name].dtype for name in PLAIN} == {torch.float32}
     assert config_of(wide) == {**config_of(out), "dtype": "float32"}
-    for folder, theta in ((original, 10000.0), (quantized, 5000.0)):
-        (folder / "config.json").write_text(json.dumps({**config_of(folder), "rope_theta": theta}))
+    for folder, theta, dtype in ((original, 10000.0, "bfloat16"), (quantized, 5000.0, "float16")):
+        fields = {"rope_theta": theta, "text_config": {"dtype": dtype}}
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), **fields}))
     report = loratool.merge(original, adapter, out, like=quantized, undo=False, force=True)
-    assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
+    assert any("another rope_theta than" in note for note in report.warnings)
+    assert config_of(out)["rope_theta"] == 5000.0
 
 
 def test_a_model_like_a_file_without_a_config_keeps_its_own(tmp_path: Path) -> None:
