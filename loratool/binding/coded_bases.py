@@ -52,11 +52,11 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
         NeedsFlag, InputError: a weight cannot be written so.
     """
     base = plan.base
-    touched = [name for name in plan.changed if name in base.weights]
+    touched = _touched(plan)
     edits = _widen_float8(plan, dtype)
     copies = [name for name in plan.changed - base.weights.keys() if plan.sources[name].weight]  # of an untied side
-    made = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
-    edits = replace(edits, specs={**edits.specs, **made})
+    plain = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
+    edits = replace(edits, specs={**edits.specs, **plain})
     if way == "requantize" and touched:
         _refuse_lossy(plan, touched, allow)
         return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
@@ -69,8 +69,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     if not decoded and not (way == "dequantize" and base.quantized):
         return replace(plan, edits=edits)
     edits = _decode(base, edits, decoded, dtype)
-    # siblings that no update touches
-    others = {name: why for name, why in decoded.items() if name not in plan.changed}
+    others = {name: why for name, why in decoded.items() if name not in plan.changed}  # that no adapter changes
     notes = _notes(base, decoded, others)
     return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
 
@@ -98,10 +97,15 @@ def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
     base = plan.base
     if way == "dequantize":
         return dict.fromkeys(base.weights, "")
-    touched = [name for name in plan.placements.keys() | plan.changed if name in base.weights]
+    touched = _touched(plan)
     if way == "requantize" or not touched:
         return {}
     return with_siblings(base, touched)
+
+
+def _touched(plan: MergePlan) -> list[str]:
+    """Return the coded weights that an adapter changes, also of a plan that says which others become numbers."""
+    return [name for name in plan.base.weights if name in plan.changed and name not in plan.decoded]
 
 
 def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
@@ -148,7 +152,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
     """
     specs, base = dict(plan.edits.specs), plan.base
     scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
-    for name in plan.changed:
+    for name in sorted(plan.changed):
         spec = specs.get(name) or base.specs[name]
         if name in base.weights or codec_of(spec) is RAW:
             continue

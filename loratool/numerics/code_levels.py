@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Codes = npt.NDArray[Any]
-Wide = npt.NDArray[np.float64]
+from .forms import Codes, Wide
 
 
 class Levels(Protocol):

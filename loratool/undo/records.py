@@ -32,7 +32,7 @@ from ..files.fileio import word_sum
 from ..numerics.code_grid import guess_codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, bits, codes, finite, number, place, wide, widen
+from ..numerics.forms import FORMS, Codes, Form, Positions, Wide, bits, codes, finite, number, place, wide, widen
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -54,7 +54,8 @@ class RecordedBlock:
         change: the merge's sums.
         payload: the record.
         sha256: of the bytes of W as it is stored.
-        sum: `files.fileio.word_sum` of the bytes of W'; against intent there is the hash, as W' is a function of W.
+        sum: `files.fileio.word_sum` of the bytes of W', or of the codes that W became; against intent there is the
+            hash, as W' is a function of W.
     """
 
     change: RoundingStats
@@ -91,6 +92,7 @@ class CodedRows:
     A code's number lies far from its neighbors', so that the code nearest to W' - D is nearly always W's.
 
     Attributes:
+        parts: the weight; its own codes count only for `read`.
         start: counted in rows of so many `columns`, of which each is one or more rows of the codec's.
     """
 
@@ -107,11 +109,11 @@ class CodedRows:
         """The codec's rows in a row."""
         return self.columns // self.parts.weight.spec.shape[-1]
 
-    def nearest(self, row: int, numbers: npt.NDArray[np.float64]) -> Codes:
+    def nearest(self, row: int, numbers: Wide) -> Codes:
         apart = numbers.reshape(len(numbers) * self.fold, -1)
         return self.format.nearest(self.parts, (self.start + row) * self.fold, apart).reshape(numbers.shape)
 
-    def values(self, row: int, codes: Codes) -> npt.NDArray[np.float64]:
+    def values(self, row: int, codes: Codes) -> Wide:
         apart = codes.reshape(len(codes) * self.fold, -1)
         return self.format.values(self.parts, (self.start + row) * self.fold, apart).reshape(codes.shape)
 
@@ -131,7 +133,7 @@ class CodedRows:
         return np.ascontiguousarray(codes[:, :columns]).reshape(-1, self.columns)
 
     def pack(self, codes: Codes, guess: Codes) -> bytes:
-        """Pack what codes, as `read` returns them, are beside a guess, (rows, columns).
+        """Return in bytes what codes, as `read` returns them, are beside a guess, (rows, columns).
 
         Where the guess is the code of 0, they have a list of their own: there a code is +0 or -0, and elsewhere nearly
         always the guess.
@@ -144,7 +146,11 @@ class CodedRows:
         return b"".join(map(pack_code_differences, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
-        """Return the codes that `pack` packed."""
+        """Return the codes that `pack` packed, (rows * fold, width).
+
+        Raises:
+            ValueError, IndexError: the record is damaged, or of another guess.
+        """
         zero = guess.reshape(-1) == self.format.zero(self.parts)
         apart = np.empty(guess.size, np.int16)
         apart[~zero] = reader.code_differences(int((~zero).sum()))
@@ -171,7 +177,7 @@ class Recorder:
         self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
         self._payload = b""
 
-    def head(self, norms: npt.NDArray[np.float64]) -> None:
+    def head(self, norms: Wide) -> None:
         """Begin the record with norms."""
         self._payload += norms.astype("<f8").tobytes()
 
@@ -234,12 +240,14 @@ class Recorder:
 
 
 def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
-    """Return the record of rows that were rounded to codes: what the former ones are beside the new."""
-    columns = rows.parts.weight.spec.shape[-1]
+    """Return the record of rows that were rounded to codes: what the former ones are beside the new.
+
+    Args:
+        former, made: as `CodedRows.read` returns them.
+    """
+    payload = rows.pack(former, rows.without_padding(made))
     digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
-    return RecordedBlock(
-        change, rows.pack(former, made[:, :columns]), digest, word_sum(bytes_of(torch.from_numpy(made)))
-    )
+    return RecordedBlock(change, payload, digest, word_sum(bytes_of(torch.from_numpy(made))))
 
 
 def take_all(x: Tensor) -> Codes:
@@ -522,7 +530,7 @@ class Restorer:
                 culprit=self._name,
             ) from error
 
-    def norms(self, count: int) -> npt.NDArray[np.float64]:
+    def norms(self, count: int) -> Wide:
         """Read the norms with which the record begins."""
         found = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
         if not (np.isfinite(found).all() and (found >= 0).all()):

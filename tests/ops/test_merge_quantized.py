@@ -126,6 +126,18 @@ def test_what_becomes_plain_is_the_exact_sum_rounded_once_and_comes_off(vector: 
     assert files_of(tmp_path / "back") == files_of(base)
 
 
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
+def test_what_each_way_would_weigh_is_what_it_weighs(way: str, tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "llama" / "fp8", FIXTURES / "llama" / "adapter"
+    report = loratool.merge(base, adapter, tmp_path / "out", target=["q_proj"], quantized=way)
+    weighed = sum(tensor.nbytes for tensor in load_model(tmp_path / "out").values())
+    planned = [
+        loratool.merge(base, adapter, tmp_path / "none", target=["q_proj"], quantized=each, dry_run=True).sizes[way]
+        for each in ("mixed", "dequantize", "requantize")
+    ]
+    assert [report.sizes[way], *planned] == [weighed] * 4
+
+
 @pytest.mark.parametrize("vector", EACH)
 def test_requantized_codes_are_the_nearest_and_come_off(vector: str, tmp_path: Path) -> None:
     base = write_base(vector, tmp_path / "base")

@@ -30,7 +30,7 @@ def nearest(x, bits, digits, least):
 
 class Coded(NamedTuple):  # what the reader is told of a weight that is stored as codes
     levels: dict  # of each code its number, before scale and zero point
-    numbers: list  # of each row and column, {code: number}
+    numbers: list  # of each row and column, {code: number}, of those that a number may have
     width: int  # codes of a row, padding included
     lower: bool  # of two numbers equally near the lower one counts, not the even code
 

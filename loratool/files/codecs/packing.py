@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from .codec import StoredTensor
+if TYPE_CHECKING:
+    from .codec import Codes, StoredTensor
 
-Codes = npt.NDArray[Any]
 Place = tuple[int, bytes]  # the first byte in the tensor, and the bytes from there on
 
 OCTET = (0, 4, 1, 5, 2, 6, 3, 7)  # AWQ: the nibble of a word that has column k of eight (AutoAWQ, packing_utils.py)

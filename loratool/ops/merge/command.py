@@ -255,7 +255,7 @@ def _check_factors(plan: MergePlan) -> None:
 
 def _check_scales(plan: MergePlan) -> None:
     """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
-    for name in plan.changed & plan.base.weights.keys():
+    for name in sorted(plan.changed & plan.base.weights.keys()):
         plan.base.parts_of(name).require_sound()
 
 
