@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
@@ -35,8 +37,11 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         name = next(iter(base.weights or base.coded))
         message = f"{base.path} is quantized itself: a merge like {like.path} starts from the original"
         raise InputError(message, culprit=name, remedy="pass the model in 16 or 32 bits as BASE")
+    for name, coded in like.coded.items():
+        why = f": {coded.fault}" if coded.fault else ""
+        raise InputError(f"is {coded.format} in {like.path}, which cannot be written{why}", culprit=name)
     if not like.weights or like.parts or base.parts:
-        why = "is a pipeline" if like.parts or base.parts else "has no quantized weights that can be read"
+        why = "is a pipeline" if like.parts or base.parts else "has no quantized weights"
         raise InputError(f"{why}, so that nothing can be written like it", culprit=str(like.path))
     quantizers = {name: _quantizer(like, name) for name in like.weights}
     _require_same(plan, like)
@@ -50,12 +55,13 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         beside |= dict.fromkeys(made, name)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
+    config = like.config or base.config  # a file without one says nothing of its codes
     origin = {key: base.config[key] for key in OWN_KEYS if key in base.config}
     edits = replace(
         plan.edits,
         specs=specs,
         removed=tuple(name for name in quantizers if name not in beside),
-        configs={"": edited_config({**like.config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
+        configs={"": edited_config({**config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
         files={**plan.edits.files, **files},
         beside=beside,
         metadata={"format": told},
@@ -67,9 +73,16 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
 
 def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
     """Return what a user should know of two configs that say different things of one model."""
-    own, other = base.config, like.config
-    names = sorted(key for key in own.keys() & other.keys() - _OF_STORAGE if own[key] != other[key])
+    if base.config and not like.config:
+        return (f"{like.path} has no config, so that the output's does not say what is quantized, and how",)
+    own, other = _of_the_model(base.config), _of_the_model(like.config)
+    names = sorted(key for key in own.keys() & other.keys() if own[key] != other[key])
     return (f"the config is that of {like.path}, which has another {', '.join(names)} than BASE",) if names else ()
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in _OF_STORAGE}
+    return {key: _of_the_model(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def _plain_spec(own: TensorSpec, stored: TensorSpec, dtype: str | None) -> TensorSpec:
@@ -95,9 +108,11 @@ def _quantizer(like: Checkpoint, name: str) -> Quantizer:
 
 def _require_same(plan: MergePlan, like: Checkpoint) -> None:
     """Raise InputError for two models that do not have the same weights."""
-    for name in like.coded:
-        raise InputError(f"is {like.coded[name].format}, which cannot be written", culprit=name)
     own, other = plan.sources, like.specs
+    for name in plan.untied:
+        if name not in other:
+            message = f"is tied to the embedding in {like.path}, and an adapter changes one of the two"
+            raise InputError(message, culprit=name, remedy="merge without --like, or change both with --tied share")
     for one, two, path in ((own, other, like.path), (other, own, plan.base.path)):
         lacking = next((name for name in one if name not in two), None)
         if lacking is not None:

@@ -30,6 +30,14 @@ merge {llama}/base {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/two --no-undo
 merge {sdxl}/base.safetensors {sdxl}/adapter.safetensors:0.8,te=0.4 -o {tmp}/x.safetensors    MergeReport 0
 merge {llama}/base {llama}/adapter -o {tmp}/dry --dry-run                                     MergeReport 0
 merge {tmp}/odd {tmp}/kinds -o {tmp}/odd-merged                                               MergeReport 0
+merge {llama}/fp8 {llama}/adapter -o {tmp}/mixed                                              MergeReport 0
+merge {llama}/fp8 {llama}/adapter -o {tmp}/codes --quantized requantize                       MergeReport 0
+merge {llama}/base {llama}/adapter -o {tmp}/like --like {llama}/fp8 --no-undo                 MergeReport 0
+verify {llama}/fp8 {llama}/adapter {tmp}/like                                                 VerifyReport 1
+unmerge {tmp}/codes {llama}/adapter -o {tmp}/uncoded                                          UnmergeReport 0
+diff {llama}/base {llama}/fp8                                                                 CheckpointDiff 0
+inspect {llama}/fp8                                                                           CheckpointReport 0
+convert {llama}/fp8 --dtype bf16 -o {tmp}/decoded                                             CheckpointConvertReport 0
 unmerge {tmp}/merged {llama}/adapter -o {tmp}/unmerged                                        UnmergeReport 0
 unmerge {tmp}/two {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/near --approximate          UnmergeReport 0
 verify {llama}/base {llama}/adapter {tmp}/merged                                              VerifyReport 0

@@ -245,6 +245,12 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
     for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
         with pytest.raises(InputError, match=why):
             loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
+    folder = write_base("bnb_nf4", tmp_path / "gpt2", model_type="gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    turned = {n.replace("model.layers.0.self_attn.q_proj", "h.0.attn.c_attn"): t for n, t in tensors.items()}
+    save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="stores .in, out."):
+        loratool.merge(original, adapter, out, like=folder, undo=False)
     other = write_base("bnb_fp4", tmp_path / "other")
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
@@ -266,10 +272,20 @@ def test_the_config_of_a_model_like_another_tells_of_its_own_plain_numbers(tmp_p
     loratool.merge(original, adapter, wide, like=quantized, undo=False, dtype="fp32")
     assert {load_model(wide)[name].dtype for name in PLAIN} == {torch.float32}
     assert config_of(wide) == {**config_of(out), "dtype": "float32"}
-    for folder, theta in ((original, 10000.0), (quantized, 5000.0)):
-        (folder / "config.json").write_text(json.dumps({**config_of(folder), "rope_theta": theta}))
+    for folder, theta, dtype in ((original, 10000.0, "bfloat16"), (quantized, 5000.0, "float16")):
+        fields = {"rope_theta": theta, "text_config": {"dtype": dtype}}
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), **fields}))
     report = loratool.merge(original, adapter, out, like=quantized, undo=False, force=True)
-    assert any("rope_theta" in note for note in report.warnings) and config_of(out)["rope_theta"] == 5000.0
+    assert any("another rope_theta than" in note for note in report.warnings)
+    assert config_of(out)["rope_theta"] == 5000.0
+
+
+def test_a_model_like_a_file_without_a_config_keeps_its_own(tmp_path: Path) -> None:
+    original, adapter, quantized = write_twins("fp8_blocks", tmp_path)
+    (quantized / "config.json").unlink()
+    report = loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False)
+    assert any("has no config" in note for note in report.warnings)
+    assert config_of(tmp_path / "out") == config_of(original)
 
 
 def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_are_codes(tmp_path: Path) -> None:
@@ -287,6 +303,29 @@ def test_an_adapters_own_values_are_rounded_to_the_originals_type_before_they_ar
         loratool.merge(original, adapter, tmp_path / f"out-{precision}", like=quantized, undo=False)
         saved[precision] = load_model(tmp_path / f"out-{precision}")
     assert all(same(tensor, saved["narrow"][key]) for key, tensor in saved["wide"].items())
+
+
+def test_an_untied_head_has_no_place_in_a_model_like_a_tied_one(tmp_path: Path) -> None:
+    original, _, quantized = write_twins("bnb_nf4", tmp_path)
+    for folder in (original, quantized):
+        tensors = load_model(folder)
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({**config_of(folder), "tie_word_embeddings": True}))
+    words, width = PLAIN["model.embed_tokens.weight"]
+    A, B = factors(width, words, RANK)  # of the transposed embedding, as peft has it
+    adapter = tmp_path / "on-embedding"
+    adapter.mkdir()
+    stored = {"embedding_A": A, "embedding_B": B}
+    keys = {f"base_model.model.model.embed_tokens.lora_{key}": tensor for key, tensor in stored.items()}
+    save_file(keys, adapter / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="is tied to the embedding") as error:
+        loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False)
+    assert error.value.culprit == "lm_head.weight" and "--tied share" in str(error.value.remedy)
+    loratool.merge(original, adapter, tmp_path / "out", like=quantized, undo=False, tied="share")
+    assert load_model(tmp_path / "out").keys() == load_model(quantized).keys()
 
 
 @pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize", "like"])
@@ -422,6 +461,25 @@ def test_a_damaged_base_is_refused_by_name_before_the_first_byte(
     told = run_command("merge", base, adapter, "-o", tmp_path / "out", "--quantized", way, "--allow", "lossy")
     assert told.exit_code == 3 and culprit in told.stderr, told.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_shard_of_scales_alone_is_gone_with_them(tmp_path: Path) -> None:
+    """Of an empty file no index tells, so that the merge after it would lose it, and unmerge with it."""
+    base, shards = write_base("ct_fp8_channel", tmp_path / "base"), ("one.safetensors", "two.safetensors")
+    tensors = load_file(base / "model.safetensors")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    (base / "model.safetensors").unlink()
+    weight_map = {name: shards[name.endswith("_scale")] for name in tensors}
+    for shard in shards:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, base / shard, metadata={"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loratool.merge(base, adapter, tmp_path / "once", quantized="dequantize")
+    loratool.merge(tmp_path / "once", adapter, tmp_path / "twice")
+    assert [path.name for path in (tmp_path / "twice").glob("*.safetensors")] == ["one.safetensors"]
+    loratool.unmerge(tmp_path / "twice", adapter, tmp_path / "once-again")
+    assert files_of(tmp_path / "once-again") == files_of(tmp_path / "once")
+    loratool.unmerge(tmp_path / "once-again", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
 
 
 def test_a_merge_that_touches_plain_tensors_runs_on_any_checkpoint(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from ...adapters.updates import UPDATES
 from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...binding.coded_bases import WAYS
+from ...files.codecs import CODECS
+from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import DTYPES
 from ...files.output import CONTAINERS
 from ...ops import choices, guide, resize, unmerge
@@ -88,6 +90,7 @@ WORDS: dict[str, Sequence[str]] = {
     "CountReport.source": ("config", "checkpoint"),
     "SpectraReport.what": ("adapter", "checkpoint"),
     "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "expanded", "rounded", "truncated"),
+    "TensorReport.dtype": (*DTYPES, *(key for key, codec in CODECS.items() if isinstance(codec, CodeFormat))),
     "MergeReport.quantized": (*WAYS, "like"),
     "MergeReport.sizes": tuple(WAYS),
     "ModuleExtract.how": ("exact", "certified", "estimate"),
