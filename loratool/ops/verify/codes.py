@@ -225,6 +225,7 @@ def _rounded_before(replay: Replay, found: TensorRef, wrong: int) -> str | None:
 
 
 def _is_few(count: int, found: TensorRef) -> bool:
+    """Return whether so many wrong codes were altered one by one."""
     return count <= max(FEW, found.spec.size // 1000)
 
 
@@ -334,6 +335,7 @@ class _Measure:
 
 
 def _finite(x: Wide) -> Wide:
+    """Return numbers with 0 for those that are inf or nan, which no sum counts."""
     return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
