@@ -22,10 +22,13 @@ class Levels(Protocol):
         """Return the numbers of codes, in their shape."""
 
     def nearest(self, numbers: Wide) -> Codes:
-        """Return the codes nearest to numbers, ties to even codes, clamped to the range; of nan the code of 0."""
+        """Return the codes nearest to numbers, clamped to the range; of nan the code of 0.
+
+        Ties go to even codes, or to the lower number in a table that is not `even`.
+        """
 
     def ordinals(self, codes: Codes) -> Codes:
-        """Return integers that order codes as their numbers, -0 just below +0."""
+        """Return integers that order codes as their numbers: -0 just below +0, equal ones by falling code, nan last."""
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
         """Return the codes of ordinals; IndexError if one is no code's."""

@@ -374,7 +374,9 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:
-        """Return the codes nearest to numbers of rows from `start` on; ties to even codes, 0.0 is +0.
+        """Return the codes nearest to numbers of rows from `start` on; 0.0 is +0. Undo files depend on each choice.
+
+        Ties go to even codes, or to the lower number in a format that says so (bitsandbytes).
 
         Of numbers beyond the range it is the last code, of nan that of 0. Where a rounding of float64 decides between
         two neighbors, it may be either, but the same on every machine.
@@ -388,7 +390,10 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
-        """Return int16 that order codes as their numbers, -0 just below +0."""
+        """Return int16 that order codes as their numbers before scale and zero point.
+
+        -0 stands just below +0, of equal numbers the highest code first, and nan last, negative ones first.
+        """
 
     @abstractmethod
     def zero(self, parts: Parts) -> int:
@@ -396,7 +401,7 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
-        """Return the codes of ordinals."""
+        """Return the codes of ordinals; IndexError if one is no code's."""
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         """Return what writes a weight anew as `parts` is stored, None if that takes more than its numbers."""
