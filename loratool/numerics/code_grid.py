@@ -21,6 +21,7 @@ from .forms import FORMS, Codes, Wide, codes, fraction, widen
 from .rounding_stats import RoundingStats
 from .workspace import Workspace
 
+FACTOR_ERROR = 2.0**-40  # of a quotient: more than the error of a, which is float64
 MARGIN = 2.0**-44  # of the largest number: more than scales, offsets and their roundings move a midpoint
 
 
@@ -100,8 +101,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
         first: of its first row in `x`.
     """
     if x is None:
-        wide = torch.from_numpy(np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
-        return grid.nearest(0, wide.numpy())
+        return grid.nearest(0, np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
     kind = merged.dtype if merged.itemsize <= 2 else torch.float64  # float32 has a way of its own, without a bound
     dense = DenseRows(x, merged.dtype, kind, merged.device)
     bounds = dense.bounds(merged, first, backward=True)
@@ -118,7 +118,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
             if a is not None:
                 by = a[here] if a.shape[0] > 1 else a
                 one, two = low / by, high / by
-                reach = np.maximum(np.abs(one), np.abs(two)) * 2.0**-40  # a's own error is within it
+                reach = np.maximum(np.abs(one), np.abs(two)) * FACTOR_ERROR
                 low, high = np.minimum(one, two) - reach, np.maximum(one, two) + reach
             yield here, *_ends(low, high)
 
@@ -140,6 +140,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
 
 
 def _factor(x: Reals, rows: slice) -> Wide | None:
+    """Return a for some rows, (rows, 1) or (1, n); None if it is 1."""
     if x.factor is None:
         return None
     return x.factor.value[rows, None] if x.factor.axis == 0 else x.factor.value[None]
@@ -154,6 +155,7 @@ def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
 
 
 def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
+    """Yield the rows that are worked out at a time, which bounds the memory."""
     height = dense.height(rows.shape[1], rows.device)
     yield from (slice(row, min(row + height, len(rows))) for row in range(0, len(rows), height))
 
@@ -175,7 +177,10 @@ def _decide(
 
 
 def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, columns: int) -> Any:
-    """Return the code nearest to a number at one place; of two, the even one, or else the lower."""
+    """Return the code nearest to a number at one place; of two, the even one, or else the lower.
+
+    The grid's own answer, of floats, is that code or a neighbor.
+    """
     row = np.zeros((1, columns))
     row[0, j] = _as_float(number)
     near = grid.nearest(i, row)

@@ -89,6 +89,7 @@ def encode_tensor(
 
 
 def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop: int) -> Step:
+    """Return the step that merges rows start:stop and encodes them, by a quantizer that has seen them if it must."""
     quantizer, width = make(), merged.source.spec.shape[-1]
     if quantizer.sees_all:
         step, work = record_rows(merged.columns), Workspace(torch.device("cpu"))

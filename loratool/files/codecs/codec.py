@@ -87,7 +87,8 @@ class StoredTensor:
         form = FORMS.get(found.dtype)
         if form and found.itemsize == 1:  # of which `wide` knows no nan
             return widen(found, torch.empty(found.shape, dtype=torch.float64)).numpy()
-        return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
+            return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
         """Return columns start:stop of `rows` rows of so many columns, from the number `first` on, as `integers`.

@@ -334,7 +334,7 @@ CASES += [("int-quantized", strategy, 8) for strategy in ("group", "channel", "t
 def test_the_package_writes_the_same_bytes_and_reads_the_same_numbers(
     tmp_path: Path, form: str, strategy: str, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is the oracle")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
