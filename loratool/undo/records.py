@@ -469,9 +469,11 @@ class Reader:
         if not 1 <= width <= WIDEST:
             raise ValueError(f"has numbers of {width} bits")
         data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
-        short = (
-            data[: count * width].reshape(count, width).astype(np.uint16) << np.arange(width, dtype=np.uint16)
-        ).sum(1, dtype=np.uint16)
+        rows, padding = np.split(data, [count * width])
+        if padding.any():
+            raise ValueError("is longer than it should be")
+        rows = rows.reshape(count, width)
+        short = (rows.astype(np.uint16) << np.arange(width, dtype=np.uint16)).sum(1, dtype=np.uint16)
         found[:] = (short >> 1).astype(np.int16) ^ -(short & 1).astype(np.int16)
         escaped = np.flatnonzero(short == (1 << width) - 1)
         found[escaped] = self.differences(len(escaped), np.int16)

@@ -25,7 +25,16 @@ from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Stored, Sum
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
-from loratool.undo.records import UNIT, Reader, RecordedBlock, Recorder, Restorer, pack_differences, subtract
+from loratool.undo.records import (
+    UNIT,
+    Reader,
+    RecordedBlock,
+    Recorder,
+    Restorer,
+    _pack_small,
+    pack_differences,
+    subtract,
+)
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -431,3 +440,33 @@ class TestBrokenRecords:
         with pytest.raises(InputError, match=r"x: (does not come back|cannot be restored)"):
             restored(out, product_of(A, B, 1.01), record)
         assert torch.equal(restored(out, x, record), W)
+
+
+SMALL = {
+    "none": [],
+    "zeros": [0] * 5,
+    "one": [0, 0, -3],
+    "few": ([0] * 2000 + [7, -510]) * 9,
+    "often": [0, 0, 1, 0, -1] * 900,
+    "some large": ([1, -1, 0] * 300 + [255, -255]) * 9,
+    "all sizes": list(range(-255, 256)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_differences_come_back_from_all_their_bits(name: str) -> None:
+    """And no bit of the padding is anything but 0."""
+    numbers = np.array(SMALL[name], np.int16)
+    data = _pack_small(numbers)
+    reader = Reader(data)
+    assert np.array_equal(reader.small(len(numbers)), numbers) and reader.rest == 0
+    for at in range(0, len(data), max(1, len(data) // 50)):
+        with pytest.raises(ValueError, match="ends too early"):
+            Reader(data[:at]).small(len(numbers))
+        for bit in range(8):
+            flipped = bytes([*data[:at], data[at] ^ 1 << bit, *data[at + 1 :]])
+            try:
+                reader = Reader(flipped)
+                assert not np.array_equal(reader.small(len(numbers)), numbers) or reader.rest
+            except ValueError:
+                pass
