@@ -182,7 +182,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         if source != plan.base.ref(name):
             message = "is replaced by an adapter's own values, which have no codes"
             raise InputError(message, culprit=name, remedy="use --quantized mixed")
-        _require_whole_bytes(plan, name, "add --quantized mixed")
+        _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
                 f"has codes of {code_bits(weight)} bits ({weight.codec.key}), in which next to nothing of a change "

@@ -60,16 +60,17 @@ def round_to_codes(
 
     def parts() -> Iterator[tuple[slice, Wide, Wide]]:
         for here in _tiles(dense, base):
-            total, _, _ = dense.fill(base[here], here.start, bounds.shift, work)
+            total, delta, _ = dense.fill(base[here], here.start, bounds.shift, work)
             upper = total.cpu().numpy()
-            change[here] = upper - bounds.shift - weight[here]
+            change[here] = (upper - weight[here] if x.factor else delta.cpu().numpy()) - bounds.shift
             margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
             yield here, *_ends(upper - (bounds.span + margin), upper + margin)
 
     found, doubt = _decide(grid, base.shape, parts())
     for i, j in doubt:
         if math.isfinite(weight[i, j]):
-            found[i, j] = _nearest_to(grid, x.exact(Fraction(float(weight[i, j])), i, j), i, j, base.shape[1])
+            exact = x.exact(number := Fraction(float(weight[i, j])), i, j)
+            found[i, j], change[i, j] = _nearest_to(grid, exact, i, j, base.shape[1]), _as_float(exact - number)
     moved = np.where(np.isfinite(weight), grid.values(0, found) - weight, 0.0)
     stays = moved == 0
     found[stays] = former[stays]

@@ -152,7 +152,9 @@ def _require_within(ordinals: Codes, low: int, high: int) -> None:
 
 
 def _floats(kind: torch.dtype) -> tuple[float, ...]:
-    return tuple(torch.arange(256, dtype=torch.uint8).view(kind).double().tolist())
+    """Return the numbers of 8-bit floats; the sign of a nan is its code's, whatever a processor makes of it."""
+    found = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
+    return tuple(np.copysign(found, np.where(np.arange(256) < 128, 1.0, -1.0)).tolist())
 
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -54,14 +54,25 @@ def hard_case(levels: str, size: F) -> tuple[Grid, Codes, torch.Tensor, list[Ter
     return grid, former, torch.from_numpy(grid.values(0, former)), [Term(B.round(), A, size)]
 
 
-SIZES = {"small": F(1, 2**12), "ties": F(1, 2), "large": F(10) ** 9, "beyond": F(10) ** 300, "far beyond": F(10) ** 400}
+def squared(W: torch.Tensor, D: list[F]) -> float:
+    return float(sum(d * d for d, w in zip(D, W.flatten(), strict=True) if w.isfinite()))
+
+
+SIZES = {
+    "tiny": F(1, 10**160),
+    "small": F(1, 2**12),
+    "ties": F(1, 2),
+    "large": F(10) ** 9,
+    "beyond": F(10) ** 300,
+    "far beyond": F(10) ** 400,
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("levels", LEVELS)
 def test_no_code_is_nearer(levels: str, size: str) -> None:
     grid, former, W, terms = hard_case(levels, SIZES[size])
-    made, _ = round_to_codes(Reals(Products(terms).rows(0, M)), W, former, grid, Workspace(CPU))
+    made, stats = round_to_codes(Reals(Products(terms).rows(0, M)), W, former, grid, Workspace(CPU))
     every = np.arange(256, dtype=np.uint8).view(former.dtype)
     for at, D in enumerate(changes(terms)):
         i, j = divmod(at, N)
@@ -72,9 +83,11 @@ def test_no_code_is_nearer(levels: str, size: str) -> None:
         mine = F(float(grid.values(i, made[i : i + 1, j : j + 1])[0, 0]))
         assert abs(mine - X) == min(abs(F(float(x)) - X) for x in numbers if np.isfinite(x)), (i, j)
         assert made[i, j] == former[i, j] or mine != F(float(W[i, j]))
+    if size not in ("beyond", "far beyond"):
+        assert stats.change_squared == pytest.approx(squared(W, changes(terms)), rel=1e-6)
 
 
-@pytest.mark.parametrize("size", ["small", "ties", "large"])
+@pytest.mark.parametrize("size", ["tiny", "small", "ties", "large"])
 @pytest.mark.parametrize("levels", LEVELS)
 def test_the_guess_is_nearest_to_what_is_left(levels: str, size: str) -> None:
     """Where W is finite, and its sum within bfloat16."""

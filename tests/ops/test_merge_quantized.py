@@ -11,6 +11,7 @@ import lzma
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.binding.merge_plan import MergePlan, plan_merge
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs.codec import CodeFormat
@@ -466,6 +468,39 @@ def test_a_damaged_base_is_refused_by_name_before_the_first_byte(
     told = run_command("merge", base, adapter, "-o", tmp_path / "out", "--quantized", way, "--allow", "lossy")
     assert told.exit_code == 3 and culprit in told.stderr, told.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.parametrize(("rows", "whole"), [(slice(0, 8), True), (slice(8, 12), False), (slice(4, 32), False)])
+def test_rows_whose_codes_share_bytes(
+    rows: slice, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWQ has eight rows a word. An adapter of a part of a fused layer can change fewer."""
+    base = write_base("awq_gemm", tmp_path / "base")
+    numbers = sized(numbers_of(base))
+    adapter, changes = write_adapter(tmp_path / "adapter", numbers)
+
+    def of_some_rows(*args: Any) -> MergePlan:
+        plan = plan_merge(*args)
+        part = {"start": rows.start, "stop": rows.stop, "skip": rows.start}
+        cut = {n: tuple(replace(p, **part) for p in found) for n, found in plan.placements.items()}
+        return replace(plan, placements=cut)
+
+    monkeypatch.setattr("loratool.ops.merge.command.plan_merge", of_some_rows)
+    for way, flags in (("requantize", "--quantized mixed --no-undo"), ("mixed", "--no-undo")):
+        if whole:
+            loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+            loratool.unmerge(tmp_path / way, adapter, tmp_path / f"{way}-back")
+            assert files_of(tmp_path / f"{way}-back") == files_of(base)
+        else:
+            with pytest.raises(NeedsFlag, match="8 rows of its codes share bytes") as error:
+                loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+            assert error.value.remedy == f"add {flags}" and not (tmp_path / way).exists()
+    loratool.merge(base, adapter, tmp_path / "out", undo=False)
+    out = load_model(tmp_path / "out")
+    for name, (A, B) in changes.items():
+        kept = torch.zeros_like(B)
+        kept[rows] = B[rows]
+        assert is_nearest(out[name], numbers[name], A, kept)
 
 
 def test_a_shard_of_scales_alone_is_gone_with_them(tmp_path: Path) -> None:

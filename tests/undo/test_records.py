@@ -453,3 +453,33 @@ class TestBrokenRecords:
         with pytest.raises(InputError, match=r"x: (does not come back|cannot be restored)"):
             restored(out, product_of(A, B, 1.01), record)
         assert torch.equal(restored(out, x, record), W)
+
+
+SMALL = {
+    "none": [],
+    "zeros": [0] * 5,
+    "one": [0, 0, -3],
+    "few": ([0] * 2000 + [7, -510]) * 9,
+    "often": [0, 0, 1, 0, -1] * 900,
+    "some large": ([1, -1, 0] * 300 + [255, -255]) * 9,
+    "all sizes": list(range(-255, 256)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_differences_come_back_from_all_their_bits(name: str) -> None:
+    """And no bit of the padding is anything but 0."""
+    numbers = np.array(SMALL[name], np.int16)
+    data = pack_code_differences(numbers)
+    reader = Reader(data)
+    assert np.array_equal(reader.code_differences(len(numbers)), numbers) and reader.rest == 0
+    for at in range(0, len(data), max(1, len(data) // 50)):
+        with pytest.raises(ValueError, match="ends too early"):
+            Reader(data[:at]).code_differences(len(numbers))
+        for bit in range(8):
+            flipped = bytes([*data[:at], data[at] ^ 1 << bit, *data[at + 1 :]])
+            try:
+                reader = Reader(flipped)
+                assert not np.array_equal(reader.code_differences(len(numbers)), numbers) or reader.rest
+            except ValueError:
+                pass

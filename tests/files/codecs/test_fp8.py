@@ -196,6 +196,12 @@ def test_e5m2_and_zero_points(tmp_path: Path) -> None:
     assert checkpoint.specs.keys() == {"x.weight", "y.bias"}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_infinities_times_zero_are_read_without_a_word(tmp_path: Path) -> None:
+    state = {"x.weight": torch.full((2, 2), float("inf")).to(E5M2), "x.weight_scale": torch.zeros(2, 1)}
+    assert opened(tmp_path, state)["x.weight"].isnan().all()
+
+
 def test_nearest_is_that_of_exact_arithmetic(tmp_path: Path) -> None:
     scale = torch.tensor(0.037)
     checkpoint = opened(tmp_path, {"x.weight": every_code(2, 40), "x.weight_scale": scale})
