@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, bits, factors, load_model, run_command, weights, write_peft
+from conftest import FIXTURES, ROOT, bits, factors, load_model, run_command, weights, write_peft
 from reference import change_reference, round_reference, to_longdouble
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.binding.coded_bases import COARSE, code_bits
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.codecs import CODECS
 from loratool.files.codecs.codec import CodeFormat
 
 CODED = FIXTURES / "coded"
@@ -228,7 +230,7 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=original, undo=False)
     with pytest.raises(UsageError, match="leave out --quantized"):
         loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
-    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
+    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "layout that --like does not write")):
         with pytest.raises(InputError, match=why):
             loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
     folder = write_base("bnb_nf4", tmp_path / "gpt2", model_type="gpt2")
@@ -244,6 +246,23 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=other, undo=False)
     assert error2.value.culprit == "lm_head.weight"
     assert not out.exists()
+
+
+def test_the_guides_table_is_true(tmp_path: Path) -> None:
+    guide = (ROOT / "loratool" / "guides" / "quantized.md").read_text()
+    rows = (line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("| `"))
+    told = {row[0].strip("`"): row[2:] for row in rows if row[0].strip("`") in CODECS}
+    assert told.keys() == {key for key, codec in CODECS.items() if isinstance(codec, CodeFormat)}
+    for vector in READ:
+        checkpoint = open_checkpoint(write_base(vector, tmp_path / vector))
+        for name, weight in checkpoint.weights.items():
+            assert isinstance(weight.codec, CodeFormat)
+            requantized, like = told[weight.codec.key]
+            is_fine = code_bits(weight) >= COARSE
+            assert requantized == "8 bits" or is_fine == (requantized == "yes"), (vector, name)
+            is_written = weight.codec.quantizer(checkpoint.parts_of(name)) is not None
+            assert "but for" in like or is_written == (like == "yes"), (vector, name)
+        checkpoint.close()
 
 
 def config_of(folder: Path) -> dict[str, Any]:
