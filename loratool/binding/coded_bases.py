@@ -32,6 +32,9 @@ LOSSY = "lossy"
 
 MANY = 3  # weights that become plain for each that changes, from which on another way is better
 
+# ComfyUI's scaled_fp8_ops (comfy/ops.py until it read quantization by layer) makes all linear weights float8
+OLD_COMFY = f"older versions of ComfyUI cast all linear weights of a file with {SCALED_FILE} to float8, plain ones too"
+
 COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
 
 
@@ -73,6 +76,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     # siblings that no update touches
     others = {name: why for name, why in decoded.items() if name not in plan.changed}
     notes = _notes(base, decoded, others)
+    notes += (OLD_COMFY,) if _is_scaled_file(base) else ()
     return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
 
 
@@ -148,7 +152,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
         NeedsFlag: `dtype` is None, and such a weight is among scaled ones.
     """
     specs, base = dict(plan.edits.specs), plan.base
-    scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
+    scaled = _is_scaled_file(base)
     for name in plan.changed:
         spec = specs.get(name) or base.specs[name]
         if name in base.weights or codec_of(spec) is RAW:
@@ -159,6 +163,10 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
         if dtype is not None:
             specs[name] = TensorSpec(dtype, spec.shape)
     return replace(plan.edits, specs=specs)
+
+
+def _is_scaled_file(base: Checkpoint) -> bool:
+    return any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
 
 
 def refuse_unread(base: Checkpoint, how: str) -> None:

@@ -248,6 +248,15 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
+def test_older_versions_of_comfyui_cast_plain_weights_of_a_scaled_file(way: str, tmp_path: Path) -> None:
+    base = write_base("comfy_scaled_fp8", tmp_path / "base")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    notes = loratool.merge(base, adapter, tmp_path / "out", quantized=way).warnings
+    assert any("older versions of ComfyUI" in note for note in notes) == (way != "requantize")
+    assert not any("scaled_fp8" in note and "keep their type" in note for note in notes)
+
+
 def test_the_guides_table_is_true(tmp_path: Path) -> None:
     guide = (ROOT / "loratool" / "guides" / "quantized.md").read_text()
     rows = (line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("| `"))

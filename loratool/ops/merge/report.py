@@ -11,6 +11,7 @@ from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
 from ...files.dtypes import FLOAT8
 from ...files.output import Output
+from ...files.quantized import is_marker
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
 
@@ -245,7 +246,8 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
     narrow = [
         name
         for name, spec in output.specs.items()
-        if spec.dtype.startswith(("F8_", "F6_", "F4")) and name not in codes and name not in plan.base.formats
+        if spec.dtype.startswith(("F8_", "F6_", "F4"))
+        and not (name in codes or name in plan.base.formats or is_marker(name))
     ]
     if narrow and output.specs != plan.base.stored:
         warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
