@@ -19,6 +19,7 @@ from ..files.output import OutputEdits
 from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
 from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization
 from .merge_plan import MergePlan
+from .tied_weights import find_tie
 
 # The values of --quantized -> what they do to the coded weights that an adapter changes
 WAYS = {
@@ -58,7 +59,9 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     base = plan.base
     touched = [name for name in plan.changed if name in base.weights]
     edits = _widen_float8(plan, dtype)
-    copies = [name for name in plan.changed - base.weights.keys() if plan.sources[name].weight]  # of an untied side
+    tie = find_tie(base)
+    untied = {name for name in plan.untied if tie and tie.stored_as(name) in base.weights}
+    copies = [n for n in plan.changed - base.weights.keys() if n in untied or plan.sources[n].weight]
     made = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
     edits = replace(edits, specs={**edits.specs, **made})
     if way == "requantize" and touched:

@@ -248,6 +248,31 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("way", ["mixed", "dequantize"])
+def test_an_untied_head_of_coded_words_has_the_type_of_plain_weights(way: str, tmp_path: Path) -> None:
+    """Also where an adapter has the words' weights, of another type, under its LoRA, as peft stores them."""
+    base = write_base("mlx_affine4_64", tmp_path / "base", tie_word_embeddings=True)
+    tensors = {n.replace(Q, "model.embed_tokens"): t for n, t in load_file(base / "model.safetensors").items()}
+    tensors = {n: t for n, t in tensors.items() if n != "lm_head.weight" and (n not in PLAIN or "embed" not in n)}
+    coded = {n.replace(Q, "model.embed_tokens"): t for n, t in load_model(base).items() if n.startswith(Q)}
+    save_file({**tensors, **coded}, base / "model.safetensors", metadata={"format": "pt"})
+    words, width = numbers_of(base)["model.embed_tokens.weight"].shape
+    A, B = factors(width, words, RANK)
+    path = "base_model.model.model.embed_tokens"
+    own = weights(words, width)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    keys = {f"{path}.lora_embedding_A": A, f"{path}.lora_embedding_B": B, f"{path}.base_layer.weight": own}
+    save_file(keys, adapter / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    loratool.merge(base, adapter, tmp_path / "out", quantized=way)
+    out = load_model(tmp_path / "out")
+    assert same(out["lm_head.weight"], own.bfloat16()) and out["model.embed_tokens.weight"].dtype == torch.bfloat16
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
 @pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
 def test_older_versions_of_comfyui_cast_plain_weights_of_a_scaled_file(way: str, tmp_path: Path) -> None:
     base = write_base("comfy_scaled_fp8", tmp_path / "base")
