@@ -19,6 +19,7 @@ from ..files.output import OutputEdits
 from ..files.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
 from ..files.skip_lists import extend_skip_lists, quantizes_kv_cache, without_quantization
 from .merge_plan import MergePlan
+from .tied_weights import find_tie
 
 # The values of --quantized -> what they do to the coded weights that an adapter changes
 WAYS = {
@@ -31,6 +32,9 @@ WAYS = {
 LOSSY = "lossy"
 
 MANY = 3  # weights that become plain for each that changes, from which on another way is better
+
+# ComfyUI's scaled_fp8_ops (comfy/ops.py until it read quantization by layer) makes all linear weights float8
+OLD_COMFY = f"older versions of ComfyUI cast all linear weights of a file with {SCALED_FILE} to float8, plain ones too"
 
 COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
 
@@ -54,7 +58,9 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     base = plan.base
     touched = _touched(plan)
     edits = _widen_float8(plan, dtype)
-    copies = [name for name in plan.changed - base.weights.keys() if plan.sources[name].weight]  # of an untied side
+    tie = find_tie(base)
+    untied = {name for name in plan.untied if tie and tie.stored_as(name) in base.weights}
+    copies = [n for n in plan.changed - base.weights.keys() if n in untied or plan.sources[n].weight]
     plain = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
     edits = replace(edits, specs={**edits.specs, **plain})
     if way == "requantize" and touched:
@@ -71,6 +77,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     edits = _decode(base, edits, decoded, dtype)
     others = {name: why for name, why in decoded.items() if name not in plan.changed}  # that no adapter changes
     notes = _notes(base, decoded, others)
+    notes += (OLD_COMFY,) if _is_scaled_file(base) else ()
     return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
 
 
@@ -151,7 +158,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
         NeedsFlag: `dtype` is None, and such a weight is among scaled ones.
     """
     specs, base = dict(plan.edits.specs), plan.base
-    scaled = any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
+    scaled = _is_scaled_file(base)
     for name in sorted(plan.changed):
         spec = specs.get(name) or base.specs[name]
         if name in base.weights or codec_of(spec) is RAW:
@@ -162,6 +169,10 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
         if dtype is not None:
             specs[name] = TensorSpec(dtype, spec.shape)
     return replace(plan.edits, specs=specs)
+
+
+def _is_scaled_file(base: Checkpoint) -> bool:
+    return any(name.rpartition(".")[2] == SCALED_FILE for name in base.stored)
 
 
 def refuse_unread(base: Checkpoint, how: str) -> None:

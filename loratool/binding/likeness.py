@@ -97,7 +97,11 @@ def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     codec = parts.weight.format
     found = codec.quantizer(parts)
     if found is None:
-        why = "whose codes follow from calibration data" if codec.key in CALIBRATED else "which --like does not write"
+        why = (
+            "whose codes follow from calibration data"
+            if codec.key in CALIBRATED
+            else "in a layout that --like does not write"
+        )
         raise InputError(
             f"is {codec.key}, {why}",
             culprit=name,

@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, bits, factors, load_model, run_command, weights, write_peft
+from conftest import FIXTURES, ROOT, bits, factors, load_model, run_command, weights, write_peft
 from reference import change_reference, round_reference, to_longdouble
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.binding.coded_bases import COARSE, code_bits
 from loratool.binding.merge_plan import MergePlan, plan_merge
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.codecs import CODECS
 from loratool.files.codecs.codec import CodeFormat
 
 CODED = FIXTURES / "coded"
@@ -249,7 +251,7 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=original, undo=False)
     with pytest.raises(UsageError, match="leave out --quantized"):
         loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
-    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "--like does not write")):
+    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "layout that --like does not write")):
         with pytest.raises(InputError, match=why):
             loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
     folder = write_base("bnb_nf4", tmp_path / "gpt2", model_type="gpt2")
@@ -265,6 +267,57 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(original, adapter, out, like=other, undo=False)
     assert error2.value.culprit == "lm_head.weight"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize"])
+def test_an_untied_head_of_coded_words_has_the_type_of_plain_weights(way: str, tmp_path: Path) -> None:
+    """Also where an adapter has the words' weights, of another type, under its LoRA, as peft stores them."""
+    base = write_base("mlx_affine4_64", tmp_path / "base", tie_word_embeddings=True)
+    tensors = {n.replace(Q, "model.embed_tokens"): t for n, t in load_file(base / "model.safetensors").items()}
+    tensors = {n: t for n, t in tensors.items() if n != "lm_head.weight" and (n not in PLAIN or "embed" not in n)}
+    coded = {n.replace(Q, "model.embed_tokens"): t for n, t in load_model(base).items() if n.startswith(Q)}
+    save_file({**tensors, **coded}, base / "model.safetensors", metadata={"format": "pt"})
+    words, width = numbers_of(base)["model.embed_tokens.weight"].shape
+    A, B = factors(width, words, RANK)
+    path = "base_model.model.model.embed_tokens"
+    own = weights(words, width)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    keys = {f"{path}.lora_embedding_A": A, f"{path}.lora_embedding_B": B, f"{path}.base_layer.weight": own}
+    save_file(keys, adapter / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    loratool.merge(base, adapter, tmp_path / "out", quantized=way)
+    out = load_model(tmp_path / "out")
+    assert same(out["lm_head.weight"], own.bfloat16()) and out["model.embed_tokens.weight"].dtype == torch.bfloat16
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
+def test_older_versions_of_comfyui_cast_plain_weights_of_a_scaled_file(way: str, tmp_path: Path) -> None:
+    base = write_base("comfy_scaled_fp8", tmp_path / "base")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    notes = loratool.merge(base, adapter, tmp_path / "out", quantized=way).warnings
+    assert any("older versions of ComfyUI" in note for note in notes) == (way != "requantize")
+    assert not any("scaled_fp8" in note and "keep their type" in note for note in notes)
+
+
+def test_the_guides_table_is_true(tmp_path: Path) -> None:
+    guide = (ROOT / "loratool" / "guides" / "quantized.md").read_text()
+    rows = (line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("| `"))
+    told = {row[0].strip("`"): row[2:] for row in rows if row[0].strip("`") in CODECS}
+    assert told.keys() == {key for key, codec in CODECS.items() if isinstance(codec, CodeFormat)}
+    for vector in READ:
+        checkpoint = open_checkpoint(write_base(vector, tmp_path / vector))
+        for name, weight in checkpoint.weights.items():
+            assert isinstance(weight.codec, CodeFormat)
+            requantized, like = told[weight.codec.key]
+            is_fine = code_bits(weight) >= COARSE
+            assert requantized == "8 bits" or is_fine == (requantized == "yes"), (vector, name)
+            is_written = weight.codec.quantizer(checkpoint.parts_of(name)) is not None
+            assert "but for" in like or is_written == (like == "yes"), (vector, name)
+        checkpoint.close()
 
 
 def config_of(folder: Path) -> dict[str, Any]:

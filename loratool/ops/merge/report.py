@@ -11,6 +11,7 @@ from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
 from ...files.dtypes import FLOAT8
 from ...files.output import Output
+from ...files.quantized import is_marker
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
 
@@ -264,5 +265,5 @@ def _narrow_tensors(plan: MergePlan, output: Output) -> list[str]:
     return [
         name
         for name, spec in output.specs.items()
-        if spec.dtype.startswith(NARROW) and name not in codes and name not in plan.base.formats
+        if spec.dtype.startswith(NARROW) and not (name in codes or name in plan.base.formats or is_marker(name))
     ]
