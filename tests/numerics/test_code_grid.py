@@ -40,7 +40,7 @@ class Grid:
 
 LEVELS: dict[str, Levels] = {"e4m3": E4M3, "int8": INT8, "uint8": Integers(0, 255)}
 SCALES = np.array([0.25, 1e-3, 0.0, -0.5, 1e-40, 3e30])
-M, N = len(SCALES), 40
+M, N = len(SCALES), 20
 
 
 def hard_case(levels: str, size: F) -> tuple[Grid, Codes, torch.Tensor, list[Term]]:
@@ -58,7 +58,8 @@ def squared(W: torch.Tensor, D: list[F]) -> float:
     return float(sum(d * d for d, w in zip(D, W.flatten(), strict=True) if w.isfinite()))
 
 
-SIZES = {
+SIZES = {"tiny": F(1, 10**160), "small": F(1, 2**12), "ties": F(1, 2), "large": F(10) ** 9}
+SIZES |= {"beyond": F(10) ** 300, "far beyond": F(10) ** 400}
     "tiny": F(1, 10**160),
     "small": F(1, 2**12),
     "ties": F(1, 2),
