@@ -40,7 +40,7 @@ class Grid:
 
 LEVELS: dict[str, Levels] = {"e4m3": E4M3, "int8": INT8, "uint8": Integers(0, 255)}
 SCALES = np.array([0.25, 1e-3, 0.0, -0.5, 1e-40, 3e30])
-M, N = len(SCALES), 40
+M, N = len(SCALES), 20
 
 
 def hard_case(levels: str, size: F) -> tuple[Grid, Codes, torch.Tensor, list[Term]]:
@@ -83,7 +83,7 @@ def test_no_code_is_nearer(levels: str, size: str) -> None:
         mine = F(float(grid.values(i, made[i : i + 1, j : j + 1])[0, 0]))
         assert abs(mine - X) == min(abs(F(float(x)) - X) for x in numbers if np.isfinite(x)), (i, j)
         assert made[i, j] == former[i, j] or mine != F(float(W[i, j]))
-    if size not in ("beyond", "far beyond"):
+    if size in ("tiny", "large"):  # others are lost beside the largest weight
         assert stats.change_squared == pytest.approx(squared(W, changes(terms)), rel=1e-6)
 
 
