@@ -21,8 +21,6 @@ import yaml
 from conftest import ROOT, run_command
 
 from loratool.cli import COMMANDS, GUIDES, cli, schemas
-from loratool.files.codecs import CODECS
-from loratool.files.codecs.codec import CodeFormat
 
 FOLDER = ROOT / "loratool" / "guides"
 TOPICS = sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -283,14 +281,3 @@ def test_a_picture_shows_what_a_terminal_does(name: str, monkeypatch: pytest.Mon
     texts = re.findall(r"<text [^>]*>(.*?)</text>", svg)[1:]  # the first is the window's title
     drawn = "".join("".join(map(unescape, texts)).split())
     assert alike(drawn, "".join(pictures.show(name).plain.split())) and len(svg) < 50_000
-
-
-def test_the_guide_of_quantized_models_has_each_codec() -> None:
-    """With the ways in which each can be written."""
-    rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\w -]+) \| ([\w-]+) \|$", TEXTS["quantized"], re.MULTILINE)
-    formats = {key: codec for key, codec in CODECS.items() if isinstance(codec, CodeFormat)}
-    assert [key for key, _, _ in rows] == list(formats)
-    for key, requantize, like in rows:
-        codec = formats[key]
-        assert (like == "yes") is (type(codec).quantizer is not CodeFormat.quantizer), key
-        assert requantize in ({"yes"} if codec.bits == 8 else {"lossy", "8 bits"}), key
