@@ -12,11 +12,13 @@ import inspect
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,23 @@ TABLE = {
     "norms e4m3": "9a77a3992f3ed6c2 6ed1a0fa90b1fd41",
     "wide e4m3": "140d507debd561fc aaa519c256a9599f",
     "sdxl e4m3": "8fe4303fd4bda9d6 4f61470300b24e54",
+    "fp8 mixed": "eaaa2cdc95b870a9 2b5c9c75439a7731",
+    "fp8 requantize": "417fbe35f5dca123 da0ff1d0dcaf06cc",
+    "fp8 like": "ca2c935eb8c4cfd0 e3b0c44298fc1c14",
+    "bnb_nf4_nested mixed": "9518a7f587d12703 a7e5cca6bacf060f",
+    "bnb_nf4_nested like": "20148ef6dd79a31e e3b0c44298fc1c14",
+    "ct_pack4_group_asym mixed": "b0747c3ca7532b39 952db5c29b6f4154",
+    "ct_pack4_group_asym requantize": "83e051ca94ea2899 253e47c33cfa22e6",
+    "ct_pack4_group_asym like": "0036dee91a38b3c3 e3b0c44298fc1c14",
+    "ct_fp8_tensor requantize": "ad28e887b2708a3a 2a088c5bdb212a7b",
+    "ct_fp8_tensor like": "eb870fb5504cd966 e3b0c44298fc1c14",
+    "mlx_affine5_64 mixed": "f1bc9b0a37760a49 8f9e27128294ef95",
+    "mlx_affine5_64 like": "09e971c80f6474fc e3b0c44298fc1c14",
+    "mxfp4_gpt_oss requantize": "869d8a5cfe8a6abc 848350c90269035e",
+    "gptq_v1_4bit_act_order mixed": "2e2cb5116ff02b75 d24e412c711803d0",
+    "gptq_v1_4bit_act_order requantize": "a0fe46cfe3fb37e8 3648f602001d2e6f",
+    "awq_gemm mixed": "16fa9fe505d2402a f24c8f3fcabd3cc4",
+    "awq_gemm requantize": "f5aedf0a03216176 67363ca3374804d2",
 }
 
 
@@ -146,8 +165,56 @@ def write_values(folder: Path) -> Path:
     return write_adapter(folder, tensors, modules_to_save=["norm"], trainable_token_indices={"embed": [7, 0, 49]})
 
 
-def write_fixture(folder: Path) -> dict[str, tuple[Path, list[tuple[Path, float]]]]:
-    """Write all inputs below `folder`, and as `merges.json` what is returned: name -> (base, adapters with weights)."""
+# vectors of fixtures/coded -> the ways to write them: formats that differ in packing, in scales and in their rounding
+CODED = {
+    "bnb_nf4_nested": "mixed like",
+    "ct_pack4_group_asym": "mixed requantize like",
+    "ct_fp8_tensor": "requantize like",
+    "mlx_affine5_64": "mixed like",
+    "mxfp4_gpt_oss": "requantize",
+    "gptq_v1_4bit_act_order": "mixed requantize",
+    "awq_gemm": "mixed requantize",
+}
+
+
+def write_coded(folder: Path, vector: str, known: Mapping[str, Any]) -> tuple[Path, Path, Path]:
+    """Return a quantized model that stores what a vector does, its 16-bit original (of other numbers), and an adapter.
+
+    The adapter is for the first of the vector's weights, the one without extremes.
+    """
+    base, original = folder / vector, folder / f"{vector} original"
+    base.mkdir()
+    original.mkdir()
+    shutil.copy(FIXTURES / "coded" / known["file"], base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16", **known["config"]}))
+    shapes = {name: weight["shape"] for name, weight in known["weights"].items()}
+    plain = {name: numbers(name, shape, 0.05, torch.bfloat16) for name, shape in shapes.items()}
+    beside = {name: x for name, x in load_file(base / "model.safetensors").items() if name.endswith("_bias")}
+    save_file(plain | beside, original / "model.safetensors")
+    (original / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}')
+    name, shape = next(iter(shapes.items()))
+    if len(shape) > 2:
+        tensors, config = experts_of(name.rpartition(".")[0], shape), {"target_parameters": [name.rpartition(".")[2]]}
+        return base, original, write_adapter(folder / f"{vector} adapter", tensors, **config, peft_version="0.19.0")
+    A, B = factors(vector, shape, 6, torch.float32)
+    module = name.removesuffix(".weight")
+    tensors = {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+    return base, original, write_adapter(folder / f"{vector} adapter", tensors)
+
+
+def experts_of(module: str, shape: Sequence[int]) -> dict[str, Tensor]:
+    """Return the LoRA of a stack, (experts, in, out)."""
+    experts, inside, outside = shape
+    A = numbers(f"{module} A", (6 * experts, inside), 0.3, torch.float32)
+    return {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": numbers("B", (outside, 6 * experts), 0.02)}
+
+
+def write_fixture(folder: Path) -> dict[str, Any]:
+    """Write all inputs below `folder`, and as `merges.json` what is returned.
+
+    Returns:
+        name of a merge -> (base, adapters with weights), and options if it has some.
+    """
     single, bf16 = torch.float32, torch.bfloat16
     one, other = (write_lora(folder / f"lora{seed}", seed, dtype, True) for seed, dtype in enumerate((single, bf16)))
     scaled = write_lora(folder / "dora", 2, single, dora=True)
@@ -178,7 +245,7 @@ def write_fixture(folder: Path) -> dict[str, tuple[Path, list[tuple[Path, float]
         use_dora=True,
     )
     image = FIXTURES / "sdxl" / "adapter.safetensors"
-    merges: dict[str, tuple[Path, list[tuple[Path, float]]]] = {
+    merges: dict[str, Any] = {
         "gpt2 fp32": (FIXTURES / "gpt2" / "base", [(FIXTURES / "gpt2" / "adapter", 1.0)]),
         "llama bf16": (FIXTURES / "llama" / "base", [(FIXTURES / "llama" / "adapter", 1.0)]),
     }
@@ -206,6 +273,16 @@ def write_fixture(folder: Path) -> dict[str, tuple[Path, list[tuple[Path, float]
         pictures = {k: v.to(dtype) for k, v in load_file(FIXTURES / "sdxl" / "base.safetensors").items()}
         save_file(pictures, folder / f"sdxl {name}.safetensors")
         merges[f"sdxl {name}"] = folder / f"sdxl {name}.safetensors", [(image, 1.0)]
+    ways = "mixed requantize like"
+    llama, fp8 = FIXTURES / "llama" / "base", FIXTURES / "llama" / "fp8"
+    bases = {"fp8": (fp8, llama, FIXTURES / "llama" / "adapter", ways)}
+    vectors = json.loads((FIXTURES / "coded" / "index.json").read_text())["vectors"]
+    bases |= {name: (*write_coded(folder, name, vectors[name]), each) for name, each in CODED.items()}
+    for name, (coded, original, adapter, each) in bases.items():
+        for way in each.split():
+            options: dict[str, Any] = {"quantized": way, "allow": ["lossy"]}
+            options = {"like": coded, "undo": False} if way == "like" else options
+            merges[f"{name} {way}"] = original if way == "like" else coded, [(adapter, 1.0)], options
     (folder / "merges.json").write_text(json.dumps(merges, default=str))
     return merges
 
@@ -220,10 +297,11 @@ def digest_merges(folder: str, workers: int | None = None) -> dict[str, str]:
     import loratool
 
     found = {}
-    for name, (base, adapters) in json.loads((Path(folder) / "merges.json").read_text()).items():
+    for name, (base, adapters, *options) in json.loads((Path(folder) / "merges.json").read_text()).items():
         with tempfile.TemporaryDirectory() as place:
             out = Path(place) / ("out" if Path(base).is_dir() else "out.safetensors")
-            loratool.merge(base, [tuple(adapter) for adapter in adapters], out, workers=workers)
+            chosen = options[0] if options else {}
+            loratool.merge(base, [tuple(adapter) for adapter in adapters], out, workers=workers, **chosen)
             digests = [hashlib.sha256(), hashlib.sha256()]
             for file in sorted(Path(place).rglob("*")):
                 if file.suffix in (".safetensors", ".undo"):

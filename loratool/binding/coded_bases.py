@@ -12,7 +12,7 @@ from ..architectures.prefixes import module_path
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint, read_json_file
 from ..files.codecs import RAW, codec_of
-from ..files.codecs.codec import CodeFormat, StoredWeight
+from ..files.codecs.codec import StoredWeight
 from ..files.dtypes import CONFIG_DTYPES, DTYPES, TORCH_FLOATS, TensorSpec
 from ..files.mixed_notes import mixed_notes
 from ..files.output import OutputEdits
@@ -41,8 +41,7 @@ COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
 
 def code_bits(weight: StoredWeight) -> int:
     """Return the bits of a code of a weight."""
-    assert isinstance(weight.codec, CodeFormat)
-    return int(weight.detail.get("bits", weight.codec.bits))
+    return int(weight.detail.get("bits", weight.format.bits))
 
 
 def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[str] = ()) -> MergePlan:
@@ -57,13 +56,13 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
         NeedsFlag, InputError: a weight cannot be written so.
     """
     base = plan.base
-    touched = [name for name in plan.changed if name in base.weights]
+    touched = _touched(plan)
     edits = _widen_float8(plan, dtype)
     tie = find_tie(base)
     untied = {name for name in plan.untied if tie and tie.stored_as(name) in base.weights}
     copies = [n for n in plan.changed - base.weights.keys() if n in untied or plan.sources[n].weight]
-    made = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
-    edits = replace(edits, specs={**edits.specs, **made})
+    plain = {name: TensorSpec(dtype or plain_dtype(base), plan.sources[name].spec.shape) for name in copies}
+    edits = replace(edits, specs={**edits.specs, **plain})
     if way == "requantize" and touched:
         _refuse_lossy(plan, touched, allow)
         return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
@@ -76,8 +75,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     if not decoded and not (way == "dequantize" and base.quantized):
         return replace(plan, edits=edits)
     edits = _decode(base, edits, decoded, dtype)
-    # siblings that no update touches
-    others = {name: why for name, why in decoded.items() if name not in plan.changed}
+    others = {name: why for name, why in decoded.items() if name not in plan.changed}  # that no adapter changes
     notes = _notes(base, decoded, others)
     notes += (OLD_COMFY,) if _is_scaled_file(base) else ()
     return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
@@ -106,10 +104,15 @@ def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
     base = plan.base
     if way == "dequantize":
         return dict.fromkeys(base.weights, "")
-    touched = [name for name in plan.placements.keys() | plan.changed if name in base.weights]
+    touched = _touched(plan)
     if way == "requantize" or not touched:
         return {}
     return with_siblings(base, touched)
+
+
+def _touched(plan: MergePlan) -> list[str]:
+    """Return the coded weights that an adapter changes, also of a plan that says which others become numbers."""
+    return [name for name in plan.base.weights if name in plan.changed and name not in plan.decoded]
 
 
 def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
@@ -156,7 +159,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
     """
     specs, base = dict(plan.edits.specs), plan.base
     scaled = _is_scaled_file(base)
-    for name in plan.changed:
+    for name in sorted(plan.changed):
         spec = specs.get(name) or base.specs[name]
         if name in base.weights or codec_of(spec) is RAW:
             continue
@@ -190,7 +193,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         if source != plan.base.ref(name):
             message = "is replaced by an adapter's own values, which have no codes"
             raise InputError(message, culprit=name, remedy="use --quantized mixed")
-        _require_whole_bytes(plan, name, "add --quantized mixed")
+        _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
                 f"has codes of {code_bits(weight)} bits ({weight.codec.key}), in which next to nothing of a change "
@@ -210,8 +213,7 @@ def require_undoable(plan: MergePlan) -> None:
 def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
     """Raise NeedsFlag for an update of rows whose codes share bytes with those of others."""
     parts = plan.base.parts_of(name)
-    assert isinstance(parts.weight.codec, CodeFormat)
-    together, rows = parts.weight.codec.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
+    together, rows = parts.weight.format.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
     for each in plan.placements[name]:
         if any(edge * (rows // each.rows) % together for edge in (each.start, each.stop) if edge != each.rows):
             message = f"has rows {each.start} to {each.stop} changed, and {together} rows of its codes share bytes"

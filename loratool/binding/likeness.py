@@ -8,13 +8,18 @@ from typing import Any
 
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.codecs.codec import CodeFormat, Quantizer
+from ..files.codecs.codec import Quantizer
 from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.quantized import CONFIG_FIELDS, QUANTIZERS
 from ..files.side_files import edited_config
 from .merge_plan import MergePlan
 
-CALIBRATED = ("gptq", "awq")
+CALIBRATED = ("gptq", "awq")  # keys of codecs whose codes follow from data
+
+OWN_KEYS = ("_name_or_path",)  # of config.json: those that tell where a model comes from stay the base's
+
+# Fields of config.json that say how a model was stored or saved, not what it is
+_OF_STORAGE = frozenset((*CONFIG_FIELDS, "dtype", "torch_dtype", "transformers_version", *OWN_KEYS))
 
 
 def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan:
@@ -40,31 +45,22 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         raise InputError(f"{why}, so that nothing can be written like it", culprit=str(like.path))
     quantizers = {name: _quantizer(like, name) for name in like.weights}
     _require_same(plan, like)
-    specs: dict[str, TensorSpec] = {}
-    removed: list[str] = []
-    beside: dict[str, str] = {}
-    for name, source in plan.sources.items():
-        if name in quantizers:
-            weight = like.weights[name]
-            names = dict(zip(weight.roles, weight.tensors, strict=True))
-            made = {names[role]: spec for role, spec in quantizers[name].specs().items()}
-            specs |= made
-            beside |= dict.fromkeys(made, name)
-            removed += [] if name in made else [name]
-        else:
-            stored = like.stored[name].dtype
-            kind = dtype or (stored if stored in TORCH_FLOATS else source.spec.dtype)
-            specs[name] = TensorSpec(
-                kind if source.spec.dtype in TORCH_FLOATS else source.spec.dtype, source.spec.shape
-            )
+    plain = {name: source for name, source in plan.sources.items() if name not in quantizers}
+    specs = {name: _plain_spec(source.spec, like.stored[name], dtype) for name, source in plain.items()}
+    beside: dict[str, str] = {}  # stored tensor -> the weight with whose codes it is written
+    for name, quantizer in quantizers.items():
+        names = like.weights[name].names
+        made = {names[role]: spec for role, spec in quantizer.specs().items()}
+        specs |= made
+        beside |= dict.fromkeys(made, name)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
     config = like.config or base.config  # a file without one says nothing of its codes
-    origin = {key: base.config[key] for key in ("_name_or_path",) if key in base.config}
+    origin = {key: base.config[key] for key in OWN_KEYS if key in base.config}
     edits = replace(
         plan.edits,
         specs=specs,
-        removed=tuple(removed),
+        removed=tuple(name for name in quantizers if name not in beside),
         configs={"": edited_config({**config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
         files={**plan.edits.files, **files},
         beside=beside,
@@ -73,10 +69,6 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     former = {name: base.specs.get(name, plan.sources[name].spec) for name in quantizers}  # an adapter's may be wider
     types = {name: dtype or spec.dtype for name, spec in former.items()}
     return replace(plan, edits=edits, encoded=types, like=like, warnings=(*plan.warnings, *_differences(base, like)))
-
-
-# Fields of config.json that say how a model was stored or saved, not what it is
-_OF_STORAGE = frozenset((*CONFIG_FIELDS, "dtype", "torch_dtype", "transformers_version", "_name_or_path"))
 
 
 def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
@@ -93,10 +85,17 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _of_the_model(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
+def _plain_spec(own: TensorSpec, stored: TensorSpec, dtype: str | None) -> TensorSpec:
+    """Return the spec of a plain tensor of the output: floats are of the type that is asked for, or as in the model."""
+    if own.dtype not in TORCH_FLOATS:
+        return own
+    return TensorSpec(dtype or (stored.dtype if stored.dtype in TORCH_FLOATS else own.dtype), own.shape)
+
+
 def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     parts = like.parts_of(name)
-    codec = parts.weight.codec
-    found = codec.quantizer(parts) if isinstance(codec, CodeFormat) else None
+    codec = parts.weight.format
+    found = codec.quantizer(parts)
     if found is None:
         why = (
             "whose codes follow from calibration data"

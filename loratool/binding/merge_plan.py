@@ -73,9 +73,10 @@ class MergePlan:
         Codes that are written anew come from their weight.
         """
         coded = {codes: self.sources[name] for codes, name in self.written.items() if name in self.coded}
-        read = self.sources.keys() - (self.base.weights.keys() - (self.changed - self.recoded))
-        plain = (name for name in names if name not in coded)
-        return coded | {name: self.sources[name] if name in read else self.base.stored_ref(name) for name in plain}
+        stay_codes = self.base.weights.keys() - (self.changed - self.recoded)
+        decoded = self.sources.keys() - stay_codes
+        others = (name for name in names if name not in coded)
+        return coded | {n: self.sources[n] if n in decoded else self.base.stored_ref(n) for n in others}
 
 
 def plan_merge(

@@ -149,6 +149,8 @@ def _plan_files(
     if not is_resharded:
         placed = {name for shard in shards for name in shard.members}
         shards[-1].members.extend(name for name in own if name not in placed)
+        # a shard whose tensors all stood beside codes that are numbers now would be in no index
+        shards = [shard for shard in shards if shard.members or not shard.kept or not shard.kept.specs] or shards
     indexed = not request.is_file and (len(shards) > 1 or (base.index is not None and not is_resharded))
     is_kept = (
         base.prefix and not is_resharded and own == base.stored and not any(name in request.changed for name in own)

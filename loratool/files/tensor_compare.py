@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .codecs.codec import CodeFormat, Parts
+from .codecs.codec import Parts
 from .dtypes import FLOATS, TORCH_FLOATS
 from .fileio import read_into
 from .tensor_ref import BLOCK, TensorRef, norm
@@ -143,8 +143,7 @@ def _steps_of_rows(parts: Parts, start: int, stop: int) -> torch.Tensor:
     import numpy as np
     import torch
 
-    codec = parts.weight.codec
-    assert isinstance(codec, CodeFormat)
+    codec = parts.weight.format
     codes = codec.codes(parts, start, stop)
     ordinals = codec.ordinals(parts, codes)
     low, high = int(ordinals.min()), int(ordinals.max())

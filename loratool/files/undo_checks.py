@@ -12,13 +12,11 @@ from .dtypes import DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
 RECORD = 1 << 22  # weights of a record, one row at least
-
-
 SHARED = 8  # rows of codes that can share bytes, at most (AWQ)
 
 
 def record_rows(columns: int, coded: bool = False) -> int:
-    """Return the rows of a record. coded: of a weight that is stored as codes."""
+    """Return the rows of a record; of a weight that is stored as codes (`coded`) no two records share bytes of it."""
     rows = max(1, RECORD // max(1, columns))
     return max(SHARED, rows // SHARED * SHARED) if coded else rows
 

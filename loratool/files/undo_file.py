@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -344,8 +344,9 @@ class UndoFile:
     def _check_written(self) -> None:
         """Check the hashes of unrecorded bytes, which all changed tensors have."""
         for name, entry in self.index["tensors"].items():
-            parts = list(unrecorded(name, entry, [tuple(record[:2]) for record in entry["records"]]))
-            require(are_hashes(entry["written"], len(parts)), f"{name}: its hashes")
+            parts = unrecorded(name, entry, [tuple(record[:2]) for record in entry["records"]])
+            count = sum(1 for _ in islice(parts, len(entry["written"]) + 1))  # a size may be beyond all memory
+            require(are_hashes(entry["written"], count), f"{name}: its hashes")
 
     def _check_side(self) -> None:
         """Check that a merge edits each of the side files, since they are written into the output."""
@@ -439,9 +440,7 @@ class UndoFile:
     def parts_of(self, name: str) -> Parts:
         """Return a coded weight with those of its stored tensors that are here unchanged."""
         weight, kept = self.weights[name], {tensor.name: tensor for tensor in self.kept(name)}
-        roles = {
-            role: kept[tensor] for role, tensor in zip(weight.roles, weight.tensors, strict=True) if tensor in kept
-        }
+        roles = {role: kept[tensor] for role, tensor in weight.names.items() if tensor in kept}
         return Parts(weight, roles, self.specs[weight.tensors[0]])
 
     @property

@@ -21,6 +21,7 @@ from .forms import FORMS, Codes, Wide, codes, fraction, widen
 from .rounding_stats import RoundingStats
 from .workspace import Workspace
 
+FACTOR_ERROR = 2.0**-40  # of a quotient: more than the error of a, which is float64
 MARGIN = 2.0**-44  # of the largest number: more than scales, offsets and their roundings move a midpoint
 
 
@@ -59,26 +60,35 @@ def round_to_codes(
 
     def parts() -> Iterator[tuple[slice, Wide, Wide]]:
         for here in _tiles(dense, base):
-            total, _, _ = dense.fill(base[here], here.start, bounds.shift, work)
+            total, delta, _ = dense.fill(base[here], here.start, bounds.shift, work)
             upper = total.cpu().numpy()
-            change[here] = upper - bounds.shift - weight[here]
+            change[here] = (upper - weight[here] if x.factor else delta.cpu().numpy()) - bounds.shift
             margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
-            yield here, upper - (bounds.span + margin), upper + margin
+            yield here, *_ends(upper - (bounds.span + margin), upper + margin)
 
     found, doubt = _decide(grid, base.shape, parts())
     for i, j in doubt:
         if math.isfinite(weight[i, j]):
-            found[i, j] = _nearest_to(grid, x.exact(Fraction(float(weight[i, j])), i, j), i, j, base.shape[1])
-    fine = np.isfinite(weight)
-    moved = np.where(fine, grid.values(0, found) - weight, 0.0)
+            exact = x.exact(number := Fraction(float(weight[i, j])), i, j)
+            found[i, j], change[i, j] = _nearest_to(grid, exact, i, j, base.shape[1]), _as_float(exact - number)
+    moved = np.where(np.isfinite(weight), grid.values(0, found) - weight, 0.0)
     stays = moved == 0
     found[stays] = former[stays]
-    change[~fine] = 0.0
-    size = np.where(fine, weight, 0.0)
-    sums = (float(np.vdot(*pair)) for pair in ((size, size), (change, change), (moved, change), (moved, moved)))
-    squared, asked, kept, gone = sums
-    changed, odd = int(np.count_nonzero(~stays)), int(np.count_nonzero(~fine))
-    return found, RoundingStats(squared, asked, kept, changed, odd, moved_squared=gone)
+    return found, _sums(weight, change, moved)
+
+
+def _sums(weight: Wide, change: Wide, moved: Wide) -> RoundingStats:
+    """Return what codes did to weights: W, D and W' - W, which is 0 where W is not finite."""
+    fine = np.isfinite(weight)
+    W, D = np.where(fine, weight, 0.0), np.where(fine, change, 0.0)
+    return RoundingStats(
+        base_squared=float(np.vdot(W, W)),
+        change_squared=float(np.vdot(D, D)),
+        kept=float(np.vdot(moved, D)),
+        changed=int(np.count_nonzero(moved)),
+        not_finite=int(np.count_nonzero(~fine)),
+        moved_squared=float(np.vdot(moved, moved)),
+    )
 
 
 @np.errstate(all="ignore")
@@ -92,8 +102,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
         first: of its first row in `x`.
     """
     if x is None:
-        wide = torch.from_numpy(np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
-        return grid.nearest(0, wide.numpy())
+        return grid.nearest(0, np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
     kind = merged.dtype if merged.itemsize <= 2 else torch.float64  # float32 has a way of its own, without a bound
     dense = DenseRows(x, merged.dtype, kind, merged.device)
     bounds = dense.bounds(merged, first, backward=True)
@@ -110,12 +119,9 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
             if a is not None:
                 by = a[here] if a.shape[0] > 1 else a
                 one, two = low / by, high / by
-                reach = np.maximum(np.abs(one), np.abs(two)) * 2.0**-40  # a's own error is within it
+                reach = np.maximum(np.abs(one), np.abs(two)) * FACTOR_ERROR
                 low, high = np.minimum(one, two) - reach, np.maximum(one, two) + reach
-            if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
-                odd = ~(np.isfinite(low) & np.isfinite(high))
-                low[odd], high[odd] = -np.inf, np.inf
-            yield here, low, high
+            yield here, *_ends(low, high)
 
     form = FORMS[merged.dtype]
     stored = codes(merged.cpu())
@@ -135,12 +141,22 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
 
 
 def _factor(x: Reals, rows: slice) -> Wide | None:
+    """Return a for some rows, (rows, 1) or (1, n); None if it is 1."""
     if x.factor is None:
         return None
     return x.factor.value[rows, None] if x.factor.axis == 0 else x.factor.value[None]
 
 
+def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
+    """Return the ends of intervals, of what is not known all numbers."""
+    if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
+        odd = ~(np.isfinite(low) & np.isfinite(high))
+        low[odd], high[odd] = -np.inf, np.inf
+    return low, high
+
+
 def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
+    """Yield the rows that are worked out at a time, which bounds the memory."""
     height = dense.height(rows.shape[1], rows.device)
     yield from (slice(row, min(row + height, len(rows))) for row in range(0, len(rows), height))
 
@@ -162,7 +178,10 @@ def _decide(
 
 
 def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, columns: int) -> Any:
-    """Return the code nearest to a number at one place; of two, the even one, or else the lower."""
+    """Return the code nearest to a number at one place; of two, the even one, or else the lower.
+
+    The grid's own answer, of floats, is that code or a neighbor.
+    """
     row = np.zeros((1, columns))
     row[0, j] = _as_float(number)
     near = grid.nearest(i, row)
@@ -197,4 +216,4 @@ def _as_float(number: Fraction) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf

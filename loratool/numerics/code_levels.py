@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Codes = npt.NDArray[Any]
-Wide = npt.NDArray[np.float64]
+from .forms import Codes, Wide
 
 
 class Levels(Protocol):
@@ -24,10 +22,13 @@ class Levels(Protocol):
         """Return the numbers of codes, in their shape."""
 
     def nearest(self, numbers: Wide) -> Codes:
-        """Return the codes nearest to numbers, ties to even codes, clamped to the range; of nan the code of 0."""
+        """Return the codes nearest to numbers, clamped to the range; of nan the code of 0.
+
+        Ties go to even codes, or to the lower number in a table that is not `even`.
+        """
 
     def ordinals(self, codes: Codes) -> Codes:
-        """Return integers that order codes as their numbers, -0 just below +0."""
+        """Return integers that order codes as their numbers: -0 just below +0, equal ones by falling code, nan last."""
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
         """Return the codes of ordinals; IndexError if one is no code's."""
@@ -151,7 +152,9 @@ def _require_within(ordinals: Codes, low: int, high: int) -> None:
 
 
 def _floats(kind: torch.dtype) -> tuple[float, ...]:
-    return tuple(torch.arange(256, dtype=torch.uint8).view(kind).double().tolist())
+    """Return the numbers of 8-bit floats; the sign of a nan is its code's, whatever a processor makes of it."""
+    found = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
+    return tuple(np.copysign(found, np.where(np.arange(256) < 128, 1.0, -1.0)).tolist())
 
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

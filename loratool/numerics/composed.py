@@ -89,7 +89,7 @@ class _Multiplied(ABC):
         high, low = two_product(product, np.full_like(product, significand))
         low = low + (rest * significand + product * tail)
         lost = lost * abs(significand) + 4 * U * (np.abs(rest) + 2 * U * np.abs(product))
-        plain = (d == 0) & (e == 0) & _is_zero(l1) & _is_zero(l2) & (abs(significand) == 0.5)
+        plain = (d == 0) & (e == 0) & _is_zero(l1) & _is_zero(l2) & (abs(significand) == 0.5 and tail == 0)
         high, low, lost = (np.ldexp(x, np.intc(power)) for x in (high, low, lost + LEAST))
         bound = np.where(plain & (np.abs(high) > 2.0 ** -(REACH + 100)), 0.0, lost * SLACK + LEAST)
         usual = _is_usual(h1, REACH) & _is_usual(h2, REACH) & _is_usual(l1, REACH + 100) & _is_usual(l2, REACH + 100)

@@ -61,9 +61,14 @@ class _Side:
     scale: Fraction
     columns: Factor | None
     by_rows: bool
-    significand: float  # from 1/2 to 1 in size; a half for a power of two
+    significand: float  # from 1/2 to 1 in size
     exponent: int
     tail: float  # what the significand lacks, about
+
+    @property
+    def is_power(self) -> bool:
+        """Return whether the scale is a power of two; the product of a scale and a weight may be next to one."""
+        return abs(self.significand) == 0.5 and not self.tail
 
 
 def split_scale(scale: Fraction) -> tuple[float, int, float]:
@@ -108,7 +113,7 @@ class Products:
         self.scaled = any(side.columns or side.by_rows for side in self.sides)
         # sums of such products may be exact in float64, and so is a power of two times them
         self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
-        self.binary = self.narrow and all(abs(side.significand) == 0.5 for side in self.sides)
+        self.binary = self.narrow and all(side.is_power for side in self.sides)
         self._halves = [self._balance(side) for side in self.sides]  # of each side, (r,) exponents for the right side
         # else a factor can be lost when it is balanced, and all is left to the integers
         self.in_range = all(
@@ -301,7 +306,7 @@ class ProductRows:
         high, low, lost = np.zeros((3, len(i)))
         for side, left, right in zip(products.sides, self._plain, products.plain_right, strict=True):
             product = dots(left, right, i, j)
-            if abs(side.significand) == 0.5:
+            if side.is_power:
                 one, two = product * side.significand, np.zeros(len(i))
             else:
                 one, two = two_product(product, np.full_like(product, side.significand))
@@ -339,7 +344,7 @@ class ProductRows:
             scale, e0 = np.full_like(s, side.significand), side.exponent
             one, two = two_product(s, scale)
             three = rest * scale + s * side.tail
-            if side.tail or abs(side.significand) != 0.5:
+            if not side.is_power:
                 lost += np.abs(s) * 2.0**-100 + np.abs(rest) * 2.0**-50
             for ratio in filter(None, (side.columns, self._ratio if side.by_rows else None)):
                 one, two, more = ratio.times(one, two + three, i, j)

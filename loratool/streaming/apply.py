@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..binding.merge_plan import MergePlan
 from ..binding.placement import Placement
-from ..files.codecs.codec import CodeFormat, Parts, StoredTensor
+from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
 from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
@@ -35,21 +35,18 @@ from .workers import Locate, Scattered, Step
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
     """Return every tensor that is not just copied or cast, nor written as codes, by name."""
     found = {}
-    for name in plan.sources.keys() - plan.recoded:
+    for name in plan.sources.keys() - plan.coded:
+        source, placements = plan.sources[name], plan.placements.get(name, ())
         base = plan.base.ref(name) if name in plan.base.specs else None
-        placements = plan.placements.get(name, ())
-        moved = base is not None and base != plan.sources[name]
-        if not plan.sources[name].spec.size:
-            continue
-        if name in plan.decoded and not record:
-            continue  # it is cast
-        if (
-            placements
-            or name in plan.decoded
-            or (moved and base and base.spec.size and base.spec.shape and base.spec.dtype in FLOATS)
-        ):
-            found[name] = merge_tensor(base, plan.sources[name], placements, load, record)
+        is_decoded = name in plan.decoded and record  # otherwise it is cast
+        if source.spec.size and (placements or is_decoded or (base and base != source and _has_rows(base.spec))):
+            found[name] = merge_tensor(base, source, placements, load, record)
     return found
+
+
+def _has_rows(spec: TensorSpec) -> bool:
+    """Return whether a tensor has rows of numbers that a replacement can be compared with."""
+    return bool(spec.size and spec.shape) and spec.dtype in FLOATS
 
 
 def merge_tensor(
@@ -65,20 +62,20 @@ def merge_tensor(
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
     height = record_rows(columns, bool(base and base.weight))
-    moved = base is not None and base != source
-    shared = min(rows, base.spec.shape[0]) if moved and base is not None else 0
+    replaced = base if base != source else None
+    shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None
-    record = record and not (base is not None and moved and base.weight)  # all of it is kept
 
     def ranges() -> Iterator[RowRange]:
-        for start, stop, inside in segments(placements, {0, rows} if moved or codes else set()):
+        for start, stop, inside in segments(placements, {0, rows} if replaced or codes else set()):
             segment = RowSegment(source, columns, start, stop, inside, load)
-            if moved and base is not None and start < shared:
-                both = partial(_replace, base, segment if inside else None, record)
-                yield RowRange(start, min(stop, shared), both, height, height)
-            if inside and stop > (shared if moved else 0):
+            if replaced and start < shared:
+                differs = record and not replaced.weight  # whose stored tensors undo keeps as they are
+                step = partial(_replace, replaced, segment if inside else None, differs)
+                yield RowRange(start, min(stop, shared), step, height, height)
+            if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
-                yield RowRange(max(start, shared if moved else 0), stop, step, height, height)
+                yield RowRange(max(start, shared), stop, step, height, height)
             elif codes:
                 yield RowRange(start, stop, partial(_decode, codes), height, height)
 
@@ -173,8 +170,7 @@ def restore_tensor(
 
 def scattered_codes(parts: Parts, columns: int) -> Scattered:
     """Return how the codes of a weight are written. columns: of its rows, each one or more rows of the codec's."""
-    codec, codes = parts.weight.codec, parts.weight.tensors[0]
-    assert isinstance(codec, CodeFormat)
+    codec, codes = parts.weight.format, parts.weight.tensors[0]
     fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
     def write(locate: Locate, start: int, out: Tensor, result: Any) -> Any:

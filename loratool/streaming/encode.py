@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..binding.placement import Placement
-from ..files.codecs.codec import CodeFormat, Parts, Piece, Quantizer
+from ..files.codecs.codec import Parts, Piece, Quantizer
 from ..files.fileio import write_at
 from ..files.tensor_ref import TensorRef
 from ..files.undo_checks import record_rows
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..numerics.workspace import Workspace
-from .apply import segments
+from .apply import scattered_codes, segments
 from .rewrite import ChangedTensor, RowRange
 from .segment import RowSegment, UpdateLoader
 from .workers import Locate, Scattered, Step
@@ -46,7 +48,7 @@ class MergedRows:
 
     def merge(self, base: Tensor, start: int, work: Workspace) -> tuple[Tensor, RoundingStats]:
         """Return W' of rows from `start` on, and what rounding did to them. base: their W."""
-        out, stats = torch.empty(base.shape, dtype=self.dtype), []
+        out, stats = torch.empty(base.shape, dtype=self.dtype, device=base.device), []
         for first, last, segment in self._parts:
             low, high = max(start, first), min(start + len(base), last)
             if low < high:
@@ -73,20 +75,21 @@ def encode_tensor(
         quantizer: makes one for each item.
     """
     merged, like = MergedRows(source, placements, dtype, load), quantizer()
-    fold = merged.columns // source.spec.shape[-1]
-    whole = like.sees_all or not like.together
-    together = max(1, like.together) // fold if like.together % fold == 0 else max(1, like.together)
+    fold = merged.columns // source.spec.shape[-1]  # the codec's rows in a row
+    is_whole = like.sees_all or not like.together
+    together = max(1, like.together // math.gcd(like.together, fold))
     height = record_rows(merged.columns, coded=True)
     height = max(together, height // together * together)
 
     def ranges() -> Iterator[RowRange]:
         prepare = partial(_encode, merged, quantizer)
-        yield RowRange(0, merged.rows, prepare, height, merged.rows if whole else height)
+        yield RowRange(0, merged.rows, prepare, height, merged.rows if is_whole else height)
 
-    return ChangedTensor(merged.rows, ranges, merged.columns, _scattered(like.parts, fold))
+    return ChangedTensor(merged.rows, ranges, merged.columns, _scattered(like.parts, merged.columns))
 
 
 def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop: int) -> Step:
+    """Return the step that merges rows start:stop and encodes them, by a quantizer that has seen them if it must."""
     quantizer, width = make(), merged.source.spec.shape[-1]
     if quantizer.sees_all:
         step, work = record_rows(merged.columns), Workspace(torch.device("cpu"))
@@ -95,26 +98,23 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
             quantizer.see(merged.merge(base, first, work)[0].view(-1, width))
 
     def step_of(base: Tensor, row: int, out: Tensor, work: Workspace) -> Encoded:
-        found, stats = merged.merge(base.cpu(), start + row, work)
-        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), found.view(-1, width))
+        found, stats = merged.merge(base, start + row, work)
+        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), found.cpu().view(-1, width))
         out.numpy()[...] = codes.reshape(tuple(out.shape))
         return stats, [*pieces, *(quantizer.rest() if start + row + len(base) == merged.rows else ())]
 
     return step_of
 
 
-def _scattered(parts: Parts, fold: int) -> Scattered:
+def _scattered(parts: Parts, columns: int) -> Scattered:
     """Return how codes are written, and the tensors beside them by the pieces that a step returns."""
-    codec, names = parts.weight.codec, dict(zip(parts.weight.roles, parts.weight.tensors, strict=True))
-    assert isinstance(codec, CodeFormat)
-    width = codec.width(parts)
+    codes, names = scattered_codes(parts, columns), parts.weight.names
 
     def write(locate: Locate, start: int, out: Tensor, result: Encoded) -> Any:
         stats, pieces = result
-        codes = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
-        for role, at, data in [*(("codes", *place) for place in codes), *pieces]:
+        for role, at, data in pieces:
             target, offset = locate(names[role])
             write_at(target, memoryview(data), offset + at)
-        return stats
+        return codes.write(locate, start, out, stats)
 
-    return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
+    return replace(codes, write=write)

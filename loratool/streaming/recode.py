@@ -29,7 +29,8 @@ def recode_tensor(
     """Return the codes of a weight with its placements merged in.
 
     Args:
-        source: the weight.
+        source: the weight, which is stored as codes.
+        placements: one or more; none replaces it.
         record: the steps return a `RecordedBlock` instead of `RoundingStats`.
     """
     assert source.parts
@@ -46,6 +47,8 @@ def recode_tensor(
 
 
 def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
+    """Return the step that rounds rows start:stop to codes; without a segment they keep theirs."""
+
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         first = start + row
         rows = CodedRows(parts, first, base.shape[1])
@@ -63,7 +66,12 @@ def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, 
 
 
 def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
-    """Return the former codes of a weight that a merge rounded to codes. parts: as the merged model stores it."""
+    """Return the former codes of a weight that a merge rounded to codes.
+
+    Args:
+        parts: the weight as the merged model stores it.
+        name: of the tensor of codes, by which the undo file has it.
+    """
     rows, columns = recoded_shape(undo.index["tensors"][name])
 
     def ranges() -> Iterator[RowRange]:
@@ -78,6 +86,8 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
 
 
 def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step:
+    """Return the step that restores a record's codes; the weight's numbers, which a rewrite reads, are not used."""
+
     def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
         made = rows.read(stop - start)
         with restorer.damage():

@@ -129,16 +129,17 @@ def refuse_overflow(
     if not count:
         return
     source, new = sources[tensor], output.specs[tensor].dtype
-    old = source.weight.codec.key if source.weight else source.spec.dtype
     message = f"{count} weights become infinite in {new}"
     if new == "F8_E4M3":
         message = f"{count} weights are beyond the largest number of {new}"
     if largest < torch.finfo(torch.float32).max and new in WIDER:
         flags = f"--dtype {WIDER[new]}" + " --no-undo" * bool(output.undo)
         raise NeedsFlag(message, culprit=tensor, remedy=f"add {flags}, which holds them")
-    remedy = (
-        f"leave out --dtype: {old} holds them" if old != new else "is this the adapter's base, and its alpha right?"
-    )
+    remedy = "is this the adapter's base, and its alpha right?"
+    if source.weight:
+        remedy = f"are its scales damaged? Only as codes ({source.weight.codec.key}) can it have such numbers"
+    elif source.spec.dtype != new:
+        remedy = f"leave out --dtype: {source.spec.dtype} holds them"
     raise InputError(message, culprit=tensor, remedy=remedy)
 
 

@@ -92,7 +92,7 @@ class Scattered:
     """How steps write codes, which need not lie in the order of rows, nor in one tensor.
 
     Attributes:
-        dtype, width: `out` of a step is (rows, width) of this type.
+        dtype, width: `out` of a step is (rows, width) of this type, on the CPU, where codes are made.
         nbytes: of all rows, roughly.
         write: writes `out`, whose first row is the second argument, by the step's result, and returns what is left of
             this.
@@ -169,10 +169,13 @@ class Worker:
         if self.stream is None:
             result = step(base, row, out, self.work)
         else:
-            on_device = self.work.take("out", item.target_dtype, *target_shape)
             moved = self.work.take("base", base.dtype, *shape).copy_(base, non_blocking=True)
-            result = step(moved, row, on_device, self.work)
-            out.copy_(on_device, non_blocking=True)
+            if item.scattered:
+                result = step(moved, row, out, self.work)
+            else:
+                on_device = self.work.take("out", item.target_dtype, *target_shape)
+                result = step(moved, row, on_device, self.work)
+                out.copy_(on_device, non_blocking=True)
             self.stream.synchronize()
         if item.scattered:
             scattered, locate, _ = item.scattered

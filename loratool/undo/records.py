@@ -32,7 +32,7 @@ from ..files.fileio import word_sum
 from ..numerics.code_grid import guess_codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, bits, codes, finite, number, place, wide, widen
+from ..numerics.forms import FORMS, Codes, Form, Positions, Wide, bits, codes, finite, number, place, wide, widen
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -41,6 +41,7 @@ from .candidates import Runs, every, find_runs
 UNIT = 1 << 12  # differences of one width
 RARE = 32  # fewer than one in so many take less with their places
 WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
+IN_FULL = 20  # bits of a difference that follows in full, about
 SPARSE = 255  # in the place of a width
 ASKED = 1 << 19  # runs found at a time, which bounds the memory
 
@@ -53,7 +54,8 @@ class RecordedBlock:
         change: the merge's sums.
         payload: the record.
         sha256: of the bytes of W as it is stored.
-        sum: `files.fileio.word_sum` of the bytes of W'; against intent there is the hash, as W' is a function of W.
+        sum: `files.fileio.word_sum` of the bytes of W', or of the codes that W became; against intent there is the
+            hash, as W' is a function of W.
     """
 
     change: RoundingStats
@@ -90,6 +92,7 @@ class CodedRows:
     A code's number lies far from its neighbors', so that the code nearest to W' - D is nearly always W's.
 
     Attributes:
+        parts: the weight; its own codes count only for `read`.
         start: counted in rows of so many `columns`, of which each is one or more rows of the codec's.
     """
 
@@ -99,19 +102,18 @@ class CodedRows:
 
     @property
     def format(self) -> CodeFormat:
-        assert isinstance(self.parts.weight.codec, CodeFormat)
-        return self.parts.weight.codec
+        return self.parts.weight.format
 
     @property
     def fold(self) -> int:
         """The codec's rows in a row."""
         return self.columns // self.parts.weight.spec.shape[-1]
 
-    def nearest(self, row: int, numbers: npt.NDArray[np.float64]) -> Codes:
+    def nearest(self, row: int, numbers: Wide) -> Codes:
         apart = numbers.reshape(len(numbers) * self.fold, -1)
         return self.format.nearest(self.parts, (self.start + row) * self.fold, apart).reshape(numbers.shape)
 
-    def values(self, row: int, codes: Codes) -> npt.NDArray[np.float64]:
+    def values(self, row: int, codes: Codes) -> Wide:
         apart = codes.reshape(len(codes) * self.fold, -1)
         return self.format.values(self.parts, (self.start + row) * self.fold, apart).reshape(codes.shape)
 
@@ -131,28 +133,32 @@ class CodedRows:
         return np.ascontiguousarray(codes[:, :columns]).reshape(-1, self.columns)
 
     def pack(self, codes: Codes, guess: Codes) -> bytes:
-        """Pack what codes, as `read` returns them, are beside a guess, (rows, columns).
+        """Return in bytes what codes, as `read` returns them, are beside a guess, (rows, columns).
 
-        Where the guess is 0, they have runs of their own: there a code is +0 or -0, and elsewhere nearly always the
-        guess.
+        Where the guess is the code of 0, they have a list of their own: there a code is +0 or -0, and elsewhere nearly
+        always the guess.
         """
         own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
         apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
         apart[at] = self.ordinals(own.take(at)) - self.ordinals(near.take(at))
         zero = near == self.format.zero(self.parts)
         padding = codes[:, self.columns // self.fold :].astype(np.int16).reshape(-1)
-        return b"".join(map(_pack_small, (apart[~zero], apart[zero], padding)))
+        return b"".join(map(pack_code_differences, (apart[~zero], apart[zero], padding)))
 
     def unpack(self, reader: Reader, guess: Codes) -> Codes:
-        """Return the codes that `pack` packed."""
+        """Return the codes that `pack` packed, (rows * fold, width).
+
+        Raises:
+            ValueError, IndexError: the record is damaged, or of another guess.
+        """
         zero = guess.reshape(-1) == self.format.zero(self.parts)
         apart = np.empty(guess.size, np.int16)
-        apart[~zero] = reader.small(int((~zero).sum()))
-        apart[zero] = reader.small(int(zero.sum()))
+        apart[~zero] = reader.code_differences(int((~zero).sum()))
+        apart[zero] = reader.code_differences(int(zero.sum()))
         flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
         flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
         codes = flat.reshape(len(guess) * self.fold, -1)
-        padding = reader.small(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
+        padding = reader.code_differences(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
 
 
@@ -171,7 +177,7 @@ class Recorder:
         self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
         self._payload = b""
 
-    def head(self, norms: npt.NDArray[np.float64]) -> None:
+    def head(self, norms: Wide) -> None:
         """Begin the record with norms."""
         self._payload += norms.astype("<f8").tobytes()
 
@@ -234,12 +240,14 @@ class Recorder:
 
 
 def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
-    """Return the record of rows that were rounded to codes: what the former ones are beside the new."""
-    columns = rows.parts.weight.spec.shape[-1]
+    """Return the record of rows that were rounded to codes: what the former ones are beside the new.
+
+    Args:
+        former, made: as `CodedRows.read` returns them.
+    """
+    payload = rows.pack(former, rows.without_padding(made))
     digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
-    return RecordedBlock(
-        change, rows.pack(former, made[:, :columns]), digest, word_sum(bytes_of(torch.from_numpy(made)))
-    )
+    return RecordedBlock(change, payload, digest, word_sum(bytes_of(torch.from_numpy(made))))
 
 
 def take_all(x: Tensor) -> Codes:
@@ -345,18 +353,34 @@ def pack_differences(difference: Codes) -> bytes:
 
     A difference d of n bits, taken modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
     """
-    size = 8 * difference.itemsize
-    folded = ((difference << 1) ^ (difference >> (size - 1))).view(f"u{difference.itemsize}")
-    parts = []
+    folded, parts = _folded(difference), []
     for start in range(0, len(folded), UNIT):
         unit = folded[start : start + UNIT]
         width = int(unit.max()).bit_length()
-        spread = np.arange(width, dtype=unit.dtype)
-        parts += [bytes([width]), np.packbits((unit[:, None] >> spread) & 1 == 1, bitorder="little").tobytes()]
+        parts += [bytes([width]), _in_bits(unit, width)]
     return b"".join(parts)
 
 
-def _pack_small(difference: Codes) -> bytes:
+def _folded(difference: Codes) -> Codes:
+    """Return 2 d for d >= 0 and -2 d - 1 for d < 0, unsigned."""
+    found: Codes = ((difference << 1) ^ (difference >> (8 * difference.itemsize - 1))).view(f"u{difference.itemsize}")
+    return found
+
+
+def _unfolded(numbers: Codes) -> Codes:
+    """Return what `_folded` folded."""
+    signed = f"i{numbers.itemsize}"
+    found: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
+    return found
+
+
+def _in_bits(numbers: Codes, width: int) -> bytes:
+    """Return unsigned integers in so many bits each; zeros fill the last byte."""
+    flags = (numbers[:, None] >> np.arange(width, dtype=numbers.dtype)) & 1 == 1
+    return np.packbits(flags, bitorder="little").tobytes()
+
+
+def pack_code_differences(difference: Codes) -> bytes:
     """Pack int16 of which most are 0 or near it: a byte that says how, then the numbers.
 
     SPARSE: those that are not 0, and the gaps before them. Otherwise the width of all, folded as `pack_differences`
@@ -367,13 +391,12 @@ def _pack_small(difference: Codes) -> bytes:
         gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
         numbers = pack_differences(gaps) + pack_differences(difference[at])
         return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
-    folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
+    folded = _folded(difference)
     several = np.cumsum(np.bincount(folded, minlength=1 << WIDEST)[::-1])[::-1]  # how many are so large, or larger
-    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * 20)
+    width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * IN_FULL)
     escape = (1 << width) - 1
-    short = np.minimum(folded, escape)[:, None] >> np.arange(width, dtype=np.uint16)
-    data = np.packbits(short & 1 == 1, bitorder="little").tobytes()
-    return bytes([width]) + data + pack_differences(difference[folded >= escape])
+    short = _in_bits(np.minimum(folded, np.uint16(escape)), width)
+    return bytes([width]) + short + pack_differences(difference[folded >= escape])
 
 
 @dataclass(frozen=True)
@@ -443,19 +466,24 @@ class Reader:
             width = self.take(1)[0]
             if width > 8 * kind.itemsize:
                 raise ValueError(f"has numbers of {width} bits")
-            data = np.unpackbits(np.frombuffer(self.take((len(unit) * width + 7) // 8), np.uint8), bitorder="little")
-            rows, padding = np.split(data, [len(unit) * width])
-            if padding.any():
-                raise ValueError("is longer than it should be")
-            rows = rows.reshape(len(unit), width)
-            unit[...] = (rows.astype(unit.dtype) << np.arange(width, dtype=unit.dtype)).sum(1, dtype=unit.dtype)
-        half: Any = (found >> 1).view(kind)
-        low: Any = (found & 1).astype(kind)
-        folded: Codes = half ^ -low
-        return folded
+            self._from_bits(width, unit)
+        return _unfolded(found)
 
-    def small(self, count: int) -> Codes:
-        """Read what `_pack_small` packed of so many numbers."""
+    def _from_bits(self, width: int, out: Codes) -> None:
+        """Read unsigned integers of so many bits each into `out`.
+
+        Raises:
+            ValueError: the bits are too few, or the last byte is filled with more than zeros.
+        """
+        data = np.frombuffer(self.take((len(out) * width + 7) // 8), np.uint8)
+        numbers, padding = np.split(np.unpackbits(data, bitorder="little"), [len(out) * width])
+        if padding.any():
+            raise ValueError("is longer than it should be")
+        rows = numbers.reshape(len(out), width).astype(out.dtype)
+        out[...] = (rows << np.arange(width, dtype=out.dtype)).sum(1, dtype=out.dtype)
+
+    def code_differences(self, count: int) -> Codes:
+        """Read what `pack_code_differences` packed of so many numbers."""
         width, found = self.take(1)[0], np.zeros(count, np.int16)
         if width == SPARSE:
             some = int.from_bytes(self.take(4), "little")
@@ -468,11 +496,9 @@ class Reader:
             return found
         if not 1 <= width <= WIDEST:
             raise ValueError(f"has numbers of {width} bits")
-        data = np.unpackbits(np.frombuffer(self.take((count * width + 7) // 8), np.uint8), bitorder="little")
-        short = (
-            data[: count * width].reshape(count, width).astype(np.uint16) << np.arange(width, dtype=np.uint16)
-        ).sum(1, dtype=np.uint16)
-        found[:] = (short >> 1).astype(np.int16) ^ -(short & 1).astype(np.int16)
+        short = np.empty(count, np.uint16)
+        self._from_bits(width, short)
+        found = _unfolded(short)
         escaped = np.flatnonzero(short == (1 << width) - 1)
         found[escaped] = self.differences(len(escaped), np.int16)
         return found
@@ -504,7 +530,7 @@ class Restorer:
                 culprit=self._name,
             ) from error
 
-    def norms(self, count: int) -> npt.NDArray[np.float64]:
+    def norms(self, count: int) -> Wide:
         """Read the norms with which the record begins."""
         found = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
         if not (np.isfinite(found).all() and (found >= 0).all()):

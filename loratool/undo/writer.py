@@ -14,10 +14,11 @@ no record, as the merge wrote them. A blob's hash stands beside its place. The i
 of its adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
 libraries differ in that.
 
-A merge writes a weight that was stored as codes as numbers. `coded` of its entry has the codec's name, and the places
+A weight that was stored as codes may become numbers. `coded` of its entry has the codec's name, then, and the places
 and hashes of stored tensors that follow its records unchanged: its companions, or all if its values were replaced. Its
 records have the differences of the codes, as the codec orders them, to those nearest to W' - D. `declared`, the
-quantization config of each component, is there if anything was coded: the codec finds its weights anew by it.
+quantization config of each component, is there if anything was coded: the codec finds its weights anew by it. A weight
+that stays codes has an entry under their name, with `recoded`; its records have the same differences to its new codes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from ..binding.placement import Placement
 from ..binding.resolve import refuse_second_nonadditive
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.codecs.codec import CodeFormat
 from ..files.dtypes import DTYPES, FLOATS, TensorSpec
 from ..files.fileio import copy_range, open_for_reading, open_scratch, sha256_range, write_at
 from ..files.output import Output
@@ -198,10 +198,9 @@ def _largest_record(plan: MergePlan, name: str, entry: Mapping[str, Any], first:
 def _largest_codes(base: Checkpoint, name: str, count: int) -> int:
     """Return the most bytes of a record of so many weights of a coded one: WIDEST bits a code, padding included."""
     parts = base.parts_of(name)
-    assert isinstance(parts.weight.codec, CodeFormat)
     columns = parts.weight.spec.shape[-1]
-    codes = -(-count // columns) * parts.weight.codec.width(parts)
-    return -(-codes * WIDEST // 8) + 3 * 16  # what begins and ends the runs
+    codes = -(-count // columns) * parts.weight.format.width(parts)
+    return -(-codes * WIDEST // 8) + 3 * 16  # what begins and ends the three lists
 
 
 def _blobs(index: Mapping[str, Any]) -> list[tuple[Any, str]]:

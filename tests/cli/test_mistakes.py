@@ -81,7 +81,7 @@ MISTAKES = {
         pass the original model in 16 or 32 bits; adapter says it was trained on fixtures/llama/base
 
         loratool init four-bit -o out -> 3
-        four-bit: is quantized (bitsandbytes 4-bit), and the codes of model.layers.0.mlp.down_proj.weight are no weights
+        four-bit: is quantized (bitsandbytes 4-bit), and the codes of model.layers.0.mlp.down_proj.weight cannot be read: model.layers.0.mlp.down_proj.weight.quant_state.bitsandbytes__nf4 is missing beside it
         pass the original model in 16 or 32 bits
     """,  # noqa: E501
     "output exists": """

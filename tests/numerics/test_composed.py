@@ -198,6 +198,12 @@ def test_no_error_is_beyond_its_bound_for_any_type(name: str, factor: torch.dtyp
     check_bounds(name, factor)
 
 
+def test_a_scale_next_to_a_power_of_two() -> None:
+    """Of a weight and a scale, which float64 has as -1/2."""
+    scale, (one, two) = F(0.3) * F(-5 / 3), (torch.full((2, 4), x, dtype=FP64) for x in (1 / 3, 1 / 7))
+    assert beyond(Hadamard(Off(one, 0.0), Off(two, 0.0), scale), [F(1 / 3) * F(1 / 7) * scale] * 8) == []
+
+
 @pytest.mark.parametrize(
     ("name", "answers"),
     [

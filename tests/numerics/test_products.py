@@ -101,6 +101,17 @@ def test_high_ranks_that_cancel(rank: int, factor: torch.dtype) -> None:
         check_bounds(Products(terms).rows(0, 3), changes(terms))
 
 
+NEXT_TO_A_HALF = F(0.3) * F(-5 / 3)  # of a weight and a scale: float64 has -1/2 for it
+
+
+@pytest.mark.parametrize("factor", DTYPES, ids=id_of)
+def test_a_scale_next_to_a_power_of_two(factor: torch.dtype) -> None:
+    g = np.random.default_rng(0)
+    B, A = normal(g, 3, 2, dtype=factor), normal(g, 2, 5, dtype=factor)
+    for terms in ([Term(B, A, NEXT_TO_A_HALF)], [Term(B, A, F(1)), Term(B, A, NEXT_TO_A_HALF)]):
+        check_bounds(Products(terms).rows(0, 3), changes(terms))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("factor", [BF16, FP64], ids=id_of)
 def test_ratios_of_rows_and_columns(factor: torch.dtype, axis: int) -> None:

@@ -249,6 +249,7 @@ class TestConvert:
         report = loratool.convert(folder, tmp_path / "out", dtype="fp32")
         assert isinstance(planned, CheckpointConvertReport) and planned.nbytes == report.nbytes
         assert isinstance(report, CheckpointConvertReport)
+        assert all(name.endswith(("scaled_fp8", "norm.scale_weight")) for name in report.left_out)
         found = load_model(tmp_path / "out")
         for name in VECTORS[vector]["weights"]:
             assert found[name].dtype == torch.float32
@@ -346,6 +347,18 @@ class TestConvert:
             runs = [subprocess.run([*MEASURED, *map(str, call)], capture_output=True, text=True) for call in calls]
             peaks.append([int(each.stderr.split()[-1]) for each in runs])
         assert all(large < small + 50_000 for small, large in zip(*peaks, strict=True)), peaks  # kB
+
+    def test_transformers_loads_it(self, tmp_path: Path) -> None:
+        """Without a missing or an unexpected key, and without the quantizer of the base."""
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": 24, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        state, config = as_fp8(plain_model()), {**FP8_CONFIG, **sizes, **heads}
+        loratool.convert(write_model(tmp_path / "m", state, config), tmp_path / "out", dtype="bf16")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not hasattr(model, "hf_quantizer")
+        theirs = model.state_dict()
+        assert all(torch.equal(theirs[name], W) for name, W in plain_model().items())
 
 
 class TestCount:

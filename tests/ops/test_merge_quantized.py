@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from torch import Tensor
 
 import loratool
 from loratool.binding.coded_bases import COARSE, code_bits
+from loratool.binding.merge_plan import MergePlan, plan_merge
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs import CODECS
@@ -98,7 +102,8 @@ def is_nearest(found: Tensor, W: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files but Mistral's own config, which does not travel with a model."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "params.json"}
 
 
 def sized(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,6 +117,10 @@ def test_what_becomes_plain_is_the_exact_sum_rounded_once_and_comes_off(vector: 
     base = write_base(vector, tmp_path / "base")
     numbers = numbers_of(base)
     adapter, changes = write_adapter(tmp_path / "adapter", sized(numbers))
+    if way == "dequantize" and any(float(W.abs().max()) > 3e38 for W in numbers.values()):
+        with pytest.raises(InputError, match="become infinite in BF16"):
+            loratool.merge(base, adapter, tmp_path / "out", quantized=way)
+        return
     loratool.merge(base, adapter, tmp_path / "out", quantized=way)
     out, stored = load_model(tmp_path / "out"), load_model(base)
     for name, pair in changes.items():
@@ -124,6 +133,18 @@ def test_what_becomes_plain_is_the_exact_sum_rounded_once_and_comes_off(vector: 
         assert not config.keys() & {"quantization_config", "quantization"}
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(base)
+
+
+@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
+def test_what_each_way_would_weigh_is_what_it_weighs(way: str, tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "llama" / "fp8", FIXTURES / "llama" / "adapter"
+    report = loratool.merge(base, adapter, tmp_path / "out", target=["q_proj"], quantized=way)
+    weighed = sum(tensor.nbytes for tensor in load_model(tmp_path / "out").values())
+    planned = [
+        loratool.merge(base, adapter, tmp_path / "none", target=["q_proj"], quantized=each, dry_run=True).sizes[way]
+        for each in ("mixed", "dequantize", "requantize")
+    ]
+    assert [report.sizes[way], *planned] == [weighed] * 4
 
 
 @pytest.mark.parametrize("vector", EACH)
@@ -156,10 +177,10 @@ def test_requantized_codes_are_the_nearest_and_come_off(vector: str, tmp_path: P
 
 def all_numbers(codec: CodeFormat, parts: Any, rows: int) -> list[np.ndarray]:
     """The numbers that all weights would have with each code in turn; nan is far from all."""
-    bits_of_codes = parts.weight.detail.get("bits", codec.bits)
+    count = 1 << parts.weight.detail.get("bits", codec.bits)
     found = []
-    for code in range(1 << bits_of_codes):
-        codes = np.full((rows, codec.width(parts)), code, np.uint8).view(codec.code)
+    for code in range(-count // 2, count // 2) if codec.code == "int8" else range(count):
+        codes = np.full((rows, codec.width(parts)), code, codec.code)
         values = codec.values(parts, 0, codes).astype(np.longdouble)
         found.append(np.where(np.isnan(values), np.inf, values))
     return found
@@ -502,6 +523,58 @@ def test_a_damaged_base_is_refused_by_name_before_the_first_byte(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
+@pytest.mark.parametrize(("rows", "whole"), [(slice(0, 8), True), (slice(8, 12), False), (slice(4, 32), False)])
+def test_rows_whose_codes_share_bytes(
+    rows: slice, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWQ has eight rows a word. An adapter of a part of a fused layer can change fewer."""
+    base = write_base("awq_gemm", tmp_path / "base")
+    numbers = sized(numbers_of(base))
+    adapter, changes = write_adapter(tmp_path / "adapter", numbers)
+
+    def of_some_rows(*args: Any) -> MergePlan:
+        plan = plan_merge(*args)
+        part = {"start": rows.start, "stop": rows.stop, "skip": rows.start}
+        cut = {n: tuple(replace(p, **part) for p in found) for n, found in plan.placements.items()}
+        return replace(plan, placements=cut)
+
+    monkeypatch.setattr("loratool.ops.merge.command.plan_merge", of_some_rows)
+    for way, flags in (("requantize", "--quantized mixed --no-undo"), ("mixed", "--no-undo")):
+        if whole:
+            loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+            loratool.unmerge(tmp_path / way, adapter, tmp_path / f"{way}-back")
+            assert files_of(tmp_path / f"{way}-back") == files_of(base)
+        else:
+            with pytest.raises(NeedsFlag, match="8 rows of its codes share bytes") as error:
+                loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+            assert error.value.remedy == f"add {flags}" and not (tmp_path / way).exists()
+    loratool.merge(base, adapter, tmp_path / "out", undo=False)
+    out = load_model(tmp_path / "out")
+    for name, (A, B) in changes.items():
+        kept = torch.zeros_like(B)
+        kept[rows] = B[rows]
+        assert is_nearest(out[name], numbers[name], A, kept)
+
+
+def test_a_shard_of_scales_alone_is_gone_with_them(tmp_path: Path) -> None:
+    """Of an empty file no index tells, so that the merge after it would lose it, and unmerge with it."""
+    base, shards = write_base("ct_fp8_channel", tmp_path / "base"), ("one.safetensors", "two.safetensors")
+    tensors = load_file(base / "model.safetensors")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    (base / "model.safetensors").unlink()
+    weight_map = {name: shards[name.endswith("_scale")] for name in tensors}
+    for shard in shards:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, base / shard, metadata={"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loratool.merge(base, adapter, tmp_path / "once", quantized="dequantize")
+    loratool.merge(tmp_path / "once", adapter, tmp_path / "twice")
+    assert [path.name for path in (tmp_path / "twice").glob("*.safetensors")] == ["one.safetensors"]
+    loratool.unmerge(tmp_path / "twice", adapter, tmp_path / "once-again")
+    assert files_of(tmp_path / "once-again") == files_of(tmp_path / "once")
+    loratool.unmerge(tmp_path / "once-again", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
 def test_a_merge_that_touches_plain_tensors_runs_on_any_checkpoint(tmp_path: Path) -> None:
     """Codes of an unknown format are copied, and the config stays; only an update of theirs is refused."""
     coded = {"model.layers.0.mlp.up_proj.W_q": torch.randint(0, 255, (8, 16), dtype=torch.uint8)}
@@ -538,3 +611,67 @@ def test_codes_of_a_layer_that_stores_in_by_out_are_refused(tmp_path: Path) -> N
         told = run_command("merge", base, adapter, "-o", tmp_path / f"out-{model_type}")
         assert told.exit_code == (3 if model_type == "gpt2" else 0), told.stderr
         assert model_type == "llama" or (f"{name}.weight" in told.stderr and "stores (in, out)" in told.stderr)
+
+
+@pytest.mark.parametrize("vector", ["fp8_blocks", "bnb_nf4_nested", "awq_gemm"])
+def test_the_plan_says_what_each_way_weighs(vector: str, tmp_path: Path) -> None:
+    base = write_base(vector, tmp_path / "base")
+    adapter, _ = write_adapter(tmp_path / "adapter", sized(numbers_of(base)))
+    plan = loratool.merge(base, adapter, tmp_path / "out", dry_run=True)
+    assert plan.quantized == "mixed" and plan.base_nbytes == sum(t.nbytes for t in load_model(base).values())
+    assert plan.undo_bytes is not None
+    for way, size in plan.sizes.items():
+        planned = loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"], dry_run=True)
+        report = loratool.merge(base, adapter, tmp_path / way, quantized=way, allow=["lossy"])
+        assert sum(t.nbytes for t in load_model(tmp_path / way).values()) == size
+        assert report.undo_bytes is not None and planned.undo_bytes is not None
+        assert report.undo_bytes <= planned.undo_bytes and report.nbytes == planned.nbytes
+    assert list(plan.sizes) == ["mixed", "dequantize", "requantize"]
+
+
+def test_one_expert_that_makes_a_layer_plain_is_told_with_a_better_way(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for expert in range(6):
+        for kind in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.experts.{expert}.{kind}"
+            tensors[f"{name}.weight"] = weights(16, 16, seed=expert).to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale_inv"] = torch.ones(1, 1)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {"model_type": "qwen3_moe", "dtype": "bfloat16", "quantization_config": quantized}
+    (base / "config.json").write_text(json.dumps(config))
+    one = "model.layers.0.mlp.experts.2.up_proj.weight"
+    adapter, _ = write_adapter(tmp_path / "adapter", {one: numbers_of(base)[one]})
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert report.decoded == 17 and not open_checkpoint(tmp_path / "out").weights
+    (note,) = [line for line in report.warnings if "without a change" in line]
+    assert note.startswith("17 weights") and note.endswith("--quantized requantize keeps their size")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+    assert loratool.verify(base, adapter, tmp_path / "out").status == "proven"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_largest_weight(tmp_path: Path) -> None:
+    """Of rows that are decoded, merged, recorded and written a few at a time: not a matrix of half a gigabyte."""
+    rows, columns = 1 << 13, 1 << 14
+    codes = torch.randint(0, 120, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.down_proj"
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {f"{name}.weight": codes, f"{name}.weight_scale": torch.full((rows, 1), 1e-3)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    A, B = factors(rows, columns, RANK)
+    adapter = write_peft(tmp_path / "adapter", {name: (A * 1e-2, B)})
+    code = f"""
+import resource, loratool
+for way in ("mixed", "requantize"):
+    loratool.merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path)!r} + "/" + way, quantized=way, workers=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 700

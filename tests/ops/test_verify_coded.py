@@ -494,7 +494,7 @@ def test_codes_without_their_scales_are_refused_by_name(tmp_path: Path) -> None:
 def test_pefts_own_merge_into_codes_is_told_by_the_kept_share(tmp_path: Path, nested: bool) -> None:
     """peft's Linear4bit decodes, adds and encodes with scales of its own; so does transformers, of a merged model."""
     functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     from bitsandbytes.nn import Linear4bit
 
     def linear(W: Tensor) -> Any:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from loratool.streaming.workers import map_in_order
+from loratool.files.safetensors_file import TensorFile
+from loratool.files.tensor_ref import TensorRef
+from loratool.numerics.workspace import Workspace
+from loratool.streaming.workers import Locate, MapRows, Scattered, Worker, map_in_order
 
 
 def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:
@@ -37,3 +44,33 @@ def test_an_error_is_raised_in_its_place_and_torch_has_its_threads_again() -> No
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+class OneStream:
+    """A stream that has nothing to wait for."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_codes_are_made_on_the_cpu_whatever_the_device(tmp_path: Path) -> None:
+    """A GPU's worker gives a step its rows on the device, and takes codes from it as numpy writes them."""
+    save_file({"x": torch.arange(12.0).view(3, 4)}, tmp_path / "x.safetensors")
+    written: list[list[int]] = []
+    devices: list[bool] = []
+    worker = Worker(torch.device("cpu"))
+    worker.stream = OneStream()  # type: ignore[assignment]
+
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> None:
+        hosts = (worker.host.take("out", torch.uint8, 3, 4), worker.host.take("base", torch.float32, 3, 4))
+        devices.extend(x.data_ptr() == host.data_ptr() for x, host in zip((out, base), hosts, strict=True))
+        out.numpy()[...] = base.numpy()
+
+    def write(locate: Locate, start: int, out: Tensor, result: None) -> None:
+        written.extend(out.tolist())
+
+    with closing(TensorFile(tmp_path / "x.safetensors")) as file, open(os.devnull, "wb") as target:
+        source, how = TensorRef(file, "x"), Scattered(torch.uint8, 4, 12, write)
+        place = (target, 0, torch.uint8, 4, 0, 3, lambda start, stop: step, 3)
+        worker(MapRows("x", source, 4, *place, scattered=(how, lambda name: (target, 0), 3)))
+    assert devices == [True, False] and written == torch.arange(12).view(3, 4).tolist()

@@ -5,6 +5,8 @@ import json
 import struct
 from bisect import bisect_left, bisect_right
 from fractions import Fraction as F
+from math import copysign, isfinite, isnan
+from typing import NamedTuple
 
 FORMS = {"BF16": (16, 8, -133), "F16": (16, 11, -24), "F32": (32, 24, -149), "F64": (64, 53, -1074)}
 FORMS |= {"F8_E4M3": (8, 4, -9), "F8_E5M2": (8, 3, -16)}
@@ -26,25 +28,146 @@ def nearest(x, bits, digits, least):
     return size if x >= 0 else -1 - size
 
 
-def restore(data, merged, adapters):
-    """Return {tensor: codes of W} from those of W' and, of each adapter, {module or tensor: its numbers}."""
+class Coded(NamedTuple):  # what the reader is told of a weight that is stored as codes
+    levels: dict  # of each code its number, before scale and zero point
+    numbers: list  # of each row and column, {code: number}, of those that a number may have
+    width: int  # codes of a row, padding included
+    lower: bool  # of two numbers equally near the lower one counts, not the even code
+
+
+class Bits:  # of bytes, the lowest bit of each first
+    def __init__(self, data):
+        self.left, self.bits = 8 * len(data), int.from_bytes(data, "little")
+
+    def take(self, count):
+        found, self.bits, self.left = self.bits & ((1 << count) - 1), self.bits >> count, self.left - count
+        assert self.left >= 0
+        return found
+
+    def fill(self):
+        assert self.take(self.left % 8) == 0
+
+
+def differences(bits, count):
+    found = []
+    for start in range(0, count, 4096):
+        width = bits.take(8)
+        found += [bits.take(width) for _ in range(min(4096, count - start))]
+        bits.fill()
+    return [d >> 1 ^ -(d & 1) for d in found]
+
+
+def integers(bits, count):
+    width = bits.take(8)
+    if width == 255:
+        some, found, at = bits.take(32), [0] * count, -1
+        for gap, d in zip(differences(bits, some), differences(bits, some), strict=True):
+            at += gap + 1
+            found[at] = d
+        return found
+    assert 1 <= width <= 9
+    short, full = [bits.take(width) for _ in range(count)], (1 << width) - 1
+    bits.fill()
+    others = iter(differences(bits, short.count(full)))
+    return [next(others) if d == full else d >> 1 ^ -(d & 1) for d in short]
+
+
+def nearest_code(x, numbers, coded):
+    """Return the code whose number is nearest to a fraction; numbers: {code: number} at a place."""
+    x, finite = F(float(x)), [c for c in numbers if isfinite(coded.levels[c])]
+    rising = sorted({numbers[c] for c in finite})
+    if len(rising) == 1:  # the scale is 0
+        ends = sorted(finite, key=coded.levels.get)
+        return ends[0] if x < rising[0] else ends[-1] if x > rising[0] else nearest_code(0, coded.levels, coded)
+    k = bisect_left(rising, x)
+    near = rising[max(0, k - 1) : k + 1]
+
+    def rank(c):
+        return abs(numbers[c] - x), numbers[c] if coded.lower else c & 1, copysign(1, -coded.levels[c]), c
+
+    return min((c for c in finite if numbers[c] in near), key=rank)
+
+
+def beside(bits, guess, coded, columns):
+    """Return the codes of some rows, padding included, by what they are beside a guess."""
+
+    def rank(c):
+        x = coded.levels[c]
+        return isnan(x), 0 if isnan(x) else x, copysign(1, x), -c
+
+    rising = sorted(coded.levels, key=rank)
+    place, zero = {c: k for k, c in enumerate(rising)}, nearest_code(0, coded.levels, coded)
+    others, zeros = (iter(integers(bits, sum((g == zero) is of for g in guess))) for of in (False, True))
+    own = [rising[place[g] + next(zeros if g == zero else others)] for g in guess]
+    more = coded.width - columns
+    padding = integers(bits, len(guess) // columns * more)
+    assert bits.left == 0
+    return [
+        code
+        for row in range(len(guess) // columns)
+        for code in own[row * columns : (row + 1) * columns] + padding[row * more : (row + 1) * more]
+    ]
+
+
+def word_sum(data):
+    return sum(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)) % (1 << 64)
+
+
+def joined(codes, size):
+    return b"".join((c % (1 << 8 * size)).to_bytes(size, "little") for c in codes)
+
+
+def restore(data, merged, adapters, coded=None):
+    """Return {tensor: codes of W} from those of W' and, of each adapter, {module or tensor: its numbers}.
+
+    Of a weight that is stored as codes these stand under its name, and the bytes of its companions under theirs.
+    `coded` has what is told of such weights by their names; W' of one that became codes is those, padding included.
+    """
     at, length, digest, end = struct.unpack("<QQ32s8s", data[-56:])
     assert (data[:16], end, at + length) == (b"loratool undo 2\n", b"loraundo", len(data) - 56)
     assert hashlib.sha256(data[at:-56]).digest() == digest
-    found = {}
-    for name, entry in json.loads(data[at:-56])["tensors"].items():
-        (kind, shape), placements, found[name] = entry["spec"], entry["placements"], []
-        columns = len(merged[name]) // shape[0]
-        for start, stop, at, length, digest, _ in sorted(entry["records"]):
+    index, found = json.loads(data[at:-56]), {}
+    for name, entry in index["tensors"].items():
+        (kind, shape), placements = entry["spec"], entry["placements"]
+        name, shape = (entry["recoded"][key] for key in ("weight", "shape")) if "recoded" in entry else (name, shape)
+        told = coded[name] if "recoded" in entry or "coded" in entry else None
+        form, columns, W, height = FORMS.get(kind), len(merged[name]) // shape[0], [], None
+        width = columns if "recoded" in entry else None
+        if told:
+            columns, height = shape[1], max(8, (1 << 22) // shape[1] // 8 * 8)
+        for start, stop, at, length, digest, total in sorted(entry["records"]):
             updates = [(p, adapters[p[0]][p[2] or p[1]]) for p in placements if p[6] <= start < p[7]]
-            places = [swap(code, FORMS[kind][0]) for code in merged[name][start * columns : stop * columns]]
-            W = read(data[at : at + length], places, FORMS[kind], updates, start, columns)
-            assert hashlib.sha256(b"".join(c.to_bytes(FORMS[kind][0] // 8, "little") for c in W)).hexdigest() == digest
-            found[name] += W
+            record, each = data[at : at + length], width or columns
+            wrote = merged[name][start * each : stop * each]
+            assert word_sum(joined(wrote, 1 if width else form[0] // 8)) == total
+            assert height is None or stop - start <= height
+            if width:
+                guess = [c for k, c in enumerate(wrote) if k % width < columns]
+                own = beside(Bits(record), guess, told, columns)
+            else:
+                places = [swap(code, form[0]) for code in wrote]
+                own = read(record, places, form, updates, start, columns, told)
+            assert hashlib.sha256(joined(own, 1 if told else form[0] // 8)).hexdigest() == digest
+            W += own
+        found[name] = W
+        if "coded" in entry:
+            found |= kept(data, index["shards"], entry)
     return found
 
 
-def read(record, merged, form, updates, start, columns):
+def kept(data, shards, entry):
+    """Return {stored tensor: bytes} of those that an undo file has as they were."""
+    headers = [data[at : at + length] for at, length, _ in (shard["header"] for shard in shards)]
+    specs, found = {name: spec for header in headers for name, spec in json.loads(header).items()}, {}
+    names = entry["coded"]["tensors"][0 if entry["replaced"] else 1 :]
+    for name, (at, hashes) in zip(names, entry["coded"]["kept"], strict=True):
+        first, last = specs[name]["data_offsets"]
+        found[name] = data[at : at + last - first]
+        assert [hashlib.sha256(found[name]).hexdigest()] == hashes
+    return found
+
+
+def read(record, merged, form, updates, start, columns, coded=None):
     """Return the codes of a record's rows of W from the places of W'; updates: (placement, the adapter's numbers)."""
     bits, inf = form[0], ((1 << (form[0] - form[1])) - 1) << (form[1] - 1)
     inf = 127 if form == FORMS["F8_E4M3"] else inf  # which has no inf: all codes but that of nan are finite
@@ -65,13 +188,17 @@ def read(record, merged, form, updates, start, columns):
             left, right = (j, row) if transposed else (row, j)
             D += w * u["scale"] * sum(b * line[right] for b, line in zip(u["B"][left], u["A"], strict=True))
         X.append((a, D) if -inf <= merged[k] < inf else (1, 0))
+    if coded:
+        guess = []
+        for k, (p, (a, D)) in enumerate(zip(merged, X, strict=True)):
+            x = (number(p, *form) - D) / a if a and -inf <= p < inf else 0
+            guess.append(nearest_code(x, coded.numbers[start + k // columns][k % columns], coded))
+        return beside(Bits(record[8 * len(norms) :]), guess, coded, columns)
     if bits == 64 or not updates:
-        additive, W, width = updates and not any("rows" in u or "m" in u for _, u in updates), [], 0
-        for k, (p, (_, D)) in enumerate(zip(merged, X, strict=True)):
-            width = sum(next(stream) << bit for bit in range(8)) if k % 4096 == 0 else width
-            p = nearest(number(p, *form) - D, *form) if additive and D else p
-            d = sum(next(stream) << bit for bit in range(width))
-            W.append(p + ((d >> 1) ^ -(d & 1)))
+        additive, W = updates and not any("rows" in u or "m" in u for _, u in updates), []
+        apart = differences(Bits(record[8 * len(norms) :]), len(merged))
+        for p, (_, D), d in zip(merged, X, apart, strict=True):
+            W.append((nearest(number(p, *form) - D, *form) if additive and D else p) + d)
         return [swap((p + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1)), bits) for p in W]
     for p, (a, D) in zip(merged, X, strict=True):
         s = 1 if a > 0 else -1

@@ -47,8 +47,8 @@ class Case:
         return join_undo(self.body if body is None else body, index)
 
 
-def read_case(base: Path, adapter: Adapters, merged: Path) -> Case:
-    loratool.merge(base, adapter, merged)
+def read_case(base: Path, adapter: Adapters, merged: Path, way: str = "mixed") -> Case:
+    loratool.merge(base, adapter, merged, quantized=way)
     undo = merged / "loratool.undo" if merged.is_dir() else merged.with_suffix(".undo")
     return Case(base, adapter, merged, *split_undo(undo.read_bytes()))
 
@@ -73,9 +73,19 @@ def write_torch(folder: Path) -> Path:
     return folder
 
 
+def write_replaced_codes(folder: Path) -> Path:
+    """Write codes in whose place an adapter has numbers."""
+    state = {"score.weight": weights(6, 4).to(torch.float8_e4m3fn), "score.weight_scale": torch.ones(6, 1)}
+    write_model(folder / "base", state, {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
+    adapter = write_peft(folder / "adapter", {"x": factors(6, 4, 2)}, modules_to_save=["score"])
+    save_file({"base_model.model.score.weight": weights(6, 4, seed=7)}, adapter / "adapter_model.safetensors")
+    return folder
+
+
 def cases(folder: Path) -> dict[str, Case]:
     gpt2, sdxl, llama = (FIXTURES / name for name in ("gpt2", "sdxl", "llama"))
     resized, pickled = write_resized(folder / "resized"), write_torch(folder / "torch")
+    replaced = write_replaced_codes(folder / "replaced")
     return {
         "llama": read_case(llama / "base", llama / "adapter", folder / "llama"),
         "gpt2": read_case(gpt2 / "base" / "model.safetensors", gpt2 / "adapter", folder / "gpt2.safetensors"),
@@ -86,6 +96,9 @@ def cases(folder: Path) -> dict[str, Case]:
         ),
         "resized": read_case(resized / "base", resized / "adapter", folder / "cut"),
         "torch": read_case(pickled / "base", pickled / "adapter", folder / "pickled"),
+        "fp8": read_case(llama / "fp8", llama / "adapter", folder / "decoded"),
+        "codes": read_case(llama / "fp8", llama / "adapter", folder / "recoded", "requantize"),
+        "replaced codes": read_case(replaced / "base", replaced / "adapter", folder / "of-numbers"),
     }
 
 
@@ -250,6 +263,13 @@ def test_sizes_beyond_the_files_own(resized: Case, tmp_path: Path) -> None:
         place = index[owner][key]["header"] if owner == "shards" else index[owner][key]
         place[1] = 1 << 40
         assert damaged(resized, resized.forge(index), tmp_path) < 1 << 24
+
+
+def test_a_tensor_of_more_hashes_than_memory_holds(tmp_path: Path) -> None:
+    folder = write_replaced_codes(tmp_path / "replaced")
+    case = read_case(folder / "base", folder / "adapter", tmp_path / "merged")
+    case.index["tensors"]["score.weight"]["spec"][1] = [1 << 46, 4]
+    assert damaged(case, case.forge(case.index), tmp_path, "its hashes") < 1 << 24
 
 
 def test_a_flipped_bit_anywhere(resized: Case, tmp_path: Path) -> None:

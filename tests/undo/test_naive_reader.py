@@ -7,13 +7,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from conftest import factors, load_model, weights, write_model
-from naive_reader import restore
+from conftest import FIXTURES, factors, load_model, weights, write_model
+from naive_reader import Coded, restore
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs.scaled import ScaledCodes
+from loratool.numerics.code_levels import Integers, Table
 
 PREFIX = "base_model.model."
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
@@ -65,6 +71,13 @@ def hard(x: Tensor) -> Tensor:
     return x
 
 
+def read_back(out: Path, merged: dict[str, list[int]], told: dict[str, Any], coded: Any = None) -> dict[str, Any]:
+    """Restore a merge; told: of the adapters, by the names of their folders."""
+    data = (out / "loratool.undo").read_bytes()
+    index = json.loads(data[int.from_bytes(data[-56:-48], "little") : -56])
+    return restore(data, merged, [told[adapter["name"]] for adapter in index["adapters"]], coded)
+
+
 def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
     types = {"b": BF16, "h": FP16, "s": torch.float32, "w": FP64, "e": E4M3, "f": torch.float8_e5m2}
     base = {f"{name}.weight": hard(weights(4, 6, dtype=dtype)) for name, dtype in types.items()}
@@ -90,10 +103,98 @@ def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
         (write_adapter(tmp_path / "3", values), 1.0),
     ]
     loratool.merge(model, adapters, tmp_path / "out")
-    data = (tmp_path / "out" / "loratool.undo").read_bytes()
     told = dict(zip("0123", (numbers(each, rows) for each in (plain, *others, values)), strict=True))
-    order = [adapter["name"] for adapter in json.loads(data[int.from_bytes(data[-56:-48], "little") : -56])["adapters"]]
-    found = restore(
-        data, {name: codes(x) for name, x in load_model(tmp_path / "out").items()}, [told[n] for n in order]
-    )
+    found = read_back(tmp_path / "out", {name: codes(x) for name, x in load_model(tmp_path / "out").items()}, told)
     assert found == {name: codes(x) for name, x in base.items() if name != "same"}
+
+
+# The numbers of codes before scale and zero point, by the formats' definitions; of other formats their codecs tell them
+E2M1 = [sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+LEVELS: dict[str, list[float]] = {
+    "fp8": torch.arange(256, dtype=torch.uint8).view(E4M3).double().tolist(),
+    "ct_mxfp4": E2M1,
+    "awq_gemm": [float(code) for code in range(16)],
+    "gptq_v1_4bit_act_order": [float(code) for code in range(16)],
+    "ct_pack3_channel_ragged": [float(code) for code in range(-4, 4)],
+}
+VECTORS: dict[str, dict[str, Any]] = json.loads((FIXTURES / "coded" / "index.json").read_text())["vectors"]
+REFUSED = ("gptq_v1_4bit_wrap", "mxfp4_gpt_oss", "fp4_deepseek_v4", "mlx_affine4_experts")  # or with stacks alone
+K, V = (f"model.layers.0.self_attn.{each}_proj" for each in "kv")
+
+
+def write_coded(vector: str, folder: Path) -> Path:
+    """Write a base of codes: part of a model of blocks of e4m3, or a vector, with a plain tensor that says its type."""
+    path = FIXTURES / ("llama/fp8/model.safetensors" if vector == "fp8" else f"coded/{vector}.safetensors")
+    with safe_open(path, "pt") as file:
+        known, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    if vector == "fp8":
+        known = {name: x for name, x in known.items() if name.startswith((K, V))}
+        known[f"{K}.weight"].view(torch.uint8)[0, :4] = torch.tensor([128, 127, 255, 0])  # -0, both nan, 0
+        known[f"{K}.weight_scale_inv"][1, 1] = 0.0
+    config = VECTORS[vector]["config"] if vector in VECTORS else json.loads((path.parent / "config.json").read_text())
+    known["model.norm.weight"] = weights(8, dtype=BF16)
+    write_model(folder, known, {"model_type": "llama", "dtype": "bfloat16", **config}, metadata=metadata or {})
+    for name, content in VECTORS.get(vector, {}).get("side_files", {}).items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def read_codes(base: Checkpoint, name: str) -> list[int]:
+    parts = base.parts_of(name)
+    matrices, rows, _ = parts.shape
+    return [int(code) for code in parts.weight.format.codes(parts, 0, matrices * rows).reshape(-1)]
+
+
+def told_of_codes(base: Checkpoint, name: str, known: list[float] | None) -> Coded:
+    """Return what the reader is told of a coded weight, with the numbers that its codec gives each code everywhere."""
+    parts = base.parts_of(name)
+    codec, rows = parts.weight.format, parts.shape[0] * parts.shape[1]
+    assert isinstance(codec, ScaledCodes)
+    levels, near = dict(enumerate(known or ())), range(len(known or ()))
+    if known is None:
+        own, kind = codec.levels(parts), np.dtype(codec.code)
+        assert isinstance(own, (Integers, Table))
+        near = range(own.low, own.high + 1) if isinstance(own, Integers) else range(len(own.numbers))
+        every = range(-128, 128) if codec.code == "int8" else near  # a byte may have more than integers of 4 bits
+        levels = {code: float(own.values(np.array([code], kind))[0]) for code in every}
+    each = [codec.values(parts, 0, np.full((rows, codec.width(parts)), code, codec.code)) for code in near]
+    table = [[dict(zip(near, place, strict=True)) for place in row] for row in np.stack(each, axis=2).tolist()]
+    return Coded(levels, table, codec.width(parts), codec.key == "bitsandbytes-4bit")
+
+
+# One weight of those that `LEVELS` has, beside others that become numbers with it; of the others all that are small
+QUICK = [("fp8", "dequantize"), *((vector, way) for vector in LEVELS for way in ("mixed", "requantize"))]
+SLOW = [(vector, way) for vector in VECTORS.keys() - {*LEVELS, *REFUSED} for way in ("mixed", "requantize")]
+
+
+@pytest.mark.parametrize(
+    ("vector", "way"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in sorted(SLOW))]
+)
+def test_it_restores_codes(vector: str, way: str, tmp_path: Path) -> None:
+    base = open_checkpoint(write_coded(vector, tmp_path / "base"))
+    is_quick, dora = (vector, way) in QUICK, vector == "awq_gemm"
+    changed: dict[str, Tensor] = {}
+    for name in base.weights:
+        W = base[name].nan_to_num()
+        if W.dim() == 2 and W.numel() < 9000 and W.abs().max() < 1e38 and not (is_quick and changed):
+            changed[name] = W
+    adapter: dict[str, Tensor] = {}
+    for name, W in changed.items():
+        module, size = name.removesuffix(".weight"), 2.0 * float(W.abs().median() + 1e-6)
+        adapter |= lora(module, (W.shape[0], W.shape[1]), size)
+        adapter |= {f"{module}.lora_magnitude_vector": weights(len(W)).abs() + 1.0} if dora else {}
+    folder = write_adapter(tmp_path / "0", adapter, use_dora=dora)
+    loratool.merge(tmp_path / "base", folder, tmp_path / "out", quantized=way, allow=["lossy"])
+    out = open_checkpoint(tmp_path / "out")
+    plain = [name for name in base.weights if name not in out.weights]
+    assert way == "requantize" or len(plain) >= len(changed)
+    gone, stored = plain or list(changed), load_model(tmp_path / "base")
+    merged = {name: codes(out[name]) if name in plain else read_codes(out, name) for name in gone}
+    coded = {name: told_of_codes(base, name, LEVELS.get(vector)) for name in gone}
+    expected: dict[str, Any] = {name: read_codes(base, name) for name in gone}
+    companions = [tensor for name in plain for tensor in base.weights[name].tensors[1:]]
+    expected |= {name: bytes(stored[name].reshape(-1).view(torch.uint8).numpy()) for name in companions}
+    found = read_back(tmp_path / "out", merged, {"0": numbers(adapter, {})}, coded)
+    assert found == expected
+    base.close()
+    out.close()

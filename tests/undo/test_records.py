@@ -25,7 +25,16 @@ from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Stored, Sum
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
-from loratool.undo.records import UNIT, Reader, RecordedBlock, Recorder, Restorer, pack_differences, subtract
+from loratool.undo.records import (
+    UNIT,
+    Reader,
+    RecordedBlock,
+    Recorder,
+    Restorer,
+    pack_code_differences,
+    pack_differences,
+    subtract,
+)
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -413,6 +422,19 @@ class TestBrokenRecords:
         change = np.array([2**63 - 1, -(2**63), -1, 0, 1])
         assert (Reader(pack_differences(change)).differences(5, np.int64) == change).all()
 
+    @pytest.mark.parametrize(
+        ("numbers", "data"),
+        [([5, -3, 2], [4, 0x5A, 0x04]), ([0] * 99 + [-300], [255, 1, 0, 0, 0, 8, 198, 10, 599 & 255, 599 >> 8])],
+    )
+    def test_differences_of_codes(self, numbers: list[int], data: list[int]) -> None:
+        assert pack_code_differences(np.array(numbers, np.int16)) == bytes(data)
+        assert Reader(bytes(data)).code_differences(len(numbers)).tolist() == numbers
+        for end in range(len(data)):
+            with pytest.raises(ValueError, match="ends too early"):
+                Reader(bytes(data[:end])).code_differences(len(numbers))
+        with pytest.raises(ValueError, match="longer than it should be"):
+            Reader(bytes([*data[:-1], data[-1] | 0x80])).code_differences(len(numbers))
+
     @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, -0.5])
     def test_norms_that_are_none(self, norm: float) -> None:
         data = struct.pack("<3d", 1.0, norm, 2.0)
@@ -431,3 +453,33 @@ class TestBrokenRecords:
         with pytest.raises(InputError, match=r"x: (does not come back|cannot be restored)"):
             restored(out, product_of(A, B, 1.01), record)
         assert torch.equal(restored(out, x, record), W)
+
+
+SMALL = {
+    "none": [],
+    "zeros": [0] * 5,
+    "one": [0, 0, -3],
+    "few": ([0] * 2000 + [7, -510]) * 9,
+    "often": [0, 0, 1, 0, -1] * 900,
+    "some large": ([1, -1, 0] * 300 + [255, -255]) * 9,
+    "all sizes": list(range(-255, 256)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_differences_come_back_from_all_their_bits(name: str) -> None:
+    """And no bit of the padding is anything but 0."""
+    numbers = np.array(SMALL[name], np.int16)
+    data = pack_code_differences(numbers)
+    reader = Reader(data)
+    assert np.array_equal(reader.code_differences(len(numbers)), numbers) and reader.rest == 0
+    for at in range(0, len(data), max(1, len(data) // 50)):
+        with pytest.raises(ValueError, match="ends too early"):
+            Reader(data[:at]).code_differences(len(numbers))
+        for bit in range(8):
+            flipped = bytes([*data[:at], data[at] ^ 1 << bit, *data[at + 1 :]])
+            try:
+                reader = Reader(flipped)
+                assert not np.array_equal(reader.code_differences(len(numbers)), numbers) or reader.rest
+            except ValueError:
+                pass

@@ -15,24 +15,41 @@ from .codec import Fault, Found, Parts
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
+    from ...numerics.code_levels import Levels
     from .codec import Wide
+    from .packing import Packing
 
 # A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
 COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
 
 STRATEGIES = {"channel": [1, 0], "tensor": [0, 0]}  # compressed-tensors' -> the block
 
+LONGEST = 1 << 16  # side of a block that a config may name
+
 POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
 
 
-def block_scales(codec: ScaledCodes, parts: Parts, start: int, stop: int) -> Scales:
-    """Return the scales and zero points of rows whose blocks the detail names."""
-    high, wide = parts.detail("block")
-    found: dict[str, Wide] = {}
-    for role in ("scales", "zeros"):
-        if parts.get(role):
-            found[role] = codec.grid(parts, role, (high, wide), start, stop)
-    return Scales(found["scales"], 0 if wide == 1 else wide, found.get("zeros"))
+class BlockCodes(ScaledCodes):
+    """A format with a byte a code, float8 or integers, and one scale for each block that the detail names."""
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Plain
+
+        return Plain(parts.weight.spec.shape[-1], self.code)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import E4M3, E5M2, INT8
+
+        levels: dict[str, Levels] = {"I8": INT8, "F8_E4M3": E4M3, "F8_E5M2": E5M2}
+        return levels[parts.codes_spec.dtype]
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        high, wide = parts.detail("block")
+        found: dict[str, Wide] = {}
+        for role in ("scales", "zeros"):
+            if parts.get(role):
+                found[role] = self.grid(parts, role, (high, wide), start, stop)
+        return Scales(found["scales"], 0 if wide == 1 else wide, found.get("zeros"))
 
 
 def refuse_column_scales(path: str, found: Found) -> None:
@@ -71,7 +88,8 @@ def block_of(
         raise Fault(f"{name} has the shape {scale.shape}, for a weight of {shape}")
     if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
         return 0, 1
-    for high, wide in chain(stated, _usual_blocks(rows, columns, bool(stack))):
+    named = [block for block in stated if max(block) <= LONGEST]
+    for high, wide in chain(named, _usual_blocks(rows, columns, bool(stack))):
         if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
             return high, wide
     raise Fault(f"{name} has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")

@@ -8,6 +8,7 @@ merging back into codes, and undo; their places in the file are the packing's ma
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 
 LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
-
 
 SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
 
@@ -87,7 +87,8 @@ class StoredTensor:
         form = FORMS.get(found.dtype)
         if form and found.itemsize == 1:  # of which `wide` knows no nan
             return widen(found, torch.empty(found.shape, dtype=torch.float64)).numpy()
-        return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
+            return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
         """Return columns start:stop of `rows` rows of so many columns, from the number `first` on, as `integers`.
@@ -193,6 +194,17 @@ class StoredWeight:
     detail: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its layout is, as the codec needs it
     note: str = ""  # what the user should know: that the config says otherwise
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of its tensors by role."""
+        return dict(zip(self.roles, self.tensors, strict=True))
+
+    @property
+    def format(self) -> CodeFormat:
+        """The codec of a weight that is stored as codes, as all weights of several tensors are."""
+        assert isinstance(self.codec, CodeFormat)
+        return self.codec
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -215,19 +227,15 @@ class Parts:
     def shape(self) -> tuple[int, int, int]:
         """The weight as a stack of matrices: (matrices, rows, columns)."""
         *stack, rows, columns = self.weight.spec.shape
-        count = 1
-        for size in stack:
-            count *= size
-        return count, rows, columns
+        return math.prod(stack), rows, columns
 
     def require_sound(self) -> None:
         """Read the companions once, as `CodeFormat.check` does; raise InputError if they are damaged."""
-        assert self._is_sound
+        _ = self._is_sound
 
     @cached_property
     def _is_sound(self) -> bool:
-        assert isinstance(self.weight.codec, CodeFormat)
-        self.weight.codec.check(self)
+        self.weight.format.check(self)
         return True
 
     def damaged(self, role: str, what: str) -> InputError:
@@ -366,7 +374,9 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:
-        """Return the codes nearest to numbers of rows from `start` on; ties to even codes, 0.0 is +0.
+        """Return the codes nearest to numbers of rows from `start` on; 0.0 is +0. Undo files depend on each choice.
+
+        Ties go to even codes, or to the lower number in a format that says so (bitsandbytes).
 
         Of numbers beyond the range it is the last code, of nan that of 0. Where a rounding of float64 decides between
         two neighbors, it may be either, but the same on every machine.
@@ -380,7 +390,10 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
-        """Return int16 that order codes as their numbers, -0 just below +0."""
+        """Return int16 that order codes as their numbers before scale and zero point.
+
+        -0 stands just below +0, of equal numbers the highest code first, and nan last, negative ones first.
+        """
 
     @abstractmethod
     def zero(self, parts: Parts) -> int:
@@ -388,7 +401,7 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
-        """Return the codes of ordinals."""
+        """Return the codes of ordinals; IndexError if one is no code's."""
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         """Return what writes a weight anew as `parts` is stored, None if that takes more than its numbers."""

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dtypes import TensorSpec
-from .blocks import block_of, block_scales, refuse_column_scales
+from .blocks import BlockCodes, block_of, refuse_column_scales
 from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
 from .scaled import ScaledCodes, Scales
 
@@ -88,7 +88,7 @@ class ComfyLayer(ScaledCodes):
         """
 
 
-class ComfyInt8(ComfyLayer):
+class ComfyInt8(ComfyLayer, BlockCodes):
     """Integers times one scale, or one for each row."""
 
     key = "comfy-int8"
@@ -103,19 +103,6 @@ class ComfyInt8(ComfyLayer):
         scale = path + ".weight_scale"
         block = block_of(shape, found.need(scale, "F32", "F16", "BF16"), scale, [])
         return shape, {"scales": scale}, {"block": block}
-
-    def packing(self, parts: Parts) -> Packing:
-        from .packing import Plain
-
-        return Plain(parts.weight.spec.shape[-1], self.code)
-
-    def levels(self, parts: Parts) -> Levels:
-        from ...numerics.code_levels import INT8
-
-        return INT8
-
-    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
-        return block_scales(self, parts, start, stop)
 
 
 class ComfyTiled(ComfyLayer):

@@ -8,14 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .blocks import block_of, block_scales, contradiction, refuse_column_scales, stated_blocks
+from .blocks import BlockCodes, block_of, contradiction, refuse_column_scales, stated_blocks
 from .codec import Fault, Found, Parts, Quantizer, StoredWeight
 from .comfy import layer_config
-from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
-    from ...numerics.code_levels import Levels
-    from .packing import Packing
+    pass
 
 # The ends of the scales' name behind the weight's path: DeepSeek-V3 and transformers; compressed-tensors, modelopt,
 # fbgemm and ComfyUI; Mistral; DeepSeek-V4; ComfyUI's old files
@@ -34,7 +32,7 @@ SCALE_TYPES = ("F32", "F16", "BF16", *E8M0)
 COMFY_TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's name of a format -> of the codes
 
 
-class Fp8(ScaledCodes):
+class Fp8(BlockCodes):
     """Codes of e4m3 or e5m2; a number is its code's, less the zero point if there is one, times the scale.
 
     Sources: transformers, integrations/finegrained_fp8.py and fbgemm_fp8.py; compressed-tensors,
@@ -81,19 +79,6 @@ class Fp8(ScaledCodes):
             {"block": block, "power_of_two": scale.dtype in E8M0 or found.declared.get("scale_fmt") == "ue8m0"},
             contradiction(block, stated),
         )
-
-    def packing(self, parts: Parts) -> Packing:
-        from .packing import Plain
-
-        return Plain(parts.weight.spec.shape[-1])
-
-    def levels(self, parts: Parts) -> Levels:
-        from ...numerics.code_levels import E4M3, E5M2
-
-        return E4M3 if parts.codes_spec.dtype == "F8_E4M3" else E5M2
-
-    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
-        return block_scales(self, parts, start, stop)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         """Write anew what has no zero points; scales of powers of two only as transformers rounds them."""

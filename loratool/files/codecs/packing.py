@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from .codec import StoredTensor
+if TYPE_CHECKING:
+    from .codec import Codes, StoredTensor
 
-Codes = npt.NDArray[Any]
 Place = tuple[int, bytes]  # the first byte in the tensor, and the bytes from there on
 
 OCTET = (0, 4, 1, 5, 2, 6, 3, 7)  # AWQ: the nibble of a word that has column k of eight (AutoAWQ, packing_utils.py)
@@ -63,7 +62,8 @@ class Plain:
 class Words:
     """A row's codes as a stream of bits in words of 32, the lowest bit first; a last word is padded.
 
-    Nibbles with the low one first are such a stream, whatever their tensor's type.
+    Bits that are left of it are one more code, so that they come back too. Nibbles with the low one first are such a
+    stream, whatever their tensor's type.
     """
 
     columns: int
@@ -78,7 +78,7 @@ class Words:
 
     @property
     def width(self) -> int:
-        return self.nbytes * 8 // self.bits
+        return -(-self.nbytes * 8 // self.bits)
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         return self.unpack(_bytes(tensor, start * self.nbytes, stop * self.nbytes).reshape(-1, self.nbytes))

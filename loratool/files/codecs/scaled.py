@@ -64,16 +64,19 @@ class ScaledCodes(CodeFormat):
         return self.packing(parts).places(start, codes)
 
     def values(self, parts: Parts, start: int, codes: Codes) -> Wide:
+        import numpy as np
+
         columns = parts.weight.spec.shape[-1]
         scales = self.scales(parts, start, start + len(codes))
         found = self.levels(parts).values(codes[:, :columns])
-        if scales.zero is not None:
-            _each(found, scales.zero, scales.group, "subtract")
-        _each(found, scales.scale, scales.group, "multiply")
-        if scales.divisor is not None:
-            found /= scales.divisor
-        if scales.bias is not None:
-            _each(found, scales.bias, scales.group, "add")
+        with np.errstate(all="ignore"):  # of e5m2's infinities
+            if scales.zero is not None:
+                _each(found, scales.zero, scales.group, "subtract")
+            _each(found, scales.scale, scales.group, "multiply")
+            if scales.divisor is not None:
+                found /= scales.divisor
+            if scales.bias is not None:
+                _each(found, scales.bias, scales.group, "add")
         return found
 
     def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:

@@ -12,20 +12,18 @@ import json
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dtypes import TensorSpec
-from .blocks import block_of, block_scales
-from .codec import Fault, Found, Parts, StoredWeight
-from .scaled import ScaledCodes, Scales
+from .blocks import BlockCodes, block_of
+from .codec import Fault, Found, StoredWeight
 
 if TYPE_CHECKING:
-    from ...numerics.code_levels import Levels
-    from .packing import Packing
+    pass
 
 OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go with the codes
 
 COLUMN_SCALE = "_act_pre_scale"  # which inputs are multiplied by, a part of what the weight means
 
 
-class TorchaoInt8(ScaledCodes):
+class TorchaoInt8(BlockCodes):
     """Integers, less a zero point, times the scale of their block."""
 
     key = "torchao-int8"
@@ -58,19 +56,6 @@ class TorchaoInt8(ScaledCodes):
         spec = TensorSpec("F64", shape)
         return StoredWeight(self, spec, tuple(tensors.values()), tuple(tensors), {"block": block})
 
-    def packing(self, parts: Parts) -> Packing:
-        from .packing import Plain
-
-        return Plain(parts.weight.spec.shape[-1], self.code)
-
-    def levels(self, parts: Parts) -> Levels:
-        from ...numerics.code_levels import INT8
-
-        return INT8
-
-    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
-        return block_scales(self, parts, start, stop)
-
 
 class TorchaoFloat8(TorchaoInt8):
     """Codes of e4m3 or e5m2 times the scale of their block."""
@@ -79,11 +64,6 @@ class TorchaoFloat8(TorchaoInt8):
     kind = "Float8Tensor"
     code_dtypes = frozenset(("F8_E4M3", "F8_E5M2"))
     code = "uint8"
-
-    def levels(self, parts: Parts) -> Levels:
-        from ...numerics.code_levels import E4M3, E5M2
-
-        return E4M3 if parts.codes_spec.dtype == "F8_E4M3" else E5M2
 
 
 def _described(weight: str, found: Found) -> dict[str, Any]:

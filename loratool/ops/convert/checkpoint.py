@@ -192,7 +192,7 @@ def _decode(base: Checkpoint, edits: OutputEdits, dtype: str | None) -> tuple[Ou
         return edits, ()
     for name in base.weights.keys() - edits.removed:
         base.parts_of(name).require_sound()
-    marks = {name for name in base.stored if is_marker(name)}
+    marks = {name for name in base.specs if is_marker(name)}  # not those of weights
     return decode_all(base, replace(edits, removed={*edits.removed, *marks}), dtype)
 
 

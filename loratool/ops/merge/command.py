@@ -27,7 +27,7 @@ from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import TIED
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.codecs.codec import CodeFormat, Quantizer
+from ...files.codecs.codec import Quantizer
 from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
 from ...files.fileio import sha256_range
 from ...files.output import Output, check_output_path, check_undo_files, output_path
@@ -255,10 +255,8 @@ def _check_factors(plan: MergePlan) -> None:
 
 def _check_scales(plan: MergePlan) -> None:
     """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
-    for name in plan.changed & plan.base.weights.keys():
-        parts = plan.base.parts_of(name)
-        assert isinstance(parts.weight.codec, CodeFormat)
-        parts.weight.codec.check(parts)
+    for name in sorted(plan.changed & plan.base.weights.keys()):
+        plan.base.parts_of(name).require_sound()
 
 
 def _check_undo(plan: MergePlan, output: Output) -> None:
@@ -327,9 +325,8 @@ def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
     """Return the codes of a weight as the imitated model has it."""
     assert plan.like
     parts = plan.like.parts_of(name)
-    codec, dtype = parts.weight.codec, getattr(torch, DTYPE_NAMES[plan.encoded[name]])
-    assert isinstance(codec, CodeFormat)
-    make = cast("Callable[[], Quantizer]", partial(codec.quantizer, parts))
+    dtype = getattr(torch, DTYPE_NAMES[plan.encoded[name]])
+    make = cast("Callable[[], Quantizer]", partial(parts.weight.format.quantizer, parts))
     return encode_tensor(plan.sources[name], plan.placements.get(name, ()), dtype, make, load)
 
 

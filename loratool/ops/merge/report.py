@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...binding.coded_bases import sizes_of_ways
@@ -15,8 +15,17 @@ from ...files.quantized import is_marker
 from ...numerics.rounding_stats import RoundingStats
 from ..collector import uncollected
 
-HALF = 0.5  # the share of it, below which requantizing is not worth it
 KEPT_ENOUGH = 0.95  # the share of the delta that survives rounding, below which merge warns
+HALF = 0.5  # the same share, below which requantizing is not worth it
+
+# Type that loses much -> what to do
+WIDER = {
+    "BF16": "merge with --dtype fp16 or fp32, or ",
+    "F16": "merge with --dtype fp32, or ",
+    **dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or "),
+}
+
+NARROW = ("F8_", "F6_", "F4")  # begin the names of types of 8 bits or fewer
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,7 @@ def _row(plan: MergePlan, output: Output, name: str, blocks: Sequence[RoundingSt
 
 
 def _missed(blocks: Sequence[RoundingStats]) -> float | None:
+    """Return `missed` of a tensor."""
     asked, moved = (_sum(getattr(b, field) for b in blocks) for field in ("change_squared", "moved_squared"))
     missed = _ratio(asked + moved - 2 * _sum(block.kept for block in blocks), asked)
     return None if missed is None else math.sqrt(max(0.0, missed))
@@ -219,36 +229,41 @@ def _ratio(x: float, y: float) -> float | None:
 
 
 def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kept: float | None) -> list[str]:
-    warnings = []
-    weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
-    if weak and plan.recoded:
-        worst = min(weak, key=lambda row: row.kept or 0.0)
-        better = "; merging the original with --like, or --quantized mixed, keeps all" if (kept or 0) < HALF else ""
-        warnings.append(
-            f"the codes keep {kept or 0:.1%} of the change in all, {worst.kept or 0:.1%} in {worst.name}{better}"
-        )
-    elif weak:
-        worst = min(weak, key=lambda row: row.kept or 0.0)
-        wider = {"BF16": "merge with --dtype fp16 or fp32, or ", "F16": "merge with --dtype fp32, or "}
-        wider |= dict.fromkeys(FLOAT8, "merge with --dtype bf16 --no-undo, or ")
-        warnings.append(
-            f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
-            f"{kept or 0:.1%} is kept in all, {worst.kept or 0:.1%} in {worst.name}; "
-            f"{wider.get(worst.dtype, '')}keep the adapter apart"
-        )
+    warnings = [*_rounding_warning(plan, rows, kept or 0.0)]
     unchanged = [row.name for row in rows if row.changed == 0]
     if unchanged:
         warnings.append(
             f"{len(unchanged)} tensors stay as they are, since their change is zero or rounds away: {unchanged[0]}, ..."
         )
-    models = [each for each in (plan.base, plan.like) if each]
-    codes = {tensor for each in models for weight in each.weights.values() for tensor in weight.tensors}
-    narrow = [
-        name
-        for name, spec in output.specs.items()
-        if spec.dtype.startswith(("F8_", "F6_", "F4"))
-        and not (name in codes or name in plan.base.formats or is_marker(name))
-    ]
+    narrow = _narrow_tensors(plan, output)
     if narrow and output.specs != plan.base.stored:
         warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
     return warnings
+
+
+def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float) -> Iterator[str]:
+    """Yield a warning if rounding loses a part of the change, of which `kept` is left in all."""
+    weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
+    if not weak:
+        return
+    worst = min(weak, key=lambda row: row.kept or 0.0)
+    share = f"{worst.kept or 0:.1%} in {worst.name}"
+    if plan.recoded:
+        better = "; merging the original with --like, or --quantized mixed, keeps all" if kept < HALF else ""
+        yield f"the codes keep {kept:.1%} of the change in all, {share}{better}"
+        return
+    yield (
+        f"rounding to {worst.dtype} loses part of the change in {len(weak)} of {len(rows)} tensors: "
+        f"{kept:.1%} is kept in all, {share}; {WIDER.get(worst.dtype, '')}keep the adapter apart"
+    )
+
+
+def _narrow_tensors(plan: MergePlan, output: Output) -> list[str]:
+    """Return the tensors of the output whose numbers have 8 bits or fewer, of which none are codes."""
+    models = [each for each in (plan.base, plan.like) if each]
+    codes = {tensor for each in models for weight in each.weights.values() for tensor in weight.tensors}
+    return [
+        name
+        for name, spec in output.specs.items()
+        if spec.dtype.startswith(NARROW) and not (name in codes or name in plan.base.formats or is_marker(name))
+    ]

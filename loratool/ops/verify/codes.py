@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ...binding.merge_plan import MergePlan
 from ...binding.placement import Placement
-from ...files.codecs.codec import CodeFormat, Parts, Quantizer, StoredTensor
+from ...files.codecs.codec import Parts, Quantizer, StoredTensor
 from ...files.tensor_ref import TensorRef
 from ...files.undo_checks import record_rows
+from ...numerics.forms import Codes, Wide
 from ...numerics.rounding_stats import RoundingStats
 from ...numerics.workspace import Workspace
 from ...streaming.encode import encode_tensor
@@ -34,8 +35,6 @@ from .diagnosis import NEARER, find_fault
 from .replay import Replay, ReplayBlock
 
 Flags = npt.NDArray[np.bool_]
-
-Wide = npt.NDArray[np.float64]
 
 BYTES = 1 << 22  # compared at a time
 
@@ -137,24 +136,20 @@ def judge_codes(plan: MergePlan, name: str, found: TensorRef, load: UpdateLoader
         if count.differ or known.verdict != "wrong":
             return known
     stats = RoundingStats.of(count.stats)
-    sums = CodesVerdict("", "", stats.change_squared, stats.kept, bool(stats.changed))
+    judged = partial(CodesVerdict, asked=stats.change_squared, kept=stats.kept, moves=bool(stats.changed))
     if altered:
-        return _with(sums, "wrong", f"not the base's: {', '.join(altered)}")
+        return judged("wrong", f"not the base's: {', '.join(altered)}")
     if count.wrong:
         way = _rounded_before(Replay(source, placements, load), found, count.wrong) if placements else None
         if way:
-            return _with(sums, "rounding", way)
+            return judged("rounding", way)
         fault = find_fault(plan, name, found) if placements else None
         goal = "the nearest to the merge" if placements else "the base's"
-        return _with(sums, "wrong", fault or f"{count.describe()} not {goal}")
+        return judged("wrong", fault or f"{count.describe()} not {goal}")
     if count.differ:
-        return _with(sums, "rounding", "other codes of the same numbers")
+        return judged("rounding", "other codes of the same numbers")
     kept = f": keeps {describe_share(stats.kept / stats.change_squared)} of the change" if stats.change_squared else ""
-    return _with(sums, "exact", f"the nearest codes with the base's scales{kept}")
-
-
-def _with(sums: CodesVerdict, verdict: str, detail: str) -> CodesVerdict:
-    return CodesVerdict(verdict, detail, sums.asked, sums.kept, sums.moves)
+    return judged("exact", f"the nearest codes with the base's scales{kept}")
 
 
 def _layout(parts: Parts) -> tuple[Any, ...]:
@@ -174,7 +169,7 @@ def _same(one: StoredTensor, two: StoredTensor) -> bool:
     return all(np.array_equal(one.integers(*each), two.integers(*each)) for each in ranges)
 
 
-def _steps(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor, Any]]:
+def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor, Any]]:
     """Run a merge's steps on all rows; yield the first row of each block, its codes, and the step's result."""
     work, form = Workspace(torch.device("cpu")), tensor.scattered
     assert form
@@ -190,16 +185,11 @@ def _steps(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tens
                 yield first, out, result
 
 
-def _codec(parts: Parts) -> CodeFormat:
-    assert isinstance(parts.weight.codec, CodeFormat)
-    return parts.weight.codec
-
-
 def _count_codes(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, alike: bool
 ) -> CodeCount:
     """Compare the codes of a merge into codes with those that are stored. alike: all other tensors are equal."""
-    own, codec, shape = source.parts, _codec(theirs), source.spec.shape
+    own, codec, shape = source.parts, theirs.weight.format, source.spec.shape
     assert own
     count = CodeCount(shape, shape[-1])
     for row, made in _merged_codes(source, placements, load, count.stats):
@@ -235,23 +225,24 @@ def _rounded_before(replay: Replay, found: TensorRef, wrong: int) -> str | None:
 
 
 def _is_few(count: int, found: TensorRef) -> bool:
+    """Return whether so many wrong codes were altered one by one."""
     return count <= max(FEW, found.spec.size // 1000)
 
 
 def _merged_codes(
     source: TensorRef, placements: Sequence[Placement], load: UpdateLoader, stats: list[RoundingStats]
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+) -> Iterator[tuple[int, Codes]]:
     """Yield the codes of a merge, (rows of the last dimension, width), and their first row."""
     own, columns = source.parts, source.spec.shape[-1]
     assert own
-    codec = _codec(own)
+    codec = own.weight.format
     if not placements:
         rows, height = source.spec.size // columns, record_rows(columns, coded=True)
         for row in range(0, rows, height):
             yield row, codec.codes(own, row, min(row + height, rows))
         return
     tensor = recode_tensor(source, placements, load, record=False)
-    for first, out, result in _steps(tensor, source):
+    for first, out, result in _run(tensor, source):
         stats.append(result)
         yield first * (tensor.columns // columns), out.numpy().reshape(-1, codec.width(own))
 
@@ -260,7 +251,7 @@ def _judge_encoded(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, sure: bool
 ) -> CodesVerdict | None:
     """Return the verdict on plain numbers that became codes, if they are what a merge encodes anew; else None."""
-    codec = _codec(theirs)
+    codec = theirs.weight.format
     quantizer = codec.quantizer(theirs)
     if quantizer is None or quantizer.specs() != {role: tensor.spec for role, tensor in theirs.tensors.items()}:
         return None
@@ -281,9 +272,9 @@ def _judge_encoded(
 
 def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[RoundingStats] | None:
     """Return what rounding did to the blocks of a merge that is encoded as it is stored; None if it is not."""
-    codec, found = _codec(theirs), []
+    codec, found = theirs.weight.format, []
     fold = tensor.columns // source.spec.shape[-1]
-    for first, out, (stats, pieces) in _steps(tensor, source):
+    for first, out, (stats, pieces) in _run(tensor, source):
         stored = codec.codes(theirs, first * fold, (first + len(out)) * fold)
         if not np.array_equal(out.numpy().reshape(stored.shape), stored):
             return None
@@ -344,6 +335,7 @@ class _Measure:
 
 
 def _finite(x: Wide) -> Wide:
+    """Return numbers with 0 for those that are inf or nan, which no sum counts."""
     return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -359,17 +351,17 @@ def _measure(plan: MergePlan, name: str, found: TensorRef, how: str, load: Updat
     assert found.parts
     for block in Replay(plan.sources[name], placements, load).blocks(found):
         sums.add(block, found.parts)
-    verdict = CodesVerdict("requantized", how, sums.asked, moves=sums.moved > 0)
+    judged = partial(CodesVerdict, asked=sums.asked, moves=sums.moved > 0)
     if sums.tell >= ENOUGH and sums.idle < NEARER * sums.misses:
-        return _with(verdict, "wrong", f"{how}: the change is not applied")
+        return judged("wrong", f"{how}: the change is not applied")
     few = _is_few(sums.strays.wrong, found) and sums.apart * MOST < found.spec.size
     if sums.strays.wrong and (few or sums.off > EXPLAINED * sums.least):
         fault = find_fault(plan, name, found) if placements else None
         times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
         altered = f"{sums.strays.describe('were')} altered"
         far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"
-        return _with(verdict, "wrong", f"{how}: {fault or (altered if few else far)}")
+        return judged("wrong", f"{how}: {fault or (altered if few else far)}")
     if sums.asked:
-        return _with(verdict, "requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the change")
+        return judged("requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the change")
     distance = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
-    return _with(verdict, "requantized", f"{how}: {describe_share(distance)} off the base's numbers")
+    return judged("requantized", f"{how}: {describe_share(distance)} off the base's numbers")

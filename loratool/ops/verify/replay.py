@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from ...files.tensor_ref import TensorRef
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
+from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
 
 F32 = 2.0**-24  # half an ulp of float32, relative
@@ -74,9 +74,7 @@ class Replay:
         found = found.as_stored(getattr(torch, DTYPE_NAMES[found.spec.dtype]))  # compared in the type that it has
         work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
         height = max(1, min(ROWS, NUMBERS // max(1, columns)))
-        edges = sorted({0, self.rows, *(edge for p in self.placements for edge in (p.start, p.stop))})
-        for start, stop in pairwise(edges):
-            inside = tuple(p for p in self.placements if p.start <= start and stop <= p.stop)
+        for start, stop, inside in segments(self.placements, {0, self.rows}):
             if sample and not start <= self.rows // 2 < stop:
                 continue
             piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
@@ -84,7 +82,7 @@ class Replay:
                 last = min(first + (max(1, height // 4) if sample else height), stop)
                 merged = found.matrix_rows(self.rows, first, last)
                 base = self.source.as_stored(merged.dtype).matrix_rows(self.rows, first, last)
-                yield ReplayBlock(first, inside, piece, base, merged, work)
+                yield ReplayBlock(first, tuple(inside), piece, base, merged, work)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def test_a_nested_state_has_one_length_for_every_offset(tmp_path: Path) -> None:
 
 
 def bitsandbytes() -> Any:
-    pytest.importorskip("bitsandbytes", reason="the package whose codes these are")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from bitsandbytes import functional
 
     return functional

@@ -196,6 +196,12 @@ def test_e5m2_and_zero_points(tmp_path: Path) -> None:
     assert checkpoint.specs.keys() == {"x.weight", "y.bias"}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_infinities_times_zero_are_read_without_a_word(tmp_path: Path) -> None:
+    state = {"x.weight": torch.full((2, 2), float("inf")).to(E5M2), "x.weight_scale": torch.zeros(2, 1)}
+    assert opened(tmp_path, state)["x.weight"].isnan().all()
+
+
 def test_nearest_is_that_of_exact_arithmetic(tmp_path: Path) -> None:
     scale = torch.tensor(0.037)
     checkpoint = opened(tmp_path, {"x.weight": every_code(2, 40), "x.weight_scale": scale})
@@ -264,6 +270,14 @@ def test_tensors_win_over_the_config(tmp_path: Path) -> None:
     assert "1 x all" in weight.note and "128 x 128" in weight.note
     assert not opened(tmp_path, {**state, "x.weight_scale": torch.ones(2, 2)}, stated).weights["x.weight"].note
     assert not opened(tmp_path, {"x.weight": W, "x.weight_scale": torch.ones(1)}, stated).weights["x.weight"].note
+
+
+def test_a_block_that_no_integer_holds_counts_as_none(tmp_path: Path) -> None:
+    state = {"x.weight": W, "x.weight_scale": torch.full((1,), 0.5)}
+    for stated in ([1 << 70, 1 << 70], [128, 1 << 40]):
+        checkpoint = opened(tmp_path, state, {"weight_block_size": stated})
+        assert "the quantization config says" in checkpoint.weights["x.weight"].note
+        assert torch.equal(checkpoint["x.weight"], W.double() / 2)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_weights_are_encoded_in_the_type_of_the_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_bytes_are_those_of_mlx(tmp_path: Path, bits: int, group: int, dtype: torch.dtype) -> None:
-    mx = pytest.importorskip("mlx.core", reason="the package whose codes these are")
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     seeded = torch.Generator().manual_seed(bits)
     w = torch.randn(256, 512, generator=seeded) * 10.0 ** torch.randint(-4, 3, (256, 1), generator=seeded)
     w[0], w[1, ::2], w[2, ::3], w[3], w[4] = 0, 0, -0.0, w[3].abs(), -w[4].abs()

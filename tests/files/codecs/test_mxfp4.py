@@ -126,7 +126,7 @@ def test_int8_beside_a_float_scale_is_not_deepseeks(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bytes_are_those_of_compressed_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
-    pytest.importorskip("compressed_tensors", reason="the package whose codes these are")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
