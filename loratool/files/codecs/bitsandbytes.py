@@ -25,6 +25,8 @@ TYPES = ("nf4", "fp4")
 
 LARGEST = 4096  # block of bitsandbytes
 
+BEYOND = 2.0**128  # float32; a JSON's integer may be beyond any float
+
 LONGEST = 24  # characters of a float in JSON
 
 STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up
@@ -296,6 +298,7 @@ def _count(state: Mapping[str, Any], key: str, name: str) -> int:
 
 def _offset(state: Mapping[str, Any], name: str) -> float:
     value = state.get("nested_offset")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise Fault(f"{name} says the nested_offset {value}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) < BEYOND:
+        raise Fault(f"{name} gives no number of float32 as the nested_offset")
     return float(value)

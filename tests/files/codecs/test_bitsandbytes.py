@@ -109,6 +109,7 @@ STATE = "x.weight.quant_state.bitsandbytes__nf4"
         (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "padding": " " * (1 << 16)})),
         (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "nested_blocksize": 256})),
         (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "nested_blocksize": 256, "nested_offset": math.nan})),
+        (STATE, bytes_of({"blocksize": 64, "shape": [20, 1000], "nested_blocksize": 256, "nested_offset": 10**400})),
         ("x.weight.absmax", None),
         ("x.weight.absmax", torch.zeros(312).byte()),
         ("x.weight.absmax", torch.zeros(313)),
