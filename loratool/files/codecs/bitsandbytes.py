@@ -298,7 +298,6 @@ def _count(state: Mapping[str, Any], key: str, name: str) -> int:
 
 def _offset(state: Mapping[str, Any], name: str) -> float:
     value = state.get("nested_offset")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) < BEYOND:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < BEYOND:
         raise Fault(f"{name} gives no number of float32 as the nested_offset")
     return float(value)
