@@ -74,8 +74,12 @@ def write_torch(folder: Path) -> Path:
 
 
 def write_replaced_codes(folder: Path) -> Path:
-    """Write codes in whose place an adapter has numbers."""
-    state = {"score.weight": weights(6, 4).to(torch.float8_e4m3fn), "score.weight_scale": torch.ones(6, 1)}
+    """Write codes in whose place an adapter has numbers.
+
+    Their scales take fewer bytes than they: an index that a forger hashes anew can exchange two tensors of one size,
+    each with its hash, and nothing is left of the codes that were replaced to tell.
+    """
+    state = {"score.weight": weights(6, 4).to(torch.float8_e4m3fn), "score.weight_scale": torch.ones(6, 1).bfloat16()}
     write_model(folder / "base", state, {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
     adapter = write_peft(folder / "adapter", {"x": factors(6, 4, 2)}, modules_to_save=["score"])
     save_file({"base_model.model.score.weight": weights(6, 4, seed=7)}, adapter / "adapter_model.safetensors")
