@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..binding.placement import Placement
+from ..errors import InputError, NeedsFlag
 from ..files.codecs.codec import Parts, Piece, Quantizer
 from ..files.fileio import write_at
-from ..files.tensor_ref import TensorRef
+from ..files.tensor_ref import TensorRef, is_finite
 from ..files.undo_checks import record_rows
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..numerics.workspace import Workspace
@@ -28,7 +29,7 @@ Encoded = tuple[RoundingStats, list[Piece]]
 
 
 class MergedRows:
-    """The rows of a weight under its placements, rounded to a type, in blocks of any rows.
+    """The rows of a weight under its placements, rounded to a type to be encoded, in blocks of any rows.
 
     Args:
         source: where W comes from, (rows, columns) as its last dimension is.
@@ -47,7 +48,14 @@ class MergedRows:
         ]
 
     def merge(self, base: Tensor, start: int, work: Workspace) -> tuple[Tensor, RoundingStats]:
-        """Return W' of rows from `start` on, and what rounding did to them. base: their W."""
+        """Return W' of rows from `start` on, and what rounding did to them.
+
+        Args:
+            base: their W.
+
+        Raises:
+            NeedsFlag, InputError: a number is not finite.
+        """
         out, stats = torch.empty(base.shape, dtype=self.dtype, device=base.device), []
         for first, last, segment in self._parts:
             low, high = max(start, first), min(start + len(base), last)
@@ -58,7 +66,22 @@ class MergedRows:
                     if segment
                     else cast_rounded(base[here], out[here], work)
                 )
-        return out, RoundingStats.of(stats)
+        found = RoundingStats.of(stats)
+        self._require_codes(out, found)
+        return out, found
+
+    def _require_codes(self, out: Tensor, stats: RoundingStats) -> None:
+        """Raise for numbers that no codes are for: one of them would spoil the scale of its whole group."""
+        kind = str(self.dtype).removeprefix("torch.")
+        if stats.overflowed:
+            message = f"{stats.overflowed} weights become infinite in {kind}, before they are encoded"
+            remedy = "is this the adapter's base, and its alpha right?"
+            if self.dtype != torch.float32 and stats.largest < torch.finfo(torch.float32).max:
+                raise NeedsFlag(message, culprit=self.source.name, remedy="add --dtype fp32, which holds them")
+            raise InputError(message, culprit=self.source.name, remedy=remedy)
+        if not is_finite(out):
+            message = "holds inf or nan, for which the format has no codes"
+            raise InputError(message, culprit=self.source.name, remedy="download the original anew")
 
 
 def encode_tensor(

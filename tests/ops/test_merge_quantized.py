@@ -675,3 +675,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 700
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("vector", FRESH)
+def test_no_codes_are_made_of_what_is_not_finite(vector: str, value: float, tmp_path: Path) -> None:
+    """One such number would be the scale of its whole group."""
+    original, adapter, quantized = write_twins(vector, tmp_path)
+    tensors = load_file(original / "model.safetensors")
+    name = next(name for name in tensors if name not in PLAIN)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    told = run_command("merge", original, adapter, "-o", tmp_path / "out", "--like", quantized, "--no-undo")
+    assert told.exit_code == 3 and f"{name}: holds inf or nan" in told.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"original", "adapter", "quantized"}
+
+
+@pytest.mark.parametrize("vector", LIKE)
+def test_no_codes_are_made_of_a_merge_that_overflows(vector: str, tmp_path: Path) -> None:
+    original, _, quantized = write_twins(vector, tmp_path)
+    tensors = load_file(original / "model.safetensors")
+    tensors = {name: W if name in PLAIN else W.clamp(-6e4, 6e4).half() for name, W in tensors.items()}
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    name = next(name for name in tensors if name not in PLAIN)
+    A, B = factors(*tensors[name].shape, RANK)
+    adapter = write_peft(tmp_path / "large", {name.removesuffix(".weight"): (A * 1e4, B * 1e4)})
+    told = run_command("merge", original, adapter, "-o", tmp_path / "out", "--like", quantized, "--no-undo")
+    assert told.exit_code == 4 and "become infinite in float16, before they are encoded" in told.stderr
+    assert "add --dtype fp32" in told.stderr and not (tmp_path / "out").exists()
+    wider = run_command(
+        "merge", original, adapter, "-o", tmp_path / "out", "--like", quantized, "--no-undo", "--dtype", "fp32"
+    )
+    # bitsandbytes' int8 and scales of 16 bits have no room for them either, and say so
+    assert wider.exit_code == 0 or (wider.exit_code == 3 and "too large" in wider.stderr), wider.stderr

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def plain_layers(made: Any, stored: Tensors, coded: Collection[str]) -> list[str
     return [name for name, weight in layers if digest(weight) not in known]
 
 
-class Format:
+class Format(ABC):
     """A way to store a weight (out, in): its tensors by the ends of their names, their numbers, and the config."""
 
     config: Mapping[str, Any]
@@ -230,12 +231,13 @@ class Format:
     bits = 8
     multiple = 1  # of the columns
 
+    @abstractmethod
     def encode(self, weight: Tensor) -> Tensors:
-        raise NotImplementedError
+        """By end."""
 
+    @abstractmethod
     def decode(self, stored: Tensors) -> Tensor:
         """Float64, from tensors by end."""
-        raise NotImplementedError
 
 
 class Fp8(Format):
