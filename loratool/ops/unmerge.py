@@ -394,7 +394,7 @@ def _subtract(
     adapters = open_adapters(requests, alpha, opened)
     weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
     plan = plan_merge(merged, weighted, Selection(), "share")
-    for name in plan.changed:
+    for name in sorted(plan.changed):
         if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
             raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
         if name in merged.weights:
