@@ -18,6 +18,9 @@ from typing import Any, Literal
 from ..errors import InputError
 from .renames import canonical
 
+Configs = Mapping[str, Mapping[str, Any]]  # model_type -> config.json or a config nested in it
+
+
 Shares = Callable[[Mapping[str, Any], int], tuple[int, ...]]  # (config of the type, all rows) -> rows of each part
 
 
@@ -118,9 +121,7 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
 }
 
 
-def row_parts(
-    name: str, model_types: Collection[str], configs: Mapping[str, Mapping[str, Any]], rows: int
-) -> tuple[RowPart, ...]:
+def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: int) -> tuple[RowPart, ...]:
     """Return the modules of the class whose rows a tensor of the file has; () if it is not fused, nor a part.
 
     Args:
@@ -157,9 +158,7 @@ def _ends(path: str, end: str) -> bool:
     return path == end or path.endswith(f".{end}")
 
 
-def _sizes(
-    fused: FusedRows, model_type: str, configs: Mapping[str, Mapping[str, Any]], rows: int, name: str
-) -> tuple[int, ...]:
+def _sizes(fused: FusedRows, model_type: str, configs: Configs, rows: int, name: str) -> tuple[int, ...]:
     parts = ", ".join(part.rpartition(".")[2] for part in fused.parts)
     try:
         shares = fused.shares(configs.get(model_type, {}), rows)
