@@ -279,6 +279,7 @@ def _square_orientation(
     siblings: dict[str, bool] = {}
     for other, (match, *_) in all_matches.items():
         shape, update = specs[match.name].shape, adapter.updates[other]
+        shape = (match.rows[3], *shape[1:]) if match.rows else shape
         if (
             len(shape) == 2
             and shape[0] != shape[1]
