@@ -97,8 +97,7 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
         FusedRows("attn.gqkv_proj", ("self_attn.gate_proj", *_ENCODER_QKV), _equal(4)),
         FusedRows("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),
     ),
-    "inkling2_loop_text": (_INTERLEAVED_EXPERTS,),
-    "inkling2_text": (_INTERLEAVED_EXPERTS,),
+    **dict.fromkeys("inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(), (_INTERLEAVED_EXPERTS,)),
     "inkling_mm_model": (
         _INTERLEAVED_EXPERTS,
         FusedRows("shared_w13", ("gate_proj", "up_proj"), _equal(2), permuted=("gate_proj", "up_proj")),

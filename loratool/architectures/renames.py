@@ -190,19 +190,6 @@ _SAM: RenameRules = (
 )
 
 
-_INKLING2: RenameRules = (
-    (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
-    (r"^model\.llm(?=\.|$)", "model.language_model"),
-    (r"^model\.visual(?=\.|$)", "model.vision_tower"),
-    (r"\bvision_tower\.backbone\.(?=(?:embeddings|layers)(?:\.|$))", "vision_tower."),
-    (r"\bvision_tower\.embeddings\.position_embedding$", "vision_tower.embeddings.position_embedding.weight"),
-    (r"\bvision_tower\.backbone\.ln_pre(?=\.|$)", "vision_tower.pre_layernorm"),
-    (r"\bvision_tower\.proj_in(?=\.|$)", "vision_tower.merger.linear_1"),
-    (r"\bvision_tower\.proj_out(?=\.|$)", "vision_tower.merger.linear_2"),
-    *_CLIP_LAYERS,
-)
-
-
 _INKLING2_TEXT: RenameRules = (
     (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
     (r"^model\.llm(?=\.|$)", "model"),
@@ -231,6 +218,20 @@ _INKLING2_TEXT: RenameRules = (
     (r"\b([qkv])_input_norm(?=\.|$)", r"\1_input_layernorm"),
     (r"\battn_res\.mlp_queries\.(\d+)$", r"layers.\1.mlp_input.query"),
     (r"\battn_res\.output_query$", "final_input.query"),
+)
+
+
+_INKLING2: RenameRules = (
+    (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
+    (r"^model\.llm(?=\.|$)", "model.language_model"),
+    (r"^model\.visual(?=\.|$)", "model.vision_tower"),
+    (r"\bvision_tower\.backbone\.(?=(?:embeddings|layers)(?:\.|$))", "vision_tower."),
+    (r"\bvision_tower\.embeddings\.position_embedding$", "vision_tower.embeddings.position_embedding.weight"),
+    (r"\bvision_tower\.backbone\.ln_pre(?=\.|$)", "vision_tower.pre_layernorm"),
+    (r"\bvision_tower\.proj_in(?=\.|$)", "vision_tower.merger.linear_1"),
+    (r"\bvision_tower\.proj_out(?=\.|$)", "vision_tower.merger.linear_2"),
+    *_CLIP_LAYERS,
+    *_INKLING2_TEXT,
 )
 
 
@@ -572,7 +573,7 @@ RENAMES: dict[str, RenameRules] = {
         (r"^(?:model\.)?vision_projector(?=\.|$)", "model.projector"),
     ),
     "inkling2": _INKLING2,
-    "inkling2_loop": _INKLING2,
+    "inkling2_loop": (*_INKLING2, *_INKLING2_LOOP_TEXT),
     "inkling2_loop_text": _INKLING2_LOOP_TEXT,
     "inkling2_text": _INKLING2_TEXT,
     "inkling_mm_model": (
@@ -830,7 +831,8 @@ EXPERTS: dict[str, ExpertRows] = {
         phimoe""".split(),
         _W1_W3_W2,
     ),
-    "dots3_note_vision_encoder": {
+    "dots3_note": {  # of the language model, and of the tower
+        **_GATE_UP_DOWN,
         "fc1": ("gate_up_proj", 0, 2),
         "fc3": ("gate_up_proj", 1, 2),
         "fc2": ("down_proj", 0, 1),
