@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from reshaped_models import hold, transformers
+from reshaped_models import hold, transformers, wrapped
 from tiny import build, shrink
+
+import loratool
 
 
 def deepseek_ocr2(config: Any) -> None:
@@ -43,17 +45,26 @@ def step3p7(config: Any) -> None:
     config.vision_config.mlp_ratio = 1.5
 
 
-def swiglu(config: Any) -> None:
-    config.use_swiglu_ffn = True
+def dinov2(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28}
+    return type(config)(**sizes, use_swiglu_ffn=True)
+
+
+def molmo2(config: Any) -> None:
+    config.adapter_config.vision_feature_layer = [1, 0]
+
+
+def radio(config: Any) -> None:
+    config.patch_dim, config.max_img_size = 3 * config.patch_size**2, 28
 
 
 Fix = Callable[[Any], Any]  # changes a config in place, or returns another
 
 # model type -> table of classes or the class, what makes its config fit, the modules that get no factors
 CASES: dict[str, tuple[str, Fix, str]] = {
-    "blip": ("image", vars, "$^"),
+    "blip": ("image", vars, r"predictions\.decoder"),
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", deepseek_ocr2, "$^"),
-    "dinov2": ("Dinov2Model", swiglu, "$^"),
+    "dinov2": ("Dinov2Model", dinov2, "$^"),
     "dory": ("causal", dory, "$^"),
     "dots3_note_text": ("Dots3NoteForCausalLM", dots3_note_text, "$^"),
     "gte": ("GteModel", vars, "$^"),
@@ -66,11 +77,11 @@ CASES: dict[str, tuple[str, Fix, str]] = {
     "kimi_k25": ("image", vars, r"vision_tower.*\.[qk]_proj"),
     "lara_mini": ("causal", vars, "$^"),
     "minimax_m3_vl": ("image", minimax_m3_vl, "$^"),
-    "molmo2": ("Molmo2ForConditionalGeneration", vars, "$^"),
+    "molmo2": ("Molmo2ForConditionalGeneration", molmo2, "$^"),
     "nomic_bert": ("NomicBertModel", vars, "$^"),
     "pi0": ("image", vars, "$^"),
     "qianfan_ocr": ("image", vars, "$^"),
-    "radio": ("RadioModel", vars, "$^"),
+    "radio": ("RadioModel", radio, "$^"),
     "sarvam_moe": ("causal", vars, "$^"),
     "step3p7": ("image", step3p7, r"vision_model.*\.[qk]_proj"),
     "unlimited_ocr": ("image", vars, "$^"),
@@ -99,3 +110,17 @@ def make(model_type: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("model_type", [pytest.param(t, marks=[] if t in QUICK else pytest.mark.slow) for t in CASES])
 def test_merge_is_pefts(model_type: str, tmp_path: Path) -> None:
     hold(*make(model_type), tmp_path, CASES[model_type][2])
+
+
+def test_blips_head_is_written_apart_from_its_embedding(tmp_path: Path) -> None:
+    kind, model = make("blip")
+    model.save_pretrained(tmp_path / "base")
+    adapter = wrapped(kind.from_pretrained(tmp_path / "base")).eval()
+    adapter.save_pretrained(tmp_path / "adapter")
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    inputs = {"pixel_values": pixels, "input_ids": torch.arange(8)[None]}
+    with torch.no_grad():
+        wanted = adapter(**inputs).logits
+        found = kind.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
