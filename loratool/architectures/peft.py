@@ -50,8 +50,13 @@ BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 # canonical paths (`renames.canonical`).
 RESHAPED = {
     "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
+    **dict.fromkeys(  # which leaves out the last tokens of the head
+        "inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(), r"\bexperts\.w13_weight$|^lm_head$"
+    ),
+    "inkling_mm_model": r"w13_weight$|\bw13_dn$",
     "jina_embeddings_v3": r"\bWqkv$",
     "kimi_k25": r"\bvision_tower\..*\bwqkv$",
     "laguna": r"\bshared_experts\.",
@@ -65,7 +70,8 @@ RESHAPED = {
     "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
     "radio": r"\bqkv$",
     "sarvam_moe": r"\bquery_key_value$",
-    "step3p7": r"\bmoe\.(gate|up)_proj$|\bvision_model\.",
+    "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$",
+    "unlimited_ocr": r"\bqkv_proj$",
 }
 
 

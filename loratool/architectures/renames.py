@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
-# (regular expression, replacement as of `re.sub`), applied in order
+# (regular expression, its replacement or what makes it of a match), applied in order
 RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
