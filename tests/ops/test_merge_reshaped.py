@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_model
 from reshaped_models import hold, transformers, wrapped
+from safetensors.torch import load_file, save_file
 from tiny import build, shrink
 
 import loratool
+from loratool.errors import InputError, NeedsFlag
 
 
 def deepseek_ocr2(config: Any) -> None:
@@ -124,3 +128,72 @@ def test_blips_head_is_written_apart_from_its_embedding(tmp_path: Path) -> None:
         wanted = adapter(**inputs).logits
         found = kind.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+# model type -> what transformers writes into the language model too, and what a release has
+RELEASED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
+RELEASED["qianfan_ocr"] = ("language_model.model.encoder.layers.", "language_model.model.layers.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", RELEASED)
+def test_the_names_of_the_release(model_type: str, tmp_path: Path) -> None:
+    written, released = RELEASED[model_type]
+
+    def rename(base: Path) -> None:
+        tensors = load_file(base / "model.safetensors")
+        assert any(name.startswith(written) for name in tensors)
+        tensors = {name.replace(written, released): W for name, W in tensors.items()}
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    hold(*make(model_type), tmp_path, CASES[model_type][2], rename)
+
+
+def test_dora_of_rows_takes_the_norms_of_these_rows(tmp_path: Path) -> None:
+    hold(*make("hrm_text"), tmp_path, use_dora=True)
+
+
+def test_rows_in_another_order_are_refused_by_name(tmp_path: Path) -> None:
+    _, model = make("kimi_k25")
+    model.save_pretrained(tmp_path / "base")
+    wrapped(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NeedsFlag, match="in another order than transformers' class has them") as error:
+        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert error.value.remedy == "to leave them out: --exclude k_proj,q_proj"
+
+
+def adapter_of(folder: Path, **tensors: torch.Tensor) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    named = {f"base_model.model.model.layers.0.self_attn.{name.replace('__', '.')}": W for name, W in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+SARVAM = {"model_type": "sarvam_moe", "num_attention_heads": 4, "num_key_value_heads": 2}
+FUSED = {"model.layers.0.attention.query_key_value.weight": torch.zeros(64, 8)}
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "said"),
+    [
+        (SARVAM, 48, r"\(48, 2\) .*base weight is \(64, 8\), of which it is 32 rows"),
+        ({**SARVAM, "num_attention_heads": 7}, 32, "has 64 rows, but the config of the sarvam_moe gives"),
+        ({"model_type": "sarvam_moe"}, 32, "does not tell how many of each"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(config: dict[str, Any], rows: int, said: str, tmp_path: Path) -> None:
+    factors = {"q_proj__lora_A__weight": torch.ones(2, 8), "q_proj__lora_B__weight": torch.ones(rows, 2)}
+    adapter = adapter_of(tmp_path / "adapter", **factors)
+    with pytest.raises(InputError, match=said):
+        loratool.merge(write_model(tmp_path / "base", FUSED, config), [adapter], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_bias_that_is_replaced_is_no_part_of_a_fused_one(tmp_path: Path) -> None:
+    base = {**FUSED, "model.layers.0.attention.query_key_value.bias": torch.zeros(64)}
+    factors = {"q_proj__lora_A__weight": torch.ones(2, 8), "q_proj__lora_B__weight": torch.ones(32, 2)}
+    adapter = adapter_of(tmp_path / "adapter", **factors, q_proj__bias=torch.ones(32))
+    with pytest.raises(NeedsFlag, match="replaces whole tensors alone"):
+        loratool.merge(write_model(tmp_path / "base", base, SARVAM), [adapter], tmp_path / "merged")
