@@ -241,6 +241,7 @@ FUSED = {
 INKLING2 = r"attn_res|attention_input|message_input|middle_cycle"
 RESHAPED = {
     "bailing_hybrid": "conv1d",
+    "ernie4_5_vl_moe": r"mlp\.(gate|moe_statics|experts|text_moe|vision_moe)\b",
     "glm5_next": "conv1d",
     "glm5_next_text": "conv1d",
     "inkling2": INKLING2,
