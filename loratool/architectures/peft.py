@@ -49,6 +49,7 @@ BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 # it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts, the language model of
 # deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
 RESHAPED = {
+    "cohere_asr": r"\bpos_emb$",
     "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
     "deepseek_ocr2": r"\blanguage_model\.",
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
@@ -73,7 +74,7 @@ RESHAPED = {
     "pi0": r"^embed_action_time\.",
     "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
     "radio": r"\bqkv$",
-    "sapiens2": r"\bffn\.w12$",
+    "sapiens2": r"\blayer\.\d+\.",
     "sarvam_moe": r"\bquery_key_value$",
     "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$",
     "tipsv2": r"\bself_attn$|\battn\.qkv$|\bmlp\.w12$",

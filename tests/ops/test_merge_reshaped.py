@@ -45,6 +45,11 @@ def minimax_m3_vl(config: Any) -> None:
     config.text_config.mlp_layer_types = ["dense", "sparse"]
 
 
+def sapiens2(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return type(config)(**sizes, image_size=28, patch_size=14)
+
+
 def step3p7(config: Any) -> None:
     config.vision_config.mlp_ratio = 1.5
 
@@ -62,11 +67,19 @@ def radio(config: Any) -> None:
     config.patch_dim, config.max_img_size = 3 * config.patch_size**2, 28
 
 
+def tipsv2(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "mlp_ratio": 2}
+    text = {**sizes, "intermediate_size": 96, "vocab_size": 320}
+    return type(config)(text_config=text, vision_config=vision)
+
+
 Fix = Callable[[Any], Any]  # changes a config in place, or returns another
 
 # model type -> table of classes or the class, what makes its config fit, the modules that get no factors
 CASES: dict[str, tuple[str, Fix, str]] = {
     "blip": ("image", vars, r"predictions\.decoder"),
+    "cohere_asr": ("CohereAsrForConditionalGeneration", vars, "$^"),
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", deepseek_ocr2, "$^"),
     "dinov2": ("Dinov2Model", dinov2, "$^"),
     "dory": ("causal", dory, "$^"),
@@ -87,7 +100,10 @@ CASES: dict[str, tuple[str, Fix, str]] = {
     "qianfan_ocr": ("image", vars, "$^"),
     "radio": ("RadioModel", radio, "$^"),
     "sarvam_moe": ("causal", vars, "$^"),
+    "sapiens2": ("Sapiens2Model", sapiens2, "$^"),
     "step3p7": ("image", step3p7, r"vision_model.*\.[qk]_proj"),
+    "timesfm2_5": ("TimesFm2_5ModelForPrediction", vars, "$^"),
+    "tipsv2": ("Tipsv2Model", tipsv2, "$^"),
     "unlimited_ocr": ("image", vars, "$^"),
 }
 
