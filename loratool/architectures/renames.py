@@ -858,11 +858,11 @@ _W1_W3_W2: ExpertRows = {
 EXPERTS: dict[str, ExpertRows] = {
     **dict.fromkeys(
         """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
-        dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm5_next
-        glm5_next_text glm_moe_dsa hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna longcat_flash mellum
-        mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe
-        qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text sarvam_mla sarvam_moe solar_open
-        unlimited_ocr""".split(),
+        dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite
+        glm4v_moe glm5_next glm5_next_text glm_moe_dsa hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna
+        longcat_flash mellum mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+        qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text sarvam_mla sarvam_moe
+        solar_open unlimited_ocr""".split(),
         _GATE_UP_DOWN,
     ),
     **dict.fromkeys(
@@ -878,6 +878,11 @@ EXPERTS: dict[str, ExpertRows] = {
     },
     "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
 }
+
+
+# Types whose class has two stacks for the experts that the file counts in one row, the first half and the others ->
+# what stands for `.experts.` in their paths.
+HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts.")}
 
 
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
