@@ -35,8 +35,9 @@ from tiny import build, perturb, tables
 from torch import Tensor
 
 import loratool
-from loratool import InputError, NeedsFlag
+from loratool import NeedsFlag
 from loratool.binding.selection import parse_patterns
+from loratool.errors import LoratoolError
 
 GUIDE = ROOT / "loratool" / "guides" / "formats.md"
 MARKS = ("<!-- from tests/language_families.py -->\n", "<!-- until here -->\n")
@@ -205,7 +206,7 @@ def check_merge(kind: Any, folder: Path) -> str:
 
 
 def told(error: BaseException) -> str:
-    text = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    text = error.message if isinstance(error, LoratoolError) else f"{type(error).__name__}: {error}"
     return " ".join(re.sub(r"/tmp/\S*?/", "", text).split())[:300]
 
 
@@ -213,7 +214,7 @@ def state(check: Callable[[], Any]) -> tuple[str, Any]:
     """Return whether a check is right, refused or wrong, and what it returned."""
     try:
         return RIGHT, check()
-    except InputError as error:
+    except LoratoolError as error:
         return f"{REFUSED}: {told(error)}", None
     except AssertionError as error:
         return f"{WRONG}: {error}", None
