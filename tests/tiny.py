@@ -186,11 +186,22 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma_text": _WIDER | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
-    "dory": {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "dots3_note_text": {"head_dim": 24, "per_layer_config": {1: {"num_attention_heads": 2, "num_key_value_heads": 2}}},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64, "per_layer_config": {}, "adapter_merge_size": 1},
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+        "per_layer_config": {},
+        "adapter_merge_size": 1,
+    },
     "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}},
     "emu3_vqgan": _VQ,
     "esm": {"vocab_size": 320, "mask_token_id": 3, "pad_token_id": 1},
@@ -223,8 +234,15 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "luke": {"entity_vocab_size": 16, "entity_emb_size": 32},
-    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1,
-                                     "original_max_position_embeddings": 128, "partial_rotary_factor": 1.0}},
+    "mistral4": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 128,
+            "partial_rotary_factor": 1.0,
+        }
+    },
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_text": {"additional_vocab_size": 8},
     "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4},
@@ -252,15 +270,32 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "wavtokenizer_encoder": {
-        "hidden_size": 64, "codebook_dim": 64, "codebook_size": 32, "num_filters": 4, "decoder_num_layers": 1,
-        "decoder_attention_num_groups": 4, "decoder_intermediate_size": 96, "upsampling_ratios": [2, 2],
+        "hidden_size": 64,
+        "codebook_dim": 64,
+        "codebook_size": 32,
+        "num_filters": 4,
+        "decoder_num_layers": 1,
+        "decoder_attention_num_groups": 4,
+        "decoder_intermediate_size": 96,
+        "upsampling_ratios": [2, 2],
     },
     "xlstm": {"embedding_dim": 64, "num_blocks": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
-        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4, "attention_hidden_size": 128, "attention_head_dim": 32
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
     },
-    "zamba2": {"num_hidden_layers": 4, "hybrid_layer_ids": [1, 3], "layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "mamba_headdim": 16,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -286,7 +321,9 @@ def shrink(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
-        elif (name in SIZES and type(value) is int and (value or "per_layer_input" not in name)) or (name == "head_dim" and value is None):
+        elif (name in SIZES and type(value) is int and (value or "per_layer_input" not in name)) or (
+            name == "head_dim" and value is None
+        ):
             setattr(config, name, SIZES[name])
         elif name.endswith(("_token_id", "_token_index")) and type(value) is int and value >= 320:
             setattr(config, name, 3)
@@ -311,7 +348,11 @@ def tables() -> list[tuple[str, str]]:
     """List (table of classes, model type) of every language model; a class stands in one table only."""
     seen: set[Any] = set()
     families = [(table, each) for table, classes in _classes().items() for each in classes]
-    return [(table, each) for table, each in families if not ((name := _classes()[table][each], each) in seen or seen.add((name, each)))]
+    return [
+        (table, each)
+        for table, each in families
+        if not ((name := _classes()[table][each], each) in seen or seen.add((name, each)))
+    ]
 
 
 def _classes() -> dict[str, dict[str, Any]]:
