@@ -93,7 +93,7 @@ def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before
         if name not in found:
             return f"{name} is not there"
         change = max(float((W - before[name]).norm()), 1e-2)
-        off = float((found[name] - W).norm()) / change
+        error = float((found[name] - W).norm()) / change
         if not error < 1e-5:
             return f"{name} is off by {error:.1e}"
     return ""
@@ -134,7 +134,7 @@ def without(tuned: Path, base: Path, left_out: Iterable[str]) -> None:
 def check_extract(kind: Any, model: Any, folder: Path, every: bool = False) -> tuple[Patterns, Patterns, str]:
     """Change the model and extract the copy; return what has to be excluded, what is left out, and what was compared.
 
-    The adapter has to make the copy of the base, merged by PEFT and by us, and to answer as it does before it is merged.
+    The adapter has to make the copy of the base, merged by PEFT and by us, and to answer as the copy unmerged.
     """
     base, tuned, adapter = folder / "base", folder / "tuned", folder / "adapter"
     perturb(model, every)
