@@ -14,14 +14,14 @@ MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
 MAMBA_REFUSED = ("out_proj", "conv1d")
 
 
-_GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
+_GATED = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
 
 
-_NUMBERED = frozenset({"w1", "w2", "w3"})
+_NUMBERED = frozenset({"gate", "w1", "w2", "w3"})
 
 
-# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts wherever they
-# are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
+# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts or routers wherever
+# they are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
 STACKED_BY_PEFT = {
     **dict.fromkeys("minimax minimax_m2 mixtral".split(), _NUMBERED),
     **dict.fromkeys(
