@@ -50,7 +50,7 @@ def dora_to_lora(
     checkpoint = open_model(base, "--base is the model under it", opened)
     dora = {module: update for module, update in source.updates.items() if update.cls is DoRA}
     alone = replace(source, updates=dora)
-    matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
+    matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
     if missing:
         raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
     spool = FactorSpool(folder, 0, False)
