@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 import loratool
@@ -43,9 +42,7 @@ def wrapped(model: Any, leave: str = "$^") -> Any:
     return found
 
 
-def hold(
-    kind: Any, model: Any, folder: Path, leave: str = "$^", edit: Callable[[Path], None] | None = None
-) -> None:
+def hold(kind: Any, model: Any, folder: Path, leave: str = "$^", edit: Callable[[Path], None] | None = None) -> None:
     """Hold `merge` of an adapter of the model against peft, and `unmerge` and `verify` against the base's bytes.
 
     edit: rewrites the saved base, into what a release has.
