@@ -163,7 +163,8 @@ def _sort_tensor(
 
 def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found: SortedDeltas) -> None:
     """Put a weight that is several tensors of the files, or some rows of one."""
-    weight, sides = delta.weight, {name: delta.sides[name] for name in delta.weight.names if name in delta.sides}
+    weight = delta.weight
+    sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
     for name, (one, two) in sides.items():
         if one.spec.shape != two.spec.shape:
             raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
@@ -178,11 +179,12 @@ def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found
         found.low_rank[weight.name] = delta
         return
     for name, (one, two) in changed.items():
-        _measure(found, name, one, two)
+        if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
+            _measure(found, name, one, two)
         if is_selected and bias and name.endswith(".bias") and name == weight.name:
             found.exact[name], found.biased = two, True
         else:
-            found.left_out[name] = math.sqrt(found.norms[name][1])
+            found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
 
 def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
