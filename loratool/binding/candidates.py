@@ -15,6 +15,7 @@ from ..architectures.roles import weight_role
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.tensor_ref import TensorRef
+from .default_targets import find_unnamed
 from .peft_names import is_plain, namer, role_in_model
 from .selection import Selection, matches_pattern
 
@@ -40,8 +41,16 @@ class Candidate:
         return min(self.sizes[1:])
 
 
-def find_candidates(base: Checkpoint, selection: Selection, among: Collection[str] | None = None) -> list[Candidate]:
-    """Return the weights that the selection names.
+# Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
+UNTARGETED = {"experts": "experts", "conv": "convolutions"}
+
+
+def find_candidates(
+    base: Checkpoint, selection: Selection, among: Collection[str] | None = None
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Return the weights that the selection names, and what it leaves out though they could have factors.
+
+    The latter maps weights to what they are, a word of `default_targets.GROUPS` or of UNTARGETED.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
@@ -54,9 +63,9 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
     }
     in_model = namer(base) if among is None else str
     eligible = _find_eligible(base, in_model) if among is None else {name: role for name, role in roles.items() if role}
-    routers = _find_routers(eligible)
+    unnamed = find_unnamed(base, in_model, selection.target)
     for pattern in selection.target:
-        if not any(_is_default_target(pattern, name, role, routers) for name, role in eligible.items()):
+        if not any(_is_target(pattern, name, role, unnamed) for name, role in eligible.items()):
             ends = {module_path(name).rpartition(".")[2] for name in eligible}
             similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
@@ -65,16 +74,18 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
                 remedy=f"there are {', '.join(similar)}" if similar else None,
             )
     replace(selection, target=()).require_used([*map(module_path, base.specs)], str(base.path))
-    found = []
+    found, left_out, anywhere = [], {}, replace(selection, target=())
     for name, role in eligible.items():
-        if selection.selects(module_path(name)) and any(
-            _is_default_target(each, name, role, routers) for each in selection.target
-        ):
+        if not anywhere.selects(module_path(name)):
+            continue
+        if any(_is_target(each, name, role, unnamed) for each in selection.target):
             kind, source = weight_kind(base.model_types, module_path(name), role), base.ref(name)
             found.append(Candidate(name, in_model(name), kind, source, stack_shape(kind, source.spec.shape)))
+        elif name in unnamed or ("all-linear" in selection.target and role in UNTARGETED):
+            left_out[name] = unnamed.get(name) or UNTARGETED[role]
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
-    return found
+    return found, left_out
 
 
 def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, str]:
@@ -88,20 +99,13 @@ def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str
     return {n: role for n, role in found.items() if role and module_path(n).rpartition(".")[2] not in refused}
 
 
-def _find_routers(names: Collection[str]) -> frozenset[str]:
-    """Return the weights that choose among experts: in transformers 5 no linear layers, so PEFT cannot wrap most."""
-    blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
-    return frozenset(f"{block}.{router}.weight" for block in blocks for router in ("gate", "router"))
-
-
-def _is_default_target(pattern: str, name: str, role: str, routers: Collection[str]) -> bool:
+def _is_target(pattern: str, name: str, role: str, unnamed: Collection[str]) -> bool:
     """Return whether a pattern targets a weight, with PEFT's meaning of `all-linear`.
 
-    Convolutions, stacks of experts and their routers have to be named.
+    Convolutions, stacks of experts and what stands beside the layers have to be named.
     """
-    return matches_pattern(pattern, module_path(name)) and (
-        pattern != "all-linear" or (role == "linear" and name not in routers)
-    )
+    named = name not in unnamed and matches_pattern(pattern, module_path(name))
+    return named and (pattern != "all-linear" or role == "linear")
 
 
 def refuse_split_experts(base: Checkpoint, ranks: Mapping[str, int], rslora: bool) -> None:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ...adapters.weight_kinds import weight_kind
+from ...architectures.default_targets import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
+from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.peft_names import bare_routers, role_in_model
 from ...binding.selection import Selection
@@ -60,6 +62,7 @@ class SortedDeltas:
     alphas: bool = False  # the format stores a float32 alpha for each module
     in_model: Callable[[str], str] | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
+    unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
     def exact_cost(self, in_bytes: bool) -> int:
@@ -86,7 +89,10 @@ def sort_deltas(
     Raises:
         InputError: the shapes of a tensor differ otherwise than by the size of a vocabulary.
     """
-    found = SortedDeltas(in_model=in_model, routers=bare_routers(base, in_model) if in_model else {})
+    found = SortedDeltas(in_model=in_model)
+    if in_model:
+        found.unnamed = find_unnamed(base, in_model, selection.target)
+        found.routers = {**bare_routers(base, in_model), **kept_whole(base, in_model, found.unnamed)}
     tie = find_tie(base)
     both = dict(pairs.both)
     missing = tie.lacking(base) if tie else {}
@@ -138,7 +144,9 @@ def _sort_tensor(
     if not grown and _is_unchanged(one, two):
         found.unchanged += 1
         return
-    selected = selection.selects(module)
+    group = found.unnamed.get(name, "")
+    selected = selection.selects(module) and group not in (MTP, EMBEDDINGS)
+    role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
         _keep_vocabulary(base, found, name, two, also)

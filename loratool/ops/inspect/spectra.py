@@ -133,7 +133,7 @@ def _model_rows(
     path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack
 ) -> SpectrumRows:
     model = open_model(path, "the spectra of an adapter are its changes'", opened)
-    found = find_candidates(model, selection)
+    found, _ = find_candidates(model, selection)
     for done, each in enumerate(found, 1):
         stack = WEIGHT_KINDS[each.kind].stack(read_float32(each.source, device))
         S = torch.stack([singular_values_of(W) for W in stack])
