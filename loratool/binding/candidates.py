@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ..architectures.peft import MAMBA_REFUSED, MAMBAS
 from ..architectures.prefixes import module_path
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
+from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
 from .peft_names import namer
 from .selection import Selection
 
+# Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
+UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
-def find_candidates(base: Checkpoint, selection: Selection, among: Collection[str] | None = None) -> list[ModelWeight]:
-    """Return the weights that the selection names.
+
+def find_candidates(
+    base: Checkpoint, selection: Selection, among: Collection[str] | None = None
+) -> tuple[list[ModelWeight], dict[str, str]]:
+    """Return the weights that the selection names, and what it leaves out though they could have factors.
+
+    The latter maps weights to what they are, a word of `default_targets.GROUPS` or of UNTARGETED.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
@@ -24,10 +32,12 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
     Raises:
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
-    eligible = model_weights(base, namer(base) if among is None else None)
+    in_model = namer(base) if among is None else None
+    eligible = model_weights(base, in_model)
     eligible = [each for each in eligible if (_is_trainable(base, each) if among is None else each.name in among)]
+    unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
-        if not any(_is_target(pattern, each) for each in eligible):
+        if not any(_is_target(pattern, each, unnamed) for each in eligible):
             ends = {path.rpartition(".")[2] for each in eligible for path in each.paths}
             similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
@@ -35,12 +45,20 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
                 culprit=f"--target {pattern}",
                 remedy=f"there are {', '.join(similar)}" if similar else None,
             )
+    anywhere = replace(selection, target=())
     named = {path for each in eligible for path in each.paths} | {*map(module_path, base.specs)}
-    replace(selection, target=()).require_used(named, str(base.path))
-    found = [each for each in eligible if _is_selected(selection, each)]
+    anywhere.require_used(named, str(base.path))
+    found, left_out = [], {}
+    for each in eligible:
+        if not select_weight(anywhere, each):
+            continue
+        if any(_is_target(pattern, each, unnamed) for pattern in selection.target):
+            found.append(each)
+        elif each.names[0] in unnamed or ("all-linear" in selection.target and each.role in UNTARGETED):
+            left_out[each.name] = unnamed.get(each.names[0]) or UNTARGETED[each.role]
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
-    return found
+    return found, left_out
 
 
 def _is_trainable(base: Checkpoint, weight: ModelWeight) -> bool:
@@ -49,16 +67,13 @@ def _is_trainable(base: Checkpoint, weight: ModelWeight) -> bool:
     return module_path(weight.in_model).rpartition(".")[2] not in refused
 
 
-def _is_selected(selection: Selection, weight: ModelWeight) -> bool:
-    targeted = any(_is_target(pattern, weight) for pattern in selection.target)
-    return targeted and select_weight(replace(selection, target=()), weight)
-
-
-def _is_target(pattern: str, weight: ModelWeight) -> bool:
+def _is_target(pattern: str, weight: ModelWeight, unnamed: Mapping[str, str]) -> bool:
     """Return whether a pattern targets a weight, with PEFT's meaning of `all-linear`.
 
-    Convolutions, stacks of experts and their routers have to be named.
+    Convolutions, stacks of experts and what stands beside the layers have to be named.
     """
+    if weight.names[0] in unnamed:
+        return False
     if pattern == "all-linear":
         return weight.role == "linear"
     return select_weight(Selection(target=(pattern,)), weight)

@@ -13,6 +13,7 @@ from shlex import quote
 from ..adapters.formats.peft import DECLARED
 from ..architectures.backbones import BACKBONES, in_task_model, is_backbone
 from ..architectures.config_tensors import declared_class
+from ..architectures.default_targets import Layers
 from ..architectures.peft import (
     BARE_MODULES,
     BARE_ROUTERS,
@@ -150,11 +151,14 @@ def _names_not_found(base: Checkpoint, factored: Mapping[str, str], whole: Mappi
     family, both = base.model_type or "", {**factored, **whole}
     reshaped = [RESHAPED[t] for t in base.model_types if t in RESHAPED]
     doubtful = _named_twice(base, both.values()) | _unknown_order(base, factored)
+    layers = Layers.find(both.values(), base.config)
     found = {}
     for name, in_model in both.items():
         module = module_path(in_model).removesuffix(".bias")
         last = module.rpartition(".")[2]
-        if any(re.search(pattern, module) for pattern in reshaped):
+        if layers.is_mtp(in_model):
+            found[name] = f"is of an MTP layer, and transformers loads none of a {family}"
+        elif any(re.search(pattern, module) for pattern in reshaped):
             found[name] = f"PEFT finds no module of a {family} for it"
         elif name in whole and in_model.endswith(".bias"):
             continue

@@ -780,10 +780,10 @@ class TestRefusals:
         base = write_model(tmp_path / "base", {"a.q.weight": weights(7, 8), "b.q.weight": weights(1, 8)})
         for rank, remedy in ((8, "rank-pattern a.q=6"), (2, "--exclude b.q")):
             with pytest.raises(UsageError) as error:
-                loratool.init(base, tmp_path / "a", method="orthogonal", rank=rank)
+                loratool.init(base, tmp_path / "a", method="orthogonal", rank=rank, target=["q"])
             assert remedy in str(error.value)
         with pytest.raises(UsageError, match="rank 2 of these targets takes 48"):
-            loratool.init(base, tmp_path / "a", method="orthogonal", params=47)
+            loratool.init(base, tmp_path / "a", method="orthogonal", params=47, target=["q"])
 
 
 def distance_zero(x: Tensor) -> bool:

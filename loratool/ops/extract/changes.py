@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...architectures.default_targets import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...binding.candidates import select_weight
+from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
 from ...binding.peft_names import bare_routers
@@ -62,6 +64,7 @@ class SortedDeltas:
     alphas: bool = False  # the format stores a float32 alpha for each module
     in_model: Callable[[str], str] | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
+    unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
     def exact_cost(self, in_bytes: bool) -> int:
@@ -88,7 +91,10 @@ def sort_deltas(
     Raises:
         InputError: the shapes of a tensor differ otherwise than by the size of a vocabulary.
     """
-    found = SortedDeltas(in_model=in_model, routers=bare_routers(base, in_model) if in_model else {})
+    found = SortedDeltas(in_model=in_model)
+    if in_model:
+        found.unnamed = find_unnamed(base, in_model, selection.target)
+        found.routers = {**bare_routers(base, in_model), **kept_whole(base, in_model, found.unnamed)}
     tie = find_tie(base)
     both = dict(pairs.both)
     missing = tie.lacking(base) if tie else {}
@@ -144,13 +150,15 @@ def _sort_tensor(
     if not grown and _is_unchanged(one, two):
         found.unchanged += 1
         return
-    selected = selection.selects(module, *(weight.paths if weight else ()))
+    group = found.unnamed.get(name, "")
+    selected = selection.selects(module, *(weight.paths if weight else ())) and group not in (MTP, EMBEDDINGS)
+    role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
         _keep_vocabulary(base, found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
-    elif selected and weight and role != "router" and not (vocabulary and embed == "skip"):
+    elif selected and weight and role and not (vocabulary and embed == "skip"):
         found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, also)
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
@@ -174,7 +182,7 @@ def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found
         sides = {weight.name: (ones[0], twos[0])}
     changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}
     found.unchanged += len(sides) - len(changed)
-    is_selected = complete and select_weight(selection, weight)
+    is_selected = complete and weight.names[0] not in found.unnamed and select_weight(selection, weight)
     if changed and is_selected and weight.role:
         found.low_rank[weight.name] = delta
         return

@@ -109,6 +109,7 @@ class InitReport:
 
     Attributes:
         parameters, nbytes: of the adapter.
+        left_out: weights that the targets leave out unless they are named -> what they are.
     """
 
     base: str
@@ -121,6 +122,7 @@ class InitReport:
     parameters: int
     nbytes: int
     residual: ResidualReport | None
+    left_out: Mapping[str, str]
     warnings: tuple[str, ...] = ()
 
 
@@ -189,7 +191,7 @@ def init(
         inputs = [shard.path for shard in checkpoint.shards]
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-        candidates = find_candidates(checkpoint, selection, weights_for_format(checkpoint, output_format))
+        candidates, left_out = find_candidates(checkpoint, selection, weights_for_format(checkpoint, output_format))
         if has_config:
             refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, method, dora)
@@ -219,7 +221,9 @@ def init(
             output_format.write(path, is_file, output.content, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
         warnings = (*work.warnings(), *output.notes)
-        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, warnings)
+        return InitReport(
+            os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, left_out, warnings
+        )
 
 
 def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format) -> None:

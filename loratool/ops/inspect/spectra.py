@@ -132,7 +132,7 @@ def _model_rows(
     path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack
 ) -> SpectrumRows:
     model = open_model(path, "the spectra of an adapter are its changes'", opened)
-    found = find_candidates(model, selection, among=model.specs)
+    found, _ = find_candidates(model, selection, among=model.specs)
     for done, each in enumerate(found, 1):
         matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
         S = torch.stack([singular_values_of(W) for W in matrices])
