@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import torch
 from conftest import ROOT, load_model
 from safetensors.torch import load_file, save_file
-from tiny import build, perturb, tables
+from tiny import NOT_BUILT, build, perturb, tables
 from torch import Tensor
 
 import loratool
@@ -42,7 +42,7 @@ from loratool.errors import LoratoolError
 GUIDE = ROOT / "loratool" / "guides" / "formats.md"
 MARKS = ("<!-- from tests/language_families.py -->\n", "<!-- until here -->\n")
 VERBS = ("merge", "extract", "init")
-RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
+RIGHT, WRONG, REFUSED, NONE, NOT = "right", "wrong", "refused", "none", "not built"
 TOKENS = torch.arange(8, 24)[None]
 Patterns = tuple[str, ...]
 
@@ -248,7 +248,10 @@ def row(table: str, model_type: str) -> Row:
         try:
             kind, model = made(table, model_type, folder)
         except Exception as error:
-            return Row(table, model_type, "", *[f"not built: {told(error)}"] * 3)
+            known = NOT_BUILT.get(model_type)
+            reason = f"{NOT}: {known}" if known else f"{WRONG}: it is not built, {told(error)}"
+            return Row(table, model_type, "", reason, reason, reason)
+        assert model_type not in NOT_BUILT, f"{model_type} is built, though `NOT_BUILT` says that it is not"
         merge, reason = state(lambda: check_merge(kind, folder))
         extract, extracted = state(lambda: check_extract(kind, model, folder))
         init, asked = state(lambda: check_init(kind, folder))
@@ -257,7 +260,7 @@ def row(table: str, model_type: str) -> Row:
             table,
             model_type,
             kind.__name__,
-            f"none: {reason}" if reason else merge,
+            f"{NONE}: {reason}" if reason else merge,
             extract,
             init,
             compared,

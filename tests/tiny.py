@@ -246,6 +246,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_text": {"additional_vocab_size": 8},
     "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4},
+    **dict.fromkeys(
+        "nemotron3_5_transcribe_asr_audio nemotron3_5_transcribe_word_timestamp nemotron3_diarization_audio".split(),
+        {"num_key_value_heads": 4},
+    ),
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64, "hidden_size": 32}},
     "neomme": {"per_layer_config": {1: {"sliding_window": None}}},
     "nemotron": {"num_key_value_heads": 2},
@@ -310,7 +314,6 @@ GIVEN = {"gemma4_assistant": _DRAFT, "gemma4_unified_assistant": _DRAFT}
 NOT_BUILT = {
     **dict.fromkeys(["fast_vlm", "gemma3n", "perception_lm"], "needs the package timm"),
     "inkling_mm_model": "needs the package scipy",
-    "nemo_speechlm": "",
     "shieldgemma2": "transformers does not read its own file back",
 }
 
