@@ -60,6 +60,7 @@ class Row:
     compared: str = "logits"  # or "weights", if the class does not answer to token ids alone
     excluded: Patterns = ()  # what extract and init ask to leave out by --exclude
     left_out: Patterns = ()  # changed tensors that the report of extract names, every number as N
+    beside: Patterns = ()  # what stands beside the layers, by the report of init: routers, ...
 
 
 def load(kind: Any, folder: Path) -> Any:
@@ -178,14 +179,17 @@ def same_merge(kind: Any, base: Path, adapter: Path, out: Path) -> None:
     assert not wrong, wrong
 
 
-def check_init(kind: Any, folder: Path) -> Patterns:
-    """Make a new adapter; return what has to be excluded. PEFT has to load it, and to use each of its tensors."""
+def check_init(kind: Any, folder: Path) -> tuple[Patterns, Patterns]:
+    """Make a new adapter; return what has to be excluded, and what else gets no factors.
+
+    PEFT has to load it, and to use each of its tensors.
+    """
     base, start = folder / "base", folder / "start"
-    _, excluded = with_what_is_named(lambda **o: loratool.init(base, start, **o), rank=1)
+    report, excluded = with_what_is_named(lambda **o: loratool.init(base, start, **o), rank=1)
     with_adapter(kind, base, start)
     randomize(start)
     same_merge(kind, base, start, folder / "merged-start")
-    return excluded
+    return excluded, tuple(sorted(set(report.left_out.values())))
 
 
 def check_merge(kind: Any, folder: Path) -> str:
@@ -254,8 +258,9 @@ def row(table: str, model_type: str) -> Row:
         assert model_type not in NOT_BUILT, f"{model_type} is built, though `NOT_BUILT` says that it is not"
         merge, reason = state(lambda: check_merge(kind, folder))
         extract, extracted = state(lambda: check_extract(kind, model, folder))
-        init, asked = state(lambda: check_init(kind, folder))
+        init, started = state(lambda: check_init(kind, folder))
         excluded, left_out, compared = extracted or ((), (), "")
+        asked, beside = started or ((), ())
         return Row(
             table,
             model_type,
@@ -264,8 +269,9 @@ def row(table: str, model_type: str) -> Row:
             extract,
             init,
             compared,
-            tuple(dict.fromkeys((*excluded, *(asked or ())))),
+            tuple(dict.fromkeys((*excluded, *asked))),
             left_out,
+            beside,
         )
 
 
@@ -295,6 +301,41 @@ def read(cache: Path | None) -> dict[tuple[str, str], Row]:
     return {(each.table, each.type): each for each in rows}
 
 
+def grouped(rows: Iterable[Row]) -> str:
+    """Return the rows as Markdown, those that say the same as one."""
+    import peft
+    import transformers
+
+    rows = list(rows)
+    outcomes: dict[str, set[tuple[str, ...]]] = {}
+    for each in rows:
+        outcomes.setdefault(each.type, set()).add(outcome(each))
+    groups: dict[tuple[str, ...], dict[str, None]] = {}
+    for each in rows:
+        name = f"`{each.type}`" if len(outcomes[each.type]) == 1 else f"`{each.type}` ({each.table})"
+        groups.setdefault(outcome(each), {})[name] = None
+    lines = [f"transformers {transformers.__version__}, PEFT {peft.__version__}, {len(rows)} classes:", ""]
+    lines += ["| merge | extract | init | without factors | types |", "|---" * 5 + "|"]
+    for cells, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {' | '.join(cells)} | {', '.join(sorted(names))} |")
+    return "\n".join([*lines, ""])
+
+
+def outcome(each: Row) -> tuple[str, ...]:
+    """Return the cells that a class has in the table, without what only its own names are in a message."""
+    states = [re.sub(r"\d+", "N", getattr(each, verb)) for verb in VERBS]
+    short = [text if text.startswith(NOT) else ": ".join(text.split(": ")[:2])[:120] for text in states]
+    ends = dict.fromkeys(pattern.removesuffix("$").replace("\\", "").split(".")[-1] for pattern in each.excluded)
+    return (*short, ", ".join([*each.beside, *(f"`{end}`" for end in ends)]))
+
+
+def write(text: str) -> None:
+    """Put the table between the guide's marks."""
+    before, _, rest = GUIDE.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    GUIDE.write_text(f"{before}{MARKS[0]}{text}{MARKS[1]}{after}")
+
+
 def main(arguments: list[str]) -> int:
     cache = Path(arguments.pop(arguments.index("--cache") + 1)) if "--cache" in arguments else None
     chosen = [each for each in arguments if each not in ("--write", "--cache")]
@@ -306,9 +347,13 @@ def main(arguments: list[str]) -> int:
             print(f"{found}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
             if cache:
                 cache.write_text("".join(json.dumps(asdict(each)) + "\n" for each in rows.values()))
+    if "--write" in arguments:
+        write(grouped(rows.values()))
+    else:
+        print(grouped(rows.values()))
     wrong = [each for each in rows.values() if is_wrong(each)]
     for each in wrong:
-        print(each)
+        print(f"wrong: {each}", file=sys.stderr)
     return int(bool(wrong))
 
 

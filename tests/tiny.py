@@ -161,6 +161,7 @@ SIZES = {
 # model type, of a config or of one inside -> fields that no rule makes small or consistent
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _WIDER = {"per_layer_config": {1: {"head_dim": 32}}}
+_ALL_HEADS = {"num_key_value_heads": 4}
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
 FIELDS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
@@ -205,7 +206,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}},
     "emu3_vqgan": _VQ,
     "esm": {"vocab_size": 320, "mask_token_id": 3, "pad_token_id": 1},
-    "esmc": {"num_key_value_heads": 4},
+    "esmc": _ALL_HEADS,
     "florence_vision": {
         "depths": [1, 1],
         "patch_size": [3, 3],
@@ -248,7 +249,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4},
     **dict.fromkeys(
         "nemotron3_5_transcribe_asr_audio nemotron3_5_transcribe_word_timestamp nemotron3_diarization_audio".split(),
-        {"num_key_value_heads": 4},
+        _ALL_HEADS,
     ),
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64, "hidden_size": 32}},
     "neomme": {"per_layer_config": {1: {"sliding_window": None}}},
