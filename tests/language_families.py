@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import torch
 from conftest import ROOT, load_model
 from safetensors.torch import load_file, save_file
-from tiny import NOT_BUILT, build, perturb, tables
+from tiny import NOT_BUILT, build, perturb, stacks, tables
 from torch import Tensor
 
 import loratool
@@ -186,6 +186,11 @@ def check_init(kind: Any, folder: Path) -> tuple[Patterns, Patterns]:
     """
     base, start = folder / "base", folder / "start"
     report, excluded = with_what_is_named(lambda **o: loratool.init(base, start, **o), rank=1)
+    if "experts" in report.left_out.values():
+        with_adapter(kind, base, start)
+        options = {"target": ("all-linear", "experts"), "rank": 2, "force": True}
+        _, more = with_what_is_named(lambda **o: loratool.init(base, start, **o), **options)
+        excluded = tuple(dict.fromkeys((*excluded, *more)))
     with_adapter(kind, base, start)
     randomize(start)
     same_merge(kind, base, start, folder / "merged-start")
@@ -203,14 +208,13 @@ def check_merge(kind: Any, folder: Path) -> str:
     if model.config.model_type in MAMBAS:
         linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         targets = [name for name in linear if not name.endswith((*MAMBA_REFUSED, "lm_head"))]
-    stacks = [name for name, W in model.named_parameters() if W.dim() == 3 and "expert" in name]
     try:
-        config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, target_parameters=stacks or None)
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, target_parameters=stacks(model) or None)
         get_peft_model(model, config).save_pretrained(folder / "peft", save_embedding_layers=False)
         randomize(folder / "peft")
         with_adapter(kind, folder / "base", folder / "peft")
     except Exception as error:  # PEFT's, of any kind
-        return f"PEFT makes no adapter: {told(error)}"
+        return f"PEFT makes no adapter that it loads, {told(error)}"
     same_merge(kind, folder / "base", folder / "peft", folder / "merged-peft")
     return ""
 

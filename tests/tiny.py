@@ -389,6 +389,13 @@ def build(table: str, model_type: str) -> tuple[Any, Any]:
     return kind, kind._from_config(config).float()
 
 
+def stacks(model: Any) -> list[str]:
+    """Return the names of the parameters that are stacks of experts' matrices."""
+    owners = {name: type(module).__name__ for name, module in model.named_modules()}
+    three = [name for name, W in model.named_parameters() if W.dim() == 3]
+    return [name for name in three if "expert" in name or "Expert" in owners[name.rpartition(".")[0]]]
+
+
 def perturb(model: Any, every: bool) -> None:
     """Change every linear layer and stack of experts by rank 2, by half of its norm; `every`: all that are no vectors.
 
@@ -402,10 +409,10 @@ def perturb(model: Any, every: bool) -> None:
         names.setdefault(id(W), []).append(name)
     layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     linear = {id(getattr(module, "weight", None)) for module in layers}
-    generator = torch.Generator().manual_seed(1)
+    experts, generator = set(stacks(model)), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, W in model.named_parameters():
-            stack = W.dim() == 3 and "expert" in name
+            stack = name in experts
             if len(names[id(W)]) > 1 or not (id(W) in linear or stack or (every and W.dim() > 1)):
                 continue
             rows = W if stack else W.flatten(1)
