@@ -40,11 +40,14 @@ class Candidate:
         return min(self.sizes[1:])
 
 
-def find_candidates(base: Checkpoint, selection: Selection, among: Collection[str] | None = None) -> list[Candidate]:
+def find_candidates(
+    base: Checkpoint, selection: Selection, among: Collection[str] | None = None, architecture: str | None = None
+) -> list[Candidate]:
     """Return the weights that the selection names.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
+        architecture: as in `namer`.
 
     Raises:
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
@@ -52,7 +55,7 @@ def find_candidates(base: Checkpoint, selection: Selection, among: Collection[st
     roles = {
         n: weight_role(module_path(n), len(base.specs[n].shape), is_plain(base, n, base.specs[n])) for n in among or ()
     }
-    in_model = namer(base) if among is None else str
+    in_model = namer(base, architecture) if among is None else str
     eligible = _find_eligible(base, in_model) if among is None else {name: role for name, role in roles.items() if role}
     routers = _find_routers(eligible)
     for pattern in selection.target:

@@ -7,11 +7,13 @@ written: PEFT skips a key that it does not know with a warning at most.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from shlex import quote
 
 from ..adapters.formats.peft import DECLARED
-from ..architectures.backbones import BACKBONES, in_task_model, is_backbone
+from ..architectures.backbones import BACKBONES, in_task_model
+from ..architectures.classes import ModelClass, classes_of
 from ..architectures.config_tensors import declared_class
 from ..architectures.peft import (
     BARE_MODULES,
@@ -23,10 +25,10 @@ from ..architectures.peft import (
     RESHAPED,
     STACKED_BY_PEFT,
 )
-from ..architectures.prefixes import module_path
+from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical, expert_part
 from ..architectures.roles import weight_role
-from ..errors import InputError, NeedsFlag
+from ..errors import InputError, NeedsFlag, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import FLOATS, TensorSpec
 from .resolve import strip_wrappers
@@ -35,14 +37,38 @@ from .selection import matches_pattern
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 
 
-def namer(base: Checkpoint) -> Callable[[str], str]:
-    """Return a function from a tensor's name in the file to its name in the model that PEFT wraps."""
-    types, declared = base.model_types, declared_class(base.config)
+def class_of(base: Checkpoint, architecture: str | None = None) -> ModelClass | None:
+    """Return the class that PEFT wraps: `architecture`, or the one that config.json declares.
+
+    Returns:
+        None if config.json declares none, or an image model is made of parts.
+
+    Raises:
+        UsageError: the base can be loaded with no class of this name, as far as is known here.
+    """
+    known = classes_of(base.config)
+    if architecture is None:
+        return known.get(declared_class(base.config))
+    if architecture not in known:
+        remedy = f"there are {', '.join(known)}" if known else "none is known for this base"
+        raise UsageError(f"no class of {base.path} is named so", culprit=architecture, remedy=remedy)
+    return known[architecture]
+
+
+def namer(base: Checkpoint, architecture: str | None = None) -> Callable[[str], str]:
+    """Return a function from a tensor's name in the file to its name in the class that PEFT wraps.
+
+    That is an empty string for a tensor that the class does not have.
+
+    Raises:
+        UsageError: as `class_of`.
+    """
+    types, chosen = base.model_types, class_of(base, architecture)
     sides = {}
     if base.model_type in ENCODER_DECODERS:
         sides = {side: _types_of(base.config.get(side)) for side in ("encoder", "decoder")}
     prefix = BACKBONES.get(base.model_type or "")
-    whole = any(strip_wrappers(name).startswith(f"{prefix}.") for name in base.specs)
+    whole = chosen is None or any(strip_wrappers(name).startswith(f"{prefix}.") for name in base.specs)
 
     def in_model(name: str) -> str:
         name = strip_wrappers(name)
@@ -50,11 +76,28 @@ def namer(base: Checkpoint) -> Callable[[str], str]:
         if side in sides:
             return f"{side}.{canonical(rest, sides[side])}"
         found = canonical(name, types)
-        if is_backbone(declared) and not name.startswith("model."):
-            found = found.removeprefix("model.")  # the tables have the names of task models
-        return found if whole else in_task_model(found, base.model_type, declared)
+        found = found if whole else in_task_model(found, base.model_type)
+        return chosen.path(found) if chosen else found
 
     return in_model
+
+
+def absent_from_class(base: Checkpoint, architecture: str | None) -> tuple[str, ...]:
+    """Return a sentence on the tensors that the class chosen does not have; empty if none was chosen or it has all."""
+    if architecture is None:
+        return ()
+    in_model, whole = namer(base, architecture), namer(base)
+    owners = Counter(_top(whole(name) or name) for name in base.specs if not in_model(name))
+    if not owners:
+        return ()
+    listed = ", ".join(f"{owner} ({count})" for owner, count in owners.items())
+    return (f"{architecture} has no {listed}: these tensors get nothing",)
+
+
+def _top(path: str) -> str:
+    """Return the start of a path that names a part of the model: its head, the tower of its backbone."""
+    parts = path.split(".")
+    return ".".join(parts[: 2 if parts[0] in CONTAINER_PREFIXES or parts[0] == "thinker" else 1])
 
 
 def _types_of(config: object) -> tuple[str, ...]:
@@ -108,6 +151,7 @@ def refuse_unsaid(
     factored: Mapping[str, str],
     whole: Mapping[str, str],
     heads: Mapping[str, str] | None = None,
+    architecture: str | None = None,
 ) -> None:
     """Refuse an adapter with a tensor that PEFT would not find or would take for another.
 
@@ -115,6 +159,7 @@ def refuse_unsaid(
         factored: the weights with factors, name in the file -> name in the model.
         whole: the tensors that are kept exactly, likewise.
         heads: embeddings with factors -> the head that is the same matrix.
+        architecture: as in `namer`.
 
     Raises:
         NeedsFlag: some tensors are such; it names the --exclude options that leave them out.
@@ -123,7 +168,7 @@ def refuse_unsaid(
     for family in base.model_types:
         if family in REFUSED:
             raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
-    problems = _names_not_found(base, factored, whole) | _without_head(base, heads or {})
+    problems = _names_not_found(base, factored, whole, architecture) | _without_head(base, heads or {}, architecture)
     if not problems:
         return
     kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
@@ -135,11 +180,14 @@ def refuse_unsaid(
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
 
 
-def _names_not_found(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, str]:
+def _names_not_found(
+    base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str], architecture: str | None
+) -> dict[str, str]:
     """Map the names in the file of tensors that PEFT would not find to the reason."""
-    family, both = base.model_type or "", {**factored, **whole}
+    chosen, both = class_of(base, architecture), {**factored, **whole}
+    family = chosen.model_type if chosen else base.model_type or ""
     taken, reshaped = STACKED_BY_PEFT.get(family), [RESHAPED[t] for t in base.model_types if t in RESHAPED]
-    doubtful = _named_twice(base, both.values()) | _unknown_order(base, factored)
+    doubtful = _named_twice(base, both.values(), architecture) | _unknown_order(base, factored)
     found = {}
     for name, in_model in both.items():
         module = module_path(in_model).removesuffix(".bias")
@@ -162,12 +210,12 @@ def _names_not_found(base: Checkpoint, factored: Mapping[str, str], whole: Mappi
     return found
 
 
-def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
+def _without_head(base: Checkpoint, heads: Mapping[str, str], architecture: str | None) -> dict[str, str]:
     """Map embeddings to the reason why PEFT would not find the head that they are as well.
 
     The module under the head's name holds other modules, so that it is not the head itself.
     """
-    in_model = namer(base)
+    in_model = namer(base, architecture)
     owners = {in_model(name).rpartition(".")[0] for name in base.specs} if heads else set()
     found = {}
     for name, head in heads.items():
@@ -177,9 +225,9 @@ def _without_head(base: Checkpoint, heads: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _named_twice(base: Checkpoint, names: Collection[str]) -> set[str]:
+def _named_twice(base: Checkpoint, names: Collection[str], architecture: str | None) -> set[str]:
     """Return the names whose module's path is the end of another's, so that PEFT takes both."""
-    in_model = namer(base)
+    in_model = namer(base, architecture)
     paths = {in_model(name).rpartition(".")[0] for name in base.specs}
     inner = {part for path in paths for part in path.split(".")[1:]}
     suspects = {name for name in names if name.partition(".")[0] in inner}

@@ -102,6 +102,7 @@ def sort_deltas(
         also = (
             tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied else None
         )
+        also = also if also and (in_model is None or in_model(also)) else None  # a bare class has no head
         _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
@@ -133,12 +134,13 @@ def _sort_tensor(
     if found.in_model:
         role = role_in_model(base, name, found.in_model(name), one.spec)
     grown = one.spec.shape != two.spec.shape
-    if grown and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
+    absent = found.in_model is not None and not found.in_model(name)
+    if grown and not absent and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
     if not grown and _is_unchanged(one, two):
         found.unchanged += 1
         return
-    selected = selection.selects(module)
+    selected = selection.selects(module) and not absent
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
         _keep_vocabulary(base, found, name, two, also)

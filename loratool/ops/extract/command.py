@@ -21,7 +21,7 @@ from ...architectures.prefixes import module_path
 from ...architectures.renames import expert_part
 from ...binding.candidates import refuse_split_experts
 from ...binding.model_pairs import ModelPairs, pair_tensors
-from ...binding.peft_names import exclude_all, namer, refuse_unsaid
+from ...binding.peft_names import absent_from_class, exclude_all, namer, refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, difference
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
-from ..convert.image_base import choose_format, is_image_adapter, unsupported_patterns
+from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
 from ..machine import require_ieee
@@ -135,6 +135,7 @@ def extract(
     embed: str = "lora",
     bias: bool = True,
     to: str | None = None,
+    architecture: str | None = None,
     dtype: str = "fp32",
     certify: bool = False,
     seed: int = 0,
@@ -160,6 +161,8 @@ def extract(
         embed: a key of EMBED_CHOICES, for changed embeddings and heads.
         bias: keep changed biases and norms, exactly.
         to: a key of `extract_formats`; all but PEFT have the low-rank updates alone.
+        architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
+            does not have is left out, and a warning names it.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         certify: prove how far each matrix is from the best of its rank, instead of estimating it.
         seed: of the SVD's starting block.
@@ -187,11 +190,13 @@ def extract(
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
+        require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
-        selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if whole_model else None
+        selection = replace(requested, exclude=excluded)
+        in_model = namer(sides[0], architecture) if whole_model else None
         found = sort_deltas(
             sides[0], pairs, selection, embed, bias and ReplaceTensor in output_format.can.kinds, in_model
         )
@@ -199,7 +204,7 @@ def extract(
         if in_model:
             factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
             heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
-            refuse_unsaid(sides[0], factored, exact, heads)
+            refuse_unsaid(sides[0], factored, exact, heads, architecture)
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
@@ -218,7 +223,8 @@ def extract(
         _check_budget(rule, plan)
         if not dry_run:
             output_format.write(path, is_file, plan.content, read)
-        return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+        report = _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+        return replace(report, warnings=(*report.warnings, *absent_from_class(sides[0], architecture)))
 
 
 def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:

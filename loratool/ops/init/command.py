@@ -27,7 +27,7 @@ from ...architectures.renames import expert_part
 from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
 from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
-from ...binding.peft_names import refuse_unsaid
+from ...binding.peft_names import absent_from_class, class_of, refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import NeedsFlag, UsageError
@@ -39,7 +39,7 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..convert.image_base import choose_format, is_image_adapter, weights_for_format
+from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
 from ..machine import require_ieee
@@ -143,6 +143,7 @@ def init(
     dtype: str = "keep",
     undo: bool = True,
     to: str | None = None,
+    architecture: str | None = None,
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
@@ -168,6 +169,8 @@ def init(
         dtype: of the residual, a key of MERGE_DTYPES.
         undo: write the residual's undo file.
         to: a key of `written_formats`, if another format is wanted.
+        architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
+            does not have gets no factors, and a warning names it.
         seed: of the random numbers.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -189,9 +192,11 @@ def init(
         inputs = [shard.path for shard in checkpoint.shards]
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-        candidates = find_candidates(checkpoint, selection, weights_for_format(checkpoint, output_format))
+        require_language_model(checkpoint, output_format, architecture)
+        among = weights_for_format(checkpoint, output_format)
+        candidates = find_candidates(checkpoint, selection, among, architecture)
         if has_config:
-            refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
+            refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {}, None, architecture)
         _check_kinds(candidates, checkpoint.model_types, method, dora)
         ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         refuse_split_experts(checkpoint, ranks, rslora)
@@ -200,7 +205,8 @@ def init(
             closing(AdapterInitializer(adapted_weights, method, seed, dora, choose_device(device)))
         )
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
-        config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        kind = class_of(checkpoint, architecture)
+        config = adapter_config(kind, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         specs = output.content.specs.values()
@@ -219,7 +225,7 @@ def init(
             opened.enter_context(naming_output(path))
             output_format.write(path, is_file, output.content, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
-        warnings = (*work.warnings(), *output.notes)
+        warnings = (*work.warnings(), *output.notes, *absent_from_class(checkpoint, architecture))
         return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, warnings)
 
 
