@@ -123,12 +123,18 @@ def with_adapter(kind: Any, base: Path, adapter: Path) -> Any:
     return model.eval()
 
 
-def without(tuned: Path, base: Path, left_out: Iterable[str]) -> None:
-    """Take back what the report says is not in the adapter."""
-    before, after = load_model(base), load_model(tuned)
+def without(kind: Any, model: Any, folder: Path, left_out: Iterable[str]) -> None:
+    """Take back what the report says is not in the adapter: of the class, or of the file."""
+    base, tuned, weights = folder / "base", folder / "tuned", model.state_dict()
+    before = load_model(base)
+    if of_class := [name for name in left_out if name not in before]:
+        plain = load(kind, base).state_dict()
+        for name in of_class:
+            weights[name].copy_(plain[name])
+        model.save_pretrained(tuned)
+    tensors = load_model(tuned) | {name: before[name] for name in left_out if name in before}
     for file in tuned.glob("*.safetensors*"):
         file.unlink()
-    tensors = {**after, **{name: before[name] for name in left_out}}
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -142,7 +148,7 @@ def check_extract(kind: Any, model: Any, folder: Path, every: bool = False) -> t
     model.save_pretrained(tuned)
     paths, allow = (base, tuned, adapter), ("unrelated",)  # weights of 0 change by 1
     report, excluded = with_what_is_named(lambda **o: loratool.extract(*paths, allow=allow, **o), rank=8)
-    without(tuned, base, report.left_out)
+    without(kind, model, folder, report.left_out)
     plain, copy = load(kind, base), load(kind, tuned)
     unmerged, compared = with_adapter(kind, base, adapter), "logits" if answers(copy) else "weights"
     if compared == "logits":

@@ -77,6 +77,11 @@ _ENCODER_QKV = _qkv("self_attn")
 _ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 
 
+_INTERLEAVED_EXPERTS = FusedRows(
+    "experts.w13", ("experts.gate_up_proj",), _equal(1), permuted=("experts.gate_up_proj",)
+)
+
+
 _DINOV2 = (FusedRows("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),)
 
 
@@ -91,6 +96,12 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
     "hrm_text": (
         FusedRows("attn.gqkv_proj", ("self_attn.gate_proj", *_ENCODER_QKV), _equal(4)),
         FusedRows("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),
+    ),
+    **dict.fromkeys("inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(), (_INTERLEAVED_EXPERTS,)),
+    "inkling_mm_model": (
+        _INTERLEAVED_EXPERTS,
+        FusedRows("shared_w13", ("gate_proj", "up_proj"), _equal(2), permuted=("gate_proj", "up_proj")),
+        FusedRows("mlp.w13_dn", ("mlp.gate_proj", "mlp.up_proj"), _equal(2), permuted=("mlp.gate_proj", "mlp.up_proj")),
     ),
     "jina_embeddings_v3": (FusedRows("mixer.Wqkv", _ENCODER_QKV, _equal(3)),),
     "kimi_k25": (FusedRows("wqkv", _qkv("attn"), _equal(3), permuted=("attn.q_proj", "attn.k_proj")),),
@@ -116,8 +127,9 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
     "sarvam_moe": (FusedRows("self_attn.query_key_value", _ENCODER_QKV, _grouped_heads),),
     "step3p7": (
         FusedRows("mlp.experts.gate_up_proj", ("moe.gate_proj", "moe.up_proj"), _equal(2), "parts"),
-        FusedRows("attn.in_proj", _ENCODER_QKV, _equal(3), permuted=_ROTARY),
+        FusedRows("self_attn.in_proj", _ENCODER_QKV, _equal(3), permuted=_ROTARY),
     ),
+    "unlimited_ocr": (FusedRows("self_attn.qkv_proj", _ENCODER_QKV, _equal(3)),),
 }
 
 

@@ -73,10 +73,8 @@ RESHAPED = {
 # Types for which no adapter would load -> the reason.
 REFUSED = {
     **dict.fromkeys(
-        """cohere_asr colqwen2 d_fine deepseek_ocr2 deformable_detr dory dots3_note dots3_note_text ernie4_5_vl_moe
-        gradium_phonon_tts inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model jev lw_detr
-        maskformer nemo_speechlm pi0 pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt
-        unlimited_ocr""".split(),
+        """colqwen2 d_fine deformable_detr ernie4_5_vl_moe gradium_phonon_tts jev lw_detr maskformer nemo_speechlm
+        pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt""".split(),
         "transformers renames its weights while it loads them, and its modules' names are not known here",
     ),
     "pp_formulanet": "PEFT finds no input embeddings in it",

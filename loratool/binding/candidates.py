@@ -10,9 +10,9 @@ from ..architectures.peft import MAMBA_REFUSED, MAMBAS
 from ..architectures.prefixes import module_path
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
+from .class_names import ClassNames
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
-from .peft_names import namer
 from .selection import Selection
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
@@ -20,7 +20,7 @@ UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 
 def find_candidates(
-    base: Checkpoint, selection: Selection, among: Collection[str] | None = None
+    base: Checkpoint, selection: Selection, among: Collection[str] | None = None, in_model: ClassNames | None = None
 ) -> tuple[list[ModelWeight], dict[str, str]]:
     """Return the weights that the selection names, and what it leaves out though they could have factors.
 
@@ -28,13 +28,13 @@ def find_candidates(
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
+        in_model: the names in the class that PEFT wraps; None for such an adapter.
 
     Raises:
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
-    in_model = namer(base) if among is None else None
     eligible = model_weights(base, in_model)
-    eligible = [each for each in eligible if (_is_trainable(base, each) if among is None else each.name in among)]
+    eligible = [each for each in eligible if (each.name in among if among is not None else _is_trainable(base, each))]
     unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
         if not any(_is_target(pattern, each, unnamed) for each in eligible):

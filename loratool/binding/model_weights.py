@@ -17,6 +17,7 @@ from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
+from .class_names import ClassNames
 from .peft_names import is_bare, is_plain, role_in_model
 from .resolve import fused_parts, strip_wrappers
 
@@ -81,11 +82,12 @@ class ModelWeight:
             yield [ref(p.name).part(*p.span) if p.span else ref(p.name) for p in matrix]
 
 
-def model_weights(base: Checkpoint, in_model: Callable[[str], str] | None) -> list[ModelWeight]:
+def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWeight]:
     """Return the weights that can have factors, in the order of the file.
 
     Args:
-        in_model: of `peft_names.namer`; None for an adapter that PEFT need not load, whose modules are the file's.
+        in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load, whose modules
+            are the file's.
     """
     rearranged = rearranged_weights(base, in_model) if in_model else {}
     found = []
@@ -97,9 +99,7 @@ def model_weights(base: Checkpoint, in_model: Callable[[str], str] | None) -> li
     return found
 
 
-def weight_of_tensor(
-    base: Checkpoint, name: str, spec: TensorSpec, in_model: Callable[[str], str] | None
-) -> ModelWeight | None:
+def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: ClassNames | None) -> ModelWeight | None:
     """Return the weight of the class that is one tensor of the file; None if it can have no factors."""
     path = in_model(name) if in_model else name
     plain = weight_role(module_path(name), len(spec.shape), is_plain(base, name, spec))
@@ -111,14 +111,15 @@ def weight_of_tensor(
     if kind.startswith("experts"):
         rows = spec.shape[1]
         pieces = tuple((Piece(name, (e * rows, (e + 1) * rows)),) for e in range(spec.shape[0]))
-    return ModelWeight(name, path, role, kind, in_model is not None and is_bare(base, path, role), spec, pieces)
+    bare = in_model is not None and is_bare(in_model.family, path, role)
+    return ModelWeight(name, path, role, kind, bare, spec, pieces)
 
 
-def rearranged_weights(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, list[ModelWeight]]:
+def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list[ModelWeight]]:
     """Map each tensor that is no whole weight of the class to the weights that have rows of it.
 
-    A weight has no role if PEFT cannot be given factors of it: its rows are in another order than the file's, or the
-    file does not have all of them.
+    A weight has no role if PEFT cannot be given factors of it: its rows are in another order than the file's, the file
+    does not have all of them, or the class has no such weight.
     """
     joined: dict[str, _Joined] = {}
     split: list[ModelWeight] = []
@@ -153,8 +154,8 @@ class _Joined:
     members: dict[tuple[int, int], Piece] = field(default_factory=dict)  # (expert, first row there) -> rows
 
 
-def _join(base: Checkpoint, in_model: Callable[[str], str], joined: _Joined) -> ModelWeight:
-    name, matrices = in_model(joined.name), dict[int, list[Piece]]()
+def _join(base: Checkpoint, in_model: ClassNames, joined: _Joined) -> ModelWeight:
+    path, matrices = in_model(joined.name), dict[int, list[Piece]]()
     for expert, row in sorted(joined.members):
         matrices.setdefault(expert, []).append(joined.members[expert, row])
     specs = {piece.name: base.specs[piece.name] for piece in joined.members.values()}
@@ -167,17 +168,19 @@ def _join(base: Checkpoint, in_model: Callable[[str], str], joined: _Joined) -> 
     )
     first = next(iter(specs.values()))
     shape = (*((len(matrices),) if joined.stacked else ()), joined.rows, first.shape[-1])
-    role = weight_role(module_path(name), len(shape), True) if plain and complete else ""
-    spec, pieces = TensorSpec(first.dtype, shape), tuple(map(tuple, matrices.values()))
-    return ModelWeight(name, name, role, role or "linear", is_bare(base, name, role), spec, pieces)
+    role = weight_role(module_path(path), len(shape), True) if plain and complete and path else ""
+    bare, pieces = is_bare(in_model.family, path, role), tuple(map(tuple, matrices.values()))
+    spec = TensorSpec(first.dtype, shape)
+    return ModelWeight(path or joined.name, path, role, role or "linear", bare, spec, pieces)
 
 
-def _split(base: Checkpoint, in_model: Callable[[str], str], name: str, row: RowPart) -> ModelWeight:
+def _split(base: Checkpoint, in_model: ClassNames, name: str, row: RowPart) -> ModelWeight:
     spec, ending = base.specs[name], "" if row.module.endswith(".bias") else ".weight"
     path = in_model(row.module + ending)
     shape = (row.whole, *spec.shape[1:])
-    is_matrix = len(shape) == 2 and is_plain(base, name, spec) and not row.permuted
+    is_matrix = len(shape) == 2 and is_plain(base, name, spec) and not row.permuted and bool(path)
     role = weight_role(module_path(path), 2, True) if is_matrix else ""
     pieces = ((Piece(name, (row.start, row.stop)),),)
-    bare = is_bare(base, path, role)
-    return ModelWeight(path, path, role, role or "linear", bare, TensorSpec(spec.dtype, shape), pieces)
+    bare = is_bare(in_model.family, path, role)
+    named = path or row.module + ending
+    return ModelWeight(named, path, role, role or "linear", bare, TensorSpec(spec.dtype, shape), pieces)

@@ -120,6 +120,13 @@ to_option = click.option(
 )
 
 
+architecture_option = click.option(
+    "--architecture",
+    metavar="CLASS",
+    help="The class that PEFT will wrap, as LlamaForCausalLM inside a Llava.  [default: config.json's]",
+)
+
+
 layers_option = click.option("--layers", metavar="0-15,20", help="Only modules of these layers, counted from 0.")
 
 

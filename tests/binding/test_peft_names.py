@@ -19,7 +19,8 @@ import loratool
 from loratool import InputError
 from loratool.architectures.peft import BARE_ROUTERS, REFUSED, RESHAPED, STACKED_BY_PEFT
 from loratool.architectures.renames import RENAMES
-from loratool.binding.peft_names import exclude_all, namer
+from loratool.binding.class_names import ClassNames
+from loratool.binding.peft_names import exclude_all
 from loratool.files.checkpoint import open_checkpoint
 
 LLAVA = {
@@ -110,7 +111,7 @@ def test_a_single_file_of_an_unknown_image_model(tmp_path: Path) -> None:
 )
 def test_the_names_are_the_declared_classs(config: dict[str, Any], file: str, model: str, tmp_path: Path) -> None:
     base = open_checkpoint(write_model(tmp_path, {file: weights(2, 2)}, config))
-    assert namer(base)(file) == model
+    assert ClassNames(base)(file) == model
     base.close()
 
 

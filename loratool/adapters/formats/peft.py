@@ -85,7 +85,7 @@ SHARED = {name for each in peft_methods().values() for name in each.shared}
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
-DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
+DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
 
 @final

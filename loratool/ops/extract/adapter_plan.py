@@ -13,6 +13,7 @@ from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
 from ...architectures.prefixes import module_path
+from ...binding.class_names import ClassNames
 from ...binding.model_weights import model_weights
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
@@ -82,7 +83,7 @@ def plan_adapter(
         tensors[key] = lambda source=source: source.tensor()  # type: ignore[misc]
         specs[key] = source.spec
     if not layout.wrappers:
-        _zero_pair(base, in_model, tensors, specs, modules, letters, dtype)
+        _zero_pair(base, found.in_model, tensors, specs, modules, letters, dtype)
     config = lora_config(
         modules,
         layout.parameters,
@@ -114,7 +115,7 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
 
 def _zero_pair(
     base: Checkpoint,
-    in_model: Callable[[str], str],
+    in_model: ClassNames | None,
     tensors: dict[str, Callable[[], torch.Tensor]],
     specs: dict[str, TensorSpec],
     modules: dict[str, int],

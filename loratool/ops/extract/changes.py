@@ -7,7 +7,7 @@ for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from ...architectures.default_targets import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...binding.candidates import select_weight
+from ...binding.class_names import ClassNames
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
@@ -62,7 +63,7 @@ class SortedDeltas:
     unchanged: int = 0  # how many tensors are equal
     taken: set[str] = field(default_factory=set)  # tensors of the tuned side alone that found a use
     alphas: bool = False  # the format stores a float32 alpha for each module
-    in_model: Callable[[str], str] | None = None  # as in `sort_deltas`
+    in_model: ClassNames | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
     unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
@@ -79,7 +80,7 @@ def sort_deltas(
     selection: Selection,
     embed: str,
     bias: bool,
-    in_model: Callable[[str], str] | None = None,
+    in_model: ClassNames | None = None,
 ) -> SortedDeltas:
     """Compare two models tensor by tensor, and sort what differs.
 
@@ -116,6 +117,7 @@ def sort_deltas(
                 if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied
                 else None
             )
+            also = also if also and (in_model is None or in_model(also)) else None  # a bare class has no head
             _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
@@ -145,13 +147,15 @@ def _sort_tensor(
     module, weight = module_path(name), weight_of_tensor(base, name, one.spec, found.in_model)
     role = weight.role if weight else ""
     grown = one.spec.shape != two.spec.shape
-    if grown and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
+    absent = found.in_model is not None and not found.in_model(name)
+    if grown and not absent and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
     if not grown and _is_unchanged(one, two):
         found.unchanged += 1
         return
     group = found.unnamed.get(name, "")
-    selected = selection.selects(module, *(weight.paths if weight else ())) and group not in (MTP, EMBEDDINGS)
+    selected = selection.selects(module, *(weight.paths if weight else ())) and not absent
+    selected = selected and group not in (MTP, EMBEDDINGS)
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
@@ -189,7 +193,7 @@ def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found
     for name, (one, two) in changed.items():
         if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
             _measure(found, name, one, two)
-        if is_selected and bias and name.endswith(".bias") and name == weight.name:
+        if is_selected and bias and weight.in_model.endswith(".bias") and name == weight.name:
             found.exact[name], found.biased = two, True
         else:
             found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None

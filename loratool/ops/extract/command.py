@@ -20,15 +20,16 @@ from torch import Tensor
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
+from ...binding.class_names import ClassNames
 from ...binding.model_pairs import ModelPairs, pair_tensors
-from ...binding.peft_names import namer, refuse_unsaid
+from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
-from ..convert.image_base import choose_format, is_image_adapter, unsupported_patterns
+from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
 from ..factor_spool import FactorSpool, SpooledFactors, noise_edge
 from ..inputs import open_model
 from ..machine import require_ieee
@@ -134,6 +135,7 @@ def extract(
     embed: str = "lora",
     bias: bool = True,
     to: str | None = None,
+    architecture: str | None = None,
     dtype: str = "fp32",
     certify: bool = False,
     seed: int = 0,
@@ -159,6 +161,8 @@ def extract(
         embed: a key of EMBED_CHOICES, for changed embeddings and heads.
         bias: keep changed biases and norms, exactly.
         to: a key of `extract_formats`; all but PEFT have the low-rank updates alone.
+        architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
+            does not have is left out, and a warning names it.
         dtype: of the factors, a key of FACTOR_TORCH_DTYPES.
         certify: prove how far each matrix is from the best of its rank, instead of estimating it.
         seed: of the SVD's starting block.
@@ -186,11 +190,13 @@ def extract(
         whole_model = not is_image_adapter(sides[0], output_format)  # in the model's own names
         read = [shard for side in sides for shard in side.shards]
         check_output_path(path, is_file, [shard.path for shard in read], force)
+        require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
         requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
-        selection, in_model = replace(requested, exclude=excluded), namer(sides[0]) if whole_model else None
+        selection = replace(requested, exclude=excluded)
+        in_model = ClassNames(sides[0], architecture) if whole_model else None
         found = sort_deltas(
             sides[0], pairs, selection, embed, bias and ReplaceTensor in output_format.can.kinds, in_model
         )
@@ -199,7 +205,7 @@ def extract(
             factored = {name: delta.weight.in_model for name, delta in found.low_rank.items()}
             exact = {name: in_model(name) for name in found.exact}
             heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
-            refuse_unsaid(sides[0], factored, exact, heads)
+            refuse_unsaid(sides[0], in_model, factored, exact, heads)
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
@@ -216,7 +222,9 @@ def extract(
         _check_budget(rule, plan)
         if not dry_run:
             output_format.write(path, is_file, plan.content, read)
-        return _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+        report = _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
+        absent = in_model.absent() if in_model and architecture else ()
+        return replace(report, warnings=(*report.warnings, *absent))
 
 
 def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:

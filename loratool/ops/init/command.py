@@ -24,6 +24,7 @@ from ...adapters.formats.peft_config import CONFIG_NAME, WEIGHTS_NAMES
 from ...adapters.updates.dora import DoRA
 from ...architectures.prefixes import PEFT_PREFIX
 from ...binding.candidates import find_candidates
+from ...binding.class_names import ClassNames
 from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.model_weights import ModelWeight
@@ -39,7 +40,7 @@ from ...files.safetensors_file import TensorFile
 from ...files.side_files import INITIAL, provenance
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.workers import Progress, choose_device, map_in_order, worker_count
-from ..convert.image_base import choose_format, is_image_adapter, weights_for_format
+from ..convert.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ..convert.in_memory import check_target
 from ..inputs import open_model
 from ..machine import require_ieee
@@ -145,6 +146,7 @@ def init(
     dtype: str = "keep",
     undo: bool = True,
     to: str | None = None,
+    architecture: str | None = None,
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
@@ -170,6 +172,8 @@ def init(
         dtype: of the residual, a key of MERGE_DTYPES.
         undo: write the residual's undo file.
         to: a key of `written_formats`, if another format is wanted.
+        architecture: the class that PEFT will wrap, whose names the adapter gets; by default config.json's. What it
+            does not have gets no factors, and a warning names it.
         seed: of the random numbers.
         force: replace an output that exists.
         dry_run: check everything and write nothing.
@@ -191,9 +195,12 @@ def init(
         inputs = [shard.path for shard in checkpoint.shards]
         check_output_path(path, is_file, inputs, force)
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
-        candidates, left_out = find_candidates(checkpoint, selection, weights_for_format(checkpoint, output_format))
-        if has_config:
-            refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {})
+        require_language_model(checkpoint, output_format, architecture)
+        among = weights_for_format(checkpoint, output_format)
+        in_model = ClassNames(checkpoint, architecture) if among is None else None
+        candidates, left_out = find_candidates(checkpoint, selection, among, in_model)
+        if has_config and in_model:
+            refuse_unsaid(checkpoint, in_model, {each.name: each.in_model for each in candidates}, {})
         _check_kinds(candidates, method, dora)
         ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
         adapted_weights, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
@@ -201,7 +208,8 @@ def init(
             closing(AdapterInitializer(checkpoint, adapted_weights, method, seed, dora, choose_device(device)))
         )
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
-        config = adapter_config(checkpoint, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        kind = in_model.chosen if in_model else None
+        config = adapter_config(kind, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         specs = output.content.specs.values()
@@ -220,7 +228,8 @@ def init(
             opened.enter_context(naming_output(path))
             output_format.write(path, is_file, output.content, checkpoint.shards)
         flags = (method, dora, rslora, dry_run)
-        warnings = (*work.warnings(), *output.notes)
+        absent = in_model.absent() if in_model and architecture else ()
+        warnings = (*work.warnings(), *output.notes, *absent)
         return InitReport(
             os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, left_out, warnings
         )

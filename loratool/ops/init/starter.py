@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
-from ...architectures.config_tensors import declared_class
+from ...architectures.classes import ModelClass
 from ...architectures.prefixes import module_path
 from ...binding.merge_plan import MergePlan
 from ...binding.model_weights import ModelWeight
@@ -47,12 +47,13 @@ TEXT_TO_TEXT = frozenset(
 )
 
 
-def task_type(base: Checkpoint) -> str | None:
-    """Return PEFT's task type for the class that the base declares; None if there is none for it."""
-    name = declared_class(base.config)
-    if name.endswith("ForConditionalGeneration") and base.model_type in TEXT_TO_TEXT:
+def task_type(kind: ModelClass | None) -> str | None:
+    """Return PEFT's task type for a class; None if there is none for it."""
+    if kind is None:
+        return None
+    if kind.name.endswith("ForConditionalGeneration") and kind.model_type in TEXT_TO_TEXT:
         return "SEQ_2_SEQ_LM"
-    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
+    return next((task for end, task in TASKS.items() if kind.name.endswith(end)), None)
 
 
 def assign_ranks(
@@ -226,16 +227,19 @@ class AdapterInitializer:
 
 
 def adapter_config(
-    base: Checkpoint, name: str, layout: FactorLayout, method: str, alpha: float | None, **flags: bool
+    kind: ModelClass | None, name: str, layout: FactorLayout, method: str, alpha: float | None, **flags: bool
 ) -> dict[str, Any]:
-    """Return PEFT's adapter_config.json; `name` is the base's, `flags` are use_dora and use_rslora."""
+    """Return PEFT's adapter_config.json.
+
+    `kind` is the class that it wraps, `name` the base's, `flags` are use_dora and use_rslora.
+    """
     fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
     return lora_config(
         layout.modules,
         layout.parameters,
         base_model_name_or_path=name,
         init_lora_weights=INITS[method].field,
-        task_type=task_type(base),
+        task_type=task_type(kind),
         **fields,
         **flags,
     )
