@@ -14,14 +14,14 @@ MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
 MAMBA_REFUSED = ("out_proj", "conv1d")
 
 
-_GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
+_GATED = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
 
 
-_NUMBERED = frozenset({"w1", "w2", "w3"})
+_NUMBERED = frozenset({"gate", "w1", "w2", "w3"})
 
 
-# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts wherever they
-# are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
+# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts or routers wherever
+# they are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
 STACKED_BY_PEFT = {
     **dict.fromkeys("minimax minimax_m2 mixtral".split(), _NUMBERED),
     **dict.fromkeys(
@@ -33,8 +33,7 @@ STACKED_BY_PEFT = {
 }
 
 
-# Types whose routers, like their experts, are bare parameters of modules that are not linear layers, or linear layers
-# that return a tuple, which PEFT's wrapper cannot run (llama4, phimoe).
+# Types whose routers are bare parameters of modules that are not linear layers, or return more than a linear layer.
 BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
     """aria aria_text dots3_note dots3_note_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
     hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini llama4 llama4_text minimax_m3_vl_text mistral4 muse_spark

@@ -25,7 +25,7 @@ from ..architectures.peft import (
     STACKED_BY_PEFT,
 )
 from ..architectures.prefixes import module_path
-from ..architectures.renames import canonical, expert_part
+from ..architectures.renames import canonical
 from ..architectures.roles import weight_role
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def _types_of(config: object) -> tuple[str, ...]:
 
 
 def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) -> str:
-    """Return the role of a weight (`architectures.roles`) that PEFT can wrap, else an empty string.
+    """Return the role of a weight (`architectures.roles`, or router) that PEFT can wrap, else an empty string.
 
     It is empty for a bare parameter, for a depthwise convolution, which PEFT does not merge (a convolution with a
     single input channel looks the same), and for nn.MultiheadAttention, of which PEFT wraps both matrices or neither.
@@ -74,9 +74,20 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
     if role == "experts":
         return role
-    if not in_model.endswith(".weight") or inside in base.specs or is_bare_router(base, module):
+    if not in_model.endswith(".weight") or inside in base.specs:
         return ""
+    if role == "linear" and is_bare_router(base, module):
+        return "router"
     return "" if role == "conv" and spec.shape[1] == 1 < spec.shape[0] else role
+
+
+def is_bare(base: Checkpoint, in_model: str, role: str) -> bool:
+    """Return whether PEFT has to be told of a weight as a parameter: no linear layer has it, or PEFT takes it for one.
+
+    PEFT takes modules for experts by their last names alone; as a parameter such a layer gets the same factors.
+    """
+    taken = STACKED_BY_PEFT.get(base.model_type or "", frozenset())
+    return role in ("experts", "router") or (role == "linear" and module_path(in_model).rpartition(".")[2] in taken)
 
 
 def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
@@ -86,8 +97,7 @@ def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
 
 def is_bare_router(base: Checkpoint, module: str) -> bool:
     """Return whether a module, by its path in the model, chooses among experts and is no linear layer."""
-    routes = module.endswith((".router", "mlp.gate", "mixer.gate"))
-    return routes and not BARE_ROUTERS.isdisjoint(base.model_types) and base.model_type not in STACKED_BY_PEFT
+    return module.endswith((".router", "mlp.gate", "mixer.gate")) and not BARE_ROUTERS.isdisjoint(base.model_types)
 
 
 def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
@@ -139,7 +149,7 @@ def refuse_unsaid(
 def _names_not_found(base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, str]:
     """Map the names in the file of tensors that PEFT would not find to the reason."""
     family, both = base.model_type or "", {**factored, **whole}
-    taken, reshaped = STACKED_BY_PEFT.get(family), [RESHAPED[t] for t in base.model_types if t in RESHAPED]
+    reshaped = [RESHAPED[t] for t in base.model_types if t in RESHAPED]
     doubtful = _named_twice(base, both.values()) | _unknown_order(base, factored)
     layers = Layers.find(both.values(), base.config)
     found = {}
@@ -154,11 +164,6 @@ def _names_not_found(base: Checkpoint, factored: Mapping[str, str], whole: Mappi
             continue
         elif any(last in BARE_MODULES.get(each, ()) for each in base.model_types):
             found[name] = f"is no layer that PEFT knows, but a bare parameter of a {family}"
-        elif expert_part(name, base.model_types):
-            if not taken:
-                found[name] = f"is of one expert, and PEFT makes no stack of those of a {family}"
-        elif taken and last in taken and name in factored and in_model.endswith(".weight"):
-            found[name] = f"PEFT takes every {last} of a {family} for experts'"
         elif family in MAMBAS and last in MAMBA_REFUSED and name in factored:
             found[name] = f"PEFT refuses the {last} of a {family}"
         elif in_model in doubtful:

@@ -42,8 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = {
     ("image", "llava"): "",
     ("causal", "granitemoe"): "",
-    ("causal", "deepseek_v3"): r"shared_experts\.up_proj$",
-    ("causal", "jamba"): r"experts\.\d+\.up_proj$",
+    ("causal", "deepseek_v3"): "",
+    ("causal", "jamba"): "",
     ("causal", "falcon_mamba"): "out_proj",
     ("causal", "git"): "output",
 }
@@ -131,7 +131,7 @@ def test_every_type_is_right_or_refused(family: tuple[str, str], every: bool, tm
 
 
 def test_experts_that_did_not_all_change(tmp_path: Path) -> None:
-    """PEFT makes a stack of all, and has no factors for the one that stayed as it was."""
+    """They are one parameter of the class, and the factors of what stayed are zero."""
     kind, model = build("causal", "mixtral")
     model.save_pretrained(tmp_path / "base")
     perturb(model, every=False)
@@ -139,9 +139,10 @@ def test_experts_that_did_not_all_change(tmp_path: Path) -> None:
     same = {n: W for n, W in load_model(tmp_path / "base").items() if "experts.1.w2" in n}
     save_file({**load_model(tmp_path / "tuned"), **same}, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
     paths = tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter"
-    report, excluded = with_what_is_named(lambda **o: loratool.extract(*paths, **o), rank=2)
-    assert excluded and set(report.left_out) == {n for n in load_model(paths[0]) if ".experts." in n and n not in same}
-    loaded(kind, *paths[::2])
+    loratool.extract(*paths, rank=4)
+    wanted, found = kind.from_pretrained(paths[1]), loaded(kind, *paths[::2]).merge_and_unload()
+    for name, W in wanted.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], W, atol=1e-5), name
 
 
 # The tensors of a single file, and what diffusers calls the first of them

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...adapters.weight_kinds import weight_kind
 from ...architectures.default_targets import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
-from ...architectures.roles import weight_role
+from ...binding.candidates import select_weight
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
-from ...binding.peft_names import bare_routers, role_in_model
+from ...binding.model_weights import ModelWeight, model_weights, weight_of_tensor
+from ...binding.peft_names import bare_routers
 from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
@@ -32,18 +32,20 @@ from ...files.tensor_ref import TensorRef
 class WeightDelta:
     """A weight whose delta is factored."""
 
-    name: str
-    kind: str  # a key of WEIGHT_KINDS
-    base: TensorRef
-    tuned: TensorRef
+    weight: ModelWeight
+    sides: Mapping[str, tuple[TensorRef, TensorRef]]  # the base's name -> the tensor of base and tuned model
     also: str | None = None  # the head that is the same matrix, where the model ties them
 
     @property
     def cost(self) -> int:
         """The parameters that one rank takes, twice as many if a tied head gets the factors too."""
-        shape = self.base.spec.shape
-        count = shape[0] * (shape[1] + shape[2]) if self.kind.startswith("experts") else shape[0] + math.prod(shape[1:])
-        return count * (2 if self.also else 1)
+        return self.weight.parameters_per_rank * (2 if self.also else 1)
+
+    @property
+    def matrices(self) -> list[tuple[list[TensorRef], list[TensorRef]]]:
+        """Return of each matrix the tensors of base and tuned model that are below one another in it."""
+        both = (self.weight.matrices(lambda name, side=side: self.sides[name][side]) for side in (0, 1))  # type: ignore[misc]
+        return list(zip(*both, strict=True))
 
 
 @dataclass
@@ -104,11 +106,18 @@ def sort_deltas(
         found.taken.add(name)
     if tie and tie.bias:
         found.aliases = {tie.bias[1]: tie.bias[0]}
+    rearranged = [each for each in model_weights(base, in_model) if each.is_rearranged and both.keys() >= {*each.names}]
+    for weight in rearranged:
+        _sort_rearranged(WeightDelta(weight, both), selection, found)
+    done = {name for weight in rearranged for name in weight.names}
     for name, (one, two) in both.items():
-        also = (
-            tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied else None
-        )
-        _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
+        if name not in done:
+            also = (
+                tie.head
+                if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied
+                else None
+            )
+            _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
@@ -134,10 +143,8 @@ def _sort_tensor(
         else:
             found.left_out[name] = None
         return
-    module = module_path(name)
-    role = weight_role(module, len(one.spec.shape), True)
-    if found.in_model:
-        role = role_in_model(base, name, found.in_model(name), one.spec)
+    module, weight = module_path(name), weight_of_tensor(base, name, one.spec, found.in_model)
+    role = weight.role if weight else ""
     grown = one.spec.shape != two.spec.shape
     if grown and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
         raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
@@ -145,15 +152,15 @@ def _sort_tensor(
         found.unchanged += 1
         return
     group = found.unnamed.get(name, "")
-    selected = selection.selects(module) and group not in (MTP, EMBEDDINGS)
+    selected = selection.selects(module, *(weight.paths if weight else ())) and group not in (MTP, EMBEDDINGS)
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
         _keep_vocabulary(base, found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
-    elif selected and role and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = WeightDelta(name, weight_kind(base.model_types, module, role), one, two, also)
+    elif selected and weight and role not in ("", "router") and not (vocabulary and embed == "skip"):
+        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, also)
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
         _keep_exactly(base, found, name, two)
@@ -161,6 +168,25 @@ def _sort_tensor(
         if not grown:
             _measure(found, name, one, two)
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+
+
+def _sort_rearranged(delta: WeightDelta, selection: Selection, found: SortedDeltas) -> None:
+    """Put a weight that is several tensors of the files, or some rows of one."""
+    weight = delta.weight
+    for name in weight.names:
+        one, two = delta.sides[name]
+        if one.spec.shape != two.spec.shape:
+            raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
+    pairs = [pair for ones, twos in delta.matrices for pair in zip(ones, twos, strict=True)]
+    if all(_is_unchanged(one, two) for one, two in pairs):
+        found.unchanged += len(weight.names)
+    elif weight.names[0] not in found.unnamed and select_weight(selection, weight):
+        found.low_rank[weight.name] = delta
+    else:
+        parts = {one.name if len(weight.names) > 1 else weight.name: (one, two) for one, two in pairs}
+        for name, (one, two) in parts.items():
+            _measure(found, name, one, two)
+            found.left_out[name] = math.sqrt(found.norms[name][1])
 
 
 def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
