@@ -33,7 +33,8 @@ STACKED_BY_PEFT = {
 }
 
 
-# Types whose routers are bare parameters of modules that are not linear layers, or return more than a linear layer.
+# Types whose routers, like their experts, are bare parameters of modules that are not linear layers, or linear layers
+# that return a tuple, which PEFT's wrapper cannot run (llama4, phimoe).
 BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
     """aria aria_text dots3_note dots3_note_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
     hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini llama4 llama4_text minimax_m3_vl_text mistral4 muse_spark

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from ..architectures.default_targets import ROUTERS
 from ..architectures.peft import MAMBA_REFUSED, MAMBAS
 from ..architectures.prefixes import module_path
 from ..errors import InputError, UsageError
@@ -16,8 +15,8 @@ from .model_weights import ModelWeight, model_weights
 from .peft_names import namer
 from .selection import Selection
 
-# Roles that `all-linear` leaves out, though PEFT can train them -> what they are
-UNTARGETED = {"experts": "experts", "conv": "convolutions", "router": ROUTERS}
+# Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
+UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 
 def find_candidates(
@@ -47,18 +46,16 @@ def find_candidates(
                 remedy=f"there are {', '.join(similar)}" if similar else None,
             )
     anywhere = replace(selection, target=())
-    anywhere.require_used(
-        {p for each in eligible for p in each.paths} | {*map(module_path, base.specs)}, str(base.path)
-    )
+    named = {path for each in eligible for path in each.paths} | {*map(module_path, base.specs)}
+    anywhere.require_used(named, str(base.path))
     found, left_out = [], {}
     for each in eligible:
-        targeted = any(_is_target(pattern, each, unnamed) for pattern in selection.target)
-        group = unnamed.get(each.names[0]) or ("all-linear" in selection.target and UNTARGETED.get(each.role))
-        if (targeted or group) and select_weight(anywhere, each):
-            if targeted:
-                found.append(each)
-            elif group:
-                left_out[each.name] = group
+        if not select_weight(anywhere, each):
+            continue
+        if any(_is_target(pattern, each, unnamed) for pattern in selection.target):
+            found.append(each)
+        elif each.names[0] in unnamed or ("all-linear" in selection.target and each.role in UNTARGETED):
+            left_out[each.name] = unnamed.get(each.names[0]) or UNTARGETED[each.role]
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found, left_out
@@ -70,7 +67,7 @@ def _is_trainable(base: Checkpoint, weight: ModelWeight) -> bool:
     return module_path(weight.in_model).rpartition(".")[2] not in refused
 
 
-def _is_target(pattern: str, weight: ModelWeight, unnamed: Collection[str]) -> bool:
+def _is_target(pattern: str, weight: ModelWeight, unnamed: Mapping[str, str]) -> bool:
     """Return whether a pattern targets a weight, with PEFT's meaning of `all-linear`.
 
     Convolutions, stacks of experts and what stands beside the layers have to be named.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..adapters.weight_kinds import stack_shape, weight_kind
+from ..architectures.fused_rows import RowPart
 from ..architectures.prefixes import module_path
 from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
@@ -17,7 +18,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
 from .peft_names import is_bare, is_plain, role_in_model
-from .resolve import strip_wrappers
+from .resolve import fused_parts, strip_wrappers
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,11 @@ def model_weights(base: Checkpoint, in_model: Callable[[str], str] | None) -> li
     Args:
         in_model: of `peft_names.namer`; None for an adapter that PEFT need not load, whose modules are the file's.
     """
-    stacks = _find_stacks(base) if in_model else {}
+    rearranged = rearranged_weights(base, in_model) if in_model else {}
     found = []
     for name, spec in base.specs.items():
-        if name in stacks:
-            stack = stacks[name]
-            if stack and name == next(iter(stack.members.values())):
-                found.append(_stacked(base, in_model or str, stack))
+        if name in rearranged:
+            found += [each for each in rearranged[name] if each.role and name == each.names[0]]
         elif weight := weight_of_tensor(base, name, spec, in_model):
             found.append(weight)
     return found
@@ -115,38 +114,70 @@ def weight_of_tensor(
     return ModelWeight(name, path, role, kind, in_model is not None and is_bare(base, path, role), spec, pieces)
 
 
+def rearranged_weights(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, list[ModelWeight]]:
+    """Map each tensor that is no whole weight of the class to the weights that have rows of it.
+
+    A weight has no role if PEFT cannot be given factors of it: its rows are in another order than the file's, or the
+    file does not have all of them.
+    """
+    joined: dict[str, _Joined] = {}
+    split: list[ModelWeight] = []
+    for name, spec in base.specs.items():
+        if (part := expert_part(strip_wrappers(name), base.model_types)) and len(spec.shape) == 2:
+            rows = spec.shape[0]
+            whole = joined.setdefault(part.fused, _Joined(part.fused, part.parts * rows, True))
+            whole.members[part.expert, part.part * rows] = Piece(name, (0, rows))
+            continue
+        for row in fused_parts(name, spec, base.configs):
+            if row.stop - row.start == row.whole:
+                split.append(_split(base, in_model, name, row))
+                continue
+            path, count = f"{row.module}.weight" if len(spec.shape) == 2 else row.module, row.stop - row.start
+            whole = joined.setdefault(path, _Joined(path, row.whole, len(spec.shape) == 3))
+            for e in range(spec.shape[0] if whole.stacked else 1):
+                whole.members[e, row.skip] = Piece(name, (e * count, (e + 1) * count))
+    found: dict[str, list[ModelWeight]] = {}
+    for weight in (*split, *(_join(base, in_model, each) for each in joined.values())):
+        for name in weight.names:
+            found.setdefault(name, []).append(weight)
+    return found
+
+
 @dataclass
-class _Stack:
-    """The tensors of single experts that the class stacks in one parameter."""
+class _Joined:
+    """A weight of the class whose rows are those of several tensors."""
 
-    fused: str  # canonical
-    parts: int  # equal slices of an expert's rows, as gate and up are
-    members: dict[tuple[int, int], str] = field(default_factory=dict)  # (expert, part) -> name
-
-
-def _find_stacks(base: Checkpoint) -> dict[str, _Stack | None]:
-    """Map the tensors of single experts to their stacks, or to None where some of a stack are missing or no numbers."""
-    found: dict[str, _Stack] = {}
-    for name in base.specs:
-        if part := expert_part(strip_wrappers(name), base.model_types):
-            stack = found.setdefault(part.fused, _Stack(part.fused, part.parts))
-            stack.members[part.expert, part.part] = name
-    stacks: dict[str, _Stack | None] = {}
-    for stack in found.values():
-        experts = 1 + max(expert for expert, _ in stack.members)
-        specs = {base.specs[name] for name in stack.members.values()}
-        whole = len(stack.members) == experts * stack.parts and len(specs) == 1
-        plain = all(is_plain(base, name, base.specs[name]) for name in stack.members.values())
-        stacks |= dict.fromkeys(
-            stack.members.values(), stack if whole and plain and len(specs.pop().shape) == 2 else None
-        )
-    return stacks
+    name: str  # canonical
+    rows: int  # of each of its matrices
+    stacked: bool  # it is a stack of experts
+    members: dict[tuple[int, int], Piece] = field(default_factory=dict)  # (expert, first row there) -> rows
 
 
-def _stacked(base: Checkpoint, in_model: Callable[[str], str], stack: _Stack) -> ModelWeight:
-    rows, columns = base.specs[next(iter(stack.members.values()))].shape
-    experts = len(stack.members) // stack.parts
-    pieces = tuple(tuple(Piece(stack.members[e, part]) for part in range(stack.parts)) for e in range(experts))
-    spec = TensorSpec(base.specs[pieces[0][0].name].dtype, (experts, stack.parts * rows, columns))
-    name = in_model(stack.fused)
-    return ModelWeight(name, name, "experts", "experts", True, spec, pieces)
+def _join(base: Checkpoint, in_model: Callable[[str], str], joined: _Joined) -> ModelWeight:
+    name, matrices = in_model(joined.name), dict[int, list[Piece]]()
+    for expert, row in sorted(joined.members):
+        matrices.setdefault(expert, []).append(joined.members[expert, row])
+    specs = {piece.name: base.specs[piece.name] for piece in joined.members.values()}
+    complete = [*matrices] == [*range(len(matrices))] and all(
+        sum(piece.span[1] - piece.span[0] for piece in pieces if piece.span) == joined.rows
+        for pieces in matrices.values()
+    )
+    plain = len({spec.shape[-1] for spec in specs.values()}) == 1 and all(
+        is_plain(base, each, spec) for each, spec in specs.items()
+    )
+    first = next(iter(specs.values()))
+    shape = (*((len(matrices),) if joined.stacked else ()), joined.rows, first.shape[-1])
+    role = weight_role(module_path(name), len(shape), True) if plain and complete else ""
+    spec, pieces = TensorSpec(first.dtype, shape), tuple(map(tuple, matrices.values()))
+    return ModelWeight(name, name, role, role or "linear", is_bare(base, name, role), spec, pieces)
+
+
+def _split(base: Checkpoint, in_model: Callable[[str], str], name: str, row: RowPart) -> ModelWeight:
+    spec, ending = base.specs[name], "" if row.module.endswith(".bias") else ".weight"
+    path = in_model(row.module + ending)
+    shape = (row.whole, *spec.shape[1:])
+    is_matrix = len(shape) == 2 and is_plain(base, name, spec) and not row.permuted
+    role = weight_role(module_path(path), 2, True) if is_matrix else ""
+    pieces = ((Piece(name, (row.start, row.stop)),),)
+    bare = is_bare(base, path, role)
+    return ModelWeight(path, path, role, role or "linear", bare, TensorSpec(spec.dtype, shape), pieces)

@@ -30,7 +30,7 @@ class TensorRef:
     name: str  # of the tensor there
     parts: Parts | None = None  # of a weight of several tensors; None where the tensor's type alone tells the codec
     undecoded: bool = False  # rows have the stored type, of 8 bits too
-    span: tuple[int, int] | None = None  # only these rows, start:stop, of the matrix that `part` sees
+    span: tuple[int, int] | None = None  # only these rows, start:stop, as `part` sees them
 
     @property
     def weight(self) -> StoredWeight | None:
@@ -44,15 +44,18 @@ class TensorRef:
     @property
     def spec(self) -> TensorSpec:
         spec = self.whole
-        return TensorSpec(spec.dtype, (self.span[1] - self.span[0], spec.shape[-1])) if self.span else spec
+        return TensorSpec(spec.dtype, (self.span[1] - self.span[0], *spec.shape[1:][-1:])) if self.span else spec
 
     @property
     def start(self) -> int:
-        """Return the first row, of the matrix that `part` sees."""
+        """Return the first row, as `part` sees them."""
         return self.span[0] if self.span else 0
 
     def part(self, start: int, stop: int) -> TensorRef:
-        """Return rows start:stop of the weight, seen as a matrix with the columns of its last dimension."""
+        """Return rows start:stop of the weight, seen as a matrix of as many columns as its last dimension has.
+
+        Of a vector, these are single numbers.
+        """
         return replace(self, span=(self.start + start, self.start + stop))
 
     @property
@@ -90,7 +93,7 @@ class TensorRef:
             self.parts.require_sound()
         codec, parts = self.codec, self.parts or _alone(self.file, self.name)
         columns, first = codec.columns(self.whole), start * out.shape[1]
-        first += self.start * self.whole.shape[-1] if self.span else 0
+        first += self.start * math.prod(self.whole.shape[1:][-1:])
         above, count = first % columns, out.numel()
         if not above and not count % columns:
             codec.read_rows(parts, first // columns, out.view(-1, columns))

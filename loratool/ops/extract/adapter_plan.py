@@ -79,7 +79,7 @@ def plan_adapter(
         owner = path.rpartition(".")[0]
         wrapped = owner in modules or f"{owner}.weight" in layout.parameters
         key = f"{owner}.base_layer.bias" if path.endswith(".bias") and wrapped else path
-        tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
+        tensors[key] = lambda source=source: source.tensor()  # type: ignore[misc]
         specs[key] = source.spec
     if not layout.wrappers:
         _zero_pair(base, in_model, tensors, specs, modules, letters, dtype)

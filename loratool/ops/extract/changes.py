@@ -17,7 +17,7 @@ from ...architectures.prefixes import module_path
 from ...binding.candidates import select_weight
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
-from ...binding.model_weights import ModelWeight, model_weights, weight_of_tensor
+from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
 from ...binding.peft_names import bare_routers
 from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
@@ -106,12 +106,11 @@ def sort_deltas(
         found.taken.add(name)
     if tie and tie.bias:
         found.aliases = {tie.bias[1]: tie.bias[0]}
-    rearranged = [each for each in model_weights(base, in_model) if each.is_rearranged and both.keys() >= {*each.names}]
-    for weight in rearranged:
-        _sort_rearranged(WeightDelta(weight, both), selection, found)
-    done = {name for weight in rearranged for name in weight.names}
+    rearranged = rearranged_weights(base, in_model) if in_model else {}
+    for weight in {weight.name: weight for each in rearranged.values() for weight in each}.values():
+        _sort_rearranged(WeightDelta(weight, both), selection, bias, found)
     for name, (one, two) in both.items():
-        if name not in done:
+        if name not in rearranged:
             also = (
                 tie.head
                 if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied
@@ -159,7 +158,7 @@ def _sort_tensor(
         _keep_vocabulary(base, found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
-    elif selected and weight and role not in ("", "router") and not (vocabulary and embed == "skip"):
+    elif selected and weight and role and not (vocabulary and embed == "skip"):
         found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, also)
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
@@ -170,23 +169,30 @@ def _sort_tensor(
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
 
-def _sort_rearranged(delta: WeightDelta, selection: Selection, found: SortedDeltas) -> None:
+def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found: SortedDeltas) -> None:
     """Put a weight that is several tensors of the files, or some rows of one."""
     weight = delta.weight
-    for name in weight.names:
-        one, two = delta.sides[name]
+    sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
+    for name, (one, two) in sides.items():
         if one.spec.shape != two.spec.shape:
             raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
-    pairs = [pair for ones, twos in delta.matrices for pair in zip(ones, twos, strict=True)]
-    if all(_is_unchanged(one, two) for one, two in pairs):
-        found.unchanged += len(weight.names)
-    elif weight.names[0] not in found.unnamed and select_weight(selection, weight):
+    complete = len(sides) == len(weight.names)
+    if complete and len(sides) == 1:  # some rows of it, by the name in the class
+        ((ones, twos),) = delta.matrices
+        sides = {weight.name: (ones[0], twos[0])}
+    changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}
+    found.unchanged += len(sides) - len(changed)
+    is_selected = complete and weight.names[0] not in found.unnamed and select_weight(selection, weight)
+    if changed and is_selected and weight.role:
         found.low_rank[weight.name] = delta
-    else:
-        parts = {one.name if len(weight.names) > 1 else weight.name: (one, two) for one, two in pairs}
-        for name, (one, two) in parts.items():
+        return
+    for name, (one, two) in changed.items():
+        if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
             _measure(found, name, one, two)
-            found.left_out[name] = math.sqrt(found.norms[name][1])
+        if is_selected and bias and name.endswith(".bias") and name == weight.name:
+            found.exact[name], found.biased = two, True
+        else:
+            found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
 
 def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:
