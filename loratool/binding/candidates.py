@@ -24,7 +24,7 @@ def find_candidates(
 ) -> tuple[list[ModelWeight], dict[str, str]]:
     """Return the weights that the selection names, and what it leaves out though they could have factors.
 
-    The latter maps weights to what they are, a word of `default_targets.GROUPS` or of UNTARGETED.
+    The latter maps weights to what they are, a word of `beside_layers.GROUPS` or of UNTARGETED.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..architectures.default_targets import GATES, MTP, ROUTERS, Layers
+from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
 from ..architectures.prefixes import module_path
 from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role

@@ -106,7 +106,7 @@ def weight_of_tensor(
     role = role_in_model(base, name, path, spec) if in_model else plain
     if not role:
         return None
-    kind = weight_kind(base.model_types, module_path(name), role)
+    kind = weight_kind(base.model_types, module_path(name), "linear" if role == "router" else role)
     pieces: tuple[tuple[Piece, ...], ...] = ((Piece(name),),)
     if kind.startswith("experts"):
         rows = spec.shape[1]
