@@ -4,81 +4,24 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import load_model, weights, write_model
-from torch import Tensor
+from mtp_models import MODELS, D, is_mtp
 
 import loratool
 from loratool import InputError, NeedsFlag
 
-D = 8  # width
-
-
-def layer(path: str, experts: int = 0) -> dict[str, Tensor]:
-    """The tensors of a decoder's layer, of a mixture if there are experts."""
-    names = {"self_attn.q_proj.weight": (D, D), "input_layernorm.weight": (D,)}
-    names |= {"mlp.gate.weight": (experts, D)} if experts else {"mlp.down_proj.weight": (D, 12)}
-    for e in range(experts):
-        names |= {f"mlp.experts.{e}.{part}_proj.weight": (12, D) for part in ("gate", "up")}
-        names[f"mlp.experts.{e}.down_proj.weight"] = (D, 12)
-    return {f"{path}.{name}": weights(*shape, seed=len(name) + 7) for name, shape in names.items()}
-
-
-def model(**tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    words = {name: weights(20, D, seed=3) for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    return (
-        words | {"model.norm.weight": weights(D)} | {name: W for each in tensors.values() for name, W in each.items()}
-    )
-
-
-def predictor(path: str, head: str = "shared_head.head") -> dict[str, Tensor]:
-    """An MTP layer as DeepSeek-V3 and GLM-4.5 have it, with copies of embedding and head."""
-    own = {"eh_proj": (D, 2 * D), "enorm": (D,), "hnorm": (D,), "shared_head.norm": (D,)}
-    copies = {f"{path}.{name}.weight": weights(20, D, seed=3) for name in ("embed_tokens", head)}
-    return copies | {f"{path}.{n}.weight": weights(*s, seed=5) for n, s in own.items()} | layer(path, 2)
-
-
-def config(family: str, architecture: str, **fields: Any) -> dict[str, Any]:
-    own = {"num_hidden_layers": 2, "tie_word_embeddings": False}
-    return {"model_type": family, "architectures": [architecture], **own, **fields}
-
-
-DEEPSEEK = config("deepseek_v3", "DeepseekV3ForCausalLM")
-QWEN = config("qwen3_next", "Qwen3NextForCausalLM")
-MODELS: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
-    "deepseek_v3": (
-        model(a=layer("model.layers.0"), b=layer("model.layers.1", 2), mtp=predictor("model.layers.2")),
-        DEEPSEEK,
-    ),
-    "glm4_moe": (
-        model(a=layer("model.layers.0"), b=layer("model.layers.1", 2), mtp=predictor("model.layers.2")),
-        config("glm4_moe", "Glm4MoeForCausalLM"),
-    ),
-    "qwen3_next": (
-        model(
-            a=layer("model.layers.0", 2),
-            b=layer("model.layers.1", 2),
-            gate={f"model.layers.{i}.mlp.shared_expert_gate.weight": weights(1, D, seed=i) for i in range(2)},
-            mtp=layer("mtp.layers.0", 2) | {"mtp.fc.weight": weights(D, 2 * D), "mtp.norm.weight": weights(D)},
-        ),
-        QWEN,
-    ),
-}
 # what `init` lists as left out, by group: one parameter for all experts' gates and ups, one for their downs
 LEFT_OUT = {
     "deepseek_v3": {"MTP layers": 7, "routers": 1, "experts": 2},
     "glm4_moe": {"MTP layers": 7, "routers": 1, "experts": 2},
     "qwen3_next": {"MTP layers": 5, "routers": 2, "experts": 4, "gates with one output": 2},
 }
-
-
-def is_mtp(name: str) -> bool:
-    return name.startswith(("mtp.", "model.layers.2."))
 
 
 def write_pair(folder: Path, family: str, change: Callable[[str], bool] = lambda name: True) -> tuple[Path, Path]:
