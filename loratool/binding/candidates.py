@@ -27,7 +27,7 @@ def find_candidates(
 ) -> tuple[list[ModelWeight], dict[str, str]]:
     """Return the weights that the selection names, and what it leaves out though they could have factors.
 
-    The latter maps weights to what they are: one of `default_targets.GROUPS`, of UNTARGETED, or NO_EFFECT.
+    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, or NO_EFFECT.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.

@@ -106,7 +106,7 @@ def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: Cl
     role = role_in_model(base, name, path, spec) if in_model else plain
     if not role:
         return None
-    kind = weight_kind(base.model_types, module_path(name), role)
+    kind = weight_kind(base.model_types, module_path(name), "linear" if role == "router" else role)
     kind = "experts-turned" if kind == "experts" and _is_turned(base, name, spec) else kind
     pieces: tuple[tuple[Piece, ...], ...] = ((Piece(name),),)
     if kind.startswith("experts"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from shlex import quote
 
 from ..adapters.formats.peft import DECLARED
-from ..architectures.default_targets import Layers
+from ..architectures.beside_layers import Layers
 from ..architectures.peft import (
     BARE_MODULES,
     BARE_ROUTERS,
@@ -74,8 +74,9 @@ def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
 
 
 def is_bare_router(base: Checkpoint, module: str) -> bool:
-    """Return whether a module, by its path in the model, chooses among experts and is no linear layer."""
-    return module.endswith((".router", "mlp.gate", "mixer.gate")) and not BARE_ROUTERS.isdisjoint(base.model_types)
+    """Return whether a module, by its path in the model, chooses among experts and is not called as a linear layer."""
+    ends = (".router", ".router.classifier", "mlp.gate", "mixer.gate")
+    return module.endswith(ends) and not BARE_ROUTERS.isdisjoint(base.model_types)
 
 
 def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...architectures.default_targets import EMBEDDINGS, MTP
+from ...architectures.beside_layers import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...binding.candidates import select_weight
 from ...binding.class_names import ClassNames
