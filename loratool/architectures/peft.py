@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from .renames import EXPERTS
 
-# Types whose out_proj and conv1d PEFT refuses: their kernels bypass LoRA (`_check_lora_target_modules_mamba`).
-MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
+# Type -> last names of layers on which LoRA has no effect before it is merged, since the class multiplies by the weight
+# itself (dt_proj) or a kernel does. PEFT refuses the latter (`_check_lora_target_modules_mamba`).
+_MAMBA = frozenset({"out_proj", "conv1d"})
 
 
-MAMBA_REFUSED = ("out_proj", "conv1d")
+BYPASSED = {
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), _MAMBA),
+    **dict.fromkeys(("falcon_mamba", "mamba"), _MAMBA | {"dt_proj"}),
+    "jamba": frozenset({"dt_proj"}),
+}
+
+
+# Type -> last names of linear layers that multiply other shapes than a linear layer does; told of as parameters, they
+# are right.
+GROUPED_LINEAR = {"deepseek_v4": frozenset({"o_a_proj"})}
 
 
 _GATED = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})

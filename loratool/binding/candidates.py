@@ -6,17 +6,20 @@ import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from ..architectures.peft import MAMBA_REFUSED, MAMBAS
 from ..architectures.prefixes import module_path
 from ..errors import InputError, UsageError
 from ..files.checkpoint import Checkpoint
 from .class_names import ClassNames
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
+from .peft_names import is_bypassed
 from .selection import Selection
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
+
+
+NO_EFFECT = "layers on which PEFT's factors have no effect"
 
 
 def find_candidates(
@@ -24,7 +27,7 @@ def find_candidates(
 ) -> tuple[list[ModelWeight], dict[str, str]]:
     """Return the weights that the selection names, and what it leaves out though they could have factors.
 
-    The latter maps weights to what they are, a word of `default_targets.GROUPS` or of UNTARGETED.
+    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, or NO_EFFECT.
 
     Args:
         among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
@@ -33,8 +36,9 @@ def find_candidates(
     Raises:
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
-    eligible = model_weights(base, in_model)
-    eligible = [each for each in eligible if (each.name in among if among is not None else _is_trainable(base, each))]
+    every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
+    bypassed = [each for each in every if in_model and is_bypassed(in_model.family, each.in_model)]
+    eligible = [each for each in every if not (in_model and is_bypassed(in_model.family, each.in_model))]
     unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
         if not any(_is_target(pattern, each, unnamed) for each in eligible):
@@ -46,9 +50,9 @@ def find_candidates(
                 remedy=f"there are {', '.join(similar)}" if similar else None,
             )
     anywhere = replace(selection, target=())
-    named = {path for each in eligible for path in each.paths} | {*map(module_path, base.specs)}
+    named = {path for each in every for path in each.paths} | {*map(module_path, base.specs)}
     anywhere.require_used(named, str(base.path))
-    found, left_out = [], {}
+    found, left_out = [], {each.name: NO_EFFECT for each in bypassed if select_weight(anywhere, each)}
     for each in eligible:
         if not select_weight(anywhere, each):
             continue
@@ -59,12 +63,6 @@ def find_candidates(
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found, left_out
-
-
-def _is_trainable(base: Checkpoint, weight: ModelWeight) -> bool:
-    """Return whether PEFT trains a weight: it refuses some layers of Mamba's."""
-    refused = MAMBA_REFUSED if base.model_type in MAMBAS else ()
-    return module_path(weight.in_model).rpartition(".")[2] not in refused
 
 
 def _is_target(pattern: str, weight: ModelWeight, unnamed: Mapping[str, str]) -> bool:

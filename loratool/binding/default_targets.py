@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..architectures.default_targets import GATES, MTP, ROUTERS, Layers
+from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
 from ..architectures.prefixes import module_path
+from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
 from .peft_names import is_plain
@@ -27,12 +28,20 @@ def find_unnamed(base: Checkpoint, in_model: Callable[[str], str], patterns: Seq
         if group := layers.group(module, weight_role(module, len(shape), True), shape):
             groups[name] = group
     naming = [pattern for pattern in patterns if pattern not in LAYERS_ALONE]
-    others = [module_path(name) for name in base.specs if groups.get(name) != MTP] if naming else []
-    of_mtp = [pattern for pattern in naming if not any(matches_pattern(pattern, path) for path in others)]
+    if not naming:
+        return groups
+
+    def names(pattern: str, name: str) -> bool:
+        part = expert_part(name, base.model_types)
+        spellings = {name, paths[name], *([in_model(part.fused)] if part else [])}
+        return any(matches_pattern(pattern, module_path(each)) for each in spellings)
+
+    others = [name for name in base.specs if groups.get(name) != MTP]
+    of_mtp = [pattern for pattern in naming if not any(names(pattern, name) for name in others)]
     return {
         name: group
         for name, group in groups.items()
-        if not any(matches_pattern(p, module_path(name)) for p in (of_mtp if group == MTP else naming))
+        if not any(names(pattern, name) for pattern in (of_mtp if group == MTP else naming))
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..adapters.weight_kinds import stack_shape, weight_kind
 from ..architectures.fused_rows import RowPart
 from ..architectures.prefixes import module_path
-from ..architectures.renames import expert_part
+from ..architectures.renames import TURNED_TO_FIT, expert_part
 from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
@@ -106,13 +106,21 @@ def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: Cl
     role = role_in_model(base, name, path, spec) if in_model else plain
     if not role:
         return None
-    kind = weight_kind(base.model_types, module_path(name), role)
+    kind = weight_kind(base.model_types, module_path(name), "linear" if role == "router" else role)
+    kind = "experts-turned" if kind == "experts" and _is_turned(base, name, spec) else kind
     pieces: tuple[tuple[Piece, ...], ...] = ((Piece(name),),)
     if kind.startswith("experts"):
         rows = spec.shape[1]
         pieces = tuple((Piece(name, (e * rows, (e + 1) * rows)),) for e in range(spec.shape[0]))
     bare = in_model is not None and is_bare(in_model.family, path, role)
     return ModelWeight(name, path, role, kind, bare, spec, pieces)
+
+
+def _is_turned(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
+    """Return whether a stack is (expert, in, out) in a file of TURNED_TO_FIT, by the inputs of a layer of experts."""
+    width = next((base.configs[t].get("hidden_size") for t in base.model_types if t in TURNED_TO_FIT), None)
+    place = 1 if name.endswith("down_proj") else 2  # of the width in (expert, out, in)
+    return width is not None and spec.shape[place] != width == spec.shape[3 - place]
 
 
 def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list[ModelWeight]]:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from shlex import quote
 
 from ..adapters.formats.peft import DECLARED
-from ..architectures.default_targets import Layers
+from ..architectures.beside_layers import Layers
 from ..architectures.peft import (
     BARE_MODULES,
     BARE_ROUTERS,
-    MAMBA_REFUSED,
-    MAMBAS,
+    BYPASSED,
+    GROUPED_LINEAR,
     REFUSED,
     RESHAPED,
     STACKED_BY_PEFT,
@@ -59,8 +59,13 @@ def is_bare(family: str, in_model: str, role: str) -> bool:
         family: the model type of the class.
         in_model: the weight's name there.
     """
-    taken = STACKED_BY_PEFT.get(family, frozenset())
+    taken = STACKED_BY_PEFT.get(family, frozenset()) | GROUPED_LINEAR.get(family, frozenset())
     return role in ("experts", "router") or (role == "linear" and module_path(in_model).rpartition(".")[2] in taken)
+
+
+def is_bypassed(family: str, in_model: str) -> bool:
+    """Return whether PEFT's factors of a weight, by its name in a class of this model type, would have no effect."""
+    return module_path(in_model).rpartition(".")[2] in BYPASSED.get(family, ())
 
 
 def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
@@ -69,8 +74,9 @@ def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
 
 
 def is_bare_router(base: Checkpoint, module: str) -> bool:
-    """Return whether a module, by its path in the model, chooses among experts and is no linear layer."""
-    return module.endswith((".router", "mlp.gate", "mixer.gate")) and not BARE_ROUTERS.isdisjoint(base.model_types)
+    """Return whether a module, by its path in the model, chooses among experts and is not called as a linear layer."""
+    ends = (".router", ".router.classifier", "mlp.gate", "mixer.gate")
+    return module.endswith(ends) and not BARE_ROUTERS.isdisjoint(base.model_types)
 
 
 def bare_routers(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
@@ -140,8 +146,6 @@ def _names_not_found(
             continue
         elif any(last in BARE_MODULES.get(each, ()) for each in base.model_types):
             found[name] = f"is no layer that PEFT knows, but a bare parameter of a {family}"
-        elif family in MAMBAS and last in MAMBA_REFUSED and name in factored:
-            found[name] = f"PEFT refuses the {last} of a {family}"
         elif path in doubtful:
             found[name] = f"PEFT cannot tell {module} from other modules"
     return found

@@ -53,6 +53,25 @@ def test_experts_that_did_not_all_change(tmp_path: Path) -> None:
         assert torch.allclose(found.state_dict()[name], W, atol=1e-5), name
 
 
+def test_stacks_that_loading_turns(tmp_path: Path) -> None:
+    """Released files of Qwen3-VL-MoE have them as (expert, in, out), and transformers 5.24 writes (expert, out, in)."""
+    kind, model = build("image", "qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "base")
+    perturb(model, every=False)
+    model.save_pretrained(tmp_path / "tuned")
+    wanted = kind.from_pretrained(tmp_path / "tuned").state_dict()
+    for name in ("base", "tuned"):
+        tensors = load_model(tmp_path / name)
+        turned = {n: W.mT.contiguous() if ".experts." in n else W for n, W in tensors.items()}
+        save_file(turned, tmp_path / name / "model.safetensors", {"format": "pt"})
+    loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=8)
+    found = with_adapter(kind, tmp_path / "base", tmp_path / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(found[name], W, atol=1e-6) for name, W in wanted.items() if W.is_floating_point())
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", undo=False)
+    merged = load_model(tmp_path / "merged")
+    assert all(torch.allclose(merged[name], W, atol=1e-6) for name, W in load_model(tmp_path / "tuned").items())
+
+
 # The tensors of a single file, and what diffusers calls the first of them
 SINGLE = {
     "blocks.0.attn1.to_q": {"blocks.0.self_attn.q.weight": (8, 8), "time_projection.1.weight": (48, 8)},

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...architectures.default_targets import EMBEDDINGS, MTP
+from ...architectures.beside_layers import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...binding.candidates import select_weight
 from ...binding.class_names import ClassNames
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
-from ...binding.peft_names import bare_routers
+from ...binding.peft_names import bare_routers, is_bypassed
 from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
@@ -155,7 +155,8 @@ def _sort_tensor(
         return
     group = found.unnamed.get(name, "")
     selected = selection.selects(module, *(weight.paths if weight else ())) and not absent
-    selected = selected and group not in (MTP, EMBEDDINGS)
+    bypassed = weight and found.in_model and is_bypassed(found.in_model.family, weight.in_model)
+    selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
