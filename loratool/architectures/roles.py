@@ -9,7 +9,8 @@ EMBEDDINGS = frozenset(
     generation_embeddings input_embedding ngram_embeddings pos_embed position_embedding_table pronunciation_embed
     row_embedder row_embeddings segment_emb segment_embedding shape_embed tile_embedding visual_embeddings_table
     word_embedding x_position_embeddings y_position_embeddings addition_t_embedding cond_type_embed
-    cond_type_embedding embed_image_indicator prior_token_embedding style_embedder""".split()
+    cond_type_embedding embed_image_indicator prior_token_embedding query_768_resolution query_1024_resolution
+    style_embedder""".split()
 )
 
 
