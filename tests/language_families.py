@@ -207,13 +207,13 @@ def check_merge(kind: Any, folder: Path) -> str:
     """Merge PEFT's own adapter of all linear layers and stacks of experts; return why it makes none, or nothing."""
     from peft import LoraConfig, get_peft_model
 
-    from loratool.architectures.peft import MAMBA_REFUSED, MAMBAS
+    from loratool.architectures.peft import BYPASSED
 
     model = load(kind, folder / "base")
     targets: str | list[str] = "all-linear"
-    if model.config.model_type in MAMBAS:
+    if bypassed := BYPASSED.get(model.config.model_type):
         linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        targets = [name for name in linear if not name.endswith((*MAMBA_REFUSED, "lm_head"))]
+        targets = [name for name in linear if not name.endswith((*bypassed, "lm_head"))]
     try:
         config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, target_parameters=stacks(model) or None)
         get_peft_model(model, config).save_pretrained(folder / "peft", save_embedding_layers=False)
