@@ -52,8 +52,8 @@ BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
 )
 
 
-# Type -> last names of its modules that look like linear layers or convolutions but hold a bare parameter.
-BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
+# Type -> last names of its modules whose weight is a stack of experts, (expert, out, in).
+STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 
 # Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
