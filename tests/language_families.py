@@ -43,7 +43,9 @@ GUIDE = ROOT / "loratool" / "guides" / "formats.md"
 MARKS = ("<!-- from tests/language_families.py -->\n", "<!-- until here -->\n")
 VERBS = ("merge", "extract", "init")
 RIGHT, WRONG, REFUSED, NONE, NOT = "right", "wrong", "refused", "none", "not built"
+NEVER_TARGETED = {"experts", "convolutions"}  # by all-linear
 TOKENS = torch.arange(8, 24)[None]
+MAMBAS = "falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split()  # PEFT raises if their out_proj is a target
 Patterns = tuple[str, ...]
 
 
@@ -200,20 +202,18 @@ def check_init(kind: Any, folder: Path) -> tuple[Patterns, Patterns]:
     with_adapter(kind, base, start)
     randomize(start)
     same_merge(kind, base, start, folder / "merged-start")
-    return excluded, tuple(sorted(set(report.left_out.values())))
+    return excluded, tuple(sorted({*report.left_out.values()} - NEVER_TARGETED))
 
 
 def check_merge(kind: Any, folder: Path) -> str:
     """Merge PEFT's own adapter of all linear layers and stacks of experts; return why it makes none, or nothing."""
     from peft import LoraConfig, get_peft_model
 
-    from loratool.architectures.peft import BYPASSED
-
     model = load(kind, folder / "base")
     targets: str | list[str] = "all-linear"
-    if bypassed := BYPASSED.get(model.config.model_type):
+    if model.config.model_type in MAMBAS:
         linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        targets = [name for name in linear if not name.endswith((*bypassed, "lm_head"))]
+        targets = [name for name in linear if not name.endswith(("out_proj", "lm_head"))]
     try:
         config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, target_parameters=stacks(model) or None)
         get_peft_model(model, config).save_pretrained(folder / "peft", save_embedding_layers=False)
@@ -335,6 +335,8 @@ def outcome(each: Row) -> tuple[str, ...]:
     """Return the cells that a class has in the table, without what only its own names are in a message."""
     states = [re.sub(r"\d+", "N", getattr(each, verb)) for verb in VERBS]
     short = [text if text.startswith(NOT) else ": ".join(text.split(": ")[:2])[:120] for text in states]
+    if each.compared == "weights" and each.extract == RIGHT:
+        short[1] += " (weights)"
     ends = dict.fromkeys(pattern.removesuffix("$").replace("\\", "").split(".")[-1] for pattern in each.excluded)
     return (*short, ", ".join([*each.beside, *(f"`{end}`" for end in ends)]))
 

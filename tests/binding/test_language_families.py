@@ -7,12 +7,14 @@ from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import language_families
 import pytest
-from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, check_extract, is_wrong, made, row, told
+from language_families import GUIDE, MARKS, NONE, RIGHT, VERBS, WRONG, check_extract, is_wrong, made, row, told
+from safetensors.torch import load_file, save_file
 from tiny import NOT_BUILT, tables
 
+import loratool
 from loratool.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,7 +44,7 @@ def test_every_type_stands_in_one_row() -> None:
         for name, table in re.findall(r"`([^`]+)`(?: \((\w+)\))?", line.split(" | ")[-1]):
             found.update([(table, name)] if table else [each for each in tables() if each[1] == name])
     assert found == Counter(tables()), "python tests/language_families.py --write writes it anew"
-    assert language_families.WRONG not in text
+    assert WRONG not in text
 
 
 @pytest.mark.parametrize("family", KINDS, ids="-".join)
@@ -50,6 +52,22 @@ def test_each_kind_is_right(family: tuple[str, str]) -> None:
     found = row(*family)
     assert [getattr(found, verb) for verb in VERBS] == [RIGHT] * 3, found
     assert found.compared == "logits"
+
+
+@pytest.mark.parametrize("change", ["a tensor is gone", "a tensor is scaled"])
+def test_what_is_wrong_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract = loratool.extract
+
+    def changed(base: Path, tuned: Path, out: Path, **options: Any) -> Any:
+        report, file = extract(base, tuned, out, **options), out / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if "down_proj.lora_B" in name)
+        scaled = {name: tensors.pop(name) * 1.001}
+        save_file(tensors | (scaled if change == "a tensor is scaled" else {}), file, {"format": "pt"})
+        return report
+
+    monkeypatch.setattr(loratool, "extract", changed)
+    assert row("causal", "llama").extract.startswith(WRONG)
 
 
 @pytest.mark.slow
