@@ -19,10 +19,12 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
 
 
-def wrapped(model: Any, leave: str = "$^") -> Any:
+def wrapped(model: Any, leave: str = "$^", **options: Any) -> Any:
     """Return a PeftModel with random factors for every linear layer and stack of experts.
 
-    leave: an expression for the modules that get none.
+    Args:
+        leave: an expression for the modules that get none.
+        options: of LoraConfig.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -33,27 +35,37 @@ def wrapped(model: Any, leave: str = "$^") -> Any:
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and not re.search(leave, name)
     ]
     stacks = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and not re.search(leave, n)]
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linear, target_parameters=stacks or None)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linear, target_parameters=stacks or None, **options)
     found = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in found.named_parameters():
-        if "lora_" in name:
+        if "magnitude" in name:
+            parameter.data *= 1 + torch.rand(parameter.shape, generator=generator)
+        elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
     return found
 
 
-def hold(kind: Any, model: Any, folder: Path, leave: str = "$^", edit: Callable[[Path], None] | None = None) -> None:
+def hold(
+    kind: Any,
+    model: Any,
+    folder: Path,
+    leave: str = "$^",
+    edit: Callable[[Path], None] = lambda folder: None,
+    **options: Any,
+) -> None:
     """Hold `merge` of an adapter of the model against peft, and `unmerge` and `verify` against the base's bytes.
 
-    edit: rewrites the saved base, into what a release has.
+    Args:
+        edit: rewrites the saved base, into what a release has.
+        options: of LoraConfig.
     """
     base, merged = folder / "base", folder / "merged"
     model.save_pretrained(base)
-    if edit:
-        edit(base)
+    edit(base)
     before = {name: W.clone() for name, W in kind.from_pretrained(base).state_dict().items()}
     model = kind.from_pretrained(base).float()
-    adapter = wrapped(model, leave)
+    adapter = wrapped(model, leave, **options)
     adapter.save_pretrained(folder / "adapter")
     wanted = adapter.merge_and_unload().state_dict()
     loratool.merge(base, [folder / "adapter"], merged)

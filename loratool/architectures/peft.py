@@ -52,31 +52,40 @@ BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
 )
 
 
-# Type -> last names of its modules that look like linear layers or convolutions but hold a bare parameter.
-BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
+# Type -> last names of its modules whose weight is a stack of experts, (expert, out, in).
+STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 
 # Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
-# it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
-# canonical paths (`renames.canonical`).
+# it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts, the language model of
+# deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
 RESHAPED = {
     "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
+    "deepseek_ocr2": r"\blanguage_model\.",
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
+    **dict.fromkeys(  # which leaves out the last tokens of the head
+        "inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(),
+        r"\bexperts\.w13_weight$|^lm_head$|\b(sconv|convolution)\.weight_proj$",
+    ),
+    "inkling_mm_model": r"w13_weight$|\bw13_dn$",
     "jina_embeddings_v3": r"\bWqkv$",
     "kimi_k25": r"\bvision_tower\..*\bwqkv$",
     "laguna": r"\bshared_experts\.",
     "lara_mini": r"\blinear_attn\.in_proj$",
-    "minimax_m3_vl": r"\bshared_experts\.(gate|up)_proj$",
+    "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$",
     "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
     "molmo2_text": r"\b(att_proj|ff_proj|wte)$",
     "nemotron_h_omni": r"\bvision_model\..*\bqkv$",
     "nomic_bert": r"\bWqkv$",
+    "pi0": r"^embed_action_time\.",
     "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
     "radio": r"\bqkv$",
     "sarvam_moe": r"\bquery_key_value$",
-    "step3p7": r"\bmoe\.(gate|up)_proj$|\bvision_model\.",
+    "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$",
+    "unlimited_ocr": r"\bqkv_proj$|\blanguage_model\.",
 }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
-# (regular expression, replacement as of `re.sub`), applied in order
+# (regular expression, its replacement or what makes it of a match), applied in order
 RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
@@ -235,14 +235,13 @@ _INKLING2: RenameRules = (
 )
 
 
-_INKLING2_LOOP_TEXT: RenameRules = (
+_MESSAGE_GATES: RenameRules = (
     (r"\bcontrollers\.attn(?=\.|$)", "q_message_gate"),
     (r"\bcontrollers\.([kv])(?=\.|$)", r"\1_message_gate"),
     (r"\bcontrollers\.mlp(?=\.|$)", "mlp_message_gate"),
     (r"\b(\w+_message_gate)\.down_weight$", r"\1.down_proj.weight"),
     (r"\b(\w+_message_gate)\.gain_weight$", r"\1.message_gate_proj.weight"),
     (r"\b(\w+_message_gate)\.forget_weight$", r"\1.forget_gate_proj.weight"),
-    *_INKLING2_TEXT,
 )
 
 
@@ -573,8 +572,8 @@ RENAMES: dict[str, RenameRules] = {
         (r"^(?:model\.)?vision_projector(?=\.|$)", "model.projector"),
     ),
     "inkling2": _INKLING2,
-    "inkling2_loop": (*_INKLING2, *_INKLING2_LOOP_TEXT),
-    "inkling2_loop_text": _INKLING2_LOOP_TEXT,
+    "inkling2_loop": (*_MESSAGE_GATES, *_INKLING2),
+    "inkling2_loop_text": (*_MESSAGE_GATES, *_INKLING2_TEXT),
     "inkling2_text": _INKLING2_TEXT,
     "inkling_mm_model": (
         (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),

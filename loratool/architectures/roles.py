@@ -5,11 +5,12 @@ from __future__ import annotations
 EMBEDDINGS = frozenset(
     """embed_tokens wte wpe tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions
     token_embedding position_embedding shared embed_in embeddings relative_attention_bias tokens_embed
-    positions_embed audio_bos_eos_token bias_values column_embedder column_embeddings embed_tokens_per_layer embedding
-    generation_embeddings input_embedding ngram_embeddings pos_embed position_embedding_table pronunciation_embed
-    row_embedder row_embeddings segment_emb segment_embedding shape_embed tile_embedding visual_embeddings_table
-    word_embedding x_position_embeddings y_position_embeddings addition_t_embedding cond_type_embed
-    cond_type_embedding embed_image_indicator prior_token_embedding style_embedder""".split()
+    positions_embed audio_bos_eos_token bias_values column_embedder column_embeddings embed_tokens_per_layer
+    embedding generation_embeddings input_embedding ngram_embeddings pos_embed position_embedding_table
+    pronunciation_embed row_embedder row_embeddings segment_emb segment_embedding shape_embed tile_embedding
+    visual_embeddings_table word_embedding x_position_embeddings y_position_embeddings addition_t_embedding
+    cond_type_embed cond_type_embedding embed_image_indicator encoder_hash_tok_embedding prior_token_embedding
+    query_768_resolution query_1024_resolution style_embedder""".split()
 )
 
 
@@ -23,14 +24,16 @@ LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embed
 def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     """Return `linear` (peft's `all-linear` targets it), `embedding`, `head`, `experts` (3-D) or `conv`.
 
-    Empty for a vector and for a weight that is not of a float type.
+    Empty for a vector, a norm, and for a weight that is not of a float type.
     """
     path = module.rpartition("/")[2]  # of a pipeline's, without its folder
     last = path.rpartition(".")[2]
     if not is_float or dimensions < 2:
         return ""
-    if last in EMBEDDINGS:
-        return "embedding"
+    if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in EMBEDDINGS:
+        return "embedding"  # or one of a list of them
+    if last.endswith("norm"):  # of a head each (chameleon's q_norm)
+        return ""
     if last in HEADS and "." not in path.removeprefix("model.").removeprefix("transformer."):
         return "head"
     return {2: "linear", 3: "experts" if "expert" in module else "conv"}.get(dimensions, "conv")

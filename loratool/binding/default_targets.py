@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
 from ..architectures.prefixes import module_path
@@ -10,6 +10,7 @@ from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
 from ..files.checkpoint import Checkpoint
 from .peft_names import is_plain
+from .resolve import strip_wrappers
 from .selection import PRESETS, matches_pattern
 
 LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that name nothing beside the layers
@@ -30,19 +31,19 @@ def find_unnamed(base: Checkpoint, in_model: Callable[[str], str], patterns: Seq
     naming = [pattern for pattern in patterns if pattern not in LAYERS_ALONE]
     if not naming:
         return groups
-
-    def names(pattern: str, name: str) -> bool:
-        part = expert_part(name, base.model_types)
-        spellings = {name, paths[name], *([in_model(part.fused)] if part else [])}
-        return any(matches_pattern(pattern, module_path(each)) for each in spellings)
-
-    others = [name for name in base.specs if groups.get(name) != MTP]
-    of_mtp = [pattern for pattern in naming if not any(names(pattern, name) for name in others)]
-    return {
-        name: group
-        for name, group in groups.items()
-        if not any(names(pattern, name) for pattern in (of_mtp if group == MTP else naming))
+    parts = {name: expert_part(strip_wrappers(name), base.model_types) for name in base.specs}
+    fused = {part.fused: module_path(in_model(part.fused)) for part in parts.values() if part}
+    spellings = {
+        name: {module_path(name), module_path(path), *([fused[part.fused]] if (part := parts[name]) else [])}
+        for name, path in paths.items()
     }
+
+    def is_named(patterns: Sequence[str], paths: Collection[str]) -> bool:
+        return any(matches_pattern(pattern, path) for pattern in patterns for path in paths)
+
+    others = {path for name, found in spellings.items() if groups.get(name) != MTP for path in found}
+    of_mtp = [pattern for pattern in naming if not is_named([pattern], others)]
+    return {n: group for n, group in groups.items() if not is_named(of_mtp if group == MTP else naming, spellings[n])}
 
 
 def kept_whole(

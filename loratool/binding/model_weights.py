@@ -183,7 +183,8 @@ def _join(base: Checkpoint, in_model: ClassNames, joined: _Joined) -> ModelWeigh
 
 
 def _split(base: Checkpoint, in_model: ClassNames, name: str, row: RowPart) -> ModelWeight:
-    spec, ending = base.specs[name], "" if row.module.endswith(".bias") else ".weight"
+    spec = base.specs[name]
+    ending = "" if row.module.endswith(".bias") or len(spec.shape) == 3 else ".weight"
     path = in_model(row.module + ending)
     shape = (row.whole, *spec.shape[1:])
     is_matrix = len(shape) == 2 and is_plain(base, name, spec) and not row.permuted and bool(path)

@@ -13,13 +13,13 @@ from shlex import quote
 from ..adapters.formats.peft import DECLARED
 from ..architectures.beside_layers import Layers
 from ..architectures.peft import (
-    BARE_MODULES,
     BARE_ROUTERS,
     BYPASSED,
     GROUPED_LINEAR,
     REFUSED,
     RESHAPED,
     STACKED_BY_PEFT,
+    STACKED_MODULES,
 )
 from ..architectures.prefixes import module_path
 from ..architectures.roles import weight_role
@@ -41,8 +41,9 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     module = module_path(in_model)
     role = weight_role(module, len(spec.shape), is_plain(base, name, spec) and spec.size > 0)
     inside = name.endswith(".out_proj.weight") and name.removesuffix("out_proj.weight") + "in_proj_weight"
-    if role == "experts":
-        return role
+    stacked = any(module.rpartition(".")[2] in STACKED_MODULES.get(each, ()) for each in base.model_types)
+    if role == "experts" or (role == "conv" and stacked):
+        return "experts"
     if not in_model.endswith(".weight") or inside in base.specs:
         return ""
     if role == "linear" and is_bare_router(base, module):
@@ -137,15 +138,12 @@ def _names_not_found(
     found = {}
     for name, path in both.items():
         module = module_path(path).removesuffix(".bias")
-        last = module.rpartition(".")[2]
         if layers.is_mtp(path):
             found[name] = f"is of an MTP layer, and transformers loads none of a {family}"
         elif any(re.search(pattern, module) for pattern in reshaped):
             found[name] = f"PEFT finds no module of a {family} for it"
         elif name in whole and path.endswith(".bias"):
             continue
-        elif any(last in BARE_MODULES.get(each, ()) for each in base.model_types):
-            found[name] = f"is no layer that PEFT knows, but a bare parameter of a {family}"
         elif path in doubtful:
             found[name] = f"PEFT cannot tell {module} from other modules"
     return found

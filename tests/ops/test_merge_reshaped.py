@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reshaped_models import hold, transformers
+from conftest import write_model
+from reshaped_models import hold, transformers, wrapped
+from safetensors.torch import load_file, save_file
 from tiny import build, shrink
+
+import loratool
+from loratool.errors import InputError, NeedsFlag
 
 
 def deepseek_ocr2(config: Any) -> None:
@@ -43,17 +49,26 @@ def step3p7(config: Any) -> None:
     config.vision_config.mlp_ratio = 1.5
 
 
-def swiglu(config: Any) -> None:
-    config.use_swiglu_ffn = True
+def dinov2(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28}
+    return type(config)(**sizes, use_swiglu_ffn=True)
+
+
+def molmo2(config: Any) -> None:
+    config.adapter_config.vision_feature_layer = [1, 0]
+
+
+def radio(config: Any) -> None:
+    config.patch_dim, config.max_img_size = 3 * config.patch_size**2, 28
 
 
 Fix = Callable[[Any], Any]  # changes a config in place, or returns another
 
 # model type -> table of classes or the class, what makes its config fit, the modules that get no factors
 CASES: dict[str, tuple[str, Fix, str]] = {
-    "blip": ("image", vars, "$^"),
+    "blip": ("image", vars, r"predictions\.decoder"),
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", deepseek_ocr2, "$^"),
-    "dinov2": ("Dinov2Model", swiglu, "$^"),
+    "dinov2": ("Dinov2Model", dinov2, "$^"),
     "dory": ("causal", dory, "$^"),
     "dots3_note_text": ("Dots3NoteForCausalLM", dots3_note_text, "$^"),
     "gte": ("GteModel", vars, "$^"),
@@ -66,11 +81,11 @@ CASES: dict[str, tuple[str, Fix, str]] = {
     "kimi_k25": ("image", vars, r"vision_tower.*\.[qk]_proj"),
     "lara_mini": ("causal", vars, "$^"),
     "minimax_m3_vl": ("image", minimax_m3_vl, "$^"),
-    "molmo2": ("Molmo2ForConditionalGeneration", vars, "$^"),
+    "molmo2": ("Molmo2ForConditionalGeneration", molmo2, "$^"),
     "nomic_bert": ("NomicBertModel", vars, "$^"),
     "pi0": ("image", vars, "$^"),
     "qianfan_ocr": ("image", vars, "$^"),
-    "radio": ("RadioModel", vars, "$^"),
+    "radio": ("RadioModel", radio, "$^"),
     "sarvam_moe": ("causal", vars, "$^"),
     "step3p7": ("image", step3p7, r"vision_model.*\.[qk]_proj"),
     "unlimited_ocr": ("image", vars, "$^"),
@@ -99,3 +114,86 @@ def make(model_type: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("model_type", [pytest.param(t, marks=[] if t in QUICK else pytest.mark.slow) for t in CASES])
 def test_merge_is_pefts(model_type: str, tmp_path: Path) -> None:
     hold(*make(model_type), tmp_path, CASES[model_type][2])
+
+
+def test_blips_head_is_written_apart_from_its_embedding(tmp_path: Path) -> None:
+    kind, model = make("blip")
+    model.save_pretrained(tmp_path / "base")
+    adapter = wrapped(kind.from_pretrained(tmp_path / "base")).eval()
+    adapter.save_pretrained(tmp_path / "adapter")
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    inputs = {"pixel_values": pixels, "input_ids": torch.arange(8)[None]}
+    with torch.no_grad():
+        wanted = adapter(**inputs).logits
+        found = kind.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+# model type -> what transformers writes into the language model too, and what a release has
+RELEASED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
+RELEASED["qianfan_ocr"] = ("language_model.model.encoder.layers.", "language_model.model.layers.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", RELEASED)
+def test_the_names_of_the_release(model_type: str, tmp_path: Path) -> None:
+    written, released = RELEASED[model_type]
+
+    def rename(base: Path) -> None:
+        tensors = load_file(base / "model.safetensors")
+        assert any(name.startswith(written) for name in tensors)
+        tensors = {name.replace(written, released): W for name, W in tensors.items()}
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    hold(*make(model_type), tmp_path, CASES[model_type][2], rename)
+
+
+def test_dora_of_rows_takes_the_norms_of_these_rows(tmp_path: Path) -> None:
+    hold(*make("hrm_text"), tmp_path, use_dora=True)
+
+
+def test_rows_in_another_order_are_refused_by_name(tmp_path: Path) -> None:
+    _, model = make("kimi_k25")
+    model.save_pretrained(tmp_path / "base")
+    wrapped(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NeedsFlag, match="in another order than transformers' class has them") as error:
+        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert error.value.remedy == "to leave them out: --exclude k_proj,q_proj"
+
+
+def adapter_of(folder: Path, **tensors: torch.Tensor) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    named = {f"base_model.model.model.layers.0.self_attn.{name.replace('__', '.')}": W for name, W in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+SARVAM = {"model_type": "sarvam_moe", "num_attention_heads": 4, "num_key_value_heads": 2}
+FUSED = {"model.layers.0.attention.query_key_value.weight": torch.zeros(64, 8)}
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "said"),
+    [
+        (SARVAM, 48, r"\(48, 2\) .*base weight is \(64, 8\), of which it is 32 rows"),
+        ({**SARVAM, "num_attention_heads": 7}, 32, "has 64 rows, but the config of the sarvam_moe gives"),
+        ({"model_type": "sarvam_moe"}, 32, "does not tell how many of each"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(config: dict[str, Any], rows: int, said: str, tmp_path: Path) -> None:
+    factors = {"q_proj__lora_A__weight": torch.ones(2, 8), "q_proj__lora_B__weight": torch.ones(rows, 2)}
+    adapter = adapter_of(tmp_path / "adapter", **factors)
+    with pytest.raises(InputError, match=said):
+        loratool.merge(write_model(tmp_path / "base", FUSED, config), [adapter], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_bias_that_is_replaced_is_no_part_of_a_fused_one(tmp_path: Path) -> None:
+    base = {**FUSED, "model.layers.0.attention.query_key_value.bias": torch.zeros(64)}
+    factors = {"q_proj__lora_A__weight": torch.ones(2, 8), "q_proj__lora_B__weight": torch.ones(32, 2)}
+    adapter = adapter_of(tmp_path / "adapter", **factors, q_proj__bias=torch.ones(32))
+    with pytest.raises(NeedsFlag, match="replaces whole tensors alone"):
+        loratool.merge(write_model(tmp_path / "base", base, SARVAM), [adapter], tmp_path / "merged")
