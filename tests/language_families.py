@@ -110,7 +110,10 @@ def with_what_is_named(make: Callable[..., Any], **options: Any) -> tuple[Any, P
         words = shlex.split(error.remedy or "")
         assert words[:2] == ["add", "--exclude"], error
         named = parse_patterns([word for flag, word in pairwise(words) if flag == "--exclude"])
-        return make(exclude=named, **options), named
+        try:
+            return make(exclude=named, **options), named
+        except LoratoolError as second:
+            raise AssertionError(f"{error.remedy} does not help: {second}") from second
 
 
 def with_adapter(kind: Any, base: Path, adapter: Path) -> Any:
