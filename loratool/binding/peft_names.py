@@ -168,7 +168,7 @@ def refuse_unsaid(
     for family in base.model_types:
         if family in REFUSED:
             raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
-    problems = _names_not_found(base, factored, whole, architecture) | _without_head(base, heads or {}, architecture)
+    problems = names_not_found(base, factored, whole, architecture) | _without_head(base, heads or {}, architecture)
     if not problems:
         return
     kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
@@ -180,7 +180,7 @@ def refuse_unsaid(
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
 
 
-def _names_not_found(
+def names_not_found(
     base: Checkpoint, factored: Mapping[str, str], whole: Mapping[str, str], architecture: str | None
 ) -> dict[str, str]:
     """Map the names in the file of tensors that PEFT would not find to the reason."""
