@@ -404,6 +404,25 @@ def stacks(model: Any) -> list[str]:
     return [name for name in three if "expert" in name or "Expert" in owners[name.rpartition(".")[0]]]
 
 
+def of_class(name: str, model: Any) -> Any:
+    """Return a model of another class with the weights of `model`, wherever it has a module of the same class."""
+    import copy
+
+    import transformers
+
+    kind = getattr(transformers, name)
+    config = copy.deepcopy(model.config)
+    fits = kind.config_class is None or isinstance(config, kind.config_class)
+    other = kind._from_config(config if fits else config.get_text_config()).float()
+    ours = {type(each): each for each in reversed(list(model.modules()))}
+    inner = other if type(other) in ours else next(each for each in other.modules() if type(each) in ours)
+    there = other.state_dict()
+    heads = {key: W for key, W in model.state_dict().items() if key in there and there[key].shape == W.shape}
+    other.load_state_dict(heads, strict=False)
+    inner.load_state_dict(ours[type(inner)].state_dict())
+    return other
+
+
 def perturb(model: Any, every: bool) -> None:
     """Change every linear layer and stack of experts by rank 2, by half of its norm; `every`: all that are no vectors.
 

@@ -115,7 +115,7 @@ def refuse_unsaid(
     for family in base.model_types:
         if family in REFUSED:
             raise InputError(f"no adapter of a {family} would load: {REFUSED[family]}", culprit=str(base.path))
-    problems = _names_not_found(base, in_model, factored, whole) | _without_head(base, in_model, heads or {})
+    problems = names_not_found(base, in_model, factored, whole) | _without_head(base, in_model, heads or {})
     if not problems:
         return
     kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
@@ -127,7 +127,7 @@ def refuse_unsaid(
     raise NeedsFlag(f"{reason}{others}", culprit=first, remedy=f"add {options}")
 
 
-def _names_not_found(
+def names_not_found(
     base: Checkpoint, in_model: ClassNames, factored: Mapping[str, str], whole: Mapping[str, str]
 ) -> dict[str, str]:
     """Map the names in the file of tensors that PEFT would not find to the reason."""
