@@ -41,7 +41,7 @@ from loratool.errors import LoratoolError
 
 GUIDE = ROOT / "loratool" / "guides" / "formats.md"
 MARKS = ("<!-- from tests/language_families.py -->\n", "<!-- until here -->\n")
-VERBS = ("merge", "extract", "init")
+VERBS = ("merge", "extract", "every", "init")
 RIGHT, WRONG, REFUSED, NONE, NOT = "right", "wrong", "refused", "none", "not built"
 NEVER_TARGETED = {"experts", "convolutions"}  # by all-linear
 TOKENS = torch.arange(8, 24)[None]
@@ -58,6 +58,7 @@ class Row:
     cls: str
     merge: str  # of an adapter that PEFT made of all linear layers and stacks of experts
     extract: str
+    every: str  # `extract` again, of a copy of which embeddings, routers and every other matrix changed
     init: str
     compared: str = "logits"  # or "weights", if the class does not answer to token ids alone
     excluded: Patterns = ()  # what extract and init ask to leave out by --exclude
@@ -276,22 +277,27 @@ def row(table: str, model_type: str) -> Row:
         except Exception as error:
             known = NOT_BUILT.get(model_type)
             reason = f"{NOT}: {known}" if known else f"{WRONG}: it is not built, {told(error)}"
-            return Row(table, model_type, "", reason, reason, reason)
+            return Row(table, model_type, "", reason, reason, reason, reason)
         assert model_type not in NOT_BUILT, f"{model_type} is built, though `NOT_BUILT` says that it is not"
         merge, reason = state(lambda: check_merge(kind, folder))
         extract, extracted = state(lambda: check_extract(kind, model, folder))
+        every, again = state(
+            lambda: check_extract(*made(table, model_type, folder / "every"), folder / "every", every=True)
+        )
         init, started = state(lambda: check_init(kind, folder))
         excluded, left_out, compared = extracted or ((), (), "")
         asked, beside = started or ((), ())
+        named = (*excluded, *(again or ((),))[0], *asked)
         return Row(
             table,
             model_type,
             kind.__name__,
             f"{NONE}: {reason}" if reason else merge,
             extract,
+            every,
             init,
             compared,
-            tuple(dict.fromkeys((*excluded, *asked))),
+            tuple(dict.fromkeys(named)),
             left_out,
             beside,
         )
@@ -337,7 +343,7 @@ def grouped(rows: Iterable[Row]) -> str:
         name = f"`{each.type}`" if len(outcomes[each.type]) == 1 else f"`{each.type}` ({each.table})"
         groups.setdefault(outcome(each), {})[name] = None
     lines = [f"transformers {transformers.__version__}, PEFT {peft.__version__}, {len(rows)} classes:", ""]
-    lines += ["| merge | extract | init | without factors | types |", "|---" * 5 + "|"]
+    lines += ["| merge | extract | extract, every matrix | init | without factors | types |", "|---" * 6 + "|"]
     for cells, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
         lines.append(f"| {' | '.join(cells)} | {', '.join(sorted(names))} |")
     return "\n".join([*lines, ""])
