@@ -426,7 +426,7 @@ def of_class(name: str, model: Any) -> Any:
 def perturb(model: Any, every: bool) -> None:
     """Change every linear layer and stack of experts by rank 2, by half of its norm; `every`: all that are no vectors.
 
-    A matrix that is used twice stays: PEFT merges the updates of both sides of a tie into it.
+    Without `every` a matrix that is used twice stays.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -440,7 +440,7 @@ def perturb(model: Any, every: bool) -> None:
     with torch.no_grad():
         for name, W in model.named_parameters():
             stack = name in experts
-            if len(names[id(W)]) > 1 or not (id(W) in linear or stack or (every and W.dim() > 1)):
+            if not ((every and W.dim() > 1) or (len(names[id(W)]) == 1 and (id(W) in linear or stack))):
                 continue
             rows = W if stack else W.flatten(1)
             left = torch.randn(*rows.shape[:-1], 2, generator=generator)

@@ -28,7 +28,8 @@ KINDS = [
     ("causal", "deepseek_v3"),  # experts one by one, and PEFT takes dense layers for them
     ("causal", "jamba"),  # experts one by one, of which PEFT makes no stack
     ("causal", "gpt_oss"),  # experts as (in, out)
-    ("causal", "hrm_text"),  # fused on disk
+    ("masked", "nomic_bert"),  # fused on disk
+    ("masked", "camembert"),  # a tied head inside a head
     ("causal", "falcon_mamba"),  # layers that PEFT refuses
     ("causal", "git"),  # a name that is the end of others
 ]
