@@ -61,7 +61,7 @@ STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 # deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
 RESHAPED = {
     "cohere_asr": r"\bpos_emb$",
-    "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
+    "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
     "deepseek_ocr2": r"\blanguage_model\.",
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
     "ernie4_5_vl_moe": r"\bmlp\.(gate|moe_statics|experts)\b",
