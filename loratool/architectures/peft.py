@@ -49,7 +49,7 @@ BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 # it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
 # canonical paths (`renames.canonical`).
 RESHAPED = {
-    "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
+    "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
     "jina_embeddings_v3": r"\bWqkv$",
