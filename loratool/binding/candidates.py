@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ..adapters.weight_kinds import stack_shape, weight_kind
-from ..architectures.peft import MAMBA_REFUSED, MAMBAS
 from ..architectures.prefixes import module_path
 from ..architectures.renames import expert_part
 from ..architectures.roles import weight_role
@@ -87,8 +86,7 @@ def _find_eligible(base: Checkpoint, in_model: Callable[[str], str]) -> dict[str
     biases of experts).
     """
     found = {name: role_in_model(base, name, in_model(name), spec) for name, spec in base.specs.items()}
-    refused = MAMBA_REFUSED if base.model_type in MAMBAS else ()
-    return {n: role for n, role in found.items() if role and module_path(n).rpartition(".")[2] not in refused}
+    return {name: role for name, role in found.items() if role}
 
 
 def _find_routers(names: Collection[str]) -> frozenset[str]:

@@ -109,7 +109,8 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     """Return the role of a weight (`architectures.roles`) that PEFT can wrap, else an empty string.
 
     It is empty for a bare parameter, for a depthwise convolution, which PEFT does not merge (a convolution with a
-    single input channel looks the same), and for nn.MultiheadAttention, of which PEFT wraps both matrices or neither.
+    single input channel looks the same), for nn.MultiheadAttention, of which PEFT wraps both matrices or neither, and
+    for what PEFT refuses of Mambas.
     """
     module = module_path(in_model)
     role = weight_role(module, len(spec.shape), is_plain(base, name, spec) and spec.size > 0)
@@ -117,6 +118,8 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
     if role == "experts":
         return role
     if not in_model.endswith(".weight") or inside in base.specs or is_bare_router(base, module):
+        return ""
+    if base.model_type in MAMBAS and module.rpartition(".")[2] in MAMBA_REFUSED:
         return ""
     return "" if role == "conv" and spec.shape[1] == 1 < spec.shape[0] else role
 
@@ -187,7 +190,7 @@ def names_not_found(
     chosen, both = class_of(base, architecture), {**factored, **whole}
     family = chosen.model_type if chosen else base.model_type or ""
     taken, reshaped = STACKED_BY_PEFT.get(family), [RESHAPED[t] for t in base.model_types if t in RESHAPED]
-    doubtful = _named_twice(base, both.values(), architecture) | _unknown_order(base, factored)
+    doubtful = _named_twice(base, whole.values(), namer(base, architecture)) | _unknown_order(base, factored)
     found = {}
     for name, in_model in both.items():
         module = module_path(in_model).removesuffix(".bias")
@@ -225,9 +228,19 @@ def _without_head(base: Checkpoint, heads: Mapping[str, str], architecture: str 
     return found
 
 
-def _named_twice(base: Checkpoint, names: Collection[str], architecture: str | None) -> set[str]:
+def target_modules(base: Checkpoint, modules: Collection[str], in_model: Callable[[str], str]) -> list[str] | str:
+    """Return `target_modules` of PEFT's config for these modules and no others.
+
+    PEFT takes every module whose path ends in a path that is listed; where that is another one too, as where git's head
+    is called `output`, an expression has to match the whole path.
+    """
+    if not _named_twice(base, [f"{module}.weight" for module in modules], in_model):
+        return sorted(modules)
+    return "|".join(map(re.escape, sorted(modules)))
+
+
+def _named_twice(base: Checkpoint, names: Collection[str], in_model: Callable[[str], str]) -> set[str]:
     """Return the names whose module's path is the end of another's, so that PEFT takes both."""
-    in_model = namer(base, architecture)
     paths = {in_model(name).rpartition(".")[0] for name in base.specs}
     inner = {part for path in paths for part in path.split(".")[1:]}
     suspects = {name for name in names if name.partition(".")[0] in inner}

@@ -44,8 +44,8 @@ FAMILIES = {
     ("causal", "granitemoe"): "",
     ("causal", "deepseek_v3"): r"shared_experts\.up_proj$",
     ("causal", "jamba"): r"experts\.\d+\.up_proj$",
-    ("causal", "falcon_mamba"): "out_proj",
-    ("causal", "git"): "output",
+    ("causal", "falcon_mamba"): "",
+    ("causal", "git"): "",
 }
 
 

@@ -30,7 +30,7 @@ from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.peft import STACKED_BY_PEFT
 from ...architectures.prefixes import module_path
 from ...architectures.renames import ExpertPart, expert_part
-from ...binding.peft_names import class_of, is_bare_router, namer, names_not_found
+from ...binding.peft_names import class_of, is_bare_router, namer, names_not_found, target_modules
 from ...binding.placement import Match, place_update
 from ...binding.resolve import resolve_modules
 from ...binding.tied_weights import bindable, find_tie
@@ -161,6 +161,7 @@ def plan_class_names(
     rows = [replace(row, name=places.paths[row.name]) for row in module_rows(source, request, others, lost, True)]
     rows += [stack.row() for stack in places.stacks.values()]
     config = _config(source, kept, places, rows, {*places.stacks, *stacked})
+    config["target_modules"] = target_modules(base, config["target_modules"], namer(base, request.architecture))
     return AdapterOutput(AdapterContent(specs, load, config, {"format": "pt"}), tuple(rows), dropped, ())
 
 

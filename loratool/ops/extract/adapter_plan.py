@@ -14,7 +14,7 @@ from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
 from ...architectures.conv1d import stores_transposed
 from ...architectures.prefixes import module_path
-from ...binding.peft_names import role_in_model
+from ...binding.peft_names import role_in_model, target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ..convert.language import plan_language
@@ -84,6 +84,7 @@ def plan_adapter(
     config = lora_config(
         modules,
         layout.parameters,
+        target_modules=target_modules(base, modules, in_model),
         bias="all" if found.biased else "none",
         base_model_name_or_path=base_name,
         modules_to_save=sorted(found.saved) or None,

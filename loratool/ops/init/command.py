@@ -27,7 +27,7 @@ from ...architectures.renames import expert_part
 from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
 from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
-from ...binding.peft_names import absent_from_class, class_of, refuse_unsaid
+from ...binding.peft_names import absent_from_class, class_of, namer, refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import NeedsFlag, UsageError
@@ -205,8 +205,10 @@ def init(
             closing(AdapterInitializer(adapted_weights, method, seed, dora, choose_device(device)))
         )
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
-        kind = class_of(checkpoint, architecture)
-        config = adapter_config(kind, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        flags = {"use_dora": dora, "use_rslora": rslora}
+        config = adapter_config(class_of(checkpoint, architecture), belongs_on, layout, method, alpha, **flags)
+        if has_config:
+            config["target_modules"] = target_modules(checkpoint, layout.modules, namer(checkpoint, architecture))
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         specs = output.content.specs.values()
@@ -224,9 +226,9 @@ def init(
         elif not dry_run:
             opened.enter_context(naming_output(path))
             output_format.write(path, is_file, output.content, checkpoint.shards)
-        flags = (method, dora, rslora, dry_run)
+        options = (method, dora, rslora, dry_run)
         warnings = (*work.warnings(), *output.notes, *absent_from_class(checkpoint, architecture))
-        return InitReport(os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, warnings)
+        return InitReport(os.fspath(base), str(path), *options, work.modules(), *size, residual_report, warnings)
 
 
 def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format) -> None:
