@@ -408,10 +408,12 @@ def of_class(name: str, model: Any) -> Any:
     """Return a model of another class with the weights of `model`, wherever it has a module of the same class."""
     import copy
 
+    import torch
     import transformers
 
     kind = getattr(transformers, name)
     config = copy.deepcopy(model.config)
+    torch.manual_seed(0)  # of what `model` has not, such as a classifier's head
     fits = kind.config_class is None or isinstance(config, kind.config_class)
     other = kind._from_config(config if fits else config.get_text_config()).float()
     ours = {type(each): each for each in reversed(list(model.modules()))}

@@ -124,10 +124,16 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
     "nomic_bert": (FusedRows("attn.Wqkv", _ENCODER_QKV, _equal(3)),),
     "qianfan_ocr": (FusedRows("attn.qkv", _qkv("attention"), _equal(3)),),
     "radio": (FusedRows("attn.qkv", _qkv("attention"), _equal(3)),),
+    "sapiens2": (FusedRows("ffn.w12", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),),
     "sarvam_moe": (FusedRows("self_attn.query_key_value", _ENCODER_QKV, _grouped_heads),),
     "step3p7": (
         FusedRows("mlp.experts.gate_up_proj", ("moe.gate_proj", "moe.up_proj"), _equal(2), "parts"),
         FusedRows("self_attn.in_proj", _ENCODER_QKV, _equal(3), permuted=_ROTARY),
+    ),
+    "tipsv2": (
+        FusedRows("self_attn.in_proj", _ENCODER_QKV, _equal(3)),
+        FusedRows("attn.qkv", _qkv("attention"), _equal(3)),
+        FusedRows("mlp.w12", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),
     ),
     "unlimited_ocr": (FusedRows("self_attn.qkv_proj", _ENCODER_QKV, _equal(3)),),
 }

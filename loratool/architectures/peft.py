@@ -60,9 +60,11 @@ STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 # it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts, the language model of
 # deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
 RESHAPED = {
-    "ctrl": r"^transformer\.w$",  # its embedding; no other type has this name
+    "cohere_asr": r"\bpos_emb$",
+    "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
     "deepseek_ocr2": r"\blanguage_model\.",
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
+    "ernie4_5_vl_moe": r"\bmlp\.(gate|moe_statics|experts)\b",
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
     **dict.fromkeys(  # which leaves out the last tokens of the head
@@ -83,8 +85,10 @@ RESHAPED = {
     "pi0": r"^embed_action_time\.",
     "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
     "radio": r"\bqkv$",
+    "sapiens2": r"\blayer\.\d+\.",
     "sarvam_moe": r"\bquery_key_value$",
     "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$",
+    "tipsv2": r"\bself_attn$|\battn\.qkv$|\bmlp\.w12$",
     "unlimited_ocr": r"\bqkv_proj$|\blanguage_model\.",
 }
 
@@ -92,8 +96,8 @@ RESHAPED = {
 # Types for which no adapter would load -> the reason.
 REFUSED = {
     **dict.fromkeys(
-        """colqwen2 d_fine deformable_detr ernie4_5_vl_moe gradium_phonon_tts jev lw_detr maskformer nemo_speechlm
-        pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt""".split(),
+        """colqwen2 d_fine deformable_detr gradium_phonon_tts jev lw_detr maskformer nemo_speechlm pp_doclayout_v4
+        rt_detr sam3_tracker tipsv2_dpt""".split(),
         "transformers renames its weights while it loads them, and its modules' names are not known here",
     ),
     "pp_formulanet": "PEFT finds no input embeddings in it",

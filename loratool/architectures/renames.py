@@ -423,6 +423,19 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bencoder\.layer\.(\d+)\.attn\.proj(?=\.|$)", r"encoder.layer.\1.attention.o_proj"),
         (r"\bradio_model\.(?=(?:input_conditioner|summary_idxs)(?:\.|$))", ""),
     ),
+    "sapiens2": (
+        (r"^cls_token$", "embeddings.cls_token"),
+        (r"^storage_tokens$", "embeddings.register_tokens"),
+        (r"^patch_embed\.projection(?=\.|$)", "embeddings.patch_embeddings"),
+        (r"\bblocks(?=\.|$)", "model.layer"),
+        (r"\battn\.proj(?=\.|$)", "attention.o_proj"),
+        (r"\battn\.w([qkv])(?=\.|$)", r"attention.\1_proj"),
+        (r"\battn\.([qk])_norm(?=\.|$)", r"attention.\1_norm"),
+        (r"\battn\.gamma\.weight$", "layer_scale1.lambda1"),
+        (r"\bffn\.w3(?=\.|$)", "mlp.down_proj"),
+        (r"\b(layer\.\d+)\.ln([12])(?=\.|$)", r"\1.norm\2"),
+        (r"^ln1(?=\.|$)", "norm"),
+    ),
     "segformer": (
         (r"\bencoder\.patch_embeddings\.(\d+)(?=\.|$)", r"stages.\1.patch_embeddings"),
         (r"\bencoder\.block\.(\d+)(?=\.|$)", r"stages.\1.blocks"),
@@ -547,6 +560,13 @@ RENAMES: dict[str, RenameRules] = {
         (r"^(?:model\.)?text_model\.lm_head(?=\.|$)", "lm_head"),
         (r"^(?:model\.)?text_model(?:\.model)?(?=\.|$)", "model.text_model"),
         (r"^vqmodel(?=\.|$)", "model.vqmodel"),
+    ),
+    "ernie4_5_vl_moe": (
+        (r"^(?:model\.)?vision_model(?=\.|$)", "model.vision_tower"),
+        (r"\b(spatial|temporal)_linear\.0(?=\.|$)", r"\1_linear.fc1"),
+        (r"\b(spatial|temporal)_linear\.2(?=\.|$)", r"\1_linear.fc2"),
+        (r"\b(spatial|temporal)_linear\.3(?=\.|$)", r"\1_linear.ln"),
+        *_TEXT,
     ),
     "fuyu": (*_LANGUAGE, (r"^vision_embed_tokens(?=\.|$)", "model.vision_embed_tokens")),
     "gemma3": _LLAVA,
@@ -763,6 +783,26 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bvision_encoder\.transformer(?=\.|$)", "vision_encoder.encoder"),
         *_SAM,
     ),
+    "timesfm2_5": ((r"\bmlp\.ff0(?=\.|$)", "mlp.fc1"), (r"\bmlp\.ff1(?=\.|$)", "mlp.fc2")),
+    "tipsv2": (
+        (r"^text_encoder(?=\.|$)", "text_model"),
+        (r"\btext_model\.ln_final(?=\.|$)", "text_model.final_layer_norm"),
+        (r"\btext_model\.token_embedding(?=\.|$)", "text_model.embeddings.token_embedding"),
+        (r"\btext_model\.transformer\.resblocks(?=\.|$)", "text_model.encoder.layers"),
+        (r"\b(text_model\.encoder\.layers\.\d+)\.ln_([12])(?=\.|$)", r"\1.layer_norm\2"),
+        (r"\b(text_model\.encoder\.layers\.\d+)\.attn(?=\.|$)", r"\1.self_attn"),
+        (r"^vision_encoder(?=\.|$)", "vision_model"),
+        (r"\bvision_model\.patch_embed\.proj(?=\.|$)", "vision_model.embeddings.patch_embeddings.projection"),
+        (r"\bvision_model\.((?:cls|mask)_token|register_tokens)$", r"vision_model.embeddings.\1"),
+        (r"\bvision_model\.pos_embed$", "vision_model.embeddings.position_embeddings"),
+        (r"\bvision_model\.norm(?=\.|$)", "vision_model.layernorm"),
+        (r"\bvision_model\.blocks(?=\.|$)", "vision_model.encoder.layer"),
+        (r"\b(vision_model\.encoder\.layer\.\d+)\.attn\.proj(?=\.|$)", r"\1.attention.o_proj"),
+        (r"\bls([12])\.gamma$", r"layer_scale\1.lambda1"),
+        (r"\bmlp\.c_fc(?=\.|$)", "mlp.fc1"),
+        (r"\bmlp\.c_proj(?=\.|$)", "mlp.fc2"),
+        (r"\bmlp\.w3(?=\.|$)", "mlp.down_proj"),
+    ),
     "vibevoice_asr": (
         *_LANGUAGE,
         (
@@ -818,11 +858,11 @@ _W1_W3_W2: ExpertRows = {
 EXPERTS: dict[str, ExpertRows] = {
     **dict.fromkeys(
         """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
-        dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm5_next
-        glm5_next_text glm_moe_dsa hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna longcat_flash mellum
-        mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe
-        qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text sarvam_mla sarvam_moe solar_open
-        unlimited_ocr""".split(),
+        dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite
+        glm4v_moe glm5_next glm5_next_text glm_moe_dsa hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna
+        longcat_flash mellum mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+        qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text sarvam_mla sarvam_moe
+        solar_open unlimited_ocr""".split(),
         _GATE_UP_DOWN,
     ),
     **dict.fromkeys(
@@ -838,6 +878,11 @@ EXPERTS: dict[str, ExpertRows] = {
     },
     "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
 }
+
+
+# Types whose class has two stacks for the experts that the file counts in one row, the first half and the others ->
+# what stands for `.experts.` in their paths.
+HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts.")}
 
 
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).

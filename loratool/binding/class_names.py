@@ -78,4 +78,4 @@ def _types_of(config: object) -> tuple[str, ...]:
 def _top(path: str) -> str:
     """Return the start of a path that names a part of the model: its head, the tower of its backbone."""
     parts = path.split(".")
-    return ".".join(parts[: 2 if parts[0] in CONTAINER_PREFIXES or parts[0] == "thinker" else 1])
+    return ".".join(parts[: 2 if parts[0] in CONTAINER_PREFIXES else 1])

@@ -133,7 +133,9 @@ def names_not_found(
     """Map the names in the file of tensors that PEFT would not find to the reason."""
     family, both = in_model.family, {**factored, **whole}
     reshaped = [RESHAPED[t] for t in base.model_types if t in RESHAPED]
-    doubtful = _named_twice(base, in_model, both.values()) | _unknown_order(base, factored)
+    # of the others an expression tells PEFT (`target_modules`), of which it takes last names alone in some types
+    named = both if family in STACKED_BY_PEFT else whole
+    doubtful = _named_twice(base, in_model, named.values()) | _unknown_order(base, factored)
     layers = Layers.find(both.values(), base.config)
     found = {}
     for name, path in both.items():
@@ -161,6 +163,17 @@ def _without_head(base: Checkpoint, in_model: ClassNames, heads: Mapping[str, st
         if any(owner.startswith(f"{module}.") for owner in owners):
             found[name] = f"it is its head as well, which is no module {module}"
     return found
+
+
+def target_modules(base: Checkpoint, in_model: ClassNames, modules: Collection[str]) -> list[str] | str:
+    """Return `target_modules` of PEFT's config for these modules and no others.
+
+    PEFT takes every module whose path ends in a path that is listed; where that is another one too, as where git's head
+    is called `output`, an expression has to match the whole path.
+    """
+    if not _named_twice(base, in_model, [f"{module}.weight" for module in modules]):
+        return sorted(modules)
+    return "|".join(map(re.escape, sorted(modules)))
 
 
 def _named_twice(base: Checkpoint, in_model: ClassNames, names: Collection[str]) -> set[str]:

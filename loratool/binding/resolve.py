@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 
 from ..adapters.adapter import Adapter
@@ -20,7 +20,7 @@ from ..architectures.components import components_of
 from ..architectures.fused_rows import Configs, RowPart, row_parts
 from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
-from ..architectures.renames import canonical, expert_part
+from ..architectures.renames import HALVED_EXPERTS, canonical, expert_part
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
@@ -191,7 +191,8 @@ def _resolve_names(
     ways = [plain]
     for container in CONTAINER_PREFIXES if not all(known(m, path) for m, path in plain.items()) else ():
         prefix = container.replace(".", separator) + separator
-        ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
+        longer = {m: path if known(m, path) else prefix + path for m, path in plain.items()}
+        ways.append(longer if adapter.flattened else {m: canonical(path, model_types) for m, path in longer.items()})
         ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
     resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
     most_resolved = max(len(way) for way in resolved)
@@ -279,7 +280,19 @@ def _index(
         for rows in fused_parts(name, spec, configs):
             if not rows.permuted:
                 several.setdefault(rows.module.replace(".", separator), []).append(_match_rows(name, spec, rows))
+    for halves in (HALVED_EXPERTS[each] for each in model_types if each in HALVED_EXPERTS):
+        for path in [path for path in several if ".experts." in path]:
+            one, other = _halve(several.pop(path))
+            several |= {path.replace(".experts.", halves[0]): one, path.replace(".experts.", halves[1]): other}
     return index, {module: tuple(matches) for module, matches in several.items()}
+
+
+def _halve(matches: Sequence[Match]) -> tuple[list[Match], list[Match]]:
+    """Return the matches of the first half of the experts, and of the others, which are counted from 0 again."""
+    numbered = [(match.expert or 0, match) for match in matches]
+    half = (max(number for number, _ in numbered) + 2) // 2
+    others = [replace(match, expert=number - half) for number, match in numbered if number >= half]
+    return [match for number, match in numbered if number < half], others
 
 
 def fused_parts(name: str, spec: TensorSpec, configs: Configs) -> tuple[RowPart, ...]:

@@ -241,6 +241,7 @@ FUSED = {
 INKLING2 = r"attn_res|attention_input|message_input|middle_cycle"
 RESHAPED = {
     "bailing_hybrid": "conv1d",
+    "ernie4_5_vl_moe": r"mlp\.(gate|moe_statics|experts|text_moe|vision_moe)\b",
     "glm5_next": "conv1d",
     "glm5_next_text": "conv1d",
     "inkling2": INKLING2,
@@ -442,6 +443,22 @@ MODULES = [
     (("nemotron_h",), "backbone.layers.0.mixer.in_proj", "model.layers.0.mixer.in_proj"),
     (("exaone",), "transformer.h.0.attn.attention.out_proj", "model.layers.0.self_attn.o_proj"),
     (("kimi_k25",), "vision_tower.encoder.blocks.0.mlp.fc1", "model.vision_tower.layers.0.mlp.fc2"),
+    # attention and MLP as two layers, one model inside another, towers with CLIP's names
+    (("dory",), "backbone.layers.3.mixer.up_proj", "model.layers.1.mlp.up_proj"),
+    (("dory",), "backbone.layers.2.mixer.g_proj", "model.layers.1.self_attn.gate_proj"),
+    (("dory",), "model.layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"),
+    (("pi0",), "model.paligemma_with_expert.gemma_expert.model.layers.0.mlp.up_proj", "model.dit.layers.0.mlp.up_proj"),
+    (("pi0",), "paligemma_with_expert.paligemma.lm_head", "model.vlm.language_model.embed_tokens"),
+    (("pi0",), "model.action_in_proj", "embed_action_time.action_in_proj"),
+    (("pi0",), "model.action_out_proj", "action_out_proj"),
+    (("step3p7",), "vision_model.transformer.resblocks.0.mlp.c_fc", "model.vision_model.layers.0.mlp.fc1"),
+    (("unlimited_ocr",), "model.sam_model.blocks.1.norm2", "model.vision_tower.sam_encoder.layers.1.layer_norm2"),
+    (
+        ("inkling2", "inkling2_text"),
+        "model.llm.layers.0.attn.wo_ud",
+        "model.language_model.layers.0.self_attn.o_proj.linear",
+    ),
+    (("inkling2_text",), "model.llm.layers.0.attn.wo_ud", "model.layers.0.self_attn.o_proj.linear"),
     # every type
     (("bert",), "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
     ((), "bert.embeddings.LayerNorm.beta", "bert.embeddings.LayerNorm.bias"),

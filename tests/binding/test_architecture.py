@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, weights, write_model
-from language_families import with_what_is_named
+import torch
+from conftest import FIXTURES, load_model, weights, write_model
+from language_families import with_what_is_named, without
 from tiny import build, of_class, perturb, tables
 
 import loratool
@@ -26,6 +27,7 @@ FAMILIES = {
     ("image", "llama4"): "Llama4ForCausalLM",
     ("image", "mllama"): "MllamaForCausalLM",
     ("image", "mistral3"): "Mistral3Model",
+    ("image", "paligemma"): "GemmaModel",
     ("causal", "llama"): "LlamaForSequenceClassification",
     ("causal", "gpt2"): "GPT2Model",
     ("causal", "bert"): "BertForMaskedLM",
@@ -33,29 +35,31 @@ FAMILIES = {
 
 
 def check(family: tuple[str, str], name: str, folder: Path) -> loratool.ExtractReport:
+    """Check that PEFT makes of the class and the adapter what the class with the tuned weights is."""
     from peft import PeftModel
 
-    _, model = build(*family)
-    plain = of_class(name, model)
-    model.save_pretrained(folder / "base")
-    before = {key: W.clone() for key, W in plain.state_dict().items()}
+    kind, model = build(*family)
+    base, tuned, adapter, start = (folder / each for each in ("base", "tuned", "adapter", "start"))
+    model.save_pretrained(base)
     perturb(model, every=False)
-    model.save_pretrained(folder / "tuned")
-    wanted = of_class(name, model).state_dict()
+    model.save_pretrained(tuned)
     same = {"allow": ("unrelated",), "architecture": name}
-    paths = folder / "base", folder / "tuned", folder / "adapter"
-    report, _ = with_what_is_named(lambda **o: loratool.extract(*paths, rank=8, **same, **o))
-    start = folder / "base", folder / "start"
-    with_what_is_named(lambda **o: loratool.init(*start, rank=1, architecture=name, **o))
-    for adapter in ("adapter", "start"):
-        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), folder / adapter)
-        result = loaded.load_adapter(folder / adapter, "again")
+    report, _ = with_what_is_named(lambda **o: loratool.extract(base, tuned, adapter, rank=8, **same, **o))
+    with_what_is_named(lambda **o: loratool.init(base, start, rank=1, architecture=name, **o))
+    without(kind, model, folder, report.left_out)
+    loratool.merge(base, adapter, folder / "merged", undo=False)
+    ours, disk = load_model(folder / "merged"), load_model(tuned)
+    assert all(torch.allclose(ours[key], W, rtol=1e-4, atol=1e-6) for key, W in disk.items())
+    plain = of_class(name, kind.from_pretrained(base))
+    before, wanted = plain.state_dict(), of_class(name, kind.from_pretrained(tuned)).state_dict()
+    for path, after in ((start, before), (adapter, wanted)):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), path)
+        result = loaded.load_adapter(path, "again")
         assert not result.missing_keys and not result.unexpected_keys
         found = loaded.merge_and_unload().state_dict()
-        for key, W in (wanted if adapter == "adapter" else before).items():
-            if key in found and key.partition(".")[0] not in ("score", "classifier") and W.is_floating_point():
-                change = float((W - before[key]).norm())
-                assert float((found[key] - W).norm()) < 1e-5 * max(change, 1e-2), key
+        for key, W in after.items():
+            change = float((W.double() - before[key].double()).norm())
+            assert float((found[key].double() - W.double()).norm()) < 1e-5 * max(change, 1e-2), key
     return report
 
 

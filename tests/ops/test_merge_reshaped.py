@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def dots3_note_text(config: Any) -> Any:
     return type(config)(**sizes, **counts, **heads, **ranks)
 
 
+def ernie4_5_vl_moe(config: Any) -> None:
+    text = config.text_config
+    text.head_dim, text.moe_intermediate_size, text.moe_num_experts = 16, [48, 32], 3
+    text.rope_parameters |= {"mrope_section": [2, 3, 3]}
+
+
 def inkling2(config: Any) -> None:
     config.get_text_config().unpadded_vocab_size = 300
 
@@ -43,6 +50,11 @@ def inkling2(config: Any) -> None:
 def minimax_m3_vl(config: Any) -> None:
     config.merged_hidden_size, config.projector_hidden_size = 64, 48
     config.text_config.mlp_layer_types = ["dense", "sparse"]
+
+
+def sapiens2(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return type(config)(**sizes, image_size=28, patch_size=14)
 
 
 def step3p7(config: Any) -> None:
@@ -62,15 +74,24 @@ def radio(config: Any) -> None:
     config.patch_dim, config.max_img_size = 3 * config.patch_size**2, 28
 
 
+def tipsv2(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "mlp_ratio": 2}
+    text = {**sizes, "intermediate_size": 96, "vocab_size": 320}
+    return type(config)(text_config=text, vision_config=vision)
+
+
 Fix = Callable[[Any], Any]  # changes a config in place, or returns another
 
 # model type -> table of classes or the class, what makes its config fit, the modules that get no factors
 CASES: dict[str, tuple[str, Fix, str]] = {
     "blip": ("image", vars, r"predictions\.decoder"),
+    "cohere_asr": ("CohereAsrForConditionalGeneration", vars, "$^"),
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", deepseek_ocr2, "$^"),
     "dinov2": ("Dinov2Model", dinov2, "$^"),
     "dory": ("causal", dory, "$^"),
     "dots3_note_text": ("Dots3NoteForCausalLM", dots3_note_text, "$^"),
+    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeForConditionalGeneration", ernie4_5_vl_moe, r"_moe\.gate\b"),
     "gte": ("GteModel", vars, "$^"),
     "hrm_text": ("causal", vars, "$^"),
     "inkling2": ("image", inkling2, r"experts\.gate_up_proj"),
@@ -87,7 +108,10 @@ CASES: dict[str, tuple[str, Fix, str]] = {
     "qianfan_ocr": ("image", vars, "$^"),
     "radio": ("RadioModel", radio, "$^"),
     "sarvam_moe": ("causal", vars, "$^"),
+    "sapiens2": ("Sapiens2Model", sapiens2, "$^"),
     "step3p7": ("image", step3p7, r"vision_model.*\.[qk]_proj"),
+    "timesfm2_5": ("TimesFm2_5ModelForPrediction", vars, "$^"),
+    "tipsv2": ("Tipsv2Model", tipsv2, "$^"),
     "unlimited_ocr": ("image", vars, "$^"),
 }
 
@@ -130,21 +154,28 @@ def test_blips_head_is_written_apart_from_its_embedding(tmp_path: Path) -> None:
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-# model type -> what transformers writes into the language model too, and what a release has
-RELEASED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
-RELEASED["qianfan_ocr"] = ("language_model.model.encoder.layers.", "language_model.model.layers.")
+def dory_blocks(name: str) -> str:
+    """Return the name with attention and MLP as two layers; what is of the pair as a whole has no other name."""
+    found = re.search(r"layers\.(\d+)\.(self_attn|mlp)\b", name)
+    return name.replace(found[0], f"layers.{2 * int(found[1]) + (found[2] == 'mlp')}.mixer") if found else name
+
+
+# model type -> the name in a release of what transformers writes
+RELEASED: dict[str, Callable[[str], str]] = {
+    "dory": dory_blocks,
+    "kimi_k25": lambda name: name.replace("language_model.model.blocks.", "language_model.model.layers."),
+    "qianfan_ocr": lambda name: name.replace("language_model.model.encoder.layers.", "language_model.model.layers."),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", RELEASED)
 def test_the_names_of_the_release(model_type: str, tmp_path: Path) -> None:
-    written, released = RELEASED[model_type]
-
     def rename(base: Path) -> None:
-        tensors = load_file(base / "model.safetensors")
-        assert any(name.startswith(written) for name in tensors)
-        tensors = {name.replace(written, released): W for name, W in tensors.items()}
-        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        written = load_file(base / "model.safetensors")
+        released = {RELEASED[model_type](name): W for name, W in written.items()}
+        assert released.keys() != written.keys()
+        save_file(released, base / "model.safetensors", metadata={"format": "pt"})
 
     hold(*make(model_type), tmp_path, CASES[model_type][2], rename)
 

@@ -30,7 +30,7 @@ from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.prefixes import module_path
 from ...architectures.renames import ExpertPart, expert_part
 from ...binding.class_names import ClassNames
-from ...binding.peft_names import is_bare, is_bare_router, names_not_found
+from ...binding.peft_names import is_bare, is_bare_router, names_not_found, target_modules
 from ...binding.placement import Match, place_update
 from ...binding.resolve import fused_parts, resolve_modules
 from ...binding.tied_weights import bindable, find_tie
@@ -161,6 +161,7 @@ def plan_class_names(
     rows = [replace(row, name=places.paths[row.name]) for row in module_rows(source, request, others, lost, True)]
     rows += [stack.row() for stack in places.stacks.values()]
     config = _config(source, kept, places, rows, {*places.stacks, *stacked})
+    config["target_modules"] = target_modules(base, ClassNames(base, request.architecture), config["target_modules"])
     return AdapterOutput(AdapterContent(specs, load, config, {"format": "pt"}), tuple(rows), dropped, ())
 
 

@@ -15,6 +15,7 @@ from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
 from ...architectures.prefixes import module_path
 from ...binding.class_names import ClassNames
 from ...binding.model_weights import model_weights
+from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ..convert.language import plan_language
@@ -87,6 +88,7 @@ def plan_adapter(
     config = lora_config(
         modules,
         layout.parameters,
+        target_modules=target_modules(base, found.in_model, modules) if found.in_model else sorted(modules),
         bias="all" if found.biased else "none",
         base_model_name_or_path=base_name,
         modules_to_save=sorted(found.saved) or None,

@@ -28,7 +28,7 @@ from ...binding.class_names import ClassNames
 from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
 from ...binding.model_weights import ModelWeight
-from ...binding.peft_names import refuse_unsaid
+from ...binding.peft_names import refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import NeedsFlag, UsageError
@@ -210,6 +210,8 @@ def init(
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
         kind = in_model.chosen if in_model else None
         config = adapter_config(kind, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        if in_model:
+            config["target_modules"] = target_modules(checkpoint, in_model, layout.modules)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         specs = output.content.specs.values()

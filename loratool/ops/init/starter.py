@@ -208,22 +208,31 @@ class AdapterInitializer:
 
     def _make_factors(self, adapted: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Tensor]]:
         weight, shape = adapted.weight, adapted.weight.spec.shape
-        values = self._read(weight) if self._init.reads or self._dora else None
-        given = InitWeight(weight.sizes, weight.kind == "embedding", values)
-        factors: InitialFactors = self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, weight.name))
-        if self._dora and values is not None:
-            norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
-            self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
+        reads = self._init.reads or self._dora
+        factors = self._of_each_matrix(adapted) if reads else self._make(adapted, weight.sizes)
         self.gaps[weight.name] = factors.gap
         A, B = WEIGHT_KINDS[weight.kind].lay(factors.A, factors.B, shape)
         return adapted, dict(zip(adapted.keys, (A.contiguous(), B.contiguous()), strict=True))
 
-    def _read(self, weight: ModelWeight) -> Tensor:
-        """Return a weight in float32, as a stack (E, out, in)."""
-        matrices = [[read_float32(part, self._device) for part in each] for each in weight.matrices(self._base.ref)]
-        whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in matrices]
-        stack = WEIGHT_KINDS[weight.kind].stack
-        return stack(torch.stack(whole) if weight.role == "experts" else whole[0])
+    def _make(
+        self, adapted: AdaptedWeight, sizes: tuple[int, int, int], values: Tensor | None = None
+    ) -> InitialFactors:
+        given = InitWeight(sizes, adapted.weight.kind == "embedding", values)
+        return self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, adapted.weight.name))
+
+    def _of_each_matrix(self, adapted: AdaptedWeight) -> InitialFactors:
+        """Return the factors that need the weight's values, and keep its magnitudes; one matrix is in memory."""
+        weight, (_, out, inp), found = adapted.weight, adapted.weight.sizes, list[InitialFactors]()
+        for parts in weight.matrices(self._base.ref):
+            rows = [read_float32(part, self._device) for part in parts]
+            W = torch.cat(rows) if len(rows) > 1 else rows[0]
+            values = WEIGHT_KINDS[weight.kind].stack(W.unsqueeze(0) if weight.role == "experts" else W)
+            found.append(self._make(adapted, (1, out, inp), values))
+            if self._dora:
+                norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
+                self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
+        A, B = (torch.cat([getattr(each, side) for each in found], dim=1) for side in "AB")
+        return InitialFactors(A, B, max(each.gap for each in found))
 
 
 def adapter_config(
