@@ -10,12 +10,21 @@ _TYPES = {
     "model": """cohere cohere2 deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text glm glm4 gpt_oss granite llama mistral
         mixtral olmo olmo2 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm
         starcoder2""",
-    "transformer": "bloom codegen ctrl falcon gpt2 gpt_bigcode gpt_neo gptj imagegpt mpt openai-gpt xlm xlnet",
-    "roberta": "camembert roberta xlm-roberta xlm-roberta-xl",
+    "transformer": """bloom codegen ctrl falcon flaubert gpt-sw3 gpt2 gpt_bigcode gpt_neo gptj imagegpt mpt openai-gpt
+        squeezebert xlm xlnet""",
+    "roberta": "camembert jina_embeddings_v3 roberta xlm-roberta xlm-roberta-xl xmod",
     "bert": "bert big_bird megatron-bert",
-    "backbone": "falcon_mamba mamba mamba2",
+    "backbone": "falcon_mamba mamba mamba2 xlstm",
     "deberta": "deberta deberta-v2",
-    **{name: name for name in ("albert", "distilbert", "electra", "gpt_neox", "mpnet", "vit")},
+    "data2vec_text": "data2vec-text",
+    "roberta_prelayernorm": "roberta-prelayernorm",
+    **{
+        name: name
+        for name in """albert biogpt convbert cpmant distilbert electra ernie esmc fnet funnel git gpt_neox
+        gpt_neox_japanese gte ibert layoutlm led lilt longformer luke mobilebert mpnet mra nomic_bert nystromformer
+        prophetnet rembert roc_bert roformer rwkv tapas vit yoso""".split()
+    },
+    "": "dinov3_convnext dinov3_vit longt5 mt5 sapiens2 switch_transformers t5 umt5",
 }
 
 
@@ -23,19 +32,17 @@ BACKBONES = {model_type: prefix for prefix, types in _TYPES.items() for model_ty
 
 
 # The children of a task model beside its backbone.
-BESIDE = frozenset("lm_head embed_out score classifier qa_outputs cls".split())
+BESIDE = frozenset(
+    """classifier cls embed_out generator_lm_head generator_predictions head lm_head lm_loss output pred_layer
+    predictions qa_outputs score vocab_layer_norm vocab_projector vocab_transform""".split()
+)
 
 
 def is_backbone(class_name: str) -> bool:
-    return class_name.endswith("Model") and "Head" not in class_name
+    return class_name.endswith("Model") and "Head" not in class_name and class_name != "MarianMTModel"
 
 
-def in_task_model(module: str, model_type: str | None, class_name: str) -> str:
-    """Return a backbone's module path as a task model of class `class_name` has it.
-
-    The path is unchanged if the class is the backbone's own, or the family is not known.
-    """
+def in_task_model(module: str, model_type: str | None) -> str:
+    """Return a backbone's module path as a task model has it; unchanged if the family is not known."""
     prefix = BACKBONES.get(model_type or "", "")
-    if not prefix or not class_name or is_backbone(class_name) or module.partition(".")[0] in {prefix, *BESIDE}:
-        return module
-    return f"{prefix}.{module}"
+    return module if not prefix or module.partition(".")[0] in {prefix, *BESIDE} else f"{prefix}.{module}"

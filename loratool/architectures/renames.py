@@ -889,6 +889,10 @@ HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 
 
+# Types whose class has (expert, out, in) and whose files have either: reading one turns a stack that does not fit.
+TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
+
+
 # Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 

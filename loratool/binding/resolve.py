@@ -191,7 +191,8 @@ def _resolve_names(
     ways = [plain]
     for container in CONTAINER_PREFIXES if not all(known(m, path) for m, path in plain.items()) else ():
         prefix = container.replace(".", separator) + separator
-        ways.append({m: path if known(m, path) else prefix + path for m, path in plain.items()})
+        longer = {m: path if known(m, path) else prefix + path for m, path in plain.items()}
+        ways.append(longer if adapter.flattened else {m: canonical(path, model_types) for m, path in longer.items()})
         ways.append({m: path if known(m, path) else path.removeprefix(prefix) for m, path in plain.items()})
     resolved = [{m: path for m, path in way.items() if known(m, path)} for way in ways]
     most_resolved = max(len(way) for way in resolved)

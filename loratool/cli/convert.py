@@ -16,6 +16,7 @@ from .options import (
     Size,
     Slices,
     alpha_option,
+    architecture_option,
     dry_run_option,
     dtype_option,
     exclude_option,
@@ -82,8 +83,10 @@ from .options import (
     "--base",
     type=PATH,
     metavar="BASE",
-    help="The model: with --for, where sizes are to be told (its config.json will do); with --plain, for DoRA.",
+    help="The model: with --to peft, for the names of its class; with --for, where sizes are to be told (its "
+    "config.json will do); with --plain, for DoRA.",
 )
+@architecture_option
 @exclude_option
 @make_drop_option({**DROP_CHOICES, **MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES})
 @dtype_option("Dtype of the output.")
@@ -117,6 +120,7 @@ def convert(quiet: bool, json: bool, **options: Any) -> None:
       loratool convert pissa/ --to peft --plain --initial start/ -o lora/
       loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
       loratool convert phi/ --to peft --for split --base phi-base/ -o llama-like/
+      loratool convert adapter/ --to peft --base base/ --architecture LlamaModel -o bare/
       loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
     """
     from ..ops.convert.command import ConvertReport

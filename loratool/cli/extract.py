@@ -13,6 +13,7 @@ from .options import (
     PATH,
     Count,
     Size,
+    architecture_option,
     device_option,
     dry_run_option,
     exclude_option,
@@ -66,6 +67,7 @@ from .options import (
     type=click.Choice(list(extract_formats())),
     help="; ".join(each.title for each in extract_formats().values()) + ".  [default: by BASE]",
 )
+@architecture_option
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Dtype of the factors."
 )

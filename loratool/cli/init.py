@@ -12,6 +12,7 @@ from .options import (
     PATH,
     Count,
     PatternRank,
+    architecture_option,
     complete_from,
     device_option,
     dry_run_option,
@@ -54,6 +55,7 @@ from .options import (
 @click.option("--residual", type=PATH, metavar="OUT", help="A folder for the base that pissa, milora and olora leave.")
 @dtype_option("Dtype of the residual.")
 @to_option
+@architecture_option
 @click.option("--no-undo", is_flag=True, help="Leave out the undo file, from which unmerge restores the base.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random numbers.")
 @target_option

@@ -364,7 +364,10 @@ def _updates(
         else:
             of_parameter = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
-            yield spec_from_roles(target, factors, file, of_parameter, stacked=parameter != "weight", lenient=lenient)
+            rows = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
+            # jetmoe's experts are the weights of modules: only the rank tells them from a linear layer's
+            stacked = parameter != "weight" or (bool(rows) and of_parameter.rank not in (None, *rows))
+            yield spec_from_roles(target, factors, file, of_parameter, stacked=stacked, lenient=lenient)
     elif "base" in roles:
         yield _single(ReplaceTensor, path, roles["base"], file)
 

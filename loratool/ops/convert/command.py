@@ -16,6 +16,7 @@ from typing import Literal, overload
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, AdapterFormat, holds_adapter, open_adapter, written_formats
+from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import base_mutating_init_of
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.dora import DoRA
@@ -30,6 +31,7 @@ from ..inputs import leave_out
 from ..machine import require_ieee
 from .as_low_rank import AsLowRank, as_low_rank
 from .checkpoint import CheckpointConvertReport, CheckpointOptions, convert_checkpoint
+from .class_names import plan_class_names
 from .dora_to_lora import dora_to_lora
 from .factors import NO_LOSS, Loss
 from .image import ImageAdapter, plan_image
@@ -81,7 +83,8 @@ class AdapterOptions:
     initial: str | os.PathLike[str] | None  # the adapter before training, which is subtracted
     rank: int | None  # truncate to this rank
     layout: str | None  # a key of QKV_LAYOUTS
-    base: str | os.PathLike[str] | None  # the model, for the sizes of fused modules and for DoRA
+    base: str | os.PathLike[str] | None  # the model, for names, for the sizes of fused modules and for DoRA
+    architecture: str | None  # the class of the base whose names the modules get
 
     def given(self) -> list[str]:
         """Return the names of the options that were given."""
@@ -105,6 +108,7 @@ def convert(
     rank: int | None = None,
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
     dtype: str = "keep",
     force: bool = False,
     dry_run: bool = False,
@@ -149,6 +153,7 @@ def convert(
     rank: int | None = None,
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
 ) -> ConvertReport | CheckpointConvertReport: ...
 
 
@@ -174,6 +179,7 @@ def convert(
     rank: int | None = None,
     layout: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
 ) -> ConvertReport | CheckpointConvertReport:
     """Write an adapter in another format, or a checkpoint in another container, dtype or shards.
 
@@ -200,14 +206,17 @@ def convert(
         rank: with `plain`: truncate to this rank; DoRA is truncated to its own without it.
         layout: a key of QKV_LAYOUTS, of a language model's fused modules.
         base: the model: with `layout` for the modules' sizes (its config.json will do), with `plain` for DoRA, and for
-            the family of an image model that the modules do not tell.
+            the family of an image model that the modules do not tell. Otherwise, for a language model and PEFT's
+            format, the modules get the names of the class that PEFT wraps.
+        architecture: with `base`: that class, if it is not config.json's.
 
     Raises:
         UsageError: an option is for the other kind of input, or contradicts another.
         NeedsFlag: modules can only be left out.
         InputError: nothing could load the result. Nothing is written then.
     """
-    options = AdapterOptions(from_format, tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base)
+    flags = tuple(exclude), alpha, tuple(enable_lora), plain, initial, rank, layout, base, architecture
+    options = AdapterOptions(from_format, *flags)
     given = options.given()
     is_one = bool(from_format) or holds_adapter(source)
     if is_one or (to in written_formats() and to not in MODEL_NAMINGS):
@@ -250,6 +259,8 @@ def _convert_adapter(
         raise UsageError(f"rank {options.rank} is out of range")
     if options.layout is not None and options.layout not in QKV_LAYOUTS:
         raise UsageError(f"layout {options.layout!r} is none of {', '.join(QKV_LAYOUTS)}")
+    if options.architecture is not None and options.base is None:
+        raise NeedsFlag("--architecture is a class of the model", remedy="add --base BASE with the model")
     if options.layout is not None and options.plain:
         raise UsageError("--for and --plain are two conversions: one after the other")
     with ExitStack() as opened:
@@ -269,6 +280,7 @@ def _convert_adapter(
             options.rank,
             options.layout,
             options.base,
+            options.architecture,
         )
         made = plan_convert(source, request, path.absolute().parent, opened)
         if not dry_run:
@@ -328,8 +340,14 @@ def _plan_low_rank(
         refuse_unknown_blocks(source, sources, family)
         source = _without_initial(source, [each.module for each in wanted], request, opened)
     dora = request.plain and any(each.update.cls is DoRA for each in wanted)
-    if request.base is not None and not (request.layout or dora or tells_family):
-        raise UsageError("--base is for --for, with --plain for DoRA, and for modules that several image models have")
+    for_names = single and family is None and request.to == Peft.key and not (request.layout or request.plain)
+    if request.base is not None and not (request.layout or dora or tells_family or for_names):
+        raise UsageError(
+            "--base is for the names of a language model's class with --to peft, for --for, with --plain for DoRA, and "
+            "for modules that several image models have"
+        )
+    if request.architecture is not None and not for_names:
+        raise UsageError("--architecture is for a language model's adapter and --to peft, without --for and --plain")
     source, approximated = _without_dora(source, request, folder, opened)
     lost = {m: found.losses.get(m, NO_LOSS) + approximated.get(m, NO_LOSS) for m in found.losses.keys() | approximated}
     if family is not None:
@@ -349,6 +367,8 @@ def _plan_low_rank(
         kept, dropped = select_updates(source, request)
         if request.plain:
             return plan_plain(source, request, kept, dropped, lost, opened)
+        if for_names and request.base is not None:
+            return plan_class_names(source, request, kept, dropped, lost, opened)
         return plan_language(source, request, kept, dropped, lost)
     raise InputError(
         f"is no adapter of an image model that is known ({KNOWN}), with modules like "

@@ -20,7 +20,7 @@ from ...architectures.families.table import DENOISERS
 from ...architectures.image import ImageModules, image_modules, image_parts
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
-from ...errors import InputError, NeedsFlag
+from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, require_one_model
 from ...files.dtypes import TensorSpec
 from .module_map import plan_target_modules
@@ -80,6 +80,12 @@ def is_image_adapter(base: Checkpoint, to: Format) -> bool:
     So is one for the denoiser alone whose base has other names than diffusers', for which PEFT's is.
     """
     return to.can.components == "many" or _is_renamed(base)
+
+
+def require_language_model(base: Checkpoint, to: Format, architecture: str | None) -> None:
+    """Raise UsageError for --architecture of an image model, whose parts have one class each."""
+    if architecture is not None and is_image_adapter(base, to):
+        raise UsageError("--architecture is for language models, and this is an image model", culprit=str(base.path))
 
 
 def weights_for_format(base: Checkpoint, to: Format) -> Collection[str] | None:

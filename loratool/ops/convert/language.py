@@ -75,10 +75,10 @@ def plan_language(
         named = adapter_names(source.file.specs)
         keys = {to.edited_name(key, named): key for key in source.file.specs}
         specs = {name: source.file.specs[key] for name, key in keys.items()}
-        rows = tuple(_module_rows(source, request, kept, lost))
+        rows = tuple(module_rows(source, request, kept, lost))
         return AdapterOutput(_content(specs, lambda name: source.file.tensor(keys[name]), source, kept), rows, (), ())
-    specs, load = _copy_tensors(source, request, kept)
-    rows = tuple(_module_rows(source, request, kept, lost))
+    specs, load = copy_tensors(source, request, kept)
+    rows = tuple(module_rows(source, request, kept, lost))
     return AdapterOutput(_content(specs, load, source, kept), rows, dropped, alpha_notes(to.key, rows))
 
 
@@ -91,7 +91,7 @@ def _content(
     return AdapterContent(specs, load, config_from(source, kept), {"format": "pt"})
 
 
-def _copy_tensors(
+def copy_tensors(
     source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
     """Return specs and loader of the updates' tensors under the output's names, with factors in its dtype."""
@@ -136,9 +136,9 @@ def _convert_qkv(
     bare = next((m for m in others if m.rpartition(".")[0] in taken or m in regrouped), None)
     if bare:
         raise InputError("has another change beside its factors, which no other layout has", culprit=bare)
-    specs, copy = _copy_tensors(source, request, others)
+    specs, copy = copy_tensors(source, request, others)
     to = FORMATS[request.to]
-    rows, made, last = _module_rows(source, request, others, lost, restated=True), {}, dict[str, dict[str, Tensor]]()
+    rows, made, last = module_rows(source, request, others, lost, restated=True), {}, dict[str, dict[str, Tensor]]()
 
     def make(path: str) -> tuple[dict[str, Tensor], ModuleConvert | None]:
         target = regrouped[path]
@@ -198,7 +198,7 @@ def config_from(source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, An
     return {**config_of(both), "modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
 
 
-def _module_rows(
+def module_rows(
     source: Adapter,
     request: ConvertRequest,
     kept: Mapping[str, UpdateSpec],

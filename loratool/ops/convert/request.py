@@ -53,7 +53,8 @@ class ConvertRequest:
     initial: str | os.PathLike[str] | None = None  # the adapter before training, to subtract a base-mutating init
     rank: int | None = None  # to truncate to; None keeps the ranks
     layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
-    base: str | os.PathLike[str] | None = None  # the model that tells the rows of q, k and v, or the weights under DoRA
+    base: str | os.PathLike[str] | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
+    architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
 
 
 @contextmanager

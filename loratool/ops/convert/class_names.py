@@ -1,0 +1,300 @@
+"""Give a language model's adapter the names of the class that PEFT wraps, as its base tells them.
+
+An adapter has the names of the class and of the version of transformers that it was trained with, or those of the
+files; PEFT loads nothing under a name that its class does not have. Tensors keep their bytes. The factors of single
+experts, where the class has a stack of them, become those of the stack: the slices' ranks one after another, with zeros
+for what has none (as PEFT's `utils/transformers_weight_conversion.py`). Scales are written as alpha / r.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...adapters.formats import FORMATS
+from ...adapters.formats.content import AdapterContent
+from ...adapters.formats.peft import DECLARED, Peft, adapter_names, nested, saved_name
+from ...adapters.formats.peft_config import config_of
+from ...adapters.updates.low_rank import LowRank
+from ...adapters.updates.replace import ReplaceTensor
+from ...adapters.updates.rows import Indices
+from ...adapters.updates.update import UpdateSpec
+from ...adapters.weight_kinds import WEIGHT_KINDS
+from ...architectures.prefixes import module_path
+from ...architectures.renames import ExpertPart, expert_part
+from ...binding.class_names import ClassNames
+from ...binding.peft_names import is_bare, is_bare_router, names_not_found, target_modules
+from ...binding.placement import Match, place_update
+from ...binding.resolve import fused_parts, resolve_modules
+from ...binding.tied_weights import bindable, find_tie
+from ...errors import InputError
+from ...files.checkpoint import Checkpoint
+from ...files.dtypes import SAFETENSORS, TORCH_FLOATS, TensorSpec
+from ..inputs import open_model
+from .factors import Loss, alpha_for_scale
+from .language import config_from, copy_tensors, module_rows
+from .request import AdapterOutput, ConvertRequest, ModuleConvert, cannot_convert
+
+_ENDS = WEIGHT_KINDS["experts"].keys
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Hold the updates of single experts that are one parameter in the class."""
+
+    path: str
+    experts: int
+    parts: int  # equal slices of the rows of each expert
+    modules: dict[tuple[int, int], UpdateSpec] = field(default_factory=dict)  # by (expert, slice)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each slice, the largest of any expert."""
+        found = [[u.rank for (_, part), u in self.modules.items() if part == each] for each in range(self.parts)]
+        return [max(ranks, default=0) for ranks in found]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        stored = {TORCH_FLOATS[spec.dtype] for update in self.modules.values() for spec in update.specs.values()}
+        dtypes: list[torch.dtype] = [getattr(torch, name) for name in stored]
+        return functools.reduce(torch.promote_types, dtypes)
+
+    def factors(self, source: Adapter) -> tuple[Tensor, Tensor]:
+        """Return A (E * r, in) and B (out, r * E) as PEFT lays them, of which each number is one of the source's."""
+        first = next(iter(self.modules.values()))
+        rows, width = first.shape
+        A = torch.zeros(sum(self.ranks), self.experts, width, dtype=self.dtype)
+        B = torch.zeros(sum(self.ranks), self.experts, rows * self.parts, dtype=self.dtype)
+        for (expert, part), update in self.modules.items():
+            loaded = source.load(update)
+            assert isinstance(loaded, LowRank)
+            start = sum(self.ranks[:part])
+            A[start : start + update.rank, expert] = loaded.A.to(self.dtype)
+            B[start : start + update.rank, expert, part * rows : (part + 1) * rows] = loaded.B.T.to(self.dtype)
+        A, B = WEIGHT_KINDS["experts"].lay(A, B, ())
+        return A.contiguous(), B.contiguous()
+
+    def specs(self) -> tuple[TensorSpec, TensorSpec]:
+        rows, width = next(iter(self.modules.values())).shape
+        count, letters = sum(self.ranks) * self.experts, SAFETENSORS[str(self.dtype).removeprefix("torch.")]
+        return TensorSpec(letters, (count, width)), TensorSpec(letters, (rows * self.parts, count))
+
+    def row(self) -> ModuleConvert:
+        rank, scale = sum(self.ranks), next(iter(self.modules.values())).scale
+        sources = tuple(update.module for update in self.modules.values())
+        alpha = alpha_for_scale(scale, rank)
+        error = abs(alpha / rank / scale - 1.0) if scale else 0.0
+        return ModuleConvert(self.path, sources, "rounded" if error else "fused", rank, alpha, error)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Hold where the updates go in the class."""
+
+    paths: dict[str, str] = field(default_factory=dict)  # module of the source -> module or parameter of the class
+    stacks: dict[str, _Stack] = field(default_factory=dict)  # by the parameter's path
+    parameters: set[str] = field(default_factory=set)  # of `paths`, those that PEFT takes as `target_parameters`
+
+
+def plan_class_names(
+    source: Adapter,
+    request: ConvertRequest,
+    kept: Mapping[str, UpdateSpec],
+    dropped: tuple[str, ...],
+    lost: Mapping[str, Loss],
+    opened: ExitStack,
+) -> AdapterOutput:
+    """Plan the output, from headers alone.
+
+    Args:
+        opened: closes the base.
+
+    Raises:
+        NeedsFlag: the base or the class does not have a module.
+        InputError: a shape is not the base's, or the experts of a stack have several scales.
+        UsageError: the base has no class of that name.
+    """
+    assert request.base is not None
+    base = open_model(request.base, "--base is the model whose class the adapter is for", opened)
+    places = _place(source, base, request.architecture, kept)
+    single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
+    others = {module: update for module, update in kept.items() if module not in single}
+    stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
+    wrappers = _wrappers([*places.stacks, *stacked])
+    specs, copy = copy_tensors(source, request, others)
+    keys = [(key, module) for key, (module, _) in FORMATS[Peft.key].names(source, others).items()]
+    sources = {_new_key(key, module, others[module], places, wrappers): key for key, module in keys}
+    named = adapter_names(source.file.specs)
+    whole = {
+        _new_key(saved_name(update.base, named), module, update, places, wrappers): update.base
+        for module, update in others.items()
+        if update.base
+    }
+    specs = {new: specs[old] for new, old in sources.items()}
+    specs |= {new: source.file.specs[old] for new, old in whole.items()}
+    made = {
+        f"{wrappers[path]}.{end}": (stack, side)
+        for path, stack in places.stacks.items()
+        for side, end in enumerate(_ENDS)
+    }
+    specs |= {key: stack.specs()[side] for key, (stack, side) in made.items()}
+    last: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def load(key: str) -> Tensor:
+        if key in whole:
+            return source.file.tensor(whole[key])
+        if key in sources:
+            return copy(sources[key])
+        stack, side = made[key]
+        if stack.path not in last:
+            last.clear()
+            last[stack.path] = stack.factors(source)
+        return last[stack.path][side]
+
+    rows = [replace(row, name=places.paths[row.name]) for row in module_rows(source, request, others, lost, True)]
+    rows += [stack.row() for stack in places.stacks.values()]
+    config = _config(source, kept, places, rows, {*places.stacks, *stacked})
+    config["target_modules"] = target_modules(base, ClassNames(base, request.architecture), config["target_modules"])
+    return AdapterOutput(AdapterContent(specs, load, config, {"format": "pt"}), tuple(rows), dropped, ())
+
+
+def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Mapping[str, UpdateSpec]) -> _Places:
+    """Find where each update goes in the class, and check its shape against the base's."""
+    specs, _ = bindable(base, find_tie(base))
+    matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
+    added = [module for module in absent if source.in_modules_to_save(module)]
+    if len(added) < len(absent):
+        raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added])
+    in_model, places = ClassNames(base, architecture), _Places({module: module for module in added})
+    asked: dict[str, str] = {}  # name in the file, or path of a stack -> module of the source
+    factored, whole = {}, {}
+    for module, each in matches.items():
+        update, part = kept[module], _expert_part(module, each[0], base)
+        for match in each:
+            place_update(source, module, 1.0, match, specs, base.model_types, matches)
+        name = part.fused if part else _module_of(base, module, each)
+        path = in_model(name)
+        places.paths[module] = path if part or update.cls.stack else module_path(path)
+        asked[name] = module
+        if part and not update.cls.stack:
+            _add_to_stack(places, path, module, update, part, _expert_count(base, part, each[0]))
+        role = "router" if is_bare_router(base, places.paths[module]) else "linear"
+        if update.rank and not update.cls.stack and not part and is_bare(in_model.family, path, role):
+            places.parameters.add(places.paths[module])
+        elif update.cls is ReplaceTensor:
+            whole[name] = path
+        else:
+            factored[name] = path
+    lacking = [module for module, path in places.paths.items() if not path]
+    if lacking:
+        raise cannot_convert(
+            source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking
+        )
+    for name, reason in names_not_found(base, in_model, factored, whole).items():
+        raise cannot_convert(source.name, f"would not load ({reason})", [asked[name]])
+    twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
+    for module, path in places.paths.items():
+        if twice.get(path, module) != module:
+            raise InputError(f"and {module} of {source.name} are one module of the class", culprit=twice[path])
+    return places
+
+
+def _module_of(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
+    """Return a module of the class, by the name that its tensor has in the file, or by that of its rows there."""
+    (first, *others) = matches
+    if first.rows is None:
+        return module if others else first.name
+    parts = fused_parts(first.name, base.specs[first.name], base.configs)
+    return next(part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
+
+
+def _expert_part(module: str, match: Match, base: Checkpoint) -> ExpertPart | None:
+    """Return which rows of a stack an update changes, by the name in the file or by the adapter's own."""
+    return expert_part(match.name, base.model_types) or (
+        expert_part(module, base.model_types) if match.expert is not None else None
+    )
+
+
+def _expert_count(base: Checkpoint, part: ExpertPart, match: Match) -> int:
+    if match.expert is not None:
+        return base.specs[match.name].shape[0]
+    found = (expert_part(name, base.model_types) for name in base.specs)
+    return len({each.expert for each in found if each and each.fused == part.fused})
+
+
+def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, part: ExpertPart, experts: int) -> None:
+    """Add the update of one expert to the stack; raise InputError if it does not fit into it."""
+    stack = places.stacks.setdefault(path, _Stack(path, experts, part.parts))
+    if update.cls is not LowRank:
+        raise InputError(
+            f"is {update.kind} of one expert, and PEFT's stacks of experts take plain LoRA", culprit=module
+        )
+    first = next(iter(stack.modules.values()), update)
+    if update.scale != first.scale:
+        raise InputError(
+            f"has the scale {update.scale:g}, and {first.module}, of the same stack, {first.scale:g}",
+            culprit=module,
+            remedy="convert it with --plain first, which puts the scales into the factors",
+        )
+    if (part.expert, part.part) in stack.modules:
+        raise InputError("is the same expert", culprit=f"{module} and {stack.modules[part.expert, part.part].module}")
+    stack.modules[part.expert, part.part] = update
+
+
+def _wrappers(parameters: Sequence[str]) -> dict[str, str]:
+    """Return the path of PEFT's wrapper of each bare parameter."""
+    owners: dict[str, list[str]] = {}
+    for path in parameters:
+        owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
+    return {
+        f"{owner}.{parameter}": wrapper
+        for owner, own in owners.items()
+        for parameter, wrapper in nested(owner, own, (*DECLARED, *sorted({*own} - {*DECLARED}))).items()
+    }
+
+
+def _new_key(key: str, module: str, update: UpdateSpec, places: _Places, wrappers: Mapping[str, str]) -> str:
+    """Return the key under the class's name of what PEFT saves as `key` for a module of the source."""
+    new = places.paths[module]
+    if update.cls.stack:
+        return wrappers[new] + ".lora_" + key.rpartition(".lora_")[2]
+    if module.endswith(".bias"):
+        module, new = module.removesuffix(".bias"), new.removesuffix(".bias")
+    return new + key.removeprefix(module)
+
+
+def _config(
+    source: Adapter,
+    kept: Mapping[str, UpdateSpec],
+    places: _Places,
+    rows: Sequence[ModuleConvert],
+    parameters: Collection[str],
+) -> dict[str, Any]:
+    """Return the source's config with the names of the class, in full, and the scales as alpha / r."""
+    titles = {row.name: f"{row.name}.weight" if row.name in places.parameters else row.name for row in rows}
+    listed = {*parameters, *(titles[path] for path in places.parameters)}
+    ours = config_of({titles[row.name]: (row.rank, row.alpha) for row in rows}, listed)
+    former = {key: value for key, value in config_from(source, kept).items() if key not in _RESTATED}
+    if former.get("modules_to_save"):
+        saved = {places.paths[m] for m, u in kept.items() if u.cls is ReplaceTensor and not m.endswith(".bias")}
+        former["modules_to_save"] = sorted(saved) or None
+    tokens = former.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        own = {m: u.detail.indices for m, u in kept.items() if isinstance(u.detail, Indices)}
+        rest = {k: v for k, v in tokens.items() if not any(f".{m}".endswith(f".{k}") for m in own)}
+        former["trainable_token_indices"] = {**rest, **{places.paths[m]: list(indices) for m, indices in own.items()}}
+    return {**ours, **former}
+
+
+# Fields of PEFT's config that say which modules have factors, and their ranks and scales
+_RESTATED = frozenset(
+    """alpha_pattern exclude_modules layers_pattern layers_to_transform lora_alpha r rank_pattern target_modules
+    target_parameters use_rslora""".split()
+)

@@ -1,0 +1,115 @@
+"""--architecture: PEFT loads into another class of the same weights what extract and init write for it, in full."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES, load_model, weights, write_model
+from language_families import with_what_is_named, without
+from tiny import build, of_class, perturb, tables
+
+import loratool
+from loratool import InputError, UsageError
+from loratool.architectures.classes import classes_of
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# (table of classes, model type) -> the class: one of each way in which its paths are others than the declared one's
+FAMILIES = {
+    ("image", "llava"): "LlamaForCausalLM",
+    ("image", "gemma3"): "Gemma3ForCausalLM",
+    ("image", "qwen2_vl"): "Qwen2VLTextModel",
+    ("image", "llama4"): "Llama4ForCausalLM",
+    ("image", "mllama"): "MllamaForCausalLM",
+    ("image", "mistral3"): "Mistral3Model",
+    ("image", "paligemma"): "GemmaModel",
+    ("causal", "llama"): "LlamaForSequenceClassification",
+    ("causal", "gpt2"): "GPT2Model",
+    ("causal", "bert"): "BertForMaskedLM",
+}
+
+
+def check(family: tuple[str, str], name: str, folder: Path) -> loratool.ExtractReport:
+    """Check that PEFT makes of the class and the adapter what the class with the tuned weights is."""
+    from peft import PeftModel
+
+    kind, model = build(*family)
+    base, tuned, adapter, start = (folder / each for each in ("base", "tuned", "adapter", "start"))
+    model.save_pretrained(base)
+    perturb(model, every=False)
+    model.save_pretrained(tuned)
+    same = {"allow": ("unrelated",), "architecture": name}
+    report, _ = with_what_is_named(lambda **o: loratool.extract(base, tuned, adapter, rank=8, **same, **o))
+    with_what_is_named(lambda **o: loratool.init(base, start, rank=1, architecture=name, **o))
+    without(kind, model, folder, report.left_out)
+    loratool.merge(base, adapter, folder / "merged", undo=False)
+    ours, disk = load_model(folder / "merged"), load_model(tuned)
+    assert all(torch.allclose(ours[key], W, rtol=1e-4, atol=1e-6) for key, W in disk.items())
+    plain = of_class(name, kind.from_pretrained(base))
+    before, wanted = plain.state_dict(), of_class(name, kind.from_pretrained(tuned)).state_dict()
+    for path, after in ((start, before), (adapter, wanted)):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), path)
+        result = loaded.load_adapter(path, "again")
+        assert not result.missing_keys and not result.unexpected_keys
+        found = loaded.merge_and_unload().state_dict()
+        for key, W in after.items():
+            change = float((W.double() - before[key].double()).norm())
+            assert float((found[key].double() - W.double()).norm()) < 1e-5 * max(change, 1e-2), key
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tables(), ids="-".join)
+def test_peft_wraps_every_class(family: tuple[str, str], tmp_path: Path) -> None:
+    try:
+        kind, model = build(*family)
+    except Exception as error:
+        pytest.skip(f"cannot be made so small: {error}")
+    names = classes_of({**model.config.to_dict(), "architectures": [kind.__name__]})
+    for name in [name for name in names if name != kind.__name__]:
+        try:
+            of_class(name, model)
+        except Exception as error:
+            pytest.skip(f"{name} cannot be made so small: {error}")
+        try:
+            check(family, name, tmp_path / name)
+        except InputError as error:
+            assert "no adapter of a" in error.message or "nothing else is left" in error.message
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids="-".join)
+def test_peft_wraps_the_class_that_is_named(family: tuple[str, str], tmp_path: Path) -> None:
+    report = check(family, FAMILIES[family], tmp_path)
+    left = {name for name in report.left_out if "vision" in name or "visual" in name}
+    assert bool(left) == (family[0] == "image" and not FAMILIES[family].startswith("Mistral3"))
+    assert not left or any(f"{FAMILIES[family]} has no " in line for line in report.warnings)
+
+
+def test_a_class_that_there_is_not(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"model.layers.0.mlp.up_proj.weight": weights(8, 8)}, LLAMA)
+    with pytest.raises(UsageError, match="no class of") as error:
+        loratool.init(base, tmp_path / "a", architecture="LlamaForCasualLM")
+    assert error.value.culprit == "LlamaForCasualLM"
+    assert (error.value.remedy or "").startswith("there are LlamaForCausalLM, LlamaModel, LlamaForSequenceClass")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"), [(None, "CAUSAL_LM"), ("LlamaModel", None), ("LlamaForSequenceClassification", None)]
+)
+def test_the_task_is_the_chosen_classs(architecture: str | None, task: str | None, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"model.layers.0.mlp.up_proj.weight": weights(8, 8)}, LLAMA)
+    loratool.init(base, tmp_path / "a", rank=2, architecture=architecture)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["task_type"] == task
+    assert config["target_modules"] == [("" if architecture == "LlamaModel" else "model.") + "layers.0.mlp.up_proj"]
+
+
+def test_an_image_model_has_no_other_class(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is for language models"):
+        loratool.init(FIXTURES / "sdxl" / "base.safetensors", tmp_path / "a.safetensors", architecture="LlamaModel")
