@@ -225,7 +225,9 @@ def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:
     prefix = BACKBONES.get(kind, "model")
     body = f"{prefix}." if prefix else ""
     if is_backbone(name):
-        return ((body, ""),) if body else (("lm_head.", None), ("", ""))
+        plain: Moves = (("lm_head.", None), ("", ""))
+        unknown = name == declared and kind not in BACKBONES  # its files may have no `model.` to take off
+        return ((body, ""), *(plain if unknown else ())) if body else plain
     absent = [f"{body}pooler."] if _lacks_pooler(name, kind) else []
     if name == declared:
         rest: Moves = (("", ""),)
