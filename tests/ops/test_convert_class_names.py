@@ -220,3 +220,26 @@ def test_what_has_no_name_is_refused(
     assert not (tmp_path / "b.safetensors").exists()
     if kind is NeedsFlag and "base" not in options:
         loratool.convert(start, tmp_path / "b", **{"to": "peft", "base": base, "exclude": [module], **options})
+
+
+def test_dense_layers_beside_experts_that_peft_would_take_for_experts(tmp_path: Path) -> None:
+    """PEFT moves every down_proj of a deepseek_v3 to the experts; as parameters the dense and shared ones stay."""
+    _, model = build("causal", "deepseek_v3")
+    model.save_pretrained(tmp_path / "base")
+    disk = load_model(tmp_path / "base")
+    names = [n for n in disk if n.endswith("_proj.weight") and "mlp" in n]
+    pairs = {n.removesuffix(".weight"): factors(*disk[n].shape, 2, seed) for seed, n in enumerate(names)}
+    start = write_peft(tmp_path / "a", pairs, lora_alpha=2)
+    loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert "model.layers.0.mlp.down_proj.weight" in config["target_parameters"] and not config["target_modules"]
+    changes = {n: (B.double() @ A.double()) for n, (A, B) in pairs.items() if ".experts." not in n}
+    wanted = {f"{n}.weight": D for n, D in changes.items()}
+    for stack, W in model.state_dict().items():
+        if stack.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            owner, _, last = stack.rpartition(".")
+            parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            each = [[pairs[f"{owner}.{e}.{p}"] for p in parts] for e in range(len(W))]
+            wanted[stack] = torch.stack([torch.cat([B.double() @ A.double() for A, B in expert]) for expert in each])
+    check(model.state_dict(), merged(model, tmp_path / "b"), wanted)
+    same_merge(tmp_path / "base", start, tmp_path / "b", tmp_path)
