@@ -83,24 +83,27 @@ class FactorLayout:
     """The modules of an adapter that hold the factors."""
 
     modules: dict[str, int]  # module -> rank
-    parameters: dict[str, int]  # bare parameter (experts) -> rank
+    parameters: dict[str, int]  # parameter that PEFT is told of by its own name (experts) -> rank
     wrappers: dict[str, tuple[str, bool]]  # PEFT's wrapper -> (weight, transposed: a head tied to that embedding)
 
 
-def locate_factors(kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str]) -> FactorLayout:
+def locate_factors(
+    kinds: Mapping[str, str], ranks: Mapping[str, int], heads: Mapping[str, str], bare: Collection[str]
+) -> FactorLayout:
     """List the modules and parameters that an adapter wraps.
 
     Args:
         kinds: weight -> key of WEIGHT_KINDS.
         ranks: weight -> rank; a weight of rank 0 gets no factors.
         heads: embedding -> the head tied to it, which gets the same factors transposed.
+        bare: the weights that PEFT is told of as parameters.
     """
     layout = FactorLayout({}, {}, {})
     stacks: dict[str, list[str]] = {}
     for name, rank in ranks.items():
         if not rank:
             continue
-        if kinds[name].startswith("experts"):
+        if name in bare:
             layout.parameters[name] = rank
             stacks.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
             continue

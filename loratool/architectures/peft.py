@@ -7,21 +7,31 @@ from __future__ import annotations
 
 from .renames import EXPERTS
 
-# Types whose out_proj and conv1d PEFT refuses: their kernels bypass LoRA (`_check_lora_target_modules_mamba`).
-MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
+# Type -> last names of layers on which LoRA has no effect before it is merged, since the class multiplies by the weight
+# itself (dt_proj) or a kernel does. PEFT refuses the latter (`_check_lora_target_modules_mamba`).
+_MAMBA = frozenset({"out_proj", "conv1d"})
 
 
-MAMBA_REFUSED = ("out_proj", "conv1d")
+BYPASSED = {
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), _MAMBA),
+    **dict.fromkeys(("falcon_mamba", "mamba"), _MAMBA | {"dt_proj"}),
+    "jamba": frozenset({"dt_proj"}),
+}
 
 
-_GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
+# Type -> last names of linear layers that multiply other shapes than a linear layer does; told of as parameters, they
+# are right.
+GROUPED_LINEAR = {"deepseek_v4": frozenset({"o_a_proj"})}
 
 
-_NUMBERED = frozenset({"w1", "w2", "w3"})
+_GATED = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
 
 
-# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts wherever they
-# are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
+_NUMBERED = frozenset({"gate", "w1", "w2", "w3"})
+
+
+# Types for which PEFT stacks the factors of single experts -> last names that it takes for experts or routers wherever
+# they are, so that no other module of these names gets factors (`utils/transformers_weight_conversion.py`).
 STACKED_BY_PEFT = {
     **dict.fromkeys("minimax minimax_m2 mixtral".split(), _NUMBERED),
     **dict.fromkeys(
@@ -33,51 +43,64 @@ STACKED_BY_PEFT = {
 }
 
 
-# Types whose routers, like their experts, are bare parameters of modules that are not linear layers.
-BARE_ROUTERS = frozenset(EXPERTS) - {"phimoe"} | frozenset(
+# Types whose routers, like their experts, are bare parameters of modules that are not linear layers, or linear layers
+# that return a tuple, which PEFT's wrapper cannot run (llama4, phimoe).
+BARE_ROUTERS = frozenset(EXPERTS) | frozenset(
     """aria aria_text dots3_note dots3_note_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
-    hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini minimax_m3_vl_text mistral4 muse_spark qwen3_5_moe
-    qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7""".split()
+    hy_v4 hy_v4_vl hy_v4_vl_text inkling_text lara_mini llama4 llama4_text minimax_m3_vl_text mistral4 muse_spark
+    qwen3_5_moe qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7""".split()
 )
 
 
-# Type -> last names of its modules that look like linear layers or convolutions but hold a bare parameter.
-BARE_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
+# Type -> last names of its modules whose weight is a stack of experts, (expert, out, in).
+STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 
 # Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
-# it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts) -> an expression for their
-# canonical paths (`renames.canonical`).
+# it is another kind of layer, or whose keys PEFT renames twice (the experts of laguna and mistral_large4, the language
+# model of deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
 RESHAPED = {
+    "cohere_asr": r"\bpos_emb$",
     "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
+    "deepseek_ocr2": r"\blanguage_model\.",
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"\bmlp\.weights_in$"),
+    "ernie4_5_vl_moe": r"\bmlp\.(gate|moe_statics|experts)\b",
     "gte": r"\.(qkv_proj|up_gate_proj)$",
     "hrm_text": r"\.(gqkv_proj|gate_up_proj)$",
+    **dict.fromkeys(  # which leaves out the last tokens of the head
+        "inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(),
+        r"\bexperts\.w13_weight$|^lm_head$|\b(sconv|convolution)\.weight_proj$",
+    ),
+    "inkling_mm_model": r"w13_weight$|\bw13_dn$",
     "jina_embeddings_v3": r"\bWqkv$",
     "kimi_k25": r"\bvision_tower\..*\bwqkv$",
     "laguna": r"\bshared_experts\.",
     "lara_mini": r"\blinear_attn\.in_proj$",
-    "minimax_m3_vl": r"\bshared_experts\.(gate|up)_proj$",
-    "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
+    "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$",
+    "mistral_large4": r"\bvision_tower\..*\bw[qk]$|\bmlp\.(shared_)?experts\b",
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
     "molmo2_text": r"\b(att_proj|ff_proj|wte)$",
     "nemotron_h_omni": r"\bvision_model\..*\bqkv$",
     "nomic_bert": r"\bWqkv$",
+    "pi0": r"^embed_action_time\.",
     "qianfan_ocr": r"\bvision_tower\..*\bqkv$",
     "radio": r"\bqkv$",
+    "sapiens2": r"\blayer\.\d+\.",
     "sarvam_moe": r"\bquery_key_value$",
-    "step3p7": r"\bmoe\.(gate|up)_proj$|\bvision_model\.",
+    "step3p7": r"\bmoe\.(gate|up)_proj$|\bself_attn$",
+    "tipsv2": r"\bself_attn$|\battn\.qkv$|\bmlp\.w12$",
+    "unlimited_ocr": r"\bqkv_proj$|\blanguage_model\.",
 }
 
 
 # Types for which no adapter would load -> the reason.
 REFUSED = {
     **dict.fromkeys(
-        """cohere_asr colqwen2 d_fine deepseek_ocr2 deformable_detr dory dots3_note dots3_note_text ernie4_5_vl_moe
-        gradium_phonon_tts inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model jev lw_detr
-        maskformer nemo_speechlm pi0 pp_doclayout_v4 rt_detr sam3_tracker sapiens2 timesfm2_5 tipsv2 tipsv2_dpt
-        unlimited_ocr""".split(),
+        """colqwen2 d_fine deformable_detr gradium_phonon_tts jev lw_detr maskformer nemo_speechlm pp_doclayout_v4
+        rt_detr sam3_tracker tipsv2_dpt""".split(),
         "transformers renames its weights while it loads them, and its modules' names are not known here",
     ),
+    "ibert": "PEFT refuses its QuantLinear layers",
     "pp_formulanet": "PEFT finds no input embeddings in it",
 }
 

@@ -13,11 +13,12 @@ path as well as a tensor's name. A row may reach further than its part of the mo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
-RenameRules = tuple[tuple[str, str], ...]  # (regular expression, replacement), applied in order
+# (regular expression, its replacement or what makes it of a match), applied in order
+RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
 # For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2.
@@ -97,6 +98,15 @@ _VIT: RenameRules = (
 )
 
 
+_CLIP_LAYERS: RenameRules = (
+    (r"\bln_1(?=\.|$)", "layernorm_before"),
+    (r"\bln_2(?=\.|$)", "layernorm_after"),
+    (r"\bmlp\.c_fc(?=\.|$)", "mlp.fc1"),
+    (r"\bmlp\.c_proj(?=\.|$)", "mlp.fc2"),
+    (r"\bls_([12])\.gamma$", r"lambda_\1"),
+)
+
+
 _DINOV2: RenameRules = (
     (r"\battention\.attention\.query(?=\.|$)", "attention.q_proj"),
     (r"\battention\.attention\.key(?=\.|$)", "attention.k_proj"),
@@ -156,6 +166,85 @@ _HUNYUAN_VISION: RenameRules = (
 )
 
 
+def _half_of_pair(found: re.Match[str]) -> str:
+    """Return the layer of which dory's files have attention and MLP as two (`LayerPairCollapse`)."""
+    index, name = int(found[1]), found[2]
+    part = {"attn_alpha": "lambda_1", "mlp_alpha": "lambda_2"}.get(name, ("self_attn", "mlp")[index % 2])
+    return f"layers.{index // 2}.{part}"
+
+
+_SAM: RenameRules = (
+    (r"^(?:model\.)?sam_model(?=\.|$)", "model.vision_tower.sam_encoder"),
+    (r"\bsam_encoder\.blocks(?=\.|$)", "sam_encoder.layers"),
+    (r"\b(sam_encoder\.layers\.\d+)\.norm([12])(?=\.|$)", r"\1.layer_norm\2"),
+    (r"\bsam_encoder\.patch_embed\.proj(?=\.|$)", "sam_encoder.patch_embed.projection"),
+    (r"\bsam_encoder\.neck\.0(?=\.|$)", "sam_encoder.neck.conv1"),
+    (r"\bsam_encoder\.neck\.1(?=\.|$)", "sam_encoder.neck.layer_norm1"),
+    (r"\bsam_encoder\.neck\.2(?=\.|$)", "sam_encoder.neck.conv2"),
+    (r"\bsam_encoder\.neck\.3(?=\.|$)", "sam_encoder.neck.layer_norm2"),
+    (r"\bsam_encoder\.net_2(?=\.|$)", "sam_encoder.proj.conv1"),
+    (r"\bsam_encoder\.net_3(?=\.|$)", "sam_encoder.proj.conv2"),
+    (r"^(?:model\.)?view_seperator$", "model.view_separator"),
+    (r"^(?:model\.)?projector\.layers(?=\.|$)", "model.multi_modal_projector"),
+    *_TEXT,
+)
+
+
+_INKLING2_TEXT: RenameRules = (
+    (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
+    (r"^model\.llm(?=\.|$)", "model"),
+    (r"\bembed(?=\.|$)", "embed_tokens"),
+    (r"(?<!embed_tokens\.)\bembed_norm(?=\.|$)", "embed_tokens.embed_norm"),
+    (r"\bmlp\.experts\.w2_weight$", "mlp.experts.down_proj"),
+    (r"\bmlp\.gate\.bias$", "mlp.gate.e_score_correction_bias"),
+    (r"\battn(?=\.|$)", "self_attn"),
+    (r"\bself_attn\.wq_du(?=\.|$)", "self_attn.q_proj.linear"),
+    (r"\bself_attn\.w([kv])_dv(?=\.|$)", r"self_attn.\1_proj.linear"),
+    (r"\bself_attn\.([kv])_sconv(?=\.|$)", r"self_attn.\1_proj.sconv"),
+    (r"\bself_attn\.rel_logits_proj(?=\.|$)", "self_attn.relative_position_bias"),
+    (r"\bself_attn\.wr_du(?=\.|$)", "self_attn.relative_position_bias.linear"),
+    (r"\bself_attn\.q_l2_clip(?=\.|$)", "self_attn.q_proj.norm"),
+    (r"\bself_attn\.rel_l2_clip(?=\.|$)", "self_attn.relative_position_bias.norm"),
+    (r"\bself_attn\.wo_ud(?=\.|$)", "self_attn.o_proj.linear"),
+    (r"\bself_attn\.gate_attn(?=\.|$)", "self_attn.o_proj.gate_proj"),
+    (r"\bself_attn\.attn_sink_proj(?=\.|$)", "self_attn.sink_proj"),
+    (r"\battn_sconv(?=\.|$)", "post_attention_convolution"),
+    (r"\bmlp_sconv(?=\.|$)", "post_mlp_convolution"),
+    (r"\b(\w*convolution|sconv)(?=\.weight$|$)", r"\1.conv1d"),
+    (r"\b(\w*convolution|sconv)\.static_w$", r"\1.static_weight"),
+    (r"\b(\w*convolution|sconv)\.weight_proj$", r"\1.weight_proj.weight"),
+    (r"\bmlp_norm(?=\.|$)", "post_attention_layernorm"),
+    (r"\battn_norm(?=\.|$)", "input_layernorm"),
+    (r"\b([qkv])_input_norm(?=\.|$)", r"\1_input_layernorm"),
+    (r"\battn_res\.mlp_queries\.(\d+)$", r"layers.\1.mlp_input.query"),
+    (r"\battn_res\.output_query$", "final_input.query"),
+)
+
+
+_INKLING2: RenameRules = (
+    (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
+    (r"^model\.llm(?=\.|$)", "model.language_model"),
+    (r"^model\.visual(?=\.|$)", "model.vision_tower"),
+    (r"\bvision_tower\.backbone\.(?=(?:embeddings|layers)(?:\.|$))", "vision_tower."),
+    (r"\bvision_tower\.embeddings\.position_embedding$", "vision_tower.embeddings.position_embedding.weight"),
+    (r"\bvision_tower\.backbone\.ln_pre(?=\.|$)", "vision_tower.pre_layernorm"),
+    (r"\bvision_tower\.proj_in(?=\.|$)", "vision_tower.merger.linear_1"),
+    (r"\bvision_tower\.proj_out(?=\.|$)", "vision_tower.merger.linear_2"),
+    *_CLIP_LAYERS,
+    *_INKLING2_TEXT,
+)
+
+
+_MESSAGE_GATES: RenameRules = (
+    (r"\bcontrollers\.attn(?=\.|$)", "q_message_gate"),
+    (r"\bcontrollers\.([kv])(?=\.|$)", r"\1_message_gate"),
+    (r"\bcontrollers\.mlp(?=\.|$)", "mlp_message_gate"),
+    (r"\b(\w+_message_gate)\.down_weight$", r"\1.down_proj.weight"),
+    (r"\b(\w+_message_gate)\.gain_weight$", r"\1.message_gate_proj.weight"),
+    (r"\b(\w+_message_gate)\.forget_weight$", r"\1.forget_gate_proj.weight"),
+)
+
+
 # model_type, of config.json or of a config nested in it -> its rules
 RENAMES: dict[str, RenameRules] = {
     # language models
@@ -201,6 +290,12 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bshared_experts\.w2(?=\.|$)", "shared_experts.down_proj"),
         (r"\bshared_experts\.w3(?=\.|$)", "shared_experts.up_proj"),
         *_HYPER_CONNECTIONS,
+    ),
+    "dory": (
+        (r"\blayers\.(\d+)\.(mixer|attn_alpha|mlp_alpha)(?=\.|$)", _half_of_pair),
+        (r"\bself_attn\.g_proj(?=\.|$)", "self_attn.gate_proj"),
+        (r"^backbone(?=\.|$)", "model"),
+        (r"\bembeddings(?=\.|$)", "embed_tokens"),
     ),
     "ernie4_5_moe": ((r"\bmlp\.moe_statics\.", "mlp.gate.moe_statics."),),
     "exaone": (
@@ -288,6 +383,8 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bnorm1(?=\.|$)", "post_attention_layernorm"),
         (r"\bnorm2(?=\.|$)", "post_mlp_layernorm"),
     ),
+    "ultrabert": ((r"^ultrabert(?=\.|$)", "model"), (r"^cls(?=\.|$)", "head.decoder")),
+    "ultravbert": ((r"^head\.decoder(?=\.|$)", "lm_head"), (r"^head(?=\.|$)", "projection_head")),
     # image encoders
     "audio-spectrogram-transformer": _VIT,
     "beit": (
@@ -327,6 +424,19 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bradio_model\.model\.blocks(?=\.|$)", "encoder.layer"),
         (r"\bencoder\.layer\.(\d+)\.attn\.proj(?=\.|$)", r"encoder.layer.\1.attention.o_proj"),
         (r"\bradio_model\.(?=(?:input_conditioner|summary_idxs)(?:\.|$))", ""),
+    ),
+    "sapiens2": (
+        (r"^cls_token$", "embeddings.cls_token"),
+        (r"^storage_tokens$", "embeddings.register_tokens"),
+        (r"^patch_embed\.projection(?=\.|$)", "embeddings.patch_embeddings"),
+        (r"\bblocks(?=\.|$)", "model.layer"),
+        (r"\battn\.proj(?=\.|$)", "attention.o_proj"),
+        (r"\battn\.w([qkv])(?=\.|$)", r"attention.\1_proj"),
+        (r"\battn\.([qk])_norm(?=\.|$)", r"attention.\1_norm"),
+        (r"\battn\.gamma\.weight$", "layer_scale1.lambda1"),
+        (r"\bffn\.w3(?=\.|$)", "mlp.down_proj"),
+        (r"\b(layer\.\d+)\.ln([12])(?=\.|$)", r"\1.norm\2"),
+        (r"^ln1(?=\.|$)", "norm"),
     ),
     "segformer": (
         (r"\bencoder\.patch_embeddings\.(\d+)(?=\.|$)", r"stages.\1.patch_embeddings"),
@@ -386,10 +496,79 @@ RENAMES: dict[str, RenameRules] = {
         *_TO_QKVO,
         (r"\bself_attn\.norm_([qk])(?=\.|$)", r"self_attn.\1_norm"),
     ),
+    "cohere_asr": (
+        (r"\bencoder\.pre_encode\.conv(?=\.|$)", "encoder.subsampling.layers"),
+        (r"\bencoder\.pre_encode\.out(?=\.|$)", "encoder.subsampling.linear"),
+        (r"\btransf_decoder\._embedding\.position_embedding\.pos_enc$", "decoder.pos_emb.weight"),
+        (r"\btransf_decoder\._embedding\.token_embedding(?=\.|$)", "decoder.embed_tokens"),
+        (r"\btransf_decoder\._embedding\.layer_norm(?=\.|$)", "decoder.embedding_layernorm"),
+        (r"\btransf_decoder\._decoder\.final_layer_norm(?=\.|$)", "decoder.norm"),
+        (r"\btransf_decoder\._decoder\.layers(?=\.|$)", "decoder.layers"),
+        (r"\bencoder_decoder_proj(?=\.|$)", "decoder.proj"),
+        (r"\bself_attn\.linear_([qkv])(?=\.|$)", r"self_attn.\1_proj"),
+        (r"\bself_attn\.linear_out(?=\.|$)", "self_attn.o_proj"),
+        (r"\bself_attn\.linear_pos(?=\.|$)", "self_attn.relative_k_proj"),
+        (r"\bself_attn\.pos_bias_([uv])$", r"self_attn.bias_\1"),
+        (r"\bfirst_sub_layer(?=\.|$)", "self_attn"),
+        (r"\bsecond_sub_layer(?=\.|$)", "encoder_attn"),
+        (r"\b(self_attn|encoder_attn)\.query_net(?=\.|$)", r"\1.q_proj"),
+        (r"\b(self_attn|encoder_attn)\.key_net(?=\.|$)", r"\1.k_proj"),
+        (r"\b(self_attn|encoder_attn)\.value_net(?=\.|$)", r"\1.v_proj"),
+        (r"\b(self_attn|encoder_attn)\.out_projection(?=\.|$)", r"\1.o_proj"),
+        (r"\bthird_sub_layer\.dense_in(?=\.|$)", "mlp.fc1"),
+        (r"\bthird_sub_layer\.dense_out(?=\.|$)", "mlp.fc2"),
+        (r"\blayer_norm_1(?=\.|$)", "input_layernorm"),
+        (r"\blayer_norm_2(?=\.|$)", "post_attention_layernorm"),
+        (r"\blayer_norm_3(?=\.|$)", "final_layernorm"),
+        (r"\bconv\.batch_norm(?=\.|$)", "conv.norm"),
+        (r"\blog_softmax\.mlp\.layer0(?=\.|$)", "proj_out"),
+    ),
+    "deepseek_ocr2": (
+        (r"^(?:model\.)?qwen2_model\.model\.model\.(layers|norm)(?=\.|$)", r"model.vision_tower.vision_encoder.\1"),
+        (r"^(?:model\.)?qwen2_model\.query_(768|1024)(?=\.|$)", r"model.vision_tower.query_\1_resolution"),
+        *_SAM,
+    ),
+    "dots3_note": (
+        (r"^(?:model\.)?vision_encoder(?=\.|$)", "model.vision_tower"),
+        (r"^(?:model\.)?audio_encoder\.audio_adapter(?=\.|$)", "model.audio_tower.audio_adapter"),
+        (r"^(?:model\.)?audio_adapter(?=\.|$)", "model.audio_tower.audio_adapter"),
+        (r"^(?:model\.)?audio_encoder(?=\.|$)", "model.audio_tower"),
+        *_TEXT,
+        (r"\bvision_tower\.post_trunk_norm(?=\.|$)", "vision_tower.norm"),
+        (r"\bvision_tower\.adapter(?=\.|$)", "vision_tower.merger"),
+        (r"\b(vision_tower\.blocks\.\d+)\.norm_([12])(?=\.|$)", r"\1.norm\2"),
+        (r"\b(vision_tower\.blocks\.\d+\.mlp)\.fc1(?=\.|$)", r"\1.gate_proj"),
+        (r"\b(vision_tower\.blocks\.\d+\.mlp)\.fc2(?=\.|$)", r"\1.down_proj"),
+        (r"\b(vision_tower\.blocks\.\d+\.mlp)\.fc3(?=\.|$)", r"\1.up_proj"),
+        (r"\b(vision_tower\.blocks\.\d+\.mlp)\.gate_weight$", r"\1.gate.weight"),
+        (r"\b(vision_tower\.blocks\.\d+\.mlp)\.router_bias$", r"\1.e_score_correction_bias"),
+        (r"\baudio_tower\.audio_adapter(?=\.|$)", "audio_tower.adapter"),
+        (r"\baudio_tower\.adapter\.proj\.0(?=\.|$)", "audio_tower.adapter.norm"),
+        (r"\baudio_tower\.adapter\.proj\.1(?=\.|$)", "audio_tower.adapter.fc1"),
+        (r"\baudio_tower\.adapter\.proj\.3(?=\.|$)", "audio_tower.adapter.fc2"),
+        (r"\baudio_tower\.dots_encoder(?=\.|$)", "audio_tower"),
+        (r"\baudio_tower\.speech_encoder(?=\.|$)", "audio_tower"),
+        (r"\baudio_tower\.(conv2d[123]|conv_out)(?=\.|$)", r"audio_tower.conv_stem.\1"),
+        (r"\bconv_stem\.conv2d1(?=\.|$)", "conv_stem.convs.0"),
+        (r"\bconv_stem\.conv2d2(?=\.|$)", "conv_stem.convs.1"),
+        (r"\bconv_stem\.conv2d3(?=\.|$)", "conv_stem.convs.2"),
+        (r"\b(audio_tower\.layers\.\d+\.self_attn)\.out_proj(?=\.|$)", r"\1.o_proj"),
+        (r"\b(audio_tower\.layers\.\d+)\.self_attn_layer_norm(?=\.|$)", r"\1.input_layernorm"),
+        (r"\b(audio_tower\.layers\.\d+)\.final_layer_norm(?=\.|$)", r"\1.post_attention_layernorm"),
+        (r"\b(audio_tower\.layers\.\d+)\.fc1(?=\.|$)", r"\1.mlp.gate_up_proj"),
+        (r"\b(audio_tower\.layers\.\d+)\.fc2(?=\.|$)", r"\1.mlp.down_proj"),
+    ),
     "emu3": (
         (r"^(?:model\.)?text_model\.lm_head(?=\.|$)", "lm_head"),
         (r"^(?:model\.)?text_model(?:\.model)?(?=\.|$)", "model.text_model"),
         (r"^vqmodel(?=\.|$)", "model.vqmodel"),
+    ),
+    "ernie4_5_vl_moe": (
+        (r"^(?:model\.)?vision_model(?=\.|$)", "model.vision_tower"),
+        (r"\b(spatial|temporal)_linear\.0(?=\.|$)", r"\1_linear.fc1"),
+        (r"\b(spatial|temporal)_linear\.2(?=\.|$)", r"\1_linear.fc2"),
+        (r"\b(spatial|temporal)_linear\.3(?=\.|$)", r"\1_linear.ln"),
+        *_TEXT,
     ),
     "fuyu": (*_LANGUAGE, (r"^vision_embed_tokens(?=\.|$)", "model.vision_embed_tokens")),
     "gemma3": _LLAVA,
@@ -413,6 +592,33 @@ RENAMES: dict[str, RenameRules] = {
     "hyperclovax_vision_v2": (
         *_LANGUAGE,
         (r"^(?:model\.)?vision_projector(?=\.|$)", "model.projector"),
+    ),
+    "inkling2": _INKLING2,
+    "inkling2_loop": (*_MESSAGE_GATES, *_INKLING2),
+    "inkling2_loop_text": (*_MESSAGE_GATES, *_INKLING2_TEXT),
+    "inkling2_text": _INKLING2_TEXT,
+    "inkling_mm_model": (
+        (r"^model\.llm\.unembed(?=\.|$)", "lm_head"),
+        (r"^model\.llm(?=\.|$)", "model.language_model"),
+        (r"\blanguage_model\.embed_norm(?=\.|$)", "language_model.embed_tokens.embed_norm"),
+        (r"\blanguage_model\.embed(?=\.|$)", "language_model.embed_tokens"),
+        (r"^model\.audio(?=\.|$)", "model.audio_tower"),
+        (r"^model\.visual(?=\.|$)", "model.vision_tower"),
+        (r"\bvision_tower\.layers\.linear_(\d+)(?=\.|$)", r"vision_tower.encoder_layers.\1.projection"),
+        (r"\bvision_tower\.layers\.norm_(\d+)(?=\.|$)", r"vision_tower.encoder_layers.\1.layer_norm"),
+        (r"\baudio_tower\.encoder(?=\.|$)", "audio_tower.embed_audio_tokens.embed_audio_tokens"),
+        (r"\baudio_tower\.final_norm(?=\.|$)", "audio_tower.norm"),
+        (r"\bshared_w2_weight$", "down_proj"),
+        (r"\bmlp\.experts\.w2_weight$", "mlp.experts.down_proj"),
+        (r"\bmlp\.w2_md(?=\.|$)", "mlp.down_proj"),
+        (r"\bmlp\.gate\.bias$", "mlp.gate.e_score_correction_bias"),
+        (r"\battn(?=\.|$)", "self_attn"),
+        (r"\bself_attn\.w([qr])_du(?=\.|$)", r"self_attn.\1_proj"),
+        (r"\bself_attn\.w([kv])_dv(?=\.|$)", r"self_attn.\1_proj"),
+        (r"\bself_attn\.wo_ud(?=\.|$)", "self_attn.o_proj"),
+        (r"\b(\w*_sconv)(?=\.weight$|$)", r"\1.conv1d"),
+        (r"\bmlp_norm(?=\.|$)", "post_attention_layernorm"),
+        (r"\battn_norm(?=\.|$)", "input_layernorm"),
     ),
     "internvl": _LLAVA,
     "kimi_k25": (
@@ -508,6 +714,19 @@ RENAMES: dict[str, RenameRules] = {
     ),
     "paddleocr_vl": ((r"^mlp_AR(?=\.|$)", "model.projector"), *_QWEN_VL),
     "paligemma": _LLAVA,
+    "pi0": (
+        (r"^(?:model\.)?paligemma_with_expert\.paligemma\.model(?=\.|$)", "model.vlm"),
+        (r"^(?:model\.)?paligemma_with_expert\.paligemma\.lm_head(?=\.|$)", "model.vlm.language_model.embed_tokens"),
+        (r"^(?:model\.)?paligemma_with_expert\.gemma_expert\.model(?=\.|$)", "model.dit"),
+        (r"^(?:model\.)?paligemma_with_expert\.gemma_expert\.lm_head(?=\.|$)", "model.dit.embed_tokens"),
+        (r"\bvlm\.language_model\.model(?=\.|$)", "vlm.language_model"),
+        (r"\bvlm\.vision_tower\.vision_model(?=\.|$)", "vlm.vision_tower"),
+        (
+            r"^(?:model\.)?(?=(?:state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out)(?:\.|$))",
+            "embed_action_time.",
+        ),
+        (r"^model\.(?=action_out_proj(?:\.|$))", ""),
+    ),
     "pp_chart2table": _LLAVA,
     "qianfan_ocr": (
         *_LANGUAGE,
@@ -541,6 +760,13 @@ RENAMES: dict[str, RenameRules] = {
     ),
     "step3p7": (
         (r"^vision_model(?=\.|$)", "model.vision_model"),
+        (r"\bvision_model\.conv1(?=\.|$)", "vision_model.embeddings.patch_embedding"),
+        (r"\bvision_model\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+        (r"\bvision_model\.transformer\.resblocks(?=\.|$)", "vision_model.layers"),
+        (r"\bvision_model\.ln_pre(?=\.|$)", "vision_model.pre_layernorm"),
+        (r"\bvision_model\.vit_downsampler([12])(?=\.|$)", r"vision_model.downsampler\1"),
+        (r"\bvision_model\.layers\.(\d+)\.attn(?=\.|$)", r"vision_model.layers.\1.self_attn"),
+        *_CLIP_LAYERS,
         (r"^vit_large_projector(?=\.|$)", "model.multi_modal_projector"),
         *_TEXT,
         (r"\bmoe\.gate(?=\.|$)", "mlp.gate"),
@@ -553,6 +779,31 @@ RENAMES: dict[str, RenameRules] = {
             r"(?<!vision_tower\.)(?<!vision_model\.)\bencoder\.(embed_tokens|norm|layers)(?=\.|$)",
             r"encoder.text_model.\1",
         ),
+    ),
+    "unlimited_ocr": (
+        (r"^(?:model\.)?vision_model(?=\.|$)", "model.vision_tower.vision_encoder"),
+        (r"\bvision_encoder\.transformer(?=\.|$)", "vision_encoder.encoder"),
+        *_SAM,
+    ),
+    "timesfm2_5": ((r"\bmlp\.ff0(?=\.|$)", "mlp.fc1"), (r"\bmlp\.ff1(?=\.|$)", "mlp.fc2")),
+    "tipsv2": (
+        (r"^text_encoder(?=\.|$)", "text_model"),
+        (r"\btext_model\.ln_final(?=\.|$)", "text_model.final_layer_norm"),
+        (r"\btext_model\.token_embedding(?=\.|$)", "text_model.embeddings.token_embedding"),
+        (r"\btext_model\.transformer\.resblocks(?=\.|$)", "text_model.encoder.layers"),
+        (r"\b(text_model\.encoder\.layers\.\d+)\.ln_([12])(?=\.|$)", r"\1.layer_norm\2"),
+        (r"\b(text_model\.encoder\.layers\.\d+)\.attn(?=\.|$)", r"\1.self_attn"),
+        (r"^vision_encoder(?=\.|$)", "vision_model"),
+        (r"\bvision_model\.patch_embed\.proj(?=\.|$)", "vision_model.embeddings.patch_embeddings.projection"),
+        (r"\bvision_model\.((?:cls|mask)_token|register_tokens)$", r"vision_model.embeddings.\1"),
+        (r"\bvision_model\.pos_embed$", "vision_model.embeddings.position_embeddings"),
+        (r"\bvision_model\.norm(?=\.|$)", "vision_model.layernorm"),
+        (r"\bvision_model\.blocks(?=\.|$)", "vision_model.encoder.layer"),
+        (r"\b(vision_model\.encoder\.layer\.\d+)\.attn\.proj(?=\.|$)", r"\1.attention.o_proj"),
+        (r"\bls([12])\.gamma$", r"layer_scale\1.lambda1"),
+        (r"\bmlp\.c_fc(?=\.|$)", "mlp.fc1"),
+        (r"\bmlp\.c_proj(?=\.|$)", "mlp.fc2"),
+        (r"\bmlp\.w3(?=\.|$)", "mlp.down_proj"),
     ),
     "vibevoice_asr": (
         *_LANGUAGE,
@@ -608,11 +859,12 @@ _W1_W3_W2: ExpertRows = {
 # Types whose files have one matrix for each expert (`...experts.3.w1.weight`) and whose models have one 3-D parameter.
 EXPERTS: dict[str, ExpertRows] = {
     **dict.fromkeys(
-        """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1
-        ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm5_next glm5_next_text glm_moe_dsa
-        hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna longcat_flash mellum mimo_v2_flash olmoe qwen2_moe
-        qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text
-        sarvam_mla sarvam_moe solar_open""".split(),
+        """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
+        dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite
+        glm4v_moe glm5_next glm5_next_text glm_moe_dsa hunyuan_v1_moe hy_v3 jamba kimi_k25 kolibri1 laguna
+        longcat_flash mellum mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+        qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen4_exp_text sarvam_mla sarvam_moe
+        solar_open unlimited_ocr""".split(),
         _GATE_UP_DOWN,
     ),
     **dict.fromkeys(
@@ -620,12 +872,27 @@ EXPERTS: dict[str, ExpertRows] = {
         phimoe""".split(),
         _W1_W3_W2,
     ),
+    "dots3_note": {  # of the language model, and of the tower
+        **_GATE_UP_DOWN,
+        "fc1": ("gate_up_proj", 0, 2),
+        "fc3": ("gate_up_proj", 1, 2),
+        "fc2": ("down_proj", 0, 1),
+    },
     "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
 }
 
 
+# Types whose class has two stacks for the experts that the file counts in one row, the first half and the others ->
+# what stands for `.experts.` in their paths.
+HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts.")}
+
+
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
+
+
+# Types whose class has (expert, out, in) and whose files have either: reading one turns a stack that does not fit.
+TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
 
 
 # Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
@@ -657,7 +924,7 @@ def canonical(path: str, model_types: Collection[str]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str], ...]:
+def _rows(model_types: frozenset[str]) -> tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]:
     tables = [rows for model_type, rows in RENAMES.items() if model_type in model_types]
     tables += [ALONE[model_type] for model_type in model_types if len(model_types) == 1 and model_type in ALONE]
     return tuple((re.compile(pattern), to) for rows in [*tables, LEGACY] for pattern, to in rows)

@@ -43,6 +43,7 @@ MASKED_HEADS = {
     "vocab_projector": "distilbert",
     "decoder": "modernbert",
     "pred_layer.proj": "xlm",
+    "text_decoder.cls.predictions.decoder": "blip",
     "lm_loss": "xlnet",
 }
 

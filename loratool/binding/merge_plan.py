@@ -97,7 +97,7 @@ def plan_merge(
     names = " and ".join(adapter.name for adapter, _ in adapters)
     modules = [module for adapter, _ in adapters for module in adapter.updates]
     selection.require_used([*modules, *map(module_path, base.specs)], f"{names} or the base")
-    binding = bind(specs, base.model_types, adapters, selection, coded)
+    binding = bind(specs, base.configs, adapters, selection, coded)
     _refuse_quantized(base, binding)
     resolved = resolve_tie(base, tie, binding.placements, tied)
     sources, placements = _resolve_row_sources(base, tie, resolved)

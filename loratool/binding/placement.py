@@ -34,7 +34,8 @@ class Match:
     expert: int | None = None  # whose matrix it is, if only one side is a stack
     part: int = 0  # which of the equal slices of that matrix's rows: gate is 0, up is 1
     parts: int = 1
-    # image models only: the tensor's (start, stop), the update's first row there, how many rows the update has
+    # of a tensor with the rows of several modules, or of one of several with those of a module:
+    # the tensor's (start, stop), the update's first row there, how many rows the update has
     rows: tuple[int, int, int, int] | None = None
 
 
@@ -106,7 +107,7 @@ def _place_rows(
 ) -> list[Placement]:
     """Place a module that is some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
     start, stop, skip, whole = covered
-    if not update.cls.fits(update, (whole, *spec.shape[1:])):
+    if not update.cls.fits(update, (whole, *spec.shape[1:])) or (update.cls.stack and update.experts != 1):
         error = _shape_error(
             adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else ""
         )
@@ -118,7 +119,8 @@ def _place_rows(
                 "number in its config"
             )
         raise error
-    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip)]
+    expert = 0 if update.cls.stack else None
+    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip, expert)]
 
 
 def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
@@ -185,10 +187,14 @@ def _place_experts(
         rows = spec.shape[0]
         return [Placement(adapter, update, weight, False, rows, 0, rows, match.part * rows, match.expert)]
     if update.cls.stack:  # stacked factors on a stack
-        transposed = _orient_stack(adapter, update, match.name, spec, model_types)
+        if match.parts > 1:  # of which the file has each part as a stack
+            experts, out, width = update.shape
+            if spec.shape != (experts, out // match.parts, width) or out % match.parts:
+                raise _shape_error(adapter, update, spec, match.name)
+        transposed = match.parts == 1 and _orient_stack(adapter, update, match.name, spec, model_types)
         each, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
         return [
-            Placement(adapter, update, weight, transposed, rows, e * each, (e + 1) * each, 0, e)
+            Placement(adapter, update, weight, transposed, rows, e * each, (e + 1) * each, match.part * each, e)
             for e in range(spec.shape[0])
         ]
     # the factors of one expert on a stack
@@ -273,6 +279,7 @@ def _square_orientation(
     siblings: dict[str, bool] = {}
     for other, (match, *_) in all_matches.items():
         shape, update = specs[match.name].shape, adapter.updates[other]
+        shape = (match.rows[3], *shape[1:]) if match.rows else shape
         if (
             len(shape) == 2
             and shape[0] != shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 
 from ..adapters.adapter import Adapter
@@ -17,9 +17,10 @@ from ..adapters.formats import capabilities
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.components import components_of
+from ..architectures.fused_rows import Configs, RowPart, row_parts
 from ..architectures.image import SCALE, image_modules
 from ..architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
-from ..architectures.renames import canonical, expert_part
+from ..architectures.renames import HALVED_EXPERTS, canonical, expert_part
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import TensorSpec
 from ..files.quantized import Coded, with_coded
@@ -40,7 +41,7 @@ class Binding:
 
 def bind(
     specs: Mapping[str, TensorSpec],
-    model_types: Sequence[str],
+    configs: Configs,
     adapters: Sequence[tuple[Adapter, float]],
     selection: Selection,
     coded: Mapping[str, Coded] | None = None,
@@ -48,6 +49,7 @@ def bind(
     """Find the base tensor of every update.
 
     Args:
+        configs: the base's config.json and the configs nested in it, by their model types.
         adapters: with their weights.
         coded: the base's quantized weights, which get no placements.
 
@@ -57,7 +59,7 @@ def bind(
     """
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
-    resolved = [(adapter, weight, *resolve_modules(specs, adapter, model_types)) for adapter, weight in adapters]
+    resolved = [(adapter, weight, *resolve_modules(specs, adapter, configs)) for adapter, weight in adapters]
     chosen = [_select_matches(selection, matches) for _, _, matches, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
     added: dict[str, tuple[Adapter, UpdateSpec]] = {}
@@ -71,7 +73,7 @@ def bind(
                 raise InputError("is not in the base: one adapter may bring it, with weight 1", culprit=name)
             added[name] = adapter, update
     if any(missing):
-        raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added)
+        raise _missing_modules_error([adapter for adapter, _ in adapters], missing, chosen, specs, added, configs)
     require_patterns_used(
         (adapter, {*adapter.updates, *(module_path(match.name) for each in matches.values() for match in each)})
         for adapter, _, matches, _ in resolved
@@ -92,7 +94,7 @@ def bind(
                     quantized[module] = (adapter, match.name, formats[match.name])
                     continue
                 own = weight_of(adapter, weight, module, module_path(match.name))
-                found = place_update(adapter, module, own, match, specs, model_types, selected)
+                found = place_update(adapter, module, own, match, specs, tuple(configs), selected)
                 placements.setdefault(match.name, []).extend(found)
     if not placements and not added and not quantized:
         raise InputError(
@@ -127,7 +129,7 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
 
 
 def resolve_modules(
-    specs: Mapping[str, TensorSpec], adapter: Adapter, model_types: Sequence[str]
+    specs: Mapping[str, TensorSpec], adapter: Adapter, configs: Configs
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
     """Find the base tensors of an adapter's module paths.
 
@@ -142,7 +144,7 @@ def resolve_modules(
         InputError: two ways resolve equally many paths and contradict each other.
     """
     matches, rest, absent = _resolve_image(specs, adapter)
-    found, missing = _resolve_names(specs, adapter, rest, model_types) if rest else ({}, [])
+    found, missing = _resolve_names(specs, adapter, rest, configs) if rest else ({}, [])
     missing = [module for module in (*absent, *missing) if not adapter.updates[module].if_there]
     return {**matches, **found}, missing
 
@@ -173,11 +175,12 @@ def _resolve_image(
 
 
 def _resolve_names(
-    specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], model_types: Sequence[str]
+    specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], configs: Configs
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
     """Find modules under the base's names, and return those that it does not have."""
     separator = "_" if adapter.flattened else "."
-    index, stacks = _index(specs, model_types, separator)
+    model_types = tuple(configs)
+    index, stacks = _index(specs, configs, separator)
     plain = {module: _canonical_path(module, adapter.flattened, model_types) for module in modules}
     rest = [m for m, path in plain.items() if path not in index and path not in stacks and not adapter.flattened]
     parts = {m: part for m in rest if (part := expert_part(m, model_types))}
@@ -204,8 +207,11 @@ def _resolve_names(
         if names:
             matches[module] = (Match(names[0]),)
         elif best[0][module] in stacks:
-            matches[module] = stacks[best[0][module]]
-            _require_complete_stack(adapter, module, matches[module])
+            found = stacks[best[0][module]]
+            if found[0].rows and adapter.updates[module].cls.whole and not adapter.updates[module].additive:
+                continue  # it has no part that could be put into a row region
+            _require_complete(adapter, module, found)
+            matches[module] = found
         else:
             part = parts[module]
             matches[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
@@ -237,31 +243,69 @@ def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterabl
     return lines
 
 
-def _require_complete_stack(adapter: Adapter, module: str, matches: Sequence[Match]) -> None:
-    """Raise InputError if a stack of factors does not match every slice of every expert: some would be dropped."""
-    experts = adapter.updates[module].experts
-    expected = {(expert, part) for expert in range(experts) for part in range(matches[0].parts)}
+def _require_complete(adapter: Adapter, module: str, matches: Sequence[Match]) -> None:
+    """Raise InputError if an update has more rows, or a stack more slices, than its matches: some would be dropped."""
+    ranges = [match.rows for match in matches if match.rows]
+    if ranges:
+        has, whole = sum(stop - start for start, stop, _, _ in ranges), ranges[0][3]
+        if has != whole:
+            raise InputError(f"of {adapter.name} has {whole} rows, but the base has {has} of them", culprit=module)
+        return
+    experts: Sequence[int | None] = [None] if matches[0].expert is None else range(adapter.updates[module].experts)
+    expected = {(expert, part) for expert in experts for part in range(matches[0].parts)}
     there = {(match.expert, match.part) for match in matches}
     if there != expected:
         has = len({match.expert for match in matches})
-        what = f"has {has} experts" if has != experts else f"lacks a part of {len(expected - there)} of them"
-        raise InputError(f"of {adapter.name} is for {experts} experts, but the base {what}", culprit=module)
+        what = f"has {has} experts" if has != len(experts) else f"lacks a part of {len(expected - there)} of them"
+        raise InputError(f"of {adapter.name} is for {len(experts)} experts, but the base {what}", culprit=module)
 
 
 def _index(
-    specs: Mapping[str, TensorSpec], model_types: Sequence[str], separator: str
+    specs: Mapping[str, TensorSpec], configs: Configs, separator: str
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Match, ...]]]:
-    """Return the base's tensors by module path, and those of single experts by the path of their stack."""
+    """Return the base's tensors by module path, and by the paths of modules that are rows of one tensor or of several.
+
+    The latter are the stacks of experts whose matrices are tensors of their own, and what `fused_rows` has.
+    """
+    model_types = tuple(configs)
     index: dict[str, list[str]] = {}
-    stacks: dict[str, list[Match]] = {}
-    for name in specs:
+    several: dict[str, list[Match]] = {}
+    for name, spec in specs.items():
         path = canonical(strip_wrappers(module_path(name)).removeprefix(PEFT_PREFIX), model_types)
         index.setdefault(path.replace(".", separator), []).append(name)
         part = expert_part(strip_wrappers(name), model_types)
         if part:
             fused = part.fused.replace(".", separator)
-            stacks.setdefault(fused, []).append(Match(name, part.expert, part.part, part.parts))
-    return index, {fused: tuple(matches) for fused, matches in stacks.items()}
+            several.setdefault(fused, []).append(Match(name, part.expert, part.part, part.parts))
+        for rows in fused_parts(name, spec, configs):
+            if not rows.permuted:
+                several.setdefault(rows.module.replace(".", separator), []).append(_match_rows(name, spec, rows))
+    for halves in (HALVED_EXPERTS[each] for each in model_types if each in HALVED_EXPERTS):
+        for path in [path for path in several if ".experts." in path]:
+            one, other = _halve(several.pop(path))
+            several |= {path.replace(".experts.", halves[0]): one, path.replace(".experts.", halves[1]): other}
+    return index, {module: tuple(matches) for module, matches in several.items()}
+
+
+def _halve(matches: Sequence[Match]) -> tuple[list[Match], list[Match]]:
+    """Return the matches of the first half of the experts, and of the others, which are counted from 0 again."""
+    numbered = [(match.expert or 0, match) for match in matches]
+    half = (max(number for number, _ in numbered) + 2) // 2
+    others = [replace(match, expert=number - half) for number, match in numbered if number >= half]
+    return [match for number, match in numbered if number < half], others
+
+
+def fused_parts(name: str, spec: TensorSpec, configs: Configs) -> tuple[RowPart, ...]:
+    """Return the modules of the class whose rows a tensor has (`fused_rows.row_parts`); of a stack, the rows of one."""
+    rows = spec.shape[-2:][:1]
+    return row_parts(strip_wrappers(name), tuple(configs), configs, rows[0]) if rows else ()
+
+
+def _match_rows(name: str, spec: TensorSpec, rows: RowPart) -> Match:
+    if len(spec.shape) == 3:  # a stack, of which each matrix has these rows
+        size = rows.stop - rows.start
+        return Match(name, None, rows.skip // size, rows.whole // size)
+    return Match(name, rows=(rows.start, rows.stop, rows.skip, rows.whole))
 
 
 def strip_wrappers(path: str) -> str:
@@ -282,17 +326,23 @@ def _missing_modules_error(
     chosen: Sequence[Mapping[str, Sequence[Match]]],
     specs: Mapping[str, TensorSpec],
     added: Iterable[str],
+    configs: Configs,
 ) -> NeedsFlag | InputError:
     """Return the error for modules that are not in the base, with --exclude options for exactly those."""
     absent = [(adapter, module) for adapter, modules in zip(adapters, missing, strict=True) for module in modules]
     if not any(chosen):
         return _nothing_binds(absent, specs)
+    rows = {part.module: (name, part) for name, spec in specs.items() for part in fused_parts(name, spec, configs)}
     lines = []
     for adapter, module in absent[:NAMES_SHOWN]:
         similar = nearest_names(module, specs)
-        lines.append(
-            f"  {module} ({adapter.name})" + (f"   nearest in the base: {', '.join(similar)}" if similar else "")
-        )
+        note = f"   nearest in the base: {', '.join(similar)}" if similar else ""
+        held = rows.get(canonical(strip_wrappers(module), tuple(configs)))
+        if held and held[1].permuted:
+            note = f"   its rows are in {held[0]}, in another order than transformers' class has them"
+        elif held:
+            note = f"   it is rows of {held[0]}, and this update replaces whole tensors alone"
+        lines.append(f"  {module} ({adapter.name}){note}")
     if len(absent) > NAMES_SHOWN:
         lines.append(f"  and {len(absent) - NAMES_SHOWN} more")
     total = sum(len(adapter.updates) for adapter in adapters)

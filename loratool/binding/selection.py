@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from ..architectures.roles import weight_role
 from ..errors import InputError, UsageError
 
-# Names for the parts of a block, whatever a family calls them; `all-linear` is peft's: every linear layer but the head.
+# Names for the parts of a block, whatever a family calls them. Two more are no sets of names: `all-linear` is peft's,
+# every linear layer but the head, and `experts` all experts of a layer, as one stack or one by one.
 PRESETS = {
     "attention": frozenset(
         """q_proj k_proj v_proj o_proj out_proj qkv_proj qkv query key value query_key_value c_attn q_attn attn_out
@@ -80,6 +81,8 @@ def matches_pattern(pattern: str, path: str) -> bool:
     """
     if pattern == "all-linear":
         return weight_role(path, 2, True) == "linear"
+    if pattern == "experts":
+        return ".experts." in f"{path}."
     if pattern in PRESETS:
         return path.rpartition(".")[2] in PRESETS[pattern]
     if pattern.startswith("re:"):

@@ -15,6 +15,7 @@ from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.rows import ReplaceRows
 from ..adapters.updates.update import UpdateSpec
+from ..architectures.beside_layers import Layers
 from ..architectures.config_tensors import declared_class
 from ..architectures.ties import (
     COPIES,
@@ -163,11 +164,12 @@ def _head(base: Checkpoint) -> str | None:
 
 
 def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
-    """Return the matrices of the modules with one of these last names, by last name."""
+    """Return the matrices of the modules with one of these last names, by last name, but for copies in MTP layers."""
     found: dict[str, list[str]] = {}
+    layers = Layers.find((), base.config)
     for name, spec in base.specs.items():
         last = name.removesuffix(".weight").rpartition(".")[2]
-        if last in lasts and name.endswith(".weight") and len(spec.shape) == 2:
+        if last in lasts and name.endswith(".weight") and len(spec.shape) == 2 and not layers.is_mtp(name):
             found.setdefault(last, []).append(name)
     return found
 

@@ -16,11 +16,11 @@ from ..ops.choices import DROP_CHOICES
 
 PATTERNS = (
     "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or all-linear, "
-    "attention, mlp"
+    "attention, mlp, experts"
 )
 
 
-SELECTIONS = ("all-linear", "attention", "mlp")  # the patterns with names
+SELECTIONS = ("all-linear", "attention", "mlp", "experts")  # the patterns with names
 
 
 PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says

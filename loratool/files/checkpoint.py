@@ -239,9 +239,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def model_types(self) -> tuple[str, ...]:
         """Return the model types of config.json and of the configs nested in it, without duplicates."""
-        configs = (self.config, *self.config.values())
-        found = [config.get("model_type") for config in configs if isinstance(config, dict)]
-        return tuple(dict.fromkeys(value for value in found if isinstance(value, str)))
+        return tuple(self.configs)
+
+    @property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Return config.json and the configs nested in it by their model types, the outer one first."""
+        found: dict[str, dict[str, Any]] = {}
+        for config in (self.config, *self.config.values()):
+            model_type = config.get("model_type") if isinstance(config, dict) else None
+            if isinstance(model_type, str):
+                found.setdefault(model_type, config)
+        return found
 
     def close(self) -> None:
         for shard in self.shards:

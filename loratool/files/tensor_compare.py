@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,7 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         one, two = (side.rows(start, stop).to(device) for side in (base, tuned))
-        ulp = _code_steps(tuned.parts, start, stop) if tuned.parts else _ulp(two[::SPARSE], tuned.spec.dtype)
+        ulp = _code_steps(tuned, start, stop) if tuned.parts else _ulp(two[::SPARSE], tuned.spec.dtype)
         wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
         one, two = one.to(wide), two.to(wide)
         out[start:stop] = two.sub_(one)
@@ -106,6 +107,22 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     if not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
     return Difference(out.view(base.spec.shape), math.fsum(squared), math.fsum(ulps) / size / 12)
+
+
+def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], device: torch.device) -> Difference:
+    """Compute the delta of a matrix whose rows are those of several weights, one after the other.
+
+    Raises:
+        InputError: as `difference`.
+    """
+    import torch
+
+    found = [difference(one, two, device) for one, two in zip(base, tuned, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    D, size = torch.cat([each.D for each in found]), sum(each.D.numel() for each in found)
+    noise = math.fsum(each.noise * each.D.numel() for each in found) / size
+    return Difference(D, math.fsum(each.base_squared for each in found), noise)
 
 
 def _sum_of_squares(x: torch.Tensor) -> float:
@@ -126,12 +143,14 @@ def _ulp(x: torch.Tensor, dtype: str) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1 - mantissa)
 
 
-def _code_steps(parts: Parts, start: int, stop: int) -> torch.Tensor:
+def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
     """Return how far numbers are from those of a neighboring code, of one in SPARSE of the rows start:stop."""
     import torch
 
-    inside = math.prod(parts.weight.spec.shape[1:-1])  # rows of codes in one of the first dimension
-    first, count = start * inside, (stop - start) * inside
+    assert weight.parts is not None
+    parts = weight.parts
+    inside = math.prod(weight.spec.shape[1:-1])  # rows of codes in one of the first dimension
+    first, count = weight.start + start * inside, (stop - start) * inside
     sample = max(1, count // SPARSE)
     spans = min(SPANS, sample)
     starts = [first + i * count // spans for i in range(spans)]

@@ -30,20 +30,39 @@ class TensorRef:
     name: str  # of the tensor there
     parts: Parts | None = None  # of a weight of several tensors; None where the tensor's type alone tells the codec
     undecoded: bool = False  # rows have the stored type, of 8 bits too
+    span: tuple[int, int] | None = None  # only these rows, start:stop, as `part` sees them
 
     @property
     def weight(self) -> StoredWeight | None:
         return self.parts.weight if self.parts else None
 
     @property
-    def spec(self) -> TensorSpec:
+    def whole(self) -> TensorSpec:
+        """Return the spec of the weight, of which `span` may be some rows."""
         return self.weight.spec if self.weight else self.file.specs[self.name]
+
+    @property
+    def spec(self) -> TensorSpec:
+        spec = self.whole
+        return TensorSpec(spec.dtype, (self.span[1] - self.span[0], *spec.shape[1:][-1:])) if self.span else spec
+
+    @property
+    def start(self) -> int:
+        """Return the first row, as `part` sees them."""
+        return self.span[0] if self.span else 0
+
+    def part(self, start: int, stop: int) -> TensorRef:
+        """Return rows start:stop of the weight, seen as a matrix of as many columns as its last dimension has.
+
+        Of a vector, these are single numbers.
+        """
+        return replace(self, span=(self.start + start, self.start + stop))
 
     @property
     def codec(self) -> Codec:
         if self.undecoded:
             return RAW
-        return self.weight.codec if self.weight else codec_of(self.spec)
+        return self.weight.codec if self.weight else codec_of(self.whole)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,7 +92,8 @@ class TensorRef:
         if self.parts:
             self.parts.require_sound()
         codec, parts = self.codec, self.parts or _alone(self.file, self.name)
-        columns, first = codec.columns(self.spec), start * out.shape[1]
+        columns, first = codec.columns(self.whole), start * out.shape[1]
+        first += self.start * math.prod(self.whole.shape[1:][-1:])
         above, count = first % columns, out.numel()
         if not above and not count % columns:
             codec.read_rows(parts, first // columns, out.view(-1, columns))
@@ -97,7 +117,7 @@ class TensorRef:
 
     def tensor(self) -> torch.Tensor:
         """Return the whole weight, of a floating-point type of 16 bits or more; InputError for the others."""
-        if self.weight is None:
+        if self.weight is None and self.span is None:
             return self.file.tensor(self.name)
         return self.rows(0, self.spec.shape[0]).view(self.spec.shape)
 

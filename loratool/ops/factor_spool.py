@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..adapters.weight_kinds import WEIGHT_KINDS, Shape
+from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
 from ..files.fileio import open_scratch, read_into, write_at
 from ..numerics.factored_svd import effective_rank
-from ..numerics.svd import truncated_svds
+from ..numerics.svd import TruncatedSVD, truncated_svd
 from .rank_rules import SingularValues
 
 
@@ -45,18 +46,22 @@ class FactorSpool:
     def close(self) -> None:
         self._file.close()
 
-    def add(self, name: str, kind: str, D: Tensor, rank: int, cost: int) -> SpooledFactors:
-        """Compute the first `rank` triplets of a delta D and store them.
+    def add(
+        self, name: str, kind: str, shape: Shape, matrices: Iterable[Tensor], rank: int, cost: int
+    ) -> SpooledFactors:
+        """Compute the first `rank` triplets of a delta and store them.
 
         Args:
             name: of the weight; with the seed it determines the random numbers.
-            D: float32, of the weight's shape.
+            shape: of the weight.
+            matrices: the delta in float32: of its shape, or of experts one after another.
             cost: parameters per rank.
         """
-        stack = WEIGHT_KINDS[kind].stack(D)
-        E, out, inp = stack.shape
-        generators = [self._generator(f"{name} {e}", D) for e in range(E)]
-        found = truncated_svds(stack, rank, generators, self._certify)
+        E, out, inp = sizes = stack_shape(kind, shape)
+        stack, found = WEIGHT_KINDS[kind].stack, list[TruncatedSVD]()
+        for e, D in enumerate(matrices):
+            (matrix,) = stack(D.unsqueeze(0) if kind.startswith("experts") else D.view(shape))
+            found.append(truncated_svd(matrix, rank, self._generator(f"{name} {e}", D), certify=self._certify))
         known, total = max(len(each.S) for each in found), math.fsum(svd.total for svd in found)
         A, B = torch.zeros(known, E, inp, dtype=torch.float32), torch.zeros(known, E, out, dtype=torch.float32)
         squares = torch.zeros(known, dtype=torch.float64)
@@ -72,7 +77,7 @@ class FactorSpool:
         spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
         gap = max((svd.gap for svd in found), default=0.0)
         how = "exact" if gap == 0 else "certified" if self._certify else "estimate"
-        return SpooledFactors(kind, tuple(D.shape), (E, out, inp), known, at, spectrum, gap, how)
+        return SpooledFactors(kind, shape, sizes, known, at, spectrum, gap, how)
 
     def _generator(self, name: str, like: Tensor) -> torch.Generator:
         """Return a generator that depends on the seed and the name only, not on the order or the selection."""

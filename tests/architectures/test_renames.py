@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loratool.architectures.fused_rows import FUSED_ROWS, row_parts
 from loratool.architectures.renames import (
     ALONE,
     EXPERTS,
@@ -235,28 +237,21 @@ FUSED = {
     ),
 }
 
-# Weights that are split, stacked or permuted while loading: what of the name stays apart.
+# Weights that are joined or permuted while loading in ways that no table has: what of the name stays apart.
+INKLING2 = r"attn_res|attention_input|message_input|middle_cycle"
 RESHAPED = {
     "bailing_hybrid": "conv1d",
+    "ernie4_5_vl_moe": r"mlp\.(gate|moe_statics|experts|text_moe|vision_moe)\b",
     "glm5_next": "conv1d",
     "glm5_next_text": "conv1d",
-    "gte": r"qkv_proj|[qkv]_proj|up_gate_proj|gate_proj|up_proj",
-    "hrm_text": r"gqkv_proj|[qkv]_proj|gate_up_proj|gate_proj|up_proj",
-    "jina_embeddings_v3": r"Wqkv|[qkv]_proj",
-    "kimi_k25": r"vision_tower\..*(wqkv|[qkv]_proj)",
+    "inkling2": INKLING2,
+    "inkling2_loop": INKLING2,
+    "inkling2_loop_text": INKLING2,
+    "inkling2_text": INKLING2,
     "kimi_linear": "conv1d",
-    "lara_mini": r"linear_attn\.in_proj",
-    "minimax_m3_vl": r"shared_experts\.(gate_proj|up_proj|gate_up_proj)|mlp\.(gate_proj|up_proj|gate_up_proj)",
-    "mistral_large4": r"vision_tower\..*(wq|wk|q_proj|k_proj)",
-    "molmo2": r"language_model\..*(att_proj|[qkv]_proj|ff_proj|gate_proj|up_proj|wte|embed_tokens)",
-    "molmo2_text": r"att_proj|[qkv]_proj|ff_proj|gate_proj|up_proj|wte|embed_tokens",
-    "nemotron_h_omni": r"vision_model\..*(qkv|[qkv]_proj)",
-    "nomic_bert": r"Wqkv|[qkv]_proj",
+    "molmo2": r"wte|embed_tokens",
+    "molmo2_text": r"wte|embed_tokens",
     "olmo_hybrid": "conv1d",
-    "qianfan_ocr": r"vision_tower\..*(qkv|[qkv]_proj)",
-    "radio": r"qkv|[qkv]_proj",
-    "sarvam_moe": r"query_key_value|self_attn\.[qkv]_proj",
-    "step3p7": r"moe\.(gate_proj|up_proj)|experts\.gate_up_proj|vision_model",  # the tower is permuted as well
     "vit_msn": r"^(vit\.)?layers\.",  # transformers writes the classifier's body without its `vit.`
 }
 
@@ -267,15 +262,29 @@ def build(transformers, family):
     return getattr(transformers, model)(getattr(transformers, config)(**{"tie_word_embeddings": False, **values}))
 
 
-def types_of(config) -> set[str]:
-    """Return the model types of a config and of the configs in it."""
+def configs_of(config) -> dict[str, dict[str, Any]]:
+    """Return a config and the configs in it by model type."""
     nested = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
-    return {config.model_type}.union(*(types_of(value) for value in nested))
+    inner = {model_type: each for value in nested for model_type, each in configs_of(value).items()}
+    return {config.model_type: config.to_dict(), **inner}
+
+
+def types_of(config) -> set[str]:
+    return set(configs_of(config))
 
 
 def joined(name: str, types: Collection[str]) -> str:
     part = expert_part(name, types)
     return part.fused if part else canonical(name, types)
+
+
+def in_class(name: str, shape: Sequence[int], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
+    """Return the parameters of the class that have rows of a tensor of the file -> how many they have, if known."""
+    rows = row_parts(name, tuple(configs), configs, shape[-2:][0]) if len(shape) else ()
+    stack, bias = len(shape) == 3, name.endswith("bias")
+    return {part.module + ("" if stack or bias else ".weight"): part.whole for part in rows} or {
+        joined(name, configs): None
+    }
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +354,7 @@ def test_transformers_reads_either_layout_of_qwen3_vl_moe(transformers, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted({*RENAMES, *EXPERTS, *ALONE}))
+@pytest.mark.parametrize("model_type", sorted({*RENAMES, *EXPERTS, *ALONE, *FUSED_ROWS}))
 def test_every_type_with_its_default_config(transformers, model_type):
     """On the meta device: names and shapes only."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -366,13 +375,17 @@ def test_every_type_with_its_default_config(transformers, model_type):
             model = getattr(transformers, found if isinstance(found, str) else found[0])._from_config(config)
     except Exception as error:
         pytest.skip(f"the default config does not build: {error}")
-    types, state = types_of(config), model.state_dict()
+    configs, state = configs_of(config), model.state_dict()
+    types = set(configs)
     disk = revert_weight_conversion(model, dict(state))
     for name in [*disk, *state]:
         assert canonical(canonical(name, types), types) == canonical(name, types)
     assert len({canonical(name, types) for name in state}) == len(state)
     assert len({canonical(name, types) for name in disk}) == len(disk)
-    left = {joined(name, types) for name in disk} ^ {canonical(name, types) for name in state}
+    found = {key: rows for name, W in disk.items() for key, rows in in_class(name, W.shape, configs).items()}
+    names = {canonical(name, types): W for name, W in state.items()}
+    assert all(names[key].shape[-2:][0] == rows for key, rows in found.items() if rows and key in names)
+    left = found.keys() ^ names.keys()
     left = {name for name in left if not re.search(RESHAPED.get(model_type, "$^"), name)}
     assert not left
 
@@ -430,6 +443,22 @@ MODULES = [
     (("nemotron_h",), "backbone.layers.0.mixer.in_proj", "model.layers.0.mixer.in_proj"),
     (("exaone",), "transformer.h.0.attn.attention.out_proj", "model.layers.0.self_attn.o_proj"),
     (("kimi_k25",), "vision_tower.encoder.blocks.0.mlp.fc1", "model.vision_tower.layers.0.mlp.fc2"),
+    # attention and MLP as two layers, one model inside another, towers with CLIP's names
+    (("dory",), "backbone.layers.3.mixer.up_proj", "model.layers.1.mlp.up_proj"),
+    (("dory",), "backbone.layers.2.mixer.g_proj", "model.layers.1.self_attn.gate_proj"),
+    (("dory",), "model.layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"),
+    (("pi0",), "model.paligemma_with_expert.gemma_expert.model.layers.0.mlp.up_proj", "model.dit.layers.0.mlp.up_proj"),
+    (("pi0",), "paligemma_with_expert.paligemma.lm_head", "model.vlm.language_model.embed_tokens"),
+    (("pi0",), "model.action_in_proj", "embed_action_time.action_in_proj"),
+    (("pi0",), "model.action_out_proj", "action_out_proj"),
+    (("step3p7",), "vision_model.transformer.resblocks.0.mlp.c_fc", "model.vision_model.layers.0.mlp.fc1"),
+    (("unlimited_ocr",), "model.sam_model.blocks.1.norm2", "model.vision_tower.sam_encoder.layers.1.layer_norm2"),
+    (
+        ("inkling2", "inkling2_text"),
+        "model.llm.layers.0.attn.wo_ud",
+        "model.language_model.layers.0.self_attn.o_proj.linear",
+    ),
+    (("inkling2_text",), "model.llm.layers.0.attn.wo_ud", "model.layers.0.self_attn.o_proj.linear"),
     # every type
     (("bert",), "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
     ((), "bert.embeddings.LayerNorm.beta", "bert.embeddings.LayerNorm.bias"),

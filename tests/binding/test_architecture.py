@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, load_model, weights, write_model
-from test_peft_names import with_what_is_named, without
+from language_families import with_what_is_named, without
 from tiny import build, of_class, perturb, tables
 
 import loratool
@@ -46,7 +46,7 @@ def check(family: tuple[str, str], name: str, folder: Path) -> loratool.ExtractR
     same = {"allow": ("unrelated",), "architecture": name}
     report, _ = with_what_is_named(lambda **o: loratool.extract(base, tuned, adapter, rank=8, **same, **o))
     with_what_is_named(lambda **o: loratool.init(base, start, rank=1, architecture=name, **o))
-    without(tuned, base, report.left_out)
+    without(kind, model, folder, report.left_out)
     loratool.merge(base, adapter, folder / "merged", undo=False)
     ours, disk = load_model(folder / "merged"), load_model(tuned)
     assert all(torch.allclose(ours[key], W, rtol=1e-4, atol=1e-6) for key, W in disk.items())

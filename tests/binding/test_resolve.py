@@ -26,7 +26,7 @@ def bound(
     tmp_path: Path, base: dict[str, TensorSpec], modules: list[str], selection: Selection = EVERYTHING, **config: Any
 ) -> Binding:
     adapter = open_adapter(write_peft(tmp_path / "a", {m: factors(6, 4, 2) for m in modules}, **config))
-    return bind(base, (), [(adapter, 1.0)], selection)
+    return bind(base, {}, [(adapter, 1.0)], selection)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_the_exclude_that_is_advised_works_on_any_name(tmp_path: Path, odd: str)
     first = open_adapter(write_peft(tmp_path / "1", {"m.q": factors(6, 4, 2), odd: factors(6, 4, 2)}))
     second = open_adapter(write_peft(tmp_path / "2", {"m.k": factors(6, 4, 2), "gone": factors(6, 4, 2)}))
     with pytest.raises(NeedsFlag) as caught:
-        bind(base, (), [(first, 1.0), (second, 1.0)], EVERYTHING)
+        bind(base, {}, [(first, 1.0), (second, 1.0)], EVERYTHING)
     words = shlex.split(str(caught.value.remedy).partition(": ")[2])
     exclude = parse_patterns([word for word in words if word != "--exclude"])
-    binding = bind(base, (), [(first, 1.0), (second, 1.0)], Selection(exclude=exclude))
+    binding = bind(base, {}, [(first, 1.0), (second, 1.0)], Selection(exclude=exclude))
     assert list(binding.placements) == list(base) and set(binding.left_out) == {odd, "gone"}
 
 
@@ -117,14 +117,14 @@ def test_kohya_names_are_looked_up_and_never_split(tmp_path: Path) -> None:
                 tmp_path / "k.safetensors", {n.removesuffix(".weight"): factors(6, 4, 2) for n in base}, prefix=prefix
             )
         )
-        assert list(bind(base, (), [(adapter, 1.0)], EVERYTHING).placements) == list(base)
+        assert list(bind(base, {}, [(adapter, 1.0)], EVERYTHING).placements) == list(base)
     clash = base_of("a.to_q", "a.to.q")
     adapter = open_adapter(write_kohya(tmp_path / "k.safetensors", {"a.to_q": factors(6, 4, 2)}))
     with pytest.raises(InputError, match=r"could be any of a.to.q.weight, a.to_q.weight"):
-        bind(clash, (), [(adapter, 1.0)], EVERYTHING)
+        bind(clash, {}, [(adapter, 1.0)], EVERYTHING)
     nested = base_of("model.layers.0.q_proj")
     adapter = open_adapter(write_kohya(tmp_path / "k.safetensors", {"layers.0.q_proj": factors(6, 4, 2)}))
-    assert list(bind(nested, (), [(adapter, 1.0)], EVERYTHING).placements) == list(nested)
+    assert list(bind(nested, {}, [(adapter, 1.0)], EVERYTHING).placements) == list(nested)
 
 
 def test_a_kohya_text_encoder_part_is_left_out_by_one_pattern(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_kohya_text_encoder_part_is_left_out_by_one_pattern(tmp_path: Path) ->
     save_file({**unet, **text}, tmp_path / "k.safetensors")
     adapter = open_adapter(tmp_path / "k.safetensors")
     with pytest.raises(NeedsFlag, match=r"--exclude 'lora_te_\*'"):
-        bind(base_of("a.q"), (), [(adapter, 1.0)], EVERYTHING)
-    binding = bind(base_of("a.q"), (), [(adapter, 1.0)], Selection(exclude=("lora_te_*",)))
+        bind(base_of("a.q"), {}, [(adapter, 1.0)], EVERYTHING)
+    binding = bind(base_of("a.q"), {}, [(adapter, 1.0)], Selection(exclude=("lora_te_*",)))
     assert list(binding.placements) == ["a.q.weight"] and len(binding.left_out) == 20
 
 
@@ -169,7 +169,7 @@ class TestOrientation:
         specs = {f"{m}.weight": TensorSpec("F32", shape) for m, shape in shapes.items()}
         made = {m: factors(*(shape[::-1] if "conv" in m else shape), 2) for m, shape in shapes.items()}
         adapter = open_adapter(write_peft(tmp_path / "a", made, **config))
-        binding = bind(specs, (model_type,), [(adapter, 1.0)], EVERYTHING)
+        binding = bind(specs, {model_type: {}}, [(adapter, 1.0)], EVERYTHING)
         return {name.removesuffix(".weight"): p[0].transposed for name, p in binding.placements.items()}
 
     def test_shapes_decide(self, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ class TestOrientation:
             self.orient(tmp_path, {module: (6, 4)}, model_type)
         kohya = open_adapter(write_kohya(tmp_path / "k.safetensors", {"x": factors(4, 6, 2)}))
         with pytest.raises(InputError, match=r"as \(out, in\)"):
-            bind(base_of("x"), (), [(kohya, 1.0)], EVERYTHING)
+            bind(base_of("x"), {}, [(kohya, 1.0)], EVERYTHING)
 
     def test_siblings_decide_next(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is square"):  # another module's Conv1D tells nothing of this one
@@ -271,8 +271,8 @@ def test_factors_of_a_part_of_a_fused_projection_are_refused_by_name(
     adapter = open_adapter(write_peft(tmp_path / "a", modules))
     fused = {f"{base}.weight": TensorSpec("F32", (rows, 4))}
     with pytest.raises(InputError, match=rf"(?s)({'|'.join(split)})\n.*nothing binds"):
-        bind(fused, (), [(adapter, 1.0)], EVERYTHING)
+        bind(fused, {}, [(adapter, 1.0)], EVERYTHING)
     reverse = open_adapter(write_peft(tmp_path / "b", {base: factors(rows, 4, 2)}))
     parts = {f"{module}.weight": TensorSpec("F32", (8, 4)) for module in modules}
     with pytest.raises(InputError, match=rf"(?s){base}.*nothing binds"):
-        bind(parts, (), [(reverse, 1.0)], EVERYTHING)
+        bind(parts, {}, [(reverse, 1.0)], EVERYTHING)

@@ -133,7 +133,7 @@ class TestCompletion:
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
     def test_the_words_are_rows_of_the_tables(self) -> None:
-        assert set(SELECTIONS) == {"all-linear", *PRESETS}
+        assert set(SELECTIONS) == {"all-linear", "experts", *PRESETS}
         assert list(choices.INIT_CHOICES) == list(inits.INITS) and list(choices.COMBINE_METHODS) == list(
             combining.METHODS
         )

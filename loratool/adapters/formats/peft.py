@@ -85,7 +85,7 @@ SHARED = {name for each in peft_methods().values() for name in each.shared}
 
 
 # The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
-DECLARED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
+DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
 
 @final
@@ -364,7 +364,10 @@ def _updates(
         else:
             of_parameter = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
-            yield spec_from_roles(target, factors, file, of_parameter, stacked=parameter != "weight", lenient=lenient)
+            rows = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
+            # jetmoe's experts are the weights of modules: only the rank tells them from a linear layer's
+            stacked = parameter != "weight" or (bool(rows) and of_parameter.rank not in (None, *rows))
+            yield spec_from_roles(target, factors, file, of_parameter, stacked=stacked, lenient=lenient)
     elif "base" in roles:
         yield _single(ReplaceTensor, path, roles["base"], file)
 

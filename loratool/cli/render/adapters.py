@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from ...architectures.numbered_names import grouped
+from ...architectures.numbered_names import grouped, split_numbers
 from ...binding.module_weights import by_name, spell_weight
 from ...files.fileio import size
 from .pictures import is_ascii_terminal, strips
 from .text import grouped_digits, print_lines, print_picture, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...ops.combine.command import CombineReport
     from ...ops.convert.command import ConvertReport
     from ...ops.extract.command import ExtractReport
@@ -52,14 +56,25 @@ def print_extract(report: ExtractReport) -> None:
     if report.exact:
         print_lines(f"kept exactly: {len(report.exact)} tensors (biases, norms): {report.exact[0]}, ...")
     print_lines(f"unchanged: {report.unchanged} tensors")
-    for name, norm in report.left_out.items():
-        print_lines(f"left out: {name}" + ("" if norm is None else f" (|D| = {norm:.3g})"))
+    _print_left_out(report.left_out)
     for name in report.only_base:
         print_lines(f"only in the base: {name}")
     for name in report.only_tuned:
         print_lines(f"only in the tuned model: {name}")
     wrote = "would write" if report.dry_run else "wrote"
     print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
+
+
+def _print_left_out(norms: Mapping[str, float | None]) -> None:
+    """Print what changed and is left out, names that differ only in numbers on one line, with their norm in all."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in norms:
+        alike.setdefault(split_numbers(name)[0], []).append(name)
+    for names in alike.values():
+        titles = list(grouped(names))
+        for title, members in [(titles[0], names)] if len(titles) == 1 else [(name, [name]) for name in names]:
+            known = [norm for name in members if (norm := norms[name]) is not None]
+            print_lines(f"left out: {title}" + (f" (|D| = {math.hypot(*known):.3g})" if known else ""))
 
 
 def print_init(report: InitReport) -> None:
@@ -88,6 +103,9 @@ def print_init(report: InitReport) -> None:
         undo = f", undo file {size(residual.undo_bytes)}" if residual.undo and residual.undo_bytes else ""
         error = "" if residual.error is None else f"; with the adapter {residual.error:.1e} of its norm from the base"
         print_lines(f"\n{wrote} {residual.out}: the residual base, {size(residual.nbytes)}{undo}{error}")
+    if report.left_out:
+        counts = ", ".join(f"{what} ({count})" for what, count in Counter(report.left_out.values()).most_common())
+        print_lines(f"left out: {counts}; --target takes them by name")
     print_lines(f"{wrote} {report.out}: {grouped_digits(report.parameters)} parameters, {size(report.nbytes)}")
 
 

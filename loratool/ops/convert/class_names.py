@@ -27,12 +27,12 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import Indices
 from ...adapters.updates.update import UpdateSpec
 from ...adapters.weight_kinds import WEIGHT_KINDS
-from ...architectures.peft import STACKED_BY_PEFT
 from ...architectures.prefixes import module_path
 from ...architectures.renames import ExpertPart, expert_part
-from ...binding.peft_names import class_of, is_bare_router, namer, names_not_found, target_modules
+from ...binding.class_names import ClassNames
+from ...binding.peft_names import is_bare, is_bare_router, names_not_found, target_modules
 from ...binding.placement import Match, place_update
-from ...binding.resolve import resolve_modules
+from ...binding.resolve import fused_parts, resolve_modules
 from ...binding.tied_weights import bindable, find_tie
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
@@ -161,34 +161,32 @@ def plan_class_names(
     rows = [replace(row, name=places.paths[row.name]) for row in module_rows(source, request, others, lost, True)]
     rows += [stack.row() for stack in places.stacks.values()]
     config = _config(source, kept, places, rows, {*places.stacks, *stacked})
-    config["target_modules"] = target_modules(base, config["target_modules"], namer(base, request.architecture))
+    config["target_modules"] = target_modules(base, ClassNames(base, request.architecture), config["target_modules"])
     return AdapterOutput(AdapterContent(specs, load, config, {"format": "pt"}), tuple(rows), dropped, ())
 
 
 def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Mapping[str, UpdateSpec]) -> _Places:
     """Find where each update goes in the class, and check its shape against the base's."""
     specs, _ = bindable(base, find_tie(base))
-    matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), base.model_types)
+    matches, absent = resolve_modules(specs, replace(source, updates=dict(kept)), base.configs)
     added = [module for module in absent if source.in_modules_to_save(module)]
     if len(added) < len(absent):
         raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added])
-    in_model, places = namer(base, architecture), _Places({module: module for module in added})
-    chosen = class_of(base, architecture)
-    moved = STACKED_BY_PEFT.get(chosen.model_type if chosen else "", frozenset())
+    in_model, places = ClassNames(base, architecture), _Places({module: module for module in added})
     asked: dict[str, str] = {}  # name in the file, or path of a stack -> module of the source
     factored, whole = {}, {}
     for module, each in matches.items():
         update, part = kept[module], _expert_part(module, each[0], base)
         for match in each:
             place_update(source, module, 1.0, match, specs, base.model_types, matches)
-        name = part.fused if part else each[0].name
-        path = in_model(module if len(each) > 1 and not part else name)
+        name = part.fused if part else _module_of(base, module, each)
+        path = in_model(name)
         places.paths[module] = path if part or update.cls.stack else module_path(path)
         asked[name] = module
         if part and not update.cls.stack:
             _add_to_stack(places, path, module, update, part, _expert_count(base, part, each[0]))
-        last = places.paths[module].rpartition(".")[2]
-        if update.rank and not update.cls.stack and not part and (last in moved or is_bare_router(base, path)):
+        role = "router" if is_bare_router(base, places.paths[module]) else "linear"
+        if update.rank and not update.cls.stack and not part and is_bare(in_model.family, path, role):
             places.parameters.add(places.paths[module])
         elif update.cls is ReplaceTensor:
             whole[name] = path
@@ -196,14 +194,25 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
             factored[name] = path
     lacking = [module for module, path in places.paths.items() if not path]
     if lacking:
-        raise cannot_convert(source.name, f"are not in {chosen.name if chosen else base.path}", lacking)
-    for name, reason in names_not_found(base, factored, whole, architecture).items():
+        raise cannot_convert(
+            source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking
+        )
+    for name, reason in names_not_found(base, in_model, factored, whole).items():
         raise cannot_convert(source.name, f"would not load ({reason})", [asked[name]])
     twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
     for module, path in places.paths.items():
         if twice.get(path, module) != module:
             raise InputError(f"and {module} of {source.name} are one module of the class", culprit=twice[path])
     return places
+
+
+def _module_of(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
+    """Return a module of the class, by the name that its tensor has in the file, or by that of its rows there."""
+    (first, *others) = matches
+    if first.rows is None:
+        return module if others else first.name
+    parts = fused_parts(first.name, base.specs[first.name], base.configs)
+    return next(part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
 
 
 def _expert_part(module: str, match: Match, base: Checkpoint) -> ExpertPart | None:

@@ -50,7 +50,7 @@ def dora_to_lora(
     checkpoint = open_model(base, "--base is the model under it", opened)
     dora = {module: update for module, update in source.updates.items() if update.cls is DoRA}
     alone = replace(source, updates=dora)
-    matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.model_types)
+    matches, missing = resolve_modules(checkpoint.specs, alone, checkpoint.configs)
     if missing:
         raise InputError(f"of {source.name} is not in {os.fspath(base)}", culprit=missing[0])
     spool = FactorSpool(folder, 0, False)
@@ -65,7 +65,7 @@ def dora_to_lora(
         loaded = source.load(update)
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, checkpoint, places), update.along_inputs, module)
-        found = factored[module] = spool.add(module, "linear", D, rank or update.rank, 0)
+        found = factored[module] = spool.add(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0)
         left = max(0.0, found.spectrum.total - sum(found.spectrum.squares))
         errors[module] = Loss(left, found.spectrum.total, "truncated")
     return _view(source, dora, factored, spool), errors

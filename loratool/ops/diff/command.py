@@ -274,7 +274,7 @@ def _weights(base: Checkpoint, adapter: Adapter) -> dict[str, list[tuple[TensorR
     """Return the base's tensors under each module; raise what `bind` raises if the two do not belong together."""
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
-    binding = bind(specs, base.model_types, [(adapter, 1.0)], Selection(), coded)
+    binding = bind(specs, base.configs, [(adapter, 1.0)], Selection(), coded)
     found: dict[str, list[tuple[TensorRef, Placement]]] = {}
     for name, placements in binding.placements.items():
         stored = tie.stored_as(name) if tie and name not in base.specs else name

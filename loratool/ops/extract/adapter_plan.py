@@ -12,9 +12,10 @@ from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft, virtual_adapter
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, factor_shapes, locate_factors
-from ...architectures.conv1d import stores_transposed
 from ...architectures.prefixes import module_path
-from ...binding.peft_names import role_in_model, target_modules
+from ...binding.class_names import ClassNames
+from ...binding.model_weights import model_weights
+from ...binding.peft_names import target_modules
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import SAFETENSORS, TensorSpec
 from ..convert.language import plan_language
@@ -47,12 +48,14 @@ def plan_adapter(
     `factored` and `ranks` have the base's tensor names; `spool` must be open until the last tensor is loaded.
     """
     in_model = found.in_model or str
-    name_at = {in_model(name): name for name in factored}
-    heads = {in_model(name): in_model(delta.also) for name, delta in found.low_rank.items() if delta.also}
+    weights = {name: delta.weight for name, delta in found.low_rank.items()}
+    name_at = {weight.in_model: name for name, weight in weights.items()}
+    heads = {weights[name].in_model: in_model(delta.also) for name, delta in found.low_rank.items() if delta.also}
     layout = locate_factors(
         {path: factored[name].kind for path, name in name_at.items()},
         {path: ranks[name] for path, name in name_at.items() if name in ranks},
         heads,
+        {weight.in_model for weight in weights.values() if weight.bare},
     )
     modules = layout.modules
     tensors: dict[str, Callable[[], torch.Tensor]] = {}
@@ -76,15 +79,16 @@ def plan_adapter(
     for name, source in found.exact.items():
         path = in_model(name)
         owner = path.rpartition(".")[0]
-        key = f"{owner}.base_layer.bias" if path.endswith(".bias") and owner in modules else path
-        tensors[key] = lambda source=source: source.file.tensor(source.name)  # type: ignore[misc]
+        wrapped = owner in modules or f"{owner}.weight" in layout.parameters
+        key = f"{owner}.base_layer.bias" if path.endswith(".bias") and wrapped else path
+        tensors[key] = lambda source=source: source.tensor()  # type: ignore[misc]
         specs[key] = source.spec
     if not layout.wrappers:
-        _zero_pair(base, in_model, tensors, specs, modules, letters, dtype)
+        _zero_pair(base, found.in_model, tensors, specs, modules, letters, dtype)
     config = lora_config(
         modules,
         layout.parameters,
-        target_modules=target_modules(base, modules, in_model),
+        target_modules=target_modules(base, found.in_model, modules) if found.in_model else sorted(modules),
         bias="all" if found.biased else "none",
         base_model_name_or_path=base_name,
         modules_to_save=sorted(found.saved) or None,
@@ -113,7 +117,7 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
 
 def _zero_pair(
     base: Checkpoint,
-    in_model: Callable[[str], str],
+    in_model: ClassNames | None,
     tensors: dict[str, Callable[[], torch.Tensor]],
     specs: dict[str, TensorSpec],
     modules: dict[str, int],
@@ -121,11 +125,9 @@ def _zero_pair(
     dtype: torch.dtype,
 ) -> None:
     """Add one pair of zero factors: PEFT loads no adapter that targets nothing, not even one of biases alone."""
-    for name, spec in base.specs.items():
-        module = module_path(in_model(name))
-        if role_in_model(base, name, in_model(name), spec) == "linear":
-            transposed = stores_transposed(base.model_types, module)
-            out, inp = spec.shape[::-1] if transposed else spec.shape
+    for weight in model_weights(base, in_model):
+        if weight.role == "linear" and not weight.bare:
+            module, (_, out, inp) = module_path(weight.in_model), weight.sizes
             for key, shape in (("lora_A.weight", (1, inp)), ("lora_B.weight", (out, 1))):
                 specs[f"{module}.{key}"] = TensorSpec(letters, shape)
                 tensors[f"{module}.{key}"] = lambda shape=shape: torch.zeros(shape, dtype=dtype)  # type: ignore[misc]

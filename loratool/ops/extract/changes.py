@@ -7,16 +7,19 @@ for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from ...adapters.weight_kinds import weight_kind
+from ...architectures.beside_layers import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
-from ...architectures.roles import weight_role
+from ...binding.candidates import select_weight
+from ...binding.class_names import ClassNames
+from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
-from ...binding.peft_names import bare_routers, role_in_model
+from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
+from ...binding.peft_names import bare_routers, is_bypassed
 from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
@@ -30,18 +33,20 @@ from ...files.tensor_ref import TensorRef
 class WeightDelta:
     """A weight whose delta is factored."""
 
-    name: str
-    kind: str  # a key of WEIGHT_KINDS
-    base: TensorRef
-    tuned: TensorRef
+    weight: ModelWeight
+    sides: Mapping[str, tuple[TensorRef, TensorRef]]  # the base's name -> the tensor of base and tuned model
     also: str | None = None  # the head that is the same matrix, where the model ties them
 
     @property
     def cost(self) -> int:
         """The parameters that one rank takes, twice as many if a tied head gets the factors too."""
-        shape = self.base.spec.shape
-        count = shape[0] * (shape[1] + shape[2]) if self.kind.startswith("experts") else shape[0] + math.prod(shape[1:])
-        return count * (2 if self.also else 1)
+        return self.weight.parameters_per_rank * (2 if self.also else 1)
+
+    @property
+    def matrices(self) -> list[tuple[list[TensorRef], list[TensorRef]]]:
+        """Return of each matrix the tensors of base and tuned model that are below one another in it."""
+        both = (self.weight.matrices(lambda name, side=side: self.sides[name][side]) for side in (0, 1))  # type: ignore[misc]
+        return list(zip(*both, strict=True))
 
 
 @dataclass
@@ -58,8 +63,9 @@ class SortedDeltas:
     unchanged: int = 0  # how many tensors are equal
     taken: set[str] = field(default_factory=set)  # tensors of the tuned side alone that found a use
     alphas: bool = False  # the format stores a float32 alpha for each module
-    in_model: Callable[[str], str] | None = None  # as in `sort_deltas`
+    in_model: ClassNames | None = None  # as in `sort_deltas`
     routers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a tensor -> all of its module, saved as one
+    unnamed: Mapping[str, str] = field(default_factory=dict)  # of `default_targets.find_unnamed`
     aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor -> its name in the files
 
     def exact_cost(self, in_bytes: bool) -> int:
@@ -74,7 +80,7 @@ def sort_deltas(
     selection: Selection,
     embed: str,
     bias: bool,
-    in_model: Callable[[str], str] | None = None,
+    in_model: ClassNames | None = None,
 ) -> SortedDeltas:
     """Compare two models tensor by tensor, and sort what differs.
 
@@ -86,7 +92,10 @@ def sort_deltas(
     Raises:
         InputError: the shapes of a tensor differ otherwise than by the size of a vocabulary.
     """
-    found = SortedDeltas(in_model=in_model, routers=bare_routers(base, in_model) if in_model else {})
+    found = SortedDeltas(in_model=in_model)
+    if in_model:
+        found.unnamed = find_unnamed(base, in_model, selection.target)
+        found.routers = {**bare_routers(base, in_model), **kept_whole(base, in_model, found.unnamed)}
     tie = find_tie(base)
     both = dict(pairs.both)
     missing = tie.lacking(base) if tie else {}
@@ -98,12 +107,18 @@ def sort_deltas(
         found.taken.add(name)
     if tie and tie.bias:
         found.aliases = {tie.bias[1]: tie.bias[0]}
+    rearranged = rearranged_weights(base, in_model) if in_model else {}
+    for weight in {weight.name: weight for each in rearranged.values() for weight in each}.values():
+        _sort_rearranged(WeightDelta(weight, both), selection, bias, found)
     for name, (one, two) in both.items():
-        also = (
-            tie.head if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied else None
-        )
-        also = also if also and (in_model is None or in_model(also)) else None  # a bare class has no head
-        _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
+        if name not in rearranged:
+            also = (
+                tie.head
+                if tie and name == tie.embedding and not tie.is_stored(base) and tie.head not in untied
+                else None
+            )
+            also = also if also and (in_model is None or in_model(also)) else None  # a bare class has no head
+            _sort_tensor(base, name, one, two, also, selection, embed, bias, found)
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
@@ -129,10 +144,8 @@ def _sort_tensor(
         else:
             found.left_out[name] = None
         return
-    module = module_path(name)
-    role = weight_role(module, len(one.spec.shape), True)
-    if found.in_model:
-        role = role_in_model(base, name, found.in_model(name), one.spec)
+    module, weight = module_path(name), weight_of_tensor(base, name, one.spec, found.in_model)
+    role = weight.role if weight else ""
     grown = one.spec.shape != two.spec.shape
     absent = found.in_model is not None and not found.in_model(name)
     if grown and not absent and (role not in ("embedding", "head") or one.spec.shape[1:] != two.spec.shape[1:]):
@@ -140,14 +153,19 @@ def _sort_tensor(
     if not grown and _is_unchanged(one, two):
         found.unchanged += 1
         return
-    selected = selection.selects(module) and not absent
+    group = found.unnamed.get(name, "")
+    paths = (module, module_path(found.in_model(name))) if found.in_model else (module,)
+    selected = selection.selects(*paths) and not absent
+    bypassed = weight and found.in_model and is_bypassed(found.in_model.family, weight.in_model)
+    selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
+    role = "" if group else role
     vocabulary = role in ("embedding", "head")
     if selected and vocabulary and (grown or embed == "full"):
         _keep_vocabulary(base, found, name, two, also)
         if not grown:
             _measure(found, name, one, two)
-    elif selected and role and not (vocabulary and embed == "skip"):
-        found.low_rank[name] = WeightDelta(name, weight_kind(base.model_types, module, role), one, two, also)
+    elif selected and weight and role and not (vocabulary and embed == "skip"):
+        found.low_rank[name] = WeightDelta(weight, {name: (one, two)}, also)
     elif selected and bias and (name in found.routers or _is_bias_or_norm(name, one)):
         _measure(found, name, one, two)
         _keep_exactly(base, found, name, two)
@@ -155,6 +173,32 @@ def _sort_tensor(
         if not grown:
             _measure(found, name, one, two)
         found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
+
+
+def _sort_rearranged(delta: WeightDelta, selection: Selection, bias: bool, found: SortedDeltas) -> None:
+    """Put a weight that is several tensors of the files, or some rows of one."""
+    weight = delta.weight
+    sides = {name: delta.sides[name] for name in weight.names if name in delta.sides}
+    for name, (one, two) in sides.items():
+        if one.spec.shape != two.spec.shape:
+            raise InputError(f"is {one.spec.shape} in the base and {two.spec.shape} in the tuned model", culprit=name)
+    complete = len(sides) == len(weight.names)
+    if complete and len(sides) == 1:  # some rows of it, by the name in the class
+        ((ones, twos),) = delta.matrices
+        sides = {weight.name: (ones[0], twos[0])}
+    changed = {name: pair for name, pair in sides.items() if not _is_unchanged(*pair)}
+    found.unchanged += len(sides) - len(changed)
+    is_selected = complete and weight.names[0] not in found.unnamed and select_weight(selection, weight)
+    if changed and is_selected and weight.role:
+        found.low_rank[weight.name] = delta
+        return
+    for name, (one, two) in changed.items():
+        if {one.spec.dtype, two.spec.dtype} <= set(FLOATS):
+            _measure(found, name, one, two)
+        if is_selected and bias and weight.in_model.endswith(".bias") and name == weight.name:
+            found.exact[name], found.biased = two, True
+        else:
+            found.left_out[name] = math.sqrt(found.norms[name][1]) if name in found.norms else None
 
 
 def _is_unchanged(one: TensorRef, two: TensorRef) -> bool:

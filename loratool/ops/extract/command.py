@@ -12,21 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
-from ...architectures.renames import expert_part
-from ...binding.candidates import refuse_split_experts
+from ...binding.class_names import ClassNames
 from ...binding.model_pairs import ModelPairs, pair_tensors
-from ...binding.peft_names import absent_from_class, exclude_all, namer, refuse_unsaid
+from ...binding.model_weights import rearranged_weights
+from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.output import check_output_path, naming_output
-from ...files.tensor_compare import Difference, difference
+from ...files.tensor_compare import Difference, matrix_difference
 from ...streaming.workers import Progress, choose_device
 from ..choices import EMBED_CHOICES, extract_formats
 from ..convert.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
@@ -193,18 +195,19 @@ def extract(
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
+        in_model = ClassNames(sides[0], architecture) if whole_model else None
+        requested.require_used(_named(sides[0], pairs, in_model), os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection = replace(requested, exclude=excluded)
-        in_model = namer(sides[0], architecture) if whole_model else None
         found = sort_deltas(
             sides[0], pairs, selection, embed, bias and ReplaceTensor in output_format.can.kinds, in_model
         )
         found.alphas = output_format.can.alpha == "tensor"
         if in_model:
-            factored, exact = ({n: in_model(n) for n in names} for names in (found.low_rank, found.exact))
+            factored = {name: delta.weight.in_model for name, delta in found.low_rank.items()}
+            exact = {name: in_model(name) for name in found.exact}
             heads = {n: in_model(delta.also) for n, delta in found.low_rank.items() if delta.also}
-            refuse_unsaid(sides[0], factored, exact, heads, architecture)
+            refuse_unsaid(sides[0], in_model, factored, exact, heads)
         opened.enter_context(naming_output(path))
         spool = FactorSpool(path.absolute().parent, seed, certify)
         opened.callback(spool.close)
@@ -212,8 +215,6 @@ def extract(
         work.factor_all()
         _refuse(work, found, tuple(allow))
         ranks = work.ranks()
-        if in_model:
-            _check_experts(sides[0], ranks)
         plan = plan_adapter(found, work.factored, ranks, spool, DTYPES[dtype], sides[0], os.fspath(base))
         if whole_model:
             plan = plan_language_adapter(plan, output_format, sides[0])
@@ -224,20 +225,15 @@ def extract(
         if not dry_run:
             output_format.write(path, is_file, plan.content, read)
         report = _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
-        return replace(report, warnings=(*report.warnings, *absent_from_class(sides[0], architecture)))
+        absent = in_model.absent() if in_model and architecture else ()
+        return replace(report, warnings=(*report.warnings, *absent))
 
 
-def _check_experts(base: Checkpoint, ranks: Mapping[str, int]) -> None:
-    """Raise if not all experts of a stack changed, or not at one rank: the model that PEFT wraps has them stacked."""
-    used = {name: rank for name, rank in ranks.items() if rank}
-    try:
-        refuse_split_experts(base, used, rslora=False)
-    except UsageError as error:
-        experts = [name for name in used if expert_part(name, base.model_types)]
-        if len(experts) == len(used):
-            raise InputError(error.message, culprit=error.culprit, remedy="use --rank") from error
-        options = exclude_all([module_path(n) for n in experts], [module_path(n) for n in used if n not in experts])
-        raise NeedsFlag(error.message, culprit=error.culprit, remedy=f"add {options}") from error
+def _named(base: Checkpoint, pairs: ModelPairs, in_model: ClassNames | None) -> set[str]:
+    """Return the paths that a pattern can name: those of the files, and those of the class."""
+    names = {*pairs.both, *map(in_model, pairs.both)} if in_model else {*pairs.both}
+    rearranged = rearranged_weights(base, in_model).values() if in_model else ()
+    return {*map(module_path, names)} | {weight.paths[-1] for each in rearranged for weight in each}
 
 
 def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
@@ -274,10 +270,10 @@ class _Extraction:
         self.seen: dict[str, tuple[float, float, float]] = {}  # ||W||^2, ||D||^2, the noise's variance
 
     def factor_all(self) -> None:
-        deltas = self._found.low_rank
-        first = self._first_rank()
-        for done, (delta, D) in enumerate(self._differences(list(deltas.values())), 1):
-            self.factored[delta.name] = self._factor(delta, D, first)
+        deltas = list(self._found.low_rank.values())
+        first, stream = self._first_rank(), self._differences(deltas)
+        for done, delta in enumerate(deltas, 1):
+            self.factored[delta.weight.name] = self._factor(delta, stream, first)
             if self._progress:
                 self._progress(done, len(deltas))
         if self._rule not in RANK_RULES:
@@ -291,31 +287,44 @@ class _Extraction:
         cost = sum(delta.cost for delta in self._found.low_rank.values())
         return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._max_rank)
 
-    def _differences(self, deltas: Sequence[WeightDelta]) -> Iterator[tuple[WeightDelta, Difference]]:
-        """Yield each weight with its D.
+    def _differences(self, deltas: Sequence[WeightDelta]) -> Iterator[Difference]:
+        """Yield D of each matrix of each weight.
 
         On a GPU the next one is read while one is computed; on a CPU that would only hold two in memory.
         """
+        matrices = [sides for delta in deltas for sides in delta.matrices]
         if self._device.type == "cpu":
-            yield from ((delta, difference(delta.base, delta.tuned, self._device)) for delta in deltas)
+            yield from (matrix_difference(*sides, self._device) for sides in matrices)
             return
         with ThreadPoolExecutor(1) as reader:
-            waiting = [reader.submit(difference, c.base, c.tuned, self._device) for c in deltas[:1]]
-            for delta, following in zip(deltas, [*deltas[1:], None], strict=True):
+            waiting = [reader.submit(matrix_difference, *sides, self._device) for sides in matrices[:1]]
+            for following in [*matrices[1:], None]:
                 D = waiting.pop().result()
                 if following:
-                    waiting.append(reader.submit(difference, following.base, following.tuned, self._device))
-                yield delta, D
+                    waiting.append(reader.submit(matrix_difference, *following, self._device))
+                yield D
 
-    def _factor(self, delta: WeightDelta, found: Difference, rank: int) -> SpooledFactors:
-        D = found.D
-        factored = self._spool.add(delta.name, delta.kind, D, rank, delta.cost)
+    def _factor(self, delta: WeightDelta, stream: Iterator[Difference], rank: int) -> SpooledFactors:
+        """Factor the next weight of a stream; a stack, of which one matrix is in memory, is read again for more."""
+        weight, norms = delta.weight, list[tuple[float, float]]()
+        E = weight.sizes[0]
+        held = [] if E > 1 else [next(stream)]
+
+        def matrices() -> Iterator[Tensor]:
+            norms.clear()
+            for found in held or islice(stream, E):
+                norms.append((found.base_squared, found.noise))
+                yield found.D
+
+        factored = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), rank, delta.cost)
         while self._rule == "energy" and rank < min(self._max_rank, factored.full):
             if RANK_RULES["energy"](factored.spectrum, self._value) is not None:
                 break
-            rank *= 2
-            factored = self._spool.add(delta.name, delta.kind, D, min(rank, self._max_rank), delta.cost)
-        self.seen[delta.name] = (found.base_squared, factored.spectrum.total, found.noise)
+            rank, stream = 2 * rank, self._differences([delta])
+            most = min(rank, self._max_rank)
+            factored = self._spool.add(weight.name, weight.kind, weight.spec.shape, matrices(), most, delta.cost)
+        noise = math.fsum(noise for _, noise in norms) / len(norms)
+        self.seen[weight.name] = (math.fsum(square for square, _ in norms), factored.spectrum.total, noise)
         return factored
 
     def _grow(self) -> None:
@@ -323,15 +332,17 @@ class _Extraction:
         while True:
             ranks = self.ranks()
             exhausted = [
-                name
+                self._found.low_rank[name]
                 for name, f in self.factored.items()
                 if ranks[name] == f.known < min(f.full, self._max_rank) and not f.spectrum.whole
             ]
             if not exhausted:
                 return
-            for delta, found in self._differences([self._found.low_rank[name] for name in exhausted]):
-                rank = min(2 * self.factored[delta.name].known, self._max_rank)
-                self.factored[delta.name] = self._factor(delta, found, rank)
+            stream = self._differences(exhausted)
+            for delta in exhausted:
+                name = delta.weight.name
+                rank = min(2 * self.factored[name].known, self._max_rank)
+                self.factored[name] = self._factor(delta, stream, rank)
 
     def ranks(self) -> dict[str, int]:
         spectra = {name: factored.spectrum for name, factored in self.factored.items()}

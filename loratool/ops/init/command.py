@@ -22,12 +22,13 @@ from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import CONFIG_NAME, WEIGHTS_NAMES
 from ...adapters.updates.dora import DoRA
-from ...architectures.prefixes import PEFT_PREFIX, module_path
-from ...architectures.renames import expert_part
-from ...binding.candidates import Candidate, find_candidates, refuse_split_experts
+from ...architectures.prefixes import PEFT_PREFIX
+from ...binding.candidates import find_candidates
+from ...binding.class_names import ClassNames
 from ...binding.coded_bases import plain_dtype, with_siblings
 from ...binding.merge_plan import plan_merge
-from ...binding.peft_names import absent_from_class, class_of, namer, refuse_unsaid, target_modules
+from ...binding.model_weights import ModelWeight
+from ...binding.peft_names import refuse_unsaid, target_modules
 from ...binding.selection import Selection, parse_layers
 from ...binding.tied_weights import find_tie
 from ...errors import NeedsFlag, UsageError
@@ -109,6 +110,7 @@ class InitReport:
 
     Attributes:
         parameters, nbytes: of the adapter.
+        left_out: weights that the targets leave out unless they are named -> what they are.
     """
 
     base: str
@@ -121,6 +123,7 @@ class InitReport:
     parameters: int
     nbytes: int
     residual: ResidualReport | None
+    left_out: Mapping[str, str]
     warnings: tuple[str, ...] = ()
 
 
@@ -194,21 +197,21 @@ def init(
         selection = Selection(tuple(target) or TARGET, tuple(exclude), parse_layers(layers))
         require_language_model(checkpoint, output_format, architecture)
         among = weights_for_format(checkpoint, output_format)
-        candidates = find_candidates(checkpoint, selection, among, architecture)
-        if has_config:
-            refuse_unsaid(checkpoint, {each.name: each.in_model for each in candidates}, {}, None, architecture)
-        _check_kinds(candidates, checkpoint.model_types, method, dora)
+        in_model = ClassNames(checkpoint, architecture) if among is None else None
+        candidates, left_out = find_candidates(checkpoint, selection, among, in_model)
+        if has_config and in_model:
+            refuse_unsaid(checkpoint, in_model, {each.name: each.in_model for each in candidates}, {})
+        _check_kinds(candidates, method, dora)
         ranks = assign_ranks(candidates, rank or RANK, rank_pattern or {}, params, method, dora)
-        refuse_split_experts(checkpoint, ranks, rslora)
         adapted_weights, layout = make_adapted_weights(candidates, ranks, alpha, rslora)
         starter = opened.enter_context(
-            closing(AdapterInitializer(adapted_weights, method, seed, dora, choose_device(device)))
+            closing(AdapterInitializer(checkpoint, adapted_weights, method, seed, dora, choose_device(device)))
         )
         belongs_on = os.fspath(base) if residual is None else os.path.abspath(residual)
-        flags = {"use_dora": dora, "use_rslora": rslora}
-        config = adapter_config(class_of(checkpoint, architecture), belongs_on, layout, method, alpha, **flags)
-        if has_config:
-            config["target_modules"] = target_modules(checkpoint, layout.modules, namer(checkpoint, architecture))
+        kind = in_model.chosen if in_model else None
+        config = adapter_config(kind, belongs_on, layout, method, alpha, use_dora=dora, use_rslora=rslora)
+        if in_model:
+            config["target_modules"] = target_modules(checkpoint, in_model, layout.modules)
         work = _Initialization(checkpoint, os.fspath(base), adapted_weights, starter, config, method, progress)
         output = plan_start(checkpoint, output_format, adapted_weights, starter, config)
         specs = output.content.specs.values()
@@ -226,9 +229,12 @@ def init(
         elif not dry_run:
             opened.enter_context(naming_output(path))
             output_format.write(path, is_file, output.content, checkpoint.shards)
-        options = (method, dora, rslora, dry_run)
-        warnings = (*work.warnings(), *output.notes, *absent_from_class(checkpoint, architecture))
-        return InitReport(os.fspath(base), str(path), *options, work.modules(), *size, residual_report, warnings)
+        flags = (method, dora, rslora, dry_run)
+        absent = in_model.absent() if in_model and architecture else ()
+        warnings = (*work.warnings(), *output.notes, *absent)
+        return InitReport(
+            os.fspath(base), str(path), *flags, work.modules(), *size, residual_report, left_out, warnings
+        )
 
 
 def _check_method(method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format) -> None:
@@ -258,20 +264,21 @@ def _check_numbers(rank: int | None, params: int | None, rank_pattern: Mapping[s
         raise UsageError("rank and params exclude each other")
 
 
-def _check_kinds(candidates: Sequence[Candidate], model_types: Sequence[str], method: str, dora: bool) -> None:
-    """Raise UsageError for what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`).
-
-    Experts that are stored one by one in the file are a stack in transformers 5.
-    """
+def _check_kinds(weights: Sequence[ModelWeight], method: str, dora: bool) -> None:
+    """Raise UsageError for what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`)."""
     if method == "mica" and dora:
         raise UsageError("PEFT has no DoRA with mica")
-    for each in candidates:
-        stacked = each.kind.startswith("experts") or expert_part(each.name, model_types)
-        if stacked and (dora or method == "mica"):
+    for each in weights:
+        module = each.paths[-1]
+        if each.bare and (dora or method == "mica"):
             what = "DoRA" if dora else method
-            raise UsageError(f"PEFT has no {what} of experts", culprit=each.name, remedy="add --exclude 're:experts'")
+            kind = "experts" if each.role == "experts" else "a weight that it has to be told of as a parameter"
+            raise UsageError(
+                f"PEFT has no {what} of {kind}",
+                culprit=each.name,
+                remedy=f"add --exclude {'re:experts' if each.role == 'experts' else module}",
+            )
         if each.kind == "conv" and method == "mica":
-            module = module_path(each.name)
             raise UsageError("PEFT has no mica of convolutions", culprit=each.name, remedy=f"add --exclude {module}")
 
 
@@ -317,7 +324,7 @@ class _Initialization:
         self._config, self._method, self._progress = config, method, progress
         self._errors: dict[str, tuple[float, float]] = {}
         self._residual: ResidualReport | None = None
-        self._bytes, self._total = 0, sum(adapted.weight.source.spec.nbytes for adapted in adapted_weights)
+        self._bytes, self._total = 0, sum(adapted.weight.spec.nbytes for adapted in adapted_weights)
         starter.done = self._advance
 
     def _advance(self, nbytes: int) -> None:
@@ -354,7 +361,7 @@ class _Initialization:
     def _residual_bytes(self, dtype: str | None) -> int:
         """Return the size of the residual's tensors: what gets factors is plain in it, and what is fused with that."""
         base = self._base
-        coded = [each.weight.name for each in self._adapted_weights if each.weight.name in base.weights]
+        coded = [n for each in self._adapted_weights for n in each.weight.names if n in base.weights]
         kept = base.weights.keys() - with_siblings(base, coded)
         plain = {n: TensorSpec(plain_dtype(base), s.shape) if n in base.weights else s for n, s in base.specs.items()}
         sizes = (base.nbytes_of(n) if n in kept else with_dtype(spec, dtype).nbytes for n, spec in plain.items())
@@ -387,8 +394,8 @@ class _Initialization:
         )
 
     def _dtypes(self, dtype: str | None) -> tuple[str, ...]:
-        sources = [adapted.weight.source for adapted in self._adapted_weights]
-        own = {plain_dtype(self._base) if source.weight else source.spec.dtype for source in sources}
+        base, names = self._base, [name for adapted in self._adapted_weights for name in adapted.weight.names]
+        own = {plain_dtype(base) if name in base.weights else base.specs[name].dtype for name in names}
         return (dtype,) if dtype else tuple(sorted(own))
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
@@ -406,8 +413,9 @@ class _Initialization:
     def modules(self) -> tuple[ModuleInit, ...]:
         rows = []
         for adapted in self._adapted_weights:
-            name, shape = adapted.weight.name, adapted.weight.source.spec.shape
-            error, base = self._errors.get(name, (0.0, 0.0))
+            name, shape = adapted.weight.name, adapted.weight.spec.shape
+            both = [self._errors[n] for n in adapted.weight.names if n in self._errors]
+            error, base = (math.fsum(side) for side in zip(*both, strict=True)) if both else (0.0, 0.0)
             rows.append(
                 ModuleInit(
                     name,
@@ -418,7 +426,7 @@ class _Initialization:
                     adapted.weight.parameters_per_rank * adapted.rank
                     + (adapted.magnitude.size if self._starter.magnitude_specs else 0),
                     self._starter.gaps.get(name) if self._method == "pissa" else None,
-                    (math.sqrt(error / base) if base else 0.0) if name in self._errors else None,
+                    (math.sqrt(error / base) if base else 0.0) if both else None,
                 )
             )
         return tuple(rows)
@@ -434,7 +442,7 @@ class _Initialization:
             found.append(
                 f"the head {tie.head} is the same matrix as {tie.embedding}; the adapter is on the latter alone"
             )
-        coded = [adapted for adapted in self._adapted_weights if adapted.weight.source.weight]
+        coded = [each for each in self._adapted_weights if not self._base.weights.keys().isdisjoint(each.weight.names)]
         if coded and INITS[self._method].mutates_base:
             found.append(
                 f"{len(coded)} weights with factors are codes in the base and plain numbers in the residual: it takes "

@@ -18,8 +18,8 @@ from ...adapters.formats.peft_config import lora_config
 from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
 from ...architectures.classes import ModelClass
 from ...architectures.prefixes import module_path
-from ...binding.candidates import Candidate
 from ...binding.merge_plan import MergePlan
+from ...binding.model_weights import ModelWeight
 from ...binding.placement import Placement
 from ...binding.selection import matches_pattern
 from ...errors import UsageError
@@ -57,7 +57,7 @@ def task_type(kind: ModelClass | None) -> str | None:
 
 
 def assign_ranks(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[ModelWeight],
     rank: int,
     patterns: Mapping[str, int],
     params: int | None,
@@ -72,12 +72,9 @@ def assign_ranks(
         UsageError: a pattern matches no candidate, `params` is too few, or a rank cannot be a candidate's.
     """
     for pattern in patterns:
-        if not any(matches_pattern(pattern, module_path(each.name)) for each in candidates):
+        if not any(_is_named(pattern, each) for each in candidates):
             raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
-    found = {
-        each.name: next((r for p, r in patterns.items() if matches_pattern(p, module_path(each.name))), 0)
-        for each in candidates
-    }
+    found = {each.name: next((r for p, r in patterns.items() if _is_named(p, each)), 0) for each in candidates}
     rest = [each for each in candidates if not found[each.name]]
     multiple = 2 if method == "orthogonal" else 1
     if params is not None:
@@ -93,7 +90,7 @@ def assign_ranks(
         chosen = found[each.name] = found[each.name] or rank
         if chosen > each.max_rank:
             out, inp = each.sizes[1:]
-            limit, module = each.max_rank - each.max_rank % multiple, module_path(each.name)
+            limit, module = each.max_rank - each.max_rank % multiple, each.paths[-1]
             raise UsageError(
                 f"is {out} x {inp}, and rank {chosen} is more than it can have",
                 culprit=each.name,
@@ -106,11 +103,15 @@ def assign_ranks(
     return found
 
 
+def _is_named(pattern: str, weight: ModelWeight) -> bool:
+    return any(matches_pattern(pattern, path) for path in (*weight.paths, *map(module_path, weight.names)))
+
+
 @dataclass(frozen=True)
 class AdaptedWeight:
     """A weight that gets factors."""
 
-    weight: Candidate
+    weight: ModelWeight
     wrapper: str  # the path of the PEFT layer that has them
     rank: int
     scale: float  # s
@@ -124,17 +125,18 @@ class AdaptedWeight:
     def magnitude(self) -> TensorSpec:
         """DoRA's magnitudes, shaped as PEFT shapes them (`peft/tuners/lora/dora.py`)."""
         out = self.weight.sizes[1]
-        dimensions = len(self.weight.source.spec.shape)
+        dimensions = len(self.weight.spec.shape)
         return TensorSpec("F32", (1, out, *[1] * (dimensions - 2)) if self.weight.kind == "conv" else (out,))
 
 
 def make_adapted_weights(
-    candidates: Sequence[Candidate], ranks: Mapping[str, int], alpha: float | None, rslora: bool
+    candidates: Sequence[ModelWeight], ranks: Mapping[str, int], alpha: float | None, rslora: bool
 ) -> tuple[list[AdaptedWeight], FactorLayout]:
     """Give each candidate its wrapper, rank and scale; alpha None is each one's own rank."""
     by_name = {each.in_model: each for each in candidates}
     kinds = {name: each.kind for name, each in by_name.items()}
-    layout = locate_factors(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {})
+    bare = {name for name, each in by_name.items() if each.bare}
+    layout = locate_factors(kinds, {name: ranks[each.name] for name, each in by_name.items()}, {}, bare)
     adapted_weights = []
     for wrapper, (name, _) in layout.wrappers.items():
         weight = by_name[name]
@@ -152,13 +154,20 @@ class AdapterInitializer:
     """
 
     def __init__(
-        self, adapted_weights: Sequence[AdaptedWeight], method: str, seed: int, dora: bool, device: torch.device
+        self,
+        base: Checkpoint,
+        adapted_weights: Sequence[AdaptedWeight],
+        method: str,
+        seed: int,
+        dora: bool,
+        device: torch.device,
     ) -> None:
+        self._base = base
         self._init, self._seed, self._dora, self._device = INITS[method], seed, dora, device
         self._weight_of = {key: adapted for adapted in adapted_weights for key in adapted.keys}
         self.specs: dict[str, TensorSpec] = {}
         for adapted in adapted_weights:
-            shapes = factor_shapes(adapted.weight.kind, adapted.weight.source.spec.shape, adapted.rank)
+            shapes = factor_shapes(adapted.weight.kind, adapted.weight.spec.shape, adapted.rank)
             self.specs.update((key, TensorSpec("F32", shape)) for key, shape in zip(adapted.keys, shapes, strict=True))
         self.magnitude_specs = {
             f"{adapted.wrapper}.{MAGNITUDE}": adapted.magnitude for adapted in adapted_weights if dora
@@ -177,7 +186,7 @@ class AdapterInitializer:
             return self.magnitudes[key]
         if key not in self._last:
             adapted, self._last = next(self._factors)
-            self.done(adapted.weight.source.spec.nbytes)
+            self.done(adapted.weight.spec.nbytes)
         return self._last[key]
 
     def load_any(self, key: str) -> Tensor:
@@ -190,7 +199,7 @@ class AdapterInitializer:
         if key not in self._last:
             adapted = self._weight_of[key]
             if adapted.weight.name not in self.gaps:
-                self.done(adapted.weight.source.spec.nbytes)
+                self.done(adapted.weight.spec.nbytes)
             _, self._last = self._make_factors(adapted)
         return self._last[key]
 
@@ -198,17 +207,32 @@ class AdapterInitializer:
         self._factors.close()
 
     def _make_factors(self, adapted: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Tensor]]:
-        weight, shape = adapted.weight, adapted.weight.source.spec.shape
+        weight, shape = adapted.weight, adapted.weight.spec.shape
         reads = self._init.reads or self._dora
-        values = WEIGHT_KINDS[weight.kind].stack(read_float32(weight.source, self._device)) if reads else None
-        given = InitWeight(weight.sizes, weight.kind == "embedding", values)
-        factors: InitialFactors = self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, weight.name))
-        if self._dora and values is not None:
-            norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
-            self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
+        factors = self._of_each_matrix(adapted) if reads else self._make(adapted, weight.sizes)
         self.gaps[weight.name] = factors.gap
         A, B = WEIGHT_KINDS[weight.kind].lay(factors.A, factors.B, shape)
         return adapted, dict(zip(adapted.keys, (A.contiguous(), B.contiguous()), strict=True))
+
+    def _make(
+        self, adapted: AdaptedWeight, sizes: tuple[int, int, int], values: Tensor | None = None
+    ) -> InitialFactors:
+        given = InitWeight(sizes, adapted.weight.kind == "embedding", values)
+        return self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, adapted.weight.name))
+
+    def _of_each_matrix(self, adapted: AdaptedWeight) -> InitialFactors:
+        """Return the factors that need the weight's values, and keep its magnitudes; one matrix is in memory."""
+        weight, (_, out, inp), found = adapted.weight, adapted.weight.sizes, list[InitialFactors]()
+        for parts in weight.matrices(self._base.ref):
+            rows = [read_float32(part, self._device) for part in parts]
+            W = torch.cat(rows) if len(rows) > 1 else rows[0]
+            values = WEIGHT_KINDS[weight.kind].stack(W.unsqueeze(0) if weight.role == "experts" else W)
+            found.append(self._make(adapted, (1, out, inp), values))
+            if self._dora:
+                norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
+                self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
+        A, B = (torch.cat([getattr(each, side) for each in found], dim=1) for side in "AB")
+        return InitialFactors(A, B, max(each.gap for each in found))
 
 
 def adapter_config(

@@ -185,7 +185,7 @@ def _hold_against(
     """Return the coverage from the names alone, and the binding if the shapes fit too."""
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
-    matches, missing = resolve_modules(with_coded(specs, coded), adapter, base.model_types)
+    matches, missing = resolve_modules(with_coded(specs, coded), adapter, base.configs)
     missing = [module for module in missing if not adapter.in_modules_to_save(module)]
     similar = {m: tuple(nearest_names(m, base.specs)) if i < NEAREST_SHOWN else () for i, m in enumerate(missing)}
     coverage = Coverage(name, len(adapter.updates) - len(missing), similar)
@@ -194,7 +194,7 @@ def _hold_against(
     try:
         faulty = [module for module, update in adapter.updates.items() if update.fault]
         selection = Selection(exclude=_exactly([*missing, *faulty]))
-        binding = bind(specs, base.model_types, [(adapter, 1.0)], selection, coded)
+        binding = bind(specs, base.configs, [(adapter, 1.0)], selection, coded)
     except LoratoolError as error:
         problems += [f"{error.culprit}: {error.message}"] if matches and len(faulty) < len(matches) else []
         return coverage, None

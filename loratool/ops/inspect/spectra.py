@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...adapters.formats import holds_adapter, open_adapter
 from ...adapters.stacked import load_singular_values
-from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...binding.candidates import find_candidates
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError
@@ -133,11 +132,11 @@ def _model_rows(
     path: str | os.PathLike[str], selection: Selection, device: torch.device, opened: ExitStack
 ) -> SpectrumRows:
     model = open_model(path, "the spectra of an adapter are its changes'", opened)
-    found = find_candidates(model, selection)
+    found, _ = find_candidates(model, selection, among=model.specs)
     for done, each in enumerate(found, 1):
-        stack = WEIGHT_KINDS[each.kind].stack(read_float32(each.source, device))
-        S = torch.stack([singular_values_of(W) for W in stack])
-        yield _spectrum_row(each.name, each.kind, each.source.spec.shape, S, each.max_rank), done, len(found)
+        matrices = (read_float32(part, device).flatten(1) for (part,) in each.matrices(model.ref))
+        S = torch.stack([singular_values_of(W) for W in matrices])
+        yield _spectrum_row(each.name, each.kind, each.spec.shape, S, each.max_rank), done, len(found)
 
 
 def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int) -> Spectrum:

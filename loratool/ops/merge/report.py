@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ...binding.coded_bases import sizes_of_ways
 from ...binding.merge_plan import MergePlan
 from ...binding.module_weights import by_component
+from ...binding.stale_copies import stale_notes
 from ...files.dtypes import FLOAT8
 from ...files.output import Output
 from ...files.quantized import is_marker
@@ -131,7 +132,8 @@ def build_report(
     kept = _sum(block.kept for blocks in stats.values() for block in blocks)
     total = _ratio(kept, _sum(block.change_squared for blocks in stats.values() for block in blocks))
     beside = plan.edits.beside.keys() - plan.written.keys()
-    warnings = [*plan.warnings, *_warnings(plan, output, rows, total)]
+    changed = {name for name, placements in plan.requested.items() if placements}
+    warnings = [*plan.warnings, *stale_notes(plan.base, changed), *_warnings(plan, output, rows, total)]
     for name, blocks in stats.items():
         not_finite = sum(block.not_finite for block in blocks)
         if not_finite:

@@ -1,0 +1,195 @@
+"""Tell which tensors of a file hold the rows of several modules of the class, and which modules have several tensors.
+
+transformers 5 cuts a fused matrix of a file into modules while it loads it, or joins matrices into one; a LoRA goes by
+the modules. Some matrices are read in another order of rows besides, so that no range of rows is a module: these are
+listed as well, to be told by name.
+
+Source: the converters with `Chunk(dim=0)`, `Split(dim=0)` and `Concatenate` of `transformers.conversion_mapping` of
+5.24, and the sizes of the modules in the classes for what `Split` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import InputError
+from .renames import canonical
+
+Configs = Mapping[str, Mapping[str, Any]]  # model_type -> config.json or a config nested in it
+
+
+Shares = Callable[[Mapping[str, Any], int], tuple[int, ...]]  # (config of the type, all rows) -> rows of each part
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """A matrix on one side whose rows are several matrices on the other side."""
+
+    fused: str  # the end of the canonical path (`renames.canonical`) of the one matrix
+    parts: tuple[str, ...]  # the ends that take its place in the paths of the several, in the order of their rows
+    shares: Shares
+    stored: Literal["fused", "parts"] = "fused"  # what the file has; the class has the other
+    permuted: tuple[str, ...] = ()  # the parts whose rows the class has in another order than the file
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """The rows of one tensor of the file that are rows of one module of the class."""
+
+    module: str  # path in the class; with `.bias` if the tensor is one
+    start: int  # rows [start, stop) of the tensor
+    stop: int
+    skip: int  # are rows [skip, skip + stop - start) of the module,
+    whole: int  # which has so many
+    permuted: bool = False  # the module has them in another order
+
+
+def _equal(parts: int) -> Shares:
+    def shares(config: Mapping[str, Any], rows: int) -> tuple[int, ...]:
+        return (rows // parts,) * parts
+
+    return shares
+
+
+def _grouped_heads(config: Mapping[str, Any], rows: int) -> tuple[int, ...]:
+    queries, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    size = rows // (queries + 2 * keys)
+    return queries * size, keys * size, keys * size
+
+
+def _delta_net(config: Mapping[str, Any], rows: int) -> tuple[int, ...]:
+    heads = config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    return 2 * keys + values, values, heads, heads
+
+
+def _qkv(module: str) -> tuple[str, str, str]:
+    return (f"{module}.q_proj", f"{module}.k_proj", f"{module}.v_proj")
+
+
+_ENCODER_QKV = _qkv("self_attn")
+
+
+_ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
+
+
+_INTERLEAVED_EXPERTS = FusedRows(
+    "experts.w13", ("experts.gate_up_proj",), _equal(1), permuted=("experts.gate_up_proj",)
+)
+
+
+_DINOV2 = (FusedRows("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),)
+
+
+# model_type, of config.json or of a config nested in it -> its matrices
+FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "gte": (
+        FusedRows("attention.qkv_proj", _ENCODER_QKV, _equal(3)),
+        FusedRows("mlp.up_gate_proj", ("mlp.up_proj", "mlp.gate_proj"), _equal(2)),
+    ),
+    "hrm_text": (
+        FusedRows("attn.gqkv_proj", ("self_attn.gate_proj", *_ENCODER_QKV), _equal(4)),
+        FusedRows("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),
+    ),
+    **dict.fromkeys("inkling2 inkling2_loop inkling2_loop_text inkling2_text".split(), (_INTERLEAVED_EXPERTS,)),
+    "inkling_mm_model": (
+        _INTERLEAVED_EXPERTS,
+        FusedRows("shared_w13", ("gate_proj", "up_proj"), _equal(2), permuted=("gate_proj", "up_proj")),
+        FusedRows("mlp.w13_dn", ("mlp.gate_proj", "mlp.up_proj"), _equal(2), permuted=("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    "jina_embeddings_v3": (FusedRows("mixer.Wqkv", _ENCODER_QKV, _equal(3)),),
+    "kimi_k25": (FusedRows("wqkv", _qkv("attn"), _equal(3), permuted=("attn.q_proj", "attn.k_proj")),),
+    "lara_mini": (
+        FusedRows(
+            "linear_attn.in_proj",
+            tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+            _delta_net,
+        ),
+    ),
+    "minimax_m3_vl": (FusedRows("gate_up_proj", ("gate_proj", "up_proj"), _equal(2), "parts"),),
+    "mistral_large4": tuple(  # of the tower: the language model's have other names
+        FusedRows(f"attention.w{part}", (f"attention.{part}_proj",), _equal(1), permuted=(f"attention.{part}_proj",))
+        for part in "qk"
+    ),
+    "molmo2_text": (
+        FusedRows("self_attn.att_proj", _ENCODER_QKV, _grouped_heads),
+        FusedRows("mlp.ff_proj", ("mlp.up_proj", "mlp.gate_proj"), _equal(2)),
+    ),
+    "nomic_bert": (FusedRows("attn.Wqkv", _ENCODER_QKV, _equal(3)),),
+    "qianfan_ocr": (FusedRows("attn.qkv", _qkv("attention"), _equal(3)),),
+    "radio": (FusedRows("attn.qkv", _qkv("attention"), _equal(3)),),
+    "sapiens2": (FusedRows("ffn.w12", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),),
+    "sarvam_moe": (FusedRows("self_attn.query_key_value", _ENCODER_QKV, _grouped_heads),),
+    "step3p7": (
+        FusedRows("mlp.experts.gate_up_proj", ("moe.gate_proj", "moe.up_proj"), _equal(2), "parts"),
+        FusedRows("self_attn.in_proj", _ENCODER_QKV, _equal(3), permuted=_ROTARY),
+    ),
+    "tipsv2": (
+        FusedRows("self_attn.in_proj", _ENCODER_QKV, _equal(3)),
+        FusedRows("attn.qkv", _qkv("attention"), _equal(3)),
+        FusedRows("mlp.w12", ("mlp.gate_proj", "mlp.up_proj"), _equal(2)),
+    ),
+    "unlimited_ocr": (FusedRows("self_attn.qkv_proj", _ENCODER_QKV, _equal(3)),),
+}
+
+
+def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: int) -> tuple[RowPart, ...]:
+    """Return the modules of the class whose rows a tensor of the file has; () if it is not fused, nor a part.
+
+    Args:
+        name: the tensor's name in the file, without wrappers, or its module's path.
+        model_types: those of config.json, nested configs included.
+        configs: these configs, by their type.
+        rows: of the tensor; of a stack of experts, the rows of one.
+
+    Raises:
+        InputError: the rows do not follow from the config.
+    """
+    tables = [(model_type, each) for model_type in model_types for each in FUSED_ROWS.get(model_type, ())]
+    path = canonical(name, model_types) if tables else name
+    ending = ".bias" if path.endswith("bias") else ""
+    path = re.sub(r"[._](weight|bias)$", "", path)  # nn.MultiheadAttention has an `in_proj_weight`
+    for model_type, each in tables:
+        if each.stored == "fused" and _ends(path, each.fused):
+            shares = _sizes(each, model_type, configs, rows, name)
+            front = path.removesuffix(each.fused)
+            starts = [sum(shares[:i]) for i in range(len(shares))]
+            return tuple(
+                RowPart(front + part + ending, start, start + size, 0, size, part in each.permuted)
+                for part, start, size in zip(each.parts, starts, shares, strict=True)
+            )
+        for index, part in enumerate(each.parts if each.stored == "parts" else ()):
+            if _ends(path, part):
+                shares = _sizes(each, model_type, configs, rows * len(each.parts), name)
+                module = path.removesuffix(part) + each.fused + ending
+                return (RowPart(module, 0, rows, sum(shares[:index]), sum(shares)),)
+    return ()
+
+
+def _ends(path: str, end: str) -> bool:
+    return path == end or path.endswith(f".{end}")
+
+
+def _sizes(fused: FusedRows, model_type: str, configs: Configs, rows: int, name: str) -> tuple[int, ...]:
+    parts = ", ".join(part.rpartition(".")[2] for part in fused.parts)
+    try:
+        shares = fused.shares(configs.get(model_type, {}), rows)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"has the rows of {parts}, and the config of the {model_type} does not tell how many of each",
+            culprit=name,
+            remedy=f"give the base's config.json its {error.args[0]}" if isinstance(error, KeyError) else None,
+        ) from None
+    if sum(shares) != rows:
+        raise InputError(
+            f"has {rows} rows, but the config of the {model_type} gives {' + '.join(map(str, shares))} ({parts})",
+            culprit=name,
+            remedy="is the config.json this model's?",
+        )
+    return shares

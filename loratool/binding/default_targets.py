@@ -1,0 +1,62 @@
+"""Choose what gets no factors unless a pattern names it, and find what of it an adapter can keep entirely instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from ..architectures.beside_layers import GATES, MTP, ROUTERS, Layers
+from ..architectures.prefixes import module_path
+from ..architectures.renames import expert_part
+from ..architectures.roles import weight_role
+from ..files.checkpoint import Checkpoint
+from .peft_names import is_plain
+from .resolve import strip_wrappers
+from .selection import PRESETS, matches_pattern
+
+LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that name nothing beside the layers
+
+
+def find_unnamed(base: Checkpoint, in_model: Callable[[str], str], patterns: Sequence[str]) -> dict[str, str]:
+    """Map the tensors beside a model's layers that no pattern names to their group (`GROUPS`).
+
+    A pattern that matches tensors of other groups or of the layers too, like q_proj, names no MTP layer.
+    """
+    paths = {name: in_model(name) for name in base.specs}
+    layers = Layers.find(paths.values(), base.config)
+    groups = {}
+    for name, path in paths.items():
+        module, shape = module_path(path), base.specs[name].shape
+        if group := layers.group(module, weight_role(module, len(shape), True), shape):
+            groups[name] = group
+    naming = [pattern for pattern in patterns if pattern not in LAYERS_ALONE]
+    if not naming:
+        return groups
+    parts = {name: expert_part(strip_wrappers(name), base.model_types) for name in base.specs}
+    fused = {part.fused: module_path(in_model(part.fused)) for part in parts.values() if part}
+    spellings = {
+        name: {module_path(name), module_path(path), *([fused[part.fused]] if (part := parts[name]) else [])}
+        for name, path in paths.items()
+    }
+
+    def is_named(patterns: Sequence[str], paths: Collection[str]) -> bool:
+        return any(matches_pattern(pattern, path) for pattern in patterns for path in paths)
+
+    others = {path for name, found in spellings.items() if groups.get(name) != MTP for path in found}
+    of_mtp = [pattern for pattern in naming if not is_named([pattern], others)]
+    return {n: group for n, group in groups.items() if not is_named(of_mtp if group == MTP else naming, spellings[n])}
+
+
+def kept_whole(
+    base: Checkpoint, in_model: Callable[[str], str], unnamed: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Map each tensor of a router or gate that gets no factors to all tensors of its module, which PEFT saves as one.
+
+    unnamed: of `find_unnamed`. A module with codes is left out.
+    """
+    owners = {in_model(name).rpartition(".")[0] for name, group in unnamed.items() if group in (ROUTERS, GATES)}
+    members: dict[str, list[str]] = {}
+    for name in base.specs if owners else ():
+        if (owner := in_model(name).rpartition(".")[0]) in owners:
+            members.setdefault(owner, []).append(name)
+    whole = [names for names in members.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
+    return {name: tuple(names) for names in whole for name in names}

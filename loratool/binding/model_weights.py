@@ -1,0 +1,195 @@
+"""List the weights of the class that PEFT wraps, each with the rows of the file's tensors that it is loaded from.
+
+Most are one tensor of the file. But transformers stacks experts that a file has one by one, and splits what a file has
+fused: an adapter has factors for what is in the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..adapters.weight_kinds import stack_shape, weight_kind
+from ..architectures.fused_rows import RowPart
+from ..architectures.prefixes import module_path
+from ..architectures.renames import TURNED_TO_FIT, expert_part
+from ..architectures.roles import weight_role
+from ..files.checkpoint import Checkpoint
+from ..files.dtypes import TensorSpec
+from ..files.tensor_ref import TensorRef
+from .class_names import ClassNames
+from .peft_names import is_bare, is_plain, role_in_model
+from .resolve import fused_parts, strip_wrappers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor of the file, seen as a matrix with the columns of its last dimension."""
+
+    name: str
+    span: tuple[int, int] | None = None  # start and stop; None for all of the tensor, as it is
+
+
+@dataclass(frozen=True)
+class ModelWeight:
+    """A weight of the class that PEFT wraps, which can have factors."""
+
+    name: str  # of the file's tensor if it is one, else that of the class
+    in_model: str  # its name in the class
+    role: str  # `architectures.roles.weight_role`, or router
+    kind: str  # a key of WEIGHT_KINDS
+    bare: bool  # PEFT has to be told of it as a parameter, not as a module
+    spec: TensorSpec  # in the class
+    pieces: tuple[tuple[Piece, ...], ...]  # of each of its matrices, one below the other
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Return (E, out, in) of its stack of matrices."""
+        return stack_shape(self.kind, self.spec.shape)
+
+    @property
+    def parameters_per_rank(self) -> int:
+        E, out, inp = self.sizes
+        return E * (out + inp)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that a delta of this weight can have."""
+        return min(self.sizes[1:])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the file's tensors."""
+        return tuple(dict.fromkeys(piece.name for matrix in self.pieces for piece in matrix))
+
+    @property
+    def is_rearranged(self) -> bool:
+        """Return whether it is several tensors of the file, or some rows of one."""
+        return self.name not in self.names
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return the paths under which a pattern may name it."""
+        return tuple(dict.fromkeys(map(module_path, (self.name, self.in_model))))
+
+    def matrices(self, ref: Callable[[str], TensorRef]) -> Iterator[list[TensorRef]]:
+        """Yield the rows of each matrix, as the weights of `ref` that are below one another.
+
+        Args:
+            ref: a name in the file -> where that weight is read from.
+        """
+        for matrix in self.pieces:
+            yield [ref(p.name).part(*p.span) if p.span else ref(p.name) for p in matrix]
+
+
+def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWeight]:
+    """Return the weights that can have factors, in the order of the file.
+
+    Args:
+        in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load, whose modules
+            are the file's.
+    """
+    rearranged = rearranged_weights(base, in_model) if in_model else {}
+    found = []
+    for name, spec in base.specs.items():
+        if name in rearranged:
+            found += [each for each in rearranged[name] if each.role and name == each.names[0]]
+        elif weight := weight_of_tensor(base, name, spec, in_model):
+            found.append(weight)
+    return found
+
+
+def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: ClassNames | None) -> ModelWeight | None:
+    """Return the weight of the class that is one tensor of the file; None if it can have no factors."""
+    path = in_model(name) if in_model else name
+    plain = weight_role(module_path(name), len(spec.shape), is_plain(base, name, spec))
+    role = role_in_model(base, name, path, spec) if in_model else plain
+    if not role:
+        return None
+    kind = weight_kind(base.model_types, module_path(name), "linear" if role == "router" else role)
+    kind = "experts-turned" if kind == "experts" and _is_turned(base, name, spec) else kind
+    pieces: tuple[tuple[Piece, ...], ...] = ((Piece(name),),)
+    if kind.startswith("experts"):
+        rows = spec.shape[1]
+        pieces = tuple((Piece(name, (e * rows, (e + 1) * rows)),) for e in range(spec.shape[0]))
+    bare = in_model is not None and is_bare(in_model.family, path, role)
+    return ModelWeight(name, path, role, kind, bare, spec, pieces)
+
+
+def _is_turned(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
+    """Return whether a stack is (expert, in, out) in a file of TURNED_TO_FIT, by the inputs of a layer of experts."""
+    width = next((base.configs[t].get("hidden_size") for t in base.model_types if t in TURNED_TO_FIT), None)
+    place = 1 if name.endswith("down_proj") else 2  # of the width in (expert, out, in)
+    return width is not None and spec.shape[place] != width == spec.shape[3 - place]
+
+
+def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list[ModelWeight]]:
+    """Map each tensor that is no whole weight of the class to the weights that have rows of it.
+
+    A weight has no role if PEFT cannot be given factors of it: its rows are in another order than the file's, the file
+    does not have all of them, or the class has no such weight.
+    """
+    joined: dict[str, _Joined] = {}
+    split: list[ModelWeight] = []
+    for name, spec in base.specs.items():
+        if (part := expert_part(strip_wrappers(name), base.model_types)) and len(spec.shape) == 2:
+            rows = spec.shape[0]
+            whole = joined.setdefault(part.fused, _Joined(part.fused, part.parts * rows, True))
+            whole.members[part.expert, part.part * rows] = Piece(name, (0, rows))
+            continue
+        for row in fused_parts(name, spec, base.configs):
+            if row.stop - row.start == row.whole:
+                split.append(_split(base, in_model, name, row))
+                continue
+            path, count = f"{row.module}.weight" if len(spec.shape) == 2 else row.module, row.stop - row.start
+            whole = joined.setdefault(path, _Joined(path, row.whole, len(spec.shape) == 3))
+            for e in range(spec.shape[0] if whole.stacked else 1):
+                whole.members[e, row.skip] = Piece(name, (e * count, (e + 1) * count))
+    found: dict[str, list[ModelWeight]] = {}
+    for weight in (*split, *(_join(base, in_model, each) for each in joined.values())):
+        for name in weight.names:
+            found.setdefault(name, []).append(weight)
+    return found
+
+
+@dataclass
+class _Joined:
+    """A weight of the class whose rows are those of several tensors."""
+
+    name: str  # canonical
+    rows: int  # of each of its matrices
+    stacked: bool  # it is a stack of experts
+    members: dict[tuple[int, int], Piece] = field(default_factory=dict)  # (expert, first row there) -> rows
+
+
+def _join(base: Checkpoint, in_model: ClassNames, joined: _Joined) -> ModelWeight:
+    path, matrices = in_model(joined.name), dict[int, list[Piece]]()
+    for expert, row in sorted(joined.members):
+        matrices.setdefault(expert, []).append(joined.members[expert, row])
+    specs = {piece.name: base.specs[piece.name] for piece in joined.members.values()}
+    complete = [*matrices] == [*range(len(matrices))] and all(
+        sum(piece.span[1] - piece.span[0] for piece in pieces if piece.span) == joined.rows
+        for pieces in matrices.values()
+    )
+    plain = len({spec.shape[-1] for spec in specs.values()}) == 1 and all(
+        is_plain(base, each, spec) for each, spec in specs.items()
+    )
+    first = next(iter(specs.values()))
+    shape = (*((len(matrices),) if joined.stacked else ()), joined.rows, first.shape[-1])
+    role = weight_role(module_path(path), len(shape), True) if plain and complete and path else ""
+    bare, pieces = is_bare(in_model.family, path, role), tuple(map(tuple, matrices.values()))
+    spec = TensorSpec(first.dtype, shape)
+    return ModelWeight(path or joined.name, path, role, role or "linear", bare, spec, pieces)
+
+
+def _split(base: Checkpoint, in_model: ClassNames, name: str, row: RowPart) -> ModelWeight:
+    spec = base.specs[name]
+    ending = "" if row.module.endswith(".bias") or len(spec.shape) == 3 else ".weight"
+    path = in_model(row.module + ending)
+    shape = (row.whole, *spec.shape[1:])
+    is_matrix = len(shape) == 2 and is_plain(base, name, spec) and not row.permuted and bool(path)
+    role = weight_role(module_path(path), 2, True) if is_matrix else ""
+    pieces = ((Piece(name, (row.start, row.stop)),),)
+    bare = is_bare(in_model.family, path, role)
+    named = path or row.module + ending
+    return ModelWeight(named, path, role, role or "linear", bare, TensorSpec(spec.dtype, shape), pieces)

@@ -1,0 +1,52 @@
+"""Name what a merge leaves as it was though it belongs to what changed: MTP layers, and their copies of the vocabulary.
+
+MTP layers draft tokens for a model that they were trained with. They run with the merged one, which checks every token,
+but more of their drafts fail; a copy of the embedding or the head in them is no longer the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..architectures.beside_layers import Layers
+from ..architectures.ties import COPIES, INPUT_EMBEDDINGS
+from ..files.checkpoint import Checkpoint
+from .resolve import strip_wrappers
+
+VOCABULARY = frozenset({*INPUT_EMBEDDINGS, *COPIES, "head"})  # last names; DeepSeek-V3's is shared_head.head
+
+
+def stale_notes(base: Checkpoint, changed: Collection[str]) -> tuple[str, ...]:
+    """Return a note about MTP layers and copies in them that no adapter changes, if one changes the rest of the model.
+
+    A copy is an embedding or a head of the same type and shape whose first, middle and last rows are equal in the base.
+    """
+    layers = Layers.find((), base.config)
+    mtp = {name: None for name in base.specs if layers.is_mtp(strip_wrappers(name))}
+    originals = [name for name in changed if name in base.specs and name not in mtp]
+    stale = [name for name in mtp if name not in changed]
+    if not originals or not stale:
+        return ()
+    words = [name for name in originals if _is_vocabulary(name)]
+    copies = [n for n in stale if _is_vocabulary(n) and any(_looks_equal(base, word, n) for word in words)]
+    notes = []
+    if len(stale) == len(mtp):
+        notes.append(f"the MTP layers are as they were, trained with the unmerged model: {stale[0]}, ...")
+    if copies:
+        notes.append(f"copies of what changed are as they were: {', '.join(copies)}")
+    return ("; ".join(notes),) if notes else ()
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in VOCABULARY
+
+
+def _looks_equal(base: Checkpoint, one: str, other: str) -> bool:
+    import torch
+
+    spec = base.specs[one]
+    if spec != base.specs[other] or not spec.size:
+        return False
+    count, refs = spec.shape[0], (base.ref(one), base.ref(other))
+    rows = sorted({0, count // 2, count - 1})
+    return all(torch.equal(*(ref.matrix_rows(count, row, row + 1) for ref in refs)) for row in rows)
