@@ -88,8 +88,8 @@ def test_a_tied_head_inside_another_module(model_type: str, tmp_path: Path) -> N
     loratool.extract(*paths, tmp_path / "full", embed="full")
     with torch.no_grad():
         before, after = (kind.from_pretrained(path).eval()(input_ids=ids).logits for path in paths)
-        factored = loaded(kind, paths[0], tmp_path / "lora").eval()
-        whole = loaded(kind, paths[0], tmp_path / "full").merge_and_unload().eval()
+        factored = with_adapter(kind, paths[0], tmp_path / "lora").eval()
+        whole = with_adapter(kind, paths[0], tmp_path / "full").merge_and_unload().eval()
         for found in (factored, whole):
             assert float((found(input_ids=ids).logits - after).norm()) < 1e-4 * float((after - before).norm())
 
