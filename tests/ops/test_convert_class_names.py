@@ -261,6 +261,7 @@ def test_stacks_and_single_experts_in_one_adapter(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", disk, {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]})
     pairs = {f"model.layers.0.mlp.experts.{e}.down_proj": factors(8, 6, 2, e) for e in range(3)}
     pairs["model.layers.1.mlp.experts"] = (weights(6, 6), weights(8, 6))
-    start = write_peft(tmp_path / "a", pairs, r=2, target_parameters=["model.layers.1.mlp.experts.down_proj"])
+    parameters = ["model.layers.1.mlp.experts.down_proj"]
+    start = write_peft(tmp_path / "a", pairs, r=2, target_modules=["0.down_proj"], target_parameters=parameters)
     with pytest.raises(InputError, match="is a stack of experts, and others are single"):
         loratool.convert(start, tmp_path / "b", to="peft", base=base)
