@@ -57,8 +57,8 @@ STACKED_MODULES = {"jetmoe": frozenset({"input_linear", "output_linear"})}
 
 
 # Types whose class splits, fuses or moves weights of the file while it loads them, so that no module has that name or
-# it is another kind of layer, or whose keys PEFT renames twice (laguna's shared experts, the language model of
-# deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
+# it is another kind of layer, or whose keys PEFT renames twice (the experts of laguna and mistral_large4, the language
+# model of deepseek_ocr2, pi0's embed_action_time) -> an expression for their canonical paths (`renames.canonical`).
 RESHAPED = {
     "cohere_asr": r"\bpos_emb$",
     "ctrl": r"^(transformer\.)?w$",  # its embedding; no other type has this name
@@ -77,7 +77,7 @@ RESHAPED = {
     "laguna": r"\bshared_experts\.",
     "lara_mini": r"\blinear_attn\.in_proj$",
     "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$",
-    "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
+    "mistral_large4": r"\bvision_tower\..*\bw[qk]$|\bmlp\.(shared_)?experts\b",
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",
     "molmo2_text": r"\b(att_proj|ff_proj|wte)$",
     "nemotron_h_omni": r"\bvision_model\..*\bqkv$",
@@ -100,6 +100,7 @@ REFUSED = {
         rt_detr sam3_tracker tipsv2_dpt""".split(),
         "transformers renames its weights while it loads them, and its modules' names are not known here",
     ),
+    "ibert": "PEFT refuses its QuantLinear layers",
     "pp_formulanet": "PEFT finds no input embeddings in it",
 }
 

@@ -383,6 +383,8 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bnorm1(?=\.|$)", "post_attention_layernorm"),
         (r"\bnorm2(?=\.|$)", "post_mlp_layernorm"),
     ),
+    "ultrabert": ((r"^ultrabert(?=\.|$)", "model"), (r"^cls(?=\.|$)", "head.decoder")),
+    "ultravbert": ((r"^head\.decoder(?=\.|$)", "lm_head"), (r"^head(?=\.|$)", "projection_head")),
     # image encoders
     "audio-spectrogram-transformer": _VIT,
     "beit": (

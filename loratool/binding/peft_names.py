@@ -135,7 +135,7 @@ def names_not_found(
     reshaped = [RESHAPED[t] for t in base.model_types if t in RESHAPED]
     # of the others an expression tells PEFT (`target_modules`), of which it takes last names alone in some types
     named = both if family in STACKED_BY_PEFT else whole
-    doubtful = _named_twice(base, in_model, named.values()) | _unknown_order(base, factored)
+    doubtful = _named_twice(base, in_model, named.values()) | _unknown_order(factored.values())
     layers = Layers.find(both.values(), base.config)
     found = {}
     for name, path in both.items():
@@ -188,15 +188,13 @@ def _named_twice(base: Checkpoint, in_model: ClassNames, names: Collection[str])
     return {name for name in suspects if module_path(name) in ends}
 
 
-def _unknown_order(base: Checkpoint, factored: Mapping[str, str]) -> set[str]:
+def _unknown_order(names: Collection[str]) -> set[str]:
     """Return bare parameters of modules whose order of declaration is not known; PEFT nests its wrappers by it."""
     stacks: dict[str, set[str]] = {}
-    for name, path in factored.items():
-        if name in base.specs and role_in_model(base, name, path, base.specs[name]) == "experts":
-            owner, _, parameter = path.rpartition(".")
-            stacks.setdefault(owner, set()).add(parameter)
+    for owner, _, parameter in (name.rpartition(".") for name in names if not name.endswith(".weight")):
+        stacks.setdefault(owner, set()).add(parameter)
     unknown = {owner for owner, own in stacks.items() if len(own) > 1 and not own.issubset(DECLARED)}
-    return {path for path in factored.values() if path.rpartition(".")[0] in unknown}
+    return {name for name in names if name.rpartition(".")[0] in unknown}
 
 
 def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:

@@ -29,12 +29,22 @@ def dory(config: Any) -> None:
     config.num_hidden_layers, config.layer_types = 3, ["sliding_attention", "full_attention", "sliding_attention"]
 
 
+DOTS3 = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48, "vocab_size": 320}
+DOTS3 |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4}
+DOTS3 |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 24, "index_head_dim": 16}
+DOTS3 |= {"q_lora_rank": 32, "kv_lora_rank": 32, "num_experts_per_tok": 2, "pad_token_id": 0}
+
+
+def dots3_note(config: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "moe_intermediate_size": 48, "adapter_in_dim": 64, "pyramid_num_routed": [-1, 4]}
+    audio = {**sizes, "adapter_input_size": 64, "feature_size": 16, "downsample_hidden_size": 16}
+    towers = {"vision_config": {**vision, "adapter_out_dim": 64}, "audio_config": {**audio, "adapter_out_dim": 64}}
+    return type(config)(text_config=DOTS3, **towers)
+
+
 def dots3_note_text(config: Any) -> Any:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48, "vocab_size": 320}
-    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4}
-    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 24, "index_head_dim": 16}
-    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "num_experts_per_tok": 2, "pad_token_id": 0}
-    return type(config)(**sizes, **counts, **heads, **ranks)
+    return type(config)(**DOTS3)
 
 
 def ernie4_5_vl_moe(config: Any) -> None:
@@ -66,6 +76,10 @@ def dinov2(config: Any) -> Any:
     return type(config)(**sizes, use_swiglu_ffn=True)
 
 
+def mistral_large4(config: Any) -> None:
+    config.text_config.head_dim = config.text_config.qk_rope_head_dim
+
+
 def molmo2(config: Any) -> None:
     config.adapter_config.vision_feature_layer = [1, 0]
 
@@ -90,6 +104,7 @@ CASES: dict[str, tuple[str, Fix, str]] = {
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", deepseek_ocr2, "$^"),
     "dinov2": ("Dinov2Model", dinov2, "$^"),
     "dory": ("causal", dory, "$^"),
+    "dots3_note": ("Dots3NoteForConditionalGeneration", dots3_note, "$^"),
     "dots3_note_text": ("Dots3NoteForCausalLM", dots3_note_text, "$^"),
     "ernie4_5_vl_moe": ("Ernie4_5_VLMoeForConditionalGeneration", ernie4_5_vl_moe, r"_moe\.gate\b"),
     "gte": ("GteModel", vars, "$^"),
@@ -102,6 +117,7 @@ CASES: dict[str, tuple[str, Fix, str]] = {
     "kimi_k25": ("image", vars, r"vision_tower.*\.[qk]_proj"),
     "lara_mini": ("causal", vars, "$^"),
     "minimax_m3_vl": ("image", minimax_m3_vl, "$^"),
+    "mistral_large4": ("MistralLarge4ForConditionalGeneration", mistral_large4, r"vision_tower.*\.[qk]_proj"),
     "molmo2": ("Molmo2ForConditionalGeneration", molmo2, "$^"),
     "nomic_bert": ("NomicBertModel", vars, "$^"),
     "pi0": ("image", vars, "$^"),

@@ -154,7 +154,8 @@ def _sort_tensor(
         found.unchanged += 1
         return
     group = found.unnamed.get(name, "")
-    selected = selection.selects(module, *(weight.paths if weight else ())) and not absent
+    paths = (module, module_path(found.in_model(name))) if found.in_model else (module,)
+    selected = selection.selects(*paths) and not absent
     bypassed = weight and found.in_model and is_bypassed(found.in_model.family, weight.in_model)
     selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
     role = "" if group else role

@@ -22,9 +22,11 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...binding.class_names import ClassNames
 from ...binding.model_pairs import ModelPairs, pair_tensors
+from ...binding.model_weights import rearranged_weights
 from ...binding.peft_names import refuse_unsaid
 from ...binding.selection import Selection, parse_layers
 from ...errors import InputError, NeedsFlag, UsageError
+from ...files.checkpoint import Checkpoint
 from ...files.output import check_output_path, naming_output
 from ...files.tensor_compare import Difference, matrix_difference
 from ...streaming.workers import Progress, choose_device
@@ -193,10 +195,10 @@ def extract(
         require_language_model(sides[0], output_format, architecture)
         pairs = pair_tensors(*sides)
         requested = Selection(tuple(target), tuple(exclude), parse_layers(layers))
-        requested.require_used([*map(module_path, pairs.both)], os.fspath(base))
+        in_model = ClassNames(sides[0], architecture) if whole_model else None
+        requested.require_used(_named(sides[0], pairs, in_model), os.fspath(base))
         excluded = (*exclude, *(() if whole_model else unsupported_patterns(sides[0])))
         selection = replace(requested, exclude=excluded)
-        in_model = ClassNames(sides[0], architecture) if whole_model else None
         found = sort_deltas(
             sides[0], pairs, selection, embed, bias and ReplaceTensor in output_format.can.kinds, in_model
         )
@@ -225,6 +227,13 @@ def extract(
         report = _build_report(work, found, pairs, plan, (os.fspath(base), os.fspath(tuned), str(path)), dry_run)
         absent = in_model.absent() if in_model and architecture else ()
         return replace(report, warnings=(*report.warnings, *absent))
+
+
+def _named(base: Checkpoint, pairs: ModelPairs, in_model: ClassNames | None) -> set[str]:
+    """Return the paths that a pattern can name: those of the files, and those of the class."""
+    names = {*pairs.both, *map(in_model, pairs.both)} if in_model else {*pairs.both}
+    rearranged = rearranged_weights(base, in_model).values() if in_model else ()
+    return {*map(module_path, names)} | {weight.paths[-1] for each in rearranged for weight in each}
 
 
 def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
