@@ -62,7 +62,7 @@ class Row:
     init: str
     compared: str = "logits"  # or "weights", if the class does not answer to token ids alone
     excluded: Patterns = ()  # what extract and init ask to leave out by --exclude
-    left_out: Patterns = ()  # changed tensors that the report of extract names, every number as N
+    left_out: Patterns = ()  # changed tensors that extract reports as left out, every number as N
     beside: Patterns = ()  # what stands beside the layers, by the report of init: routers, ...
 
 
@@ -286,8 +286,8 @@ def row(table: str, model_type: str) -> Row:
         )
         init, started = state(lambda: check_init(kind, folder))
         excluded, left_out, compared = extracted or ((), (), "")
+        too, also, _ = again or ((), (), "")
         asked, beside = started or ((), ())
-        named = (*excluded, *(again or ((),))[0], *asked)
         return Row(
             table,
             model_type,
@@ -297,8 +297,8 @@ def row(table: str, model_type: str) -> Row:
             every,
             init,
             compared,
-            tuple(dict.fromkeys(named)),
-            left_out,
+            tuple(dict.fromkeys((*excluded, *too, *asked))),
+            tuple(dict.fromkeys((*left_out, *also))),
             beside,
         )
 
