@@ -62,7 +62,7 @@ class Row:
     init: str
     compared: str = "logits"  # or "weights", if the class does not answer to token ids alone
     excluded: Patterns = ()  # what extract and init ask to leave out by --exclude
-    left_out: Patterns = ()  # changed tensors that the report of extract names, every number as N
+    left_out: Patterns = ()  # changed tensors that extract reports as left out, every number as N
     beside: Patterns = ()  # what stands beside the layers, by the report of init: routers, ...
 
 
@@ -232,8 +232,10 @@ def check_merge(kind: Any, folder: Path) -> str:
         get_peft_model(model, config).save_pretrained(folder / "peft", save_embedding_layers=False)
         randomize(folder / "peft")
         with_adapter(kind, folder / "base", folder / "peft")
+    except AssertionError:
+        return "PEFT does not find all of its own adapter again"
     except Exception as error:  # PEFT's, of any kind
-        return f"PEFT makes no adapter that it loads, {told(error)}"
+        return f"PEFT makes no adapter ({type(error).__name__})"
     same_merge(kind, folder / "base", folder / "peft", folder / "merged-peft")
     return ""
 
@@ -286,8 +288,8 @@ def row(table: str, model_type: str) -> Row:
         )
         init, started = state(lambda: check_init(kind, folder))
         excluded, left_out, compared = extracted or ((), (), "")
+        too, also, _ = again or ((), (), "")
         asked, beside = started or ((), ())
-        named = (*excluded, *(again or ((),))[0], *asked)
         return Row(
             table,
             model_type,
@@ -297,8 +299,8 @@ def row(table: str, model_type: str) -> Row:
             every,
             init,
             compared,
-            tuple(dict.fromkeys(named)),
-            left_out,
+            tuple(dict.fromkeys((*excluded, *too, *asked))),
+            tuple(dict.fromkeys((*left_out, *also))),
             beside,
         )
 
@@ -351,8 +353,10 @@ def grouped(rows: Iterable[Row]) -> str:
 
 def outcome(each: Row) -> tuple[str, ...]:
     """Return the cells that a class has in the table, without what only its own names are in a message."""
+    if each.merge.startswith(NOT):
+        return (each.merge, "", "", "", "")
     states = [re.sub(r"\d+", "N", getattr(each, verb)) for verb in VERBS]
-    short = [text if text.startswith(NOT) else ": ".join(text.split(": ")[:2])[:120] for text in states]
+    short = [": ".join(text.split(": ")[:2])[:120] for text in states]
     if each.compared == "weights" and each.extract == RIGHT:
         short[1] += " (weights)"
     ends = dict.fromkeys(pattern.removesuffix("$").replace("\\", "").split(".")[-1] for pattern in each.excluded)
