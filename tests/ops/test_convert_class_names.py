@@ -220,3 +220,14 @@ def test_what_has_no_name_is_refused(
     assert not (tmp_path / "b.safetensors").exists()
     if kind is NeedsFlag and "base" not in options:
         loratool.convert(start, tmp_path / "b", **{"to": "peft", "base": base, "exclude": [module], **options})
+
+
+def test_several_modules_whose_rows_are_one_tensor(tmp_path: Path) -> None:
+    _, model = build("causal", "hrm_text")
+    model.save_pretrained(tmp_path / "base")
+    modules = [f"model.H_module.layers.0.{each}_proj" for each in ("self_attn.q", "self_attn.k", "mlp.up")]
+    pairs = {m: factors(*model.get_submodule(m).weight.shape, 2, seed) for seed, m in enumerate(modules)}
+    start = write_peft(tmp_path / "a", pairs, lora_alpha=2)
+    loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
+    changes = {f"{module}.weight": B.double() @ A.double() for module, (A, B) in pairs.items()}
+    check(model.state_dict(), merged(model, tmp_path / "b"), changes)
