@@ -33,6 +33,13 @@ class ModelClass:
         start, to = next((move for move in self.moves if whole.startswith(move[0])), ("", None))
         return "" if to is None else to + whole.removeprefix(start)
 
+    def whole(self, path: str) -> str:
+        """Return the path in the whole model of one of this class, unchanged if the class has no such path."""
+        dotted = f"{path}."  # a head's module is its whole path
+        moves = ((start, to) for start, to in self.moves if to is not None and dotted.startswith(to))
+        start, to = next(moves, ("", ""))
+        return (start + dotted.removeprefix(to))[:-1]
+
 
 # Ends of the names of classes with a head that says words
 WORDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
