@@ -265,3 +265,14 @@ def test_stacks_and_single_experts_in_one_adapter(tmp_path: Path) -> None:
     start = write_peft(tmp_path / "a", pairs, r=2, target_modules=["0.down_proj"], target_parameters=parameters)
     with pytest.raises(InputError, match="is a stack of experts, and others are single"):
         loratool.convert(start, tmp_path / "b", to="peft", base=base)
+
+
+def test_several_modules_whose_rows_are_one_tensor(tmp_path: Path) -> None:
+    _, model = build("causal", "hrm_text")
+    model.save_pretrained(tmp_path / "base")
+    modules = [f"model.H_module.layers.0.{each}_proj" for each in ("self_attn.q", "self_attn.k", "mlp.up")]
+    pairs = {m: factors(*model.get_submodule(m).weight.shape, 2, seed) for seed, m in enumerate(modules)}
+    start = write_peft(tmp_path / "a", pairs, lora_alpha=2)
+    loratool.convert(start, tmp_path / "b", to="peft", base=tmp_path / "base")
+    changes = {f"{module}.weight": B.double() @ A.double() for module, (A, B) in pairs.items()}
+    check(model.state_dict(), merged(model, tmp_path / "b"), changes)

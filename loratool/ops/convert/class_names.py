@@ -210,12 +210,13 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
 
 
 def _module_of(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
-    """Return a module of the class, by the name that its tensor has in the file, or by that of its rows there."""
+    """Return a tensor of the class, by the name that it has in the file, or by that of its rows there."""
     (first, *others) = matches
     if first.rows is None:
         return module if others else first.name
     parts = fused_parts(first.name, base.specs[first.name], base.configs)
-    return next(part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
+    path = next(part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
+    return path if path.endswith(".bias") else f"{path}.weight"
 
 
 def _expert_part(module: str, match: Match, base: Checkpoint) -> ExpertPart | None:
