@@ -117,7 +117,7 @@ _NO_BARE = frozenset(
 
 # (type, task) of classifiers that have a part of the backbone alone
 _PARTIAL = frozenset(
-    [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "mt5", "t5", "umt5"))]
+    [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "markuplm", "mt5", "t5", "umt5"))]
 )
 
 
@@ -127,8 +127,8 @@ _ADD_BODY = {"mt5": "transformer.", "t5": "transformer.", "umt5": "transformer."
 
 # Encoders of which only the bare class has the pooler, or that and the classifier of sequences
 _POOLER_IF_BARE = frozenset(
-    """camembert data2vec-text ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm xlm-roberta
-    xlm-roberta-xl xmod""".split()
+    """camembert data2vec-text esm ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm
+    xlm-roberta xlm-roberta-xl xmod""".split()
 )
 _POOLER_IF_SEQUENCES = frozenset("albert bert ernie gte megatron-bert mobilebert nomic_bert rembert roc_bert".split())
 
