@@ -33,6 +33,13 @@ class ModelClass:
         start, to = next((move for move in self.moves if whole.startswith(move[0])), ("", None))
         return "" if to is None else to + whole.removeprefix(start)
 
+    def whole(self, path: str) -> str:
+        """Return the path in the whole model of one of this class, unchanged if the class has no such path."""
+        dotted = f"{path}."  # a head's module is its whole path
+        moves = ((start, to) for start, to in self.moves if to is not None and dotted.startswith(to))
+        start, to = next(moves, ("", ""))
+        return (start + dotted.removeprefix(to))[:-1]
+
 
 # Ends of the names of classes with a head that says words
 WORDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
@@ -110,7 +117,7 @@ _NO_BARE = frozenset(
 
 # (type, task) of classifiers that have a part of the backbone alone
 _PARTIAL = frozenset(
-    [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "mt5", "t5", "umt5"))]
+    [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "markuplm", "mt5", "t5", "umt5"))]
 )
 
 
@@ -120,8 +127,8 @@ _ADD_BODY = {"mt5": "transformer.", "t5": "transformer.", "umt5": "transformer."
 
 # Encoders of which only the bare class has the pooler, or that and the classifier of sequences
 _POOLER_IF_BARE = frozenset(
-    """camembert data2vec-text ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm xlm-roberta
-    xlm-roberta-xl xmod""".split()
+    """camembert data2vec-text esm ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm
+    xlm-roberta xlm-roberta-xl xmod""".split()
 )
 _POOLER_IF_SEQUENCES = frozenset("albert bert ernie gte megatron-bert mobilebert nomic_bert rembert roc_bert".split())
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tiny import shrink
 
+from loratool.architectures.backbones import BACKBONES
 from loratool.architectures.classes import classes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -120,3 +121,17 @@ def test_what_no_model_that_is_built_shows(config: dict[str, Any], name: str, wh
 
 def test_no_classes_are_known_of_two_models_in_one_or_none() -> None:
     assert not classes_of({}) and not classes_of({"model_type": "vision-encoder-decoder"})
+
+
+@pytest.mark.slow
+def test_every_type_with_other_classes_has_its_backbone_where_transformers_says() -> None:
+    """That is where the modules are, but for T5 and the like, whose main class has no backbone."""
+    import transformers
+
+    own = "encoder-decoder longt5 mt5 switch_transformers t5 umt5".split()
+    inner = "Llama4ForCausalLM", "MllamaForCausalLM"  # whose backbone is `model`, as their names in a wrapper are not
+    for kind, mains in main_classes().items():
+        for main in mains if kind not in own else ():
+            prefix = getattr(transformers, main).base_model_prefix
+            known = classes_of({"model_type": kind, "architectures": [main]})
+            assert len(known) < 2 or main in inner or prefix == BACKBONES.get(kind, "model"), kind
