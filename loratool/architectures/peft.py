@@ -19,6 +19,24 @@ BYPASSED = {
 }
 
 
+# Type -> last names of embeddings that look up other rows than they are asked for (positions after an offset, or counted
+# from the shape of what they are given), normalize what they find, or read a second table for some. PEFT's factors are
+# looked up by what the module is given and added to what it returns, but by `embed_scale` (`tuners/lora/layer.py`).
+OTHER_LOOKUPS = {
+    **dict.fromkeys(
+        """autoformer bart bigbird_pegasus biogpt blenderbot blenderbot-small fsmt informer led marian mbart mvp opt pegasus
+        plbart pp_formulanet roformer time_series_transformer trocr whisper""".split(),
+        frozenset({"embed_positions"}),
+    ),
+    **dict.fromkeys(
+        "idefics inkling_text inkling2_text inkling2_loop_text muse_glimmer_text muse_spark_text".split(),
+        frozenset({"embed_tokens"}),
+    ),
+    "ovis2": frozenset({"visual_embeddings_table"}),
+    "prophetnet": frozenset({"position_embeddings"}),
+}
+
+
 # Type -> last names of linear layers that multiply other shapes than a linear layer does; told of as parameters, they
 # are right.
 GROUPED_LINEAR = {"deepseek_v4": frozenset({"o_a_proj"})}

@@ -24,9 +24,10 @@ OUTPUT_HEADS = ("lm_head", "embed_out")
 
 # Decoder families whose head has another name than OUTPUT_HEADS.
 DECODER_HEADS = {
-    "gpt_neox": "embed_out",
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_out"),
     "modernbert-decoder": "decoder",
-    "t5gemma2": "lm_head.out_proj",
+    **dict.fromkeys(("t5gemma", "t5gemma2"), "lm_head.out_proj"),
     "whisper": "proj_out",
 }
 
@@ -34,15 +35,16 @@ DECODER_HEADS = {
 # The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
 # of the head's linear layer too; if the head is not tied, loaders want both.
 MASKED_HEADS = {
-    "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie megatron-bert mobilebert nystromformer rembert
-    roc_bert roformer""",
+    "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
+    nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
+    "decoder.cls.predictions.decoder": "encoder-decoder vision-encoder-decoder",
     "lm_head.decoder": """bert-generation camembert data2vec-text longformer mpnet roberta roberta-prelayernorm
     xlm-roberta xlm-roberta-xl xmod""",
     "predictions.decoder": "albert",
     "generator_lm_head": "convbert electra",
     "vocab_projector": "distilbert",
     "decoder": "modernbert",
-    "pred_layer.proj": "xlm",
+    "pred_layer.proj": "flaubert xlm",
     "text_decoder.cls.predictions.decoder": "blip",
     "lm_loss": "xlnet",
 }
@@ -60,6 +62,20 @@ SHARED_BY_BOTH = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart switch_transformers t5 umt5""".split()
 )
+
+
+# Type -> (the embedding's name, whether it is called itself, those of others with its matrix that are called): where an
+# encoder and a decoder have one embedding. Which they have depends on the class.
+SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
+    **dict.fromkeys((*SHARED_BY_BOTH, "udop"), ("shared", False, ("encoder.embed_tokens", "decoder.embed_tokens"))),
+    **dict.fromkeys(
+        ("seamless_m4t", "seamless_m4t_v2"),
+        ("shared", False, ("text_encoder.embed_tokens", "text_decoder.embed_tokens")),
+    ),
+    "florence2": ("shared", True, ("decoder.embed_tokens",)),
+    "prophetnet": ("word_embeddings", False, ("encoder.word_embeddings", "decoder.word_embeddings")),
+    "t5gemma2": ("encoder.text_model.embed_tokens", True, ("decoder.embed_tokens",)),
+}
 
 
 # Those whose encoder and decoder use the module `shared` itself before transformers 5, whatever is stored for them.

@@ -12,14 +12,14 @@ from ..files.checkpoint import Checkpoint
 from .class_names import ClassNames
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
-from .peft_names import is_bypassed
+from .peft_names import is_bypassed, looks_up_otherwise
 from .selection import Selection
 
 # Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 
-NO_EFFECT = "layers on which PEFT's factors have no effect"
+NO_EFFECT = "layers on which PEFT's factors have no effect, or another"
 
 
 def find_candidates(
@@ -37,8 +37,8 @@ def find_candidates(
         InputError: a pattern names no weight that could have factors, or the selection leaves none.
     """
     every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
-    bypassed = [each for each in every if in_model and is_bypassed(in_model.family, each.in_model)]
-    eligible = [each for each in every if not (in_model and is_bypassed(in_model.family, each.in_model))]
+    bypassed = [each for each in every if in_model and _is_unfit(base, in_model, each)]
+    eligible = [each for each in every if not (in_model and _is_unfit(base, in_model, each))]
     unnamed = find_unnamed(base, in_model or str, selection.target)
     for pattern in selection.target:
         if not any(_is_target(pattern, each, unnamed) for each in eligible):
@@ -63,6 +63,10 @@ def find_candidates(
     if not found:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
     return found, left_out
+
+
+def _is_unfit(base: Checkpoint, in_model: ClassNames, weight: ModelWeight) -> bool:
+    return is_bypassed(in_model.family, weight.in_model) or looks_up_otherwise(base, weight.in_model)
 
 
 def _is_target(pattern: str, weight: ModelWeight, unnamed: Mapping[str, str]) -> bool:

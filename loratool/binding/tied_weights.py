@@ -31,6 +31,7 @@ from ..architectures.ties import (
     OUTPUT_HEADS,
     PAST_ITS_MODULE,
     SHARED_BY_BOTH,
+    SHARED_INPUTS,
     TIED_ANYHOW,
     TIED_AS_DECODERS,
     UNTIED_BY_DEFAULT,
@@ -57,16 +58,17 @@ class Tie:
     """A matrix that is used more than once: as embedding, as head, and under the names of copies in the files."""
 
     embedding: str  # the name under which it is stored
-    head: str
+    head: str  # empty if the class has none
     separable: bool  # loaders read the sides as separate matrices if they are written so
     tokens: str | None  # the name whose trained tokens PEFT gives to all others too
     inputs: tuple[str, ...] = ()  # embeddings of encoder and decoder, if `embedding` is the matrix that they share
+    is_called: bool = True  # the model computes with the module of `embedding` too
     bias: tuple[str, str] | None = None  # of a masked language model's head, and its other name
     keeps_flag: bool = False  # config.json goes on to say that the sides are tied
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return (*self.inputs, self.head)
+        return (*self.inputs, self.head) if self.head else self.inputs
 
     def is_stored(self, base: Checkpoint) -> bool:
         return self.head in base.specs
@@ -74,14 +76,13 @@ class Tie:
     def uses(self, stored: Collection[str]) -> tuple[tuple[str, bool], ...]:
         """Return the names of the modules that compute with the one matrix, each with whether it does so as a head.
 
-        The module whose name an encoder and a decoder share is called by neither.
-
         Args:
             stored: names that have a matrix of their own.
         """
         inputs = [name for name in self.inputs if name not in stored]
-        heads = [self.head] if self.head not in stored else []
-        return (*((name, False) for name in inputs or [self.embedding]), *((name, True) for name in heads))
+        own = [self.embedding] if self.is_called or not inputs else []
+        heads = [self.head] if self.head and self.head not in stored else []
+        return (*((name, False) for name in (*own, *inputs)), *((name, True) for name in heads))
 
     def stored_as(self, name: str) -> str:
         """Return the name under which the values of a side are stored."""
@@ -116,17 +117,29 @@ def find_tie(base: Checkpoint) -> Tie | None:
     if not (flag or encoder or is_encoder_decoder or architecture.endswith(GENERATIVE)):
         return None
     backbone = architecture.endswith("Model") and not architecture.endswith(GENERATIVE)
+    inputs, is_called = _inputs(base, embedding)
     if architecture.endswith(HEADLESS) or (backbone and (encoder or "." not in embedding.removesuffix(".weight"))):
-        return None
-    if encoder:
+        return Tie(embedding, "", False, None, inputs, is_called) if inputs else None
+    if encoder and not inputs:
         return _masked_tie(base, embedding, family)
     head = _head(base) or _head_name(base, embedding)
-    before, mark, _ = embedding.rpartition("shared.weight")
-    if not is_encoder_decoder or not mark:
+    if not inputs:
         return Tie(embedding, head, not is_encoder_decoder, embedding)
-    inputs = f"{before}encoder.embed_tokens.weight", f"{before}decoder.embed_tokens.weight"
     tokens = inputs[0] if family in EMBEDS_BY_ENCODER else embedding
-    return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, None, family in FLAG_SCALES)
+    return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, is_called, None, family in FLAG_SCALES)
+
+
+def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
+    """Return the embeddings of encoder and decoder that share a matrix, and whether it is called itself too."""
+    for family in base.model_types:
+        own, is_called, others = SHARED_INPUTS.get(family, ("", True, ()))
+        before, mark, _ = f".{embedding}".rpartition(f".{own}.weight")
+        if own and mark:
+            before = f"{before}.".removeprefix(".")
+            paths = [f"{before}{other}" for other in others]
+            there = [path for path in paths if any(n.startswith(f"{path.rpartition('.')[0]}.") for n in base.specs)]
+            return tuple(f"{path}.weight" for path in there), is_called
+    return (), True
 
 
 def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
@@ -136,7 +149,7 @@ def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
     bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
     known = family in MASKED_HEAD_OF and family not in PAST_ITS_MODULE
     separable = known and (bias is not None or linear in base.specs)
-    return Tie(embedding, f"{head}.weight", separable, embedding if separable else None, (), bias)
+    return Tie(embedding, f"{head}.weight", separable, embedding if separable else None, (), True, bias)
 
 
 def _head_name(base: Checkpoint, embedding: str) -> str:
@@ -242,8 +255,8 @@ def resolve_tie(
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
     one = (*one, *_mirror_token_rows(rows, one))
     sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
-    followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one]
-    shared = one or (sides.get(tie.inputs[0], ()) if tie.inputs else ())
+    followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one or tie.is_called]
+    shared = one if one or tie.is_called else sides.get(tie.inputs[0], ())
     if followed and all(_equal(shared, found) for found in followed):
         return ResolvedTie(
             {**rest, **dict.fromkeys((tie.embedding, *copies), shared)}, (), _forgotten_bias(base, tie, rows)

@@ -19,7 +19,7 @@ from ...binding.class_names import ClassNames
 from ...binding.default_targets import find_unnamed, kept_whole
 from ...binding.model_pairs import ModelPairs
 from ...binding.model_weights import ModelWeight, rearranged_weights, weight_of_tensor
-from ...binding.peft_names import bare_routers, is_bypassed
+from ...binding.peft_names import bare_routers, is_bypassed, looks_up_otherwise
 from ...binding.selection import Selection
 from ...binding.tied_weights import find_tie
 from ...errors import InputError
@@ -115,6 +115,7 @@ def sort_deltas(
             uses = tie.uses({*base.specs, *untied}) if tie and name == tie.embedding else ()
             uses = tuple(use for use in uses if in_model is None or in_model(use[0]))  # a bare class has no head
             _sort_tensor(base, name, one, two, uses, selection, embed, bias, found)
+    found.saved = {path for path in found.saved if not any(path.startswith(f"{owner}.") for owner in found.saved)}
     for alias, stored in found.aliases.items():
         if alias in found.exact and stored in found.exact:
             found.exact[alias] = found.exact[stored]
@@ -155,7 +156,9 @@ def _sort_tensor(
     selected = selected and group not in (MTP, EMBEDDINGS) and not bypassed
     role = "" if group else role
     vocabulary = role in ("embedding", "head")
-    if selected and vocabulary and (grown or embed == "full"):
+    other = weight and found.in_model and looks_up_otherwise(base, weight.in_model)
+    keep = grown or embed == "full" or (embed == "lora" and other)
+    if selected and vocabulary and keep:
         _keep_vocabulary(base, found, [use for use, _ in uses] or [name], two)
         if not grown:
             _measure(found, name, one, two)
@@ -217,14 +220,18 @@ def _measure(found: SortedDeltas, name: str, one: TensorRef, two: TensorRef) -> 
 
 
 def _keep_vocabulary(base: Checkpoint, found: SortedDeltas, names: Sequence[str], two: TensorRef) -> None:
-    """Keep an embedding or a head exactly, with its bias, which PEFT expects of every module that it saves.
+    """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves.
 
     names: of all modules that are this matrix.
     """
     for name in names:
         module = module_path(name)
         found.exact[name] = two
-        found.saved.add(found.in_model(module) if found.in_model else module)
+        path = found.in_model(module) if found.in_model else module
+        found.saved.add(path)
+        for other in base.specs:
+            if (found.in_model(other) if found.in_model else other).startswith(f"{path}."):
+                found.exact.setdefault(other, base.ref(other))
         stored = found.aliases.get(f"{module}.bias", f"{module}.bias")
         if stored in base.specs:
             found.exact.setdefault(f"{module}.bias", base.ref(stored))
