@@ -19,13 +19,13 @@ BYPASSED = {
 }
 
 
-# Type -> last names of embeddings that look up other rows than they are asked for (positions after an offset, or counted
-# from the shape of what they are given), normalize what they find, or read a second table for some. PEFT's factors are
-# looked up by what the module is given and added to what it returns, but by `embed_scale` (`tuners/lora/layer.py`).
+# Type -> last names of embeddings that look up other rows than they are asked for (positions after an offset, or
+# counted from the shape of what they are given), normalize what they find, or read a second table for some. PEFT looks
+# up its factors by what the module is given, and adds them to what it returns (`tuners/lora/layer.py`).
 OTHER_LOOKUPS = {
     **dict.fromkeys(
-        """autoformer bart bigbird_pegasus biogpt blenderbot blenderbot-small fsmt informer led marian mbart mvp opt pegasus
-        plbart pp_formulanet roformer time_series_transformer trocr whisper""".split(),
+        """autoformer bart bigbird_pegasus biogpt blenderbot blenderbot-small fsmt informer led marian mbart mvp opt
+        pegasus plbart pp_formulanet roformer time_series_transformer trocr whisper""".split(),
         frozenset({"embed_positions"}),
     ),
     **dict.fromkeys(
@@ -33,7 +33,7 @@ OTHER_LOOKUPS = {
         frozenset({"embed_tokens"}),
     ),
     "ovis2": frozenset({"visual_embeddings_table"}),
-    "prophetnet": frozenset({"position_embeddings"}),
+    "prophetnet": frozenset({"ngram_embeddings", "position_embeddings"}),  # the first is read by its weight alone
 }
 
 

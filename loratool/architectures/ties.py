@@ -37,7 +37,6 @@ DECODER_HEADS = {
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
     nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
-    "decoder.cls.predictions.decoder": "encoder-decoder vision-encoder-decoder",
     "lm_head.decoder": """bert-generation camembert data2vec-text longformer mpnet roberta roberta-prelayernorm
     xlm-roberta xlm-roberta-xl xmod""",
     "predictions.decoder": "albert",
@@ -74,7 +73,8 @@ SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     ),
     "florence2": ("shared", True, ("decoder.embed_tokens",)),
     "prophetnet": ("word_embeddings", False, ("encoder.word_embeddings", "decoder.word_embeddings")),
-    "t5gemma2": ("encoder.text_model.embed_tokens", True, ("decoder.embed_tokens",)),
+    "diffusion_gemma": ("decoder.embed_tokens", True, ("encoder.language_model.embed_tokens",)),
+    "t5gemma2": ("encoder.embed_tokens", True, ("decoder.embed_tokens",)),
 }
 
 
@@ -89,6 +89,10 @@ EMBEDS_BY_ENCODER = frozenset({"marian"})
 # Those where tie_word_embeddings also scales the decoder's output by d_model ** -0.5, so that it cannot be changed:
 # transformers 5 keeps stored matrices apart if they differ, 4 does not.
 FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
+
+
+# Encoder-decoders of two embeddings, of which the decoder's is the head's matrix.
+TIED_BY_DECODER = frozenset({"marian", "t5gemma"})
 
 
 # Encoder-decoders whose encoder has no token embedding: they tie as decoders do.

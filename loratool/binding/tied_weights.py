@@ -17,6 +17,7 @@ from ..adapters.updates.rows import ReplaceRows
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.beside_layers import Layers
 from ..architectures.config_tensors import declared_class
+from ..architectures.peft import ENCODER_DECODERS
 from ..architectures.ties import (
     COPIES,
     DECODER_HEADS,
@@ -33,6 +34,7 @@ from ..architectures.ties import (
     SHARED_BY_BOTH,
     SHARED_INPUTS,
     TIED_ANYHOW,
+    TIED_BY_DECODER,
     TIED_AS_DECODERS,
     UNTIED_BY_DEFAULT,
 )
@@ -103,6 +105,8 @@ def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], 
 
 def find_tie(base: Checkpoint) -> Tie | None:
     """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
+    if base.model_type in ENCODER_DECODERS:
+        return _decoders_tie(base)
     embedding, config, family = _embedding(base), base.config, base.model_type or ""
     flag = _tie_flag(config)
     if family in TIED_ANYHOW:
@@ -129,6 +133,21 @@ def find_tie(base: Checkpoint) -> Tie | None:
     return Tie(embedding, head, family in SHARED_BY_BOTH, tokens, inputs, is_called, None, family in FLAG_SCALES)
 
 
+def _decoders_tie(base: Checkpoint) -> Tie | None:
+    """Return the tie of a decoder that is a model of its own, which is not known to be read untied."""
+    config, start = base.config.get("decoder"), "decoder."
+    found = [n for names in _matrices(base, INPUT_EMBEDDINGS).values() for n in names if n.startswith(start)]
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(family, str) or len(found) != 1:
+        return None
+    flag = _tie_flag(config)
+    if flag is False or (flag is None and family in UNTIED_BY_DEFAULT):
+        return None
+    if family in MASKED_HEAD_OF:
+        return replace(_masked_tie(base, found[0], family, start), separable=False, tokens=None)
+    return Tie(found[0], f"{start}{DECODER_HEADS.get(family, 'lm_head')}.weight", False, found[0])
+
+
 def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
     """Return the embeddings of encoder and decoder that share a matrix, and whether it is called itself too."""
     for family in base.model_types:
@@ -136,15 +155,17 @@ def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
         before, mark, _ = f".{embedding}".rpartition(f".{own}.weight")
         if own and mark:
             before = f"{before}.".removeprefix(".")
-            paths = [f"{before}{other}" for other in others]
-            there = [path for path in paths if any(n.startswith(f"{path.rpartition('.')[0]}.") for n in base.specs)]
-            return tuple(f"{path}.weight" for path in there), is_called
+            sides = [f"{before}{other.partition('.')[0]}." for other in others]
+            there = [any(name.startswith(side) for name in base.specs) for side in sides]
+            return tuple(
+                f"{before}{other}.weight" for other, is_there in zip(others, there, strict=True) if is_there
+            ), is_called
     return (), True
 
 
-def _masked_tie(base: Checkpoint, embedding: str, family: str) -> Tie:
+def _masked_tie(base: Checkpoint, embedding: str, family: str, start: str = "") -> Tie:
     """Return the tie of a masked language model, whose head the base is known to have only if its bias is stored."""
-    head = MASKED_HEAD_OF.get(family, "lm_head")
+    head = start + MASKED_HEAD_OF.get(family, "lm_head")
     linear, owner = f"{head}.bias", f"{head.rpartition('.')[0]}.bias"
     bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
     known = family in MASKED_HEAD_OF and family not in PAST_ITS_MODULE
@@ -181,6 +202,8 @@ def _tie_flag(config: Mapping[str, Any]) -> bool | None:
 
 def _embedding(base: Checkpoint) -> str | None:
     matrices = _matrices(base, INPUT_EMBEDDINGS)
+    if base.model_type in TIED_BY_DECODER:
+        matrices = {last: [n for n in names if ".encoder." not in f".{n}"] for last, names in matrices.items()}
     return next(filter(None, (_only(matrices.get(last, ())) for last in INPUT_EMBEDDINGS)), None)
 
 
