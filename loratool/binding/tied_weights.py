@@ -34,8 +34,8 @@ from ..architectures.ties import (
     SHARED_BY_BOTH,
     SHARED_INPUTS,
     TIED_ANYHOW,
-    TIED_BY_DECODER,
     TIED_AS_DECODERS,
+    TIED_BY_DECODER,
     UNTIED_BY_DEFAULT,
 )
 from ..errors import InputError, NeedsFlag
