@@ -94,6 +94,8 @@ RESHAPED = {
     "kimi_k25": r"\bvision_tower\..*\bwqkv$",
     "laguna": r"\bshared_experts\.",
     "lara_mini": r"\blinear_attn\.in_proj$",
+    "mobilebert": r"^cls\.predictions\.dense$",  # multiplied by without a call
+    "neomme": r"\bembedding_projection$",  # tied to a layer that is multiplied by without a call
     "minimax_m3_vl": r"\bmlp\.(shared_experts\.)?(gate|up)_proj$",
     "mistral_large4": r"\bvision_tower\..*\bw[qk]$",
     "molmo2": r"\blanguage_model\..*\b(att_proj|ff_proj|wte)$",

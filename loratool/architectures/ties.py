@@ -37,7 +37,7 @@ DECODER_HEADS = {
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
     nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
-    "lm_head.decoder": """bert-generation camembert data2vec-text longformer mpnet roberta roberta-prelayernorm
+    "lm_head.decoder": """bert-generation camembert data2vec-text longformer luke mpnet roberta roberta-prelayernorm
     xlm-roberta xlm-roberta-xl xmod""",
     "predictions.decoder": "albert",
     "generator_lm_head": "convbert electra",
@@ -76,6 +76,35 @@ SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "diffusion_gemma": ("decoder.embed_tokens", True, ("encoder.language_model.embed_tokens",)),
     "t5gemma2": ("encoder.embed_tokens", True, ("decoder.embed_tokens",)),
 }
+
+
+# Type -> (an expression for the path of a module that is stored, what stands for it in the paths of those that compute
+# with its tensors, each with whether these are transposed there).
+SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] = {
+    "diffusion_gemma": (
+        (
+            r"\bmodel\.decoder\.(?=layers\.(?!\d+\.layer_scalar$)|norm\.)",
+            (("model.decoder.", False), ("model.encoder.language_model.", False)),
+        ),
+    ),
+    "luke": (
+        (
+            r"^luke\.entity_embeddings\.entity_embeddings\.(?=weight)",
+            ((r"\g<0>", False), ("entity_predictions.decoder.", True)),
+        ),
+    ),
+    "udop": (
+        (r"^patch_embed\.(?=proj\.)", (("encoder.embed_patches.", False),)),
+        (
+            r"^encoder\.block\.0\.layer\.0\.SelfAttention\.(?=relative_attention_bias\.)",
+            (("encoder.relative_bias.biases.0.", False), ("decoder.relative_bias.biases.0.", False)),
+        ),
+    ),
+}
+
+
+# Type -> the name of blocks of which the files have a few, used by all hybrid layers in turn.
+SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
 
 
 # Those whose encoder and decoder use the module `shared` itself before transformers 5, whatever is stored for them.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adapters.updates.low_rank import LowRank
-from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.rows import ReplaceRows
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.beside_layers import Layers
@@ -41,7 +40,6 @@ from ..architectures.ties import (
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
-from ..files.quantized import Coded
 from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
 from .placement import Placement
@@ -94,13 +92,6 @@ class Tie:
         """Return the tensors that the files store only under another name, which adapters may name too."""
         names = (*self.sides, *(self.bias[1:] if self.bias else ()))
         return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
-
-
-def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], dict[str, Coded]]:
-    """Return the tensors and the quantized weights that adapters may name, all names of a tie included."""
-    lacking = tie.lacking(base) if tie else {}
-    coded = {name: base.coded[tie.stored_as(name)] for name in lacking if tie and tie.stored_as(name) in base.coded}
-    return {**base.specs, **lacking}, {**base.coded, **coded}
 
 
 def find_tie(base: Checkpoint) -> Tie | None:
@@ -280,7 +271,7 @@ def resolve_tie(
     sides = {name: (*found, *_mirror_token_rows(rows, found)) for name, found in requested.items()}
     followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one or tie.is_called]
     shared = one if one or tie.is_called else sides.get(tie.inputs[0], ())
-    if followed and all(_equal(shared, found) for found in followed):
+    if followed and all(equal_changes(shared, found) for found in followed):
         return ResolvedTie(
             {**rest, **dict.fromkeys((tie.embedding, *copies), shared)}, (), _forgotten_bias(base, tie, rows)
         )
@@ -309,7 +300,7 @@ def _untie(
     placements: Mapping[str, tuple[Placement, ...]],
 ) -> ResolvedTie:
     """Make every side a separate matrix, or only those that differ if config.json goes on to tie them."""
-    untied = [name for name, found in sides.items() if not (tie.keeps_flag and _equal(one, found))]
+    untied = [name for name, found in sides.items() if not (tie.keeps_flag and equal_changes(one, found))]
     placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
     named = ", ".join(untied)
     if tie.bias:
@@ -407,29 +398,33 @@ def _mirror_token_rows(embedding: tuple[Placement, ...], head: tuple[Placement, 
     return [p for p in embedding if p.update.cls is ReplaceRows and id(p.adapter) not in there]
 
 
-def _equal(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
+def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
     """Return whether both sides change alike: by the same rows or values, or by a LoRA and its transpose."""
-    return len(embedding) == len(head) and all(map(_equal_updates, embedding, head))
+    if len(embedding) != len(head):
+        return False
+    pairs = list(zip(embedding, head, strict=True))
+    if any(p.transposed is q.transposed and (p.start, p.stop) != (q.start, q.stop) for p, q in pairs):
+        return False
+    updates = {(id(p.update), id(q.update)): (p, q) for p, q in pairs}  # all matrices of a stack have one
+    return all(_equal_updates(p, q) for p, q in updates.values())
 
 
 def _equal_updates(one: Placement, two: Placement) -> bool:
     a, b = one.update, two.update
-    if one.adapter is not two.adapter or one.weight != two.weight or (a.cls, a.detail) != (b.cls, b.detail):
+    if one.adapter is not two.adapter or one.weight != two.weight:
+        return False
+    if (a.cls, a.detail, a.scale, a.tensors.keys()) != (b.cls, b.detail, b.scale, b.tensors.keys()):
         return False
     file = one.adapter.file
     if (a.base is None) != (b.base is None):
         return False
     if a.base and b.base and not same_values(TensorRef(file, a.base), TensorRef(file, b.base)):
         return False
-    if a.tensors == b.tensors:
-        return True
-    if a.cls in (ReplaceTensor, ReplaceRows):
-        return same_values(TensorRef(file, a.tensors["value"]), TensorRef(file, b.tensors["value"]))
-    if a.cls is not LowRank or a.scale != b.scale:
-        return False
     if one.transposed is two.transposed:
-        return all(same_values(TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in "AB")
-    return _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
+        return all(
+            same_values(TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in a.tensors
+        )
+    return a.cls is LowRank and _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
 
 
 def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: str, other: str) -> bool:
